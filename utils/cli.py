@@ -1,0 +1,156 @@
+"""Command lines: flags generated from the configuration, help by section, errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from utils.config import FIELDS, SECTIONS, Config, expected, field_fact, get_value
+from utils.config_loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
+from utils.errors import UserError, nearest
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are UserErrors that name the nearest valid flag."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        width = min(shutil.get_terminal_size().columns, 110)
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=32),
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of `argv`; `--batch_size` is `--batch-size`.
+
+        Raises:
+            UserError: an unknown flag, a missing value, a word too many.
+        """
+        args, unknown = self.parse_known_args([_dashed(word) for word in argv])
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            kind = "flag" if flag.startswith("-") else "argument"
+            raise UserError(f"unknown {kind} {flag}{nearest(flag, self._option_string_actions)}")
+        return args
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def add_config_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
+    """One flag for every setting, grouped by section; the help shows the value in `defaults`."""
+    for section, model in SECTIONS.items():
+        group = parser.add_argument_group(section, model.__doc__)
+        for key in model.model_fields:
+            help_text = f"{FIELDS[key].description} ({_facts(key, defaults)})".replace("%", "%%")
+            if FIELDS[key].annotation in (bool, bool | None):
+                group.add_argument(
+                    flag_name(key), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+                )
+            else:
+                group.add_argument(flag_name(key), metavar=_metavar(key), default=argparse.SUPPRESS, help=help_text)
+
+
+def _facts(key: str, defaults: Config) -> str:
+    """Unit, bounds and default of one setting, for its help."""
+    value = get_value(defaults, key)
+    if isinstance(value, bool):
+        shown = "on" if value else "off"
+    elif isinstance(value, str):
+        shown = repr(value) if not value.strip() else value
+    else:
+        shown = "none" if value in (None, ()) else str(value)
+    return ", ".join(fact for fact in (field_fact(key, "unit"), f"default: {shown}") if fact)
+
+
+def _metavar(key: str) -> str:
+    annotation = FIELDS[key].annotation
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    word = expected(key).split(" ")[0]
+    return {"integer": "N", "number": "X", "list": "A,B"}.get(word, "TEXT")
+
+
+def parse_experiment(
+    argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT
+) -> tuple[argparse.Namespace, LoadedConfig]:
+    """Parse the command line of a script that takes a whole configuration.
+
+    Args:
+        argv: the words after the script's name.
+        parser: already has the script's own flags.
+        root: the project folder.
+
+    Returns:
+        The script's own arguments and the merged, validated configuration.
+
+    Raises:
+        UserError: a mistake on the command line or in a file.
+        SystemExit: after `--help`.
+    """
+    files = parser.add_argument_group("configuration files")
+    files.add_argument(
+        "--config", metavar="FILE", action="append", default=[], type=Path, help="settings on top of configs/ (repeatable)"
+    )
+    files.add_argument("--config-dir", metavar="DIR", type=Path, help="folder of the shared files (default: configs)")
+    parser.usage = f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
+    wants_help = "-h" in argv or "--help" in argv
+    defaults, broken = _merged_defaults(argv, root) if wants_help else (Config(), None)
+    if broken:
+        parser.epilog = f"The defaults shown are the built-in ones, because the files cannot be merged: {broken}"
+    add_config_flags(parser, defaults)
+    args = parser.parse(argv)
+    overrides = {key: value for key, value in vars(args).items() if key in FIELDS}
+    loaded = ConfigLoader(root, args.config_dir).load(args.config, overrides)
+    return args, loaded
+
+
+def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | None]:
+    """What the files say, for the help; the built-in defaults and the reason where they cannot be merged."""
+    files_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files_only.add_argument("--config", action="append", default=[], type=Path)
+    files_only.add_argument("--config-dir", type=Path)
+    try:
+        args, _ = files_only.parse_known_args([_dashed(word) for word in argv])
+        return ConfigLoader(root, args.config_dir).load(args.config).config, None
+    except (ConfigError, SystemExit) as error:
+        return Config(), str(error)
+
+
+def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """Decorator of a script's `main(argv)`: mistakes become one line on stderr and exit status 2.
+
+    Ctrl-C before or after the part that handles signals itself ends with 130, a closed pipe
+    (`... | head`) quietly with 141.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail too
+            return 141
+
+    return wrapper

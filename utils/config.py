@@ -1,0 +1,405 @@
+"""Every setting of the workbench: type, default, bounds, unit, meaning and kind.
+
+Flags, `--help`, docs/config.schema.json, the config hash and the rules of a resume are derived from
+these models, so a new setting is one new field here and its use. Importing this file does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+Kind = Literal["trajectory", "observation", "machine"]
+TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
+OBSERVATION: Kind = "observation"  # what is recorded of it, and how often
+MACHINE: Kind = "machine"  # where things are, who does the work
+
+TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+RESERVED_TAGS = ("latest", "auto")
+
+
+class RuleError(ValueError):
+    """A rule between settings is broken; `keys` are the settings it is about."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+def _refuse_bool(value: Any) -> Any:
+    """pydantic reads True as 1; in a config file that is a slip, not a number."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number, got a boolean")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool)]
+
+
+def setting(default: Any, meaning: str, *, kind: Kind, unit: str = "", **bounds: Any) -> Any:
+    """A field with the facts that flags, help, schema and hash need."""
+    return Field(default, description=meaning, json_schema_extra={"kind": kind, "unit": unit}, **bounds)
+
+
+class Section(BaseModel):
+    """Frozen, and without unknown keys, NaN or infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+
+class DataConfig(Section):
+    """The text that is learned."""
+
+    dataset: str = setting(
+        "pydocs",
+        "a registered corpus (pydocs, shakespeare), or the path of a UTF-8 text file or a folder of them",
+        kind=TRAJECTORY,
+        min_length=1,
+    )
+    tokenizer: Literal["char"] = setting("char", "how text becomes token ids", kind=TRAJECTORY)
+    unknown_token: str | None = setting(
+        None,
+        "one character that stands for characters outside the vocabulary; none: they are an error",
+        kind=TRAJECTORY,
+        min_length=1,
+        max_length=1,
+    )
+    val_fraction: Float = setting(
+        0.1, "share of the tokens, at the end of the corpus, kept for validation", kind=TRAJECTORY, gt=0, lt=1
+    )
+    corpora_dir: str = setting(
+        "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
+    )
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer; what is none is derived."""
+
+    n_layer: Int = setting(4, "transformer blocks", kind=TRAJECTORY, ge=1, le=1024)
+    n_head: Int = setting(4, "query heads", kind=TRAJECTORY, ge=1, le=1024)
+    n_kv_head: Int | None = setting(
+        None, "key/value heads, each shared by n_head / n_kv_head query heads; none: n_head", kind=TRAJECTORY, ge=1
+    )
+    n_embd: Int = setting(128, "width of the residual stream (C)", kind=TRAJECTORY, ge=1, le=65536)
+    head_dim: Int | None = setting(None, "width of one head (D); none: n_embd / n_head", kind=TRAJECTORY, ge=1)
+    ffn_dim: Int | None = setting(
+        None,
+        "hidden width of the MLP; none: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 32",
+        kind=TRAJECTORY,
+        ge=1,
+    )
+    block_size: Int = setting(64, "context length (T)", kind=TRAJECTORY, unit="tokens", ge=1, le=65536)
+    dropout: Float = setting(0.0, "dropout probability", kind=TRAJECTORY, ge=0, lt=1)
+    position: Literal["learned", "rope"] = setting(
+        "learned", "position encoding: a learned table, or rotations of q and k", kind=TRAJECTORY
+    )
+    rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each sublayer", kind=TRAJECTORY)
+    norm_eps: Float = setting(1e-5, "added to the variance in a norm", kind=TRAJECTORY, gt=0, lt=1)
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting("gelu", "activation of the MLP", kind=TRAJECTORY)
+    bias: bool = setting(True, "biases in linear layers and layernorms", kind=TRAJECTORY)
+    qkv_bias: bool | None = setting(None, "bias of the q, k, v projection; none: as bias says", kind=TRAJECTORY)
+    qk_norm: bool = setting(False, "normalise queries and keys", kind=TRAJECTORY)
+    tie_embeddings: bool = setting(True, "one matrix for token embedding and output head", kind=TRAJECTORY)
+    logit_softcap: Float | None = setting(None, "squash logits into (-c, c) with c tanh(x / c)", kind=TRAJECTORY, gt=0)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return -(-8 * self.n_embd // 96) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+
+    @model_validator(mode="after")
+    def _rules(self) -> ModelConfig:
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise RuleError(
+                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}), or head_dim be set",
+                "n_embd",
+                "n_head",
+            )
+        if self.n_head % self.kv_heads:
+            raise RuleError(
+                f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})", "n_kv_head", "n_head"
+            )
+        if self.position == "rope" and self.head_width % 2:
+            raise RuleError(
+                f"position rope turns pairs of channels: the head dimension must be even, not {self.head_width}",
+                "head_dim",
+                "n_embd",
+                "n_head",
+            )
+        # Refused by name until the model has them, so that no setting is silently without effect.
+        unsupported = {
+            "mlp": self.mlp in ("gelu_tanh", "relu2"),
+            "qkv_bias": self.qkv_bias is not None and self.qkv_bias != self.bias,
+            "qk_norm": self.qk_norm,
+            "tie_embeddings": not self.tie_embeddings,
+            "logit_softcap": self.logit_softcap is not None,
+        }
+        for key, used in unsupported.items():
+            if used:
+                raise RuleError(f"{key} = {getattr(self, key)} is not supported by the model yet", key)
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and the learning-rate schedule."""
+
+    learning_rate: Float = setting(1e-3, "peak learning rate", kind=TRAJECTORY, gt=0, le=10)
+    min_lr: Float | None = setting(
+        None, "learning rate at the end of the decay; none: learning_rate / 10", kind=TRAJECTORY, ge=0
+    )
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "shape of the decay after the warmup", kind=TRAJECTORY
+    )
+    warmup_iters: Int | None = setting(
+        None, "steps of linear warmup from zero; none: a twentieth of the run", kind=TRAJECTORY, unit="steps", ge=0
+    )
+    lr_decay_iters: Int | None = setting(
+        None, "step at which the decay ends; none: the last step", kind=TRAJECTORY, unit="steps", ge=1
+    )
+    weight_decay: Float = setting(0.1, "decoupled weight decay, on matrices only", kind=TRAJECTORY, ge=0, le=10)
+    beta1: Float = setting(0.9, "AdamW: decay of the mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
+    beta2: Float = setting(0.99, "AdamW: decay of the mean of squared gradients", kind=TRAJECTORY, ge=0, lt=1)
+    adam_eps: Float = setting(1e-8, "AdamW: added to the denominator", kind=TRAJECTORY, gt=0, lt=1)
+    grad_clip: Float = setting(
+        1.0, "largest global gradient norm; larger gradients are scaled down, 0: never", kind=TRAJECTORY, ge=0
+    )
+
+    @property
+    def final_lr(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    @model_validator(mode="after")
+    def _rules(self) -> OptimizerConfig:
+        if self.final_lr > self.learning_rate:
+            raise RuleError(
+                f"min_lr ({self.min_lr:g}) must not exceed learning_rate ({self.learning_rate:g})",
+                "min_lr",
+                "learning_rate",
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The training loop and the machine it runs on."""
+
+    max_iters: Int | None = setting(2000, "optimizer updates of the run", kind=TRAJECTORY, unit="steps", ge=1)
+    epochs: Float | None = setting(
+        None, "passes over the training tokens, instead of max_iters", kind=TRAJECTORY, unit="epochs", gt=0
+    )
+    batch_size: Int = setting(
+        12, "sequences in one optimizer update, over all micro-steps", kind=TRAJECTORY, unit="sequences", ge=1
+    )
+    gradient_accumulation_steps: Int = setting(
+        1, "micro-steps that an update is split into, to save memory", kind=TRAJECTORY, unit="micro-steps", ge=1
+    )
+    eval_interval: Int = setting(250, "steps between evaluations", kind=TRAJECTORY, unit="steps", ge=1)
+    eval_iters: Int = setting(
+        20, "batches of each split that an evaluation averages", kind=TRAJECTORY, unit="batches", ge=1
+    )
+    seed: Int = setting(1337, "seed of initialisation, batches and dropout", kind=TRAJECTORY, ge=0, lt=2**63)
+    device: str = setting(
+        "auto",
+        "auto (mps, then cuda, then cpu), cpu, cuda, cuda:N or mps",
+        kind=TRAJECTORY,
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "precision of matrix products (autocast); auto: bfloat16 on CUDA that has it, else float32",
+        kind=TRAJECTORY,
+    )
+    threads: Int | None = setting(
+        None, "CPU threads of a tensor operation; none: torch's own choice", kind=TRAJECTORY, ge=1, le=1024
+    )
+    deterministic: bool = setting(True, "only operations that repeat bit for bit", kind=TRAJECTORY)
+    compile: bool = setting(
+        False, "torch.compile the model (inductor; aot_eager on mps); falls back to eager", kind=TRAJECTORY
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> TrainConfig:
+        if (self.max_iters is None) == (self.epochs is None):
+            raise RuleError("max_iters and epochs are alternatives: set exactly one of them", "epochs", "max_iters")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise RuleError(
+                f"batch_size ({self.batch_size}) must be divisible by "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps})",
+                "gradient_accumulation_steps",
+                "batch_size",
+            )
+        return self
+
+
+def _tag(value: Any) -> Any:
+    """Tags become part of folder names and of command lines."""
+    if isinstance(value, str):
+        if not TAG_PATTERN.fullmatch(value):
+            raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {value!r}")
+        if value in RESERVED_TAGS:
+            raise ValueError(f"the tag {value!r} is reserved")
+        if not value.strip("."):
+            raise ValueError(f"a tag needs a letter or digit, not only dots: {value!r}")
+    return value
+
+
+Tag = Annotated[str, BeforeValidator(_tag)]
+
+
+class TrackingConfig(Section):
+    """What is recorded of a run, where and how often."""
+
+    run_tag: Tag | None = setting(None, "name of the run, part of its directory's name", kind=OBSERVATION)
+    tags: tuple[str, ...] = setting((), "labels for finding the run again", kind=OBSERVATION)
+    note: str = setting("", "what this run is for", kind=OBSERVATION)
+    runs_dir: str = setting("runs", "folder of the run directories", kind=MACHINE, min_length=1)
+    log_interval: Int = setting(1, "steps between training records", kind=OBSERVATION, unit="steps", ge=1)
+    flush_interval: Int = setting(
+        50, "steps between writes to the log (it is also written every 2 s)", kind=OBSERVATION, unit="steps", ge=1
+    )
+    histogram_interval: Int = setting(
+        250, "steps between histograms of parameters and gradients; 0: none", kind=OBSERVATION, unit="steps", ge=0
+    )
+    sample_tokens: Int = setting(
+        200, "length of the sample text at each evaluation; 0: none", kind=OBSERVATION, unit="tokens", ge=0
+    )
+    sample_prompt: str = setting("\n", "start of the sample text", kind=OBSERVATION)
+    aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
+    aim_repo: str = setting(".", "folder that holds the .aim repository", kind=MACHINE, min_length=1)
+    experiment: str = setting("workbench", "Aim experiment of the run", kind=OBSERVATION, min_length=1)
+    tracking_budget: Float = setting(
+        0.02,
+        "share of wall time that feeding TensorBoard and Aim may use while training runs",
+        kind=OBSERVATION,
+        gt=0,
+        le=1,
+    )
+
+
+class Config(Section):
+    """One experiment."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _rules(self) -> Config:
+        if self.train.max_iters is not None:
+            warmup_steps(self.optimizer, self.train.max_iters)
+        return self
+
+
+def warmup_steps(config: OptimizerConfig, max_iters: int) -> int:
+    """Steps of warmup in a run of `max_iters` steps (with epochs, known once the corpus is).
+
+    Raises:
+        RuleError: the warmup does not end before the decay does.
+    """
+    if config.warmup_iters is None:
+        return max_iters // 20
+    for key, end in (("lr_decay_iters", config.lr_decay_iters), ("max_iters", max_iters)):
+        if end is not None and config.warmup_iters > end:
+            raise RuleError(f"warmup_iters ({config.warmup_iters}) must not exceed {key} ({end})", "warmup_iters", key)
+    return config.warmup_iters
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def iter_fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(section, key, field) of every setting, in the order of this file."""
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
+            yield section, key, field
+
+
+FIELDS: dict[str, FieldInfo] = {key: field for _, key, field in iter_fields()}
+SECTION_OF: dict[str, str] = {key: section for section, key, _ in iter_fields()}
+assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()), "leaf names are unique"
+assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
+
+
+def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
+    extra = FIELDS[key].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra[fact])
+
+
+def expected(key: str) -> str:
+    """What a value of `key` must be, in words: "integer >= 1", "gelu, gelu_tanh, relu2 or swiglu"."""
+    field = FIELDS[key]
+    if key == "device":
+        return "auto, cpu, cuda, cuda:N or mps"
+    members = [member for member in get_args(field.annotation) or (field.annotation,)]
+    if get_origin(field.annotation) is Literal:
+        return f"{', '.join(members[:-1])} or {members[-1]}" if len(members) > 1 else str(members[0])
+    if get_origin(field.annotation) is tuple:
+        return "list of names"
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}
+    bounds = []
+    for constraint in (*field.metadata, *(m for member in members for m in getattr(member, "__metadata__", ()))):
+        for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+            if (bound := getattr(constraint, attribute, None)) is not None:
+                bounds.append(f"{sign} {bound}")
+    words = [names[getattr(member, "__origin__", member)] for member in members]
+    return " or ".join([" ".join([words[0], " and ".join(bounds)]).strip(), *words[1:]])
+
+
+def get_value(config: Config, key: str) -> Any:
+    return getattr(getattr(config, SECTION_OF[key]), key)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """All settings of `config` by leaf name."""
+    return {key: get_value(config, key) for key in FIELDS}
+
+
+def config_hash(config: Config, resolved: dict[str, Any]) -> str:
+    """sha256 over everything that decides the numbers of a run.
+
+    Args:
+        config: the merged configuration.
+        resolved: what "auto" and the like became (device type, dtype, threads, corpus and
+            tokenizer hash, ...); takes the place of the setting of the same name.
+    """
+    values = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == TRAJECTORY}
+    text = json.dumps(values | resolved, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a file in configs/: sectioned or flat, every key optional."""
+    schema = Config.model_json_schema()
+    flat_properties = {
+        key: schema["$defs"][SECTIONS[SECTION_OF[key]].__name__]["properties"][key] for key in FIELDS
+    }
+    schema["properties"] = {**schema["properties"], **flat_properties}
+    schema["title"] = "Experiment configuration"
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema

@@ -1,0 +1,20 @@
+"""The one error type for mistakes that a user can mend: printed as one line, exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What is wrong, where, and what was expected, in words for the person at the terminal."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint naming the closest valid spelling of `name`, or an empty string.
+
+    >>> nearest("batch_sise", ["batch_size", "seed"])
+    '; did you mean batch_size?'
+    """
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""

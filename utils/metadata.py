@@ -1,0 +1,194 @@
+"""Where a run came from: the code (commit, remote, patch) and the environment, as files in meta/.
+
+Git is read through GitPython and may be missing, broken, without commits or detached: then the files
+say so, and training goes on. Credentials never reach a run directory: user and password are cut from
+remote URLs, files that look like secrets are left out of the patch, environment variables are not
+recorded at all.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata as importlib_metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from utils.files import write_atomic
+
+if TYPE_CHECKING:
+    import git
+
+MAX_PATCH_FILE_BYTES = 1_000_000
+SOURCE_SUFFIXES = frozenset(
+    ".py .pyi .ipynb .yaml .yml .json .toml .cfg .ini .txt .in .md .rst .sh .c .h .cc .cpp .cu .cuh .rs .js .html .css".split()
+)
+SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))
+SECRET_NAME = re.compile(
+    r"^\.env|\.(pem|key|p12|pfx|jks|keystore|kdbx)$|^id_(rsa|dsa|ecdsa|ed25519)|secret|credential|password|token\.|"
+    r"^\.(netrc|npmrc|pypirc|htpasswd|git-credentials)$",
+    re.IGNORECASE,
+)
+OWN_FILES = frozenset(("tokenizer.py", "test_tokenizer.py"))  # "token." in SECRET_NAME means an access token
+DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames")
+PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
+
+
+@dataclass
+class GitFacts:
+    """State of the working tree. `problem` says why there is none."""
+
+    commit: str | None = None
+    branch: str | None = None
+    remote: str | None = None
+    dirty: bool = False
+    patch: bytes = b""
+    left_out: list[str] = field(default_factory=list)  # "path (reason)"
+    problem: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """What trackers and run.json show."""
+        return {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "remote": self.remote}
+
+
+def clean_url(url: str) -> str:
+    """`url` without user, password, query and fragment; scp-like `git@host:path` stays as it is.
+
+    >>> clean_url("https://me:secret@example.org/repo.git")
+    'https://example.org/repo.git'
+    """
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+class MetadataCapture:
+    """Reads the facts once, before training, and writes them into a run directory.
+
+    Args:
+        root: the project folder.
+        excluded: folders whose files are not code (the runs).
+    """
+
+    def __init__(self, root: Path, excluded: tuple[Path, ...] = ()) -> None:
+        self.root = root
+        self.excluded = tuple(path.resolve() for path in excluded)
+
+    def git_facts(self) -> GitFacts:
+        """Commit, branch, remote, and a patch that turns the commit into the working tree."""
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no exception at import where git is missing
+        import git
+
+        try:
+            repo = git.Repo(self.root, search_parent_directories=True)
+        except git.InvalidGitRepositoryError:
+            return GitFacts(problem="not a git repository")
+        except (git.GitError, OSError) as error:
+            return GitFacts(problem=f"git cannot be read: {error}")
+        try:
+            with repo:
+                return self._read(repo)
+        except git.GitCommandNotFound:
+            return GitFacts(problem="the git program is not installed")
+        except (git.GitError, OSError, ValueError) as error:
+            return GitFacts(problem=f"git cannot be read: {_first_line(str(error))}")
+
+    def _read(self, repo: git.Repo) -> GitFacts:
+        if repo.working_tree_dir is None:
+            return GitFacts(problem="a bare git repository has no working tree")
+        facts = GitFacts()
+        if repo.head.is_valid():
+            facts.commit = repo.head.commit.hexsha
+        facts.branch = None if repo.head.is_detached else repo.active_branch.name
+        if repo.remotes:
+            remote = next((r for r in repo.remotes if r.name == "origin"), repo.remotes[0])
+            facts.remote = clean_url(next(iter(remote.urls), ""))
+        base = facts.commit or repo.git.hash_object("-t", "tree", os.devnull)
+        changed = _paths(repo.git.diff("--name-only", "--no-renames", "-z", base))
+        untracked = _paths(repo.git.ls_files("--others", "--exclude-standard", "--full-name", "-z", "--", ":/"))
+        facts.dirty = bool(changed or untracked)
+        top = Path(repo.working_tree_dir)
+        recorded = [name for name in changed if self._keep(top, name, facts.left_out, any_suffix=True)]
+        if recorded:
+            facts.patch += repo.git.diff(
+                *DIFF_FLAGS, *PREFIX_FLAGS, base, "--", *(f":(top,literal){name}" for name in recorded), **_RAW
+            )
+        for name in untracked:
+            if self._keep(top, name, facts.left_out, any_suffix=False):
+                facts.patch += repo.git.diff(  # exit status 1 says only that the files differ
+                    *DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name, with_exceptions=False, **_RAW
+                )
+        return facts
+
+    def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
+        """True if the file belongs into the patch; otherwise its name and the reason are kept."""
+        path = top / name
+        if any(folder in path.resolve().parents for folder in self.excluded):
+            return False
+        reason = None
+        if path.name not in OWN_FILES and SECRET_NAME.search(path.name):
+            reason = "looks like a secret"
+        elif not any_suffix and path.suffix not in SOURCE_SUFFIXES and path.name not in SOURCE_NAMES:
+            reason = "not a source file"
+        elif path.is_symlink() and not any_suffix:
+            reason = "a symbolic link"
+        elif path.is_file() and path.stat().st_size > MAX_PATCH_FILE_BYTES:
+            reason = "larger than 1 MB"
+        if reason:
+            left_out.append(f"{name} ({reason})")
+        return reason is None
+
+    def write(self, meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
+        """git.txt, code.patch and env.txt in `meta_dir`."""
+        write_atomic(meta_dir / "git.txt", _git_text(facts))
+        if facts.patch:
+            write_atomic(meta_dir / "code.patch", facts.patch)
+        write_atomic(meta_dir / "env.txt", environment_text(devices))
+
+
+_RAW: dict[str, Any] = {"strip_newline_in_stdout": False, "stdout_as_string": False}  # a patch is bytes
+
+
+def _paths(listing: str) -> list[str]:
+    return [name for name in listing.split("\0") if name]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "unknown reason"
+
+
+def _git_text(facts: GitFacts) -> str:
+    if facts.problem:
+        return f"git: {facts.problem}\n"
+    lines = [
+        f"commit: {facts.commit or 'none yet'}",
+        f"branch: {facts.branch or 'detached'}",
+        f"remote: {facts.remote or 'none'}",
+        f"dirty: {'yes' if facts.dirty else 'no'}",
+        f"patch: {'code.patch' if facts.patch else 'none'}",
+    ]
+    if facts.left_out:
+        lines += ["", "left out of code.patch:", *(f"  {item}" for item in facts.left_out)]
+    return "\n".join(lines) + "\n"
+
+
+def environment_text(devices: Mapping[str, str]) -> str:
+    """Python, platform, devices and package versions, one fact a line."""
+    versions = {dist.metadata["Name"]: dist.version for dist in importlib_metadata.distributions()}
+    lines = [
+        f"python: {sys.version.split()[0]} ({platform.python_implementation()})",
+        f"platform: {platform.platform()}",
+        f"cpus: {os.cpu_count()}",
+        *(f"{name}: {value}" for name, value in devices.items()),
+        "",
+        "packages:",
+        *(f"  {name}=={versions[name]}" for name in sorted(versions, key=str.lower)),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,276 @@
+"""Run directories: ids, exclusive creation, run.json, the lock, and finding a run by name.
+
+A run directory explains itself: run.json holds its state, meta/ where it came from, logs/ what
+happened, artifacts/ what it made. The training process holds a lock (flock) as long as it lives,
+so that a reader can tell `running` from `crashed` without any help from the process that died.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.config import RESERVED_TAGS, TAG_PATTERN
+from utils.errors import UserError, nearest
+from utils.files import write_json
+
+SCHEMA_VERSION = 1
+STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
+
+Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
+
+
+class RunError(UserError):
+    """A run directory that is not there, not unique, or not usable."""
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def check_tag(tag: str) -> None:
+    """Refuse what cannot be part of a folder name or means something else on a command line.
+
+    Raises:
+        RunError: with the rule.
+    """
+    if not TAG_PATTERN.fullmatch(tag) or tag in RESERVED_TAGS or not tag.strip("."):
+        raise RunError(
+            f"a tag is 1 to 64 letters, digits, '.', '_' or '-' and not {' or '.join(RESERVED_TAGS)}: {tag!r}"
+        )
+
+
+class RunIDGenerator:
+    """`YYYYMMDD_HHMMSS[_tag]`, local time; the n-th attempt of one second and tag ends in `_n`."""
+
+    def __init__(self, tag: str | None = None, now: datetime | None = None) -> None:
+        if tag is not None:
+            check_tag(tag)
+        self.base = (now or datetime.now()).strftime("%Y%m%d_%H%M%S") + (f"_{tag}" if tag else "")
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.base
+        attempt = 2
+        while True:
+            yield f"{self.base}_{attempt}"
+            attempt += 1
+
+
+class RunDirectoryCreator:
+    """Makes directories below `runs_dir` that no other process has."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+
+    def create(self, tag: str | None = None, now: datetime | None = None) -> Path:
+        """An empty directory of our own: mkdir fails where another process was faster.
+
+        Raises:
+            RunError: a bad tag, or `runs_dir` cannot be written.
+        """
+        candidates = RunIDGenerator(tag, now)
+        try:
+            self.runs_dir.mkdir(parents=True, exist_ok=True)
+            for run_id in candidates:
+                try:
+                    (self.runs_dir / run_id).mkdir()
+                except FileExistsError:
+                    continue
+                return self.runs_dir / run_id
+        except OSError as error:
+            raise RunError(f"cannot make a run directory in {self.runs_dir}: {error.strerror}") from None
+        raise AssertionError("RunIDGenerator never ends")
+
+
+class Run:
+    """A run directory held by the process that trains in it. Safe to use from several threads.
+
+    The context of use is `run = Run.create(...)`, `run.update(...)` while it goes on, and
+    `run.finish(status, reason)` once.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], lock_fd: int) -> None:
+        self.path = path
+        self._record = record
+        self._lock_fd = lock_fd
+        self._mutex = threading.Lock()
+
+    @classmethod
+    def create(cls, runs_dir: Path, tag: str | None = None, **facts: Any) -> Run:
+        """A new run directory with its lock held and a run.json that says `running`.
+
+        Args:
+            runs_dir: the folder of all runs.
+            tag: part of the id.
+            facts: further fields of run.json (argv, resolved, parent, ...).
+
+        Raises:
+            RunError: the directory cannot be made; nothing is left behind.
+        """
+        path = RunDirectoryCreator(runs_dir).create(tag)
+        try:
+            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            record = {
+                "schema_version": SCHEMA_VERSION,
+                "id": path.name,
+                "tag": tag,
+                "status": "running",
+                "exit_reason": None,
+                "start": utc_now(),
+                "end": None,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "last_step": None,
+                "summary": {},
+                "parent": None,
+                "views": {},
+                **facts,
+            }
+            for folder in ("meta", "logs", "artifacts"):
+                (path / folder).mkdir()
+            write_json(path / "notes.json", {"tags": [], "note": "", "pinned": False})
+            write_json(path / "run.json", record)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
+        return cls(path, record, lock_fd)
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """A copy of run.json."""
+        with self._mutex:
+            return json.loads(json.dumps(self._record))
+
+    def update(self, **facts: Any) -> None:
+        """Replace fields of run.json, atomically."""
+        with self._mutex:
+            self._record.update(facts)
+            write_json(self.path / "run.json", self._record)
+
+    def update_view(self, name: str, **facts: Any) -> None:
+        """Merge facts about one view (its state, its id in the tracker) into run.json."""
+        with self._mutex:
+            self._record["views"].setdefault(name, {}).update(facts)
+            write_json(self.path / "run.json", self._record)
+
+    def heartbeat(self) -> None:
+        """A sign of life for readers on other hosts, who cannot see the lock."""
+        os.utime(self._lock_fd)
+
+    def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
+        """Write how the run ended and let go of the lock."""
+        try:
+            self.update(status=status, exit_reason=reason, end=utc_now(), **facts)
+        finally:
+            os.close(self._lock_fd)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """run.json of the run directory `path`.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is not a run directory: it has no run.json") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path / 'run.json'} cannot be read: {error}") from None
+    if not isinstance(record, dict) or "status" not in record:
+        raise RunError(f"{path / 'run.json'} is not the record of a run")
+    return record
+
+
+def lock_is_free(path: Path) -> bool:
+    """True if no process of this host holds the lock of the run directory `path`."""
+    try:
+        fd = os.open(path / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def read_status(path: Path) -> str:
+    """The status in run.json, or `crashed` for a run that says `running` while nobody trains it.
+
+    Raises:
+        RunError: run.json is missing or damaged.
+    """
+    record = read_record(path)
+    if record["status"] != "running":
+        return str(record["status"])
+    if record.get("host") == socket.gethostname():
+        return "crashed" if lock_is_free(path) else "running"
+    try:
+        silence = time.time() - (path / "lock").stat().st_mtime
+    except OSError:
+        return "crashed"
+    return "crashed" if silence > STALE_HEARTBEAT_SECONDS else "running"
+
+
+def list_run_paths(runs_dir: Path) -> list[Path]:
+    """Directories that hold a run.json, oldest first: by start time, then id."""
+    found = []
+    for path in runs_dir.glob("*/run.json"):
+        try:
+            found.append((read_record(path.parent).get("start") or "", path.parent.name, path.parent))
+        except RunError:
+            found.append(("", path.parent.name, path.parent))
+    return [path for *_, path in sorted(found)]
+
+
+def resolve_run(name: str, runs_dir: Path) -> Path:
+    """The run directory that RUN on a command line means.
+
+    In this order: a path, an exact id, `latest`, an exact tag (the newest wins), a unique part of an id.
+
+    Raises:
+        RunError: there is none, or a part fits several.
+    """
+    if Path(name).is_dir() and (Path(name) / "run.json").is_file():
+        return Path(name)
+    paths = list_run_paths(runs_dir)
+    if not paths:
+        raise RunError(f"no run {name}: {runs_dir} has no runs yet")
+    by_id = {path.name: path for path in paths}
+    if name in by_id:
+        return by_id[name]
+    if name == "latest":
+        return paths[-1]
+    tags: dict[str, Path] = {}
+    for path in paths:
+        try:
+            if tag := read_record(path).get("tag"):
+                tags[tag] = path
+        except RunError:
+            continue
+    if name in tags:
+        return tags[name]
+    matches = [run_id for run_id in by_id if name and name in run_id]
+    if len(matches) == 1:
+        return by_id[matches[0]]
+    if matches:
+        shown = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
+        raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {shown}")
+    raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *by_id])}")
