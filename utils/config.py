@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 Kind = Literal["trajectory", "observation", "machine"]
@@ -250,19 +250,20 @@ class TrainConfig(Section):
         return self
 
 
-def _tag(value: Any) -> Any:
-    """Tags become part of folder names and of command lines."""
-    if isinstance(value, str):
-        if not TAG_PATTERN.fullmatch(value):
-            raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {value!r}")
-        if value in RESERVED_TAGS:
-            raise ValueError(f"the tag {value!r} is reserved")
-        if not value.strip("."):
-            raise ValueError(f"a tag needs a letter or digit, not only dots: {value!r}")
-    return value
+def check_tag(tag: str) -> str:
+    """`tag`, if it can be part of a folder name and stand on a command line.
+
+    Raises:
+        ValueError: with the rule.
+    """
+    if not TAG_PATTERN.fullmatch(tag) or not tag.strip("."):
+        raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {tag!r}")
+    if tag in RESERVED_TAGS:
+        raise ValueError(f"the tag {tag!r} is reserved")
+    return tag
 
 
-Tag = Annotated[str, BeforeValidator(_tag)]
+Tag = Annotated[str, AfterValidator(check_tag)]
 
 
 class TrackingConfig(Section):

@@ -30,11 +30,10 @@ SOURCE_SUFFIXES = frozenset(
 )
 SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))
 SECRET_NAME = re.compile(
-    r"^\.env|\.(pem|key|p12|pfx|jks|keystore|kdbx)$|^id_(rsa|dsa|ecdsa|ed25519)|secret|credential|password|token\.|"
-    r"^\.(netrc|npmrc|pypirc|htpasswd|git-credentials)$",
+    r"^\.env|\.(pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
+    r"|(^|[._-])(secret|credential|password)s?([._-]|$)|^\.(netrc|npmrc|pypirc|htpasswd|git-credentials)$",
     re.IGNORECASE,
 )
-OWN_FILES = frozenset(("tokenizer.py", "test_tokenizer.py"))  # "token." in SECRET_NAME means an access token
 DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames")
 PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
@@ -133,7 +132,7 @@ class MetadataCapture:
         if any(folder in path.resolve().parents for folder in self.excluded):
             return False
         reason = None
-        if path.name not in OWN_FILES and SECRET_NAME.search(path.name):
+        if SECRET_NAME.search(path.name):
             reason = "looks like a secret"
         elif not any_suffix and path.suffix not in SOURCE_SUFFIXES and path.name not in SOURCE_NAMES:
             reason = "not a source file"

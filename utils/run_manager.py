@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.config import RESERVED_TAGS, TAG_PATTERN
+from utils.config import check_tag
 from utils.errors import UserError, nearest
 from utils.files import write_json
 
@@ -37,24 +37,15 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def check_tag(tag: str) -> None:
-    """Refuse what cannot be part of a folder name or means something else on a command line.
-
-    Raises:
-        RunError: with the rule.
-    """
-    if not TAG_PATTERN.fullmatch(tag) or tag in RESERVED_TAGS or not tag.strip("."):
-        raise RunError(
-            f"a tag is 1 to 64 letters, digits, '.', '_' or '-' and not {' or '.join(RESERVED_TAGS)}: {tag!r}"
-        )
-
-
 class RunIDGenerator:
     """`YYYYMMDD_HHMMSS[_tag]`, local time; the n-th attempt of one second and tag ends in `_n`."""
 
     def __init__(self, tag: str | None = None, now: datetime | None = None) -> None:
         if tag is not None:
-            check_tag(tag)
+            try:
+                check_tag(tag)
+            except ValueError as error:
+                raise RunError(str(error)) from None
         self.base = (now or datetime.now()).strftime("%Y%m%d_%H%M%S") + (f"_{tag}" if tag else "")
 
     def __iter__(self) -> Iterator[str]:

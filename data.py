@@ -1,0 +1,221 @@
+"""Corpora, encoded token files, the train/val split, and batches.
+
+There is no data state to save: sample n of a split starts at an offset that is a pure function of
+(seed, split, n), and a step, micro-step and rank each take their slice of n. So a resume needs only
+the step, and the global batch does not depend on how it is divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenizer import CharTokenizer
+from utils.config import DataConfig
+from utils.errors import UserError, nearest
+from utils.files import write_atomic
+
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", ""))
+
+# Streams of random numbers: one for each use, so that none disturbs another.
+STREAMS = {"train": 0, "train_eval": 1, "val": 2}
+EVALUATION_SEED = 0  # evaluation batches are the same for every seed, so that losses compare
+
+
+class CorpusError(UserError):
+    """A corpus that cannot be read or is too short."""
+
+
+def _pydocs(corpora_dir: Path) -> str:
+    """The Python language reference inside CPython: no download; differs between Python releases."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _shakespeare(corpora_dir: Path) -> str:
+    """Tiny Shakespeare: $WORKBENCH_DATA, corpora/, or downloaded once; its sha256 is checked."""
+    folders = [Path(folder) for folder in (os.environ.get("WORKBENCH_DATA"),) if folder] + [corpora_dir]
+    for folder in folders:
+        path = folder / "tinyshakespeare.txt"
+        if path.is_file():
+            return _checked_shakespeare(path.read_bytes(), str(path)).decode()
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+            data = _checked_shakespeare(response.read(), SHAKESPEARE_URL)
+    except (urllib.error.URLError, OSError) as error:
+        raise CorpusError(
+            f"shakespeare: cannot be downloaded ({getattr(error, 'reason', error)}); put tinyshakespeare.txt "
+            f"into {corpora_dir} or name its folder in WORKBENCH_DATA"
+        ) from None
+    corpora_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(corpora_dir / "tinyshakespeare.txt", data)
+    return data.decode()
+
+
+def _checked_shakespeare(data: bytes, place: str) -> bytes:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        raise CorpusError(f"{place}: not Tiny Shakespeare: sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...")
+    return data
+
+
+CORPORA: dict[str, Callable[[Path], str]] = {"pydocs": _pydocs, "shakespeare": _shakespeare}
+
+
+def read_corpus(dataset: str, corpora_dir: Path) -> str:
+    """The whole text of a registered corpus, a UTF-8 file, or a folder of them (by path order).
+
+    Raises:
+        CorpusError: unknown, unreadable, binary, not UTF-8, or empty.
+    """
+    if dataset in CORPORA:
+        return CORPORA[dataset](corpora_dir)
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        files = sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file() and p.suffix.lower() in TEXT_SUFFIXES and not p.relative_to(path).as_posix().startswith(".")
+        )
+        if not files:
+            raise CorpusError(f"{dataset}: no text files in this folder")
+        text = "\n".join(_read_text(file) for file in files)
+    elif path.exists():
+        text = _read_text(path)
+    else:
+        raise CorpusError(
+            f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
+            f"{nearest(dataset, CORPORA)}"
+        )
+    if not text.strip():
+        raise CorpusError(f"{dataset}: the corpus is empty")
+    return text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+    if (position := data.find(b"\0")) >= 0:
+        raise CorpusError(f"{path}: a binary file (NUL at byte {position}), expected UTF-8 text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CorpusError(f"{path}:{line}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Encoded text: memory-mapped tokens, split into train and val.
+
+    tokens: shape (n,), uint16 or uint32, on disk. hash: sha256 of the text.
+    """
+
+    name: str
+    hash: str
+    tokenizer: CharTokenizer
+    tokens: np.ndarray
+    n_train: int
+
+    def split(self, name: str) -> np.ndarray:
+        """Tokens of `train` (the first part, also for `train_eval`) or `val` (the rest)."""
+        return self.tokens[self.n_train :] if name == "val" else self.tokens[: self.n_train]
+
+    @property
+    def n_val(self) -> int:
+        return len(self.tokens) - self.n_train
+
+
+def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path) -> Corpus:
+    """Read, encode (once: the token file is kept) and split a corpus.
+
+    Raises:
+        CorpusError: unreadable, or a split is shorter than block_size + 1 tokens.
+    """
+    text = read_corpus(config.dataset, corpora_dir)
+    corpus_hash = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    tokenizer = CharTokenizer.from_text(text, config.unknown_token)
+    n_train = int(len(text) * (1 - config.val_fraction))
+    for split, length in (("training", n_train), ("validation", len(text) - n_train)):
+        if length < block_size + 1:
+            raise CorpusError(
+                f"{config.dataset}: too short: its {split} split has {length:,} of {len(text):,} tokens, "
+                f"block_size {block_size} needs at least {block_size + 1:,}"
+            )
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    path = corpora_dir / "encoded" / f"{corpus_hash[:16]}-{tokenizer.hash()[:16]}.{dtype.name}"
+    try:
+        if not path.is_file() or path.stat().st_size != len(text) * dtype.itemsize:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, tokenizer.encode_array(text).astype(dtype).tobytes())
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+    except OSError as error:
+        raise CorpusError(f"{path}: the token file cannot be written: {error.strerror}") from None
+    return Corpus(config.dataset, corpus_hash, tokenizer, tokens, n_train)
+
+
+def sample_offsets(seed: int, stream: str, first: int, count: int, n_positions: int) -> np.ndarray:
+    """Start offsets of samples first .. first + count - 1 of a stream, shape (count,), int64.
+
+    Sample n is word n of the Philox4x64-10 sequence with key (seed, stream) [Salmon et al., "Parallel
+    random numbers: as easy as 1, 2, 3", SC 2011], taken modulo `n_positions` (bias below 2^-40 for any
+    corpus that fits on a disk).
+    """
+    generator = np.random.Philox(key=[seed, STREAMS[stream]], counter=[first // 4, 0, 0, 0])  # 4 words a counter
+    words = generator.random_raw(first % 4 + count)[first % 4 :]
+    return (words % np.uint64(n_positions)).astype(np.int64)
+
+
+def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, each (B, T) int64: `targets` is `inputs` shifted by one token."""
+    windows = tokens[offsets[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    both = torch.from_numpy(windows)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """Batches of a corpus, as a pure function of the step.
+
+    batch_size is the number of sequences of one optimizer update, over all micro-steps and ranks.
+    """
+
+    corpus: Corpus
+    block_size: int
+    batch_size: int
+    seed: int
+    device: torch.device
+
+    def train_batch(
+        self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world_size: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of one micro-step of one rank: (batch_size / micro_steps / world_size, T) each."""
+        share = self.batch_size // (micro_steps * world_size)
+        first = step * self.batch_size + (micro_step * world_size + rank) * share
+        return self._batch("train", self.seed, first, share)
+
+    def evaluation_batches(self, stream: str, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The fixed batches of `train_eval` or `val`: the same at every evaluation of every run."""
+        for index in range(count):
+            yield self._batch(stream, EVALUATION_SEED, index * self.batch_size, self.batch_size)
+
+    def _batch(self, stream: str, seed: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.corpus.split(stream)
+        offsets = sample_offsets(seed, stream, first, count, len(tokens) - self.block_size)
+        inputs, targets = gather(tokens, offsets, self.block_size)
+        if self.device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)

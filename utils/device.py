@@ -1,0 +1,113 @@
+"""The machine: device choice, precision, seeds, determinism, threads, and facts for the record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+import torch
+
+from utils.config import TrainConfig
+from utils.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DeviceError(UserError):
+    """A device or precision that this machine does not have."""
+
+
+def available_devices() -> list[str]:
+    """Device names in the order in which `auto` tries them."""
+    names = []
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    if torch.cuda.is_available():
+        names += ["cuda"] if torch.cuda.device_count() == 1 else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [*names, "cpu"]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is MPS, then CUDA, then CPU.
+
+    Raises:
+        DeviceError: a named device that is not there, with what is.
+    """
+    available = available_devices()
+    if name == "auto":
+        return torch.device(available[0])
+    device = torch.device(name)
+    present = {
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+    }[device.type]
+    if not present:
+        raise DeviceError(f"device {name} is not available here; available: {', '.join(available)}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products; `auto` is bfloat16 on CUDA that has it, else float32.
+
+    bfloat16 on a CPU without such units is emulated, 3 times slower than float32 (docs/LOG.md), so it is
+    taken only when asked for.
+
+    Raises:
+        DeviceError: the device cannot compute in it.
+    """
+    bf16_on_cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return torch.bfloat16 if bf16_on_cuda else torch.float32
+    if name == "bfloat16" and device.type == "cuda" and not bf16_on_cuda:
+        raise DeviceError(f"dtype bfloat16 is not supported by {torch.cuda.get_device_name(device)}; use float16")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Mixed precision for a forward pass; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def prepare(config: TrainConfig, device: torch.device) -> None:
+    """Seeds, determinism, threads and float32 precision of this process."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed workspace
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any; float32 proper on a CPU
+    torch.manual_seed(config.seed)
+
+
+def device_facts(device: torch.device) -> Mapping[str, str]:
+    """What env.txt says of the devices."""
+    facts = {"device": str(device), "torch threads": str(torch.get_num_threads()), "cpu": _cpu_name()}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if torch.version.cuda:
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,70 @@
+"""Losses of a model: the estimate during training, and the exact loss of a whole split."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import BatchSampler
+from model import LanguageModel
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside; the mode of before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def mean_loss(
+    model: LanguageModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], precision: AbstractContextManager[None]
+) -> float:
+    """Mean loss over batches of equal size, in nats per token: one transfer from the device."""
+    with evaluating(model), precision:
+        losses = [model(inputs, targets)[1] for inputs, targets in batches]
+    return torch.stack(losses).mean().item()
+
+
+def estimate_loss(
+    model: LanguageModel, sampler: BatchSampler, eval_iters: int, precision: AbstractContextManager[None]
+) -> dict[str, float]:
+    """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token."""
+    return {
+        "train/eval_loss": mean_loss(model, sampler.evaluation_batches("train_eval", eval_iters), precision),
+        "val/loss": mean_loss(model, sampler.evaluation_batches("val", eval_iters), precision),
+    }
+
+
+def split_loss(model: LanguageModel, tokens: np.ndarray, batch_size: int = 64) -> float:
+    """Mean loss over every token of a split but the first, in nats per token.
+
+    The split is cut into windows of block_size tokens side by side, so a token sees at most the
+    tokens of its own window before it; the last window may be shorter.
+    """
+    block_size = model.config.block_size
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    n_windows = (len(ids) - 1) // block_size
+    end = n_windows * block_size
+    inputs = list(ids[:end].view(-1, block_size).split(batch_size))  # (n, T) each
+    targets = list(ids[1 : end + 1].view(-1, block_size).split(batch_size))
+    if end + 1 < len(ids):
+        inputs.append(ids[None, end:-1])
+        targets.append(ids[None, end + 1 :])
+    total = torch.zeros((), dtype=torch.float64)
+    with evaluating(model):
+        for x, y in zip(inputs, targets, strict=True):
+            logits, _ = model(x.to(device))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), reduction="sum")
+            total += loss.double().cpu()
+    return float(total) / (len(ids) - 1)

@@ -1,0 +1,210 @@
+"""The append-only logs of a run, which are its truth, and the registry of metric names.
+
+One JSON object a line. A line counts once its newline is there: a reader ignores a torn last line,
+and `truncate` cuts it off. Views (TensorBoard, Aim, reports) are made from these files and can be
+made again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+METRICS_FILE = "metrics.jsonl"
+HISTOGRAMS_FILE = "histograms.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)
+
+Direction = Literal["lower", "higher", "none"]  # which way is better
+NOT_METRICS = frozenset(("step", "time"))  # the coordinates of a record
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that may stand in metrics.jsonl.
+
+    name: `split/name` or `name`; the TensorBoard tag. Aim shows `split` as context {subset: split}.
+    unit: of the value; "nats" for losses.
+    direction: which way is better.
+    views: whether TensorBoard and Aim show it.
+    """
+
+    name: str
+    unit: str
+    direction: Direction = "none"
+    views: bool = True
+
+    @property
+    def subset(self) -> str | None:
+        head, slash, _ = self.name.partition("/")
+        return head if slash else None
+
+    @property
+    def short_name(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+_REGISTRY: dict[str, Metric] = {}
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make `metric.name` a name that the log accepts.
+
+    Raises:
+        ValueError: another metric has this name.
+    """
+    if _REGISTRY.setdefault(metric.name, metric) != metric:
+        raise ValueError(f"metric {metric.name} is registered already, as {_REGISTRY[metric.name]}")
+    return metric
+
+
+for _metric in (
+    Metric("train/loss", "nats", "lower"),
+    Metric("train/eval_loss", "nats", "lower"),
+    Metric("val/loss", "nats", "lower"),
+    Metric("lr", "1"),
+    Metric("grad_norm", "1"),
+    Metric("tokens", "tokens", views=False),
+    Metric("tokens_per_second", "tokens/s", "higher"),
+    Metric("step_ms", "ms", "lower"),
+):
+    register_metric(_metric)
+
+
+def metric(name: str) -> Metric:
+    """The registered metric of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name not in _REGISTRY:
+        raise KeyError(f"metric {name!r} is not registered: call register_metric(Metric({name!r}, unit))")
+    return _REGISTRY[name]
+
+
+def encode_number(value: float) -> float | str:
+    """JSON has no NaN and no infinities: they are the strings "nan", "inf", "-inf"."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def decode_number(value: float | str) -> float:
+    return float(value)
+
+
+class LogWriter:
+    """Appends records to one log file. A batch of records is one write; `sync` makes it survive power loss."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append one line a record.
+
+        Raises:
+            OSError: the disk is full or gone; whole lines before the failure stay.
+        """
+        lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        data = memoryview(lines.encode("utf-8"))
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    @property
+    def offset(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._fd).st_size
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def metric_record(step: int, time: float, values: Mapping[str, float]) -> dict[str, Any]:
+    """A line of metrics.jsonl: `values` by registered name.
+
+    Raises:
+        KeyError: a name that is not registered.
+    """
+    return {"step": step, "time": round(time, 4), **{metric(name).name: encode_number(v) for name, v in values.items()}}
+
+
+class RunLog:
+    """The three logs of a run: metrics, histograms, sample texts.
+
+    Args:
+        logs_dir: the folder logs/ of a run directory.
+    """
+
+    def __init__(self, logs_dir: Path) -> None:
+        self.metrics = LogWriter(logs_dir / METRICS_FILE)
+        self.histograms = LogWriter(logs_dir / HISTOGRAMS_FILE)
+        self.samples = LogWriter(logs_dir / SAMPLES_FILE)
+
+    def sync(self) -> None:
+        for writer in (self.metrics, self.histograms, self.samples):
+            writer.sync()
+
+    def close(self) -> None:
+        """Sync and close; nothing can be written afterwards."""
+        self.sync()
+        for writer in (self.metrics, self.histograms, self.samples):
+            writer.close()
+
+
+def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[list[dict[str, Any]], int]:
+    """The complete records of `path` from byte `offset` on, about `max_bytes` of them.
+
+    Returns:
+        The records and the offset after the last of them; a torn last line is left for later.
+
+    Raises:
+        FileNotFoundError: there is no such log.
+        ValueError: a complete line that is not JSON.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(max_bytes)
+        if b"\n" not in data and len(data) == max_bytes:  # one line longer than a chunk
+            data += file.readline()
+    end = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:end].splitlines()], offset + end
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """All complete records of a log; none if there is no file."""
+    offset = 0
+    while path.exists():
+        records, end = read_from(path, offset)
+        if end == offset:
+            return
+        yield from records
+        offset = end
+
+
+def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric, in the order of the log."""
+    return [
+        (record["step"], decode_number(record[name]))
+        for record in read_records(logs_dir / METRICS_FILE)
+        if name in record
+    ]
+
+
+def truncate(path: Path, offset: int | None = None) -> None:
+    """Cut a log back to byte `offset`, or without it to its last complete line."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        if offset is None:
+            data = file.read()
+            offset = data.rfind(b"\n") + 1
+        file.truncate(offset)
+        file.flush()
+        os.fsync(file.fileno())
