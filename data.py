@@ -25,7 +25,9 @@ from utils.files import write_atomic
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", ""))
+TEXT_SUFFIXES = frozenset(
+    (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
+)
 
 # Streams of random numbers: one for each use, so that none disturbs another.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}

@@ -90,7 +90,9 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         sizes = [self.n_head, self.kv_heads, self.kv_heads]
-        q, k, v = self.qkv(x).view(B, T, sum(sizes), self.head_width).transpose(1, 2).split(sizes, dim=1)  # (B, H|K, T, D)
+        q, k, v = (
+            self.qkv(x).view(B, T, sum(sizes), self.head_width).transpose(1, 2).split(sizes, dim=1)
+        )  # (B, H|K, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         mask = None
@@ -245,6 +247,4 @@ def init_weights(model: LanguageModel) -> None:
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, LayerNorm | RMSNorm):
-            nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            module.reset_parameters()

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, Protocol, get_args, get_origin
 
 from utils.config import FIELDS, SECTIONS, Config, expected, field_fact, get_value
 from utils.config_loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
@@ -104,7 +104,12 @@ def parse_experiment(
     """
     files = parser.add_argument_group("configuration files")
     files.add_argument(
-        "--config", metavar="FILE", action="append", default=[], type=Path, help="settings on top of configs/ (repeatable)"
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        type=Path,
+        help="settings on top of configs/ (repeatable)",
     )
     files.add_argument("--config-dir", metavar="DIR", type=Path, help="folder of the shared files (default: configs)")
     parser.usage = f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
@@ -131,7 +136,13 @@ def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | Non
         return Config(), str(error)
 
 
-def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+class Main(Protocol):
+    """`main()` reads sys.argv; `main(argv)` is for tests and notebooks."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def script(main: Callable[[Sequence[str]], int]) -> Main:
     """Decorator of a script's `main(argv)`: mistakes become one line on stderr and exit status 2.
 
     Ctrl-C before or after the part that handles signals itself ends with 130, a closed pipe

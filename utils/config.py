@@ -283,7 +283,9 @@ class TrackingConfig(Section):
     sample_tokens: Int = setting(
         200, "length of the sample text at each evaluation; 0: none", kind=OBSERVATION, unit="tokens", ge=0
     )
-    sample_prompt: str = setting("\n", "start of the sample text", kind=OBSERVATION)
+    sample_prompt: str = setting(
+        "", "start of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
+    )
     aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
     aim_repo: str = setting(".", "folder that holds the .aim repository", kind=MACHINE, min_length=1)
     experiment: str = setting("workbench", "Aim experiment of the run", kind=OBSERVATION, min_length=1)
@@ -397,10 +399,12 @@ def config_hash(config: Config, resolved: dict[str, Any]) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a file in configs/: sectioned or flat, every key optional."""
     schema = Config.model_json_schema()
-    flat_properties = {
-        key: schema["$defs"][SECTIONS[SECTION_OF[key]].__name__]["properties"][key] for key in FIELDS
-    }
+    flat_properties = {key: schema["$defs"][SECTIONS[SECTION_OF[key]].__name__]["properties"][key] for key in FIELDS}
     schema["properties"] = {**schema["properties"], **flat_properties}
     schema["title"] = "Experiment configuration"
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
+
+
+if __name__ == "__main__":  # make schema
+    print(json.dumps(json_schema(), indent=2))

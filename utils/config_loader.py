@@ -60,9 +60,7 @@ class LoadedConfig:
     def non_default(self) -> list[tuple[str, Any, str]]:
         """(key, value, source) of every setting whose value differs from the default."""
         default = flat(Config())
-        return [
-            (key, value, self.source(key)) for key, value in flat(self.config).items() if value != default[key]
-        ]
+        return [(key, value, self.source(key)) for key, value in flat(self.config).items() if value != default[key]]
 
     def sources_json(self) -> dict[str, Any]:
         """The content of meta/config_sources.json."""
@@ -122,9 +120,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return mapping
 
 
-_UniqueKeyLoader.add_constructor(
-    "tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True)
-)
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def _parse_yaml(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
@@ -331,5 +331,3 @@ def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:
     """A rule that was found broken after loading, with the place where its first key was set."""
     sources = [s for s in map(loaded.source, error.keys) if s != "default"]
     return ConfigError(f"{sources[0] if sources else 'default'}: {error}")
-
-

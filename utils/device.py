@@ -81,6 +81,8 @@ def prepare(config: TrainConfig, device: torch.device) -> None:
     if config.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed workspace
     torch.use_deterministic_algorithms(config.deterministic)
+    # Nothing here reads memory that was not written, so it need not be filled.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.set_float32_matmul_precision("high")  # TF32 where there is any; float32 proper on a CPU
     torch.manual_seed(config.seed)

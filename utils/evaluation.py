@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from data import BatchSampler
 from model import LanguageModel
+
+Precision = Callable[[], AbstractContextManager[None]]  # autocast, or nothing
 
 
 @contextlib.contextmanager
@@ -27,16 +29,16 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def mean_loss(
-    model: LanguageModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], precision: AbstractContextManager[None]
+    model: LanguageModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], precision: Precision
 ) -> float:
     """Mean loss over batches of equal size, in nats per token: one transfer from the device."""
-    with evaluating(model), precision:
+    with evaluating(model), precision():
         losses = [model(inputs, targets)[1] for inputs, targets in batches]
     return torch.stack(losses).mean().item()
 
 
 def estimate_loss(
-    model: LanguageModel, sampler: BatchSampler, eval_iters: int, precision: AbstractContextManager[None]
+    model: LanguageModel, sampler: BatchSampler, eval_iters: int, precision: Precision
 ) -> dict[str, float]:
     """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token."""
     return {

@@ -10,7 +10,6 @@ import torch
 from model import KVCache, LanguageModel
 from tokenizer import CharTokenizer
 from utils.errors import UserError
-from utils.evaluation import evaluating
 
 
 class GenerationError(UserError):
@@ -75,6 +74,7 @@ def sample(logits: torch.Tensor, options: SamplingOptions, generator: torch.Gene
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+@torch.no_grad()
 def generate_tokens(
     model: LanguageModel, prompt: list[int], max_new_tokens: int, options: SamplingOptions, seed: int
 ) -> Iterator[int]:
@@ -84,28 +84,29 @@ def generate_tokens(
     block_size tokens anew.
 
     Args:
+        model: in eval mode (dropout would draw from the global random state).
         prompt: at least one token id; only the last block_size of them are seen.
         seed: of the random stream of this sequence.
     """
-    assert prompt, "generation starts from at least one token"
+    assert prompt
+    assert not model.training
     parameter = next(model.parameters())
     block_size = model.config.block_size
     generator = torch.Generator(device=parameter.device).manual_seed(seed)
     tokens = list(prompt)
-    with evaluating(model):
-        cache = KVCache(model.config, 1, block_size, parameter.device, parameter.dtype)
-        logits = prefill(model, torch.tensor([tokens[-block_size:]], device=parameter.device), cache)
-        for index in range(max_new_tokens):
-            token = sample(logits, options, generator)
-            tokens.append(int(token))
-            yield tokens[-1]
-            if index + 1 == max_new_tokens:
-                return
-            if cache.length < block_size:
-                logits = decode_one_token(model, token, cache)
-            else:
-                window = torch.tensor([tokens[-block_size:]], device=parameter.device)
-                logits = model(window)[0][:, -1]
+    cache = KVCache(model.config, 1, block_size, parameter.device, parameter.dtype)
+    logits = prefill(model, torch.tensor([tokens[-block_size:]], device=parameter.device), cache)
+    for index in range(max_new_tokens):
+        token = sample(logits, options, generator)
+        tokens.append(int(token))
+        yield tokens[-1]
+        if index + 1 == max_new_tokens:
+            return
+        if cache.length < block_size:
+            logits = decode_one_token(model, token, cache)
+        else:
+            window = torch.tensor([tokens[-block_size:]], device=parameter.device)
+            logits = model(window)[0][:, -1]
 
 
 def start_tokens(tokenizer: CharTokenizer, prompt: str) -> list[int]:

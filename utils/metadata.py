@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 MAX_PATCH_FILE_BYTES = 1_000_000
 SOURCE_SUFFIXES = frozenset(
-    ".py .pyi .ipynb .yaml .yml .json .toml .cfg .ini .txt .in .md .rst .sh .c .h .cc .cpp .cu .cuh .rs .js .html .css".split()
+    (
+        *(".py", ".pyi", ".ipynb", ".sh", ".c", ".h", ".cc", ".cpp", ".cu", ".cuh", ".rs", ".js", ".html", ".css"),
+        *(".yaml", ".yml", ".json", ".toml", ".cfg", ".ini", ".txt", ".in", ".md", ".rst"),
+    )
 )
 SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))
 SECRET_NAME = re.compile(

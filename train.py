@@ -1,0 +1,378 @@
+"""One training experiment: configuration -> run directory -> training loop -> export.
+
+    python train.py --run-tag baseline
+    python train.py --config configs/presets/shakespeare_cpu.yaml --n-embd 256
+    python train.py --help
+
+Or from a notebook: `from train import train; result = train(Config(...), quiet=True)`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import PROJECT_ROOT, Parser, parse_experiment, script
+from utils.config import Config, RuleError, config_hash, warmup_steps
+from utils.config_loader import LoadedConfig, relative_name, rule_error
+from utils.console import Terminal, TrainingProgress, duration, facts_table, settings_table
+from utils.files import write_json
+from utils.metadata import GitFacts, MetadataCapture
+from utils.run_log import RunLog
+from utils.run_manager import Run, Status
+from utils.signals import StopRequest, stop_on_signals
+
+if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
+    import torch
+
+    from data import Corpus
+    from utils.tracking import Feeders
+    from utils.training import TrainState
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. Losses are in nats per token; None where there was no evaluation."""
+
+    run_dir: Path
+    status: Status
+    exit_reason: str | None
+    steps: int
+    val_loss: float | None
+    best_val_loss: float | None
+    best_step: int | None
+    seconds: float
+    parameters: int
+    signum: int | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """0 completed, 1 failed or diverged, 128 + signal number after a signal."""
+        if self.status == "interrupted":
+            return 128 + (self.signum or 2)
+        return 0 if self.status == "completed" else 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the three gates found, before a directory is made."""
+
+    loaded: LoadedConfig
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype
+    max_iters: int
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training tokens that the run will make."""
+        tokens = self.max_iters * self.config.train.batch_size * self.config.model.block_size
+        return tokens / self.corpus.n_train
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="train.py", description=__doc__)
+    _, loaded = parse_experiment(argv, parser)
+    return train(loaded, argv=("train.py", *argv)).exit_status
+
+
+def train(
+    config: Config | LoadedConfig, *, quiet: bool = False, argv: Sequence[str] = (), root: Path = PROJECT_ROOT
+) -> TrainResult:
+    """Run one experiment.
+
+    Args:
+        config: the merged configuration, with or without the sources of its values.
+        quiet: print warnings only.
+        argv: the command line, for the record.
+        root: the folder that relative paths start from.
+
+    Returns:
+        How it ended; also for a run that diverged or was interrupted.
+
+    Raises:
+        UserError: a mistake found before the run directory is made.
+        Exception: whatever ended the run, after its status was written.
+    """
+    terminal = Terminal(quiet)
+    setup = check_gates(config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config), root)
+    runs_dir = root / setup.config.tracking.runs_dir
+    terminal.print(settings_table(setup.loaded.non_default()))
+    capture = MetadataCapture(root, excluded=(runs_dir,))
+    git = capture.git_facts()
+    with stop_on_signals() as stop:
+        run = Run.create(runs_dir, setup.config.tracking.run_tag, argv=list(argv))
+        terminal.attach(run.path / "logs" / "train.log")
+        try:
+            return run_experiment(setup, run, capture, git, terminal, stop, root)
+        finally:
+            terminal.close()
+
+
+def check_gates(loaded: LoadedConfig, root: Path) -> Setup:
+    """Corpus and device; the configuration was validated when it was made.
+
+    Raises:
+        UserError: with the first thing that is not as it must be.
+    """
+    from data import load_corpus
+    from utils.device import choose_device, choose_dtype
+    from utils.generation import start_tokens
+
+    config = loaded.config
+    corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir)
+    start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
+    max_iters = config.train.max_iters
+    if max_iters is None:
+        assert config.train.epochs is not None
+        max_iters = math.ceil(config.train.epochs * corpus.n_train / config.train.batch_size / config.model.block_size)
+        try:
+            warmup_steps(config.optimizer, max_iters)
+        except RuleError as error:
+            raise rule_error(error, loaded) from None
+    device = choose_device(config.train.device)
+    return Setup(loaded, corpus, device, choose_dtype(config.train.dtype, device), max_iters)
+
+
+def run_experiment(
+    setup: Setup,
+    run: Run,
+    capture: MetadataCapture,
+    git: GitFacts,
+    terminal: Terminal,
+    stop: StopRequest,
+    root: Path,
+) -> TrainResult:
+    """Train inside a run directory; whatever happens, its status, logs and views are closed."""
+    from utils.step_buffer import NonFiniteLossError
+    from utils.training import training_loop
+
+    began = time.monotonic()
+    log = RunLog(run.path / "logs")
+    state: TrainState | None = None
+    feeders: Feeders | None = None
+    status: Status = "failed"
+    reason: str | None = None
+    try:
+        state = prepare_run(setup, run, capture, git, terminal)
+        feeders = build_feeders(setup, run, git, state, terminal, root)
+
+        def after_flush() -> None:
+            run.heartbeat()
+            feeders.start()
+
+        with TrainingProgress(terminal, setup.max_iters) as progress:
+            training_loop(state, log, progress, stop, after_flush)
+        if stop:
+            status, reason = "interrupted", stop.name
+        else:
+            export(state, run)
+            status = "completed"
+    except NonFiniteLossError as error:
+        status, reason = "diverged", str(error)
+    except KeyboardInterrupt:
+        status, reason = "interrupted", f"{stop.name or 'SIGINT'}, at once"
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        terminal.print(traceback.format_exc(), log_only=True)
+        raise
+    finally:
+        summary = close_run(run, log, feeders, state, status, reason, terminal)
+    seconds = time.monotonic() - began
+    result = TrainResult(
+        run_dir=run.path,
+        status=status,
+        exit_reason=reason,
+        steps=state.step if state else 0,
+        val_loss=summary.get("val/loss"),
+        best_val_loss=summary.get("best_val_loss"),
+        best_step=state.best_step if state else None,
+        seconds=seconds,
+        parameters=state.model.num_parameters() if state else 0,
+        signum=stop.signum,
+    )
+    print_result(result, run, setup, terminal, root)
+    return result
+
+
+def prepare_run(setup: Setup, run: Run, capture: MetadataCapture, git: GitFacts, terminal: Terminal) -> TrainState:
+    """Seeds, model and optimizer; meta/ and the resolved values in run.json; the start-up facts."""
+    import torch
+
+    from utils.device import device_facts, prepare
+    from utils.training import build_state
+
+    config, corpus = setup.config, setup.corpus
+    meta = run.path / "meta"
+    write_json(meta / "full_config.json", config.model_dump(mode="json"))
+    write_json(meta / "config_sources.json", setup.loaded.sources_json())
+    if config.tracking.tags or config.tracking.note:
+        notes = {"tags": list(config.tracking.tags), "note": config.tracking.note, "pinned": False}
+        write_json(run.path / "notes.json", notes)
+    prepare(config.train, setup.device)
+    state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
+    decisive = {
+        "device": setup.device.type,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "max_iters": setup.max_iters,
+        "warmup_iters": warmup_steps(config.optimizer, setup.max_iters),
+        "dataset": corpus.hash,
+        "corpus_hash": corpus.hash,
+        "tokenizer_hash": corpus.tokenizer.hash(),
+    }
+    parameters = state.model.num_parameters()
+    run.update(
+        resolved={
+            **decisive,
+            "dataset": corpus.name,
+            "device": str(setup.device),
+            "compiled": state.forward is not state.model,
+            "vocab_size": corpus.tokenizer.vocab_size,
+            "train_tokens": corpus.n_train,
+            "val_tokens": corpus.n_val,
+            "epochs": round(setup.epochs, 4),
+            "parameters": parameters,
+        },
+        config_hash=config_hash(config, decisive),
+        git=git.summary(),
+    )
+    capture.write(meta, git, device_facts(setup.device))
+    terminal.print(
+        facts_table(
+            [
+                ("run", run.id),
+                ("device", f"{setup.device}, {decisive['dtype']}, {decisive['threads']} CPU threads"),
+                ("corpus", f"{corpus.name}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens"),
+                ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
+                ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
+            ]
+        )
+    )
+    return state
+
+
+def build_feeders(setup: Setup, run: Run, git: GitFacts, state: TrainState, terminal: Terminal, root: Path) -> Feeders:
+    """One feeder for TensorBoard, and one for Aim where it is asked for and installed; not started yet."""
+    from utils.tracking import Feeder, Feeders, RunFacts, View
+    from utils.tracking.aim import AimView, aim_is_installed
+    from utils.tracking.tensorboard import TensorBoardView
+
+    tracking = setup.config.tracking
+    facts = RunFacts(
+        id=run.id,
+        path=run.path,
+        tag=tracking.run_tag,
+        experiment=tracking.experiment,
+        tags=tracking.tags,
+        note=tracking.note,
+        hparams=setup.config.model_dump(mode="json"),
+        git=git.summary(),
+        model_summary={
+            "parameters": state.model.num_parameters(),
+            "vocab_size": state.model.vocab_size,
+            "train_tokens": setup.corpus.n_train,
+            "max_iters": setup.max_iters,
+            "device": str(setup.device),
+        },
+    )
+    views: list[View] = [TensorBoardView(facts, run.path / "logs" / "tensorboard")]
+    if tracking.aim_logging and aim_is_installed():
+        views.append(AimView(facts, root / tracking.aim_repo))
+    elif tracking.aim_logging:
+        terminal.warn("aim_logging is on but Aim is not installed: this run is not fed to Aim")
+        run.update_view("aim", state="off", reason="not installed")
+    budget = tracking.tracking_budget / len(views)
+    feeders = [Feeder(view, run.path / "logs", budget, run.update_view, terminal.warn) for view in views]
+    return Feeders(feeders, terminal.warn, run.update_view)
+
+
+def export(state: TrainState, run: Run) -> None:
+    """artifacts/export from the final weights."""
+    from utils.export import save_export
+
+    training: dict[str, Any] = {
+        "run": run.id,
+        "step": state.step,
+        **(state.losses or {}),
+        "dataset": state.corpus.name,
+        "corpus_hash": state.corpus.hash,
+    }
+    save_export(run.path / "artifacts" / "export", state.model, state.corpus.tokenizer, training)
+
+
+def close_run(
+    run: Run,
+    log: RunLog,
+    feeders: Feeders | None,
+    state: TrainState | None,
+    status: Status,
+    reason: str | None,
+    terminal: Terminal,
+) -> dict[str, float]:
+    """Sync the logs, close the views, write the end into run.json; the summary."""
+    from utils.run_log import encode_number
+    from utils.tracking import RunEnd
+
+    summary: dict[str, float] = {}
+    if state is not None and state.losses is not None:
+        summary = {**state.losses, "best_val_loss": state.best_val_loss}
+    try:
+        log.close()
+        if feeders is not None:
+            feeders.finish(RunEnd(status, summary), terminal.print)
+    finally:
+        run.finish(
+            status,
+            reason,
+            last_step=state.step if state else None,
+            summary={name: encode_number(value) for name, value in summary.items()},
+            best_step=state.best_step if state else None,
+        )
+    return summary
+
+
+def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, root: Path) -> None:
+    """Losses, time, where things are, and what to type next."""
+    where = relative_name(run.path, root)
+    rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
+    if result.val_loss is not None and result.best_val_loss is not None:
+        rows.append(
+            ("val loss", f"{result.val_loss:.4f} (best {result.best_val_loss:.4f} at step {result.best_step:,})")
+        )
+    rows += [
+        ("steps", f"{result.steps:,} of {setup.max_iters:,} in {duration(result.seconds)}"),
+        ("parameters", f"{result.parameters:,}"),
+        ("run directory", where),
+    ]
+    if result.status == "completed":
+        rows.append(("export", f"{where}/artifacts/export"))
+    terminal.print("", facts_table(rows))
+    runs_dir = relative_name(run.path.parent, root)
+    commands = [("curves", f"tensorboard --logdir {runs_dir}")]
+    if "aim" in run.record["views"]:
+        commands.append(("compare runs", "aim up" + _aim_repo_flag(setup, root)))
+    if result.status == "completed":
+        name = run.id if not run.record["tag"] else run.record["tag"]
+        commands.append(("generate", f'python inference.py {name} --prompt "The "'))
+    terminal.print("", facts_table(commands, title="Next"))
+
+
+def _aim_repo_flag(setup: Setup, root: Path) -> str:
+    repo = setup.config.tracking.aim_repo
+    return "" if repo == "." else f" --repo {relative_name(root / repo, root)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Everything a person reads in the terminal, and the same as plain text in logs/train.log."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol, Self
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_LINE_SECONDS = 10.0  # between progress lines where there is no live display
+REFRESH_SECONDS = 0.1  # between updates of the live display
+LOG_WIDTH = 110
+
+
+class ProfileRow(Protocol):
+    """What `profile_table` shows of a phase or operator."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def calls(self) -> float: ...
+    @property
+    def time_ms(self) -> float: ...
+
+
+class Terminal:
+    """Prints to the terminal (unless quiet) and, once attached, to a log file.
+
+    What was printed before `attach` is written to the log then.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(highlight=False, soft_wrap=False)
+        self._log: IO[str] = io.StringIO()
+
+    @property
+    def live(self) -> bool:
+        """True if a progress bar can move."""
+        return self.console.is_terminal and not self.quiet
+
+    def attach(self, path: Path) -> None:
+        file = path.open("a", encoding="utf-8", buffering=1)
+        if isinstance(self._log, io.StringIO):
+            file.write(self._log.getvalue())
+        self._log = file
+
+    def print(self, *renderables: RenderableType, log_only: bool = False) -> None:
+        """Print one below the other; lines of text are not wrapped, tables are."""
+        plain = Console(file=self._log, width=LOG_WIDTH, no_color=True, force_terminal=False, highlight=False)
+        for console in [plain] if self.quiet or log_only else [self.console, plain]:
+            for renderable in renderables:
+                console.print(renderable, soft_wrap=isinstance(renderable, str | Text))
+
+    def warn(self, message: str) -> None:
+        """One visible line, also when quiet."""
+        text = Text.assemble(("warning: ", "bold yellow"), message)
+        if self.quiet:
+            print(f"warning: {message}", file=sys.stderr)
+        self.print(text)
+
+    def close(self) -> None:
+        self._log.close()
+        self._log = io.StringIO()
+
+
+def settings_table(rows: Sequence[tuple[str, Any, str]]) -> RenderableType:
+    """The start-up table: (setting, value, source) of what differs from the defaults."""
+    if not rows:
+        return Text("All settings have their default values.", style="dim")
+    table = Table(title="Settings that differ from the defaults", title_justify="left", title_style="bold")
+    table.add_column("setting", style="cyan", no_wrap=True)
+    table.add_column("value", no_wrap=True)
+    table.add_column("set by", style="dim", overflow="fold")
+    for key, value, source in rows:
+        table.add_row(key, Text(_shown(value)), Text(source))
+    return table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def facts_table(rows: Iterable[tuple[str, str]], title: str | None = None) -> RenderableType:
+    """Two columns without borders: what, how much."""
+    table = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def profile_table(title: str, rows: Iterable[ProfileRow]) -> RenderableType:
+    """Name, share with a bar, calls and time of each row."""
+    rows = list(rows)
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("name", style="cyan", overflow="fold")
+    for header in ("share", "calls/step", "ms/step"):
+        table.add_column(header, justify="right")
+    table.add_column("")
+    for row in rows:
+        bar = "█" * round(row.share / 4)
+        table.add_row(
+            row.name, f"{row.share:.1f}%", f"{row.calls:,.1f}", f"{row.time_ms:.3f}", Text(bar, style="magenta")
+        )
+    table.add_section()
+    table.add_row("sum", f"{sum(r.share for r in rows):.1f}%", "", f"{sum(r.time_ms for r in rows):.3f}", "")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3:05 min" or "2:10:00 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+
+
+class _Field(ProgressColumn):
+    """A column that shows one field of the task."""
+
+    def __init__(self, template: str, style: str = "") -> None:
+        super().__init__()
+        self.template, self.style = template, style
+
+    def render(self, task: Task) -> Text:
+        try:
+            return Text(self.template.format(**task.fields), style=self.style)
+        except (TypeError, ValueError):  # not known yet
+            return Text("")
+
+
+class TrainingProgress:
+    """Step, losses, tokens/s, elapsed and remaining time: a live line, or plain lines now and then."""
+
+    def __init__(self, terminal: Terminal, total: int, start: int = 0) -> None:
+        self.terminal = terminal
+        self.total, self.start = total, start
+        self.fields: dict[str, Any] = {"loss": None, "val_loss": None, "tokens_per_second": None}
+        self._began = time.monotonic()
+        self._next_update = 0.0
+        self._next_line = self._began + PLAIN_LINE_SECONDS
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.terminal.live:
+            self._progress = Progress(
+                BarColumn(bar_width=24),
+                TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+                _Field("loss {loss:.4f}", "bold"),
+                _Field("val {val_loss:.4f}", "bold green"),
+                _Field("{tokens_per_second:,.0f} tok/s", "magenta"),
+                _Field("{elapsed} elapsed", "dim"),
+                _Field("{remaining} left", "dim"),
+                console=self.terminal.console,
+                transient=True,
+            )
+            self._task = self._progress.add_task(
+                "train", total=self.total, completed=self.start, **self._times(self.start)
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def _times(self, step: int) -> dict[str, Any]:
+        elapsed = time.monotonic() - self._began
+        done = step - self.start
+        remaining = elapsed / done * (self.total - step) if done > 0 else None
+        return {
+            **self.fields,
+            "elapsed": duration(elapsed),
+            "remaining": duration(remaining) if remaining is not None else None,
+        }
+
+    def update(self, step: int, **fields: float) -> None:
+        """Called after every step; looks at the clock before it does anything."""
+        self.fields.update(fields)
+        now = time.monotonic()
+        if self._progress and now >= self._next_update:
+            self._next_update = now + REFRESH_SECONDS
+            self._progress.update(self._task, completed=step, **self._times(step))
+        if now >= self._next_line:
+            self._line(step)
+
+    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """An evaluation is done: always a line of its own."""
+        self.fields["val_loss"] = losses["val/loss"]
+        self._line(step, losses)
+
+    def _line(self, step: int, losses: dict[str, float] | None = None) -> None:
+        self._next_line = time.monotonic() + PLAIN_LINE_SECONDS
+        times = self._times(step)
+        parts = [f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}"]
+        if losses:
+            parts.append(f"train {losses['train/eval_loss']:.4f}  val {losses['val/loss']:.4f}")
+        elif self.fields["loss"] is not None:
+            parts.append(f"loss {self.fields['loss']:.4f}")
+        if self.fields["tokens_per_second"]:
+            parts.append(f"{self.fields['tokens_per_second']:,.0f} tok/s")
+        parts.append(f"{times['elapsed']} elapsed")
+        if times["remaining"] and step < self.total:
+            parts.append(f"{times['remaining']} left")
+        line = Text("  ".join(parts))
+        self.terminal.print(line, log_only=self.terminal.live and losses is None)

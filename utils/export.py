@@ -1,0 +1,155 @@
+"""artifacts/export: all that inference needs, as safetensors and JSON.
+
+model.safetensors holds each weight once (the tied embedding is one tensor), config.json the
+architecture and where the weights came from, tokenizer.json the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.config import ModelConfig
+from utils.errors import UserError
+from utils.evaluation import evaluating
+from utils.files import write_json
+
+FORMAT_VERSION = 1
+EXPORT_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+
+
+class ExportError(UserError):
+    """An export that is missing, damaged, or does not fit its configuration."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `load_export` reads: the model in eval mode, its tokenizer, and the rest of config.json."""
+
+    model: LanguageModel
+    tokenizer: CharTokenizer
+    training: Mapping[str, Any]  # run id, step, losses, corpus
+
+
+def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, training: Mapping[str, Any]) -> None:
+    """Write an export, reopen it, compare its logits bit by bit, then put it in its place.
+
+    Args:
+        folder: becomes the export; an older one is replaced.
+        training: where the weights come from, for people.
+
+    Raises:
+        ExportError: what was written does not give the same logits.
+        OSError: it cannot be written; an older export stays.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "model": model.config.model_dump(mode="json"),
+            "vocab_size": model.vocab_size,
+            "weights_crc32": _crc32(temporary / "model.safetensors"),
+            "training": dict(training),
+        }
+        write_json(temporary / "config.json", config)
+        tokenizer.save(temporary / "tokenizer.json")
+        _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
+    device = next(model.parameters()).device
+    length = model.config.block_size
+    idx = (torch.arange(length, device=device) % model.vocab_size)[None]  # (1, T)
+    with evaluating(model):
+        same = torch.equal(model(idx)[0], reopened(idx)[0])
+    if not same:
+        raise ExportError("the exported weights do not give the logits of the trained model")
+
+
+def load_export(folder: Path, device: torch.device) -> Export:
+    """Read an export; names and shapes of all weights are checked.
+
+    Raises:
+        ExportError: a missing or damaged file, or weights that differ from the configuration.
+        TokenizerError: a damaged tokenizer file.
+    """
+    if missing := [name for name in EXPORT_FILES if not (folder / name).is_file()]:
+        raise ExportError(f"{folder}: no complete export: {', '.join(missing)} missing")
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        version = config["format_version"]
+        if version != FORMAT_VERSION:
+            raise ExportError(f"{config_path}: format version {version}, this workbench reads {FORMAT_VERSION}")
+        model = LanguageModel(ModelConfig.model_validate(config["model"]), int(config["vocab_size"]))
+        training, crc32 = config["training"], config["weights_crc32"]
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ExportError(f"{config_path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
+    try:
+        weights = load_file(weights_path)
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{weights_path}: damaged: {error}") from None
+    check_weights(weights, model, str(weights_path))
+    if _crc32(weights_path) != crc32:
+        raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
+    model.load_state_dict(weights)
+    tokenizer = CharTokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ExportError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
+            "they are not from the same run"
+        )
+    return Export(model.to(device).eval(), tokenizer, training)
+
+
+def _crc32(path: Path) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"
+
+
+def check_weights(weights: Mapping[str, torch.Tensor], model: LanguageModel, name: str) -> None:
+    """Names and shapes must be those of the model.
+
+    Raises:
+        ExportError: with the first differences.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    differences = [
+        *(f"{key} is missing" for key in expected if key not in found),
+        *(f"{key} is unexpected" for key in found if key not in expected),
+        *(
+            f"{key} has shape {found[key]}, expected {expected[key]}"
+            for key in expected
+            if key in found and found[key] != expected[key]
+        ),
+    ]
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise ExportError(f"{name} does not fit its config.json: {'; '.join(differences[:3])}{more}")

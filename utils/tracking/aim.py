@@ -1,0 +1,98 @@
+"""The Aim view: one Aim run a run directory, for comparing runs with `aim up`."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, NOT_METRICS, decode_number, metric
+from utils.tracking import RunEnd, RunFacts
+
+if TYPE_CHECKING:
+    import aim
+
+
+def aim_is_installed() -> bool:
+    return importlib.util.find_spec("aim") is not None
+
+
+class AimView:
+    """Metrics with subset context, distributions, sample texts, hyperparameters, git facts, status.
+
+    Aim's Run and Repo are not thread-safe: they live and die in the feeder's thread. Its own system
+    metrics and terminal capture are off; `status` is ours, since Aim calls a crashed run finished.
+    """
+
+    name = "aim"
+
+    def __init__(self, facts: RunFacts, repo: Path) -> None:
+        self.facts = facts
+        self.repo = repo
+        self._run: aim.Run | None = None
+
+    @property
+    def run(self) -> aim.Run:
+        assert self._run is not None, "open() comes first"
+        return self._run
+
+    def open(self) -> Mapping[str, Any]:
+        warnings.filterwarnings("ignore", message="SOCKS support in urllib3")  # of a package that Aim imports
+        import aim
+
+        self.repo.mkdir(parents=True, exist_ok=True)
+        self._run = aim.Run(
+            repo=str(self.repo),
+            experiment=self.facts.experiment,
+            system_tracking_interval=None,
+            capture_terminal_logs=False,
+        )
+        self.run.name = self.facts.id
+        self.run.description = self.facts.note
+        for tag in dict.fromkeys((*([self.facts.tag] if self.facts.tag else []), *self.facts.tags)):
+            self.run.add_tag(tag)
+        self.run["hparams"] = _plain(self.facts.hparams)
+        self.run["git"] = _plain(self.facts.git)
+        self.run["model_summary"] = _plain(self.facts.model_summary)
+        self.run["run_dir"] = str(self.facts.path)
+        self.run["status"] = "running"
+        return {"hash": self.run.hash, "repo": str(self.repo)}
+
+    def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        if log_file == METRICS_FILE:
+            for name, value in record.items():
+                if name not in NOT_METRICS and metric(name).views:
+                    facts = metric(name)
+                    context = {"subset": facts.subset} if facts.subset else {}
+                    self.run.track(decode_number(value), name=facts.short_name, step=step, context=context)
+        elif log_file == HISTOGRAMS_FILE:
+            from aim import Distribution
+
+            if sum(record["counts"]):
+                kind, _, parameter = record["name"].partition("/")
+                bins = Distribution(hist=record["counts"], bin_range=(record["min"], record["max"]))
+                self.run.track(bins, name=parameter, step=step, context={"kind": kind})
+        else:
+            from aim import Text
+
+            self.run.track(Text(record["text"]), name="sample", step=step)
+
+    def flush(self) -> None:
+        """Aim's readers see what was tracked without it."""
+
+    def close(self, end: RunEnd) -> None:
+        self.run["status"] = end.status
+        self.run["summary"] = _plain(end.summary)
+        self.run.close()
+
+
+def _plain(value: Any) -> Any:
+    """Aim stores dicts, lists, numbers, strings, None; not tuples or other mappings."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
