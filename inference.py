@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
-    runs_dir = args.runs_dir or PROJECT_ROOT / ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
+    runs_dir = PROJECT_ROOT / (args.runs_dir or ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir)
     export = find_export(args.run, runs_dir)
 
     from utils.device import choose_device

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import PROJECT_ROOT, Parser, parse_experiment, script
-from utils.console import Terminal, facts_table, profile_table
+from utils.console import Terminal, facts, profile_table
 from utils.errors import UserError
 from utils.files import write_json
 from utils.run_log import LogWriter
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         )
     tokens_per_second = state.tokens_per_step / result.step_ms * 1000
     terminal.print(
-        facts_table(
+        facts(
             [
                 ("device", f"{setup.device}, {str(setup.dtype).removeprefix('torch.')}"),
                 ("model", f"{state.model.num_parameters():,} parameters"),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import PROJECT_ROOT, Parser, parse_experiment, script
 from utils.config import Config, RuleError, config_hash, warmup_steps
 from utils.config_loader import LoadedConfig, relative_name, rule_error
-from utils.console import Terminal, TrainingProgress, duration, facts_table, settings_table
+from utils.console import Terminal, TrainingProgress, duration, facts, settings_table
 from utils.files import write_json
 from utils.metadata import GitFacts, MetadataCapture
 from utils.run_log import RunLog
@@ -250,7 +250,7 @@ def prepare_run(setup: Setup, run: Run, capture: MetadataCapture, git: GitFacts,
     )
     capture.write(meta, git, device_facts(setup.device))
     terminal.print(
-        facts_table(
+        facts(
             [
                 ("run", run.id),
                 ("device", f"{setup.device}, {decisive['dtype']}, {decisive['threads']} CPU threads"),
@@ -270,7 +270,7 @@ def build_feeders(setup: Setup, run: Run, git: GitFacts, state: TrainState, term
     from utils.tracking.tensorboard import TensorBoardView
 
     tracking = setup.config.tracking
-    facts = RunFacts(
+    run_facts = RunFacts(
         id=run.id,
         path=run.path,
         tag=tracking.run_tag,
@@ -287,9 +287,9 @@ def build_feeders(setup: Setup, run: Run, git: GitFacts, state: TrainState, term
             "device": str(setup.device),
         },
     )
-    views: list[View] = [TensorBoardView(facts, run.path / "logs" / "tensorboard")]
+    views: list[View] = [TensorBoardView(run_facts, run.path / "logs" / "tensorboard")]
     if tracking.aim_logging and aim_is_installed():
-        views.append(AimView(facts, root / tracking.aim_repo))
+        views.append(AimView(run_facts, root / tracking.aim_repo))
     elif tracking.aim_logging:
         terminal.warn("aim_logging is on but Aim is not installed: this run is not fed to Aim")
         run.update_view("aim", state="off", reason="not installed")
@@ -358,7 +358,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     ]
     if result.status == "completed":
         rows.append(("export", f"{where}/artifacts/export"))
-    terminal.print("", facts_table(rows))
+    terminal.print("", facts(rows))
     runs_dir = relative_name(run.path.parent, root)
     commands = [("curves", f"tensorboard --logdir {runs_dir}")]
     if "aim" in run.record["views"]:
@@ -366,7 +366,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     if result.status == "completed":
         name = run.id if not run.record["tag"] else run.record["tag"]
         commands.append(("generate", f'python inference.py {name} --prompt "The "'))
-    terminal.print("", facts_table(commands, title="Next"))
+    terminal.print("", facts(commands, title="Next"))
 
 
 def _aim_repo_flag(setup: Setup, root: Path) -> str:

@@ -79,10 +79,10 @@ def settings_table(rows: Sequence[tuple[str, Any, str]]) -> RenderableType:
         return Text("All settings have their default values.", style="dim")
     table = Table(title="Settings that differ from the defaults", title_justify="left", title_style="bold")
     table.add_column("setting", style="cyan", no_wrap=True)
-    table.add_column("value", no_wrap=True)
-    table.add_column("set by", style="dim", overflow="fold")
+    table.add_column("value", overflow="fold")
+    table.add_column("set by", style="dim", no_wrap=True)
     for key, value, source in rows:
-        table.add_row(key, Text(_shown(value)), Text(source))
+        table.add_row(key, Text(_shown(value), overflow="fold"), Text(source))
     return table
 
 
@@ -94,14 +94,15 @@ def _shown(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def facts_table(rows: Iterable[tuple[str, str]], title: str | None = None) -> RenderableType:
-    """Two columns without borders: what, how much."""
-    table = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+def facts(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
+    """Lines of "what  how much" with a common indent; long values are not wrapped, so that they can be copied."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    text = Text(f"{title}\n" if title else "", style="")
+    text.stylize("bold")
     for name, value in rows:
-        table.add_row(name, Text(value))
-    return table
+        text.append(f"{name:<{width}}", style="cyan").append(f"{value}\n")
+    return text[:-1]
 
 
 def profile_table(title: str, rows: Iterable[ProfileRow]) -> RenderableType:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.config import TRAJECTORY, field_fact
 from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, NOT_METRICS, decode_number, metric
 from utils.tracking import RunEnd, RunFacts
 
@@ -87,6 +88,7 @@ class TensorBoardView:
             f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
             for section, values in self.facts.hparams.items()
             for key, value in values.items()
+            if field_fact(key, "kind") == TRAJECTORY
         }
         metrics = {name: value for name, value in end.summary.items() if name in HPARAM_METRICS}
         file_writer = self.writer._get_file_writer()

@@ -1,0 +1,99 @@
+"""What the benchmarks share: machine facts, medians and ratios, interleaving, runs in temporary folders."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from utils.cli import PROJECT_ROOT, Parser
+from utils.config_loader import ConfigLoader, LoadedConfig
+from utils.errors import UserError
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+RESAMPLES = 2000
+
+
+def add_config_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], type=Path, help="further settings (repeatable)"
+    )
+
+
+def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
+    """The value of a flag that takes a comma-separated list.
+
+    Raises:
+        UserError: not a number, too small, or none at all.
+    """
+    try:
+        values = [kind(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        values = []
+    if not values or min(values) < least:
+        raise UserError(f"{flag}: expected numbers >= {least:g}, separated by commas, got {text!r}")
+    return values
+
+
+def at_least(least: int, **flags: int) -> None:
+    """
+    Raises:
+        UserError: a flag's number is smaller than `least`.
+    """
+    for name, value in flags.items():
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}")
+
+
+def load_config(files: Iterable[Path], folder: Path, overrides: Mapping[str, str | bool]) -> LoadedConfig:
+    """configs/, then `files`, then `overrides`; runs and the Aim repository lie in `folder`."""
+    places = {"runs_dir": str(folder / "runs"), "aim_repo": str(folder)}
+    return ConfigLoader(PROJECT_ROOT).load(files, {**places, **overrides})
+
+
+def machine_facts() -> str:
+    """The machine in one line. Called after the measurement: then the thread count is the one that was used."""
+    import torch
+
+    from utils.device import choose_device, device_facts
+
+    facts = device_facts(choose_device("auto"))
+    gpus = [value for name, value in facts.items() if name.startswith("cuda:")]
+    return ", ".join((facts["cpu"], *gpus, f"{facts['torch threads']} threads", f"torch {torch.__version__}"))
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], T]], repeats: int, report: Callable[[str], None] = lambda line: None
+) -> dict[str, list[T]]:
+    """Measure every arm once a repeat, so that a drift of the machine meets all of them alike.
+
+    The order turns by one place at each repeat: no arm always follows the same other one.
+    """
+    results: dict[str, list[T]] = {name: [] for name in arms}
+    names = list(arms)
+    for repeat in range(repeats):
+        shift = repeat % len(names)
+        for name in names[shift:] + names[:shift]:
+            report(f"{repeat + 1}/{repeats}: {name}")
+            results[name].append(arms[name]())
+    return results
+
+
+def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
+    """median(new) / median(old) and its 95% interval: a percentile bootstrap over repeats, pairs kept together."""
+    assert len(new) == len(old)
+    generator = random.Random(0)
+    pairs = list(zip(new, old, strict=True))
+
+    def ratio(sample: Sequence[tuple[float, float]]) -> float:
+        return statistics.median(a for a, _ in sample) / statistics.median(b for _, b in sample)
+
+    resampled = sorted(ratio(generator.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    return ratio(pairs), resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
+
+
+def verdict(reached: bool) -> str:
+    return "[green]reached[/]" if reached else "[bold red]missed[/]"

@@ -1,0 +1,131 @@
+"""Does the model learn as well as nanoGPT's? The CPU recipe on Tiny Shakespeare, exported, reopened, evaluated.
+
+python -m benchmarks.shakespeare                       # 2000 steps, about two minutes on 2 CPU cores
+python -m benchmarks.shakespeare --seeds 1337,1,2
+
+The loss is that of the exported weights over the whole validation split.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.common import add_config_flag, at_least, load_config, machine_facts, numbers, verdict
+from utils.cli import PROJECT_ROOT, Parser, script
+from utils.config_loader import LoadedConfig
+from utils.console import Terminal
+from utils.errors import UserError
+
+PRESET = PROJECT_ROOT / "configs" / "presets" / "shakespeare_cpu.yaml"
+TARGET = 1.90  # nats per token
+NANOGPT = 1.886  # nanoGPT's own code, same recipe, 132 s on 2 cores
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run: losses in nats per token, throughput as the median over the log's records."""
+
+    seed: int
+    steps: int
+    split_loss: float  # over the whole validation split
+    estimate: float  # what the run itself reported
+    seconds: float
+    tokens_per_second: float
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.shakespeare", description=__doc__)
+    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="optimizer updates (default: 2000)")
+    parser.add_argument("--seeds", default="1337", metavar="A,B", help="one run for each (default: 1337)")
+    add_config_flag(parser)
+    args = parser.parse(argv)
+    at_least(1, steps=args.steps)
+    terminal = Terminal()
+    results = []
+    for seed in numbers(args.seeds, "--seeds", int, 0):
+        terminal.print(f"seed {seed}: training {args.steps:,} steps")
+        with tempfile.TemporaryDirectory() as folder:
+            overrides: dict[str, str | bool] = {
+                "seed": str(seed),
+                "max_iters": str(args.steps),
+                "warmup_iters": str(args.steps // 20),  # 100 of 2000, and valid for short trials
+                "aim_logging": False,
+            }
+            results.append(measure(load_config([PRESET, *args.config], Path(folder), overrides)))
+    loss = statistics.median(result.split_loss for result in results)
+    terminal.print(
+        "",
+        results_table(results),
+        f"machine: {machine_facts()}",
+        f"median loss {loss:.4f}: target {TARGET:.2f} {verdict(loss <= TARGET)}; "
+        f"nanoGPT {NANOGPT:.3f}, ratio {loss / NANOGPT:.4f}",
+    )
+    return 0
+
+
+def measure(loaded: LoadedConfig) -> Trained:
+    """Train, reopen the export, and evaluate it on every token of the validation split.
+
+    Raises:
+        UserError: the corpus is not there, or the run diverged.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    import torch
+
+    from data import load_corpus
+    from train import train
+    from utils.evaluation import split_loss
+    from utils.export import load_export
+    from utils.run_log import read_metrics
+
+    config = loaded.config
+    result = train(loaded, quiet=True)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    if result.status != "completed":
+        raise UserError(f"the run ended as {result.status}: {result.exit_reason}")
+    assert result.val_loss is not None
+    export = load_export(result.run_dir / "artifacts" / "export", torch.device("cpu"))
+    corpus = load_corpus(config.data, config.model.block_size, PROJECT_ROOT / config.data.corpora_dir)
+    rates = read_metrics(result.run_dir / "logs", "tokens_per_second")
+    return Trained(
+        seed=config.train.seed,
+        steps=result.steps,
+        split_loss=split_loss(export.model, corpus.split("val")),
+        estimate=result.val_loss,
+        seconds=result.seconds,
+        tokens_per_second=statistics.median(rate for _, rate in rates),
+    )
+
+
+def results_table(results: Sequence[Trained]) -> Table:
+    table = Table(title="Tiny Shakespeare, nanoGPT's CPU recipe", title_justify="left", title_style="bold")
+    for header in ("seed", "steps", "whole val split", "run's estimate", "seconds", "tokens/s"):
+        table.add_column(header, justify="right")
+    for r in results:
+        table.add_row(f"{r.seed}", f"{r.steps:,}", *_cells([r]))
+    if len(results) > 1:
+        table.add_section()
+        table.add_row("median", "", *_cells(results), style="bold")
+    return table
+
+
+def _cells(results: Sequence[Trained]) -> tuple[str, ...]:
+    return (
+        f"{statistics.median(r.split_loss for r in results):.4f}",
+        f"{statistics.median(r.estimate for r in results):.4f}",
+        f"{statistics.median(r.seconds for r in results):.1f}",
+        f"{statistics.median(r.tokens_per_second for r in results):,.0f}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

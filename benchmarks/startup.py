@@ -1,0 +1,133 @@
+"""How long until something happens? `--help`, and the first training step set against `import torch`.
+
+python -m benchmarks.startup
+python -m benchmarks.startup --repeats 3
+
+The first step is that of the default experiment as the shipped configs say it (views on), from the start of
+the process to the end of the first update: its evaluation at step 0, sample text included, comes before that.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.common import at_least, interleaved, machine_facts, verdict
+from utils.cli import PROJECT_ROOT, Parser, script
+from utils.console import Terminal
+from utils.errors import UserError
+
+HELP, IMPORT, LOOP, FIRST_STEP = "train.py --help", "import torch", "training loop begins", "first step done"
+HELP_LIMIT = 0.5  # seconds
+STEP_LIMIT = 2.0  # seconds after `import torch`
+MARK = "benchmark clock:"
+DRIVER = "import sys; from benchmarks.startup import timed_training; sys.exit(timed_training(sys.argv[1:]))"
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.startup", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timings of each command (default: 7)")
+    args = parser.parse(argv)
+    at_least(1, repeats=args.repeats)
+    terminal = Terminal()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = measure(args.repeats, Path(folder))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    after_torch = medians[FIRST_STEP] - medians[IMPORT]
+    terminal.print(
+        results_table(seconds),
+        f"machine: {machine_facts()}",
+        f"help {medians[HELP]:.2f} s: limit {HELP_LIMIT} s {verdict(medians[HELP] <= HELP_LIMIT)}",
+        f"first step minus import torch {after_torch:.2f} s: limit {STEP_LIMIT} s {verdict(after_torch <= STEP_LIMIT)}",
+    )
+    return 0
+
+
+def measure(repeats: int, folder: Path, flags: Sequence[str] = ()) -> dict[str, list[float]]:
+    """Seconds of each command, interleaved, after one round that fills the caches and is not counted.
+
+    Args:
+        folder: gets the runs and the Aim repository.
+        flags: further flags of the training run.
+    """
+    places = ["--runs-dir", str(folder / "runs"), "--aim-repo", str(folder)]
+    training = ["-c", DRIVER, "--max-iters", "1", *places, *flags]
+
+    def first_step() -> list[float]:
+        start = time.time()
+        output = _python(*training)
+        return [float(line.split(MARK)[1]) - start for line in output.splitlines() if line.startswith(MARK)]
+
+    arms = {
+        HELP: lambda: [_timed("train.py", "--help")],
+        IMPORT: lambda: [_timed("-c", "import torch")],
+        FIRST_STEP: first_step,
+    }
+    results = interleaved(arms, repeats + 1)
+    seconds = {name: [values[-1] for values in results[name][1:]] for name in (HELP, IMPORT)}
+    for index, name in enumerate((LOOP, FIRST_STEP)):
+        seconds[name] = [values[index] for values in results[FIRST_STEP][1:]]
+    return seconds
+
+
+def _timed(*words: str) -> float:
+    start = time.perf_counter()
+    _python(*words)
+    return time.perf_counter() - start
+
+
+def _python(*words: str) -> str:
+    """The output of a Python process that must succeed."""
+    done = subprocess.run([sys.executable, *words], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"python {words[0]} ended with {done.returncode}: {done.stderr.strip() or 'no message'}")
+    return done.stdout
+
+
+def timed_training(argv: Sequence[str]) -> int:
+    """train.py's main, which prints the clock when the loop begins and after the first update."""
+    import train
+
+    prepare_run = train.prepare_run  # the last thing before the loop that is not imported late
+
+    def prepared(*arguments: Any) -> Any:
+        state = prepare_run(*arguments)
+        from utils import training
+
+        optimizer_step = training.optimizer_step
+
+        def stepped(state: Any) -> None:
+            optimizer_step(state)
+            print(MARK, time.time(), flush=True)
+
+        training.optimizer_step = stepped
+        print(MARK, time.time(), flush=True)
+        return state
+
+    train.prepare_run = prepared
+    return train.main(argv)
+
+
+def results_table(seconds: dict[str, list[float]]) -> Table:
+    table = Table(title="Seconds since the process started", title_justify="left", title_style="bold")
+    table.add_column("what", style="cyan")
+    for header in ("median", "least", "most", "/ import torch"):
+        table.add_column(header, justify="right")
+    reference = statistics.median(seconds[IMPORT])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        table.add_row(name, *(f"{x:.2f}" for x in (median, min(values), max(values), median / reference)))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

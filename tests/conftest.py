@@ -1,0 +1,77 @@
+"""The tiny fixtures: a corpus of a few kilobytes and an experiment that trains in a second."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_FLAGS = {
+    "--n-layer": "1",
+    "--n-head": "2",
+    "--n-embd": "16",
+    "--block-size": "8",
+    "--batch-size": "4",
+    "--max-iters": "6",
+    "--eval-interval": "3",
+    "--eval-iters": "2",
+    "--histogram-interval": "3",
+    "--sample-tokens": "8",
+    "--threads": "1",
+}
+
+
+@pytest.fixture
+def tiny_text() -> str:
+    """About 6,000 characters with some structure and a few non-ASCII letters."""
+    return "".join(f"line {i}: the quick brown fox jumps über {i * i % 97} lazy dogs.\n" for i in range(100))
+
+
+@pytest.fixture
+def tiny_corpus(tmp_path: Path, tiny_text: str) -> Path:
+    """A UTF-8 text file."""
+    path = tmp_path / "tiny.txt"
+    path.write_text(tiny_text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_argv(tmp_path: Path, tiny_corpus: Path) -> Callable[..., list[str]]:
+    """Flags of a tiny experiment below tmp_path, without Aim; later words win: `tiny_argv("--seed", "1")`."""
+
+    def argv(*words: str) -> list[str]:
+        places = {
+            "--dataset": str(tiny_corpus),
+            "--corpora-dir": str(tmp_path / "corpora"),
+            "--runs-dir": str(tmp_path / "runs"),
+            "--aim-repo": str(tmp_path),
+        }
+        flags = [word for pair in (places | TINY_FLAGS).items() for word in pair]
+        return [*flags, "--no-aim-logging", *words]
+
+    return argv
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def only_run(runs_dir: Path) -> Callable[[], Path]:
+    """The one run directory that a test has made."""
+
+    def find() -> Path:
+        (path,) = runs_dir.iterdir()
+        return path
+
+    return find
+
+
+@pytest.fixture
+def train_command(tiny_argv: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """The command line of a tiny experiment in a process of its own."""
+    return lambda *words: [sys.executable, str(ROOT / "train.py"), *tiny_argv(*words)]

@@ -1,0 +1,502 @@
+"""Corpora, token files, the split, and batches as pure functions of the step."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import BatchSampler, Corpus, CorpusError, load_corpus, read_corpus, sample_offsets
+from tokenizer import CharTokenizer
+from utils.config import DataConfig
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
+
+# ---------------------------------------------------------------------------- reading
+
+
+def test_pydocs_is_the_language_reference_of_this_python(tmp_path: Path) -> None:
+    text = read_corpus("pydocs", tmp_path)
+    assert 300_000 < len(text) < 1_000_000
+    assert topics["lambda"] in text
+    assert text == read_corpus("pydocs", tmp_path)
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffZeile\r\nübergroß 😀".encode())
+    assert read_corpus(str(path), tmp_path) == "Zeile\r\nübergroß 😀"  # without the byte order mark
+
+
+def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    for name in ("b.txt", "a/z.md", "a/b.py", "c"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"[{name}]")
+    (folder / "picture.png").write_bytes(b"\x89PNG\0")
+    (folder / ".hidden.txt").write_text("hidden")
+    assert read_corpus(str(folder), tmp_path) == "[a/b.py]\n[a/z.md]\n[b.txt]\n[c]"
+
+
+@pytest.mark.parametrize("files", [[], ["picture.png"], [".hidden.txt"]])
+def test_a_folder_without_text_files_is_an_error(files: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("x")
+    with pytest.raises(CorpusError, match="texts: no text files"):
+        read_corpus(str(folder), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n", "\ufeff"])
+def test_an_empty_corpus_is_an_error(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"empty\.txt: the corpus is empty"):
+        read_corpus(str(path), tmp_path)
+
+
+def test_a_binary_file_is_an_error_with_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "program"
+    path.write_bytes(b"\x7fELF\x02\0\0")
+    with pytest.raises(CorpusError, match=r"program: a binary file \(NUL at byte 5\)"):
+        read_corpus(str(path), tmp_path)
+
+
+def test_a_file_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.txt"
+    path.write_bytes(b"one\ntwo\nna\xefve\n")
+    with pytest.raises(CorpusError, match=r"latin1\.txt:3: not UTF-8 text \(byte 10 is 0xef\)"):
+        read_corpus(str(path), tmp_path)
+
+
+def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "good.txt").write_text("good")
+    (folder / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(CorpusError, match=r"bad\.txt:1: not UTF-8"):
+        read_corpus(str(folder), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "hint"),
+    [
+        ("shakespere", "did you mean shakespeare?"),
+        ("pydoc", "did you mean pydocs?"),
+        ("no/such/file.txt", "expected pydocs, shakespeare or the path"),
+        ("x" * 300, "expected pydocs, shakespeare or the path"),  # longer than a file name may be
+        ("~no-such-user-here/text.txt", "no-such-user-here"),
+    ],
+)
+def test_an_unknown_dataset_is_an_error_with_what_there_is(dataset: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError) as caught:
+        read_corpus(dataset, tmp_path)
+    assert dataset in str(caught.value)
+    assert hint in str(caught.value)
+    assert isinstance(caught.value, UserError)
+
+
+READ_WITHOUT_RIGHTS = """
+import encodings.utf_8_sig, os, sys
+from pathlib import Path
+import data
+if os.geteuid() == 0:  # root may read everything: become nobody
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+for dataset in sys.argv[1:]:
+    try:
+        print(repr(data.read_corpus(dataset, Path("corpora"))))
+    except data.CorpusError as error:
+        print(error)
+    except Exception as error:
+        print("not a CorpusError:", repr(error))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers_without_rights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What read_corpus says of readable and unreadable places, in a process that is not root."""
+    folder = tmp_path_factory.mktemp("rights")
+    folder.chmod(0o755)
+    for name in ("readable.txt", "unreadable.txt", "closed/inside.txt", "open/unreadable/inside.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+    (folder / "open" / "readable.txt").write_text("text")
+    for name in ("unreadable.txt", "closed", "open/unreadable"):
+        (folder / name).chmod(0)
+    places = ["readable.txt", "unreadable.txt", "closed/inside.txt", "closed", "open"]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{READ_WITHOUT_RIGHTS}", *places]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    for name in ("unreadable.txt", "closed", "open/unreadable"):
+        (folder / name).chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(places, done.stdout.splitlines(), strict=True))
+
+
+def test_readable_text_is_read_without_rights(answers_without_rights: dict[str, str]) -> None:
+    assert answers_without_rights["readable.txt"] == "'text'"
+
+
+@pytest.mark.parametrize("place", ["unreadable.txt", "closed/inside.txt", "closed", "open"])
+def test_an_unreadable_place_is_an_error_that_says_so(answers_without_rights: dict[str, str], place: str) -> None:
+    answer = answers_without_rights[place]
+    assert answer.startswith(place)
+    assert answer.endswith("cannot be read: Permission denied")
+
+
+# ------------------------------------------------------------------------ shakespeare
+
+
+@pytest.fixture
+def small_play(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PLAY passes for Tiny Shakespeare."""
+    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+
+
+@pytest.mark.usefixtures("small_play", "no_download")
+def test_shakespeare_comes_from_the_folder_in_workbench_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    assert read_corpus("shakespeare", tmp_path / "corpora") == PLAY.decode()
+    assert not (tmp_path / "corpora").exists()
+
+
+@pytest.mark.usefixtures("small_play", "no_download")
+def test_shakespeare_comes_from_the_corpora_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path / "nowhere"))
+    assert read_corpus("shakespeare", tmp_path) == PLAY.decode()
+
+
+@pytest.mark.usefixtures("no_download")
+def test_shakespeare_with_another_sha256_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    with pytest.raises(CorpusError, match=r"tinyshakespeare\.txt: not Tiny Shakespeare: sha256 .* not 86c4e6aa9db7"):
+        read_corpus("shakespeare", tmp_path / "corpora")
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    """Answers with the status, body and announced length of its server."""
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, LocalServer)
+        server.requests += 1
+        self.send_response(server.status)
+        self.send_header("Content-Length", str(len(server.body) + server.missing))
+        self.end_headers()
+        self.wfile.write(server.body)
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+class LocalServer(http.server.HTTPServer):
+    status, body, missing, requests = 200, PLAY, 0, 0
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
+    """A public home of Tiny Shakespeare on this machine."""
+    server = LocalServer(("127.0.0.1", 0), _Answer)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.delenv("WORKBENCH_DATA", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(data, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("small_play")
+def test_shakespeare_is_downloaded_once(home: LocalServer, tmp_path: Path) -> None:
+    corpora = tmp_path / "new" / "corpora"
+    assert [read_corpus("shakespeare", corpora) for _ in range(3)] == [PLAY.decode()] * 3
+    assert home.requests == 1
+    assert [path.name for path in corpora.iterdir()] == ["tinyshakespeare.txt"]
+
+
+def test_a_download_of_something_else_is_an_error_and_not_kept(home: LocalServer, tmp_path: Path) -> None:
+    home.body = b"<html>Please log in</html>"
+    with pytest.raises(CorpusError, match=r"127\.0\.0\.1.*not Tiny Shakespeare"):
+        read_corpus("shakespeare", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_play")
+@pytest.mark.parametrize(("status", "missing"), [(404, 0), (500, 0), (200, 10)])
+def test_a_failed_download_says_what_to_do(home: LocalServer, status: int, missing: int, tmp_path: Path) -> None:
+    home.status, home.missing = status, missing
+    with pytest.raises(CorpusError, match=r"cannot be downloaded .*put tinyshakespeare\.txt into .*WORKBENCH_DATA"):
+        read_corpus("shakespeare", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_connection_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WORKBENCH_DATA", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(data, "SHAKESPEARE_URL", "http://127.0.0.1:1/input.txt")  # nothing listens there
+    with pytest.raises(CorpusError, match=r"cannot be downloaded \(.*refused.*\); put tinyshakespeare\.txt into"):
+        read_corpus("shakespeare", tmp_path)
+
+
+@pytest.mark.usefixtures("small_play", "home")
+def test_a_download_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "corpora").write_text("a file where the folder should be")
+    with pytest.raises(CorpusError, match="corpora"):
+        read_corpus("shakespeare", tmp_path / "corpora")
+
+
+@pytest.mark.skipif("WORKBENCH_DATA" not in os.environ, reason="the text is not on this machine")
+def test_shakespeare_is_the_published_text(tmp_path: Path) -> None:
+    text = read_corpus("shakespeare", tmp_path)
+    assert len(text) == 1_115_394
+    assert text.startswith("First Citizen:\n")
+
+
+# ------------------------------------------------------------- token files and the split
+
+
+def load(path: Path, corpora: Path, block_size: int = 8, **settings: object) -> Corpus:
+    return load_corpus(DataConfig.model_validate({"dataset": str(path), **settings}), block_size, corpora)
+
+
+def token_file(corpora: Path) -> Path:
+    (path,) = (corpora / "encoded").iterdir()
+    return path
+
+
+def test_a_corpus_is_its_encoded_text(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
+    corpus = load(tiny_corpus, tmp_path / "corpora")
+    assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
+    assert corpus.tokenizer.vocabulary == sorted(set(tiny_text))
+    assert corpus.hash == hashlib.sha256(tiny_text.encode()).hexdigest()
+    assert corpus.name == str(tiny_corpus)
+
+
+def test_tokens_are_memory_mapped(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
+    tokens = load(tiny_corpus, tmp_path / "corpora").tokens
+    assert isinstance(tokens, np.memmap)
+    assert tokens.dtype == np.uint16
+    assert token_file(tmp_path / "corpora").stat().st_size == 2 * len(tiny_text)
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+def test_a_token_file_is_made_once(
+    monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path, tiny_text: str, tmp_path: Path
+) -> None:
+    load(tiny_corpus, tmp_path / "corpora")
+
+    def refuse(*_args: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(data, "write_atomic", refuse)
+    corpus = load(tiny_corpus, tmp_path / "corpora", block_size=16)
+    assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0\0", b"\0" * 100_000])
+def test_a_token_file_of_the_wrong_size_is_made_again(
+    damage: bytes, tiny_corpus: Path, tiny_text: str, tmp_path: Path
+) -> None:
+    load(tiny_corpus, tmp_path / "corpora")
+    token_file(tmp_path / "corpora").write_bytes(damage)
+    corpus = load(tiny_corpus, tmp_path / "corpora")
+    assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
+
+
+def test_another_text_or_tokenizer_has_another_token_file(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
+    corpora = tmp_path / "corpora"
+    load(tiny_corpus, corpora)
+    load(tiny_corpus, corpora, unknown_token="\0")
+    tiny_corpus.write_text(tiny_text.swapcase(), encoding="utf-8")
+    load(tiny_corpus, corpora)
+    assert len(list((corpora / "encoded").iterdir())) == 3
+
+
+def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
+    text = "".join(map(chr, range(0x10000, 0x10000 + (1 << 16) + 1)))
+    (tmp_path / "many.txt").write_text(text, encoding="utf-8")
+    corpus = load(tmp_path / "many.txt", tmp_path)
+    assert corpus.tokens.dtype == np.uint32
+    assert corpus.tokens[-1] == 1 << 16
+
+
+def test_corpora_folder_that_cannot_be_made_is_an_error(tiny_corpus: Path) -> None:
+    with pytest.raises(CorpusError, match="token file cannot be written"):
+        load(tiny_corpus, tiny_corpus)  # a file where the folder should be
+
+
+@pytest.mark.parametrize(("val_fraction", "n_train"), [(0.1, 900), (0.25, 750), (0.5, 500)])
+def test_the_first_part_is_train_and_the_rest_val(val_fraction: float, n_train: int, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("abcdefghij" * 100)
+    corpus = load(tmp_path / "text", tmp_path, val_fraction=val_fraction)
+    assert (corpus.n_train, corpus.n_val) == (n_train, 1000 - n_train)
+    np.testing.assert_array_equal(corpus.split("train"), corpus.tokens[:n_train])
+    np.testing.assert_array_equal(corpus.split("train_eval"), corpus.tokens[:n_train])
+    np.testing.assert_array_equal(corpus.split("val"), corpus.tokens[n_train:])
+
+
+@pytest.mark.parametrize(
+    ("val_fraction", "block_size", "split"), [(0.1, 9, None), (0.1, 10, "validation"), (0.9, 10, "training")]
+)
+def test_each_split_must_be_longer_than_block_size(
+    val_fraction: float, block_size: int, split: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("abcdefghij" * 10)
+    if split is None:
+        assert load(tmp_path / "text", tmp_path, block_size, val_fraction=val_fraction).n_val == 10
+        return
+    with pytest.raises(CorpusError, match=rf"too short: its {split} split has .* of 100 tokens, .* at least 11"):
+        load(tmp_path / "text", tmp_path, block_size, val_fraction=val_fraction)
+    assert not (tmp_path / "encoded").exists()
+
+
+# ---------------------------------------------------------------------------- batches
+
+
+def philox_4x64(counter: int, key: tuple[int, int]) -> list[int]:
+    """Four words of Philox4x64-10 as in the paper, for a counter below 2**64."""
+    mask = 2**64 - 1
+    c, (k0, k1) = [counter, 0, 0, 0], key
+    for _ in range(10):
+        first, second = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
+        c = [(second >> 64) ^ c[1] ^ k0, second & mask, (first >> 64) ^ c[3] ^ k1, first & mask]
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
+    return c
+
+
+@pytest.mark.parametrize("seed", [0, 1337, 2**63 - 1])
+@pytest.mark.parametrize(("stream", "number"), [("train", 0), ("train_eval", 1), ("val", 2)])
+def test_offsets_are_words_of_the_philox_sequence(seed: int, stream: str, number: int) -> None:
+    words = [word for counter in range(1, 6) for word in philox_4x64(counter, (seed, number))]
+    assert np.random.Philox(key=[seed, number]).random_raw(20).tolist() == words
+    assert sample_offsets(seed, stream, 0, 20, 1001).tolist() == [word % 1001 for word in words]
+
+
+def test_offsets_do_not_depend_on_how_samples_are_sliced() -> None:
+    whole = sample_offsets(7, "train", 0, 100, 12345)
+    for first in range(12):
+        for count in range(10):
+            np.testing.assert_array_equal(
+                sample_offsets(7, "train", first, count, 12345), whole[first : first + count]
+            )
+    np.testing.assert_array_equal(sample_offsets(7, "train", 90, 10, 12345), whole[90:])
+
+
+def test_offsets_far_into_a_run_are_words_of_the_same_sequence() -> None:
+    n = 4 * 10**12 + 3
+    expected = [philox_4x64(n // 4 + 1 + i, (7, 0)) for i in range(2)]
+    words = [word for block in expected for word in block]
+    assert sample_offsets(7, "train", n, 3, 10**9).tolist() == [word % 10**9 for word in words[3:6]]
+
+
+def test_seeds_and_streams_differ() -> None:
+    rows = [sample_offsets(seed, stream, 0, 8, 10**6) for seed in (1, 2) for stream in ("train", "train_eval", "val")]
+    assert len({tuple(row) for row in rows}) == 6
+
+
+def test_offsets_reach_every_position_and_none_beyond() -> None:
+    assert set(sample_offsets(1, "train", 0, 500, 10)) == set(range(10))
+
+
+def counting_corpus(n: int = 100, n_train: int = 80) -> Corpus:
+    """Token i is i, so a batch shows where it was taken from."""
+    return Corpus("counting", "", CharTokenizer(map(chr, range(n))), np.arange(n, dtype=np.uint16), n_train)
+
+
+def sampler(batch_size: int = 12, block_size: int = 8, seed: int = 5) -> BatchSampler:
+    return BatchSampler(counting_corpus(), block_size, batch_size, seed, CPU)
+
+
+def test_targets_are_the_inputs_shifted_by_one() -> None:
+    inputs, targets = sampler().train_batch(3)
+    assert inputs.shape == targets.shape == (12, 8)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.is_contiguous()
+    assert targets.is_contiguous()
+    torch.testing.assert_close(targets, inputs + 1)
+    torch.testing.assert_close(inputs, inputs[:, :1] + torch.arange(8))
+
+
+def test_batches_start_at_the_offsets_of_their_step() -> None:
+    inputs, _ = sampler().train_batch(3)
+    assert inputs[:, 0].tolist() == sample_offsets(5, "train", 3 * 12, 12, 80 - 8).tolist()
+
+
+@pytest.mark.parametrize(("micro_steps", "world_size"), [(1, 1), (3, 1), (1, 4), (2, 2), (3, 4)])
+def test_parts_of_a_batch_make_up_the_global_batch(micro_steps: int, world_size: int) -> None:
+    whole = sampler().train_batch(7)
+    parts = [
+        sampler().train_batch(7, micro_step, micro_steps, rank, world_size)
+        for micro_step in range(micro_steps)
+        for rank in range(world_size)
+    ]
+    for index in range(2):
+        assert torch.equal(torch.cat([part[index] for part in parts]), whole[index])
+
+
+def test_a_batch_is_a_pure_function_of_the_step() -> None:
+    one = sampler()
+    first = one.train_batch(0)[0]
+    later = one.train_batch(9)[0]
+    assert torch.equal(sampler().train_batch(9)[0], later)
+    assert torch.equal(one.train_batch(0)[0], first)
+    assert not torch.equal(first, later)
+
+
+def test_train_batches_depend_on_the_seed_and_evaluation_batches_do_not() -> None:
+    one, other = sampler(seed=1), sampler(seed=2)
+    assert not torch.equal(one.train_batch(0)[0], other.train_batch(0)[0])
+    for stream in ("train_eval", "val"):
+        for a, b in zip(one.evaluation_batches(stream, 3), other.evaluation_batches(stream, 3), strict=True):
+            assert torch.equal(a[0], b[0])
+            assert torch.equal(a[1], b[1])
+
+
+def test_evaluation_batches_differ_from_each_other() -> None:
+    batches = [inputs for inputs, _ in sampler().evaluation_batches("val", 3)]
+    assert [batch.shape for batch in batches] == [(12, 8)] * 3
+    assert len({tuple(batch.flatten().tolist()) for batch in batches}) == 3
+
+
+def test_samples_stay_inside_their_split_and_reach_all_of_it() -> None:
+    one = sampler()
+    train = torch.cat([torch.cat(one.train_batch(step)) for step in range(100)])
+    assert (train.min(), train.max()) == (0, 79)
+    for stream, low, high in (("train_eval", 0, 79), ("val", 80, 99)):
+        tokens = torch.cat([torch.cat(pair) for pair in one.evaluation_batches(stream, 100)])
+        assert (tokens.min(), tokens.max()) == (low, high)
+
+
+def test_a_split_of_one_window_gives_that_window() -> None:
+    one = BatchSampler(counting_corpus(100, 91), 8, 2, 0, CPU)
+    ((inputs, targets),) = one.evaluation_batches("val", 1)
+    assert inputs.tolist() == [list(range(91, 99))] * 2
+    assert targets.tolist() == [list(range(92, 100))] * 2

@@ -1,0 +1,62 @@
+"""Real signals to a real process: the status, the logs and the views that are left."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.run_log import read_metrics
+from utils.run_manager import read_record, read_status
+
+DEADLINE_SECONDS = 60.0
+
+
+@pytest.fixture
+def training(train_command: Callable[..., list[str]], runs_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A process in the middle of an endless training, and its run directory."""
+    flags = ("--max-iters", "1000000", "--eval-interval", "1000000", "--flush-interval", "5")
+    process = subprocess.Popen(train_command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    try:
+        while not any(read_metrics(path, "train/loss") for path in runs_dir.glob("*/logs")):
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            try:
+                process.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                continue
+        (run,) = runs_dir.iterdir()
+        yield process, run
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("signum", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_after_the_step(
+    signum: signal.Signals, exit_status: int, training: tuple[subprocess.Popen[bytes], Path]
+) -> None:
+    process, run = training
+    assert read_status(run) == "running"
+    process.send_signal(signum)
+    assert process.wait(timeout=DEADLINE_SECONDS) == exit_status
+    record = read_record(run)
+    assert (record["status"], record["exit_reason"]) == ("interrupted", signum.name)
+    losses = read_metrics(run / "logs", "train/loss")
+    assert [step for step, _ in losses] == list(range(record["last_step"]))
+    events = EventAccumulator(str(run / "logs" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(s, pytest.approx(v)) for s, v in losses]
+
+
+def test_sigkill_is_seen_as_crashed_at_once(training: tuple[subprocess.Popen[bytes], Path]) -> None:
+    process, run = training
+    process.kill()
+    process.wait(timeout=DEADLINE_SECONDS)
+    assert read_record(run)["status"] == "running"
+    assert read_status(run) == "crashed"

@@ -1,0 +1,296 @@
+"""LanguageModel against a transformer written out step by step, its initialisation, and cached decoding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from model import KVCache, LanguageModel
+from utils.config import ModelConfig
+
+VOCAB = 11
+CPU = torch.device("cpu")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "rope": {"position": "rope"},
+    "rope theta": {"position": "rope", "rope_theta": 50.0},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "norm eps": {"norm_eps": 0.1},
+    "swiglu": {"mlp": "swiglu"},
+    "ffn dim": {"ffn_dim": 10},
+    "grouped": {"n_kv_head": 2},
+    "one key head": {"n_kv_head": 1},
+    "head dim": {"head_dim": 6},
+    "no bias": {"bias": False},
+    "llama": {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, "bias": False, "head_dim": 6},
+    "mixed": {"position": "rope", "mlp": "swiglu", "n_kv_head": 1, "bias": True, "ffn_dim": 20},
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def config_of(variant: str, **settings: Any) -> ModelConfig:
+    tiny = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 9}
+    return ModelConfig(**tiny | VARIANTS[variant] | settings)
+
+
+def lively_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A model whose weights are large enough for every part to matter, biases and norm weights too."""
+    torch.manual_seed(0)
+    model = LanguageModel(config, VOCAB)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.to(dtype).eval()
+
+
+def random_tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------- reference
+
+
+def reference_logits(weights: Mapping[str, torch.Tensor], config: ModelConfig, idx: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B, T, V), one explicit operation after the other."""
+    T = idx.size(1)
+    x = weights["token_embedding.weight"][idx]  # (B, T, C)
+    if config.position == "learned":
+        x = x + weights["position_embedding.weight"][:T]
+    for layer in range(config.n_layer):
+        prefix = f"blocks.{layer}."
+        block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        x = x + reference_attention(block, config, reference_norm(x, block, "attention_norm", config))
+        x = x + reference_mlp(block, config, reference_norm(x, block, "mlp_norm", config))
+    return reference_norm(x, weights, "final_norm", config) @ weights["token_embedding.weight"].T
+
+
+def reference_linear(x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    y = x @ weights[f"{name}.weight"].T
+    return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
+
+
+def reference_norm(
+    x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str, config: ModelConfig
+) -> torch.Tensor:
+    if config.norm == "rmsnorm":
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
+    return y + weights[f"{name}.bias"] if config.bias else y
+
+
+def reference_rotation(x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """(B, T, D): channels i and i + D/2 are one complex number, turned by position x theta^(-2i/D)."""
+    T, D = x.shape[1:]
+    numbers = torch.complex(x[..., : D // 2], x[..., D // 2 :])  # (B, T, D / 2)
+    angles = torch.tensor(
+        [[t * config.rope_theta ** (-2 * i / D) for i in range(D // 2)] for t in range(T)], dtype=torch.float64
+    )
+    turned = numbers * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def reference_attention(weights: Mapping[str, torch.Tensor], config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+    T = x.size(1)
+    H = config.n_head
+    K = config.n_kv_head or H
+    D = config.head_dim or config.n_embd // H
+    qkv = reference_linear(x, weights, "attention.qkv")  # (B, T, (H + 2 K) D)
+    heads = [qkv[..., i * D : (i + 1) * D] for i in range(H + 2 * K)]
+    q, k, v = heads[:H], heads[H : H + K], heads[H + K :]
+    if config.position == "rope":
+        q, k = [reference_rotation(h, config) for h in q], [reference_rotation(h, config) for h in k]
+    outputs = []
+    for head in range(H):
+        shared = head // (H // K)  # consecutive query heads share a key/value head
+        scores = q[head] @ k[shared].transpose(1, 2) / math.sqrt(D)  # (B, T, T)
+        future = torch.arange(T)[None, :] > torch.arange(T)[:, None]
+        powers = scores.exp().masked_fill(future, 0.0)
+        outputs.append(powers / powers.sum(-1, keepdim=True) @ v[shared])
+    return reference_linear(torch.cat(outputs, -1), weights, "attention.proj")
+
+
+def reference_mlp(weights: Mapping[str, torch.Tensor], config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+    up = reference_linear(x, weights, "mlp.up")
+    if config.mlp == "swiglu":
+        gate = reference_linear(x, weights, "mlp.gate")
+        hidden = gate / (1 + (-gate).exp()) * up
+    else:
+        hidden = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
+    return reference_linear(hidden, weights, "mlp.proj")
+
+
+@every_variant
+@pytest.mark.parametrize("length", [1, 5, 9])
+def test_logits_equal_the_reference(variant: str, length: int) -> None:
+    config = config_of(variant)
+    model = lively_model(config, torch.float64)
+    idx = random_tokens(3, length)
+    logits, loss = model(idx)
+    assert loss is None
+    assert logits.std() > 0.5  # otherwise the comparison would say little
+    torch.testing.assert_close(logits, reference_logits(model.state_dict(), config, idx), atol=1e-6, rtol=1e-6)
+
+
+@every_variant
+def test_loss_and_gradients_equal_the_reference(variant: str) -> None:
+    config = config_of(variant)
+    model = lively_model(config, torch.float64)
+    tokens = random_tokens(3, 10)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    _, loss = model(inputs, targets)
+    loss.backward()
+
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    logits = reference_logits(weights, config, inputs)
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    expected = (logits.exp().sum(-1).log() - chosen).mean()
+    expected.backward()
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, weights[name].grad, atol=2e-7, rtol=1e-5, msg=name)
+
+
+@every_variant
+def test_a_token_changes_no_logits_before_it(variant: str) -> None:
+    model = lively_model(config_of(variant))
+    idx = random_tokens(2, 9)
+    logits, _ = model(idx)
+    for t in range(9):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % VOCAB
+        other, _ = model(changed)
+        torch.testing.assert_close(other[:, :t], logits[:, :t], atol=1e-6, rtol=0)
+        assert (other[:, t:] - logits[:, t:]).abs().amax(-1).min() > 1e-4
+
+
+def test_sequences_of_a_batch_do_not_mix() -> None:
+    model = lively_model(config_of("llama"))
+    idx = random_tokens(3, 9)
+    alone = torch.cat([model(row[None])[0] for row in idx])
+    torch.testing.assert_close(model(idx)[0], alone, atol=1e-5, rtol=0)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    idx = random_tokens(2, 9)
+    without, model = lively_model(config_of("gpt2")), lively_model(config_of("gpt2", dropout=0.5))
+    torch.testing.assert_close(model(idx)[0], without(idx)[0], atol=0, rtol=0)
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_more_tokens_than_block_size_are_refused() -> None:
+    with pytest.raises(AssertionError, match="10 tokens exceed block_size 9"):
+        lively_model(config_of("gpt2"))(random_tokens(1, 10))
+
+
+# ---------------------------------------------------------------------- initialisation
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama", "mixed"])
+def test_initialisation_is_the_table_of_init_weights(variant: str) -> None:
+    torch.manual_seed(3)
+    config = config_of(variant, n_layer=3, n_embd=64, block_size=32)
+    model = LanguageModel(config, 101)
+    for name, p in model.named_parameters():
+        values = p.detach().double()
+        if name.endswith("bias"):
+            assert (values == 0).all(), name
+        elif "norm" in name:
+            assert (values == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 3) if name.endswith(".proj.weight") else 0.02
+            n = values.numel()
+            assert values.mean().abs() < 5 * std / math.sqrt(n), name
+            assert values.std().item() == pytest.approx(std, abs=5 * std / math.sqrt(2 * n)), name
+            assert values.abs().max() > 2 * std, name  # a bell, not a box
+            within_one = (values.abs() < std).double().mean().item()
+            assert within_one == pytest.approx(0.6827, abs=5 * math.sqrt(0.6827 * 0.3173 / n)), name
+
+
+def test_initialisation_depends_on_the_seed_only() -> None:
+    def fresh(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return LanguageModel(config_of("gpt2"), VOCAB).state_dict()
+
+    one, again, other = fresh(1), fresh(1), fresh(2)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["token_embedding.weight"], other["token_embedding.weight"])
+
+
+@every_variant
+def test_loss_at_initialisation_is_that_of_guessing(variant: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(config_of(variant), 50)
+    tokens = torch.randint(50, (32, 10))
+    _, loss = model(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(math.log(50), abs=0.1)
+
+
+def test_number_of_parameters_of_gpt2() -> None:
+    V, C, T, L = 65, 16, 9, 2
+    attention = C * 3 * C + 3 * C + C * C + C
+    mlp = C * 4 * C + 4 * C + 4 * C * C + C
+    norm = 2 * C
+    model = LanguageModel(config_of("gpt2"), V)
+    assert model.num_parameters() == V * C + T * C + L * (attention + mlp + 2 * norm) + norm
+
+
+def test_number_of_parameters_of_llama() -> None:
+    V, C, L, H, K, D = 65, 16, 2, 4, 2, 6
+    F = 64  # 8/3 of 16 is 42.7, rounded up to a multiple of 32
+    attention = C * (H + 2 * K) * D + H * D * C
+    model = LanguageModel(config_of("llama"), V)
+    assert model.num_parameters() == V * C + L * (attention + 3 * C * F + 2 * C) + C
+
+
+@every_variant
+def test_the_state_dict_holds_each_parameter_once(variant: str) -> None:
+    model = LanguageModel(config_of(variant), VOCAB)
+    state = model.state_dict()
+    assert state.keys() == dict(model.named_parameters()).keys()
+    assert [name for name, tensor in state.items() if VOCAB in tensor.shape] == ["token_embedding.weight"]
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    assert sum(tensor.numel() for tensor in state.values()) == model.num_parameters()
+
+
+# ---------------------------------------------------------------------- cached decoding
+
+
+def decode(model: LanguageModel, idx: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Logits (B, T, V) from a cache that is fed `lengths` tokens at a time."""
+    cache = KVCache(model.config, idx.size(0), model.config.block_size, CPU, next(model.parameters()).dtype)
+    logits = [model(part, cache=cache)[0] for part in idx.split(lengths, dim=1)]
+    assert cache.length == idx.size(1)
+    return torch.cat(logits, dim=1)
+
+
+@every_variant
+@pytest.mark.parametrize(
+    "lengths", [[1] * 9, [9], [5, 1, 1, 1, 1], [4, 5], [3, 3, 3], [1, 8], [2, 1, 4, 2]], ids=lambda ls: str(ls)
+)
+@torch.no_grad()
+def test_cached_decoding_equals_a_full_forward_pass(variant: str, lengths: list[int]) -> None:
+    model = lively_model(config_of(variant))
+    idx = random_tokens(3, 9)
+    torch.testing.assert_close(decode(model, idx, lengths), model(idx)[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_shorter_than_block_size() -> None:
+    model = lively_model(config_of("llama"))
+    idx = random_tokens(1, 4)
+    cache = KVCache(model.config, 1, 4, CPU, torch.float32)
+    logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(idx)[0], atol=1e-5, rtol=0)
+
+
+def test_a_cache_holds_key_value_heads_only() -> None:
+    cache = KVCache(config_of("one key head"), 3, 7, CPU, torch.float32)
+    assert cache.keys.shape == cache.values.shape == (2, 3, 1, 7, 4)

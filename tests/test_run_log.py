@@ -1,0 +1,261 @@
+"""The append-only logs: what was appended is read back, a torn end never hurts, and cutting is exact."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import run_log
+from utils.run_log import (
+    LOG_FILES,
+    LogWriter,
+    Metric,
+    RunLog,
+    decode_number,
+    encode_number,
+    metric,
+    metric_record,
+    read_from,
+    read_metrics,
+    read_records,
+    register_metric,
+    truncate,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def append(path: Path, *records: dict[str, object]) -> int:
+    """Append in a session of its own; the size of the file afterwards."""
+    writer = LogWriter(path)
+    writer.write(records)
+    writer.sync()
+    offset = writer.offset
+    writer.close()
+    return offset
+
+
+def test_sessions_append_and_all_records_come_back_in_order(log: Path) -> None:
+    append(log, {"step": 0}, {"step": 1, "text": "a"})
+    append(log)
+    append(log, {"step": 2})
+    assert list(read_records(log)) == [{"step": 0}, {"step": 1, "text": "a"}, {"step": 2}]
+    assert log.read_text() == '{"step": 0}\n{"step": 1, "text": "a"}\n{"step": 2}\n'
+
+
+def test_offset_counts_bytes_of_all_sessions(log: Path) -> None:
+    assert append(log, {"text": "ü"}) == len('{"text": "ü"}\n'.encode())
+    assert append(log, {"a": 1}) == log.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "text", ["über", "\u2028 \u2029 \x85", "line\nbreak\r\n", "\x00\x1f", "🙂", '"\\', "\ufeff", "\ufffe"]
+)
+def test_any_text_survives_on_one_line(log: Path, text: str) -> None:
+    append(log, {"text": text}, {"step": 1})
+    assert list(read_records(log)) == [{"text": text}, {"step": 1}]
+    assert log.read_bytes().count(b"\n") == 2
+
+
+def test_an_absent_log_has_no_records(log: Path) -> None:
+    assert list(read_records(log)) == []
+    with pytest.raises(FileNotFoundError):
+        read_from(log)
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"step": 2', b'{"step": 2}', b'{"text": "\xc3'])
+def test_a_torn_last_line_waits_until_it_is_complete(log: Path, torn: bytes) -> None:
+    offset = append(log, {"step": 0}, {"step": 1})
+    with log.open("ab") as file:
+        file.write(torn)
+    assert list(read_records(log)) == [{"step": 0}, {"step": 1}]
+    assert read_from(log) == ([{"step": 0}, {"step": 1}], offset)
+    assert read_from(log, offset) == ([], offset)
+
+
+def test_reading_goes_on_where_it_stopped(log: Path) -> None:
+    first = append(log, {"step": 0})
+    assert read_from(log) == ([{"step": 0}], first)
+    second = append(log, {"step": 1})
+    assert read_from(log, first) == ([{"step": 1}], second)
+    assert read_from(log, second) == ([], second)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 7, 16, 17, 18, 100, 4096])
+def test_lines_of_any_length_are_read_whole_across_chunk_borders(log: Path, max_bytes: int) -> None:
+    records = [{"text": "ü" * (3 * i % 50), "step": i} for i in range(60)]
+    append(log, *records)
+    read, offset = [], 0
+    while True:
+        part, end = read_from(log, offset, max_bytes)
+        assert (end > offset) == bool(part)
+        if not part:
+            break
+        read += part
+        offset = end
+    assert read == records
+    assert offset == log.stat().st_size
+
+
+def test_a_long_torn_line_is_left_for_later(log: Path) -> None:
+    log.write_bytes(b'{"text": "' + b"x" * 100)
+    assert read_from(log, 0, max_bytes=10) == ([], 0)
+
+
+def test_a_line_longer_than_the_default_chunk_comes_back(log: Path) -> None:
+    records = [{"step": 0}, {"text": "x" * (3 << 20)}, {"step": 2}]
+    append(log, *records)
+    assert list(read_records(log)) == records
+
+
+def test_a_complete_line_that_is_not_json_is_an_error(log: Path) -> None:
+    log.write_bytes(b'{"step": 0}\nnonsense\n')
+    with pytest.raises(ValueError, match="Expecting value"):
+        read_from(log)
+
+
+def test_truncate_to_an_offset_forgets_exactly_what_came_after(log: Path) -> None:
+    offset = append(log, {"step": 0}, {"text": "ü"})
+    append(log, {"step": 2})
+    truncate(log, offset)
+    assert log.stat().st_size == offset
+    append(log, {"step": 3})
+    assert list(read_records(log)) == [{"step": 0}, {"text": "ü"}, {"step": 3}]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step"', b"x" * 5000])
+def test_truncate_without_an_offset_cuts_the_torn_line(log: Path, torn: bytes) -> None:
+    offset = append(log, {"step": 0})
+    with log.open("ab") as file:
+        file.write(torn)
+    truncate(log)
+    assert log.stat().st_size == offset
+
+
+def test_truncate_of_a_log_without_a_complete_line_empties_it(log: Path) -> None:
+    log.write_bytes(b"{")
+    truncate(log)
+    assert log.read_bytes() == b""
+
+
+def test_truncate_of_an_absent_log_does_nothing(log: Path) -> None:
+    truncate(log)
+    truncate(log, 100)
+    assert not log.exists()
+
+
+def test_truncate_never_makes_a_log_longer(log: Path) -> None:
+    offset = append(log, {"step": 0})
+    with contextlib.suppress(ValueError, OSError):
+        truncate(log, offset + 10)
+    assert log.stat().st_size == offset
+
+
+@pytest.mark.parametrize(
+    ("value", "encoded"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (1.5, 1.5), (3, 3), (-0.0, -0.0)]
+)
+def test_non_finite_numbers_are_words_in_the_log(log: Path, value: float, encoded: float | str) -> None:
+    assert encode_number(value) == encoded
+    decoded = decode_number(encode_number(value))
+    assert math.isnan(decoded) if math.isnan(value) else decoded == value
+    append(log, metric_record(1, 2.0, {"train/loss": value}))
+    ((step, read),) = read_metrics(log.parent, "train/loss")
+    assert step == 1
+    assert str(read) == str(float(value))
+
+
+def test_a_writer_refuses_bare_nan_before_it_writes_anything(log: Path) -> None:
+    writer = LogWriter(log)
+    with pytest.raises(ValueError, match="Out of range float"):
+        writer.write([{"step": 0}, {"a": math.nan}])
+    writer.close()
+    assert log.read_bytes() == b""
+
+
+def test_a_metric_record_has_step_time_and_registered_names() -> None:
+    record = metric_record(500, 1769869501.34567, {"train/loss": 1.9812, "lr": 0.00071})
+    assert record == {"step": 500, "time": 1769869501.3457, "train/loss": 1.9812, "lr": 0.00071}
+    assert list(record)[:2] == ["step", "time"]
+    with pytest.raises(KeyError, match=r"no/such.*not registered.*register_metric"):
+        metric_record(0, 0.0, {"no/such": 1.0})
+
+
+def test_read_metrics_picks_one_name_and_keeps_the_order_of_the_log(log: Path) -> None:
+    append(log, {"step": 0, "val/loss": 4.0}, {"step": 0, "train/loss": 3.0}, {"step": 1, "train/loss": "nan"})
+    assert read_metrics(log.parent, "val/loss") == [(0, 4.0)]
+    assert [step for step, _ in read_metrics(log.parent, "train/loss")] == [0, 1]
+    assert read_metrics(log.parent, "lr") == []
+    assert read_metrics(log.parent / "nowhere", "lr") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "subset", "short_name"),
+    [("train/loss", "train", "loss"), ("val/loss", "val", "loss"), ("train/eval_loss", "train", "eval_loss")]
+    + [("lr", None, "lr")],
+)
+def test_a_metric_name_is_split_and_name(name: str, subset: str | None, short_name: str) -> None:
+    assert (metric(name).subset, metric(name).short_name) == (subset, short_name)
+
+
+def test_losses_are_nats_and_better_when_lower() -> None:
+    for name in ("train/loss", "val/loss", "train/eval_loss"):
+        assert (metric(name).unit, metric(name).direction) == ("nats", "lower")
+    assert metric("tokens_per_second").direction == "higher"
+
+
+def test_a_new_metric_is_accepted_once_registered_and_its_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "_REGISTRY", dict(run_log._REGISTRY))
+    with pytest.raises(KeyError):
+        metric("val/accuracy")
+    accuracy = register_metric(Metric("val/accuracy", "1", "higher"))
+    assert metric("val/accuracy") is accuracy
+    assert register_metric(Metric("val/accuracy", "1", "higher")) == accuracy
+    with pytest.raises(ValueError, match="val/accuracy is registered already"):
+        register_metric(Metric("val/accuracy", "%", "higher"))
+    assert metric("val/accuracy") is accuracy
+
+
+def test_run_log_makes_all_three_logs_and_appends_in_a_second_session(tmp_path: Path) -> None:
+    for step in range(2):
+        log = RunLog(tmp_path)
+        log.metrics.write([{"step": step}])
+        log.samples.write([{"step": step, "text": "a"}])
+        log.sync()
+        log.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(LOG_FILES)
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert list(read_records(tmp_path / "histograms.jsonl")) == []
+
+
+def test_a_full_disk_keeps_the_whole_lines_and_truncate_mends_the_rest(log: Path) -> None:
+    """A limit on the file size stands in for the disk."""
+    code = "import sys; from pathlib import Path; from utils.run_log import LogWriter\n"
+    code += "writer = LogWriter(Path(sys.argv[1]))\n"
+    code += "try: writer.write({'step': step} for step in range(1000))\n"
+    code += "except OSError as error: print('full')\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(log)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert result.stdout == "full\n"
+    records = list(read_records(log))
+    assert 50 < len(records) < 100
+    assert records == [{"step": step} for step in range(len(records))]
+    truncate(log)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == records

@@ -1,0 +1,235 @@
+"""One experiment from the command line or a notebook: what it leaves behind, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+import utils.training
+from utils.cli import Parser, parse_experiment
+from utils.config import Config
+from utils.config_loader import ConfigLoader
+from utils.run_log import read_metrics, read_records
+from utils.run_manager import read_record, read_status
+
+Argv = Callable[..., list[str]]
+TIMINGS = {"time", "tokens_per_second", "step_ms"}
+
+
+def numbers(run: Path) -> list[dict[str, object]]:
+    """metrics.jsonl without the timings."""
+    records = read_records(run / "logs" / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+
+
+def tiny_config(argv: list[str]) -> Config:
+    return parse_experiment(argv, Parser(prog="train.py"))[1].config
+
+
+def test_a_run_directory_explains_itself(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv("--run-tag", "first", "--tags", "a,b", "--note", "why")) == 0
+    run = only_run()
+    expected = [
+        "run.json",
+        "lock",
+        "notes.json",
+        "meta/git.txt",
+        "meta/env.txt",
+        "meta/full_config.json",
+        "meta/config_sources.json",
+        "logs/metrics.jsonl",
+        "logs/histograms.jsonl",
+        "logs/samples.jsonl",
+        "logs/train.log",
+        "artifacts/export/model.safetensors",
+        "artifacts/export/config.json",
+        "artifacts/export/tokenizer.json",
+    ]
+    assert [name for name in expected if not (run / name).is_file()] == []
+    assert len(list((run / "logs" / "tensorboard").glob("events.*"))) == 1
+    record = read_record(run)
+    assert (record["status"], record["tag"], record["last_step"]) == ("completed", "first", 6)
+    assert record["argv"][0] == "train.py"
+    assert record["resolved"]["device"] == "cpu"
+    assert len(record["config_hash"]) == 64
+    assert record["views"]["tensorboard"]["state"] == "complete"
+    assert json.loads((run / "notes.json").read_text())["tags"] == ["a", "b"]
+    sources = json.loads((run / "meta" / "config_sources.json").read_text())
+    assert sources["n_layer"]["source"] == "--n-layer"
+    assert [shadow["source"] for shadow in sources["n_layer"]["shadowed"]] == ["configs/model.yaml:3", "default"]
+    terminal = (run / "logs" / "train.log").read_text()
+    assert "Settings that differ" in terminal
+    assert "inference.py first" in terminal
+    assert "\x1b" not in terminal
+
+
+def test_the_log_has_every_step_and_evaluation(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    train.main(tiny_argv())
+    logs = only_run() / "logs"
+    assert [step for step, _ in read_metrics(logs, "train/loss")] == [0, 1, 2, 3, 4, 5]
+    assert [step for step, _ in read_metrics(logs, "val/loss")] == [0, 3, 6]
+    assert [value for _, value in read_metrics(logs, "tokens")] == [0, 32, 64, 96, 96, 128, 160, 192, 192]
+    assert [record["step"] for record in read_records(logs / "samples.jsonl")] == [0, 3, 6]
+    histograms = list(read_records(logs / "histograms.jsonl"))
+    assert {record["step"] for record in histograms} == {0, 3}
+    assert {record["name"].split("/")[0] for record in histograms} == {"params", "grads"}
+
+
+def test_the_same_experiment_gives_the_same_bits(tiny_argv: Argv, runs_dir: Path) -> None:
+    train.main(tiny_argv("--dropout", "0.1", "--run-tag", "a"))
+    train.main(tiny_argv("--dropout", "0.1", "--run-tag", "b", "--sample-tokens", "0", "--log-interval", "1"))
+    first, second = sorted(runs_dir.iterdir(), key=lambda path: path.name[-1])
+    assert numbers(first) == numbers(second)
+    weights = [load_file(run / "artifacts" / "export" / "model.safetensors") for run in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert read_record(first)["config_hash"] == read_record(second)["config_hash"]
+
+
+def test_full_config_repeats_the_experiment(tiny_argv: Argv, runs_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_argv("--run-tag", "a", "--learning-rate", "0.01"))
+    (first,) = runs_dir.iterdir()
+    assert train.main(["--config", str(first / "meta" / "full_config.json"), "--run-tag", "b"]) == 0
+    second = next(path for path in runs_dir.iterdir() if path != first)
+    assert numbers(first) == numbers(second)
+
+
+def test_accumulation_does_not_change_the_batch(tiny_argv: Argv, runs_dir: Path) -> None:
+    train.main(tiny_argv("--run-tag", "whole"))
+    train.main(tiny_argv("--run-tag", "split", "--gradient-accumulation-steps", "4"))
+    losses = {run.name[16:]: [v for _, v in read_metrics(run / "logs", "train/loss")] for run in runs_dir.iterdir()}
+    assert losses["split"] == pytest.approx(losses["whole"], rel=1e-5)
+
+
+def test_epochs_decide_the_number_of_steps(tiny_argv: Argv, only_run: Callable[[], Path], tiny_text: str) -> None:
+    argv = [*tiny_argv(), "--epochs", "0.1"]
+    max_iters = argv.index("--max-iters")
+    train.main(argv[:max_iters] + argv[max_iters + 2 :])
+    steps = read_record(only_run())["last_step"]
+    assert steps == -(-len(tiny_text) * 9 // 100 // 32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains(dtype: str, tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv("--dtype", dtype)) == 0
+    losses = [value for _, value in read_metrics(only_run() / "logs", "train/loss")]
+    assert all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_model_variants_train_and_export(mlp: str, tiny_argv: Argv) -> None:
+    flags = ["--position", "rope", "--norm", "rmsnorm", "--mlp", mlp, "--n-kv-head", "1", "--no-bias"]
+    assert train.main(tiny_argv(*flags)) == 0
+
+
+def test_a_failing_compiler_falls_back_to_eager(
+    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(tiny_argv("--dropout", "0.1", "--run-tag", "eager"))
+
+    def broken(model: torch.nn.Module, backend: str) -> Callable[..., None]:
+        def call(*_args: object) -> None:
+            model(torch.zeros(1, 1, dtype=torch.long))  # consume random numbers before failing
+            raise RuntimeError("no C++ compiler\ndetails")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert train.main(tiny_argv("--dropout", "0.1", "--run-tag", "fallback", "--compile")) == 0
+    assert capsys.readouterr().out.count("torch.compile (inductor) failed, going on in eager mode") == 1
+    eager, fallback = sorted(runs_dir.iterdir(), key=lambda path: path.name[16:])
+    assert numbers(eager) == numbers(fallback)
+    assert read_record(fallback)["resolved"]["compiled"] is False
+
+
+def test_a_non_finite_loss_is_diverged(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward_backward = utils.training.forward_backward
+
+    def explode(state: utils.training.TrainState) -> torch.Tensor:
+        loss = forward_backward(state)
+        return loss * float("nan") if state.step == 4 else loss
+
+    monkeypatch.setattr(utils.training, "forward_backward", explode)
+    assert train.main(tiny_argv()) == 1
+    record = read_record(only_run())
+    assert record["status"] == "diverged"
+    assert record["exit_reason"] == "the loss of step 4 is nan"
+    values = dict(read_metrics(only_run() / "logs", "train/loss"))
+    assert list(values) == [0, 1, 2, 3, 4, 5]
+    assert values[4] != values[4]
+    assert not (only_run() / "artifacts" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError("out of memory"), "failed"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_an_exception_ends_in_its_status_with_complete_logs(
+    error: BaseException, status: str, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer_step = utils.training.optimizer_step
+
+    def fail(state: utils.training.TrainState) -> None:
+        if state.step == 4:
+            raise error
+        optimizer_step(state)
+
+    monkeypatch.setattr(utils.training, "optimizer_step", fail)
+    config = tiny_config(tiny_argv())
+    if status == "failed":
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train.train(config, quiet=True)
+        assert "Traceback" in (only_run() / "logs" / "train.log").read_text()
+    else:
+        assert train.train(config, quiet=True).status == "interrupted"
+    assert read_status(only_run()) == status
+    assert [step for step, _ in read_metrics(only_run() / "logs", "train/loss")] == [0, 1, 2, 3, 4]
+    assert read_record(only_run())["views"]["tensorboard"]["state"] == "complete"
+
+
+def test_train_from_a_notebook_is_quiet(
+    tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train.train(tiny_config(tiny_argv()), quiet=True)
+    assert capsys.readouterr() == ("", "")
+    assert (result.run_dir, result.status, result.steps) == (only_run(), "completed", 6)
+    assert result.val_loss is not None
+    assert result.best_val_loss is not None
+    assert result.best_val_loss <= result.val_loss
+    sources = json.loads((only_run() / "meta" / "config_sources.json").read_text())
+    assert sources["n_layer"]["source"] == "code"
+
+
+def test_without_aim_there_is_one_visible_warning(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("utils.tracking.aim.aim_is_installed", lambda: False)
+    assert train.main(tiny_argv("--aim-logging")) == 0
+    assert capsys.readouterr().out.count("Aim is not installed") == 1
+    assert read_record(only_run())["views"]["aim"] == {"state": "off", "reason": "not installed"}
+
+
+def test_the_flags_of_a_large_model_are_understood() -> None:
+    sizes = ["--n-embd", "256", "--n-head", "8", "--n-layer", "6", "--block-size", "128"]
+    loop = ["--batch-size", "8", "--learning-rate", "0.001", "--max-iters", "5000", "--run-tag", "large-model"]
+    config = tiny_config([*sizes, *loop])
+    assert (config.model.n_embd, config.model.n_head, config.model.n_layer, config.model.block_size) == (256, 8, 6, 128)
+    assert (config.train.batch_size, config.train.max_iters, config.optimizer.learning_rate) == (8, 5000, 0.001)
+    assert config.tracking.run_tag == "large-model"
+
+
+def test_the_default_experiment_is_about_0_8_million_parameters() -> None:
+    from model import LanguageModel
+
+    config = ConfigLoader(train.PROJECT_ROOT).load().config
+    assert config.data.dataset == "pydocs"
+    assert (config.train.max_iters, config.train.eval_interval, config.train.eval_iters) == (2000, 250, 20)
+    assert config.tracking.aim_logging
+    assert 0.75e6 < LanguageModel(config.model, 103).num_parameters() < 0.85e6
