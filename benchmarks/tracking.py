@@ -1,11 +1,11 @@
-"""What does tracking cost a training step? The whole of train.py with its views, without them, and a bare loop.
+"""What does tracking cost a training step? train.py with its views, without them, and a bare loop.
 
 python -m benchmarks.tracking                     # steps of about 50 ms, five minutes
 python -m benchmarks.tracking --step-ms 50,35 --repeats 7
 
 tracked: every step logged, TensorBoard and Aim fed by their threads while training runs. no views: the same
-run without feeders. bare: the same without log and progress too. Short runs of the three alternate, each in a new run
-directory, and count after their warmup; what the feeders have left over when a run ends is fed between the runs.
+without feeders. bare: without log and progress too. Short runs of the three alternate in one process; each
+counts after its warmup, in which the views are opened. What is not fed when a run ends is fed before the next.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from unittest.mock import patch
 
 from rich.table import Table
 
-from benchmarks.common import add_config_flag, at_least, interleaved, load_config, machine_facts, numbers
-from benchmarks.common import ratio_interval, verdict  # fmt: skip
+from benchmarks import common
 from utils.cli import Parser, script
 from utils.config_loader import LoadedConfig
 from utils.console import Terminal
@@ -36,4 +35,178 @@ if TYPE_CHECKING:
 
 TRACKED, NO_VIEWS, BARE = "tracked", "no views", "bare"
 LIMIT = 1.05  # tracked / no views, at steps of about 50 ms
-CALIBRATION = (4, 24)  # batch sizes; a step costs about a + b * batch_size
+CALIBRATION = (4, 24)  # batch sizes: a step costs about a + b * batch_size
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run: milliseconds of a step, and the share of the metrics log that each view had when training ended."""
+
+    median_ms: float
+    mean_ms: float  # the rare things count here: writing the log, a feeder at work
+    fed: dict[str, float]
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.tracking", description=__doc__)
+    parser.add_argument("--step-ms", default="50", metavar="X,Y", help="lengths of a step to aim at (default: 50)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each kind (default: 5)")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="measured steps of a run (default: 300)")
+    parser.add_argument("--warmup", type=int, default=80, metavar="N", help="steps before them (default: 80)")
+    common.add_config_flag(parser)
+    args = parser.parse(argv)
+    common.at_least(1, repeats=args.repeats, steps=args.steps, warmup=args.warmup)
+    terminal = Terminal()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for step_ms in common.numbers(args.step_ms, "--step-ms", float, 0.1):
+            batch_size = choose_batch_size(step_ms, args.config, folder)
+            terminal.print(f"steps of about {step_ms:g} ms: batch_size {batch_size}")
+            loaded = load(args.config, folder, batch_size, args.warmup + args.steps)
+            timings = measure(loaded, args.warmup, args.repeats, lambda line: terminal.print(f"  {line}"))
+            ratio, *_ = common.ratio_interval(*columns(timings, "mean_ms", NO_VIEWS))
+            terminal.print(
+                "",
+                results_table(timings),
+                f"machine: {common.machine_facts()}; batch_size {batch_size}, {args.repeats} runs of each kind, "
+                f"{args.steps} steps each",
+                f"fed when training ended (median): {fed_text(timings[TRACKED])}",
+                f"tracked / no views, mean step: {ratio:.3f}, limit {LIMIT} {common.verdict(ratio <= LIMIT)}",
+                "",
+            )
+    return 0
+
+
+def load(files: Sequence[Path], folder: Path, batch_size: int, steps: int) -> LoadedConfig:
+    """The shipped configuration, every step logged, with one cheap evaluation at either end."""
+    return common.load_config(
+        files,
+        folder,
+        {
+            "batch_size": str(batch_size),
+            "max_iters": str(steps),
+            "eval_interval": str(steps),
+            "eval_iters": "1",
+            "sample_tokens": "0",
+            "log_interval": "1",
+            "aim_logging": True,
+        },
+    )
+
+
+def choose_batch_size(step_ms: float, files: Sequence[Path], folder: Path) -> int:
+    """The batch size whose step takes about `step_ms`, on the line through two short bare runs."""
+    small, large = CALIBRATION
+    low, high = (timed_run(load(files, folder, size, 25), 5, BARE).median_ms for size in CALIBRATION)
+    slope = max((high - low) / (large - small), 1e-6)  # ms a sequence
+    return max(1, round(small + (step_ms - low) / slope))
+
+
+def measure(
+    loaded: LoadedConfig, warmup: int, repeats: int, report: Callable[[str], None] = lambda line: None
+) -> dict[str, list[Timing]]:
+    """Alternate runs of the three kinds, after one of the tracked kind that imports what the views need."""
+    timed_run(loaded, warmup, TRACKED)
+    arms = {kind: lambda kind=kind: timed_run(loaded, warmup, kind) for kind in (TRACKED, NO_VIEWS, BARE)}  # type: ignore[misc]
+    return common.interleaved(arms, repeats, report)
+
+
+def timed_run(loaded: LoadedConfig, warmup: int, kind: str) -> Timing:
+    """One run of train.train, timed from the end of one update to the end of the next.
+
+    Args:
+        warmup: updates before the first that counts.
+
+    Raises:
+        UserError: the run or one of its views failed: then there is nothing to compare.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    import train
+    from utils import training
+    from utils.device import synchronize
+    from utils.tracking import Feeders
+
+    build_feeders, optimizer_step = train.build_feeders, training.optimizer_step
+    last_step = loaded.config.train.max_iters
+    built: list[Feeders] = []
+    clock: list[float] = []
+    fed: dict[str, float] = {}
+
+    def keep_feeders(*arguments: Any) -> Feeders:
+        built.append(build_feeders(*arguments) if kind == TRACKED else Feeders([], print, print))
+        return built[-1]
+
+    def timed_step(state: TrainState) -> None:
+        optimizer_step(state)
+        synchronize(state.device)
+        clock.append(time.perf_counter())
+        if state.step == last_step:
+            fed.update(fed_shares(built[-1]))
+
+    with (
+        patch.object(train, "build_feeders", keep_feeders),
+        patch.object(training, "optimizer_step", timed_step),
+        patch.object(training, "training_loop", bare_loop if kind == BARE else training.training_loop),
+    ):
+        result = train.train(loaded, quiet=True)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    views = read_record(result.run_dir)["views"]
+    failed = [f"{name}: {facts.get('reason')}" for name, facts in views.items() if facts.get("state") == "off"]
+    if failed or result.status != "completed":
+        raise UserError(f"the {kind} run ended as {result.status}; views that are off: {'; '.join(failed) or 'none'}")
+    steps = [(after - before) * 1000 for before, after in zip(clock[warmup - 1 :], clock[warmup:], strict=False)]
+    return Timing(statistics.median(steps), statistics.fmean(steps), fed)
+
+
+def bare_loop(state: TrainState, *_unused: object) -> None:
+    """The updates of training_loop and nothing else."""
+    from utils import training
+    from utils.optim import learning_rate_at, set_learning_rate
+
+    state.model.train()
+    while state.step < state.max_iters:
+        set_learning_rate(state.optimizer, learning_rate_at(state.step, state.config.optimizer, state.max_iters))
+        training.forward_backward(state)
+        training.clip_gradients(state)
+        training.optimizer_step(state)
+
+
+def fed_shares(feeders: Feeders) -> dict[str, float]:
+    """Per view whose thread is running: how much of metrics.jsonl it has read."""
+    from utils.run_log import METRICS_FILE
+
+    running = [feeder for feeder in feeders.feeders if feeder.is_alive()]
+    sizes = {f.view.name: max((f.logs_dir / METRICS_FILE).stat().st_size, 1) for f in running}
+    return {f.view.name: f.offsets[METRICS_FILE] / sizes[f.view.name] for f in running}
+
+
+def columns(timings: dict[str, list[Timing]], number: str, base: str) -> tuple[list[float], list[float]]:
+    """That number of every tracked run, and of every run of `base`."""
+    return [getattr(t, number) for t in timings[TRACKED]], [getattr(t, number) for t in timings[base]]
+
+
+def fed_text(tracked: Sequence[Timing]) -> str:
+    names = tracked[0].fed
+    shares = (f"{name} {statistics.median(t.fed.get(name, 0.0) for t in tracked):.0%}" for name in names)
+    return ", ".join(shares) or "nothing: the runs were too short for the views to open"
+
+
+def results_table(timings: dict[str, list[Timing]]) -> Table:
+    table = Table(title="A training step, and what tracking adds", title_justify="left", title_style="bold")
+    table.add_column("loop", style="cyan")
+    for header in ("median step", "tracked / this [95%]", "mean step", "tracked / this [95%]"):
+        table.add_column(header, justify="right")
+    for kind, runs in timings.items():
+        cells = []
+        for number in ("median_ms", "mean_ms"):
+            ratio, low, high = common.ratio_interval(*columns(timings, number, kind))
+            cells.append(f"{statistics.median(getattr(run, number) for run in runs):.2f} ms")
+            cells.append("" if kind == TRACKED else f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
+        table.add_row(kind, *(c.replace("[", r"\[") for c in cells))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -90,4 +90,10 @@ def test_aim_lists_both_runs_and_charts_their_loss(
     expect(lines).to_have_count(2)  # one for each run
     expect(page.get_by_text("Processing...")).to_be_hidden()
     assert all(lines.nth(i).get_attribute("d") for i in range(2))
+    page.locator("i.icon-coloring").click()
+    page.get_by_placeholder("Select fields").fill("learning_rate")
+    page.get_by_text("run.hparams.optimizer.learning_rate").click()
+    page.keyboard.press("Escape")
+    for value in ("0.001", "0.01"):  # the groups, in the table below the chart
+        expect(page.get_by_text(value, exact=True).first).to_be_visible()
     page.screenshot(path=tmp_path / "aim_metrics.png")

@@ -404,9 +404,7 @@ def test_offsets_do_not_depend_on_how_samples_are_sliced() -> None:
     whole = sample_offsets(7, "train", 0, 100, 12345)
     for first in range(12):
         for count in range(10):
-            np.testing.assert_array_equal(
-                sample_offsets(7, "train", first, count, 12345), whole[first : first + count]
-            )
+            np.testing.assert_array_equal(sample_offsets(7, "train", first, count, 12345), whole[first : first + count])
     np.testing.assert_array_equal(sample_offsets(7, "train", 90, 10, 12345), whole[90:])
 
 

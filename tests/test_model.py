@@ -141,7 +141,7 @@ def test_loss_and_gradients_equal_the_reference(variant: str) -> None:
     config = config_of(variant)
     model = lively_model(config, torch.float64)
     tokens = random_tokens(3, 10)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     _, loss = model(inputs, targets)
     loss.backward()
 
@@ -155,6 +155,14 @@ def test_loss_and_gradients_equal_the_reference(variant: str) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, weights[name].grad, atol=2e-7, rtol=1e-5, msg=name)
+
+
+def test_targets_may_be_a_slice() -> None:
+    tokens = random_tokens(3, 10)
+    model = lively_model(config_of("gpt2"))
+    _, loss = model(tokens[:, :-1], tokens[:, 1:])
+    _, same = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    assert torch.equal(loss, same)
 
 
 @every_variant
@@ -229,7 +237,7 @@ def test_loss_at_initialisation_is_that_of_guessing(variant: str) -> None:
     torch.manual_seed(0)
     model = LanguageModel(config_of(variant), 50)
     tokens = torch.randint(50, (32, 10))
-    _, loss = model(tokens[:, :-1], tokens[:, 1:])
+    _, loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())
     assert loss.item() == pytest.approx(math.log(50), abs=0.1)
 
 

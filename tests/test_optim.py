@@ -80,8 +80,10 @@ def test_matrices_decay_and_vectors_do_not(settings: dict[str, Any]) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     grouped = [[names.pop(id(p)) for p in group["params"]] for group in (decayed, plain)]  # type: ignore[attr-defined]
     assert names == {}  # every parameter is in a group, and pop finds it once
-    assert all(name.endswith(("embedding.weight", "qkv.weight", "up.weight", "gate.weight", "proj.weight"))
-               for name in grouped[0])
+    assert all(
+        name.endswith(("embedding.weight", "qkv.weight", "up.weight", "gate.weight", "proj.weight"))
+        for name in grouped[0]
+    )
     assert all("norm" in name or name.endswith(".bias") for name in grouped[1])
     assert grouped[0]
     assert grouped[1]

@@ -161,8 +161,9 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    optimizer_name: Literal["adamw"] = setting("adamw", "rule of the weight updates", kind=TRAJECTORY)
     learning_rate: Float = setting(1e-3, "peak learning rate", kind=TRAJECTORY, gt=0, le=10)
     min_lr: Float | None = setting(
         None, "learning rate at the end of the decay; none: learning_rate / 10", kind=TRAJECTORY, ge=0

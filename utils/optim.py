@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> floa
     return config.final_lr + (config.learning_rate - config.final_lr) * SCHEDULES[config.schedule](progress)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices (and embeddings) decay; vectors, that is biases and norm weights, do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -41,16 +42,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW [Loshchilov and Hutter 2019], one fused kernel a group where the device has it."""
-    device_type = next(model.parameters()).device.type
+    device_type = groups[0]["params"][0].device.type
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         fused=device_type in ("cpu", "cuda", "mps"),
     )
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over the parameter groups of `model`."""
+    return OPTIMIZERS[config.optimizer_name](parameter_groups(model, config.weight_decay), config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

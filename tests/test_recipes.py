@@ -1,0 +1,50 @@
+"""The recipes of docs/architecture.md: applied to a copy of the project, they do what they say."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from utils.run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("train.py", "model.py", "data.py", "tokenizer.py", "utils", "configs")
+
+
+def recipe(name: str) -> str:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (patch,) = re.findall(rf"```diff recipe={name}\n(.*?)```", text, flags=re.DOTALL)
+    return str(patch)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "metric"),
+    [
+        ("metric", [], "val/perplexity"),
+        ("optimizer", ["--optimizer-name", "sgd"], "val/loss"),
+        ("schedule", ["--schedule", "sqrt"], "lr"),
+    ],
+)
+def test_a_recipe_works(
+    name: str, flags: list[str], metric: str, tmp_path: Path, tiny_argv: Callable[..., list[str]], runs_dir: Path
+) -> None:
+    copy = tmp_path / "project"
+    copy.mkdir()
+    for source in SOURCES:
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, copy / source, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / source, copy)
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "apply", "-C1", "-"], cwd=copy, input=recipe(name), text=True, check=True)
+    command = [sys.executable, "train.py", *tiny_argv(*flags)]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs_dir.iterdir()
+    assert len(read_metrics(run / "logs", metric)) >= 3
