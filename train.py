@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import PROJECT_ROOT, Parser, parse_experiment, script
-from utils.config import Config, RuleError, config_hash, warmup_steps
+from utils.config import Config, RuleError, config_hash, derived_settings, warmup_steps
 from utils.config_loader import LoadedConfig, relative_name, rule_error
 from utils.console import Terminal, TrainingProgress, duration, facts, settings_table
 from utils.files import write_json
@@ -61,9 +61,11 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the three gates found, before a directory is made."""
+    """What was found before a directory is made: the three gates, and the state of the code."""
 
+    root: Path
     loaded: LoadedConfig
+    git: GitFacts
     corpus: Corpus
     device: torch.device
     dtype: torch.dtype
@@ -72,6 +74,10 @@ class Setup:
     @property
     def config(self) -> Config:
         return self.loaded.config
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.root / self.config.tracking.runs_dir
 
     @property
     def epochs(self) -> float:
@@ -107,15 +113,12 @@ def train(
     """
     terminal = Terminal(quiet)
     setup = check_gates(config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config), root)
-    runs_dir = root / setup.config.tracking.runs_dir
     terminal.print(settings_table(setup.loaded.non_default()))
-    capture = MetadataCapture(root, excluded=(runs_dir,))
-    git = capture.git_facts()
     with stop_on_signals() as stop:
-        run = Run.create(runs_dir, setup.config.tracking.run_tag, argv=list(argv))
+        run = Run.create(setup.runs_dir, setup.config.tracking.run_tag, argv=list(argv))
         terminal.attach(run.path / "logs" / "train.log")
         try:
-            return run_experiment(setup, run, capture, git, terminal, stop, root)
+            return run_experiment(setup, run, terminal, stop)
         finally:
             terminal.close()
 
@@ -142,18 +145,12 @@ def check_gates(loaded: LoadedConfig, root: Path) -> Setup:
         except RuleError as error:
             raise rule_error(error, loaded) from None
     device = choose_device(config.train.device)
-    return Setup(loaded, corpus, device, choose_dtype(config.train.dtype, device), max_iters)
+    dtype = choose_dtype(config.train.dtype, device)
+    git = MetadataCapture(root, excluded=(root / config.tracking.runs_dir,)).git_facts()
+    return Setup(root, loaded, git, corpus, device, dtype, max_iters)
 
 
-def run_experiment(
-    setup: Setup,
-    run: Run,
-    capture: MetadataCapture,
-    git: GitFacts,
-    terminal: Terminal,
-    stop: StopRequest,
-    root: Path,
-) -> TrainResult:
+def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest) -> TrainResult:
     """Train inside a run directory; whatever happens, its status, logs and views are closed."""
     from utils.step_buffer import NonFiniteLossError
     from utils.training import training_loop
@@ -165,8 +162,8 @@ def run_experiment(
     status: Status = "failed"
     reason: str | None = None
     try:
-        state = prepare_run(setup, run, capture, git, terminal)
-        feeders = build_feeders(setup, run, git, state, terminal, root)
+        state = prepare_run(setup, run, terminal)
+        feeders = build_feeders(setup, run, state, terminal)
 
         def after_flush() -> None:
             run.heartbeat()
@@ -174,11 +171,11 @@ def run_experiment(
 
         with TrainingProgress(terminal, setup.max_iters) as progress:
             training_loop(state, log, progress, stop, after_flush)
-        if stop:
-            status, reason = "interrupted", stop.name
-        else:
+        if state.step == setup.max_iters:
             export(state, run)
             status = "completed"
+        else:
+            status, reason = "interrupted", stop.name
     except NonFiniteLossError as error:
         status, reason = "diverged", str(error)
     except KeyboardInterrupt:
@@ -186,6 +183,7 @@ def run_experiment(
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         terminal.print(traceback.format_exc(), log_only=True)
+        terminal.print(f"failed after {duration(time.monotonic() - began)}: {relative_name(run.path, setup.root)}")
         raise
     finally:
         summary = close_run(run, log, feeders, state, status, reason, terminal)
@@ -202,11 +200,11 @@ def run_experiment(
         parameters=state.model.num_parameters() if state else 0,
         signum=stop.signum,
     )
-    print_result(result, run, setup, terminal, root)
+    print_result(result, run, setup, terminal)
     return result
 
 
-def prepare_run(setup: Setup, run: Run, capture: MetadataCapture, git: GitFacts, terminal: Terminal) -> TrainState:
+def prepare_run(setup: Setup, run: Run, terminal: Terminal) -> TrainState:
     """Seeds, model and optimizer; meta/ and the resolved values in run.json; the start-up facts."""
     import torch
 
@@ -223,11 +221,10 @@ def prepare_run(setup: Setup, run: Run, capture: MetadataCapture, git: GitFacts,
     prepare(config.train, setup.device)
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
     decisive = {
+        **derived_settings(config, setup.max_iters),
         "device": setup.device.type,
         "dtype": str(setup.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "max_iters": setup.max_iters,
-        "warmup_iters": warmup_steps(config.optimizer, setup.max_iters),
         "dataset": corpus.hash,
         "corpus_hash": corpus.hash,
         "tokenizer_hash": corpus.tokenizer.hash(),
@@ -246,9 +243,9 @@ def prepare_run(setup: Setup, run: Run, capture: MetadataCapture, git: GitFacts,
             "parameters": parameters,
         },
         config_hash=config_hash(config, decisive),
-        git=git.summary(),
+        git=setup.git.summary(),
     )
-    capture.write(meta, git, device_facts(setup.device))
+    MetadataCapture.write(meta, setup.git, device_facts(setup.device))
     terminal.print(
         facts(
             [
@@ -263,7 +260,7 @@ def prepare_run(setup: Setup, run: Run, capture: MetadataCapture, git: GitFacts,
     return state
 
 
-def build_feeders(setup: Setup, run: Run, git: GitFacts, state: TrainState, terminal: Terminal, root: Path) -> Feeders:
+def build_feeders(setup: Setup, run: Run, state: TrainState, terminal: Terminal) -> Feeders:
     """One feeder for TensorBoard, and one for Aim where it is asked for and installed; not started yet."""
     from utils.tracking import Feeder, Feeders, RunFacts, View
     from utils.tracking.aim import AimView, aim_is_installed
@@ -278,7 +275,7 @@ def build_feeders(setup: Setup, run: Run, git: GitFacts, state: TrainState, term
         tags=tracking.tags,
         note=tracking.note,
         hparams=setup.config.model_dump(mode="json"),
-        git=git.summary(),
+        git=setup.git.summary(),
         model_summary={
             "parameters": state.model.num_parameters(),
             "vocab_size": state.model.vocab_size,
@@ -289,7 +286,7 @@ def build_feeders(setup: Setup, run: Run, git: GitFacts, state: TrainState, term
     )
     views: list[View] = [TensorBoardView(run_facts, run.path / "logs" / "tensorboard")]
     if tracking.aim_logging and aim_is_installed():
-        views.append(AimView(run_facts, root / tracking.aim_repo))
+        views.append(AimView(run_facts, setup.root / tracking.aim_repo))
     elif tracking.aim_logging:
         terminal.warn("aim_logging is on but Aim is not installed: this run is not fed to Aim")
         run.update_view("aim", state="off", reason="not installed")
@@ -343,9 +340,9 @@ def close_run(
     return summary
 
 
-def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, root: Path) -> None:
+def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal) -> None:
     """Losses, time, where things are, and what to type next."""
-    where = relative_name(run.path, root)
+    where = relative_name(run.path, setup.root)
     rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
     if result.val_loss is not None and result.best_val_loss is not None:
         rows.append(
@@ -359,19 +356,19 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     if result.status == "completed":
         rows.append(("export", f"{where}/artifacts/export"))
     terminal.print("", facts(rows))
-    runs_dir = relative_name(run.path.parent, root)
+    runs_dir = relative_name(setup.runs_dir, setup.root)
     commands = [("curves", f"tensorboard --logdir {runs_dir}")]
     if "aim" in run.record["views"]:
-        commands.append(("compare runs", "aim up" + _aim_repo_flag(setup, root)))
+        commands.append(("compare runs", "aim up" + _aim_repo_flag(setup)))
     if result.status == "completed":
         name = run.id if not run.record["tag"] else run.record["tag"]
         commands.append(("generate", f'python inference.py {name} --prompt "The "'))
     terminal.print("", facts(commands, title="Next"))
 
 
-def _aim_repo_flag(setup: Setup, root: Path) -> str:
+def _aim_repo_flag(setup: Setup) -> str:
     repo = setup.config.tracking.aim_repo
-    return "" if repo == "." else f" --repo {relative_name(root / repo, root)}"
+    return "" if repo == "." else f" --repo {relative_name(setup.root / repo, setup.root)}"
 
 
 if __name__ == "__main__":

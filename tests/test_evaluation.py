@@ -88,10 +88,14 @@ def test_the_estimate_runs_in_the_precision_that_is_asked_for(model: LanguageMod
 
 
 def test_evaluating_restores_the_mode_after_an_exception(model: LanguageModel) -> None:
-    with pytest.raises(RuntimeError, match="stop"), evaluating(model):
-        assert not model.training
-        assert not torch.is_grad_enabled()
-        raise RuntimeError("stop")
+    def fail() -> None:
+        with evaluating(model):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert model.training
     assert torch.is_grad_enabled()
 

@@ -115,7 +115,7 @@ def test_an_empty_prompt_starts_from_a_line_break_or_the_first_token() -> None:
 
 
 def test_a_prompt_of_unknown_characters_is_an_error() -> None:
-    with pytest.raises(TokenizerError, match="'x'.* at position 1 "):
+    with pytest.raises(TokenizerError, match=r"'x'.* at position 1 "):
         start_tokens(CharTokenizer("ab"), "ax")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_without_any_warmup_the_first_rate_is_the_peak() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_rate_never_rises_after_the_warmup_nor_leaves_its_bounds(schedule: str) -> None:
     rates = [rate(step, 200, schedule=schedule) for step in range(250)]
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[4:]))
     assert all(0.1 - 1e-12 <= value <= 1.0 for value in rates)
 
 

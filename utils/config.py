@@ -384,13 +384,29 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: get_value(config, key) for key in FIELDS}
 
 
+def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
+    """What settings that are none, or alternatives of each other, come to in a run of `max_iters` steps."""
+    model, optimizer = config.model, config.optimizer
+    return {
+        "n_kv_head": model.kv_heads,
+        "head_dim": model.head_width,
+        "ffn_dim": model.ffn_width,
+        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+        "min_lr": optimizer.final_lr,
+        "warmup_iters": warmup_steps(optimizer, max_iters),
+        "lr_decay_iters": optimizer.lr_decay_iters or max_iters,
+        "max_iters": max_iters,
+        "epochs": None,
+    }
+
+
 def config_hash(config: Config, resolved: dict[str, Any]) -> str:
     """sha256 over everything that decides the numbers of a run.
 
     Args:
         config: the merged configuration.
-        resolved: what "auto" and the like became (device type, dtype, threads, corpus and
-            tokenizer hash, ...); takes the place of the setting of the same name.
+        resolved: what "auto", none and the like became (device type, dtype, threads, derived settings,
+            corpus and tokenizer hash); takes the place of the setting of the same name.
     """
     values = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == TRAJECTORY}
     text = json.dumps(values | resolved, sort_keys=True, default=str)

@@ -147,7 +147,8 @@ class MetadataCapture:
             left_out.append(f"{name} ({reason})")
         return reason is None
 
-    def write(self, meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
+    @staticmethod
+    def write(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
         """git.txt, code.patch and env.txt in `meta_dir`."""
         write_atomic(meta_dir / "git.txt", _git_text(facts))
         if facts.patch:
