@@ -1,6 +1,43 @@
 # make baseline     a first tracked run; pass flags with ARGS="--max-iters 200"
 # make test         the tests; make test-slow: the long ones; make lint: style and types
-# make bench        the measured comparisons; make UV_COMPILE := $(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+# make bench        the measured comparisons; make schema, make lock: the generated files
+# Each target sets up what it needs first; what is there already is not done again.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.PHONY: setup baseline test test-slow lint bench schema lock clean
+
+setup: $(VENV)/.installed
+
+baseline: $(VENV)/.installed
+	$(BIN)/python train.py --run-tag baseline $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.tracking
+	$(BIN)/python -m benchmarks.shakespeare
+
+schema: $(VENV)/.installed
+	$(BIN)/python -m utils.config > docs/config.schema.json
+
+# uv resolves for every platform, so that Aim's own dependencies carry Aim's marker. torch brings the GPU packages that
+# fit its build by itself: they, and torch's local version suffix, are left out.
+UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+
 lock: $(VENV)/.installed-dev
 	$(BIN)/pip install -q uv
 	(echo "# Compiled from requirements.in by make lock."; $(UV_COMPILE) requirements.in \
@@ -9,10 +46,10 @@ lock: $(VENV)/.installed-dev
 	(echo "# Compiled from requirements-dev.in by make lock."; $(UV_COMPILE) requirements-dev.in) > requirements-dev.new
 	mv requirements-dev.new requirements-dev.txt
 
-$(VENV)/bin/python:
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+$(VENV)/.installed: requirements.txt | $(BIN)/python
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 

@@ -15,8 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.table import Table
 
@@ -64,7 +66,7 @@ def measure(repeats: int, folder: Path, flags: Sequence[str] = ()) -> dict[str, 
 
     def first_step() -> list[float]:
         start = time.time()
-        output = _python(*training)
+        output = run_python(*training)
         return [float(line.split(MARK)[1]) - start for line in output.splitlines() if line.startswith(MARK)]
 
     arms = {
@@ -81,11 +83,11 @@ def measure(repeats: int, folder: Path, flags: Sequence[str] = ()) -> dict[str, 
 
 def _timed(*words: str) -> float:
     start = time.perf_counter()
-    _python(*words)
+    run_python(*words)
     return time.perf_counter() - start
 
 
-def _python(*words: str) -> str:
+def run_python(*words: str) -> str:
     """The output of a Python process that must succeed."""
     done = subprocess.run([sys.executable, *words], cwd=PROJECT_ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -94,27 +96,28 @@ def _python(*words: str) -> str:
 
 
 def timed_training(argv: Sequence[str]) -> int:
-    """train.py's main, which prints the clock when the loop begins and after the first update."""
-    import train
+    """train.py's main, which prints the clock when the loop begins and after every update."""
+    import train  # without torch: it is imported when training is prepared
 
-    prepare_run = train.prepare_run  # the last thing before the loop that is not imported late
+    prepare_run = train.prepare_run
+    with ExitStack() as patches:
 
-    def prepared(*arguments: Any) -> Any:
-        state = prepare_run(*arguments)
-        from utils import training
+        def prepared(*arguments: Any) -> Any:
+            state = prepare_run(*arguments)
+            from utils import training
 
-        optimizer_step = training.optimizer_step
+            optimizer_step = training.optimizer_step
 
-        def stepped(state: Any) -> None:
-            optimizer_step(state)
+            def stepped(state: Any) -> None:
+                optimizer_step(state)
+                print(MARK, time.time(), flush=True)
+
+            patches.enter_context(patch.object(training, "optimizer_step", stepped))
             print(MARK, time.time(), flush=True)
+            return state
 
-        training.optimizer_step = stepped
-        print(MARK, time.time(), flush=True)
-        return state
-
-    train.prepare_run = prepared
-    return train.main(argv)
+        patches.enter_context(patch.object(train, "prepare_run", prepared))
+        return train.main(argv)
 
 
 def results_table(seconds: dict[str, list[float]]) -> Table:

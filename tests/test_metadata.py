@@ -267,6 +267,15 @@ def test_secrets_never_come_into_the_patch_and_are_listed(repo: Path, name: str,
     assert [item.partition(" (")[0] for item in facts.left_out] == [name]
 
 
+def test_a_file_name_that_looks_like_a_pattern_brings_no_secret_along(repo: Path) -> None:
+    write(repo, {"*.py": "before\n", "secret.py": "before\n"})
+    commit(repo)
+    write(repo, {"*.py": "star = 1\n", "secret.py": "hunter2\n"})
+    facts = facts_of(repo)
+    assert b"star = 1" in facts.patch
+    assert b"hunter2" not in facts.patch
+
+
 @pytest.mark.parametrize(
     "name", ["tokenizer.py", "keyboard.py", "environment.py", "secretary.py", "env.yaml", "a.env.py"]
 )
@@ -316,6 +325,7 @@ def test_excluded_folders_are_no_code_and_leave_the_tree_clean(repo: Path) -> No
     [
         ("https://me:hunter2@example.org/repo.git", "https://example.org/repo.git"),
         ("https://hunter2@example.org/repo.git", "https://example.org/repo.git"),
+        ("me:hunter2@example.org:me/repo.git", "example.org:me/repo.git"),
         ("https://me:hun@ter2@example.org:8443/repo.git", "https://example.org:8443/repo.git"),
         ("https://example.org/repo.git?token=hunter2#hunter2", "https://example.org/repo.git"),
         ("ssh://git:hunter2@example.org:22/repo.git", "ssh://example.org:22/repo.git"),

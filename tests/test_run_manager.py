@@ -194,9 +194,14 @@ def test_a_failure_while_creating_leaves_nothing_behind(runs_dir: Path, monkeypa
 
 
 def test_facts_that_cannot_be_written_leave_nothing_behind(runs_dir: Path) -> None:
-    with pytest.raises((RunError, UnicodeError)):
-        Run.create(runs_dir, "a", argv=["train.py", "--config", "\udcff.yaml"])  # a file name that is not UTF-8
+    with pytest.raises(TypeError):
+        Run.create(runs_dir, "a", argv=object())
     assert list(runs_dir.iterdir()) == []
+
+
+def test_an_argument_that_is_no_text_is_recorded(runs_dir: Path) -> None:
+    run = Run.create(runs_dir, "a", argv=["train.py", "--config", "\udcff.yaml"])  # a file name that is not UTF-8
+    assert read_record(run.path)["argv"][2] == "\udcff.yaml"
 
 
 def test_a_file_in_place_of_the_runs_folder_is_told(runs_dir: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 Kind = Literal["trajectory", "observation", "machine"]
 TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
@@ -36,7 +37,7 @@ class RuleError(ValueError):
 def _refuse_bool(value: Any) -> Any:
     """pydantic reads True as 1; in a config file that is a slip, not a number."""
     if isinstance(value, bool):
-        raise ValueError("expected a number, got a boolean")
+        raise PydanticCustomError("boolean", "expected a number, got a boolean")
     return value
 
 
@@ -371,6 +372,11 @@ def expected(key: str) -> str:
         for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
             if (bound := getattr(constraint, attribute, None)) is not None:
                 bounds.append(f"{sign} {bound}")
+    lengths = {
+        name: getattr(c, name) for c in field.metadata for name in ("min_length", "max_length") if hasattr(c, name)
+    }
+    if lengths:
+        bounds.append("of one character" if lengths.get("max_length") == 1 else "that is not empty")
     words = [names[getattr(member, "__origin__", member)] for member in members]
     return " or ".join([" ".join([words[0], " and ".join(bounds)]).strip(), *words[1:]])
 

@@ -120,18 +120,24 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return mapping
 
 
+def _construct_text(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> str:
+    """What looks like a date stays text: no setting is a date, and a tag may look like one."""
+    return str(node.value)
+
+
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:timestamp", _construct_text)
 
 
 def _parse_yaml(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
     """The document and, per mapping, the line of each key."""
-    loader = _UniqueKeyLoader(text)
-    loader.lines = {}
     try:
+        loader = _UniqueKeyLoader(text)
+        loader.lines = {}
         return loader.get_single_data(), loader.lines
     except yaml.constructor.ConstructorError as error:
         problem = (error.problem or "").replace("could not determine a constructor for the tag", "refused the YAML tag")
@@ -141,10 +147,10 @@ def _parse_yaml(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{name}:{line}: not valid YAML: {problem}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that Python cannot hold
         raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
-    finally:
-        loader.dispose()
 
 
 def _parse_json(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
@@ -168,6 +174,12 @@ def _parse_json(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
         return json.loads(text, object_pairs_hook=mapping), lines
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # a number that Python cannot hold
+        raise ConfigError(f"{name}: not valid JSON: {error}") from None
 
 
 def read_config_file(path: Path, name: str) -> dict[str, Setting]:
@@ -281,7 +293,7 @@ class ConfigLoader:
         """All files of the configuration folder; they are one layer, so no key may stand in two."""
         folder = self.config_dir or self.root / "configs"
         layer: dict[str, Setting] = {}
-        for path in sorted(p for p in folder.glob("*") if p.suffix in CONFIG_SUFFIXES):
+        for path in sorted(p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES):
             for key, setting in read_config_file(path, relative_name(path, self.root)).items():
                 if key in layer:
                     raise ConfigError(f"{setting.source}: {key} is also set in {layer[key].source}: keep one of them")
@@ -321,7 +333,7 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
     key = str(detail["loc"][1])
     setting = layers[key][-1]
     named = setting.source if setting.source.startswith("--") else f"{setting.source}: {key}"
-    if detail["type"] == "value_error" and "boolean" not in str(cause):
+    if detail["type"] == "value_error":
         return f"{named}: {cause}"
     hint = nearest(str(setting.value), get_args(FIELDS[key].annotation)) if detail["type"] == "literal_error" else ""
     return f"{named}: expected {expected(key)}, got {setting.value!r}{hint}"

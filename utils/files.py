@@ -16,7 +16,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         OSError: the folder is missing, read-only or full; `path` is unchanged.
     """
     if isinstance(data, str):
-        data = data.encode("utf-8")
+        data = data.encode("utf-8", errors="backslashreplace")  # a file name or argument may be no valid text
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

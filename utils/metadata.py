@@ -33,11 +33,11 @@ SOURCE_SUFFIXES = frozenset(
 )
 SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))
 SECRET_NAME = re.compile(
-    r"^\.env|\.(pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
+    r"^\.env|\.(env|pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
     r"|(^|[._-])(secret|credential|password)s?([._-]|$)|^\.(netrc|npmrc|pypirc|htpasswd|git-credentials)$",
     re.IGNORECASE,
 )
-DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames")
+DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames", "--unified=3")
 PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
 
@@ -59,13 +59,14 @@ class GitFacts:
 
 
 def clean_url(url: str) -> str:
-    """`url` without user, password, query and fragment; scp-like `git@host:path` stays as it is.
+    """`url` without user, password, query and fragment; scp-like `git@host:path` keeps its user.
 
     >>> clean_url("https://me:secret@example.org/repo.git")
     'https://example.org/repo.git'
     """
     if "://" not in url:
-        return url
+        user, at, place = url.rpartition("@")
+        return place if ":" in user else user + at + place
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
@@ -94,18 +95,23 @@ class MetadataCapture:
             return GitFacts(problem="not a git repository")
         except (git.GitError, OSError) as error:
             return GitFacts(problem=f"git cannot be read: {error}")
+        facts = GitFacts()
         try:
             with repo:
-                return self._read(repo)
+                self._read(repo, facts)
         except git.GitCommandNotFound:
-            return GitFacts(problem="the git program is not installed")
+            facts.problem = "the git program is not installed"
+        except git.GitCommandError as error:
+            facts.problem = f"git failed: {_first_line(error.stderr.removeprefix(chr(10) + '  stderr: '))}"
         except (git.GitError, OSError, ValueError) as error:
-            return GitFacts(problem=f"git cannot be read: {_first_line(str(error))}")
+            facts.problem = f"git cannot be read: {_first_line(str(error))}"
+        return facts
 
-    def _read(self, repo: git.Repo) -> GitFacts:
+    def _read(self, repo: git.Repo, facts: GitFacts) -> None:
+        """Fill `facts`, the cheapest first: what is known when git fails stays known."""
         if repo.working_tree_dir is None:
-            return GitFacts(problem="a bare git repository has no working tree")
-        facts = GitFacts()
+            facts.problem = "a bare git repository has no working tree"
+            return
         if repo.head.is_valid():
             facts.commit = repo.head.commit.hexsha
         facts.branch = None if repo.head.is_detached else repo.active_branch.name
@@ -115,8 +121,9 @@ class MetadataCapture:
         base = facts.commit or repo.git.hash_object("-t", "tree", os.devnull)
         changed = _paths(repo.git.diff("--name-only", "--no-renames", "-z", base))
         untracked = _paths(repo.git.ls_files("--others", "--exclude-standard", "--full-name", "-z", "--", ":/"))
-        facts.dirty = bool(changed or untracked)
         top = Path(repo.working_tree_dir)
+        changed, untracked = ([n for n in names if not self._is_excluded(top / n)] for names in (changed, untracked))
+        facts.dirty = bool(changed or untracked)
         recorded = [name for name in changed if self._keep(top, name, facts.left_out, any_suffix=True)]
         if recorded:
             facts.patch += repo.git.diff(
@@ -124,16 +131,23 @@ class MetadataCapture:
             )
         for name in untracked:
             if self._keep(top, name, facts.left_out, any_suffix=False):
-                facts.patch += repo.git.diff(  # exit status 1 says only that the files differ
-                    *DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name, with_exceptions=False, **_RAW
+                status, patch, _ = repo.git.diff(
+                    *(*DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name),
+                    **_RAW,
+                    with_exceptions=False,
+                    with_extended_output=True,
                 )
-        return facts
+                if status <= 1:  # 1 says only that the files differ
+                    facts.patch += patch
+                else:
+                    facts.left_out.append(f"{name} (cannot be read)")
+
+    def _is_excluded(self, path: Path) -> bool:
+        return any(folder in path.resolve().parents for folder in self.excluded)
 
     def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
         """True if the file belongs into the patch; otherwise its name and the reason are kept."""
         path = top / name
-        if any(folder in path.resolve().parents for folder in self.excluded):
-            return False
         reason = None
         if SECRET_NAME.search(path.name):
             reason = "looks like a secret"
@@ -168,7 +182,7 @@ def _first_line(text: str) -> str:
 
 
 def _git_text(facts: GitFacts) -> str:
-    if facts.problem:
+    if facts.problem and not facts.commit:
         return f"git: {facts.problem}\n"
     lines = [
         f"commit: {facts.commit or 'none yet'}",
@@ -177,6 +191,8 @@ def _git_text(facts: GitFacts) -> str:
         f"dirty: {'yes' if facts.dirty else 'no'}",
         f"patch: {'code.patch' if facts.patch else 'none'}",
     ]
+    if facts.problem:
+        lines.append(f"problem: {facts.problem}")
     if facts.left_out:
         lines += ["", "left out of code.patch:", *(f"  {item}" for item in facts.left_out)]
     return "\n".join(lines) + "\n"

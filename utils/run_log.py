@@ -198,9 +198,15 @@ def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
 
 
 def truncate(path: Path, offset: int | None = None) -> None:
-    """Cut a log back to byte `offset`, or without it to its last complete line."""
+    """Cut a log back to byte `offset`, or without it to its last complete line.
+
+    Raises:
+        ValueError: the log is shorter than `offset`.
+    """
     if not path.exists():
         return
+    if offset is not None and offset > path.stat().st_size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, fewer than the {offset} to keep")
     with path.open("r+b") as file:
         if offset is None:
             data = file.read()

@@ -131,9 +131,11 @@ class Run:
                 (path / folder).mkdir()
             write_json(path / "notes.json", {"tags": [], "note": "", "pinned": False})
             write_json(path / "run.json", record)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(path, ignore_errors=True)
-            raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
+            if isinstance(error, OSError):
+                raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
+            raise
         return cls(path, record, lock_fd)
 
     @property
@@ -180,9 +182,14 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} is not a run directory: it has no run.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path / 'run.json'} cannot be read: {error}") from None
-    if not isinstance(record, dict) or "status" not in record:
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("status"), str)
+        or not isinstance(record.get("start", ""), str)
+        or not isinstance(record.get("tag"), str | None)
+    ):
         raise RunError(f"{path / 'run.json'} is not the record of a run")
     return record
 
@@ -239,7 +246,7 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
     Raises:
         RunError: there is none, or a part fits several.
     """
-    if Path(name).is_dir() and (Path(name) / "run.json").is_file():
+    if os.path.isfile(os.path.join(name, "run.json")):
         return Path(name)
     paths = list_run_paths(runs_dir)
     if not paths:

@@ -1,0 +1,156 @@
+"""The benchmark commands, with tiny sizes: what they return and print, not how fast anything is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS
+
+from benchmarks import common, shakespeare, startup, step_timing, tracking
+from utils import training
+from utils.errors import UserError
+from utils.tracking.aim import aim_is_installed
+
+COMMANDS = {"shakespeare": shakespeare.main, "startup": startup.main, "tracking": tracking.main}
+needs_aim = pytest.mark.skipif(not aim_is_installed(), reason="measures Aim, which is not installed")
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path, tiny_corpus: Path) -> Path:
+    """The tiny experiment as a file for --config."""
+    settings = {flag.removeprefix("--").replace("-", "_"): value for flag, value in TINY_FLAGS.items()}
+    settings |= {"dataset": str(tiny_corpus), "corpora_dir": str(tmp_path / "corpora")}
+    path = tmp_path / "tiny.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()), encoding="utf-8")
+    return path
+
+
+def test_shakespeare_prints_the_loss_of_each_seed_next_to_the_target(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shakespeare.main(["--steps", "4", "--seeds", "1,2", "--config", str(tiny_file)]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("whole val split", "target 1.90", "nanoGPT 1.886", "threads, torch"))
+    assert printed.index("seed 1:") < printed.index("seed 2:") < printed.index("median loss")
+
+
+def test_shakespeare_measures_the_run_that_it_was_given(tmp_path: Path, tiny_file: Path) -> None:
+    loaded = common.load_config([tiny_file], tmp_path, {"seed": "7", "aim_logging": False})
+    result = shakespeare.measure(loaded)
+    assert (result.seed, result.steps) == (7, 6)
+    assert result.split_loss == pytest.approx(result.estimate, abs=0.5)  # the same model, all tokens and some
+    assert result.seconds > 0
+    assert result.tokens_per_second > 0
+
+
+def test_a_run_that_diverges_is_no_result(tmp_path: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "forward_backward", lambda state: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="diverged"):
+        shakespeare.measure(common.load_config([tiny_file], tmp_path, {"aim_logging": False}))
+
+
+@needs_aim
+def test_tracking_compares_three_loops_and_feeds_the_views_while_training(tmp_path: Path, tiny_file: Path) -> None:
+    loaded = tracking.load([tiny_file], tmp_path, batch_size=2, steps=60)
+    timings = tracking.measure(loaded, warmup=20, repeats=2)
+    assert {kind: len(runs) for kind, runs in timings.items()} == {"tracked": 2, "no views": 2, "bare": 2}
+    assert all(run.median_ms > 0 and run.mean_ms > 0 for runs in timings.values() for run in runs)
+    assert [set(run.fed) for run in timings["tracked"]] == [{"tensorboard", "aim"}] * 2
+    assert not any(run.fed for kind in ("no views", "bare") for run in timings[kind])
+
+
+@needs_aim
+def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--step-ms", "2", "--repeats", "1", "--steps", "10", "--warmup", "55", "--config", str(tiny_file)]
+    assert tracking.main(words) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("no views", "bare", "batch_size", "limit 1.05", "threads, torch"))
+
+
+@needs_aim
+def test_a_view_that_fails_is_no_result(tmp_path: Path, tiny_file: Path) -> None:
+    (tmp_path / ".aim").write_text("a file where Aim's folder should be")
+    with pytest.raises(UserError, match="aim"):
+        step_timing.timed_run(tracking.load([tiny_file], tmp_path, batch_size=2, steps=4), 1, step_timing.TRACKED)
+
+
+def test_training_tells_when_the_loop_begins_and_when_a_step_is_done(
+    tiny_argv: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = time.time()
+    assert startup.timed_training(tiny_argv("--max-iters", "1")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    loop, step = (float(line.split(startup.MARK)[1]) for line in lines if line.startswith(startup.MARK))
+    assert before < loop < step < time.time()
+
+
+def test_startup_times_every_command_once_a_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[str] = []
+
+    def python(*words: str) -> str:
+        commands.append(words[-1] if "--max-iters" not in words else "training")
+        return f"{startup.MARK} {time.time() + 3}\n{startup.MARK} {time.time() + 5}\n"
+
+    monkeypatch.setattr(startup, "run_python", python)
+    seconds = startup.measure(2, tmp_path)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(
+        (startup.HELP, startup.IMPORT, startup.LOOP, startup.FIRST_STEP), 2
+    )
+    assert [commands.count(word) for word in ("--help", "import torch", "training")] == [3, 3, 3]  # one is a warmup
+    assert seconds[startup.LOOP] == pytest.approx([3, 3], abs=0.5)
+    assert seconds[startup.FIRST_STEP] == pytest.approx([5, 5], abs=0.5)
+    assert startup.results_table(seconds).row_count == 4
+
+
+def test_startup_reports_a_command_that_fails() -> None:
+    with pytest.raises(UserError, match="unknown flag --no-such-flag"):
+        startup.run_python("train.py", "--no-such-flag")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_does_not_import_torch(name: str) -> None:
+    code = (
+        f"import sys\nfrom benchmarks.{name} import main\n"
+        "try:\n    main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"benchmarks.{name}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("shakespeare", ["--seeds", "1,x"], "--seeds: expected numbers >= 0"),
+        ("shakespeare", ["--steps", "0"], "--steps must be at least 1"),
+        ("tracking", ["--step-ms", ","], "--step-ms: expected numbers >= 0.1"),
+        ("tracking", ["--warmup", "0"], "--warmup must be at least 1"),
+        ("startup", ["--repeat", "3"], "unknown flag --repeat; did you mean --repeats?"),
+    ],
+)
+def test_a_bad_flag_is_one_line(name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS[name](words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_interleaving_measures_every_arm_once_a_repeat_in_turning_order() -> None:
+    order: list[str] = []
+    arms = {name: lambda name=name: order.append(name) for name in "abc"}
+    common.interleaved(arms, 3)
+    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+
+def test_ratio_is_that_of_the_medians_inside_its_interval() -> None:
+    ratio, low, high = common.ratio_interval([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert ratio == 2.0
+    assert 2.0 == low <= ratio <= high == 3.0  # the resampled medians are 2/1, 4/2 and 9/3
+
+
+def test_ratio_of_equal_runs_has_no_spread() -> None:
+    assert common.ratio_interval([3.0] * 5, [2.0] * 5) == (1.5, 1.5, 1.5)
