@@ -8,8 +8,8 @@ the step, and the global batch does not depend on how it is divided.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,17 +51,20 @@ def _shakespeare(corpora_dir: Path) -> str:
     for folder in folders:
         path = folder / "tinyshakespeare.txt"
         if path.is_file():
-            return _checked_shakespeare(path.read_bytes(), str(path)).decode()
+            return _checked_shakespeare(_read_bytes(path), str(path)).decode()
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             data = _checked_shakespeare(response.read(), SHAKESPEARE_URL)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise CorpusError(
             f"shakespeare: cannot be downloaded ({getattr(error, 'reason', error)}); put tinyshakespeare.txt "
             f"into {corpora_dir} or name its folder in WORKBENCH_DATA"
         ) from None
-    corpora_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(corpora_dir / "tinyshakespeare.txt", data)
+    try:
+        corpora_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(corpora_dir / "tinyshakespeare.txt", data)
+    except OSError as error:
+        raise CorpusError(f"{corpora_dir}: the download cannot be kept: {error.strerror}") from None
     return data.decode()
 
 
@@ -83,33 +86,50 @@ def read_corpus(dataset: str, corpora_dir: Path) -> str:
     """
     if dataset in CORPORA:
         return CORPORA[dataset](corpora_dir)
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        files = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file() and p.suffix.lower() in TEXT_SUFFIXES and not p.relative_to(path).as_posix().startswith(".")
-        )
-        if not files:
-            raise CorpusError(f"{dataset}: no text files in this folder")
-        text = "\n".join(_read_text(file) for file in files)
-    elif path.exists():
-        text = _read_text(path)
-    else:
+    path = Path(os.path.expanduser(dataset))
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
+    except OSError:
         raise CorpusError(
             f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
             f"{nearest(dataset, CORPORA)}"
-        )
+        ) from None
+    if os.path.isdir(path):
+        files = _text_files(path)
+        if not files:
+            raise CorpusError(f"{dataset}: no text files in this folder")
+        text = "\n".join(_read_text(file) for file in files)
+    else:
+        text = _read_text(path)
     if not text.strip():
         raise CorpusError(f"{dataset}: the corpus is empty")
     return text
 
 
-def _read_text(path: Path) -> str:
+def _text_files(folder: Path) -> list[Path]:
+    """Files with a suffix of text, by path; hidden files and folders are left out."""
+
+    def fail(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in TEXT_SUFFIXES)
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_text(path: Path) -> str:
+    data = _read_bytes(path)
     if (position := data.find(b"\0")) >= 0:
         raise CorpusError(f"{path}: a binary file (NUL at byte {position}), expected UTF-8 text")
     try:

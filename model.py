@@ -220,7 +220,7 @@ class LanguageModel(nn.Module):
         logits = F.linear(self.final_norm(x), self.token_embedding.weight)  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.view(-1, self.vocab_size).float(), targets.view(-1))
+        return logits, F.cross_entropy(logits.view(-1, self.vocab_size).float(), targets.reshape(-1))
 
     def num_parameters(self) -> int:
         """Trainable numbers; the tied embedding counts once."""

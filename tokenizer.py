@@ -109,12 +109,12 @@ class CharTokenizer:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if (data["type"], data["version"]) != (cls.type, 1):
-                raise TokenizerError(f"{path}: a tokenizer of type {data['type']!r}, version {data['version']}")
+                raise ValueError(f"type {data['type']!r}, version {data['version']}, expected {cls.type!r}, 1")
+            if len(set(data["vocabulary"])) != len(data["vocabulary"]):
+                raise ValueError("a character stands twice in the vocabulary")
             return cls(data["vocabulary"], data["unknown_token"])
         except FileNotFoundError:
             raise TokenizerError(f"{path}: no tokenizer file") from None
-        except TokenizerError:
-            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TokenizerError(f"{path}: damaged tokenizer file ({type(error).__name__}: {error})") from None
 

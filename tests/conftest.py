@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,22 @@ TINY_FLAGS = {
     "--sample-tokens": "8",
     "--threads": "1",
 }
+
+
+@pytest.fixture(autouse=True)
+def torch_settings() -> Iterator[None]:
+    """What a run in this process sets for itself (determinism, threads, precision) ends with the test."""
+    import torch
+
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+    )
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.set_num_threads(before[1])
+    torch.set_float32_matmul_precision(before[2])
 
 
 @pytest.fixture

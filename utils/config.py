@@ -323,7 +323,7 @@ def warmup_steps(config: OptimizerConfig, max_iters: int) -> int:
         RuleError: the warmup does not end before the decay does.
     """
     if config.warmup_iters is None:
-        return max_iters // 20
+        return min(max_iters, config.lr_decay_iters or max_iters) // 20
     for key, end in (("lr_decay_iters", config.lr_decay_iters), ("max_iters", max_iters)):
         if end is not None and config.warmup_iters > end:
             raise RuleError(f"warmup_iters ({config.warmup_iters}) must not exceed {key} ({end})", "warmup_iters", key)

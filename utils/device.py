@@ -39,13 +39,16 @@ def choose_device(name: str) -> torch.device:
     available = available_devices()
     if name == "auto":
         return torch.device(available[0])
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"unknown device {name!r}; available: {', '.join(available)}") from None
     present = {
         "cpu": True,
         "mps": torch.backends.mps.is_available(),
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-    }[device.type]
-    if not present:
+    }
+    if not present.get(device.type, False):
         raise DeviceError(f"device {name} is not available here; available: {', '.join(available)}")
     return device
 

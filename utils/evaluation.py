@@ -58,8 +58,8 @@ def split_loss(model: LanguageModel, tokens: np.ndarray, batch_size: int = 64) -
     ids = torch.from_numpy(tokens.astype(np.int64))
     n_windows = (len(ids) - 1) // block_size
     end = n_windows * block_size
-    inputs = list(ids[:end].view(-1, block_size).split(batch_size))  # (n, T) each
-    targets = list(ids[1 : end + 1].view(-1, block_size).split(batch_size))
+    inputs = list(ids[:end].view(-1, block_size).split(batch_size)) if n_windows else []  # (n, T) each
+    targets = list(ids[1 : end + 1].view(-1, block_size).split(batch_size)) if n_windows else []
     if end + 1 < len(ids):
         inputs.append(ids[None, end:-1])
         targets.append(ids[None, end + 1 :])

@@ -70,10 +70,24 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, tr
         write_json(temporary / "config.json", config)
         tokenizer.save(temporary / "tokenizer.json")
         _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        _replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`; if that fails, the old one stays."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
@@ -101,7 +115,13 @@ def load_export(folder: Path, device: torch.device) -> Export:
         version = config["format_version"]
         if version != FORMAT_VERSION:
             raise ExportError(f"{config_path}: format version {version}, this workbench reads {FORMAT_VERSION}")
-        model = LanguageModel(ModelConfig.model_validate(config["model"]), int(config["vocab_size"]))
+        vocab_size = config["vocab_size"]
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ExportError(f"{config_path}: vocab_size: expected a whole number >= 1, got {vocab_size!r}")
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # initialising weights that are replaced must not shift anyone's numbers
+            model = LanguageModel(ModelConfig.model_validate(config["model"]), vocab_size)
         training, crc32 = config["training"], config["weights_crc32"]
     except ValidationError as error:
         detail = error.errors()[0]

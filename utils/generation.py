@@ -11,6 +11,8 @@ from model import KVCache, LanguageModel
 from tokenizer import CharTokenizer
 from utils.errors import UserError
 
+GREEDY_BELOW = 1e-6  # temperatures under it differ from greedy only in ties
+
 
 class GenerationError(UserError):
     """Sampling options that make no sense."""
@@ -52,7 +54,7 @@ def decode_one_token(model: LanguageModel, token: torch.Tensor, cache: KVCache) 
 def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
     """Logits (B, V) with -inf for the tokens that may not be drawn.
 
-    top_k keeps the k most likely tokens; top_p keeps the smallest set of most likely tokens whose
+    top_k keeps the k most likely tokens and what ties with the last of them; top_p keeps the smallest set of most likely tokens whose
     probabilities reach p [Holtzman et al. 2020, nucleus sampling], at least one.
     """
     if top_k is not None and top_k < logits.size(-1):
@@ -68,9 +70,12 @@ def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) 
 
 def sample(logits: torch.Tensor, options: SamplingOptions, generator: torch.Generator) -> torch.Tensor:
     """Draw one token a row: logits (B, V) -> ids (B, 1)."""
-    if options.temperature == 0:
+    if options.temperature < GREEDY_BELOW:
         return logits.argmax(-1, keepdim=True)
-    logits = filter_logits(logits.float() / options.temperature, options.top_k, options.top_p)
+    logits = logits.float() - logits.amax(
+        -1, keepdim=True
+    )  # at most 0: a small temperature cannot overflow to inf - inf
+    logits = filter_logits(logits / options.temperature, options.top_k, options.top_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 

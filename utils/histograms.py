@@ -21,7 +21,8 @@ def bin_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     finite = flat.isfinite()
     low = torch.where(finite, flat, torch.inf).min()
     high = torch.where(finite, flat, -torch.inf).max()
-    bins = ((flat - low) * (BINS / (high - low).clamp_min(1e-30))).nan_to_num(0, 0, 0).long().clamp_(0, BINS - 1)
+    position = (flat / 2 - low / 2) / (high / 2 - low / 2).clamp_min(1e-30)  # halves: the range must not overflow
+    bins = (position * BINS).nan_to_num(0, 0, 0).long().clamp_(0, BINS - 1)
     counts = torch.bincount(torch.where(finite, bins, BINS), minlength=BINS + 1)[:BINS]
     return counts, torch.stack((low, high))
 

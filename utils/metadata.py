@@ -102,7 +102,7 @@ class MetadataCapture:
         except git.GitCommandNotFound:
             facts.problem = "the git program is not installed"
         except git.GitCommandError as error:
-            facts.problem = f"git failed: {_first_line(error.stderr.removeprefix(chr(10) + '  stderr: '))}"
+            facts.problem = f"git cannot be read: {_stderr_line(error)}"
         except (git.GitError, OSError, ValueError) as error:
             facts.problem = f"git cannot be read: {_first_line(str(error))}"
         return facts
@@ -179,6 +179,11 @@ def _paths(listing: str) -> list[str]:
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "unknown reason"
+
+
+def _stderr_line(error: git.GitCommandError) -> str:
+    """The first line that git wrote, without GitPython's decoration."""
+    return _first_line(str(error.stderr).strip().removeprefix("stderr:").strip(" '"))
 
 
 def _git_text(facts: GitFacts) -> str:

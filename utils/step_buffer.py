@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -93,11 +94,11 @@ class StepBuffer:
                 },
             )
             for s, loss, grad_norm in zip(self._steps, losses, grad_norms, strict=True)
-            if s.step % self.log_interval == 0
+            if s.step % self.log_interval == 0 or not math.isfinite(loss)
         )
         self.last_loss = losses[-1]
         steps, self._steps, self._values = self._steps, [], []
         self.restart_clock()
         for s, loss in zip(steps, losses, strict=True):
-            if loss != loss or loss in (float("inf"), float("-inf")):
+            if not math.isfinite(loss):
                 raise NonFiniteLossError(s.step, loss)
