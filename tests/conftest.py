@@ -29,13 +29,9 @@ def torch_settings() -> Iterator[None]:
     """What a run in this process sets for itself (determinism, threads, precision) ends with the test."""
     import torch
 
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
-    )
+    before = (torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.get_float32_matmul_precision())
     yield
-    torch.use_deterministic_algorithms(before[0])
+    torch.set_deterministic_debug_mode(before[0])  # unlike use_deterministic_algorithms, imports no compiler
     torch.set_num_threads(before[1])
     torch.set_float32_matmul_precision(before[2])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.server
-import os
 import subprocess
 import sys
 import threading
@@ -270,13 +269,6 @@ def test_a_download_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "corpora").write_text("a file where the folder should be")
     with pytest.raises(CorpusError, match="corpora"):
         read_corpus("shakespeare", tmp_path / "corpora")
-
-
-@pytest.mark.skipif("WORKBENCH_DATA" not in os.environ, reason="the text is not on this machine")
-def test_shakespeare_is_the_published_text(tmp_path: Path) -> None:
-    text = read_corpus("shakespeare", tmp_path)
-    assert len(text) == 1_115_394
-    assert text.startswith("First Citizen:\n")
 
 
 # ------------------------------------------------------------- token files and the split

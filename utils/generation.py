@@ -54,8 +54,8 @@ def decode_one_token(model: LanguageModel, token: torch.Tensor, cache: KVCache) 
 def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
     """Logits (B, V) with -inf for the tokens that may not be drawn.
 
-    top_k keeps the k most likely tokens and what ties with the last of them; top_p keeps the smallest set of most likely tokens whose
-    probabilities reach p [Holtzman et al. 2020, nucleus sampling], at least one.
+    top_k keeps the k most likely tokens and what ties with the last of them; top_p keeps the smallest
+    set of most likely tokens whose probabilities reach p [Holtzman et al. 2020, nucleus sampling].
     """
     if top_k is not None and top_k < logits.size(-1):
         smallest_kept = logits.topk(top_k).values[:, -1:]  # (B, 1)
