@@ -15,10 +15,8 @@ from conftest import ROOT, TINY_FLAGS
 from benchmarks import common, shakespeare, startup, step_timing, tracking
 from utils import training
 from utils.errors import UserError
-from utils.tracking.aim import aim_is_installed
 
 COMMANDS = {"shakespeare": shakespeare.main, "startup": startup.main, "tracking": tracking.main}
-needs_aim = pytest.mark.skipif(not aim_is_installed(), reason="measures Aim, which is not installed")
 
 
 @pytest.fixture
@@ -55,7 +53,6 @@ def test_a_run_that_diverges_is_no_result(tmp_path: Path, tiny_file: Path, monke
         shakespeare.measure(common.load_config([tiny_file], tmp_path, {"aim_logging": False}))
 
 
-@needs_aim
 def test_tracking_compares_three_loops_and_feeds_the_views_while_training(tmp_path: Path, tiny_file: Path) -> None:
     loaded = tracking.load([tiny_file], tmp_path, batch_size=2, steps=60)
     timings = tracking.measure(loaded, warmup=20, repeats=2)
@@ -65,7 +62,6 @@ def test_tracking_compares_three_loops_and_feeds_the_views_while_training(tmp_pa
     assert not any(run.fed for kind in ("no views", "bare") for run in timings[kind])
 
 
-@needs_aim
 def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--step-ms", "2", "--repeats", "1", "--steps", "10", "--warmup", "55", "--config", str(tiny_file)]
     assert tracking.main(words) == 0
@@ -73,7 +69,6 @@ def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixtu
     assert all(word in printed for word in ("no views", "bare", "batch_size", "limit 1.05", "threads, torch"))
 
 
-@needs_aim
 def test_a_view_that_fails_is_no_result(tmp_path: Path, tiny_file: Path) -> None:
     (tmp_path / ".aim").write_text("a file where Aim's folder should be")
     with pytest.raises(UserError, match="aim"):

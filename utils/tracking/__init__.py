@@ -180,7 +180,7 @@ class Feeders:
             feeder.finish(end)
         for feeder in self.feeders:
             while feeder.is_alive() and time.monotonic() < deadline:
-                feeder.join(timeout=2.0)
+                feeder.join(timeout=min(2.0, max(deadline - time.monotonic(), 0)))
                 if feeder.is_alive() and (backlog := feeder.backlog_bytes()):
                     progress(f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left")
             if feeder.is_alive():

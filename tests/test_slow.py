@@ -1,0 +1,37 @@
+"""What takes tens of seconds: learning real text, and a real compiler (make test-slow)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train
+from data import read_corpus
+from utils.run_log import read_metrics, read_records
+from utils.run_manager import read_record
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_default_experiment_imitates_its_text(tmp_path: Path, runs_dir: Path) -> None:
+    places = ["--runs-dir", str(runs_dir), "--aim-repo", str(tmp_path), "--corpora-dir", str(tmp_path)]
+    assert train.main([*places, "--max-iters", "600", "--sample-tokens", "400"]) == 0
+    (run,) = runs_dir.iterdir()
+    assert read_metrics(run / "logs", "val/loss")[-1][1] < 2.0
+    assert read_record(run)["views"]["aim"]["state"] == "complete"
+    vocabulary = set(re.findall(r"[a-z]{3,}", read_corpus("pydocs", tmp_path)))
+    sample = list(read_records(run / "logs" / "samples.jsonl"))[-1]["text"]
+    words = re.findall(r"[a-z]{3,}", sample)
+    assert sum(word in vocabulary for word in words) > 0.4 * len(words) > 10
+
+
+def test_compiled_training_follows_eager_training(tiny_argv: Callable[..., list[str]], runs_dir: Path) -> None:
+    assert train.main(tiny_argv("--run-tag", "eager")) == 0
+    assert train.main(tiny_argv("--run-tag", "compiled", "--compile")) == 0
+    compiled, eager = sorted(runs_dir.iterdir(), key=lambda path: path.name[16:])
+    assert read_record(compiled)["resolved"]["compiled"] is True
+    losses = [[value for _, value in read_metrics(run / "logs", "train/loss")] for run in (compiled, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
