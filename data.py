@@ -7,6 +7,7 @@ the step, and the global batch does not depend on how it is divided.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import os
@@ -189,16 +190,34 @@ def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path) -> Corpu
     return Corpus(config.dataset, corpus_hash, tokenizer, tokens, n_train)
 
 
-def sample_offsets(seed: int, stream: str, first: int, count: int, n_positions: int) -> np.ndarray:
+@functools.lru_cache(maxsize=8)
+def _epoch_order(seed: int, stream: str, epoch: int, n_windows: int, n_phases: int) -> tuple[int, np.ndarray]:
+    """Where the windows of one pass start (0 .. n_phases - 1), and their order, a permutation of n_windows.
+
+    Philox4x64-10 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011] with key
+    (seed, stream); the pass is the high word of its counter. Only raw words are used: numpy promises
+    that they stay the same, unlike the output of its distributions.
+    """
+    words = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, epoch]).random_raw(n_windows + 1)
+    return int(words[0] % np.uint64(n_phases)), np.argsort(words[1:], kind="stable")
+
+
+def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int, block_size: int) -> np.ndarray:
     """Start offsets of samples first .. first + count - 1 of a stream, shape (count,), int64.
 
-    Sample n is word n of the Philox4x64-10 sequence with key (seed, stream) [Salmon et al., "Parallel
-    random numbers: as easy as 1, 2, 3", SC 2011], taken modulo `n_positions` (bias below 2^-40 for any
-    corpus that fits on a disk).
+    A pass cuts the tokens into windows of block_size side by side, from a random start, and visits each
+    once, in random order. Against offsets drawn independently, which leave a third of the text unseen in
+    the time of one pass, this ends about 0.01 nats lower (docs/LOG.md).
     """
-    generator = np.random.Philox(key=[seed, STREAMS[stream]], counter=[first // 4, 0, 0, 0])  # 4 words a counter
-    words = generator.random_raw(first % 4 + count)[first % 4 :]
-    return (words % np.uint64(n_positions)).astype(np.int64)
+    n_windows = max(n_tokens // block_size - 1, 1)
+    n_phases = n_tokens - n_windows * block_size
+    epochs, places = np.divmod(np.arange(first, first + count), n_windows)
+    offsets = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        phase, order = _epoch_order(seed, stream, int(epoch), n_windows, n_phases)
+        chosen = epochs == epoch
+        offsets[chosen] = phase + order[places[chosen]] * block_size
+    return offsets
 
 
 def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +255,7 @@ class BatchSampler:
 
     def _batch(self, stream: str, seed: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.corpus.split(stream)
-        offsets = sample_offsets(seed, stream, first, count, len(tokens) - self.block_size)
+        offsets = sample_offsets(seed, stream, first, count, len(tokens), self.block_size)
         inputs, targets = gather(tokens, offsets, self.block_size)
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()

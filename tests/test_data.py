@@ -373,10 +373,10 @@ def test_each_split_must_be_longer_than_block_size(
 # ---------------------------------------------------------------------------- batches
 
 
-def philox_4x64(counter: int, key: tuple[int, int]) -> list[int]:
-    """Four words of Philox4x64-10 as in the paper, for a counter below 2**64."""
+def philox_4x64(counter: list[int], key: tuple[int, int]) -> list[int]:
+    """Four words of Philox4x64-10 as in the paper."""
     mask = 2**64 - 1
-    c, (k0, k1) = [counter, 0, 0, 0], key
+    c, (k0, k1) = counter, key
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
         c = [(second >> 64) ^ c[1] ^ k0, second & mask, (first >> 64) ^ c[3] ^ k1, first & mask]
@@ -386,34 +386,39 @@ def philox_4x64(counter: int, key: tuple[int, int]) -> list[int]:
 
 @pytest.mark.parametrize("seed", [0, 1337, 2**63 - 1])
 @pytest.mark.parametrize(("stream", "number"), [("train", 0), ("train_eval", 1), ("val", 2)])
-def test_offsets_are_words_of_the_philox_sequence(seed: int, stream: str, number: int) -> None:
-    words = [word for counter in range(1, 6) for word in philox_4x64(counter, (seed, number))]
-    assert np.random.Philox(key=[seed, number]).random_raw(20).tolist() == words
-    assert sample_offsets(seed, stream, 0, 20, 1001).tolist() == [word % 1001 for word in words]
+@pytest.mark.parametrize("epoch", [0, 1, 2**40])
+def test_the_order_of_a_pass_comes_from_philox_words(seed: int, stream: str, number: int, epoch: int) -> None:
+    n_windows = 19  # of 10 tokens each, out of 205: the phase is one of 15
+    first, *words = [w for i in range(1, 6) for w in philox_4x64([i, 0, 0, epoch], (seed, number))][: n_windows + 1]
+    expected = [first % 15 + 10 * window for window in sorted(range(n_windows), key=words.__getitem__)]
+    assert sample_offsets(seed, stream, epoch * n_windows, n_windows, 205, 10).tolist() == expected
 
 
 def test_offsets_do_not_depend_on_how_samples_are_sliced() -> None:
-    whole = sample_offsets(7, "train", 0, 100, 12345)
-    for first in range(12):
-        for count in range(10):
-            np.testing.assert_array_equal(sample_offsets(7, "train", first, count, 12345), whole[first : first + count])
-    np.testing.assert_array_equal(sample_offsets(7, "train", 90, 10, 12345), whole[90:])
+    whole = sample_offsets(7, "train", 0, 100, 123, 4)
+    for first in range(40):
+        for count in range(1, 60):
+            part = sample_offsets(7, "train", first, count, 123, 4)
+            np.testing.assert_array_equal(part, whole[first : first + count])
 
 
-def test_offsets_far_into_a_run_are_words_of_the_same_sequence() -> None:
-    n = 4 * 10**12 + 3
-    expected = [philox_4x64(n // 4 + 1 + i, (7, 0)) for i in range(2)]
-    words = [word for block in expected for word in block]
-    assert sample_offsets(7, "train", n, 3, 10**9).tolist() == [word % 10**9 for word in words[3:6]]
+@pytest.mark.parametrize(("n_tokens", "block_size"), [(9, 8), (15, 8), (16, 8), (17, 8), (1000, 8), (1007, 1)])
+def test_a_pass_visits_each_window_once_and_stays_inside(n_tokens: int, block_size: int) -> None:
+    n_windows = max(n_tokens // block_size - 1, 1)
+    for epoch in range(20):
+        offsets = np.sort(sample_offsets(3, "train", epoch * n_windows, n_windows, n_tokens, block_size))
+        assert (np.diff(offsets) == block_size).all()
+        assert offsets[0] >= 0
+        assert offsets[-1] + block_size + 1 <= n_tokens
+
+
+def test_passes_start_at_every_phase() -> None:
+    assert {int(sample_offsets(1, "train", 9 * epoch, 9, 100, 10).min()) for epoch in range(200)} == set(range(10))
 
 
 def test_seeds_and_streams_differ() -> None:
-    rows = [sample_offsets(seed, stream, 0, 8, 10**6) for seed in (1, 2) for stream in ("train", "train_eval", "val")]
+    rows = [sample_offsets(seed, name, 0, 8, 10**6, 8) for seed in (1, 2) for name in ("train", "train_eval", "val")]
     assert len({tuple(row) for row in rows}) == 6
-
-
-def test_offsets_reach_every_position_and_none_beyond() -> None:
-    assert set(sample_offsets(1, "train", 0, 500, 10)) == set(range(10))
 
 
 def counting_corpus(n: int = 100, n_train: int = 80) -> Corpus:
@@ -437,7 +442,7 @@ def test_targets_are_the_inputs_shifted_by_one() -> None:
 
 def test_batches_start_at_the_offsets_of_their_step() -> None:
     inputs, _ = sampler().train_batch(3)
-    assert inputs[:, 0].tolist() == sample_offsets(5, "train", 3 * 12, 12, 80 - 8).tolist()
+    assert inputs[:, 0].tolist() == sample_offsets(5, "train", 3 * 12, 12, 80, 8).tolist()
 
 
 @pytest.mark.parametrize(("micro_steps", "world_size"), [(1, 1), (3, 1), (1, 4), (2, 2), (3, 4)])

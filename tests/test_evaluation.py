@@ -54,7 +54,7 @@ def test_the_estimate_is_the_mean_over_the_fixed_windows(
     tokens = sampler.corpus.tokens
     expected = {}
     for name, stream, split in (("train/eval_loss", "train_eval", tokens[:200]), ("val/loss", "val", tokens[200:])):
-        offsets = sample_offsets(0, stream, 0, 5 * eval_iters, len(split) - BLOCK)
+        offsets = sample_offsets(0, stream, 0, 5 * eval_iters, len(split), BLOCK)
         windows = [window_loss(model, split[start : start + BLOCK + 1]) for start in offsets]
         expected[name] = torch.cat(windows).mean().item()
     assert losses == pytest.approx(expected, rel=1e-5)
