@@ -32,7 +32,7 @@ TEXT_SUFFIXES = frozenset(
 
 # Streams of random numbers: one for each use, so that none disturbs another.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}
-EVALUATION_SEED = 0  # evaluation batches are the same for every seed, so that losses compare
+EVALUATION_SEED = 0  # evaluation batches are the same whatever the seed, so that losses compare
 
 
 class CorpusError(UserError):
@@ -186,7 +186,7 @@ def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path) -> Corpu
             write_atomic(path, tokenizer.encode_array(text).astype(dtype).tobytes())
         tokens = np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:
-        raise CorpusError(f"{path}: the token file cannot be written: {error.strerror}") from None
+        raise CorpusError(f"{path}: the token file cannot be written or read: {error.strerror}") from None
     return Corpus(config.dataset, corpus_hash, tokenizer, tokens, n_train)
 
 
@@ -248,10 +248,16 @@ class BatchSampler:
         first = step * self.batch_size + (micro_step * world_size + rank) * share
         return self._batch("train", self.seed, first, share)
 
-    def evaluation_batches(self, stream: str, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The fixed batches of `train_eval` or `val`: the same at every evaluation of every run."""
-        for index in range(count):
-            yield self._batch(stream, EVALUATION_SEED, index * self.batch_size, self.batch_size)
+    def evaluation_batches(
+        self, stream: str, count: int, micro_steps: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`count` fixed batches of `train_eval` or `val`, each in `micro_steps` parts: the same at every evaluation.
+
+        They do not depend on the seed, but on how many sequences of which length are asked for.
+        """
+        share = self.batch_size // micro_steps
+        for index in range(count * micro_steps):
+            yield self._batch(stream, EVALUATION_SEED, index * share, share)
 
     def _batch(self, stream: str, seed: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.corpus.split(stream)

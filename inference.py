@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="path, id, tag, part of an id, or latest (default: the newest with an export)",
     )
     parser.add_argument(
-        "--prompt", default="", help="text to continue; empty: start from a line break (default: empty)"
+        "--prompt", default="", metavar="TEXT", help="text to continue; empty: start from a line break (default: empty)"
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=300, metavar="N", help="tokens to generate (default: 300)"
@@ -42,13 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw among the most likely tokens that reach probability X (default: all)",
     )
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="of the random stream (default: 1337)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
     parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
 
 
 @script
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="inference.py", description=__doc__)
+    parser = Parser(prog="inference.py", usage="python inference.py [RUN] [--FLAG VALUE ...]", description=__doc__)
     add_arguments(parser)
     args = parser.parse(argv)
     if args.max_new_tokens < 1:
@@ -65,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     options = SamplingOptions(args.temperature, args.top_k, args.top_p)
     loaded = load_export(export, choose_device(args.device))
     prompt = start_tokens(loaded.tokenizer, args.prompt)
+    if len(prompt) > (block_size := loaded.model.config.block_size):
+        print(f"note: of the {len(prompt)} tokens of the prompt the model sees the last {block_size}", file=sys.stderr)
     sys.stdout.write(args.prompt)
     for token in generate_tokens(loaded.model, prompt, args.max_new_tokens, options, args.seed):
         sys.stdout.write(loaded.tokenizer.decode([token]))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
     from train import check_gates
-    from utils.device import prepare
-    from utils.profiling import profile_steps
+    from utils.device import torch_settings
+    from utils.profiling import operator_clock, profile_steps
     from utils.training import build_state
 
     setup = check_gates(loaded, PROJECT_ROOT)
@@ -52,9 +52,8 @@ def main(argv: Sequence[str]) -> int:
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be made: {error.strerror}") from None
     terminal = Terminal()
-    prepare(setup.config.train, setup.device)
-    state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
-    with tempfile.TemporaryDirectory() as folder:
+    with torch_settings(setup.config.train, setup.device), tempfile.TemporaryDirectory() as folder:
+        state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
         step = profiled_step(state, LogWriter(Path(folder) / "metrics.jsonl"))
         trace = args.out / "trace.json" if args.out else None
         result = profile_steps(
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
             ]
         ),
         profile_table("Phases of a step", result.phases),
-        profile_table("Operators, by their own time", result.operators),
+        profile_table(f"Operators, by their own time on {operator_clock(setup.device)}", result.operators),
     )
     if args.out is not None:
         write_json(args.out / "profile.json", result.to_json())
@@ -91,9 +90,11 @@ def profiled_step(state: TrainState, writer: LogWriter) -> Callable[[], None]:
     tracking = state.config.tracking
     buffer = StepBuffer(writer, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)
 
-    def phase(name: str) -> AbstractContextManager[object]:
-        synchronize(state.device)
-        return record_function(name)
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        with record_function(name):
+            yield
+            synchronize(state.device)  # the device's work counts where it was asked for
 
     def step() -> None:
         lr = learning_rate_at(state.step % state.max_iters, state.config.optimizer, state.max_iters)

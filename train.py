@@ -10,6 +10,9 @@ Or from a notebook: `from train import train; result = train(Config(...), quiet=
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -24,7 +27,7 @@ from utils.config_loader import LoadedConfig, relative_name, rule_error
 from utils.console import Terminal, TrainingProgress, duration, facts, settings_table
 from utils.files import write_json
 from utils.metadata import GitFacts, MetadataCapture
-from utils.run_log import RunLog
+from utils.run_log import RunLog, encode_number
 from utils.run_manager import Run, Status
 from utils.signals import StopRequest, stop_on_signals
 
@@ -44,7 +47,9 @@ class TrainResult:
     status: Status
     exit_reason: str | None
     steps: int
+    train_loss: float | None  # of the last evaluation, like val_loss
     val_loss: float | None
+    losses_step: int | None
     best_val_loss: float | None
     best_step: int | None
     seconds: float
@@ -61,11 +66,10 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Setup:
-    """What was found before a directory is made: the three gates, and the state of the code."""
+    """What the three gates found, before a directory is made."""
 
     root: Path
     loaded: LoadedConfig
-    git: GitFacts
     corpus: Corpus
     device: torch.device
     dtype: torch.dtype
@@ -113,13 +117,18 @@ def train(
     """
     terminal = Terminal(quiet)
     setup = check_gates(config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config), root)
+    from utils.device import torch_settings
+
     terminal.print(settings_table(setup.loaded.non_default()))
-    with stop_on_signals() as stop:
-        run = Run.create(setup.runs_dir, setup.config.tracking.run_tag, argv=list(argv))
-        terminal.attach(run.path / "logs" / "train.log")
+    git = read_git(setup)
+    with stop_on_signals() as stop, torch_settings(setup.config.train, setup.device):
+        run = Run.create(setup.runs_dir, setup.config.tracking.run_tag, argv=list(argv), git=git.summary())
         try:
+            terminal.attach(run.path / "logs" / "train.log")
+            write_meta(setup, run, git)
             return run_experiment(setup, run, terminal, stop)
         finally:
+            run.release()
             terminal.close()
 
 
@@ -133,6 +142,7 @@ def check_gates(loaded: LoadedConfig, root: Path) -> Setup:
     from utils.device import choose_device, choose_dtype
     from utils.generation import start_tokens
 
+    loaded = absolute_dataset(loaded, root)
     config = loaded.config
     corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir)
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
@@ -145,9 +155,44 @@ def check_gates(loaded: LoadedConfig, root: Path) -> Setup:
         except RuleError as error:
             raise rule_error(error, loaded) from None
     device = choose_device(config.train.device)
-    dtype = choose_dtype(config.train.dtype, device)
-    git = MetadataCapture(root, excluded=(root / config.tracking.runs_dir,)).git_facts()
-    return Setup(root, loaded, git, corpus, device, dtype, max_iters)
+    return Setup(root, loaded, corpus, device, choose_dtype(config.train.dtype, device), max_iters)
+
+
+def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
+    """A dataset that is a path, made absolute: the recorded configuration must mean the same from every folder.
+
+    A path in a file of configs/ starts from `root`, one from a flag or from code where it was typed.
+    """
+    from data import CORPORA
+
+    data, source = loaded.config.data, loaded.source("dataset")
+    if data.dataset in CORPORA:
+        return loaded
+    start = Path.cwd() if source.startswith("--") or source == "code" else root
+    path = Path(os.path.abspath(start / Path(data.dataset).expanduser()))
+    if not path.exists():
+        return loaded  # the corpus gate names what was written
+    config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})
+    return LoadedConfig(config, loaded.layers)
+
+
+def read_git(setup: Setup) -> GitFacts:
+    """The state of the code; what runs, corpora and trackers keep is not code."""
+    tracking, data = setup.config.tracking, setup.config.data
+    kept = (setup.runs_dir, setup.root / tracking.aim_repo / ".aim", setup.root / data.corpora_dir, Path(data.dataset))
+    return MetadataCapture(setup.root, excluded=kept).git_facts()
+
+
+def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
+    """meta/ and notes.json: the configuration with its sources, the code, the environment."""
+    from utils.device import device_facts
+
+    meta, tracking = run.path / "meta", setup.config.tracking
+    write_json(meta / "full_config.json", setup.config.model_dump(mode="json"))
+    write_json(meta / "config_sources.json", setup.loaded.sources_json())
+    MetadataCapture.write(meta, git, device_facts(setup.device))
+    if tracking.tags or tracking.note:
+        write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
 
 
 def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest) -> TrainResult:
@@ -165,12 +210,8 @@ def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest
         state = prepare_run(setup, run, terminal)
         feeders = build_feeders(setup, run, state, terminal)
 
-        def after_flush() -> None:
-            run.heartbeat()
-            feeders.start()
-
         with TrainingProgress(terminal, setup.max_iters) as progress:
-            training_loop(state, log, progress, stop, after_flush)
+            training_loop(state, log, progress, stop, feeders.start)
         if state.step == setup.max_iters:
             export(state, run)
             status = "completed"
@@ -186,6 +227,7 @@ def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest
         terminal.print(f"failed after {duration(time.monotonic() - began)}: {relative_name(run.path, setup.root)}")
         raise
     finally:
+        stop.patient = False  # from here on a signal ends the waiting
         summary = close_run(run, log, feeders, state, status, reason, terminal)
     seconds = time.monotonic() - began
     result = TrainResult(
@@ -193,7 +235,9 @@ def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest
         status=status,
         exit_reason=reason,
         steps=state.step if state else 0,
+        train_loss=summary.get("train/eval_loss"),
         val_loss=summary.get("val/loss"),
+        losses_step=state.losses_step if state else None,
         best_val_loss=summary.get("best_val_loss"),
         best_step=state.best_step if state else None,
         seconds=seconds,
@@ -205,20 +249,12 @@ def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest
 
 
 def prepare_run(setup: Setup, run: Run, terminal: Terminal) -> TrainState:
-    """Seeds, model and optimizer; meta/ and the resolved values in run.json; the start-up facts."""
+    """Model and optimizer, the resolved values in run.json, the start-up facts."""
     import torch
 
-    from utils.device import device_facts, prepare
     from utils.training import build_state
 
     config, corpus = setup.config, setup.corpus
-    meta = run.path / "meta"
-    write_json(meta / "full_config.json", config.model_dump(mode="json"))
-    write_json(meta / "config_sources.json", setup.loaded.sources_json())
-    if config.tracking.tags or config.tracking.note:
-        notes = {"tags": list(config.tracking.tags), "note": config.tracking.note, "pinned": False}
-        write_json(run.path / "notes.json", notes)
-    prepare(config.train, setup.device)
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
     decisive = {
         **derived_settings(config, setup.max_iters),
@@ -243,9 +279,7 @@ def prepare_run(setup: Setup, run: Run, terminal: Terminal) -> TrainState:
             "parameters": parameters,
         },
         config_hash=config_hash(config, decisive),
-        git=setup.git.summary(),
     )
-    MetadataCapture.write(meta, setup.git, device_facts(setup.device))
     terminal.print(
         facts(
             [
@@ -275,7 +309,7 @@ def build_feeders(setup: Setup, run: Run, state: TrainState, terminal: Terminal)
         tags=tracking.tags,
         note=tracking.note,
         hparams=setup.config.model_dump(mode="json"),
-        git=setup.git.summary(),
+        git=run.record["git"],
         model_summary={
             "parameters": state.model.num_parameters(),
             "vocab_size": state.model.vocab_size,
@@ -302,7 +336,7 @@ def export(state: TrainState, run: Run) -> None:
     training: dict[str, Any] = {
         "run": run.id,
         "step": state.step,
-        **(state.losses or {}),
+        **{name: encode_number(loss) for name, loss in (state.losses or {}).items()},
         "dataset": state.corpus.name,
         "corpus_hash": state.corpus.hash,
     }
@@ -318,8 +352,7 @@ def close_run(
     reason: str | None,
     terminal: Terminal,
 ) -> dict[str, float]:
-    """Sync the logs, close the views, write the end into run.json; the summary."""
-    from utils.run_log import encode_number
+    """Sync the logs, write the end into run.json, close the views; the summary."""
     from utils.tracking import RunEnd
 
     summary: dict[str, float] = {}
@@ -327,9 +360,7 @@ def close_run(
         summary = {**state.losses, "best_val_loss": state.best_val_loss}
     try:
         log.close()
-        if feeders is not None:
-            feeders.finish(RunEnd(status, summary), terminal.print)
-    finally:
+    finally:  # before the views: whoever kills the process while they are fed finds the true status
         run.finish(
             status,
             reason,
@@ -337,6 +368,8 @@ def close_run(
             summary={name: encode_number(value) for name, value in summary.items()},
             best_step=state.best_step if state else None,
         )
+    if feeders is not None:
+        feeders.finish(RunEnd(status, summary), terminal.print)
     return summary
 
 
@@ -344,10 +377,11 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     """Losses, time, where things are, and what to type next."""
     where = relative_name(run.path, setup.root)
     rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
-    if result.val_loss is not None and result.best_val_loss is not None:
+    if result.val_loss is not None:
         rows.append(
-            ("val loss", f"{result.val_loss:.4f} (best {result.best_val_loss:.4f} at step {result.best_step:,})")
+            ("last losses", f"train {result.train_loss:.4f}, val {result.val_loss:.4f} at step {result.losses_step:,}")
         )
+        rows.append(("best val loss", f"{result.best_val_loss:.4f} at step {result.best_step:,}"))
     rows += [
         ("steps", f"{result.steps:,} of {setup.max_iters:,} in {duration(result.seconds)}"),
         ("parameters", f"{result.parameters:,}"),
@@ -357,13 +391,22 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         rows.append(("export", f"{where}/artifacts/export"))
     terminal.print("", facts(rows))
     runs_dir = relative_name(setup.runs_dir, setup.root)
-    commands = [("curves", f"tensorboard --logdir {runs_dir}")]
-    if "aim" in run.record["views"]:
-        commands.append(("compare runs", "aim up" + _aim_repo_flag(setup)))
+    commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
+    if run.record["views"].get("aim", {}).get("state", "off") != "off":
+        commands.append(("compare runs", _program("aim", setup.root) + " up" + _aim_repo_flag(setup)))
     if result.status == "completed":
-        name = run.id if not run.record["tag"] else run.record["tag"]
-        commands.append(("generate", f'python inference.py {name} --prompt "The "'))
+        found_by_tag = run.record["tag"] and not setup.loaded.source("runs_dir").startswith("--")
+        name = run.record["tag"] if found_by_tag else shlex.quote(where)
+        commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
     terminal.print("", facts(commands, title="Next"))
+
+
+def _program(name: str, root: Path) -> str:
+    """How to call a program of this environment: by name where PATH finds it, else by its path."""
+    path = Path(sys.executable).parent / name
+    if (found := shutil.which(name)) and Path(found).parent == path.parent:
+        return name
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def _aim_repo_flag(setup: Setup) -> str:

@@ -96,4 +96,4 @@ def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, f
 
 
 def verdict(reached: bool) -> str:
-    return "[green]reached[/]" if reached else "[bold red]missed[/]"
+    return "reached" if reached else "missed"

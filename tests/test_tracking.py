@@ -101,7 +101,7 @@ def test_a_hanging_view_is_left_behind_and_said_so(log: RunLog, tmp_path: Path) 
     release.set()
     assert facts["state"] == "incomplete"
     assert len(warnings) == 1
-    assert "not fed in 0.2 s" in warnings[0]
+    assert "not fed within 0.2 s" in warnings[0]
 
 
 def test_a_torn_last_line_is_not_fed(log: RunLog, tmp_path: Path) -> None:

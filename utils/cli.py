@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -74,7 +75,9 @@ def _facts(key: str, defaults: Config) -> str:
         shown = repr(value) if not value.strip() else value
     else:
         shown = "none" if value in (None, ()) else str(value)
-    return ", ".join(fact for fact in (field_fact(key, "unit"), f"default: {shown}") if fact)
+    bounds = re.search(r"[<>].*?(?= or |$)", expected(key))
+    facts = (bounds and bounds.group(), field_fact(key, "unit"), f"default: {shown}")
+    return ", ".join(fact for fact in facts if fact)
 
 
 def _metavar(key: str) -> str:

@@ -107,12 +107,20 @@ class ModelConfig(Section):
     rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each sublayer", kind=TRAJECTORY)
     norm_eps: Float = setting(1e-5, "added to the variance in a norm", kind=TRAJECTORY, gt=0, lt=1)
-    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting("gelu", "activation of the MLP", kind=TRAJECTORY)
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting(
+        "gelu", "activation of the MLP (gelu_tanh and relu2: not yet)", kind=TRAJECTORY
+    )
     bias: bool = setting(True, "biases in linear layers and layernorms", kind=TRAJECTORY)
-    qkv_bias: bool | None = setting(None, "bias of the q, k, v projection; none: as bias says", kind=TRAJECTORY)
-    qk_norm: bool = setting(False, "normalise queries and keys", kind=TRAJECTORY)
-    tie_embeddings: bool = setting(True, "one matrix for token embedding and output head", kind=TRAJECTORY)
-    logit_softcap: Float | None = setting(None, "squash logits into (-c, c) with c tanh(x / c)", kind=TRAJECTORY, gt=0)
+    qkv_bias: bool | None = setting(
+        None, "bias of the q, k, v projection; none: as bias says (another: not yet)", kind=TRAJECTORY
+    )
+    qk_norm: bool = setting(False, "normalise queries and keys (not yet)", kind=TRAJECTORY)
+    tie_embeddings: bool = setting(
+        True, "one matrix for token embedding and output head (off: not yet)", kind=TRAJECTORY
+    )
+    logit_softcap: Float | None = setting(
+        None, "squash logits into (-c, c) with c tanh(x / c) (not yet)", kind=TRAJECTORY, gt=0
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -365,7 +373,7 @@ def expected(key: str) -> str:
     if get_origin(field.annotation) is Literal:
         return f"{', '.join(members[:-1])} or {members[-1]}" if len(members) > 1 else str(members[0])
     if get_origin(field.annotation) is tuple:
-        return "list of names"
+        return "list of names (in a file: [wide, long])"
     names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}
     bounds = []
     for constraint in (*field.metadata, *(m for member in members for m in getattr(member, "__metadata__", ()))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,14 @@ class ProfileRow(Protocol):
     def time_ms(self) -> float: ...
 
 
+class _Console(Console):
+    """A Console that outlives its reader: after `train.py ... | head` training goes on without output."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Terminal:
     """Prints to the terminal (unless quiet) and, once attached, to a log file.
 
@@ -40,7 +49,7 @@ class Terminal:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(highlight=False, soft_wrap=False)
+        self.console = _Console(highlight=False)
         self._log: IO[str] = io.StringIO()
 
     @property
@@ -59,7 +68,8 @@ class Terminal:
         plain = Console(file=self._log, width=LOG_WIDTH, no_color=True, force_terminal=False, highlight=False)
         for console in [plain] if self.quiet or log_only else [self.console, plain]:
             for renderable in renderables:
-                console.print(renderable, soft_wrap=isinstance(renderable, str | Text))
+                plain_text = isinstance(renderable, str | Text)
+                console.print(renderable, soft_wrap=plain_text, markup=False, emoji=False)
 
     def warn(self, message: str) -> None:
         """One visible line, also when quiet."""

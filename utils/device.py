@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -77,8 +77,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype)
 
 
-def prepare(config: TrainConfig, device: torch.device) -> None:
-    """Seeds, determinism, threads and float32 precision of this process."""
+@contextlib.contextmanager
+def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Seeds, determinism and threads of a run; those of before when it is over (a notebook goes on)."""
+    before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.deterministic and device.type == "cuda":
@@ -87,8 +89,13 @@ def prepare(config: TrainConfig, device: torch.device) -> None:
     # Nothing here reads memory that was not written, so it need not be filled.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.deterministic
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any; float32 proper on a CPU
     torch.manual_seed(config.seed)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        torch.set_num_threads(before[1])
+        torch.backends.cudnn.benchmark = before[2]
 
 
 def device_facts(device: torch.device) -> Mapping[str, str]:

@@ -38,12 +38,17 @@ def mean_loss(
 
 
 def estimate_loss(
-    model: LanguageModel, sampler: BatchSampler, eval_iters: int, precision: Precision
+    model: LanguageModel, sampler: BatchSampler, eval_iters: int, micro_steps: int, precision: Precision
 ) -> dict[str, float]:
-    """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token."""
+    """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token.
+
+    Args:
+        eval_iters: batches of each split.
+        micro_steps: parts that a batch is split into, to need no more memory than training does.
+    """
     return {
-        "train/eval_loss": mean_loss(model, sampler.evaluation_batches("train_eval", eval_iters), precision),
-        "val/loss": mean_loss(model, sampler.evaluation_batches("val", eval_iters), precision),
+        name: mean_loss(model, sampler.evaluation_batches(stream, eval_iters, micro_steps), precision)
+        for name, stream in (("train/eval_loss", "train_eval"), ("val/loss", "val"))
     }
 
 
@@ -68,5 +73,5 @@ def split_loss(model: LanguageModel, tokens: np.ndarray, batch_size: int = 64) -
         for x, y in zip(inputs, targets, strict=True):
             logits, _ = model(x.to(device))
             loss = F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), reduction="sum")
-            total += loss.double().cpu()
+            total += loss.cpu().double()
     return float(total) / (len(ids) - 1)

@@ -44,14 +44,14 @@ class Export:
 
 
 def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, training: Mapping[str, Any]) -> None:
-    """Write an export, reopen it, compare its logits bit by bit, then put it in its place.
+    """Write an export, reopen it, compare its logits, then put it in its place.
 
     Args:
         folder: becomes the export; an older one is replaced.
         training: where the weights come from, for people.
 
     Raises:
-        ExportError: what was written does not give the same logits.
+        RuntimeError: what was written does not give the same logits; an older export stays.
         OSError: it cannot be written; an older export stays.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -95,9 +95,9 @@ def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
     length = model.config.block_size
     idx = (torch.arange(length, device=device) % model.vocab_size)[None]  # (1, T)
     with evaluating(model):
-        same = torch.equal(model(idx)[0], reopened(idx)[0])
+        same = torch.allclose(model(idx)[0], reopened(idx)[0], rtol=0, atol=1e-5)  # kernels of a GPU may not repeat
     if not same:
-        raise ExportError("the exported weights do not give the logits of the trained model")
+        raise RuntimeError("the exported weights do not give the logits of the trained model")
 
 
 def load_export(folder: Path, device: torch.device) -> Export:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import git
 
 MAX_PATCH_FILE_BYTES = 1_000_000
+MAX_UNTRACKED_FILES = 500  # each costs a call of git
 SOURCE_SUFFIXES = frozenset(
     (
         *(".py", ".pyi", ".ipynb", ".sh", ".c", ".h", ".cc", ".cpp", ".cu", ".cuh", ".rs", ".js", ".html", ".css"),
@@ -34,7 +35,8 @@ SOURCE_SUFFIXES = frozenset(
 SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))
 SECRET_NAME = re.compile(
     r"^\.env|\.(env|pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
-    r"|(^|[._-])(secret|credential|password)s?([._-]|$)|^\.(netrc|npmrc|pypirc|htpasswd|git-credentials)$",
+    r"|secret|credential|passw(or)?d|(api|access|private)[._-]?key|(^|[._-])(auth|tokens?)([._-]|$)"
+    r"|^\.(netrc|npmrc|pypirc|htpasswd)$",
     re.IGNORECASE,
 )
 DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames", "--unified=3")
@@ -77,7 +79,7 @@ class MetadataCapture:
 
     Args:
         root: the project folder.
-        excluded: folders whose files are not code (the runs).
+        excluded: files, and folders of files, that are not code (the runs, the corpora).
     """
 
     def __init__(self, root: Path, excluded: tuple[Path, ...] = ()) -> None:
@@ -129,27 +131,29 @@ class MetadataCapture:
             facts.patch += repo.git.diff(
                 *DIFF_FLAGS, *PREFIX_FLAGS, base, "--", *(f":(top,literal){name}" for name in recorded), **_RAW
             )
-        for name in untracked:
-            if self._keep(top, name, facts.left_out, any_suffix=False):
-                status, patch, _ = repo.git.diff(
-                    *(*DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name),
-                    **_RAW,
-                    with_exceptions=False,
-                    with_extended_output=True,
-                )
-                if status <= 1:  # 1 says only that the files differ
-                    facts.patch += patch
-                else:
-                    facts.left_out.append(f"{name} (cannot be read)")
+        kept = [name for name in untracked if self._keep(top, name, facts.left_out, any_suffix=False)]
+        facts.left_out += [f"{name} (one of more than {MAX_UNTRACKED_FILES})" for name in kept[MAX_UNTRACKED_FILES:]]
+        for name in kept[:MAX_UNTRACKED_FILES]:
+            status, patch, _ = repo.git.diff(
+                *(*DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name),
+                **_RAW,
+                with_exceptions=False,
+                with_extended_output=True,
+            )
+            if status <= 1:  # 1 says only that the files differ
+                facts.patch += patch
+            else:
+                facts.left_out.append(f"{name} (cannot be read)")
 
     def _is_excluded(self, path: Path) -> bool:
-        return any(folder in path.resolve().parents for folder in self.excluded)
+        resolved = path.resolve()
+        return any(place == resolved or place in resolved.parents for place in self.excluded)
 
     def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
         """True if the file belongs into the patch; otherwise its name and the reason are kept."""
         path = top / name
         reason = None
-        if SECRET_NAME.search(path.name):
+        if any(SECRET_NAME.search(part) for part in Path(name).parts):
             reason = "looks like a secret"
         elif not any_suffix and path.suffix not in SOURCE_SUFFIXES and path.name not in SOURCE_NAMES:
             reason = "not a source file"
@@ -205,7 +209,7 @@ def _git_text(facts: GitFacts) -> str:
 
 def environment_text(devices: Mapping[str, str]) -> str:
     """Python, platform, devices and package versions, one fact a line."""
-    versions = {dist.metadata["Name"]: dist.version for dist in importlib_metadata.distributions()}
+    versions = {str(dist.metadata["Name"]): dist.version for dist in importlib_metadata.distributions()}
     lines = [
         f"python: {sys.version.split()[0]} ({platform.python_implementation()})",
         f"platform: {platform.platform()}",

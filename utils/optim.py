@@ -22,8 +22,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
     """The learning rate of update `step` (0-based) in a run of `max_iters` updates.
 
-    Linear warmup to `learning_rate` (update 0 has a rate above zero), then the schedule down to
-    `final_lr` at `lr_decay_iters` (default: the end of the run), and `final_lr` from there on.
+    Linear warmup to `learning_rate` (update 0 has a rate above zero), then the schedule, which is at
+    its end at `lr_decay_iters` (default: the end of the run) and stays there: cosine and linear at
+    `final_lr`, constant at `learning_rate`.
     """
     warmup = warmup_steps(config, max_iters)
     if step < warmup:

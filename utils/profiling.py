@@ -93,16 +93,28 @@ def _phases(events: Sequence[FunctionEvent], names: Sequence[str], steps: int, t
     return [*rows, Row(OTHER, 100 * rest / total_us, 1.0, rest / steps / 1000)]
 
 
+def operator_clock(device: torch.device) -> str:
+    """Whose time the operators are charged with: "cuda", else "cpu" (the profiler does not see MPS kernels)."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
 def _operators(
     averages: Sequence[FunctionEventAvg], device: torch.device, phases: set[str], steps: int, top: int
 ) -> list[Row]:
-    """Operators by their own time (without the operators that they call), on the device where there is one."""
-    on_device = device.type == "cuda"
+    """Operators by their own time, without the operators that they call.
+
+    On CUDA an operator has the time of the kernels that it launched; the kernels themselves and the
+    profiler's annotations stand in the averages too and must not be counted again.
+    """
+    on_device = operator_clock(device) == "cuda"
 
     def own_us(event: FunctionEventAvg) -> float:
         return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
 
-    counted = sorted((e for e in averages if e.key not in phases and own_us(e) > 0), key=own_us, reverse=True)
+    def is_operator(event: FunctionEventAvg) -> bool:
+        return event.key not in phases and event.device_type == torch.autograd.DeviceType.CPU
+
+    counted = sorted((e for e in averages if is_operator(e) and own_us(e) > 0), key=own_us, reverse=True)
     total = sum(map(own_us, counted))
     rows = [Row(str(e.key), 100 * own_us(e) / total, e.count / steps, own_us(e) / steps / 1000) for e in counted]
     shown, rest = rows[:top], rows[top:]

@@ -107,12 +107,17 @@ class LogWriter:
         """Append one line a record.
 
         Raises:
-            OSError: the disk is full or gone; whole lines before the failure stay.
+            OSError: the disk is full or gone; the file is as it was before.
         """
         lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         data = memoryview(lines.encode("utf-8"))
-        while data:
-            data = data[os.write(self._fd, data) :]
+        start = self.offset
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:
+            os.ftruncate(self._fd, start)  # a torn line would spoil the next one
+            raise
 
     @property
     def offset(self) -> int:

@@ -7,6 +7,7 @@ so that a reader can tell `running` from `crashed` without any help from the pro
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ from utils.errors import UserError, nearest
 from utils.files import write_json
 
 SCHEMA_VERSION = 1
+HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
 
 Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
@@ -86,7 +88,7 @@ class Run:
     """A run directory held by the process that trains in it. Safe to use from several threads.
 
     The context of use is `run = Run.create(...)`, `run.update(...)` while it goes on, and
-    `run.finish(status, reason)` once.
+    `run.finish(status, reason)`, then `run.release()`, once.
     """
 
     def __init__(self, path: Path, record: dict[str, Any], lock_fd: int) -> None:
@@ -94,6 +96,8 @@ class Run:
         self._record = record
         self._lock_fd = lock_fd
         self._mutex = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
 
     @classmethod
     def create(cls, runs_dir: Path, tag: str | None = None, **facts: Any) -> Run:
@@ -160,16 +164,20 @@ class Run:
             self._record["views"].setdefault(name, {}).update(facts)
             write_json(self.path / "run.json", self._record)
 
-    def heartbeat(self) -> None:
+    def _heartbeat(self) -> None:
         """A sign of life for readers on other hosts, who cannot see the lock."""
-        os.utime(self._lock_fd)
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a network disk may be away for a while
+                os.utime(self.path / "lock")
 
     def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
-        """Write how the run ended and let go of the lock."""
-        try:
-            self.update(status=status, exit_reason=reason, end=utc_now(), **facts)
-        finally:
-            os.close(self._lock_fd)
+        """Write how the run ended; the lock is held until `release`."""
+        self.update(status=status, exit_reason=reason, end=utc_now(), **facts)
+
+    def release(self) -> None:
+        """Let go of the lock; the process is done with the directory."""
+        self._ended.set()
+        os.close(self._lock_fd)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -191,6 +199,9 @@ def read_record(path: Path) -> dict[str, Any]:
         or not isinstance(record.get("tag"), str | None)
     ):
         raise RunError(f"{path / 'run.json'} is not the record of a run")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        version = record.get("schema_version")
+        raise RunError(f"{path / 'run.json'} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
     return record
 
 
@@ -248,6 +259,8 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
     """
     if os.path.isfile(os.path.join(name, "run.json")):
         return Path(name)
+    if os.sep in name and os.path.isdir(name):
+        raise RunError(f"{name} is not a run directory: it has no run.json")
     paths = list_run_paths(runs_dir)
     if not paths:
         raise RunError(f"no run {name}: {runs_dir} has no runs yet")

@@ -14,10 +14,10 @@ FLUSH_SECONDS = 2.0
 
 
 class NonFiniteLossError(Exception):
-    """The loss of a step is NaN or infinite: training has diverged."""
+    """A loss is NaN or infinite: training has diverged."""
 
     def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the loss of step {step} is {loss}")
+        super().__init__(f"the loss at step {step} is {loss}")
         self.step = step
 
 
@@ -62,22 +62,27 @@ class StepBuffer:
         Args:
             loss, grad_norm: 0-dimensional, on the device.
         """
-        self._steps.append(_Step(step, time.time(), (step + 1) * self.tokens_per_step, lr))
+        self._steps.append(_Step(step, time.time(), step * self.tokens_per_step, lr))
         self._values += (loss, grad_norm)
 
     def due(self) -> bool:
         return len(self._steps) >= self.flush_interval or time.perf_counter() - self._clock >= FLUSH_SECONDS
 
-    def flush(self) -> None:
-        """Write the collected steps.
+    def flush(self) -> bool:
+        """Write the collected steps; False if there are none.
 
         Raises:
             NonFiniteLossError: after the records are written.
         """
         if not self._steps:
-            return
+            return False
         values = torch.stack([value.float() for value in self._values]).tolist()
         seconds = (time.perf_counter() - self._clock) / len(self._steps)
+        steps, self._steps, self._values = (
+            self._steps,
+            [],
+            [],
+        )  # taken out first: what fails to be written is not repeated
         self.tokens_per_second = self.tokens_per_step / seconds
         losses, grad_norms = values[::2], values[1::2]
         self.writer.write(
@@ -93,12 +98,12 @@ class StepBuffer:
                     "step_ms": round(seconds * 1000, 3),
                 },
             )
-            for s, loss, grad_norm in zip(self._steps, losses, grad_norms, strict=True)
+            for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True)
             if s.step % self.log_interval == 0 or not math.isfinite(loss)
         )
         self.last_loss = losses[-1]
-        steps, self._steps, self._values = self._steps, [], []
         self.restart_clock()
         for s, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss):
                 raise NonFiniteLossError(s.step, loss)
+        return True

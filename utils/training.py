@@ -22,7 +22,7 @@ from utils.histograms import histogram_records
 from utils.optim import build_optimizer, learning_rate_at, set_learning_rate
 from utils.run_log import RunLog, metric_record
 from utils.signals import StopRequest
-from utils.step_buffer import StepBuffer
+from utils.step_buffer import NonFiniteLossError, StepBuffer
 
 # Names a part of a step: record_function under the profiler, nothing otherwise.
 Phase = Callable[[str], AbstractContextManager[object]]
@@ -47,7 +47,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    losses: dict[str, float] | None = None  # of the last evaluation
+    losses: dict[str, float] | None = None  # of the last evaluation,
+    losses_step: int | None = None  # which was at this step
     best_val_loss: float = math.inf
     best_step: int | None = None
 
@@ -85,9 +86,9 @@ def compile_model(state: TrainState, terminal: Terminal) -> Callable[..., tuple[
     compiled = torch.compile(state.model, backend=backend)
     devices = [state.device] if state.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):  # the trial must not shift the dropout of step 0
+        with torch.random.fork_rng(devices=devices):  # on CPU and CUDA the trial does not shift the dropout of step 0
             with autocast(state.device, state.dtype):
-                _, loss = compiled(*state.sampler.train_batch(0))
+                _, loss = compiled(*state.sampler.train_batch(0, 0, state.config.train.gradient_accumulation_steps))
             loss.backward()
     except Exception as error:  # a compiler can fail in any way; training can always go on without it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
@@ -138,13 +139,14 @@ def training_loop(
         after_flush: called after each write of training records to the log.
 
     Raises:
-        NonFiniteLossError: the loss became NaN or infinite; the log is complete up to there.
+        NonFiniteLossError: a loss became NaN or infinite; the log is complete up to there.
     """
     tracking, interval = state.config.tracking, state.config.train.eval_interval
     buffer = StepBuffer(log.metrics, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)
 
     def flush() -> None:
-        buffer.flush()
+        if not buffer.flush():
+            return
         after_flush()
         if buffer.last_loss is not None and buffer.tokens_per_second is not None:
             progress.update(state.step, loss=buffer.last_loss, tokens_per_second=buffer.tokens_per_second)
@@ -153,7 +155,7 @@ def training_loop(
     try:
         while True:
             if state.step % interval == 0 or state.step == state.max_iters:
-                buffer.flush()
+                flush()
                 evaluate(state, log, progress)
                 buffer.restart_clock()
             if state.step == state.max_iters or stop:
@@ -175,12 +177,20 @@ def training_loop(
 
 def evaluate(state: TrainState, log: RunLog, progress: TrainingProgress) -> None:
     """Losses of both splits and a sample text, to the log and the terminal; keeps the best."""
+    settings = state.config.train
     losses = estimate_loss(
-        state.model, state.sampler, state.config.train.eval_iters, lambda: autocast(state.device, state.dtype)
+        state.model,
+        state.sampler,
+        settings.eval_iters,
+        settings.gradient_accumulation_steps,
+        lambda: autocast(state.device, state.dtype),
     )
     tokens = state.step * state.tokens_per_step
     log.metrics.write([metric_record(state.step, time.time(), {"tokens": tokens, **losses})])
-    state.losses = losses
+    for loss in losses.values():
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(state.step, loss)
+    state.losses, state.losses_step = losses, state.step
     if losses["val/loss"] < state.best_val_loss:
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
     if state.config.tracking.sample_tokens:

@@ -7,6 +7,7 @@ off, and what is missing can be fed again from the log.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -122,7 +123,7 @@ class Feeder(threading.Thread):
             except ImportError:
                 raise
             except Exception:  # the boundary: counted by this loop, reported by run()
-                self._wake.wait(wait)
+                time.sleep(wait)
         return action()
 
     def _feed_available(self, *, everything: bool) -> bool:
@@ -178,14 +179,16 @@ class Feeders:
         deadline = time.monotonic() + seconds
         for feeder in self.feeders:
             feeder.finish(end)
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: do not wait any longer
+            for feeder in self.feeders:
+                while feeder.is_alive() and time.monotonic() < deadline:
+                    feeder.join(timeout=min(2.0, max(deadline - time.monotonic(), 0)))
+                    if feeder.is_alive() and (backlog := feeder.backlog_bytes()):
+                        progress(f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left")
         for feeder in self.feeders:
-            while feeder.is_alive() and time.monotonic() < deadline:
-                feeder.join(timeout=min(2.0, max(deadline - time.monotonic(), 0)))
-                if feeder.is_alive() and (backlog := feeder.backlog_bytes()):
-                    progress(f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left")
             if feeder.is_alive():
                 self._warn(
                     f"{feeder.view.name} is incomplete: {feeder.backlog_bytes():,} bytes of the log were not fed "
-                    f"in {seconds:g} s"
+                    f"within {seconds:g} s; the log itself is complete"
                 )
                 self._record(feeder.view.name, state="incomplete", offsets=feeder.offsets)

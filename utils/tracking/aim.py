@@ -43,12 +43,13 @@ class AimView:
         import aim
 
         self.repo.mkdir(parents=True, exist_ok=True)
-        self._run = aim.Run(
-            repo=str(self.repo),
-            experiment=self.facts.experiment,
-            system_tracking_interval=None,
-            capture_terminal_logs=False,
-        )
+        if self._run is None:  # a second attempt goes on with the run of the first
+            self._run = aim.Run(
+                repo=str(self.repo),
+                experiment=self.facts.experiment,
+                system_tracking_interval=None,
+                capture_terminal_logs=False,
+            )
         self.run.name = self.facts.id
         self.run.description = self.facts.note
         for tag in dict.fromkeys((*([self.facts.tag] if self.facts.tag else []), *self.facts.tags)):

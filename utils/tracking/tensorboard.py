@@ -35,8 +35,9 @@ class TensorBoardView:
     def open(self) -> Mapping[str, Any]:
         from torch.utils.tensorboard import SummaryWriter
 
-        # The Python reader ignores the first start event of a run, so a later purge_step needs this one.
-        self._writer = SummaryWriter(str(self.log_dir), purge_step=0)
+        if self._writer is None:  # a second attempt goes on with the file of the first
+            # The Python reader ignores the first start event of a run, so a later purge_step needs this one.
+            self._writer = SummaryWriter(str(self.log_dir), purge_step=0)
         self.writer.add_text("config", _fenced(json.dumps(self.facts.hparams, indent=2)), 0)
         self.writer.add_text("model", _table(self.facts.model_summary), 0)
         self.writer.add_text("git", _table(self.facts.git), 0)
