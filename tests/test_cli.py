@@ -156,7 +156,7 @@ def test_help_has_every_flag_under_its_section(capsys: pytest.CaptureFixture[str
 
 def test_help_shows_meaning_unit_choices_and_default(capsys: pytest.CaptureFixture[str], root: Path) -> None:
     text = help_text(capsys, root)
-    assert entry(text, "--block-size") == "--block-size N context length (T) (tokens, default: 64)"
+    assert entry(text, "--block-size") == "--block-size N context length (T) (>= 1 and <= 65536, tokens, default: 64)"
     assert entry(text, "--norm").startswith("--norm layernorm|rmsnorm normalisation")
     assert "default: none" in entry(text, "--threads")
     assert "default: none" in entry(text, "--tags")

@@ -286,7 +286,7 @@ def test_hash_sees_resolved_values_in_place_of_settings() -> None:
         ("tokenizer", "char"),
         ("bias", "true or false"),
         ("note", "text"),
-        ("tags", "list of names"),
+        ("tags", "list of names (in a file: [wide, long])"),
         ("device", "auto, cpu, cuda, cuda:N or mps"),
     ],
 )

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from utils.config import TrainConfig
-from utils.device import DeviceError, autocast, available_devices, choose_device, choose_dtype, device_facts, prepare
+from utils.device import (
+    DeviceError,
+    autocast,
+    available_devices,
+    choose_device,
+    choose_dtype,
+    device_facts,
+    torch_settings,
+)
 from utils.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -133,48 +141,48 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_determinism_is_switched_as_asked(deterministic: bool) -> None:
-    prepare(TrainConfig(deterministic=deterministic), CPU)
-    assert torch.are_deterministic_algorithms_enabled() is deterministic
-    assert torch.backends.cudnn.benchmark is not deterministic
+def test_determinism_is_switched_as_asked_and_back(deterministic: bool) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch_settings(TrainConfig(deterministic=deterministic), CPU):
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert torch.backends.cudnn.benchmark is not deterministic
+    assert torch.are_deterministic_algorithms_enabled() is before
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 @pytest.mark.usefixtures("restored")
 def test_cublas_gets_a_fixed_workspace_for_determinism_only() -> None:
-    prepare(TrainConfig(deterministic=False), CUDA)
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    prepare(TrainConfig(), CUDA)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with torch_settings(TrainConfig(deterministic=False), CUDA):
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with torch_settings(TrainConfig(), CUDA):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.usefixtures("restored")
 def test_a_workspace_chosen_by_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    prepare(TrainConfig(), CUDA)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    with torch_settings(TrainConfig(), CUDA):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("seed", [0, 1337, 2**63 - 1])
 def test_the_seed_decides_the_random_numbers(seed: int) -> None:
-    prepare(TrainConfig(seed=seed), CPU)
-    first = torch.rand(3)
-    prepare(TrainConfig(seed=seed), CPU)
-    assert torch.equal(torch.rand(3), first)
-    prepare(TrainConfig(seed=seed ^ 1), CPU)
-    assert not torch.equal(torch.rand(3), first)
+    drawn = []
+    for used in (seed, seed, seed ^ 1):
+        with torch_settings(TrainConfig(seed=used), CPU):
+            drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
-@pytest.mark.usefixtures("restored")
-def test_threads_are_set_only_when_asked_for() -> None:
+def test_threads_are_set_when_asked_for_and_restored() -> None:
     before = torch.get_num_threads()
-    prepare(TrainConfig(), CPU)
+    with torch_settings(TrainConfig(), CPU):
+        assert torch.get_num_threads() == before
+    with torch_settings(TrainConfig(threads=1), CPU):
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
-    prepare(TrainConfig(threads=1), CPU)
-    assert torch.get_num_threads() == 1
 
 
 def test_facts_name_the_device_and_the_threads() -> None:

@@ -50,7 +50,7 @@ def window_loss(model: LanguageModel, tokens: np.ndarray) -> torch.Tensor:
 def test_the_estimate_is_the_mean_over_the_fixed_windows(
     model: LanguageModel, sampler: BatchSampler, eval_iters: int
 ) -> None:
-    losses = estimate_loss(model, sampler, eval_iters, contextlib.nullcontext)
+    losses = estimate_loss(model, sampler, eval_iters, 1, contextlib.nullcontext)
     tokens = sampler.corpus.tokens
     expected = {}
     for name, stream, split in (("train/eval_loss", "train_eval", tokens[:200]), ("val/loss", "val", tokens[200:])):
@@ -67,7 +67,7 @@ def test_the_estimate_leaves_mode_gradients_and_random_state_alone(
 ) -> None:
     model.train(training)
     before = torch.get_rng_state()
-    estimate_loss(model, sampler, 2, contextlib.nullcontext)
+    estimate_loss(model, sampler, 2, 1, contextlib.nullcontext)
     assert model.training is training
     assert all(module.training is training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), before)
@@ -76,13 +76,13 @@ def test_the_estimate_leaves_mode_gradients_and_random_state_alone(
 
 
 def test_the_estimate_is_the_same_every_time(model: LanguageModel, sampler: BatchSampler) -> None:
-    first, second = (estimate_loss(model, sampler, 2, contextlib.nullcontext) for _ in range(2))
+    first, second = (estimate_loss(model, sampler, 2, 1, contextlib.nullcontext) for _ in range(2))
     assert first == second
 
 
 def test_the_estimate_runs_in_the_precision_that_is_asked_for(model: LanguageModel, sampler: BatchSampler) -> None:
-    full = estimate_loss(model, sampler, 2, contextlib.nullcontext)
-    half = estimate_loss(model, sampler, 2, lambda: torch.autocast("cpu", torch.bfloat16))
+    full = estimate_loss(model, sampler, 2, 1, contextlib.nullcontext)
+    half = estimate_loss(model, sampler, 2, 1, lambda: torch.autocast("cpu", torch.bfloat16))
     assert half != full
     assert half == pytest.approx(full, rel=0.02)
 

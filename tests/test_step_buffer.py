@@ -59,7 +59,7 @@ def test_records_hold_what_was_added(writer: LogWriter, clock: Clock) -> None:
     assert found == [
         {
             "step": step,
-            "tokens": 96 * (step + 1),
+            "tokens": 96 * step,
             "train/loss": 2.0 + step,
             "lr": 0.1 * step,
             "grad_norm": step / 4,
@@ -141,7 +141,7 @@ def test_a_nonfinite_loss_raises_after_the_records_are_written(writer: LogWriter
     add(buffer, 0)
     buffer.add(1, torch.tensor(loss), torch.tensor(float("nan")), 0.1)
     add(buffer, 2)
-    with pytest.raises(NonFiniteLossError, match=f"the loss of step 1 is {word}") as caught:
+    with pytest.raises(NonFiniteLossError, match=f"the loss at step 1 is {word}") as caught:
         buffer.flush()
     assert caught.value.step == 1
     assert [record["step"] for record in records(writer)] == [0, 1, 2]

@@ -65,7 +65,7 @@ def test_a_run_directory_explains_itself(tiny_argv: Argv, only_run: Callable[[],
     assert [shadow["source"] for shadow in sources["n_layer"]["shadowed"]] == ["configs/model.yaml:3", "default"]
     terminal = (run / "logs" / "train.log").read_text()
     assert "Settings that differ" in terminal
-    assert "inference.py first" in terminal
+    assert f"inference.py {run}" in terminal
     assert "\x1b" not in terminal
 
 
@@ -74,7 +74,7 @@ def test_the_log_has_every_step_and_evaluation(tiny_argv: Argv, only_run: Callab
     logs = only_run() / "logs"
     assert [step for step, _ in read_metrics(logs, "train/loss")] == [0, 1, 2, 3, 4, 5]
     assert [step for step, _ in read_metrics(logs, "val/loss")] == [0, 3, 6]
-    assert [value for _, value in read_metrics(logs, "tokens")] == [0, 32, 64, 96, 96, 128, 160, 192, 192]
+    assert [value for _, value in read_metrics(logs, "tokens")] == [0, 0, 32, 64, 96, 96, 128, 160, 192]
     assert [record["step"] for record in read_records(logs / "samples.jsonl")] == [0, 3, 6]
     histograms = list(read_records(logs / "histograms.jsonl"))
     assert {record["step"] for record in histograms} == {0, 3}
@@ -160,7 +160,7 @@ def test_a_non_finite_loss_is_diverged(
     assert train.main(tiny_argv()) == 1
     record = read_record(only_run())
     assert record["status"] == "diverged"
-    assert record["exit_reason"] == "the loss of step 4 is nan"
+    assert record["exit_reason"] == "the loss at step 4 is nan"
     values = dict(read_metrics(only_run() / "logs", "train/loss"))
     assert list(values) == [0, 1, 2, 3, 4, 5]
     assert values[4] != values[4]

@@ -35,7 +35,7 @@ SOURCE_SUFFIXES = frozenset(
 SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))
 SECRET_NAME = re.compile(
     r"^\.env|\.(env|pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
-    r"|secret|credential|passw(or)?d|(api|access|private)[._-]?key|(^|[._-])(auth|tokens?)([._-]|$)"
+    r"|secrets?([._-]|$)|credential|passw(or)?d|(api|access|private)[._-]?key|(^|[._-])(auth|tokens?)([._-]|$)"
     r"|^\.(netrc|npmrc|pypirc|htpasswd)$",
     re.IGNORECASE,
 )
