@@ -18,14 +18,14 @@ pytestmark = pytest.mark.slow
 
 def test_the_default_experiment_imitates_its_text(tmp_path: Path, runs_dir: Path) -> None:
     places = ["--runs-dir", str(runs_dir), "--aim-repo", str(tmp_path), "--corpora-dir", str(tmp_path)]
-    assert train.main([*places, "--max-iters", "600", "--sample-tokens", "400"]) == 0
+    assert train.main([*places, "--max-iters", "1000", "--sample-tokens", "400"]) == 0
     (run,) = runs_dir.iterdir()
-    assert read_metrics(run / "logs", "val/loss")[-1][1] < 2.0
+    assert read_metrics(run / "logs", "val/loss")[-1][1] < 1.8
     assert read_record(run)["views"]["aim"]["state"] == "complete"
     vocabulary = set(re.findall(r"[a-z]{3,}", read_corpus("pydocs", tmp_path)))
-    sample = list(read_records(run / "logs" / "samples.jsonl"))[-1]["text"]
-    words = re.findall(r"[a-z]{3,}", sample)
-    assert sum(word in vocabulary for word in words) > 0.4 * len(words) > 10
+    samples = [re.findall(r"[a-z]{3,}", record["text"]) for record in read_records(run / "logs" / "samples.jsonl")]
+    known = [sum(word in vocabulary for word in words) for words in samples]
+    assert known[-1] > known[0] + 5  # real words, where there was noise
 
 
 def test_compiled_training_follows_eager_training(tiny_argv: Callable[..., list[str]], runs_dir: Path) -> None:
