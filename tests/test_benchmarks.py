@@ -35,7 +35,9 @@ def test_shakespeare_prints_the_loss_of_each_seed_next_to_the_target(
     assert shakespeare.main(["--steps", "4", "--seeds", "1,2", "--config", str(tiny_file)]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("whole val split", "target 1.90", "nanoGPT 1.886", "threads, torch"))
-    assert printed.index("seed 1:") < printed.index("seed 2:") < printed.index("median loss")
+    runs = [f"seed {seed}, {position} positions" for seed in (1, 2) for position in ("rope", "learned")]
+    assert [printed.index(run) for run in runs] == sorted(printed.index(run) for run in runs)
+    assert printed.count("median loss") == 2
 
 
 def test_shakespeare_measures_the_run_that_it_was_given(tmp_path: Path, tiny_file: Path) -> None:
