@@ -113,7 +113,7 @@ def measure(loaded: LoadedConfig) -> Trained:
 def results_table(results: Mapping[str, Sequence[Trained]]) -> Table:
     table = Table(title="Tiny Shakespeare, nanoGPT's CPU recipe", title_justify="left", title_style="bold")
     table.add_column("positions")
-    for header in ("seed", "steps", "whole val split", "run's estimate", "seconds", "tokens/s"):
+    for header in ("seed", "steps", "val split", "estimate", "seconds", "tokens/s"):
         table.add_column(header, justify="right")
     for position, runs in results.items():
         for run in runs:

@@ -34,7 +34,7 @@ def test_shakespeare_prints_the_loss_of_each_seed_next_to_the_target(
 ) -> None:
     assert shakespeare.main(["--steps", "4", "--seeds", "1,2", "--config", str(tiny_file)]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("whole val split", "target 1.90", "nanoGPT 1.886", "threads, torch"))
+    assert all(word in printed for word in ("val split", "target 1.90", "nanoGPT 1.886", "threads, torch"))
     runs = [f"seed {seed}, {position} positions" for seed in (1, 2) for position in ("rope", "learned")]
     assert [printed.index(run) for run in runs] == sorted(printed.index(run) for run in runs)
     assert printed.count("median loss") == 2
