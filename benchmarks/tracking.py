@@ -26,6 +26,7 @@ from utils.console import Terminal
 
 LIMIT = 1.05  # tracked / no views, at steps of about 50 ms
 CALIBRATION = (4, 24)  # batch sizes: a step costs about a + b * batch_size
+LARGEST_BATCH = 16 * CALIBRATION[1]  # a busy machine can make the larger batch look no slower than the smaller one
 
 
 @script
@@ -81,7 +82,7 @@ def choose_batch_size(step_ms: float, files: Sequence[Path], folder: Path) -> in
     small, large = CALIBRATION
     low, high = (timed_run(load(files, folder, size, 25), 5, BARE).median_ms for size in CALIBRATION)
     slope = max((high - low) / (large - small), 1e-6)  # ms a sequence
-    return max(1, round(small + (step_ms - low) / slope))
+    return min(max(1, round(small + (step_ms - low) / slope)), LARGEST_BATCH)
 
 
 def measure(
