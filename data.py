@@ -162,15 +162,24 @@ class Corpus:
         return len(self.tokens) - self.n_train
 
 
-def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path) -> Corpus:
+def load_corpus(
+    config: DataConfig, block_size: int, corpora_dir: Path, tokenizer: CharTokenizer | None = None
+) -> Corpus:
     """Read, encode (once: the token file is kept) and split a corpus.
 
+    Args:
+        tokenizer: of the model that is trained further; None: one is made from the corpus.
+
     Raises:
-        CorpusError: unreadable, or a split is shorter than block_size + 1 tokens.
+        CorpusError: unreadable, with characters that `tokenizer` does not know, or a split is shorter than
+            block_size + 1 tokens.
     """
     text = read_corpus(config.dataset, corpora_dir)
     corpus_hash = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    tokenizer = CharTokenizer.from_text(text, config.unknown_token)
+    if tokenizer is None:
+        tokenizer = CharTokenizer.from_text(text, config.unknown_token)
+    else:
+        tokenizer = _fitting_tokenizer(tokenizer, text, config)
     n_train = int(len(text) * (1 - config.val_fraction))
     for split, length in (("training", n_train), ("validation", len(text) - n_train)):
         if length < block_size + 1:
@@ -188,6 +197,28 @@ def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path) -> Corpu
     except OSError as error:
         raise CorpusError(f"{path}: the token file cannot be written or read: {error.strerror}") from None
     return Corpus(config.dataset, corpus_hash, tokenizer, tokens, n_train)
+
+
+def _fitting_tokenizer(tokenizer: CharTokenizer, text: str, config: DataConfig) -> CharTokenizer:
+    """`tokenizer`, perhaps with the configured unknown token, if it can encode the corpus.
+
+    Raises:
+        CorpusError: it cannot: the vocabulary of a trained model does not grow.
+    """
+    vocabulary, unknown = tokenizer.vocabulary, config.unknown_token
+    if unknown is not None and unknown not in vocabulary:
+        raise CorpusError(f"--unknown-token {unknown!r} is not among the {len(vocabulary)} characters of the model")
+    if unknown is not None:
+        tokenizer = CharTokenizer(vocabulary, unknown)
+    strangers = sorted(set(text) - set(vocabulary))
+    if strangers and tokenizer.unknown_token is None:
+        shown = ", ".join(repr(c) for c in strangers[:8]) + (", ..." if len(strangers) > 8 else "")
+        stand_in = " " if " " in vocabulary else vocabulary[0]
+        raise CorpusError(
+            f"{config.dataset}: has {len(strangers)} characters that the vocabulary of the model ({len(vocabulary)} "
+            f"characters) lacks: {shown}; --unknown-token {stand_in!r} reads each of them as {stand_in!r}"
+        )
+    return tokenizer
 
 
 @functools.lru_cache(maxsize=8)
@@ -247,6 +278,12 @@ class BatchSampler:
         share = self.batch_size // (micro_steps * world_size)
         first = step * self.batch_size + (micro_step * world_size + rank) * share
         return self._batch("train", self.seed, first, share)
+
+    def train_offsets(self, step: int) -> list[int]:
+        """Where in the training tokens the samples of update `step` start."""
+        n_tokens = len(self.corpus.split("train"))
+        first = step * self.batch_size
+        return sample_offsets(self.seed, "train", first, self.batch_size, n_tokens, self.block_size).tolist()
 
     def evaluation_batches(
         self, stream: str, count: int, micro_steps: int = 1

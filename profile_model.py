@@ -22,7 +22,7 @@ from utils.files import write_json
 from utils.run_log import LogWriter
 
 if TYPE_CHECKING:
-    from utils.training import TrainState
+    from utils.train_state import TrainState
 
 PHASES = ("data", "forward", "backward", "optimizer", "logging")
 
@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="operators shown by name (default: 12)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.json and trace.json there")
-    args, loaded = parse_experiment(argv, parser)
+    parsed = parse_experiment(argv, parser)
+    args, loaded = parsed.own, parsed.load()
     for name, least in (("steps", 1), ("warmup", 0), ("top", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     from train import check_gates
     from utils.device import torch_settings
     from utils.profiling import operator_clock, profile_steps
-    from utils.training import build_state
+    from utils.train_state import build_state
 
     setup = check_gates(loaded, PROJECT_ROOT)
     if args.out is not None:
@@ -101,10 +102,10 @@ def profiled_step(state: TrainState, writer: LogWriter) -> Callable[[], None]:
         loss = forward_backward(state, phase)
         with phase("optimizer"):
             set_learning_rate(state.optimizer, lr)
-            grad_norm = clip_gradients(state)
+            grad_norms = clip_gradients(state)
             optimizer_step(state)
         with phase("logging"):
-            buffer.add(state.step - 1, loss, grad_norm, lr)
+            buffer.add(state.step - 1, loss, grad_norms, lr)
             buffer.flush()
 
     state.model.train()

@@ -108,15 +108,30 @@ class CharTokenizer:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise TokenizerError(f"{path}: no tokenizer file") from None
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{path}: damaged tokenizer file ({type(error).__name__}: {error})") from None
+        return cls.from_json(data, str(path))
+
+    @classmethod
+    def from_json(cls, data: Any, name: str) -> CharTokenizer:
+        """The tokenizer that `to_json` described.
+
+        Args:
+            name: of where it comes from, for the error.
+
+        Raises:
+            TokenizerError: damaged, or of another type or version.
+        """
+        try:
             if (data["type"], data["version"]) != (cls.type, 1):
                 raise ValueError(f"type {data['type']!r}, version {data['version']}, expected {cls.type!r}, 1")
             if len(set(data["vocabulary"])) != len(data["vocabulary"]):
                 raise ValueError("a character stands twice in the vocabulary")
             return cls(data["vocabulary"], data["unknown_token"])
-        except FileNotFoundError:
-            raise TokenizerError(f"{path}: no tokenizer file") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TokenizerError(f"{path}: damaged tokenizer file ({type(error).__name__}: {error})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise TokenizerError(f"{name}: damaged tokenizer file ({type(error).__name__}: {error})") from None
 
 
 def _code_points(text: str) -> np.ndarray:

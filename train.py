@@ -2,6 +2,7 @@
 
     python train.py --run-tag baseline
     python train.py --config configs/presets/shakespeare_cpu.yaml --n-embd 256
+    python train.py --resume baseline
     python train.py --help
 
 Or from a notebook: `from train import train; result = train(Config(...), quiet=True)`.
@@ -9,34 +10,57 @@ Or from a notebook: `from train import train; result = train(Config(...), quiet=
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import PROJECT_ROOT, Parser, parse_experiment, script
+from utils.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
 from utils.config import Config, RuleError, config_hash, derived_settings, warmup_steps
-from utils.config_loader import LoadedConfig, relative_name, rule_error
+from utils.config_loader import ConfigLoader, LoadedConfig, relative_name, rule_error
 from utils.console import Terminal, TrainingProgress, duration, facts, settings_table
+from utils.errors import UserError
 from utils.files import write_json
 from utils.metadata import GitFacts, MetadataCapture
-from utils.run_log import RunLog, encode_number
-from utils.run_manager import Run, Status
-from utils.signals import StopRequest, stop_on_signals
+from utils.resume import (
+    Origin,
+    check_longer,
+    check_model,
+    check_overrides,
+    config_of_fork,
+    find_origin,
+    parent_facts,
+    pin,
+    pinned_settings,
+    recorded_config,
+    resumable_runs,
+)
+from utils.run_log import RunLog, cut_logs, decode_number, encode_number
+from utils.run_manager import Run, RunLockedError, Status, read_record
+from utils.signals import Deadline, StopRequest, stop_on_signals
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
     import torch
 
     from data import Corpus
+    from tokenizer import CharTokenizer
+    from utils.checkpoint import Checkpoint
+    from utils.flight_recorder import FlightRecorder
     from utils.tracking import Feeders
-    from utils.training import TrainState
+    from utils.train_state import TrainState
+
+CHECKPOINTS = Path("artifacts", "checkpoints")
+BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
+NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bits from run to run"
 
 
 @dataclass(frozen=True)
@@ -54,30 +78,38 @@ class TrainResult:
     best_step: int | None
     seconds: float
     parameters: int
+    exported: str | None = None  # which weights
     signum: int | None = None
 
     @property
     def exit_status(self) -> int:
-        """0 completed, 1 failed or diverged, 128 + signal number after a signal."""
-        if self.status == "interrupted":
-            return 128 + (self.signum or 2)
-        return 0 if self.status == "completed" else 1
+        """0 completed or stopped by max_minutes, 1 failed or diverged, 128 + signal number after a signal."""
+        if self.signum is not None:
+            return 128 + self.signum
+        return 0 if self.status in ("completed", "interrupted") else 1
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the three gates found, before a directory is made."""
+    """What the three gates found, before a directory is made.
+
+    config: what `loaded` says; in a resume with the values that "auto" had when the run was started.
+    origin, checkpoint: where a fork or fine-tuning starts. (A resume reads its checkpoint once it has the lock.)
+    """
 
     root: Path
     loaded: LoadedConfig
+    config: Config
     corpus: Corpus
     device: torch.device
     dtype: torch.dtype
     max_iters: int
+    origin: Origin | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
-    def config(self) -> Config:
-        return self.loaded.config
+    def resumes(self) -> bool:
+        return self.origin is not None and self.origin.relation == "resume"
 
     @property
     def runs_dir(self) -> Path:
@@ -90,20 +122,101 @@ class Setup:
         return tokens / self.corpus.n_train
 
 
+def add_origin_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("stop, resume, fork, fine-tune", "RUN: path, id, tag, part of an id, or latest")
+    origin = group.add_mutually_exclusive_group()
+    origin.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run from its newest checkpoint; auto: with the newest interrupted or crashed run "
+        "of this --run-tag, or start a new one",
+    )
+    origin.add_argument(
+        "--init-from",
+        metavar="RUN[:WHICH]",
+        help="start a new run with the weights of a checkpoint: latest (default), best, or a step",
+    )
+    group.add_argument(
+        "--fork",
+        action="store_true",
+        help="with --resume RUN[:WHICH]: a new run goes on from that checkpoint, with any other setting",
+    )
+    group.add_argument(
+        "--strict-resume", action="store_true", help="refuse a damaged newest checkpoint; do not use the one before it"
+    )
+
+
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__)
-    _, loaded = parse_experiment(argv, parser)
-    return train(loaded, argv=("train.py", *argv)).exit_status
+    add_origin_flags(parser)
+    parsed = parse_experiment(argv, parser)
+    own, command = parsed.own, ("train.py", *argv)
+    if own.fork and own.resume in (None, "auto"):
+        raise UserError("--fork needs --resume RUN: the run that the new one goes on from")
+    if own.strict_resume and own.resume is None:
+        raise UserError("--strict-resume needs --resume RUN")
+    loaded = parsed.load()
+    runs_dir = PROJECT_ROOT / loaded.config.tracking.runs_dir
+    if own.resume == "auto":
+        return resume_auto(parsed, loaded, runs_dir, command).exit_status
+    if own.resume is not None and not own.fork:
+        origin = find_origin("resume", own.resume, runs_dir, strict=own.strict_resume)
+        return resume(origin, parsed, argv=command).exit_status
+    fork_or_init: Origin | None = None
+    if own.resume is not None:
+        fork_or_init = find_origin("fork", own.resume, runs_dir, strict=own.strict_resume)
+        loaded = config_of_fork(fork_or_init.run, parsed.loader, parsed.files, parsed.overrides)
+    elif own.init_from is not None:
+        fork_or_init = find_origin("init", own.init_from, runs_dir)
+    return train(loaded, origin=fork_or_init, argv=command).exit_status
+
+
+def resume(
+    origin: Origin, given: ExperimentArguments | None = None, *, quiet: bool = False, argv: Sequence[str] = ()
+) -> TrainResult:
+    """Go on with a run, with its own configuration and what may be overridden of it.
+
+    Raises:
+        UserError: it is being trained, complete, has no good checkpoint, or an override is refused.
+    """
+    given = given or ExperimentArguments(ConfigLoader(PROJECT_ROOT))
+    recorded = recorded_config(origin.run, given.loader)
+    loaded = absolute_dataset(given.loader.load_onto(recorded, given.files, given.overrides), PROJECT_ROOT)
+    check_overrides(origin.run, recorded, loaded)
+    return train(loaded, origin=origin, quiet=quiet, argv=argv)
+
+
+def resume_auto(parsed: ExperimentArguments, loaded: LoadedConfig, runs_dir: Path, argv: Sequence[str]) -> TrainResult:
+    """Go on with the newest interrupted or crashed run of this tag that nobody trains, or start a new one.
+
+    Raises:
+        UserError: there is no tag, or as `resume`.
+    """
+    tag = loaded.config.tracking.run_tag
+    if tag is None:
+        raise UserError("--resume auto needs --run-tag: it goes on with the newest unfinished run of that tag")
+    for path in resumable_runs(runs_dir, tag):
+        try:
+            return resume(Origin("resume", path.resolve(), strict=parsed.own.strict_resume), parsed, argv=argv)
+        except RunLockedError:  # another process was faster
+            continue
+    return train(loaded, argv=argv)
 
 
 def train(
-    config: Config | LoadedConfig, *, quiet: bool = False, argv: Sequence[str] = (), root: Path = PROJECT_ROOT
+    config: Config | LoadedConfig,
+    *,
+    origin: Origin | None = None,
+    quiet: bool = False,
+    argv: Sequence[str] = (),
+    root: Path = PROJECT_ROOT,
 ) -> TrainResult:
     """Run one experiment.
 
     Args:
         config: the merged configuration, with or without the sources of its values.
+        origin: the run that this one goes on with, forks, or takes its first weights from.
         quiet: print warnings only.
         argv: the command line, for the record.
         root: the folder that relative paths start from.
@@ -112,28 +225,35 @@ def train(
         How it ended; also for a run that diverged or was interrupted.
 
     Raises:
-        UserError: a mistake found before the run directory is made.
+        UserError: a mistake found before the run directory is made or changed.
         Exception: whatever ended the run, after its status was written.
     """
+    loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
+    deadline = Deadline(loaded.config.train.max_minutes)
     terminal = Terminal(quiet)
-    setup = check_gates(config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config), root)
+    setup = check_gates(loaded, root, origin, terminal.warn)
     from utils.device import torch_settings
 
     terminal.print(settings_table(setup.loaded.non_default()))
     git = read_git(setup)
     with stop_on_signals() as stop, torch_settings(setup.config.train, setup.device):
-        run = Run.create(setup.runs_dir, setup.config.tracking.run_tag, argv=list(argv), git=git.summary())
+        run, checkpoint = open_run(setup, git, argv, terminal)
         try:
             terminal.attach(run.path / "logs" / "train.log")
             write_meta(setup, run, git)
-            return run_experiment(setup, run, terminal, stop)
+            return run_experiment(setup, run, checkpoint, terminal, stop, deadline)
         finally:
             run.release()
             terminal.close()
 
 
-def check_gates(loaded: LoadedConfig, root: Path) -> Setup:
-    """Corpus and device; the configuration was validated when it was made.
+def check_gates(
+    loaded: LoadedConfig,
+    root: Path,
+    origin: Origin | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Setup:
+    """Corpus, device and origin; the configuration was validated when it was made.
 
     Raises:
         UserError: with the first thing that is not as it must be.
@@ -144,7 +264,12 @@ def check_gates(loaded: LoadedConfig, root: Path) -> Setup:
 
     loaded = absolute_dataset(loaded, root)
     config = loaded.config
-    corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir)
+    checkpoint, tokenizer = None, None
+    if origin is not None and origin.relation == "resume":
+        config = pin(config, pinned_settings(read_record(origin.run)))
+    elif origin is not None:
+        checkpoint, tokenizer = read_parent(origin, config, warn)
+    corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer)
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
     max_iters = config.train.max_iters
     if max_iters is None:
@@ -154,8 +279,76 @@ def check_gates(loaded: LoadedConfig, root: Path) -> Setup:
             warmup_steps(config.optimizer, max_iters)
         except RuleError as error:
             raise rule_error(error, loaded) from None
+    if origin is not None and origin.relation == "fork":
+        assert checkpoint is not None
+        if checkpoint.step >= max_iters:
+            raise UserError(
+                f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
+                f"that, not {max_iters:,}"
+            )
     device = choose_device(config.train.device)
-    return Setup(root, loaded, corpus, device, choose_dtype(config.train.dtype, device), max_iters)
+    dtype = choose_dtype(config.train.dtype, device)
+    return Setup(root, loaded, config, corpus, device, dtype, max_iters, origin, checkpoint)
+
+
+def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, CharTokenizer]:
+    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another model.
+    """
+    from tokenizer import CharTokenizer
+    from utils.checkpointing import choose_checkpoint
+
+    checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
+    check_model(config.model, checkpoint.state["model"], origin.run.name)
+    return checkpoint, CharTokenizer.from_json(checkpoint.tokenizer, str(checkpoint.path / "tokenizer.json"))
+
+
+def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal) -> tuple[Run, Checkpoint | None]:
+    """A new run directory; or that of the run that goes on, its logs cut back to its newest good checkpoint.
+
+    Raises:
+        UserError: it cannot be made; or the run is being trained, complete, or all its checkpoints are damaged.
+    """
+    origin = setup.origin
+    if origin is None or not setup.resumes:
+        facts: dict[str, Any] = {"argv": list(argv), "git": git.summary()}
+        if origin is not None and setup.checkpoint is not None:
+            facts["parent"] = parent_facts(origin, setup.checkpoint.step)
+        return Run.create(setup.runs_dir, setup.config.tracking.run_tag, **facts), setup.checkpoint
+    from utils.checkpointing import newest_good, put_aside_newer
+
+    run = Run.resume(origin.run)
+    try:
+        record = run.record
+        check_longer(run.path, record.get("resolved") or {}, setup.config, setup.max_iters, record["status"])
+        checkpoint = newest_good(run.path / CHECKPOINTS, strict=origin.strict, warn=terminal.warn)
+        step = checkpoint.step if checkpoint else 0
+        for what, before, now in changed_facts(record, setup, git):
+            terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
+        cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
+        put_aside_newer(run.path / CHECKPOINTS, step)
+        run.restart(argv, step, git=git.summary())
+    except BaseException:
+        run.release()
+        raise
+    return run, checkpoint
+
+
+def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Iterator[tuple[str, Any, Any]]:
+    """What is not as it was when the run was started, and matters for its numbers: (what, before, now)."""
+    import torch
+
+    from utils.device import processor_name
+
+    resolved, git_before, git_now = record.get("resolved") or {}, record.get("git") or {}, git.summary()
+    now = {"torch": torch.__version__, "processor": processor_name(setup.device)}
+    for key, value in now.items():
+        if resolved.get(key, value) != value:
+            yield key, resolved[key], value
+    if git_before.get("commit") != git_now.get("commit"):
+        yield "the commit", git_before.get("commit"), git_now.get("commit")
 
 
 def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
@@ -188,39 +381,53 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
     from utils.device import device_facts
 
     meta, tracking = run.path / "meta", setup.config.tracking
-    write_json(meta / "full_config.json", setup.config.model_dump(mode="json"))
+    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))
     write_json(meta / "config_sources.json", setup.loaded.sources_json())
+    if setup.resumes:  # the rest says how the run was started
+        return
     MetadataCapture.write(meta, git, device_facts(setup.device))
     if tracking.tags or tracking.note:
         write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
 
 
-def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest) -> TrainResult:
-    """Train inside a run directory; whatever happens, its status, logs and views are closed."""
-    from utils.step_buffer import NonFiniteLossError
+def run_experiment(
+    setup: Setup, run: Run, checkpoint: Checkpoint | None, terminal: Terminal, stop: StopRequest, deadline: Deadline
+) -> TrainResult:
+    """Train inside a run directory; whatever happens, its status, logs, checkpoints and views are closed."""
+    from utils.checkpointing import Checkpointer
+    from utils.step_buffer import NonFiniteError
     from utils.training import training_loop
 
     began = time.monotonic()
     log = RunLog(run.path / "logs")
     state: TrainState | None = None
     feeders: Feeders | None = None
+    checkpoints: Checkpointer | None = None
+    recorder: FlightRecorder | None = None
     status: Status = "failed"
     reason: str | None = None
+    exported: str | None = None
     try:
-        state = prepare_run(setup, run, terminal)
+        state = prepare_run(setup, run, checkpoint, terminal)
         feeders = build_feeders(setup, run, state, terminal)
+        recorder = build_recorder(state)
+        settings, saved_step = setup.config.train, state.step if setup.resumes else 0
+        folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
+        checkpoints = Checkpointer(folder, settings, config_hash, log, terminal.warn, saved_step)
 
-        with TrainingProgress(terminal, setup.max_iters) as progress:
-            training_loop(state, log, progress, stop, feeders.start)
-        if state.step == setup.max_iters:
-            export(state, run)
-            status = "completed"
+        with TrainingProgress(terminal, setup.max_iters, state.step) as progress:
+            training_loop(state, log, progress, stop, deadline, checkpoints, recorder, feeders.start)
+        checkpoints.wait()
+        if state.finished:
+            exported = export(state, run, terminal)
+            status, reason = "completed", state.early_stopping.reason if state.early_stopping.stopped else None
         else:
-            status, reason = "interrupted", stop.name
-    except NonFiniteLossError as error:
+            status, reason = "interrupted", stop.reason
+    except NonFiniteError as error:
         status, reason = "diverged", str(error)
     except KeyboardInterrupt:
-        status, reason = "interrupted", f"{stop.name or 'SIGINT'}, at once"
+        stop.signum = stop.signum or signal.SIGINT
+        status, reason = "interrupted", f"{signal.Signals(stop.signum).name}, at once"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         terminal.print(traceback.format_exc(), log_only=True)
@@ -228,7 +435,12 @@ def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest
         raise
     finally:
         stop.patient = False  # from here on a signal ends the waiting
-        summary = close_run(run, log, feeders, state, status, reason, terminal)
+        if recorder is not None and status in ("diverged", "failed"):
+            dump_flight_recorder(recorder, run, reason or status, terminal)
+        if checkpoints is not None and status != "interrupted":
+            with contextlib.suppress(KeyboardInterrupt):
+                checkpoints.wait()
+        summary = close_run(run, log, feeders, state, status, reason, terminal, deadline)
     seconds = time.monotonic() - began
     result = TrainResult(
         run_dir=run.path,
@@ -242,21 +454,44 @@ def run_experiment(setup: Setup, run: Run, terminal: Terminal, stop: StopRequest
         best_step=state.best_step if state else None,
         seconds=seconds,
         parameters=state.model.num_parameters() if state else 0,
-        signum=stop.signum,
+        exported=exported,
+        signum=stop.signum if status == "interrupted" else None,
     )
     print_result(result, run, setup, terminal)
     return result
 
 
-def prepare_run(setup: Setup, run: Run, terminal: Terminal) -> TrainState:
-    """Model and optimizer, the resolved values in run.json, the start-up facts."""
+def build_recorder(state: TrainState) -> FlightRecorder:
+    from utils.flight_recorder import FlightRecorder
+
+    groups = [group["name"] for group in state.optimizer.param_groups]
+    return FlightRecorder(state.device, groups, state.sampler.train_offsets)
+
+
+def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, terminal: Terminal) -> None:
+    """artifacts/flight_recorder.json; where it cannot be written, one warning, for worse has happened already."""
+    path = run.path / "artifacts" / "flight_recorder.json"
+    try:
+        recorder.dump(path, reason)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed gives no numbers back
+        terminal.warn(f"{path.name} was not written: {error}")
+
+
+def prepare_run(setup: Setup, run: Run, checkpoint: Checkpoint | None, terminal: Terminal) -> TrainState:
+    """Model and optimizer (from a checkpoint, if there is one), the resolved values in run.json, the start-up facts."""
     import torch
 
-    from utils.training import build_state
+    from utils.device import is_deterministic, processor_name
+    from utils.train_state import branch, build_state, load_weights, restore
 
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
+    if setup.origin is not None and checkpoint is not None:
+        take_over = {"resume": restore, "fork": branch, "init": load_weights}[setup.origin.relation]
+        take_over(state, checkpoint)
+    deterministic = is_deterministic(config.train, setup.device)
     decisive = {
+        "deterministic": deterministic,
         **derived_settings(config, setup.max_iters),
         "device": setup.device.type,
         "dtype": str(setup.dtype).removeprefix("torch."),
@@ -277,6 +512,9 @@ def prepare_run(setup: Setup, run: Run, terminal: Terminal) -> TrainState:
             "val_tokens": corpus.n_val,
             "epochs": round(setup.epochs, 4),
             "parameters": parameters,
+            "torch": torch.__version__,
+            "processor": processor_name(setup.device),
+            "guarantee": BIT_EXACT if deterministic else NOT_EXACT,
         },
         config_hash=config_hash(config, decisive),
     )
@@ -288,10 +526,22 @@ def prepare_run(setup: Setup, run: Run, terminal: Terminal) -> TrainState:
                 ("corpus", f"{corpus.name}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens"),
                 ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
                 ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
+                *([("start", start_words(setup, checkpoint))] if setup.origin else []),
             ]
         )
     )
     return state
+
+
+def start_words(setup: Setup, checkpoint: Checkpoint | None) -> str:
+    """Where training starts from, for the start-up facts."""
+    assert setup.origin is not None
+    if checkpoint is None:
+        return "resumed at step 0: there is no checkpoint yet"
+    how = {"resume": "resumed at", "fork": f"forked from {setup.origin.run.name} at"}
+    if setup.origin.relation in how:
+        return f"{how[setup.origin.relation]} step {checkpoint.step:,}"
+    return f"step 0 with the weights of {setup.origin.run.name} at step {checkpoint.step:,}"
 
 
 def build_feeders(setup: Setup, run: Run, state: TrainState, terminal: Terminal) -> Feeders:
@@ -320,27 +570,49 @@ def build_feeders(setup: Setup, run: Run, state: TrainState, terminal: Terminal)
     )
     views: list[View] = [TensorBoardView(run_facts, run.path / "logs" / "tensorboard")]
     if tracking.aim_logging and aim_is_installed():
-        views.append(AimView(run_facts, setup.root / tracking.aim_repo))
+        known = run.record["views"].get("aim", {})
+        repo = setup.root / tracking.aim_repo
+        views.append(AimView(run_facts, repo, known.get("hash") if known.get("repo") == str(repo) else None))
     elif tracking.aim_logging:
         terminal.warn("aim_logging is on but Aim is not installed: this run is not fed to Aim")
         run.update_view("aim", state="off", reason="not installed")
     budget = tracking.tracking_budget / len(views)
-    feeders = [Feeder(view, run.path / "logs", budget, run.update_view, terminal.warn) for view in views]
+    resumed_step = state.step if setup.resumes else None
+    logs_dir = run.path / "logs"
+    feeders = [Feeder(view, logs_dir, budget, run.update_view, terminal.warn, resumed_step) for view in views]
     return Feeders(feeders, terminal.warn, run.update_view)
 
 
-def export(state: TrainState, run: Run) -> None:
-    """artifacts/export from the final weights."""
+def export(state: TrainState, run: Run, terminal: Terminal) -> str:
+    """artifacts/export from the chosen weights, those of the last step or of the best val/loss; which, in words."""
+    from utils.checkpoint import CheckpointError, read_checkpoint
+    from utils.checkpointing import best_path
     from utils.export import save_export
+    from utils.train_state import load_weights
 
+    step, losses, which = state.step, dict(state.losses or {}), "last"
+    if state.config.train.exports_best and state.best_step == state.step:
+        which = "best"
+    elif state.config.train.exports_best:
+        try:
+            path = best_path(run.path / CHECKPOINTS)
+            if path is None:
+                raise CheckpointError("the best checkpoint is not there")
+            checkpoint = read_checkpoint(path)
+            load_weights(state, checkpoint)
+            step, losses, which = checkpoint.step, checkpoint.state["losses"], "best"
+        except CheckpointError as error:
+            terminal.warn(f"{error}: the export is made from the last weights")
     training: dict[str, Any] = {
         "run": run.id,
-        "step": state.step,
-        **{name: encode_number(loss) for name, loss in (state.losses or {}).items()},
+        "weights": which,
+        "step": step,
+        **{name: encode_number(decode_number(loss)) for name, loss in losses.items()},
         "dataset": state.corpus.name,
         "corpus_hash": state.corpus.hash,
     }
     save_export(run.path / "artifacts" / "export", state.model, state.corpus.tokenizer, training)
+    return f"{which} weights, of step {step:,}"
 
 
 def close_run(
@@ -351,9 +623,10 @@ def close_run(
     status: Status,
     reason: str | None,
     terminal: Terminal,
+    deadline: Deadline,
 ) -> dict[str, float]:
     """Sync the logs, write the end into run.json, close the views; the summary."""
-    from utils.tracking import RunEnd
+    from utils.tracking import CLOSING_SECONDS, RunEnd
 
     summary: dict[str, float] = {}
     if state is not None and state.losses is not None:
@@ -369,7 +642,9 @@ def close_run(
             best_step=state.best_step if state else None,
         )
     if feeders is not None:
-        feeders.finish(RunEnd(status, summary), terminal.print)
+        end = RunEnd(status, summary, state.step if state else 0)
+        left = deadline.seconds_left
+        feeders.finish(end, terminal.print, CLOSING_SECONDS if left is None else max(1.0, min(left, CLOSING_SECONDS)))
     return summary
 
 
@@ -388,15 +663,17 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         ("run directory", where),
     ]
     if result.status == "completed":
-        rows.append(("export", f"{where}/artifacts/export"))
+        rows.append(("export", f"{where}/artifacts/export ({result.exported})"))
     terminal.print("", facts(rows))
     runs_dir = relative_name(setup.runs_dir, setup.root)
     commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
     if run.record["views"].get("aim", {}).get("state", "off") != "off":
         commands.append(("compare runs", _program("aim", setup.root) + " up" + _aim_repo_flag(setup)))
+    found_by_tag = run.record["tag"] and not setup.loaded.source("runs_dir").startswith("--")
+    name = run.record["tag"] if found_by_tag else shlex.quote(where)
+    if result.status == "interrupted":
+        commands.append(("go on", f"{_program('python', setup.root)} train.py --resume {name}"))
     if result.status == "completed":
-        found_by_tag = run.record["tag"] and not setup.loaded.source("runs_dir").startswith("--")
-        name = run.record["tag"] if found_by_tag else shlex.quote(where)
         commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
     terminal.print("", facts(commands, title="Next"))
 

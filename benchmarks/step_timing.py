@@ -14,7 +14,7 @@ from utils.run_manager import read_record
 
 if TYPE_CHECKING:
     from utils.tracking import Feeders
-    from utils.training import TrainState
+    from utils.train_state import TrainState
 
 TRACKED, NO_VIEWS, BARE = "tracked", "no views", "bare"
 

@@ -35,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def parse(root: Path, *argv: str) -> LoadedConfig:
-    return parse_experiment(argv, Parser(prog="train.py"), root)[1]
+    return parse_experiment(argv, Parser(prog="train.py"), root).load()
 
 
 def values(root: Path, *argv: str) -> dict[str, Any]:
@@ -160,7 +160,8 @@ def test_help_shows_meaning_unit_choices_and_default(capsys: pytest.CaptureFixtu
     assert entry(text, "--norm").startswith("--norm layernorm|rmsnorm normalisation")
     assert "default: none" in entry(text, "--threads")
     assert "default: none" in entry(text, "--tags")
-    assert "default: on" in entry(text, "--deterministic")
+    assert "default: on" in entry(text, "--keep-best")
+    assert "default: none" in entry(text, "--deterministic")
     assert "default: 0.001" in entry(text, "--learning-rate")
     assert entry(text, "--aim-logging").startswith("--aim-logging, --no-aim-logging")
 

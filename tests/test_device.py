@@ -16,6 +16,7 @@ from utils.device import (
     choose_device,
     choose_dtype,
     device_facts,
+    is_deterministic,
     torch_settings,
 )
 from utils.errors import UserError
@@ -155,14 +156,24 @@ def test_determinism_is_switched_as_asked_and_back(deterministic: bool) -> None:
 def test_cublas_gets_a_fixed_workspace_for_determinism_only() -> None:
     with torch_settings(TrainConfig(deterministic=False), CUDA):
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    with torch_settings(TrainConfig(), CUDA):
+    with torch_settings(TrainConfig(deterministic=True), CUDA):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "deterministic"),
+    [(None, CPU, True), (None, CUDA, False), (True, CUDA, True), (False, CPU, False)],
+)
+def test_determinism_is_the_default_where_it_costs_nothing(
+    setting: bool | None, device: torch.device, deterministic: bool
+) -> None:
+    assert is_deterministic(TrainConfig(deterministic=setting), device) is deterministic
 
 
 @pytest.mark.usefixtures("restored")
 def test_a_workspace_chosen_by_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    with torch_settings(TrainConfig(), CUDA):
+    with torch_settings(TrainConfig(deterministic=True), CUDA):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 

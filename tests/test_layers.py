@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    0: "errors files config config_loader cli run_manager run_log metadata signals console",
-    1: "device distributed optim histograms step_buffer tracking checkpoint run_index comparison provenance report",
-    2: "evaluation generation export profiling training callbacks",
+    0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping",
+    1: "device distributed optim histograms step_buffer flight_recorder tracking checkpoint"
+    " run_index comparison provenance report",
+    2: "evaluation generation export profiling train_state checkpointing training callbacks",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {

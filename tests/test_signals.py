@@ -8,17 +8,18 @@ import threading
 
 import pytest
 
-from utils.signals import StopRequest, stop_on_signals
+from utils import signals
+from utils.signals import Deadline, StopRequest, stop_on_signals
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_only_sets_the_request(signum: signal.Signals) -> None:
     with stop_on_signals() as stop:
         assert not stop
-        assert (stop.signum, stop.name) == (None, "")
+        assert (stop.signum, stop.reason) == (None, None)
         os.kill(os.getpid(), signum)
         assert stop
-        assert (stop.signum, stop.name) == (signum, signum.name)
+        assert (stop.signum, stop.reason) == (signum, signum.name)
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
@@ -27,7 +28,7 @@ def test_the_second_signal_interrupts_where_it_strikes(second: signal.Signals) -
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), second)
-        assert stop.name == "SIGTERM"
+        assert stop.reason == "SIGTERM"
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
@@ -57,3 +58,46 @@ def test_in_another_thread_nothing_is_handled_and_nothing_fails() -> None:
     ((stop, handler),) = seen
     assert not stop
     assert handler is before
+
+
+def test_sigusr1_asks_for_a_checkpoint_and_not_for_an_end() -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.save
+        assert not stop
+        os.kill(os.getpid(), signal.SIGUSR1)  # any number of times
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+
+
+def test_the_first_reason_to_stop_counts() -> None:
+    stop = StopRequest()
+    stop.stop("max_minutes are over")
+    stop.stop("another")
+    assert stop.reason == "max_minutes are over"
+    assert stop.signum is None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """time.monotonic, to be set by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_deadline_is_near_when_another_step_and_the_reserve_do_not_fit(clock: list[float]) -> None:
+    deadline = Deadline(minutes=1.0)
+    clock[0] += 10
+    assert not deadline.is_near(reserve=5)  # a step of 10 s
+    clock[0] += 30
+    assert not deadline.is_near(reserve=-11)  # one of 30 s: 20 s are left
+    assert deadline.is_near(reserve=0)
+    assert deadline.seconds_left == 20
+
+
+def test_without_a_limit_no_deadline_is_near(clock: list[float]) -> None:
+    deadline = Deadline(None)
+    clock[0] += 1e9
+    assert not deadline.is_near(reserve=1e9)
+    assert deadline.seconds_left is None

@@ -12,7 +12,7 @@ import torch
 
 from utils import step_buffer
 from utils.run_log import LogWriter, read_records
-from utils.step_buffer import FLUSH_SECONDS, NonFiniteLossError, StepBuffer
+from utils.step_buffer import FLUSH_SECONDS, NonFiniteError, StepBuffer
 
 
 class Clock:
@@ -40,7 +40,7 @@ def writer(tmp_path: Path) -> Iterator[LogWriter]:
 
 def add(buffer: StepBuffer, *steps: int, loss: float = 2.0) -> None:
     for step in steps:
-        buffer.add(step, torch.tensor(loss + step), torch.tensor(step / 4), 0.1 * step)
+        buffer.add(step, torch.tensor(loss + step), torch.tensor([step / 4]), 0.1 * step)
 
 
 def records(writer: LogWriter) -> list[dict[str, Any]]:
@@ -139,9 +139,9 @@ def test_what_was_not_training_is_not_in_the_step_time(writer: LogWriter, clock:
 def test_a_nonfinite_loss_raises_after_the_records_are_written(writer: LogWriter, loss: float, word: str) -> None:
     buffer = StepBuffer(writer, 10, 1, 96)
     add(buffer, 0)
-    buffer.add(1, torch.tensor(loss), torch.tensor(float("nan")), 0.1)
+    buffer.add(1, torch.tensor(loss), torch.tensor([1.0, float("nan")]), 0.1)
     add(buffer, 2)
-    with pytest.raises(NonFiniteLossError, match=f"the loss at step 1 is {word}") as caught:
+    with pytest.raises(NonFiniteError, match=f"the loss at step 1 is {word}") as caught:
         buffer.flush()
     assert caught.value.step == 1
     assert [record["step"] for record in records(writer)] == [0, 1, 2]
@@ -150,15 +150,45 @@ def test_a_nonfinite_loss_raises_after_the_records_are_written(writer: LogWriter
     assert len(records(writer)) == 3
 
 
-def test_a_nonfinite_gradient_norm_alone_is_recorded_only(writer: LogWriter) -> None:
+def test_a_nonfinite_gradient_norm_alone_raises_too(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, 1, 96)
-    buffer.add(0, torch.tensor(1.0), torch.tensor(float("inf")), 0.1)
-    buffer.flush()
+    buffer.add(0, torch.tensor(1.0), torch.tensor([0.5, float("inf")]), 0.1)
+    with pytest.raises(NonFiniteError, match="the gradient norm at step 0 is inf"):
+        buffer.flush()
     assert records(writer)[0]["grad_norm"] == "inf"
+
+
+def test_steps_in_a_row_may_be_nonfinite_up_to_the_tolerance(writer: LogWriter) -> None:
+    buffer = StepBuffer(writer, 10, 1, 96, tolerance=2, nonfinite_in_a_row=1)
+    buffer.add(0, torch.tensor(1.0), torch.tensor([float("inf")]), 0.1)
+    add(buffer, 1)
+    buffer.add(2, torch.tensor(1.0), torch.tensor([float("nan")]), 0.1)
+    buffer.flush()
+    assert buffer.nonfinite_in_a_row == 1
+    for step in (3, 4):
+        buffer.add(step, torch.tensor(float("nan")), torch.tensor([1.0]), 0.1)
+    with pytest.raises(NonFiniteError, match="the loss at step 4 is nan"):
+        buffer.flush()
+
+
+def test_a_nonfinite_step_is_recorded_whatever_the_log_interval(writer: LogWriter) -> None:
+    buffer = StepBuffer(writer, 10, log_interval=5, tokens_per_step=96, tolerance=1)
+    add(buffer, 0)
+    buffer.add(1, torch.tensor(1.0), torch.tensor([float("inf")]), 0.1)
+    add(buffer, 2)
+    buffer.flush()
+    assert [record["step"] for record in records(writer)] == [0, 1]
+
+
+def test_the_norm_is_that_of_all_groups(writer: LogWriter) -> None:
+    buffer = StepBuffer(writer, 10, 1, 96)
+    buffer.add(0, torch.tensor(1.0), torch.tensor([3.0, 4.0]), 0.1)
+    buffer.flush()
+    assert records(writer)[0]["grad_norm"] == 5.0
 
 
 def test_half_precision_losses_are_written_as_numbers(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, 1, 96)
-    buffer.add(0, torch.tensor(1.5, dtype=torch.bfloat16), torch.tensor(0.25, dtype=torch.float16), 0.1)
+    buffer.add(0, torch.tensor(1.5, dtype=torch.bfloat16), torch.tensor([0.25], dtype=torch.float16), 0.1)
     buffer.flush()
     assert (records(writer)[0]["train/loss"], records(writer)[0]["grad_norm"]) == (1.5, 0.25)

@@ -29,8 +29,13 @@ class RecordingView:
         self.end: RunEnd | None = None
         self.failures, self.hang = failures, hang
 
-    def open(self) -> Mapping[str, Any]:
+    def open(self, first_step: int) -> Mapping[str, Any]:
+        self.first_step = first_step
         return {"id": "abc"}
+
+    def restart(self) -> Mapping[str, Any]:
+        self.fed.clear()
+        return {"id": "def"}
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
         if self.hang is not None:
@@ -169,7 +174,7 @@ def test_a_broken_view_does_not_change_training(
 ) -> None:
     assert train.main(tiny_argv("--run-tag", "a")) == 0
 
-    def broken(self: object) -> None:
+    def broken(self: object, first_step: int) -> None:
         raise PermissionError("read-only")
 
     monkeypatch.setattr("utils.tracking.aim.AimView.open", broken)

@@ -29,7 +29,7 @@ def numbers(run: Path) -> list[dict[str, object]]:
 
 
 def tiny_config(argv: list[str]) -> Config:
-    return parse_experiment(argv, Parser(prog="train.py"))[1].config
+    return parse_experiment(argv, Parser(prog="train.py")).load().config
 
 
 def test_a_run_directory_explains_itself(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:

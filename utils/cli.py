@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, get_args, get_origin
 
@@ -88,9 +89,28 @@ def _metavar(key: str) -> str:
     return {"integer": "N", "number": "X", "list": "A,B"}.get(word, "TEXT")
 
 
-def parse_experiment(
-    argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT
-) -> tuple[argparse.Namespace, LoadedConfig]:
+@dataclass(frozen=True)
+class ExperimentArguments:
+    """The words of a command line that describe an experiment.
+
+    own: the script's own arguments.
+    """
+
+    loader: ConfigLoader
+    files: Sequence[Path] = ()
+    overrides: Mapping[str, str | bool] = field(default_factory=dict)
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
+
+    def load(self) -> LoadedConfig:
+        """The merged, validated configuration.
+
+        Raises:
+            ConfigError: a mistake on the command line or in a file.
+        """
+        return self.loader.load(self.files, self.overrides)
+
+
+def parse_experiment(argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT) -> ExperimentArguments:
     """Parse the command line of a script that takes a whole configuration.
 
     Args:
@@ -98,11 +118,8 @@ def parse_experiment(
         parser: already has the script's own flags.
         root: the project folder.
 
-    Returns:
-        The script's own arguments and the merged, validated configuration.
-
     Raises:
-        UserError: a mistake on the command line or in a file.
+        UserError: a mistake on the command line.
         SystemExit: after `--help`.
     """
     files = parser.add_argument_group("configuration files")
@@ -123,8 +140,7 @@ def parse_experiment(
     add_config_flags(parser, defaults)
     args = parser.parse(argv)
     overrides = {key: value for key, value in vars(args).items() if key in FIELDS}
-    loaded = ConfigLoader(root, args.config_dir).load(args.config, overrides)
-    return args, loaded
+    return ExperimentArguments(ConfigLoader(root, args.config_dir), args.config, overrides, args)
 
 
 def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | None]:

@@ -241,10 +241,60 @@ class TrainConfig(Section):
     threads: Int | None = setting(
         None, "CPU threads of a tensor operation; none: torch's own choice", kind=TRAJECTORY, ge=1, le=1024
     )
-    deterministic: bool = setting(True, "only operations that repeat bit for bit", kind=TRAJECTORY)
+    deterministic: bool | None = setting(
+        None,
+        "only operations that repeat bit for bit; none: on the CPU, where it costs nothing, but not on a GPU",
+        kind=TRAJECTORY,
+    )
     compile: bool = setting(
         False, "torch.compile the model (inductor; aot_eager on mps); falls back to eager", kind=TRAJECTORY
     )
+    checkpoint_interval: Int = setting(
+        500, "steps between checkpoints; 0: none by steps", kind=OBSERVATION, unit="steps", ge=0
+    )
+    checkpoint_minutes: Float | None = setting(
+        15.0, "wall time after which a checkpoint is due as well; none: never", kind=OBSERVATION, unit="minutes", gt=0
+    )
+    keep_last: Int = setting(
+        2, "newest checkpoints that are kept; older ones are deleted", kind=OBSERVATION, unit="checkpoints", ge=1
+    )
+    keep_best: bool = setting(
+        True, "save a checkpoint whenever val/loss is the best so far, and keep the last of them", kind=OBSERVATION
+    )
+    max_minutes: Float | None = setting(
+        None,
+        "stop with a checkpoint before this much wall time is over; none: no limit",
+        kind=MACHINE,
+        unit="minutes",
+        gt=0,
+    )
+    patience: Int | None = setting(
+        None,
+        "evaluations without a better val/loss after which training ends; none: it goes on to the last step",
+        kind=TRAJECTORY,
+        unit="evaluations",
+        ge=1,
+    )
+    min_delta: Float = setting(
+        0.0, "val/loss is better if it is lower by more than this", kind=TRAJECTORY, unit="nats", ge=0
+    )
+    export_weights: Literal["auto", "last", "best"] = setting(
+        "auto",
+        "weights that the export is made from: of the last step, or of the best val/loss; "
+        "auto: best with early stopping (patience), else last",
+        kind=TRAJECTORY,
+    )
+    skip_nonfinite: Int = setting(
+        20,
+        "with float16: steps in a row whose loss or gradient may be non-finite; they change no weights",
+        kind=TRAJECTORY,
+        unit="steps",
+        ge=0,
+    )
+
+    @property
+    def exports_best(self) -> bool:
+        return self.export_weights == "best" or (self.export_weights == "auto" and self.patience is not None)
 
     @model_validator(mode="after")
     def _rules(self) -> TrainConfig:
@@ -257,6 +307,9 @@ class TrainConfig(Section):
                 "gradient_accumulation_steps",
                 "batch_size",
             )
+        if self.exports_best and not self.keep_best:
+            cause = "export_weights" if self.export_weights == "best" else "patience"
+            raise RuleError(f"{cause} exports the best weights: keep_best must be on", "keep_best", cause)
         return self
 
 

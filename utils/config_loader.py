@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -48,7 +48,7 @@ class LoadedConfig:
     @classmethod
     def from_config(cls, config: Config) -> LoadedConfig:
         """For a Config made in code: what differs from the defaults was set by its caller."""
-        layers = {key: [Setting(value, "default")] for key, value in flat(Config()).items()}
+        layers = _default_layers()
         for key, value in flat(config).items():
             if value != layers[key][0].value:
                 layers[key].append(Setting(value, "code"))
@@ -266,22 +266,34 @@ class ConfigLoader:
         Raises:
             ConfigError: with the place and the nearest valid thing, one line a mistake.
         """
-        layers = {key: [Setting(value, "default")] for key, value in flat(Config()).items()}
-        for layer in self._layers(files, overrides or {}):
-            for pair in ALTERNATIVES:
-                given = [key for key in pair if key in layer and layer[key].value is not None]
-                if len(given) == 1:
-                    (other,) = set(pair) - set(given)
-                    layer.setdefault(other, Setting(None, layer[given[0]].source))
-            for key, setting in layer.items():
-                layers[key].append(setting)
-        return LoadedConfig(_validate(layers), layers)
+        return _merge(_default_layers(), [*self._file_layers(), *self._own_layers(files, overrides or {})])
 
-    def _layers(self, files: Iterable[Path], overrides: Mapping[str, str | bool]) -> Iterable[dict[str, Setting]]:
+    def load_only(self, path: Path) -> LoadedConfig:
+        """One file on top of the built-in defaults, nothing else.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        return _merge(_default_layers(), [read_config_file(path, relative_name(path, self.root))])
+
+    def load_onto(
+        self, base: LoadedConfig, files: Iterable[Path] = (), overrides: Mapping[str, str | bool] | None = None
+    ) -> LoadedConfig:
+        """`base` in the place of defaults and configs/, then as `load`.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        layers = {key: list(settings) for key, settings in base.layers.items()}
+        return _merge(layers, self._own_layers(files, overrides or {}))
+
+    def _file_layers(self) -> Iterator[dict[str, Setting]]:
         legacy = self.root / "config.json"
         if legacy.is_file():
             yield read_config_file(legacy, relative_name(legacy, self.root))
         yield self._shared_layer()
+
+    def _own_layers(self, files: Iterable[Path], overrides: Mapping[str, str | bool]) -> Iterator[dict[str, Setting]]:
         for path in files:
             yield read_config_file(path, relative_name(path, self.root))
         yield {
@@ -299,6 +311,23 @@ class ConfigLoader:
                     raise ConfigError(f"{setting.source}: {key} is also set in {layer[key].source}: keep one of them")
                 layer[key] = setting
         return layer
+
+
+def _default_layers() -> dict[str, list[Setting]]:
+    return {key: [Setting(value, "default")] for key, value in flat(Config()).items()}
+
+
+def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting]]) -> LoadedConfig:
+    """`further` layers on top of `layers`, lowest priority first, validated."""
+    for layer in further:
+        for pair in ALTERNATIVES:
+            given = [key for key in pair if key in layer and layer[key].value is not None]
+            if len(given) == 1:
+                (other,) = set(pair) - set(given)
+                layer.setdefault(other, Setting(None, layer[given[0]].source))
+        for key, setting in layer.items():
+            layers[key].append(setting)
+    return LoadedConfig(_validate(layers), layers)
 
 
 def flag_name(key: str, value: Any = None) -> str:

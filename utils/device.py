@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -77,18 +78,24 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype)
 
 
+def is_deterministic(config: TrainConfig, device: torch.device) -> bool:
+    """Whether only operations that repeat bit for bit are used: on the CPU they cost nothing, so by default there."""
+    return device.type == "cpu" if config.deterministic is None else config.deterministic
+
+
 @contextlib.contextmanager
 def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Seeds, determinism and threads of a run; those of before when it is over (a notebook goes on)."""
+    deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.deterministic and device.type == "cuda":
+    if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed workspace
-    torch.use_deterministic_algorithms(config.deterministic)
+    torch.use_deterministic_algorithms(deterministic)
     # Nothing here reads memory that was not written, so it need not be filled.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.benchmark = not deterministic
     torch.manual_seed(config.seed)
     try:
         yield
@@ -96,6 +103,11 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.set_deterministic_debug_mode(before[0])
         torch.set_num_threads(before[1])
         torch.backends.cudnn.benchmark = before[2]
+
+
+def processor_name(device: torch.device) -> str:
+    """Of the GPU or CPU that computes: numbers repeat bit for bit only on the same kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def device_facts(device: torch.device) -> Mapping[str, str]:
@@ -115,6 +127,17 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: what tensors hold on a GPU, what the process holds otherwise (its peak where /proc is missing)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from model import LanguageModel
 from tokenizer import CharTokenizer
+from utils.checkpoint import weight_differences
 from utils.config import ModelConfig
 from utils.errors import UserError
 from utils.evaluation import evaluating
@@ -132,7 +133,8 @@ def load_export(folder: Path, device: torch.device) -> Export:
         weights = load_file(weights_path)
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{weights_path}: damaged: {error}") from None
-    check_weights(weights, model, str(weights_path))
+    if differences := weight_differences(weights, model):
+        raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
     if _crc32(weights_path) != crc32:
         raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
     model.load_state_dict(weights)
@@ -151,25 +153,3 @@ def _crc32(path: Path) -> str:
         while chunk := file.read(1 << 20):
             checksum = zlib.crc32(chunk, checksum)
     return f"{checksum:08x}"
-
-
-def check_weights(weights: Mapping[str, torch.Tensor], model: LanguageModel, name: str) -> None:
-    """Names and shapes must be those of the model.
-
-    Raises:
-        ExportError: with the first differences.
-    """
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    differences = [
-        *(f"{key} is missing" for key in expected if key not in found),
-        *(f"{key} is unexpected" for key in found if key not in expected),
-        *(
-            f"{key} has shape {found[key]}, expected {expected[key]}"
-            for key in expected
-            if key in found and found[key] != expected[key]
-        ),
-    ]
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise ExportError(f"{name} does not fit its config.json: {'; '.join(differences[:3])}{more}")

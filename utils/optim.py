@@ -38,8 +38,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Matrices (and embeddings) decay; vectors, that is biases and norm weights, do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"name": "matrices", "params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 

@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from utils.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 HISTOGRAMS_FILE = "histograms.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)
+
+
+class RunLogError(UserError):
+    """Logs that are not those of the checkpoint."""
+
 
 Direction = Literal["lower", "higher", "none"]  # which way is better
 NOT_METRICS = frozenset(("step", "time"))  # the coordinates of a record
@@ -152,6 +159,10 @@ class RunLog:
         self.histograms = LogWriter(logs_dir / HISTOGRAMS_FILE)
         self.samples = LogWriter(logs_dir / SAMPLES_FILE)
 
+    def offsets(self) -> dict[str, int]:
+        """Bytes in each log, by file name."""
+        return {writer.path.name: writer.offset for writer in (self.metrics, self.histograms, self.samples)}
+
     def sync(self) -> None:
         for writer in (self.metrics, self.histograms, self.samples):
             writer.sync()
@@ -202,6 +213,21 @@ def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
     ]
 
 
+def offset_of_step(path: Path, step: int) -> int:
+    """Where the first record of `step` or a later one begins; the end of the log if there is none.
+
+    Steps never fall in a log.
+    """
+    offset = 0
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                    break
+                offset += len(line)
+    return offset
+
+
 def truncate(path: Path, offset: int | None = None) -> None:
     """Cut a log back to byte `offset`, or without it to its last complete line.
 
@@ -219,3 +245,18 @@ def truncate(path: Path, offset: int | None = None) -> None:
         file.truncate(offset)
         file.flush()
         os.fsync(file.fileno())
+
+
+def cut_logs(logs_dir: Path, offsets: Mapping[str, int]) -> None:
+    """Cut all logs of a run back to where a checkpoint saw them; to nothing without a checkpoint.
+
+    Raises:
+        RunLogError: a log is shorter than that; nothing is cut.
+    """
+    for name in LOG_FILES:
+        path, offset = logs_dir / name, offsets.get(name, 0)
+        size = path.stat().st_size if path.exists() else 0
+        if size < offset:
+            raise RunLogError(f"{path}: has {size:,} bytes, the checkpoint was saved when it had {offset:,}")
+    for name in LOG_FILES:
+        truncate(logs_dir / name, offsets.get(name, 0))

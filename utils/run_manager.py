@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,10 @@ Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
 
 class RunError(UserError):
     """A run directory that is not there, not unique, or not usable."""
+
+
+class RunLockedError(RunError):
+    """A run directory that another process is training in."""
 
 
 def utc_now() -> str:
@@ -87,7 +91,7 @@ class RunDirectoryCreator:
 class Run:
     """A run directory held by the process that trains in it. Safe to use from several threads.
 
-    The context of use is `run = Run.create(...)`, `run.update(...)` while it goes on, and
+    The context of use is `run = Run.create(...)` or `Run.resume(...)`, `run.update(...)` while it goes on, and
     `run.finish(status, reason)`, then `run.release()`, once.
     """
 
@@ -128,6 +132,7 @@ class Run:
                 "last_step": None,
                 "summary": {},
                 "parent": None,
+                "resumes": [],
                 "views": {},
                 **facts,
             }
@@ -141,6 +146,52 @@ class Run:
                 raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
             raise
         return cls(path, record, lock_fd)
+
+    @classmethod
+    def resume(cls, path: Path) -> Run:
+        """Take over a run directory whose process has ended; run.json is not changed yet.
+
+        Raises:
+            RunLockedError: it is being trained, with process and host.
+            RunError: it is not a run directory, or cannot be written.
+        """
+        record = read_record(path)
+        being_trained = RunLockedError(
+            f"run {path.name} is being trained by process {record.get('pid')} on {record.get('host')}"
+        )
+        if record.get("host") != socket.gethostname() and read_status(path) == "running":
+            raise being_trained
+        try:
+            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock_fd)
+            raise being_trained from None
+        return cls(path, {**record, **read_record(path)}, lock_fd)
+
+    def restart(self, argv: Sequence[str], step: int, **facts: Any) -> None:
+        """Say in run.json that training goes on at `step` in this process; how the session before ended is kept.
+
+        Args:
+            facts: more about the new session (git, say).
+        """
+        record = self.record
+        before = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
+        if before["status"] == "running":
+            before["status"] = "crashed"
+        now = utc_now()
+        session = {"time": now, "step": step, "argv": list(argv), "before": before, **facts}
+        self.update(
+            status="running",
+            exit_reason=None,
+            end=None,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            resumes=[*record.get("resumes", []), session],
+        )
 
     @property
     def id(self) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal as a request that the training loop honours at the next step."""
+"""Signals and the time limit as requests that the training loop honours at the next step."""
 
 from __future__ import annotations
 
@@ -6,41 +6,54 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAVE_SIGNAL = signal.SIGUSR1
 
 
 @dataclass
 class StopRequest:
-    """Set by the first signal; the second one raises KeyboardInterrupt where it strikes.
+    """Set by the first stop signal, or by `stop`; the second signal raises KeyboardInterrupt where it strikes.
 
+    reason: why to stop; None: go on.
+    signum: the signal that asked for it.
+    save: a checkpoint was asked for (SIGUSR1), and training goes on; the loop clears it.
     patient: False once there is no step left to finish: then the first signal raises, too.
     """
 
+    reason: str | None = None
     signum: int | None = None
+    save: bool = False
     patient: bool = True
 
     def __bool__(self) -> bool:
-        return self.signum is not None
+        return self.reason is not None
 
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.signum).name if self.signum is not None else ""
+    def stop(self, reason: str) -> None:
+        """Stop after this step."""
+        self.reason = self.reason or reason
 
     def handle(self, signum: int, _frame: FrameType | None) -> None:
+        # os.write: a handler may interrupt any code, also one that holds the locks of a stream
+        name = signal.Signals(signum).name
+        if signum == SAVE_SIGNAL:
+            self.save = True
+            os.write(2, f"\n{name}: saving a checkpoint after this step\n".encode())
+            return
         first, self.signum = self.signum is None, self.signum or signum
+        self.stop(name)
         if not (first and self.patient):
             raise KeyboardInterrupt
-        # os.write: a handler may interrupt any code, also one that holds the locks of a stream
-        os.write(2, f"\n{self.name}: stopping after this step; once more stops at once\n".encode())
+        os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Handle SIGNALS inside; the handlers of before afterwards.
+    """Handle STOP_SIGNALS and SAVE_SIGNAL inside; the handlers of before afterwards.
 
     Only the main thread may handle signals; in another one the request is never set.
     """
@@ -48,10 +61,33 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    wanted = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    wanted = [s for s in (*STOP_SIGNALS, SAVE_SIGNAL) if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP
     previous = {signum: signal.signal(signum, request.handle) for signum in wanted}
     try:
         yield request
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+class Deadline:
+    """A limit of wall time that must not be passed, looked at between steps.
+
+    Args:
+        minutes: from now; None: no limit.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._last = time.monotonic()
+        self.end = self._last + 60 * minutes if minutes is not None else None
+        self._longest_step = 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self.end is None else self.end - time.monotonic()
+
+    def is_near(self, reserve: float) -> bool:
+        """Whether another step, as long as the longest so far, would leave less than `reserve` seconds."""
+        now = time.monotonic()
+        self._longest_step, self._last = max(self._longest_step, now - self._last), now
+        return self.end is not None and now + self._longest_step + reserve > self.end

@@ -13,11 +13,11 @@ from utils.run_log import LogWriter, metric_record
 FLUSH_SECONDS = 2.0
 
 
-class NonFiniteLossError(Exception):
-    """A loss is NaN or infinite: training has diverged."""
+class NonFiniteError(Exception):
+    """A loss or gradient norm is NaN or infinite: training has diverged."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the loss at step {step} is {loss}")
+    def __init__(self, step: int, name: str, value: float) -> None:
+        super().__init__(f"the {name} at step {step} is {value}")
         self.step = step
 
 
@@ -40,10 +40,21 @@ class StepBuffer:
         flush_interval: steps between flushes; a flush is also due every FLUSH_SECONDS.
         log_interval: every how many steps one is recorded.
         tokens_per_step: tokens of one update.
+        tolerance: steps in a row that may be non-finite (under float16 the scaler skips them).
+        nonfinite_in_a_row: how many there were just before.
     """
 
-    def __init__(self, writer: LogWriter, flush_interval: int, log_interval: int, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        writer: LogWriter,
+        flush_interval: int,
+        log_interval: int,
+        tokens_per_step: int,
+        tolerance: int = 0,
+        nonfinite_in_a_row: int = 0,
+    ) -> None:
         self.writer = writer
+        self.tolerance, self.nonfinite_in_a_row = tolerance, nonfinite_in_a_row
         self.flush_interval, self.log_interval = flush_interval, log_interval
         self.tokens_per_step = tokens_per_step
         self.last_loss: float | None = None
@@ -56,14 +67,15 @@ class StepBuffer:
         """What happened since the last flush (an evaluation, say) was not training."""
         self._clock = time.perf_counter()
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+    def add(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
         """Remember update `step`; nothing is transferred.
 
         Args:
-            loss, grad_norm: 0-dimensional, on the device.
+            loss: 0-dimensional, on the device.
+            grad_norms: of the parameter groups, (groups,), on the device.
         """
         self._steps.append(_Step(step, time.time(), step * self.tokens_per_step, lr))
-        self._values += (loss, grad_norm)
+        self._values += (loss, grad_norms.norm())
 
     def due(self) -> bool:
         return len(self._steps) >= self.flush_interval or time.perf_counter() - self._clock >= FLUSH_SECONDS
@@ -72,7 +84,7 @@ class StepBuffer:
         """Write the collected steps; False if there are none.
 
         Raises:
-            NonFiniteLossError: after the records are written.
+            NonFiniteError: after the records are written; more than `tolerance` steps in a row are non-finite.
         """
         if not self._steps:
             return False
@@ -99,11 +111,16 @@ class StepBuffer:
                 },
             )
             for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True)
-            if s.step % self.log_interval == 0 or not math.isfinite(loss)
+            if s.step % self.log_interval == 0 or not math.isfinite(loss + grad_norm)
         )
         self.last_loss = losses[-1]
         self.restart_clock()
-        for s, loss in zip(steps, losses, strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteLossError(s.step, loss)
+        for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.nonfinite_in_a_row = 0
+                continue
+            self.nonfinite_in_a_row += 1
+            if self.nonfinite_in_a_row > self.tolerance:
+                name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+                raise NonFiniteError(s.step, name, value)
         return True

@@ -7,22 +7,21 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 
-from data import BatchSampler, Corpus
-from model import LanguageModel
-from utils.config import Config
-from utils.console import Terminal, TrainingProgress
+from utils.checkpointing import Checkpointer
+from utils.console import TrainingProgress
 from utils.device import autocast
 from utils.evaluation import estimate_loss, evaluating
+from utils.flight_recorder import FlightRecorder
 from utils.generation import SamplingOptions, generate_tokens, start_tokens
 from utils.histograms import histogram_records
-from utils.optim import build_optimizer, learning_rate_at, set_learning_rate
+from utils.optim import learning_rate_at, set_learning_rate
 from utils.run_log import RunLog, metric_record
-from utils.signals import StopRequest
-from utils.step_buffer import NonFiniteLossError, StepBuffer
+from utils.signals import Deadline, StopRequest
+from utils.step_buffer import NonFiniteError, StepBuffer
+from utils.train_state import TrainState
 
 # Names a part of a step: record_function under the profiler, nothing otherwise.
 Phase = Callable[[str], AbstractContextManager[object]]
@@ -30,73 +29,6 @@ Phase = Callable[[str], AbstractContextManager[object]]
 
 def no_phase(_name: str) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
-
-
-@dataclass
-class TrainState:
-    """What training changes (model, optimizer, scaler, step, best) and what it reads."""
-
-    config: Config
-    max_iters: int
-    device: torch.device
-    dtype: torch.dtype
-    corpus: Corpus
-    sampler: BatchSampler
-    model: LanguageModel
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model, or its compiled form
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    losses: dict[str, float] | None = None  # of the last evaluation,
-    losses_step: int | None = None  # which was at this step
-    best_val_loss: float = math.inf
-    best_step: int | None = None
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.train.batch_size * self.config.model.block_size
-
-
-def build_state(
-    config: Config, max_iters: int, corpus: Corpus, device: torch.device, dtype: torch.dtype, terminal: Terminal
-) -> TrainState:
-    """Model, optimizer and sampler on the device; the random state must be seeded already."""
-    model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
-    sampler = BatchSampler(corpus, config.model.block_size, config.train.batch_size, config.train.seed, device)
-    state = TrainState(
-        config=config,
-        max_iters=max_iters,
-        device=device,
-        dtype=dtype,
-        corpus=corpus,
-        sampler=sampler,
-        model=model,
-        forward=model,
-        optimizer=build_optimizer(model, config.optimizer),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-    )
-    if config.train.compile:
-        state.forward = compile_model(state, terminal)
-    return state
-
-
-def compile_model(state: TrainState, terminal: Terminal) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The compiled model, or the model itself with one warning if the backend fails on a trial step."""
-    backend = "aot_eager" if state.device.type == "mps" else "inductor"
-    compiled = torch.compile(state.model, backend=backend)
-    devices = [state.device] if state.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):  # on CPU and CUDA the trial does not shift the dropout of step 0
-            with autocast(state.device, state.dtype):
-                _, loss = compiled(*state.sampler.train_batch(0, 0, state.config.train.gradient_accumulation_steps))
-            loss.backward()
-    except Exception as error:  # a compiler can fail in any way; training can always go on without it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        terminal.warn(f"torch.compile ({backend}) failed, going on in eager mode: {type(error).__name__}: {reason}")
-        return state.model
-    finally:
-        state.optimizer.zero_grad(set_to_none=True)
-    return compiled
 
 
 def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor:
@@ -116,10 +48,17 @@ def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor
 
 
 def clip_gradients(state: TrainState) -> torch.Tensor:
-    """Scale gradients down to grad_clip; the global norm before that, on the device."""
+    """Scale gradients down to grad_clip; before that the norm of each parameter group, (groups,), on the device.
+
+    The global norm is the norm of these norms.
+    """
     state.scaler.unscale_(state.optimizer)
-    largest = state.config.optimizer.grad_clip or math.inf
-    return torch.nn.utils.clip_grad_norm_(state.model.parameters(), largest)
+    groups = [[p for p in group["params"] if p.grad is not None] for group in state.optimizer.param_groups]
+    norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in g]).to(state.device) for g in groups])
+    if state.config.optimizer.grad_clip:
+        parameters = [p for group in groups for p in group]
+        torch.nn.utils.clip_grads_with_norm_(parameters, state.config.optimizer.grad_clip, norms.norm())
+    return norms
 
 
 def optimizer_step(state: TrainState) -> None:
@@ -131,42 +70,75 @@ def optimizer_step(state: TrainState) -> None:
 
 
 def training_loop(
-    state: TrainState, log: RunLog, progress: TrainingProgress, stop: StopRequest, after_flush: Callable[[], None]
+    state: TrainState,
+    log: RunLog,
+    progress: TrainingProgress,
+    stop: StopRequest,
+    deadline: Deadline,
+    checkpoints: Checkpointer,
+    recorder: FlightRecorder,
+    after_flush: Callable[[], None],
 ) -> None:
-    """Train until `state.max_iters` updates are done or a stop is requested.
+    """Train until `state.max_iters` updates are done, early stopping ends it, or a stop is requested.
+
+    The last thing done is a checkpoint of where it stopped.
 
     Args:
         after_flush: called after each write of training records to the log.
 
     Raises:
-        NonFiniteLossError: a loss became NaN or infinite; the log is complete up to there.
+        NonFiniteError: a loss or gradient became NaN or infinite; the log is complete up to there, and no
+            checkpoint has been saved since.
     """
-    tracking, interval = state.config.tracking, state.config.train.eval_interval
-    buffer = StepBuffer(log.metrics, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)
+    tracking, settings = state.config.tracking, state.config.train
+    buffer = StepBuffer(
+        log.metrics,
+        tracking.flush_interval,
+        tracking.log_interval,
+        state.tokens_per_step,
+        tolerance=settings.skip_nonfinite if state.scaler.is_enabled() else 0,
+        nonfinite_in_a_row=state.nonfinite_in_a_row,
+    )
 
     def flush() -> None:
         if not buffer.flush():
             return
+        state.nonfinite_in_a_row = buffer.nonfinite_in_a_row
         after_flush()
         if buffer.last_loss is not None and buffer.tokens_per_second is not None:
             progress.update(state.step, loss=buffer.last_loss, tokens_per_second=buffer.tokens_per_second)
 
+    def save() -> None:
+        flush()  # what is saved is known to be finite
+        checkpoints.save(state)
+        buffer.restart_clock()
+
     state.model.train()
     try:
         while True:
-            if state.step % interval == 0 or state.step == state.max_iters:
+            evaluation_due = state.step % settings.eval_interval == 0 or state.step == state.max_iters
+            if evaluation_due and state.losses_step != state.step:
                 flush()
                 evaluate(state, log, progress)
                 buffer.restart_clock()
-            if state.step == state.max_iters or stop:
+                if settings.keep_best and state.best_step == state.step:
+                    save()
+            if deadline.is_near(reserve=checkpoints.seconds_to_save(state)):
+                stop.stop(f"max_minutes ({settings.max_minutes:g}) are almost over")
+            if state.finished or stop:
+                save()
                 return
+            if checkpoints.due(state.step) or stop.save:
+                stop.save = False
+                save()
             lr = learning_rate_at(state.step, state.config.optimizer, state.max_iters)
             set_learning_rate(state.optimizer, lr)
             loss = forward_backward(state)
-            grad_norm = clip_gradients(state)
+            grad_norms = clip_gradients(state)
             if tracking.histogram_interval and state.step % tracking.histogram_interval == 0:
                 log_histograms(state, log)
-            buffer.add(state.step, loss, grad_norm, lr)
+            buffer.add(state.step, loss, grad_norms, lr)
+            recorder.record(state.step, loss, grad_norms, lr)
             optimizer_step(state)
             if buffer.due():
                 flush()
@@ -187,12 +159,13 @@ def evaluate(state: TrainState, log: RunLog, progress: TrainingProgress) -> None
     )
     tokens = state.step * state.tokens_per_step
     log.metrics.write([metric_record(state.step, time.time(), {"tokens": tokens, **losses})])
-    for loss in losses.values():
+    for name, loss in losses.items():
         if not math.isfinite(loss):
-            raise NonFiniteLossError(state.step, loss)
+            raise NonFiniteError(state.step, name, loss)
     state.losses, state.losses_step = losses, state.step
     if losses["val/loss"] < state.best_val_loss:
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
+    state.early_stopping.update(losses["val/loss"])
     if state.config.tracking.sample_tokens:
         record = {"step": state.step, "time": round(time.time(), 4), "text": sample_text(state)}
         log.samples.write([record])

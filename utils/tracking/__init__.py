@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.run_log import LOG_FILES, read_from
+from utils.run_log import LOG_FILES, offset_of_step, read_from
 
 POLL_SECONDS = 0.5
 CHUNK_BYTES = 16_384  # small enough that one chunk does not hold up the loop for long
@@ -45,6 +46,7 @@ class RunEnd:
 
     status: str
     summary: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
 
 
 class View(Protocol):
@@ -52,8 +54,12 @@ class View(Protocol):
 
     name: str
 
-    def open(self) -> Mapping[str, Any]:
-        """Import the tracker's package and begin; facts for run.json (an id, say)."""
+    def open(self, first_step: int) -> Mapping[str, Any]:
+        """Import the tracker's package and begin; facts for run.json (an id, say).
+
+        Args:
+            first_step: what was fed before for this and later steps is fed again; 0 for a new run.
+        """
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
         """Show one record of one of LOG_FILES."""
@@ -64,6 +70,12 @@ class View(Protocol):
     def close(self, end: RunEnd) -> None:
         """Show how the run ended; nothing is fed afterwards."""
 
+    def restart(self) -> Mapping[str, Any] | None:
+        """Forget what was fed, which then is fed again from step 0; facts for run.json.
+
+        None: the view shows no steps that were fed before `first_step` was opened and not again since, so it need not.
+        """
+
 
 class Feeder(threading.Thread):
     """Feeds one view from one run's logs until `finish`.
@@ -72,6 +84,7 @@ class Feeder(threading.Thread):
         view: the tracker.
         logs_dir: the folder of the logs.
         budget: share of wall time that the thread may compute while training runs.
+        resumed_step: the step from which an earlier session of the run goes on; None: a new run.
         record: stores facts about the view in run.json.
         warn: tells the user one line.
     """
@@ -83,11 +96,15 @@ class Feeder(threading.Thread):
         budget: float,
         record: Callable[..., None],
         warn: Callable[[str], None],
+        resumed_step: int | None = None,
     ) -> None:
         super().__init__(name=f"feed-{view.name}", daemon=True)
         self.view = view
         self.logs_dir = logs_dir
         self.budget = budget
+        self.resumed_step = resumed_step
+        self.last_step = -1  # that was fed in this session,
+        self.last_step_before = -1  # and in those before, which may be later than where the run was resumed
         self.offsets = dict.fromkeys(LOG_FILES, 0)
         self.failure: str | None = None
         self._record, self._warn = record, warn
@@ -96,7 +113,8 @@ class Feeder(threading.Thread):
 
     def run(self) -> None:
         try:
-            facts = self._attempt(self.view.open)
+            first_step = self._pick_up()
+            facts = self._attempt(lambda: self.view.open(first_step))
             self._record(self.view.name, state="on", **(facts or {}))
             while True:
                 ending = self._end is not None  # read before the logs: what is there now is all there will be
@@ -106,6 +124,10 @@ class Feeder(threading.Thread):
                     break
                 rest = (time.thread_time() - started) / self.budget if fed else POLL_SECONDS
                 self._wake.wait(max(rest, POLL_SECONDS))
+            if self.last_step < self.last_step_before and (facts := self._attempt(self.view.restart)):
+                self._record(self.view.name, **facts)
+                self.offsets = dict.fromkeys(LOG_FILES, 0)
+                self._feed_available(everything=True)
             assert self._end is not None
             end = self._end
             self._attempt(lambda: self.view.close(end))
@@ -114,6 +136,36 @@ class Feeder(threading.Thread):
             self.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             self._warn(f"{self.view.name} is off: {self.failure}")
             self._record(self.view.name, state="off", reason=self.failure)
+
+    @property
+    def _state_path(self) -> Path:
+        return self.logs_dir / f"fed_{self.view.name}.json"
+
+    def _pick_up(self) -> int:
+        """Go on after what an earlier session has fed; the step from which everything is fed (again)."""
+        if self.resumed_step is None:
+            return 0
+        try:
+            state = json.loads(self._state_path.read_text(encoding="utf-8"))
+            fed = {name: int(state["offsets"][name]) for name in LOG_FILES}
+            self.last_step_before = int(state["last_step"])
+        except (OSError, ValueError, KeyError, TypeError):  # nothing fed, or not known: everything is fed again
+            return 0
+        first_step = self.resumed_step
+        for name in LOG_FILES:
+            path = self.logs_dir / name
+            if path.exists() and fed[name] < path.stat().st_size:
+                unfed, _ = read_from(path, fed[name], CHUNK_BYTES)
+                first_step = min([first_step, *(record["step"] for record in unfed[:1])])
+        self.offsets = {name: offset_of_step(self.logs_dir / name, first_step) for name in LOG_FILES}
+        return first_step
+
+    def _remember(self) -> None:
+        """Note how far the view has come, for a session after a crash. Not synced: an old note only costs time."""
+        state = {"offsets": self.offsets, "last_step": max(self.last_step, self.last_step_before)}
+        temporary = self._state_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state), encoding="utf-8")
+        temporary.replace(self._state_path)
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """The result of `action`, tried again after each of RETRY_SECONDS; a missing package is final."""
@@ -135,12 +187,14 @@ class Feeder(threading.Thread):
                 records, end = read_from(path, self.offsets[log_file], CHUNK_BYTES)
                 for record in records:
                     self._attempt(functools.partial(self.view.feed, log_file, record))
+                    self.last_step = max(self.last_step, record["step"])
                 fed |= bool(records)
                 self.offsets[log_file] = end
                 if not (everything and records):
                     break
         if fed:
             self._attempt(self.view.flush)
+            self._remember()
         return fed
 
     def finish(self, end: RunEnd) -> None:

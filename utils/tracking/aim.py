@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, NOT_METRICS, decode_number, metric
@@ -28,9 +30,10 @@ class AimView:
 
     name = "aim"
 
-    def __init__(self, facts: RunFacts, repo: Path) -> None:
+    def __init__(self, facts: RunFacts, repo: Path, run_hash: str | None = None) -> None:
         self.facts = facts
         self.repo = repo
+        self.run_hash = run_hash  # of the Aim run that a resumed run goes on with
         self._run: aim.Run | None = None
 
     @property
@@ -38,18 +41,26 @@ class AimView:
         assert self._run is not None, "open() comes first"
         return self._run
 
-    def open(self) -> Mapping[str, Any]:
+    def open(self, first_step: int) -> Mapping[str, Any]:
         warnings.filterwarnings("ignore", message="SOCKS support in urllib3")  # of a package that Aim imports
         import aim
+        from aim.sdk.errors import MissingRunError
 
         self.repo.mkdir(parents=True, exist_ok=True)
+        if self._run is None and self.run_hash is not None:
+            with contextlib.suppress(MissingRunError):  # deleted in Aim since: a new one
+                self._run = self._open_run(aim, run_hash=self.run_hash, force_resume=True)
         if self._run is None:  # a second attempt goes on with the run of the first
-            self._run = aim.Run(
-                repo=str(self.repo),
-                experiment=self.facts.experiment,
-                system_tracking_interval=None,
-                capture_terminal_logs=False,
-            )
+            self._run = self._open_run(aim)
+        self._describe()
+        return {"hash": self.run.hash, "repo": str(self.repo)}
+
+    def _open_run(self, aim: ModuleType, **which: Any) -> aim.Run:
+        """The SDK's Run, without its own system metrics and terminal capture."""
+        settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
+        return aim.Run(repo=str(self.repo), experiment=self.facts.experiment, **settings, **which)
+
+    def _describe(self) -> None:
         self.run.name = self.facts.id
         self.run.description = self.facts.note
         for tag in dict.fromkeys((*([self.facts.tag] if self.facts.tag else []), *self.facts.tags)):
@@ -59,7 +70,17 @@ class AimView:
         self.run["model_summary"] = _plain(self.facts.model_summary)
         self.run["run_dir"] = str(self.facts.path)
         self.run["status"] = "running"
-        return {"hash": self.run.hash, "repo": str(self.repo)}
+
+    def restart(self) -> Mapping[str, Any]:
+        """Aim keeps points beyond a resume until they are tracked again; where they never are, a new Aim run it is."""
+        import aim
+
+        repo, stale = self.run.repo, self.run.hash
+        self.run.close()
+        repo.delete_run(stale)
+        self._run = self._open_run(aim)
+        self._describe()
+        return {"hash": self.run.hash}
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
         step = record["step"]

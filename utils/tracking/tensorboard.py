@@ -32,18 +32,23 @@ class TensorBoardView:
         assert self._writer is not None, "open() comes first"
         return self._writer
 
-    def open(self) -> Mapping[str, Any]:
+    def open(self, first_step: int) -> Mapping[str, Any]:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._writer is None:  # a second attempt goes on with the file of the first
-            # The Python reader ignores the first start event of a run, so a later purge_step needs this one.
-            self._writer = SummaryWriter(str(self.log_dir), purge_step=0)
-        self.writer.add_text("config", _fenced(json.dumps(self.facts.hparams, indent=2)), 0)
-        self.writer.add_text("model", _table(self.facts.model_summary), 0)
-        self.writer.add_text("git", _table(self.facts.git), 0)
-        if self.facts.note:
-            self.writer.add_text("note", self.facts.note, 0)
+            # A reader drops what earlier files say of purge_step and later steps. The Python one ignores the
+            # first such event of a run, so the first file needs one, too.
+            self._writer = SummaryWriter(str(self.log_dir), purge_step=first_step)
+        if first_step == 0:
+            self.writer.add_text("config", _fenced(json.dumps(self.facts.hparams, indent=2)), 0)
+            self.writer.add_text("model", _table(self.facts.model_summary), 0)
+            self.writer.add_text("git", _table(self.facts.git), 0)
+            if self.facts.note:
+                self.writer.add_text("note", self.facts.note, 0)
         return {"path": "logs/tensorboard"}
+
+    def restart(self) -> None:
+        """Not needed: purge_step has removed what was fed before."""
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
         step, when = record["step"], record["time"]
@@ -95,7 +100,7 @@ class TensorBoardView:
         file_writer = self.writer._get_file_writer()
         for summary in hparams(flat, metrics):
             file_writer.add_summary(summary)
-        self.writer.add_text("status", end.status, 0)
+        self.writer.add_text("status", end.status, end.step)  # at its own step: a resume purges it
         self.writer.close()
 
 

@@ -1,0 +1,54 @@
+"""Whether two runs are the same, bit for bit: weights, optimizer state, and every logged value but the times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from utils.run_log import LOG_FILES, read_records
+
+TIMINGS = frozenset(("time", "step_ms", "tokens_per_second"))
+STATE_TIMINGS = frozenset(("time", "log_offsets", "config_hash"))  # bytes of a log depend on the digits of its times
+
+
+def last_checkpoint(run: Path) -> Checkpoint:
+    """The newest checkpoint of a run."""
+    return read_checkpoint(list_checkpoints(run / "artifacts" / "checkpoints")[0][1])
+
+
+def log_without_times(run: Path) -> list[dict[str, Any]]:
+    """All records of all logs of a run, without what depends on the clock."""
+    return [
+        {"log": name, **{key: value for key, value in record.items() if key not in TIMINGS}}
+        for name in LOG_FILES
+        for record in read_records(run / "logs" / name)
+    ]
+
+
+def differing_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> int:
+    """Bits that differ between tensors of the same names; all bits of a tensor that only one has."""
+    count = 0
+    for name in one.keys() | other.keys():
+        a, b = one.get(name), other.get(name)
+        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+            count += 8 * sum(t.numel() * t.element_size() for t in (a, b) if t is not None)
+            continue
+        different = a.reshape(-1).view(torch.uint8) ^ b.reshape(-1).view(torch.uint8)
+        count += int(sum(((different >> bit) & 1).sum() for bit in range(8)))
+    return count
+
+
+def differences(one: Path, other: Path) -> dict[str, int]:
+    """How two runs differ: bits of weights and optimizer state, records of the logs, other facts of the state."""
+    a, b = last_checkpoint(one), last_checkpoint(other)
+    log_a, log_b = log_without_times(one), log_without_times(other)
+    states = [{k: v for k, v in c.state.items() if k not in STATE_TIMINGS} for c in (a, b)]
+    return {
+        "weight bits": differing_bits(a.weights, b.weights),
+        "optimizer bits": differing_bits(a.optimizer_tensors, b.optimizer_tensors),
+        "log records": sum(x != y for x, y in zip(log_a, log_b, strict=False)) + abs(len(log_a) - len(log_b)),
+        "state facts": sum(states[0].get(key) != states[1].get(key) for key in states[0].keys() | states[1].keys()),
+    }

@@ -1,0 +1,240 @@
+"""When to save, which checkpoints to keep, and the thread that writes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    folder_name,
+    list_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+from utils.config import TrainConfig
+from utils.files import write_json
+from utils.run_log import RunLog, encode_number
+from utils.train_state import TrainState, capture
+
+LATEST_FILE, BEST_FILE = "latest.json", "best.json"
+FIRST_GUESS_BYTES_PER_SECOND = 1e8  # of a disk, until the first checkpoint is written
+
+
+class HostMemory:
+    """Copies of tensors in host memory, in the same place every time.
+
+    Memory that was written before is not faulted in again, which would take longer than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Host copies of `tensors`; those of the call before are overwritten."""
+        on_gpu = False
+        result = {}
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                on_cuda = tensor.device.type == "cuda"
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_cuda)
+            copy.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
+            on_gpu |= tensor.device.type == "cuda"
+            result[name] = copy
+        if on_gpu:
+            torch.cuda.synchronize()
+        self._copies = result
+        return result
+
+
+class Checkpointer:
+    """Saves the checkpoints of one run.
+
+    The loop pays for a copy to host memory only: the files are written by a thread, one checkpoint at a
+    time. A checkpoint that is due while another is still being written is postponed. A write that
+    fails is reported, and the checkpoints of before stay.
+
+    Args:
+        folder: artifacts/checkpoints of the run directory.
+        settings: how often, and what is kept.
+        log: its offsets go into the checkpoint, and it is synced before the checkpoint is complete.
+        warn: tells the user one line.
+        saved_step: the step that was resumed from, which needs no second checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TrainConfig,
+        config_hash: str,
+        log: RunLog,
+        warn: Callable[[str], None],
+        saved_step: int = 0,
+    ) -> None:
+        self.folder, self.settings, self.config_hash, self.log = folder, settings, config_hash, log
+        self._warn = warn
+        self._weights, self._optimizer = HostMemory(), HostMemory()
+        self._last_step = saved_step
+        remove_leftovers(folder)
+        self._last_time = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._write_seconds: float | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether checkpoint_interval or checkpoint_minutes asks for one now and none is being written."""
+        if step == self._last_step or (self._thread is not None and self._thread.is_alive()):
+            return False
+        interval, minutes = self.settings.checkpoint_interval, self.settings.checkpoint_minutes
+        by_steps = bool(interval) and step // interval > self._last_step // interval
+        by_time = minutes is not None and time.monotonic() - self._last_time >= 60 * minutes
+        return by_steps or by_time
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state and begin to write it, after the write of before has ended. Step 0 needs no checkpoint."""
+        if state.step == self._last_step:
+            return
+        self.wait()
+        weights, optimizer, facts = capture(state)
+        facts |= {
+            "config_hash": self.config_hash,
+            "log_offsets": self.log.offsets(),
+            "time": round(time.time(), 4),
+        }
+        arguments = (
+            state.step,
+            self._weights.copy(weights),
+            self._optimizer.copy(optimizer),
+            state.corpus.tokenizer.to_json(),
+            facts,
+        )
+        self._last_step, self._last_time = state.step, time.monotonic()
+        # A daemon: whoever ends the process at once (a second Ctrl-C) leaves a temporary folder, nothing half.
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until no checkpoint is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def seconds_to_save(self, state: TrainState) -> float:
+        """How long a checkpoint may take, with some reserve."""
+        if self._write_seconds is not None:
+            return 1.0 + 2 * self._write_seconds
+        weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+        return 1.0 + 3 * weights / FIRST_GUESS_BYTES_PER_SECOND
+
+    def _write(
+        self,
+        step: int,
+        weights: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+        tokenizer: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> None:
+        began = time.monotonic()
+        path = self.folder / folder_name(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)
+            pointer = {"step": step, "folder": path.name, "time": facts["time"]}
+            if facts["best_step"] == step:
+                write_json(self.folder / BEST_FILE, {**pointer, "val/loss": encode_number(facts["best_val_loss"])})
+            write_json(self.folder / LATEST_FILE, pointer)
+            prune(self.folder, self.settings.keep_last)
+        except Exception as error:  # the boundary of the thread: training goes on with the checkpoints of before
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            kept = [found for found, _ in list_checkpoints(self.folder)]
+            before = f"the newest is of step {kept[0]:,}" if kept else "there is none yet"
+            self._warn(f"the checkpoint of step {step:,} was not written: {reason}; training goes on, {before}")
+        self._write_seconds = time.monotonic() - began
+
+
+def best_path(folder: Path) -> Path | None:
+    """The checkpoint of the best val/loss that was saved, or None."""
+    return _pointed(folder, BEST_FILE)
+
+
+def _pointed(folder: Path, name: str) -> Path | None:
+    try:
+        path = folder / str(json.loads((folder / name).read_text(encoding="utf-8"))["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return path if path.parent == folder and path.is_dir() else None
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one."""
+    best = best_path(folder)
+    for _, path in list_checkpoints(folder)[keep_last:]:
+        if path != best:
+            old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
+            path.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process was writing or deleting."""
+    for path in folder.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_good(folder: Path, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that can be read, or None where there is none at all; damaged newer ones are told.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged, or with `strict` the newest one.
+    """
+    first_error: CheckpointError | None = None
+    for _, path in list_checkpoints(folder):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            if strict:
+                raise
+            first_error = first_error or error
+            warn(f"{error}: looking for the one before")
+    if first_error is not None:
+        raise CheckpointError(f"{folder}: every checkpoint is damaged; the newest: {first_error}")
+    return None
+
+
+def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint of another run that `which` means: `latest`, `best` or a step.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    steps = {step: path for step, path in list_checkpoints(folder)}
+    run = folder.parent.parent.name
+    if not steps:
+        raise CheckpointError(f"{run} has no checkpoints")
+    if which == "latest":
+        checkpoint = newest_good(folder, strict=strict, warn=warn)
+        assert checkpoint is not None
+        return checkpoint
+    path = best_path(folder) if which == "best" else steps.get(int(which))
+    if path is None:
+        available = ", ".join(f"{step}" for step in sorted(steps))
+        missing = "no best checkpoint (keep_best was off)" if which == "best" else f"no checkpoint of step {which}"
+        raise CheckpointError(f"{run} has {missing}; there are: {available}")
+    return read_checkpoint(path)
+
+
+def put_aside_newer(folder: Path, step: int) -> None:
+    """Rename the (damaged) checkpoints after `step` to `step_..._damaged`: the run goes on from before them."""
+    for newer, path in list_checkpoints(folder):
+        if newer > step:
+            put_aside = path.with_name(f"{path.name}_damaged")
+            shutil.rmtree(put_aside, ignore_errors=True)
+            path.rename(put_aside)

@@ -1,0 +1,76 @@
+"""The flight recorder: the last steps in detail, written when a run diverges or fails."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.device import memory_in_use
+from utils.files import write_json
+from utils.run_log import encode_number
+
+STEPS = 64
+
+
+@dataclass(frozen=True)
+class _Step:
+    step: int
+    time: float
+    lr: float
+    loss: torch.Tensor  # 0-dimensional, on the device
+    grad_norms: torch.Tensor  # (groups,), on the device
+    rng: str
+    memory: int
+
+
+class FlightRecorder:
+    """Keeps the last STEPS steps in memory; costs nothing but a few numbers a step.
+
+    Args:
+        device: whose random state and memory are noted.
+        groups: names of the optimizer's parameter groups.
+        offsets: where in the training tokens the samples of a step start.
+    """
+
+    def __init__(self, device: torch.device, groups: Sequence[str], offsets: Callable[[int], list[int]]) -> None:
+        self.device, self.groups, self.offsets = device, list(groups), offsets
+        self._steps: deque[_Step] = deque(maxlen=STEPS)
+
+    def record(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+        """Note update `step`; nothing is transferred from the device."""
+        fingerprint = rng_fingerprint(self.device)
+        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms, fingerprint, memory_in_use(self.device)))
+
+    def dump(self, path: Path, reason: str) -> None:
+        """Write the steps as JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        write_json(path, {"reason": reason, "steps": [self._as_json(step) for step in self._steps]})
+
+    def _as_json(self, s: _Step) -> dict[str, Any]:
+        norms = zip(self.groups, s.grad_norms.tolist(), strict=True)
+        return {
+            "step": s.step,
+            "time": round(s.time, 4),
+            "loss": encode_number(s.loss.item()),
+            "grad_norms": {name: encode_number(norm) for name, norm in norms},
+            "lr": s.lr,
+            "sample_offsets": self.offsets(s.step),
+            "rng_crc32": s.rng,
+            "memory_bytes": s.memory,
+        }
+
+
+def rng_fingerprint(device: torch.device) -> str:
+    """CRC-32 of the random state that dropout on `device` draws from, after the forward passes of a step."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return f"{zlib.crc32(state.numpy().data):08x}"

@@ -1,0 +1,233 @@
+"""Which run is continued, with which configuration, or whose weights a new run starts from. No torch here.
+
+Three relations of a run to an earlier one:
+
+    resume      the same run goes on in its own directory, bit for bit
+    fork        a new run goes on from a checkpoint of another one, with other settings
+    init        a new run begins at step 0 with another run's weights (fine-tuning)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.config import FIELDS, SECTION_OF, TRAJECTORY, Config, ModelConfig, derived_settings, field_fact, flat
+from utils.config_loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
+from utils.run_manager import RunError, list_run_paths, read_record, read_status, resolve_run
+
+Relation = Literal["resume", "fork", "init"]
+CHOICES = ("latest", "best")
+RESUMABLE = ("interrupted", "crashed")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where training starts from.
+
+    run: the earlier run's directory.
+    which: `latest`, `best` or a step: one of its checkpoints.
+    strict: a damaged newest checkpoint is an error; otherwise the one before it is used.
+    """
+
+    relation: Relation
+    run: Path
+    which: str = "latest"
+    strict: bool = False
+
+
+def split_choice(text: str) -> tuple[str, str]:
+    """RUN[:latest|:best|:STEP] as (RUN, which)."""
+    name, colon, which = text.rpartition(":")
+    if colon and name and (which in CHOICES or which.isdigit()):
+        return name, which
+    return text, "latest"
+
+
+def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool = False) -> Origin:
+    """The origin that RUN[:which] on a command line means.
+
+    Raises:
+        RunError: no such run; or a resume from another checkpoint than the newest.
+    """
+    name, which = split_choice(text)
+    run = resolve_run(name, runs_dir)
+    if relation == "resume" and which != "latest":
+        raise RunError(
+            f"--resume {text}: a run goes on from its newest checkpoint; --fork starts a new run from another one"
+        )
+    return Origin(relation, run.resolve(), which, strict)
+
+
+def resumable_runs(runs_dir: Path, tag: str) -> list[Path]:
+    """Runs with this tag that were interrupted or have crashed, newest first."""
+    found = []
+    for path in reversed(list_run_paths(runs_dir)):
+        try:
+            if read_record(path).get("tag") == tag and read_status(path) in RESUMABLE and _config_path(path).is_file():
+                found.append(path)
+        except RunError:
+            continue
+    return found
+
+
+def _config_path(run: Path) -> Path:
+    return run / "meta" / "full_config.json"
+
+
+def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
+    """The configuration that a run was started with, with the sources it had then.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    if not _config_path(run).is_file():
+        raise ConfigError(f"{run.name} ended before its configuration was written: nothing can be resumed")
+    config = loader.load_only(_config_path(run)).config
+    try:
+        sources = json.loads((run / "meta" / "config_sources.json").read_text(encoding="utf-8"))
+        layers = {
+            key: [
+                *(Setting(shadowed["value"], shadowed["source"]) for shadowed in reversed(sources[key]["shadowed"])),
+                Setting(value, sources[key]["source"]),
+            ]
+            for key, value in flat(config).items()
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # the values count; where they came from is only told
+        layers = {key: [Setting(value, f"{run.name}/meta/full_config.json")] for key, value in flat(config).items()}
+    return LoadedConfig(config, layers)
+
+
+def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig) -> None:
+    """Whether a run that was started as `recorded` may go on as `loaded`.
+
+    Settings of kind observation and machine may differ, and max_iters within the limits of `check_longer`:
+    everything else would make it another experiment.
+
+    Raises:
+        ConfigError: an override that a resume must refuse, with the reason.
+    """
+    before, after = flat(recorded.config), flat(loaded.config)
+    alternatives = {key for pair in ALTERNATIVES for key in pair}
+    for key in FIELDS:
+        if after[key] != before[key] and key not in alternatives and field_fact(key, "kind") == TRAJECTORY:
+            raise ConfigError(
+                f"{loaded.source(key)}: {key} changes the numbers of a run, so {run.name} goes on with "
+                f"{_shown(before[key])}, not {_shown(after[key])}; --fork starts a new run from its checkpoint"
+            )
+
+
+def check_longer(run: Path, old: Mapping[str, Any], config: Config, max_iters: int, status: str) -> None:
+    """Whether a run may go on to step `max_iters`.
+
+    Args:
+        old: the resolved settings in its run.json.
+        config: with which it goes on.
+        status: in which it is.
+
+    Raises:
+        ConfigError: it is complete, would shrink, or was trained with learning rates that depend on max_iters.
+    """
+    if "max_iters" not in old:  # it ended before it began
+        return
+    new = derived_settings(config, max_iters)
+    grows = max_iters - old["max_iters"]
+    if grows < 0:
+        raise ConfigError(f"--max-iters: {run.name} may grow, not shrink, from {old['max_iters']:,} to {max_iters:,}")
+    if grows == 0 and status == "completed":
+        raise ConfigError(
+            f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters lets it go on where the schedule "
+            "allows, --fork starts a new run from its checkpoint"
+        )
+    decisive = ("warmup_iters",) if config.optimizer.schedule == "constant" else ("warmup_iters", "lr_decay_iters")
+    for key in decisive:
+        if old[key] != new[key]:
+            raise ConfigError(
+                f"--max-iters: {max_iters:,} steps would change {key} from {old[key]:,} to {new[key]:,} and so the "
+                f"learning rates that {run.name} was trained with; --fork starts a new run from its checkpoint"
+            )
+
+
+def config_of_fork(
+    run: Path, loader: ConfigLoader, files: Iterable[Path], overrides: Mapping[str, str | bool]
+) -> LoadedConfig:
+    """The configuration of a run that branches off: as recorded, with any override; its tag ends in `-fork`."""
+    recorded = recorded_config(run, loader)
+    tag = recorded.config.tracking.run_tag
+    if tag and "run_tag" not in overrides:
+        overrides = {**overrides, "run_tag": tag if tag.endswith("-fork") else f"{tag[:59]}-fork"}
+    return loader.load_onto(recorded, files, overrides)
+
+
+def pinned_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What "auto" and none came to when the run was started: a resume keeps them, or the numbers would differ."""
+    resolved = record.get("resolved") or {}
+    pinned = {key: resolved[key] for key in ("dtype", "threads", "deterministic") if key in resolved}
+    if "device" in resolved:
+        pinned["device"] = str(resolved["device"]).split(":")[0]
+    return pinned
+
+
+def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
+    """`config` with `pinned` settings in the place of its own."""
+    sections: dict[str, Any] = {}
+    for key, value in pinned.items():
+        section = SECTION_OF[key]
+        sections[section] = (sections.get(section) or getattr(config, section)).model_copy(update={key: value})
+    return config.model_copy(update=sections)
+
+
+# Settings that may differ between a model and the one whose weights it takes.
+FREE_MODEL_SETTINGS = ("dropout", "rope_theta")
+
+
+def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
+    """Whether a model can take the weights of another one.
+
+    Args:
+        own: the architecture that is asked for.
+        parent: that of the weights.
+        name: of the run they come from.
+
+    Raises:
+        ConfigError: what differs, and the flags that would fit.
+    """
+    theirs = ModelConfig.model_validate(parent)
+    differing = []
+    for key in ModelConfig.model_fields:
+        if key in FREE_MODEL_SETTINGS or _resolved(own, key) == _resolved(theirs, key):
+            continue
+        if key == "block_size" and own.position == "rope":
+            continue  # rotations need no table: with another context the weights are the same
+        differing.append(key)
+    if differing:
+        facts = ", ".join(f"{key} {_shown(getattr(theirs, key))}, not {_shown(getattr(own, key))}" for key in differing)
+        flags = " ".join(_flag(key, getattr(theirs, key)) for key in differing)
+        raise ConfigError(f"the weights of {name} are of another model: {facts}; fitting: {flags}")
+
+
+def _resolved(config: ModelConfig, key: str) -> Any:
+    derived = {
+        "n_kv_head": config.kv_heads,
+        "head_dim": config.head_width,
+        "ffn_dim": config.ffn_width,
+        "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
+    }
+    return derived.get(key, getattr(config, key))
+
+
+def _flag(key: str, value: Any) -> str:
+    return flag_name(key, value) if isinstance(value, bool) else f"{flag_name(key)} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parent_facts(origin: Origin, step: int) -> dict[str, Any]:
+    """What run.json says of the run that a new one comes from."""
+    return {"run": origin.run.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}
