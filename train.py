@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
 from utils.config import Config, RuleError, config_hash, derived_settings, warmup_steps
-from utils.config_loader import ConfigLoader, LoadedConfig, relative_name, rule_error
+from utils.config_loader import ConfigError, ConfigLoader, LoadedConfig, relative_name, rule_error
 from utils.console import Terminal, TrainingProgress, duration, facts, settings_table
 from utils.errors import UserError
 from utils.files import write_json
@@ -239,9 +239,7 @@ def train(
     with stop_on_signals() as stop, torch_settings(setup.config.train, setup.device):
         run, checkpoint = open_run(setup, git, argv, terminal)
         try:
-            terminal.attach(run.path / "logs" / "train.log")
-            write_meta(setup, run, git)
-            return run_experiment(setup, run, checkpoint, terminal, stop, deadline)
+            return run_experiment(setup, run, git, checkpoint, terminal, stop, deadline)
         finally:
             run.release()
             terminal.close()
@@ -362,7 +360,7 @@ def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
     if data.dataset in CORPORA:
         return loaded
     start = Path.cwd() if source.startswith("--") or source == "code" else root
-    path = Path(os.path.abspath(start / Path(data.dataset).expanduser()))
+    path = Path(os.path.abspath(start / os.path.expanduser(data.dataset)))
     if not path.exists():
         return loaded  # the corpus gate names what was written
     config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})
@@ -391,7 +389,13 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
 
 
 def run_experiment(
-    setup: Setup, run: Run, checkpoint: Checkpoint | None, terminal: Terminal, stop: StopRequest, deadline: Deadline
+    setup: Setup,
+    run: Run,
+    git: GitFacts,
+    checkpoint: Checkpoint | None,
+    terminal: Terminal,
+    stop: StopRequest,
+    deadline: Deadline,
 ) -> TrainResult:
     """Train inside a run directory; whatever happens, its status, logs, checkpoints and views are closed."""
     from utils.checkpointing import Checkpointer
@@ -399,7 +403,7 @@ def run_experiment(
     from utils.training import training_loop
 
     began = time.monotonic()
-    log = RunLog(run.path / "logs")
+    log: RunLog | None = None
     state: TrainState | None = None
     feeders: Feeders | None = None
     checkpoints: Checkpointer | None = None
@@ -408,10 +412,13 @@ def run_experiment(
     reason: str | None = None
     exported: str | None = None
     try:
+        terminal.attach(run.path / "logs" / "train.log")
+        write_meta(setup, run, git)
+        log = RunLog(run.path / "logs")
         state = prepare_run(setup, run, checkpoint, terminal)
         feeders = build_feeders(setup, run, state, terminal)
         recorder = build_recorder(state)
-        settings, saved_step = setup.config.train, state.step if setup.resumes else 0
+        settings, saved_step = setup.config.train, state.step if checkpoint and setup.resumes else None
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         checkpoints = Checkpointer(folder, settings, config_hash, log, terminal.warn, saved_step)
 
@@ -617,7 +624,7 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
 
 def close_run(
     run: Run,
-    log: RunLog,
+    log: RunLog | None,
     feeders: Feeders | None,
     state: TrainState | None,
     status: Status,
@@ -632,7 +639,8 @@ def close_run(
     if state is not None and state.losses is not None:
         summary = {**state.losses, "best_val_loss": state.best_val_loss}
     try:
-        log.close()
+        if log is not None:
+            log.close()
     finally:  # before the views: whoever kills the process while they are fed finds the true status
         run.finish(
             status,
@@ -669,13 +677,21 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
     if run.record["views"].get("aim", {}).get("state", "off") != "off":
         commands.append(("compare runs", _program("aim", setup.root) + " up" + _aim_repo_flag(setup)))
-    found_by_tag = run.record["tag"] and not setup.loaded.source("runs_dir").startswith("--")
-    name = run.record["tag"] if found_by_tag else shlex.quote(where)
+    name = run.record["tag"] if run.record["tag"] and is_default_runs_dir(run.path.parent) else shlex.quote(where)
     if result.status == "interrupted":
         commands.append(("go on", f"{_program('python', setup.root)} train.py --resume {name}"))
     if result.status == "completed":
         commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
     terminal.print("", facts(commands, title="Next"))
+
+
+def is_default_runs_dir(folder: Path) -> bool:
+    """Whether scripts look for runs in `folder` without being told to."""
+    try:
+        runs_dir = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
+    except ConfigError:
+        return False
+    return (PROJECT_ROOT / runs_dir).resolve() == folder.resolve()
 
 
 def _program(name: str, root: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,3 +89,23 @@ def only_run(runs_dir: Path) -> Callable[[], Path]:
 def train_command(tiny_argv: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """The command line of a tiny experiment in a process of its own."""
     return lambda *words: [sys.executable, str(ROOT / "train.py"), *tiny_argv(*words)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte, made anew; skipped where the account may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs"]
+    if shutil.which("mount") is None or subprocess.run(["mount", *options, folder], stderr=subprocess.PIPE).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def make_read_only(small_disk: Path) -> Callable[[], None]:
+    """Turns `small_disk` into a read-only one (file permissions do not stop root)."""
+    return lambda: subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)

@@ -5,9 +5,11 @@ A script, not tests: test_resume.py starts it.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ def die() -> None:
 
 
 def kill_at(moment: str, step: int) -> None:
-    """Patch the moment: the second micro-step, the end of an evaluation, a half-written checkpoint, or a step's end."""
+    """Patch the moment: the second micro-step, the end of an evaluation, a half-written checkpoint, a step's end,
+    or when the views show a step.
+    """
     import data
     import utils.checkpoint
     from utils import training
@@ -45,8 +49,36 @@ def kill_at(moment: str, step: int) -> None:
         utils.checkpoint.write_tensors = after(write, lambda path, _: path.parent.name == name)
     elif moment == "step":
         training.optimizer_step = after(training.optimizer_step, lambda state: state.step == step)
+    elif moment == "fed":
+        wait_until_fed(step)
     else:
         raise ValueError(moment)
+
+
+def wait_until_fed(step: int) -> None:
+    """Hold the loop at a step until all views have shown it, then die: they are ahead of the checkpoint."""
+    import utils.tracking
+    from utils import training
+
+    feeders: list[utils.tracking.Feeder] = []
+    start = utils.tracking.Feeders.start
+
+    def remember(self: utils.tracking.Feeders) -> None:
+        feeders[:] = self.feeders
+        start(self)
+
+    def hold(state: training.TrainState) -> None:
+        optimizer_step(state)
+        deadline = time.monotonic() + 60
+        while state.step == step and time.monotonic() < deadline:
+            noted = [feeder.logs_dir / f"fed_{feeder.view.name}.json" for feeder in feeders]
+            if all(path.exists() and json.loads(path.read_text())["last_step"] >= step - 10 for path in noted):
+                die()
+            time.sleep(0.1)
+
+    optimizer_step = training.optimizer_step
+    training.optimizer_step = hold
+    utils.tracking.Feeders.start = remember  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--logit-softcap", "15"], "not supported by the model yet"),
         (["--warmup-iters", "7"], "must not exceed max_iters (6)"),
         (["surplus"], "unknown argument surplus"),
+        (["--note", "caf\udce9"], "--note: expected text"),  # what a shell makes of bytes that are no UTF-8
+        (["--dataset", "~nobodyx/foo"], "unknown dataset ~nobodyx/foo"),
     ],
 )
 def test_a_mistake_on_the_command_line(

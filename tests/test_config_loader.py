@@ -357,10 +357,24 @@ def test_a_length_that_is_wrong_is_said_as_such(project: Path, write: Write) -> 
     assert "one character" in refusal(project, write("a.yaml", "unknown_token: ab\n"))
 
 
-def test_the_winning_layer_is_blamed_not_the_shadowed_one(project: Path, write: Write) -> None:
-    write("configs/a.yaml", "n_layer: 0\n")
-    assert ConfigLoader(project).load(overrides={"n_layer": "2"}).config.model.n_layer == 2
-    assert refusal(project, write("b.yaml", "\nn_layer: -1\n")).startswith("b.yaml:2: n_layer: ")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n_layer: 0", "b.yaml:1: n_layer: expected integer >= 1"),
+        ("dropout: .nan", "b.yaml:1: dropout: expected number >= 0"),
+        ("seed: !!binary aGVsbG8=", "b.yaml:1: seed: expected integer >= 0"),
+        ("note: !!binary aGVsbG8=", "b.yaml:1: note: expected text"),
+        ('note: "\\uD800"', "b.yaml:1: note: expected text"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_even_if_a_flag_shadows_it(
+    text: str, message: str, project: Path, write: Write
+) -> None:
+    path = write("b.yaml", text + "\n")
+    flags = {"n_layer": "2", "dropout": "0.1", "seed": "3", "note": "x"}
+    with pytest.raises(ConfigError) as caught:
+        ConfigLoader(project).load([path], flags)
+    assert str(caught.value).startswith(message)
 
 
 def test_several_mistakes_are_one_line_each(project: Path, write: Write) -> None:

@@ -254,3 +254,10 @@ def test_the_tokenizer_of_another_run_is_refused(folder: Path) -> None:
     message = error_of(folder)
     assert str(folder) in message
     assert f"the tokenizer has 2 tokens, the model {TOKENIZER.vocab_size}" in message
+
+
+def test_a_model_beyond_all_memory_is_refused_before_it_is_made(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
+    with pytest.raises(UserError, match=r"token_embedding\.weight has shape"):
+        load_export(folder, CPU)

@@ -42,7 +42,7 @@ def test_a_recipe_works(
         else:
             shutil.copy(ROOT / source, copy)
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
-    subprocess.run(["git", "apply", "-C1", "-"], cwd=copy, input=recipe(name), text=True, check=True)
+    subprocess.run(["git", "apply", "-"], cwd=copy, input=recipe(name), text=True, check=True)
     command = [sys.executable, "train.py", *tiny_argv(*flags)]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -194,6 +194,30 @@ def test_an_exception_ends_in_its_status_with_complete_logs(
     assert read_record(only_run())["views"]["tensorboard"]["state"] == "complete"
 
 
+def test_a_failure_before_training_ends_in_its_status_too(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "write_meta", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.main(tiny_argv())
+    assert read_status(only_run()) == "failed"
+    assert "No space left on device" in (only_run() / "logs" / "train.log").read_text()
+
+
+def test_the_printed_commands_name_a_run_where_it_is(
+    tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = tmp_path / "places.yaml"
+    places.write_text(f"runs_dir: {tmp_path / 'runs'}\n")
+    words = tiny_argv("--run-tag", "elsewhere")
+    del words[words.index("--runs-dir") : words.index("--runs-dir") + 2]
+    assert train.main([*words, "--config", str(places)]) == 0
+    assert f"inference.py {only_run()} --prompt" in capsys.readouterr().out
+
+
 def test_train_from_a_notebook_is_quiet(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,7 +68,7 @@ class Checkpointer:
         settings: how often, and what is kept.
         log: its offsets go into the checkpoint, and it is synced before the checkpoint is complete.
         warn: tells the user one line.
-        saved_step: the step that was resumed from, which needs no second checkpoint.
+        saved_step: the step that was resumed from, which needs no second checkpoint; None: a new run.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Checkpointer:
         config_hash: str,
         log: RunLog,
         warn: Callable[[str], None],
-        saved_step: int = 0,
+        saved_step: int | None = None,
     ) -> None:
         self.folder, self.settings, self.config_hash, self.log = folder, settings, config_hash, log
         self._warn = warn
@@ -94,12 +94,12 @@ class Checkpointer:
         if step == self._last_step or (self._thread is not None and self._thread.is_alive()):
             return False
         interval, minutes = self.settings.checkpoint_interval, self.settings.checkpoint_minutes
-        by_steps = bool(interval) and step // interval > self._last_step // interval
+        by_steps = bool(interval) and step // interval > (self._last_step or 0) // interval
         by_time = minutes is not None and time.monotonic() - self._last_time >= 60 * minutes
         return by_steps or by_time
 
     def save(self, state: TrainState) -> None:
-        """Copy the state and begin to write it, after the write of before has ended. Step 0 needs no checkpoint."""
+        """Copy the state and begin to write it, after the write of before has ended."""
         if state.step == self._last_step:
             return
         self.wait()
@@ -167,10 +167,11 @@ def best_path(folder: Path) -> Path | None:
 
 def _pointed(folder: Path, name: str) -> Path | None:
     try:
-        path = folder / str(json.loads((folder / name).read_text(encoding="utf-8"))["folder"])
+        step = json.loads((folder / name).read_text(encoding="utf-8"))["step"]
+        path = folder / folder_name(step)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return path if path.parent == folder and path.is_dir() else None
+    return path if path.is_dir() else None
 
 
 def prune(folder: Path, keep_last: int) -> None:

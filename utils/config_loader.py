@@ -205,6 +205,8 @@ def read_config_file(path: Path, name: str) -> dict[str, Setting]:
     def take(key: str, value: Any, line: int) -> None:
         if key in settings:
             raise ConfigError(f"{name}:{line}: {key} is set twice in this file (also at {settings[key].source})")
+        if not isinstance(value, str | int | float | list | None):  # YAML has dates, bytes and sets as well
+            raise ConfigError(f"{name}:{line}: {key}: expected {expected(key)}, got a {type(value).__name__}")
         settings[key] = Setting(value, f"{name}:{line}")
 
     for key, value in document.items():
@@ -320,6 +322,7 @@ def _default_layers() -> dict[str, list[Setting]]:
 def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting]]) -> LoadedConfig:
     """`further` layers on top of `layers`, lowest priority first, validated."""
     for layer in further:
+        _validate_alone(layer)
         for pair in ALTERNATIVES:
             given = [key for key in pair if key in layer and layer[key].value is not None]
             if len(given) == 1:
@@ -333,6 +336,23 @@ def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting
 def flag_name(key: str, value: Any = None) -> str:
     """`batch_size` -> `--batch-size`; a switch that is off -> `--no-...`."""
     return ("--no-" if value is False else "--") + key.replace("_", "-")
+
+
+def _validate_alone(layer: dict[str, Setting]) -> None:
+    """Each value of a layer must be possible, whether a higher layer shadows it or not.
+
+    Raises:
+        ConfigError: one line a mistake.
+    """
+    mistakes = []
+    for key, setting in layer.items():
+        try:
+            SECTIONS[SECTION_OF[key]].model_validate({key: setting.value})
+        except ValidationError as error:  # rules between settings are for the merged configuration
+            details = [d for d in error.errors(include_url=False) if d["loc"]][:1]
+            mistakes += [_explain({**d, "loc": (SECTION_OF[key], key)}, {key: [setting]}) for d in details]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def _validate(layers: dict[str, list[Setting]]) -> Config:

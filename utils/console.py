@@ -58,7 +58,7 @@ class Terminal:
         return self.console.is_terminal and not self.quiet
 
     def attach(self, path: Path) -> None:
-        file = path.open("a", encoding="utf-8", buffering=1)
+        file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         if isinstance(self._log, io.StringIO):
             file.write(self._log.getvalue())
         self._log = file

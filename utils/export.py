@@ -119,10 +119,7 @@ def load_export(folder: Path, device: torch.device) -> Export:
         vocab_size = config["vocab_size"]
         if not isinstance(vocab_size, int) or vocab_size < 1:
             raise ExportError(f"{config_path}: vocab_size: expected a whole number >= 1, got {vocab_size!r}")
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # initialising weights that are replaced must not shift anyone's numbers
-            model = LanguageModel(ModelConfig.model_validate(config["model"]), vocab_size)
+        model_config = ModelConfig.model_validate(config["model"])
         training, crc32 = config["training"], config["weights_crc32"]
     except ValidationError as error:
         detail = error.errors()[0]
@@ -133,10 +130,14 @@ def load_export(folder: Path, device: torch.device) -> Export:
         weights = load_file(weights_path)
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{weights_path}: damaged: {error}") from None
-    if differences := weight_differences(weights, model):
+    with torch.device("meta"):  # shapes only: a damaged configuration may describe a model beyond all memory
+        differences = weight_differences(weights, LanguageModel(model_config, vocab_size))
+    if differences:
         raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
     if _crc32(weights_path) != crc32:
         raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
+    with torch.random.fork_rng(devices=[]):  # initialising weights that are replaced must not shift anyone's numbers
+        model = LanguageModel(model_config, vocab_size)
     model.load_state_dict(weights)
     tokenizer = CharTokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size != model.vocab_size:

@@ -201,6 +201,8 @@ def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
     for key in ModelConfig.model_fields:
         if key in FREE_MODEL_SETTINGS or _resolved(own, key) == _resolved(theirs, key):
             continue
+        if getattr(own, key) is None and getattr(theirs, key) is None:
+            continue  # derived from another setting, which is told
         if key == "block_size" and own.position == "rope":
             continue  # rotations need no table: with another context the weights are the same
         differing.append(key)

@@ -121,7 +121,8 @@ def training_loop(
                 flush()
                 evaluate(state, log, progress)
                 buffer.restart_clock()
-                if settings.keep_best and state.best_step == state.step:
+                # Step 0 needs one only where the export may be made from it: weights that were trained before.
+                if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
                     save()
             if deadline.is_near(reserve=checkpoints.seconds_to_save(state)):
                 stop.stop(f"max_minutes ({settings.max_minutes:g}) are almost over")

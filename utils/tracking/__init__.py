@@ -103,6 +103,8 @@ class Feeder(threading.Thread):
         self.logs_dir = logs_dir
         self.budget = budget
         self.resumed_step = resumed_step
+        # Of the logs that are kept: what is beyond was cut off, and new records do not end where the old ones did.
+        self._sizes_at_start = {name: _size(logs_dir / name) for name in LOG_FILES}
         self.last_step = -1  # that was fed in this session,
         self.last_step_before = -1  # and in those before, which may be later than where the run was resumed
         self.offsets = dict.fromkeys(LOG_FILES, 0)
@@ -153,9 +155,8 @@ class Feeder(threading.Thread):
             return 0
         first_step = self.resumed_step
         for name in LOG_FILES:
-            path = self.logs_dir / name
-            if path.exists() and fed[name] < path.stat().st_size:
-                unfed, _ = read_from(path, fed[name], CHUNK_BYTES)
+            if fed[name] < self._sizes_at_start[name]:
+                unfed, _ = read_from(self.logs_dir / name, fed[name], CHUNK_BYTES)
                 first_step = min([first_step, *(record["step"] for record in unfed[:1])])
         self.offsets = {name: offset_of_step(self.logs_dir / name, first_step) for name in LOG_FILES}
         return first_step
@@ -204,8 +205,12 @@ class Feeder(threading.Thread):
 
     def backlog_bytes(self) -> int:
         """Bytes of the logs that are not fed yet."""
-        sizes = {name: (self.logs_dir / name).stat().st_size for name in LOG_FILES}
+        sizes = {name: _size(self.logs_dir / name) for name in LOG_FILES}
         return sum(sizes[name] - self.offsets[name] for name in LOG_FILES)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 class Feeders:
