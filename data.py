@@ -214,8 +214,9 @@ def _fitting_tokenizer(tokenizer: CharTokenizer, text: str, config: DataConfig) 
     if strangers and tokenizer.unknown_token is None:
         shown = ", ".join(repr(c) for c in strangers[:8]) + (", ..." if len(strangers) > 8 else "")
         stand_in = " " if " " in vocabulary else vocabulary[0]
+        unknown_ones = "1 character" if len(strangers) == 1 else f"{len(strangers)} characters"
         raise CorpusError(
-            f"{config.dataset}: has {len(strangers)} characters that the vocabulary of the model ({len(vocabulary)} "
+            f"{config.dataset}: has {unknown_ones} that the vocabulary of the model ({len(vocabulary)} "
             f"characters) lacks: {shown}; --unknown-token {stand_in!r} reads each of them as {stand_in!r}"
         )
     return tokenizer

@@ -234,11 +234,11 @@ def train(
     setup = check_gates(loaded, root, origin, terminal.warn)
     from utils.device import torch_settings
 
-    terminal.print(settings_table(setup.loaded.non_default()))
     git = read_git(setup)
     with stop_on_signals() as stop, torch_settings(setup.config.train, setup.device):
         run, checkpoint = open_run(setup, git, argv, terminal)
         try:
+            terminal.print(settings_table(setup.loaded.non_default()))
             return run_experiment(setup, run, git, checkpoint, terminal, stop, deadline)
         finally:
             run.release()

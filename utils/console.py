@@ -18,6 +18,7 @@ from rich.text import Text
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where there is no live display
 REFRESH_SECONDS = 0.1  # between updates of the live display
 LOG_WIDTH = 110
+STEPS_TO_TELL = 10  # before that the time of the first ones says little about the rest
 
 
 class ProfileRow(Protocol):
@@ -195,7 +196,7 @@ class TrainingProgress:
     def _times(self, step: int) -> dict[str, Any]:
         elapsed = time.monotonic() - self._began
         done = step - self.start
-        remaining = elapsed / done * (self.total - step) if done > 0 else None
+        remaining = elapsed / done * (self.total - step) if done >= STEPS_TO_TELL else None
         return {
             **self.fields,
             "elapsed": duration(elapsed),

@@ -23,6 +23,7 @@ from utils.run_manager import RunError, list_run_paths, read_record, read_status
 Relation = Literal["resume", "fork", "init"]
 CHOICES = ("latest", "best")
 RESUMABLE = ("interrupted", "crashed")
+PER_SESSION = {"max_minutes": None}  # settings of one process, which the next one does not inherit
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ def _config_path(run: Path) -> Path:
 
 
 def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
-    """The configuration that a run was started with, with the sources it had then.
+    """The configuration that a run was started with, with the sources it had then; without its time limit.
 
     Raises:
         ConfigError: it is missing or damaged.
     """
     if not _config_path(run).is_file():
         raise ConfigError(f"{run.name} ended before its configuration was written: nothing can be resumed")
-    config = loader.load_only(_config_path(run)).config
+    config = pin(loader.load_only(_config_path(run)).config, PER_SESSION)
     try:
         sources = json.loads((run / "meta" / "config_sources.json").read_text(encoding="utf-8"))
         layers = {

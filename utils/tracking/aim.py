@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,8 @@ class AimView:
 
         self.repo.mkdir(parents=True, exist_ok=True)
         if self._run is None and self.run_hash is not None:
+            # It tells every user that it takes over a lock; the lock of the run directory has shown that it may.
+            logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)
             with contextlib.suppress(MissingRunError):  # deleted in Aim since: a new one
                 self._run = self._open_run(aim, run_hash=self.run_hash, force_resume=True)
         if self._run is None:  # a second attempt goes on with the run of the first
@@ -63,7 +66,8 @@ class AimView:
     def _describe(self) -> None:
         self.run.name = self.facts.id
         self.run.description = self.facts.note
-        for tag in dict.fromkeys((*([self.facts.tag] if self.facts.tag else []), *self.facts.tags)):
+        wanted = dict.fromkeys((*([self.facts.tag] if self.facts.tag else []), *self.facts.tags))
+        for tag in [tag for tag in wanted if tag not in self.run.tags]:
             self.run.add_tag(tag)
         self.run["hparams"] = _plain(self.facts.hparams)
         self.run["git"] = _plain(self.facts.git)
