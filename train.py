@@ -33,6 +33,7 @@ from utils.files import write_json
 from utils.metadata import GitFacts, MetadataCapture
 from utils.resume import (
     Origin,
+    Relation,
     check_longer,
     check_model,
     check_overrides,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must no
     from utils.train_state import TrainState
 
 CHECKPOINTS = Path("artifacts", "checkpoints")
+TOKENIZER = Path("meta", "tokenizer.json")
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
 NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bits from run to run"
 
@@ -146,6 +148,22 @@ def add_origin_flags(parser: Parser) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Start:
+    """What training begins with: nothing, a checkpoint of its own, or one of the run's parent."""
+
+    checkpoint: Checkpoint | None = None
+    relation: Relation = "resume"
+
+    @property
+    def own(self) -> bool:
+        return self.checkpoint is not None and self.relation == "resume"
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint is not None and self.relation != "init" else 0
+
+
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__)
@@ -183,7 +201,7 @@ def resume(
     given = given or ExperimentArguments(ConfigLoader(PROJECT_ROOT))
     recorded = recorded_config(origin.run, given.loader)
     loaded = absolute_dataset(given.loader.load_onto(recorded, given.files, given.overrides), PROJECT_ROOT)
-    check_overrides(origin.run, recorded, loaded)
+    check_overrides(origin.run, recorded, loaded, pinned_settings(read_record(origin.run)))
     return train(loaded, origin=origin, quiet=quiet, argv=argv)
 
 
@@ -236,10 +254,10 @@ def train(
 
     git = read_git(setup)
     with stop_on_signals() as stop, torch_settings(setup.config.train, setup.device):
-        run, checkpoint = open_run(setup, git, argv, terminal)
+        run, start = open_run(setup, git, argv, terminal)
         try:
             terminal.print(settings_table(setup.loaded.non_default()))
-            return run_experiment(setup, run, git, checkpoint, terminal, stop, deadline)
+            return run_experiment(setup, run, git, start, terminal, stop, deadline)
         finally:
             run.release()
             terminal.close()
@@ -257,6 +275,7 @@ def check_gates(
         UserError: with the first thing that is not as it must be.
     """
     from data import load_corpus
+    from tokenizer import CharTokenizer
     from utils.device import choose_device, choose_dtype
     from utils.generation import start_tokens
 
@@ -265,6 +284,7 @@ def check_gates(
     checkpoint, tokenizer = None, None
     if origin is not None and origin.relation == "resume":
         config = pin(config, pinned_settings(read_record(origin.run)))
+        tokenizer = CharTokenizer.load(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
         checkpoint, tokenizer = read_parent(origin, config, warn)
     corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer)
@@ -303,7 +323,7 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
     return checkpoint, CharTokenizer.from_json(checkpoint.tokenizer, str(checkpoint.path / "tokenizer.json"))
 
 
-def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal) -> tuple[Run, Checkpoint | None]:
+def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal) -> tuple[Run, Start]:
     """A new run directory; or that of the run that goes on, its logs cut back to its newest good checkpoint.
 
     Raises:
@@ -314,15 +334,17 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         facts: dict[str, Any] = {"argv": list(argv), "git": git.summary()}
         if origin is not None and setup.checkpoint is not None:
             facts["parent"] = parent_facts(origin, setup.checkpoint.step)
-        return Run.create(setup.runs_dir, setup.config.tracking.run_tag, **facts), setup.checkpoint
+        start = Start(setup.checkpoint, origin.relation) if origin else Start()
+        return Run.create(setup.runs_dir, setup.config.tracking.run_tag, **facts), start
     from utils.checkpointing import newest_good, put_aside_newer
 
     run = Run.resume(origin.run)
     try:
         record = run.record
-        check_longer(run.path, record.get("resolved") or {}, setup.config, setup.max_iters, record["status"])
+        check_longer(run.path, record, setup.config, setup.max_iters)
         checkpoint = newest_good(run.path / CHECKPOINTS, strict=origin.strict, warn=terminal.warn)
-        step = checkpoint.step if checkpoint else 0
+        start = Start(checkpoint, "resume") if checkpoint else start_of_parent(record, terminal.warn)
+        step = start.step
         for what, before, now in changed_facts(record, setup, git):
             terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
         cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
@@ -331,7 +353,22 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
     except BaseException:
         run.release()
         raise
-    return run, checkpoint
+    return run, start
+
+
+def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:
+    """Where a run without a checkpoint of its own begins again: at step 0, or where it came from.
+
+    Raises:
+        UserError: the checkpoint of its parent is not there any more.
+    """
+    from utils.checkpointing import choose_checkpoint
+
+    parent = record.get("parent")
+    if parent is None:
+        return Start()
+    folder = Path(parent["path"]) / CHECKPOINTS
+    return Start(choose_checkpoint(folder, str(parent["step"]), strict=True, warn=warn), parent["relation"])
 
 
 def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Iterator[tuple[str, Any, Any]]:
@@ -375,24 +412,24 @@ def read_git(setup: Setup) -> GitFacts:
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
-    """meta/ and notes.json: the configuration with its sources, the code, the environment."""
+    """meta/ and notes.json: the code, the environment, the tokenizer, the configuration with its sources."""
     from utils.device import device_facts
 
     meta, tracking = run.path / "meta", setup.config.tracking
-    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))
+    if not setup.resumes:  # these say how the run was started
+        setup.corpus.tokenizer.save(run.path / TOKENIZER)
+        MetadataCapture.write(meta, git, device_facts(setup.device))
+        if tracking.tags or tracking.note:
+            write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
     write_json(meta / "config_sources.json", setup.loaded.sources_json())
-    if setup.resumes:  # the rest says how the run was started
-        return
-    MetadataCapture.write(meta, git, device_facts(setup.device))
-    if tracking.tags or tracking.note:
-        write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
+    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))  # last: with it a run can resume
 
 
 def run_experiment(
     setup: Setup,
     run: Run,
     git: GitFacts,
-    checkpoint: Checkpoint | None,
+    start: Start,
     terminal: Terminal,
     stop: StopRequest,
     deadline: Deadline,
@@ -415,10 +452,10 @@ def run_experiment(
         terminal.attach(run.path / "logs" / "train.log")
         write_meta(setup, run, git)
         log = RunLog(run.path / "logs")
-        state = prepare_run(setup, run, checkpoint, terminal)
+        state = prepare_run(setup, run, start, terminal)
         feeders = build_feeders(setup, run, state, terminal)
         recorder = build_recorder(state)
-        settings, saved_step = setup.config.train, state.step if checkpoint and setup.resumes else None
+        settings, saved_step = setup.config.train, state.step if start.own else None
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         checkpoints = Checkpointer(folder, settings, config_hash, log, terminal.warn, saved_step)
 
@@ -484,7 +521,7 @@ def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, termin
         terminal.warn(f"{path.name} was not written: {error}")
 
 
-def prepare_run(setup: Setup, run: Run, checkpoint: Checkpoint | None, terminal: Terminal) -> TrainState:
+def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:
     """Model and optimizer (from a checkpoint, if there is one), the resolved values in run.json, the start-up facts."""
     import torch
 
@@ -493,9 +530,9 @@ def prepare_run(setup: Setup, run: Run, checkpoint: Checkpoint | None, terminal:
 
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
-    if setup.origin is not None and checkpoint is not None:
-        take_over = {"resume": restore, "fork": branch, "init": load_weights}[setup.origin.relation]
-        take_over(state, checkpoint)
+    if start.checkpoint is not None:
+        take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
+        take_over(state, start.checkpoint)
     deterministic = is_deterministic(config.train, setup.device)
     decisive = {
         "deterministic": deterministic,
@@ -533,22 +570,24 @@ def prepare_run(setup: Setup, run: Run, checkpoint: Checkpoint | None, terminal:
                 ("corpus", f"{corpus.name}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens"),
                 ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
                 ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
-                *([("start", start_words(setup, checkpoint))] if setup.origin else []),
+                *([("start", start_words(setup, start))] if setup.origin else []),
             ]
         )
     )
     return state
 
 
-def start_words(setup: Setup, checkpoint: Checkpoint | None) -> str:
+def start_words(setup: Setup, start: Start) -> str:
     """Where training starts from, for the start-up facts."""
-    assert setup.origin is not None
-    if checkpoint is None:
-        return "resumed at step 0: there is no checkpoint yet"
-    how = {"resume": "resumed at", "fork": f"forked from {setup.origin.run.name} at"}
-    if setup.origin.relation in how:
-        return f"{how[setup.origin.relation]} step {checkpoint.step:,}"
-    return f"step 0 with the weights of {setup.origin.run.name} at step {checkpoint.step:,}"
+    if start.checkpoint is None:
+        return "again at step 0: there is no checkpoint yet"
+    if start.own:
+        return f"resumed at step {start.step:,}"
+    parent, step = start.checkpoint.path.parent.parent.parent.name, start.checkpoint.step
+    words = (
+        f"forked from {parent} at step" if start.relation == "fork" else f"step 0 with the weights of {parent} at step"
+    )
+    return f"{words} {step:,}" + (", again: there is no checkpoint yet" if setup.resumes else "")
 
 
 def build_feeders(setup: Setup, run: Run, state: TrainState, terminal: Terminal) -> Feeders:

@@ -429,3 +429,64 @@ def test_nearest_finds_a_misspelling_and_nothing_for_a_stranger() -> None:
 def test_a_tag_may_look_like_a_date(project: Path, write: Write) -> None:
     loaded = ConfigLoader(project).load([write("dated.yaml", "run_tag: 2026-01-31\n")])
     assert loaded.config.tracking.run_tag == "2026-01-31"
+
+
+def test_one_file_alone_ignores_the_shared_ones(project: Path, write: Write) -> None:
+    write("config.json", '{"seed": 1}')
+    write("configs/a.yaml", "n_layer: 2\n")
+    loaded = ConfigLoader(project).load_only(write("alone.yaml", "\nn_head: 2\n"))
+    assert loaded.config == Config(model=ModelConfig(n_head=2))
+    assert loaded.source("n_head") == "alone.yaml:2"
+    assert loaded.source("n_layer") == "default"
+
+
+def test_one_file_alone_is_checked_like_any_other(project: Path, write: Write) -> None:
+    for content, message in (("n_layer: 0\n", "alone.yaml:1: n_layer: "), ("n_layers: 1\n", "did you mean n_layer?")):
+        with pytest.raises(ConfigError) as caught:
+            ConfigLoader(project).load_only(write("alone.yaml", content))
+        assert message in str(caught.value)
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        ConfigLoader(project).load_only(project / "nowhere.yaml")
+
+
+def test_a_base_takes_the_place_of_defaults_and_shared_files(project: Path, write: Write) -> None:
+    base = ConfigLoader(project).load_only(write("base.yaml", "seed: 7\nn_layer: 2\nn_head: 2\n"))
+    write("configs/a.yaml", "n_layer: 3\nbatch_size: 24\n")
+    loaded = ConfigLoader(project).load_onto(base, [write("more.yaml", "\nn_head: 8\n")], {"eval_iters": "5"})
+    keys = ("seed", "n_layer", "n_head", "eval_iters", "batch_size")
+    assert [flat(loaded.config)[key] for key in keys] == [7, 2, 8, 5, 12]
+    assert [loaded.source(key) for key in keys] == [
+        "base.yaml:1",
+        "base.yaml:2",
+        "more.yaml:2",
+        "--eval-iters",
+        "default",
+    ]
+    assert [setting.value for setting in loaded.layers["n_head"]] == [4, 2, 8]
+
+
+def test_a_base_is_not_changed_by_what_is_put_onto_it(project: Path, write: Write) -> None:
+    base = ConfigLoader(project).load_only(write("base.yaml", "seed: 7\n"))
+    before = base.sources_json()
+    ConfigLoader(project).load_onto(base, (), {"seed": "8", "epochs": "2"})
+    assert base.sources_json() == before
+    assert ConfigLoader(project).load_onto(base).config == base.config
+
+
+def test_the_length_of_a_base_is_replaced_by_its_alternative(project: Path, write: Write) -> None:
+    steps = ConfigLoader(project).load_only(write("steps.yaml", "max_iters: 50\n"))
+    loaded = ConfigLoader(project).load_onto(steps, (), {"epochs": "2.5"})
+    assert (loaded.config.train.max_iters, loaded.config.train.epochs) == (None, 2.5)
+    epochs = ConfigLoader(project).load_only(write("epochs.yaml", "max_iters: null\nepochs: 2.5\n"))
+    loaded = ConfigLoader(project).load_onto(epochs, [write("more.yaml", "max_iters: 60\n")])
+    assert (loaded.config.train.max_iters, loaded.config.train.epochs) == (60, None)
+
+
+def test_mistakes_onto_a_base_are_told_where_they_stand(project: Path, write: Write) -> None:
+    base = ConfigLoader(project).load_only(write("base.yaml", "n_embd: 64\n"))
+    with pytest.raises(
+        ConfigError, match=r"^--n-head: n_embd \(64\) must be divisible by n_head \(5\)|^base\.yaml:1: "
+    ):
+        ConfigLoader(project).load_onto(base, (), {"n_head": "5"})
+    with pytest.raises(ConfigError, match=r"^--seed: expected integer"):
+        ConfigLoader(project).load_onto(base, (), {"seed": "x"})

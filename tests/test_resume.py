@@ -166,6 +166,16 @@ def test_max_minutes_stops_in_time_with_a_checkpoint(
     assert last_checkpoint(only_run()).step == record["last_step"] > 0
 
 
+def test_the_time_limit_is_that_of_one_process(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, send(signal.SIGTERM))
+        assert train.main(tiny_argv("--max-minutes", "0.001")) == 0
+    assert train.main(["--resume", str(only_run())]) == 0
+    assert read_record(only_run())["status"] == "completed"
+
+
 # ------------------------------------------------------------------------------------------ which run
 
 
@@ -381,6 +391,25 @@ def test_fine_tuning_starts_at_step_0_with_the_best_weights_of_another_run(
     weights = load_file(checkpoints(base) / best["folder"] / "model.safetensors")
     tuned_weights = load_file(tuned / "artifacts" / "export" / "model.safetensors")
     assert all(torch.allclose(weights[name], tuned_weights[name], atol=1e-3) for name in weights)
+
+
+def test_fine_tuning_and_forks_that_die_before_their_first_checkpoint_begin_again_where_they_began(
+    tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train.main(tiny_argv(*SIXTY, "--keep-last", "9", "--run-tag", "base")) == 0
+    base = run_of("base")
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text.replace("z", "Z"), encoding="utf-8")  # with a character that is not in the vocabulary
+    tuned = ("--init-from", str(base), "--dataset", str(other), "--unknown-token", " ", "--run-tag")
+    fork = ("--resume", f"{base}:30", "--fork", "--learning-rate", "0.01", "--checkpoint-interval", "0", "--run-tag")
+    for words, tag in ((tiny_argv(*tuned, "tuned"), "tuned"), ([*fork, "forked"], "forked")):
+        assert train.main(words) == 0
+        straight = run_of(tag)
+        killed([*words[:-1], f"{tag}-killed"], "step", 33 if tag == "forked" else 2)
+        run = run_of(f"{tag}-killed")
+        assert not list_checkpoints(checkpoints(run))
+        assert train.main(["--resume", str(run)]) == 0
+        assert differences(straight, run) == SAME
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,13 @@ from utils.run_log import (
     LogWriter,
     Metric,
     RunLog,
+    RunLogError,
+    cut_logs,
     decode_number,
     encode_number,
     metric,
     metric_record,
+    offset_of_step,
     read_from,
     read_metrics,
     read_records,
@@ -258,3 +261,100 @@ def test_a_full_disk_keeps_the_whole_lines_and_truncate_mends_the_rest(log: Path
     assert records == []  # the batch that did not fit is gone as a whole
     truncate(log)
     assert [json.loads(line) for line in log.read_text().splitlines()] == records
+
+
+# ------------------------------------------------------------------------------------- cutting back
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"), [(0, 0), (1, 2), (2, 3), (3, 3), (4, 3), (5, 5), (6, 5), (7, 6), (8, 6), (1000, 6)]
+)
+def test_the_offset_of_a_step_is_before_its_first_record(log: Path, step: int, kept: int) -> None:
+    steps = [0, 0, 1, 4, 4, 6]  # an evaluation and an update may share a step
+    append(log, *({"step": number, "text": "ü" * number} for number in steps))
+    offset = offset_of_step(log, step)
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert offset == sum(map(len, lines[:kept]))
+    truncate(log, offset)
+    assert [record["step"] for record in read_records(log)] == [number for number in steps if number < step]
+
+
+def test_the_offset_of_a_step_stops_before_a_torn_line(log: Path) -> None:
+    offset = append(log, {"step": 0}, {"step": 1})
+    with log.open("ab") as file:
+        file.write(b'{"step": 2')
+    assert offset_of_step(log, 1000) == offset
+    assert offset_of_step(log, 1) == len(b'{"step": 0}\n')
+
+
+def test_the_offset_in_a_log_that_is_empty_or_not_there_is_0(log: Path) -> None:
+    assert offset_of_step(log, 5) == 0
+    log.touch()
+    assert offset_of_step(log, 5) == 0
+
+
+def filled_logs(folder: Path) -> dict[str, int]:
+    """Three logs of three sessions; the offsets after the first."""
+    offsets: dict[str, int] = {}
+    for session in range(3):
+        log = RunLog(folder)
+        log.metrics.write({"step": 10 * session + step} for step in range(5))
+        log.histograms.write([{"step": session}])
+        if session:
+            log.samples.write([{"step": session, "text": "ü"}])
+        offsets = offsets or log.offsets()
+        log.close()
+    return offsets
+
+
+def test_logs_are_cut_back_to_where_a_checkpoint_saw_them(tmp_path: Path) -> None:
+    offsets = filled_logs(tmp_path)
+    assert offsets["samples.jsonl"] == 0
+    cut_logs(tmp_path, offsets)
+    assert {name: (tmp_path / name).stat().st_size for name in LOG_FILES} == offsets
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == list(range(5))
+    assert append(tmp_path / "metrics.jsonl", {"step": 5}) > offsets["metrics.jsonl"]
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == list(range(6))
+    cut_logs(tmp_path, offsets)
+    assert {name: (tmp_path / name).stat().st_size for name in LOG_FILES} == offsets
+
+
+def test_a_torn_end_after_the_checkpoint_goes_too(tmp_path: Path) -> None:
+    offsets = filled_logs(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 3')
+    cut_logs(tmp_path, offsets)
+    assert len(list(read_records(tmp_path / "metrics.jsonl"))) == 5
+
+
+def test_without_a_checkpoint_the_logs_begin_anew(tmp_path: Path) -> None:
+    filled_logs(tmp_path)
+    (tmp_path / "train.log").write_text("what the terminal showed")
+    cut_logs(tmp_path, {})
+    assert [(tmp_path / name).stat().st_size for name in LOG_FILES] == [0, 0, 0]
+    assert (tmp_path / "train.log").read_text() == "what the terminal showed"
+
+
+def test_logs_that_were_never_made_are_cut_to_nothing(tmp_path: Path) -> None:
+    cut_logs(tmp_path, {})
+    cut_logs(tmp_path, dict.fromkeys(LOG_FILES, 0))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", LOG_FILES)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_log_that_is_shorter_than_the_checkpoint_saw_it_stops_everything(
+    tmp_path: Path, name: str, there: bool
+) -> None:
+    offsets = filled_logs(tmp_path)
+    size = (tmp_path / name).stat().st_size
+    if not there:
+        (tmp_path / name).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunLogError) as caught:
+        cut_logs(tmp_path, offsets | {name: size + 1000})
+    found = f"{size if there else 0:,}"
+    assert str(caught.value) == (
+        f"{tmp_path / name}: has {found} bytes, the checkpoint was saved when it had {size + 1000:,}"
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

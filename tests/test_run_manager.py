@@ -31,6 +31,7 @@ from utils.run_manager import (
     RunDirectoryCreator,
     RunError,
     RunIDGenerator,
+    RunLockedError,
     list_run_paths,
     lock_is_free,
     read_record,
@@ -391,3 +392,164 @@ def test_a_damaged_record_never_hides_the_good_runs(five_runs: Path, content: st
 def test_a_record_that_is_a_folder_never_hides_the_good_runs(five_runs: Path) -> None:
     (five_runs / "20260109_000000_bad" / "run.json").mkdir(parents=True)
     assert resolve_run("wide", five_runs).name == "20260102_000000_wide"
+
+
+# ------------------------------------------------------------------------------------- going on with a run
+
+
+def ended(runs_dir: Path, status: Any = "interrupted", **facts: Any) -> Path:
+    """A run whose process has let go of it; with status `running` it crashed."""
+    run = Run.create(runs_dir, "a", **facts)
+    if status != "running":
+        run.finish(status, "why", last_step=7)
+    run.release()
+    return run.path
+
+
+def test_taking_over_a_run_changes_nothing_but_holds_it(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    before = (path / "run.json").read_bytes()
+    run = Run.resume(path)
+    assert (path / "run.json").read_bytes() == before
+    assert (run.path, run.id, run.record) == (path, path.name, read_record(path))
+    assert not lock_is_free(path)
+    run.release()
+    assert lock_is_free(path)
+
+
+def test_a_run_that_goes_on_is_running_again_and_keeps_how_it_ended(runs_dir: Path) -> None:
+    path = ended(runs_dir, argv=["train.py"], pid=1, resolved={"dtype": "float32"})
+    old = read_record(path)
+    run = Run.resume(path)
+    run.restart(["train.py", "--resume", "a"], 5, git={"commit": "abc"})
+    assert read_status(path) == "running"
+    record = read_record(path)
+    assert [record[key] for key in ("status", "exit_reason", "end", "pid", "host")] == [
+        *("running", None, None, os.getpid(), socket.gethostname())
+    ]
+    for key in ("start", "id", "argv", "resolved", "parent", "views"):
+        assert record[key] == old[key]
+    (session,) = record["resumes"]
+    assert datetime.fromisoformat(session.pop("time")) >= datetime.fromisoformat(old["end"])
+    assert session == {
+        "step": 5,
+        "argv": ["train.py", "--resume", "a"],
+        "before": {key: old[key] for key in ("status", "exit_reason", "end", "last_step", "pid", "host")},
+        "git": {"commit": "abc"},
+    }
+    assert session["before"]["exit_reason"] == "why"
+    run.finish("completed")
+    run.release()
+    assert read_status(path) == "completed"
+
+
+def test_a_crash_is_recorded_as_such(runs_dir: Path) -> None:
+    path = ended(runs_dir, "running")
+    run = Run.resume(path)
+    run.restart([], 0)
+    run.release()
+    (session,) = read_record(path)["resumes"]
+    assert (session["before"]["status"], session["before"]["end"]) == ("crashed", None)
+
+
+def test_each_session_is_kept_in_order(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    for step in (5, 9, 12):
+        run = Run.resume(path)
+        run.restart(["train.py", str(step)], step)
+        run.finish("interrupted", f"stopped after {step}")
+        run.release()
+    sessions = read_record(path)["resumes"]
+    assert [session["step"] for session in sessions] == [5, 9, 12]
+    assert [session["before"]["exit_reason"] for session in sessions] == ["why", "stopped after 5", "stopped after 9"]
+
+
+def test_a_record_without_resumes_can_go_on(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    record = read_record(path)
+    del record["resumes"]
+    (path / "run.json").write_text(json.dumps(record))
+    run = Run.resume(path)
+    run.restart([], 3)
+    run.release()
+    assert len(read_record(path)["resumes"]) == 1
+
+
+def test_a_run_that_is_being_trained_is_refused_with_process_and_host(runs_dir: Path) -> None:
+    first = Run.create(runs_dir, "a")
+    before = (first.path / "run.json").read_bytes()
+    for _ in range(3):
+        with pytest.raises(RunLockedError) as caught:
+            Run.resume(first.path)
+        assert str(caught.value) == (
+            f"run {first.id} is being trained by process {os.getpid()} on {socket.gethostname()}"
+        )
+    assert (first.path / "run.json").read_bytes() == before
+    assert read_status(first.path) == "running"
+    first.release()
+    Run.resume(first.path).release()
+
+
+def test_a_second_resume_is_refused_as_well(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    run = Run.resume(path)
+    with pytest.raises(RunLockedError):  # even before run.json says who it is
+        Run.resume(path)
+    run.release()
+
+
+def take_over(path: Path, barrier: Barrier, done: Barrier, queue: Any) -> None:
+    barrier.wait(60)
+    try:
+        Run.resume(path)
+        queue.put("taken")
+    except RunLockedError:
+        queue.put("refused")
+    done.wait(60)
+
+
+def test_of_many_processes_one_takes_the_run(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    barrier, done, queue = FORK.Barrier(8), FORK.Barrier(8), FORK.SimpleQueue()
+    processes = [FORK.Process(target=take_over, args=(path, barrier, done, queue)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(queue.get() for _ in range(8)) == ["refused"] * 7 + ["taken"]
+    assert lock_is_free(path)
+
+
+def test_a_run_on_another_host_is_refused_while_its_heart_beats(runs_dir: Path) -> None:
+    path = ended(runs_dir, "running", host="elsewhere", pid=5)
+    with pytest.raises(RunLockedError, match=f"run {path.name} is being trained by process 5 on elsewhere"):
+        Run.resume(path)
+    past = time.time() - STALE_HEARTBEAT_SECONDS - 1
+    os.utime(path / "lock", (past, past))
+    run = Run.resume(path)
+    run.restart([], 3)
+    assert read_record(path)["host"] == socket.gethostname()
+    assert read_status(path) == "running"
+    run.release()
+
+
+def test_a_run_without_its_lock_file_can_go_on(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    (path / "lock").unlink()
+    run = Run.resume(path)
+    assert not lock_is_free(path)
+    run.release()
+
+
+def test_what_is_no_run_cannot_go_on(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run directory"):
+        Run.resume(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_someone_else_cannot_go_on(public_dir: Path) -> None:
+    path = ended(public_dir / "runs")
+    error = as_nobody(functools.partial(Run.resume, path))
+    assert isinstance(error, RunError)
+    assert str(error) == f"{path}: the run cannot be resumed: Permission denied"
+    assert lock_is_free(path)

@@ -103,7 +103,7 @@ def write_checkpoint(
             WEIGHTS_FILE: write_tensors(temporary / WEIGHTS_FILE, weights),
             OPTIMIZER_FILE: write_tensors(temporary / OPTIMIZER_FILE, optimizer_tensors),
             TOKENIZER_FILE: _write(temporary / TOKENIZER_FILE, [_json_bytes(tokenizer)]),
-            STATE_FILE: _write(temporary / STATE_FILE, [_json_bytes({"format_version": FORMAT_VERSION, **state})]),
+            STATE_FILE: _write(temporary / STATE_FILE, [_json_bytes(state)]),
         }
         before_manifest()
         _write(temporary / MANIFEST_FILE, [_json_bytes({"format_version": FORMAT_VERSION, "files": manifest})])
@@ -176,11 +176,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     with ThreadPoolExecutor(max_workers=2) as pool:  # putting data into fresh memory is slower than the disk
         data = dict(zip(FILES, pool.map(lambda name: _read(path / name, manifest[name]), FILES), strict=True))
     state = _parse_json(path / STATE_FILE, data[STATE_FILE])
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path / STATE_FILE}: format version {state.get('format_version')!r}, "
-            f"this workbench reads {FORMAT_VERSION}"
-        )
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path / STATE_FILE}: names no step")
     return Checkpoint(
@@ -200,12 +195,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(place.read_text(encoding="utf-8"))
         files = {name: (manifest["files"][name]["size"], manifest["files"][name]["crc32"]) for name in FILES}
+        version = manifest["format_version"]
+        if not all(isinstance(size, int) and size >= 0 for size, _ in files.values()):
+            raise ValueError("a size is not a number")
     except FileNotFoundError:
         raise CheckpointError(f"{place}: missing: the checkpoint is not complete") from None
     except OSError as error:
         raise CheckpointError(f"{place}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{place}: damaged") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{place}: format version {version!r}, this workbench reads {FORMAT_VERSION}")
     return files
 
 
@@ -238,7 +238,7 @@ def _read(path: Path, expected: tuple[int, str]) -> torch.Tensor:
 def _parse_json(path: Path, data: torch.Tensor) -> dict[str, Any]:
     try:
         value = json.loads(data.numpy().tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected an object, got a {type(value).__name__}")
@@ -356,8 +356,11 @@ def restore_optimizer(
         raise CheckpointError("the parameter groups of the optimizer are not those of the checkpoint")
 
     def decode(value: Any) -> Any:
+        if isinstance(value, dict) and set(value) == {"tensor"}:
+            # Read tensors lie at any address, and torch sums in another order where memory is not aligned.
+            return tensors[value["tensor"]].clone()
         if isinstance(value, dict):
-            return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: decode(v) for k, v in value.items()}
+            return {key: decode(item) for key, item in value.items()}
         return [decode(item) for item in value] if isinstance(value, list) else value
 
     saved = {name: decode(values) for name, values in structure["state"].items()}
@@ -376,7 +379,17 @@ def restore_optimizer(
     numbered = {index: saved[name] for index, name in enumerate(order) if name in saved}
     optimizer.load_state_dict({"state": numbered, "param_groups": settings})
     for parameter, name in names.items():  # load_state_dict casts to the type of the parameter; the bits must stay
-        for key, value in saved.get(name, {}).items():
-            loaded = optimizer.state[parameter][key]
-            if isinstance(value, torch.Tensor) and loaded.dtype != value.dtype:
-                optimizer.state[parameter][key] = value.to(loaded.device)
+        if name in saved:
+            state = optimizer.state[parameter]
+            state.update({key: _with_types(value, state[key]) for key, value in saved[name].items()})
+
+
+def _with_types(saved: Any, loaded: Any) -> Any:
+    """What torch has loaded (on the right device), with the types that were saved."""
+    if isinstance(saved, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict):
+        return {key: _with_types(value, loaded[key]) for key, value in saved.items()}
+    if isinstance(saved, list):
+        return [_with_types(value, other) for value, other in zip(saved, loaded, strict=True)]
+    return loaded

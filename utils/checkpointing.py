@@ -22,7 +22,7 @@ from utils.checkpoint import (
 )
 from utils.config import TrainConfig
 from utils.files import write_json
-from utils.run_log import RunLog, encode_number
+from utils.run_log import RunLog
 from utils.train_state import TrainState, capture
 
 LATEST_FILE, BEST_FILE = "latest.json", "best.json"
@@ -83,7 +83,7 @@ class Checkpointer:
         self.folder, self.settings, self.config_hash, self.log = folder, settings, config_hash, log
         self._warn = warn
         self._weights, self._optimizer = HostMemory(), HostMemory()
-        self._last_step = saved_step
+        self._last_step = self._written_step = saved_step  # they differ after a write that failed
         remove_leftovers(folder)
         self._last_time = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -99,10 +99,10 @@ class Checkpointer:
         return by_steps or by_time
 
     def save(self, state: TrainState) -> None:
-        """Copy the state and begin to write it, after the write of before has ended."""
-        if state.step == self._last_step:
-            return
+        """Copy the state and begin to write it, after the write of before has ended; nothing if it is saved already."""
         self.wait()
+        if state.step == self._written_step:
+            return
         weights, optimizer, facts = capture(state)
         facts |= {
             "config_hash": self.config_hash,
@@ -144,19 +144,24 @@ class Checkpointer:
     ) -> None:
         began = time.monotonic()
         path = self.folder / folder_name(step)
+        best = facts["best_step"] if self.settings.keep_best else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)
+            self._written_step = step
+            prune(self.folder, self.settings.keep_last, best)
             pointer = {"step": step, "folder": path.name, "time": facts["time"]}
-            if facts["best_step"] == step:
-                write_json(self.folder / BEST_FILE, {**pointer, "val/loss": encode_number(facts["best_val_loss"])})
+            if best == step:
+                write_json(self.folder / BEST_FILE, {**pointer, "val/loss": facts["best_val_loss"]})
             write_json(self.folder / LATEST_FILE, pointer)
-            prune(self.folder, self.settings.keep_last)
         except Exception as error:  # the boundary of the thread: training goes on with the checkpoints of before
+            what = f"the checkpoint of step {step:,} was not written"
+            if self._written_step == step:
+                what = f"the checkpoint of step {step:,} is complete, but {LATEST_FILE} or {BEST_FILE} was not written"
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             kept = [found for found, _ in list_checkpoints(self.folder)]
-            before = f"the newest is of step {kept[0]:,}" if kept else "there is none yet"
-            self._warn(f"the checkpoint of step {step:,} was not written: {reason}; training goes on, {before}")
+            newest = f"the newest is of step {kept[0]:,}" if kept else "there is none yet"
+            self._warn(f"{what}: {reason}; training goes on, {newest}")
         self._write_seconds = time.monotonic() - began
 
 
@@ -174,11 +179,10 @@ def _pointed(folder: Path, name: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one."""
-    best = best_path(folder)
-    for _, path in list_checkpoints(folder)[keep_last:]:
-        if path != best:
+def prune(folder: Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints and that of step `best`."""
+    for step, path in list_checkpoints(folder)[keep_last:]:
+        if step != best:
             old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
             path.rename(old)
             shutil.rmtree(old, ignore_errors=True)
@@ -186,8 +190,11 @@ def prune(folder: Path, keep_last: int) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process was writing or deleting."""
-    for path in folder.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def newest_good(folder: Path, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -44,7 +44,7 @@ class Origin:
 def split_choice(text: str) -> tuple[str, str]:
     """RUN[:latest|:best|:STEP] as (RUN, which)."""
     name, colon, which = text.rpartition(":")
-    if colon and name and (which in CHOICES or which.isdigit()):
+    if colon and name and (which in CHOICES or which.isdecimal()):
         return name, which
     return text, "latest"
 
@@ -103,43 +103,52 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     return LoadedConfig(config, layers)
 
 
-def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig) -> None:
+def check_overrides(
+    run: Path, recorded: LoadedConfig, loaded: LoadedConfig, pinned: Mapping[str, Any] | None = None
+) -> None:
     """Whether a run that was started as `recorded` may go on as `loaded`.
 
     Settings of kind observation and machine may differ, and max_iters within the limits of `check_longer`:
     everything else would make it another experiment.
 
+    Args:
+        pinned: what "auto" and none came to: to ask for that is to ask for nothing new.
+
     Raises:
         ConfigError: an override that a resume must refuse, with the reason.
     """
-    before, after = flat(recorded.config), flat(loaded.config)
+    before, after, pinned = flat(recorded.config), flat(loaded.config), pinned or {}
     alternatives = {key for pair in ALTERNATIVES for key in pair}
     for key in FIELDS:
-        if after[key] != before[key] and key not in alternatives and field_fact(key, "kind") == TRAJECTORY:
+        same = after[key] == before[key] or (key in pinned and after[key] == pinned[key])
+        if not same and key not in alternatives and field_fact(key, "kind") == TRAJECTORY:
             raise ConfigError(
                 f"{loaded.source(key)}: {key} changes the numbers of a run, so {run.name} goes on with "
                 f"{_shown(before[key])}, not {_shown(after[key])}; --fork starts a new run from its checkpoint"
             )
 
 
-def check_longer(run: Path, old: Mapping[str, Any], config: Config, max_iters: int, status: str) -> None:
+def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:
     """Whether a run may go on to step `max_iters`.
 
     Args:
-        old: the resolved settings in its run.json.
+        record: its run.json.
         config: with which it goes on.
-        status: in which it is.
 
     Raises:
         ConfigError: it is complete, would shrink, or was trained with learning rates that depend on max_iters.
     """
+    old, last_step = record.get("resolved") or {}, record.get("last_step") or 0
     if "max_iters" not in old:  # it ended before it began
         return
+    complete = record["status"] == "completed"
+    if complete and last_step < old["max_iters"]:
+        raise ConfigError(f"{run.name} is complete: it stopped early at step {last_step:,}; --fork starts a new run")
     new = derived_settings(config, max_iters)
     grows = max_iters - old["max_iters"]
     if grows < 0:
         raise ConfigError(f"--max-iters: {run.name} may grow, not shrink, from {old['max_iters']:,} to {max_iters:,}")
-    if grows == 0 and status == "completed":
+    if grows == 0 and complete:
         raise ConfigError(
             f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters lets it go on where the schedule "
             "allows, --fork starts a new run from its checkpoint"
@@ -156,12 +165,15 @@ def check_longer(run: Path, old: Mapping[str, Any], config: Config, max_iters: i
 def config_of_fork(
     run: Path, loader: ConfigLoader, files: Iterable[Path], overrides: Mapping[str, str | bool]
 ) -> LoadedConfig:
-    """The configuration of a run that branches off: as recorded, with any override; its tag ends in `-fork`."""
+    """The configuration of a run that branches off: as recorded, with any override; its own tag ends in `-fork`."""
     recorded = recorded_config(run, loader)
+    loaded = loader.load_onto(recorded, files, overrides)
     tag = recorded.config.tracking.run_tag
-    if tag and "run_tag" not in overrides:
-        overrides = {**overrides, "run_tag": tag if tag.endswith("-fork") else f"{tag[:59]}-fork"}
-    return loader.load_onto(recorded, files, overrides)
+    if tag is None or len(loaded.layers["run_tag"]) > len(recorded.layers["run_tag"]):
+        return loaded
+    tag = tag if tag.endswith("-fork") else f"{tag[:59]}-fork"
+    layers = {**loaded.layers, "run_tag": [*loaded.layers["run_tag"], Setting(tag, "--fork")]}
+    return LoadedConfig(pin(loaded.config, {"run_tag": tag}), layers)
 
 
 def pinned_settings(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +216,7 @@ def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
             continue
         if getattr(own, key) is None and getattr(theirs, key) is None:
             continue  # derived from another setting, which is told
-        if key == "block_size" and own.position == "rope":
+        if key == "block_size" and own.position == theirs.position == "rope":
             continue  # rotations need no table: with another context the weights are the same
         differing.append(key)
     if differing:

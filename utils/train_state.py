@@ -195,7 +195,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         for name, callback in state.callbacks.items():
             callback.load_state_dict(facts["callbacks"][name])
         state.nonfinite_in_a_row = facts["nonfinite_in_a_row"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{place}/state.json: damaged ({type(error).__name__}: {error})") from None
 
 
@@ -229,5 +229,5 @@ def _branch(state: TrainState, checkpoint: Checkpoint, *, same_settings: bool) -
             set_random_states(facts["rng"])
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path}/state.json: damaged ({type(error).__name__}: {error})") from None
