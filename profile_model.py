@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
-    from train import check_gates
     from utils.device import torch_settings
+    from utils.gates import check_gates
     from utils.profiling import operator_clock, profile_steps
     from utils.train_state import build_state
 

@@ -99,11 +99,11 @@ def timed_training(argv: Sequence[str]) -> int:
     """train.py's main, which prints the clock when the loop begins and after every update."""
     import train  # without torch: it is imported when training is prepared
 
-    prepare_run = train.prepare_run
+    build_feeders = train.build_feeders  # the last thing before the loop
     with ExitStack() as patches:
 
         def prepared(*arguments: Any) -> Any:
-            state = prepare_run(*arguments)
+            feeders = build_feeders(*arguments)
             from utils import training
 
             optimizer_step = training.optimizer_step
@@ -114,9 +114,9 @@ def timed_training(argv: Sequence[str]) -> int:
 
             patches.enter_context(patch.object(training, "optimizer_step", stepped))
             print(MARK, time.time(), flush=True)
-            return state
+            return feeders
 
-        patches.enter_context(patch.object(train, "prepare_run", prepared))
+        patches.enter_context(patch.object(train, "build_feeders", prepared))
         return train.main(argv)
 
 

@@ -81,8 +81,22 @@ def wait_until_fed(step: int) -> None:
     utils.tracking.Feeders.start = remember  # type: ignore[method-assign]
 
 
+def wait_for_writes() -> None:
+    """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
+    from utils.checkpointing import Checkpointer
+
+    save = Checkpointer.save
+
+    def patched(self: Checkpointer, state: Any) -> None:
+        save(self, state)
+        self.wait()
+
+    Checkpointer.save = patched  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     import train
 
+    wait_for_writes()
     kill_at(sys.argv[1], int(sys.argv[2]))
     sys.exit(train.main(sys.argv[3:]))

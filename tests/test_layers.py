@@ -14,7 +14,7 @@ LAYERS = {
     0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping",
     1: "device distributed optim histograms step_buffer flight_recorder tracking checkpoint"
     " run_index comparison provenance report",
-    2: "evaluation generation export profiling train_state checkpointing training callbacks",
+    2: "evaluation generation export profiling train_state checkpointing training gates start finish result callbacks",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {

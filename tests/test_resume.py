@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import train
 import utils.training
 from benchmarks.run_equality import differences, last_checkpoint
 from utils.checkpoint import list_checkpoints
+from utils.checkpointing import Checkpointer
 from utils.run_log import read_metrics
 from utils.run_manager import Run, read_record, read_status
 from utils.train_state import TrainState
@@ -40,6 +40,18 @@ def run_of(runs_dir: Path) -> Callable[[str], Path]:
         return max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
 
     return find
+
+
+@pytest.fixture(autouse=True)
+def prompt_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
+    save = Checkpointer.save
+
+    def patched(self: Checkpointer, state: TrainState) -> None:
+        save(self, state)
+        self.wait()
+
+    monkeypatch.setattr(Checkpointer, "save", patched)
 
 
 def checkpoints(run: Path) -> Path:
@@ -88,9 +100,7 @@ def test_kills_in_a_micro_step_a_write_and_after_an_evaluation_change_nothing(
     assert train.main(["--resume", str(run)]) == 0
     assert differences(run_of("straight"), run) == SAME
     record = read_record(run)
-    steps = [resume["step"] for resume in record["resumes"]]  # a write may have been too slow for the kill
-    assert (len(steps), steps[0], steps) == (5, 0, sorted(steps))
-    assert steps[-1] >= 20
+    assert [resume["step"] for resume in record["resumes"]] == [0, 10, 10, 20, 40]
     assert {resume["before"]["status"] for resume in record["resumes"]} == {"crashed"}
     assert (record["status"], record["last_step"]) == ("completed", 60)
     assert record["resolved"]["guarantee"].startswith("bit-exact")
@@ -158,7 +168,7 @@ def test_a_second_signal_stops_at_once_and_leaves_nothing_half(
 def test_max_minutes_stops_in_time_with_a_checkpoint(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = ("--max-iters", "1000000", "--eval-interval", "1000000", "--max-minutes", "0.05")
+    long = ("--max-iters", "1000000", "--eval-interval", "1000000", "--max-minutes", "0.1")
     assert train.main(tiny_argv(*long)) == 0
     record = read_record(only_run())
     assert record["status"] == "interrupted"
@@ -342,7 +352,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
     monkeypatch.setattr(utils.checkpoint, "write_tensors", full)
     assert train.main(tiny_argv(*SIXTY, "--max-iters", "25", "--no-keep-best")) == 0
     out = capsys.readouterr().out.replace("\n", " ")
-    assert re.search(r"the checkpoint of step 2\d was not written: No space left on device; training goes on", out)
+    assert "the checkpoint of step 20 was not written: No space left on device; training goes on" in out
     assert [step for step, _ in list_checkpoints(checkpoints(only_run()))] == [25, 10]
     assert not list(checkpoints(only_run()).glob(".*"))
 

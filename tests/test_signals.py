@@ -88,12 +88,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_the_deadline_is_near_when_another_step_and_the_reserve_do_not_fit(clock: list[float]) -> None:
     deadline = Deadline(minutes=1.0)
-    clock[0] += 10
-    assert not deadline.is_near(reserve=5)  # a step of 10 s
-    clock[0] += 30
-    assert not deadline.is_near(reserve=-11)  # one of 30 s: 20 s are left
-    assert deadline.is_near(reserve=0)
-    assert deadline.seconds_left == 20
+    clock[0] += 10  # a slow start is no step
+    assert not deadline.is_near(reserve=49)
+    clock[0] += 20  # a step of 20 s: 30 s are left
+    assert not deadline.is_near(reserve=9)
+    assert deadline.is_near(reserve=11)
+    assert deadline.seconds_left == 30
 
 
 def test_without_a_limit_no_deadline_is_near(clock: list[float]) -> None:

@@ -25,6 +25,8 @@ from utils.errors import UserError, nearest
 from utils.files import write_json
 
 SCHEMA_VERSION = 1
+CHECKPOINTS = Path("artifacts", "checkpoints")  # in a run directory
+TOKENIZER = Path("meta", "tokenizer.json")
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
 

@@ -78,8 +78,8 @@ class Deadline:
     """
 
     def __init__(self, minutes: float | None) -> None:
-        self._last = time.monotonic()
-        self.end = self._last + 60 * minutes if minutes is not None else None
+        self.end = time.monotonic() + 60 * minutes if minutes is not None else None
+        self._last: float | None = None  # time of the call before; what is before the first one is no step
         self._longest_step = 0.0
 
     @property
@@ -89,5 +89,5 @@ class Deadline:
     def is_near(self, reserve: float) -> bool:
         """Whether another step, as long as the longest so far, would leave less than `reserve` seconds."""
         now = time.monotonic()
-        self._longest_step, self._last = max(self._longest_step, now - self._last), now
+        self._longest_step, self._last = max(self._longest_step, now - (self._last or now)), now
         return self.end is not None and now + self._longest_step + reserve > self.end

@@ -1,0 +1,84 @@
+"""The end of a run: the export from the chosen weights, the flight recorder, status, logs and views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from utils.checkpoint import CheckpointError, read_checkpoint
+from utils.checkpointing import best_path
+from utils.console import Terminal
+from utils.export import save_export
+from utils.flight_recorder import FlightRecorder
+from utils.run_log import RunLog, decode_number, encode_number
+from utils.run_manager import CHECKPOINTS, Run, Status
+from utils.signals import Deadline
+from utils.tracking import CLOSING_SECONDS, Feeders, RunEnd
+from utils.train_state import TrainState, load_weights
+
+
+def export(state: TrainState, run: Run, terminal: Terminal) -> str:
+    """artifacts/export from the chosen weights, those of the last step or of the best val/loss; which, in words."""
+    step, losses, which = state.step, dict(state.losses or {}), "last"
+    if state.config.train.exports_best and state.best_step == state.step:
+        which = "best"
+    elif state.config.train.exports_best:
+        try:
+            path = best_path(run.path / CHECKPOINTS)
+            if path is None:
+                raise CheckpointError("the best checkpoint is not there")
+            checkpoint = read_checkpoint(path)
+            load_weights(state, checkpoint)
+            step, losses, which = checkpoint.step, checkpoint.state["losses"], "best"
+        except CheckpointError as error:
+            terminal.warn(f"{error}: the export is made from the last weights")
+    training: dict[str, Any] = {
+        "run": run.id,
+        "weights": which,
+        "step": step,
+        **{name: encode_number(decode_number(loss)) for name, loss in losses.items()},
+        "dataset": state.corpus.name,
+        "corpus_hash": state.corpus.hash,
+    }
+    save_export(run.path / "artifacts" / "export", state.model, state.corpus.tokenizer, training)
+    return f"{which} weights, of step {step:,}"
+
+
+def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, terminal: Terminal) -> None:
+    """artifacts/flight_recorder.json; where it cannot be written, one warning, for worse has happened already."""
+    path = run.path / "artifacts" / "flight_recorder.json"
+    try:
+        recorder.dump(path, reason)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed gives no numbers back
+        terminal.warn(f"{path.name} was not written: {error}")
+
+
+def close_run(
+    run: Run,
+    log: RunLog | None,
+    feeders: Feeders | None,
+    state: TrainState | None,
+    status: Status,
+    reason: str | None,
+    terminal: Terminal,
+    deadline: Deadline,
+) -> dict[str, float]:
+    """Sync the logs, write the end into run.json, close the views; the summary."""
+    summary: dict[str, float] = {}
+    if state is not None and state.losses is not None:
+        summary = {**state.losses, "best_val_loss": state.best_val_loss}
+    try:
+        if log is not None:
+            log.close()
+    finally:  # before the views: whoever kills the process while they are fed finds the true status
+        run.finish(
+            status,
+            reason,
+            last_step=state.step if state else None,
+            summary={name: encode_number(value) for name, value in summary.items()},
+            best_step=state.best_step if state else None,
+        )
+    if feeders is not None:
+        end = RunEnd(status, summary, state.step if state else 0)
+        left = deadline.seconds_left
+        feeders.finish(end, terminal.print, CLOSING_SECONDS if left is None else max(1.0, min(left, CLOSING_SECONDS)))
+    return summary

@@ -1,0 +1,124 @@
+"""The three gates before a run directory is made: configuration, corpus, device; and where a run comes from."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import CORPORA, Corpus, load_corpus
+from tokenizer import CharTokenizer
+from utils.checkpoint import Checkpoint
+from utils.checkpointing import choose_checkpoint
+from utils.config import Config, RuleError, warmup_steps
+from utils.config_loader import LoadedConfig, rule_error
+from utils.device import choose_device, choose_dtype
+from utils.errors import UserError
+from utils.generation import start_tokens
+from utils.resume import Origin, check_model, pin, pinned_settings
+from utils.run_manager import CHECKPOINTS, TOKENIZER, read_record
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the three gates found, before a directory is made.
+
+    config: what `loaded` says; in a resume with the values that "auto" had when the run was started.
+    origin, checkpoint: where a fork or fine-tuning starts. (A resume reads its checkpoint once it has the lock.)
+    """
+
+    root: Path
+    loaded: LoadedConfig
+    config: Config
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype
+    max_iters: int
+    origin: Origin | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def resumes(self) -> bool:
+        return self.origin is not None and self.origin.relation == "resume"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.root / self.config.tracking.runs_dir
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training tokens that the run will make."""
+        tokens = self.max_iters * self.config.train.batch_size * self.config.model.block_size
+        return tokens / self.corpus.n_train
+
+
+def check_gates(
+    loaded: LoadedConfig,
+    root: Path,
+    origin: Origin | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Setup:
+    """Corpus, device and origin; the configuration was validated when it was made.
+
+    Raises:
+        UserError: with the first thing that is not as it must be.
+    """
+    loaded = absolute_dataset(loaded, root)
+    config = loaded.config
+    checkpoint, tokenizer = None, None
+    if origin is not None and origin.relation == "resume":
+        config = pin(config, pinned_settings(read_record(origin.run)))
+        tokenizer = CharTokenizer.load(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
+    elif origin is not None:
+        checkpoint, tokenizer = read_parent(origin, config, warn)
+    corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer)
+    start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
+    max_iters = config.train.max_iters
+    if max_iters is None:
+        assert config.train.epochs is not None
+        max_iters = math.ceil(config.train.epochs * corpus.n_train / config.train.batch_size / config.model.block_size)
+        try:
+            warmup_steps(config.optimizer, max_iters)
+        except RuleError as error:
+            raise rule_error(error, loaded) from None
+    if origin is not None and origin.relation == "fork":
+        assert checkpoint is not None
+        if checkpoint.step >= max_iters:
+            raise UserError(
+                f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
+                f"that, not {max_iters:,}"
+            )
+    device = choose_device(config.train.device)
+    dtype = choose_dtype(config.train.dtype, device)
+    return Setup(root, loaded, config, corpus, device, dtype, max_iters, origin, checkpoint)
+
+
+def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, CharTokenizer]:
+    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another model.
+    """
+    checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
+    check_model(config.model, checkpoint.state["model"], origin.run.name)
+    return checkpoint, CharTokenizer.from_json(checkpoint.tokenizer, str(checkpoint.path / "tokenizer.json"))
+
+
+def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
+    """A dataset that is a path, made absolute: the recorded configuration must mean the same from every folder.
+
+    A path in a file of configs/ starts from `root`, one from a flag or from code where it was typed.
+    """
+    data, source = loaded.config.data, loaded.source("dataset")
+    if data.dataset in CORPORA:
+        return loaded
+    start = Path.cwd() if source.startswith("--") or source == "code" else root
+    path = Path(os.path.abspath(start / os.path.expanduser(data.dataset)))
+    if not path.exists():
+        return loaded  # the corpus gate names what was written
+    config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})
+    return LoadedConfig(config, loaded.layers)
