@@ -30,6 +30,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.shakespeare
+	$(BIN)/python -m benchmarks.checkpoints
+	$(BIN)/python -m benchmarks.crash_test
 
 schema: $(VENV)/.installed
 	$(BIN)/python -m utils.config > docs/config.schema.json

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from rich.table import Table
@@ -26,6 +27,9 @@ from benchmarks import common
 from utils.cli import Parser, script
 from utils.console import Terminal
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from utils.train_state import TrainState
 
 INTERVAL = 50  # steps between checkpoints
 LOOP_LIMIT = 1.03  # saving / not saving
@@ -98,7 +102,7 @@ def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], f
     clock: dict[int, float] = {}
     optimizer_step = training.optimizer_step
 
-    def timed_step(state: training.TrainState) -> None:
+    def timed_step(state: TrainState) -> None:
         optimizer_step(state)
         clock[state.step] = time.perf_counter()
 

@@ -22,12 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.run_equality import differences
-from utils.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from utils.cli import PROJECT_ROOT, Parser, script
 from utils.console import Terminal, duration
 from utils.errors import UserError
-from utils.run_manager import RunError, list_run_paths, read_record, read_status
+from utils.run_manager import CHECKPOINTS, RunError, list_run_paths, read_record, read_status
 
 SETTINGS = {
     "n_layer": 2,
@@ -63,7 +61,7 @@ class Result:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.crash_test", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="SIGKILLs in all (default: 50)")
-    parser.add_argument("--steps", type=int, default=1500, metavar="N", help="steps of a run (default: 1500)")
+    parser.add_argument("--steps", type=int, default=6000, metavar="N", help="steps of a run (default: 6000)")
     parser.add_argument(
         "--seconds", type=float, default=10, metavar="X", help="longest life of a process (default: 10)"
     )
@@ -79,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
         if process(command(straight, args.steps)).wait():
             raise UserError("the run that was not to be stopped failed")
         result = kill_and_resume(folder / "killed", args.kills, args.steps, args.seconds, args.seed, terminal)
+        from benchmarks.run_equality import differences
+
         (reference,) = list_run_paths(straight)
         found = [differences(reference, run) for run, _ in result.runs]
     resumed = result.kills - len(result.failures)
@@ -160,13 +160,17 @@ def newest_run(runs_dir: Path) -> Path | None:
 
 
 def newest_step(run: Path) -> str:
-    checkpoints = list_checkpoints(run / "artifacts" / "checkpoints")
+    from utils.checkpoint import list_checkpoints
+
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
     return f"checkpoint of step {checkpoints[0][0]:,}" if checkpoints else "no checkpoint yet"
 
 
 def check_checkpoints(run: Path | None, result: Result) -> None:
     """Read every checkpoint that the killed process has left."""
-    for _, path in list_checkpoints(run / "artifacts" / "checkpoints") if run else []:
+    from utils.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+
+    for _, path in list_checkpoints(run / CHECKPOINTS) if run else []:
         result.checkpoints += 1
         try:
             read_checkpoint(path)

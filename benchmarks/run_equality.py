@@ -9,6 +9,7 @@ import torch
 
 from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from utils.run_log import LOG_FILES, read_records
+from utils.run_manager import CHECKPOINTS
 
 TIMINGS = frozenset(("time", "step_ms", "tokens_per_second"))
 STATE_TIMINGS = frozenset(("time", "log_offsets", "config_hash"))  # bytes of a log depend on the digits of its times
@@ -16,7 +17,7 @@ STATE_TIMINGS = frozenset(("time", "log_offsets", "config_hash"))  # bytes of a 
 
 def last_checkpoint(run: Path) -> Checkpoint:
     """The newest checkpoint of a run."""
-    return read_checkpoint(list_checkpoints(run / "artifacts" / "checkpoints")[0][1])
+    return read_checkpoint(list_checkpoints(run / CHECKPOINTS)[0][1])
 
 
 def log_without_times(run: Path) -> list[dict[str, Any]]:

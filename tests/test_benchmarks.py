@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -12,11 +13,17 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
-from benchmarks import common, shakespeare, startup, step_timing, tracking
+from benchmarks import checkpoints, common, crash_test, shakespeare, startup, step_timing, tracking
 from utils import training
 from utils.errors import UserError
 
-COMMANDS = {"shakespeare": shakespeare.main, "startup": startup.main, "tracking": tracking.main}
+COMMANDS = {
+    "checkpoints": checkpoints.main,
+    "crash_test": crash_test.main,
+    "shakespeare": shakespeare.main,
+    "startup": startup.main,
+    "tracking": tracking.main,
+}
 
 
 @pytest.fixture
@@ -128,12 +135,35 @@ def test_help_does_not_import_torch(name: str) -> None:
         ("shakespeare", ["--steps", "0"], "--steps must be at least 1"),
         ("tracking", ["--step-ms", ","], "--step-ms: expected numbers >= 0.1"),
         ("tracking", ["--warmup", "0"], "--warmup must be at least 1"),
+        ("checkpoints", ["--parts", "tape"], "unknown: tape; expected loop, disk"),
+        ("crash_test", ["--kills", "0"], "--kills must be at least 1"),
         ("startup", ["--repeat", "3"], "unknown flag --repeat; did you mean --repeats?"),
     ],
 )
 def test_a_bad_flag_is_one_line(name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert COMMANDS[name](words) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_checkpoints_prints_the_share_of_plain_writing_and_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoints.main(["--parts", "disk", "--megabytes", "1", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("write / plain write: ", "read / plain read: ", "at least 0.5", "threads"))
+
+
+@pytest.mark.slow
+def test_checkpoints_prints_what_saving_adds_to_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoints.main(["--parts", "loop", "--models", "0.8M", "--saves", "1", "--repeats", "1"]) == 0
+    assert re.search(r"saving / not saving: \d\.\d+ .* limit 1\.03", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_crash_test_kills_resumes_and_compares(capsys: pytest.CaptureFixture[str]) -> None:
+    assert crash_test.main(["--kills", "2", "--steps", "300", "--seconds", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "resumed                  2 of 2" in printed
+    assert "differing weight bits    0" in printed
+    assert re.search(r"checkpoints +0 damaged of \d+", printed)
 
 
 def test_interleaving_measures_every_arm_once_a_repeat_in_turning_order() -> None:
