@@ -31,13 +31,14 @@ from utils.resume import (
     check_overrides,
     config_of_fork,
     find_origin,
-    pinned_settings,
     recorded_config,
     resumable_runs,
 )
 from utils.run_log import RunLog
-from utils.run_manager import CHECKPOINTS, Run, RunLockedError, Status, read_record
+from utils.run_manager import CHECKPOINTS, Run, RunLockedError, Status, read_record, wait_until_free
 from utils.signals import Deadline, StopRequest, stop_on_signals
+
+WAIT_SECONDS = 60.0  # for a run that has stopped to let go of its directory
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
     from utils.checkpointing import Checkpointer
@@ -111,7 +112,7 @@ def resume(
     given = given or ExperimentArguments(ConfigLoader(PROJECT_ROOT))
     recorded = recorded_config(origin.run, given.loader)
     loaded = absolute_dataset(given.loader.load_onto(recorded, given.files, given.overrides), PROJECT_ROOT)
-    check_overrides(origin.run, recorded, loaded, pinned_settings(read_record(origin.run)))
+    check_overrides(origin.run, recorded, loaded, read_record(origin.run).get("resolved") or {})
     return train(loaded, origin=origin, quiet=quiet, argv=argv)
 
 
@@ -125,6 +126,8 @@ def resume_auto(parsed: ExperimentArguments, loaded: LoadedConfig, runs_dir: Pat
     if tag is None:
         raise UserError("--resume auto needs --run-tag: it goes on with the newest unfinished run of that tag")
     for path in resumable_runs(runs_dir, tag):
+        if read_record(path)["status"] != "running":  # its process may still be feeding the views
+            wait_until_free(path, WAIT_SECONDS)
         try:
             return resume(Origin("resume", path.resolve(), strict=parsed.own.strict_resume), parsed, argv=argv)
         except RunLockedError:  # another process was faster
@@ -189,6 +192,7 @@ def run_experiment(
     from utils.finish import close_run, dump_flight_recorder, export
     from utils.start import prepare_run, write_meta
     from utils.step_buffer import NonFiniteError
+    from utils.tracking import CLOSING_SECONDS
     from utils.training import training_loop
 
     began = time.monotonic()
@@ -230,13 +234,18 @@ def run_experiment(
         terminal.print(f"failed after {duration(time.monotonic() - began)}: {relative_name(run.path, setup.root)}")
         raise
     finally:
-        stop.patient = False  # from here on a signal ends the waiting
-        if recorder is not None and status in ("diverged", "failed"):
-            dump_flight_recorder(recorder, run, reason or status, terminal)
-        if checkpoints is not None and status != "interrupted":
-            with contextlib.suppress(KeyboardInterrupt):
+        at_once = status == "interrupted" and reason != stop.reason
+        with contextlib.suppress(KeyboardInterrupt):  # an impatient signal ends the waiting, not the closing
+            if recorder is not None and status in ("diverged", "failed"):
+                dump_flight_recorder(recorder, run, reason or status, terminal)
+            if checkpoints is not None and not at_once:
                 checkpoints.wait()
-        summary = close_run(run, log, feeders, state, status, reason, terminal, deadline)
+        stop.patient = False  # from here on the first signal ends the waiting
+        left = CLOSING_SECONDS if deadline.seconds_left is None else min(deadline.seconds_left, CLOSING_SECONDS)
+        seconds_to_close = 1.0 if at_once else max(1.0, left)
+        summary = close_run(run, log, feeders, state, status, reason, terminal, seconds_to_close)
+        if log is not None and not at_once:  # at once: a checkpoint may still be written, and needs the log
+            log.close()
     seconds = time.monotonic() - began
     result = TrainResult(
         run_dir=run.path,

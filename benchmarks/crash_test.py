@@ -81,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
 
         (reference,) = list_run_paths(straight)
         found = [differences(reference, run) for run, _ in result.runs]
+    if not found:
+        raise UserError("no run was completed: " + "; ".join(result.failures))
     resumed = result.kills - len(result.failures)
     for line in (*result.failures, *result.damaged):
         terminal.print(line)

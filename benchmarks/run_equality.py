@@ -1,4 +1,4 @@
-"""Whether two runs are the same, bit for bit: weights, optimizer state, and every logged value but the times."""
+"""Whether two runs are the same, bit for bit: weights, optimizer state, export, and all that is logged but times."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from utils.run_log import LOG_FILES, read_records
@@ -43,13 +44,15 @@ def differing_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
 
 
 def differences(one: Path, other: Path) -> dict[str, int]:
-    """How two runs differ: bits of weights and optimizer state, records of the logs, other facts of the state."""
+    """How two runs differ: bits of weights, optimizer state and export; records of the logs; facts of the state."""
     a, b = last_checkpoint(one), last_checkpoint(other)
     log_a, log_b = log_without_times(one), log_without_times(other)
+    exports = [load_file(run / "artifacts" / "export" / "model.safetensors") for run in (one, other)]
     states = [{k: v for k, v in c.state.items() if k not in STATE_TIMINGS} for c in (a, b)]
     return {
         "weight bits": differing_bits(a.weights, b.weights),
         "optimizer bits": differing_bits(a.optimizer_tensors, b.optimizer_tensors),
+        "export bits": differing_bits(*exports),
         "log records": sum(x != y for x, y in zip(log_a, log_b, strict=False)) + abs(len(log_a) - len(log_b)),
         "state facts": sum(states[0].get(key) != states[1].get(key) for key in states[0].keys() | states[1].keys()),
     }

@@ -22,8 +22,8 @@ def die() -> None:
 
 
 def kill_at(moment: str, step: int) -> None:
-    """Patch the moment: the second micro-step, the end of an evaluation, a half-written checkpoint, a step's end,
-    or when the views show a step.
+    """Patch the moment: the second micro-step, the end of an evaluation, a half-written checkpoint, one whose pointers
+    are not written, a step's end, or when the views show a step.
     """
     import data
     import utils.checkpoint
@@ -47,6 +47,11 @@ def kill_at(moment: str, step: int) -> None:
         write = utils.checkpoint.write_tensors
         name = f".step_{step:06d}.tmp"
         utils.checkpoint.write_tensors = after(write, lambda path, _: path.parent.name == name)
+    elif moment == "pointer":
+        import utils.checkpointing
+
+        prune = utils.checkpointing.prune
+        utils.checkpointing.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
     elif moment == "step":
         training.optimizer_step = after(training.optimizer_step, lambda state: state.step == step)
     elif moment == "fed":

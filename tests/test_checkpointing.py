@@ -38,7 +38,7 @@ from utils.checkpointing import (
     choose_checkpoint,
     newest_good,
     prune,
-    put_aside_newer,
+    put_aside,
     remove_leftovers,
 )
 from utils.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -482,10 +482,10 @@ def test_a_full_disk_is_told_and_the_checkpoint_of_before_stays_good(
     checkpoints.save(state)
     checkpoints.wait()
     assert told == [
-        "the checkpoint of step 3 was not written: No space left on device; training goes on, the newest is of step 2"
+        "the checkpoint of step 3 was not written: No space left on device; the newest is of step 2"
     ]
     assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step_000002"]
-    found = newest_good(folder, strict=True, warn=told)
+    found, _ = newest_good(folder, strict=True, warn=told)
     assert found is not None
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in before.weights.items())
     filler.unlink()  # there is room again
@@ -509,7 +509,7 @@ def test_a_read_only_folder_is_told_and_the_checkpoint_of_before_stays_good(
         "the newest is of step 10"
         for step in (20, 30)
     ]
-    found = newest_good(small_disk, strict=True, warn=told)
+    found, _ = newest_good(small_disk, strict=True, warn=told)
     assert found is not None
     assert found.step == 10
 
@@ -520,7 +520,7 @@ def test_a_checkpoints_folder_that_cannot_be_made_is_told(
     folder.parent.mkdir(parents=True)
     folder.write_text("a file in its place")
     save(checkpointer(folder, log, told), state, 10)
-    assert told == ["the checkpoint of step 10 was not written: File exists; training goes on, there is none yet"]
+    assert told == ["the checkpoint of step 10 was not written: File exists; there is none"]
 
 
 def test_files_that_cannot_grow_are_told_and_the_checkpoint_of_before_stays_good(
@@ -541,7 +541,7 @@ def test_files_that_cannot_grow_are_told_and_the_checkpoint_of_before_stays_good
     process.start()
     sender.close()
     assert receiver.recv() == [
-        "the checkpoint of step 20 was not written: File too large; training goes on, the newest is of step 10"
+        "the checkpoint of step 20 was not written: File too large; the newest is of step 10"
     ]
     process.join()
     assert process.exitcode == 0
@@ -555,16 +555,16 @@ def test_files_that_cannot_grow_are_told_and_the_checkpoint_of_before_stays_good
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_newest_checkpoint_is_read(folder: Path, told: Told, strict: bool) -> None:
     make(folder, 10, 20)
-    found = newest_good(folder, strict=strict, warn=told)
+    found, _ = newest_good(folder, strict=strict, warn=told)
     assert found is not None
     assert (found.step, told) == (20, [])
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_without_checkpoints_there_is_none(folder: Path, told: Told, strict: bool) -> None:
-    assert newest_good(folder, strict=strict, warn=told) is None
+    assert newest_good(folder, strict=strict, warn=told) == (None, [])
     folder.mkdir(parents=True)
-    assert newest_good(folder, strict=strict, warn=told) is None
+    assert newest_good(folder, strict=strict, warn=told) == (None, [])
     assert told == []
 
 
@@ -572,7 +572,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(folder: Pat
     _, _, middle, newest = make(folder, 10, 20, 30, 40)
     damage(newest)
     (middle / MANIFEST_FILE).unlink()
-    found = newest_good(folder, strict=False, warn=told)
+    found, _ = newest_good(folder, strict=False, warn=told)
     assert found is not None
     assert found.step == 20
     assert [message.split(": ")[0] for message in told] == [f"{newest / WEIGHTS_FILE}", f"{middle / MANIFEST_FILE}"]
@@ -590,7 +590,7 @@ def test_strict_refuses_a_damaged_newest_checkpoint(folder: Path, told: Told) ->
 def test_strict_does_not_look_behind_the_newest(folder: Path, told: Told) -> None:
     oldest, _ = make(folder, 10, 20)
     damage(oldest)
-    found = newest_good(folder, strict=True, warn=told)
+    found, _ = newest_good(folder, strict=True, warn=told)
     assert found is not None
     assert found.step == 20
 
@@ -598,13 +598,13 @@ def test_strict_does_not_look_behind_the_newest(folder: Path, told: Told) -> Non
 def test_where_all_are_damaged_the_newest_is_named(folder: Path, told: Told) -> None:
     for path in make(folder, 10, 20):
         damage(path)
-    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged; the newest: .*step_000020/model"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used; the newest: .*step_000020/model"):
         newest_good(folder, strict=False, warn=told)
 
 
 def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
     make(folder, 10, 20, 30)
-    put_aside_newer(folder, 10)
+    put_aside([folder / "step_000020", folder / "step_000030"])
     assert steps_in(folder) == [10]
     assert sorted(path.name for path in folder.iterdir()) == [
         "step_000010",
@@ -612,19 +612,16 @@ def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
         "step_000030_damaged",
     ]
     make(folder, 20)
-    put_aside_newer(folder, 10)  # once more: the older one makes room
+    put_aside([folder / "step_000020"])  # once more: the older one makes room
     assert steps_in(folder) == [10]
-    put_aside_newer(folder, 0)
-    assert steps_in(folder) == []
-    put_aside_newer(folder / "nowhere", 0)
 
 
 def test_a_run_goes_on_past_what_was_put_aside(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
     save(checkpointer(folder, log, told), state, 10, 20, best=20)
     damage(folder / "step_000020")
-    found = newest_good(folder, strict=False, warn=told)
+    found, unusable = newest_good(folder, strict=False, warn=told)
     assert found is not None
-    put_aside_newer(folder, found.step)
+    put_aside(unusable)
     assert best_path(folder) is None  # it was damaged
     save(checkpointer(folder, log, told, saved_step=10), state, 20, 30)
     assert steps_in(folder) == [30, 20]

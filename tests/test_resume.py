@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from utils.train_state import TrainState
 
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parent.parent
-SAME = {"weight bits": 0, "optimizer bits": 0, "log records": 0, "state facts": 0}
+SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
 SIXTY = ("--max-iters", "60", "--eval-interval", "20", "--checkpoint-interval", "10", "--dropout", "0.2")
 HARD = (*SIXTY, "--gradient-accumulation-steps", "2", "--patience", "50", "--min-delta", "0.001")
 
@@ -293,8 +294,10 @@ def test_a_missing_configuration_or_a_changed_corpus_is_a_mistake(
     assert train.main(tiny_argv()) == 143
     text = tiny_corpus.read_text()
     tiny_corpus.write_text(text + "one line more\n")
+    before = (only_run() / "run.json").read_text()
     assert train.main(["--resume", str(only_run())]) == 2
-    assert "corpus" in capsys.readouterr().err
+    assert "the corpus is not the one that" in capsys.readouterr().err
+    assert (only_run() / "run.json").read_text() == before
     tiny_corpus.write_text(text)
     (only_run() / "meta" / "full_config.json").unlink()
     assert train.main(["--resume", str(only_run())]) == 2
@@ -337,6 +340,34 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(
     assert differences(run_of("straight"), run) == SAME
 
 
+def test_a_checkpoint_of_another_model_is_told_and_nothing_is_lost(
+    tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv(*SIXTY, "--run-tag", "straight")) == 0
+    assert train.main(tiny_argv(*SIXTY, "--n-embd", "32", "--run-tag", "other")) == 0
+    stop_after(monkeypatch, 33, send(signal.SIGTERM))
+    assert train.main(tiny_argv(*SIXTY, "--run-tag", "stopped")) == 143
+    run = run_of("stopped")
+    shutil.copytree(checkpoints(run_of("other")) / "step_000060", checkpoints(run) / "step_000060")
+    assert train.main(["--resume", str(run)]) == 0
+    assert "it is of another model: n_embd: looking for the one before" in capsys.readouterr().out
+    assert (checkpoints(run) / "step_000060_damaged").is_dir()
+    assert differences(run_of("straight"), run) == SAME
+
+
+def test_a_kill_before_the_pointer_is_written_loses_no_best_weights(
+    tiny_argv: Argv, run_of: Callable[[str], Path]
+) -> None:
+    best = (*SIXTY, "--export-weights", "best")
+    assert train.main(tiny_argv(*best, "--run-tag", "straight")) == 0
+    killed(tiny_argv(*best, "--run-tag", "killed"), "pointer", 60)
+    run = run_of("killed")
+    assert json.loads((checkpoints(run) / "best.json").read_text())["step"] < 60
+    assert train.main(["--resume", str(run)]) == 0
+    assert json.loads((checkpoints(run) / "best.json").read_text())["step"] == 60
+    assert differences(run_of("straight"), run) == SAME
+
+
 def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,7 +383,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
     monkeypatch.setattr(utils.checkpoint, "write_tensors", full)
     assert train.main(tiny_argv(*SIXTY, "--max-iters", "25", "--no-keep-best")) == 0
     out = capsys.readouterr().out.replace("\n", " ")
-    assert "the checkpoint of step 20 was not written: No space left on device; training goes on" in out
+    assert "the checkpoint of step 20 was not written: No space left on device; the newest is of step 10" in out
     assert [step for step, _ in list_checkpoints(checkpoints(only_run()))] == [25, 10]
     assert not list(checkpoints(only_run()).glob(".*"))
 

@@ -59,11 +59,11 @@ def run(runs_dir: Path) -> Path:
     return make(runs_dir, "20260101_000000_base", config, tag="base")
 
 
-def refusal(run: Path, loader: ConfigLoader, **overrides: str | bool) -> str:
+def refusal(run: Path, loader: ConfigLoader, resolved: dict[str, Any] | None = None, **overrides: str | bool) -> str:
     """Why the run does not go on with these flags."""
     recorded = recorded_config(run, loader)
     with pytest.raises(ConfigError) as caught:
-        check_overrides(run, recorded, loader.load_onto(recorded, (), overrides))
+        check_overrides(run, recorded, loader.load_onto(recorded, (), overrides), resolved or {})
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -186,7 +186,7 @@ def test_the_time_limit_of_a_session_is_not_inherited(runs_dir: Path, loader: Co
     recorded = recorded_config(path, loader)
     assert (recorded.config.train.max_minutes, recorded.config.train.checkpoint_minutes) == (None, 3)
     again = loader.load_onto(recorded, (), {"max_minutes": "7"})
-    check_overrides(path, recorded, again)
+    check_overrides(path, recorded, again, {})
     assert again.config.train.max_minutes == 7
     assert loader.load_onto(recorded).config.train.max_minutes is None
 
@@ -273,7 +273,7 @@ def test_what_changes_no_numbers_may_be_overridden_and_all_else_is_refused(
     loaded = loader.load_onto(recorded, (), {key: value})
     assert flat(loaded.config)[key] != flat(recorded.config)[key]
     if field_fact(key, "kind") in ("observation", "machine"):
-        check_overrides(run, recorded, loaded)
+        check_overrides(run, recorded, loaded, {})
     else:
         message = refusal(run, loader, **{key: value})
         flag = ("--no-" if value is False else "--") + key.replace("_", "-")
@@ -294,18 +294,27 @@ def test_a_setting_in_a_file_is_refused_with_its_line(run: Path, loader: ConfigL
     (tmp_path / "more.yaml").write_text("note: text\nseed: 8\n")
     recorded = recorded_config(run, loader)
     with pytest.raises(ConfigError, match=r"^more\.yaml:2: seed changes .* goes on with 7, not 8"):
-        check_overrides(run, recorded, loader.load_onto(recorded, [tmp_path / "more.yaml"]))
+        check_overrides(run, recorded, loader.load_onto(recorded, [tmp_path / "more.yaml"]), {})
 
 
 def test_an_override_that_says_what_is_so_already_is_none(run: Path, loader: ConfigLoader) -> None:
     recorded = recorded_config(run, loader)
-    check_overrides(run, recorded, loader.load_onto(recorded, (), {"seed": "7", "n_layer": "2", "bias": True}))
+    check_overrides(run, recorded, loader.load_onto(recorded, (), {"seed": "7", "n_layer": "2", "bias": True}), {})
 
 
 def test_the_length_is_judged_elsewhere(run: Path, loader: ConfigLoader) -> None:
     recorded = recorded_config(run, loader)
     for override in ({"max_iters": "9"}, {"epochs": "2"}):
-        check_overrides(run, recorded, loader.load_onto(recorded, (), override))
+        check_overrides(run, recorded, loader.load_onto(recorded, (), override), {})
+
+
+def test_what_auto_came_to_may_be_asked_for(run: Path, loader: ConfigLoader) -> None:
+    resolved = {"device": "cuda:1", "threads": 2, "n_kv_head": 4}
+    recorded = recorded_config(run, loader)
+    for flags in ({"device": "cuda:0"}, {"threads": "2"}, {"n_kv_head": "4"}):
+        check_overrides(run, recorded, loader.load_onto(recorded, (), flags), resolved)
+    assert "goes on with cuda:1, not cpu" in refusal(run, loader, resolved, device="cpu")
+    assert "goes on with 2, not 3" in refusal(run, loader, resolved, threads="3")
 
 
 # ------------------------------------------------------------------------------------- max_iters may grow
@@ -433,18 +442,20 @@ def test_a_tag_in_a_file_is_the_tag_of_the_fork(runs_dir: Path, loader: ConfigLo
 
 def test_what_auto_came_to_is_kept() -> None:
     record = {"resolved": {"device": "cuda:1", "dtype": "bfloat16", "threads": 3, "deterministic": False, "seed": 9}}
-    pinned = pinned_settings(record)
-    assert pinned == {"device": "cuda", "dtype": "bfloat16", "threads": 3, "deterministic": False}
+    pinned = pinned_settings(Config(), record)
+    assert pinned == {"device": "cuda:1", "dtype": "bfloat16", "threads": 3, "deterministic": False}
+    chosen = Config(train=TrainConfig(device="cuda:0", threads=5))
+    assert pinned_settings(chosen, record) == {"dtype": "bfloat16", "deterministic": False}  # what was not auto stays
     config = pin(Config(train=TrainConfig(seed=7, threads=5)), pinned)
     train = config.train
-    assert (train.device, train.dtype, train.threads, train.deterministic) == ("cuda", "bfloat16", 3, False)
+    assert (train.device, train.dtype, train.threads, train.deterministic) == ("cuda:1", "bfloat16", 3, False)
     assert train.seed == 7
     assert config.model == Config().model
 
 
 @pytest.mark.parametrize("record", [{}, {"resolved": None}, {"resolved": {}}, {"resolved": {"parameters": 5}}])
 def test_a_run_that_resolved_nothing_pins_nothing(record: dict[str, Any]) -> None:
-    assert pinned_settings(record) == {}
+    assert pinned_settings(Config(), record) == {}
     assert pin(Config(), {}) == Config()
 
 

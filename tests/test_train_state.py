@@ -19,6 +19,7 @@ from utils.train_state import (
     branch,
     build_state,
     capture,
+    foreign,
     load_weights,
     random_states,
     restore,
@@ -153,28 +154,32 @@ def test_states_of_devices_that_are_not_here_are_left_out(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("sections", "name"),
+    ("sections", "reason"),
     [
-        ({"model": {"n_layer": 2}}, "model"),
-        ({"model": {"dropout": 0.3}}, "model"),
-        ({"data": {"unknown_token": "?"}}, "tokenizer_hash"),
+        ({"model": {"n_layer": 2}}, "it is of another model: n_layer"),
+        ({"model": {"dropout": 0.3}}, "it is of another model: dropout"),
+        ({"data": {"unknown_token": "?"}}, "its tokenizer_hash is not that of this run"),
+        ({}, ""),
     ],
 )
-def test_a_checkpoint_of_another_experiment_is_not_resumed(
-    build: Build, tmp_path: Path, sections: dict[str, Any], name: str
+def test_a_checkpoint_of_another_experiment_is_foreign(
+    build: Build, tmp_path: Path, sections: dict[str, Any], reason: str
 ) -> None:
-    checkpoint = saved(build(**sections), tmp_path / "step_000001")
-    with pytest.raises(CheckpointError) as caught:
-        restore(build(), checkpoint)
-    assert str(caught.value).startswith(f"{checkpoint.path}: the {name} is not that of this run: ")
+    checkpoint, own = saved(build(**sections), tmp_path / "step_000001"), build()
+    assert foreign(checkpoint, own.config.model, own.corpus) == reason
 
 
-def test_a_checkpoint_of_another_corpus_is_not_resumed(build: Build, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_corpus_is_foreign(build: Build, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("another text of the same experiment, and long enough\n" * 20)
-    checkpoint = saved(build(data={"dataset": str(other)}), tmp_path / "step_000001")
-    with pytest.raises(CheckpointError, match="step_000001: the corpus_hash is not that of this run"):
-        restore(build(), checkpoint)
+    checkpoint, own = saved(build(data={"dataset": str(other)}), tmp_path / "step_000001"), build()
+    assert foreign(checkpoint, own.config.model, own.corpus) == "its corpus_hash is not that of this run"
+
+
+def test_a_state_that_says_nothing_is_foreign(build: Build, tmp_path: Path) -> None:
+    own = build()
+    checkpoint = Checkpoint(**vars(saved(own, tmp_path / "step_000001")) | {"state": {"step": 1}})
+    assert foreign(checkpoint, own.config.model, own.corpus) == "state.json is damaged"
 
 
 def test_weights_of_another_model_are_told(build: Build, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from utils.checkpoint import (
 )
 from utils.config import TrainConfig
 from utils.files import write_json
-from utils.run_log import RunLog
+from utils.run_log import RunLog, decode_number, encode_number
 from utils.train_state import TrainState, capture
 
 LATEST_FILE, BEST_FILE = "latest.json", "best.json"
@@ -102,6 +102,7 @@ class Checkpointer:
         """Copy the state and begin to write it, after the write of before has ended; nothing if it is saved already."""
         self.wait()
         if state.step == self._written_step:
+            self._point(state.step, state.best_step, state.best_val_loss)  # a killed process may not have come to it
             return
         weights, optimizer, facts = capture(state)
         facts |= {
@@ -143,46 +144,62 @@ class Checkpointer:
         facts: Mapping[str, Any],
     ) -> None:
         began = time.monotonic()
-        path = self.folder / folder_name(step)
-        best = facts["best_step"] if self.settings.keep_best else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / folder_name(step)
             write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)
             self._written_step = step
-            prune(self.folder, self.settings.keep_last, best)
-            pointer = {"step": step, "folder": path.name, "time": facts["time"]}
-            if best == step:
-                write_json(self.folder / BEST_FILE, {**pointer, "val/loss": facts["best_val_loss"]})
-            write_json(self.folder / LATEST_FILE, pointer)
+            prune(self.folder, self.settings.keep_last, facts["best_step"] if self.settings.keep_best else None)
         except Exception as error:  # the boundary of the thread: training goes on with the checkpoints of before
-            what = f"the checkpoint of step {step:,} was not written"
-            if self._written_step == step:
-                what = f"the checkpoint of step {step:,} is complete, but {LATEST_FILE} or {BEST_FILE} was not written"
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             kept = [found for found, _ in list_checkpoints(self.folder)]
-            newest = f"the newest is of step {kept[0]:,}" if kept else "there is none yet"
-            self._warn(f"{what}: {reason}; training goes on, {newest}")
+            newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
+            self._warn(f"the checkpoint of step {step:,} was not written: {_reason(error)}; {newest}")
+        else:
+            self._point(step, facts["best_step"], decode_number(facts["best_val_loss"]))
         self._write_seconds = time.monotonic() - began
+
+    def _point(self, step: int, best_step: int | None, best_val_loss: float) -> None:
+        """Let latest.json and best.json say what is true; they are only written if they do not say it yet."""
+        pointers: dict[str, dict[str, Any]] = {LATEST_FILE: {"step": step, "folder": folder_name(step)}}
+        if self.settings.keep_best and best_step is not None and (self.folder / folder_name(best_step)).is_dir():
+            best = {"step": best_step, "folder": folder_name(best_step), "val/loss": encode_number(best_val_loss)}
+            pointers[BEST_FILE] = best
+        try:
+            for name, content in pointers.items():
+                if _read_pointer(self.folder / name) != content:
+                    write_json(self.folder / name, content)
+        except OSError as error:
+            self._warn(f"{self.folder}: the pointers were not written: {_reason(error)}; the checkpoints are complete")
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def best_path(folder: Path) -> Path | None:
     """The checkpoint of the best val/loss that was saved, or None."""
-    return _pointed(folder, BEST_FILE)
+    step = _read_pointer(folder / BEST_FILE).get("step")
+    path = folder / folder_name(step) if isinstance(step, int) else None
+    return path if path is not None and path.is_dir() else None
 
 
-def _pointed(folder: Path, name: str) -> Path | None:
+def _read_pointer(path: Path) -> dict[str, Any]:
+    """What a pointer says; nothing if it is missing or damaged."""
     try:
-        step = json.loads((folder / name).read_text(encoding="utf-8"))["step"]
-        path = folder / folder_name(step)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return path if path.is_dir() else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def prune(folder: Path, keep_last: int, best: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and that of step `best`."""
-    for step, path in list_checkpoints(folder)[keep_last:]:
-        if step != best:
+    """Delete all but the newest `keep_last` checkpoints and that of step `best` (or the best one that there is)."""
+    checkpoints = list_checkpoints(folder)
+    kept = folder / folder_name(best) if best is not None else None
+    if kept is not None and not kept.is_dir():  # it could not be written: the best one of before is kept
+        kept = best_path(folder)
+    for _, path in checkpoints[keep_last:]:
+        if path != kept:
             old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
             path.rename(old)
             shutil.rmtree(old, ignore_errors=True)
@@ -197,24 +214,41 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def newest_good(folder: Path, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None where there is none at all; damaged newer ones are told.
+def newest_good(
+    folder: Path,
+    *,
+    strict: bool,
+    warn: Callable[[str], None],
+    problem: Callable[[Checkpoint], str] = lambda checkpoint: "",
+) -> tuple[Checkpoint | None, list[Path]]:
+    """The newest checkpoint that can be used, and the newer ones that cannot, which are told.
+
+    Args:
+        problem: what is wrong with a checkpoint that can be read; empty: nothing.
+
+    Returns:
+        None where there is no checkpoint at all.
 
     Raises:
-        CheckpointError: every checkpoint is damaged, or with `strict` the newest one.
+        CheckpointError: there are only unusable ones, or with `strict` the newest one is.
     """
     first_error: CheckpointError | None = None
-    for _, path in list_checkpoints(folder):
+    unusable: list[Path] = []
+    for step, path in list_checkpoints(folder):
         try:
-            return read_checkpoint(path)
+            checkpoint = _read(path, step)
+            if reason := problem(checkpoint):
+                raise CheckpointError(f"{path}: {reason}")
+            return checkpoint, unusable
         except CheckpointError as error:
             if strict:
                 raise
             first_error = first_error or error
+            unusable.append(path)
             warn(f"{error}: looking for the one before")
     if first_error is not None:
-        raise CheckpointError(f"{folder}: every checkpoint is damaged; the newest: {first_error}")
-    return None
+        raise CheckpointError(f"{folder}: no checkpoint can be used; the newest: {first_error}")
+    return None, []
 
 
 def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint:
@@ -228,7 +262,7 @@ def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[
     if not steps:
         raise CheckpointError(f"{run} has no checkpoints")
     if which == "latest":
-        checkpoint = newest_good(folder, strict=strict, warn=warn)
+        checkpoint, _ = newest_good(folder, strict=strict, warn=warn)
         assert checkpoint is not None
         return checkpoint
     path = best_path(folder) if which == "best" else steps.get(int(which))
@@ -236,13 +270,20 @@ def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[
         available = ", ".join(f"{step}" for step in sorted(steps))
         missing = "no best checkpoint (keep_best was off)" if which == "best" else f"no checkpoint of step {which}"
         raise CheckpointError(f"{run} has {missing}; there are: {available}")
-    return read_checkpoint(path)
+    return _read(path, next(step for step, found in steps.items() if found == path))
 
 
-def put_aside_newer(folder: Path, step: int) -> None:
-    """Rename the (damaged) checkpoints after `step` to `step_..._damaged`: the run goes on from before them."""
-    for newer, path in list_checkpoints(folder):
-        if newer > step:
-            put_aside = path.with_name(f"{path.name}_damaged")
-            shutil.rmtree(put_aside, ignore_errors=True)
-            path.rename(put_aside)
+def _read(path: Path, step: int) -> Checkpoint:
+    """The checkpoint at `path`, which says by its name that it is of `step`."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint.step != step:
+        raise CheckpointError(f"{path}: it holds the checkpoint of step {checkpoint.step}, which is another one")
+    return checkpoint
+
+
+def put_aside(paths: Iterable[Path]) -> None:
+    """Rename unusable checkpoints to `step_..._damaged`: the run goes on from before them."""
+    for path in paths:
+        name = path.with_name(f"{path.name}_damaged")
+        shutil.rmtree(name, ignore_errors=True)
+        path.rename(name)

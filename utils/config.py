@@ -347,7 +347,12 @@ class TrackingConfig(Section):
     runs_dir: str = setting("runs", "folder of the run directories", kind=MACHINE, min_length=1)
     log_interval: Int = setting(1, "steps between training records", kind=OBSERVATION, unit="steps", ge=1)
     flush_interval: Int = setting(
-        50, "steps between writes to the log (it is also written every 2 s)", kind=OBSERVATION, unit="steps", ge=1
+        50,
+        "steps between writes to the log (it is also written every 2 s)",
+        kind=OBSERVATION,
+        unit="steps",
+        ge=1,
+        le=64,
     )
     histogram_interval: Int = setting(
         250, "steps between histograms of parameters and gradients; 0: none", kind=OBSERVATION, unit="steps", ge=0

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.checkpoint import CheckpointError, read_checkpoint
-from utils.checkpointing import best_path
+from utils.checkpoint import CheckpointError, folder_name, read_checkpoint
 from utils.console import Terminal
 from utils.export import save_export
 from utils.flight_recorder import FlightRecorder
 from utils.run_log import RunLog, decode_number, encode_number
-from utils.run_manager import CHECKPOINTS, Run, Status
-from utils.signals import Deadline
-from utils.tracking import CLOSING_SECONDS, Feeders, RunEnd
+from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, Run, Status
+from utils.tracking import Feeders, RunEnd
 from utils.train_state import TrainState, load_weights
 
 
@@ -23,10 +21,7 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
         which = "best"
     elif state.config.train.exports_best:
         try:
-            path = best_path(run.path / CHECKPOINTS)
-            if path is None:
-                raise CheckpointError("the best checkpoint is not there")
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(run.path / CHECKPOINTS / folder_name(state.best_step or 0))
             load_weights(state, checkpoint)
             step, losses, which = checkpoint.step, checkpoint.state["losses"], "best"
         except CheckpointError as error:
@@ -45,7 +40,7 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
 
 def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, terminal: Terminal) -> None:
     """artifacts/flight_recorder.json; where it cannot be written, one warning, for worse has happened already."""
-    path = run.path / "artifacts" / "flight_recorder.json"
+    path = run.path / FLIGHT_RECORDER
     try:
         recorder.dump(path, reason)
     except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed gives no numbers back
@@ -60,15 +55,15 @@ def close_run(
     status: Status,
     reason: str | None,
     terminal: Terminal,
-    deadline: Deadline,
+    seconds: float,
 ) -> dict[str, float]:
-    """Sync the logs, write the end into run.json, close the views; the summary."""
+    """Sync the logs, write the end into run.json, close the views within `seconds`; the summary."""
     summary: dict[str, float] = {}
     if state is not None and state.losses is not None:
         summary = {**state.losses, "best_val_loss": state.best_val_loss}
     try:
         if log is not None:
-            log.close()
+            log.sync()
     finally:  # before the views: whoever kills the process while they are fed finds the true status
         run.finish(
             status,
@@ -78,7 +73,5 @@ def close_run(
             best_step=state.best_step if state else None,
         )
     if feeders is not None:
-        end = RunEnd(status, summary, state.step if state else 0)
-        left = deadline.seconds_left
-        feeders.finish(end, terminal.print, CLOSING_SECONDS if left is None else max(1.0, min(left, CLOSING_SECONDS)))
+        feeders.finish(RunEnd(status, summary, state.step if state else 0), terminal.print, seconds)
     return summary

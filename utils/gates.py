@@ -71,7 +71,7 @@ def check_gates(
     config = loaded.config
     checkpoint, tokenizer = None, None
     if origin is not None and origin.relation == "resume":
-        config = pin(config, pinned_settings(read_record(origin.run)))
+        config = pin(config, pinned_settings(config, read_record(origin.run)))
         tokenizer = CharTokenizer.load(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
         checkpoint, tokenizer = read_parent(origin, config, warn)

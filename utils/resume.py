@@ -16,14 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.config import FIELDS, SECTION_OF, TRAJECTORY, Config, ModelConfig, derived_settings, field_fact, flat
+from utils.config import (
+    FIELDS,
+    SECTION_OF,
+    TRAJECTORY,
+    Config,
+    ModelConfig,
+    derived_settings,
+    field_fact,
+    flat,
+    get_value,
+)
 from utils.config_loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
 from utils.run_manager import RunError, list_run_paths, read_record, read_status, resolve_run
 
 Relation = Literal["resume", "fork", "init"]
 CHOICES = ("latest", "best")
 RESUMABLE = ("interrupted", "crashed")
-PER_SESSION = {"max_minutes": None}  # settings of one process, which the next one does not inherit
+PER_SESSION = ("max_minutes",)  # settings of one process, which the next one does not inherit
 
 
 @dataclass(frozen=True)
@@ -81,14 +91,16 @@ def _config_path(run: Path) -> Path:
 
 
 def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
-    """The configuration that a run was started with, with the sources it had then; without its time limit.
+    """The configuration that a run was started with, with the sources it had then.
+
+    Settings of PER_SESSION are those of configs/ now.
 
     Raises:
         ConfigError: it is missing or damaged.
     """
     if not _config_path(run).is_file():
         raise ConfigError(f"{run.name} ended before its configuration was written: nothing can be resumed")
-    config = pin(loader.load_only(_config_path(run)).config, PER_SESSION)
+    config, current = loader.load_only(_config_path(run)).config, loader.load()
     try:
         sources = json.loads((run / "meta" / "config_sources.json").read_text(encoding="utf-8"))
         layers = {
@@ -100,32 +112,38 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
         }
     except (OSError, ValueError, KeyError, TypeError):  # the values count; where they came from is only told
         layers = {key: [Setting(value, f"{run.name}/meta/full_config.json")] for key, value in flat(config).items()}
-    return LoadedConfig(config, layers)
+    layers |= {key: current.layers[key] for key in PER_SESSION}
+    return LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
 
 
-def check_overrides(
-    run: Path, recorded: LoadedConfig, loaded: LoadedConfig, pinned: Mapping[str, Any] | None = None
-) -> None:
+def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, resolved: Mapping[str, Any]) -> None:
     """Whether a run that was started as `recorded` may go on as `loaded`.
 
     Settings of kind observation and machine may differ, and max_iters within the limits of `check_longer`:
     everything else would make it another experiment.
 
     Args:
-        pinned: what "auto" and none came to: to ask for that is to ask for nothing new.
+        resolved: what "auto" and none came to: to ask for that is to ask for nothing new.
 
     Raises:
         ConfigError: an override that a resume must refuse, with the reason.
     """
-    before, after, pinned = flat(recorded.config), flat(loaded.config), pinned or {}
+    before, after = flat(recorded.config), flat(loaded.config)
     alternatives = {key for pair in ALTERNATIVES for key in pair}
     for key in FIELDS:
-        same = after[key] == before[key] or (key in pinned and after[key] == pinned[key])
-        if not same and key not in alternatives and field_fact(key, "kind") == TRAJECTORY:
-            raise ConfigError(
-                f"{loaded.source(key)}: {key} changes the numbers of a run, so {run.name} goes on with "
-                f"{_shown(before[key])}, not {_shown(after[key])}; --fork starts a new run from its checkpoint"
-            )
+        if after[key] == before[key] or key in alternatives or field_fact(key, "kind") != TRAJECTORY:
+            continue
+        value = resolved.get(key) if before[key] in (None, "auto") else before[key]
+        if after[key] == value or (key == "device" and _device_type(after[key]) == _device_type(str(value))):
+            continue
+        raise ConfigError(
+            f"{loaded.source(key)}: {key} changes the numbers of a run, so {run.name} goes on with "
+            f"{_shown(value)}, not {_shown(after[key])}; --fork starts a new run from its checkpoint"
+        )
+
+
+def _device_type(device: str) -> str:
+    return device.split(":")[0]
 
 
 def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:
@@ -176,13 +194,14 @@ def config_of_fork(
     return LoadedConfig(pin(loaded.config, {"run_tag": tag}), layers)
 
 
-def pinned_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+def pinned_settings(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
     """What "auto" and none came to when the run was started: a resume keeps them, or the numbers would differ."""
     resolved = record.get("resolved") or {}
-    pinned = {key: resolved[key] for key in ("dtype", "threads", "deterministic") if key in resolved}
-    if "device" in resolved:
-        pinned["device"] = str(resolved["device"]).split(":")[0]
-    return pinned
+    return {
+        key: resolved[key]
+        for key in ("device", "dtype", "threads", "deterministic")
+        if key in resolved and get_value(config, key) in (None, "auto")
+    }
 
 
 def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
@@ -210,19 +229,26 @@ def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
         ConfigError: what differs, and the flags that would fit.
     """
     theirs = ModelConfig.model_validate(parent)
-    differing = []
-    for key in ModelConfig.model_fields:
-        if key in FREE_MODEL_SETTINGS or _resolved(own, key) == _resolved(theirs, key):
-            continue
-        if getattr(own, key) is None and getattr(theirs, key) is None:
-            continue  # derived from another setting, which is told
-        if key == "block_size" and own.position == theirs.position == "rope":
-            continue  # rotations need no table: with another context the weights are the same
-        differing.append(key)
+    differing = [
+        key
+        for key in differing_model_settings(own, theirs)
+        # rotations need no table: with another context the weights are the same
+        if key not in FREE_MODEL_SETTINGS and not (key == "block_size" and own.position == theirs.position == "rope")
+    ]
     if differing:
         facts = ", ".join(f"{key} {_shown(getattr(theirs, key))}, not {_shown(getattr(own, key))}" for key in differing)
         flags = " ".join(_flag(key, getattr(theirs, key)) for key in differing)
         raise ConfigError(f"the weights of {name} are of another model: {facts}; fitting: {flags}")
+
+
+def differing_model_settings(own: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Settings that mean another architecture; what is derived from another setting that differs is left out."""
+    return [
+        key
+        for key in ModelConfig.model_fields
+        if _resolved(own, key) != _resolved(theirs, key)
+        and not (getattr(own, key) is None and getattr(theirs, key) is None)
+    ]
 
 
 def _resolved(config: ModelConfig, key: str) -> Any:

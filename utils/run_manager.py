@@ -26,6 +26,7 @@ from utils.files import write_json
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = Path("artifacts", "checkpoints")  # in a run directory
+FLIGHT_RECORDER = Path("artifacts", "flight_recorder.json")
 TOKENIZER = Path("meta", "tokenizer.json")
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
@@ -121,6 +122,7 @@ class Run:
         try:
             lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _sign(lock_fd)
             record = {
                 "schema_version": SCHEMA_VERSION,
                 "id": path.name,
@@ -158,10 +160,11 @@ class Run:
             RunError: it is not a run directory, or cannot be written.
         """
         record = read_record(path)
-        being_trained = RunLockedError(
-            f"run {path.name} is being trained by process {record.get('pid')} on {record.get('host')}"
-        )
-        if record.get("host") != socket.gethostname() and read_status(path) == "running":
+        here = record.get("host") == socket.gethostname()
+        holder = _holder(path) if here else None
+        holder = holder or f"process {record.get('pid')} on {record.get('host')}"
+        being_trained = RunLockedError(f"run {path.name} is being trained by {holder}")
+        if not here and read_status(path) == "running":
             raise being_trained
         try:
             lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -172,6 +175,7 @@ class Run:
         except BlockingIOError:
             os.close(lock_fd)
             raise being_trained from None
+        _sign(lock_fd)
         return cls(path, {**record, **read_record(path)}, lock_fd)
 
     def restart(self, argv: Sequence[str], step: int, **facts: Any) -> None:
@@ -206,16 +210,20 @@ class Run:
             return json.loads(json.dumps(self._record))
 
     def update(self, **facts: Any) -> None:
-        """Replace fields of run.json, atomically."""
+        """Replace fields of run.json, atomically; nothing once the lock is released."""
         with self._mutex:
             self._record.update(facts)
+            self._write()
+
+    def _write(self) -> None:
+        if not self._ended.is_set():  # a view that hangs may come back when the directory has another owner
             write_json(self.path / "run.json", self._record)
 
     def update_view(self, name: str, **facts: Any) -> None:
         """Merge facts about one view (its state, its id in the tracker) into run.json."""
         with self._mutex:
             self._record["views"].setdefault(name, {}).update(facts)
-            write_json(self.path / "run.json", self._record)
+            self._write()
 
     def _heartbeat(self) -> None:
         """A sign of life for readers on other hosts, who cannot see the lock."""
@@ -229,8 +237,24 @@ class Run:
 
     def release(self) -> None:
         """Let go of the lock; the process is done with the directory."""
-        self._ended.set()
+        with self._mutex:
+            self._ended.set()
         os.close(self._lock_fd)
+
+
+def _sign(lock_fd: int) -> None:
+    """Say in the lock file who holds it; that is also its first heartbeat."""
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+
+def _holder(path: Path) -> str | None:
+    """The process that holds, or held last, the lock of a run directory; None: the lock file does not say."""
+    try:
+        pid, host = (path / "lock").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return None
+    return f"process {pid} on {host}"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -271,6 +295,14 @@ def lock_is_free(path: Path) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def wait_until_free(path: Path, seconds: float) -> bool:
+    """Wait for the lock of the run directory `path`, at most that long; whether it is free."""
+    deadline = time.monotonic() + seconds
+    while not (free := lock_is_free(path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return free
 
 
 def read_status(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 import torch
 
 from utils.checkpoint import Checkpoint
-from utils.checkpointing import choose_checkpoint, newest_good, put_aside_newer
+from utils.checkpointing import choose_checkpoint, newest_good, put_aside
 from utils.config import config_hash, derived_settings
 from utils.console import Terminal, facts
 from utils.device import device_facts, is_deterministic, processor_name
+from utils.errors import UserError
 from utils.files import write_json
 from utils.gates import Setup
 from utils.metadata import GitFacts, MetadataCapture
 from utils.resume import Relation, check_longer, parent_facts
 from utils.run_log import cut_logs
-from utils.run_manager import CHECKPOINTS, TOKENIZER, Run
-from utils.train_state import TrainState, branch, build_state, load_weights, restore
+from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, TOKENIZER, Run
+from utils.train_state import TrainState, branch, build_state, foreign, load_weights, restore
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
 NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bits from run to run"
@@ -60,18 +62,37 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
     try:
         record = run.record
         check_longer(run.path, record, setup.config, setup.max_iters)
-        checkpoint = newest_good(run.path / CHECKPOINTS, strict=origin.strict, warn=terminal.warn)
+        check_corpus(run, record, setup)
+        folder = run.path / CHECKPOINTS
+        problem = functools.partial(foreign, model=setup.config.model, corpus=setup.corpus)
+        checkpoint, unusable = newest_good(folder, strict=origin.strict, warn=terminal.warn, problem=problem)
         start = Start(checkpoint, "resume") if checkpoint else start_of_parent(record, terminal.warn)
-        step = start.step
         for what, before, now in changed_facts(record, setup, git):
             terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
         cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
-        put_aside_newer(run.path / CHECKPOINTS, step)
-        run.restart(argv, step, git=git.summary())
+        put_aside(unusable)
+        (run.path / FLIGHT_RECORDER).unlink(missing_ok=True)  # of the session before
+        run.restart(argv, start.step, git=git.summary())
+        run.update(tag=setup.config.tracking.run_tag)
     except BaseException:
         run.release()
         raise
     return run, start
+
+
+def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
+    """Whether the text is the one that the run was started with.
+
+    Raises:
+        UserError: it is not.
+    """
+    resolved, corpus = record.get("resolved") or {}, setup.corpus
+    for key, now in (("corpus_hash", corpus.hash), ("tokenizer_hash", corpus.tokenizer.hash())):
+        if (before := resolved.get(key, now)) != now:
+            raise UserError(
+                f"{corpus.name}: the corpus is not the one that {run.id} was trained on ({key} was {before[:12]}..., "
+                f"is {now[:12]}...); --fork starts a new run from its checkpoint"
+            )
 
 
 def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:

@@ -13,11 +13,12 @@ import torch
 from data import BatchSampler, Corpus
 from model import LanguageModel
 from utils.checkpoint import Checkpoint, CheckpointError, flatten_optimizer, restore_optimizer, weight_differences
-from utils.config import Config
+from utils.config import Config, ModelConfig
 from utils.console import Terminal
 from utils.device import autocast
 from utils.early_stopping import EarlyStopping
 from utils.optim import build_optimizer
+from utils.resume import differing_model_settings
 from utils.run_log import decode_number, encode_number
 
 
@@ -123,6 +124,7 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
         "nonfinite_in_a_row": state.nonfinite_in_a_row,
         "scaler": state.scaler.state_dict(),
         "rng": random_states(),
+        "device": str(state.device),
         "optimizer": optimizer,
         "model": state.config.model.model_dump(mode="json"),
         "seed": state.config.train.seed,
@@ -160,6 +162,13 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(decode(states["mps"]))
 
 
+def move_random_state(states: Mapping[str, Any], before: torch.device, now: torch.device) -> None:
+    """On another GPU than before, continue the random stream of the one before."""
+    if before.type == now.type == "cuda" and (before.index or 0) != (now.index or 0):
+        text = states["cuda"][before.index or 0]
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8), now)
+
+
 def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     """Take the weights of a checkpoint, nothing else.
 
@@ -171,6 +180,18 @@ def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     state.model.load_state_dict(checkpoint.weights)
 
 
+def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
+    """What tells a checkpoint from those of an experiment with this model and corpus; empty: nothing."""
+    own = {"corpus_hash": corpus.hash, "tokenizer_hash": corpus.tokenizer.hash()}
+    try:
+        differing = differing_model_settings(model, ModelConfig.model_validate(checkpoint.state["model"]))
+        if differing:
+            return f"it is of another model: {', '.join(differing)}"
+        return next((f"its {key} is not that of this run" for key in own if checkpoint.state[key] != own[key]), "")
+    except (KeyError, ValueError):
+        return "state.json is damaged"
+
+
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     """Go on where a checkpoint of the same run was saved, bit for bit.
 
@@ -178,14 +199,6 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         CheckpointError: it is not a checkpoint of this experiment.
     """
     place, facts = checkpoint.path, checkpoint.state
-    expected = {
-        "model": state.config.model.model_dump(mode="json"),
-        "corpus_hash": state.corpus.hash,
-        "tokenizer_hash": state.corpus.tokenizer.hash(),
-    }
-    for name, value in expected.items():
-        if facts.get(name) != value:
-            raise CheckpointError(f"{place}: the {name} is not that of this run: {facts.get(name)}, expected {value}")
     _branch(state, checkpoint, same_settings=True)
     try:
         state.losses = {name: decode_number(loss) for name, loss in facts["losses"].items()} or None
@@ -227,6 +240,7 @@ def _branch(state: TrainState, checkpoint: Checkpoint, *, same_settings: bool) -
         state.step = checkpoint.step
         if facts["seed"] == state.config.train.seed:
             set_random_states(facts["rng"])
+            move_random_state(facts["rng"], torch.device(facts["device"]), state.device)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -114,6 +114,7 @@ def training_loop(
         buffer.restart_clock()
 
     state.model.train()
+    deadline.is_near(reserve=0.0)  # the first evaluation counts as a step
     try:
         while True:
             evaluation_due = state.step % settings.eval_interval == 0 or state.step == state.max_iters
