@@ -252,6 +252,7 @@ OTHER_VALUES = {  # valid, and not the default
     "keep_best": False,
     "aim_logging": True,
     "tracking_budget": "0.5",
+    "flush_interval": "60",
 }
 ONLY_ONE_VALUE = ("tokenizer", "optimizer_name", "qkv_bias", "qk_norm", "tie_embeddings", "logit_softcap")
 LENGTHS = ("max_iters", "epochs")
