@@ -33,7 +33,7 @@ from utils.checkpoint import (
     flatten_optimizer,
     folder_name,
     list_checkpoints,
-    parse_tensors,
+    map_tensors,
     read_checkpoint,
     restore_optimizer,
     weight_differences,
@@ -74,10 +74,6 @@ def all_kinds() -> Tensors:
     }
 
 
-def file_bytes(path: Path) -> torch.Tensor:
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-
-
 def write(path: Path, step: int = 10, weights: Mapping[str, torch.Tensor] = WEIGHTS, **facts: Any) -> Path:
     """A small checkpoint at `path`."""
     write_checkpoint(path, weights, MOMENTS, TOKENIZER, {"step": step, **facts})
@@ -111,20 +107,20 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
 def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(all_kinds(), path, metadata={"format": "pt"})
-    assert same(parse_tensors(path, file_bytes(path)), all_kinds())
+    assert same(map_tensors(path), all_kinds())
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_tensors(path, all_kinds())
-    assert same(parse_tensors(path, file_bytes(path)), all_kinds())
+    assert same(map_tensors(path), all_kinds())
 
 
 def test_no_tensors_are_a_file_too(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_tensors(path, {})
     assert load_file(path) == {}
-    assert parse_tensors(path, file_bytes(path)) == {}
+    assert map_tensors(path) == {}
 
 
 def test_each_tensor_is_aligned_to_its_item_size(tmp_path: Path) -> None:
@@ -175,16 +171,26 @@ def test_files_do_not_depend_on_the_size_of_a_write(
     ],
     ids=lambda value: value[:70].decode(errors="replace"),
 )
-def test_what_is_no_safetensors_file_is_refused(header: bytes, body: bytes) -> None:
-    data = len(header).to_bytes(8, "little") + header + body
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, header: bytes, body: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: not a safetensors file"):
-        parse_tensors(Path("a.safetensors"), torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        map_tensors(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("data", [b"", b"1234567", b"\xff" * 8, b"\xff" * 100])
-def test_a_file_without_a_header_is_refused(data: bytes) -> None:
+def test_a_file_without_a_header_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: not a safetensors file"):
-        parse_tensors(Path("a.safetensors"), torch.tensor(list(data), dtype=torch.uint8))
+        map_tensors(tmp_path / "a.safetensors")
+
+
+def test_writing_to_what_was_read_does_not_change_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, all_kinds())
+    before = path.read_bytes()
+    for tensor in map_tensors(path).values():
+        tensor.zero_()
+    assert path.read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------- a checkpoint

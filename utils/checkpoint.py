@@ -13,6 +13,7 @@ flipped bit or a lost page is found before it is trained on.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -57,7 +58,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `read_checkpoint` returns; the tensors lie in host memory."""
+    """What `read_checkpoint` returns; the tensors lie in host memory, mapped from the files."""
 
     path: Path
     step: int
@@ -173,17 +174,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: what is missing or damaged.
     """
     manifest = _read_manifest(path)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # putting data into fresh memory is slower than the disk
-        data = dict(zip(FILES, pool.map(lambda name: _read(path / name, manifest[name]), FILES), strict=True))
-    state = _parse_json(path / STATE_FILE, data[STATE_FILE])
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for _ in pool.map(lambda name: _check(path / name, *manifest[name]), FILES):
+            pass
+    state = _parse_json(path / STATE_FILE)
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path / STATE_FILE}: names no step")
     return Checkpoint(
         path=path,
         step=state["step"],
-        weights=parse_tensors(path / WEIGHTS_FILE, data[WEIGHTS_FILE]),
-        optimizer_tensors=parse_tensors(path / OPTIMIZER_FILE, data[OPTIMIZER_FILE]),
-        tokenizer=_parse_json(path / TOKENIZER_FILE, data[TOKENIZER_FILE]),
+        weights=map_tensors(path / WEIGHTS_FILE),
+        optimizer_tensors=map_tensors(path / OPTIMIZER_FILE),
+        tokenizer=_parse_json(path / TOKENIZER_FILE),
         state=state,
     )
 
@@ -209,35 +211,30 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return files
 
 
-def _read(path: Path, expected: tuple[int, str]) -> torch.Tensor:
-    """A whole file, (bytes,) uint8, checked against its line in the manifest while it is read."""
-    size, crc32 = expected
+def _check(path: Path, size: int, crc32: str) -> None:
+    """Read a whole file and compare it with its line in the manifest; it is in the page cache then."""
     checksum = 0
     try:
         with open(path, "rb", buffering=0) as file:
             found = os.fstat(file.fileno()).st_size
             if found != size:
                 raise CheckpointError(f"{path}: damaged: {found:,} bytes, the manifest says {size:,}")
-            data = torch.empty(size, dtype=torch.uint8)
-            rest = data.numpy().data
-            while rest:
-                count = file.readinto(rest[:CHUNK_BYTES])
-                if not count:
-                    raise CheckpointError(f"{path}: damaged: it ends early")
-                checksum = zlib.crc32(rest[:count], checksum)
-                rest = rest[count:]
+            buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
+            while count := file.readinto(buffer):
+                checksum = zlib.crc32(buffer[:count], checksum)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if f"{checksum:08x}" != crc32:
         raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, the manifest says {crc32}")
-    return data
 
 
-def _parse_json(path: Path, data: torch.Tensor) -> dict[str, Any]:
+def _parse_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(data.numpy().tobytes())
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -245,17 +242,24 @@ def _parse_json(path: Path, data: torch.Tensor) -> dict[str, Any]:
     return value
 
 
-def parse_tensors(path: Path, data: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file: views into `data`, (bytes,) uint8.
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, as views of the file in memory; writing to them does not change it.
+
+    Nothing is copied: putting a gigabyte into fresh memory takes longer than reading it from a disk.
 
     Raises:
         CheckpointError: not a safetensors file, or a tensor that does not lie inside it.
     """
     try:
-        length = int.from_bytes(data[:8].numpy().tobytes(), "little")
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < 8:
+                raise ValueError("the header is longer than the file")
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
+        length = int.from_bytes(memory[:8], "little")
         if length + 8 > len(data):
             raise ValueError("the header is longer than the file")
-        header = json.loads(data[8 : 8 + length].numpy().tobytes())
+        header = json.loads(memory[8 : 8 + length])
         body = data[8 + length :]
         tensors = {}
         for name, entry in header.items():
@@ -264,6 +268,8 @@ def parse_tensors(path: Path, data: torch.Tensor) -> dict[str, torch.Tensor]:
                 if not 0 <= first <= end <= len(body):
                     raise ValueError(f"{name} lies outside the file")
                 tensors[name] = body[first:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
     return tensors
