@@ -152,9 +152,10 @@ class _Field(ProgressColumn):
         self.template, self.style = template, style
 
     def render(self, task: Task) -> Text:
+        known = {name: value for name, value in task.fields.items() if value is not None}
         try:
-            return Text(self.template.format(**task.fields), style=self.style)
-        except (TypeError, ValueError):  # not known yet
+            return Text(self.template.format(**known), style=self.style)
+        except KeyError:  # not known yet
             return Text("")
 
 
