@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FORK = multiprocessing.get_context("fork")
 TINY_FLAGS = {
     "--n-layer": "1",
     "--n-head": "2",
@@ -25,6 +29,25 @@ TINY_FLAGS = {
     "--sample-tokens": "8",
     "--threads": "1",
 }
+
+
+def in_child(prepare: Callable[[], object], action: Callable[[], object]) -> Any:
+    """What `action` returns or raises in a forked process, after `prepare` has changed that process."""
+
+    def work(pipe: Connection) -> None:
+        prepare()
+        try:
+            pipe.send(action())
+        except Exception as error:
+            pipe.send(error)
+
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=work, args=(sender,))
+    process.start()
+    sender.close()
+    result = receiver.recv()
+    process.join()
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
 import resource
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from conftest import in_child
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -42,7 +41,6 @@ from utils.checkpoint import (
 )
 from utils.errors import UserError
 
-FORK = multiprocessing.get_context("fork")
 Tensors = dict[str, torch.Tensor]
 TOKENIZER = {"type": "char", "version": 1, "vocabulary": ["\n", "ü", "🙂"], "unknown_token": None}
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([True, False])}
@@ -451,21 +449,7 @@ def test_differences_of_weights_are_named_three_at_a_time() -> None:
 
 def with_small_files(limit: int, action: Callable[[], object]) -> Any:
     """What `action` returns or raises in a process whose files cannot grow beyond `limit` bytes."""
-
-    def work(pipe: Connection) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            pipe.send(action())
-        except Exception as error:
-            pipe.send(error)
-
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=work, args=(sender,))
-    process.start()
-    sender.close()
-    result = receiver.recv()
-    process.join()
-    return result
+    return in_child(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), action)
 
 
 @pytest.mark.parametrize("limit", [0, 60, 200, 350, 100_000])

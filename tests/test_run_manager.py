@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,12 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import FORK, in_child
 
 from utils import run_manager
 from utils.run_manager import (
@@ -41,7 +40,6 @@ from utils.run_manager import (
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 1, 31, 14, 25, 1)
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -56,23 +54,13 @@ def public_dir() -> Iterator[Path]:
 def as_nobody(action: Callable[[], object]) -> Any:
     """What `action` returns or raises in a process that has not root's rights."""
 
-    def work(pipe: Connection) -> None:
+    def give_up_rights() -> None:
         if os.geteuid() == 0:
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-        try:
-            pipe.send(action())
-        except Exception as error:
-            pipe.send(error)
 
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=work, args=(sender,))
-    process.start()
-    sender.close()
-    result = receiver.recv()
-    process.join()
-    return result
+    return in_child(give_up_rights, action)
 
 
 def make(runs_dir: Path, run_id: str, **facts: Any) -> Path:

@@ -130,10 +130,10 @@ class Checkpointer:
 
     def seconds_to_save(self, state: TrainState) -> float:
         """How long a checkpoint may take, with some reserve."""
-        if self._write_seconds is not None:
-            return 1.0 + 2 * self._write_seconds
-        weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
-        return 1.0 + 3 * weights / FIRST_GUESS_BYTES_PER_SECOND
+        if self._write_seconds is None:  # a guess, made once: this is asked at every step
+            weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+            self._write_seconds = 1.5 * weights / FIRST_GUESS_BYTES_PER_SECOND
+        return 1.0 + 2 * self._write_seconds
 
     def _write(
         self,
