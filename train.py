@@ -25,7 +25,7 @@ from utils.config_loader import ConfigLoader, LoadedConfig, relative_name
 from utils.console import Terminal, TrainingProgress, duration, settings_table
 from utils.errors import UserError
 from utils.metadata import GitFacts
-from utils.result import TrainResult, print_result
+from utils.result import TrainResult, print_result, rebuild_command
 from utils.resume import (
     Origin,
     check_overrides,
@@ -41,11 +41,9 @@ from utils.signals import Deadline, StopRequest, stop_on_signals
 WAIT_SECONDS = 60.0  # for a run that has stopped to let go of its directory
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
-    from utils.checkpointing import Checkpointer
-    from utils.flight_recorder import FlightRecorder
     from utils.gates import Setup
     from utils.start import Start
-    from utils.tracking import Feeders
+    from utils.tracking.feeder import Feeders
     from utils.train_state import TrainState
 
 
@@ -188,11 +186,12 @@ def run_experiment(
     deadline: Deadline,
 ) -> TrainResult:
     """Train inside a run directory; whatever happens, its status, logs, checkpoints and views are closed."""
+    from utils.callbacks import Callbacks, TrainingRun
     from utils.checkpointing import Checkpointer
     from utils.finish import close_run, dump_flight_recorder, export
+    from utils.monitor import Monitor
     from utils.start import prepare_run, write_meta
     from utils.step_buffer import NonFiniteError
-    from utils.tracking import CLOSING_SECONDS
     from utils.training import training_loop
 
     began = time.monotonic()
@@ -200,7 +199,8 @@ def run_experiment(
     state: TrainState | None = None
     feeders: Feeders | None = None
     checkpoints: Checkpointer | None = None
-    recorder: FlightRecorder | None = None
+    monitor: Monitor | None = None
+    callbacks: Callbacks | None = None
     status: Status = "failed"
     reason: str | None = None
     exported: str | None = None
@@ -209,40 +209,49 @@ def run_experiment(
         write_meta(setup, run, git)
         log = RunLog(run.path / "logs")
         state = prepare_run(setup, run, start, terminal)
-        feeders = build_feeders(setup, run, state, terminal)
-        recorder = build_recorder(state)
+        feeders = build_feeders(setup, run, terminal, state.step)
+        progress = TrainingProgress(terminal, setup.max_iters, state.step)
+        monitor = Monitor(state, log, run.path, progress, feeders.start)
+        callbacks = Callbacks(list(setup.callbacks.values()), TrainingRun(run.path, state, monitor.buffer, stop))
         settings, saved_step = setup.config.train, state.step if start.own else None
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         checkpoints = Checkpointer(folder, settings, config_hash, log, terminal.warn, saved_step)
-
-        with TrainingProgress(terminal, setup.max_iters, state.step) as progress:
-            training_loop(state, log, progress, stop, deadline, checkpoints, recorder, feeders.start)
-        checkpoints.wait()
-        if state.finished:
-            exported = export(state, run, terminal)
-            status, reason = "completed", state.early_stopping.reason if state.early_stopping.stopped else None
-        else:
-            status, reason = "interrupted", stop.reason
-    except NonFiniteError as error:
-        status, reason = "diverged", str(error)
+        try:
+            with progress:
+                training_loop(state, monitor, callbacks, checkpoints, stop, deadline)
+            checkpoints.wait()
+            if state.finished:
+                exported = export(state, run, terminal)
+                status, reason = "completed", state.early_stopping.reason if state.early_stopping.stopped else None
+            else:
+                status, reason = "interrupted", stop.reason
+        except NonFiniteError as error:
+            status, reason = "diverged", str(error)
+        callbacks.on_end(status)
+        monitor.buffer.flush()
     except KeyboardInterrupt:
         stop.signum = stop.signum or signal.SIGINT
         status, reason = "interrupted", f"{signal.Signals(stop.signum).name}, at once"
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
+        status, reason = "failed", f"{type(error).__name__}: {error}"
         terminal.print(traceback.format_exc(), log_only=True)
         terminal.print(f"failed after {duration(time.monotonic() - began)}: {relative_name(run.path, setup.root)}")
+        if callbacks is not None:
+            with contextlib.suppress(Exception):  # the first failure is the one that counts
+                callbacks.on_end(status)
         raise
     finally:
         at_once = status == "interrupted" and reason != stop.reason
         with contextlib.suppress(KeyboardInterrupt):  # an impatient signal ends the waiting, not the closing
-            if recorder is not None and status in ("diverged", "failed"):
-                dump_flight_recorder(recorder, run, reason or status, terminal)
+            if monitor is not None and status in ("diverged", "failed"):
+                dump_flight_recorder(monitor.recorder, run, reason or status, terminal)
             if checkpoints is not None and not at_once:
                 checkpoints.wait()
         stop.patient = False  # from here on the first signal ends the waiting
-        left = CLOSING_SECONDS if deadline.seconds_left is None else min(deadline.seconds_left, CLOSING_SECONDS)
-        seconds_to_close = 1.0 if at_once else max(1.0, left)
+        left = setup.config.tracking.closing_seconds
+        if deadline.seconds_left is not None:
+            left = max(1.0, min(deadline.seconds_left, left))
+        seconds_to_close = min(1.0, left) if at_once else left
         summary = close_run(run, log, feeders, state, status, reason, terminal, seconds_to_close)
         if log is not None and not at_once:  # at once: a checkpoint may still be written, and needs the log
             log.close()
@@ -266,49 +275,35 @@ def run_experiment(
     return result
 
 
-def build_recorder(state: TrainState) -> FlightRecorder:
-    from utils.flight_recorder import FlightRecorder
+def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feeders:
+    """A feeder for each view that is asked for and installed, on one budget; not started yet.
 
-    groups = [group["name"] for group in state.optimizer.param_groups]
-    return FlightRecorder(state.device, groups, state.sampler.train_offsets)
+    Args:
+        step: at which training begins.
+    """
+    from utils.tracking.feeder import Budget, Feeder, Feeders
+    from utils.tracking.views import build_views, is_installed, wanted_views
 
-
-def build_feeders(setup: Setup, run: Run, state: TrainState, terminal: Terminal) -> Feeders:
-    """One feeder for TensorBoard, and one for Aim where it is asked for and installed; not started yet."""
-    from utils.tracking import Feeder, Feeders, RunFacts, View
-    from utils.tracking.aim import AimView, aim_is_installed
-    from utils.tracking.tensorboard import TensorBoardView
-
-    tracking = setup.config.tracking
-    run_facts = RunFacts(
-        id=run.id,
-        path=run.path,
-        tag=tracking.run_tag,
-        experiment=tracking.experiment,
-        tags=tracking.tags,
-        note=tracking.note,
-        hparams=setup.config.model_dump(mode="json"),
-        git=run.record["git"],
-        model_summary={
-            "parameters": state.model.num_parameters(),
-            "vocab_size": state.model.vocab_size,
-            "train_tokens": setup.corpus.n_train,
-            "max_iters": setup.max_iters,
-            "device": str(setup.device),
-        },
-    )
-    views: list[View] = [TensorBoardView(run_facts, run.path / "logs" / "tensorboard")]
-    if tracking.aim_logging and aim_is_installed():
-        known = run.record["views"].get("aim", {})
-        repo = setup.root / tracking.aim_repo
-        views.append(AimView(run_facts, repo, known.get("hash") if known.get("repo") == str(repo) else None))
-    elif tracking.aim_logging:
-        terminal.warn("aim_logging is on but Aim is not installed: this run is not fed to Aim")
-        run.update_view("aim", state="off", reason="not installed")
-    budget = tracking.tracking_budget / len(views)
-    resumed_step = state.step if setup.resumes else None
-    logs_dir = run.path / "logs"
-    feeders = [Feeder(view, logs_dir, budget, run.update_view, terminal.warn, resumed_step) for view in views]
+    names = []
+    for name in wanted_views(setup.config):
+        if is_installed(name):
+            names.append(name)
+        else:
+            terminal.warn(f"{name} is not installed: this run is not fed to it (later: {rebuild_command(run, name)})")
+            run.update_view(name, state="off", reason="not installed")
+    budget = Budget(setup.config.tracking.tracking_budget)
+    feeders = [
+        Feeder(
+            view,
+            run.path / "logs",
+            budget,
+            run.update_view,
+            terminal.warn,
+            rebuild_command(run, view.name),
+            step if setup.resumes else None,
+        )
+        for view in build_views(names, run.path, setup.config, setup.root)
+    ]
     return Feeders(feeders, terminal.warn, run.update_view)
 
 

@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.run_manager import read_record
 
 if TYPE_CHECKING:
-    from utils.tracking import Feeders
+    from utils.tracking.feeder import Feeders
     from utils.train_state import TrainState
 
 TRACKED, NO_VIEWS, BARE = "tracked", "no views", "bare"
@@ -41,7 +41,7 @@ def timed_run(loaded: LoadedConfig, warmup: int, kind: str) -> Timing:
     import train
     from utils import training
     from utils.device import synchronize
-    from utils.tracking import Feeders
+    from utils.tracking.feeder import Feeders
 
     build_feeders, optimizer_step = train.build_feeders, training.optimizer_step
     last_step = loaded.config.train.max_iters
@@ -50,7 +50,7 @@ def timed_run(loaded: LoadedConfig, warmup: int, kind: str) -> Timing:
     fed: dict[str, float] = {}
 
     def keep_feeders(*arguments: Any) -> Feeders:
-        built.append(build_feeders(*arguments) if kind == TRACKED else Feeders([], print, print))
+        built.append(build_feeders(*arguments) if kind == TRACKED else Feeders())
         return built[-1]
 
     def timed_step(state: TrainState) -> None:

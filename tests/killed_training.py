@@ -62,13 +62,13 @@ def kill_at(moment: str, step: int) -> None:
 
 def wait_until_fed(step: int) -> None:
     """Hold the loop at a step until all views have shown it, then die: they are ahead of the checkpoint."""
-    import utils.tracking
     from utils import training
+    from utils.tracking.feeder import Feeder, Feeders
 
-    feeders: list[utils.tracking.Feeder] = []
-    start = utils.tracking.Feeders.start
+    feeders: list[Feeder] = []
+    start = Feeders.start
 
-    def remember(self: utils.tracking.Feeders) -> None:
+    def remember(self: Feeders) -> None:
         feeders[:] = self.feeders
         start(self)
 
@@ -83,7 +83,7 @@ def wait_until_fed(step: int) -> None:
 
     optimizer_step = training.optimizer_step
     training.optimizer_step = hold
-    utils.tracking.Feeders.start = remember  # type: ignore[method-assign]
+    Feeders.start = remember  # type: ignore[method-assign]
 
 
 def wait_for_writes() -> None:

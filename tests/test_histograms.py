@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils.histograms import BINS, bin_tensor, histogram_records
+from utils.histograms import BINS, bin_tensors, histogram_records
 
 
 def counts_and_range(values: torch.Tensor) -> tuple[list[int], float, float]:
-    counts, (low, high) = bin_tensor(values)
+    (counts,), ((low, high),) = bin_tensors([values])
     assert counts.shape == (BINS,)
     assert counts.dtype == torch.int64
     return counts.tolist(), low.item(), high.item()
@@ -88,7 +88,7 @@ def test_records_are_in_the_order_of_the_tensors() -> None:
 def test_a_parameter_and_its_graph_are_left_alone() -> None:
     parameter = torch.nn.Parameter(torch.randn(5))
     before = parameter.detach().clone()
-    counts, limits = bin_tensor(parameter)
+    counts, limits = bin_tensors([parameter])
     assert torch.equal(parameter, before)
     assert not limits.requires_grad
     assert counts.sum() == 5

@@ -11,10 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping",
-    1: "device distributed optim histograms step_buffer flight_recorder tracking checkpoint"
+    0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping"
+    " curves",
+    1: "device distributed optim histograms step_buffer flight_recorder system_metrics tracking checkpoint"
     " run_index comparison provenance report",
-    2: "evaluation generation export profiling train_state checkpointing training gates start finish result callbacks",
+    2: "evaluation generation export profiling train_state checkpointing training gates start finish result callbacks"
+    " monitor",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {
@@ -86,7 +88,7 @@ def test_nothing_in_layer_0_mentions_torch_or_numpy(name: str) -> None:
 
 
 def test_layer_0_and_the_scripts_can_be_imported_where_torch_is_not() -> None:
-    modules = sorted(WITHOUT_TORCH & set(UTILS)) + ["train", "inference", "profile_model"]
+    modules = sorted(WITHOUT_TORCH & set(UTILS)) + ["train", "inference", "profile_model", "experiments"]
     code = "import importlib, sys; sys.modules.update(torch=None, numpy=None, aim=None, tensorboard=None)\n"
     code += f"for name in {modules!r}: importlib.import_module(name)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

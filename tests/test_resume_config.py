@@ -239,6 +239,8 @@ OTHER_VALUES = {  # valid, and not the default
     "beta2": "0.5",
     "adam_eps": "0.1",
     "gradient_accumulation_steps": "2",
+    "callbacks": "my_module:MyCallback",
+    "wandb_mode": "offline",
     "device": "cpu",
     "dtype": "float32",
     "threads": "3",

@@ -11,10 +11,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-import utils.tracking
 from utils.run_log import LOG_FILES, METRICS_FILE, RunLog, decode_number, metric_record, read_metrics, read_records
 from utils.run_manager import read_record
-from utils.tracking import Feeder, Feeders, RunEnd
+from utils.tracking import RunEnd, feeder
+from utils.tracking.feeder import Budget, Feeder, Feeders
 
 Argv = Callable[..., list[str]]
 
@@ -23,6 +23,7 @@ class RecordingView:
     """Remembers what it was fed; raises or hangs on request."""
 
     name = "recording"
+    rolls_back = False
 
     def __init__(self, failures: int = 0, hang: threading.Event | None = None) -> None:
         self.fed: list[tuple[str, int]] = []
@@ -33,9 +34,12 @@ class RecordingView:
         self.first_step = first_step
         return {"id": "abc"}
 
-    def restart(self) -> Mapping[str, Any]:
+    def forget(self) -> Mapping[str, Any]:
         self.fed.clear()
         return {"id": "def"}
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
         if self.hang is not None:
@@ -62,7 +66,7 @@ def log(tmp_path: Path) -> RunLog:
 
 @pytest.fixture(autouse=True)
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.tracking, "RETRY_SECONDS", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(feeder, "RETRY_SECONDS", (0.001, 0.001, 0.001))
 
 
 def feed(view: RecordingView, logs_dir: Path, seconds: float = 20.0) -> tuple[dict[str, Any], list[str]]:
@@ -73,8 +77,8 @@ def feed(view: RecordingView, logs_dir: Path, seconds: float = 20.0) -> tuple[di
     def record(name: str, **news: Any) -> None:
         facts.update(news)
 
-    feeder = Feeder(view, logs_dir, 0.02, record, warnings.append)
-    Feeders([feeder], warnings.append, record).finish(RunEnd("completed"), print, seconds)
+    fed_by = Feeder(view, logs_dir, Budget(0.02), record, warnings.append, "rebuild it")
+    Feeders([fed_by], warnings.append, record).finish(RunEnd("completed"), print, seconds)
     return facts, warnings
 
 
@@ -97,7 +101,7 @@ def test_passing_failures_are_retried_without_loss_or_repetition(log: RunLog, tm
 def test_lasting_failures_switch_the_view_off_with_one_line(log: RunLog, tmp_path: Path) -> None:
     facts, warnings = feed(RecordingView(failures=10**9), tmp_path)
     assert facts["state"] == "off"
-    assert warnings == ["recording is off: ConnectionError: locked"]
+    assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
 
 
 def test_a_hanging_view_is_left_behind_and_said_so(log: RunLog, tmp_path: Path) -> None:

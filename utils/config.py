@@ -218,6 +218,21 @@ class OptimizerConfig(Section):
         return self
 
 
+def check_callback(name: str) -> str:
+    """`name`, if it has the form module:Class.
+
+    Raises:
+        ValueError: with what is expected.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ValueError(f"a callback is named module:Class, not {name!r}")
+    return name
+
+
+CallbackName = Annotated[str, AfterValidator(check_callback)]
+
+
 class TrainConfig(Section):
     """The training loop and the machine it runs on."""
 
@@ -293,6 +308,9 @@ class TrainConfig(Section):
         "auto: best with early stopping (patience), else last",
         kind=TRAJECTORY,
     )
+    callbacks: tuple[CallbackName, ...] = setting(
+        (), "classes of your own that training calls, as module:Class (docs/callbacks.md)", kind=TRAJECTORY
+    )
     skip_nonfinite: Int = setting(
         20,
         "with float16: steps in a row whose loss or gradient may be non-finite; they change no weights",
@@ -338,6 +356,17 @@ def check_tag(tag: str) -> str:
 Tag = Annotated[str, AfterValidator(check_tag)]
 
 
+def check_aim_repo(repo: str) -> str:
+    """`repo`, if it is a folder or aim://HOST:PORT.
+
+    Raises:
+        ValueError: with what is expected.
+    """
+    if "://" in repo and not re.fullmatch(r"aim://[^/:@\s]+:\d{1,5}", repo):
+        raise ValueError(f"expected a folder or aim://HOST:PORT, got {repo!r}")
+    return repo
+
+
 class TrackingConfig(Section):
     """What is recorded of a run, where and how often."""
 
@@ -364,14 +393,29 @@ class TrackingConfig(Section):
         "", "start of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
     )
     aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
-    aim_repo: str = setting(".", "folder that holds the .aim repository", kind=MACHINE, min_length=1)
-    experiment: str = setting("workbench", "Aim experiment of the run", kind=OBSERVATION, min_length=1)
+    aim_repo: Annotated[str, AfterValidator(check_aim_repo)] = setting(
+        ".", "folder that holds the .aim repository, or aim://HOST:PORT of an `aim server`", kind=MACHINE, min_length=1
+    )
+    wandb_mode: Literal["offline", "online", "disabled"] = setting(
+        "disabled",
+        "feed the run to Weights & Biases: into files to sync later, to its server, or not",
+        kind=OBSERVATION,
+    )
+    experiment: str = setting(
+        "workbench", "Aim experiment, or Weights & Biases project, of the run", kind=OBSERVATION, min_length=1
+    )
+    system_interval: Float = setting(
+        10.0, "time between samples of processor, memory, GPU and disk; 0: none", kind=OBSERVATION, unit="s", ge=0
+    )
     tracking_budget: Float = setting(
         0.02,
-        "share of wall time that feeding TensorBoard and Aim may use while training runs",
+        "share of wall time that feeding the trackers may take of the processor while training runs",
         kind=OBSERVATION,
         gt=0,
         le=1,
+    )
+    closing_seconds: Float = setting(
+        30.0, "time for feeding what the trackers lack when training ends", kind=MACHINE, unit="s", ge=0
     )
 
 

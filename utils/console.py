@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -234,3 +234,32 @@ class TrainingProgress:
             parts.append(f"{times['remaining']} left")
         line = Text("  ".join(parts))
         self.terminal.print(line, log_only=self.terminal.live and losses is None)
+
+
+class FeedingProgress:
+    """How far trackers are with a run's logs: a bar that moves, where there is a live display."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._progress = Progress(
+            TextColumn("feeding {task.description}", style="cyan"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=terminal.console,
+            transient=True,
+            disable=not terminal.live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """`name` has `done` of `total`."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done)

@@ -6,11 +6,13 @@ from typing import Any
 
 from utils.checkpoint import CheckpointError, folder_name, read_checkpoint
 from utils.console import Terminal
+from utils.curves import draw_curves
 from utils.export import save_export
 from utils.flight_recorder import FlightRecorder
 from utils.run_log import RunLog, decode_number, encode_number
-from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, Run, Status
-from utils.tracking import Feeders, RunEnd
+from utils.run_manager import CHECKPOINTS, CURVES, FLIGHT_RECORDER, Run, Status
+from utils.tracking import RunEnd
+from utils.tracking.feeder import Feeders
 from utils.train_state import TrainState, load_weights
 
 
@@ -47,6 +49,14 @@ def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, termin
         terminal.warn(f"{path.name} was not written: {error}")
 
 
+def draw(run: Run, terminal: Terminal) -> None:
+    """artifacts/curves.png; where it cannot be made, one warning."""
+    try:
+        draw_curves(run.path)
+    except (OSError, ImportError) as error:
+        terminal.warn(f"{CURVES.name} was not drawn: {error}")
+
+
 def close_run(
     run: Run,
     log: RunLog | None,
@@ -72,6 +82,8 @@ def close_run(
             summary={name: encode_number(value) for name, value in summary.items()},
             best_step=state.best_step if state else None,
         )
+    if state is not None:
+        draw(run, terminal)
     if feeders is not None:
         feeders.finish(RunEnd(status, summary, state.step if state else 0), terminal.print, seconds)
     return summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from data import CORPORA, Corpus, load_corpus
 from tokenizer import CharTokenizer
+from utils.callbacks import Callback, load_callbacks
 from utils.checkpoint import Checkpoint
 from utils.checkpointing import choose_checkpoint
 from utils.config import Config, RuleError, warmup_steps
@@ -38,6 +39,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     max_iters: int
+    callbacks: Mapping[str, Callback]
     origin: Origin | None = None
     checkpoint: Checkpoint | None = None
 
@@ -94,7 +96,8 @@ def check_gates(
             )
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.dtype, device)
-    return Setup(root, loaded, config, corpus, device, dtype, max_iters, origin, checkpoint)
+    callbacks = load_callbacks(config.train.callbacks)
+    return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint)
 
 
 def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, CharTokenizer]:

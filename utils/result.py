@@ -65,12 +65,23 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
     if run.record["views"].get("aim", {}).get("state", "off") != "off":
         commands.append(("compare runs", _program("aim", setup.root) + " up" + _aim_repo_flag(setup)))
-    name = run.record["tag"] if run.record["tag"] and is_default_runs_dir(run.path.parent) else shlex.quote(where)
+    name = short_name(run, where)
     if result.status == "interrupted":
         commands.append(("go on", f"{_program('python', setup.root)} train.py --resume {name}"))
     if result.status == "completed":
         commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
     terminal.print("", facts(commands, title="Next"))
+
+
+def short_name(run: Run, where: str) -> str:
+    """How a command names the run: by its tag, or by its directory where scripts would not find that."""
+    return run.record["tag"] if run.record["tag"] and is_default_runs_dir(run.path.parent) else shlex.quote(where)
+
+
+def rebuild_command(run: Run, view: str) -> str:
+    """The command that feeds a view of the run anew."""
+    name = run.id if is_default_runs_dir(run.path.parent) else shlex.quote(str(run.path))
+    return f"python experiments.py rebuild {name} --{view}"
 
 
 def is_default_runs_dir(folder: Path) -> bool:
@@ -92,4 +103,6 @@ def _program(name: str, root: Path) -> str:
 
 def _aim_repo_flag(setup: Setup) -> str:
     repo = setup.config.tracking.aim_repo
+    if repo.startswith("aim://"):
+        return "  (on the machine of the aim server)"
     return "" if repo == "." else f" --repo {relative_name(setup.root / repo, setup.root)}"

@@ -11,11 +11,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.errors import UserError
+from utils.files import write_json
 
 METRICS_FILE = "metrics.jsonl"
 HISTOGRAMS_FILE = "histograms.jsonl"
@@ -28,6 +29,7 @@ class RunLogError(UserError):
 
 
 Direction = Literal["lower", "higher", "none"]  # which way is better
+VIEWS = ("tensorboard", "aim", "wandb")  # the trackers that can be fed from the logs
 NOT_METRICS = frozenset(("step", "time"))  # the coordinates of a record
 
 
@@ -38,13 +40,13 @@ class Metric:
     name: `split/name` or `name`; the TensorBoard tag. Aim shows `split` as context {subset: split}.
     unit: of the value; "nats" for losses.
     direction: which way is better.
-    views: whether TensorBoard and Aim show it.
+    views: which of VIEWS show it.
     """
 
     name: str
     unit: str
     direction: Direction = "none"
-    views: bool = True
+    views: tuple[str, ...] = VIEWS
 
     @property
     def subset(self) -> str | None:
@@ -76,9 +78,14 @@ for _metric in (
     Metric("val/loss", "nats", "lower"),
     Metric("lr", "1"),
     Metric("grad_norm", "1"),
-    Metric("tokens", "tokens", views=False),
+    Metric("tokens", "tokens", views=()),
     Metric("tokens_per_second", "tokens/s", "higher"),
-    Metric("step_ms", "ms", "lower"),
+    Metric("step_ms", "ms", "lower", views=("tensorboard",)),  # says the same as tokens_per_second
+    Metric("system/process_cpu", "%"),  # 100: one core
+    Metric("system/process_memory", "MiB"),
+    Metric("system/gpu_utilization", "%"),
+    Metric("system/gpu_memory", "MiB"),
+    Metric("system/disk_free", "GiB"),
 ):
     register_metric(_metric)
 
@@ -92,6 +99,29 @@ def metric(name: str) -> Metric:
     if name not in _REGISTRY:
         raise KeyError(f"metric {name!r} is not registered: call register_metric(Metric({name!r}, unit))")
     return _REGISTRY[name]
+
+
+def shown_metrics(record: Mapping[str, Any], view: str) -> Iterator[tuple[Metric, float]]:
+    """The numbers of a record of metrics.jsonl that a view shows.
+
+    Raises:
+        KeyError: a name that is not registered.
+    """
+    for name, value in record.items():
+        if name not in NOT_METRICS and view in (facts := metric(name)).views:
+            yield facts, decode_number(value)
+
+
+def write_registry(path: Path) -> None:
+    """Save all registered metrics as JSON: other programs read the logs without the code that registered them."""
+    write_json(path, [asdict(facts) for facts in _REGISTRY.values()])
+
+
+def read_registry(path: Path) -> None:
+    """Register the metrics of such a file that are not known yet; none if there is no file."""
+    if path.exists():
+        for facts in json.loads(path.read_text(encoding="utf-8")):
+            _REGISTRY.setdefault(facts["name"], Metric(**{**facts, "views": tuple(facts["views"])}))
 
 
 def encode_number(value: float) -> float | str:
@@ -184,13 +214,22 @@ def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[li
         FileNotFoundError: there is no such log.
         ValueError: a complete line that is not JSON.
     """
+    lines = read_lines(path, offset, max_bytes)
+    return [json.loads(line) for line in lines], offset + sum(map(len, lines))
+
+
+def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[bytes]:
+    """The complete lines of `path` from byte `offset` on, about `max_bytes` of them, with their line ends.
+
+    Raises:
+        FileNotFoundError: there is no such log.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read(max_bytes)
         if b"\n" not in data and len(data) == max_bytes:  # one line longer than a chunk
             data += file.readline()
-    end = data.rfind(b"\n") + 1
-    return [json.loads(line) for line in data[:end].splitlines()], offset + end
+    return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,10 @@ from utils.files import write_json
 SCHEMA_VERSION = 1
 CHECKPOINTS = Path("artifacts", "checkpoints")  # in a run directory
 FLIGHT_RECORDER = Path("artifacts", "flight_recorder.json")
+CURVES = Path("artifacts", "curves.png")
 TOKENIZER = Path("meta", "tokenizer.json")
+MODEL_SUMMARY = Path("meta", "model.json")
+METRICS = Path("meta", "metrics.json")
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
 

@@ -20,8 +20,8 @@ from utils.files import write_json
 from utils.gates import Setup
 from utils.metadata import GitFacts, MetadataCapture
 from utils.resume import Relation, check_longer, parent_facts
-from utils.run_log import cut_logs
-from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, TOKENIZER, Run
+from utils.run_log import cut_logs, write_registry
+from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, TOKENIZER, Run
 from utils.train_state import TrainState, branch, build_state, foreign, load_weights, restore
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
@@ -122,8 +122,10 @@ def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Ite
 def read_git(setup: Setup) -> GitFacts:
     """The state of the code; what runs, corpora and trackers keep is not code."""
     tracking, data = setup.config.tracking, setup.config.data
-    kept = (setup.runs_dir, setup.root / tracking.aim_repo / ".aim", setup.root / data.corpora_dir, Path(data.dataset))
-    return MetadataCapture(setup.root, excluded=kept).git_facts()
+    kept = [setup.runs_dir, setup.root / data.corpora_dir, Path(data.dataset)]
+    if not tracking.aim_repo.startswith("aim://"):
+        kept.append(setup.root / tracking.aim_repo / ".aim")
+    return MetadataCapture(setup.root, excluded=tuple(kept)).git_facts()
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
@@ -142,6 +144,9 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     """Model and optimizer (from a checkpoint, if there is one), the resolved values in run.json, the start-up facts."""
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
+    state.callbacks = dict(setup.callbacks)
+    write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
+    write_registry(run.path / METRICS)
     if start.checkpoint is not None:
         take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
         take_over(state, start.checkpoint)
@@ -187,6 +192,14 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         )
     )
     return state
+
+
+def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Name, shape and number of each parameter of the model."""
+    return [
+        {"name": name, "shape": list(parameter.shape), "parameters": parameter.numel()}
+        for name, parameter in model.named_parameters()
+    ]
 
 
 def start_words(setup: Setup, start: Start) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from utils.run_log import LogWriter, metric_record
+from utils.run_log import LogWriter, metric, metric_record
 
 FLUSH_SECONDS = 2.0
 
@@ -27,6 +29,17 @@ class _Step:
     time: float
     tokens: int
     lr: float
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """Numbers besides those of an update, which stand after the first `after` updates of the buffer."""
+
+    after: int
+    step: int
+    time: float
+    numbers: Mapping[str, float]
+    tensors: Mapping[str, torch.Tensor]
 
 
 class StepBuffer:
@@ -61,6 +74,7 @@ class StepBuffer:
         self.tokens_per_second: float | None = None
         self._steps: list[_Step] = []
         self._values: list[torch.Tensor] = []  # loss, grad norm, loss, grad norm, ...
+        self._logged: list[_Logged] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -77,44 +91,67 @@ class StepBuffer:
         self._steps.append(_Step(step, time.time(), step * self.tokens_per_step, lr))
         self._values += (loss, grad_norms.norm())
 
+    def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
+        """Remember other numbers of `step`, which is not before the last one that was added; nothing is transferred.
+
+        Raises:
+            KeyError: a name that is not registered.
+        """
+        for name in values:
+            metric(name)
+        tensors = {
+            name: value.detach().float().reshape(()).clone()
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
+        numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        self._logged.append(_Logged(len(self._steps), step, time.time(), numbers, tensors))
+
     def due(self) -> bool:
         return len(self._steps) >= self.flush_interval or time.perf_counter() - self._clock >= FLUSH_SECONDS
 
     def flush(self) -> bool:
-        """Write the collected steps; False if there are none.
+        """Write what was collected; False if no update was.
 
         Raises:
             NonFiniteError: after the records are written; more than `tolerance` steps in a row are non-finite.
         """
-        if not self._steps:
+        steps, values, logged = self._steps, self._values, self._logged
+        self._steps, self._values, self._logged = [], [], []  # first: what fails to be written is not repeated
+        values += [tensor for entry in logged for tensor in entry.tensors.values()]
+        numbers = torch.stack([value.float().to(values[0].device) for value in values]).tolist() if values else []
+        losses, grad_norms = numbers[: 2 * len(steps) : 2], numbers[1 : 2 * len(steps) : 2]
+        if steps:
+            seconds = (time.perf_counter() - self._clock) / len(steps)
+            self.tokens_per_second = self.tokens_per_step / seconds
+            self.last_loss = losses[-1]
+        records = [self._record(*update) for update in zip(steps, losses, grad_norms, strict=True)]
+        self.writer.write(_in_order(records, logged, iter(numbers[2 * len(steps) :])))
+        if not steps:
             return False
-        values = torch.stack([value.float() for value in self._values]).tolist()
-        seconds = (time.perf_counter() - self._clock) / len(self._steps)
-        steps, self._steps, self._values = (
-            self._steps,
-            [],
-            [],
-        )  # taken out first: what fails to be written is not repeated
-        self.tokens_per_second = self.tokens_per_step / seconds
-        losses, grad_norms = values[::2], values[1::2]
-        self.writer.write(
-            metric_record(
-                s.step,
-                s.time,
-                {
-                    "tokens": s.tokens,
-                    "train/loss": loss,
-                    "lr": s.lr,
-                    "grad_norm": grad_norm,
-                    "tokens_per_second": round(self.tokens_per_second, 1),
-                    "step_ms": round(seconds * 1000, 3),
-                },
-            )
-            for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True)
-            if s.step % self.log_interval == 0 or not math.isfinite(loss + grad_norm)
-        )
-        self.last_loss = losses[-1]
         self.restart_clock()
+        self._check_finite(steps, losses, grad_norms)
+        return True
+
+    def _record(self, s: _Step, loss: float, grad_norm: float) -> dict[str, Any] | None:
+        """The line of one update; None if it is not to be recorded."""
+        if s.step % self.log_interval and math.isfinite(loss + grad_norm):
+            return None
+        assert self.tokens_per_second is not None
+        return metric_record(
+            s.step,
+            s.time,
+            {
+                "tokens": s.tokens,
+                "train/loss": loss,
+                "lr": s.lr,
+                "grad_norm": grad_norm,
+                "tokens_per_second": round(self.tokens_per_second, 1),
+                "step_ms": round(1000 * self.tokens_per_step / self.tokens_per_second, 3),
+            },
+        )
+
+    def _check_finite(self, steps: list[_Step], losses: list[float], grad_norms: list[float]) -> None:
         for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.nonfinite_in_a_row = 0
@@ -123,4 +160,16 @@ class StepBuffer:
             if self.nonfinite_in_a_row > self.tolerance:
                 name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
                 raise NonFiniteError(s.step, name, value)
-        return True
+
+
+def _in_order(
+    records: list[dict[str, Any] | None], logged: list[_Logged], numbers: Iterator[float]
+) -> Iterator[dict[str, Any]]:
+    """Records of updates, with those of `logged` between them; `numbers` are the values of its tensors."""
+    begin = 0
+    for entry in logged:
+        yield from filter(None, records[begin : entry.after])
+        begin = entry.after
+        values = {**entry.numbers, **{name: next(numbers) for name in entry.tensors}}
+        yield metric_record(entry.step, entry.time, values)
+    yield from filter(None, records[begin:])

@@ -205,11 +205,12 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         state.losses_step = facts["losses_step"]
         state.best_val_loss, state.best_step = decode_number(facts["best_val_loss"]), facts["best_step"]
         state.early_stopping.load_state_dict(facts["early_stopping"])
-        for name, callback in state.callbacks.items():
-            callback.load_state_dict(facts["callbacks"][name])
         state.nonfinite_in_a_row = facts["nonfinite_in_a_row"]
+        of_callbacks = {name: facts["callbacks"][name] for name in state.callbacks}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{place}/state.json: damaged ({type(error).__name__}: {error})") from None
+    for name, callback in state.callbacks.items():  # an exception of theirs is the user's
+        callback.load_state_dict(of_callbacks[name])
 
 
 def branch(state: TrainState, checkpoint: Checkpoint) -> None:

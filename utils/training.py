@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
+from utils.callbacks import Callbacks
 from utils.checkpointing import Checkpointer
-from utils.console import TrainingProgress
 from utils.device import autocast
 from utils.evaluation import estimate_loss, evaluating
-from utils.flight_recorder import FlightRecorder
 from utils.generation import SamplingOptions, generate_tokens, start_tokens
-from utils.histograms import histogram_records
+from utils.monitor import Monitor
 from utils.optim import learning_rate_at, set_learning_rate
-from utils.run_log import RunLog, metric_record
 from utils.signals import Deadline, StopRequest
-from utils.step_buffer import NonFiniteError, StepBuffer
+from utils.step_buffer import NonFiniteError
 from utils.train_state import TrainState
 
 # Names a part of a step: record_function under the profiler, nothing otherwise.
@@ -71,57 +68,37 @@ def optimizer_step(state: TrainState) -> None:
 
 def training_loop(
     state: TrainState,
-    log: RunLog,
-    progress: TrainingProgress,
+    monitor: Monitor,
+    callbacks: Callbacks,
+    checkpoints: Checkpointer,
     stop: StopRequest,
     deadline: Deadline,
-    checkpoints: Checkpointer,
-    recorder: FlightRecorder,
-    after_flush: Callable[[], None],
 ) -> None:
     """Train until `state.max_iters` updates are done, early stopping ends it, or a stop is requested.
 
     The last thing done is a checkpoint of where it stopped.
 
-    Args:
-        after_flush: called after each write of training records to the log.
-
     Raises:
         NonFiniteError: a loss or gradient became NaN or infinite; the log is complete up to there, and no
             checkpoint has been saved since.
     """
-    tracking, settings = state.config.tracking, state.config.train
-    buffer = StepBuffer(
-        log.metrics,
-        tracking.flush_interval,
-        tracking.log_interval,
-        state.tokens_per_step,
-        tolerance=settings.skip_nonfinite if state.scaler.is_enabled() else 0,
-        nonfinite_in_a_row=state.nonfinite_in_a_row,
-    )
-
-    def flush() -> None:
-        if not buffer.flush():
-            return
-        state.nonfinite_in_a_row = buffer.nonfinite_in_a_row
-        after_flush()
-        if buffer.last_loss is not None and buffer.tokens_per_second is not None:
-            progress.update(state.step, loss=buffer.last_loss, tokens_per_second=buffer.tokens_per_second)
+    settings = state.config.train
 
     def save() -> None:
-        flush()  # what is saved is known to be finite
+        monitor.flush()  # what is saved is known to be finite
         checkpoints.save(state)
-        buffer.restart_clock()
+        monitor.pause_over()
 
     state.model.train()
     deadline.is_near(reserve=0.0)  # the first evaluation counts as a step
     try:
+        callbacks.on_start()
         while True:
             evaluation_due = state.step % settings.eval_interval == 0 or state.step == state.max_iters
             if evaluation_due and state.losses_step != state.step:
-                flush()
-                evaluate(state, log, progress)
-                buffer.restart_clock()
+                monitor.flush()
+                evaluate(state, monitor, callbacks)
+                monitor.pause_over()
                 # Step 0 needs one only where the export may be made from it: weights that were trained before.
                 if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
                     save()
@@ -133,23 +110,19 @@ def training_loop(
             if checkpoints.due(state.step) or stop.save:
                 stop.save = False
                 save()
-            lr = learning_rate_at(state.step, state.config.optimizer, state.max_iters)
+            step, lr = state.step, learning_rate_at(state.step, state.config.optimizer, state.max_iters)
             set_learning_rate(state.optimizer, lr)
             loss = forward_backward(state)
             grad_norms = clip_gradients(state)
-            if tracking.histogram_interval and state.step % tracking.histogram_interval == 0:
-                log_histograms(state, log)
-            buffer.add(state.step, loss, grad_norms, lr)
-            recorder.record(state.step, loss, grad_norms, lr)
+            monitor.step(step, loss, grad_norms, lr)
             optimizer_step(state)
-            if buffer.due():
-                flush()
-            progress.update(state.step)
+            callbacks.on_step(step, loss)
+            monitor.step_done()
     finally:
-        buffer.flush()
+        monitor.flush()
 
 
-def evaluate(state: TrainState, log: RunLog, progress: TrainingProgress) -> None:
+def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks) -> None:
     """Losses of both splits and a sample text, to the log and the terminal; keeps the best."""
     settings = state.config.train
     losses = estimate_loss(
@@ -159,8 +132,7 @@ def evaluate(state: TrainState, log: RunLog, progress: TrainingProgress) -> None
         settings.gradient_accumulation_steps,
         lambda: autocast(state.device, state.dtype),
     )
-    tokens = state.step * state.tokens_per_step
-    log.metrics.write([metric_record(state.step, time.time(), {"tokens": tokens, **losses})])
+    monitor.losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise NonFiniteError(state.step, name, loss)
@@ -169,9 +141,9 @@ def evaluate(state: TrainState, log: RunLog, progress: TrainingProgress) -> None
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
     state.early_stopping.update(losses["val/loss"])
     if state.config.tracking.sample_tokens:
-        record = {"step": state.step, "time": round(time.time(), 4), "text": sample_text(state)}
-        log.samples.write([record])
-    progress.evaluation(state.step, losses)
+        monitor.sample(sample_text(state))
+    monitor.progress.evaluation(state.step, losses)
+    callbacks.on_eval(losses)
 
 
 def sample_text(state: TrainState) -> str:
@@ -181,11 +153,3 @@ def sample_text(state: TrainState) -> str:
     with evaluating(state.model):
         ids = generate_tokens(state.model, prompt, tracking.sample_tokens, SamplingOptions(), state.config.train.seed)
         return tracking.sample_prompt + tokenizer.decode(ids)
-
-
-def log_histograms(state: TrainState, log: RunLog) -> None:
-    """Parameters before update `step` and the (clipped) gradients of its batch."""
-    named = dict(state.model.named_parameters())
-    tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in named.items()}
-    tensors |= {f"grads/{name}": p.grad for name, p in named.items() if p.grad is not None}
-    log.histograms.write(histogram_records(state.step, time.time(), tensors))

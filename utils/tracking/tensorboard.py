@@ -3,91 +3,84 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.config import TRAJECTORY, field_fact
-from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, NOT_METRICS, decode_number, metric
+from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-HPARAM_METRICS = ("val/loss", "train/eval_loss")  # tags whose last value stands beside the hyperparameters
+SESSION_METRICS = ("val/loss", "train/eval_loss")  # stand beside the hyperparameters
+CHARTS = {  # custom scalars: category, title, tags
+    "loss": {
+        "train and val": ["Multiline", ["train/eval_loss", "val/loss"]],
+        "every step and val": ["Multiline", ["train/loss", "val/loss"]],
+    },
+    "speed": {"tokens per second": ["Multiline", ["tokens_per_second"]]},
+}
+SESSION_END_TAG = b"_hparams_/session_end_info"
 
 
 class TensorBoardView:
-    """Scalars, histograms, sample texts, the configuration, hyperparameters with the final metrics."""
+    """Scalars, histograms, sample texts, configuration and model, hyperparameters with status and losses.
+
+    All of it goes into one event file a session. A reader keeps the first hyperparameter records that it finds, so a
+    session that goes on cuts off what the one before has said about its end.
+    """
 
     name = "tensorboard"
+    rolls_back = True
 
     def __init__(self, facts: RunFacts, log_dir: Path) -> None:
         self.facts = facts
         self.log_dir = log_dir
-        self._writer: SummaryWriter | None = None
+        self._events: EventFile | None = None
 
     @property
-    def writer(self) -> SummaryWriter:
-        assert self._writer is not None, "open() comes first"
-        return self._writer
+    def events(self) -> EventFile:
+        assert self._events is not None, "open() comes first"
+        return self._events
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self._writer is None:  # a second attempt goes on with the file of the first
-            # A reader drops what earlier files say of purge_step and later steps. The Python one ignores the
-            # first such event of a run, so the first file needs one, too.
-            self._writer = SummaryWriter(str(self.log_dir), purge_step=first_step)
+        if self._events is None:  # a second attempt goes on with the file of the first
+            self.log_dir.mkdir(exist_ok=True)
+            for path in event_files(self.log_dir):
+                cut_session_end(path)
+            self._events = EventFile(self.log_dir, purge_step=first_step)
         if first_step == 0:
-            self.writer.add_text("config", _fenced(json.dumps(self.facts.hparams, indent=2)), 0)
-            self.writer.add_text("model", _table(self.facts.model_summary), 0)
-            self.writer.add_text("git", _table(self.facts.git), 0)
-            if self.facts.note:
-                self.writer.add_text("note", self.facts.note, 0)
+            self._describe()
         return {"path": "logs/tensorboard"}
 
-    def restart(self) -> None:
-        """Not needed: purge_step has removed what was fed before."""
+    def _describe(self) -> None:
+        """Texts at step 0, the hyperparameters of a session that runs, the layout of the custom scalars."""
+        from torch.utils.tensorboard.summary import custom_scalars
 
-    def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
-        step, when = record["step"], record["time"]
-        if log_file == METRICS_FILE:
-            for name, value in record.items():
-                if name not in NOT_METRICS and metric(name).views:
-                    self.writer.add_scalar(name, decode_number(value), step, walltime=when)
-        elif log_file == HISTOGRAMS_FILE:
-            self._histogram(record)
-        else:
-            self.writer.add_text("sample", _fenced(record["text"]), step, walltime=when)
+        facts = self.facts
+        self._text("config", _fenced(json.dumps(facts.hparams, indent=2)), 0)
+        sizes = ("parameters", "vocab_size", "train_tokens", "val_tokens", "epochs", "device", "dtype", "dataset")
+        overview = _table(("", ""), [(key, facts.resolved[key]) for key in sizes if key in facts.resolved])
+        modules = [(m["name"], " x ".join(map(str, m["shape"])), f"{m['parameters']:,}") for m in facts.modules]
+        table = _table(("parameter", "shape", "numbers"), modules)
+        self._text("model", f"{overview}\n\n{table}" if modules else overview, 0)
+        self._text("git", _table(("", ""), facts.git.items()), 0)
+        if facts.note:
+            self._text("note", facts.note, 0)
+        experiment, start, _ = self._session_records()
+        for summary in (experiment, start, custom_scalars(CHARTS)):
+            self.events.add(summary)
 
-    def _histogram(self, record: Mapping[str, Any]) -> None:
-        """Ready bins: add_histogram would copy whole tensors to float64 and bin them again."""
-        counts, low, high = record["counts"], record["min"], record["max"]
-        total = sum(counts)
-        if not total:
-            return
-        width = (high - low) / len(counts) or 1e-12
-        limits = [low + width * (i + 1) for i in range(len(counts))]
-        centers = [limit - width / 2 for limit in limits]
-        self.writer.add_histogram_raw(
-            record["name"],
-            min=low,
-            max=high,
-            num=total,
-            sum=sum(c * x for c, x in zip(counts, centers, strict=True)),
-            sum_squares=sum(c * x * x for c, x in zip(counts, centers, strict=True)),
-            bucket_limits=limits,
-            bucket_counts=counts,
-            global_step=record["step"],
-            walltime=record["time"],
-        )
+    def _text(self, tag: str, text: str, step: int, when: float | None = None) -> None:
+        from torch.utils.tensorboard.summary import text as text_summary
 
-    def flush(self) -> None:
-        self.writer.flush()
+        self.events.add(text_summary(tag, text), step, when)
 
-    def close(self, end: RunEnd) -> None:
-        """HParams records go into the same event file: add_hparams would open a second run."""
+    def _session_records(self) -> tuple[Any, Any, Any]:
+        """Summaries for the HParams page: the experiment, the start of a session, its (successful) end."""
         from torch.utils.tensorboard.summary import hparams
 
         flat = {
@@ -96,12 +89,155 @@ class TensorBoardView:
             for key, value in values.items()
             if field_fact(key, "kind") == TRAJECTORY
         }
-        metrics = {name: value for name, value in end.summary.items() if name in HPARAM_METRICS}
-        file_writer = self.writer._get_file_writer()
-        for summary in hparams(flat, metrics):
-            file_writer.add_summary(summary)
-        self.writer.add_text("status", end.status, end.step)  # at its own step: a resume purges it
-        self.writer.close()
+        return hparams(flat, dict.fromkeys(SESSION_METRICS, 0.0))
+
+    def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        step, when = record["step"], record["time"]
+        if log_file == METRICS_FILE:
+            for metric, value in shown_metrics(record, self.name):
+                self.events.add(scalar(metric.name, value), step, when)
+        elif log_file == HISTOGRAMS_FILE:
+            self._histogram(record)
+        else:
+            self._text("sample", _fenced(record["text"]), step, when)
+
+    def _histogram(self, record: Mapping[str, Any]) -> None:
+        """Ready bins: SummaryWriter.add_histogram would copy whole tensors to float64 and bin them again."""
+        from torch.utils.tensorboard.summary import histogram_raw
+
+        counts, low, high = record["counts"], record["min"], record["max"]
+        total = sum(counts)
+        if not total:
+            return
+        width = (high - low) / len(counts) or 1e-12
+        limits = [low + width * (i + 1) for i in range(len(counts))]
+        centers = [limit - width / 2 for limit in limits]
+        summary = histogram_raw(
+            record["name"],
+            min=low,
+            max=high,
+            num=total,
+            sum=sum(c * x for c, x in zip(counts, centers, strict=True)),
+            sum_squares=sum(c * x * x for c, x in zip(counts, centers, strict=True)),
+            bucket_limits=limits,
+            bucket_counts=counts,
+        )
+        self.events.add(summary, record["step"], record["time"])
+
+    def flush(self) -> None:
+        self.events.flush()
+
+    def forget(self) -> Mapping[str, Any]:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        for path in event_files(self.log_dir):
+            path.unlink()
+        return self.open(0)
+
+    def close(self, end: RunEnd) -> None:
+        self._text("status", end.status, end.step)  # at its own step: a resume purges it
+        *_, session_end = self._session_records()
+        self.events.add(_with_status(session_end, end.status))
+        self.events.flush()
+        self.events.close()
+
+    def abandon(self) -> None:
+        """Nothing waits for it."""
+
+
+class EventFile:
+    """One new event file, written by the calling thread.
+
+    torch's SummaryWriter hands events to a thread of its own, whose errors and whose processor time do not
+    reach the caller. A feeder is such a thread already.
+
+    Args:
+        folder: where TensorBoard looks for a run.
+        purge_step: a reader drops what earlier files say of this and later steps. TensorBoard's Python reader
+            ignores the first event of this kind, so the first file of a run needs one, too.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # Readers take files in the order of their names, which must grow also where the clock goes backwards.
+        stamps = [int(path.name.split(".")[3]) for path in event_files(folder)]
+        stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
+        self.path = folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = self.path.open("xb")
+        self._records = RecordWriter(self._file)
+        self._event = Event
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+    def add(self, summary: Any, step: int = 0, when: float | None = None) -> None:
+        """Append a Summary; `when` in seconds since 1970, now by default."""
+        self._write(self._event(wall_time=time.time() if when is None else when, step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Hand everything to the operating system.
+
+        Raises:
+            OSError: the disk is full, or the file has been deleted.
+        """
+        self._file.flush()
+        if not self.path.exists():  # writing to an open file goes on without an error
+            raise FileNotFoundError(f"{self.path.name} was deleted")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def event_files(folder: Path) -> list[Path]:
+    """Event files of a run, oldest first."""
+    return sorted(folder.glob("events.out.tfevents.[0-9]*"))
+
+
+def _with_status(session_end: Any, status: str) -> Any:
+    """torch's record of a session that ended well, with how it ended indeed."""
+    from tensorboard.plugins.hparams.api_pb2 import Status
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    names = {"completed": "SUCCESS", "failed": "FAILURE", "diverged": "FAILURE", "crashed": "FAILURE"}
+    plugin_data = session_end.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin_data.content)
+    content.session_end_info.status = Status.Value(f"STATUS_{names.get(status, 'UNKNOWN')}")  # interrupted is neither
+    plugin_data.content = content.SerializeToString()
+    return session_end
+
+
+def cut_session_end(path: Path) -> None:
+    """Cut an event file off before the record that ends its session, or before a torn record.
+
+    Format of a record: https://www.tensorflow.org/tutorials/load_data/tfrecord
+    """
+    end = 0
+    with path.open("r+b") as file:
+        for length, data in _event_records(file.fileno()):
+            if SESSION_END_TAG in data:
+                break
+            end += length
+        file.truncate(end)
+
+
+def _event_records(fd: int) -> Iterator[tuple[int, bytes]]:
+    """(bytes in the file, data) of each complete record; data only of those short enough to end a session."""
+    offset, size = 0, os.fstat(fd).st_size
+    while offset + 12 <= size:
+        (length,) = struct.unpack("<Q", os.pread(fd, 8, offset))
+        total = 8 + 4 + length + 4  # length, its checksum, data, their checksum
+        if offset + total > size:
+            return
+        yield total, os.pread(fd, length, offset + 12) if length < 4096 else b""
+        offset += total
 
 
 def _fenced(text: str) -> str:
@@ -109,6 +245,7 @@ def _fenced(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines() or [""])
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {key} | {value} |" for key, value in values.items()]
-    return "\n".join(["| | |", "|---|---|", *rows])
+def _table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

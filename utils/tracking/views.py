@@ -1,0 +1,51 @@
+"""Which views a run has: made from its recorded configuration, for live feeding and for a rebuild alike."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from utils.config import Config
+from utils.run_manager import read_record
+from utils.tracking import RunFacts, View
+from utils.tracking.aim import REMOTE, AimView
+from utils.tracking.tensorboard import TensorBoardView
+from utils.tracking.wandb import WandbView
+
+
+def wanted_views(config: Config) -> Iterator[str]:
+    """Names of the views that a run with this configuration is fed to."""
+    yield "tensorboard"
+    if config.tracking.aim_logging:
+        yield "aim"
+    if config.tracking.wandb_mode != "disabled":
+        yield "wandb"
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package of a view can be imported; it is not imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> list[View]:
+    """Views of the run in the directory `run`, not opened yet.
+
+    Args:
+        root: the folder that relative paths start from.
+
+    Raises:
+        RunError, OSError, ValueError: the record of the run is damaged.
+    """
+    facts, known = RunFacts.read(run), read_record(run)["views"].get("aim", {})
+    repo = config.tracking.aim_repo
+    if not repo.startswith(REMOTE):
+        repo = str(root / repo)
+    mode: Literal["offline", "online"] = "online" if config.tracking.wandb_mode == "online" else "offline"
+    makers: dict[str, Callable[[], View]] = {
+        "tensorboard": lambda: TensorBoardView(facts, run / "logs" / "tensorboard"),
+        "aim": lambda: AimView(facts, repo, known.get("hash") if known.get("repo") == repo else None),
+        "wandb": lambda: WandbView(facts, mode),
+    }
+    return [makers[name]() for name in names]

@@ -1,0 +1,94 @@
+"""The Weights & Biases view: one W&B run a run directory, in files to sync later or on its server."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, shown_metrics
+from utils.tracking import RunEnd, RunFacts
+
+if TYPE_CHECKING:
+    import wandb
+
+
+class WandbView:
+    """Metrics, histograms, sample texts, configuration, status and last losses.
+
+    The account is the user's: `wandb login`, or WANDB_API_KEY; nothing of it is kept in the run directory.
+
+    Args:
+        mode: offline (`wandb sync` sends the files in logs/wandb later) or online.
+    """
+
+    name = "wandb"
+    rolls_back = False
+
+    def __init__(self, facts: RunFacts, mode: Literal["offline", "online"]) -> None:
+        self.facts = facts
+        self.mode = mode
+        self._run: wandb.Run | None = None
+
+    @property
+    def run(self) -> wandb.Run:
+        assert self._run is not None, "open() comes first"
+        return self._run
+
+    def open(self, first_step: int) -> Mapping[str, Any]:
+        if self._run is None:  # a second attempt goes on with the run of the first
+            self._run = self._open_run()
+        return {"id": self.run.id, "mode": self.mode}
+
+    def _open_run(self) -> wandb.Run:
+        """Our record of code, environment and terminal is in the run directory: W&B takes none of its own."""
+        import wandb
+
+        settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, save_code=False)
+        settings = settings.model_copy(update={"x_disable_stats": True, "x_disable_meta": True})
+        run = wandb.init(
+            mode=self.mode,
+            project=self.facts.experiment,
+            id=self.facts.id,
+            name=self.facts.id,
+            notes=self.facts.note,
+            tags=self.facts.tags,
+            config={**self.facts.hparams, "git": dict(self.facts.git)},
+            dir=self.facts.path / "logs",
+            resume="allow",
+            settings=settings,
+        )
+        run.define_metric("*", step_metric="step")  # W&B's own steps may not be repeated by a resume
+        return run
+
+    def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
+        import wandb
+
+        values: dict[str, Any]
+        if log_file == METRICS_FILE:
+            values = {metric.name: value for metric, value in shown_metrics(record, self.name)}
+        elif log_file == HISTOGRAMS_FILE:
+            edges = np.linspace(record["min"], record["max"], len(record["counts"]) + 1)
+            values = {record["name"]: wandb.Histogram(np_histogram=(record["counts"], edges))}
+        else:
+            values = {"sample": wandb.Html(f"<pre>{html.escape(record['text'])}</pre>", inject=False)}
+        if values:
+            self.run.log({**values, "step": record["step"]})
+
+    def flush(self) -> None:
+        """W&B's own process writes what it is given."""
+
+    def forget(self) -> Mapping[str, Any]:
+        """Offline files hold the run once more; the newer one is to be synced."""
+        self.run.finish()
+        self._run = self._open_run()
+        return {"id": self.run.id}
+
+    def close(self, end: RunEnd) -> None:
+        self.run.summary.update({"status": end.status, **end.summary})
+        self.run.finish(exit_code=0 if end.status == "completed" else 1)
+
+    def abandon(self) -> None:
+        """Its process ends with this one."""
