@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,8 +82,10 @@ class WandbView:
         """W&B's own process writes what it is given."""
 
     def forget(self) -> Mapping[str, Any]:
-        """Offline files hold the run once more; the newer one is to be synced."""
+        """Offline its files are removed. Online W&B keeps what it has, and the same steps are added to it."""
         self.run.finish()
+        for folder in (self.facts.path / "logs" / "wandb").glob("offline-run-*"):
+            shutil.rmtree(folder)
         self._run = self._open_run()
         return {"id": self.run.id}
 
