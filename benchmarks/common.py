@@ -84,15 +84,24 @@ def interleaved(
 
 def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
     """median(new) / median(old) and its 95% interval: a percentile bootstrap over repeats, pairs kept together."""
-    assert len(new) == len(old)
+    return _bootstrap(
+        lambda sample: statistics.median(a for a, _ in sample) / statistics.median(b for _, b in sample), new, old
+    )
+
+
+def median_ratio(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
+    """The median of the ratios of pairs and its 95% interval: for neighbours, which a drift meets alike."""
+    return _bootstrap(lambda sample: statistics.median(a / b for a, b in sample), new, old)
+
+
+def _bootstrap(
+    statistic: Callable[[Sequence[tuple[float, float]]], float], new: Sequence[float], old: Sequence[float]
+) -> tuple[float, float, float]:
+    """A statistic of pairs and its 95% interval, by resampling the pairs."""
     generator = random.Random(0)
     pairs = list(zip(new, old, strict=True))
-
-    def ratio(sample: Sequence[tuple[float, float]]) -> float:
-        return statistics.median(a for a, _ in sample) / statistics.median(b for _, b in sample)
-
-    resampled = sorted(ratio(generator.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
-    return ratio(pairs), resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
+    resampled = sorted(statistic(generator.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    return statistic(pairs), resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
 
 
 def verdict(reached: bool) -> str:

@@ -1,123 +1,270 @@
-"""What does tracking cost a training step? train.py with its views, without them, and a bare loop.
+"""What does tracking cost, and is anything lost?
 
-python -m benchmarks.tracking                     # steps of about 50 ms, five minutes
-python -m benchmarks.tracking --step-ms 50,35 --repeats 7
+python -m benchmarks.tracking                          # all parts, about 15 minutes
+python -m benchmarks.tracking --parts steps --step-ms 10 --repeats 20
+python -m benchmarks.tracking --parts records,closing
 
-tracked: every step logged, TensorBoard and Aim fed by their threads while training runs. no views: the same
-without feeders. bare: without log and progress too. Short runs of the three alternate in one process; each
-counts after its warmup, in which the views are opened. What is not fed when a run ends is fed before the next.
+steps: a training run whose tracking is switched every few seconds: log, TensorBoard and Aim with histograms of all
+parameters and gradients every 100 steps; the log alone; everything off; and what a loop does that tracks in line
+(.item(), add_scalar, Run.track, add_histogram). Medians of the ratios of neighbouring blocks, bootstrapped.
+records: a million records through buffer, log and feeder. closing: the end of a run of 2,000 steps of 50 ms.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from rich.table import Table
 
 from benchmarks import common
-from benchmarks.step_timing import BARE, NO_VIEWS, TRACKED, Timing, timed_run
+from benchmarks.switched_run import (
+    ALL,
+    HISTOGRAM_STEPS,
+    LOG,
+    NAIVE,
+    OFF,
+    Measured,
+    check,
+    paired,
+    percentile,
+    run_switched,
+    schedule,
+)
 from utils.cli import Parser, script
 from utils.config_loader import LoadedConfig
 from utils.console import Terminal
+from utils.errors import UserError
 
-LIMIT = 1.05  # tracked / no views, at steps of about 50 ms
+PARTS = ("steps", "records", "closing")
+LIMITS = {ALL: {50: 1.02, 10: 1.04}, LOG: {10: 1.01}}  # ratio to everything off, by milliseconds of a step
+LOGGING_LIMITS = (30.0, 200.0)  # microseconds that the loop spends in a step: median, 99th percentile
+MEMORY_LIMIT = 50.0  # MiB
+CLOSING_LIMIT = 2.0  # seconds
+CLOSING_STEPS, CLOSING_STEP_MS = 2000, 50.0
 CALIBRATION = (4, 24)  # batch sizes: a step costs about a + b * batch_size
 LARGEST_BATCH = 16 * CALIBRATION[1]  # a busy machine can make the larger batch look no slower than the smaller one
+BLOCK_SECONDS = 3.0
 
 
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.tracking", description=__doc__)
-    parser.add_argument("--step-ms", default="50", metavar="X,Y", help="lengths of a step to aim at (default: 50)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each kind (default: 5)")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="measured steps of a run (default: 300)")
-    parser.add_argument("--warmup", type=int, default=80, metavar="N", help="steps before them (default: 80)")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--step-ms", default="50,10", metavar="X,Y", help="lengths of a step (default: 50,10)")
+    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="blocks of each kind (default: 15)")
+    parser.add_argument("--block", type=int, metavar="N", help="steps of a block (default: a multiple of 100, 3 s)")
+    parser.add_argument("--warmup", type=int, default=100, metavar="N", help="steps before the blocks (default: 100)")
+    parser.add_argument("--records", type=int, default=10**6, metavar="N", help="records (default: a million)")
+    parser.add_argument("--steps", type=int, default=CLOSING_STEPS, metavar="N", help="of the run that is closed")
     common.add_config_flag(parser)
     args = parser.parse(argv)
-    common.at_least(1, repeats=args.repeats, steps=args.steps, warmup=args.warmup)
+    common.at_least(1, repeats=args.repeats, warmup=args.warmup, records=args.records, steps=args.steps)
+    parts = [part.strip() for part in args.parts.split(",")]
+    if unknown := set(parts) - set(PARTS):
+        raise UserError(f"--parts: unknown: {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
+    lengths = common.numbers(args.step_ms, "--step-ms", float, 0.1)
     terminal = Terminal()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for step_ms in common.numbers(args.step_ms, "--step-ms", float, 0.1):
-            batch_size = choose_batch_size(step_ms, args.config, folder)
-            terminal.print(f"steps of about {step_ms:g} ms: batch_size {batch_size}")
-            loaded = load(args.config, folder, batch_size, args.warmup + args.steps)
-            timings = measure(loaded, args.warmup, args.repeats, lambda line: terminal.print(f"  {line}"))
-            ratio, *_ = common.ratio_interval(*columns(timings, "mean_ms", NO_VIEWS))
-            terminal.print(
-                "",
-                results_table(timings),
-                f"machine: {common.machine_facts()}; batch_size {batch_size}, {args.repeats} runs of each kind, "
-                f"{args.steps} steps each",
-                f"fed when training ended (median): {fed_text(timings[TRACKED])}",
-                f"tracked / no views, mean step: {ratio:.3f}, limit {LIMIT} {common.verdict(ratio <= LIMIT)}",
-                "",
-            )
+        if "steps" in parts:
+            for step_ms in lengths:
+                report_steps(step_ms, args.block, args.repeats, args.warmup, args.config, folder, terminal)
+        if "records" in parts:
+            report_records(args.records, folder, terminal)
+        if "closing" in parts:
+            report_closing(args.steps, args.config, folder, terminal)
     return 0
 
 
+# ------------------------------------------------------------------------------------------------- steps
+
+
 def load(files: Sequence[Path], folder: Path, batch_size: int, steps: int) -> LoadedConfig:
-    """The shipped configuration, every step logged, with one cheap evaluation at either end."""
-    return common.load_config(
-        files,
-        folder,
-        {
-            "batch_size": str(batch_size),
-            "max_iters": str(steps),
-            "eval_interval": str(steps),
-            "eval_iters": "1",
-            "sample_tokens": "0",
-            "log_interval": "1",
-            "aim_logging": True,
-        },
-    )
+    """The shipped configuration, every step logged, with one cheap evaluation at either end and no checkpoints."""
+    fixed: dict[str, str | bool] = {"sample_tokens": "0", "log_interval": "1", "eval_iters": "1", "aim_logging": True}
+    fixed |= {"checkpoint_interval": "0", "checkpoint_minutes": "none", "keep_best": False}
+    lengths = {"batch_size": str(batch_size), "max_iters": str(steps), "eval_interval": str(steps)}
+    return common.load_config(files, folder, {**fixed, **lengths, "histogram_interval": str(HISTOGRAM_STEPS)})
 
 
 def choose_batch_size(step_ms: float, files: Sequence[Path], folder: Path) -> int:
-    """The batch size whose step takes about `step_ms`, on the line through two short bare runs."""
+    """The batch size whose step takes about `step_ms`, on the line through two short runs without tracking."""
     small, large = CALIBRATION
-    low, high = (timed_run(load(files, folder, size, 25), 5, BARE).median_ms for size in CALIBRATION)
+    low, high = (
+        statistics.median(run_switched(load(files, folder, size, 70), [OFF] * 6, 10, 10).blocks[OFF])
+        for size in CALIBRATION
+    )
     slope = max((high - low) / (large - small), 1e-6)  # ms a sequence
     return min(max(1, round(small + (step_ms - low) / slope)), LARGEST_BATCH)
 
 
-def measure(
-    loaded: LoadedConfig, warmup: int, repeats: int, report: Callable[[str], None] = lambda line: None
-) -> dict[str, list[Timing]]:
-    """Alternate runs of the three kinds, after one of the tracked kind that imports what the views need."""
-    timed_run(loaded, warmup, TRACKED)
-    arms = {kind: lambda kind=kind: timed_run(loaded, warmup, kind) for kind in (TRACKED, NO_VIEWS, BARE)}
-    return common.interleaved(arms, repeats, report)
+def report_steps(
+    step_ms: float,
+    block: int | None,
+    repeats: int,
+    warmup: int,
+    files: Sequence[Path],
+    folder: Path,
+    terminal: Terminal,
+) -> None:
+    """Measure and print the cost of a step of each kind."""
+    batch_size = choose_batch_size(step_ms, files, folder)
+    block = block or HISTOGRAM_STEPS * max(1, round(BLOCK_SECONDS * 1000 / step_ms / HISTOGRAM_STEPS))
+    kinds = schedule((OFF, LOG, ALL, NAIVE), repeats)
+    terminal.print(f"steps of about {step_ms:g} ms: batch_size {batch_size}, blocks of {block} steps")
+    measured = run_switched(load(files, folder, batch_size, warmup + block * len(kinds)), kinds, block, warmup)
+    seconds, wall = measured.feeding
+    rows = [
+        f"machine: {common.machine_facts()}; {repeats} blocks of each kind",
+        f"feeders: {seconds / wall:.2%} of the wall time on the processor, budget 2%; fed when the last block ended: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in measured.fed.items()),
+        logging_text(measured),
+    ]
+    terminal.print("", steps_table(measured, step_ms), *rows, "")
 
 
-def columns(timings: dict[str, list[Timing]], number: str, base: str) -> tuple[list[float], list[float]]:
-    """That number of every tracked run, and of every run of `base`."""
-    return [getattr(t, number) for t in timings[TRACKED]], [getattr(t, number) for t in timings[base]]
-
-
-def fed_text(tracked: Sequence[Timing]) -> str:
-    names = tracked[0].fed
-    shares = (f"{name} {statistics.median(t.fed.get(name, 0.0) for t in tracked):.0%}" for name in names)
-    return ", ".join(shares) or "nothing: the runs were too short for the views to open"
-
-
-def results_table(timings: dict[str, list[Timing]]) -> Table:
-    table = Table(title="A training step; ratio: tracked / this loop", title_justify="left", title_style="bold")
+def steps_table(measured: Measured, step_ms: float) -> Table:
+    table = Table(title="Mean time of a step", title_justify="left", title_style="bold")
     table.add_column("loop", style="cyan")
-    for header in ("median ms", "ratio", "95%", "mean ms", "ratio", "95%"):
+    for header in ("median ms", f"/ {OFF}", "95%", "limit", ""):
         table.add_column(header, justify="right")
-    for kind, runs in timings.items():
-        cells = []
-        for number in ("median_ms", "mean_ms"):
-            ratio, low, high = common.ratio_interval(*columns(timings, number, kind))
-            cells.append(f"{statistics.median(getattr(run, number) for run in runs):.2f}")
-            cells += ["", ""] if kind == TRACKED else [f"{ratio:.3f}", f"{low:.3f}-{high:.3f}"]
-        table.add_row(kind, *cells)
+    for kind in (OFF, LOG, ALL, NAIVE):
+        new, old = zip(*paired(measured, kind, OFF), strict=True)
+        ratio, low, high = common.median_ratio(new, old)
+        limit = LIMITS.get(kind, {}).get(round(step_ms))
+        verdict = common.verdict(ratio <= limit) if limit else ""
+        cells = [f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", f"{limit or ''}", verdict] if kind != OFF else [""] * 4
+        table.add_row(kind, f"{statistics.median(new):.2f}", *cells)
     return table
+
+
+def logging_text(measured: Measured) -> str:
+    """What the loop itself spends on logging, in microseconds."""
+    median, late = statistics.median(measured.plain), percentile(measured.plain, 99)
+    reached = common.verdict(median <= LOGGING_LIMITS[0] and late <= LOGGING_LIMITS[1])
+    flushing = statistics.median(measured.flushing) if measured.flushing else 0.0
+    return (
+        f"the loop itself spends on logging in a step: median {median:.1f}, 99th percentile {late:.1f} microseconds "
+        f"(limits {LOGGING_LIMITS[0]:g} and {LOGGING_LIMITS[1]:g}: {reached}); in one that writes the log or "
+        f"histograms: median {flushing:,.0f}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------- records
+
+
+class CountingView:
+    """A view that only looks whether each step of the log comes, in order."""
+
+    name = "counting"
+    rolls_back = True
+
+    def __init__(self) -> None:
+        self.count = self.out_of_order = 0
+
+    def open(self, first_step: int) -> Mapping[str, Any]:
+        return {}
+
+    def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
+        self.out_of_order += record["step"] != self.count
+        self.count += 1
+
+    def flush(self) -> None: ...
+
+    def forget(self) -> Mapping[str, Any]:
+        return {}
+
+    def close(self, end: object) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+def report_records(records: int, folder: Path, terminal: Terminal) -> None:
+    """Send records through the buffer, the log and a feeder; count them, and what memory they leave behind."""
+    import torch
+
+    from utils.run_log import RunLog, read_records
+    from utils.step_buffer import StepBuffer
+    from utils.tracking import RunEnd
+    from utils.tracking.feeder import Budget, Feeder
+
+    log, view = RunLog(folder), CountingView()
+    buffer = StepBuffer(log.metrics, flush_interval=50, log_interval=1, tokens_per_step=768)
+    feeder = Feeder(view, folder, Budget(1.0), lambda *facts, **more: None, terminal.warn, rebuild="")
+    loss, grad_norms = torch.tensor(2.0), torch.tensor([0.5, 0.25])
+    began, memory_before = time.perf_counter(), 0.0
+    feeder.start()
+    for step in range(records):
+        if step == min(1000, records - 1):  # what is allocated once is there
+            memory_before = anonymous_memory()
+        buffer.add(step, loss, grad_norms, 1e-3)
+        if buffer.due():
+            buffer.flush()
+    buffer.flush()
+    feeder.finish(RunEnd("completed"))
+    feeder.join()
+    grown, seconds = anonymous_memory() - memory_before, time.perf_counter() - began
+    log.close()
+    lost = records - sum(record["step"] == step for step, record in enumerate(read_records(log.metrics.path)))
+    complete = lost == view.out_of_order == 0 and view.count == records
+    terminal.print(
+        f"{records:,} records in {seconds:.0f} s: {lost} lost in the log, {records - view.count} not fed, "
+        f"{view.out_of_order} out of order: {common.verdict(complete)}",
+        f"anonymous resident memory grew by {grown:.1f} MiB, limit {MEMORY_LIMIT:g}: "
+        + common.verdict(grown <= MEMORY_LIMIT),
+        "",
+    )
+
+
+def anonymous_memory() -> float:
+    """Resident memory of this process that is not of files, in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    assert found, "the kernel tells no RssAnon"
+    return int(found.group(1)) / 1024
+
+
+# ----------------------------------------------------------------------------------------------- closing
+
+
+def report_closing(steps: int, files: Sequence[Path], folder: Path, terminal: Terminal) -> None:
+    """Train and measure how long the views take from the last step until they are closed."""
+    batch_size = choose_batch_size(CLOSING_STEP_MS, files, folder)
+    seconds, backlog = timed_closing(load(files, folder, batch_size, steps))
+    terminal.print(
+        f"end of a run of {steps:,} steps of about {CLOSING_STEP_MS:g} ms (batch_size {batch_size}): "
+        f"{backlog / 1024:,.0f} KiB of the log were not fed yet; views closed after {seconds:.2f} s, "
+        f"limit {CLOSING_LIMIT:g}: {common.verdict(seconds <= CLOSING_LIMIT)}"
+    )
+
+
+def timed_closing(loaded: LoadedConfig) -> tuple[float, int]:
+    """Seconds from the end of training until the views are closed, and bytes that all views lacked at that moment."""
+    import train
+    from utils.tracking.feeder import Feeders
+
+    finish = Feeders.finish
+    taken: list[float] = []
+    lacking: list[int] = []
+
+    def timed(self: Feeders, *arguments: Any) -> None:
+        lacking.append(sum(feeder.backlog_bytes() for feeder in self.feeders))
+        began = time.perf_counter()
+        finish(self, *arguments)
+        taken.append(time.perf_counter() - began)
+
+    with patch.object(Feeders, "finish", timed):
+        result = train.train(loaded, quiet=True)
+    check(result.run_dir, result.status)
+    return taken[0], lacking[0]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import resource
@@ -133,11 +134,18 @@ def memory_in_use(device: torch.device) -> int:
     """Bytes: what tensors hold on a GPU, what the process holds otherwise (its peak where /proc is missing)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
+    if (statm := _statm(os.getpid())) is None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(os.pread(statm, 128, 0).split()[1]) * resource.getpagesize()
+
+
+@functools.cache
+def _statm(pid: int) -> int | None:
+    """The file that tells the memory of this process, kept open: it is read at every step."""
+    try:
+        return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def synchronize(device: torch.device) -> None:
