@@ -1,0 +1,255 @@
+"""One training run whose tracking is switched from block to block of steps.
+
+So that the blocks of two kinds meet the same model, memory and moment of a noisy machine, they alternate within one
+run of train.train. While a block without views runs, the feeders are held and their clock stands still: in their own
+time they have the whole run for themselves, with the budget that they would have then.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from utils.config_loader import LoadedConfig
+from utils.errors import UserError
+from utils.run_manager import read_record
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.monitor import Monitor
+
+ALL, LOG, OFF, NAIVE = "log and views", "log alone", "everything off", "naive loop"
+OPENING_SECONDS = 60.0  # for the views to open, before the first block
+HISTOGRAM_STEPS = 100
+
+
+@dataclass
+class Measured:
+    """What one switched run gave.
+
+    blocks: kind -> mean milliseconds of a step in each of its blocks, in the order of time.
+    plain, flushing: microseconds that the loop spent on logging in a step, without and with a write to the log.
+    feeding: processor seconds that the feeders took, of so many seconds of their own clock.
+    """
+
+    blocks: dict[str, list[float]] = field(default_factory=dict)
+    plain: list[float] = field(default_factory=list)
+    flushing: list[float] = field(default_factory=list)
+    feeding: tuple[float, float] = (0.0, 0.0)
+    fed: dict[str, float] = field(default_factory=dict)  # view -> share of the log that it had after the last block
+
+
+class Switch:
+    """Which kind of block runs; a clock that runs only in blocks with views."""
+
+    def __init__(self) -> None:
+        self.kind = ALL
+        self._before, self._since = 0.0, time.monotonic()
+        self._changed = threading.Condition()
+
+    def set(self, kind: str) -> None:
+        with self._changed:
+            self._before, self._since = self.clock(), time.monotonic()
+            self.kind = kind
+            self._changed.notify_all()
+
+    def clock(self) -> float:
+        return self._before + (time.monotonic() - self._since if self.kind == ALL else 0.0)
+
+    def wait_for_views(self) -> None:
+        """Return once a block with views runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.kind == ALL)
+
+    def rest(self, seconds: float, wake: threading.Event) -> None:
+        """Wait so long by this clock, or until `wake`."""
+        until = self.clock() + seconds
+        while not wake.is_set() and (left := until - self.clock()) > 0:
+            self.wait_for_views()
+            wake.wait(min(left, 0.1))
+
+
+def schedule(kinds: Sequence[str], repeats: int) -> list[str]:
+    """One block of each kind a repeat; the order turns, so that none always follows the same other one."""
+    turns = (repeat % len(kinds) for repeat in range(repeats))
+    return [kind for turn in turns for kind in [*kinds[turn:], *kinds[:turn]]]
+
+
+def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, warmup: int) -> Measured:
+    """Train; the steps after `warmup` are blocks of these kinds, each of `block_steps` steps.
+
+    Raises:
+        UserError: the run or one of its views failed: then there is nothing to compare.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    import train
+    from utils import monitor
+    from utils.tracking import feeder
+
+    switch, measured = Switch(), Measured()
+    feed_slice, spend = feeder.Feeder.feed_slice, feeder.Budget.spend
+    taken: list[float] = []
+
+    def held_slice(self: feeder.Feeder, seconds: float = feeder.SLICE_SECONDS) -> bool:
+        switch.wait_for_views()
+        return feed_slice(self, seconds)
+
+    def noted_spend(self: feeder.Budget, seconds: float) -> None:
+        taken.append(seconds)
+        spend(self, seconds)
+
+    feeder_time = SimpleNamespace(monotonic=switch.clock, thread_time=time.thread_time, sleep=time.sleep)
+    switched = _switched_monitor(monitor.Monitor, switch, measured, kinds, block_steps, warmup, taken)
+    with ExitStack() as patches:
+        for owner, name, new in (
+            (feeder, "time", feeder_time),
+            (feeder.Feeder, "rest", lambda self, seconds: switch.rest(seconds, self._wake)),
+            (feeder.Feeder, "feed_slice", held_slice),
+            (feeder.Budget, "spend", noted_spend),
+            (monitor, "Monitor", switched),
+        ):
+            patches.enter_context(patch.object(owner, name, new))
+        result = train.train(loaded, quiet=True)
+    check(result.run_dir, result.status)
+    return measured
+
+
+def check(run: Path, status: str) -> None:
+    """
+    Raises:
+        UserError: the run or one of its views failed.
+        KeyboardInterrupt: it was interrupted.
+    """
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    views = read_record(run)["views"]
+    failed = [f"{name}: {facts.get('reason')}" for name, facts in views.items() if facts.get("state") != "complete"]
+    if failed or status != "completed":
+        raise UserError(f"the run ended as {status}; views that are not complete: {'; '.join(failed) or 'none'}")
+
+
+def _switched_monitor(
+    base: type[Monitor],
+    switch: Switch,
+    measured: Measured,
+    kinds: Sequence[str],
+    block_steps: int,
+    warmup: int,
+    taken: list[float],
+) -> type[Monitor]:
+    """A Monitor that does in each block what its kind says, and measures the blocks."""
+    remaining = iter(kinds)
+
+    class SwitchedMonitor(base):  # type: ignore[misc, valid-type]
+        _left, _began, _spent = warmup, 0.0, 0.0
+        _naive: NaiveTracking | None = None
+
+        def step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+            began = time.perf_counter()
+            if switch.kind in (ALL, LOG):
+                super().step(step, loss, grad_norms, lr)
+            elif switch.kind == NAIVE:
+                self._naive = self._naive or NaiveTracking(self.log.metrics.path.parent.parent)
+                self._naive.step(step, self.state.model, loss, grad_norms, lr)
+            self._spent = time.perf_counter() - began
+
+        def step_done(self) -> None:
+            began = time.perf_counter()
+            writes = self.buffer.due() or (self.state.step - 1) % HISTOGRAM_STEPS == 0
+            if switch.kind in (ALL, LOG):
+                super().step_done()
+                spent = 1e6 * (self._spent + time.perf_counter() - began)
+                (measured.flushing if writes else measured.plain).append(spent)
+            self._left -= 1
+            if self._left == 0:
+                self._end_block()
+
+        def _end_block(self) -> None:
+            from utils.device import synchronize
+
+            if switch.kind in (ALL, LOG):
+                self.flush()
+            synchronize(self.state.device)
+            if self._began:
+                mean_ms = 1000 * (time.perf_counter() - self._began) / block_steps
+                measured.blocks.setdefault(switch.kind, []).append(mean_ms)
+            else:
+                wait_until_open(self.log.metrics.path.parent)
+                for numbers in (measured.plain, measured.flushing, taken):
+                    numbers.clear()
+                self._clock_began = switch.clock()
+            kind = next(remaining, None)
+            if kind is None:
+                measured.feeding = (sum(taken), switch.clock() - self._clock_began)
+                measured.fed.update(fed_shares(self.log.metrics.path))
+            switch.set(kind or ALL)
+            self._left = block_steps if kind else -1
+            self.pause_over()
+            self._began = time.perf_counter()
+
+    return SwitchedMonitor
+
+
+class NaiveTracking:
+    """What a training loop does without a log: every number at once, every tracker in line."""
+
+    def __init__(self, folder: Path) -> None:
+        import aim
+        from torch.utils.tensorboard import SummaryWriter
+
+        settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
+        (folder / "naive").mkdir()
+        self.writer, self.run = SummaryWriter(str(folder / "naive")), aim.Run(repo=str(folder / "naive"), **settings)
+        self._last = time.perf_counter()
+
+    def step(self, step: int, model: Any, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+        now, before = time.perf_counter(), self._last
+        numbers = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norms.norm().item(), "steps_s": 1 / (now - before)}
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+            self.run.track(value, name=name, step=step)
+        if step % HISTOGRAM_STEPS == 0:
+            for name, parameter in model.named_parameters():
+                self.writer.add_histogram(f"params/{name}", parameter, step)
+                self.writer.add_histogram(f"grads/{name}", parameter.grad, step)
+        self._last = now
+
+
+def wait_until_open(logs_dir: Path) -> None:
+    """Return once all views have shown something.
+
+    Raises:
+        UserError: they have not within OPENING_SECONDS.
+    """
+    deadline = time.monotonic() + OPENING_SECONDS
+    while not all((logs_dir / f"fed_{name}.json").exists() for name in ("tensorboard", "aim")):
+        if time.monotonic() > deadline:
+            raise UserError(f"the views did not open within {OPENING_SECONDS:g} s: a longer --warmup may help")
+        time.sleep(0.1)
+
+
+def fed_shares(metrics: Path) -> dict[str, float]:
+    """Per view: how much of metrics.jsonl it has shown."""
+    import json
+
+    notes = {path.stem.removeprefix("fed_"): json.loads(path.read_text()) for path in metrics.parent.glob("fed_*.json")}
+    size = metrics.stat().st_size
+    return {name: note["offsets"][metrics.name] / size for name, note in notes.items()}
+
+
+def paired(measured: Measured, kind: str, base: str) -> Iterator[tuple[float, float]]:
+    """Blocks of two kinds of the same repeat."""
+    return zip(measured.blocks[kind], measured.blocks[base], strict=True)
+
+
+def percentile(numbers: Sequence[float], percent: int) -> float:
+    return statistics.quantiles(numbers, n=100)[percent - 1] if len(numbers) > 1 else numbers[0]
