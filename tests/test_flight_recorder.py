@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from utils import flight_recorder
-from utils.flight_recorder import STEPS, FlightRecorder, rng_fingerprint
+from utils.flight_recorder import STEPS, FlightRecorder, fingerprint
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_a_step_is_told_in_full(tmp_path: Path) -> None:
         "grad_norms": {"matrices": 0.5, "vectors": 0.25},
         "lr": 1e-3,
         "sample_offsets": [7, 70],
-        "rng_crc32": rng_fingerprint(CPU),
+        "rng_crc32": fingerprint(torch.get_rng_state()),
     }
 
 
@@ -93,12 +93,12 @@ def test_recording_draws_no_random_numbers() -> None:
 
 def test_the_fingerprint_tells_random_states_apart() -> None:
     torch.manual_seed(3)
-    first = rng_fingerprint(CPU)
+    first = fingerprint(torch.get_rng_state())
     assert first == f"{zlib.crc32(torch.get_rng_state().numpy().tobytes()):08x}"
     torch.rand(1)
-    second = rng_fingerprint(CPU)
+    second = fingerprint(torch.get_rng_state())
     torch.manual_seed(3)
-    assert rng_fingerprint(CPU) == first != second
+    assert fingerprint(torch.get_rng_state()) == first != second
 
 
 def test_each_step_has_the_fingerprint_of_its_time(tmp_path: Path) -> None:
@@ -106,18 +106,20 @@ def test_each_step_has_the_fingerprint_of_its_time(tmp_path: Path) -> None:
     fingerprints = []
     for step in range(3):
         torch.rand(1)
-        fingerprints.append(rng_fingerprint(CPU))
+        fingerprints.append(fingerprint(torch.get_rng_state()))
         record(one, step)
     assert [step["rng_crc32"] for step in dumped(one, tmp_path)["steps"]] == fingerprints
     assert len(set(fingerprints)) == 3
 
 
-def test_memory_is_that_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_that_of_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     amounts = iter((5, 6))
     monkeypatch.setattr(flight_recorder, "memory_in_use", lambda device: next(amounts))
     one = recorder()
     record(one, 0, 1)
-    assert [step["memory_bytes"] for step in dumped(one, tmp_path)["steps"]] == [5, 6]
+    one.look_at_memory()
+    record(one, 2)
+    assert [step["memory_bytes"] for step in dumped(one, tmp_path)["steps"]] == [5, 5, 6]
 
 
 def test_a_later_dump_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:

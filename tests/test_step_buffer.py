@@ -40,7 +40,7 @@ def writer(tmp_path: Path) -> Iterator[LogWriter]:
 
 def add(buffer: StepBuffer, *steps: int, loss: float = 2.0) -> None:
     for step in steps:
-        buffer.add(step, torch.tensor(loss + step), torch.tensor([step / 4]), 0.1 * step)
+        buffer.add(step, torch.tensor(loss + step), torch.tensor([step / 4, 0.0]), 0.1 * step)
 
 
 def records(writer: LogWriter) -> list[dict[str, Any]]:
@@ -160,9 +160,9 @@ def test_a_nonfinite_gradient_norm_alone_raises_too(writer: LogWriter) -> None:
 
 def test_steps_in_a_row_may_be_nonfinite_up_to_the_tolerance(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, 1, 96, tolerance=2, nonfinite_in_a_row=1)
-    buffer.add(0, torch.tensor(1.0), torch.tensor([float("inf")]), 0.1)
+    buffer.add(0, torch.tensor(1.0), torch.tensor([float("inf"), 0.0]), 0.1)
     add(buffer, 1)
-    buffer.add(2, torch.tensor(1.0), torch.tensor([float("nan")]), 0.1)
+    buffer.add(2, torch.tensor(1.0), torch.tensor([float("nan"), 0.0]), 0.1)
     buffer.flush()
     assert buffer.nonfinite_in_a_row == 1
     for step in (3, 4):
@@ -174,7 +174,7 @@ def test_steps_in_a_row_may_be_nonfinite_up_to_the_tolerance(writer: LogWriter) 
 def test_a_nonfinite_step_is_recorded_whatever_the_log_interval(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, log_interval=5, tokens_per_step=96, tolerance=1)
     add(buffer, 0)
-    buffer.add(1, torch.tensor(1.0), torch.tensor([float("inf")]), 0.1)
+    buffer.add(1, torch.tensor(1.0), torch.tensor([float("inf"), 0.0]), 0.1)
     add(buffer, 2)
     buffer.flush()
     assert [record["step"] for record in records(writer)] == [0, 1]

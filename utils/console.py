@@ -206,7 +206,8 @@ class TrainingProgress:
 
     def update(self, step: int, **fields: float) -> None:
         """Called after every step; looks at the clock before it does anything."""
-        self.fields.update(fields)
+        if fields:
+            self.fields.update(fields)
         now = time.monotonic()
         if self._progress and now >= self._next_update:
             self._next_update = now + REFRESH_SECONDS

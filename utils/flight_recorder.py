@@ -6,9 +6,8 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,19 +18,18 @@ from utils.run_log import encode_number
 STEPS = 64
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     step: int
     time: float
     lr: float
     loss: torch.Tensor  # 0-dimensional, on the device
     grad_norms: torch.Tensor  # (groups,), on the device
-    rng: str
+    rng: torch.Tensor
     memory: int
 
 
 class FlightRecorder:
-    """Keeps the last STEPS steps in memory; costs nothing but a few numbers a step.
+    """Keeps the last STEPS steps in memory; what can be computed later is computed when they are written.
 
     Args:
         device: whose random state and memory are noted.
@@ -42,11 +40,15 @@ class FlightRecorder:
     def __init__(self, device: torch.device, groups: Sequence[str], offsets: Callable[[int], list[int]]) -> None:
         self.device, self.groups, self.offsets = device, list(groups), offsets
         self._steps: deque[_Step] = deque(maxlen=STEPS)
+        self.look_at_memory()
+
+    def look_at_memory(self) -> None:
+        """Note the memory in use, which steps have until the next look: asking is too slow for every step."""
+        self._memory = memory_in_use(self.device)
 
     def record(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
         """Note update `step`; nothing is transferred from the device."""
-        fingerprint = rng_fingerprint(self.device)
-        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms, fingerprint, memory_in_use(self.device)))
+        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms, _rng_state(self.device), self._memory))
 
     def dump(self, path: Path, reason: str) -> None:
         """Write the steps as JSON.
@@ -65,12 +67,16 @@ class FlightRecorder:
             "grad_norms": {name: encode_number(norm) for name, norm in norms},
             "lr": s.lr,
             "sample_offsets": self.offsets(s.step),
-            "rng_crc32": s.rng,
+            "rng_crc32": fingerprint(s.rng),
             "memory_bytes": s.memory,
         }
 
 
-def rng_fingerprint(device: torch.device) -> str:
-    """CRC-32 of the random state that dropout on `device` draws from, after the forward passes of a step."""
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return f"{zlib.crc32(state.numpy().data):08x}"
+def _rng_state(device: torch.device) -> torch.Tensor:
+    """The random state that dropout on `device` draws from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def fingerprint(rng_state: torch.Tensor) -> str:
+    """CRC-32 of a random state."""
+    return f"{zlib.crc32(rng_state.numpy().data):08x}"

@@ -79,6 +79,7 @@ class Monitor:
         if not self.buffer.flush():
             return
         self.state.nonfinite_in_a_row = self.buffer.nonfinite_in_a_row
+        self.recorder.look_at_memory()
         if self.system.due():
             self.log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
         self._after_flush()

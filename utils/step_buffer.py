@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,12 +23,12 @@ class NonFiniteError(Exception):
         self.step = step
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     step: int
     time: float
-    tokens: int
     lr: float
+    loss: torch.Tensor  # 0-dimensional, on the device
+    grad_norms: torch.Tensor  # (groups,), on the device
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ class StepBuffer:
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
         self._steps: list[_Step] = []
-        self._values: list[torch.Tensor] = []  # loss, grad norm, loss, grad norm, ...
         self._logged: list[_Logged] = []
         self.restart_clock()
 
@@ -88,14 +87,14 @@ class StepBuffer:
             loss: 0-dimensional, on the device.
             grad_norms: of the parameter groups, (groups,), on the device.
         """
-        self._steps.append(_Step(step, time.time(), step * self.tokens_per_step, lr))
-        self._values += (loss, grad_norms.norm())
+        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms))
 
     def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
         """Remember other numbers of `step`, which is not before the last one that was added; nothing is transferred.
 
         Raises:
             KeyError: a name that is not registered.
+            TypeError, RuntimeError: a value is not one number.
         """
         for name in values:
             metric(name)
@@ -104,7 +103,7 @@ class StepBuffer:
             for name, value in values.items()
             if isinstance(value, torch.Tensor)
         }
-        numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        numbers = {name: float(value) for name, value in values.items() if not isinstance(value, torch.Tensor)}
         self._logged.append(_Logged(len(self._steps), step, time.time(), numbers, tensors))
 
     def due(self) -> bool:
@@ -116,17 +115,16 @@ class StepBuffer:
         Raises:
             NonFiniteError: after the records are written; more than `tolerance` steps in a row are non-finite.
         """
-        steps, values, logged = self._steps, self._values, self._logged
-        self._steps, self._values, self._logged = [], [], []  # first: what fails to be written is not repeated
-        values += [tensor for entry in logged for tensor in entry.tensors.values()]
-        numbers = torch.stack([value.float().to(values[0].device) for value in values]).tolist() if values else []
-        losses, grad_norms = numbers[: 2 * len(steps) : 2], numbers[1 : 2 * len(steps) : 2]
+        steps, logged = self._steps, self._logged
+        self._steps, self._logged = [], []  # first: what fails to be written is not repeated
+        tensors = [tensor for entry in logged for tensor in entry.tensors.values()]
+        losses, grad_norms, others = _numbers(steps, tensors)
         if steps:
             seconds = (time.perf_counter() - self._clock) / len(steps)
             self.tokens_per_second = self.tokens_per_step / seconds
             self.last_loss = losses[-1]
         records = [self._record(*update) for update in zip(steps, losses, grad_norms, strict=True)]
-        self.writer.write(_in_order(records, logged, iter(numbers[2 * len(steps) :])))
+        self.writer.write(_in_order(records, logged, iter(others)))
         if not steps:
             return False
         self.restart_clock()
@@ -142,7 +140,7 @@ class StepBuffer:
             s.step,
             s.time,
             {
-                "tokens": s.tokens,
+                "tokens": s.step * self.tokens_per_step,
                 "train/loss": loss,
                 "lr": s.lr,
                 "grad_norm": grad_norm,
@@ -160,6 +158,21 @@ class StepBuffer:
             if self.nonfinite_in_a_row > self.tolerance:
                 name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
                 raise NonFiniteError(s.step, name, value)
+
+
+def _numbers(steps: list[_Step], tensors: list[torch.Tensor]) -> tuple[list[float], list[float], list[float]]:
+    """Losses and global gradient norms of the steps, and the values of other tensors, in one transfer."""
+    parts = (
+        [torch.stack([s.loss for s in steps]).float(), torch.stack([s.grad_norms for s in steps]).norm(dim=1)]
+        if steps
+        else []
+    )
+    if tensors:
+        device = steps[0].loss.device if steps else tensors[0].device
+        parts.append(torch.stack([tensor.to(device) for tensor in tensors]))
+    numbers = torch.cat([part.float() for part in parts]).tolist() if parts else []
+    n = len(steps)
+    return numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
 
 
 def _in_order(
