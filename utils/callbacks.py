@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import traceback
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,12 @@ class TrainingRun:
 
         In on_step they belong to the update just done, so they stand at its step.
 
+        Args:
+            values: numbers, or tensors with one element, which are kept as float32.
+
         Raises:
             KeyError: a name that is not registered.
+            TypeError, RuntimeError: a value is not one number.
         """
         self._buffer.log(self._step, values)
 
@@ -48,7 +54,8 @@ class Callback:
     """Base class: override what you need. An exception ends the run as failed.
 
     on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes), on_step
-    after each update, on_eval after each evaluation, on_end when the session ends, however it does.
+    after each update, on_eval after each evaluation, on_end once after the last step of a session, whatever ended
+    it: but SIGKILL and a second Ctrl-C leave no time for it.
     """
 
     def on_start(self, run: TrainingRun) -> None: ...
@@ -74,9 +81,11 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[Callback], run: TrainingRun) -> None:
         self._callbacks, self._run = callbacks, run
+        self._started: deque[Callback] = deque()  # and not ended
 
     def on_start(self) -> None:
         for callback in self._callbacks:
+            self._started.append(callback)
             callback.on_start(self._run)
 
     def on_step(self, step: int, loss: torch.Tensor) -> None:
@@ -93,9 +102,16 @@ class Callbacks:
             callback.on_eval(self._run, losses)
 
     def on_end(self, status: str) -> None:
+        """Each callback that was started is told once; if one raises, the others are told that the run failed."""
         self._run._step = self._run.state.step
-        for callback in self._callbacks:
-            callback.on_end(self._run, status)
+        failure: Exception | None = None
+        while self._started:
+            try:
+                self._started.popleft().on_end(self._run, status)
+            except Exception as error:  # the user's; the first one counts
+                failure, status = failure or error, "failed"
+        if failure is not None:
+            raise failure
 
 
 def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
@@ -111,10 +127,19 @@ def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
             raise UserError(f"callbacks: {name} is listed twice")
         try:
             found = getattr(importlib.import_module(module), attribute)
-            callback = found()
-        except Exception as error:  # code of the user's, which may raise anything
-            raise UserError(f"callbacks: {name} cannot be used: {type(error).__name__}: {error}") from error
-        if not isinstance(callback, Callback):
-            raise UserError(f"callbacks: {name} is not a subclass of utils.callbacks.Callback")
-        callbacks[name] = callback
+            if not (isinstance(found, type) and issubclass(found, Callback)):
+                raise UserError(f"callbacks: {name} is not a subclass of utils.callbacks.Callback")
+            callbacks[name] = found()
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # code of the user's, which may raise anything
+            raise UserError(f"callbacks: {name} cannot be used: {_in_one_line(error)}") from error
     return callbacks
+
+
+def _in_one_line(error: BaseException) -> str:
+    """What went wrong, and where in the user's code."""
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename not in (__file__, importlib.__file__) and not f.filename.startswith("<")]
+    return f"{message} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else message
