@@ -38,8 +38,11 @@ def bin_tensors(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     low = torch.full((len(tensors),), inf, device=device).scatter_reduce_(0, owner, lowest, "amin")
     high = torch.full((len(tensors),), -inf, device=device).scatter_reduce_(0, owner, highest, "amax")
 
-    scale = BINS / (high / 2 - low / 2).clamp_min(1e-30)  # halves: the range must not overflow
-    position = values.div_(2).sub_((low / 2)[owner, None]).mul_(scale[owner, None])  # finite: in [0, BINS]
+    # The range of huge values must not overflow, that of tiny ones not underflow: powers of two are exact.
+    factor = torch.where(torch.maximum(low.abs(), high.abs()) < 2.0**-60, 2.0**100, 0.5)
+    low_scaled, high_scaled = low * factor, high * factor
+    scale = BINS / (high_scaled - low_scaled).clamp_min(1e-30)
+    position = values.mul_(factor[owner, None]).sub_(low_scaled[owner, None]).mul_(scale[owner, None])  # in [0, BINS]
     position = position.nan_to_num_(-1.0, -1.0, -1.0).add_(1.0).clamp_(0, BINS)  # non-finite: 0
     bins = position.int().add_(owner.int()[:, None] * (BINS + 1))
     counts = torch.bincount(bins.flatten(), minlength=len(tensors) * (BINS + 1)).view(-1, BINS + 1)
