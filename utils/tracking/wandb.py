@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import shutil
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +48,7 @@ class WandbView:
         """Our record of code, environment and terminal is in the run directory: W&B takes none of its own."""
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))  # before init: the login prints, too, and asks a person for a key
         settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, save_code=False)
         settings = settings.model_copy(update={"x_disable_stats": True, "x_disable_meta": True})
         run = wandb.init(
@@ -76,7 +78,7 @@ class WandbView:
         else:
             values = {"sample": wandb.Html(f"<pre>{html.escape(record['text'])}</pre>", inject=False)}
         if values:
-            self.run.log({**values, "step": record["step"]})
+            self.run.log({**values, "step": record["step"], "_timestamp": record["time"]})
 
     def flush(self) -> None:
         """W&B's own process writes what it is given."""
@@ -94,4 +96,11 @@ class WandbView:
         self.run.finish(exit_code=0 if end.status == "completed" else 1)
 
     def abandon(self) -> None:
-        """Its process ends with this one."""
+        """When a process ends, W&B waits for a server that does not answer, for minutes: not for this one.
+
+        Its own process ends with this one all the same.
+        """
+        setup = sys.modules.get("wandb.sdk.wandb_setup")
+        connection = getattr(getattr(setup, "_singleton", None), "_connection", None)
+        if connection is not None:
+            connection._cleanup()
