@@ -7,6 +7,7 @@ python experiments.py rebuild latest --aim
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def add_rebuild(commands: argparse._SubParsersAction[Parser]) -> None:
 def rebuild_command(args: argparse.Namespace) -> int:
     from utils.tracking.rebuild import RebuildError, rebuild
 
-    path = resolve_run(args.run, PROJECT_ROOT / (args.runs_dir or default_runs_dir()))
+    found = resolve_run(args.run, PROJECT_ROOT / (args.runs_dir or default_runs_dir()))
+    path = Path(os.path.abspath(found))  # `.` has no name; and trackers are told where the run is
     terminal = Terminal()
     try:
         with FeedingProgress(terminal) as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def rebuild(
         The names of the views, all of them complete.
 
     Raises:
-        UserError: the run is being trained, its record is damaged, or a view's package is not installed.
+        UserError: the run is being trained, its record is damaged, a log is missing, or a view's package is not
+            installed; nothing is changed.
         RebuildError: a view failed; run.json says why.
     """
     config = recorded_settings(path, root)
@@ -45,11 +47,15 @@ def rebuild(
     for name in names:
         if not is_installed(name):
             raise UserError(f"{name} is not installed: pip install {name}")
+    for log_file in LOG_FILES:
+        if not (path / "logs" / log_file).is_file():
+            raise UserError(f"{path / 'logs' / log_file} is missing: {path.name} cannot be fed from its logs")
     end = RunEnd.read(path)  # before the lock is taken: then a crashed run seems to run
     run = Run.resume(path)
     try:
         read_registry(path / METRICS)
-        draw_curves(path)
+        with contextlib.suppress(OSError, ImportError):  # it was not asked for; the picture of before stays
+            draw_curves(path)
         total = sum((path / "logs" / name).stat().st_size for name in LOG_FILES)
         for view in build_views(names, path, config, root):
             feed_anew(view, run, end, lambda name, fed: report(name, fed, total))
@@ -68,7 +74,7 @@ def feed_anew(view: View, run: Run, end: RunEnd, report: Callable[[str, int], No
     try:
         feeder.feed_anew(end, lambda: report(view.name, sum(feeder.offsets.values())))
     except Exception as error:  # whatever a tracker raises
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         run.update_view(view.name, state="off", reason=reason)
         view.abandon()
         raise RebuildError(f"{view.name} was not rebuilt: {reason}") from error
