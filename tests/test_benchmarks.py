@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
-from benchmarks import checkpoints, common, crash_test, shakespeare, startup, step_timing, tracking
+from benchmarks import checkpoints, common, crash_test, shakespeare, startup, switched_run, tracking
+from benchmarks.switched_run import ALL, LOG, NAIVE, OFF
 from utils import training
 from utils.errors import UserError
+from utils.run_log import read_metrics
 
 COMMANDS = {
     "checkpoints": checkpoints.main,
@@ -62,26 +64,54 @@ def test_a_run_that_diverges_is_no_result(tmp_path: Path, tiny_file: Path, monke
         shakespeare.measure(common.load_config([tiny_file], tmp_path, {"aim_logging": False}))
 
 
-def test_tracking_compares_three_loops_and_feeds_the_views_while_training(tmp_path: Path, tiny_file: Path) -> None:
-    loaded = tracking.load([tiny_file], tmp_path, batch_size=2, steps=60)
-    timings = tracking.measure(loaded, warmup=20, repeats=2)
-    assert {kind: len(runs) for kind, runs in timings.items()} == {"tracked": 2, "no views": 2, "bare": 2}
-    assert all(run.median_ms > 0 and run.mean_ms > 0 for runs in timings.values() for run in runs)
-    assert [set(run.fed) for run in timings["tracked"]] == [{"tensorboard", "aim"}] * 2
-    assert not any(run.fed for kind in ("no views", "bare") for run in timings[kind])
+def test_a_switched_run_measures_blocks_of_every_kind(tmp_path: Path, tiny_file: Path) -> None:
+    kinds = switched_run.schedule((OFF, LOG, ALL, NAIVE), 2)
+    assert kinds == [OFF, LOG, ALL, NAIVE, LOG, ALL, NAIVE, OFF]
+    loaded = tracking.load([tiny_file], tmp_path, batch_size=2, steps=60 + 8 * 20)
+    measured = switched_run.run_switched(loaded, kinds, 20, 60)
+    assert {kind: len(blocks) for kind, blocks in measured.blocks.items()} == dict.fromkeys((OFF, LOG, ALL, NAIVE), 2)
+    assert all(ms > 0 for blocks in measured.blocks.values() for ms in blocks)
+    assert len(measured.plain) + len(measured.flushing) == 4 * 20  # steps that were logged
+    assert all(0 < spent < 1e6 for spent in measured.plain)
+    seconds, wall = measured.feeding
+    assert 0 <= seconds < wall
+    (run,) = (tmp_path / "runs").iterdir()
+    steps = [step for step, _ in read_metrics(run / "logs", "train/loss")]
+    blocks = [range(60 + 20 * i, 80 + 20 * i) for i, kind in enumerate(kinds) if kind in (LOG, ALL)]
+    assert steps == [*range(60), *(step for block in blocks for step in block)]
+
+
+def test_the_clock_of_the_views_stands_still_while_they_are_held() -> None:
+    switch = switched_run.Switch()
+    switch.set(OFF)
+    before = switch.clock()
+    time.sleep(0.05)
+    assert switch.clock() == before
+    switch.set(ALL)
+    time.sleep(0.05)
+    assert 0.04 < switch.clock() - before < 1
 
 
 def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--step-ms", "2", "--repeats", "1", "--steps", "10", "--warmup", "55", "--config", str(tiny_file)]
-    assert tracking.main(words) == 0
+    words = ["--parts", "steps", "--step-ms", "2", "--repeats", "1", "--block", "10", "--warmup", "55"]
+    assert tracking.main([*words, "--config", str(tiny_file)]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("no views", "bare", "batch_size", "limit 1.05", "threads, torch"))
+    assert all(word in printed for word in (OFF, LOG, ALL, NAIVE, "batch_size", "budget 2%", "threads, torch"))
+
+
+def test_tracking_counts_records_and_closes_a_run(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--parts", "records,closing", "--records", "3000", "--steps", "60"]
+    assert tracking.main([*words, "--config", str(tiny_file)]) == 0
+    printed = capsys.readouterr().out
+    assert "3,000 records in" in printed
+    assert "0 lost in the log, 0 not fed, 0 out of order: reached" in printed
+    assert re.search(r"views closed after \d+\.\d\d s", printed)
 
 
 def test_a_view_that_fails_is_no_result(tmp_path: Path, tiny_file: Path) -> None:
     (tmp_path / ".aim").write_text("a file where Aim's folder should be")
     with pytest.raises(UserError, match="aim"):
-        step_timing.timed_run(tracking.load([tiny_file], tmp_path, batch_size=2, steps=4), 1, step_timing.TRACKED)
+        tracking.timed_closing(tracking.load([tiny_file], tmp_path, batch_size=2, steps=4))
 
 
 def test_training_tells_when_the_loop_begins_and_when_a_step_is_done(
@@ -135,6 +165,7 @@ def test_help_does_not_import_torch(name: str) -> None:
         ("shakespeare", ["--steps", "0"], "--steps must be at least 1"),
         ("tracking", ["--step-ms", ","], "--step-ms: expected numbers >= 0.1"),
         ("tracking", ["--warmup", "0"], "--warmup must be at least 1"),
+        ("tracking", ["--parts", "stps"], "--parts: unknown: stps; expected steps, records, closing"),
         ("checkpoints", ["--parts", "tape"], "unknown: tape; expected loop, disk"),
         ("crash_test", ["--kills", "0"], "--kills must be at least 1"),
         ("startup", ["--repeat", "3"], "unknown flag --repeat; did you mean --repeats?"),
