@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from utils.run_log import LOG_FILES, METRICS_FILE, RunLog, decode_number, metric_record, read_metrics, read_records
 from utils.run_manager import read_record
-from utils.tracking import RunEnd, feeder
+from utils.tracking import RunEnd, RunFacts, feeder
+from utils.tracking.aim import AimView
 from utils.tracking.feeder import Budget, Feeder, Feeders
 
 Argv = Callable[..., list[str]]
@@ -171,6 +172,16 @@ def test_aim_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path], tmp_p
     assert sequence.data.items_list()[1][0][0].weights.tolist() == record["counts"]
     found = repo.query_metrics("run.hparams.model.n_embd == 16 and metric.context.subset == 'val'")
     assert [m.name for group in found.iter_runs() for m in group] == ["loss"]
+
+
+def test_aim_keeps_no_thread_of_its_own(tmp_path: Path, tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv()) == 0
+    before = set(threading.enumerate())
+    view = AimView(RunFacts.read(only_run()), str(tmp_path))
+    view.open(0)
+    assert set(threading.enumerate()) == before
+    view.close(RunEnd("completed"))
+    assert set(threading.enumerate()) == before
 
 
 def test_a_broken_view_does_not_change_training(

@@ -71,7 +71,12 @@ class AimView:
     def _open_run(self, aim: ModuleType, **which: Any) -> aim.Run:
         """The SDK's Run, without its own system metrics and terminal capture."""
         settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
-        return aim.Run(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
+        run = aim.Run(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
+        # Its threads that report signs of life: status and the lock of the run directory are ours.
+        run._heartbeat.stop()
+        run._checkins.close()
+        run._heartbeat = run._checkins = run._resources._heartbeat = run._resources._checkins = None
+        return run
 
     def _describe(self) -> None:
         self.run.name = self.facts.id
