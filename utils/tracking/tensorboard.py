@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config import TRAJECTORY, field_fact
+from utils.config import FIELDS, TRAJECTORY, field_fact
 from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
 SESSION_METRICS = ("val/loss", "train/eval_loss")  # stand beside the hyperparameters
+# The HParams page shows five columns at first: those said to differ. It takes that from one run for all of them.
+SESSION_COLUMNS = frozenset(("learning_rate", "max_iters", "n_embd", "n_layer", "run_tag"))
 CHARTS = {  # custom scalars: category, title, tags
     "loss": {
         "train and val": ["Multiline", ["train/eval_loss", "val/loss"]],
@@ -61,13 +63,13 @@ class TensorBoardView:
         from torch.utils.tensorboard.summary import custom_scalars
 
         facts = self.facts
-        self._text("config", _fenced(json.dumps(facts.hparams, indent=2)), 0)
+        self._text("config", _settings_table(facts.hparams), 0)
         sizes = ("parameters", "vocab_size", "train_tokens", "val_tokens", "epochs", "device", "dtype", "dataset")
-        overview = _table(("", ""), [(key, facts.resolved[key]) for key in sizes if key in facts.resolved])
-        modules = [(m["name"], " x ".join(map(str, m["shape"])), f"{m['parameters']:,}") for m in facts.modules]
+        overview = _table(("fact", "value"), [(key, facts.resolved[key]) for key in sizes if key in facts.resolved])
+        modules = [(m["name"], " x ".join(map(str, m["shape"])), m["parameters"]) for m in facts.modules]
         table = _table(("parameter", "shape", "numbers"), modules)
-        self._text("model", f"{overview}\n\n{table}" if modules else overview, 0)
-        self._text("git", _table(("", ""), facts.git.items()), 0)
+        self._text("model", f"{overview}\n\n### Parameters\n\n{table}" if modules else overview, 0)
+        self._text("git", _table(("fact", "value"), facts.git.items()), 0)
         if facts.note:
             self._text("note", facts.note, 0)
         experiment, start, _ = self._session_records()
@@ -84,12 +86,13 @@ class TensorBoardView:
         from torch.utils.tensorboard.summary import hparams
 
         flat = {
-            f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
+            f"{section}.{key}": value if type(value) in (int, float, str) else str(value)  # a bool would show as 1.0000
             for section, values in self.facts.hparams.items()
             for key, value in values.items()
-            if field_fact(key, "kind") == TRAJECTORY
+            if field_fact(key, "kind") == TRAJECTORY or key in SESSION_COLUMNS
         }
-        return hparams(flat, dict.fromkeys(SESSION_METRICS, 0.0))
+        experiment, *session = hparams(flat, dict.fromkeys(SESSION_METRICS, 0.0))
+        return _with_columns(experiment), *session
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import scalar
@@ -201,6 +204,18 @@ def event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events.out.tfevents.[0-9]*"))
 
 
+def _with_columns(experiment: Any) -> Any:
+    """torch's record of an experiment, with the hyperparameters that stand first."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin_data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin_data.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name.partition(".")[2] in SESSION_COLUMNS
+    plugin_data.content = content.SerializeToString()
+    return experiment
+
+
 def _with_status(session_end: Any, status: str) -> Any:
     """torch's record of a session that ended well, with how it ended indeed."""
     from tensorboard.plugins.hparams.api_pb2 import Status
@@ -245,7 +260,19 @@ def _fenced(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines() or [""])
 
 
+def _settings_table(hparams: Mapping[str, Any]) -> str:
+    """All settings, those that differ from their defaults first."""
+    changed: list[tuple[str, str, str]] = []
+    others: list[tuple[str, str, str]] = []
+    for section, values in hparams.items():
+        for key, value in values.items():
+            shown, default = (json.dumps(v, ensure_ascii=False) for v in (value, FIELDS[key].default))
+            rows = others if shown == default else changed
+            rows.append((f"{section}.{key}", f"`{shown}`", "" if shown == default else f"`{default}`"))
+    return _table(("setting", "value", "default, if it differs"), [*changed, *others])
+
+
 def _table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     """A table in Markdown."""
     lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(f"{x:,}" if type(x) is int else str(x) for x in line) + " |" for line in lines)
