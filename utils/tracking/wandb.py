@@ -102,5 +102,6 @@ class WandbView:
         """
         setup = sys.modules.get("wandb.sdk.wandb_setup")
         connection = getattr(getattr(setup, "_singleton", None), "_connection", None)
-        if connection is not None:
-            connection._cleanup()
+        forget_at_exit = getattr(connection, "_cleanup", None)
+        if forget_at_exit is not None:
+            forget_at_exit()
