@@ -74,7 +74,8 @@ def feed_anew(view: View, run: Run, end: RunEnd, report: Callable[[str, int], No
     try:
         feeder.feed_anew(end, lambda: report(view.name, sum(feeder.offsets.values())))
     except Exception as error:  # whatever a tracker raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = next(filter(None, str(error).splitlines()), "no message")
+        reason = f"{type(error).__name__}: {message}"
         run.update_view(view.name, state="off", reason=reason)
         view.abandon()
         raise RebuildError(f"{view.name} was not rebuilt: {reason}") from error
