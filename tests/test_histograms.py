@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.histograms import BINS, bin_tensors, histogram_records
+from utils import histograms
+from utils.histograms import BINS, ROW, bin_tensors, histogram_records
 
 
 def counts_and_range(values: torch.Tensor) -> tuple[list[int], float, float]:
@@ -92,3 +94,91 @@ def test_a_parameter_and_its_graph_are_left_alone() -> None:
     assert torch.equal(parameter, before)
     assert not limits.requires_grad
     assert counts.sum() == 5
+
+
+# ------------------------------------------------------------------------------------------ many at once
+
+
+def many() -> dict[str, torch.Tensor]:
+    """Tensors of many shapes, precisions and ranges; of each kind one value lies at an edge of the range."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(), (1,), (2, 3, 4), (ROW - 1,), (ROW,), (ROW + 1,), (3, ROW), (40, 40), (0,)]
+    tensors = {f"normal/{shape}": torch.randn(shape, generator=generator) for shape in shapes}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        tensors[str(dtype)] = torch.randn(300, generator=generator).to(dtype)
+    tensors["transposed"] = torch.randn(30, 20, generator=generator).T
+    tensors["strided"] = torch.randn(600, generator=generator)[::2]
+    for scale in (3e38, 1e30, 1e-20, 1e-30, 1e-37, 1e-40, 1e-43):
+        tensors[f"scale/{scale}"] = scale * (2 * torch.rand(500, generator=generator) - 1)
+    tensors["far"] = 1000 + torch.rand(500, generator=generator)
+    tensors["mixed"] = torch.randn(500, generator=generator)
+    tensors["mixed"][::5] = torch.tensor([math.nan, math.inf, -math.inf, math.nan]).repeat(25)
+    return tensors
+
+
+def difference_to_numpy(record: dict[str, object], tensor: torch.Tensor) -> int:
+    """Numbers that are in another bin than numpy's, which bins in double precision."""
+    values = tensor.detach().float().double().numpy().ravel()
+    finite = values[np.isfinite(values)]
+    assert record["nonfinite"] == values.size - finite.size
+    assert sum(record["counts"]) == finite.size
+    if not finite.size or finite.min() == finite.max():  # numpy would widen an empty range
+        return 0
+    assert (record["min"], record["max"]) == (finite.min(), finite.max())
+    expected, _ = np.histogram(finite, BINS)
+    return int(np.abs(np.array(record["counts"]) - expected).sum()) // 2
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, histograms.CHUNK])
+def test_many_tensors_at_once_are_binned_as_numpy_bins_each(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(histograms, "CHUNK", chunk)
+    tensors = many()
+    records = histogram_records(0, 0.0, tensors)
+    assert [record["name"] for record in records] == list(tensors)
+    for record, tensor in zip(records, tensors.values(), strict=True):
+        # Within rounding of an edge a value may change its bin; of denormals, many values lie on edges.
+        allowed = 0 if record["name"].startswith("normal") else max(2, tensor.numel() // 100)
+        assert difference_to_numpy(record, tensor) <= allowed, record["name"]
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = histogram_records(0, 0.0, many())
+    for chunk in (1, 300, 2000):
+        monkeypatch.setattr(histograms, "CHUNK", chunk)
+        assert histogram_records(0, 0.0, many()) == whole
+
+
+def test_a_tensor_is_binned_the_same_whatever_stands_beside_it() -> None:
+    tensors = many()
+    together = histogram_records(0, 0.0, tensors)
+    alone = [histogram_records(0, 0.0, {name: tensor})[0] for name, tensor in tensors.items()]
+    assert together == alone
+
+
+def test_the_tensors_stay_as_they_are() -> None:
+    tensors = many()
+    histogram_records(0, 0.0, tensors)
+    for name, tensor in many().items():
+        assert torch.equal(tensor.nan_to_num(7.0), tensors[name].nan_to_num(7.0))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute: views of a tensor cost the device nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        returned = function._schema.returns
+        is_view = bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+        self.count += not is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_operations_does_not_grow_with_that_of_tensors() -> None:
+    counts = []
+    for n in (2, 20, 200):
+        tensors = [torch.nn.Parameter(torch.randn(5, 7)) for _ in range(n)]
+        with Operations() as operations:
+            bin_tensors(tensors)
+        counts.append(operations.count)
+    assert counts[0] == counts[1] == counts[2] < 50

@@ -28,8 +28,11 @@ from utils.run_log import (
     read_from,
     read_metrics,
     read_records,
+    read_registry,
     register_metric,
+    shown_metrics,
     truncate,
+    write_registry,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,6 +231,54 @@ def test_a_new_metric_is_accepted_once_registered_and_its_name_is_taken(monkeypa
     with pytest.raises(ValueError, match="val/accuracy is registered already"):
         register_metric(Metric("val/accuracy", "%", "higher"))
     assert metric("val/accuracy") is accuracy
+
+
+def test_the_registry_survives_a_file_and_knows_what_is_there_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before = tmp_path / "metrics.json", dict(run_log._REGISTRY)
+    monkeypatch.setattr(run_log, "_REGISTRY", dict(before))
+    register_metric(Metric("mine/über", "%", "higher", views=("aim",)))
+    register_metric(Metric("mine/quiet", "1", views=()))
+    whole = dict(run_log._REGISTRY)
+    write_registry(path)
+
+    monkeypatch.setattr(run_log, "_REGISTRY", dict(before))
+    read_registry(path)  # as in a process that has not imported the callback
+    assert whole == run_log._REGISTRY
+    assert metric("mine/über") == Metric("mine/über", "%", "higher", views=("aim",))
+    assert register_metric(Metric("mine/über", "%", "higher", views=("aim",)))  # its module may be imported after all
+
+    monkeypatch.setattr(run_log, "_REGISTRY", {**before, "mine/quiet": Metric("mine/quiet", "s")})
+    read_registry(path)  # what the code says now wins
+    assert metric("mine/quiet") == Metric("mine/quiet", "s")
+
+
+def test_without_a_registry_file_nothing_is_added(tmp_path: Path) -> None:
+    before = dict(run_log._REGISTRY)
+    read_registry(tmp_path / "metrics.json")
+    assert before == run_log._REGISTRY
+
+
+@pytest.mark.parametrize(
+    ("view", "names"),
+    [
+        ("tensorboard", ["train/loss", "step_ms", "val/loss"]),
+        ("aim", ["train/loss", "val/loss"]),
+        ("wandb", ["train/loss", "val/loss"]),
+        ("another", []),
+    ],
+)
+def test_a_view_shows_the_metrics_that_are_for_it(view: str, names: list[str]) -> None:
+    record = metric_record(3, 1.0, {"tokens": 96, "train/loss": 2.0, "step_ms": 1.5, "val/loss": math.inf})
+    shown = dict(shown_metrics(record, view))
+    assert [facts.name for facts in shown] == names
+    assert [shown[facts] for facts in shown] == [{"step_ms": 1.5, "train/loss": 2.0}.get(n, math.inf) for n in names]
+
+
+def test_a_record_with_a_name_that_nobody_knows_cannot_be_shown() -> None:
+    with pytest.raises(KeyError, match="'no/such' is not registered"):
+        list(shown_metrics({"step": 0, "time": 0.0, "no/such": 1.0}, "aim"))
 
 
 def test_run_log_makes_all_three_logs_and_appends_in_a_second_session(tmp_path: Path) -> None:

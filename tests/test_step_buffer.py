@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -192,3 +193,97 @@ def test_half_precision_losses_are_written_as_numbers(writer: LogWriter) -> None
     buffer.add(0, torch.tensor(1.5, dtype=torch.bfloat16), torch.tensor([0.25], dtype=torch.float16), 0.1)
     buffer.flush()
     assert (records(writer)[0]["train/loss"], records(writer)[0]["grad_norm"]) == (1.5, 0.25)
+
+
+# ------------------------------------------------------------------------------------------ other numbers
+
+
+def other(writer: LogWriter) -> list[tuple[int, Any]]:
+    """(step, lr) of the records that hold it alone: any registered name will do."""
+    return [(record["step"], record["lr"]) for record in records(writer) if record.keys() == {"step", "time", "lr"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "logged"),
+    [
+        (0.1, 0.1),
+        (3, 3.0),
+        (True, 1.0),
+        (np.float32(0.5), 0.5),
+        (float("nan"), "nan"),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([[0.5]]), 0.5),
+        (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (torch.tensor(7), 7.0),
+        (torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.1).item()),
+        (torch.tensor(float("-inf")), "-inf"),
+        (torch.nn.Parameter(torch.tensor(0.25)), 0.25),
+    ],
+    ids=str,
+)
+def test_any_number_can_be_logged(value: Any, logged: float | str, writer: LogWriter) -> None:
+    buffer = StepBuffer(writer, 10, 1, 96)
+    buffer.log(4, {"lr": value})
+    assert records(writer) == []
+    assert not buffer.flush()  # no update was among it
+    assert other(writer) == [(4, logged)]
+    buffer.flush()
+    assert len(records(writer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"lr": 0.1, "no/such": 1.0}, KeyError),
+        ({"lr": None}, TypeError),
+        ({"lr": torch.zeros(2)}, RuntimeError),
+        ({"lr": [1.0, 2.0]}, TypeError),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused_where_it_is_logged(
+    values: dict[str, Any], error: type[Exception], writer: LogWriter
+) -> None:
+    buffer = StepBuffer(writer, 10, 1, 96)
+    with pytest.raises(error):
+        buffer.log(4, values)
+    buffer.flush()
+    assert records(writer) == []
+
+
+def test_a_tensor_has_the_value_that_it_had_when_it_was_logged(writer: LogWriter) -> None:
+    buffer = StepBuffer(writer, 10, 1, 96)
+    value = torch.tensor(1.0)
+    buffer.log(0, {"lr": value})
+    value.add_(1)
+    buffer.log(0, {"lr": value})
+    buffer.flush()
+    assert other(writer) == [(0, 1.0), (0, 2.0)]
+
+
+@pytest.mark.parametrize("log_interval", [1, 3])
+def test_other_numbers_stand_after_the_update_that_they_belong_to(log_interval: int, writer: LogWriter) -> None:
+    buffer = StepBuffer(writer, 10, log_interval, 96)
+    buffer.log(0, {"lr": 100.0})  # before the first update
+    for step in range(7):
+        add(buffer, step)
+        buffer.log(step, {"lr": torch.tensor(float(step))})
+        if step in (2, 3):
+            buffer.flush()
+    buffer.log(7, {"lr": 200.0})  # an evaluation
+    buffer.flush()
+    expected: list[tuple[int, str]] = [(0, "other")]
+    for step in range(7):
+        expected += [(step, "update")] * (step % log_interval == 0) + [(step, "other")]
+    kinds = [(record["step"], "update" if "train/loss" in record else "other") for record in records(writer)]
+    assert kinds == [*expected, (7, "other")]
+    assert [value for _, value in other(writer)] == [100.0, *map(float, range(7)), 200.0]
+
+
+def test_other_numbers_are_written_although_a_loss_is_not_finite(writer: LogWriter) -> None:
+    buffer = StepBuffer(writer, 10, 1, 96)
+    buffer.add(0, torch.tensor(float("nan")), torch.tensor([1.0]), 0.1)
+    buffer.log(0, {"lr": torch.tensor(5.0)})
+    with pytest.raises(NonFiniteError):
+        buffer.flush()
+    assert other(writer) == [(0, 5.0)]
