@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
-from utils.run_log import LOG_FILES, read_records
+from utils.run_log import LOG_FILES, NOT_METRICS, read_records
 from utils.run_manager import CHECKPOINTS
 
 TIMINGS = frozenset(("time", "step_ms", "tokens_per_second"))
@@ -22,12 +23,19 @@ def last_checkpoint(run: Path) -> Checkpoint:
 
 
 def log_without_times(run: Path) -> list[dict[str, Any]]:
-    """All records of all logs of a run, without what depends on the clock."""
+    """All records of all logs of a run, without what depends on the clock and the machine."""
     return [
         {"log": name, **{key: value for key, value in record.items() if key not in TIMINGS}}
         for name in LOG_FILES
         for record in read_records(run / "logs" / name)
+        if not is_system_record(record)
     ]
+
+
+def is_system_record(record: Mapping[str, Any]) -> bool:
+    """Whether it holds samples of the machine and nothing else."""
+    numbers = record.keys() - NOT_METRICS
+    return bool(numbers) and all(name.startswith("system/") for name in numbers)
 
 
 def differing_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> int:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train
 import utils.training
+from benchmarks.run_equality import is_system_record
 from utils.cli import Parser, parse_experiment
 from utils.config import Config
 from utils.config_loader import ConfigLoader
@@ -23,8 +24,8 @@ TIMINGS = {"time", "tokens_per_second", "step_ms"}
 
 
 def numbers(run: Path) -> list[dict[str, object]]:
-    """metrics.jsonl without the timings."""
-    records = read_records(run / "logs" / "metrics.jsonl")
+    """metrics.jsonl without the timings and the samples of the machine."""
+    records = [record for record in read_records(run / "logs" / "metrics.jsonl") if not is_system_record(record)]
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
 
 
