@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -256,8 +257,9 @@ def test_a_stop_and_a_resume_change_no_bit_of_what_a_callback_logs(
 # ------------------------------------------------------------------------------------------ the hooks
 
 
-def test_hooks_are_called_in_the_order_of_training(tiny_argv: Argv) -> None:
-    assert train.main(tiny_argv(*flags("Recorder"))) == 0
+def test_hooks_are_called_in_the_order_of_training(tiny_argv: Argv, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('callbacks: ["test_callbacks:Recorder"]\n')
+    assert train.main(tiny_argv("--config", str(tmp_path / "mine.yaml"))) == 0
     assert Recorder.calls == [
         ("start", 0),
         ("eval", 0),
@@ -358,6 +360,19 @@ def test_the_others_are_told_once_that_the_run_ended(
     told_first = names == ("Recorder", "Failing") and hook == "on_end"  # then nothing had failed yet
     assert [call[2] for call in Recorder.calls if call[0] == "end"] == ["completed" if told_first else "failed"]
     assert read_record(only_run())["status"] == "failed"
+
+
+def test_all_are_told_although_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = TrainingRun(tmp_path, SimpleNamespace(step=7), None, None)  # type: ignore[arg-type]
+    callbacks = Callbacks([Failing(), Recorder(), Failing(), Recorder()], run)
+    callbacks.on_start()
+    Recorder.calls.clear()
+    monkeypatch.setattr(Failing, "hook", "on_end")
+    with pytest.raises(RuntimeError, match="the cat pulled the plug"):
+        callbacks.on_end("completed")
+    assert Recorder.calls == [("end", 7, "failed"), ("end", 7, "failed")]
+    callbacks.on_end("failed")  # nobody is left
+    assert len(Recorder.calls) == 2
 
 
 def test_a_callback_that_was_not_started_is_not_ended(tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -73,17 +74,24 @@ def sessions(run: Path) -> list[Shown]:
     return [Shown(path) for path in sorted((run / "logs" / "wandb").glob("offline-run-*/*.wandb"))]
 
 
+def wandb_processes_of(pid: int) -> list[psutil.Process]:
+    """W&B's own processes that were started by the process `pid`, which they are told on their command line."""
+    found = psutil.process_iter(["name", "cmdline"])
+    return [p for p in found if "wandb" in p.info["name"] and str(pid) in (p.info["cmdline"] or ())]
+
+
 def train_in_a_process(words: list[str]) -> subprocess.CompletedProcess[str]:
     """train.py with a key in the environment and no server; W&B's own process has ended with it."""
-    before = {process.pid for process in psutil.process_iter()}
     env = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    result = subprocess.run(
-        [sys.executable, ROOT / "train.py", *words], env=env, capture_output=True, text=True, timeout=60
-    )
-    started = [p for p in psutil.process_iter() if p.pid not in before and "wandb" in p.name()]
-    _, alive = psutil.wait_procs(started, timeout=10)
-    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
-    return result
+    command = [sys.executable, os.fspath(ROOT / "train.py"), *words]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # nothing once it has ended
+    _, alive = psutil.wait_procs(wandb_processes_of(process.pid), timeout=10)
+    assert [found for found in alive if found.status() != psutil.STATUS_ZOMBIE] == []
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def printed_by_wandb(result: subprocess.CompletedProcess[str]) -> list[str]:
@@ -186,8 +194,10 @@ def test_nothing_is_printed_and_no_credentials_are_kept(offline: Offline) -> Non
     assert [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] == []
 
 
-def test_a_rebuild_makes_one_session_of_all(offline: Offline, capsys: pytest.CaptureFixture[str]) -> None:
-    run, *_ = offline
+def test_a_rebuild_makes_one_session_of_all(
+    offline: Offline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(offline[0], tmp_path / offline[0].name)
     with wandb_in_this_process():
         assert experiments.main(["rebuild", os.fspath(run), "--wandb"]) == 0
     assert capsys.readouterr().out == f"rebuilt from the logs of {run.name}: Weights & Biases\n"
