@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sysconfig
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -140,6 +141,6 @@ def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
 def _in_one_line(error: BaseException) -> str:
     """What went wrong, and where in the user's code."""
     message = f"{type(error).__name__}: {error}".splitlines()[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename not in (__file__, importlib.__file__) and not f.filename.startswith("<")]
+    not_own = ("<", __file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))  # "<": built in
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_own)]
     return f"{message} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else message
