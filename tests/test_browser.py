@@ -252,7 +252,9 @@ def test_aim_metrics_groups_curves_by_learning_rate(runs: list[TinyRun], aim_url
     page.locator("i.icon-coloring").click()
     page.get_by_placeholder("Select fields").fill("learning_rate")
     page.get_by_text(f"run.{LEARNING_RATE}").click()
-    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")  # the list,
+    page.keyboard.press("Escape")  # and what it lies in
+    expect(page.get_by_text("Group by color")).to_be_hidden()
     for run in runs:  # the groups, in the table below the chart
         expect(page.get_by_text(run.learning_rate, exact=True).first).to_be_visible()
     assert len({line.get_attribute("stroke") or line.get_attribute("style") for line in lines.all()}) == 3
@@ -354,8 +356,8 @@ def test_tensorboard_texts_describe_the_runs(runs: list[TinyRun], tensorboard_ur
     assert shown == sorted([run.learning_rate, *["0.001"][: run.learning_rate != "0.001"]] for run in runs)
     shot("tensorboard_text_config")
 
-    headings.filter(has_text="config").click()
-    headings.filter(has_text="model").click()
+    for name in ("config", "git", "model"):  # two are open, one is opened
+        headings.filter(has_text=name).click()
     expect(rows.filter(has_text="blocks.0.attention.qkv.weight").first).to_contain_text("48 x 16")
     shot("tensorboard_text_model")
 
