@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
+import shutil
+import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
     import aim
 
 REMOTE = "aim://"
+FREE_BYTES = 4_000_000  # on a full disk Aim leaves parts of runs behind, and its database (RocksDB) may wait for ever
 ANSWER_SECONDS = 10.0  # for an `aim server` to take what it was sent
 
 
@@ -41,6 +49,8 @@ class AimView:
         self.repo = repo
         self.run_hash = run_hash
         self._run: aim.Run | None = None
+        self._unfinished: aim.Run | None = None  # is being made
+        self._stale: tuple[aim.Repo, str]  # is being deleted
 
     @property
     def run(self) -> aim.Run:
@@ -56,49 +66,83 @@ class AimView:
         import aim
         from aim.sdk.errors import MissingRunError
 
-        # It tells every user that it takes over a lock; the lock of the run directory has shown that it may.
-        logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)
+        # What it says goes between the lines of training; what fails is told by the feeder, in one line.
+        logging.getLogger("aim").setLevel(logging.CRITICAL)
+        threading.excepthook = _not_of_aim
         if not self.is_remote:
             Path(self.repo).mkdir(parents=True, exist_ok=True)
+            self._check_disk()
+            if not aim.Repo.exists(self.repo):
+                self._make_repo(aim)
         if self._run is None and self.run_hash is not None:
             with contextlib.suppress(MissingRunError):  # deleted in Aim since: a new one
-                self._run = self._open_run(aim, run_hash=self.run_hash, force_resume=True)
+                self._run = self._open_run(aim, aim.Run.__new__(aim.Run), run_hash=self.run_hash, force_resume=True)
         if self._run is None:  # a second attempt goes on with the run of the first
-            self._run = self._open_run(aim)
-        self._describe()
+            self._run = self._new_run(aim)
         return {"hash": self.run.hash, "repo": self.repo}
 
-    def _open_run(self, aim: ModuleType, **which: Any) -> aim.Run:
+    def _check_disk(self) -> None:
+        """Raises an OSError if the disk of the repository is full, as good as."""
+        if shutil.disk_usage(self.repo).free < FREE_BYTES:
+            raise OSError(errno.ENOSPC, "less than 4 MB left on its disk", self.repo)
+
+    def _make_repo(self, aim: ModuleType) -> None:
+        """A new repository, complete or absent: one that a full disk has cut off in the making is of no use to Aim.
+
+        Aim makes it elsewhere, since it does so in a process that prints its errors.
+        """
+        with TemporaryDirectory() as elsewhere, TemporaryDirectory(dir=self.repo, prefix=".aim_") as beside:
+            made = Path(aim.Repo(elsewhere, init=True).path)
+            new = Path(shutil.copytree(made, Path(beside, made.name)))
+            new.rename(Path(self.repo, made.name))  # fails where another process was faster
+
+    def _open_run(self, aim: ModuleType, run: aim.Run, **which: Any) -> aim.Run:
         """The SDK's Run, without its own system metrics and terminal capture."""
         settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
-        run = aim.Run(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
+        run.__init__(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
         # Its threads that report signs of life: status and the lock of the run directory are ours.
         run._heartbeat.stop()
         run._checkins.close()
+        if self.is_remote:  # now: the garbage collector would ask the server in any thread, that of training too
+            run._checkins.file_manager._resources.close()
         run._heartbeat = run._checkins = run._resources._heartbeat = run._resources._checkins = None
+        run.name = self.facts.id
+        run.description = self.facts.note
+        for tag in [tag for tag in self.facts.tags if tag not in run.tags]:
+            run.add_tag(tag)
+        run["hparams"] = _plain(self.facts.hparams)
+        run["git"] = _plain(self.facts.git)
+        run["resolved"] = _plain(self.facts.resolved)
+        run["run_dir"] = str(self.facts.path)
+        run["status"] = "running"
         return run
 
-    def _describe(self) -> None:
-        self.run.name = self.facts.id
-        self.run.description = self.facts.note
-        for tag in [tag for tag in self.facts.tags if tag not in self.run.tags]:
-            self.run.add_tag(tag)
-        self.run["hparams"] = _plain(self.facts.hparams)
-        self.run["git"] = _plain(self.facts.git)
-        self.run["resolved"] = _plain(self.facts.resolved)
-        self.run["run_dir"] = str(self.facts.path)
-        self.run["status"] = "running"
+    def _new_run(self, aim: ModuleType) -> aim.Run:
+        """A run that Aim has not had; where it cannot be made completely, nothing stays of it."""
+        self._unfinished = aim.Run.__new__(aim.Run)  # has its hash also where its constructor fails
+        try:
+            run = self._open_run(aim, self._unfinished)
+        except Exception:
+            self.abandon()
+            raise
+        self._unfinished = None
+        return run
 
     def forget(self) -> Mapping[str, Any]:
-        """Aim has no command that empties a run: it is deleted, and a new one made."""
+        """Aim has no command that empties a run: it is deleted, and a new one made.
+
+        Raises:
+            OSError: Aim does not delete it.
+        """
         import aim
 
-        repo, stale = self.run.repo, self.run.hash
-        self.run.close()
-        self._run = None
-        repo.delete_run(stale)
-        self._run = self._open_run(aim)
-        self._describe()
+        if self._run is not None:  # the first attempt
+            self._run.close()
+            self._stale, self._run = (self._run.repo, self._run.hash), None  # frees its files before they are deleted
+        repo, stale = self._stale
+        if not repo.delete_run(stale):  # it tells why in its log only
+            raise OSError(f"run {stale} cannot be deleted from {self.repo}")
+        self._run = self._new_run(aim)
         return {"hash": self.run.hash}
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
@@ -128,14 +172,18 @@ class AimView:
         """Aim's readers see what was tracked without it; but what was lost shows only here.
 
         Raises:
-            OSError: the repository was deleted, or its server does not answer.
+            OSError: the repository was deleted, its disk is full, or its server does not answer.
         """
         repo = self.run.repo
         if not self.is_remote:
+            self._check_disk()
             if not Path(repo.path, "meta", "chunks", self.run.hash).exists():  # its files are open: writing goes on
                 raise FileNotFoundError(f"the run was deleted from {repo.path}")
             return
-        repo._client.client_heartbeat()
+        try:
+            repo._client.client_heartbeat()
+        except OSError as error:  # requests.RequestException, with a long story
+            raise ConnectionError(f"{self.repo} does not answer") from error
         deadline = time.monotonic() + ANSWER_SECONDS
         while repo._client.get_queue()._queue.unfinished_tasks:
             if time.monotonic() > deadline:
@@ -155,16 +203,44 @@ class AimView:
         self._run = None
 
     def abandon(self) -> None:
-        """Aim closes what is open when the process ends, and waits for a lost server for ever: not for this one."""
-        if not self.is_remote:
+        """Aim closes what is open when the process ends, and if that fails or waits, the process never ends."""
+        cleanup = sys.modules.get("aim.ext.cleanup")
+        if cleanup is None:  # not imported, or still being so
             return
-        from aim.ext.cleanup import AutoClean
-
-        for owner, (_, finalizer) in list(AutoClean._finalizers.items()):
-            holders = (owner, getattr(owner, "repo", None))
-            clients = [getattr(holder, name, None) for holder in holders for name in ("_client", "_rpc_client")]
-            if any(client is not None and REMOTE + client.remote_path == self.repo for client in clients):
+        for owner, (_, finalizer) in list(cleanup.AutoClean._finalizers.items()):
+            if self._is_ours(owner):
                 finalizer.detach()
+        if self._unfinished is not None and not self.is_remote:
+            _remove(self._unfinished)
+
+    def _is_ours(self, owner: Any) -> bool:
+        """Whether an object of Aim (a Run, a Repo, a database, a resource of a server) is of our repository."""
+        holder = getattr(owner, "repo", owner)
+        client = getattr(holder, "_client", None) or getattr(holder, "_rpc_client", None)
+        if client is not None:
+            return REMOTE + client.remote_path == self.repo
+        return Path(getattr(holder, "path", "")).is_relative_to(os.path.abspath(self.repo))
+
+
+def _remove(run: aim.Run) -> None:
+    """Remove what there is of a run that Aim could not make: a part of one is in the way of Aim's readers."""
+    if getattr(run, "_heartbeat", None) is not None:  # a thread
+        run._heartbeat.touch_path = None
+        run._heartbeat.stop_signal.set()
+    if getattr(run, "hash", None) is None:
+        return
+    for path in [path for place in ("*", "*/*") for path in Path(run.repo.path).glob(f"{place}/{run.hash}*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+_thread_failed = threading.excepthook
+
+
+def _not_of_aim(failure: threading.ExceptHookArgs) -> None:
+    """For threading.excepthook: Aim's own threads die where its repository is lost; the view notices that, too."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.exc_traceback)]
+    if not any(module.startswith("aim.") for module in modules):
+        _thread_failed(failure)
 
 
 def _plain(value: Any) -> Any:
