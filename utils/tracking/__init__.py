@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.run_log import decode_number
+from utils.run_log import METRICS_FILE, decode_number, read_records
 from utils.run_manager import MODEL_SUMMARY, read_record, read_status
 
 
@@ -81,8 +81,11 @@ class RunEnd:
             RunError: run.json is missing or damaged.
         """
         record = read_record(path)
+        status, step = read_status(path), record.get("last_step") or 0
+        if status == "crashed":  # it could not say
+            step = max((logged["step"] for logged in read_records(path / "logs" / METRICS_FILE)), default=0)
         summary = {name: decode_number(value) for name, value in (record.get("summary") or {}).items()}
-        return cls(read_status(path), summary, record.get("last_step") or 0)
+        return cls(status, summary, step)
 
 
 class View(Protocol):
