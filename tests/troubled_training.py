@@ -1,0 +1,69 @@
+"""train.py with trouble at a chosen step: `python tests/troubled_training.py MOMENT STEP [train.py's words]`.
+
+A script, not tests: test_tracking_faults.py starts it. MOMENT is pause or tear.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+WAIT_SECONDS = 60.0
+
+
+def pause_at(step: int) -> None:
+    """After update `step` wait until all views have shown something, say so on PAUSE_FD, wait for a line on stdin.
+
+    The views flush often, and do not wait long between attempts.
+    """
+    from utils import training
+    from utils.tracking import feeder
+
+    feeder.POLL_SECONDS, feeder.FLUSH_SECONDS, feeder.RETRY_SECONDS = 0.05, 0.05, (0.1, 0.1, 0.1)
+    feeders: list[feeder.Feeder] = []
+    start, optimizer_step = feeder.Feeders.start, training.optimizer_step
+
+    def remember(self: feeder.Feeders) -> None:
+        feeders[:] = self.feeders
+        start(self)
+
+    def hold(state: training.TrainState) -> None:
+        optimizer_step(state)
+        if state.step != step:
+            return
+        deadline = time.monotonic() + WAIT_SECONDS
+        notes = [feeder.logs_dir / f"fed_{feeder.view.name}.json" for feeder in feeders]
+        while not (notes and all(note.exists() for note in notes)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.write(int(os.environ["PAUSE_FD"]), b"paused\n")
+        sys.stdin.readline()
+
+    feeder.Feeders.start = remember  # type: ignore[method-assign]
+    training.optimizer_step = hold
+
+
+def tear_at(step: int) -> None:
+    """Die by SIGKILL when a part of the metrics of `step` is written."""
+    write: Callable[..., int] = os.write
+    marker = f'{{"step": {step}, '.encode()
+
+    def torn(fd: int, data: memoryview) -> int:
+        if (found := bytes(data).find(marker)) >= 0:
+            write(fd, data[: found + len(marker) + 10])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(fd, data)
+
+    os.write = torn  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    import train
+
+    {"pause": pause_at, "tear": tear_at}[sys.argv[1]](int(sys.argv[2]))
+    sys.exit(train.main(sys.argv[3:]))
