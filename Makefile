@@ -16,7 +16,7 @@ baseline: $(VENV)/.installed
 	$(BIN)/python train.py --run-tag baseline $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # a worker a core: more threads would fight
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)  # a worker a core: more threads would fight
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)

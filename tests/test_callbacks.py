@@ -349,6 +349,29 @@ def test_an_exception_while_state_is_loaded_ends_the_run_as_failed_and_loses_not
     assert [step for step, _ in read_metrics(only_run() / "logs", "train/loss")] == list(range(6))
 
 
+@pytest.mark.parametrize("value", [math.nan, {1, 2}])
+def test_a_state_that_is_not_json_ends_the_run_as_failed(
+    value: object, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Callback, "state_dict", lambda self: {"value": value})
+    with pytest.raises((TypeError, ValueError)):
+        train.main(tiny_argv(*flags("Recorder")))
+    assert read_record(only_run())["status"] == "failed"
+
+
+def test_an_exception_counts_although_a_loss_that_was_not_written_yet_is_nan(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.training.forward_backward", lambda state: torch.tensor(math.nan))
+    monkeypatch.setattr("utils.training.clip_gradients", lambda state: torch.tensor([1.0, 1.0]))
+    monkeypatch.setattr("utils.training.optimizer_step", lambda state: setattr(state, "step", state.step + 1))
+    monkeypatch.setattr(Recorder, "on_step", lambda self, run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(tiny_argv(*flags("Recorder")))
+    assert read_record(only_run())["exit_reason"] == "ZeroDivisionError: division by zero"
+    assert [math.isnan(loss) for _, loss in read_metrics(only_run() / "logs", "train/loss")] == [True]
+
+
 @pytest.mark.parametrize("hook", ["on_step", "on_end"])
 @pytest.mark.parametrize("names", [("Failing", "Recorder"), ("Recorder", "Failing")])
 def test_the_others_are_told_once_that_the_run_ended(

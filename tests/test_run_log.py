@@ -261,6 +261,27 @@ def test_without_a_registry_file_nothing_is_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (Metric("step", "steps"), "no metric can be named step"),
+        (Metric("time", "s"), "no metric can be named time"),
+        (Metric("x/y", "1", views=("tensorbord",)), "no view tensorbord; there are tensorboard, aim, wandb"),
+        (Metric("x/y", "1", "up"), "direction 'up' is not one of"),  # type: ignore[arg-type]
+    ],
+)
+def test_facts_that_mean_nothing_are_refused(metric: Metric, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        register_metric(metric)
+
+
+def test_names_of_several_parts_stay_apart() -> None:
+    names = [
+        (facts.subset, facts.short_name) for facts in (Metric("a/b/c", "1"), Metric("a/d/c", "1"), Metric("c", "1"))
+    ]
+    assert names == [("a", "b/c"), ("a", "d/c"), (None, "c")]
+
+
+@pytest.mark.parametrize(
     ("view", "names"),
     [
         ("tensorboard", ["train/loss", "step_ms", "val/loss"]),

@@ -179,9 +179,9 @@ def test_aim_keeps_no_thread_of_its_own(tmp_path: Path, tiny_argv: Argv, only_ru
     before = set(threading.enumerate())
     view = AimView(RunFacts.read(only_run()), str(tmp_path))
     view.open(0)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     view.close(RunEnd("completed"))
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_broken_view_does_not_change_training(

@@ -44,8 +44,14 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             kind = "flag" if flag.startswith("-") else "argument"
-            raise UserError(f"unknown {kind} {flag}{nearest(flag, self._option_string_actions)}")
+            raise UserError(f"unknown {kind} {flag}{nearest(flag, self._flags())}")
         return args
+
+    def _flags(self) -> list[str]:
+        """All flags, those of commands too."""
+        commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for action in commands for parser in action.choices.values())]
+        return [flag for parser in parsers for flag in parser._option_string_actions]
 
 
 def _dashed(word: str) -> str:

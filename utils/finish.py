@@ -53,8 +53,8 @@ def draw(run: Run, terminal: Terminal) -> None:
     """artifacts/curves.png; where it cannot be made, one warning."""
     try:
         draw_curves(run.path)
-    except (OSError, ImportError) as error:
-        terminal.warn(f"{CURVES.name} was not drawn: {error}")
+    except Exception as error:  # no picture is worth a run
+        terminal.warn(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
 
 
 def close_run(

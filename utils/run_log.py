@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from utils.errors import UserError
 from utils.files import write_json
@@ -50,12 +50,11 @@ class Metric:
 
     @property
     def subset(self) -> str | None:
-        head, slash, _ = self.name.partition("/")
-        return head if slash else None
+        return self.name.partition("/")[0] if "/" in self.name else None
 
     @property
     def short_name(self) -> str:
-        return self.name.rpartition("/")[2]
+        return self.name.partition("/")[2] or self.name
 
 
 _REGISTRY: dict[str, Metric] = {}
@@ -65,8 +64,14 @@ def register_metric(metric: Metric) -> Metric:
     """Make `metric.name` a name that the log accepts.
 
     Raises:
-        ValueError: another metric has this name.
+        ValueError: another metric has this name, it is a coordinate's, or there is no such view or direction.
     """
+    if metric.name in NOT_METRICS:
+        raise ValueError(f"no metric can be named {metric.name}: that is where a record stands")
+    if unknown := set(metric.views) - set(VIEWS):
+        raise ValueError(f"metric {metric.name}: no view {', '.join(sorted(unknown))}; there are {', '.join(VIEWS)}")
+    if metric.direction not in get_args(Direction):
+        raise ValueError(f"metric {metric.name}: direction {metric.direction!r} is not one of {get_args(Direction)}")
     if _REGISTRY.setdefault(metric.name, metric) != metric:
         raise ValueError(f"metric {metric.name} is registered already, as {_REGISTRY[metric.name]}")
     return metric

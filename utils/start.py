@@ -20,7 +20,7 @@ from utils.files import write_json
 from utils.gates import Setup
 from utils.metadata import GitFacts, MetadataCapture
 from utils.resume import Relation, check_longer, parent_facts
-from utils.run_log import cut_logs, write_registry
+from utils.run_log import cut_logs, read_registry, write_registry
 from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, TOKENIZER, Run
 from utils.train_state import TrainState, branch, build_state, foreign, load_weights, restore
 
@@ -146,6 +146,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
     state.callbacks = dict(setup.callbacks)
     write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
+    read_registry(run.path / METRICS)  # the logs of a run that goes on may hold what is not registered any more
     write_registry(run.path / METRICS)
     if start.checkpoint is not None:
         take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
         "best_val_loss": encode_number(state.best_val_loss),
         "best_step": state.best_step,
         "early_stopping": state.early_stopping.state_dict(),
-        "callbacks": {name: callback.state_dict() for name, callback in state.callbacks.items()},
+        "callbacks": {name: _copied(callback.state_dict()) for name, callback in state.callbacks.items()},
         "nonfinite_in_a_row": state.nonfinite_in_a_row,
         "scaler": state.scaler.state_dict(),
         "rng": random_states(),
@@ -133,6 +134,17 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
         "world_size": 1,
     }
     return state.model.state_dict(), tensors, facts
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy, since training goes on while it is written.
+
+    Raises:
+        TypeError, ValueError: it is not JSON.
+    """
+    copy = json.loads(json.dumps(state, allow_nan=False))
+    assert isinstance(copy, dict)
+    return copy
 
 
 def random_states() -> dict[str, Any]:

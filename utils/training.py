@@ -118,8 +118,10 @@ def training_loop(
             optimizer_step(state)
             callbacks.on_step(step, loss)
             monitor.step_done()
-    finally:
-        monitor.flush()
+    except BaseException:
+        with contextlib.suppress(NonFiniteError):  # what ended training counts
+            monitor.flush()
+        raise
 
 
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks) -> None:
