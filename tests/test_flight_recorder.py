@@ -112,12 +112,22 @@ def test_each_step_has_the_fingerprint_of_its_time(tmp_path: Path) -> None:
     assert len(set(fingerprints)) == 3
 
 
+def test_without_dropout_the_fingerprint_is_that_of_the_last_look(tmp_path: Path) -> None:
+    one = FlightRecorder(CPU, ["matrices", "vectors"], lambda step: [], draws=False)
+    record(one, 0)
+    torch.rand(1)
+    one.look()
+    record(one, 1)
+    first, second = (step["rng_crc32"] for step in dumped(one, tmp_path)["steps"])
+    assert first != second == fingerprint(torch.get_rng_state())
+
+
 def test_memory_is_that_of_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     amounts = iter((5, 6))
     monkeypatch.setattr(flight_recorder, "memory_in_use", lambda device: next(amounts))
     one = recorder()
     record(one, 0, 1)
-    one.look_at_memory()
+    one.look()
     record(one, 2)
     assert [step["memory_bytes"] for step in dumped(one, tmp_path)["steps"]] == [5, 5, 6]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import histograms
-from utils.histograms import BINS, ROW, bin_tensors, histogram_records
+from utils.histograms import BINS, ROW, Histograms, Layout, Memory, bin_tensors
+
+
+def binned(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = Layout([tensor.numel() for tensor in tensors], tensors[0].device)
+    return bin_tensors(tensors, layout, Memory(layout.rows + 3, tensors[0].device))
 
 
 def counts_and_range(values: torch.Tensor) -> tuple[list[int], float, float]:
-    (counts,), ((low, high),) = bin_tensors([values])
+    (counts,), ((low, high),) = binned([values])
     assert counts.shape == (BINS,)
     assert counts.dtype == torch.int64
     return counts.tolist(), low.item(), high.item()
@@ -63,7 +69,7 @@ def test_the_largest_value_is_in_the_last_bin() -> None:
 
 def test_nonfinite_values_are_counted_apart() -> None:
     values = torch.tensor([0.0, math.nan, 1.0, math.inf, -math.inf, 1.0])
-    (record,) = histogram_records(3, 12.34567, {"params/w": values})
+    (record,) = Histograms().records(3, 12.34567, {"params/w": values})
     assert record["nonfinite"] == 3
     assert (record["min"], record["max"]) == (0.0, 1.0)
     assert (record["counts"][0], record["counts"][-1], sum(record["counts"])) == (1, 2, 3)
@@ -71,7 +77,7 @@ def test_nonfinite_values_are_counted_apart() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_tensor_without_finite_values_is_an_empty_histogram(value: float) -> None:
-    (record,) = histogram_records(3, 0.0, {"grads/w": torch.full((2, 5), value)})
+    (record,) = Histograms().records(3, 0.0, {"grads/w": torch.full((2, 5), value)})
     assert record["counts"] == [0] * BINS
     assert record["nonfinite"] == 10
     assert (record["min"], record["max"]) == (0.0, 0.0)
@@ -80,7 +86,7 @@ def test_a_tensor_without_finite_values_is_an_empty_histogram(value: float) -> N
 
 def test_records_are_in_the_order_of_the_tensors() -> None:
     tensors = {"params/b": torch.zeros(2), "params/a": torch.ones(3, 3), "grads/a": torch.full((4,), math.nan)}
-    records = histogram_records(7, 12.345678, tensors)
+    records = Histograms().records(7, 12.345678, tensors)
     assert [record["name"] for record in records] == list(tensors)
     assert {(record["step"], record["time"]) for record in records} == {(7, 12.3457)}
     assert [sum(record["counts"]) for record in records] == [2, 9, 0]
@@ -90,7 +96,7 @@ def test_records_are_in_the_order_of_the_tensors() -> None:
 def test_a_parameter_and_its_graph_are_left_alone() -> None:
     parameter = torch.nn.Parameter(torch.randn(5))
     before = parameter.detach().clone()
-    counts, limits = bin_tensors([parameter])
+    counts, limits = binned([parameter])
     assert torch.equal(parameter, before)
     assert not limits.requires_grad
     assert counts.sum() == 5
@@ -133,7 +139,7 @@ def difference_to_numpy(record: dict[str, object], tensor: torch.Tensor) -> int:
 def test_many_tensors_at_once_are_binned_as_numpy_bins_each(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(histograms, "CHUNK", chunk)
     tensors = many()
-    records = histogram_records(0, 0.0, tensors)
+    records = Histograms().records(0, 0.0, tensors)
     assert [record["name"] for record in records] == list(tensors)
     for record, tensor in zip(records, tensors.values(), strict=True):
         # Within rounding of an edge a value may change its bin; of denormals, many values lie on edges.
@@ -142,22 +148,41 @@ def test_many_tensors_at_once_are_binned_as_numpy_bins_each(chunk: int, monkeypa
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = histogram_records(0, 0.0, many())
+    whole = Histograms().records(0, 0.0, many())
     for chunk in (1, 300, 2000):
         monkeypatch.setattr(histograms, "CHUNK", chunk)
-        assert histogram_records(0, 0.0, many()) == whole
+        assert Histograms().records(0, 0.0, many()) == whole
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, histograms.CHUNK])
+def test_what_was_binned_before_leaves_nothing_behind(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(histograms, "CHUNK", chunk)
+    one = Histograms()
+    one.records(0, 0.0, {name: torch.full_like(tensor, math.inf) for name, tensor in many().items()})
+    assert one.records(0, 0.0, many()) == Histograms().records(0, 0.0, many())
+    other = {"params/w": torch.arange(1000.0)}  # of another size
+    assert one.records(0, 0.0, other) == Histograms().records(0, 0.0, other)
+
+
+def test_the_memory_for_a_huge_tensor_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(histograms, "CHUNK", 1000)
+    one = Histograms()
+    one.records(0, 0.0, {"params/w": torch.randn(1000)})
+    assert one._memory is not None
+    one.records(0, 0.0, {"params/w": torch.randn(5000)})
+    assert one._memory is None
 
 
 def test_a_tensor_is_binned_the_same_whatever_stands_beside_it() -> None:
     tensors = many()
-    together = histogram_records(0, 0.0, tensors)
-    alone = [histogram_records(0, 0.0, {name: tensor})[0] for name, tensor in tensors.items()]
+    together = Histograms().records(0, 0.0, tensors)
+    alone = [Histograms().records(0, 0.0, {name: tensor})[0] for name, tensor in tensors.items()]
     assert together == alone
 
 
 def test_the_tensors_stay_as_they_are() -> None:
     tensors = many()
-    histogram_records(0, 0.0, tensors)
+    Histograms().records(0, 0.0, tensors)
     for name, tensor in many().items():
         assert torch.equal(tensor.nan_to_num(7.0), tensors[name].nan_to_num(7.0))
 
@@ -178,7 +203,9 @@ def test_the_number_of_operations_does_not_grow_with_that_of_tensors() -> None:
     counts = []
     for n in (2, 20, 200):
         tensors = [torch.nn.Parameter(torch.randn(5, 7)) for _ in range(n)]
+        layout = Layout([35] * n, tensors[0].device)
+        memory = Memory(layout.rows, tensors[0].device)
         with Operations() as operations:
-            bin_tensors(tensors)
+            bin_tensors(tensors, layout, memory)
         counts.append(operations.count)
     assert counts[0] == counts[1] == counts[2] < 50

@@ -35,20 +35,24 @@ class FlightRecorder:
         device: whose random state and memory are noted.
         groups: names of the optimizer's parameter groups.
         offsets: where in the training tokens the samples of a step start.
+        draws: whether steps draw random numbers (dropout); else their random state is that of the last look.
     """
 
-    def __init__(self, device: torch.device, groups: Sequence[str], offsets: Callable[[int], list[int]]) -> None:
-        self.device, self.groups, self.offsets = device, list(groups), offsets
+    def __init__(
+        self, device: torch.device, groups: Sequence[str], offsets: Callable[[int], list[int]], draws: bool = True
+    ) -> None:
+        self.device, self.groups, self.offsets, self.draws = device, list(groups), offsets, draws
         self._steps: deque[_Step] = deque(maxlen=STEPS)
-        self.look_at_memory()
+        self.look()
 
-    def look_at_memory(self) -> None:
-        """Note the memory in use, which steps have until the next look: asking is too slow for every step."""
-        self._memory = memory_in_use(self.device)
+    def look(self) -> None:
+        """Note what is too slow to ask for at every step; the steps until the next look have it."""
+        self._memory, self._rng = memory_in_use(self.device), _rng_state(self.device)
 
     def record(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
         """Note update `step`; nothing is transferred from the device."""
-        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms, _rng_state(self.device), self._memory))
+        rng = _rng_state(self.device) if self.draws else self._rng
+        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms, rng, self._memory))
 
     def dump(self, path: Path, reason: str) -> None:
         """Write the steps as JSON.

@@ -10,7 +10,7 @@ import torch
 
 from utils.console import TrainingProgress
 from utils.flight_recorder import FlightRecorder
-from utils.histograms import histogram_records
+from utils.histograms import Histograms
 from utils.run_log import RunLog, metric_record
 from utils.step_buffer import StepBuffer
 from utils.system_metrics import SystemSampler
@@ -47,8 +47,10 @@ class Monitor:
             nonfinite_in_a_row=state.nonfinite_in_a_row,
         )
         groups = [group["name"] for group in state.optimizer.param_groups]
-        self.recorder = FlightRecorder(state.device, groups, state.sampler.train_offsets)
+        draws = bool(state.config.model.dropout)
+        self.recorder = FlightRecorder(state.device, groups, state.sampler.train_offsets, draws)
         self.system = SystemSampler(state.device, path, tracking.system_interval)
+        self._histograms = Histograms()
         self._after_flush = after_flush
 
     def step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
@@ -79,7 +81,7 @@ class Monitor:
         if not self.buffer.flush():
             return
         self.state.nonfinite_in_a_row = self.buffer.nonfinite_in_a_row
-        self.recorder.look_at_memory()
+        self.recorder.look()
         if self.system.due():
             self.log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
         self._after_flush()
@@ -97,7 +99,7 @@ class Monitor:
         named = dict(self.state.model.named_parameters())
         tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in named.items()}
         tensors |= {f"grads/{name}": p.grad for name, p in named.items() if p.grad is not None}
-        self.log.histograms.write(histogram_records(self.state.step, time.time(), tensors))
+        self.log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
 
     def losses(self, losses: Mapping[str, float]) -> None:
         """An evaluation after `state.step` updates."""
