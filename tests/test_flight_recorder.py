@@ -14,6 +14,7 @@ import torch
 
 from utils import flight_recorder
 from utils.flight_recorder import STEPS, FlightRecorder, fingerprint
+from utils.step_buffer import Step
 
 CPU = torch.device("cpu")
 
@@ -22,9 +23,13 @@ def recorder() -> FlightRecorder:
     return FlightRecorder(CPU, ["matrices", "vectors"], lambda step: [step, 10 * step])
 
 
+def update(step: int, loss: torch.Tensor, grad_norms: torch.Tensor) -> Step:
+    return Step(step, time.time(), 1e-3, loss, grad_norms)
+
+
 def record(recorder: FlightRecorder, *steps: int, loss: float = 2.5) -> None:
     for step in steps:
-        recorder.record(step, torch.tensor(loss), torch.tensor([0.5, 0.25]), 1e-3)
+        recorder.record(update(step, torch.tensor(loss), torch.tensor([0.5, 0.25])))
 
 
 def dumped(recorder: FlightRecorder, folder: Path, reason: str = "why") -> dict[str, Any]:
@@ -61,7 +66,7 @@ def test_the_last_64_steps_are_kept_in_order(tmp_path: Path, count: int) -> None
 
 def test_numbers_that_are_not_finite_are_words(tmp_path: Path) -> None:
     one = recorder()
-    one.record(0, torch.tensor(math.nan), torch.tensor([math.inf, -math.inf]), 1e-3)
+    one.record(update(0, torch.tensor(math.nan), torch.tensor([math.inf, -math.inf])))
     (step,) = dumped(one, tmp_path)["steps"]
     assert step["loss"] == "nan"
     assert step["grad_norms"] == {"matrices": "inf", "vectors": "-inf"}
@@ -69,7 +74,7 @@ def test_numbers_that_are_not_finite_are_words(tmp_path: Path) -> None:
 
 def test_losses_of_low_precision_are_numbers_too(tmp_path: Path) -> None:
     one = recorder()
-    one.record(0, torch.tensor(2.5, dtype=torch.bfloat16), torch.tensor([1.0, 2.0], dtype=torch.float16), 1e-3)
+    one.record(update(0, torch.tensor(2.5, dtype=torch.bfloat16), torch.tensor([1.0, 2.0], dtype=torch.float16)))
     assert dumped(one, tmp_path)["steps"][0]["loss"] == 2.5
 
 

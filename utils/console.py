@@ -171,6 +171,11 @@ class TrainingProgress:
         self._next_line = self._began + PLAIN_LINE_SECONDS
         self._progress: Progress | None = None
 
+    @property
+    def moves(self) -> bool:
+        """Whether there is a display that shows each step."""
+        return self._progress is not None
+
     def __enter__(self) -> Self:
         if self.terminal.live:
             self._progress = Progress(
@@ -205,9 +210,8 @@ class TrainingProgress:
         }
 
     def update(self, step: int, **fields: float) -> None:
-        """Called after every step; looks at the clock before it does anything."""
-        if fields:
-            self.fields.update(fields)
+        """Looks at the clock before it does anything; called after every step where the display `moves`."""
+        self.fields.update(fields)
         now = time.monotonic()
         if self._progress and now >= self._next_update:
             self._next_update = now + REFRESH_SECONDS

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from utils.device import memory_in_use
 from utils.files import write_json
 from utils.run_log import encode_number
+from utils.step_buffer import Step
 
 STEPS = 64
-
-
-class _Step(NamedTuple):
-    step: int
-    time: float
-    lr: float
-    loss: torch.Tensor  # 0-dimensional, on the device
-    grad_norms: torch.Tensor  # (groups,), on the device
-    rng: torch.Tensor
-    memory: int
 
 
 class FlightRecorder:
@@ -42,17 +32,16 @@ class FlightRecorder:
         self, device: torch.device, groups: Sequence[str], offsets: Callable[[int], list[int]], draws: bool = True
     ) -> None:
         self.device, self.groups, self.offsets, self.draws = device, list(groups), offsets, draws
-        self._steps: deque[_Step] = deque(maxlen=STEPS)
+        self._steps: deque[tuple[Step, torch.Tensor, int]] = deque(maxlen=STEPS)  # with random state and memory
         self.look()
 
     def look(self) -> None:
         """Note what is too slow to ask for at every step; the steps until the next look have it."""
         self._memory, self._rng = memory_in_use(self.device), _rng_state(self.device)
 
-    def record(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
-        """Note update `step`; nothing is transferred from the device."""
-        rng = _rng_state(self.device) if self.draws else self._rng
-        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms, rng, self._memory))
+    def record(self, update: Step) -> None:
+        """Note an update; nothing is transferred from the device."""
+        self._steps.append((update, _rng_state(self.device) if self.draws else self._rng, self._memory))
 
     def dump(self, path: Path, reason: str) -> None:
         """Write the steps as JSON.
@@ -60,9 +49,9 @@ class FlightRecorder:
         Raises:
             OSError: the file cannot be written.
         """
-        write_json(path, {"reason": reason, "steps": [self._as_json(step) for step in self._steps]})
+        write_json(path, {"reason": reason, "steps": [self._as_json(*noted) for noted in self._steps]})
 
-    def _as_json(self, s: _Step) -> dict[str, Any]:
+    def _as_json(self, s: Step, rng: torch.Tensor, memory: int) -> dict[str, Any]:
         norms = zip(self.groups, s.grad_norms.tolist(), strict=True)
         return {
             "step": s.step,
@@ -71,8 +60,8 @@ class FlightRecorder:
             "grad_norms": {name: encode_number(norm) for name, norm in norms},
             "lr": s.lr,
             "sample_offsets": self.offsets(s.step),
-            "rng_crc32": fingerprint(s.rng),
-            "memory_bytes": s.memory,
+            "rng_crc32": fingerprint(rng),
+            "memory_bytes": memory,
         }
 
 

@@ -50,7 +50,7 @@ class Monitor:
         draws = bool(state.config.model.dropout)
         self.recorder = FlightRecorder(state.device, groups, state.sampler.train_offsets, draws)
         self.system = SystemSampler(state.device, path, tracking.system_interval)
-        self._histograms = Histograms()
+        self._histograms, self._histogram_interval = Histograms(), tracking.histogram_interval
         self._after_flush = after_flush
 
     def step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
@@ -60,17 +60,16 @@ class Monitor:
             loss: 0-dimensional, on the device.
             grad_norms: of the parameter groups, (groups,), on the device.
         """
-        interval = self.state.config.tracking.histogram_interval
-        if interval and step % interval == 0:
+        if self._histogram_interval and step % self._histogram_interval == 0:
             self.histograms()
-        self.buffer.add(step, loss, grad_norms, lr)
-        self.recorder.record(step, loss, grad_norms, lr)
+        self.recorder.record(self.buffer.add(step, loss, grad_norms, lr))
 
     def step_done(self) -> None:
         """The weights are updated."""
         if self.buffer.due():
             self.flush()
-        self.progress.update(self.state.step)
+        elif self.progress.moves:
+            self.progress.update(self.state.step)
 
     def flush(self) -> None:
         """Write what was collected to the log.
@@ -85,10 +84,11 @@ class Monitor:
         if self.system.due():
             self.log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
         self._after_flush()
-        if self.buffer.last_loss is not None and self.buffer.tokens_per_second is not None:
-            self.progress.update(
-                self.state.step, loss=self.buffer.last_loss, tokens_per_second=self.buffer.tokens_per_second
-            )
+        assert self.buffer.last_loss is not None
+        assert self.buffer.tokens_per_second is not None
+        self.progress.update(
+            self.state.step, loss=self.buffer.last_loss, tokens_per_second=self.buffer.tokens_per_second
+        )
 
     def pause_over(self) -> None:
         """What happened since the last flush (an evaluation, a checkpoint) was not training."""

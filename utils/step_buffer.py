@@ -23,7 +23,9 @@ class NonFiniteError(Exception):
         self.step = step
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
+    """One update, as it is remembered."""
+
     step: int
     time: float
     lr: float
@@ -72,7 +74,7 @@ class StepBuffer:
         self.tokens_per_step = tokens_per_step
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._logged: list[_Logged] = []
         self.restart_clock()
 
@@ -80,14 +82,16 @@ class StepBuffer:
         """What happened since the last flush (an evaluation, say) was not training."""
         self._clock = time.perf_counter()
 
-    def add(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
-        """Remember update `step`; nothing is transferred.
+    def add(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> Step:
+        """Remember update `step`, and return what is remembered; nothing is transferred.
 
         Args:
             loss: 0-dimensional, on the device.
             grad_norms: of the parameter groups, (groups,), on the device.
         """
-        self._steps.append(_Step(step, time.time(), lr, loss, grad_norms))
+        update = Step(step, time.time(), lr, loss, grad_norms)
+        self._steps.append(update)
+        return update
 
     def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
         """Remember other numbers of `step`, which is not before the last one that was added; nothing is transferred.
@@ -131,7 +135,7 @@ class StepBuffer:
         self._check_finite(steps, losses, grad_norms)
         return True
 
-    def _record(self, s: _Step, loss: float, grad_norm: float) -> dict[str, Any] | None:
+    def _record(self, s: Step, loss: float, grad_norm: float) -> dict[str, Any] | None:
         """The line of one update; None if it is not to be recorded."""
         if s.step % self.log_interval and math.isfinite(loss + grad_norm):
             return None
@@ -149,7 +153,7 @@ class StepBuffer:
             },
         )
 
-    def _check_finite(self, steps: list[_Step], losses: list[float], grad_norms: list[float]) -> None:
+    def _check_finite(self, steps: list[Step], losses: list[float], grad_norms: list[float]) -> None:
         for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.nonfinite_in_a_row = 0
@@ -160,7 +164,7 @@ class StepBuffer:
                 raise NonFiniteError(s.step, name, value)
 
 
-def _numbers(steps: list[_Step], tensors: list[torch.Tensor]) -> tuple[list[float], list[float], list[float]]:
+def _numbers(steps: list[Step], tensors: list[torch.Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Losses and global gradient norms of the steps, and the values of other tensors, in one transfer."""
     parts = (
         [torch.stack([s.loss for s in steps]).float(), torch.stack([s.grad_norms for s in steps]).norm(dim=1)]
