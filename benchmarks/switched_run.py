@@ -163,8 +163,8 @@ def _switched_monitor(
             self._spent = time.perf_counter() - began
 
         def step_done(self) -> None:
-            began = time.perf_counter()
             writes = self.buffer.due() or (self.state.step - 1) % HISTOGRAM_STEPS == 0
+            began = time.perf_counter()
             if switch.kind in (ALL, LOG):
                 super().step_done()
                 spent = 1e6 * (self._spent + time.perf_counter() - began)

@@ -1,6 +1,6 @@
 """What does tracking cost, and is anything lost?
 
-python -m benchmarks.tracking                          # all parts, about 15 minutes
+python -m benchmarks.tracking                          # all parts, about 20 minutes
 python -m benchmarks.tracking --parts steps --step-ms 10 --repeats 20
 python -m benchmarks.tracking --parts records,closing
 
@@ -12,6 +12,7 @@ records: a million records through buffer, log and feeder. closing: the end of a
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import sys
@@ -51,7 +52,7 @@ CLOSING_LIMIT = 2.0  # seconds
 CLOSING_STEPS, CLOSING_STEP_MS = 2000, 50.0
 CALIBRATION = (4, 24)  # batch sizes: a step costs about a + b * batch_size
 LARGEST_BATCH = 16 * CALIBRATION[1]  # a busy machine can make the larger batch look no slower than the smaller one
-BLOCK_SECONDS = 3.0
+BLOCK_SECONDS = 1.0
 
 
 @script
@@ -59,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.tracking", description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--step-ms", default="50,10", metavar="X,Y", help="lengths of a step (default: 50,10)")
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="blocks of each kind (default: 15)")
-    parser.add_argument("--block", type=int, metavar="N", help="steps of a block (default: a multiple of 100, 3 s)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="blocks of each kind (default: 20)")
+    parser.add_argument("--block", type=int, metavar="N", help="steps of a block (default: 1 s, rounded up to 100)")
     parser.add_argument("--warmup", type=int, default=100, metavar="N", help="steps before the blocks (default: 100)")
     parser.add_argument("--records", type=int, default=10**6, metavar="N", help="records (default: a million)")
     parser.add_argument("--steps", type=int, default=CLOSING_STEPS, metavar="N", help="of the run that is closed")
@@ -117,7 +118,7 @@ def report_steps(
 ) -> None:
     """Measure and print the cost of a step of each kind."""
     batch_size = choose_batch_size(step_ms, files, folder)
-    block = block or HISTOGRAM_STEPS * max(1, round(BLOCK_SECONDS * 1000 / step_ms / HISTOGRAM_STEPS))
+    block = block or HISTOGRAM_STEPS * max(1, math.ceil(BLOCK_SECONDS * 1000 / step_ms / HISTOGRAM_STEPS))
     kinds = schedule((OFF, LOG, ALL, NAIVE), repeats)
     terminal.print(f"steps of about {step_ms:g} ms: batch_size {batch_size}, blocks of {block} steps")
     measured = run_switched(load(files, folder, batch_size, warmup + block * len(kinds)), kinds, block, warmup)
