@@ -37,13 +37,15 @@ class Measured:
     """What one switched run gave.
 
     blocks: kind -> mean milliseconds of a step in each of its blocks, in the order of time.
-    plain, flushing: microseconds that the loop spent on logging in a step, without and with a write to the log.
+    plain, flushing, binning: microseconds that the loop spent on logging in a step: in most; in one that writes the log;
+        in one that makes histograms.
     feeding: processor seconds that the feeders took, of so many seconds of their own clock.
     """
 
     blocks: dict[str, list[float]] = field(default_factory=dict)
     plain: list[float] = field(default_factory=list)
     flushing: list[float] = field(default_factory=list)
+    binning: list[float] = field(default_factory=list)
     feeding: tuple[float, float] = (0.0, 0.0)
     fed: dict[str, float] = field(default_factory=dict)  # view -> share of the log that it had after the last block
 
@@ -163,12 +165,12 @@ def _switched_monitor(
             self._spent = time.perf_counter() - began
 
         def step_done(self) -> None:
-            writes = self.buffer.due() or (self.state.step - 1) % HISTOGRAM_STEPS == 0
+            kept = measured.flushing if self.buffer.due() else measured.plain
+            kept = measured.binning if (self.state.step - 1) % HISTOGRAM_STEPS == 0 else kept
             began = time.perf_counter()
             if switch.kind in (ALL, LOG):
                 super().step_done()
-                spent = 1e6 * (self._spent + time.perf_counter() - began)
-                (measured.flushing if writes else measured.plain).append(spent)
+                kept.append(1e6 * (self._spent + time.perf_counter() - began))
             self._left -= 1
             if self._left == 0:
                 self._end_block()
@@ -184,7 +186,7 @@ def _switched_monitor(
                 measured.blocks.setdefault(switch.kind, []).append(mean_ms)
             else:
                 wait_until_open(self.log.metrics.path.parent)
-                for numbers in (measured.plain, measured.flushing, taken):
+                for numbers in (measured.plain, measured.flushing, measured.binning, taken):
                     numbers.clear()
                 self._clock_began = switch.clock()
             kind = next(remaining, None)

@@ -151,11 +151,11 @@ def logging_text(measured: Measured) -> str:
     """What the loop itself spends on logging, in microseconds."""
     median, late = statistics.median(measured.plain), percentile(measured.plain, 99)
     reached = common.verdict(median <= LOGGING_LIMITS[0] and late <= LOGGING_LIMITS[1])
-    flushing = statistics.median(measured.flushing) if measured.flushing else 0.0
+    flushing, binning = (statistics.median(n) if n else 0.0 for n in (measured.flushing, measured.binning))
     return (
         f"the loop itself spends on logging in a step: median {median:.1f}, 99th percentile {late:.1f} microseconds "
-        f"(limits {LOGGING_LIMITS[0]:g} and {LOGGING_LIMITS[1]:g}: {reached}); in one that writes the log or "
-        f"histograms: median {flushing:,.0f}"
+        f"(limits {LOGGING_LIMITS[0]:g} and {LOGGING_LIMITS[1]:g}: {reached}); in one that writes the log: median "
+        f"{flushing:,.0f}; with histograms: {binning:,.0f}"
     )
 
 

@@ -71,7 +71,7 @@ def test_a_switched_run_measures_blocks_of_every_kind(tmp_path: Path, tiny_file:
     measured = switched_run.run_switched(loaded, kinds, 20, 60)
     assert {kind: len(blocks) for kind, blocks in measured.blocks.items()} == dict.fromkeys((OFF, LOG, ALL, NAIVE), 2)
     assert all(ms > 0 for blocks in measured.blocks.values() for ms in blocks)
-    assert len(measured.plain) + len(measured.flushing) == 4 * 20  # steps that were logged
+    assert len(measured.plain) + len(measured.flushing) + len(measured.binning) == 4 * 20  # steps that were logged
     assert all(0 < spent < 1e6 for spent in measured.plain)
     seconds, wall = measured.feeding
     assert 0 <= seconds < wall

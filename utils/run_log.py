@@ -138,6 +138,9 @@ def decode_number(value: float | str) -> float:
     return float(value)
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
 class LogWriter:
     """Appends records to one log file. A batch of records is one write; `sync` makes it survive power loss."""
 
@@ -151,7 +154,7 @@ class LogWriter:
         Raises:
             OSError: the disk is full or gone; the file is as it was before.
         """
-        lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        lines = "".join(_encode(record) + "\n" for record in records)
         data = memoryview(lines.encode("utf-8"))
         start = self.offset
         try:
@@ -179,7 +182,12 @@ def metric_record(step: int, time: float, values: Mapping[str, float]) -> dict[s
     Raises:
         KeyError: a name that is not registered.
     """
-    return {"step": step, "time": round(time, 4), **{metric(name).name: encode_number(v) for name, v in values.items()}}
+    record: dict[str, Any] = {"step": step, "time": round(time, 4)}
+    for name, value in values.items():
+        if name not in _REGISTRY:
+            metric(name)  # raises
+        record[name] = value if math.isfinite(value) else encode_number(value)
+    return record
 
 
 class RunLog:

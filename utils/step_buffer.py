@@ -123,11 +123,13 @@ class StepBuffer:
         self._steps, self._logged = [], []  # first: what fails to be written is not repeated
         tensors = [tensor for entry in logged for tensor in entry.tensors.values()]
         losses, grad_norms, others = _numbers(steps, tensors)
+        records: list[dict[str, Any] | None] = []
         if steps:
             seconds = (time.perf_counter() - self._clock) / len(steps)
             self.tokens_per_second = self.tokens_per_step / seconds
             self.last_loss = losses[-1]
-        records = [self._record(*update) for update in zip(steps, losses, grad_norms, strict=True)]
+            speed = {"tokens_per_second": round(self.tokens_per_second, 1), "step_ms": round(1000 * seconds, 3)}
+            records = [self._record(*update, speed) for update in zip(steps, losses, grad_norms, strict=True)]
         self.writer.write(_in_order(records, logged, iter(others)))
         if not steps:
             return False
@@ -135,23 +137,12 @@ class StepBuffer:
         self._check_finite(steps, losses, grad_norms)
         return True
 
-    def _record(self, s: Step, loss: float, grad_norm: float) -> dict[str, Any] | None:
+    def _record(self, s: Step, loss: float, grad_norm: float, speed: Mapping[str, float]) -> dict[str, Any] | None:
         """The line of one update; None if it is not to be recorded."""
         if s.step % self.log_interval and math.isfinite(loss + grad_norm):
             return None
-        assert self.tokens_per_second is not None
-        return metric_record(
-            s.step,
-            s.time,
-            {
-                "tokens": s.step * self.tokens_per_step,
-                "train/loss": loss,
-                "lr": s.lr,
-                "grad_norm": grad_norm,
-                "tokens_per_second": round(self.tokens_per_second, 1),
-                "step_ms": round(1000 * self.tokens_per_step / self.tokens_per_second, 3),
-            },
-        )
+        numbers = {"train/loss": loss, "lr": s.lr, "grad_norm": grad_norm}
+        return metric_record(s.step, s.time, {"tokens": s.step * self.tokens_per_step, **numbers, **speed})
 
     def _check_finite(self, steps: list[Step], losses: list[float], grad_norms: list[float]) -> None:
         for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
