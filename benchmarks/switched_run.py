@@ -37,8 +37,8 @@ class Measured:
     """What one switched run gave.
 
     blocks: kind -> mean milliseconds of a step in each of its blocks, in the order of time.
-    plain, flushing, binning: microseconds that the loop spent on logging in a step: in most; in one that writes the log;
-        in one that makes histograms.
+    plain, flushing, binning: microseconds that the loop spent on logging in a step; those in which it wrote the log,
+        or made histograms, apart.
     feeding: processor seconds that the feeders took, of so many seconds of their own clock.
     """
 
