@@ -39,7 +39,7 @@ class Measured:
     blocks: kind -> mean milliseconds of a step in each of its blocks, in the order of time.
     plain, flushing, binning: microseconds that the loop spent on logging in a step; those in which it wrote the log,
         or made histograms, apart.
-    feeding: processor seconds that the feeders took, of so many seconds of their own clock.
+    feeding: seconds that the feeders took, of so many seconds of their own clock.
     """
 
     blocks: dict[str, list[float]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
         taken.append(seconds)
         spend(self, seconds)
 
-    feeder_time = SimpleNamespace(monotonic=switch.clock, thread_time=time.thread_time, sleep=time.sleep)
+    feeder_time = SimpleNamespace(monotonic=switch.clock, perf_counter=time.perf_counter, sleep=time.sleep)
     switched = _switched_monitor(monitor.Monitor, switch, measured, kinds, block_steps, warmup, taken)
     with ExitStack() as patches:
         for owner, name, new in (

@@ -125,7 +125,7 @@ def report_steps(
     seconds, wall = measured.feeding
     rows = [
         f"machine: {common.machine_facts()}; {repeats} blocks of each kind",
-        f"feeders: {seconds / wall:.2%} of the wall time on the processor, budget 2%; fed when the last block ended: "
+        f"feeders and their threads: {seconds / wall:.2%} of the wall time, budget 2%; fed when the last block ended: "
         + ", ".join(f"{name} {share:.0%}" for name, share in measured.fed.items()),
         logging_text(measured),
     ]
@@ -184,6 +184,9 @@ class CountingView:
         return {}
 
     def close(self, end: object) -> None: ...
+
+    def background_seconds(self) -> float:
+        return 0.0
 
     def abandon(self) -> None: ...
 

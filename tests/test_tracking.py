@@ -39,6 +39,9 @@ class RecordingView:
         self.fed.clear()
         return {"id": "def"}
 
+    def background_seconds(self) -> float:
+        return 0.0
+
     def abandon(self) -> None:
         self.abandoned = True
 

@@ -115,6 +115,9 @@ class View(Protocol):
             Exception: the tracker has lost what it was fed.
         """
 
+    def background_seconds(self) -> float:
+        """Processor time that the tracker's own threads in this process have taken so far."""
+
     def forget(self) -> Mapping[str, Any]:
         """Remove what was ever fed of the run: it is fed again from step 0; facts for run.json."""
 

@@ -190,6 +190,11 @@ class AimView:
                 raise TimeoutError(f"{self.repo} does not take what it is sent")
             time.sleep(0.01)
 
+    def background_seconds(self) -> float:
+        """Aim's database sorts what it is given in threads of its own: two thirds as long again as the feeder."""
+        ticks = sum(_ticks(task) for task in Path("/proc/self/task").glob("*") if _is_of_rocksdb(task))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def close(self, end: RunEnd) -> None:
         from aim import Image
 
@@ -220,6 +225,22 @@ class AimView:
         if client is not None:
             return REMOTE + client.remote_path == self.repo
         return Path(getattr(holder, "path", "")).is_relative_to(os.path.abspath(self.repo))
+
+
+def _is_of_rocksdb(task: Path) -> bool:
+    try:
+        return (task / "comm").read_text().startswith("rocksdb")
+    except OSError:  # the thread has ended
+        return False
+
+
+def _ticks(task: Path) -> int:
+    """Processor time of a thread (user and system), in ticks of the clock."""
+    try:
+        after_name = (task / "stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return 0
+    return int(after_name[11]) + int(after_name[12])
 
 
 def _remove(run: aim.Run) -> None:

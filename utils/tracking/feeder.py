@@ -18,7 +18,7 @@ from utils.tracking import RunEnd, View
 POLL_SECONDS = 0.5
 FLUSH_SECONDS = 2.0
 CHUNK_BYTES = 65_536
-SLICE_SECONDS = 0.005  # processor time of one turn: Python's threads take turns of that length too
+SLICE_SECONDS = 0.005  # of one turn: Python's threads take turns of that length too
 BURST_SECONDS = 2.0  # time that was not used stays free for so long
 RETRY_SECONDS = (0.5, 1.0, 2.0)  # waits between attempts; then the view is off
 TOLD_EVERY_SECONDS = 2.0
@@ -29,7 +29,8 @@ class Budget:
     """The processor time that all feeders of a run may take together: a share of the wall time.
 
     Time taken is paid for in advance of the next turn: after t seconds of work there are t / share
-    seconds of rest.
+    seconds of rest. What counts is the time at work, waiting for the interpreter included, which is never less
+    than a feeder's processor time; and the processor time of threads that a tracker keeps for itself.
 
     Args:
         share: of one processor, in (0, 1].
@@ -41,7 +42,7 @@ class Budget:
         self._mutex = threading.Lock()
 
     def spend(self, seconds: float) -> None:
-        """Note processor time that a feeder has taken."""
+        """Note time that a feeder has taken."""
         with self._mutex:
             self._free_at = max(self._free_at, time.monotonic() - BURST_SECONDS) + seconds / self.share
 
@@ -90,6 +91,7 @@ class Feeder(threading.Thread):
         self._record, self._warn = record, warn
         self._waiting: dict[str, deque[bytes]] = {name: deque() for name in LOG_FILES}  # read, not fed
         self._unflushed, self._flushed_at = False, 0.0
+        self._background = 0.0  # seconds of the view's own threads
         self._wake = threading.Event()
         self._end: RunEnd | None = None
 
@@ -98,6 +100,7 @@ class Feeder(threading.Thread):
             first_step = self._pick_up()
             facts = self._attempt(lambda: self.view.open(first_step))
             self._record(self.view.name, state="on", reason=None, **facts)
+            self._background = self.view.background_seconds()
             self._tail()
             if self.last_step < self.last_step_before and not self.view.rolls_back:
                 self.feed_again()
@@ -113,12 +116,12 @@ class Feeder(threading.Thread):
         """Feed what the logs hold, and what is added, until training has ended and all of it is fed."""
         while True:
             ending = self._end is not None  # read before the logs: what is there now is all there will be
-            started = time.thread_time()
+            started = time.perf_counter()
             done = self.feed_slice()
             self._flush(now=done and ending)
             if done and ending:
                 return
-            self.budget.spend(time.thread_time() - started)
+            self.budget.spend(time.perf_counter() - started)
             if not ending:
                 self.rest(max(self.budget.seconds_to_rest(), POLL_SECONDS if done else 0.0))
 
@@ -127,8 +130,8 @@ class Feeder(threading.Thread):
         self._wake.wait(seconds)
 
     def feed_slice(self, seconds: float = SLICE_SECONDS) -> bool:
-        """Feed for about so much processor time; True if everything that is in the logs is fed."""
-        end = time.thread_time() + seconds
+        """Feed for about so long; True if everything that is in the logs is fed."""
+        end = time.perf_counter() + seconds
         while True:
             for name, lines in self._waiting.items():
                 if not lines:
@@ -146,7 +149,7 @@ class Feeder(threading.Thread):
                 self.offsets[name] += len(self._waiting[name].popleft())
                 if not self._waiting[name]:
                     break
-                if time.thread_time() >= end:
+                if time.perf_counter() >= end:
                     return False
                 records[name] = json.loads(self._waiting[name][0])
 
@@ -203,6 +206,8 @@ class Feeder(threading.Thread):
             return
         self._attempt(self.view.flush)
         self._unflushed, self._flushed_at = False, time.monotonic()
+        taken_before, self._background = self._background, self.view.background_seconds()
+        self.budget.spend(self._background - taken_before)
         state = {"offsets": self.offsets, "last_step": max(self.last_step, self.last_step_before)}
         temporary = self._state_path.with_suffix(".tmp")  # not synced: an old note only costs time
         temporary.write_text(json.dumps(state), encoding="utf-8")

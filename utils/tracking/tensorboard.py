@@ -132,6 +132,9 @@ class TensorBoardView:
     def flush(self) -> None:
         self.events.flush()
 
+    def background_seconds(self) -> float:
+        return 0.0  # it has none
+
     def forget(self) -> Mapping[str, Any]:
         if self._events is not None:
             self._events.close()

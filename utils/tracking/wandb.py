@@ -83,6 +83,9 @@ class WandbView:
     def flush(self) -> None:
         """W&B's own process writes what it is given."""
 
+    def background_seconds(self) -> float:
+        return 0.0  # W&B works in a process of its own
+
     def forget(self) -> Mapping[str, Any]:
         """Offline its files are removed. Online W&B keeps what it has, and the same steps are added to it."""
         self.run.finish()
