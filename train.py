@@ -211,7 +211,7 @@ def run_experiment(
         state = prepare_run(setup, run, start, terminal)
         feeders = build_feeders(setup, run, terminal, state.step)
         progress = TrainingProgress(terminal, setup.max_iters, state.step)
-        monitor = Monitor(state, log, run.path, progress, feeders.start)
+        monitor = Monitor(state, log, run.path, progress, feeders.watch)
         callbacks = Callbacks(list(setup.callbacks.values()), TrainingRun(run.path, state, monitor.buffer, stop))
         settings, saved_step = setup.config.train, state.step if start.own else None
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
@@ -236,9 +236,10 @@ def run_experiment(
         status, reason = "failed", f"{type(error).__name__}: {error}"
         terminal.print(traceback.format_exc(), log_only=True)
         terminal.print(f"failed after {duration(time.monotonic() - began)}: {relative_name(run.path, setup.root)}")
-        if callbacks is not None:
+        if callbacks is not None and monitor is not None:
             with contextlib.suppress(Exception):  # the first failure is the one that counts
                 callbacks.on_end(status)
+                monitor.buffer.flush()
         raise
     finally:
         at_once = status == "interrupted" and reason != stop.reason
@@ -252,7 +253,7 @@ def run_experiment(
         if deadline.seconds_left is not None:
             left = max(1.0, min(deadline.seconds_left, left))
         seconds_to_close = min(1.0, left) if at_once else left
-        summary = close_run(run, log, feeders, state, status, reason, terminal, seconds_to_close)
+        summary = close_run(run, log, feeders, state, status, reason, terminal, seconds_to_close, at_once)
         if log is not None and not at_once:  # at once: a checkpoint may still be written, and needs the log
             log.close()
     seconds = time.monotonic() - began

@@ -7,6 +7,7 @@ time they have the whole run for themselves, with the budget that they would hav
 
 from __future__ import annotations
 
+import random
 import statistics
 import threading
 import time
@@ -81,9 +82,9 @@ class Switch:
 
 
 def schedule(kinds: Sequence[str], repeats: int) -> list[str]:
-    """One block of each kind a repeat; the order turns, so that none always follows the same other one."""
-    turns = (repeat % len(kinds) for repeat in range(repeats))
-    return [kind for turn in turns for kind in [*kinds[turn:], *kinds[:turn]]]
+    """One block of each kind a repeat, in a new random order each (but the same in each benchmark)."""
+    generator = random.Random(0)
+    return [kind for _ in range(repeats) for kind in generator.sample(kinds, len(kinds))]
 
 
 def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, warmup: int) -> Measured:
@@ -98,24 +99,25 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
     from utils.tracking import feeder
 
     switch, measured = Switch(), Measured()
-    feed_slice, spend = feeder.Feeder.feed_slice, feeder.Budget.spend
+    spend = feeder.Budget.spend
     taken: list[float] = []
 
-    def held_slice(self: feeder.Feeder, seconds: float = feeder.SLICE_SECONDS) -> bool:
-        switch.wait_for_views()
-        return feed_slice(self, seconds)
+    def held_rest(self: feeder.Feeder, seconds: float) -> None:
+        switch.rest(seconds, self._wake)
+        switch.wait_for_views()  # here, between two turns: a turn is timed
 
     def noted_spend(self: feeder.Budget, seconds: float) -> None:
         taken.append(seconds)
         spend(self, seconds)
 
-    feeder_time = SimpleNamespace(monotonic=switch.clock, perf_counter=time.perf_counter, sleep=time.sleep)
+    feeder_time = SimpleNamespace(
+        monotonic=switch.clock, perf_counter=time.perf_counter, thread_time=time.thread_time, sleep=time.sleep
+    )
     switched = _switched_monitor(monitor.Monitor, switch, measured, kinds, block_steps, warmup, taken)
     with ExitStack() as patches:
         for owner, name, new in (
             (feeder, "time", feeder_time),
-            (feeder.Feeder, "rest", lambda self, seconds: switch.rest(seconds, self._wake)),
-            (feeder.Feeder, "feed_slice", held_slice),
+            (feeder.Feeder, "rest", held_rest),
             (feeder.Budget, "spend", noted_spend),
             (monitor, "Monitor", switched),
         ):

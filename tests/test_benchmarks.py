@@ -66,7 +66,7 @@ def test_a_run_that_diverges_is_no_result(tmp_path: Path, tiny_file: Path, monke
 
 def test_a_switched_run_measures_blocks_of_every_kind(tmp_path: Path, tiny_file: Path) -> None:
     kinds = switched_run.schedule((OFF, LOG, ALL, NAIVE), 2)
-    assert kinds == [OFF, LOG, ALL, NAIVE, LOG, ALL, NAIVE, OFF]
+    assert sorted(kinds[:4]) == sorted(kinds[4:]) == sorted((OFF, LOG, ALL, NAIVE))
     loaded = tracking.load([tiny_file], tmp_path, batch_size=2, steps=60 + 8 * 20)
     measured = switched_run.run_switched(loaded, kinds, 20, 60)
     assert {kind: len(blocks) for kind, blocks in measured.blocks.items()} == dict.fromkeys((OFF, LOG, ALL, NAIVE), 2)

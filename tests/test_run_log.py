@@ -351,6 +351,20 @@ def test_the_offset_of_a_step_is_before_its_first_record(log: Path, step: int, k
     assert [record["step"] for record in read_records(log)] == [number for number in steps if number < step]
 
 
+def test_the_offset_of_a_step_in_a_long_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "SCANNED_BYTES", 100)
+    path, starts = tmp_path / "metrics.jsonl", {}
+    with path.open("w") as file:
+        for number in range(500):
+            starts.setdefault(number // 3 * 2, file.tell())  # three records a step, odd steps missing
+            file.write(json.dumps({"step": number // 3 * 2, "text": "x" * (number * 37 % 90)}) + "\n")
+        end = file.tell()
+        file.write('{"step": 1000, "to')
+    for step in range(340):
+        later = [start for logged, start in starts.items() if logged >= step]
+        assert offset_of_step(path, step) == (min(later) if later else end)
+
+
 def test_the_offset_of_a_step_stops_before_a_torn_line(log: Path) -> None:
     offset = append(log, {"step": 0}, {"step": 1})
     with log.open("ab") as file:

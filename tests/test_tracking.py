@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,17 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from utils.run_log import LOG_FILES, METRICS_FILE, RunLog, decode_number, metric_record, read_metrics, read_records
+from utils.run_log import (
+    LOG_FILES,
+    METRICS_FILE,
+    RunLog,
+    decode_number,
+    metric_record,
+    offset_of_step,
+    read_metrics,
+    read_records,
+    truncate,
+)
 from utils.run_manager import read_record
 from utils.tracking import RunEnd, RunFacts, feeder
 from utils.tracking.aim import AimView
@@ -125,6 +138,112 @@ def test_a_torn_last_line_is_not_fed(log: RunLog, tmp_path: Path) -> None:
     assert facts["state"] == "complete"
     assert ("metrics.jsonl", 999) in view.fed
     assert ("metrics.jsonl", 1000) not in view.fed
+
+
+class Clock:
+    """Stands in for the time module: a second of the processor passes only where `work` says so."""
+
+    now = worked = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def thread_time(self) -> float:
+        return self.worked
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+        self.worked += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(feeder, "time", clock)
+    return clock
+
+
+def test_after_work_comes_rest_in_proportion_to_the_budget(clock: Clock) -> None:
+    budget = Budget(0.02)
+    budget.spend(0.1)
+    assert budget.seconds_to_rest() == pytest.approx(5)
+    clock.now += 4
+    assert budget.seconds_to_rest() == pytest.approx(1)
+    clock.now += 100  # what was not used is free for a moment, not for ever
+    budget.spend(0.1)
+    assert budget.seconds_to_rest() == pytest.approx(5 - feeder.BURST_SECONDS)
+    budget.lift()
+    assert budget.seconds_to_rest() == 0
+    budget.spend(10)
+    assert budget.seconds_to_rest() == 0
+
+
+@pytest.mark.parametrize("background", [0.0, 0.7])
+def test_feeders_keep_to_their_budget_together(
+    background: float, log: RunLog, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two views that take 2 ms a record (and threads of their own), while training runs for 60 s."""
+
+    class Working(RecordingView):
+        def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
+            super().feed(log_file, record)
+            clock.work(0.002)
+
+        def background_seconds(self) -> float:
+            return background * 0.002 * len(self.fed)
+
+    budget, views = Budget(0.02), (Working(), Working())
+    feeders = [Feeder(v, tmp_path, budget, lambda *a, **k: None, lambda line: None, "") for v in views]
+
+    def rest(self: Feeder, seconds: float) -> None:
+        clock.now += seconds
+        raise SystemExit  # ends the turn of this feeder
+
+    monkeypatch.setattr(Feeder, "rest", rest)
+    while clock.now < 60:
+        for one in feeders:
+            with contextlib.suppress(SystemExit):
+                one._tail()
+    worked = clock.worked * (1 + background)
+    assert 0.5 * 0.02 * 60 < worked < 1.1 * 0.02 * 60 + 2 * feeder.SLICE_SECONDS
+
+
+def test_a_view_that_hangs_while_training_runs_is_told_once(
+    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
+    release, warnings, states = threading.Event(), [], []
+
+    def record(name: str, **news: Any) -> None:
+        states.append(news.get("state"))
+
+    one = Feeder(RecordingView(hang=release), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
+    feeders = Feeders([one], warnings.append, record)
+    for _ in range(20):
+        feeders.watch()
+        time.sleep(0.02)
+    assert warnings == ["recording hangs for 0.05 s now; training goes on without it"]
+    release.set()
+    feeders.finish(RunEnd("completed"), print, 20)
+    assert states == ["on", "hangs", "complete"]
+
+
+def test_notes_are_cut_with_the_logs(log: RunLog, tmp_path: Path) -> None:
+    size = (tmp_path / METRICS_FILE).stat().st_size
+    offsets = {METRICS_FILE: size, "histograms.jsonl": 0, "samples.jsonl": 10}
+    (tmp_path / "fed_aim.json").write_text(json.dumps({"offsets": offsets, "last_step": 999}))
+    (tmp_path / "fed_wandb.json").write_text("[1]")
+    truncate(tmp_path / METRICS_FILE, offset_of_step(tmp_path / METRICS_FILE, 50))
+    feeder.cut_notes(tmp_path)
+    note = json.loads((tmp_path / "fed_aim.json").read_text())
+    assert note["offsets"][METRICS_FILE] == (tmp_path / METRICS_FILE).stat().st_size < size
+    assert (note["offsets"]["samples.jsonl"], note["last_step"]) == (10, 999)
+    assert not (tmp_path / "fed_wandb.json").exists()
 
 
 def test_tensorboard_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:

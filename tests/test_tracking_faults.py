@@ -253,7 +253,7 @@ def test_a_repository_locked_by_another_process(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        output = training("--aim-logging", "--closing-seconds", "2", pause=False).end()
+        output = training("--aim-logging", "--closing-seconds", "8", pause=False).end()
         holder.communicate("enough\n")
     assert_only_view_failed(output, "aim is incomplete")
     rebuild(only_run(), "aim")

@@ -357,14 +357,14 @@ Tag = Annotated[str, AfterValidator(check_tag)]
 
 
 def check_aim_repo(repo: str) -> str:
-    """`repo`, if it is a folder or aim://HOST:PORT.
+    """`repo`, if it is a folder or aim://HOST:PORT; for a folder .aim the one that holds it.
 
     Raises:
         ValueError: with what is expected.
     """
     if "://" in repo and not re.fullmatch(r"aim://[^/:@\s]+:\d{1,5}", repo):
         raise ValueError(f"expected a folder or aim://HOST:PORT, got {repo!r}")
-    return repo
+    return re.sub(r"(^|/)\.aim/?$", "", repo) or ("/" if repo.startswith("/") else ".")
 
 
 class TrackingConfig(Section):

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from utils.files import write_atomic
-from utils.run_log import METRICS_FILE, decode_number, read_records
+from utils.run_log import METRICS_FILE, decode_number, read_lines
 from utils.run_manager import CURVES
 
 CURVE_NAMES = {"train/loss": "train/loss, each step", "train/eval_loss": "train/eval_loss", "val/loss": "val/loss"}
+POINTS, BYTES = 20_000, 170  # of a curve; of a record, about
 COLORS = {"train/loss": "#b8c4d6", "train/eval_loss": "#3b6fb6", "val/loss": "#d1495b"}
+
+
+def thinned_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Evaluations, and about POINTS of the other records: a picture of a long run has no room for more."""
+    stride = 1 + (path.stat().st_size // BYTES if path.exists() else 0) // POINTS
+    offset, numbers = 0, itertools.count()
+    while lines := (read_lines(path, offset) if path.exists() else []):
+        offset += sum(map(len, lines))
+        for number, line in zip(numbers, lines, strict=False):
+            if b'"val/loss"' in line or number % stride == 0:
+                yield json.loads(line)
 
 
 def draw_curves(run: Path) -> bool:
@@ -20,7 +36,7 @@ def draw_curves(run: Path) -> bool:
         OSError: it cannot be written.
     """
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVE_NAMES}
-    for record in read_records(run / "logs" / METRICS_FILE):
+    for record in thinned_records(run / "logs" / METRICS_FILE):
         for name in record.keys() & curves.keys():
             curves[name].append((record["step"], decode_number(record[name])))
     if not any(curves.values()):

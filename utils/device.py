@@ -141,7 +141,7 @@ def memory_in_use(device: torch.device) -> int:
 
 @functools.cache
 def _statm(pid: int) -> int | None:
-    """The file that tells the memory of this process, kept open: it is read at every step."""
+    """The file that tells the memory of this process, kept open: it is read at every write of the log."""
     try:
         return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from utils.checkpoint import CheckpointError, folder_name, read_checkpoint
@@ -66,8 +67,13 @@ def close_run(
     reason: str | None,
     terminal: Terminal,
     seconds: float,
+    at_once: bool,
 ) -> dict[str, float]:
-    """Sync the logs, write the end into run.json, close the views within `seconds`; the summary."""
+    """Sync the logs, write the end into run.json, draw the curves, close the views within `seconds`; the summary.
+
+    Args:
+        at_once: the user does not want to wait: nothing is drawn.
+    """
     summary: dict[str, float] = {}
     if state is not None and state.losses is not None:
         summary = {**state.losses, "best_val_loss": state.best_val_loss}
@@ -82,8 +88,11 @@ def close_run(
             summary={name: encode_number(value) for name, value in summary.items()},
             best_step=state.best_step if state else None,
         )
-    if state is not None:
-        draw(run, terminal)
+        if feeders is not None:
+            feeders.hurry()  # while the picture is drawn
+    with contextlib.suppress(KeyboardInterrupt):  # an impatient signal leaves the picture out
+        if state is not None and not at_once:
+            draw(run, terminal)
     if feeders is not None:
         feeders.finish(RunEnd(status, summary, state.step if state else 0), terminal.print, seconds)
     return summary

@@ -21,6 +21,7 @@ from utils.files import write_json
 METRICS_FILE = "metrics.jsonl"
 HISTOGRAMS_FILE = "histograms.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+SCANNED_BYTES = 65_536
 LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)
 
 
@@ -266,18 +267,29 @@ def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
 
 
 def offset_of_step(path: Path, step: int) -> int:
-    """Where the first record of `step` or a later one begins; the end of the log if there is none.
+    """Where the first record of `step` or a later one begins; the end of the complete lines if there is none.
 
-    Steps never fall in a log.
+    Steps never fall in a log, so the place is found by bisection, up to a last part that is read.
     """
-    offset = 0
-    if path.exists():
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
-                    break
-                offset += len(line)
-    return offset
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        low, high = 0, path.stat().st_size  # a line of an earlier step begins at low, or it is 0
+        while high - low > SCANNED_BYTES:
+            middle = (low + high) // 2
+            file.seek(middle)
+            file.readline()  # the rest of a line
+            start, line = file.tell(), file.readline()
+            if line.endswith(b"\n") and json.loads(line)["step"] < step:
+                low = start
+            else:
+                high = middle
+        file.seek(low)
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                break
+            low += len(line)
+    return low
 
 
 def truncate(path: Path, offset: int | None = None) -> None:

@@ -22,6 +22,7 @@ from utils.metadata import GitFacts, MetadataCapture
 from utils.resume import Relation, check_longer, parent_facts
 from utils.run_log import cut_logs, read_registry, write_registry
 from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, TOKENIZER, Run
+from utils.tracking.feeder import cut_notes
 from utils.train_state import TrainState, branch, build_state, foreign, load_weights, restore
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
@@ -70,6 +71,7 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         for what, before, now in changed_facts(record, setup, git):
             terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
         cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
+        cut_notes(run.path / "logs")
         put_aside(unusable)
         (run.path / FLIGHT_RECORDER).unlink(missing_ok=True)  # of the session before
         run.restart(argv, start.step, git=git.summary())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.files import write_json
 from utils.run_log import LOG_FILES, offset_of_step, read_from, read_lines
 from utils.tracking import RunEnd, View
 
@@ -23,14 +24,15 @@ BURST_SECONDS = 2.0  # time that was not used stays free for so long
 RETRY_SECONDS = (0.5, 1.0, 2.0)  # waits between attempts; then the view is off
 TOLD_EVERY_SECONDS = 2.0
 REPORT_SECONDS = 0.1
+HANGING_SECONDS = 30.0  # with one record; then the user is told
 
 
 class Budget:
     """The processor time that all feeders of a run may take together: a share of the wall time.
 
     Time taken is paid for in advance of the next turn: after t seconds of work there are t / share
-    seconds of rest. What counts is the time at work, waiting for the interpreter included, which is never less
-    than a feeder's processor time; and the processor time of threads that a tracker keeps for itself.
+    seconds of rest. What counts is processor time, that of threads which a tracker keeps for itself too, and
+    in each turn a little of waiting for the interpreter, which the loop wanted at the same time.
 
     Args:
         share: of one processor, in (0, 1].
@@ -45,6 +47,11 @@ class Budget:
         """Note time that a feeder has taken."""
         with self._mutex:
             self._free_at = max(self._free_at, time.monotonic() - BURST_SECONDS) + seconds / self.share
+
+    def lift(self) -> None:
+        """No limit from now on."""
+        with self._mutex:
+            self.share, self._free_at = float("inf"), time.monotonic()
 
     def seconds_to_rest(self) -> float:
         """How long the feeders must wait before they may take more."""
@@ -92,6 +99,7 @@ class Feeder(threading.Thread):
         self._waiting: dict[str, deque[bytes]] = {name: deque() for name in LOG_FILES}  # read, not fed
         self._unflushed, self._flushed_at = False, 0.0
         self._background = 0.0  # seconds of the view's own threads
+        self.busy_since: float | None = None  # with one action of the view
         self._wake = threading.Event()
         self._end: RunEnd | None = None
 
@@ -116,18 +124,22 @@ class Feeder(threading.Thread):
         """Feed what the logs hold, and what is added, until training has ended and all of it is fed."""
         while True:
             ending = self._end is not None  # read before the logs: what is there now is all there will be
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.thread_time()
             done = self.feed_slice()
             self._flush(now=done and ending)
             if done and ending:
                 return
-            self.budget.spend(time.perf_counter() - started)
+            self.budget.spend(min(time.perf_counter() - started, time.thread_time() - worked + SLICE_SECONDS))
             if not ending:
                 self.rest(max(self.budget.seconds_to_rest(), POLL_SECONDS if done else 0.0))
 
     def rest(self, seconds: float) -> None:
         """Wait, unless training ends."""
         self._wake.wait(seconds)
+
+    def wake(self) -> None:
+        """End a rest."""
+        self._wake.set()
 
     def feed_slice(self, seconds: float = SLICE_SECONDS) -> bool:
         """Feed for about so long; True if everything that is in the logs is fed."""
@@ -215,23 +227,40 @@ class Feeder(threading.Thread):
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """The result of `action`, tried again after each of RETRY_SECONDS; a missing package is final."""
+        self.busy_since = time.monotonic()
         for wait in RETRY_SECONDS:
             try:
-                return action()
+                result = action()
             except ImportError:
                 raise
             except Exception:  # the boundary: counted by this loop, reported by run()
                 time.sleep(wait)
-        return action()
+            else:
+                self.busy_since = None
+                return result
+        result = action()
+        self.busy_since = None
+        return result
 
     def finish(self, end: RunEnd) -> None:
         """Training has ended: feed the rest without a budget, then close the view. Returns at once."""
         self._end = end
-        self._wake.set()
+        self.wake()
 
     def backlog_bytes(self) -> int:
         """Bytes of the logs that are not fed yet."""
         return sum(_size(self.logs_dir / name) - self.offsets[name] for name in LOG_FILES)
+
+
+def cut_notes(logs_dir: Path) -> None:
+    """Cut what views have noted of their progress to the lengths of the logs, which were cut themselves."""
+    for path in logs_dir.glob("fed_*.json"):
+        try:
+            note = json.loads(path.read_text(encoding="utf-8"))
+            note["offsets"] = {name: min(fed, _size(logs_dir / name)) for name, fed in note["offsets"].items()}
+            write_json(path, note)
+        except (ValueError, KeyError, TypeError, AttributeError):  # not known: then everything is fed again
+            path.unlink()
 
 
 def _size(path: Path) -> int:
@@ -247,6 +276,7 @@ class Feeders:
         self.feeders = feeders
         self._warn, self._record = warn, record
         self._started = False
+        self._told: list[Feeder] = []  # that hang
 
     def start(self) -> None:
         """Begin to feed; once. Called after the first steps: importing the trackers takes a second or two."""
@@ -254,6 +284,23 @@ class Feeders:
             self._started = True
             for feeder in self.feeders:
                 feeder.start()
+
+    def watch(self) -> None:
+        """Called at each write of the log: begin to feed, and tell of a view that has hung for long."""
+        self.start()
+        for feeder in self.feeders:
+            since = feeder.busy_since
+            if feeder not in self._told and since is not None and time.monotonic() - since > HANGING_SECONDS:
+                self._told.append(feeder)
+                self._warn(f"{feeder.view.name} hangs for {HANGING_SECONDS:g} s now; training goes on without it")
+                self._record(feeder.view.name, state="hangs", reason=f"no answer for {HANGING_SECONDS:g} s")
+
+    def hurry(self) -> None:
+        """Training has ended: feed without a budget from now on."""
+        self.start()
+        for feeder in self.feeders:
+            feeder.budget.lift()
+            feeder.wake()
 
     def finish(self, end: RunEnd, progress: Callable[[str], None], seconds: float) -> None:
         """Feed the rest and close the views, within `seconds`; a view that is not done by then is left, and said so.

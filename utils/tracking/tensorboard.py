@@ -51,7 +51,7 @@ class TensorBoardView:
     def open(self, first_step: int) -> Mapping[str, Any]:
         if self._events is None:  # a second attempt goes on with the file of the first
             self.log_dir.mkdir(exist_ok=True)
-            for path in event_files(self.log_dir):
+            for path in event_files(self.log_dir)[-1:]:  # those before were cut when it was begun
                 cut_session_end(path)
             self._events = EventFile(self.log_dir, purge_step=first_step)
         if first_step == 0:

@@ -41,7 +41,7 @@ def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> 
     facts, known = RunFacts.read(run), read_record(run)["views"].get("aim", {})
     repo = config.tracking.aim_repo
     if not repo.startswith(REMOTE):
-        repo = str(root / repo).removesuffix("/.aim")  # the folder that holds it is meant
+        repo = str(root / repo)
     mode: Literal["offline", "online"] = "online" if config.tracking.wandb_mode == "online" else "offline"
     makers: dict[str, Callable[[], View]] = {
         "tensorboard": lambda: TensorBoardView(facts, run / "logs" / "tensorboard"),
