@@ -112,9 +112,19 @@ def test_runs_that_differ_in_samples_only_are_the_same(tiny_argv: Argv, runs_dir
     assert not any(differences(tagged(runs_dir, "with"), tagged(runs_dir, "without")).values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_tells_its_memory(tmp_path: Path) -> None:
-    held = torch.zeros(2**24, device="cuda")
+def test_a_gpu_tells_its_memory_and_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * MIB)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 87)
     values = SystemSampler(torch.device("cuda"), tmp_path, 10.0).sample()
-    assert values["system/gpu_memory"] >= held.numel() * 4 / MIB
-    assert 0 <= values.get("system/gpu_utilization", 0) <= 100
+    assert (values["system/gpu_memory"], values["system/gpu_utilization"]) == (3.0, 87.0)
+
+
+def test_a_gpu_whose_driver_does_not_tell_its_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(device: torch.device) -> int:
+        raise RuntimeError("NVML is not there")
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * MIB)
+    monkeypatch.setattr(torch.cuda, "utilization", unknown)
+    values = SystemSampler(torch.device("cuda"), tmp_path, 10.0).sample()
+    assert values["system/gpu_memory"] == 3.0
+    assert "system/gpu_utilization" not in values
