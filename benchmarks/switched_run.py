@@ -104,6 +104,7 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
 
     def held_rest(self: feeder.Feeder, seconds: float) -> None:
         switch.rest(seconds, self._wake)
+        self._wake.clear()
         switch.wait_for_views()  # here, between two turns: a turn is timed
 
     def noted_spend(self: feeder.Budget, seconds: float) -> None:

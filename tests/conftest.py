@@ -63,6 +63,20 @@ def torch_settings() -> Iterator[None]:
 
 
 @pytest.fixture
+def prompt_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
+    from utils.checkpointing import Checkpointer
+
+    save = Checkpointer.save
+
+    def patched(self: Checkpointer, state: Any) -> None:
+        save(self, state)
+        self.wait()
+
+    monkeypatch.setattr(Checkpointer, "save", patched)
+
+
+@pytest.fixture
 def tiny_text() -> str:
     """About 6,000 characters with some structure and a few non-ASCII letters."""
     return "".join(f"line {i}: the quick brown fox jumps über {i * i % 97} lazy dogs.\n" for i in range(100))

@@ -21,11 +21,11 @@ import train
 import utils.training
 from benchmarks.run_equality import differences, last_checkpoint
 from utils.checkpoint import list_checkpoints
-from utils.checkpointing import Checkpointer
 from utils.run_log import read_metrics
 from utils.run_manager import Run, read_record, read_status
 from utils.train_state import TrainState
 
+pytestmark = pytest.mark.usefixtures("prompt_writes")
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parent.parent
 SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
@@ -41,18 +41,6 @@ def run_of(runs_dir: Path) -> Callable[[str], Path]:
         return max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
 
     return find
-
-
-@pytest.fixture(autouse=True)
-def prompt_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
-    save = Checkpointer.save
-
-    def patched(self: Checkpointer, state: TrainState) -> None:
-        save(self, state)
-        self.wait()
-
-    monkeypatch.setattr(Checkpointer, "save", patched)
 
 
 def checkpoints(run: Path) -> Path:

@@ -233,6 +233,41 @@ def test_a_view_that_hangs_while_training_runs_is_told_once(
     assert states == ["on", "hangs", "complete"]
 
 
+def test_a_view_that_is_off_does_not_hang(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
+    warnings: list[str] = []
+    states: list[object] = []
+
+    def record(name: str, **news: Any) -> None:
+        states.append(news.get("state"))
+
+    one = Feeder(RecordingView(failures=10**9), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
+    feeders = Feeders([one], warnings.append, record)
+    for _ in range(20):
+        feeders.watch()
+        time.sleep(0.02)
+    assert states == ["on", "off"]
+    assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
+
+
+def test_a_feeder_rests_while_the_end_is_prepared(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+    feed_slice = Feeder.feed_slice
+
+    def counted(self: Feeder) -> bool:
+        looks.append(time.monotonic())
+        return feed_slice(self)
+
+    monkeypatch.setattr(Feeder, "feed_slice", counted)
+    one = Feeder(RecordingView(), tmp_path, Budget(1.0), lambda *a, **k: None, print, "")
+    feeders = Feeders([one])
+    feeders.hurry()
+    time.sleep(0.3)
+    assert len(looks) < 20  # it looks every POLL_SECONDS, once there is nothing more
+    feeders.finish(RunEnd("completed"), print, 20)
+    assert not one.is_alive()
+
+
 def test_notes_are_cut_with_the_logs(log: RunLog, tmp_path: Path) -> None:
     size = (tmp_path / METRICS_FILE).stat().st_size
     offsets = {METRICS_FILE: size, "histograms.jsonl": 0, "samples.jsonl": 10}

@@ -136,6 +136,7 @@ class Feeder(threading.Thread):
     def rest(self, seconds: float) -> None:
         """Wait, unless training ends."""
         self._wake.wait(seconds)
+        self._wake.clear()  # the end itself is in _end
 
     def wake(self) -> None:
         """End a rest."""
@@ -228,19 +229,17 @@ class Feeder(threading.Thread):
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """The result of `action`, tried again after each of RETRY_SECONDS; a missing package is final."""
         self.busy_since = time.monotonic()
-        for wait in RETRY_SECONDS:
-            try:
-                result = action()
-            except ImportError:
-                raise
-            except Exception:  # the boundary: counted by this loop, reported by run()
-                time.sleep(wait)
-            else:
-                self.busy_since = None
-                return result
-        result = action()
-        self.busy_since = None
-        return result
+        try:
+            for wait in RETRY_SECONDS:
+                try:
+                    return action()
+                except ImportError:
+                    raise
+                except Exception:  # the boundary: counted by this loop, reported by run()
+                    time.sleep(wait)
+            return action()
+        finally:
+            self.busy_since = None
 
     def finish(self, end: RunEnd) -> None:
         """Training has ended: feed the rest without a budget, then close the view. Returns at once."""
