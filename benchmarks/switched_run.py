@@ -11,7 +11,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,11 +249,6 @@ def fed_shares(metrics: Path) -> dict[str, float]:
     notes = {path.stem.removeprefix("fed_"): json.loads(path.read_text()) for path in metrics.parent.glob("fed_*.json")}
     size = metrics.stat().st_size
     return {name: note["offsets"][metrics.name] / size for name, note in notes.items()}
-
-
-def paired(measured: Measured, kind: str, base: str) -> Iterator[tuple[float, float]]:
-    """Blocks of two kinds of the same repeat."""
-    return zip(measured.blocks[kind], measured.blocks[base], strict=True)
 
 
 def percentile(numbers: Sequence[float], percent: int) -> float:

@@ -4,9 +4,9 @@ python -m benchmarks.tracking                          # all parts, about 20 min
 python -m benchmarks.tracking --parts steps --step-ms 10 --repeats 20
 python -m benchmarks.tracking --parts records,closing
 
-steps: a training run whose tracking is switched every few seconds: log, TensorBoard and Aim with histograms of all
-parameters and gradients every 100 steps; the log alone; everything off; and what a loop does that tracks in line
-(.item(), add_scalar, Run.track, add_histogram). Medians of the ratios of neighbouring blocks, bootstrapped.
+steps: training runs whose tracking is switched off and on every second or so. On is in one run the log alone, in one
+log, TensorBoard and Aim, with histograms of all parameters and gradients every 100 steps, and in one what a loop does
+that tracks in line (.item(), add_scalar, Run.track, add_histogram). Medians of the ratios of neighbours, bootstrapped.
 records: a million records through buffer, log and feeder. closing: the end of a run of 2,000 steps of 50 ms.
 """
 
@@ -34,7 +34,6 @@ from benchmarks.switched_run import (
     OFF,
     Measured,
     check,
-    paired,
     percentile,
     run_switched,
     schedule,
@@ -50,8 +49,9 @@ LOGGING_LIMITS = (30.0, 200.0)  # microseconds that the loop spends in a step: m
 MEMORY_LIMIT = 50.0  # MiB
 CLOSING_LIMIT = 2.0  # seconds
 CLOSING_STEPS, CLOSING_STEP_MS = 2000, 50.0
-CALIBRATION = (4, 24)  # batch sizes: a step costs about a + b * batch_size
-LARGEST_BATCH = 16 * CALIBRATION[1]  # a busy machine can make the larger batch look no slower than the smaller one
+CALIBRATION = (2, 16)  # batch sizes
+CALIBRATION_STEPS = 3  # further ones
+LARGEST_BATCH = 24 * CALIBRATION[1]  # a busy machine can make the larger batch look no slower than the smaller one
 BLOCK_SECONDS = 1.0
 
 
@@ -97,14 +97,21 @@ def load(files: Sequence[Path], folder: Path, batch_size: int, steps: int) -> Lo
 
 
 def choose_batch_size(step_ms: float, files: Sequence[Path], folder: Path) -> int:
-    """The batch size whose step takes about `step_ms`, on the line through two short runs without tracking."""
-    small, large = CALIBRATION
-    low, high = (
-        statistics.median(run_switched(load(files, folder, size, 70), [OFF] * 6, 10, 10).blocks[OFF])
-        for size in CALIBRATION
-    )
-    slope = max((high - low) / (large - small), 1e-6)  # ms a sequence
-    return min(max(1, round(small + (step_ms - low) / slope)), LARGEST_BATCH)
+    """The batch size whose step is measured to be nearest to `step_ms`, of those on the way there."""
+
+    def measure(size: int) -> float:
+        """Milliseconds of a step without tracking."""
+        return statistics.median(run_switched(load(files, folder, size, 190), [OFF] * 6, 30, 10).blocks[OFF])
+
+    measured = {size: measure(size) for size in CALIBRATION}
+    for _ in range(CALIBRATION_STEPS):
+        (low, low_ms), (high, high_ms) = sorted(sorted(measured.items(), key=lambda one: abs(one[1] - step_ms))[:2])
+        slope = max((high_ms - low_ms) / (high - low), 1e-6)  # ms a sequence: a step costs about a + b * batch_size
+        guess = min(max(1, round(low + (step_ms - low_ms) / slope)), LARGEST_BATCH)
+        if guess in measured:
+            break
+        measured[guess] = measure(guess)
+    return min(measured, key=lambda size: abs(measured[size] - step_ms))
 
 
 def report_steps(
@@ -120,34 +127,34 @@ def report_steps(
     batch_size = choose_batch_size(step_ms, files, folder)
     block = block or HISTOGRAM_STEPS * max(1, math.ceil(BLOCK_SECONDS * 1000 / step_ms / HISTOGRAM_STEPS))
     terminal.print(f"steps of about {step_ms:g} ms: batch_size {batch_size}, blocks of {block} steps")
-    # The naive loop is measured apart: its tracker's threads go on while another block is measured.
-    runs = [((OFF, LOG, ALL), repeats), ((OFF, NAIVE), max(1, repeats // 3))]
-    measured, naive = (
-        run_switched(load(files, folder, batch_size, warmup + block * len(kinds)), kinds, block, warmup)
-        for kinds in (schedule(*run) for run in runs)
-    )
-    seconds, wall = measured.feeding
+    # Each in a run of its own: threads of a tracker go on for a while when another block is measured already.
+    arms = {LOG: repeats, ALL: repeats, NAIVE: max(1, repeats // 3)}
+    measured = {
+        kind: run_switched(load(files, folder, batch_size, warmup + block * len(kinds)), kinds, block, warmup)
+        for kind, kinds in ((kind, schedule((OFF, kind), count)) for kind, count in arms.items())
+    }
+    seconds, wall = measured[ALL].feeding
     rows = [
         f"machine: {common.machine_facts()}; {repeats} blocks of each kind",
         f"feeders and their threads: {seconds / wall:.2%} of the wall time, budget 2%; fed when the last block ended: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in measured.fed.items()),
-        logging_text(measured),
+        + ", ".join(f"{name} {share:.0%}" for name, share in measured[ALL].fed.items()),
+        logging_text(measured[ALL]),
     ]
-    terminal.print("", steps_table(measured, naive, step_ms), *rows, "")
+    terminal.print("", steps_table(measured, step_ms), *rows, "")
 
 
-def steps_table(measured: Measured, naive: Measured, step_ms: float) -> Table:
-    table = Table(title="Mean time of a step", title_justify="left", title_style="bold")
-    table.add_column("loop", style="cyan")
-    for header in ("median ms", f"/ {OFF}", "95%", "limit", ""):
+def steps_table(measured: Mapping[str, Measured], step_ms: float) -> Table:
+    """Each kind against the blocks with everything off in the same run."""
+    table = Table(title="Mean time of a step, medians of blocks", title_justify="left", title_style="bold")
+    table.add_column("what is on", style="cyan", no_wrap=True)
+    for header in ("on, ms", "off, ms", "ratio", "95%", "limit", ""):
         table.add_column(header, justify="right")
-    for kind in (OFF, LOG, ALL, NAIVE):
-        new, old = zip(*paired(naive if kind == NAIVE else measured, kind, OFF), strict=True)
-        ratio, low, high = common.median_ratio(new, old)
+    for kind, blocks in ((kind, run.blocks) for kind, run in measured.items()):
+        ratio, low, high = common.median_ratio(blocks[kind], blocks[OFF])
         limit = LIMITS.get(kind, {}).get(round(step_ms))
         verdict = common.verdict(ratio <= limit) if limit else ""
-        cells = [f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", f"{limit or ''}", verdict] if kind != OFF else [""] * 4
-        table.add_row(kind, f"{statistics.median(new):.2f}", *cells)
+        medians = (f"{statistics.median(blocks[name]):.2f}" for name in (kind, OFF))
+        table.add_row(kind, *medians, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", f"{limit or ''}", verdict)
     return table
 
 

@@ -96,7 +96,7 @@ def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixtu
     words = ["--parts", "steps", "--step-ms", "2", "--repeats", "1", "--block", "10", "--warmup", "55"]
     assert tracking.main([*words, "--config", str(tiny_file)]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in (OFF, LOG, ALL, NAIVE, "batch_size", "budget 2%", "threads, torch"))
+    assert all(word in printed for word in (LOG, ALL, NAIVE, "off, ms", "batch_size", "budget 2%", "threads, torch"))
 
 
 def test_tracking_counts_records_and_closes_a_run(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

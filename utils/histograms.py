@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 BINS = 64
 ROW = 256  # numbers; each tensor is padded to whole rows, so that a row belongs to one tensor
 CHUNK = 1 << 22  # numbers that are binned at once: what is needed besides the tensors is bounded
+SMALLEST_RANGE = 2.0**-100  # BINS / range is far from overflow
 
 
 class Layout:
@@ -17,11 +19,19 @@ class Layout:
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         self.sizes = list(sizes)
-        counts = [-(-size // ROW) for size in sizes]
-        self.rows = sum(counts)
-        self.starts = [ROW * sum(counts[:i]) for i in range(len(counts))]
-        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(counts)).to(device)  # (rows,)
-        self.first_bin = (self.owner * (BINS + 1)).int()[:, None]
+        counts = torch.tensor([-(-size // ROW) for size in sizes])
+        starts = ROW * (counts.cumsum(0) - counts)
+        pads = ROW * counts - torch.tensor(self.sizes)
+        padded = pads > 0
+        self.rows = int(counts.sum())
+        self.starts: list[int] = starts.tolist()
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), counts).to(device)  # (rows,)
+        self.first_bin = (self.owner * BINS).int()[:, None]
+        # Pads repeat the first number of their tensor: they change no range, and are all in one bin.
+        self.padded_starts, self.pads = starts[padded].to(device), pads[padded].to(device)
+        ends = zip(self.starts, self.sizes, pads.tolist(), strict=True)
+        self.pad_places = torch.cat([torch.arange(s + n, s + n + p) for s, n, p in ends]).to(device)
+        self.pad_sources = torch.repeat_interleave(self.padded_starts, self.pads)
 
 
 class Memory:
@@ -29,43 +39,50 @@ class Memory:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.values = torch.empty((rows, ROW), device=device)
-        self.scratch = torch.empty_like(self.values)
         self.bins = torch.empty((rows, ROW), dtype=torch.int32, device=device)
 
 
 def bin_tensors(tensors: Sequence[torch.Tensor], layout: Layout, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts in BINS equal bins between each tensor's finite minimum and maximum.
+    """Counts in BINS equal bins between each tensor's minimum and maximum.
 
-    All are binned together, by a dozen operations however many there are.
+    All are binned together, by a dozen operations however many there are. The counts of a tensor are right where
+    `is_ordinary(min, max)`.
 
     Args:
         tensors: n tensors of one device, of the sizes of `layout`.
         memory: of at least `layout.rows` rows.
 
     Returns:
-        Counts (n, BINS) int64, and (min, max) (n, 2) float64, on the device of the tensors; non-finite values
-        are in no bin, and where all are non-finite min is inf and max -inf.
+        Counts (n, BINS) int64, and (min, max) (n, 2) float64, on the device of the tensors.
     """
-    values, scratch, bins = (t[: layout.rows] for t in (memory.values, memory.scratch, memory.bins))
-    owner, inf = layout.owner, torch.inf
-    flat = values.fill_(torch.nan).view(-1)  # what is of no tensor stays nan
+    values, bins = memory.values[: layout.rows], memory.bins[: layout.rows]
+    owner, flat, flat_bins = layout.owner, values.view(-1), bins.view(-1)
     places = [flat[start : start + size] for start, size in zip(layout.starts, layout.sizes, strict=True)]
     torch._foreach_copy_(places, [tensor.detach().flatten() for tensor in tensors])
-    lowest = torch.nan_to_num(values, inf, inf, inf, out=scratch).amin(1)
-    highest = torch.nan_to_num(values, -inf, -inf, -inf, out=scratch).amax(1)
-    low = values.new_full((len(tensors),), inf).scatter_reduce_(0, owner, lowest, "amin")
-    high = values.new_full((len(tensors),), -inf).scatter_reduce_(0, owner, highest, "amax")
+    flat[layout.pad_places] = flat[layout.pad_sources]
+    low = values.new_full((len(tensors),), torch.inf).scatter_reduce_(0, owner, values.amin(1), "amin")
+    high = values.new_full((len(tensors),), -torch.inf).scatter_reduce_(0, owner, values.amax(1), "amax")
+    scale = BINS / (high - low).clamp_min(SMALLEST_RANGE)
+    values.sub_(low[owner, None]).mul_(scale[owner, None])
+    bins.copy_(values).clamp_(0, BINS - 1).add_(layout.first_bin)
+    counts = torch.bincount(flat_bins, minlength=len(tensors) * BINS)
+    counts.index_add_(0, flat_bins[layout.padded_starts], -layout.pads)
+    return counts.view(-1, BINS), torch.stack((low, high), dim=1).double()
 
-    # The range of huge values must not overflow, that of tiny ones not underflow: powers of two are exact.
-    factor = torch.where(torch.maximum(low.abs(), high.abs()) < 2.0**-60, 2.0**100, 0.5)
-    low_scaled, high_scaled = low * factor, high * factor
-    scale = BINS / (high_scaled - low_scaled).clamp_min(1e-30)
-    position = torch.mul(values, factor[owner, None], out=scratch)
-    position.sub_(low_scaled[owner, None]).mul_(scale[owner, None])  # in [0, BINS] where finite
-    position.nan_to_num_(-1.0, -1.0, -1.0).add_(1.0).clamp_(0, BINS)  # non-finite: 0
-    bins.copy_(position).add_(layout.first_bin)
-    counts = torch.bincount(bins.view(-1), minlength=len(tensors) * (BINS + 1)).view(-1, BINS + 1)
-    return counts[:, 1:], torch.stack((low, high), dim=1).double()
+
+def is_ordinary(low: float, high: float) -> bool:
+    """Whether a tensor of this range is binned well in float32: all is finite, the range no overflow or underflow."""
+    return abs(low) < math.inf and (low == high or SMALLEST_RANGE <= high - low <= torch.finfo(torch.float32).max)
+
+
+def bin_finite(tensor: torch.Tensor) -> tuple[list[int], float, float]:
+    """Counts of the finite values in BINS equal bins between their minimum and maximum, in double precision."""
+    values = tensor.detach().flatten().float().cpu().double()
+    values = values[values.isfinite()]
+    if not len(values):
+        return [0] * BINS, 0.0, 0.0
+    low, high = values.min().item(), values.max().item()
+    return torch.histc(values, BINS, low, high).long().tolist(), low, high
 
 
 class Histograms:
@@ -89,18 +106,12 @@ class Histograms:
         binned = [bin_tensors(chunk, layout, memory) for chunk, layout in zip(chunks, self._layouts, strict=True)]
         packed = torch.cat([torch.cat((counts, limits.view(torch.int64)), dim=1) for counts, limits in binned]).cpu()
         counts, limits = packed[:, :BINS].tolist(), packed[:, BINS:].contiguous().view(torch.float64).tolist()
-        return [
-            {
-                "step": step,
-                "time": round(time, 4),
-                "name": name,
-                "min": low if low <= high else 0.0,  # no finite value at all: an empty histogram
-                "max": high if low <= high else 0.0,
-                "counts": row,
-                "nonfinite": tensor.numel() - sum(row),
-            }
-            for (name, tensor), row, (low, high) in zip(tensors.items(), counts, limits, strict=True)
-        ]
+        records = []
+        for (name, tensor), row, (low, high) in zip(tensors.items(), counts, limits, strict=True):
+            row, low, high = (row, low, high) if is_ordinary(low, high) else bin_finite(tensor)
+            facts = {"step": step, "time": round(time, 4), "name": name, "min": low, "max": high, "counts": row}
+            records.append({**facts, "nonfinite": tensor.numel() - sum(row)})
+        return records
 
 
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

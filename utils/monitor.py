@@ -50,6 +50,7 @@ class Monitor:
         draws = bool(state.config.model.dropout)
         self.recorder = FlightRecorder(state.device, groups, state.sampler.train_offsets, draws)
         self.system = SystemSampler(state.device, path, tracking.system_interval)
+        self._parameters = dict(state.model.named_parameters())
         self._histograms, self._histogram_interval = Histograms(), tracking.histogram_interval
         self._after_flush = after_flush
 
@@ -96,9 +97,8 @@ class Monitor:
 
     def histograms(self) -> None:
         """Parameters before update `state.step` and the (clipped) gradients of its batch."""
-        named = dict(self.state.model.named_parameters())
-        tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in named.items()}
-        tensors |= {f"grads/{name}": p.grad for name, p in named.items() if p.grad is not None}
+        tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in self._parameters.items()}
+        tensors |= {f"grads/{name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
         self.log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
 
     def losses(self, losses: Mapping[str, float]) -> None:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import orjson
+
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -139,9 +141,6 @@ def decode_number(value: float | str) -> float:
     return float(value)
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-
-
 class LogWriter:
     """Appends records to one log file. A batch of records is one write; `sync` makes it survive power loss."""
 
@@ -155,8 +154,7 @@ class LogWriter:
         Raises:
             OSError: the disk is full or gone; the file is as it was before.
         """
-        lines = "".join(_encode(record) + "\n" for record in records)
-        data = memoryview(lines.encode("utf-8"))
+        data = memoryview(b"".join([orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records]))
         start = self.offset
         try:
             while data:
@@ -229,7 +227,7 @@ def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[li
         ValueError: a complete line that is not JSON.
     """
     lines = read_lines(path, offset, max_bytes)
-    return [json.loads(line) for line in lines], offset + sum(map(len, lines))
+    return [orjson.loads(line) for line in lines], offset + sum(map(len, lines))
 
 
 def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[bytes]:
@@ -280,13 +278,13 @@ def offset_of_step(path: Path, step: int) -> int:
             file.seek(middle)
             file.readline()  # the rest of a line
             start, line = file.tell(), file.readline()
-            if line.endswith(b"\n") and json.loads(line)["step"] < step:
+            if line.endswith(b"\n") and orjson.loads(line)["step"] < step:
                 low = start
             else:
                 high = middle
         file.seek(low)
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+            if not line.endswith(b"\n") or orjson.loads(line)["step"] >= step:
                 break
             low += len(line)
     return low
