@@ -58,11 +58,11 @@ def test_sessions_append_and_all_records_come_back_in_order(log: Path) -> None:
     append(log)
     append(log, {"step": 2})
     assert list(read_records(log)) == [{"step": 0}, {"step": 1, "text": "a"}, {"step": 2}]
-    assert log.read_text() == '{"step": 0}\n{"step": 1, "text": "a"}\n{"step": 2}\n'
+    assert log.read_text() == '{"step":0}\n{"step":1,"text":"a"}\n{"step":2}\n'
 
 
 def test_offset_counts_bytes_of_all_sessions(log: Path) -> None:
-    assert append(log, {"text": "ü"}) == len('{"text": "ü"}\n'.encode())
+    assert append(log, {"text": "ü"}) == len('{"text":"ü"}\n'.encode())
     assert append(log, {"a": 1}) == log.stat().st_size
 
 
@@ -128,7 +128,7 @@ def test_a_line_longer_than_the_default_chunk_comes_back(log: Path) -> None:
 
 def test_a_complete_line_that_is_not_json_is_an_error(log: Path) -> None:
     log.write_bytes(b'{"step": 0}\nnonsense\n')
-    with pytest.raises(ValueError, match="Expecting value"):
+    with pytest.raises(ValueError, match="invalid literal"):
         read_from(log)
 
 
@@ -182,10 +182,10 @@ def test_non_finite_numbers_are_words_in_the_log(log: Path, value: float, encode
     assert str(read) == str(float(value))
 
 
-def test_a_writer_refuses_bare_nan_before_it_writes_anything(log: Path) -> None:
+def test_a_writer_refuses_what_is_not_json_before_it_writes_anything(log: Path) -> None:
     writer = LogWriter(log)
-    with pytest.raises(ValueError, match="Out of range float"):
-        writer.write([{"step": 0}, {"a": math.nan}])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        writer.write([{"step": 0}, {"a": object()}])
     writer.close()
     assert log.read_bytes() == b""
 
@@ -370,7 +370,7 @@ def test_the_offset_of_a_step_stops_before_a_torn_line(log: Path) -> None:
     with log.open("ab") as file:
         file.write(b'{"step": 2')
     assert offset_of_step(log, 1000) == offset
-    assert offset_of_step(log, 1) == len(b'{"step": 0}\n')
+    assert offset_of_step(log, 1) == len(b'{"step":0}\n')
 
 
 def test_the_offset_in_a_log_that_is_empty_or_not_there_is_0(log: Path) -> None:

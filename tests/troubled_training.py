@@ -51,7 +51,7 @@ def pause_at(step: int) -> None:
 def tear_at(step: int) -> None:
     """Die by SIGKILL when a part of the metrics of `step` is written."""
     write: Callable[..., int] = os.write
-    marker = f'{{"step": {step}, '.encode()
+    marker = f'{{"step":{step},'.encode()
 
     def torn(fd: int, data: memoryview) -> int:
         if (found := bytes(data).find(marker)) >= 0:

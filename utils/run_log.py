@@ -149,9 +149,10 @@ class LogWriter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append one line a record.
+        """Append one line a record; numbers that are not finite are to be encoded before (encode_number).
 
         Raises:
+            TypeError: a value is not JSON; nothing is written.
             OSError: the disk is full or gone; the file is as it was before.
         """
         data = memoryview(b"".join([orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records]))
