@@ -162,7 +162,7 @@ def newest_run(runs_dir: Path) -> Path | None:
 
 
 def newest_step(run: Path) -> str:
-    from utils.checkpoint import list_checkpoints
+    from utils.checkpoint_folder import list_checkpoints
 
     checkpoints = list_checkpoints(run / CHECKPOINTS)
     return f"checkpoint of step {checkpoints[0][0]:,}" if checkpoints else "no checkpoint yet"
@@ -170,7 +170,8 @@ def newest_step(run: Path) -> str:
 
 def check_checkpoints(run: Path | None, result: Result) -> None:
     """Read every checkpoint that the killed process has left."""
-    from utils.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+    from utils.checkpoint import read_checkpoint
+    from utils.checkpoint_folder import CheckpointError, list_checkpoints
 
     for _, path in list_checkpoints(run / CHECKPOINTS) if run else []:
         result.checkpoints += 1

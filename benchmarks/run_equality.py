@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.checkpoint_folder import list_checkpoints
 from utils.run_log import LOG_FILES, NOT_METRICS, read_records
 from utils.run_manager import CHECKPOINTS
 

@@ -22,7 +22,7 @@ import utils.training
 from benchmarks.run_equality import differences
 from utils import run_log
 from utils.callbacks import Callback, Callbacks, TrainingRun
-from utils.checkpoint import list_checkpoints
+from utils.checkpoint_folder import list_checkpoints
 from utils.run_log import Metric, read_metrics, read_records, register_metric
 from utils.run_manager import read_record
 from utils.train_state import TrainState

@@ -21,23 +21,25 @@ from torch import nn
 from utils import checkpoint
 from utils.checkpoint import (
     DTYPES,
-    FILES,
-    MANIFEST_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    TOKENIZER_FILE,
-    WEIGHTS_FILE,
     Checkpoint,
-    CheckpointError,
     flatten_optimizer,
-    folder_name,
-    list_checkpoints,
     map_tensors,
     read_checkpoint,
     restore_optimizer,
     weight_differences,
     write_checkpoint,
     write_tensors,
+)
+from utils.checkpoint_folder import (
+    FILES,
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    folder_name,
+    list_checkpoints,
 )
 from utils.errors import UserError
 

@@ -19,22 +19,21 @@ import torch
 
 from data import load_corpus
 from utils import checkpointing
-from utils.checkpoint import (
+from utils.checkpoint import read_checkpoint, write_checkpoint
+from utils.checkpoint_folder import (
+    BEST_FILE,
     FILES,
+    LATEST_FILE,
     MANIFEST_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    best_path,
     list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
 )
 from utils.checkpointing import (
-    BEST_FILE,
-    LATEST_FILE,
     Checkpointer,
     HostMemory,
-    best_path,
     choose_checkpoint,
     newest_good,
     prune,

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 import utils.training
 from benchmarks.run_equality import differences, last_checkpoint
-from utils.checkpoint import list_checkpoints
+from utils.checkpoint_folder import list_checkpoints
 from utils.run_log import read_metrics
 from utils.run_manager import Run, read_record, read_status
 from utils.train_state import TrainState

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data import load_corpus
-from utils.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from utils.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from utils.checkpoint_folder import CheckpointError
 from utils.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.console import Terminal
 from utils.train_state import (

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,15 +25,21 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError
+from utils.checkpoint_folder import (
+    CHUNK_BYTES,
+    FILES,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_file,
+    read_manifest,
+    read_object,
+)
 from utils.files import sync_folder
-
-FORMAT_VERSION = 1
-WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
-TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE = "tokenizer.json", "state.json", "manifest.json"
-FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
-CHUNK_BYTES = 1 << 24  # of one read or write: between two of them other threads have their turn
-FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
 
 # https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -52,10 +57,6 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of something else."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """What `read_checkpoint` returns; the tensors lie in host memory, mapped from the files."""
@@ -66,16 +67,6 @@ class Checkpoint:
     optimizer_tensors: dict[str, torch.Tensor]
     tokenizer: dict[str, Any]  # as its JSON form
     state: dict[str, Any]
-
-
-def folder_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in `folder`, newest first; whether they are good is not looked at."""
-    found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def write_checkpoint(
@@ -173,11 +164,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: what is missing or damaged.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for _ in pool.map(lambda name: _check(path / name, *manifest[name]), FILES):
+        for _ in pool.map(lambda name: check_file(path / name, *manifest[name]), FILES):
             pass
-    state = _parse_json(path / STATE_FILE)
+    state = read_object(path / STATE_FILE)
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path / STATE_FILE}: names no step")
     return Checkpoint(
@@ -185,61 +176,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         step=state["step"],
         weights=map_tensors(path / WEIGHTS_FILE),
         optimizer_tensors=map_tensors(path / OPTIMIZER_FILE),
-        tokenizer=_parse_json(path / TOKENIZER_FILE),
+        tokenizer=read_object(path / TOKENIZER_FILE),
         state=state,
     )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    place = path / MANIFEST_FILE
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        manifest = json.loads(place.read_text(encoding="utf-8"))
-        files = {name: (manifest["files"][name]["size"], manifest["files"][name]["crc32"]) for name in FILES}
-        version = manifest["format_version"]
-        if not all(isinstance(size, int) and size >= 0 for size, _ in files.values()):
-            raise ValueError("a size is not a number")
-    except FileNotFoundError:
-        raise CheckpointError(f"{place}: missing: the checkpoint is not complete") from None
-    except OSError as error:
-        raise CheckpointError(f"{place}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{place}: damaged") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{place}: format version {version!r}, this workbench reads {FORMAT_VERSION}")
-    return files
-
-
-def _check(path: Path, size: int, crc32: str) -> None:
-    """Read a whole file and compare it with its line in the manifest; it is in the page cache then."""
-    checksum = 0
-    try:
-        with open(path, "rb", buffering=0) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise CheckpointError(f"{path}: damaged: {found:,} bytes, the manifest says {size:,}")
-            buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
-            while count := file.readinto(buffer):
-                checksum = zlib.crc32(buffer[:count], checksum)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if f"{checksum:08x}" != crc32:
-        raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, the manifest says {crc32}")
-
-
-def _parse_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, got a {type(value).__name__}")
-    return value
 
 
 def map_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -12,20 +11,21 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import (
-    Checkpoint,
+from utils.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from utils.checkpoint_folder import (
+    BEST_FILE,
+    LATEST_FILE,
     CheckpointError,
+    best_path,
     folder_name,
     list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
+    read_pointer,
 )
 from utils.config import TrainConfig
 from utils.files import write_json
 from utils.run_log import RunLog, decode_number, encode_number
 from utils.train_state import TrainState, capture
 
-LATEST_FILE, BEST_FILE = "latest.json", "best.json"
 FIRST_GUESS_BYTES_PER_SECOND = 1e8  # of a disk, until the first checkpoint is written
 
 
@@ -166,7 +166,7 @@ class Checkpointer:
             pointers[BEST_FILE] = best
         try:
             for name, content in pointers.items():
-                if _read_pointer(self.folder / name) != content:
+                if read_pointer(self.folder / name) != content:
                     write_json(self.folder / name, content)
         except OSError as error:
             self._warn(f"{self.folder}: the pointers were not written: {_reason(error)}; the checkpoints are complete")
@@ -174,22 +174,6 @@ class Checkpointer:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def best_path(folder: Path) -> Path | None:
-    """The checkpoint of the best val/loss that was saved, or None."""
-    step = _read_pointer(folder / BEST_FILE).get("step")
-    path = folder / folder_name(step) if isinstance(step, int) else None
-    return path if path is not None and path.is_dir() else None
-
-
-def _read_pointer(path: Path) -> dict[str, Any]:
-    """What a pointer says; nothing if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def prune(folder: Path, keep_last: int, best: int | None) -> None:

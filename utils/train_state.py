@@ -13,7 +13,8 @@ import torch
 
 from data import BatchSampler, Corpus
 from model import LanguageModel
-from utils.checkpoint import Checkpoint, CheckpointError, flatten_optimizer, restore_optimizer, weight_differences
+from utils.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, weight_differences
+from utils.checkpoint_folder import CheckpointError
 from utils.config import Config, ModelConfig
 from utils.console import Terminal
 from utils.device import autocast

@@ -1,0 +1,116 @@
+"""The folders of a run's checkpoints: their names, their files, and whether these are whole. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE = "tokenizer.json", "state.json", "manifest.json"
+FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
+CHUNK_BYTES = 1 << 24  # of one read or write: between two of them other threads have their turn
+FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
+LATEST_FILE, BEST_FILE = "latest.json", "best.json"  # pointers beside the checkpoints
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of something else."""
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in `folder`, newest first; whether they are good is not looked at."""
+    found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def best_path(folder: Path) -> Path | None:
+    """The checkpoint of the best val/loss that was saved, or None."""
+    step = read_pointer(folder / BEST_FILE).get("step")
+    path = folder / folder_name(step) if isinstance(step, int) else None
+    return path if path is not None and path.is_dir() else None
+
+
+def read_pointer(path: Path) -> dict[str, Any]:
+    """What a pointer says; nothing if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """(size, CRC-32) of each file of the checkpoint `path`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    place = path / MANIFEST_FILE
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        manifest = json.loads(place.read_text(encoding="utf-8"))
+        files = {name: (manifest["files"][name]["size"], manifest["files"][name]["crc32"]) for name in FILES}
+        version = manifest["format_version"]
+        if not all(isinstance(size, int) and size >= 0 for size, _ in files.values()):
+            raise ValueError("a size is not a number")
+    except FileNotFoundError:
+        raise CheckpointError(f"{place}: missing: the checkpoint is not complete") from None
+    except OSError as error:
+        raise CheckpointError(f"{place}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{place}: damaged") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{place}: format version {version!r}, this workbench reads {FORMAT_VERSION}")
+    return files
+
+
+def check_file(path: Path, size: int, crc32: str) -> None:
+    """Read a whole file and compare it with its line in the manifest; it is in the page cache then.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    checksum = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise CheckpointError(f"{path}: damaged: {found:,} bytes, the manifest says {size:,}")
+            buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
+            while count := file.readinto(buffer):
+                checksum = zlib.crc32(buffer[:count], checksum)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if f"{checksum:08x}" != crc32:
+        raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, the manifest says {crc32}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected an object, got a {type(value).__name__}")
+    return value
