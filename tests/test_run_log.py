@@ -444,3 +444,63 @@ def test_a_log_that_is_shorter_than_the_checkpoint_saw_it_stops_everything(
         f"{tmp_path / name}: has {found} bytes, the checkpoint was saved when it had {size + 1000:,}"
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_last_record_is_the_last_complete_one(log: Path) -> None:
+    assert run_log.last_record(log) is None
+    append(log)
+    assert run_log.last_record(log) is None
+    log.write_text('{"step": 1')
+    assert run_log.last_record(log) is None
+    log.write_text('{"step": 1}\n')
+    assert run_log.last_record(log) == {"step": 1}
+    append(log, {"step": 2}, {"step": 3})
+    assert run_log.last_record(log) == {"step": 3}
+    with log.open("a") as file:
+        file.write('{"step": 4}')  # no newline yet
+    assert run_log.last_record(log) == {"step": 3}
+
+
+@pytest.mark.parametrize("length", [-40, -1, 0, 1, 3])
+@pytest.mark.parametrize("torn", ["", '{"step": 9, "text": "' + "y" * 200_000])
+def test_the_last_record_of_any_length_is_found(log: Path, length: int, torn: str) -> None:
+    last = {"step": 2, "text": "x" * (run_log.SCANNED_BYTES - len('{"step":2,"text":""}\n') + length)}
+    append(log, {"step": 1}, last)
+    with log.open("a") as file:
+        file.write(torn)
+    assert run_log.last_record(log) == last
+
+
+def test_the_last_of_many_records_is_found(log: Path) -> None:
+    append(log, *({"step": step, "text": "ü" * 50} for step in range(5000)))
+    assert run_log.last_record(log) == {"step": 4999, "text": "ü" * 50}
+
+
+def test_what_a_clock_or_the_machine_says_is_not_reproducible() -> None:
+    for name in ("train/loss", "val/loss", "lr", "grad_norm", "tokens", "of_a_callback"):
+        assert run_log.is_reproducible(name)
+    for name in run_log.registered_metrics():
+        assert run_log.is_reproducible(name) != (name.startswith("system/") or name in ("tokens_per_second", "step_ms"))
+
+
+def test_registered_metrics_are_names_that_the_log_accepts() -> None:
+    names = run_log.registered_metrics()
+    assert {"train/loss", "val/loss", "lr", "tokens"} <= {*names}
+    assert len(names) == len({*names})
+    assert all(metric(name).name == name for name in names)
+    names.append("nonsense")
+    assert "nonsense" not in run_log.registered_metrics()
+
+
+def test_whether_a_metric_is_reproducible_is_kept_in_the_registry(tmp_path: Path) -> None:
+    write_registry(tmp_path / "metrics.json")
+    facts = {entry["name"]: entry for entry in json.loads((tmp_path / "metrics.json").read_text())}
+    assert (facts["step_ms"]["reproducible"], facts["val/loss"]["reproducible"]) == (False, True)
+
+
+def test_a_registry_of_an_older_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "_REGISTRY", dict(run_log._REGISTRY))
+    entry = {"name": "older", "unit": "1", "direction": "none", "views": ["aim"]}
+    (tmp_path / "metrics.json").write_text(json.dumps([entry]))
+    read_registry(tmp_path / "metrics.json")
+    assert run_log.is_reproducible("older")

@@ -44,12 +44,14 @@ class Metric:
     unit: of the value; "nats" for losses.
     direction: which way is better.
     views: which of VIEWS show it.
+    reproducible: whether a repetition of the run must give the same numbers; not so what a clock or the machine says.
     """
 
     name: str
     unit: str
     direction: Direction = "none"
     views: tuple[str, ...] = VIEWS
+    reproducible: bool = True
 
     @property
     def subset(self) -> str | None:
@@ -87,13 +89,13 @@ for _metric in (
     Metric("lr", "1"),
     Metric("grad_norm", "1"),
     Metric("tokens", "tokens", views=()),
-    Metric("tokens_per_second", "tokens/s", "higher"),
-    Metric("step_ms", "ms", "lower", views=("tensorboard",)),  # says the same as tokens_per_second
-    Metric("system/process_cpu", "%"),  # 100: one core
-    Metric("system/process_memory", "MiB"),
-    Metric("system/gpu_utilization", "%"),
-    Metric("system/gpu_memory", "MiB"),
-    Metric("system/disk_free", "GiB"),
+    Metric("tokens_per_second", "tokens/s", "higher", reproducible=False),
+    Metric("step_ms", "ms", "lower", views=("tensorboard",), reproducible=False),  # says the same as tokens_per_second
+    Metric("system/process_cpu", "%", reproducible=False),  # 100: one core
+    Metric("system/process_memory", "MiB", reproducible=False),
+    Metric("system/gpu_utilization", "%", reproducible=False),
+    Metric("system/gpu_memory", "MiB", reproducible=False),
+    Metric("system/disk_free", "GiB", reproducible=False),
 ):
     register_metric(_metric)
 
@@ -107,6 +109,16 @@ def metric(name: str) -> Metric:
     if name not in _REGISTRY:
         raise KeyError(f"metric {name!r} is not registered: call register_metric(Metric({name!r}, unit))")
     return _REGISTRY[name]
+
+
+def registered_metrics() -> list[str]:
+    """The names that the log accepts."""
+    return list(_REGISTRY)
+
+
+def is_reproducible(name: str) -> bool:
+    """Whether a repetition of the run must log the same numbers under this name, which may be unknown."""
+    return name not in _REGISTRY or _REGISTRY[name].reproducible
 
 
 def shown_metrics(record: Mapping[str, Any], view: str) -> Iterator[tuple[Metric, float]]:
@@ -254,6 +266,20 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             return
         yield from records
         offset = end
+
+
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The last complete record of a log; None if there is none."""
+    if not path.exists():
+        return None
+    size, length = path.stat().st_size, SCANNED_BYTES
+    with path.open("rb") as file:
+        while True:
+            file.seek(max(0, size - length))
+            lines = file.read(min(length, size)).split(b"\n")[:-1]
+            if len(lines) > 1 or length >= size:  # the first one may be a part of a line
+                return orjson.loads(lines[-1]) if lines else None
+            length *= 4
 
 
 def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,13 @@ from typing import Any, Literal
 from utils.config import check_tag
 from utils.errors import UserError, nearest
 from utils.files import write_json
+from utils.promotion import promoted_run
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = Path("artifacts", "checkpoints")  # in a run directory
 FLIGHT_RECORDER = Path("artifacts", "flight_recorder.json")
 CURVES = Path("artifacts", "curves.png")
+PATCH = Path("meta", "code.patch")
 TOKENIZER = Path("meta", "tokenizer.json")
 MODEL_SUMMARY = Path("meta", "model.json")
 METRICS = Path("meta", "metrics.json")
@@ -314,7 +316,11 @@ def read_status(path: Path) -> str:
     Raises:
         RunError: run.json is missing or damaged.
     """
-    record = read_record(path)
+    return status_of(path, read_record(path))
+
+
+def status_of(path: Path, record: Mapping[str, Any]) -> str:
+    """As `read_status`, of the run whose run.json is `record`."""
     if record["status"] != "running":
         return str(record["status"])
     if record.get("host") == socket.gethostname():
@@ -340,7 +346,8 @@ def list_run_paths(runs_dir: Path) -> list[Path]:
 def resolve_run(name: str, runs_dir: Path) -> Path:
     """The run directory that RUN on a command line means.
 
-    In this order: a path, an exact id, `latest`, an exact tag (the newest wins), a unique part of an id.
+    In this order: a path, an exact id, `latest`, an exact tag (the newest wins), NAME@vN of a
+    promoted run, a unique part of an id.
 
     Raises:
         RunError: there is none, or a part fits several.
@@ -349,6 +356,8 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
         return Path(name)
     if os.sep in name and os.path.isdir(name):
         raise RunError(f"{name} is not a run directory: it has no run.json")
+    if promoted := promoted_run(name, runs_dir):
+        return promoted
     paths = list_run_paths(runs_dir)
     if not paths:
         raise RunError(f"no run {name}: {runs_dir} has no runs yet")
