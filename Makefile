@@ -28,6 +28,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.experiments
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.shakespeare
 	$(BIN)/python -m benchmarks.checkpoints

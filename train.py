@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from utils.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
 from utils.config import Config
 from utils.config_loader import ConfigLoader, LoadedConfig, relative_name
@@ -67,6 +69,9 @@ def add_origin_flags(parser: Parser) -> None:
         help="with --resume RUN[:WHICH]: a new run goes on from that checkpoint, with any other setting",
     )
     group.add_argument(
+        "--strict", action="store_true", help="refuse to start where the preflight has something to tell"
+    )
+    group.add_argument(
         "--strict-resume", action="store_true", help="refuse a damaged newest checkpoint; do not use the one before it"
     )
 
@@ -94,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         loaded = config_of_fork(fork_or_init.run, parsed.loader, parsed.files, parsed.overrides)
     elif own.init_from is not None:
         fork_or_init = find_origin("init", own.init_from, runs_dir)
-    return train(loaded, origin=fork_or_init, argv=command).exit_status
+    return train(loaded, origin=fork_or_init, argv=command, strict=own.strict).exit_status
 
 
 def resume(
@@ -140,6 +145,7 @@ def train(
     quiet: bool = False,
     argv: Sequence[str] = (),
     root: Path = PROJECT_ROOT,
+    strict: bool = False,
 ) -> TrainResult:
     """Run one experiment.
 
@@ -149,6 +155,7 @@ def train(
         quiet: print warnings only.
         argv: the command line, for the record.
         root: the folder that relative paths start from.
+        strict: what the preflight tells is a mistake.
 
     Returns:
         How it ended; also for a run that diverged or was interrupted.
@@ -160,20 +167,36 @@ def train(
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)
     from utils.device import torch_settings
+    from utils.finish import seal_run
     from utils.gates import check_gates
+    from utils.preflight import preflight
     from utils.start import open_run, read_git
 
     terminal = Terminal(quiet)
     setup = check_gates(loaded, root, origin, terminal.warn)
     git = read_git(setup)
     with stop_on_signals() as stop, torch_settings(setup.config.train, setup.device):
+        if not setup.resumes:
+            tell_preflight(preflight(setup, git), strict, terminal)
         run, start = open_run(setup, git, argv, terminal)
         try:
             terminal.print(settings_table(setup.loaded.non_default()))
             return run_experiment(setup, run, git, start, terminal, stop, deadline)
         finally:
+            seal_run(run, terminal)
             run.release()
-            terminal.close()
+
+
+def tell_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) -> None:
+    """Print what the preflight found.
+
+    Raises:
+        UserError: there is something, and `strict`.
+    """
+    if findings and strict:
+        raise UserError("\n".join(f"--strict: {finding}" for finding in findings))
+    for finding in findings:
+        terminal.print(Text.assemble(("preflight: ", "yellow"), finding))
 
 
 def run_experiment(

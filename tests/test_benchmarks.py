@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
-from benchmarks import checkpoints, common, crash_test, shakespeare, startup, switched_run, tracking
+from benchmarks import checkpoints, common, crash_test, experiments, shakespeare, startup, switched_run, tracking
 from benchmarks.switched_run import ALL, LOG, NAIVE, OFF
 from utils import training
 from utils.errors import UserError
@@ -22,6 +22,7 @@ from utils.run_log import read_metrics
 COMMANDS = {
     "checkpoints": checkpoints.main,
     "crash_test": crash_test.main,
+    "experiments": experiments.main,
     "shakespeare": shakespeare.main,
     "startup": startup.main,
     "tracking": tracking.main,
@@ -106,6 +107,14 @@ def test_tracking_counts_records_and_closes_a_run(tiny_file: Path, capsys: pytes
     assert "3,000 records in" in printed
     assert "0 lost in the log, 0 not fed, 0 out of order: reached" in printed
     assert re.search(r"views closed after \d+\.\d\d s", printed)
+
+
+def test_experiments_makes_its_runs_and_times_each_command(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert experiments.main(["--runs", "3", "--steps", "12", "--repeats", "1", "--config", str(tiny_file)]) == 0
+    printed = capsys.readouterr().out
+    assert "3 runs of 12 logged steps" in printed
+    assert all(f"│ {name} " in printed for name in experiments.LIMITS)
+    assert "DuckDB alone" in printed
 
 
 def test_a_view_that_fails_is_no_result(tmp_path: Path, tiny_file: Path) -> None:

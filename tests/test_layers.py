@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORDS = (  # what experiments.py is made of
+    "run_index run_sql run_diff run_tables log_comparison comparison provenance pruning notes plotting report"
+)
 LAYERS = {
     0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping"
-    " curves",
-    1: "device distributed optim histograms step_buffer flight_recorder system_metrics tracking checkpoint"
-    " run_index comparison provenance report",
+    " curves checkpoint_folder promotion seal",
+    1: "device distributed optim histograms step_buffer flight_recorder system_metrics tracking checkpoint " + RECORDS,
     2: "evaluation generation export profiling train_state checkpointing training gates start finish result callbacks"
-    " monitor",
+    " monitor preflight reproduction",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {
-    f"utils.{name}" for name in ("run_index", "comparison", "provenance", "report")
+    f"utils.{name}" for name in [*RECORDS.split(), "reproduction"]
 }
 BESIDE = ("model", "data", "tokenizer")  # beside layer 1
 NOT_BESIDE = ("utils.run_manager", "utils.run_log", "utils.metadata", "utils.tracking")  # runs and trackers

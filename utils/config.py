@@ -292,6 +292,13 @@ class TrainConfig(Section):
         unit="minutes",
         gt=0,
     )
+    stop_at_step: Int | None = setting(
+        None,
+        "stop with a checkpoint at this step, as if interrupted; the learning rates are those of max_iters",
+        kind=MACHINE,
+        unit="steps",
+        ge=1,
+    )
     patience: Int | None = setting(
         None,
         "evaluations without a better val/loss after which training ends; none: it goes on to the last step",

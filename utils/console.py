@@ -90,8 +90,8 @@ def settings_table(rows: Sequence[tuple[str, Any, str]]) -> RenderableType:
         return Text("All settings have their default values.", style="dim")
     table = Table(title="Settings that differ from the defaults", title_justify="left", title_style="bold")
     table.add_column("setting", style="cyan", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("set by", style="dim", no_wrap=True)
+    table.add_column("value", overflow="fold", min_width=8)
+    table.add_column("set by", style="dim", overflow="fold")
     for key, value, source in rows:
         table.add_row(key, Text(_shown(value), overflow="fold"), Text(source))
     return table
@@ -170,6 +170,7 @@ class TrainingProgress:
         self._next_update = 0.0
         self._next_line = self._began + PLAIN_LINE_SECONDS
         self._progress: Progress | None = None
+        self._estimated = False
 
     @property
     def moves(self) -> bool:
@@ -216,8 +217,18 @@ class TrainingProgress:
         if self._progress and now >= self._next_update:
             self._next_update = now + REFRESH_SECONDS
             self._progress.update(self._task, completed=step, **self._times(step))
+        if not self._estimated and step - self.start >= STEPS_TO_TELL:
+            self._estimate(step)
         if now >= self._next_line:
             self._line(step)
+
+    def _estimate(self, step: int) -> None:
+        """Once, after the first steps: how long the run will take."""
+        self._estimated = True
+        left = (time.monotonic() - self._began) / (step - self.start) * (self.total - step)
+        if left >= PLAIN_LINE_SECONDS:
+            end = time.strftime("%H:%M", time.localtime(time.time() + left))
+            self.terminal.print(f"estimated: {duration(left)} for the {self.total - step:,} steps left, until {end}")
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
         """An evaluation is done: always a line of its own."""

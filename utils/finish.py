@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from utils.checkpoint import CheckpointError, folder_name, read_checkpoint
+from utils.checkpoint import read_checkpoint
+from utils.checkpoint_folder import CheckpointError, folder_name
 from utils.console import Terminal
 from utils.curves import draw_curves
 from utils.export import save_export
 from utils.flight_recorder import FlightRecorder
 from utils.run_log import RunLog, decode_number, encode_number
 from utils.run_manager import CHECKPOINTS, CURVES, FLIGHT_RECORDER, Run, Status
+from utils.seal import SEAL, seal
 from utils.tracking import RunEnd
 from utils.tracking.feeder import Feeders
 from utils.train_state import TrainState, load_weights
@@ -96,3 +98,12 @@ def close_run(
     if feeders is not None:
         feeders.finish(RunEnd(status, summary, state.step if state else 0), terminal.print, seconds)
     return summary
+
+
+def seal_run(run: Run, terminal: Terminal) -> None:
+    """artifacts/seal.json, the last file of a run, after its last line in logs/train.log."""
+    terminal.close()
+    try:
+        seal(run.path)
+    except OSError as error:
+        terminal.warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")

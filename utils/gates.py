@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,9 +16,9 @@ from tokenizer import CharTokenizer
 from utils.callbacks import Callback, load_callbacks
 from utils.checkpoint import Checkpoint
 from utils.checkpointing import choose_checkpoint
-from utils.config import Config, RuleError, warmup_steps
+from utils.config import Config, RuleError, derived_settings, warmup_steps
 from utils.config_loader import LoadedConfig, rule_error
-from utils.device import choose_device, choose_dtype
+from utils.device import choose_device, choose_dtype, is_deterministic
 from utils.errors import UserError
 from utils.generation import start_tokens
 from utils.resume import Origin, check_model, pin, pinned_settings
@@ -98,6 +99,21 @@ def check_gates(
     dtype = choose_dtype(config.train.dtype, device)
     callbacks = load_callbacks(config.train.callbacks)
     return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint)
+
+
+def decisive_settings(setup: Setup) -> dict[str, Any]:
+    """What settings that leave something open came to, as far as it changes the numbers; torch's threads are set."""
+    config, corpus = setup.config, setup.corpus
+    return {
+        "deterministic": is_deterministic(config.train, setup.device),
+        **derived_settings(config, setup.max_iters),
+        "device": setup.device.type,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "dataset": corpus.hash,
+        "corpus_hash": corpus.hash,
+        "tokenizer_hash": corpus.tokenizer.hash(),
+    }
 
 
 def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, CharTokenizer]:

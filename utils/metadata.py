@@ -29,7 +29,7 @@ MAX_UNTRACKED_FILES = 500  # each costs a call of git
 SOURCE_SUFFIXES = frozenset(
     (
         *(".py", ".pyi", ".ipynb", ".sh", ".c", ".h", ".cc", ".cpp", ".cu", ".cuh", ".rs", ".js", ".html", ".css"),
-        *(".yaml", ".yml", ".json", ".toml", ".cfg", ".ini", ".txt", ".in", ".md", ".rst"),
+        *(".yaml", ".yml", ".json", ".toml", ".j2", ".cfg", ".ini", ".txt", ".in", ".md", ".rst"),
     )
 )
 SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))

@@ -12,16 +12,17 @@ import torch
 
 from utils.checkpoint import Checkpoint
 from utils.checkpointing import choose_checkpoint, newest_good, put_aside
-from utils.config import config_hash, derived_settings
+from utils.config import config_hash
 from utils.console import Terminal, facts
-from utils.device import device_facts, is_deterministic, processor_name
+from utils.device import device_facts, processor_name
 from utils.errors import UserError
 from utils.files import write_json
-from utils.gates import Setup
+from utils.gates import Setup, decisive_settings
 from utils.metadata import GitFacts, MetadataCapture
-from utils.resume import Relation, check_longer, parent_facts
+from utils.resume import REPRODUCTION, Relation, check_longer, parent_facts
 from utils.run_log import cut_logs, read_registry, write_registry
 from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, TOKENIZER, Run
+from utils.seal import SEAL
 from utils.tracking.feeder import cut_notes
 from utils.train_state import TrainState, branch, build_state, foreign, load_weights, restore
 
@@ -73,7 +74,8 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
         cut_notes(run.path / "logs")
         put_aside(unusable)
-        (run.path / FLIGHT_RECORDER).unlink(missing_ok=True)  # of the session before
+        for name in (FLIGHT_RECORDER, SEAL):  # of the session before
+            (run.path / name).unlink(missing_ok=True)
         run.restart(argv, start.step, git=git.summary())
         run.update(tag=setup.config.tracking.run_tag)
     except BaseException:
@@ -104,7 +106,7 @@ def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> S
         UserError: the checkpoint of its parent is not there any more.
     """
     parent = record.get("parent")
-    if parent is None:
+    if parent is None or parent["relation"] == REPRODUCTION:
         return Start()
     folder = Path(parent["path"]) / CHECKPOINTS
     return Start(choose_checkpoint(folder, str(parent["step"]), strict=True, warn=warn), parent["relation"])
@@ -153,17 +155,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     if start.checkpoint is not None:
         take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
         take_over(state, start.checkpoint)
-    deterministic = is_deterministic(config.train, setup.device)
-    decisive = {
-        "deterministic": deterministic,
-        **derived_settings(config, setup.max_iters),
-        "device": setup.device.type,
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "dataset": corpus.hash,
-        "corpus_hash": corpus.hash,
-        "tokenizer_hash": corpus.tokenizer.hash(),
-    }
+    decisive = decisive_settings(setup)
     parameters = state.model.num_parameters()
     run.update(
         resolved={
@@ -178,7 +170,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
             "parameters": parameters,
             "torch": torch.__version__,
             "processor": processor_name(setup.device),
-            "guarantee": BIT_EXACT if deterministic else NOT_EXACT,
+            "guarantee": BIT_EXACT if decisive["deterministic"] else NOT_EXACT,
         },
         config_hash=config_hash(config, decisive),
     )

@@ -104,6 +104,8 @@ def training_loop(
                     save()
             if deadline.is_near(reserve=checkpoints.seconds_to_save(state)):
                 stop.stop(f"max_minutes ({settings.max_minutes:g}) are almost over")
+            if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
+                stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
             if state.finished or stop:
                 save()
                 return
