@@ -31,6 +31,13 @@ WHERE = "status = 'completed' and learning_rate > 1e-3"
 GROUP_BY = "SELECT run, min(train_loss), avg(grad_norm), count(*) FROM metrics GROUP BY run ORDER BY 2 LIMIT 10"
 LIMITS = {"list": 1.0, "list --where": 1.0, "diff": 0.7, "sql GROUP BY": 2.5}  # seconds
 MEMORY_LIMIT = 500.0  # MB, resident, of any command
+# A process of its own starts the command: a child's memory is counted from that of its parent, which has torch here.
+MEASURE = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+"""
 RATES = (3e-4, 1e-3, 3e-3)
 
 
@@ -109,15 +116,12 @@ def measure(words: Sequence[str]) -> tuple[float, float]:
     Raises:
         UserError: it fails.
     """
-    began = time.perf_counter()
-    command = [sys.executable, str(PROJECT_ROOT / "experiments.py"), *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{' '.join(words)}: exit status {process.returncode}")
-    return seconds, usage.ru_maxrss / (1e3 if sys.platform != "darwin" else 1e6)
+    command = [sys.executable, "-c", MEASURE, sys.executable, str(PROJECT_ROOT / "experiments.py"), *words]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"{' '.join(words)}: {result.stderr.strip()}")
+    seconds, memory = map(float, result.stderr.split())
+    return seconds, memory / (1e3 if sys.platform != "darwin" else 1e6)
 
 
 def duckdb_alone(runs_dir: Path) -> float:
