@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,8 @@ def list_command(args: argparse.Namespace) -> int:
         return print_json([{column: row.get(column) for column in columns} if args.columns else row for row in rows])
     if runs:
         console = Terminal().console
-        console.print(
-            list_table(runs, columns, None if args.columns else console.width), soft_wrap=not console.is_terminal
-        )
+        fits = console.is_terminal and not args.columns
+        console.print(list_table(runs, columns, console.width if fits else None), soft_wrap=not fits)
     elif everything:
         print(f"none of {len(everything):,} runs fits")
     else:
@@ -150,6 +150,8 @@ def chosen_columns(text: str | None, runs: Sequence[IndexedRun]) -> list[str]:
 
     known = [*FACTS, *dict.fromkeys(key for run in runs for key in run.settings if key not in FACTS)]
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if text is not None and not names:
+        raise UserError(f"--columns: expected names, separated by commas, got {text!r}")
     if names == ["all"]:
         return list(FACTS)
     for name in names:
@@ -170,7 +172,9 @@ def sql_command(args: argparse.Namespace) -> int:
     table = RunDatabase(read_index(runs_folder(args))).select(args.query)
     if args.json:
         return print_json([dict(zip(table.columns, row, strict=True)) for row in table.rows])
-    Terminal().print(sql_table(table.columns, table.rows))
+    console = Terminal().console
+    width = console.width if console.is_terminal else None
+    console.print(sql_table(table.columns, table.rows, width), soft_wrap=width is None)
     return 0
 
 
@@ -272,7 +276,7 @@ def plot_command(args: argparse.Namespace) -> int:
         raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
     curves = load_curves(named_runs(args), args.metric, args.x, args.smooth)
     if args.out:
-        save_plot(curves, args.metric, args.x, args.out)
+        write_to(args.out, lambda: save_plot(curves, args.metric, args.x, args.out))
     if args.json:
         return print_json({"metric": args.metric, "x": args.x, "curves": curves, "out": args.out})
     if args.out:
@@ -284,6 +288,17 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def write_to(path: Path, write: Callable[[], None]) -> None:
+    """
+    Raises:
+        UserError: `write` cannot write the file.
+    """
+    try:
+        write()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror}") from None
+
+
 def add_report(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = add_command(commands, "report", report_command, "one HTML page about runs, complete in itself", runs="+")
     parser.add_argument("--out", type=Path, metavar="FILE", default=Path("report.html"), help="(default: report.html)")
@@ -293,7 +308,7 @@ def report_command(args: argparse.Namespace) -> int:
     from utils.report import write_report
 
     runs = named_runs(args)
-    write_report(runs, args.out, PROJECT_ROOT)
+    write_to(args.out, lambda: write_report(runs, args.out, PROJECT_ROOT))
     if args.json:
         return print_json({"runs": [run.id for run in runs], "out": args.out})
     print(args.out)
@@ -351,6 +366,7 @@ def add_prune(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--older-than", metavar="AGE", help="leave runs alone that started within 12h, 30d, 8w")
     parser.add_argument("--max-size", metavar="SIZE", help="stop when all runs together are not larger than 20GB")
     parser.add_argument("--whole-runs", action="store_true", help="delete runs, not only their checkpoints")
+    parser.add_argument("--unfinished", action="store_true", help="also of runs that could still be resumed")
     parser.add_argument("--yes", action="store_true", help="delete")
 
 
@@ -368,19 +384,47 @@ def prune_command(args: argparse.Namespace) -> int:
         older_than=parse_age(args.older_than) if args.older_than else 0.0,
         max_bytes=parse_size(args.max_size) if args.max_size else None,
         whole_runs=args.whole_runs,
+        unfinished=args.unfinished,
     )
+    failed = []
     for removal in plan.removals if args.yes else ():
         try:
             remove(removal)
         except OSError as error:
+            failed.append(removal)
             print(f"error: {removal.path} was not deleted: {error.strerror}", file=sys.stderr)
-            return 1
+    freed = plan.freed - sum(removal.bytes for removal in failed)
     if args.json:
-        return print_json({"deleted": args.yes, "bytes": plan.freed, **_plain(plan)})
+        print_json({"deleted": args.yes, "bytes": freed, **_plain(plan)})
+        return 1 if failed else 0
     if plan.removals:
         Terminal().print(prune_table(plan), "")
-    left = f"of {size(plan.total)}, {size(plan.total - plan.freed)} are left"
-    print(f"freed {size(plan.freed)} {left}" if args.yes else f"--yes would free {size(plan.freed)} {left}")
+    left = f"of {size(plan.total)}, {size(plan.total - freed)} are left"
+    print(f"freed {size(freed)} {left}" if args.yes else f"--yes would free {size(freed)} {left}")
+    for why, count in Counter(plan.kept.values()).items():
+        print(f"{count} not touched: {why}")
+    return 1 if failed else 0
+
+
+def add_seal(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write the seal of a run anew, after a change that was meant (training writes it at the end of every run)"
+    add_command(commands, "seal", seal_command, text, runs="1")
+
+
+def seal_command(args: argparse.Namespace) -> int:
+    from utils.run_manager import RunError
+    from utils.seal import SEAL, seal
+
+    run = named_run(args.run, runs_folder(args))
+    if not run.readable or run.status == "running":
+        raise RunError(f"{run.id}: {run.problem or 'it is being trained, and sealed when it ends'}")
+    try:
+        seal(run.path)
+    except OSError as error:
+        raise RunError(f"{run.path / SEAL} cannot be written: {error.strerror}") from None
+    if args.json:
+        return print_json({"run": run.id, "seal": run.path / SEAL})
+    print(f"{run.id}: sealed")
     return 0
 
 
@@ -404,6 +448,7 @@ def check_command(args: argparse.Namespace) -> int:
             print(f"{what:<8} {name}")
     sealed = f"{found.files} files sealed at {found.sealed[:19].replace('T', ' ')} UTC, {found.checkpoints} checkpoints"
     print(f"{run.id}: {'as sealed' if found.good else 'not as sealed'}: {sealed}")
+    print("(a seal finds accidents; it is no protection against somebody who changes files and seal)")
     return 0 if found.good else 1
 
 
@@ -477,7 +522,7 @@ def rebuild_command(args: argparse.Namespace) -> int:
 
 COMMANDS = (
     *(add_list, add_sql, add_show, add_diff, add_compare, add_explain, add_plot, add_report),
-    *(add_edit, add_promote, add_prune, add_check, add_reproduce, add_rebuild),
+    *(add_edit, add_promote, add_prune, add_seal, add_check, add_reproduce, add_rebuild),
 )
 
 if __name__ == "__main__":

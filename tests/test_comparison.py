@@ -79,6 +79,7 @@ def test_a_verdict_says_which_is_better_and_by_how_much() -> None:
     assert judge(high, low).verdict == "worse"
     assert judge(low, high, lower_is_better=False).verdict == "worse"
     assert judge(high, low, lower_is_better=False).verdict == "better"
+    assert judge(high, low, lower_is_better=None).verdict == "different"
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2), (1, 50), (0, 3), (2, 2)])
@@ -198,7 +199,7 @@ def test_a_run_that_did_not_complete_has_no_result(runs_dir: Path) -> None:
     failed = indexed(runs_dir, "f", status="failed", settings={"seed": 9}, metrics=training_records([9.0, 5.0]))
     comparison = compare([*complete, failed])
     assert comparison.groups[0].finals == (1.0, 2.0)
-    assert comparison.left_out == ["f: failed, so its last loss is no result"]
+    assert comparison.left_out == ["f: failed, so its last value is no result"]
 
 
 def test_a_group_with_a_loss_that_is_not_finite_has_no_interval(runs_dir: Path) -> None:
@@ -252,14 +253,15 @@ def test_metrics_are_compared_at_equal_steps_tokens_and_time(runs_dir: Path) -> 
         runs_dir, "b", settings={"batch_size": 48}, metrics=curve_records([6, 5.5, 5], tokens=400, seconds=2)
     )
     at = compare([one, other]).at
-    assert at["step"] == [(5.0, [5.0, 6.0]), (10.0, [4.0, 5.5]), (15.0, [4.0, 5.5]), (20.0, [3.0, 5.0])]
-    assert at["tokens"] == [(1000.0, [4.0, 6.0]), (2000.0, [3.0, 6.0]), (3000.0, [2.0, 6.0]), (4000.0, [1.0, 5.5])]
-    assert at["time"] == [(10.0, [4.0, 6.0]), (20.0, [3.0, 5.5]), (30.0, [2.0, 5.5]), (40.0, [1.0, 5.0])]
+    assert at["step"] == [(10, [4.0, 5.5]), (20, [3.0, 5.0])]  # where both were evaluated
+    interpolated = [(1000.0, [4.0, 5.875]), (2000.0, [3.0, 5.75]), (3000.0, [2.0, 5.625]), (4000.0, [1.0, 5.5])]
+    assert at["tokens"] == interpolated  # both were evaluated at 4000 only
+    assert at["time"] == [(20.0, [3.0, 5.5]), (40.0, [1.0, 5.0])]
 
 
 def test_a_group_shows_the_mean_of_its_runs_at_each_place(runs_dir: Path) -> None:
     runs = seeds(runs_dir, "a", [1.0, 2.0])
-    assert compare(runs).at["step"] == [(2.5, [9.0]), (5.0, [9.0]), (7.5, [9.0]), (10.0, [1.5])]
+    assert compare(runs).at["step"] == [(2.5, [7.125]), (5.0, [5.25]), (7.5, [3.375]), (10.0, [1.5])]
 
 
 def test_a_run_without_a_value_yet_leaves_the_place_empty(runs_dir: Path) -> None:

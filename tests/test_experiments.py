@@ -15,7 +15,6 @@ from fake_runs import make_run, training_records, write
 
 import experiments
 import inference
-from utils.seal import seal
 
 Ask = Callable[..., Any]
 
@@ -240,7 +239,7 @@ def test_check_names_one_changed_byte(ask: Ask, runs: Path) -> None:
     assert "has no seal" in ask("check", "fast", status=2)
     exported(run)
     write(run / "meta" / "code.patch", "abc")
-    seal(run)
+    assert "sealed" in ask("seal", "fast")
     assert "as sealed" in ask("check", "fast")
     write(run / "meta" / "code.patch", "abd")
     exported(run, b"weightz")
@@ -281,5 +280,5 @@ def test_help_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         experiments.main(["--help"])
     printed = capsys.readouterr().out
-    names = "list sql show diff compare explain plot report edit promote prune check reproduce rebuild"
+    names = "list sql show diff compare explain plot report edit promote prune seal check reproduce rebuild"
     assert all(f"\n    {name}" in printed for name in names.split())

@@ -128,21 +128,23 @@ def test_a_run_whose_lock_is_held_is_never_touched(runs_dir: Path, status: str) 
     run = old_run(runs_dir, "run", status=status)
     with held_lock(run):
         assert all_kept(runs_dir) == {"run": "running"}
-    assert all_kept(runs_dir) == {}
+    assert plan_pruning(runs_dir, unfinished=True).kept == {}
 
 
 def test_a_run_that_was_taken_up_after_the_plan_is_not_removed(runs_dir: Path) -> None:
     run = old_run(runs_dir, "run", status="interrupted")
     for options in ({}, {"whole_runs": True}):
-        (removal,) = plan_pruning(runs_dir, **options).removals
+        (removal,) = plan_pruning(runs_dir, **options, unfinished=True).removals
         with held_lock(run), pytest.raises((OSError, UserError)):
             remove(removal)
         assert (run / "artifacts" / "checkpoints" / "step_000001").is_dir()
 
 
-def test_a_crashed_run_may_go(runs_dir: Path) -> None:
-    old_run(runs_dir, "run", status="running")
-    assert all_kept(runs_dir) == {}
+@pytest.mark.parametrize("status", ["running", "interrupted"])
+def test_a_run_that_could_be_resumed_goes_only_when_it_is_asked_for(runs_dir: Path, status: str) -> None:
+    old_run(runs_dir, "run", status=status)
+    assert all_kept(runs_dir) == {"run": "could be resumed (--unfinished)"}
+    assert plan_pruning(runs_dir, unfinished=True).kept == {}
 
 
 def test_a_file_or_an_empty_folder_is_kept(runs_dir: Path) -> None:

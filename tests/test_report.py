@@ -62,7 +62,7 @@ def two_runs(runs_dir: Path) -> list[IndexedRun]:
             metrics=records(450, 1.25),
             samples=[{"step": 450, "time": 2.0, "text": f"\n\n{MARKUP}\n" + "unbroken" * 60}],
             notes={"note": f"{MARKUP}\nwith a second line", "tags": ["keep", "<b>bold</b>"]},
-            patch="--- a/model.py\n+++ b/model.py\n@@ -1 +1 @@\n-x = 1\n+x = 2 if a < b else '</pre>'\n",
+            patch="diff --git a/model.py b/model.py\n--- a/model.py\n+++ b/model.py\n@@ -1 +1 @@\n-x = 1\n+x = 2 if a < b else '</pre>'\n",
             status="interrupted",
             exit_reason="asked to stop",
             git={"commit": "d" * 40, "branch": "wider", "dirty": True, "remote": "https://example.org/repo.git"},

@@ -173,19 +173,27 @@ def test_a_commit_is_never_an_option_of_git(runs_dir: Path, repository: tuple[Pa
     assert sorted(tmp_path.iterdir()) == before
 
 
+def of_file(name: str, *lines: str) -> str:
+    """The part of a patch that is about one file."""
+    head = f"diff --git a/{name} b/{name}\nindex 123..456 100644\n--- a/{name}\n+++ b/{name}\n@@ -1 +1 @@\n"
+    return head + "".join(f"{line}\n" for line in lines)
+
+
 def test_patches_that_differ_are_shown_as_a_diff(runs_dir: Path) -> None:
     runs = [
-        indexed(runs_dir, run_id, patch=text) for run_id, text in (("a", "x\ny\n"), ("b", "x\ny\n"), ("c", "x\nz\n"))
+        indexed(runs_dir, run_id, patch=of_file("model.py", "+x", line) + of_file("same.py", "-old", "+new"))
+        for run_id, line in (("a", "+y"), ("b", "+y"), ("c", "+z"))
     ]
-    assert patch_difference(runs) == ["--- a", "+++ c", "@@ -1,2 +1,2 @@", " x", "-y", "+z"]
+    assert patch_difference(runs) == ["@@ model.py", "@@ -1,2 +1,2 @@", " +x", "-+y", "++z"]
     assert patch_difference(runs[:2]) == []
 
 
 def test_a_long_difference_of_patches_is_cut(runs_dir: Path) -> None:
-    runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b", patch="".join(f"{i}\n" for i in range(100)))]
+    runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b", patch=of_file("f.py", *(f"+{i}" for i in range(100))))]
     lines = patch_difference(runs)
     assert len(lines) == 61
-    assert lines[-1] == "... and 43 more lines"
+    assert lines[:3] == ["@@ f.py", "@@ -0,0 +1,100 @@", "++0"]
+    assert lines[-1] == "... and 42 more lines"
 
 
 def test_an_absent_patch_is_an_empty_one(runs_dir: Path) -> None:

@@ -20,6 +20,7 @@ from utils.run_index import (
     IndexedRun,
     code_identity,
     differing_settings,
+    origin_of,
     read_run,
     resolved_setting,
     seconds_of,
@@ -32,7 +33,7 @@ SEEDS_NEEDED = 3  # on either side of a verdict
 LEVEL = 0.05  # probability of a false alarm in one verdict
 AXES = ("step", "tokens", "time")
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of what all runs have reached, where they are compared
-Verdict = Literal["better", "worse", "within noise", "too few seeds"]
+Verdict = Literal["better", "worse", "different", "within noise", "too few seeds"]
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,15 @@ class Curve:
     values: list[float]
 
     def at(self, axis: str, place: float) -> float | None:
-        """The last value at or before `place`."""
-        index = bisect.bisect_right(getattr(self, axis), place + 1e-9) - 1
-        return self.values[index] if index >= 0 else None
+        """The value at `place`, between two values on the line through them; None before the first."""
+        places: list[float] = getattr(self, axis)
+        index = bisect.bisect_right(places, place) - 1
+        if index < 0 or index == len(places) - 1:
+            return self.values[index] if index >= 0 else None
+        share = (place - places[index]) / (places[index + 1] - places[index])
+        return (
+            self.values[index] + share * (self.values[index + 1] - self.values[index]) if share else self.values[index]
+        )
 
 
 def read_curve(run: Path, name: str) -> Curve:
@@ -152,8 +159,12 @@ def compare(runs: Sequence[IndexedRun], name: str = METRIC) -> Comparison:
         by_experiment.setdefault(_identity(run), []).append(run)
     names = _names(list(by_experiment.values()))
     groups = [_group(name, members, curves) for name, members in zip(names, by_experiment.values(), strict=True)]
-    left_out += [f"{run.id}: {run.status}, so its last loss is no result" for run in runs if run.status != "completed"]
-    lower = metric_direction(name, runs) != "higher"
+    left_out += [f"{run.id}: {run.status}, so its last value is no result" for run in runs if run.status != "completed"]
+    for members in by_experiment.values():
+        counted = {run.id for run in _one_a_seed(members)}
+        repeated = (run for run in members if run.status == "completed" and run.id not in counted)
+        left_out += [f"{run.id}: repeats a seed of its group, so it counts no second time" for run in repeated]
+    lower = {"lower": True, "higher": False}.get(metric_direction(name, runs))
     verdicts = [judge(a, b, lower) for a, b in itertools.combinations(groups, 2)]
     return Comparison(name, groups, verdicts, _at_equal(groups, curves), left_out)
 
@@ -168,8 +179,12 @@ def metric_direction(name: str, runs: Sequence[IndexedRun]) -> str:
     return metric(name).direction if name in registered_metrics() else "none"
 
 
-def judge(first: Group, second: Group, lower_is_better: bool = True) -> PairVerdict:
-    """Whether the first group is better than the second, by Welch's t-test [Welch 1947] at the level of 5%."""
+def judge(first: Group, second: Group, lower_is_better: bool | None = True) -> PairVerdict:
+    """Whether the first group is better than the second, by Welch's t-test [Welch 1947] at the level of 5%.
+
+    Args:
+        lower_is_better: None: neither way is.
+    """
     if min(len(first.finals), len(second.finals)) < SEEDS_NEEDED:
         difference = None if first.mean is None or second.mean is None else first.mean - second.mean
         return PairVerdict(first.name, second.name, "too few seeds", difference, None)
@@ -188,7 +203,8 @@ def judge(first: Group, second: Group, lower_is_better: bool = True) -> PairVerd
             p = float(ttest_ind(first.finals, second.finals, equal_var=False).pvalue)
     verdict: Verdict = "within noise"
     if p < LEVEL:
-        verdict = "better" if (difference < 0) == lower_is_better else "worse"
+        better: Verdict = "better" if (difference < 0) == lower_is_better else "worse"
+        verdict = "different" if lower_is_better is None else better
     return PairVerdict(first.name, second.name, verdict, difference, p)
 
 
@@ -196,7 +212,8 @@ def _identity(run: IndexedRun) -> str:
     """What runs of one group have in common: everything that decides the numbers, but for the seed."""
     decisive = {key: resolved_setting(run, key) for key in sorted(run.settings) if key in TRAJECTORY_KEYS - {"seed"}}
     resolved = run.record.get("resolved") or {}
-    return repr((decisive, resolved.get("corpus_hash"), resolved.get("tokenizer_hash"), code_identity(run)))
+    data = (resolved.get("corpus_hash"), resolved.get("tokenizer_hash"))
+    return repr((decisive, data, code_identity(run), origin_of(run)))
 
 
 def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:
@@ -215,10 +232,14 @@ def _common_tag(members: Sequence[IndexedRun]) -> str:
     return tags.pop() if len(tags) == 1 else min(tags, key=lambda tag: (len(tag), tag))
 
 
-def _group(name: str, members: Sequence[IndexedRun], curves: dict[str, Curve]) -> Group:
-    # A repetition of the same seed says nothing new.
+def _one_a_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
+    """The first complete run of each seed: a repetition says nothing new."""
     of_seed = {repr(run.settings.get("seed")): run for run in reversed(members) if run.status == "completed"}
-    finals = tuple(curves[run.id].values[-1] for run in reversed(of_seed.values()))
+    return list(reversed(of_seed.values()))
+
+
+def _group(name: str, members: Sequence[IndexedRun], curves: dict[str, Curve]) -> Group:
+    finals = tuple(curves[run.id].values[-1] for run in _one_a_seed(members))
     ids = tuple(run.id for run in members)
     if not finals:
         return Group(name, ids, finals)
@@ -237,9 +258,15 @@ def _at_equal(groups: Sequence[Group], curves: dict[str, Curve]) -> dict[str, li
     tables = {}
     for axis in AXES:
         reached = min(getattr(curve, axis)[-1] for curve in curves.values() if curve.values)
+        # Places where all were evaluated, if there are some: then nothing is interpolated.
+        shared = sorted(set.intersection(*(set(getattr(curve, axis)) for curve in curves.values())) - {0})
+        wanted = [fraction * reached for fraction in FRACTIONS]
+        places = (
+            sorted({min(shared, key=lambda one: abs(one - place)) for place in wanted}) if len(shared) > 1 else wanted
+        )
         tables[axis] = [
             (place, [_mean([curves[run].at(axis, place) for run in group.runs]) for group in groups])
-            for place in (fraction * reached for fraction in FRACTIONS)
+            for place in places
         ]
     return tables
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from utils.checkpoint_folder import WEIGHTS_FILE, folder_name
 from utils.config import check_tag
 from utils.errors import UserError
@@ -38,7 +40,8 @@ def edit(
     try:
         notes = read_notes(path)
     except (OSError, ValueError) as error:
-        raise RunError(f"{path / 'notes.json'} cannot be read: {error}") from None
+        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
+        raise RunError(f"{path / 'notes.json'} cannot be read: {reason}") from None
     record = read_record(path)
     if tag is not None:
         try:
@@ -77,7 +80,7 @@ def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]
         facts = {
             "run": path.resolve().name,
             "checkpoint": folder_name(training["step"]),
-            "weights": training["weights"],
+            "weights": training.get("weights", "last"),
             "val/loss": training.get("val/loss"),
             "file": weights.relative_to(path).as_posix(),
             "sha256": file_sha256(weights),

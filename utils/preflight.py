@@ -11,23 +11,23 @@ from model import LanguageModel
 from utils.config import FIELDS, Config, config_hash, get_value
 from utils.gates import Setup, decisive_settings
 from utils.metadata import GitFacts
-from utils.run_index import IndexedRun, read_index
+from utils.run_index import IndexedRun, origin_of, read_index
 from utils.run_manager import PATCH
 
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
 
 # Settings that change nothing where this holds, with the reason.
-WITHOUT_EFFECT: dict[str, tuple[Callable[[Config], bool], str]] = {
-    "rope_theta": (lambda c: c.model.position != "rope", "position is learned"),
-    "min_lr": (lambda c: c.optimizer.schedule == "constant", "schedule is constant"),
-    "lr_decay_iters": (lambda c: c.optimizer.schedule == "constant", "schedule is constant"),
-    "min_delta": (lambda c: c.train.patience is None, "patience is none"),
-    "skip_nonfinite": (lambda c: c.train.dtype not in ("float16", "auto"), "only float16 skips steps"),
-    "sample_prompt": (lambda c: c.tracking.sample_tokens == 0, "sample_tokens is 0"),
-    "aim_repo": (lambda c: not c.tracking.aim_logging, "aim_logging is off"),
+WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
+    "rope_theta": (lambda s: s.config.model.position != "rope", "position is learned"),
+    "min_lr": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
+    "lr_decay_iters": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
+    "min_delta": (lambda s: s.config.train.patience is None, "patience is none"),
+    "skip_nonfinite": (lambda s: s.dtype != torch.float16, "only float16 skips steps"),
+    "sample_prompt": (lambda s: s.config.tracking.sample_tokens == 0, "sample_tokens is 0"),
+    "aim_repo": (lambda s: not s.config.tracking.aim_logging, "aim_logging is off"),
     "experiment": (
-        lambda c: not c.tracking.aim_logging and c.tracking.wandb_mode == "disabled",
+        lambda s: not s.config.tracking.aim_logging and s.config.tracking.wandb_mode == "disabled",
         "neither Aim nor Weights & Biases is on",
     ),
 }
@@ -41,10 +41,12 @@ def preflight(setup: Setup, git: GitFacts) -> list[str]:
 
 def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
     """Runs of the same configuration and code."""
-    if setup.origin is not None:  # their numbers depend on another run's weights
-        return
     own = config_hash(setup.config, decisive_settings(setup))
-    same = [run for run in read_index(setup.runs_dir) if run.record.get("config_hash") == own and _same_code(run, git)]
+    origin = None
+    if setup.origin is not None and setup.checkpoint is not None:  # its numbers depend on another run's weights
+        origin = (setup.origin.relation, setup.origin.run.name, setup.checkpoint.step)
+    candidates = (run for run in read_index(setup.runs_dir) if run.record.get("config_hash") == own)
+    same = [run for run in candidates if origin_of(run) == origin and _same_code(run, git)]
     if same:
         run, more = same[-1], f" and {len(same) - 1} more" if len(same) > 1 else ""
         loss = run.summary().get("best_val_loss")
@@ -54,7 +56,7 @@ def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
 
 def _same_code(run: IndexedRun, git: GitFacts) -> bool:
     commit = (run.record.get("git") or {}).get("commit")
-    if commit is None or run.record.get("parent"):
+    if commit is None:
         return False
     path = run.path / PATCH
     return bool(commit == git.commit) and (path.read_bytes() if path.is_file() else b"") == git.patch
@@ -93,5 +95,5 @@ def _megabytes(count: int) -> str:
 def _without_effect(setup: Setup) -> Iterator[str]:
     default = Config()
     for key, (holds, reason) in WITHOUT_EFFECT.items():
-        if get_value(setup.config, key) != get_value(default, key) and holds(setup.config):
+        if get_value(setup.config, key) != get_value(default, key) and holds(setup):
             yield f"{setup.loaded.source(key)}: {key} has no effect: {reason}"

@@ -77,6 +77,8 @@ def add_version(runs_dir: Path, name: str, facts: dict[str, Any]) -> int:
         with _locked(runs_dir):
             models = read_models(runs_dir)
             versions = models.setdefault(name, [])
+            if versions and all(versions[-1].get(key) == facts.get(key) for key in ("run", "sha256")):
+                return len(versions)  # it has that name already
             versions.append({"version": len(versions) + 1, **facts})
             write_json(runs_dir / MODELS, models)
             return len(versions)

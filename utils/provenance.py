@@ -66,7 +66,7 @@ def explain_of_run(key: str, run: IndexedRun) -> Explanation:
 
 
 def known_key(key: str, known: Mapping[str, Any]) -> str:
-    """`key` by its leaf name: `batch_size`, `batch-size`, `--batch-size` and `train.batch_size` are one.
+    """`key` by its leaf name: `batch_size`, `batch-size` and `train.batch_size` are one.
 
     Raises:
         UserError: there is none, with the nearest one.

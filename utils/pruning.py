@@ -15,6 +15,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.promotion import read_models
+from utils.resume import RESUMABLE
 from utils.run_index import IndexedRun, read_index
 from utils.run_manager import CHECKPOINTS, lock_is_free
 
@@ -53,6 +54,7 @@ def plan_pruning(
     older_than: float = 0.0,
     max_bytes: int | None = None,
     whole_runs: bool = False,
+    unfinished: bool = False,
 ) -> PrunePlan:
     """What to remove: checkpoints before whole runs, those of the oldest run first.
 
@@ -61,13 +63,14 @@ def plan_pruning(
         older_than: seconds since the start of a run that may be touched.
         max_bytes: stop once all runs together are not larger; None: remove all that may go.
         whole_runs: whether runs may go, not only their checkpoints; with `max_bytes` they always may.
+        unfinished: whether runs that could be resumed may be touched.
 
     Raises:
         UserError: the folder or models.json cannot be read.
     """
     runs = read_index(runs_dir)
     sizes = {run.id: size_of(run.path) for run in runs}
-    kept = _kept(runs, runs_dir, keep_last, older_than)
+    kept = _kept(runs, runs_dir, keep_last, older_than, unfinished)
     candidates = [run for run in runs if run.id not in kept]
     removals: list[Removal] = []
     total = left = sum(sizes.values())
@@ -90,7 +93,9 @@ def plan_pruning(
     return PrunePlan(total, removals, kept)
 
 
-def _kept(runs: Sequence[IndexedRun], runs_dir: Path, keep_last: int, older_than: float) -> dict[str, str]:
+def _kept(
+    runs: Sequence[IndexedRun], runs_dir: Path, keep_last: int, older_than: float, unfinished: bool
+) -> dict[str, str]:
     promoted = {version["run"] for versions in read_models(runs_dir).values() for version in versions}
     parents = {run.record["parent"]["run"] for run in runs if run.record.get("parent")}
     readable = [run for run in runs if run.readable]
@@ -101,6 +106,7 @@ def _kept(runs: Sequence[IndexedRun], runs_dir: Path, keep_last: int, older_than
         "pinned": lambda run: run.notes["pinned"],
         "promoted": lambda run: run.id in promoted,
         "parent of another run": lambda run: run.id in parents,
+        "could be resumed (--unfinished)": lambda run: not unfinished and run.status in RESUMABLE,
         "among the newest": lambda run: run.id in newest,
         "not old enough": lambda run: (run.row()["age"] or 0.0) < older_than,
     }

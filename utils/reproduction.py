@@ -23,16 +23,17 @@ from utils.config_loader import flag_name
 from utils.errors import UserError
 from utils.files import write_json
 from utils.log_comparison import LogComparison, compare_logs
-from utils.resume import PER_SESSION, REPRODUCTION
+from utils.resume import PER_SESSION
 from utils.run_diff import ENVIRONMENT, parse_environment
 from utils.run_index import IndexedRun, read_run, resolved_setting
 from utils.run_log import METRICS_FILE, last_record, read_metrics
-from utils.run_manager import CHECKPOINTS, PATCH, read_record
+from utils.run_manager import CHECKPOINTS, PATCH, REPRODUCTION, read_record
 from utils.seal import file_sha256, seal
 
 GIT_TEXT = Path("meta", "git.txt")
 WEIGHTS = Path("artifacts", "export", "model.safetensors")
 PINNED = ("device", "dtype", "threads", "deterministic")  # as they came to be, not as they would now
+FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # lines of training that are passed on
 UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # a repetition is compared by its log
 Code = Literal["recorded", "current"]
 
@@ -101,7 +102,7 @@ def reproduce(
         steps: so many steps only.
         from_checkpoint: begin with a checkpoint of the run instead of step 0: the newest one that has steps after it.
         code: "recorded": the commit with its patch, in a temporary folder; "current": the project folder as it is.
-        quiet: what training prints goes to stderr.
+        quiet: the progress of training goes to stderr.
         tell: says one line to the user.
 
     Raises:
@@ -109,7 +110,11 @@ def reproduce(
     """
     if not run.settings or not run.record.get("resolved"):
         raise ReproductionError(f"{run.id}: {run.problem or 'it ended before it began'}: there is nothing to reproduce")
-    last = last_record(run.path / "logs" / METRICS_FILE)
+    try:
+        last = last_record(run.path / "logs" / METRICS_FILE)
+        losses = read_metrics(run.path / "logs", "train/loss")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReproductionError(f"{run.id}: its log is damaged: {error}") from None
     if last is None:
         raise ReproductionError(f"{run.id} has logged nothing")
     parent = _parent(run)
@@ -117,7 +122,6 @@ def reproduce(
         first = _checkpoint_step(run, steps, last["step"])
     else:
         first = parent["step"] if parent is not None and parent["relation"] == "fork" else 0
-    losses = read_metrics(run.path / "logs", "train/loss")
     end = None
     if steps is not None:
         end = min(last["step"], first + steps)
@@ -136,7 +140,7 @@ def reproduce(
         command = [sys.executable, str(project / "train.py"), *_origin(run, first, parent, from_checkpoint)]
         command += _overrides(run, root, end)
         before = {path.name for path in run.path.parent.iterdir()}
-        exit_status, pid = _run(command, project, sys.stderr if quiet else None)
+        exit_status, pid = _run(command, project, sys.stderr if quiet else sys.stdout)
         path = _new_run(run.path.parent, before, pid)
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
@@ -208,15 +212,19 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
             yield from (flag_name(key), "none" if value is None else str(value))
 
 
-def _run(command: Sequence[str], folder: Path, output: IO[str] | None) -> tuple[int, int]:
+def _run(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, int]:
     """Exit status and process id of a training process; its signals are ours."""
-    process = subprocess.Popen(command, cwd=folder, stdout=output)
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
+    assert process.stdout is not None
     previous = signal.getsignal(signal.SIGTERM)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         while True:
             with contextlib.suppress(KeyboardInterrupt):  # the terminal has told the child, too: it stops in order
+                for line in process.stdout:
+                    if line.startswith(FORWARDED):  # not how to resume it, say: its code is gone when it has ended
+                        print(line, end="", file=output, flush=True)
                 return process.wait(), process.pid
     finally:
         with contextlib.suppress(ValueError):

@@ -31,7 +31,6 @@ from utils.config_loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedC
 from utils.run_manager import RunError, list_run_paths, read_record, read_status, resolve_run
 
 Relation = Literal["resume", "fork", "init"]
-REPRODUCTION = "reproduction"  # a run that repeats its parent from step 0, to compare the two
 CHOICES = ("latest", "best")
 RESUMABLE = ("interrupted", "crashed")
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which the next one does not inherit

@@ -13,13 +13,14 @@ from utils.config import MACHINE, OBSERVATION, TRAJECTORY
 from utils.errors import UserError
 from utils.log_comparison import LogComparison, compare_logs
 from utils.provenance import settings_with_sources
-from utils.run_index import IndexedRun, code_identity, differing_settings, resolved_setting
+from utils.run_index import IndexedRun, code_identity, differing_settings, origin_of, resolved_setting
 from utils.run_manager import PATCH
 
 ENVIRONMENT = Path("meta", "env.txt")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 COMMITS_SHOWN = 20
 PATCH_LINES_SHOWN = 60
+FACTS_SHOWN = 12  # of the environment
 OUTCOMES = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
 
 
@@ -58,10 +59,13 @@ def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
             raise UserError(f"{run.id}: {run.problem}")
     sources = [settings_with_sources(run) for run in runs]
     sections = {
+        "Where it began": _differing({"weights": _origin_words(run)} for run in runs),
         "Settings that change the numbers": _settings(runs, sources, TRAJECTORY),
         "Code": _differing(_code(run) for run in runs),
         "Corpus and tokenizer": _differing(_resolved(run, CORPUS_FACTS) for run in runs),
-        "Environment and hardware": _differing({**_environment(run), **_resolved(run, HARDWARE)} for run in runs),
+        "Environment and hardware": _most_important(
+            _differing({**environment_of(run), **_resolved(run, HARDWARE)} for run in runs)
+        ),
         "Settings of what is recorded": _settings(runs, sources, OBSERVATION),
         "Settings of the machine": _settings(runs, sources, MACHINE),
     }
@@ -97,7 +101,20 @@ def _differing(facts: Iterator[dict[str, Any]]) -> list[Row]:
 
 def _resolved(run: IndexedRun, names: Sequence[str]) -> dict[str, Any]:
     resolved = run.record.get("resolved") or {}
-    return {name: resolved.get(name) for name in names}
+    return {name: resolved[name] for name in names if resolved.get(name) is not None}
+
+
+def _origin_words(run: IndexedRun) -> str | None:
+    origin = origin_of(run)
+    return None if origin is None else f"{origin[0]} of {origin[1]} at step {origin[2]:,}"
+
+
+def _most_important(rows: list[Row]) -> list[Row]:
+    """Facts of the environment, those that matter for numbers first, and not all of a hundred packages."""
+    rows = sorted(rows, key=lambda row: row.name not in ("torch", "processor", "cpu", "numpy", "python"))
+    more = len(rows) - FACTS_SHOWN
+    rest = [Row(f"... and {more} more", [""] * len(rows[0].values))] if more > 0 else []
+    return rows[:FACTS_SHOWN] + rest
 
 
 def _code(run: IndexedRun) -> dict[str, Any]:
@@ -105,7 +122,8 @@ def _code(run: IndexedRun) -> dict[str, Any]:
     return {"commit": commit, "branch": (run.record.get("git") or {}).get("branch"), "patch (sha256)": patch}
 
 
-def _environment(run: IndexedRun) -> dict[str, str]:
+def environment_of(run: IndexedRun) -> dict[str, str]:
+    """What env.txt of a run says; nothing if it is missing."""
     try:
         return parse_environment((run.path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -140,6 +158,18 @@ def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
     )
 
 
+def _files_of(patch: str) -> dict[str, list[str]]:
+    """The changes in a patch by file; without the lines that only say which blobs and places they are of."""
+    files: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in patch.splitlines():
+        if line.startswith("diff --git "):
+            lines = files.setdefault(line.rpartition(" b/")[2], [])
+        elif line.startswith(("+", "-", " ")) and not line.startswith(("+++ ", "--- ")):
+            lines.append(line)
+    return files
+
+
 def patch_difference(runs: Sequence[IndexedRun]) -> list[str]:
     """A diff between the patch of the first run and that of the next one with another; [] if they agree."""
     patches = []
@@ -151,10 +181,11 @@ def patch_difference(runs: Sequence[IndexedRun]) -> list[str]:
     index = next((i for i, patch in enumerate(patches) if patch != patches[0]), None)
     if index is None:
         return []
-    lines = list(
-        difflib.unified_diff(
-            patches[0].splitlines(), patches[index].splitlines(), runs[0].id, runs[index].id, lineterm="", n=2
-        )
-    )
+    files = [_files_of(patch) for patch in (patches[0], patches[index])]
+    lines: list[str] = []
+    for name in sorted(files[0].keys() | files[1].keys()):
+        before, after = (of_patch.get(name, []) for of_patch in files)
+        if before != after:
+            lines += [f"@@ {name}", *list(difflib.unified_diff(before, after, lineterm="", n=1))[2:]]
     more = len(lines) - PATCH_LINES_SHOWN
     return lines[:PATCH_LINES_SHOWN] + ([f"... and {more} more lines"] if more > 0 else [])

@@ -13,12 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, Field, ValidationError
 
 from utils.config import FIELDS, TRAJECTORY, Config, derived_settings, field_fact, flat
 from utils.errors import UserError
 from utils.run_log import METRICS_FILE, decode_number, last_record, read_lines
-from utils.run_manager import CHECKPOINTS, PATCH, RunError, read_record, status_of
+from utils.run_manager import CHECKPOINTS, PATCH, REPRODUCTION, RunError, read_record, status_of
 
 DAMAGED = "damaged"  # the status of what cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
@@ -55,6 +56,7 @@ FACTS = {  # column -> type in SQL; the settings of the configuration follow the
 }
 
 
+LOG_END = 4096  # bytes
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -82,6 +84,7 @@ class _Resolved(BaseModel):
 class _Record(BaseModel, strict=True):
     """What the index takes from a run.json, so that it can trust the types."""
 
+    status: Literal["running", "completed", "interrupted", "failed", "diverged"]
     git: _Git | None = None
     parent: _Parent | None = None
     resolved: _Resolved | None = None
@@ -161,7 +164,8 @@ class IndexedRun:
             **{key: resolved.get(key) for key in ("parameters", "corpus_hash", "torch", "processor")},
             "path": os.fspath(self.path),
         }
-        return {**{key: resolved_setting(self, key) for key in self.settings}, **facts}
+        columns = {column: facts[column] for column in FACTS}
+        return {**columns, **{key: resolved_setting(self, key) for key in self.settings if key not in columns}}
 
     def summary(self) -> dict[str, float]:
         """Losses and steps at the end; of a run that has not told them, from its log."""
@@ -236,7 +240,26 @@ def read_run(path: Path) -> IndexedRun:
         notes_are_lost = True
         reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
         problems.append(f"notes.json cannot be read: {reason}")
+    if status != "running" and (problem := _log_problem(path / "logs" / METRICS_FILE)):
+        problems.append(problem)
     return IndexedRun(path, status, "; ".join(problems) or None, record, settings, notes, notes_are_lost)
+
+
+def _log_problem(path: Path) -> str | None:
+    """What is wrong with the end of a log; None: nothing. Only its last bytes are read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END))
+            *lines, torn = file.read().split(b"\n")
+        if lines and not isinstance(orjson.loads(lines[-1]), dict):
+            raise ValueError
+    except FileNotFoundError:
+        return f"no {path.parent.name}/{path.name}"
+    except OSError as error:
+        return f"{path.parent.name}/{path.name} cannot be read: {error.strerror}"
+    except ValueError:
+        return f"{path.parent.name}/{path.name} is damaged: its last line is no record"
+    return f"the last line of {path.parent.name}/{path.name} is torn" if torn else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -306,6 +329,14 @@ def non_default_settings(run: IndexedRun) -> dict[str, Any]:
     """Settings of a run that differ from the defaults of this workbench."""
     default = json.loads(json.dumps(flat(Config())))
     return {key: value for key, value in run.settings.items() if key not in default or value != default[key]}
+
+
+def origin_of(run: IndexedRun) -> tuple[str, str, int] | None:
+    """(relation, run, step) of the weights that a fork or fine-tuning began with."""
+    parent = run.record.get("parent")
+    if not parent or parent.get("relation") == REPRODUCTION:
+        return None
+    return str(parent.get("relation")), str(parent["run"]), int(parent.get("step", 0))
 
 
 def code_identity(run: IndexedRun) -> tuple[str | None, str | None]:

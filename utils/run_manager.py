@@ -33,6 +33,7 @@ PATCH = Path("meta", "code.patch")
 TOKENIZER = Path("meta", "tokenizer.json")
 MODEL_SUMMARY = Path("meta", "model.json")
 METRICS = Path("meta", "metrics.json")
+REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats, to compare the two
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
 

@@ -79,7 +79,11 @@ class RunDatabase:
                 raise SqlError("expected a condition and an order, no further SELECT")
             self._create_views(connection, with_metrics="metrics" in query.lower())
             result = connection.execute(statements[0])
-            return Table([column[0] for column in result.description or ()], result.fetchall())
+            names = [str(column[0]) for column in result.description or ()]
+            unique = [
+                f"{name}_{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)
+            ]
+            return Table(unique, result.fetchall())
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, with_metrics: bool) -> None:
         """Let the connection see the runs and their logs, and nothing else of this machine."""
@@ -174,6 +178,10 @@ def _told() -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         kept = [line for line in lines if not line.startswith(("LINE ", "^"))]
         raise SqlError("; ".join(kept[:2])) from None
+    except RuntimeError as error:
+        if "interrupted" in str(error):  # Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _metrics_view(logs: Sequence[Path]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from utils.comparison import SEEDS_NEEDED, Comparison
 from utils.console import duration, facts
 from utils.provenance import Explanation, settings_with_sources
 from utils.pruning import PrunePlan, size_of
-from utils.run_diff import RunDiff
+from utils.run_diff import RunDiff, environment_of
 from utils.run_index import DAMAGED, FACTS, IndexedRun, differing_settings, non_default_settings
 from utils.run_manager import CHECKPOINTS
 
@@ -29,15 +30,27 @@ STYLES = {
     DAMAGED: "red",
 }
 WORDS = {"too few seeds": "too few seeds to say"}
-VERDICT_STYLES = {"better": "green", "worse": "red", "within noise": "yellow", "too few seeds": "dim"}
+VERDICT_STYLES = {
+    "better": "green",
+    "worse": "red",
+    "different": "yellow",
+    "within noise": "yellow",
+    "too few seeds": "dim",
+}
 LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", "val_loss")  # then what differs, commit, note
-MOST_WANTED = ("id", "status", "val_loss")  # where there is little room
+MOST_WANTED = ("id", "status", "val_loss")  # where there is little room; then settings that differ, then these:
+LESS_WANTED = ("steps", "commit", "note", "tag", "duration", "age")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 NOTE_WIDTH = 40
 HASH_LENGTH = 10
 
 
 def shown(column: str, value: Any) -> str:
     """A value as a person reads it."""
+    return CONTROL.sub(lambda found: repr(found.group())[1:-1], _words(column, value))  # a note may hold any
+
+
+def _words(column: str, value: Any) -> str:
     if value is None or value == "":
         return ""
     if column in ("age", "duration"):
@@ -67,7 +80,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int | 
     """One row a run; what cannot be read is marked, with the reason.
 
     Args:
-        width: so many characters there are; columns that do not fit are left out, those that differ least first.
+        width: so many characters there are; columns that do not fit are left out. None: as many as needed.
     """
     rows = [run.row() for run in runs]
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
@@ -106,8 +119,9 @@ def _width(column: str, cells: Sequence[Text]) -> int:
 
 
 def _fitting(widths: Mapping[str, int], width: int) -> list[str]:
-    """The columns that fit side by side: those of MOST_WANTED first, the others from the left."""
-    wanted = [*(column for column in MOST_WANTED if column in widths), *widths]
+    """The columns that fit side by side: those of MOST_WANTED first, those of LESS_WANTED last."""
+    settings = (column for column in widths if column not in LESS_WANTED)
+    wanted = [column for column in (*MOST_WANTED, *settings, *LESS_WANTED) if column in widths]
     kept: set[str] = set()
     for column in dict.fromkeys(wanted):
         if sum(widths[name] for name in kept) + widths[column] <= width + 2:
@@ -130,6 +144,7 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     reason = f": {record.get('exit_reason')}" if record.get("exit_reason") else ""
     parent = record.get("parent")
     resolved = record.get("resolved") or {}
+    environment = environment_of(run)
     dirty = " with uncommitted changes" if row["dirty"] else ""
     best_loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
     best_loss += f" at step {row['best_step']:,}" if best_loss and row["best_step"] is not None else ""
@@ -161,6 +176,10 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
         ),
         ("machine", ", ".join(str(resolved[key]) for key in ("processor", "device", "dtype") if resolved.get(key))),
         ("torch", f"{row['torch']}, {resolved.get('threads')} threads" if row["torch"] else ""),
+        (
+            "environment",
+            ", ".join(f"{name} {environment[name]}" for name in ("python", "platform") if name in environment),
+        ),
         ("command", "python " + " ".join(record["argv"]) if record.get("argv") else ""),
         ("parent", f"{parent['run']} ({parent['relation']} at step {parent['step']:,})" if parent else ""),
         ("children", ", ".join(children)),
@@ -229,14 +248,10 @@ def diff_tables(diff: RunDiff) -> Iterator[RenderableType]:
             ]
             table.add_row(Text(row.name, style="cyan"), *cells)
         yield Group("", _title(title), table)
+        if title == "Code":
+            yield from _code(diff)
     if not diff.sections:
         yield Text("\nno setting, code, corpus or environment differs", style="yellow")
-    if diff.commits:
-        yield Group("", _title("Commits (< only in A, > only in the other)"), *map(Text, diff.commits))
-    if diff.patch:
-        styles = {"+": "green", "-": "red", "@": "cyan"}
-        lines = [Text(line, style=styles.get(line[:1], "")) for line in diff.patch]
-        yield Group("", _title("Uncommitted changes"), *lines)
     outcomes = _table(left=[""], right=letters)
     for row in diff.outcomes:
         cells = [_against(row.name, value, row.values[0], i) for i, value in enumerate(row.values)]
@@ -251,6 +266,15 @@ def diff_tables(diff: RunDiff) -> Iterator[RenderableType]:
             yield Text(f"A and {letter}: no step that both have logged")
         else:
             yield Text(f"A and {letter}: {logs.difference}")
+
+
+def _code(diff: RunDiff) -> Iterator[RenderableType]:
+    if diff.commits:
+        yield Group("", _title("Commits (< only in A, > only in the other)"), *map(Text, diff.commits))
+    if diff.patch:
+        styles = {"+": "green", "-": "red", "@": "cyan"}
+        lines = [Text(line, style=styles.get(line[:1], "")) for line in diff.patch]
+        yield Group("", _title("Uncommitted changes that are not the same (- A, + the other)"), *lines)
 
 
 def _word(name: str, value: Any) -> str:
@@ -278,7 +302,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
     yield Group(_title(f"{comparison.metric} at the end"), groups)
     verdicts = _table(show_header=False)
     for pair in comparison.verdicts:
-        decided = pair.difference is not None and pair.verdict in ("better", "worse")
+        decided = pair.difference is not None and pair.verdict in ("better", "worse", "different")
         word = WORDS.get(pair.verdict, pair.verdict) + (f" by {abs(pair.difference or 0.0):.4f}" if decided else "")
         why = (
             f"p = {pair.p:.2g}"
@@ -349,16 +373,28 @@ def prune_table(plan: PrunePlan) -> RenderableType:
     return Group(table, *hint)
 
 
-def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> RenderableType:
+def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int | None = None) -> RenderableType:
+    """Rows of a query; where they are wider than `width`, one value a line."""
+    texts = [[_sql_text(value) for value in row] for row in rows]
+    needed = (
+        sum(
+            2 + max(len(name), *(text.cell_len for text in of_column))
+            for name, of_column in zip(columns, zip(*texts, strict=True), strict=True)
+        )
+        if texts
+        else 0
+    )
+    if width is not None and needed > width + 2:
+        return Group(*(facts([*zip(columns, map(str, row), strict=True), ("", "")]) for row in texts))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numbers = all(isinstance(row[index], int | float | None) for row in rows)
         table.add_column(Text(column), justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(
-            *(
-                Text("" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value))
-                for value in row
-            )
-        )
+    for row in texts:
+        table.add_row(*row)
     return table
+
+
+def _sql_text(value: Any) -> Text:
+    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return Text(CONTROL.sub(lambda found: repr(found.group())[1:-1], text))

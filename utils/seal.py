@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,24 +56,28 @@ def sealed_files(run: Path) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if (relative / name).as_posix() not in NOT_SEALED)
             for name in sorted(names):
                 path = (relative / name).as_posix()
-                if not path.startswith(FED_NOTE) and not name.endswith(".tmp"):
+                regular = (run / path).is_file()  # a pipe would be waited for, a link that leads nowhere is missing
+                if regular and not path.startswith(FED_NOTE) and not name.endswith(".tmp"):
                     yield path
 
 
-def checksums(run: Path) -> dict[str, str]:
-    """sha256 of each file that a seal covers.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+def checksums(run: Path, checksum: Callable[[Path], str]) -> dict[str, str]:
+    """The checksum of each file that a seal covers."""
     names = list(sealed_files(run))
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
-        return dict(zip(names, pool.map(lambda name: file_sha256(run / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: checksum(run / name), names), strict=True))
 
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_or_reason(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def seal(run: Path) -> None:
@@ -82,7 +86,7 @@ def seal(run: Path) -> None:
     Raises:
         OSError: a file cannot be read, or the seal not be written.
     """
-    write_json(run / SEAL, {"time": utc_now(), "files": checksums(run)})
+    write_json(run / SEAL, {"time": utc_now(), "files": checksums(run, file_sha256)})
 
 
 def check(run: Path) -> Check:
@@ -102,7 +106,7 @@ def check(run: Path) -> Check:
         raise RunError(f"{run.name} has no seal: it has not ended yet, or was killed") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{run / SEAL} cannot be read: {error}") from None
-    now = checksums(run)
+    now = checksums(run, _sha256_or_reason)
     checkpoints = [path for _, path in list_checkpoints(run / CHECKPOINTS)]
     return Check(
         sealed=sealed,

@@ -19,9 +19,9 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.gates import Setup, decisive_settings
 from utils.metadata import GitFacts, MetadataCapture
-from utils.resume import REPRODUCTION, Relation, check_longer, parent_facts
+from utils.resume import Relation, check_longer, parent_facts
 from utils.run_log import cut_logs, read_registry, write_registry
-from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, TOKENIZER, Run
+from utils.run_manager import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, REPRODUCTION, TOKENIZER, Run
 from utils.seal import SEAL
 from utils.tracking.feeder import cut_notes
 from utils.train_state import TrainState, branch, build_state, foreign, load_weights, restore
