@@ -26,6 +26,13 @@ pytestmark = pytest.mark.xdist_group("browser")  # with --dist loadgroup Chromiu
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 PAGE_MS = 60_000  # for a slow machine: a page takes a second
+PATCH = """diff --git a/model.py b/model.py
+--- a/model.py
++++ b/model.py
+@@ -1 +1 @@
+-x = 1
++x = 2 if a < b else '</pre>'
+"""
 MARKUP = "<script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\""
 SIZES = {"desktop": (1280, 900), "phone": (375, 812)}
 
@@ -62,7 +69,7 @@ def two_runs(runs_dir: Path) -> list[IndexedRun]:
             metrics=records(450, 1.25),
             samples=[{"step": 450, "time": 2.0, "text": f"\n\n{MARKUP}\n" + "unbroken" * 60}],
             notes={"note": f"{MARKUP}\nwith a second line", "tags": ["keep", "<b>bold</b>"]},
-            patch="diff --git a/model.py b/model.py\n--- a/model.py\n+++ b/model.py\n@@ -1 +1 @@\n-x = 1\n+x = 2 if a < b else '</pre>'\n",
+            patch=PATCH,
             status="interrupted",
             exit_reason="asked to stop",
             git={"commit": "d" * 40, "branch": "wider", "dirty": True, "remote": "https://example.org/repo.git"},
