@@ -26,7 +26,7 @@ from utils.console import FeedingProgress, Terminal
 from utils.errors import UserError
 from utils.run_index import IndexedRun, read_index, read_run
 from utils.run_log import VIEWS
-from utils.run_manager import resolve_run
+from utils.run_manager import RunError, resolve_run
 
 TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Biases"}
 AXES = ("step", "tokens", "time")
@@ -70,8 +70,17 @@ def runs_folder(args: argparse.Namespace) -> Path:
 
 
 def named_run(text: str, runs_dir: Path) -> IndexedRun:
-    """The run that RUN means; what is known of it."""
-    return read_run(Path(os.path.abspath(resolve_run(text, runs_dir))))  # `.` has no name
+    """The run that RUN means; what is known of it.
+
+    Raises:
+        UserError: there is no such run, or what is there is none, with the reason.
+    """
+    try:
+        return read_run(Path(os.path.abspath(resolve_run(text, runs_dir))))  # `.` has no name
+    except RunError:
+        if text and (runs_dir / text).exists():
+            raise UserError(f"{text} is no run: {read_run(runs_dir / text).problem}") from None
+        raise
 
 
 def named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
@@ -412,7 +421,6 @@ def add_seal(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def seal_command(args: argparse.Namespace) -> int:
-    from utils.run_manager import RunError
     from utils.seal import SEAL, seal
 
     run = named_run(args.run, runs_folder(args))
