@@ -30,6 +30,7 @@ from utils.run_manager import RunError, resolve_run
 
 TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Biases"}
 AXES = ("step", "tokens", "time")
+UNLIMITED = 10_000  # characters of a line, where no terminal sets an end
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -141,7 +142,8 @@ def list_command(args: argparse.Namespace) -> int:
     if runs:
         console = Terminal().console
         fits = console.is_terminal and not args.columns
-        console.print(list_table(runs, columns, console.width if fits else None), soft_wrap=not fits)
+        console.width = console.width if fits else UNLIMITED
+        console.print(list_table(runs, columns, console.width), crop=fits)
     elif everything:
         print(f"none of {len(everything):,} runs fits")
     else:
@@ -182,8 +184,8 @@ def sql_command(args: argparse.Namespace) -> int:
     if args.json:
         return print_json([dict(zip(table.columns, row, strict=True)) for row in table.rows])
     console = Terminal().console
-    width = console.width if console.is_terminal else None
-    console.print(sql_table(table.columns, table.rows, width), soft_wrap=width is None)
+    console.width = console.width if console.is_terminal else UNLIMITED
+    console.print(sql_table(table.columns, table.rows, console.width), crop=False)
     return 0
 
 

@@ -61,12 +61,12 @@ def ids(rows: list[dict[str, Any]]) -> list[str]:
 # -------------------------------------------------------------------------------------------- list and sql
 
 
-def test_list_shows_what_differs_and_marks_what_cannot_be_read(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+def test_list_shows_what_differs_and_marks_what_cannot_be_read(ask: Ask) -> None:
     text = ask("list")
     header, *lines = text.splitlines()
     assert header.split() == [
         "id",
+        "tag",
         "status",
         "age",
         "duration",

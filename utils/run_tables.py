@@ -76,15 +76,15 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d" if seconds >= 2 * 86400 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
-def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int | None = None) -> RenderableType:
+def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -> RenderableType:
     """One row a run; what cannot be read is marked, with the reason.
 
     Args:
-        width: so many characters there are; columns that do not fit are left out. None: as many as needed.
+        width: so many characters there are; columns that do not fit are left out.
     """
     rows = [run.row() for run in runs]
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
-    kept = columns if width is None else _fitting({name: _width(name, texts) for name, texts in cells.items()}, width)
+    kept = _fitting({name: _width(name, texts) for name, texts in cells.items()}, width)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in kept:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
@@ -133,9 +133,7 @@ def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
     """The columns of a list that nobody has asked for: the facts, the settings that differ, commit and note."""
     rows = [run.row() for run in runs]
     differing = [key for key in differing_settings(runs) if key not in FACTS]
-    renamed = any((row["tag"] or "") not in row["id"] for row in rows)
-    facts = [column for column in LIST_COLUMNS if column != "tag" or renamed]
-    return [*facts, *differing, "commit", *(["note"] if any(row["note"] for row in rows) else [])]
+    return [*LIST_COLUMNS, *differing, "commit", *(["note"] if any(row["note"] for row in rows) else [])]
 
 
 def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> list[RenderableType]:
@@ -304,11 +302,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
     for pair in comparison.verdicts:
         decided = pair.difference is not None and pair.verdict in ("better", "worse", "different")
         word = WORDS.get(pair.verdict, pair.verdict) + (f" by {abs(pair.difference or 0.0):.4f}" if decided else "")
-        why = (
-            f"p = {pair.p:.2g}"
-            if pair.p is not None
-            else f"needs {SEEDS_NEEDED} complete runs with different seeds each"
-        )
+        why = f"p = {pair.p:.2g}" if pair.p is not None else f"needs {SEEDS_NEEDED} complete seeds each"
         pair_name = f"{pair.first} against {pair.second}"
         verdicts.add_row(Text(pair_name), Text(word, style=VERDICT_STYLES[pair.verdict]), Text(why, style="dim"))
     if comparison.verdicts:
@@ -373,7 +367,7 @@ def prune_table(plan: PrunePlan) -> RenderableType:
     return Group(table, *hint)
 
 
-def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int | None = None) -> RenderableType:
+def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> RenderableType:
     """Rows of a query; where they are wider than `width`, one value a line."""
     texts = [[_sql_text(value) for value in row] for row in rows]
     needed = (
@@ -384,7 +378,7 @@ def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int 
         if texts
         else 0
     )
-    if width is not None and needed > width + 2:
+    if needed > width + 2:
         return Group(*(facts([*zip(columns, map(str, row), strict=True), ("", "")]) for row in texts))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
