@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -84,11 +84,16 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     """
     rows = [run.row() for run in runs]
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
-    kept = _fitting({name: _width(name, texts) for name, texts in cells.items()}, width)
+    widths = {name: _width(name, texts) for name, texts in cells.items()}
+    kept = _fitting(widths, width)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in kept:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        table.add_column(_header(column), justify="right" if numbers else "left", no_wrap=column != "note")
+        justify: JustifyMethod = "right" if numbers else "left"
+        if column == "note":
+            table.add_column(_header(column), justify=justify)
+        else:  # its width is known: rich would measure each cell again
+            table.add_column(_header(column), justify=justify, no_wrap=True, width=widths[column] - 2)
     for index in range(len(runs)):
         table.add_row(*(cells[column][index] for column in kept))
     problems = [Text.assemble(("! ", "red"), (run.id, "cyan"), f": {run.problem}") for run in runs if run.problem]
@@ -131,9 +136,8 @@ def _fitting(widths: Mapping[str, int], width: int) -> list[str]:
 
 def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
     """The columns of a list that nobody has asked for: the facts, the settings that differ, commit and note."""
-    rows = [run.row() for run in runs]
     differing = [key for key in differing_settings(runs) if key not in FACTS]
-    return [*LIST_COLUMNS, *differing, "commit", *(["note"] if any(row["note"] for row in rows) else [])]
+    return [*LIST_COLUMNS, *differing, "commit", *(["note"] if any(run.notes["note"] for run in runs) else [])]
 
 
 def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> list[RenderableType]:
