@@ -110,24 +110,8 @@ def reproduce(
     """
     if not run.settings or not run.record.get("resolved"):
         raise ReproductionError(f"{run.id}: {run.problem or 'it ended before it began'}: there is nothing to reproduce")
-    try:
-        last = last_record(run.path / "logs" / METRICS_FILE)
-        losses = read_metrics(run.path / "logs", "train/loss")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReproductionError(f"{run.id}: its log is damaged: {error}") from None
-    if last is None:
-        raise ReproductionError(f"{run.id} has logged nothing")
     parent = _parent(run)
-    if from_checkpoint:
-        first = _checkpoint_step(run, steps, last["step"])
-    else:
-        first = parent["step"] if parent is not None and parent["relation"] == "fork" else 0
-    end = None
-    if steps is not None:
-        end = min(last["step"], first + steps)
-    elif run.status != "completed" and losses:
-        end = losses[-1][0] + 1  # it did not get further
-    expected = sum(first <= step and (end is None or step < end) for step, _ in losses)
+    first, end, expected = _part(run, parent, steps, from_checkpoint)
     with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
         unknown: list[str] = []
         project = root
@@ -152,6 +136,33 @@ def reproduce(
     environment = environment_differences(run, repetition)
     status = repetition.status
     return Reproduction(run.id, path.name, status, exit_status, first, expected, logs, weights, environment, unknown)
+
+
+def _part(
+    run: IndexedRun, parent: Mapping[str, Any] | None, steps: int | None, from_checkpoint: bool
+) -> tuple[int, int | None, int]:
+    """Which updates are trained again: the first step, the step to stop at (None: the last one), how many are logged.
+
+    Raises:
+        ReproductionError: the log is empty or damaged, or there is no checkpoint to begin with.
+    """
+    try:
+        last = last_record(run.path / "logs" / METRICS_FILE)
+        losses = read_metrics(run.path / "logs", "train/loss")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReproductionError(f"{run.id}: its log is damaged: {error}") from None
+    if last is None:
+        raise ReproductionError(f"{run.id} has logged nothing")
+    if from_checkpoint:
+        first = _checkpoint_step(run, steps, last["step"])
+    else:
+        first = parent["step"] if parent is not None and parent["relation"] == "fork" else 0
+    end = None
+    if steps is not None:
+        end = min(last["step"], first + steps)
+    elif run.status != "completed" and losses:
+        end = losses[-1][0] + 1  # it did not get further
+    return first, end, sum(first <= step and (end is None or step < end) for step, _ in losses)
 
 
 def _checkpoint_step(run: IndexedRun, steps: int | None, last_step: int) -> int:
@@ -261,7 +272,8 @@ def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
     for key in ("corpus_hash", "processor", *PINNED):
         then[key], now[key] = (str(of_run.get(key)) for of_run in resolved)
     names = [name for name in dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *then, *now))]
-    differing = (name for name in names if then.get(name) != now.get(name))
+    said_already = ("torch threads",)  # in env.txt: it is `threads`
+    differing = (name for name in names if then.get(name) != now.get(name) and name not in said_already)
     return [f"{name} {then.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in differing]
 
 

@@ -121,8 +121,10 @@ def choose_runs(
     """
     if where or order:
         ids = RunDatabase(runs).choose(where, order, limit if order else None)
-        place = {name: i for i, name in enumerate(ids)} if order else {run.id: i for i, run in enumerate(runs)}
-        runs = sorted((run for run in runs if run.id in set(ids)), key=lambda run: place[run.id])
+        chosen = {name: i for i, name in enumerate(ids)}
+        runs = [run for run in runs if run.id in chosen]
+        if order:
+            runs.sort(key=lambda run: chosen[run.id])
     return list(runs) if order or limit is None else list(runs)[-limit:]
 
 
