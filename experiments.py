@@ -412,6 +412,8 @@ def prune_command(args: argparse.Namespace) -> int:
         Terminal().print(prune_table(plan), "")
     left = f"of {size(plan.total)}, {size(plan.total - freed)} are left"
     print(f"freed {size(freed)} {left}" if args.yes else f"--yes would free {size(freed)} {left}")
+    if args.max_size and plan.total - freed > parse_size(args.max_size):
+        print(f"--max-size {args.max_size} cannot be reached: the rest is not touched")
     for why, count in Counter(plan.kept.values()).items():
         print(f"{count} not touched: {why}")
     return 1 if failed else 0

@@ -223,6 +223,7 @@ def test_a_promoted_name_is_usable_wherever_a_run_is(ask: Ask, runs: Path) -> No
 def test_prune_is_dry_without_yes(ask: Ask, runs: Path) -> None:
     make_run(runs, "20260103_000000_big", checkpoints={100: 5000, 200: 5000}, start="2026-01-03T00:00:00.000+00:00")
     assert "expected --keep-last N" in ask("prune", status=2)
+    assert "--max-size 1B cannot be reached" in ask("prune", "--max-size", "1B", "--keep-last", "3")
     text = ask("prune", "--keep-last", "3")
     assert "--yes would free 10.0 KB" in text
     folder = runs / "20260103_000000_big" / "artifacts" / "checkpoints"
