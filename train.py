@@ -183,8 +183,10 @@ def train(
             terminal.print(settings_table(setup.loaded.non_default()))
             return run_experiment(setup, run, git, start, terminal, stop, deadline)
         finally:
-            seal_run(run, terminal)
-            run.release()
+            try:
+                seal_run(run, terminal)
+            finally:
+                run.release()
 
 
 def tell_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) -> None:
