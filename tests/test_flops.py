@@ -1,0 +1,32 @@
+"""The counted operations against those that torch sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import LanguageModel
+from utils.config import ModelConfig
+from utils.flops import forward_flops, training_flops
+
+SHAPES = [
+    ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16),
+    ModelConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=64, block_size=8, mlp="swiglu", position="rope"),
+    ModelConfig(n_layer=1, n_head=2, head_dim=8, ffn_dim=24, n_embd=32, block_size=8),
+]
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_a_forward_pass_is_what_torch_counts(config: ModelConfig) -> None:
+    model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, config.block_size, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx)
+    T = config.block_size  # the kernel computes all T keys of each query
+    assert counter.get_total_flops() == forward_flops(config, 11, tokens=3 * T, context=T)
+
+
+def test_training_costs_three_forward_passes_over_the_lower_triangle() -> None:
+    config = SHAPES[0]
+    T = config.block_size
+    assert training_flops(config, 11, 3) == 3 * forward_flops(config, 11, 3 * T, (T + 1) / 2)
