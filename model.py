@@ -6,7 +6,9 @@ D head dimension, F hidden width of the MLP.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -30,12 +32,23 @@ class RMSNorm(nn.RMSNorm):
 
 
 NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+PLAIN_NORMS: dict[str, Callable[..., torch.Tensor]] = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,  # Hendrycks and Gimpel 2016
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # GPT-2's own
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
+}
+
+
+NO_TOKEN = -1  # stands before the first token of a sequence
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, for decoding one token at a time.
 
-    Buffers are allocated once for `max_length` tokens; `length` of them are in use.
+    Buffers are allocated once for `max_length` tokens; `length` of them are in use. With n-gram embeddings
+    `last_tokens` (B, N - 1) are the tokens before the next one.
     """
 
     def __init__(
@@ -44,6 +57,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.kv_heads, max_length, config.head_width)  # (L, B, K, T, D)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.last_tokens = torch.full((batch_size, len(config.ngram_rows)), NO_TOKEN, device=device)
         self.length = 0
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,22 +68,50 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def rope_angles(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of the rotation angles, each (block_size, D / 2) [Su et al. 2021, RoFormer]."""
+class NgramEmbedding(nn.Module):
+    """A vector for each of the last 2, 3, ... tokens together, summed [Pagnoni et al. 2024, BLT, section 3.2.1].
+
+    Each length has a table with hashed rows: different n-grams may share a row. A lookup costs no matrix product,
+    so what follows from the last few tokens is learned at once, and the layers need not learn it.
+    """
+
+    FACTOR = 0x9E3779B1  # odd, without structure: 2^32 over the golden ratio
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.rows = config.ngram_rows
+        self.tables = nn.ModuleList(nn.Embedding(rows, config.n_embd) for rows in config.ngram_rows)
+
+    def forward(self, idx: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) for the tokens idx (B, T), with the tokens (B, N - 1) that precede them."""
+        T, reach = idx.size(1), before.size(1)
+        tokens = torch.cat((before, idx), dim=1) + 1  # (B, N - 1 + T)
+        ngrams = tokens[:, reach:]  # (B, T)
+        total = torch.zeros((), device=idx.device)
+        for back, (rows, table) in enumerate(zip(self.rows, self.tables, strict=True), start=1):
+            ngrams = ngrams * self.FACTOR + tokens[:, reach - back : reach - back + T]  # int64 wraps around
+            total = total + table((ngrams ^ (ngrams >> 29)) % rows)
+        return total
+
+
+def rope_factors(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rotate` multiplies with, each (block_size, 1, D) [Su et al. 2021, RoFormer].
+
+    The cosine of a pair's angle stands at both of its channels, the sine with a minus at the first.
+    """
     exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width  # (D / 2,)
-    angles = torch.outer(torch.arange(config.block_size).float(), config.rope_theta**-exponents)  # (T, D / 2)
-    return angles.cos(), angles.sin()
+    angles = torch.outer(torch.arange(config.block_size).float(), config.rope_theta**-exponents)[:, None]
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn channel i with channel i + D / 2 (the half-split layout of GPT-NeoX and Llama).
 
     Args:
-        x: (B, H, T, D).
-        cos, sin: (T, D / 2).
+        x: (B, T, H, D).
+        cos, sin: (T, 1, D), of `rope_factors`.
     """
-    first, second = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).type_as(x)  # (B, H, T, D)
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)  # (B, T, H, D)
 
 
 class Attention(nn.Module):
@@ -80,7 +122,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.head_width, bias=config.bias)
+        self.norm = functools.partial(PLAIN_NORMS[config.norm], eps=config.norm_eps) if config.qk_norm else None
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.head_width, config.has_qkv_bias)
         self.proj = nn.Linear(self.n_head * self.head_width, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -89,12 +132,14 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
-        sizes = [self.n_head, self.kv_heads, self.kv_heads]
-        q, k, v = (
-            self.qkv(x).view(B, T, sum(sizes), self.head_width).transpose(1, 2).split(sizes, dim=1)
-        )  # (B, H|K, T, D)
+        H, K, D = self.n_head, self.kv_heads, self.head_width
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, D).split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
+        if self.norm is not None:
+            qk = self.norm(qk, (D,))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)
+        q, k = qk.split((H, K), dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
         mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D), S >= T tokens so far
@@ -108,24 +153,25 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and T > 1,
-            enable_gqa=self.kv_heads != self.n_head,
+            enable_gqa=K != H,
         )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.resid_dropout(self.proj(y))
 
 
 class MLP(nn.Module):
-    """The position-wise feed-forward part with GELU [Hendrycks and Gimpel 2016]."""
+    """The position-wise feed-forward part: proj(activation(up x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.mlp]
         self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
         self.proj = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.resid_dropout(self.proj(F.gelu(self.up(x))))
+        return self.resid_dropout(self.proj(self.activation(self.up(x))))
 
 
 class SwiGLU(nn.Module):
@@ -164,7 +210,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A decoder-only transformer [Radford et al. 2019, GPT-2].
 
-    The output head is the token embedding (tied): one matrix, one entry in the state dict.
+    A tied output head is the token embedding: one matrix, one entry in the state dict.
 
     Args:
         config: the architecture.
@@ -179,15 +225,19 @@ class LanguageModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        if config.ngram_rows:
+            self.ngram_embedding = NgramEmbedding(config)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         else:
-            cos, sin = rope_angles(config)
+            cos, sin = rope_factors(config)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = NORMS[config.norm](config)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         init_weights(self)
 
     def forward(
@@ -207,6 +257,8 @@ class LanguageModel(nn.Module):
         start = cache.length if cache is not None else 0
         assert start + T <= self.config.block_size, f"{start + T} tokens exceed block_size {self.config.block_size}"
         x = self.token_embedding(idx)  # (B, T, C)
+        if self.config.ngram_rows:
+            x = x + self.ngram_embedding(idx, self._tokens_before(idx, cache))
         rope = None
         if self.config.position == "learned":
             x = x + self.position_embedding.weight[start : start + T]  # (T, C) broadcasts over B
@@ -217,10 +269,22 @@ class LanguageModel(nn.Module):
             x = block(x, rope, cache)
         if cache is not None:
             cache.length += T
-        logits = F.linear(self.final_norm(x), self.token_embedding.weight)  # (B, T, V)
+        head = self.token_embedding if self.config.tie_embeddings else self.head
+        logits = F.linear(self.final_norm(x), head.weight)  # (B, T, V)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, self.vocab_size).float(), targets.reshape(-1))
+
+    def _tokens_before(self, idx: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        """(B, N - 1): what n-grams of the first tokens begin with; the cache then holds those of the tokens to come."""
+        reach = len(self.config.ngram_rows)
+        if cache is None:
+            return idx.new_full((idx.size(0), reach), NO_TOKEN)
+        before = cache.last_tokens
+        cache.last_tokens = torch.cat((before, idx), dim=1)[:, -reach:]
+        return before
 
     def num_parameters(self) -> int:
         """Trainable numbers; the tied embedding counts once."""
@@ -233,18 +297,24 @@ def init_weights(model: LanguageModel) -> None:
     | parameter                                  | distribution                        |
     |--------------------------------------------|-------------------------------------|
     | token and position embeddings              | normal(0, 0.02)                     |
-    | linear weights                             | normal(0, 0.02)                     |
+    | linear weights, an untied head             | normal(0, 0.02)                     |
     | projections into the residual stream       | normal(0, 0.02 / sqrt(2 n_layer))   |
+    | these and an untied head with zero_init    | 0                                   |
+    | n-gram embeddings                          | 0                                   |
     | biases                                     | 0                                   |
     | norm weights                               | 1                                   |
     """
     residual_std = 0.02 / math.sqrt(2 * model.config.n_layer)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=residual_std if name.endswith(".proj") else 0.02)
+            into_residual = name.endswith(".proj")
+            if model.config.zero_init and (into_residual or name == "head"):
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=residual_std if into_residual else 0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.0 if "ngram" in name else 0.02)
         elif isinstance(module, LayerNorm | RMSNorm):
             module.reset_parameters()

@@ -84,7 +84,7 @@ def profiled_step(state: TrainState, writer: LogWriter) -> Callable[[], None]:
     from torch.profiler import record_function
 
     from utils.device import synchronize
-    from utils.optim import learning_rate_at, set_learning_rate
+    from utils.optim import apply_schedules
     from utils.step_buffer import StepBuffer
     from utils.training import clip_gradients, forward_backward, optimizer_step
 
@@ -98,10 +98,9 @@ def profiled_step(state: TrainState, writer: LogWriter) -> Callable[[], None]:
             synchronize(state.device)  # the device's work counts where it was asked for
 
     def step() -> None:
-        lr = learning_rate_at(state.step % state.max_iters, state.config.optimizer, state.max_iters)
         loss = forward_backward(state, phase)
         with phase("optimizer"):
-            set_learning_rate(state.optimizer, lr)
+            lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
             grad_norms = clip_gradients(state)
             optimizer_step(state)
         with phase("logging"):

@@ -40,7 +40,8 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--dataset", "shakespear"], "did you mean shakespeare?"),
         (["--block-size", "2000"], "block_size 2000 needs at least 2,001"),
         (["--sample-prompt", "€"], "character '€'"),
-        (["--logit-softcap", "15"], "not supported by the model yet"),
+        (["--logit-softcap", "0"], "--logit-softcap: expected number > 0"),
+        (["--ngram-rows", "512,few"], "--ngram-rows: expected list of integers >= 1"),
         (["--warmup-iters", "7"], "must not exceed max_iters (6)"),
         (["surplus"], "unknown argument surplus"),
         (["--note", "caf\udce9"], "--note: expected text"),  # what a shell makes of bytes that are no UTF-8

@@ -267,7 +267,7 @@ def test_shipped_presets_merge_with_the_shared_files(path: Path | None) -> None:
         ("n_layer: .nan\n", "bad.yaml:1: n_layer: expected integer >= 1 and <= 1024, got nan"),
         ("mlp: swigelu\n", "bad.yaml:1: mlp: expected gelu, gelu_tanh, relu2 or swiglu, got 'swigelu'; did you mean"),
         ("device: gpu\n", "bad.yaml:1: device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
-        ("mlp: relu2\n", "bad.yaml:1: mlp = relu2 is not supported by the model yet"),
+        ("ngram_rows: [64, 0]\n", "bad.yaml:1: ngram_rows: expected list of integers >= 1 (in a file: [1024, 512])"),
         ("n_layer: 2\nn_head: 3\n", "bad.yaml:2: n_embd (128) must be divisible by n_head (3)"),
         ("warmup_iters: 5000\n", "bad.yaml:1: warmup_iters (5000) must not exceed max_iters (2000)"),
         ("max_iters: 5\nepochs: 2\n", "bad.yaml:2: max_iters and epochs are alternatives"),
@@ -346,7 +346,7 @@ def test_a_mistake_in_the_legacy_file_names_it(project: Path, write: Write) -> N
         ({"mlp": "gelo"}, "--mlp: expected gelu, gelu_tanh, relu2 or swiglu, got 'gelo'; did you mean gelu?"),
         ({"run_tag": "a/b"}, "--run-tag: a tag is 1 to 64 letters"),
         ({"n_head": "3"}, "--n-head: n_embd (128) must be divisible by n_head (3)"),
-        ({"tie_embeddings": False}, "--no-tie-embeddings: tie_embeddings = False is not supported"),
+        ({"keep_best": False, "patience": "3"}, "--no-keep-best: patience exports the best weights: keep_best must"),
     ],
 )
 def test_a_mistake_on_the_command_line_names_its_flag(project: Path, overrides: dict[str, Any], message: str) -> None:

@@ -27,6 +27,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head dim": {"head_dim": 6},
     "no bias": {"bias": False},
     "llama": {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, "bias": False, "head_dim": 6},
+    "relu2": {"mlp": "relu2"},
+    "gelu tanh": {"mlp": "gelu_tanh"},
+    "qk norm": {"qk_norm": True},
+    "qk rmsnorm": {"qk_norm": True, "norm": "rmsnorm", "position": "rope", "n_kv_head": 2},
+    "qkv bias": {"bias": False, "qkv_bias": True},
+    "no qkv bias": {"qkv_bias": False},
+    "untied": {"tie_embeddings": False},
+    "softcap": {"logit_softcap": 2.0},
+    "bigrams": {"ngram_rows": (7,)},
+    "n-grams": {"ngram_rows": (13, 5, 8), "position": "rope"},
     "mixed": {"position": "rope", "mlp": "swiglu", "n_kv_head": 1, "bias": True, "ffn_dim": 20},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -58,6 +68,8 @@ def reference_logits(weights: Mapping[str, torch.Tensor], config: ModelConfig, i
     """(B, T) -> (B, T, V), one explicit operation after the other."""
     T = idx.size(1)
     x = weights["token_embedding.weight"][idx]  # (B, T, C)
+    for n, rows in enumerate(config.ngram_rows, start=2):
+        x = x + weights[f"ngram_embedding.tables.{n - 2}.weight"][reference_ngram_rows(idx, n, rows)]
     if config.position == "learned":
         x = x + weights["position_embedding.weight"][:T]
     for layer in range(config.n_layer):
@@ -65,7 +77,27 @@ def reference_logits(weights: Mapping[str, torch.Tensor], config: ModelConfig, i
         block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
         x = x + reference_attention(block, config, reference_norm(x, block, "attention_norm", config))
         x = x + reference_mlp(block, config, reference_norm(x, block, "mlp_norm", config))
-    return reference_norm(x, weights, "final_norm", config) @ weights["token_embedding.weight"].T
+    head = weights["token_embedding.weight" if config.tie_embeddings else "head.weight"]
+    logits = reference_norm(x, weights, "final_norm", config) @ head.T
+    if config.logit_softcap is not None:
+        powers = (2 * logits / config.logit_softcap).exp()
+        logits = config.logit_softcap * (powers - 1) / (powers + 1)
+    return logits
+
+
+def reference_ngram_rows(idx: torch.Tensor, n: int, rows: int) -> torch.Tensor:
+    """(B, T): the row of the n tokens that end at each place, computed in Python's integers."""
+
+    def row(tokens: list[int]) -> int:
+        ngram = 0
+        for token in reversed(tokens):
+            ngram = ngram * 0x9E3779B1 + token + 1
+        ngram = (ngram + 2**63) % 2**64 - 2**63  # as an int64 wraps around
+        return (ngram ^ (ngram >> 29)) % rows
+
+    return torch.tensor(
+        [[row(([-1] * n + line)[t + 1 : t + 1 + n]) for t in range(len(line))] for line in idx.tolist()]
+    )
 
 
 def reference_linear(x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -76,11 +108,13 @@ def reference_linear(x: torch.Tensor, weights: Mapping[str, torch.Tensor], name:
 def reference_norm(
     x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str, config: ModelConfig
 ) -> torch.Tensor:
-    if config.norm == "rmsnorm":
-        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
-    centred = x - x.mean(-1, keepdim=True)
-    y = centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
-    return y + weights[f"{name}.bias"] if config.bias else y
+    y = reference_plain_norm(x, config) * weights[f"{name}.weight"]
+    return y + weights[f"{name}.bias"] if config.norm == "layernorm" and config.bias else y
+
+
+def reference_plain_norm(x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    centred = x if config.norm == "rmsnorm" else x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
 
 
 def reference_rotation(x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -102,6 +136,8 @@ def reference_attention(weights: Mapping[str, torch.Tensor], config: ModelConfig
     qkv = reference_linear(x, weights, "attention.qkv")  # (B, T, (H + 2 K) D)
     heads = [qkv[..., i * D : (i + 1) * D] for i in range(H + 2 * K)]
     q, k, v = heads[:H], heads[H : H + K], heads[H + K :]
+    if config.qk_norm:
+        q, k = [reference_plain_norm(h, config) for h in q], [reference_plain_norm(h, config) for h in k]
     if config.position == "rope":
         q, k = [reference_rotation(h, config) for h in q], [reference_rotation(h, config) for h in k]
     outputs = []
@@ -119,6 +155,10 @@ def reference_mlp(weights: Mapping[str, torch.Tensor], config: ModelConfig, x: t
     if config.mlp == "swiglu":
         gate = reference_linear(x, weights, "mlp.gate")
         hidden = gate / (1 + (-gate).exp()) * up
+    elif config.mlp == "relu2":
+        hidden = torch.where(up > 0, up * up, 0.0)
+    elif config.mlp == "gelu_tanh":
+        hidden = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
     else:
         hidden = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
     return reference_linear(hidden, weights, "mlp.proj")
@@ -263,7 +303,10 @@ def test_the_state_dict_holds_each_parameter_once(variant: str) -> None:
     model = LanguageModel(config_of(variant), VOCAB)
     state = model.state_dict()
     assert state.keys() == dict(model.named_parameters()).keys()
-    assert [name for name, tensor in state.items() if VOCAB in tensor.shape] == ["token_embedding.weight"]
+    of_vocabulary = (
+        ["token_embedding.weight"] if model.config.tie_embeddings else ["token_embedding.weight", "head.weight"]
+    )
+    assert [name for name, tensor in state.items() if VOCAB in tensor.shape] == of_vocabulary
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     assert sum(tensor.numel() for tensor in state.values()) == model.num_parameters()
 

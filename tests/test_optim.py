@@ -11,7 +11,14 @@ import torch
 
 from model import LanguageModel
 from utils.config import ModelConfig, OptimizerConfig
-from utils.optim import build_optimizer, learning_rate_at, parameter_groups, set_learning_rate
+from utils.optim import (
+    apply_schedules,
+    build_optimizer,
+    learning_rate_at,
+    momentum_at,
+    set_learning_rate,
+    weight_decay_at,
+)
 
 
 def rate(step: int, max_iters: int = 20, **settings: Any) -> float:
@@ -73,21 +80,82 @@ def test_the_rate_never_rises_after_the_warmup_nor_leaves_its_bounds(schedule: s
     assert all(0.1 - 1e-12 <= value <= 1.0 for value in rates)
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm": "rmsnorm", "mlp": "swiglu", "bias": False, "position": "rope"}])
-def test_matrices_decay_and_vectors_do_not(settings: dict[str, Any]) -> None:
+GROUPS = {
+    "matrices": ("qkv.weight", "up.weight", "gate.weight", "proj.weight"),
+    "embeddings": ("embedding.weight",),
+    "head": ("head.weight",),
+    "vectors": ("norm.weight", "norm.bias", "qkv.bias", "up.bias", "gate.bias", "proj.bias"),
+}
+LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "bias": False, "position": "rope", "tie_embeddings": False}
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+@pytest.mark.parametrize("settings", [{}, LLAMA, {"qk_norm": True, "qkv_bias": False, "mlp": "relu2"}])
+def test_every_parameter_is_in_one_group_and_all_but_vectors_decay(
+    optimizer_name: str, settings: dict[str, Any]
+) -> None:
     model = LanguageModel(ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, **settings), 7)
-    decayed, plain = parameter_groups(model, 0.3)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    config = OptimizerConfig(optimizer_name=optimizer_name, weight_decay=0.3)
     names = {id(p): name for name, p in model.named_parameters()}
-    grouped = [[names.pop(id(p)) for p in group["params"]] for group in (decayed, plain)]  # type: ignore[attr-defined]
-    assert names == {}  # every parameter is in a group, and pop finds it once
-    assert all(
-        name.endswith(("embedding.weight", "qkv.weight", "up.weight", "gate.weight", "proj.weight"))
-        for name in grouped[0]
+    for group in build_optimizer(model, config).param_groups:
+        assert group["weight_decay"] == (0.0 if group["name"] == "vectors" else 0.3)
+        for parameter in group["params"]:
+            assert names.pop(id(parameter)).endswith(GROUPS[group["name"]])  # pop finds a parameter once
+        assert ("momentum" in group) == (optimizer_name == "muon" and group["name"] == "matrices")
+    assert names == {}
+
+
+def test_muon_splits_queries_keys_and_values() -> None:
+    config = ModelConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=16, block_size=4)
+    optimizer = build_optimizer(LanguageModel(config, 7), OptimizerConfig(optimizer_name="muon"))
+    matrices = next(group for group in optimizer.param_groups if group["name"] == "matrices")
+    rows = {tuple(p.shape): blocks for p, blocks in zip(matrices["params"], matrices["blocks"], strict=True)}
+    assert rows == {(32, 16): [16, 8, 8], (16, 16): [16], (64, 16): [64], (16, 64): [16]}
+
+
+def test_each_group_has_its_own_learning_rate_in_proportion_to_the_schedule() -> None:
+    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, tie_embeddings=False), 7)
+    config = OptimizerConfig(learning_rate=0.1, embedding_lr=0.4, head_lr=0.05, vector_lr=0.2)
+    optimizer = build_optimizer(model, config)
+    rates = {"matrices": 0.1, "embeddings": 0.4, "head": 0.05, "vectors": 0.2}
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(rates)
+    set_learning_rate(optimizer, 0.01)
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
+        {name: lr / 10 for name, lr in rates.items()}
     )
-    assert all("norm" in name or name.endswith(".bias") for name in grouped[1])
-    assert grouped[0]
-    assert grouped[1]
+
+
+def test_schedules_are_applied_to_all_groups() -> None:
+    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4), 7)
+    config = OptimizerConfig(
+        optimizer_name="muon",
+        learning_rate=0.1,
+        min_lr=0.0,
+        schedule="linear",
+        warmup_iters=0,
+        weight_decay=0.2,
+        weight_decay_schedule="linear",
+        momentum=0.95,
+        momentum_warmup_iters=10,
+    )
+    optimizer = build_optimizer(model, config)
+    seen = []
+    for step in (0, 5, 10, 15, 20):
+        assert apply_schedules(optimizer, step, config, 20) == learning_rate_at(step, config, 20)
+        matrices, vectors = optimizer.param_groups[0], optimizer.param_groups[-1]
+        assert vectors["weight_decay"] == 0.0
+        seen.append((matrices["lr"], matrices["weight_decay"], matrices["momentum"]))
+    points = [(0.1, 0.2, 0.85), (0.075, 0.15, 0.9), (0.05, 0.1, 0.95), (0.025, 0.05, 0.95), (0.0, 0.0, 0.95)]
+    assert [number for point in seen for number in point] == pytest.approx([n for point in points for n in point])
+
+
+def test_momentum_never_falls_in_its_warm_up() -> None:
+    config = OptimizerConfig(momentum=0.6, momentum_warmup_iters=4)
+    assert [momentum_at(step, config) for step in range(6)] == pytest.approx([0.6] * 6)
+
+
+def test_the_weight_decay_is_constant_unless_told_otherwise() -> None:
+    assert [weight_decay_at(step, OptimizerConfig(weight_decay=0.1), 10) for step in (0, 9)] == [0.1, 0.1]
 
 
 def test_adamw_follows_its_formula() -> None:

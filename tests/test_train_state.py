@@ -263,6 +263,7 @@ def test_a_branch_goes_on_with_its_own_settings_and_a_best_of_its_own(build: Bui
     assert (child.best_val_loss, child.best_step, child.early_stopping.best) == (math.inf, None, math.inf)
     assert [(group["weight_decay"], group["betas"][0]) for group in child.optimizer.param_groups] == [
         (0.3, 0.5),
+        (0.3, 0.5),
         (0.0, 0.5),
     ]
     weight = child.model.token_embedding.weight

@@ -114,22 +114,22 @@ class ModelConfig(Section):
         "learned", "position encoding: a learned table, or rotations of q and k", kind=TRAJECTORY
     )
     rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
+    ngram_rows: tuple[Annotated[Int, Field(ge=1, le=2**31)], ...] = setting(
+        (), "rows of the hashed embedding tables of the last 2, 3, ... tokens; empty: no such tables", kind=TRAJECTORY
+    )
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each sublayer", kind=TRAJECTORY)
     norm_eps: Float = setting(1e-5, "added to the variance in a norm", kind=TRAJECTORY, gt=0, lt=1)
     mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting(
-        "gelu", "activation of the MLP (gelu_tanh and relu2: not yet)", kind=TRAJECTORY
+        "gelu", "activation of the MLP: GELU, its tanh approximation, squared ReLU, or gated SiLU", kind=TRAJECTORY
     )
     bias: bool = setting(True, "biases in linear layers and layernorms", kind=TRAJECTORY)
-    qkv_bias: bool | None = setting(
-        None, "bias of the q, k, v projection; none: as bias says (another: not yet)", kind=TRAJECTORY
+    qkv_bias: bool | None = setting(None, "bias of the q, k, v projection; none: as bias says", kind=TRAJECTORY)
+    qk_norm: bool = setting(False, "normalise queries and keys, without learned weights", kind=TRAJECTORY)
+    tie_embeddings: bool = setting(True, "one matrix for token embedding and output head", kind=TRAJECTORY)
+    zero_init: bool = setting(
+        False, "start projections into the residual stream, and an untied head, at zero", kind=TRAJECTORY
     )
-    qk_norm: bool = setting(False, "normalise queries and keys (not yet)", kind=TRAJECTORY)
-    tie_embeddings: bool = setting(
-        True, "one matrix for token embedding and output head (off: not yet)", kind=TRAJECTORY
-    )
-    logit_softcap: Float | None = setting(
-        None, "squash logits into (-c, c) with c tanh(x / c) (not yet)", kind=TRAJECTORY, gt=0
-    )
+    logit_softcap: Float | None = setting(None, "squash logits into (-c, c) with c tanh(x / c)", kind=TRAJECTORY, gt=0)
 
     @property
     def kv_heads(self) -> int:
@@ -138,6 +138,10 @@ class ModelConfig(Section):
     @property
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def ffn_width(self) -> int:
@@ -164,25 +168,25 @@ class ModelConfig(Section):
                 "n_embd",
                 "n_head",
             )
-        # Refused by name until the model has them, so that no setting is silently without effect.
-        unsupported = {
-            "mlp": self.mlp in ("gelu_tanh", "relu2"),
-            "qkv_bias": self.qkv_bias is not None and self.qkv_bias != self.bias,
-            "qk_norm": self.qk_norm,
-            "tie_embeddings": not self.tie_embeddings,
-            "logit_softcap": self.logit_softcap is not None,
-        }
-        for key, used in unsupported.items():
-            if used:
-                raise RuleError(f"{key} = {getattr(self, key)} is not supported by the model yet", key)
         return self
 
 
 class OptimizerConfig(Section):
     """The optimizer and the learning-rate schedule."""
 
-    optimizer_name: Literal["adamw"] = setting("adamw", "rule of the weight updates", kind=TRAJECTORY)
+    optimizer_name: Literal["adamw", "muon"] = setting(
+        "adamw", "rule of the weight updates; muon: for hidden matrices, with AdamW for all else", kind=TRAJECTORY
+    )
     learning_rate: Float = setting(1e-3, "peak learning rate", kind=TRAJECTORY, gt=0, le=10)
+    embedding_lr: Float | None = setting(
+        None, "peak learning rate of the embeddings; none: learning_rate", kind=TRAJECTORY, gt=0, le=10
+    )
+    head_lr: Float | None = setting(
+        None, "peak learning rate of an untied output head; none: learning_rate", kind=TRAJECTORY, gt=0, le=10
+    )
+    vector_lr: Float | None = setting(
+        None, "peak learning rate of biases and norm weights; none: learning_rate", kind=TRAJECTORY, gt=0, le=10
+    )
     min_lr: Float | None = setting(
         None, "learning rate at the end of the decay; none: learning_rate / 10", kind=TRAJECTORY, ge=0
     )
@@ -195,7 +199,16 @@ class OptimizerConfig(Section):
     lr_decay_iters: Int | None = setting(
         None, "step at which the decay ends; none: the last step", kind=TRAJECTORY, unit="steps", ge=1
     )
-    weight_decay: Float = setting(0.1, "decoupled weight decay, on matrices only", kind=TRAJECTORY, ge=0, le=10)
+    weight_decay: Float = setting(
+        0.1, "decoupled weight decay, on matrices and embeddings only", kind=TRAJECTORY, ge=0, le=10
+    )
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "shape of the weight decay over the run; linear and cosine end at zero", kind=TRAJECTORY
+    )
+    momentum: Float = setting(0.95, "Muon: decay of the mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
+    momentum_warmup_iters: Int = setting(
+        0, "Muon: steps in which momentum rises from 0.85", kind=TRAJECTORY, unit="steps", ge=0
+    )
     beta1: Float = setting(0.9, "AdamW: decay of the mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
     beta2: Float = setting(0.99, "AdamW: decay of the mean of squared gradients", kind=TRAJECTORY, ge=0, lt=1)
     adam_eps: Float = setting(1e-8, "AdamW: added to the denominator", kind=TRAJECTORY, gt=0, lt=1)
@@ -491,7 +504,9 @@ def expected(key: str) -> str:
     if get_origin(field.annotation) is Literal:
         return f"{', '.join(members[:-1])} or {members[-1]}" if len(members) > 1 else str(members[0])
     if get_origin(field.annotation) is tuple:
-        return "list of names (in a file: [wide, long])"
+        if get_args(field.annotation)[0] is str or key == "callbacks":
+            return "list of names (in a file: [wide, long])"
+        return "list of integers >= 1 (in a file: [1024, 512])"
     names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}
     bounds = []
     for constraint in (*field.metadata, *(m for member in members for m in getattr(member, "__metadata__", ()))):
@@ -523,7 +538,7 @@ def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
         "n_kv_head": model.kv_heads,
         "head_dim": model.head_width,
         "ffn_dim": model.ffn_width,
-        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+        "qkv_bias": model.has_qkv_bias,
         "min_lr": optimizer.final_lr,
         "warmup_iters": warmup_steps(optimizer, max_iters),
         "lr_decay_iters": optimizer.lr_decay_iters or max_iters,

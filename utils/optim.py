@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, and learning-rate schedules (pure functions of the step)."""
+"""Parameter groups, optimizers, and schedules (pure functions of the step)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from model import Attention
 from utils.config import OptimizerConfig, warmup_steps
+from utils.muon import Muon
 
 # A schedule maps the progress of the decay (0 at its start, 1 at its end) to a factor (1 to 0).
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -17,6 +19,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "constant": lambda progress: 1.0,
 }
+FIRST_MOMENTUM = 0.85  # of Muon, at the start of its warm-up
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
@@ -34,13 +37,64 @@ def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> floa
     return config.final_lr + (config.learning_rate - config.final_lr) * SCHEDULES[config.schedule](progress)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices (and embeddings) decay; vectors, that is biases and norm weights, do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"name": "matrices", "params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def weight_decay_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
+    """The weight decay of update `step`: its schedule runs over the whole run and ends at zero, or is constant."""
+    return config.weight_decay * SCHEDULES[config.weight_decay_schedule](min(step / max_iters, 1.0))
+
+
+def momentum_at(step: int, config: OptimizerConfig) -> float:
+    """Muon's momentum of update `step`: it rises linearly from 0.85, for the first gradients are soon outdated."""
+    if step >= config.momentum_warmup_iters:
+        return config.momentum
+    first = min(FIRST_MOMENTUM, config.momentum)
+    return first + (config.momentum - first) * step / config.momentum_warmup_iters
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Every parameter in one group: hidden matrices, embeddings, an untied head, and vectors (biases, norm weights).
+
+    `lr_scale` is a group's learning rate over that of the schedule. All but vectors decay. `blocks` says of how many
+    rows the matrices are that a parameter is made of: q, k and v lie in one.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rates: dict[str, float | None] = {
+        "matrices": None,
+        "embeddings": config.embedding_lr,
+        "head": config.head_lr,
+        "vectors": config.vector_lr,
+    }
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
+    for parameter, name in names.items():
+        members[group_of(name, parameter)].append(parameter)
+    assert sum(map(len, members.values())) == len(names), "every parameter is in exactly one group"
+    fused = {
+        module.qkv.weight: [heads * module.head_width for heads in (module.n_head, module.kv_heads, module.kv_heads)]
+        for module in model.modules()
+        if isinstance(module, Attention)
+    }
+    groups = [
+        {
+            "name": group,
+            "params": parameters,
+            "lr_scale": (rates[group] or config.learning_rate) / config.learning_rate,
+            "decays": group != "vectors",
+        }
+        for group, parameters in members.items()
+        if parameters
     ]
+    for group in groups:
+        if group["name"] == "matrices":
+            group["blocks"] = [fused.get(p, [p.size(0)]) for p in members["matrices"]]
+    return groups
+
+
+def group_of(name: str, parameter: torch.Tensor) -> str:
+    """The parameter group of a parameter of the model, by its name and number of dimensions."""
+    if parameter.dim() < 2:
+        return "vectors"
+    if "embedding" in name:
+        return "embeddings"
+    return "head" if name.startswith("head.") else "matrices"
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -55,16 +109,48 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
     )
 
 
+def muon(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Muon for the hidden matrices (q, k and v each by itself), AdamW for all else."""
+    for group in groups:
+        if group["name"] == "matrices":
+            group["momentum"] = config.momentum
+        else:
+            group |= {"betas": (config.beta1, config.beta2), "eps": config.adam_eps}
+    return Muon(groups)
+
+
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {
     "adamw": adamw,
+    "muon": muon,
 }
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over the parameter groups of `model`."""
-    return OPTIMIZERS[config.optimizer_name](parameter_groups(model, config.weight_decay), config)
+    """The optimizer that `config` names, over the parameter groups of `model`, as in its first step."""
+    optimizer = OPTIMIZERS[config.optimizer_name](parameter_groups(model, config), config)
+    set_learning_rate(optimizer, config.learning_rate)
+    set_weight_decay(optimizer, config.weight_decay)
+    return optimizer
+
+
+def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, max_iters: int) -> float:
+    """Set learning rates, weight decay and momentum of update `step`; returns the learning rate of the schedule."""
+    lr = learning_rate_at(step, config, max_iters)
+    set_learning_rate(optimizer, lr)
+    set_weight_decay(optimizer, weight_decay_at(step, config, max_iters))
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = momentum_at(step, config)
+    return lr
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the schedule: each group has its own share of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Set it in the groups that decay."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -15,7 +15,7 @@ from utils.device import autocast
 from utils.evaluation import estimate_loss, evaluating
 from utils.generation import SamplingOptions, generate_tokens, start_tokens
 from utils.monitor import Monitor
-from utils.optim import learning_rate_at, set_learning_rate
+from utils.optim import apply_schedules
 from utils.signals import Deadline, StopRequest
 from utils.step_buffer import NonFiniteError
 from utils.train_state import TrainState
@@ -112,8 +112,8 @@ def training_loop(
             if checkpoints.due(state.step) or stop.save:
                 stop.save = False
                 save()
-            step, lr = state.step, learning_rate_at(state.step, state.config.optimizer, state.max_iters)
-            set_learning_rate(state.optimizer, lr)
+            step = state.step
+            lr = apply_schedules(state.optimizer, step, state.config.optimizer, state.max_iters)
             loss = forward_backward(state)
             grad_norms = clip_gradients(state)
             monitor.step(step, loss, grad_norms, lr)
