@@ -27,6 +27,7 @@ from utils.config_loader import ConfigLoader, LoadedConfig, relative_name
 from utils.console import Terminal, TrainingProgress, duration, settings_table
 from utils.errors import UserError
 from utils.metadata import GitFacts
+from utils.process import tune_process
 from utils.result import TrainResult, print_result, rebuild_command
 from utils.resume import (
     Origin,
@@ -166,6 +167,7 @@ def train(
     """
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)
+    tune_process()
     from utils.device import torch_settings
     from utils.finish import seal_run
     from utils.gates import check_gates

@@ -15,7 +15,7 @@ RECORDS = (  # what experiments.py is made of
 )
 LAYERS = {
     0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping"
-    " curves checkpoint_folder promotion seal",
+    " curves checkpoint_folder promotion seal process",
     1: "device distributed flops muon optim histograms step_buffer flight_recorder system_metrics tracking checkpoint "
     + RECORDS,
     2: "evaluation generation export profiling train_state checkpointing training gates start finish result callbacks"

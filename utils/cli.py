@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, Protocol, get_args, get_origin
 from utils.config import FIELDS, SECTIONS, Config, expected, field_fact, get_value
 from utils.config_loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.errors import UserError, nearest
+from utils.process import tune_process
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -176,6 +177,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
+        tune_process()
         try:
             return main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
