@@ -23,6 +23,7 @@ from utils.cli import PROJECT_ROOT, Parser, script
 from utils.config_loader import LoadedConfig
 from utils.console import Terminal
 from utils.errors import UserError
+from utils.run_log import METRICS_FILE, read_metrics, read_records
 
 PRESET = PROJECT_ROOT / "configs" / "presets" / "shakespeare_cpu.yaml"
 TARGET = 1.90  # nats per token
@@ -39,8 +40,10 @@ class Trained:
     steps: int
     split_loss: float  # over the whole validation split
     estimate: float  # what the run itself reported
-    seconds: float
+    seconds: float  # from start to end
+    training_seconds: float  # from the first step to the last, and the evaluation after it
     tokens_per_second: float
+    parameters: int
 
 
 @script
@@ -87,7 +90,6 @@ def measure(loaded: LoadedConfig) -> Trained:
     from train import train
     from utils.evaluation import split_loss
     from utils.export import load_export
-    from utils.run_log import read_metrics
 
     config = loaded.config
     result = train(loaded, quiet=True)
@@ -106,8 +108,18 @@ def measure(loaded: LoadedConfig) -> Trained:
         split_loss=split_loss(export.model, corpus.split("val")),
         estimate=result.val_loss,
         seconds=result.seconds,
+        training_seconds=training_seconds(result.run_dir / "logs"),
         tokens_per_second=statistics.median(rate for _, rate in rates),
+        parameters=result.parameters,
     )
+
+
+def training_seconds(logs: Path) -> float:
+    """Wall time from the start of the first step to the end of the last evaluation."""
+    records = list(read_records(logs / METRICS_FILE))
+    first_update = next(record for record in records if "train/loss" in record)
+    last_evaluation = next(record for record in reversed(records) if "val/loss" in record)
+    return last_evaluation["time"] - first_update["time"] + first_update["step_ms"] / 1000
 
 
 def results_table(results: Mapping[str, Sequence[Trained]]) -> Table:

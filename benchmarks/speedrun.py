@@ -1,0 +1,128 @@
+"""Who is first at a validation loss? Recipes on Tiny Shakespeare, the loss taken over the whole validation split.
+
+python -m benchmarks.speedrun --target 1.88            # about 15 minutes on 2 CPU cores
+python -m benchmarks.speedrun --seeds 1,2,3 --recipes shakespeare_cpu,speedrun_cpu
+
+A recipe is a preset; ":learned" after it means learned instead of rotary positions, as nanoGPT has them. Each trains
+for its own number of steps with all tracking on and one evaluation, at the end. Seconds are from the first step to
+that evaluation: start-up is not counted. The last recipe is then trained for as many steps as fit into the time of
+the first one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.common import add_config_flag, load_config, machine_facts, numbers, verdict
+from benchmarks.shakespeare import Trained, measure
+from utils.cli import PROJECT_ROOT, Parser, script
+from utils.console import Terminal
+from utils.errors import UserError, nearest
+
+PRESETS = PROJECT_ROOT / "configs" / "presets"
+RECIPES = "shakespeare_cpu,shakespeare_cpu:learned,speedrun_cpu"
+SHARE = 1 / 5  # of the first recipe's time that the last may take
+TOLERANCE = 0.01  # nats by which the worst seed may miss the target
+EQUAL_TIME_TARGET = 1.65
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.speedrun", description=__doc__)
+    parser.add_argument("--target", type=float, default=1.88, metavar="LOSS", help="nats per token (default: 1.88)")
+    parser.add_argument("--seeds", default="1337,1,2,3,4", metavar="A,B", help="of the runs (default: 1337,1,2,3,4)")
+    parser.add_argument("--recipes", default=RECIPES, metavar="A,B", help=f"presets (default: {RECIPES})")
+    add_config_flag(parser)
+    args = parser.parse(argv)
+    recipes = [name for name in args.recipes.split(",") if name]
+    for name in recipes:
+        if not preset_of(name).is_file():
+            raise UserError(
+                f"--recipes: no preset {name}{nearest(name, [path.stem for path in PRESETS.glob('*.yaml')])}"
+            )
+    if not recipes:
+        raise UserError("--recipes: expected names of presets, separated by commas")
+    seeds = numbers(args.seeds, "--seeds", int, 0)
+    terminal = Terminal()
+    results: dict[str, list[Trained]] = {name: [] for name in recipes}
+    for seed in seeds:
+        for name in recipes:
+            terminal.print(f"seed {seed}: {name}")
+            results[name].append(train_recipe(name, seed, args.config))
+    first, last = recipes[0], recipes[-1]
+    steps = round(results[last][0].steps * mean_seconds(results[first]) / mean_seconds(results[last]))
+    long_name = f"{last}, {steps:,} steps"
+    results[long_name] = []
+    for seed in seeds:
+        terminal.print(f"seed {seed}: {long_name}")
+        results[long_name].append(train_recipe(last, seed, args.config, steps))
+    terminal.print("", results_table(results, args.target), f"machine: {machine_facts()}")
+    for line in judgements(results[first], results[last], results[long_name], args.target):
+        terminal.print(line)
+    return 0
+
+
+def preset_of(recipe: str) -> Path:
+    return PRESETS / f"{recipe.removesuffix(':learned')}.yaml"
+
+
+def train_recipe(name: str, seed: int, more: Sequence[Path], steps: int | None = None) -> Trained:
+    """One run of a recipe, for its own number of steps or for another."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides: dict[str, str | bool] = {"seed": str(seed), "eval_interval": str(10**9)}
+        if name.endswith(":learned"):
+            overrides["position"] = "learned"
+        if steps is not None:
+            overrides["max_iters"] = str(steps)
+        return measure(load_config([preset_of(name), *more], Path(folder), overrides))
+
+
+def mean_seconds(runs: Sequence[Trained]) -> float:
+    return statistics.mean(run.training_seconds for run in runs)
+
+
+def judgements(first: Sequence[Trained], last: Sequence[Trained], long: Sequence[Trained], target: float) -> list[str]:
+    """What is aimed at, and whether it is reached: one line each."""
+    share = mean_seconds(last) / mean_seconds(first)
+    losses = [run.split_loss for run in last]
+    mean, worst = statistics.mean(losses), max(losses)
+    long_mean = statistics.mean(run.split_loss for run in long)
+    return [
+        f"mean loss {mean:.4f}, at most {target:g}: {verdict(mean <= target)}; "
+        f"worst {worst:.4f}, at most {target + TOLERANCE:g}: {verdict(worst <= target + TOLERANCE)}",
+        f"time 1/{1 / share:.1f} of the first recipe, at most 1/{1 / SHARE:g}: {verdict(share <= SHARE)}",
+        f"parameters {last[0].parameters:,}, at most {first[0].parameters:,}: "
+        f"{verdict(last[0].parameters <= first[0].parameters)}",
+        f"in the time of the first recipe: mean loss {long_mean:.4f}, at most {EQUAL_TIME_TARGET}: "
+        f"{verdict(long_mean <= EQUAL_TIME_TARGET)}",
+    ]
+
+
+def results_table(results: dict[str, list[Trained]], target: float) -> Table:
+    table = Table(title=f"Tiny Shakespeare, target {target:g}", title_justify="left", title_style="bold")
+    table.add_column("recipe")
+    for header in ("parameters", "steps", "ms/step", "seconds", "loss, mean", "best", "worst", "at target"):
+        table.add_column(header, justify="right")
+    for name, runs in results.items():
+        losses, steps, seconds = [run.split_loss for run in runs], runs[0].steps, mean_seconds(runs)
+        at_target = sum(loss <= target for loss in losses)
+        table.add_row(
+            name,
+            f"{runs[0].parameters:,}",
+            f"{steps:,}",
+            f"{1000 * seconds / steps:.1f}",
+            f"{seconds:.2f}",
+            *(f"{loss:.4f}" for loss in (statistics.mean(losses), min(losses), max(losses))),
+            f"{at_target} of {len(runs)}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
