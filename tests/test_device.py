@@ -160,6 +160,18 @@ def test_cublas_gets_a_fixed_workspace_for_determinism_only() -> None:
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("tf32", "precision"), [(True, "tf32"), (False, "ieee")])
+def test_products_of_float32_are_as_precise_as_asked_on_cuda(tf32: bool, precision: str) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    with torch_settings(TrainConfig(tf32=tf32), CPU):
+        assert products.fp32_precision == before
+    with torch_settings(TrainConfig(tf32=tf32), CUDA):
+        assert products.fp32_precision == precision
+    assert products.fp32_precision == before
+
+
 @pytest.mark.parametrize(
     ("setting", "device", "deterministic"),
     [(None, CPU, True), (None, CUDA, False), (True, CUDA, True), (False, CPU, False)],

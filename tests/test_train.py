@@ -133,7 +133,7 @@ def test_a_failing_compiler_falls_back_to_eager(
 ) -> None:
     train.main(tiny_argv("--dropout", "0.1", "--run-tag", "eager"))
 
-    def broken(model: torch.nn.Module, backend: str) -> Callable[..., None]:
+    def broken(model: torch.nn.Module, backend: str, mode: str | None) -> Callable[..., None]:
         def call(*_args: object) -> None:
             model(torch.zeros(1, 1, dtype=torch.long))  # consume random numbers before failing
             raise RuntimeError("no C++ compiler\ndetails")

@@ -283,8 +283,16 @@ class TrainConfig(Section):
         "only operations that repeat bit for bit; none: on the CPU, where it costs nothing, but not on a GPU",
         kind=TRAJECTORY,
     )
+    tf32: bool = setting(
+        True, "CUDA: matrix products of float32 with 10 bits of mantissa, several times as fast", kind=TRAJECTORY
+    )
     compile: bool = setting(
         False, "torch.compile the model (inductor; aot_eager on mps); falls back to eager", kind=TRAJECTORY
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = setting(
+        "default",
+        "what torch.compile aims at; reduce-overhead: CUDA graphs, for small models; max-autotune: also tried kernels",
+        kind=TRAJECTORY,
     )
     checkpoint_interval: Int = setting(
         500, "steps between checkpoints; 0: none by steps", kind=OBSERVATION, unit="steps", ge=0

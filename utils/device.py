@@ -89,6 +89,8 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Seeds, determinism and threads of a run; those of before when it is over (a notebook goes on)."""
     deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    products = torch.backends.cuda.matmul
+    precision = products.fp32_precision
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if deterministic and device.type == "cuda":
@@ -97,6 +99,8 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     # Nothing here reads memory that was not written, so it need not be filled.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cuda":
+        products.fp32_precision = "tf32" if config.tf32 else "ieee"
     torch.manual_seed(config.seed)
     try:
         yield
@@ -104,6 +108,7 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.set_deterministic_debug_mode(before[0])
         torch.set_num_threads(before[1])
         torch.backends.cudnn.benchmark = before[2]
+        products.fp32_precision = precision
 
 
 def processor_name(device: torch.device) -> str:

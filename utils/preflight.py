@@ -27,6 +27,8 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
     "momentum": (lambda s: s.config.optimizer.optimizer_name != "muon", "optimizer_name is not muon"),
     "momentum_warmup_iters": (lambda s: s.config.optimizer.optimizer_name != "muon", "optimizer_name is not muon"),
     "weight_decay_schedule": (lambda s: s.config.optimizer.weight_decay == 0, "weight_decay is 0"),
+    "compile_mode": (lambda s: not s.config.train.compile, "compile is off"),
+    "tf32": (lambda s: s.device.type != "cuda", "only CUDA has it"),
     "skip_nonfinite": (lambda s: s.dtype != torch.float16, "only float16 skips steps"),
     "sample_prompt": (lambda s: s.config.tracking.sample_tokens == 0, "sample_tokens is 0"),
     "aim_repo": (lambda s: not s.config.tracking.aim_logging, "aim_logging is off"),

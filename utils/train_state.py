@@ -92,7 +92,8 @@ def build_state(
 def compile_model(state: TrainState, terminal: Terminal) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The compiled model, or the model itself with one warning if the backend fails on a trial step."""
     backend = "aot_eager" if state.device.type == "mps" else "inductor"
-    compiled = torch.compile(state.model, backend=backend)
+    mode = state.config.train.compile_mode if backend == "inductor" else None  # aot_eager has no modes
+    compiled = torch.compile(state.model, backend=backend, mode=mode)
     devices = [state.device] if state.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):  # on CPU and CUDA the trial does not shift the dropout of step 0
