@@ -73,6 +73,7 @@ def profile(parsed: ExperimentArguments) -> int:
     args, loaded = parsed.own, parsed.load()
     from utils.device import torch_settings
     from utils.gates import check_gates
+    from utils.profiling import read_trace
 
     setup = check_gates(loaded, PROJECT_ROOT)
     if args.out is not None:
@@ -86,9 +87,7 @@ def profile(parsed: ExperimentArguments) -> int:
     terminal.print(*profile_tables(measured, args.top))
     if args.out is not None:
         try:
-            written = save_profile(
-                args.out, measured, lambda path: times.profiler.export_chrome_trace(str(path)), draw_profile
-            )
+            written = save_profile(args.out, measured, read_trace(times.profiler), draw_profile)
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written: {error.strerror or error}") from None
         terminal.print(f"\nwritten: {', '.join(map(str, written))}")

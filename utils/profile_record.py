@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from utils.errors import UserError
-from utils.files import sync_folder, write_json
+from utils.files import sync_folder, write_atomic, write_json
 
 SCHEMA_VERSION: Literal[1] = 1
 PROFILE, TRACE, PICTURE = "profile.json", "trace.json", "profile.png"
@@ -193,13 +193,11 @@ def read_profile(path: Path) -> Profile:
         raise UserError(f"{found}: no profile: {type(error).__name__}: {error}") from None
 
 
-def save_profile(
-    folder: Path, profile: Profile, write_trace: Callable[[Path], object], draw: Callable[[Profile, Path], object]
-) -> list[Path]:
-    """Write the three files into `folder`, which is made; where one fails, none is replaced.
+def save_profile(folder: Path, profile: Profile, trace: bytes, draw: Callable[[Profile, Path], object]) -> list[Path]:
+    """Write the three files into `folder`, which is made; where one cannot be written, none is replaced.
 
     Args:
-        write_trace: writes the Chrome trace (open it in chrome://tracing or Perfetto).
+        trace: a Chrome trace (open it in chrome://tracing or Perfetto).
         draw: writes the picture.
 
     Raises:
@@ -208,8 +206,7 @@ def save_profile(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".profile.") as name:
         new = Path(name)
-        write_trace(new / TRACE)
-        check_trace(new / TRACE)
+        write_atomic(new / TRACE, trace)
         draw(profile, new / PICTURE)
         write_json(new / PROFILE, profile.model_dump(mode="json"))
         names = (TRACE, PICTURE, PROFILE)
@@ -217,15 +214,3 @@ def save_profile(
             os.replace(new / file, folder / file)
     sync_folder(folder)
     return [folder / file for file in reversed(names)]
-
-
-def check_trace(path: Path) -> None:
-    """The profiler says nothing when the disk is full: see that the file is whole.
-
-    Raises:
-        OSError: it is not.
-    """
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64))
-        if not file.read().rstrip().endswith(b"}"):
-            raise OSError(f"{path.name} could not be written as a whole")

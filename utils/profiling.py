@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import statistics
+import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -128,6 +131,21 @@ def read_operators(profiler: profile, device: torch.device) -> tuple[float, list
         for (phase, name), (calls, ms, gflop, gbyte) in rows.items()
     ]
     return total_us / steps / 1000, sorted(operators, key=lambda operator: -operator.ms)
+
+
+def read_trace(profiler: profile) -> bytes:
+    """The Chrome trace. The profiler writes it into a file and does not say when the disk is full.
+
+    Raises:
+        OSError: there was no room for it in the folder of temporary files.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = path.read_bytes() if path.exists() else b""
+    if not trace.rstrip().endswith(b"}"):
+        raise OSError(errno.ENOSPC, "the profiler could not write its trace", folder)
+    return trace
 
 
 def _length(events: list[FunctionEvent], name: str) -> tuple[float, int]:

@@ -18,7 +18,7 @@ from utils.phases import MarkedClock, Phase, PhaseClock, no_phase
 from utils.profile_assembly import build_profile, limits_of
 from utils.profile_picture import draw_profile
 from utils.profile_record import FOLDER, PICTURE, save_profile
-from utils.profiling import STEP, StepTimes, new_profiler, phase_times, read_operators
+from utils.profiling import STEP, StepTimes, new_profiler, phase_times, read_operators, read_trace
 from utils.train_state import TrainState
 
 # Steps before the profiled one: in the first what autograd keeps is counted, some are timed as a whole, some by phases.
@@ -117,9 +117,7 @@ class RunProfiler:
                 run=self.path.name,
                 step=self.step,
             )
-            save_profile(
-                self.path / FOLDER, measured, lambda place: times.profiler.export_chrome_trace(str(place)), draw_profile
-            )
+            save_profile(self.path / FOLDER, measured, read_trace(self._profiler), draw_profile)
             self.terminal.print(f"step {self.step:,} is profiled: {FOLDER / PICTURE}")
         self._profiler = None  # the events take memory
 
