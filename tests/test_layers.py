@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = (  # what experiments.py and profile_model.py --compare are made of
     "run_index run_sql run_diff run_tables log_comparison comparison provenance pruning notes plotting report"
-    " profile_record profile_tables profile_picture"
+    " operator_costs profile_record profile_tables profile_picture"
 )
 LAYERS = {
     0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping"
     " curves checkpoint_folder promotion seal",
-    1: "device distributed flops roofline phases operator_costs optim histograms step_buffer flight_recorder"
+    1: "device distributed flops roofline phases optim histograms step_buffer flight_recorder"
     " system_metrics tracking checkpoint " + RECORDS,
     2: "evaluation generation export profiling memory_profile generation_speed profile_assembly run_profiler"
     " train_state checkpointing training gates start finish result callbacks monitor preflight reproduction",
