@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 import profile_model
 from model import LanguageModel
@@ -25,7 +27,7 @@ from utils.operator_costs import operator_bytes, operator_flops
 from utils.phases import PHASES, Phase
 from utils.profile_picture import draw_profile, operator_slices, phase_slices
 from utils.profile_record import OTHER, Profile, read_profile
-from utils.profiling import StepTimes, measure_steps, read_trace
+from utils.profiling import StepTimes, measure_steps, read_operators, read_trace
 
 CPU = torch.device("cpu")
 Argv = Callable[..., list[str]]
@@ -107,6 +109,66 @@ def test_the_operators_of_both_passes_need_what_is_counted_from_the_shapes() -> 
     counted = {name: sum(row.gflop for row in operators if row.phase == name) for name in ("forward", "backward")}
     needed = training_flops(config, 11, 3) / 1e9
     assert counted == pytest.approx({"forward": needed / 3, "backward": needed * 2 / 3})
+
+
+class EventsOfAGPU:
+    """A profiler that saw one step: kernels have their own time, and the backward pass runs in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.made: list[FunctionEvent] = []
+        self.add("step", 0, 1000)
+        self.add("forward", 0, 300)
+        self.add("backward", 300, 900)
+        linear = self.add("aten::linear", 10, 30, shapes=[[8, 4], [2, 4]], parent=self.made[1])
+        self.add("aten::addmm", 12, 28, shapes=[[2], [8, 4], [4, 2]], parent=linear, kernel=100.0)
+        node = self.add("autograd::engine::evaluate_function: AddmmBackward0", 310, 360, thread=2)
+        self.add("aten::mm", 320, 330, shapes=[[4, 8], [8, 2]], parent=node, kernel=200.0, thread=2)
+        self.add("triton_fused", 340, 350, parent=node, kernel=50.0, thread=2)
+        self.add("aten::zeros", 950, 960, kernel=10.0)
+        self.made.append(FunctionEvent(99, "gemm_kernel", 7, 20, 120, device_type=DeviceType.CUDA, use_device="cuda"))
+
+    def add(
+        self,
+        name: str,
+        start: int,
+        end: int,
+        shapes: Sequence[list[int]] = (),
+        parent: FunctionEvent | None = None,
+        kernel: float = 0.0,
+        thread: int = 1,
+    ) -> FunctionEvent:
+        event = FunctionEvent(
+            len(self.made),
+            name,
+            thread,
+            start,
+            end,
+            use_device="cuda",
+            structured_input_shapes=list(shapes),
+            input_dtypes=["float"] * len(shapes),
+            concrete_inputs=[None] * len(shapes),
+        )
+        if kernel:
+            event.append_kernel("kernel", 0, kernel)
+        if parent is not None:
+            parent.append_cpu_child(event)
+            event.set_cpu_parent(parent)
+        self.made.append(event)
+        return event
+
+    def events(self) -> list[FunctionEvent]:
+        return self.made
+
+
+def test_on_a_gpu_operators_have_the_time_of_their_kernels_in_the_phase_that_launched_them() -> None:
+    step_ms, operators = read_operators(EventsOfAGPU(), torch.device("cuda"))  # type: ignore[arg-type]
+    assert step_ms == 1.0
+    assert [(row.name, row.phase, row.kind, row.ms, row.gflop * 1e9) for row in operators] == [
+        ("mm", "backward", "matrix products", 0.2, pytest.approx(2 * 4 * 8 * 2)),
+        ("linear", "forward", "matrix products", 0.1, pytest.approx(2 * 8 * 4 * 2)),
+        ("triton_fused", "backward", "other operators", 0.05, 0.0),
+        ("zeros", OTHER, "other operators", 0.01, 0.0),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class RunProfiler:
         if steps_left == FIRST:
             return self._activations or no_phase
         if steps_left > CLOCKED:
-            if not self._timed:
+            if not self._timed and self.state.device.type == "cuda":  # a process has more than a step
                 reset_peak(self.state.device)
             return no_phase
         if steps_left > 0:
@@ -98,7 +98,7 @@ class RunProfiler:
         with self._harmless():
             assert self._profiler is not None
             device = self.state.device
-            highest = peak(device) if self._timed and device.type == "cuda" else None  # a process has more than a step
+            highest = peak(device) if self._timed and device.type == "cuda" else None
             profiled_ms, operators = read_operators(self._profiler, device)
             times = StepTimes(
                 steps=1,
