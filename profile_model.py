@@ -1,50 +1,79 @@
-"""Where does the time of a training step go?
+"""Where does the time of a training step go, and how far is it from what this machine can do?
 
 python profile_model.py                          # the merged configuration, as train.py would run it
 python profile_model.py --n-embd 256 --steps 20
-python profile_model.py --out profile/           # also profile.json and trace.json (Chrome trace)
+python profile_model.py --out profile/           # also profile.json, profile.png and trace.json (Chrome trace)
+python profile_model.py --compare before/ after/ # two profiles side by side: folders, files or run directories
+
+`train.py --profile-step N` profiles a step of a real run into its artifacts/profile/.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import PROJECT_ROOT, Parser, parse_experiment, script
-from utils.console import Terminal, facts, profile_table
+from utils.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
+from utils.console import Terminal
 from utils.errors import UserError
-from utils.files import write_json
+from utils.profile_picture import draw_profile
+from utils.profile_record import Profile, read_profile, save_profile
+from utils.profile_tables import comparison_tables, profile_tables
 from utils.run_log import LogWriter
 
 if TYPE_CHECKING:
+    from utils.gates import Setup
+    from utils.profiling import Step, StepTimes
     from utils.train_state import TrainState
 
-PHASES = ("data", "forward", "backward", "optimizer", "logging")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
+
+
+def add_own_flags(parser: Parser) -> None:
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of each measurement (default: 20)")
+    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
+    parser.add_argument("--top", type=int, default=12, metavar="N", help="operators shown by name (default: 12)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.json, profile.png and trace.json there")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side"
+    )
 
 
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="profile_model.py", description=__doc__)
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps that are measured (default: 20)")
-    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
-    parser.add_argument("--top", type=int, default=12, metavar="N", help="operators shown by name (default: 12)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.json and trace.json there")
+    add_own_flags(parser)
     parsed = parse_experiment(argv, parser)
-    args, loaded = parsed.own, parsed.load()
     for name, least in (("steps", 1), ("warmup", 0), ("top", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+        if getattr(parsed.own, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(parsed.own, name)}")
+    if parsed.own.compare:
+        return compare(parsed)
+    return profile(parsed)
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
+
+def compare(parsed: ExperimentArguments) -> int:
+    """Print two saved profiles side by side."""
+    args = parsed.own
+    if parsed.files or parsed.overrides or args.out:
+        raise UserError("--compare reads two saved profiles: it takes no settings and no --out")
+    a, b = map(read_profile, args.compare)
+    Terminal().print(*comparison_tables(a, b, [str(path) for path in args.compare], args.top))
+    return 0
+
+
+def profile(parsed: ExperimentArguments) -> int:
+    """Measure the configuration's training step and its generation, print them, and write them to --out."""
+    args, loaded = parsed.own, parsed.load()
     from utils.device import torch_settings
     from utils.gates import check_gates
-    from utils.profiling import operator_clock, profile_steps
-    from utils.train_state import build_state
+    from utils.profiling import read_trace
 
     setup = check_gates(loaded, PROJECT_ROOT)
     if args.out is not None:
@@ -53,51 +82,61 @@ def main(argv: Sequence[str]) -> int:
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be made: {error.strerror}") from None
     terminal = Terminal()
-    with torch_settings(setup.config.train, setup.device), tempfile.TemporaryDirectory() as folder:
-        state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
-        step = profiled_step(state, LogWriter(Path(folder) / "metrics.jsonl"))
-        trace = args.out / "trace.json" if args.out else None
-        result = profile_steps(
-            step, PHASES, setup.device, steps=args.steps, warmup=args.warmup, top=args.top, trace=trace
-        )
-    tokens_per_second = state.tokens_per_step / result.step_ms * 1000
-    terminal.print(
-        facts(
-            [
-                ("device", f"{setup.device}, {str(setup.dtype).removeprefix('torch.')}"),
-                ("model", f"{state.model.num_parameters():,} parameters"),
-                ("batch", f"{setup.config.train.batch_size} x {setup.config.model.block_size} tokens"),
-                ("step", f"{result.step_ms:.2f} ms under the profiler, {tokens_per_second:,.0f} tokens/s"),
-            ]
-        ),
-        profile_table("Phases of a step", result.phases),
-        profile_table(f"Operators, by their own time on {operator_clock(setup.device)}", result.operators),
-    )
+    with torch_settings(setup.config.train, setup.device):
+        measured, times = measure(setup, args, terminal)
+    terminal.print(*profile_tables(measured, args.top))
     if args.out is not None:
-        write_json(args.out / "profile.json", result.to_json())
-        terminal.print(f"written: {args.out / 'profile.json'}, {args.out / 'trace.json'}")
+        try:
+            written = save_profile(args.out, measured, read_trace(times.profiler), draw_profile)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be written: {error.strerror or error}") from None
+        terminal.print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
 
 
-def profiled_step(state: TrainState, writer: LogWriter) -> Callable[[], None]:
-    """The training loop's own update, with its parts marked for the profiler; every step is flushed to the log."""
-    from torch.profiler import record_function
+def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple[Profile, StepTimes]:
+    """The profile of a training state that is made for it."""
+    from utils.device import memory_in_use
+    from utils.generation_speed import measure_generation
+    from utils.memory_profile import activation_phase, peak, reset_peak
+    from utils.phases import no_phase
+    from utils.profile_assembly import build_profile, limits_of
+    from utils.profiling import measure_steps
+    from utils.train_state import build_state
 
-    from utils.device import synchronize
+    importlib.import_module("torch._dynamo")  # an optimizer's first step does, and it is no memory of training
+    device, before = setup.device, memory_in_use(setup.device)
+    state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
+    with tempfile.TemporaryDirectory() as folder:
+        step = training_step(state, LogWriter(Path(folder) / "metrics.jsonl"))
+        activations = activation_phase(state)
+        step(no_phase)
+        can_tell = reset_peak(device)
+        step(activations or no_phase)
+        highest = peak(device) - before if can_tell else None
+        times = measure_steps(step, device, steps=args.steps, warmup=args.warmup)
+    measured = build_profile(
+        state,
+        times,
+        limits_of(state),
+        activations=activations.bytes if activations else None,
+        peak=highest,
+        generation=measure_generation(state.model),
+    )
+    return measured, times
+
+
+def training_step(state: TrainState, writer: LogWriter) -> Step:
+    """The training loop's own update, in named phases; every step is flushed to the log."""
     from utils.optim import apply_schedules
+    from utils.phases import Phase
     from utils.step_buffer import StepBuffer
     from utils.training import clip_gradients, forward_backward, optimizer_step
 
     tracking = state.config.tracking
     buffer = StepBuffer(writer, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)
 
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        with record_function(name):
-            yield
-            synchronize(state.device)  # the device's work counts where it was asked for
-
-    def step() -> None:
+    def step(phase: Phase) -> None:
         loss = forward_backward(state, phase)
         with phase("optimizer"):
             lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)

@@ -11,6 +11,7 @@ Or from a notebook: `from train import train; result = train(Config(...), quiet=
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -42,6 +43,8 @@ from utils.run_manager import CHECKPOINTS, Run, RunLockedError, Status, read_rec
 from utils.signals import Deadline, StopRequest, stop_on_signals
 
 WAIT_SECONDS = 60.0  # for a run that has stopped to let go of its directory
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
     from utils.gates import Setup
@@ -217,6 +220,7 @@ def run_experiment(
     from utils.checkpointing import Checkpointer
     from utils.finish import close_run, dump_flight_recorder, export
     from utils.monitor import Monitor
+    from utils.run_profiler import RunProfiler
     from utils.start import prepare_run, write_meta
     from utils.step_buffer import NonFiniteError
     from utils.training import training_loop
@@ -243,9 +247,10 @@ def run_experiment(
         settings, saved_step = setup.config.train, state.step if start.own else None
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         checkpoints = Checkpointer(folder, settings, config_hash, log, terminal.warn, saved_step)
+        profiler = RunProfiler(state, run.path, terminal)
         try:
             with progress:
-                training_loop(state, monitor, callbacks, checkpoints, stop, deadline)
+                training_loop(state, monitor, callbacks, checkpoints, profiler, stop, deadline)
             checkpoints.wait()
             if state.finished:
                 exported = export(state, run, terminal)

@@ -60,7 +60,7 @@ def test_shakespeare_measures_the_run_that_it_was_given(tmp_path: Path, tiny_fil
 
 
 def test_a_run_that_diverges_is_no_result(tmp_path: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "forward_backward", lambda state: torch.tensor(float("nan")))
+    monkeypatch.setattr(training, "forward_backward", lambda state, phase: torch.tensor(float("nan")))
     with pytest.raises(UserError, match="diverged"):
         shakespeare.measure(common.load_config([tiny_file], tmp_path, {"aim_logging": False}))
 

@@ -271,8 +271,8 @@ def test_a_resumed_session_starts_at_its_step(tiny_argv: Argv, only_run: Callabl
 def test_the_end_is_told_once(status: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
     forward_backward = utils.training.forward_backward
 
-    def patched(state: TrainState) -> torch.Tensor:
-        loss = forward_backward(state)
+    def patched(state: TrainState, phase: Any) -> torch.Tensor:
+        loss = forward_backward(state, phase)
         if state.step == 4 and status == "interrupted":
             os.kill(os.getpid(), signal.SIGTERM)
         elif state.step == 4 and status == "failed":
@@ -352,7 +352,7 @@ def test_a_state_that_is_not_json_ends_the_run_as_failed(
 def test_an_exception_counts_although_a_loss_that_was_not_written_yet_is_nan(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utils.training.forward_backward", lambda state: torch.tensor(math.nan))
+    monkeypatch.setattr("utils.training.forward_backward", lambda state, phase: torch.tensor(math.nan))
     monkeypatch.setattr("utils.training.clip_gradients", lambda state: torch.tensor([1.0, 1.0]))
     monkeypatch.setattr("utils.training.optimizer_step", lambda state: setattr(state, "step", state.step + 1))
     monkeypatch.setattr(Recorder, "on_step", lambda self, run: 1 / 0)

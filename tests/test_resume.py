@@ -506,8 +506,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, where: str) -> None:
     """A loss or gradient of update `step` becomes NaN."""
     forward_backward = utils.training.forward_backward
 
-    def patched(state: TrainState) -> torch.Tensor:
-        loss = forward_backward(state)
+    def patched(state: TrainState, phase: Any) -> torch.Tensor:
+        loss = forward_backward(state, phase)
         if state.step == step:
             if where == "loss":
                 return loss * float("nan")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,8 +154,8 @@ def test_a_non_finite_loss_is_diverged(
 ) -> None:
     forward_backward = utils.training.forward_backward
 
-    def explode(state: utils.training.TrainState) -> torch.Tensor:
-        loss = forward_backward(state)
+    def explode(state: utils.training.TrainState, phase: Any) -> torch.Tensor:
+        loss = forward_backward(state, phase)
         return loss * float("nan") if state.step == 4 else loss
 
     monkeypatch.setattr(utils.training, "forward_backward", explode)

@@ -336,6 +336,12 @@ class TrainConfig(Section):
         "auto: best with early stopping (patience), else last",
         kind=TRAJECTORY,
     )
+    profile_step: Int | None = setting(
+        None,
+        "step that is profiled into artifacts/profile/, with the nine steps before it; none: no step",
+        kind=OBSERVATION,
+        ge=0,
+    )
     callbacks: tuple[CallbackName, ...] = setting(
         (), "classes of your own that training calls, as module:Class (docs/callbacks.md)", kind=TRAJECTORY
     )

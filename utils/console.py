@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, Self
+from typing import IO, Any, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -19,19 +19,6 @@ PLAIN_LINE_SECONDS = 10.0  # between progress lines where there is no live displ
 REFRESH_SECONDS = 0.1  # between updates of the live display
 LOG_WIDTH = 110
 STEPS_TO_TELL = 10  # before that the time of the first ones says little about the rest
-
-
-class ProfileRow(Protocol):
-    """What `profile_table` shows of a phase or operator."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def share(self) -> float: ...
-    @property
-    def calls(self) -> float: ...
-    @property
-    def time_ms(self) -> float: ...
 
 
 class _Console(Console):
@@ -114,24 +101,6 @@ def facts(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
     for name, value in rows:
         text.append(f"{name:<{width}}", style="cyan").append(f"{value}\n")
     return text[:-1]
-
-
-def profile_table(title: str, rows: Iterable[ProfileRow]) -> RenderableType:
-    """Name, share with a bar, calls and time of each row."""
-    rows = list(rows)
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("name", style="cyan", overflow="fold")
-    for header in ("share", "calls/step", "ms/step"):
-        table.add_column(header, justify="right")
-    table.add_column("")
-    for row in rows:
-        bar = "█" * round(row.share / 4)
-        table.add_row(
-            row.name, f"{row.share:.1f}%", f"{row.calls:,.1f}", f"{row.time_ms:.3f}", Text(bar, style="magenta")
-        )
-    table.add_section()
-    table.add_row("sum", f"{sum(r.share for r in rows):.1f}%", "", f"{sum(r.time_ms for r in rows):.3f}", "")
-    return table
 
 
 def duration(seconds: float) -> str:

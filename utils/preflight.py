@@ -30,6 +30,7 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
     "compile_mode": (lambda s: not s.config.train.compile, "compile is off"),
     "tf32": (lambda s: s.device.type != "cuda", "only CUDA has it"),
     "skip_nonfinite": (lambda s: s.dtype != torch.float16, "only float16 skips steps"),
+    "profile_step": (lambda s: (s.config.train.profile_step or 0) >= s.max_iters, "the run ends before that step"),
     "sample_prompt": (lambda s: s.config.tracking.sample_tokens == 0, "sample_tokens is 0"),
     "aim_repo": (lambda s: not s.config.tracking.aim_logging, "aim_logging is off"),
     "experiment": (

@@ -1,123 +1,182 @@
-"""Where the time of a step goes: phases and operators, from torch.profiler."""
+"""Where the time of a step goes: measured without the profiler, then operator by operator with torch.profiler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import errno
+import statistics
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.autograd.profiler_util import FunctionEvent, FunctionEventAvg
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from utils.device import synchronize
+from utils.operator_costs import WITHOUT_MOVING, is_attention, is_operator, operator_bytes, operator_flops, short_name
+from utils.phases import PHASES, MarkedClock, Phase, PhaseClock, no_phase
+from utils.profile_record import ATTENTION, MATRIX_PRODUCTS, OTHER, OTHER_OPERATORS, OperatorTime, PhaseTime
 
 STEP = "step"
-OTHER = "other"
+STRETCHES = 5  # of steps that are timed together; their median is not moved by one disturbance
+COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph")  # what the profiler calls the code that a compiler made
+
+Step = Callable[[Phase], None]  # one training step
 
 
 @dataclass(frozen=True)
-class Row:
-    """One phase or operator. time_ms: per step; share: of the step, in percent; calls: per step."""
+class StepTimes:
+    """Of one step, in milliseconds: by itself, by phases with a pause after each, and by operators under the profiler.
 
-    name: str
-    share: float
-    calls: float
-    time_ms: float
-
-
-@dataclass(frozen=True)
-class StepProfile:
-    """Phases in their order, operators by time; in each the shares add up to 100."""
+    step_ms: none if it was not measured. profiler: has the trace.
+    """
 
     steps: int
-    step_ms: float
-    phases: list[Row]
-    operators: list[Row]
+    step_ms: float | None
+    phases: list[PhaseTime]
+    profiled_ms: float
+    operators: list[OperatorTime]
+    profiler: profile
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def phases_ms(self) -> float:
+        return sum(phase.ms for phase in self.phases)
 
 
-def profile_steps(
-    step: Callable[[], None],
-    phase_names: Sequence[str],
-    device: torch.device,
-    *,
-    steps: int,
-    warmup: int,
-    top: int,
-    trace: Path | None = None,
-) -> StepProfile:
-    """Profile `steps` calls of `step` after `warmup` calls that are not counted.
-
-    Args:
-        step: one training step that marks its parts with record_function(name).
-        phase_names: the parts, in the order of the table; what is in none of them is "other".
-        top: operators shown by name; the rest is one row "other".
-        trace: where to write the Chrome trace (open in chrome://tracing or Perfetto).
-
-    The device is waited for at the end of each phase, so that its work counts where it was asked for.
-    """
+def measure_steps(step: Step, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
+    """Call `step` `warmup` times without a clock, then `steps` times for each of the three measurements."""
     for _ in range(warmup):
-        step()
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    synchronize(device)
-    with profile(activities=activities) as profiler:
+        step(no_phase)
+    step_ms = time_steps(step, device, steps)
+    clock = PhaseClock(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(clock)
+    phases = phase_times(clock, time.perf_counter() - began, steps)
+    profiler, marks = new_profiler(device), MarkedClock(device)
+    with profiler:
         for _ in range(steps):
             with record_function(STEP):
-                step()
-    if trace is not None:
-        profiler.export_chrome_trace(str(trace))
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    total_us = sum(event.time_range.elapsed_us() for event in events if event.name == STEP)
-    return StepProfile(
-        steps=steps,
-        step_ms=total_us / steps / 1000,
-        phases=_phases(events, phase_names, steps, total_us),
-        operators=_operators(profiler.key_averages(), device, {STEP, *phase_names}, steps, top),
-    )
+                step(marks)
+    profiled_ms, operators = read_operators(profiler, device)
+    return StepTimes(steps, step_ms, phases, profiled_ms, operators, profiler)
 
 
-def _phases(events: Sequence[FunctionEvent], names: Sequence[str], steps: int, total_us: float) -> list[Row]:
-    """Wall time of each phase; what a step spends outside of them is `other`."""
-    spans = {name: [e.time_range.elapsed_us() for e in events if e.name == name] for name in names}
-    rows = [
-        Row(name, 100 * sum(spans[name]) / total_us, len(spans[name]) / steps, sum(spans[name]) / steps / 1000)
-        for name in names
-    ]
-    rest = total_us - sum(map(sum, spans.values()))
-    return [*rows, Row(OTHER, 100 * rest / total_us, 1.0, rest / steps / 1000)]
+def time_steps(step: Step, device: torch.device, steps: int) -> float:
+    """Milliseconds of a step, the median over stretches; the device is waited for at the end of each stretch only."""
+    times = []
+    for index in range(min(steps, STRETCHES)):
+        count = len(range(index, steps, STRETCHES))
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(count):
+            step(no_phase)
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - began) / count)
+    return statistics.median(times)
 
 
-def operator_clock(device: torch.device) -> str:
-    """Whose time the operators are charged with: "cuda", else "cpu" (the profiler does not see MPS kernels)."""
-    return "cuda" if device.type == "cuda" else "cpu"
+def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime]:
+    """What the clock saw in `steps` steps that took `seconds`; what is in no phase is `other`."""
+    rows = [(name, clock.calls[name], clock.seconds[name]) for name in PHASES]
+    rows.append((OTHER, steps, max(0.0, seconds - sum(clock.seconds.values()))))
+    return [PhaseTime(name=n, calls=calls / steps, ms=1000 * s / steps, gflop=0.0) for n, calls, s in rows]
 
 
-def _operators(
-    averages: Sequence[FunctionEventAvg], device: torch.device, phases: set[str], steps: int, top: int
-) -> list[Row]:
-    """Operators by their own time, without the operators that they call.
+def new_profiler(device: torch.device) -> profile:
+    """A profiler, to be entered; shapes of arguments are recorded."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    return profile(activities=activities, record_shapes=True)
 
-    On CUDA an operator has the time of the kernels that it launched; the kernels themselves and the
-    profiler's annotations stand in the averages too and must not be counted again.
+
+def read_operators(profiler: profile, device: torch.device) -> tuple[float, list[OperatorTime]]:
+    """Milliseconds of a step, and the operators in each phase by their time.
+
+    An operator is what the model or autograd calls, with everything that it calls itself. On CUDA it has the time of
+    the kernels that it launched; code that a compiler made counts as one operator.
     """
-    on_device = operator_clock(device) == "cuda"
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    total_us, steps = _length(events, STEP)
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.name in PHASES)
+    starts = [start for start, _, _ in spans]
 
-    def own_us(event: FunctionEventAvg) -> float:
-        return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
+    def phase_of(event: FunctionEvent) -> str:
+        index = bisect_right(starts, event.time_range.start) - 1
+        return spans[index][2] if index >= 0 and event.time_range.start < spans[index][1] else OTHER
 
-    def is_operator(event: FunctionEventAvg) -> bool:
-        return event.key not in phases and event.device_type == torch.autograd.DeviceType.CPU
+    on_device = device.type == "cuda"
+    rows: dict[tuple[str, str], list[float]] = {}
+    kinds: dict[tuple[str, str], str] = {}
+    for name, event, us in _outermost(events, on_device):
+        flops, moved = _cost(event) if is_operator(event.name) else (0.0, 0.0)
+        key = (phase_of(event), short_name(name))
+        if flops or key not in kinds:
+            kinds[key] = (ATTENTION if is_attention(name) else MATRIX_PRODUCTS) if flops else OTHER_OPERATORS
+        row = rows.setdefault(key, [0, 0.0, 0.0, 0.0])
+        for index, value in enumerate((1, us / 1000, flops / 1e9, moved / 1e9)):
+            row[index] += value
+    operators = [
+        OperatorTime(
+            name=name,
+            phase=phase,
+            kind=kinds[phase, name],
+            calls=calls / steps,
+            ms=ms / steps,
+            gflop=gflop / steps,
+            gbyte=gbyte / steps,
+        )
+        for (phase, name), (calls, ms, gflop, gbyte) in rows.items()
+    ]
+    return total_us / steps / 1000, sorted(operators, key=lambda operator: -operator.ms)
 
-    counted = sorted((e for e in averages if is_operator(e) and own_us(e) > 0), key=own_us, reverse=True)
-    total = sum(map(own_us, counted))
-    rows = [Row(str(e.key), 100 * own_us(e) / total, e.count / steps, own_us(e) / steps / 1000) for e in counted]
-    shown, rest = rows[:top], rows[top:]
-    if rest:
-        shown.append(Row(OTHER, *(sum(getattr(row, fact) for row in rest) for fact in ("share", "calls", "time_ms"))))
-    return shown
+
+def read_trace(profiler: profile) -> bytes:
+    """The Chrome trace. The profiler writes it into a file and does not say when the disk is full.
+
+    Raises:
+        OSError: there was no room for it in the folder of temporary files.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = path.read_bytes() if path.exists() else b""
+    if not trace.rstrip().endswith(b"}"):
+        raise OSError(errno.ENOSPC, "the profiler could not write its trace", folder)
+    return trace
+
+
+def _length(events: list[FunctionEvent], name: str) -> tuple[float, int]:
+    """Microseconds and number of the events of that name."""
+    spans = [event.time_range.elapsed_us() for event in events if event.name == name]
+    return sum(spans), len(spans)
+
+
+def _outermost(events: list[FunctionEvent], on_device: bool) -> Iterator[tuple[str, FunctionEvent, float]]:
+    """Name, event and microseconds of each operator that no other operator has called."""
+    waiting = [event for event in events if event.cpu_parent is None]
+    while waiting:
+        event = waiting.pop()
+        if is_operator(event.name):
+            yield event.name, event, event.device_time_total if on_device else event.time_range.elapsed_us()
+            continue
+        own = event.self_device_time_total if on_device else event.self_cpu_time_total
+        if event.name.startswith(COMPILED):
+            yield "compiled code", event, own
+        elif on_device and own > 0:  # a kernel that no operator of torch has launched
+            yield event.name, event, own
+        waiting += event.cpu_children
+
+
+def _cost(event: FunctionEvent) -> tuple[float, float]:
+    """Floating-point operations and bytes of an operator; of one that only calls others, theirs."""
+    shapes, dtypes = event.structured_input_shapes, event.input_dtypes
+    flops = operator_flops(event.name, shapes, event.concrete_inputs)
+    if flops is None:
+        of_children = [_cost(child) for child in event.cpu_children if is_operator(child.name)]
+        flops, moved = sum(f for f, _ in of_children), sum(b for _, b in of_children)
+        if flops or not shapes or short_name(event.name) in WITHOUT_MOVING:
+            return flops, moved
+    return flops, operator_bytes(event.name, shapes, dtypes)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -16,16 +14,11 @@ from utils.evaluation import estimate_loss, evaluating
 from utils.generation import SamplingOptions, generate_tokens, start_tokens
 from utils.monitor import Monitor
 from utils.optim import apply_schedules
+from utils.phases import Phase, no_phase
+from utils.run_profiler import RunProfiler
 from utils.signals import Deadline, StopRequest
 from utils.step_buffer import NonFiniteError
 from utils.train_state import TrainState
-
-# Names a part of a step: record_function under the profiler, nothing otherwise.
-Phase = Callable[[str], AbstractContextManager[object]]
-
-
-def no_phase(_name: str) -> AbstractContextManager[None]:
-    return contextlib.nullcontext()
 
 
 def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor:
@@ -71,6 +64,7 @@ def training_loop(
     monitor: Monitor,
     callbacks: Callbacks,
     checkpoints: Checkpointer,
+    profiler: RunProfiler,
     stop: StopRequest,
     deadline: Deadline,
 ) -> None:
@@ -114,12 +108,20 @@ def training_loop(
                 save()
             step = state.step
             lr = apply_schedules(state.optimizer, step, state.config.optimizer, state.max_iters)
-            loss = forward_backward(state)
-            grad_norms = clip_gradients(state)
-            monitor.step(step, loss, grad_norms, lr)
-            optimizer_step(state)
+            with profiler.watch(step) as phase:
+                loss = forward_backward(state, phase)
+                with phase("optimizer"):
+                    grad_norms = clip_gradients(state)
+                with phase("logging"):
+                    monitor.step(step, loss, grad_norms, lr)
+                with phase("optimizer"):
+                    optimizer_step(state)
             callbacks.on_step(step, loss)
             monitor.step_done()
+            if profiler.ready:
+                monitor.flush()
+                profiler.save()
+                monitor.pause_over()
     except BaseException:
         with contextlib.suppress(NonFiniteError):  # what ended training counts
             monitor.flush()

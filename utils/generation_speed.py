@@ -1,0 +1,75 @@
+"""How fast a model generates: prefill of one block, and decoding one token at a time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from model import KVCache, LanguageModel
+from utils.device import synchronize
+from utils.evaluation import evaluating
+from utils.flops import forward_flops
+from utils.generation import decode_one_token, prefill
+from utils.profile_record import Generation
+
+REPEATS = 5
+DECODED = 64  # tokens, or what is left of half a block
+
+
+def measure_generation(model: LanguageModel) -> Generation:
+    """Medians for one sequence, as inference.py generates it: in the precision of the weights, without a compiler.
+
+    Decoding begins after half a block.
+    """
+    parameter, T = next(model.parameters()), model.config.block_size
+    tokens = torch.zeros(1, T, dtype=torch.int64, device=parameter.device)
+    cache = KVCache(model.config, 1, T, parameter.device, parameter.dtype)
+    begin = T // 2
+    decoded = min(T - begin, DECODED)
+
+    def one_prefill() -> None:
+        cache.length = 0
+        prefill(model, tokens, cache)
+
+    def one_decode() -> None:
+        cache.length = begin
+        for _ in range(decoded):
+            decode_one_token(model, tokens[:, :1], cache)
+
+    with evaluating(model):
+        prefill_ms = _median_ms(one_prefill, parameter.device)
+        decode_ms = _median_ms(one_decode, parameter.device) / decoded
+    return Generation(
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        prompt=T,
+        prefill_ms=prefill_ms,
+        prefill_gflop=forward_flops(model.config, model.vocab_size, T, (T + 1) / 2) / 1e9,
+        decoded=decoded,
+        decode_ms=decode_ms,
+        decode_gbyte=decode_bytes(model, cache, begin + (decoded + 1) / 2) / 1e9,
+    )
+
+
+def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:
+    """Read for one token: all weights, but one row of tables that are looked up in, and `context` keys and values."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if model.config.tie_embeddings:
+        tables = [table for table in tables if table is not model.token_embedding.weight]
+    looked_up = sum(t.numel() - t.size(1) for t in tables)
+    cached = 2 * cache.keys[:, :, :, 0].numel() * context
+    return (model.num_parameters() - looked_up + cached) * cache.keys.element_size()
+
+
+def _median_ms(call: Callable[[], None], device: torch.device) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[1:])  # the first one warms up

@@ -1,0 +1,102 @@
+"""What an operator computes and moves, estimated from the shapes that the profiler saw. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Argument = Sequence[Any]  # the shape of a tensor, or a list of shapes; empty: a scalar, or no tensor
+
+MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0}  # where the first matrix stands
+ATTENTION = "scaled_dot_product"
+SMALL_RESULT = ("sum", "mean", "linalg_vector_norm", "_foreach_norm", "nll_loss", "cross_entropy_loss", "item")
+VIEWS = "view _unsafe_view reshape t transpose permute expand slice select narrow split split_with_sizes chunk unbind"
+MORE_VIEWS = "squeeze unsqueeze as_strided alias detach resolve_conj dropout to"  # the last two of a tensor as it is
+RESERVED = "empty empty_like empty_strided resize_"
+WITHOUT_MOVING = frozenset(f"{VIEWS} {MORE_VIEWS} {RESERVED}".split())  # what copies nevertheless, its children tell
+LOOKUPS = ("embedding", "index_select", "gather")  # read what they return, not the whole table
+OPTIMIZERS = ("_fused_adamw_", "_fused_adam_")  # read weight, gradient, two moments; write all but the gradient
+BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
+UNKNOWN_BYTES = 4  # of lists of tensors the profiler tells shapes only
+
+
+def is_operator(name: str) -> bool:
+    """Of torch or a library; not an annotation, a node of autograd or a call of the driver."""
+    return "::" in name and not name.startswith(("autograd::", "torch::autograd"))
+
+
+def short_name(name: str) -> str:
+    return name.removeprefix("aten::")
+
+
+def is_attention(name: str) -> bool:
+    return ATTENTION in name
+
+
+def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any]) -> float | None:
+    """Floating-point operations of a matrix product or attention, as a model needs them; None: neither.
+
+    Args:
+        name: as torch says it, "aten::mm".
+        shapes: of the arguments.
+        values: of the arguments that are no tensors; the first flag of attention is whether it is causal.
+    """
+    short = short_name(name)
+    if short in MATRIX_PRODUCTS:
+        left, right, columns = _matrices(short, shapes)
+        return 2.0 * math.prod(left) * columns if left and right else None
+    if not is_attention(name):
+        return None
+    backward = name.endswith("_backward")
+    q, k, v = shapes[backward : backward + 3]  # (B, H, T, D), (B, K, S, D), (B, K, S, D)
+    if not len(q) == len(k) == len(v) == 4:
+        return None
+    context = float(k[2])
+    if next((value for value in values if isinstance(value, bool)), False) and q[2] == k[2]:
+        context = (context + 1) / 2  # the lower triangle
+    forward = 2.0 * math.prod(q[:3]) * context * (q[3] + v[3])
+    return 2 * forward if backward else forward
+
+
+def operator_bytes(name: str, shapes: Sequence[Argument], dtypes: Sequence[str]) -> float:
+    """Bytes read and written if each argument is read once, and a result as large as the largest of them written."""
+    short = short_name(name)
+    sizes = [_numbers(shape) * _itemsize(dtype) for shape, dtype in zip(shapes, dtypes, strict=True) if shape]
+    if short in WITHOUT_MOVING or not sizes:
+        return 0.0
+    if short in MATRIX_PRODUCTS:
+        left, right, columns = _matrices(short, shapes)
+        if not (left and right):
+            return 0.0
+        result = math.prod(left[:-1]) * columns
+        return (math.prod(left) + math.prod(right) + result) * _itemsize(dtypes[MATRIX_PRODUCTS[short]])
+    if short in ("fill_", "zero_"):
+        return sizes[0]
+    if short in ("copy_", "clone", "contiguous", "_to_copy"):
+        return 2.0 * sizes[-1]
+    if short in LOOKUPS:
+        return _numbers(shapes[1]) * 2.0 * shapes[0][-1] * _itemsize(dtypes[0])
+    if short in OPTIMIZERS:
+        return sum(sizes) + 3 * sizes[0]
+    if is_attention(name) and short.endswith("_backward"):
+        return sum(sizes) + sum(sizes[1:4])  # the gradients of q, k and v
+    return sum(sizes) + (0.0 if short.startswith(SMALL_RESULT) and not short.endswith("_backward") else max(sizes))
+
+
+def _matrices(short: str, shapes: Sequence[Argument]) -> tuple[Argument, Argument, int]:
+    """Both factors and the columns of the second, which `linear` has transposed."""
+    first = MATRIX_PRODUCTS[short]
+    left, right = shapes[first], shapes[first + 1]
+    return left, right, (right[0] if short == "linear" else right[-1]) if right else 0
+
+
+def _numbers(argument: Argument) -> float:
+    """In a tensor or a list of tensors."""
+    if any(isinstance(part, Sequence) for part in argument):
+        return sum(_numbers(part) for part in argument)
+    return float(math.prod(argument))
+
+
+def _itemsize(dtype: str) -> int:
+    return BYTES.get(dtype, UNKNOWN_BYTES)

@@ -1,0 +1,216 @@
+"""A profile on disk: profile.json, trace.json and a picture, written together or not at all. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+
+from utils.errors import UserError
+from utils.files import sync_folder, write_atomic, write_json
+
+SCHEMA_VERSION: Literal[1] = 1
+PROFILE, TRACE, PICTURE = "profile.json", "trace.json", "profile.png"
+FOLDER = Path("artifacts", "profile")  # in a run directory
+MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS = "matrix products", "attention", "other operators"
+OTHER = "other"  # the phase of what is in no phase
+
+
+class Part(BaseModel):
+    """Unknown keys are left out: a later version may add some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Machine(Part):
+    """Where it was measured. dtype: of the matrix products of training; compile: whether the model was compiled."""
+
+    device: str
+    processor: str
+    dtype: str
+    threads: int
+    torch: str
+    compile: bool
+
+
+class Limits(Part):
+    """What the machine reaches: GFLOP/s in a matrix product, by dtype; GB/s of a copy, reading and writing counted."""
+
+    gemm: dict[str, float]
+    copy_gbytes: float
+
+
+class PhaseTime(Part):
+    """A part of a step. ms, calls: per step; gflop: of its matrix products, per step."""
+
+    name: str
+    calls: float
+    ms: float
+    gflop: float
+
+
+class OperatorTime(Part):
+    """Calls of one operator in one phase, with the operators that it calls, per step under the profiler.
+
+    kind: matrix products, attention or other operators. gbyte: estimated from shapes.
+    """
+
+    name: str
+    phase: str
+    kind: str
+    calls: float
+    ms: float
+    gflop: float
+    gbyte: float
+
+
+class Memory(Part):
+    """Bytes. activations: what autograd keeps of one micro-step's forward pass; none: not measured.
+
+    peak: the most in a step: of all tensors on a GPU, else of what the process has grown by for model and training.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None = None
+    peak: int | None = None
+
+
+class Generation(Part):
+    """One sequence. prefill: of `prompt` tokens in one pass; decode: one token, the mean of `decoded` of them.
+
+    gbyte: weights and cached keys and values that one token must read.
+    """
+
+    dtype: str
+    prompt: int
+    prefill_ms: float
+    prefill_gflop: float
+    decoded: int
+    decode_ms: float
+    decode_gbyte: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return 1000 * self.prompt / self.prefill_ms
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return 1000 / self.decode_ms
+
+
+class Profile(Part):
+    """What one looks at. run, step: of a profile that was made in a run.
+
+    step_ms: one step, without the profiler; phases_ms: with a pause for the device after each phase;
+    profiled_ms: under the profiler. gflop: what the model needs for a step. operator_times: whether operators
+    have the time of their work (on MPS the profiler sees only the time of their launch).
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    run: str | None = None
+    step: int | None = None
+    machine: Machine
+    config: dict[str, dict[str, Any]]
+    parameters: int
+    tokens_per_step: int
+    steps: int
+    step_ms: float | None
+    phases_ms: float
+    profiled_ms: float
+    gflop: float
+    limits: Limits | None
+    phases: list[PhaseTime]
+    operators: list[OperatorTime]
+    operator_times: bool
+    memory: Memory
+    generation: Generation | None = None
+
+    @property
+    def best_ms(self) -> float:
+        """A step as it is without being watched, as far as that is known."""
+        return self.step_ms if self.step_ms is not None else self.phases_ms
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tokens_per_second(self) -> float:
+        return 1000 * self.tokens_per_step / self.best_ms
+
+    @property
+    def gflops(self) -> float:
+        """Of a step, GFLOP/s."""
+        return 1000 * self.gflop / self.best_ms
+
+    @property
+    def gemm(self) -> float | None:
+        """The limit of training's matrix products, GFLOP/s."""
+        return None if self.limits is None else self.limits.gemm[self.machine.dtype]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP/s utilisation [Chowdhery et al. 2022], of the matrix product measured here."""
+        return None if self.gemm is None else self.gflops / self.gemm
+
+    @property
+    def operators_ms(self) -> dict[str, float]:
+        """Time of each kind of operator, and of no operator, in a step under the profiler."""
+        times = dict.fromkeys((MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS), 0.0)
+        for operator in self.operators:
+            times[operator.kind] += operator.ms
+        return {**times, "no operator": max(0.0, self.profiled_ms - sum(times.values()))}
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile in a file, a folder that --out wrote, or a run directory.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    places = [path, path / PROFILE, path / FOLDER / PROFILE]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: there is no {PROFILE}: python profile_model.py --out DIR writes one")
+    try:
+        record = json.loads(found.read_text(encoding="utf-8"))
+        version = record["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{found}: schema_version is {version}; this program reads {SCHEMA_VERSION}")
+        return Profile.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{found}: no profile: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{found}: no profile: {type(error).__name__}: {error}") from None
+
+
+def save_profile(folder: Path, profile: Profile, trace: bytes, draw: Callable[[Profile, Path], object]) -> list[Path]:
+    """Write the three files into `folder`, which is made; where one cannot be written, none is replaced.
+
+    Args:
+        trace: a Chrome trace (open it in chrome://tracing or Perfetto).
+        draw: writes the picture.
+
+    Raises:
+        OSError: the folder cannot be made or written, or is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".profile.") as name:
+        new = Path(name)
+        write_atomic(new / TRACE, trace)
+        draw(profile, new / PICTURE)
+        write_json(new / PROFILE, profile.model_dump(mode="json"))
+        names = (TRACE, PICTURE, PROFILE)
+        for file in names:
+            os.replace(new / file, folder / file)
+    sync_folder(folder)
+    return [folder / file for file in reversed(names)]
