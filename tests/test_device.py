@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from utils import device
 from utils.config import TrainConfig
 from utils.device import (
     DeviceError,
@@ -213,3 +214,17 @@ def test_facts_name_the_device_and_the_threads() -> None:
     assert facts["device"] == "cpu"
     assert facts["torch threads"] == str(torch.get_num_threads())
     assert facts["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [("flags\t: fpu avx512f avx512_bf16 sse", True), ("Features\t: fp asimd bf16", True), ("flags\t: fpu avx2", False)],
+)
+def test_a_processor_says_whether_it_has_units_for_bfloat16(
+    cpuinfo: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = dict(line.split("\t: ") for line in [cpuinfo])
+    monkeypatch.setattr(device, "_cpuinfo", lambda field: fields.get(field, ""))
+    device._cpu_flags.cache_clear()
+    assert device.has_bf16_units(CPU) is has
+    device._cpu_flags.cache_clear()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from utils import muon
 from utils.muon import Muon, newton_schulz, update_scale
 
 
@@ -31,6 +32,20 @@ def test_newton_schulz_keeps_the_singular_vectors() -> None:
     y = newton_schulz(x)
     aligned = u.mT @ y @ vh.mT  # diagonal
     assert (aligned - torch.diag_embed(aligned.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("units", "tolerance"), [(True, 0.03), (False, 1e-5)])
+def test_updates_are_computed_in_bfloat16_where_there_are_units_for_it(
+    units: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "has_bf16_units", lambda device: units)
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    weight.grad = matrices(1, 8, 8)[0]
+    Muon([{"params": [weight], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "blocks": [[8]]}]).step()
+    expected = -update_scale((8, 8)) * newton_schulz(weight.grad[None])[0]
+    error = (weight.detach() - expected).norm() / expected.norm()
+    assert error < tolerance
+    assert units == (error > 1e-4)
 
 
 def test_newton_schulz_of_a_zero_gradient_is_zero() -> None:

@@ -18,6 +18,9 @@ from utils.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # of /proc/cpuinfo: x86, x86, ARM
+
+
 class DeviceError(UserError):
     """A device or precision that this machine does not have."""
 
@@ -58,18 +61,25 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision of matrix products; `auto` is bfloat16 on CUDA that has it, else float32.
 
-    bfloat16 on a CPU without such units is emulated, 3 times slower than float32 (docs/LOG.md), so it is
-    taken only when asked for.
+    On a CPU bfloat16 is taken only when asked for: small models gain nothing even where there are units for it, and
+    without such units it is emulated, 3 times slower than float32 (docs/LOG.md).
 
     Raises:
         DeviceError: the device cannot compute in it.
     """
-    bf16_on_cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16_on_cuda = device.type == "cuda" and has_bf16_units(device)
     if name == "auto":
         return torch.bfloat16 if bf16_on_cuda else torch.float32
     if name == "bfloat16" and device.type == "cuda" and not bf16_on_cuda:
         raise DeviceError(f"dtype bfloat16 is not supported by {torch.cuda.get_device_name(device)}; use float16")
     return DTYPES[name]
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are computed as such, several times as fast as in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not BF16_FLAGS.isdisjoint(_cpu_flags())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -128,11 +138,21 @@ def device_facts(device: torch.device) -> Mapping[str, str]:
 
 
 def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core; empty: nothing."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return ""
 
 
 def memory_in_use(device: torch.device) -> int:
