@@ -13,7 +13,6 @@ from utils.config_loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
 
 T = TypeVar("T")
-Number = TypeVar("Number", int, float)
 RESAMPLES = 2000
 
 
@@ -21,21 +20,6 @@ def add_config_flag(parser: Parser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", action="append", default=[], type=Path, help="further settings (repeatable)"
     )
-
-
-def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
-    """The value of a flag that takes a comma-separated list.
-
-    Raises:
-        UserError: not a number, too small, or none at all.
-    """
-    try:
-        values = [kind(word) for word in text.split(",") if word.strip()]
-    except ValueError:
-        values = []
-    if not values or min(values) < least:
-        raise UserError(f"{flag}: expected numbers >= {least:g}, separated by commas, got {text!r}")
-    return values
 
 
 def at_least(least: int, **flags: int) -> None:
