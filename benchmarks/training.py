@@ -56,7 +56,7 @@ NANOGPT = {
     "dropout": 0.0,
     "position": "learned",
     "norm": "layernorm",
-    "mlp": "gelu",  # TODO gelu_tanh, as soon as the model has it
+    "mlp": "gelu",  # GPT-2's own is gelu_tanh
     "bias": True,
     "batch_size": 12,
     "learning_rate": 1e-3,
