@@ -56,7 +56,7 @@ NANOGPT = {
     "dropout": 0.0,
     "position": "learned",
     "norm": "layernorm",
-    "mlp": "gelu",  # GPT-2's own is gelu_tanh
+    "mlp": "gelu_tanh",
     "bias": True,
     "batch_size": 12,
     "learning_rate": 1e-3,
@@ -65,7 +65,7 @@ NANOGPT = {
     "weight_decay": 0.1,
     "grad_clip": 1.0,
 }
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}  # our names, and theirs
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}  # our names -> theirs
 
 
 @script
@@ -168,14 +168,19 @@ def gpt2_settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 def beyond_gpt2(config: Config) -> list[str]:
     """What our side has and the other side has not: "position rope", "mlp swiglu"."""
     form, model = gpt2_form(config.model), config.model
-    derived = {"n_kv_head": model.kv_heads, "head_dim": model.head_width, "ffn_dim": model.ffn_width}
-    plain = {"n_kv_head": form.kv_heads, "head_dim": form.head_width, "ffn_dim": form.ffn_width}
-    ours, theirs = model.model_dump() | derived, form.model_dump() | plain
+    ours, theirs = (shape.model_dump() | _derived(shape) for shape in (model, form))
     unused = set() if model.position == "rope" else {"rope_theta"}
     found = [f"{key} {_word(ours[key])}" for key in ours if ours[key] != theirs[key] and key not in unused]
     if config.optimizer.optimizer_name != "adamw":
         found.append(f"optimizer {config.optimizer.optimizer_name}")
     return found + (["compile on"] if config.train.compile else [])
+
+
+def _derived(model: ModelConfig) -> dict[str, Any]:
+    """What settings that are none come to."""
+    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
+    sizes = {"n_kv_head": model.kv_heads, "head_dim": model.head_width, "ffn_dim": model.ffn_width}
+    return {**sizes, "qkv_bias": qkv_bias}
 
 
 def _word(value: object) -> str:

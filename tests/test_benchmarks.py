@@ -306,10 +306,10 @@ def test_gpt2_gets_the_shape_of_our_model() -> None:
 
 
 def test_what_gpt2_cannot_be_is_told() -> None:
-    assert training_benchmark.beyond_gpt2(Config(model=ModelConfig(ffn_dim=100, n_kv_head=4))) == []
+    assert training_benchmark.beyond_gpt2(Config(model=ModelConfig(ffn_dim=100, n_kv_head=4, qkv_bias=True))) == []
     llama = ModelConfig(n_kv_head=2, position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
     found = training_benchmark.beyond_gpt2(Config(model=llama, optimizer=OptimizerConfig(learning_rate=1e-4)))
-    assert found == ["n_kv_head 2", "position rope", "norm rmsnorm", "mlp swiglu", "bias off"]
+    assert found == ["n_kv_head 2", "position rope", "norm rmsnorm", "mlp swiglu", "bias off", "qkv_bias off"]
 
 
 def test_a_shape_that_gpt2_cannot_have_is_a_mistake(tmp_path: Path) -> None:
