@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup baseline test test-slow lint bench schema lock clean
+.PHONY: setup baseline test test-slow lint bench bench-training schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.shakespeare
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.crash_test
+	$(BIN)/python -m benchmarks.scaling
+
+bench-training: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 schema: $(VENV)/.installed
 	$(BIN)/python -m utils.config > docs/config.schema.json
@@ -58,6 +62,10 @@ $(VENV)/.installed: requirements.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
+	$(BIN)/pip install -q -r requirements-bench.txt
 	touch $@
 
 clean:

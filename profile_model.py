@@ -3,6 +3,7 @@
 python profile_model.py                          # the merged configuration, as train.py would run it
 python profile_model.py --n-embd 256 --steps 20
 python profile_model.py --out profile/           # also profile.json, profile.png and trace.json (Chrome trace)
+python profile_model.py --sweep                  # instead: a table of steps by batch and block size
 python profile_model.py --compare before/ after/ # two profiles side by side: folders, files or run directories
 
 `train.py --profile-step N` profiles a step of a real run into its artifacts/profile/.
@@ -43,6 +44,9 @@ def add_own_flags(parser: Parser) -> None:
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side"
     )
+    parser.add_argument("--sweep", action="store_true", help="show what a step costs by batch and block size")
+    parser.add_argument("--batch-sizes", metavar="A,B", help="of --sweep (default: 1/4 to 4 times batch_size)")
+    parser.add_argument("--block-sizes", metavar="A,B", help="of --sweep (default: 1/2 to 2 times block_size)")
 
 
 @script
@@ -53,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     for name, least in (("steps", 1), ("warmup", 0), ("top", 1)):
         if getattr(parsed.own, name) < least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(parsed.own, name)}")
+    if not parsed.own.sweep and (parsed.own.batch_sizes is not None or parsed.own.block_sizes is not None):
+        raise UserError("--batch-sizes and --block-sizes belong to --sweep")
     if parsed.own.compare:
         return compare(parsed)
     return profile(parsed)
@@ -82,6 +88,12 @@ def profile(parsed: ExperimentArguments) -> int:
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be made: {error.strerror}") from None
     terminal = Terminal()
+    if args.sweep:
+        from utils.sweep import report_sweep
+
+        sizes = (args.batch_sizes, args.block_sizes)
+        report_sweep(setup, *sizes, steps=args.steps, warmup=args.warmup, out=args.out, terminal=terminal)
+        return 0
     with torch_settings(setup.config.train, setup.device):
         measured, times = measure(setup, args, terminal)
     terminal.print(*profile_tables(measured, args.top))

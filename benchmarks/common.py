@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import random
 import statistics
+import string
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from utils.cli import PROJECT_ROOT, Parser
 from utils.config_loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
-Number = TypeVar("Number", int, float)
 RESAMPLES = 2000
+ALPHABET = string.printable[:64] + "\n"  # as many characters as Tiny Shakespeare has
+GEMM_SIZES, GEMM_REPEATS = (1024, 2048), 5
+# A process of its own starts a command: a child's memory is counted from that of its parent, which has torch here.
+LAUNCHER = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+status = subprocess.run(sys.argv[1:]).returncode
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a command did. memory_mb: the most that was resident at once."""
+
+    output: str
+    seconds: float
+    memory_mb: float
 
 
 def add_config_flag(parser: Parser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", action="append", default=[], type=Path, help="further settings (repeatable)"
     )
-
-
-def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
-    """The value of a flag that takes a comma-separated list.
-
-    Raises:
-        UserError: not a number, too small, or none at all.
-    """
-    try:
-        values = [kind(word) for word in text.split(",") if word.strip()]
-    except ValueError:
-        values = []
-    if not values or min(values) < least:
-        raise UserError(f"{flag}: expected numbers >= {least:g}, separated by commas, got {text!r}")
-    return values
 
 
 def at_least(least: int, **flags: int) -> None:
@@ -52,6 +63,48 @@ def load_config(files: Iterable[Path], folder: Path, overrides: Mapping[str, str
     """configs/, then `files`, then `overrides`; runs and the Aim repository lie in `folder`."""
     places = {"runs_dir": str(folder / "runs"), "aim_repo": str(folder)}
     return ConfigLoader(PROJECT_ROOT).load(files, {**places, **overrides})
+
+
+def random_text(path: Path, characters: int = 200_000) -> Path:
+    """A corpus for what times steps: no download, a vocabulary of 65, and no character so rare that its state fades."""
+    path.write_text("".join(random.Random(0).choices(ALPHABET, k=characters)), encoding="utf-8")
+    return path
+
+
+def launch(words: Sequence[str], name: str) -> Launched:
+    """Run a command in the project's folder, and measure it.
+
+    Args:
+        name: of the command in a message.
+
+    Raises:
+        UserError: it fails.
+    """
+    command = [sys.executable, "-c", LAUNCHER, *words]
+    result = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    *errors, measured = result.stderr.strip().splitlines()
+    if result.returncode:
+        raise UserError(f"{name}: {errors[-1] if errors else f'ended with {result.returncode}'}")
+    seconds, memory = map(float, measured.split())
+    return Launched(result.stdout, seconds, memory * (1 if sys.platform == "darwin" else 1024) / 1e6)
+
+
+def gemm_gflops(device: torch.device) -> float:
+    """The most that square matrix products in float32 reach here, in 1e9 operations a second."""
+    import torch
+
+    from utils.device import synchronize
+
+    best = 0.0
+    for size in GEMM_SIZES:
+        a, b = (torch.randn(size, size, device=device) for _ in range(2))
+        for _ in range(GEMM_REPEATS + 1):  # the first one finds cold caches, and is never the best
+            synchronize(device)
+            began = time.perf_counter()
+            torch.mm(a, b)
+            synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
+    return best
 
 
 def machine_facts() -> str:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,19 +24,11 @@ from rich.table import Table
 from benchmarks import common
 from utils.cli import PROJECT_ROOT, Parser, script
 from utils.console import Terminal
-from utils.errors import UserError
 
 WHERE = "status = 'completed' and learning_rate > 1e-3"
 GROUP_BY = "SELECT run, min(train_loss), avg(grad_norm), count(*) FROM metrics GROUP BY run ORDER BY 2 LIMIT 10"
 LIMITS = {"list": 1.0, "list --where": 1.0, "diff": 0.7, "sql GROUP BY": 2.5}  # seconds
 MEMORY_LIMIT = 500.0  # MB, resident, of any command
-# A process of its own starts the command: a child's memory is counted from that of its parent, which has torch here.
-MEASURE = """
-import resource, subprocess, sys, time
-began = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
-print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
-"""
 RATES = (3e-4, 1e-3, 3e-3)
 
 
@@ -116,12 +107,8 @@ def measure(words: Sequence[str]) -> tuple[float, float]:
     Raises:
         UserError: it fails.
     """
-    command = [sys.executable, "-c", MEASURE, sys.executable, str(PROJECT_ROOT / "experiments.py"), *words]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise UserError(f"{' '.join(words)}: {result.stderr.strip()}")
-    seconds, memory = map(float, result.stderr.split())
-    return seconds, memory / (1e3 if sys.platform != "darwin" else 1e6)
+    done = common.launch([sys.executable, str(PROJECT_ROOT / "experiments.py"), *words], " ".join(words))
+    return done.seconds, done.memory_mb
 
 
 def duckdb_alone(runs_dir: Path) -> float:

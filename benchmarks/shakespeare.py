@@ -18,8 +18,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.common import add_config_flag, at_least, load_config, machine_facts, numbers, verdict
-from utils.cli import PROJECT_ROOT, Parser, script
+from benchmarks.common import add_config_flag, at_least, load_config, machine_facts, verdict
+from utils.cli import PROJECT_ROOT, Parser, numbers, script
 from utils.config_loader import LoadedConfig
 from utils.console import Terminal
 from utils.errors import UserError

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.common import add_config_flag, load_config, machine_facts, numbers, verdict
+from benchmarks.common import add_config_flag, load_config, machine_facts, verdict
 from benchmarks.shakespeare import Trained, measure
-from utils.cli import PROJECT_ROOT, Parser, script
+from utils.cli import PROJECT_ROOT, Parser, numbers, script
 from utils.console import Terminal
 from utils.errors import UserError, nearest
 

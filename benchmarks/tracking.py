@@ -38,7 +38,7 @@ from benchmarks.switched_run import (
     run_switched,
     schedule,
 )
-from utils.cli import Parser, script
+from utils.cli import Parser, numbers, script
 from utils.config_loader import LoadedConfig
 from utils.console import Terminal
 from utils.errors import UserError
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     parts = [part.strip() for part in args.parts.split(",")]
     if unknown := set(parts) - set(PARTS):
         raise UserError(f"--parts: unknown: {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
-    lengths = common.numbers(args.step_ms, "--step-ms", float, 0.1)
+    lengths = numbers(args.step_ms, "--step-ms", float, 0.1)
     terminal = Terminal()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -7,15 +7,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
-from benchmarks import checkpoints, common, crash_test, experiments, shakespeare, startup, switched_run, tracking
+from benchmarks import (
+    checkpoints,
+    common,
+    crash_test,
+    experiments,
+    scaling,
+    shakespeare,
+    startup,
+    switched_run,
+    tracking,
+    training_arms,
+)
+from benchmarks import training as training_benchmark
 from benchmarks.switched_run import ALL, LOG, NAIVE, OFF
+from benchmarks.training_arms import ARMS, BARE, HF_TRAINER, LIGHTNING, PEAK, TRACKED, UNTRACKED, Result, Task
+from model import LanguageModel
 from utils import training
+from utils.config import Config, ModelConfig, OptimizerConfig
 from utils.errors import UserError
 from utils.run_log import read_metrics
 
@@ -23,9 +40,11 @@ COMMANDS = {
     "checkpoints": checkpoints.main,
     "crash_test": crash_test.main,
     "experiments": experiments.main,
+    "scaling": scaling.main,
     "shakespeare": shakespeare.main,
     "startup": startup.main,
     "tracking": tracking.main,
+    "training": training_benchmark.main,
 }
 
 
@@ -177,6 +196,9 @@ def test_help_does_not_import_torch(name: str) -> None:
         ("tracking", ["--parts", "stps"], "--parts: unknown: stps; expected steps, records, closing"),
         ("checkpoints", ["--parts", "tape"], "unknown: tape; expected loop, disk"),
         ("crash_test", ["--kills", "0"], "--kills must be at least 1"),
+        ("scaling", ["--out", "scaling.svg"], "--out scaling.svg: expected a file that ends in .png"),
+        ("scaling", ["--out", "/no/such/folder/a.png"], "--out /no/such/folder/a.png: there is no folder"),
+        ("training", ["--warmup", "10"], "--warmup must be at least 65, not 10"),
         ("startup", ["--repeat", "3"], "unknown flag --repeat; did you mean --repeats?"),
     ],
 )
@@ -220,3 +242,150 @@ def test_ratio_is_that_of_the_medians_and_one_outlier_is_outside_its_interval() 
 
 def test_ratio_keeps_the_runs_of_a_repeat_together() -> None:
     assert common.ratio_interval([2.0, 4.0, 18.0], [1.0, 2.0, 9.0]) == (2.0, 2.0, 2.0)
+
+
+# ----------------------------------------------------------------------------- ours, transformers and Lightning
+
+
+def tiny_task(arm: str, tmp_path: Path, *files: Path, **model: Any) -> Task:
+    """A task of one layer, 70 steps; further settings of the model win."""
+    (tmp_path / "task").mkdir(exist_ok=True)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2, "threads": 1, **model}
+    (tmp_path / "sizes.yaml").write_text("".join(f"{key}: {value}\n" for key, value in sizes.items()))
+    config = training_benchmark.experiment([tmp_path / "sizes.yaml", *files], tmp_path)
+    task = training_benchmark.make_task(arm, config, steps=5, warmup=65, folder=tmp_path)
+    return replace(task, folder=str(tmp_path / "task"))
+
+
+@pytest.mark.parametrize("arm", [TRACKED, UNTRACKED])
+def test_our_arm_trains_with_and_without_tracking(arm: str, tmp_path: Path) -> None:
+    result = training_arms.run(tiny_task(arm, tmp_path))
+    assert result.step_ms > 0
+    assert (
+        result.parameters
+        == LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8), 65).num_parameters()
+    )
+    (run,) = (tmp_path / "task" / "runs").iterdir()
+    steps = [step for step, _ in read_metrics(run / "logs", "train/loss")]
+    assert steps == (list(range(70)) if arm == TRACKED else [])
+    assert (run / "logs" / "fed_aim.json").exists() == (arm == TRACKED)
+
+
+def test_only_the_steps_after_the_warmup_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(training_arms.time, "perf_counter", lambda: now)
+    opened = []
+    clock = training_arms.StepClock(tiny_task(TRACKED, tmp_path), lambda: opened.append(now))
+    for step in range(70):
+        now += 1.0 if step < 65 else 0.001 * (step - 64)
+        clock.step_done()
+    assert opened == [65.0]
+    assert clock.step_ms == pytest.approx(3.0)  # the mean of 1, 2, 3, 4 and 5
+
+
+def test_an_arm_is_a_process_of_its_own_whose_memory_and_threads_are_told(tmp_path: Path) -> None:
+    result, memory_mb = training_benchmark.measure(tiny_task(PEAK, tmp_path))
+    assert result.threads == 1
+    assert result.gflops > 0
+    assert 100 < memory_mb < 2000
+
+
+def test_an_arm_that_fails_is_one_line(tmp_path: Path) -> None:
+    task = replace(tiny_task(UNTRACKED, tmp_path), config=str(tmp_path / "gone.json"))
+    with pytest.raises(UserError, match=r"^ours, no tracking: .*gone\.json"):
+        training_benchmark.measure(task)
+
+
+def test_gpt2_gets_the_shape_of_our_model() -> None:
+    model = ModelConfig(n_layer=3, n_head=2, n_embd=16, ffn_dim=48, block_size=8, dropout=0.1, norm_eps=1e-6)
+    settings = training_benchmark.gpt2_settings(model, 65)
+    assert settings.items() >= {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_inner": 48, "n_positions": 8}.items()
+    assert settings.items() >= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}.items()
+    assert settings.items() >= {"vocab_size": 65, "layer_norm_epsilon": 1e-6, "activation_function": "gelu"}.items()
+    assert training_benchmark.gpt2_settings(ModelConfig(), 65)["n_inner"] == 4 * 128
+
+
+def test_what_gpt2_cannot_be_is_told() -> None:
+    assert training_benchmark.beyond_gpt2(Config(model=ModelConfig(ffn_dim=100, n_kv_head=4, qkv_bias=True))) == []
+    llama = ModelConfig(n_kv_head=2, position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
+    found = training_benchmark.beyond_gpt2(Config(model=llama, optimizer=OptimizerConfig(learning_rate=1e-4)))
+    assert found == ["n_kv_head 2", "position rope", "norm rmsnorm", "mlp swiglu", "bias off", "qkv_bias off"]
+
+
+def test_a_shape_that_gpt2_cannot_have_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"GPT-2 needs n_embd \(16\) divisible by n_head \(3\)"):
+        tiny_task(BARE, tmp_path, n_head=3, head_dim=4)
+
+
+def test_without_the_other_packages_training_says_how_to_install_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_benchmark, "PACKAGES", ("torch", "no_such_package"))
+    assert training_benchmark.main([]) == 2
+    message = "error: not installed: no_such_package; python -m pip install -r requirements-bench.txt\n"
+    assert capsys.readouterr().err == message
+
+
+def test_training_prints_ratios_limits_and_what_matrix_products_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step_ms = {TRACKED: 10.0, UNTRACKED: 9.0, HF_TRAINER: 15.0}
+
+    def measured(task: Task) -> tuple[Result, float]:
+        return Result(step_ms.get(task.arm, 20.0), 800, task.threads, gflops=100.0), 300.0 + len(task.arm)
+
+    monkeypatch.setattr(training_benchmark, "PACKAGES", ())
+    monkeypatch.setattr(training_benchmark, "measure", measured)
+    assert training_benchmark.main(["--repeats", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert all(arm in printed for arm in ARMS)
+    assert f"{TRACKED} / {BARE}: 2.00 (95%: 2.00-2.00), at least 1.7 reached" in printed
+    assert f"{TRACKED} / {HF_TRAINER}: 1.50 (95%: 1.50-1.50), at least 2 missed" in printed
+    assert f"{TRACKED} / {LIGHTNING}: 2.00" in printed
+    assert "3.82 GFLOP a step, 38.2 ms at the 100 GFLOP/s" in printed
+    assert "peak memory: 318 MB, bare loop 309 MB, no higher: missed" in printed
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_head": 1, "ffn_dim": 40, "block_size": 5}])
+def test_gpt2_has_as_many_parameters_as_ours(shape: dict[str, int], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    task = tiny_task(BARE, tmp_path, **shape)
+    model = ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, **shape})
+    assert training_arms.gpt2(task).num_parameters() == LanguageModel(model, 65).num_parameters()
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in (TRACKED, UNTRACKED)])
+def test_the_other_arms_train(arm: str, tmp_path: Path) -> None:
+    for package in training_benchmark.PACKAGES:
+        pytest.importorskip(package)
+    result, _ = training_benchmark.measure(tiny_task(arm, tmp_path))
+    assert result.step_ms > 0
+    assert result.parameters > 0
+
+
+# ------------------------------------------------------------------------------------------------ scaling
+
+
+def test_predictions_grow_with_the_operations_from_the_base() -> None:
+    shapes = [shape for of_axis in scaling.shapes().values() for shape in of_axis.values()]
+    gflop = {shape: 2.0 * dict(shape)["n_layer"] for shape in shapes}
+    points = scaling.points_of(dict.fromkeys(shapes, 80.0), gflop)
+    assert {axis: [p.value for p in points if p.axis == axis] for axis in scaling.AXES} == {
+        axis: list(values) for axis, values in scaling.AXES.items()
+    }
+    assert [p.predicted_ms for p in points if p.axis == "n_layer"] == [20.0, 40.0, 80.0, 160.0, 320.0]
+    assert {p.predicted_ms for p in points if p.axis != "n_layer"} == {80.0}
+
+
+def test_scaling_prints_a_table_and_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 4, "batch_size": 2}
+    monkeypatch.setattr(scaling, "BASE", base)
+    monkeypatch.setattr(scaling, "AXES", {axis: (base[axis], 2 * base[axis]) for axis in scaling.AXES})
+    monkeypatch.setattr(common, "GEMM_SIZES", (64,))
+    out = tmp_path / "scaling.png"
+    assert scaling.main(["--repeats", "1", "--steps", "1", "--warmup", "0", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("batch size", "block size", "width", "depth", "ratio", "MFU", "written"))
+    assert out.read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,8 @@ LAYERS = {
     1: "device distributed flops roofline phases muon optim histograms step_buffer flight_recorder"
     " system_metrics tracking checkpoint " + RECORDS,
     2: "evaluation generation export profiling memory_profile generation_speed profile_assembly run_profiler"
-    " train_state checkpointing training gates start finish result callbacks monitor preflight reproduction",
+    " train_state checkpointing training gates start finish result callbacks monitor preflight reproduction"
+    " sweep",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, get_args, get_origin
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
 from utils.config import FIELDS, SECTIONS, Config, expected, field_fact, get_value
 from utils.config_loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
@@ -19,6 +19,7 @@ from utils.errors import UserError, nearest
 from utils.process import tune_process
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +59,21 @@ class Parser(argparse.ArgumentParser):
 def _dashed(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
+    """The value of a flag that takes a comma-separated list.
+
+    Raises:
+        UserError: not a number, too small, or none at all.
+    """
+    try:
+        values = [kind(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        values = []
+    if not values or min(values) < least:
+        raise UserError(f"{flag}: expected numbers >= {least:g}, separated by commas, got {text!r}")
+    return values
 
 
 def add_config_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:

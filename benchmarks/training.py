@@ -1,0 +1,286 @@
+"""How fast is a training step? Ours against the same model in Hugging Face transformers and in Lightning.
+
+python -m benchmarks.training                     # about 20 minutes on 2 CPU cores; needs requirements-bench.txt
+python -m benchmarks.training --config configs/presets/gpt2_124m.yaml --repeats 3 --steps 50
+
+nanoGPT's CPU model, written as GPT-2 writes it (learned positions, tanh GELU, biases, tied head), or what --config
+makes of it. Every arm is a process of its own with the same number of threads, float32, batch, length of windows,
+learning rate, weight decay and gradient clipping; all arms run once a repeat, in turning order. A step's time is the
+mean over the steps after the warmup, so that what happens every 50 or 250 steps counts; the table has medians over the
+repeats. Text is random characters: only time is measured.
+
+ours: train.py with log, TensorBoard, Aim and histograms as the configuration says (what the views lack when training
+ends is fed then, and not timed: see benchmarks.tracking), and the same with tracking off.
+bare loop: GPT2LMHeadModel, torch.optim.AdamW as it comes (and once with its fused kernel), clip_grad_norm_. It keeps no
+log and does not look at the loss.
+transformers.Trainer, Lightning's Trainer: around GPT2LMHeadModel, with logging, checkpoints, evaluation, progress bars
+and reports off (Lightning: barebones=True).
+
+Matrix products: what those of a step alone would take at the speed of a large one, measured in the same run; MFU is
+their share of the step. Peak memory is what the process had resident at once, imports included (on a GPU also its
+tensors).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks import common
+from benchmarks.training_arms import ARMS, BARE, FUSED, HF_TRAINER, LIGHTNING, MARK, PEAK, TRACKED, Result, Task
+from utils.cli import Parser, script
+from utils.config import Config, ModelConfig
+from utils.console import Terminal, facts
+from utils.errors import UserError
+from utils.files import write_json
+from utils.flops import training_flops
+
+PACKAGES = ("transformers", "accelerate", "lightning")
+LIMITS = {BARE: 1.7, HF_TRAINER: 2.0, LIGHTNING: 2.0}  # tokens/s of ours with all tracking over theirs
+LEAST_WARMUP = 65  # the views open after the first write of the log, which is due by then
+NANOGPT = {
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "block_size": 64,
+    "dropout": 0.0,
+    "position": "learned",
+    "norm": "layernorm",
+    "mlp": "gelu_tanh",
+    "bias": True,
+    "batch_size": 12,
+    "learning_rate": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}  # our names -> theirs
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("--steps", type=int, default=250, metavar="N", help="timed steps of a process (default: 250)")
+    parser.add_argument("--warmup", type=int, default=100, metavar="N", help="steps before them (default: 100)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="processes of each arm (default: 7)")
+    common.add_config_flag(parser)
+    args = parser.parse(argv)
+    common.at_least(1, steps=args.steps, repeats=args.repeats)
+    common.at_least(LEAST_WARMUP, warmup=args.warmup)
+    require(PACKAGES)
+    terminal = Terminal()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = experiment(args.config, folder)
+        tasks = {arm: make_task(arm, config, args.steps, args.warmup, folder) for arm in (PEAK, *ARMS)}
+        terminal.print(experiment_facts(config, tasks[TRACKED]))
+        arms = {arm: functools.partial(measure, task) for arm, task in tasks.items()}
+        measured = common.interleaved(arms, args.repeats, lambda line: terminal.print(f"  {line}"))
+    terminal.print(*report(config, measured, tasks[TRACKED].device), f"machine: {common.machine_facts()}")
+    return 0
+
+
+def require(packages: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: some of them are not installed.
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise UserError(f"not installed: {', '.join(missing)}; python -m pip install -r requirements-bench.txt")
+
+
+# --------------------------------------------------------------------------------------------- what is trained
+
+
+def experiment(files: Sequence[Path], folder: Path) -> Config:
+    """nanoGPT's CPU model, then `files`, with a corpus of random characters and in float32.
+
+    torch's threads are set as the configuration says.
+
+    Raises:
+        UserError: a mistake in the files, or GPT-2 cannot have such a shape.
+    """
+    import torch
+
+    write_json(folder / "nanogpt.json", NANOGPT)
+    fixed: dict[str, str | bool] = {
+        "dataset": str(common.random_text(folder / "random.txt")),
+        "corpora_dir": str(folder / "corpora"),
+        "gradient_accumulation_steps": "1",
+        "dtype": "float32",
+    }
+    config = common.load_config([folder / "nanogpt.json", *files], folder, fixed).config
+    if config.model.n_embd % config.model.n_head:
+        raise UserError(f"GPT-2 needs n_embd ({config.model.n_embd}) divisible by n_head ({config.model.n_head})")
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    train = config.train.model_copy(update={"threads": torch.get_num_threads()})
+    return config.model_copy(update={"train": train})
+
+
+def gpt2_form(model: ModelConfig) -> ModelConfig:
+    """The GPT-2 of the same depth, widths, heads, context and dropout."""
+    return ModelConfig(
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        n_embd=model.n_embd,
+        ffn_dim=model.ffn_width,
+        block_size=model.block_size,
+        dropout=model.dropout,
+        norm_eps=model.norm_eps,
+        mlp=model.mlp if model.mlp in ACTIVATIONS else NANOGPT["mlp"],
+        tie_embeddings=model.tie_embeddings,
+    )
+
+
+def gpt2_settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The arguments of GPT2Config for `gpt2_form(model)`; no token has a special meaning."""
+    form = gpt2_form(model)
+    return {
+        "vocab_size": vocab_size,
+        "n_positions": form.block_size,
+        "n_embd": form.n_embd,
+        "n_layer": form.n_layer,
+        "n_head": form.n_head,
+        "n_inner": form.ffn_width,
+        "activation_function": ACTIVATIONS[form.mlp],
+        "layer_norm_epsilon": form.norm_eps,
+        "resid_pdrop": form.dropout,
+        "embd_pdrop": form.dropout,
+        "attn_pdrop": form.dropout,
+        "tie_word_embeddings": form.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def beyond_gpt2(config: Config) -> list[str]:
+    """What our side has and the other side has not: "position rope", "mlp swiglu"."""
+    form, model = gpt2_form(config.model), config.model
+    ours, theirs = (shape.model_dump() | _derived(shape) for shape in (model, form))
+    unused = set() if model.position == "rope" else {"rope_theta"}
+    found = [f"{key} {_word(ours[key])}" for key in ours if ours[key] != theirs[key] and key not in unused]
+    if config.optimizer.optimizer_name != "adamw":
+        found.append(f"optimizer {config.optimizer.optimizer_name}")
+    return found + (["compile on"] if config.train.compile else [])
+
+
+def _derived(model: ModelConfig) -> dict[str, Any]:
+    """What settings that are none come to."""
+    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
+    sizes = {"n_kv_head": model.kv_heads, "head_dim": model.head_width, "ffn_dim": model.ffn_width}
+    return {**sizes, "qkv_bias": qkv_bias}
+
+
+def _word(value: object) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
+
+
+def make_task(arm: str, config: Config, steps: int, warmup: int, folder: Path) -> Task:
+    from utils.device import choose_device
+
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+    optimizer = config.optimizer
+    assert config.train.threads is not None
+    return Task(
+        arm=arm,
+        config=str(folder / "config.json"),
+        gpt2=gpt2_settings(config.model, len(common.ALPHABET)),
+        batch_size=config.train.batch_size,
+        learning_rate=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.adam_eps,
+        weight_decay=optimizer.weight_decay,
+        grad_clip=optimizer.grad_clip,
+        steps=steps,
+        warmup=warmup,
+        threads=config.train.threads,
+        device=choose_device(config.train.device).type,
+        folder=str(folder),
+    )
+
+
+def experiment_facts(config: Config, task: Task) -> Any:
+    model = config.model
+    shape = f"{model.n_layer} layers, {model.n_head} heads, n_embd {model.n_embd}, {model.mlp}"
+    data = f"{task.batch_size} x {model.block_size} tokens, vocabulary {len(common.ALPHABET)}"
+    lines = [("model", shape), ("batch", data), ("device", f"{task.device}, float32, {task.threads} threads")]
+    if more := beyond_gpt2(config):
+        lines.append(("ours alone", ", ".join(more)))
+    return facts(lines)
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(task: Task) -> tuple[Result, float]:
+    """What an arm found in a process of its own, and the most memory that it had resident, in MB.
+
+    Raises:
+        UserError: it failed, or did not compute with the threads that it was given.
+    """
+    with tempfile.TemporaryDirectory(dir=task.folder) as folder:
+        path = Path(folder) / "task.json"
+        (Path(folder) / "own").mkdir()
+        write_json(path, asdict(task) | {"folder": str(Path(folder) / "own")})
+        done = common.launch([sys.executable, "-m", "benchmarks.training_arms", str(path)], task.arm)
+    (line,) = (line for line in done.output.splitlines() if line.startswith(MARK))
+    result = Result(**json.loads(line.removeprefix(MARK)))
+    if result.threads != task.threads:
+        raise UserError(f"{task.arm}: computed with {result.threads} threads, not {task.threads}")
+    return result, done.memory_mb
+
+
+def report(config: Config, measured: Mapping[str, Sequence[tuple[Result, float]]], device: str) -> list[Any]:
+    """The table and the lines below it."""
+    tokens = config.train.batch_size * config.model.block_size
+    gflops = statistics.median(result.gflops for result, _ in measured[PEAK])
+    step_ms = {arm: statistics.median(result.step_ms for result, _ in measured[arm]) for arm in ARMS}
+    speeds = {arm: [tokens / result.step_ms * 1000 for result, _ in measured[arm]] for arm in ARMS}
+    memory = {arm: max(resident for _, resident in measured[arm]) for arm in ARMS}
+    parameters = {arm: measured[arm][0][0].parameters for arm in ARMS}
+    table = Table(title="Training steps, medians of processes in turn", title_justify="left", title_style="bold")
+    table.add_column("", style="cyan", no_wrap=True)
+    for header in ["ms/step", "tokens/s", "/ bare (95%)", "MFU", "peak MB"] + ["GPU MB"] * (device == "cuda"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for arm, ms in step_ms.items():
+        ratio, low, high = common.ratio_interval(speeds[arm], speeds[BARE])
+        cells = [f"{ms:.2f}", f"{tokens / ms * 1000:,.0f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
+        cells += [f"{gflop(config, arm) / gflops * 1000 / ms:.0%}", f"{memory[arm]:,.0f}"]
+        if device == "cuda":
+            cells.append(f"{max(result.gpu_mb for result, _ in measured[arm]):,.0f}")
+        table.add_row(arm, *cells)
+    needed = gflop(config, TRACKED)
+    lines = [
+        f"parameters: ours {parameters[TRACKED]:,}, GPT-2 {parameters[BARE]:,}",
+        f"matrix products: {needed:.2f} GFLOP a step, {needed / gflops * 1000:.1f} ms at the {gflops:,.0f} GFLOP/s of "
+        f"a large one; {TRACKED}: {step_ms[TRACKED]:.1f} ms",
+    ]
+    for other, limit in LIMITS.items():
+        ratio, low, high = common.ratio_interval(speeds[TRACKED], speeds[other])
+        reached = common.verdict(ratio >= limit)
+        lines.append(f"{TRACKED} / {other}: {ratio:.2f} (95%: {low:.2f}-{high:.2f}), at least {limit:g} {reached}")
+    reached = common.verdict(memory[TRACKED] <= memory[BARE])
+    lines.append(f"peak memory: {memory[TRACKED]:,.0f} MB, {BARE} {memory[BARE]:,.0f} MB, no higher: {reached}")
+    return [table, *lines]
+
+
+def gflop(config: Config, arm: str) -> float:
+    """What the matrix products of a step of this arm need, in 1e9 operations."""
+    model = gpt2_form(config.model) if arm in (BARE, FUSED, HF_TRAINER, LIGHTNING) else config.model
+    return training_flops(model, len(common.ALPHABET), config.train.batch_size) / 1e9
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""The arms of benchmarks.training: each trains in a process of its own and prints how long its steps took.
+
+What an arm needs is imported in it, and nothing else is: the memory of its process is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.train_state import TrainState
+
+TRACKED, UNTRACKED = "ours, all tracking", "ours, no tracking"
+BARE, FUSED, HF_TRAINER, LIGHTNING = "bare loop", "bare loop, fused", "transformers.Trainer", "Lightning Trainer"
+PEAK = "matrix products"
+MARK = "benchmark result:"
+N_TOKENS = 200_000  # that the windows of GPT-2's arms are cut from
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an arm is to train. It has all that it needs as plain numbers: not every arm reads our configuration.
+
+    config: a file that `train.py --config` would take, with the shape, batch and optimizer of every arm.
+    gpt2: the arguments of GPT2Config, for the same model.
+    warmup: steps before those that are timed.
+    folder: gets what the arm writes; nothing else is in it.
+    """
+
+    arm: str
+    config: str
+    gpt2: Mapping[str, Any]
+    batch_size: int
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    grad_clip: float
+    steps: int
+    warmup: int
+    threads: int
+    device: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an arm found. step_ms: the mean of its timed steps; gpu_mb: the most that tensors held on a GPU.
+
+    gflops: of the arm that only multiplies matrices, 1e9 operations a second; of the others 0.
+    """
+
+    step_ms: float = 0.0
+    parameters: int = 0
+    threads: int = 0
+    gpu_mb: float = 0.0
+    gflops: float = 0.0
+
+
+class StepClock:
+    """The mean time of the steps after the warmup, work of the device and of all periodic tracking included.
+
+    before: called when the warmup is over, and not timed.
+    """
+
+    def __init__(self, task: Task, before: Callable[[], None] = lambda: None) -> None:
+        self._task, self._before = task, before
+        self._done, self._began, self.step_ms = 0, 0.0, 0.0
+
+    def step_done(self) -> None:
+        self._done += 1
+        if self._done == self._task.warmup:
+            self._before()
+            self._began = self._now()
+        elif self._done == self._task.warmup + self._task.steps:
+            self.step_ms = (self._now() - self._began) / self._task.steps * 1000
+
+    def _now(self) -> float:
+        if self._task.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------- ours
+
+
+def ours(task: Task, tracking: bool) -> tuple[float, int]:
+    """train.train; without tracking its monitor sees no step, so neither log nor views have anything to do.
+
+    Evaluations and checkpoints come before the first timed step and after the last one, since the others have none.
+
+    Returns:
+        milliseconds of a step, and the number of parameters.
+
+    Raises:
+        UserError: the run or one of its views failed.
+    """
+    import train
+    from benchmarks import common
+    from benchmarks.switched_run import check, wait_until_open
+    from utils import monitor, training
+
+    folder, last = Path(task.folder), task.warmup + task.steps
+    parameters = 0
+
+    def views_are_open() -> None:
+        (run,) = (folder / "runs").iterdir()
+        wait_until_open(run / "logs")
+
+    clock = StepClock(task, views_are_open if tracking else lambda: None)
+    optimizer_step = training.optimizer_step
+
+    def timed_step(state: TrainState) -> None:
+        nonlocal parameters
+        optimizer_step(state)
+        parameters = state.model.num_parameters()
+        clock.step_done()
+
+    overrides: dict[str, str | bool] = {
+        "max_iters": str(last),
+        "epochs": "none",
+        "warmup_iters": "none",
+        "lr_decay_iters": "none",
+        "stop_at_step": "none",
+        "eval_interval": str(last),
+        "eval_iters": "1",
+        "checkpoint_interval": "0",
+        "checkpoint_minutes": "none",
+        "keep_best": False,
+        "aim_logging": tracking,
+    }
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(training, "optimizer_step", timed_step))
+        if not tracking:
+            for name in ("step", "step_done"):
+                patches.enter_context(patch.object(monitor.Monitor, name, lambda *arguments: None))
+        result = train.train(common.load_config([Path(task.config)], folder, overrides), quiet=True)
+    check(result.run_dir, result.status)
+    return clock.step_ms, parameters
+
+
+# ------------------------------------------------------------------------------------------------ GPT-2
+
+
+class Windows:
+    """A map-style dataset: windows of random tokens, at random places, as GPT-2 takes them for training."""
+
+    def __init__(self, task: Task) -> None:
+        import torch
+
+        self._length = task.gpt2["n_positions"]
+        self._tokens = torch.randint(task.gpt2["vocab_size"], (N_TOKENS + self._length,))
+        self._starts = torch.randint(N_TOKENS, ((task.warmup + task.steps) * task.batch_size,)).tolist()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = self._tokens[self._starts[index] : self._starts[index] + self._length]  # (T,)
+        return {"input_ids": window, "labels": window}  # the model shifts the labels by itself
+
+
+def gpt2(task: Task) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(**task.gpt2))
+
+
+def adamw(task: Task, model: Any, fused: bool | None = None) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.AdamW(
+        model.parameters(), task.learning_rate, task.betas, task.eps, task.weight_decay, fused=fused
+    )
+
+
+def bare_loop(task: Task, fused: bool | None = None) -> tuple[float, int]:
+    """The loop that one writes first: a batch, forward, backward, clip, AdamW; the loss is not even looked at."""
+    import torch
+
+    model = gpt2(task).to(task.device).train()
+    optimizer = adamw(task, model, fused)
+    windows, clock = Windows(task), StepClock(task)
+    for step in range(task.warmup + task.steps):
+        numbers = range(step * task.batch_size, (step + 1) * task.batch_size)
+        inputs = torch.stack([windows[number]["input_ids"] for number in numbers]).to(task.device)  # (B, T)
+        loss = model(input_ids=inputs, labels=inputs).loss
+        loss.backward()
+        if task.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), task.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.step_done()
+    return clock.step_ms, model.num_parameters()
+
+
+def hf_trainer(task: Task) -> tuple[float, int]:
+    """transformers.Trainer with its own choice of AdamW; no logging, evaluation, saving, progress or reports."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    clock = StepClock(task)
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+            clock.step_done()
+
+    arguments = TrainingArguments(
+        output_dir=task.folder,
+        max_steps=task.warmup + task.steps,
+        per_device_train_batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta1=task.betas[0],
+        adam_beta2=task.betas[1],
+        adam_epsilon=task.eps,
+        weight_decay=task.weight_decay,
+        max_grad_norm=task.grad_clip,
+        use_cpu=task.device == "cpu",
+        dataloader_pin_memory=task.device == "cuda",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = gpt2(task)
+    Trainer(model=model, args=arguments, train_dataset=Windows(task), callbacks=[Ticks()]).train()
+    return clock.step_ms, model.num_parameters()
+
+
+def lightning_trainer(task: Task) -> tuple[float, int]:
+    """Lightning's Trainer in its barebones mode: no logger, checkpoint, progress bar, summary or check before."""
+    import lightning
+    from torch.utils.data import DataLoader
+
+    clock = StepClock(task)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = gpt2(task)
+
+        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            loss: torch.Tensor = self.model(**batch).loss
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return adamw(task, self.model)
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            clock.step_done()
+
+    module = Module()
+    trainer = lightning.Trainer(
+        accelerator="gpu" if task.device == "cuda" else task.device,
+        devices=1,
+        max_steps=task.warmup + task.steps,
+        gradient_clip_val=task.grad_clip or None,
+        default_root_dir=task.folder,
+        barebones=True,
+    )
+    windows: Any = Windows(task)  # a dataset by its methods
+    trainer.fit(module, DataLoader(windows, batch_size=task.batch_size, pin_memory=task.device == "cuda"))
+    return clock.step_ms, module.model.num_parameters()
+
+
+# ------------------------------------------------------------------------------------------- the process
+
+ARMS: dict[str, Callable[[Task], tuple[float, int]]] = {
+    TRACKED: lambda task: ours(task, tracking=True),
+    UNTRACKED: lambda task: ours(task, tracking=False),
+    BARE: bare_loop,
+    FUSED: lambda task: bare_loop(task, fused=True),
+    HF_TRAINER: hf_trainer,
+    LIGHTNING: lightning_trainer,
+}
+
+
+def run(task: Task) -> Result:
+    """Train an arm in this process.
+
+    Raises:
+        UserError: a run of ours failed.
+    """
+    import torch
+
+    torch.set_num_threads(task.threads)
+    torch.manual_seed(0)
+    if task.arm == PEAK:
+        from benchmarks.common import gemm_gflops
+
+        return Result(gflops=gemm_gflops(torch.device(task.device)), threads=torch.get_num_threads())
+    step_ms, parameters = ARMS[task.arm](task)
+    gpu_mb = torch.cuda.max_memory_allocated() / 1e6 if task.device == "cuda" else 0.0
+    return Result(step_ms, parameters, torch.get_num_threads(), gpu_mb)
+
+
+if __name__ == "__main__":
+    print(MARK, json.dumps(asdict(run(Task(**json.loads(Path(sys.argv[1]).read_text()))))))
