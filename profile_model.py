@@ -46,13 +46,13 @@ def main(argv: Sequence[str]) -> int:
     from utils.profiling import operator_clock, profile_steps
     from utils.train_state import build_state
 
-    setup = check_gates(loaded, PROJECT_ROOT)
+    terminal = Terminal()
+    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
     if args.out is not None:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be made: {error.strerror}") from None
-    terminal = Terminal()
     with torch_settings(setup.config.train, setup.device), tempfile.TemporaryDirectory() as folder:
         state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
         step = profiled_step(state, LogWriter(Path(folder) / "metrics.jsonl"))

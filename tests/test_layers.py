@@ -19,7 +19,7 @@ LAYERS = {
     1: "device distributed flops optim histograms step_buffer flight_recorder system_metrics tracking checkpoint "
     + RECORDS,
     2: "evaluation generation export profiling train_state checkpointing training gates start finish result callbacks"
-    " monitor preflight reproduction",
+    " monitor preflight reproduction batch_size lr_range",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {
