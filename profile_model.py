@@ -3,10 +3,13 @@
 python profile_model.py                          # the merged configuration, as train.py would run it
 python profile_model.py --n-embd 256 --steps 20
 python profile_model.py --out profile/           # also profile.json and trace.json (Chrome trace)
+python profile_model.py --lr-range               # instead: which learning rate? (--out: lr_range.json and .png)
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from utils.files import write_json
 from utils.run_log import LogWriter
 
 if TYPE_CHECKING:
+    from utils.config_loader import LoadedConfig
     from utils.train_state import TrainState
 
 PHASES = ("data", "forward", "backward", "optimizer", "logging")
@@ -34,8 +38,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="operators shown by name (default: 12)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.json and trace.json there")
+    add_lr_range_flags(parser)
     parsed = parse_experiment(argv, parser)
     args, loaded = parsed.own, parsed.load()
+    if args.lr_range:
+        return lr_range(args, loaded)
     for name, least in (("steps", 1), ("warmup", 0), ("top", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
@@ -76,6 +83,41 @@ def main(argv: Sequence[str]) -> int:
     if args.out is not None:
         write_json(args.out / "profile.json", result.to_json())
         terminal.print(f"written: {args.out / 'profile.json'}, {args.out / 'trace.json'}")
+    return 0
+
+
+def add_lr_range_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("learning-rate range test")
+    group.add_argument("--lr-range", action="store_true", help="train with rising learning rates and suggest one")
+    group.add_argument("--lr-min", type=float, default=1e-5, metavar="X", help="the first rate (default: 1e-5)")
+    group.add_argument("--lr-max", type=float, default=1.0, metavar="X", help="the last rate (default: 1)")
+    group.add_argument("--lr-steps", type=int, default=100, metavar="N", help="rates between them (default: 100)")
+
+
+def lr_range(args: argparse.Namespace, loaded: LoadedConfig) -> int:
+    """The learning-rate range test of a configuration: its curve, a suggestion, and both in files with --out."""
+    from utils.device import torch_settings
+    from utils.gates import check_gates
+    from utils.lr_range import LEAST_STEPS, lr_range_test, report, save
+    from utils.train_state import build_state
+
+    if not 0 < args.lr_min < args.lr_max < math.inf:
+        raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {args.lr_min:g} and {args.lr_max:g}")
+    if args.lr_steps < LEAST_STEPS:
+        raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {args.lr_steps}")
+    terminal = Terminal()
+    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
+    try:
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+        with torch_settings(setup.config.train, setup.device):
+            state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
+            result = lr_range_test(state, args.lr_min, args.lr_max, args.lr_steps)
+        report(result, terminal)
+        if args.out is not None:
+            terminal.print(f"written: {', '.join(map(str, save(result, args.out)))}")
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
     return 0
 
 
