@@ -4,6 +4,7 @@ python profile_model.py                          # the merged configuration, as 
 python profile_model.py --n-embd 256 --steps 20
 python profile_model.py --out profile/           # also profile.json, profile.png and trace.json (Chrome trace)
 python profile_model.py --sweep                  # instead: a table of steps by batch and block size
+python profile_model.py --lr-range               # instead: which learning rate? (--out: lr_range.json and .png)
 python profile_model.py --compare before/ after/ # two profiles side by side: folders, files or run directories
 
 `train.py --profile-step N` profiles a step of a real run into its artifacts/profile/.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 import tempfile
@@ -41,12 +43,15 @@ def add_own_flags(parser: Parser) -> None:
     parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="operators shown by name (default: 12)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.json, profile.png and trace.json there")
-    parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side"
-    )
-    parser.add_argument("--sweep", action="store_true", help="show what a step costs by batch and block size")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side")
+    mode.add_argument("--sweep", action="store_true", help="show what a step costs by batch and block size")
+    mode.add_argument("--lr-range", action="store_true", help="train with rising learning rates and suggest one")
     parser.add_argument("--batch-sizes", metavar="A,B", help="of --sweep (default: 1/4 to 4 times batch_size)")
     parser.add_argument("--block-sizes", metavar="A,B", help="of --sweep (default: 1/2 to 2 times block_size)")
+    parser.add_argument("--lr-min", type=float, default=1e-5, metavar="X", help="of --lr-range (default: 1e-5)")
+    parser.add_argument("--lr-max", type=float, default=1.0, metavar="X", help="of --lr-range (default: 1)")
+    parser.add_argument("--lr-steps", type=int, default=100, metavar="N", help="rates between them (default: 100)")
 
 
 @script
@@ -61,6 +66,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--batch-sizes and --block-sizes belong to --sweep")
     if parsed.own.compare:
         return compare(parsed)
+    if parsed.own.sweep:
+        return sweep(parsed)
+    if parsed.own.lr_range:
+        return lr_range(parsed)
     return profile(parsed)
 
 
@@ -74,6 +83,59 @@ def compare(parsed: ExperimentArguments) -> int:
     return 0
 
 
+def make_out(folder: Path | None) -> None:
+    """
+    Raises:
+        UserError: the folder of --out cannot be made.
+    """
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be made: {error.strerror}") from None
+
+
+def sweep(parsed: ExperimentArguments) -> int:
+    """What a step costs by batch and block size."""
+    args, loaded = parsed.own, parsed.load()
+    from utils.gates import check_gates
+    from utils.sweep import report_sweep
+
+    terminal = Terminal()
+    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
+    make_out(args.out)
+    sizes = (args.batch_sizes, args.block_sizes)
+    report_sweep(setup, *sizes, steps=args.steps, warmup=args.warmup, out=args.out, terminal=terminal)
+    return 0
+
+
+def lr_range(parsed: ExperimentArguments) -> int:
+    """The learning-rate range test of a configuration: its curve, a suggestion, and both in files with --out."""
+    args, loaded = parsed.own, parsed.load()
+    from utils.device import torch_settings
+    from utils.gates import check_gates
+    from utils.lr_range import LEAST_STEPS, lr_range_test, report, save
+    from utils.train_state import build_state
+
+    if not 0 < args.lr_min < args.lr_max < math.inf:
+        raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {args.lr_min:g} and {args.lr_max:g}")
+    if args.lr_steps < LEAST_STEPS:
+        raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {args.lr_steps}")
+    terminal = Terminal()
+    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
+    make_out(args.out)
+    with torch_settings(setup.config.train, setup.device):
+        state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
+        result = lr_range_test(state, args.lr_min, args.lr_max, args.lr_steps)
+    report(result, terminal)
+    if args.out is not None:
+        try:
+            terminal.print(f"written: {', '.join(map(str, save(result, args.out)))}")
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
+    return 0
+
+
 def profile(parsed: ExperimentArguments) -> int:
     """Measure the configuration's training step and its generation, print them, and write them to --out."""
     args, loaded = parsed.own, parsed.load()
@@ -81,19 +143,9 @@ def profile(parsed: ExperimentArguments) -> int:
     from utils.gates import check_gates
     from utils.profiling import read_trace
 
-    setup = check_gates(loaded, PROJECT_ROOT)
-    if args.out is not None:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be made: {error.strerror}") from None
     terminal = Terminal()
-    if args.sweep:
-        from utils.sweep import report_sweep
-
-        sizes = (args.batch_sizes, args.block_sizes)
-        report_sweep(setup, *sizes, steps=args.steps, warmup=args.warmup, out=args.out, terminal=terminal)
-        return 0
+    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
+    make_out(args.out)
     with torch_settings(setup.config.train, setup.device):
         measured, times = measure(setup, args, terminal)
     terminal.print(*profile_tables(measured, args.top))

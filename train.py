@@ -35,6 +35,7 @@ from utils.resume import (
     check_overrides,
     config_of_fork,
     find_origin,
+    keep_batch,
     recorded_config,
     resumable_runs,
 )
@@ -118,7 +119,8 @@ def resume(
 
     given = given or ExperimentArguments(ConfigLoader(PROJECT_ROOT))
     recorded = recorded_config(origin.run, given.loader)
-    loaded = absolute_dataset(given.loader.load_onto(recorded, given.files, given.overrides), PROJECT_ROOT)
+    loaded = keep_batch(recorded, given.loader.load_onto(recorded, given.files, given.overrides))
+    loaded = absolute_dataset(loaded, PROJECT_ROOT)
     check_overrides(origin.run, recorded, loaded, read_record(origin.run).get("resolved") or {})
     return train(loaded, origin=origin, quiet=quiet, argv=argv)
 
@@ -178,7 +180,7 @@ def train(
     from utils.start import open_run, read_git
 
     terminal = Terminal(quiet)
-    setup = check_gates(loaded, root, origin, terminal.warn)
+    setup = check_gates(loaded, root, origin, terminal.warn, terminal.print)
     git = read_git(setup)
     with stop_on_signals() as stop, torch_settings(setup.config.train, setup.device):
         if not setup.resumes:

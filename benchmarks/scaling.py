@@ -122,7 +122,7 @@ def measure(
     medians = {shape: statistics.median(times[name]) for shape, name in names.items()}
     vocab_size = setup.corpus.tokenizer.vocab_size
     gflop = {
-        shape: training_flops(config.model, vocab_size, config.train.batch_size) / 1e9
+        shape: training_flops(config.model, vocab_size, config.train.sequences) / 1e9
         for shape, config in configs.items()
     }
     return points_of(medians, gflop), peak

@@ -197,7 +197,7 @@ def make_task(arm: str, config: Config, steps: int, warmup: int, folder: Path) -
         arm=arm,
         config=str(folder / "config.json"),
         gpt2=gpt2_settings(config.model, len(common.ALPHABET)),
-        batch_size=config.train.batch_size,
+        batch_size=config.train.sequences,
         learning_rate=optimizer.learning_rate,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.adam_eps,
@@ -244,7 +244,7 @@ def measure(task: Task) -> tuple[Result, float]:
 
 def report(config: Config, measured: Mapping[str, Sequence[tuple[Result, float]]], device: str) -> list[Any]:
     """The table and the lines below it."""
-    tokens = config.train.batch_size * config.model.block_size
+    tokens = config.train.sequences * config.model.block_size
     gflops = statistics.median(result.gflops for result, _ in measured[PEAK])
     step_ms = {arm: statistics.median(result.step_ms for result, _ in measured[arm]) for arm in ARMS}
     speeds = {arm: [tokens / result.step_ms * 1000 for result, _ in measured[arm]] for arm in ARMS}
@@ -279,7 +279,7 @@ def report(config: Config, measured: Mapping[str, Sequence[tuple[Result, float]]
 def gflop(config: Config, arm: str) -> float:
     """What the matrix products of a step of this arm need, in 1e9 operations."""
     model = gpt2_form(config.model) if arm in (BARE, FUSED, HF_TRAINER, LIGHTNING) else config.model
-    return training_flops(model, len(common.ALPHABET), config.train.batch_size) / 1e9
+    return training_flops(model, len(common.ALPHABET), config.train.sequences) / 1e9
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_the_last_of_repeated_flags_wins(root: Path) -> None:
         (["large"], "unknown argument large"),
         (["--batch-size"], "argument --batch-size: expected one argument (see train.py --help)"),
         (["--batch-size", "--seed", "1"], "argument --batch-size: expected one argument (see train.py --help)"),
-        (["--batch-size", "0"], "--batch-size: expected integer >= 1, got '0'"),
+        (["--batch-size", "0"], "--batch-size: expected integer >= 1 or auto, got '0'"),
         (["--learning-rate", "nan"], "--learning-rate: expected number > 0 and <= 10, got 'nan'"),
         (["--run-tag", "a/b"], "--run-tag: a tag is 1 to 64 letters"),
         (["--run-tag", "latest"], "--run-tag: the tag 'latest' is reserved"),

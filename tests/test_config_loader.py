@@ -159,6 +159,7 @@ def test_legacy_config_is_read_below_the_shared_files(project: Path, write: Writ
     ("key", "text", "value"),
     [
         ("batch_size", "8", 8),
+        ("batch_size", "auto", "auto"),
         ("learning_rate", "3e-4", 3e-4),
         ("min_lr", "none", None),
         ("threads", "NULL", None),
@@ -195,6 +196,55 @@ def test_epochs_and_max_iters_replace_each_other_in_a_higher_layer(
     write("configs/a.yaml", lower)
     train = ConfigLoader(project).load([write("b.yaml", higher)]).config.train
     assert (train.max_iters, train.epochs) == (max_iters, epochs)
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher", "batch"),  # batch_size, gradient_accumulation_steps, tokens_per_step
+    [
+        ("batch_size: 12", "tokens_per_step: 640", ("auto", 1, 640)),
+        ("batch_size: auto\ntokens_per_step: 640", "batch_size: 8", (8, 1, None)),
+        ("batch_size: auto\ntokens_per_step: 640", "batch_size: auto", ("auto", 1, 640)),
+        ("batch_size: auto\ntokens_per_step: 640", "tokens_per_step: null", ("auto", 1, None)),
+        ("batch_size: 12\ngradient_accumulation_steps: 4", "batch_size: auto", ("auto", 1, None)),
+        ("batch_size: 12\ngradient_accumulation_steps: 4", "tokens_per_step: 640", ("auto", 1, 640)),
+        ("batch_size: 12\ngradient_accumulation_steps: 4", "batch_size: 8", (8, 4, None)),
+        ("tokens_per_step: 640", "seed: 1", ("auto", 1, 640)),
+    ],
+)
+def test_batch_size_and_tokens_per_step_replace_each_other_in_a_higher_layer(
+    project: Path, write: Write, lower: str, higher: str, batch: tuple[Any, ...]
+) -> None:
+    write("configs/a.yaml", lower)
+    train = ConfigLoader(project).load([write("b.yaml", higher)]).config.train
+    assert (train.batch_size, train.gradient_accumulation_steps, train.tokens_per_step) == batch
+
+
+def test_what_is_replaced_names_the_place_that_replaced_it(project: Path, write: Write) -> None:
+    write("configs/a.yaml", "batch_size: 12\ngradient_accumulation_steps: 4\n")
+    loaded = ConfigLoader(project).load(overrides={"tokens_per_step": "640"})
+    assert {loaded.source(key) for key in ("batch_size", "gradient_accumulation_steps")} == {"--tokens-per-step"}
+    assert ConfigLoader(project).load(overrides={"batch_size": "8"}).source("tokens_per_step") == "default"
+
+
+MULTIPLE = "must be a multiple of block_size"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("batch_size: auto\n", {"gradient_accumulation_steps": "4"}, "--gradient-accumulation-steps: batch_size auto"),
+        ("gradient_accumulation_steps: 2\nbatch_size: auto\n", {}, "b.yaml:1: batch_size auto finds"),
+        ("batch_size: 8\ntokens_per_step: 640\n", {}, "b.yaml:2: tokens_per_step (640) and batch_size (8) are"),
+        ("tokens_per_step: 100\n", {}, f"b.yaml:1: tokens_per_step (100) {MULTIPLE} (64): 64 or 128"),
+        ("tokens_per_step: 64\n", {"block_size": "100"}, f"b.yaml:1: tokens_per_step (64) {MULTIPLE} (100): 100"),
+    ],
+)
+def test_a_batch_that_is_named_twice_or_in_part_is_refused_with_its_place(
+    project: Path, write: Write, text: str, overrides: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ConfigLoader(project).load([write("b.yaml", text)], overrides)
+    assert str(caught.value).startswith(message)
 
 
 def test_epochs_on_the_command_line_name_themselves_as_what_cleared_max_iters(project: Path, write: Write) -> None:
@@ -313,7 +363,7 @@ def test_a_mistake_in_a_yaml_file_is_one_line_with_its_place(
         ('{\n "n_layr": 2}', "bad.json:2: unknown key n_layr; did you mean n_layer?"),
         ('{"model":\n {"batch_size": 2}}', "bad.json:2: batch_size belongs to section train, not model"),
         ('{"n_layer": 0}', "bad.json:1: n_layer: expected integer >= 1 and <= 1024, got 0"),
-        ('{"batch_size": NaN}', "bad.json:1: batch_size: expected integer >= 1, got nan"),
+        ('{"batch_size": NaN}', "bad.json:1: batch_size: expected integer >= 1 or auto, got nan"),
         ('{"grad_clip": Infinity}', "bad.json:1: grad_clip: expected number >= 0, got inf"),
         ('{"seed": 1, "seed": 2}', "bad.json:1: seed is set twice in this file"),
         ('{"seed": 1,\n "train": {"seed": 2}}', "bad.json"),
@@ -341,7 +391,7 @@ def test_a_mistake_in_the_legacy_file_names_it(project: Path, write: Write) -> N
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"batch_size": "many"}, "--batch-size: expected integer >= 1, got 'many'"),
+        ({"batch_size": "many"}, "--batch-size: expected integer >= 1 or auto, got 'many'"),
         ({"dropout": "nan"}, "--dropout: expected number >= 0 and < 1, got 'nan'"),
         ({"n_head": "none"}, "--n-head: expected integer >= 1 and <= 1024, got 'none'"),
         ({"mlp": "gelo"}, "--mlp: expected gelu, gelu_tanh, relu2 or swiglu, got 'gelo'; did you mean gelu?"),

@@ -173,7 +173,7 @@ def test_explain_names_every_layer(ask: Ask, tmp_path: Path) -> None:
     text = ask("explain", "batch_size")
     assert "set by    configs/train.yaml:" in text
     assert "shadows   12  default" in text
-    assert "expected  integer >= 1, in sequences" in text
+    assert "expected  integer >= 1 or auto, in sequences" in text
     told = ask("explain", "fast", "learning-rate", "--json")
     assert (told["value"], told["source"], told["default"]) == (0.003, "code", 0.001)
     assert "did you mean batch_size?" in ask("explain", "batch_sise", status=2)

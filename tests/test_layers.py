@@ -21,7 +21,7 @@ LAYERS = {
     " system_metrics tracking checkpoint " + RECORDS,
     2: "evaluation generation export profiling memory_profile generation_speed profile_assembly run_profiler"
     " train_state checkpointing training gates start finish result callbacks monitor preflight reproduction"
-    " sweep",
+    " sweep batch_size lr_range",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {

@@ -36,8 +36,8 @@ def test_a_setting_is_explained_with_all_its_layers(loaded: LoadedConfig) -> Non
         (12, "default"),
     ]
     assert (found.default, found.resolved) == (12, None)
-    assert found.meaning == "sequences in one optimizer update, over all micro-steps"
-    assert (found.expected, found.unit, found.kind) == ("integer >= 1", "sequences", "trajectory")
+    assert found.meaning.startswith("sequences in one optimizer update, over all micro-steps; auto: ")
+    assert (found.expected, found.unit, found.kind) == ("integer >= 1 or auto", "sequences", "trajectory")
 
 
 def test_a_setting_that_nobody_set_is_the_default(loaded: LoadedConfig) -> None:

@@ -14,15 +14,19 @@ from utils.config import FIELDS, Config, ModelConfig, OptimizerConfig, TrainConf
 from utils.config_loader import ConfigError, ConfigLoader, LoadedConfig
 from utils.errors import UserError
 from utils.resume import (
+    BATCH,
+    FOUND,
     Origin,
     check_longer,
     check_model,
     check_overrides,
     config_of_fork,
     find_origin,
+    keep_batch,
     parent_facts,
     pin,
     pinned_settings,
+    put_on_top,
     recorded_config,
     resumable_runs,
     split_choice,
@@ -258,6 +262,7 @@ OTHER_VALUES = {  # valid, and not the default
 }
 ONLY_ONE_VALUE = ("tokenizer", "optimizer_name", "qkv_bias", "qk_norm", "tie_embeddings", "logit_softcap")
 LENGTHS = ("max_iters", "epochs")
+OF_ANOTHER = ("tokens_per_step",)  # is told as the batch_size that it changes
 
 
 def other_value(key: str) -> str | bool:
@@ -267,7 +272,7 @@ def other_value(key: str) -> str | bool:
     return f"{default}x" if isinstance(default, str) else f"{(default or 1) * 2:g}"
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if key not in (*ONLY_ONE_VALUE, *LENGTHS)])
+@pytest.mark.parametrize("key", [key for key in FIELDS if key not in (*ONLY_ONE_VALUE, *LENGTHS, *OF_ANOTHER)])
 def test_what_changes_no_numbers_may_be_overridden_and_all_else_is_refused(
     run: Path, loader: ConfigLoader, key: str
 ) -> None:
@@ -551,3 +556,51 @@ def test_the_flags_that_are_said_to_fit_do(loader: ConfigLoader, own: dict[str, 
     base = LoadedConfig.from_config(Config(model=model(**own)))
     fitting = loader.load_onto(base, (), overrides).config.model
     check_model(fitting, model(**parent).model_dump(mode="json"), "a_run")
+
+
+# ------------------------------------------------------------------------------------- batch_size auto
+
+AUTO = {"batch_size": "auto", "tokens_per_step": "640"}
+
+
+@pytest.fixture
+def searched(runs_dir: Path, loader: ConfigLoader) -> LoadedConfig:
+    """A recorded configuration whose batch was found."""
+    found = {"batch_size": 10, "gradient_accumulation_steps": 2, "tokens_per_step": None}
+    loaded = put_on_top(loader.load((), AUTO), found, FOUND)
+    path = make(runs_dir, "20260101_000000_auto", loaded.config)
+    (path / "meta" / "config_sources.json").write_text(json.dumps(loaded.sources_json()))
+    return recorded_config(path, loader)
+
+
+def batch(loaded: LoadedConfig) -> list[Any]:
+    return [flat(loaded.config)[key] for key in BATCH]
+
+
+@pytest.mark.parametrize("overrides", [AUTO, {"tokens_per_step": "640"}, {**AUTO, "note": "again"}, {}])
+def test_the_search_that_found_the_batch_of_a_run_is_not_repeated(
+    searched: LoadedConfig, loader: ConfigLoader, overrides: dict[str, str | bool]
+) -> None:
+    loaded = keep_batch(searched, loader.load_onto(searched, (), overrides))
+    assert batch(loaded) == [10, 2, None]
+    assert loaded.source("batch_size") == FOUND
+    assert loaded.layers["batch_size"] == searched.layers["batch_size"]  # also after many resumes
+    assert loaded.config.tracking.note == overrides.get("note", "")
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"batch_size": "auto"}, {"batch_size": "auto", "tokens_per_step": "1280"}, {"batch_size": "20"}]
+)
+def test_another_batch_than_was_asked_for_then_is_left_as_it_is(
+    searched: LoadedConfig, loader: ConfigLoader, overrides: dict[str, str | bool]
+) -> None:
+    loaded = loader.load_onto(searched, (), overrides)
+    assert keep_batch(searched, loaded) is loaded
+    assert batch(loaded)[0] == (20 if overrides["batch_size"] == "20" else "auto")
+
+
+def test_a_batch_that_was_named_is_not_kept_against_auto(run: Path, loader: ConfigLoader) -> None:
+    recorded = recorded_config(run, loader)
+    loaded = keep_batch(recorded, loader.load_onto(recorded, (), {"batch_size": "auto"}))
+    with pytest.raises(ConfigError, match=r"--batch-size: batch_size changes .* goes on with 12, not auto"):
+        check_overrides(run, recorded, loaded, {})

@@ -108,8 +108,9 @@ def _metavar(key: str) -> str:
     annotation = FIELDS[key].annotation
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
-    word = expected(key).split(" ")[0]
-    return {"integer": "N", "number": "X", "list": "A,B"}.get(word, "TEXT")
+    name = {"integer": "N", "number": "X", "list": "A,B"}.get(expected(key).split(" ")[0], "TEXT")
+    words = [word for member in get_args(annotation) if get_origin(member) is Literal for word in get_args(member)]
+    return "|".join([name, *words])
 
 
 @dataclass(frozen=True)

@@ -253,8 +253,19 @@ class TrainConfig(Section):
     epochs: Float | None = setting(
         None, "passes over the training tokens, instead of max_iters", kind=TRAJECTORY, unit="epochs", gt=0
     )
-    batch_size: Int = setting(
-        12, "sequences in one optimizer update, over all micro-steps", kind=TRAJECTORY, unit="sequences", ge=1
+    batch_size: Annotated[int, Field(ge=1), BeforeValidator(_refuse_bool)] | Literal["auto"] = setting(
+        12,
+        "sequences in one optimizer update, over all micro-steps; auto: as tokens_per_step says, else the largest "
+        "power of two that fits into memory",
+        kind=TRAJECTORY,
+        unit="sequences",
+    )
+    tokens_per_step: Int | None = setting(
+        None,
+        "tokens of one optimizer update, instead of batch_size; as few micro-steps as fit into memory",
+        kind=TRAJECTORY,
+        unit="tokens",
+        ge=1,
     )
     gradient_accumulation_steps: Int = setting(
         1, "micro-steps that an update is split into, to save memory", kind=TRAJECTORY, unit="micro-steps", ge=1
@@ -354,6 +365,12 @@ class TrainConfig(Section):
     )
 
     @property
+    def sequences(self) -> int:
+        """batch_size, once it is a number: utils/batch_size.py has made it one before anything is trained."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
+    @property
     def exports_best(self) -> bool:
         return self.export_weights == "best" or (self.export_weights == "auto" and self.patience is not None)
 
@@ -361,7 +378,22 @@ class TrainConfig(Section):
     def _rules(self) -> TrainConfig:
         if (self.max_iters is None) == (self.epochs is None):
             raise RuleError("max_iters and epochs are alternatives: set exactly one of them", "epochs", "max_iters")
-        if self.batch_size % self.gradient_accumulation_steps:
+        if self.batch_size == "auto":
+            if self.gradient_accumulation_steps != 1:
+                raise RuleError(
+                    "batch_size auto finds gradient_accumulation_steps, too: it must be 1, not "
+                    f"{self.gradient_accumulation_steps}",
+                    "gradient_accumulation_steps",
+                    "batch_size",
+                )
+        elif self.tokens_per_step is not None:
+            raise RuleError(
+                f"tokens_per_step ({self.tokens_per_step}) and batch_size ({self.batch_size}) are alternatives: "
+                "with tokens_per_step, batch_size must be auto",
+                "tokens_per_step",
+                "batch_size",
+            )
+        elif self.batch_size % self.gradient_accumulation_steps:
             raise RuleError(
                 f"batch_size ({self.batch_size}) must be divisible by "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})",
@@ -464,6 +496,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Config:
+        tokens, length = self.train.tokens_per_step, self.model.block_size
+        if tokens is not None and tokens % length:
+            below = tokens - tokens % length
+            nearest = f"{below} or {below + length}" if below else f"{length}"
+            raise RuleError(
+                f"tokens_per_step ({tokens}) must be a multiple of block_size ({length}): {nearest}",
+                "tokens_per_step",
+                "block_size",
+            )
         if self.train.max_iters is not None:
             warmup_steps(self.optimizer, self.train.max_iters)
         return self
@@ -523,7 +564,8 @@ def expected(key: str) -> str:
         return "list of integers >= 1 (in a file: [1024, 512])"
     names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}
     bounds = []
-    for constraint in (*field.metadata, *(m for member in members for m in getattr(member, "__metadata__", ()))):
+    of_members = [fact for member in members for fact in getattr(member, "__metadata__", ())]
+    for constraint in (*field.metadata, *(c for fact in of_members for c in getattr(fact, "metadata", [fact]))):
         for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
             if (bound := getattr(constraint, attribute, None)) is not None:
                 bounds.append(f"{sign} {bound}")
@@ -532,7 +574,10 @@ def expected(key: str) -> str:
     }
     if lengths:
         bounds.append("of one character" if lengths.get("max_length") == 1 else "that is not empty")
-    words = [names[getattr(member, "__origin__", member)] for member in members]
+    words = [
+        "/".join(get_args(member)) if get_origin(member) is Literal else names[getattr(member, "__origin__", member)]
+        for member in members
+    ]
     return " or ".join([" ".join([words[0], " and ".join(bounds)]).strip(), *words[1:]])
 
 
@@ -558,6 +603,7 @@ def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
         "lr_decay_iters": optimizer.lr_decay_iters or max_iters,
         "max_iters": max_iters,
         "epochs": None,
+        "tokens_per_step": config.train.sequences * model.block_size,
     }
 
 

@@ -328,9 +328,24 @@ def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting
             if len(given) == 1:
                 (other,) = set(pair) - set(given)
                 layer.setdefault(other, Setting(None, layer[given[0]].source))
+        _make_room(layer, layers)
         for key, setting in layer.items():
             layers[key].append(setting)
     return LoadedConfig(_validate(layers), layers)
+
+
+def _make_room(layer: dict[str, Setting], below: Mapping[str, list[Setting]]) -> None:
+    """A number of sequences in a layer clears tokens_per_step below it; auto clears the micro-steps.
+
+    tokens_per_step alone means batch_size auto.
+    """
+    tokens = layer.get("tokens_per_step")
+    if tokens is not None and tokens.value is not None:
+        layer.setdefault("batch_size", Setting("auto", tokens.source))
+    if (batch_size := layer.get("batch_size")) is not None:
+        key, value = ("gradient_accumulation_steps", 1) if batch_size.value == "auto" else ("tokens_per_step", None)
+        if below[key][-1].value != value:
+            layer.setdefault(key, Setting(value, batch_size.source))
 
 
 def flag_name(key: str, value: Any = None) -> str:

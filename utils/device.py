@@ -6,16 +6,25 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 
+import psutil
 import torch
 
 from utils.config import TrainConfig
 from utils.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CGROUPS = Path("/sys/fs/cgroup")  # as a container sees it
+CGROUP_FILES = (  # limit, use, statistics: of version 2 and 1
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # of /proc/cpuinfo: x86, x86, ARM
@@ -162,6 +171,23 @@ def memory_in_use(device: torch.device) -> int:
     if (statm := _statm(os.getpid())) is None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(os.pread(statm, 128, 0).split()[1]) * resource.getpagesize()
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that the process can still take: on a GPU those that are free, else the machine's or its container's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = [psutil.virtual_memory().available]
+    if device.type == "mps":  # the same memory, but the GPU may not have all of it
+        available.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    for names in CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # not this version of cgroups, or no limit ("max")
+            limit, used, statistics = ((CGROUPS / name).read_text() for name in names)
+            caches = re.findall(
+                r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE
+            )  # of files, dropped at need
+            available.append(int(limit) - int(used) + max(map(int, caches), default=0))
+    return max(0, min(available))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 
 from data import CORPORA, Corpus, load_corpus
 from tokenizer import CharTokenizer
+from utils.batch_size import find_batch
 from utils.callbacks import Callback, load_callbacks
 from utils.checkpoint import Checkpoint
 from utils.checkpointing import choose_checkpoint
@@ -29,6 +30,7 @@ from utils.run_manager import CHECKPOINTS, TOKENIZER, read_record
 class Setup:
     """What the three gates found, before a directory is made.
 
+    loaded: the merged configuration; batch_size auto has become what was found, as one more layer.
     config: what `loaded` says; in a resume with the values that "auto" had when the run was started.
     origin, checkpoint: where a fork or fine-tuning starts. (A resume reads its checkpoint once it has the lock.)
     """
@@ -55,7 +57,7 @@ class Setup:
     @property
     def epochs(self) -> float:
         """Passes over the training tokens that the run will make."""
-        tokens = self.max_iters * self.config.train.batch_size * self.config.model.block_size
+        tokens = self.max_iters * self.config.train.sequences * self.config.model.block_size
         return tokens / self.corpus.n_train
 
 
@@ -64,8 +66,9 @@ def check_gates(
     root: Path,
     origin: Origin | None = None,
     warn: Callable[[str], None] = lambda message: None,
+    tell: Callable[[str], None] = lambda message: None,
 ) -> Setup:
-    """Corpus, device and origin; the configuration was validated when it was made.
+    """Corpus, device, batch and origin; the configuration was validated when it was made.
 
     Raises:
         UserError: with the first thing that is not as it must be.
@@ -80,10 +83,15 @@ def check_gates(
         checkpoint, tokenizer = read_parent(origin, config, warn)
     corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer)
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
+    device = choose_device(config.train.device)
+    dtype = choose_dtype(config.train.dtype, device)
+    if config.train.batch_size == "auto":
+        loaded = find_batch(loaded, corpus, device, dtype, tell)
+        config = loaded.config
     max_iters = config.train.max_iters
     if max_iters is None:
         assert config.train.epochs is not None
-        max_iters = math.ceil(config.train.epochs * corpus.n_train / config.train.batch_size / config.model.block_size)
+        max_iters = math.ceil(config.train.epochs * corpus.n_train / config.train.sequences / config.model.block_size)
         try:
             warmup_steps(config.optimizer, max_iters)
         except RuleError as error:
@@ -95,8 +103,6 @@ def check_gates(
                 f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
                 f"that, not {max_iters:,}"
             )
-    device = choose_device(config.train.device)
-    dtype = choose_dtype(config.train.dtype, device)
     callbacks = load_callbacks(config.train.callbacks)
     return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint)
 

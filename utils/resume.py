@@ -33,6 +33,8 @@ from utils.run_manager import RunError, list_run_paths, read_record, read_status
 Relation = Literal["resume", "fork", "init"]
 CHOICES = ("latest", "best")
 RESUMABLE = ("interrupted", "crashed")
+BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
+FOUND = "batch_size auto"  # the source of a batch that was searched for (utils/batch_size.py)
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which the next one does not inherit
 
 
@@ -190,8 +192,7 @@ def config_of_fork(
     if tag is None or len(loaded.layers["run_tag"]) > len(recorded.layers["run_tag"]):
         return loaded
     tag = tag if tag.endswith("-fork") else f"{tag[:59]}-fork"
-    layers = {**loaded.layers, "run_tag": [*loaded.layers["run_tag"], Setting(tag, "--fork")]}
-    return LoadedConfig(pin(loaded.config, {"run_tag": tag}), layers)
+    return put_on_top(loaded, {"run_tag": tag}, "--fork")
 
 
 def pinned_settings(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +212,24 @@ def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
         section = SECTION_OF[key]
         sections[section] = (sections.get(section) or getattr(config, section)).model_copy(update={key: value})
     return config.model_copy(update=sections)
+
+
+def put_on_top(loaded: LoadedConfig, values: Mapping[str, Any], source: str) -> LoadedConfig:
+    """`values` as one more layer, above all others."""
+    layers = {key: [*loaded.layers[key], Setting(value, source)] for key, value in values.items()}
+    return LoadedConfig(pin(loaded.config, values), {**loaded.layers, **layers})
+
+
+def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
+    """`loaded`; the batch is that of the run where it only asks again for the search that found it.
+
+    So one command can start a run with batch_size auto and resume it, on a machine with less memory too.
+    """
+    asked = [next((str(s.value) for s in reversed(recorded.layers[key]) if s.source != FOUND), "") for key in BATCH]
+    if recorded.source("batch_size") != FOUND or asked != [str(get_value(loaded.config, key)) for key in BATCH]:
+        return loaded
+    config = pin(loaded.config, {key: get_value(recorded.config, key) for key in BATCH})
+    return LoadedConfig(config, {**loaded.layers, **{key: recorded.layers[key] for key in BATCH}})
 
 
 # Settings that may differ between a model and the one whose weights it takes.

@@ -88,9 +88,9 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
     step_ms = time_steps(step, state.device, steps)
     if config.train.compile:
         torch.compiler.reset()  # it compiles the same code for so many models only
-    operations = training_flops(config.model, setup.corpus.tokenizer.vocab_size, config.train.batch_size)
+    operations = training_flops(config.model, setup.corpus.tokenizer.vocab_size, config.train.sequences)
     return ShapeTiming(
-        batch_size=config.train.batch_size,
+        batch_size=config.train.sequences,
         block_size=config.model.block_size,
         step_ms=step_ms,
         tokens_per_second=state.tokens_per_step / step_ms * 1000,
@@ -166,7 +166,7 @@ def report_sweep(
     config = setup.config
     batches = numbers(batch_sizes, "--batch-sizes", int, 1) if batch_sizes is not None else None
     blocks = numbers(block_sizes, "--block-sizes", int, 1) if block_sizes is not None else None
-    batches = batches or default_sizes(config.train.batch_size, BATCH_FACTORS)
+    batches = batches or default_sizes(config.train.sequences, BATCH_FACTORS)
     blocks = blocks or default_sizes(config.model.block_size, BLOCK_FACTORS)
     with torch_settings(config.train, setup.device):
         timings = sweep(setup, batches, blocks, steps, warmup, terminal)

@@ -62,7 +62,7 @@ class TrainState:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.train.batch_size * self.config.model.block_size
+        return self.config.train.sequences * self.config.model.block_size
 
 
 def build_state(
@@ -70,7 +70,7 @@ def build_state(
 ) -> TrainState:
     """Model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
-    sampler = BatchSampler(corpus, config.model.block_size, config.train.batch_size, config.train.seed, device)
+    sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)
     state = TrainState(
         config=config,
         max_iters=max_iters,
