@@ -250,6 +250,16 @@ OTHER_VALUES = {  # valid, and not the default
     "threads": "3",
     "deterministic": True,
     "compile": True,
+    "compile_mode": "max-autotune",
+    "tf32": False,
+    "ngram_rows": "64,32",
+    "qkv_bias": False,
+    "qk_norm": True,
+    "tie_embeddings": False,
+    "zero_init": True,
+    "optimizer_name": "muon",
+    "weight_decay_schedule": "linear",
+    "momentum": "0.9",
     "patience": "5",
     "export_weights": "best",
     "run_tag": "other",
@@ -260,7 +270,7 @@ OTHER_VALUES = {  # valid, and not the default
     "tracking_budget": "0.5",
     "flush_interval": "60",
 }
-ONLY_ONE_VALUE = ("tokenizer", "optimizer_name", "qkv_bias", "qk_norm", "tie_embeddings", "logit_softcap")
+ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
 OF_ANOTHER = ("tokens_per_step",)  # is told as the batch_size that it changes
 
