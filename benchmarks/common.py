@@ -7,23 +7,18 @@ import statistics
 import string
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from utils.cli import PROJECT_ROOT, Parser
 from utils.config_loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-
 T = TypeVar("T")
 RESAMPLES = 2000
 ALPHABET = string.printable[:64] + "\n"  # as many characters as Tiny Shakespeare has
-GEMM_SIZES, GEMM_REPEATS = (1024, 2048), 5
 # A process of its own starts a command: a child's memory is counted from that of its parent, which has torch here.
 LAUNCHER = """
 import resource, subprocess, sys, time
@@ -87,24 +82,6 @@ def launch(words: Sequence[str], name: str) -> Launched:
         raise UserError(f"{name}: {errors[-1] if errors else f'ended with {result.returncode}'}")
     seconds, memory = map(float, measured.split())
     return Launched(result.stdout, seconds, memory * (1 if sys.platform == "darwin" else 1024) / 1e6)
-
-
-def gemm_gflops(device: torch.device) -> float:
-    """The most that square matrix products in float32 reach here, in 1e9 operations a second."""
-    import torch
-
-    from utils.device import synchronize
-
-    best = 0.0
-    for size in GEMM_SIZES:
-        a, b = (torch.randn(size, size, device=device) for _ in range(2))
-        for _ in range(GEMM_REPEATS + 1):  # the first one finds cold caches, and is never the best
-            synchronize(device)
-            began = time.perf_counter()
-            torch.mm(a, b)
-            synchronize(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
-    return best
 
 
 def machine_facts() -> str:

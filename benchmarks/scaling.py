@@ -103,6 +103,7 @@ def measure(
     """All points, axis by axis, and what a large matrix product reaches (1e9 operations a second)."""
     from utils.device import torch_settings
     from utils.gates import check_gates
+    from utils.roofline import measure_gemm
     from utils.sweep import time_shape
 
     common.random_text(folder / "random.txt")
@@ -116,16 +117,16 @@ def measure(
 
     arms = {name: functools.partial(step_ms, shape) for shape, name in names.items()}
     with torch_settings(setup.config.train, setup.device):
-        before = common.gemm_gflops(setup.device)
+        before = measure_gemm(setup.device, setup.dtype)
         times = common.interleaved(arms, repeats, lambda line: terminal.print(f"  {line}"))
-        peak = max(before, common.gemm_gflops(setup.device))
+        gflops = max(before, measure_gemm(setup.device, setup.dtype)) / 1e9
     medians = {shape: statistics.median(times[name]) for shape, name in names.items()}
     vocab_size = setup.corpus.tokenizer.vocab_size
     gflop = {
         shape: training_flops(config.model, vocab_size, config.train.sequences) / 1e9
         for shape, config in configs.items()
     }
-    return points_of(medians, gflop), peak
+    return points_of(medians, gflop), gflops
 
 
 def points_of(measured_ms: Mapping[Shape, float], gflop: Mapping[Shape, float]) -> list[Point]:

@@ -4,10 +4,10 @@ python -m benchmarks.training                     # about 20 minutes on 2 CPU co
 python -m benchmarks.training --config configs/presets/gpt2_124m.yaml --repeats 3 --steps 50
 
 nanoGPT's CPU model, written as GPT-2 writes it (learned positions, tanh GELU, biases, tied head), or what --config
-makes of it. Every arm is a process of its own with the same number of threads, float32, batch, length of windows,
-learning rate, weight decay and gradient clipping; all arms run once a repeat, in turning order. A step's time is the
-mean over the steps after the warmup, so that what happens every 50 or 250 steps counts; the table has medians over the
-repeats. Text is random characters: only time is measured.
+makes of it; an update is one micro-step. Every arm is a process of its own with the same number of threads, float32,
+batch, length of windows, learning rate, weight decay and gradient clipping; all arms run once a repeat, in turning
+order. A step's time is the mean over the steps after the warmup, so that what happens every 50 or 250 steps counts; the
+table has medians over the repeats. Text is random characters: only time is measured.
 
 ours: train.py with log, TensorBoard, Aim and histograms as the configuration says (what the views lack when training
 ends is fed then, and not timed: see benchmarks.tracking), and the same with tracking off.
@@ -106,10 +106,10 @@ def require(packages: Sequence[str]) -> None:
 def experiment(files: Sequence[Path], folder: Path) -> Config:
     """nanoGPT's CPU model, then `files`, with a corpus of random characters and in float32.
 
-    torch's threads are set as the configuration says.
+    An update is one micro-step; torch's threads are set as the configuration says.
 
     Raises:
-        UserError: a mistake in the files, or GPT-2 cannot have such a shape.
+        UserError: a mistake in the files, GPT-2 cannot have such a shape, or the batch is not a number.
     """
     import torch
 
@@ -117,16 +117,19 @@ def experiment(files: Sequence[Path], folder: Path) -> Config:
     fixed: dict[str, str | bool] = {
         "dataset": str(common.random_text(folder / "random.txt")),
         "corpora_dir": str(folder / "corpora"),
-        "gradient_accumulation_steps": "1",
         "dtype": "float32",
+        "tf32": False,
     }
     config = common.load_config([folder / "nanogpt.json", *files], folder, fixed).config
     if config.model.n_embd % config.model.n_head:
         raise UserError(f"GPT-2 needs n_embd ({config.model.n_embd}) divisible by n_head ({config.model.n_head})")
+    if config.train.batch_size == "auto":
+        raise UserError("batch_size auto: every arm has the same batch, so it must be a number here")
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    train = config.train.model_copy(update={"threads": torch.get_num_threads()})
-    return config.model_copy(update={"train": train})
+    batch_size = config.train.sequences // config.train.gradient_accumulation_steps
+    single = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "threads": torch.get_num_threads()}
+    return config.model_copy(update={"train": config.train.model_copy(update=single)})
 
 
 def gpt2_form(model: ModelConfig) -> ModelConfig:

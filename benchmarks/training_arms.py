@@ -134,6 +134,7 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
         "warmup_iters": "none",
         "lr_decay_iters": "none",
         "stop_at_step": "none",
+        "profile_step": "none",
         "eval_interval": str(last),
         "eval_iters": "1",
         "checkpoint_interval": "0",
@@ -300,9 +301,10 @@ def run(task: Task) -> Result:
     torch.set_num_threads(task.threads)
     torch.manual_seed(0)
     if task.arm == PEAK:
-        from benchmarks.common import gemm_gflops
+        from utils.roofline import measure_gemm
 
-        return Result(gflops=gemm_gflops(torch.device(task.device)), threads=torch.get_num_threads())
+        gflops = measure_gemm(torch.device(task.device), torch.float32) / 1e9
+        return Result(gflops=gflops, threads=torch.get_num_threads())
     step_ms, parameters = ARMS[task.arm](task)
     gpu_mb = torch.cuda.max_memory_allocated() / 1e6 if task.device == "cuda" else 0.0
     return Result(step_ms, parameters, torch.get_num_threads(), gpu_mb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from benchmarks import training as training_benchmark
 from benchmarks.switched_run import ALL, LOG, NAIVE, OFF
 from benchmarks.training_arms import ARMS, BARE, HF_TRAINER, LIGHTNING, PEAK, TRACKED, UNTRACKED, Result, Task
 from model import LanguageModel
-from utils import training
+from utils import roofline, training
 from utils.config import Config, ModelConfig, OptimizerConfig
 from utils.errors import UserError
 from utils.run_log import read_metrics
@@ -305,6 +306,13 @@ def test_gpt2_gets_the_shape_of_our_model() -> None:
     assert training_benchmark.gpt2_settings(ModelConfig(), 65)["n_inner"] == 4 * 128
 
 
+def test_an_update_is_one_micro_step_in_every_arm(tmp_path: Path) -> None:
+    task = tiny_task(BARE, tmp_path, batch_size=6, gradient_accumulation_steps=3)
+    assert task.batch_size == 2
+    written = json.loads(Path(task.config).read_text())["train"]
+    assert (written["batch_size"], written["gradient_accumulation_steps"]) == (2, 1)
+
+
 def test_what_gpt2_cannot_be_is_told() -> None:
     assert training_benchmark.beyond_gpt2(Config(model=ModelConfig(ffn_dim=100, n_kv_head=4, qkv_bias=True))) == []
     llama = ModelConfig(n_kv_head=2, position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
@@ -312,9 +320,11 @@ def test_what_gpt2_cannot_be_is_told() -> None:
     assert found == ["n_kv_head 2", "position rope", "norm rmsnorm", "mlp swiglu", "bias off", "qkv_bias off"]
 
 
-def test_a_shape_that_gpt2_cannot_have_is_a_mistake(tmp_path: Path) -> None:
+def test_a_shape_that_the_arms_cannot_share_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"GPT-2 needs n_embd \(16\) divisible by n_head \(3\)"):
         tiny_task(BARE, tmp_path, n_head=3, head_dim=4)
+    with pytest.raises(UserError, match="batch_size auto: "):
+        tiny_task(BARE, tmp_path, batch_size="auto")
 
 
 def test_without_the_other_packages_training_says_how_to_install_them(
@@ -383,7 +393,7 @@ def test_scaling_prints_a_table_and_draws_it(
     base = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 4, "batch_size": 2}
     monkeypatch.setattr(scaling, "BASE", base)
     monkeypatch.setattr(scaling, "AXES", {axis: (base[axis], 2 * base[axis]) for axis in scaling.AXES})
-    monkeypatch.setattr(common, "GEMM_SIZES", (64,))
+    monkeypatch.setitem(roofline.GEMM_SIZES, "cpu", (64,))
     out = tmp_path / "scaling.png"
     assert scaling.main(["--repeats", "1", "--steps", "1", "--warmup", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

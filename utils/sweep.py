@@ -26,7 +26,7 @@ from utils.train_state import TrainState, build_state
 from utils.training import clip_gradients, forward_backward, optimizer_step
 
 SWEEP_FILE = "sweep.json"
-BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the configured sizes
+BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the configured sizes; a batch is that of a micro-step
 BLOCK_FACTORS = (0.5, 1, 2)
 
 
@@ -166,7 +166,8 @@ def report_sweep(
     config = setup.config
     batches = numbers(batch_sizes, "--batch-sizes", int, 1) if batch_sizes is not None else None
     blocks = numbers(block_sizes, "--block-sizes", int, 1) if block_sizes is not None else None
-    batches = batches or default_sizes(config.train.sequences, BATCH_FACTORS)
+    micro_batch = config.train.sequences // config.train.gradient_accumulation_steps
+    batches = batches or default_sizes(micro_batch, BATCH_FACTORS)
     blocks = blocks or default_sizes(config.model.block_size, BLOCK_FACTORS)
     with torch_settings(config.train, setup.device):
         timings = sweep(setup, batches, blocks, steps, warmup, terminal)
