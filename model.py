@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from utils.config import ModelConfig
+from utils.linear import Linear, linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -123,8 +124,8 @@ class Attention(nn.Module):
         self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
         self.dropout = config.dropout
         self.norm = functools.partial(PLAIN_NORMS[config.norm], eps=config.norm_eps) if config.qk_norm else None
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.head_width, config.has_qkv_bias)
-        self.proj = nn.Linear(self.n_head * self.head_width, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.head_width, config.has_qkv_bias)
+        self.proj = Linear(self.n_head * self.head_width, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -165,8 +166,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
-        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.proj = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.proj = Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -179,9 +180,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.proj = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.proj = Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -237,7 +238,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = NORMS[config.norm](config)
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+            self.head = Linear(config.n_embd, vocab_size, bias=False)
         init_weights(self)
 
     def forward(
@@ -270,7 +271,7 @@ class LanguageModel(nn.Module):
         if cache is not None:
             cache.length += T
         head = self.token_embedding if self.config.tie_embeddings else self.head
-        logits = F.linear(self.final_norm(x), head.weight)  # (B, T, V)
+        logits = linear(self.final_norm(x), head.weight)  # (B, T, V)
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         if targets is None:
@@ -306,7 +307,7 @@ def init_weights(model: LanguageModel) -> None:
     """
     residual_std = 0.02 / math.sqrt(2 * model.config.n_layer)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, Linear):
             into_residual = name.endswith(".proj")
             if model.config.zero_init and (into_residual or name == "head"):
                 nn.init.zeros_(module.weight)
