@@ -8,7 +8,9 @@ from typing import Any
 
 Argument = Sequence[Any]  # the shape of a tensor, or a list of shapes; empty: a scalar, or no tensor
 
-MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0}  # where the first matrix stands
+ONEDNN = "mkldnn::_linear_pointwise"
+MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0}  # where the first matrix stands
+TRANSPOSED = ("linear", ONEDNN)  # multiply with the transposed second matrix
 ATTENTION = "scaled_dot_product"
 SMALL_RESULT = ("sum", "mean", "linalg_vector_norm", "_foreach_norm", "nll_loss", "cross_entropy_loss", "item")
 VIEWS = "view _unsafe_view reshape t transpose permute expand slice select narrow split split_with_sizes chunk unbind"
@@ -85,10 +87,10 @@ def operator_bytes(name: str, shapes: Sequence[Argument], dtypes: Sequence[str])
 
 
 def _matrices(short: str, shapes: Sequence[Argument]) -> tuple[Argument, Argument, int]:
-    """Both factors and the columns of the second, which `linear` has transposed."""
+    """Both factors and the columns of the product."""
     first = MATRIX_PRODUCTS[short]
     left, right = shapes[first], shapes[first + 1]
-    return left, right, (right[0] if short == "linear" else right[-1]) if right else 0
+    return left, right, (right[0] if short in TRANSPOSED else right[-1]) if right else 0
 
 
 def _numbers(argument: Argument) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from utils.device import synchronize
+from utils.linear import linear
 from utils.profile_record import Limits
 
 REPEATS = 5
@@ -31,7 +32,10 @@ def measure_limits(device: torch.device, dtypes: Sequence[torch.dtype]) -> Limit
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product; a multiply-add counts as two."""
+    """Floating-point operations a second of a square matrix product, made as those of the model are.
+
+    A multiply-add counts as two.
+    """
     generator = torch.Generator(device).manual_seed(0)  # a GPU multiplies zeros or ones faster than numbers
     best = 0.0
     for n in GEMM_SIZES[device.type]:
@@ -39,8 +43,7 @@ def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
         if best and CALLS[device.type] * flops / best > SECONDS:
             break
         a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
-        out = torch.empty(n, n, device=device, dtype=dtype)
-        best = max(best, flops / _least_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))  # type: ignore[misc]
+        best = max(best, flops / _least_seconds(lambda a=a, b=b: linear(a, b), device))  # type: ignore[misc]
     return best
 
 

@@ -1,0 +1,110 @@
+"""Linear layers and activations that are computed in another way than torch's own: the same numbers, and gradients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from utils import linear as module
+from utils.activations import ACTIVATIONS
+from utils.linear import ONEDNN, Linear, OneDNNLinear, linear
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def test_this_build_of_torch_has_onednn() -> None:
+    assert ONEDNN is not None
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 8), (5, 8), (1, 1, 8), (8,)])
+@pytest.mark.parametrize("outputs", [3, 8, 24])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], outputs: int, has_bias: bool) -> None:
+    x, weight, bias, upstream = tensors(shape, (outputs, 8), (outputs,), (*shape[:-1], outputs))
+    inputs = [x, weight, bias] if has_bias else [x, weight]
+    ours, theirs = linear(*inputs), F.linear(*inputs)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(y, inputs, upstream.detach()) for y in (ours, theirs)]
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, reference)
+        assert mine.is_contiguous()
+
+
+def test_a_transposed_input_is_no_mistake() -> None:
+    x, weight = tensors((8, 5), (3, 8))
+    torch.testing.assert_close(linear(x.t(), weight), F.linear(x.t(), weight))
+
+
+def test_only_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = tensors((4, 8), (3, 8))
+    products = []
+    original = module.product
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        products.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "product", counted)
+    linear(x.detach(), weight).sum().backward()
+    assert len(products) == 2  # the output, and the gradient of the weight
+    assert x.grad is None
+
+
+def test_other_precisions_and_autocast_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("not for oneDNN")
+
+    monkeypatch.setattr(OneDNNLinear, "apply", fail)
+    layer = Linear(8, 3)
+    x = torch.ones(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.double()(x.double()).dtype == torch.float64
+    with pytest.raises(AssertionError, match="not for oneDNN"):
+        layer.float()(x)
+
+
+def test_without_onednn_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = tensors((4, 8), (3, 8), (3,))
+    monkeypatch.setattr(module, "ONEDNN", None)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_a_product_repeats_bit_for_bit() -> None:
+    x, weight, upstream = tensors((64, 96), (33, 96), (64, 33))
+    results = []
+    for _ in range(3):
+        y = linear(x.detach().clone().requires_grad_(), weight)
+        (gradient,) = torch.autograd.grad(y, weight, upstream.detach())
+        results.append((y, gradient))
+    for (y1, g1), (y2, g2) in itertools.pairwise(results):
+        assert torch.equal(y1, y2)
+        assert torch.equal(g1, g2)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        ("gelu", lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5))),
+        ("relu2", lambda x: torch.where(x > 0, x * x, 0)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activations_and_their_gradients(
+    name: str, reference: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001, dtype=dtype), torch.tensor([-1e4, 0.0, 1e4], dtype=dtype)])
+    x.requires_grad_()
+    ours, theirs = ACTIVATIONS[name](x), reference(x)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
+    upstream = torch.cos(torch.arange(len(x), dtype=dtype))
+    gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (ours, theirs)]
+    torch.testing.assert_close(*gradients, atol=3e-6, rtol=3e-6)
