@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils.activations import ACTIVATIONS
 from utils.config import ModelConfig
 from utils.linear import Linear, linear
 
@@ -35,6 +34,12 @@ class RMSNorm(nn.RMSNorm):
 
 NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 PLAIN_NORMS: dict[str, Callable[..., torch.Tensor]] = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,  # Hendrycks and Gimpel 2016
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # GPT-2's own
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
+}
 
 
 NO_TOKEN = -1  # stands before the first token of a sequence

@@ -114,7 +114,10 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(config.threads)
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed workspace
-    torch.use_deterministic_algorithms(deterministic)
+    if config.compile:
+        torch.use_deterministic_algorithms(deterministic)  # tells the compiler, too, and imports it
+    else:
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Nothing here reads memory that was not written, so it need not be filled.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
+from utils.adamw import EagerOptimizer, adamw_update
 from utils.device import has_bf16_units
 
 # Coefficients of the quintic iteration, chosen for a steep slope at zero [Jordan et al. 2024, Muon].
@@ -35,7 +35,7 @@ def newton_schulz(matrices: torch.Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> t
     return x.float()
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EagerOptimizer):
     """Muon [Jordan et al. 2024] for the groups that have a momentum, AdamW for the others.
 
     An update of Muon is Nesterov momentum, orthogonalised, times 0.2 sqrt(max(rows, columns)): the size that updates
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             if "momentum" in group:
                 self._muon(group)
             else:
-                self._adamw(group)
+                adamw_update(group, self.state)
 
     def _muon(self, group: dict[str, Any]) -> None:
         trained = [(p, rows) for p, rows in zip(group["params"], group["blocks"], strict=True) if p.grad is not None]
@@ -79,33 +79,6 @@ class Muon(torch.optim.Optimizer):
         for shape, pairs in by_shape.items():
             updates = newton_schulz(_stacked([block for _, block in pairs]))
             torch._foreach_add_([w for w, _ in pairs], updates.unbind(), alpha=-group["lr"] * update_scale(shape))
-
-    def _adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
 
 def _stacked(matrices: list[torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model import Attention
+from utils.adamw import AdamW
 from utils.config import OptimizerConfig, warmup_steps
 from utils.muon import Muon
 
@@ -98,25 +99,14 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW [Loshchilov and Hutter 2019], one fused kernel a group where the device has it."""
-    device_type = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=device_type in ("cpu", "cuda", "mps"),
-    )
+    """AdamW for all parameters."""
+    return AdamW(group | {"betas": (config.beta1, config.beta2), "eps": config.adam_eps} for group in groups)
 
 
 def muon(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Muon for the hidden matrices (q, k and v each by itself), AdamW for all else."""
-    for group in groups:
-        if group["name"] == "matrices":
-            group["momentum"] = config.momentum
-        else:
-            group |= {"betas": (config.beta1, config.beta2), "eps": config.adam_eps}
-    return Muon(groups)
+    of_muon, of_adamw = {"momentum": config.momentum}, {"betas": (config.beta1, config.beta2), "eps": config.adam_eps}
+    return Muon(group | (of_muon if group["name"] == "matrices" else of_adamw) for group in groups)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {

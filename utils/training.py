@@ -43,11 +43,13 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
     The global norm is the norm of these norms.
     """
     state.scaler.unscale_(state.optimizer)
-    groups = [[p for p in group["params"] if p.grad is not None] for group in state.optimizer.param_groups]
-    norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in g]).to(state.device) for g in groups])
+    groups = [[p.grad for p in group["params"] if p.grad is not None] for group in state.optimizer.param_groups]
+    gradients = [gradient for group in groups for gradient in group]
+    each = torch.stack(torch._foreach_norm(gradients)).split([len(group) for group in groups])
+    norms = torch.stack([of_group.norm() for of_group in each])
     if state.config.optimizer.grad_clip:
-        parameters = [p for group in groups for p in group]
-        torch.nn.utils.clip_grads_with_norm_(parameters, state.config.optimizer.grad_clip, norms.norm())
+        factor = state.config.optimizer.grad_clip / (norms.norm() + 1e-6)
+        torch._foreach_mul_(gradients, factor.clamp(max=1.0))  # also by 1: to know whether it must would be a wait
     return norms
 
 

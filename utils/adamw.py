@@ -1,0 +1,64 @@
+"""AdamW in its fused form, with as little around it as a small model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class EagerOptimizer(torch.optim.Optimizer):
+    """An optimizer that is never part of a compiled graph.
+
+    torch guards these methods against that, and imports its compiler to do so: 70 MB and a second of each start.
+    """
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__  # type: ignore[attr-defined]
+
+
+class AdamW(EagerOptimizer):
+    """AdamW [Loshchilov and Hutter 2019], one fused kernel a group. The state is that of torch.optim.AdamW.
+
+    Args:
+        groups: with lr, betas, eps and weight_decay.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            adamw_update(group, self.state)
+
+
+def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+    """One update of the parameters of a group that have a gradient; what is new gets a state."""
+    params = [p for p in group["params"] if p.grad is not None]
+    if not params:
+        return
+    for p in params:
+        if not states[p]:
+            states[p]["step"] = torch.zeros((), device=p.device)
+            states[p]["exp_avg"] = torch.zeros_like(p)
+            states[p]["exp_avg_sq"] = torch.zeros_like(p)
+    beta1, beta2 = group["betas"]
+    adamw(
+        params,
+        [p.grad for p in params],
+        [states[p]["exp_avg"] for p in params],
+        [states[p]["exp_avg_sq"] for p in params],
+        [],
+        [states[p]["step"] for p in params],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
