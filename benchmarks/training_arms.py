@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from utils.train_state import TrainState
 
 TRACKED, UNTRACKED = "ours, all tracking", "ours, no tracking"
-BARE, FUSED, HF_TRAINER, LIGHTNING = "bare loop", "bare loop, fused", "transformers.Trainer", "Lightning Trainer"
+BARE, FUSED = "bare loop", "bare loop, fused"
+HF_TRACKED, HF_OFF = "HF Trainer, tracked", "HF Trainer, all off"
+LIGHTNING_TRACKED, LIGHTNING_OFF = "Lightning, tracked", "Lightning, all off"
 PEAK = "matrix products"
 MARK = "benchmark result:"
 N_TOKENS = 200_000  # that the windows of GPT-2's arms are cut from
@@ -99,6 +101,7 @@ class StepClock:
 def ours(task: Task, tracking: bool) -> tuple[float, int]:
     """train.train; without tracking its monitor sees no step, so neither log nor views have anything to do.
 
+    With it the lines of a run are printed too, as the others print theirs.
     Evaluations and checkpoints come before the first timed step and after the last one, since the others have none.
 
     Returns:
@@ -147,7 +150,7 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
         if not tracking:
             for name in ("step", "step_done"):
                 patches.enter_context(patch.object(monitor.Monitor, name, lambda *arguments: None))
-        result = train.train(common.load_config([Path(task.config)], folder, overrides), quiet=True)
+        result = train.train(common.load_config([Path(task.config)], folder, overrides), quiet=not tracking)
     check(result.run_dir, result.status)
     return clock.step_ms, parameters
 
@@ -207,8 +210,11 @@ def bare_loop(task: Task, fused: bool | None = None) -> tuple[float, int]:
     return clock.step_ms, model.num_parameters()
 
 
-def hf_trainer(task: Task) -> tuple[float, int]:
-    """transformers.Trainer with its own choice of AdamW; no logging, evaluation, saving, progress or reports."""
+def hf_trainer(task: Task, tracking: bool) -> tuple[float, int]:
+    """transformers.Trainer with its own choice of AdamW; no evaluation and no saving.
+
+    tracking: loss, gradient norm and learning rate of every step to TensorBoard, and its progress bar.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     clock = StepClock(task)
@@ -230,21 +236,27 @@ def hf_trainer(task: Task) -> tuple[float, int]:
         max_grad_norm=task.grad_clip,
         use_cpu=task.device == "cpu",
         dataloader_pin_memory=task.device == "cuda",
-        logging_strategy="no",
+        logging_strategy="steps" if tracking else "no",
+        logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        report_to="tensorboard" if tracking else "none",
+        disable_tqdm=not tracking,
     )
     model = gpt2(task)
     Trainer(model=model, args=arguments, train_dataset=Windows(task), callbacks=[Ticks()]).train()
     return clock.step_ms, model.num_parameters()
 
 
-def lightning_trainer(task: Task) -> tuple[float, int]:
-    """Lightning's Trainer in its barebones mode: no logger, checkpoint, progress bar, summary or check before."""
+def lightning_trainer(task: Task, tracking: bool) -> tuple[float, int]:
+    """Lightning's Trainer without checkpoints.
+
+    tracking: loss and learning rate of every step to TensorBoard, and its progress bar; without, its barebones mode: no
+    logger, progress bar, summary or check before.
+    """
     import lightning
+    from lightning.pytorch.loggers import TensorBoardLogger
     from torch.utils.data import DataLoader
 
     clock = StepClock(task)
@@ -256,6 +268,9 @@ def lightning_trainer(task: Task) -> tuple[float, int]:
 
         def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
             loss: torch.Tensor = self.model(**batch).loss
+            if tracking:
+                self.log("train_loss", loss)
+                self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -265,13 +280,16 @@ def lightning_trainer(task: Task) -> tuple[float, int]:
             clock.step_done()
 
     module = Module()
+    mode: dict[str, Any] = {"barebones": True}
+    if tracking:
+        mode = {"logger": TensorBoardLogger(task.folder), "log_every_n_steps": 1, "enable_checkpointing": False}
     trainer = lightning.Trainer(
         accelerator="gpu" if task.device == "cuda" else task.device,
         devices=1,
         max_steps=task.warmup + task.steps,
         gradient_clip_val=task.grad_clip or None,
         default_root_dir=task.folder,
-        barebones=True,
+        **mode,
     )
     windows: Any = Windows(task)  # a dataset by its methods
     trainer.fit(module, DataLoader(windows, batch_size=task.batch_size, pin_memory=task.device == "cuda"))
@@ -285,8 +303,10 @@ ARMS: dict[str, Callable[[Task], tuple[float, int]]] = {
     UNTRACKED: lambda task: ours(task, tracking=False),
     BARE: bare_loop,
     FUSED: lambda task: bare_loop(task, fused=True),
-    HF_TRAINER: hf_trainer,
-    LIGHTNING: lightning_trainer,
+    HF_TRACKED: lambda task: hf_trainer(task, tracking=True),
+    HF_OFF: lambda task: hf_trainer(task, tracking=False),
+    LIGHTNING_TRACKED: lambda task: lightning_trainer(task, tracking=True),
+    LIGHTNING_OFF: lambda task: lightning_trainer(task, tracking=False),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import (
     checkpoints,
@@ -30,7 +31,19 @@ from benchmarks import (
 )
 from benchmarks import training as training_benchmark
 from benchmarks.switched_run import ALL, LOG, NAIVE, OFF
-from benchmarks.training_arms import ARMS, BARE, HF_TRAINER, LIGHTNING, PEAK, TRACKED, UNTRACKED, Result, Task
+from benchmarks.training_arms import (
+    ARMS,
+    BARE,
+    HF_OFF,
+    HF_TRACKED,
+    LIGHTNING_OFF,
+    LIGHTNING_TRACKED,
+    PEAK,
+    TRACKED,
+    UNTRACKED,
+    Result,
+    Task,
+)
 from model import LanguageModel
 from utils import roofline, training
 from utils.config import Config, ModelConfig, OptimizerConfig
@@ -339,7 +352,7 @@ def test_without_the_other_packages_training_says_how_to_install_them(
 def test_training_prints_ratios_limits_and_what_matrix_products_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step_ms = {TRACKED: 10.0, UNTRACKED: 9.0, HF_TRAINER: 15.0}
+    step_ms = {TRACKED: 10.0, UNTRACKED: 9.0, HF_TRACKED: 15.0}
 
     def measured(task: Task) -> tuple[Result, float]:
         return Result(step_ms.get(task.arm, 20.0), 800, task.threads, gflops=100.0), 300.0 + len(task.arm)
@@ -350,8 +363,10 @@ def test_training_prints_ratios_limits_and_what_matrix_products_need(
     printed = capsys.readouterr().out
     assert all(arm in printed for arm in ARMS)
     assert f"{TRACKED} / {BARE}: 2.00 (95%: 2.00-2.00), at least 1.7 reached" in printed
-    assert f"{TRACKED} / {HF_TRAINER}: 1.50 (95%: 1.50-1.50), at least 2 missed" in printed
-    assert f"{TRACKED} / {LIGHTNING}: 2.00" in printed
+    assert f"{TRACKED} / {HF_TRACKED}: 1.50 (95%: 1.50-1.50), at least 2 missed" in printed
+    assert f"{UNTRACKED} / {HF_OFF}: 2.22 (95%: 2.22-2.22), at least 2 reached" in printed
+    assert f"{TRACKED} / {LIGHTNING_TRACKED}: 2.00" in printed
+    assert f"{UNTRACKED} / {LIGHTNING_OFF}: 2.22" in printed
     assert "3.82 GFLOP a step, 38.2 ms at the 100 GFLOP/s" in printed
     assert "peak memory: 318 MB, bare loop 309 MB, no higher: missed" in printed
 
@@ -371,6 +386,27 @@ def test_the_other_arms_train(arm: str, tmp_path: Path) -> None:
     result, _ = training_benchmark.measure(tiny_task(arm, tmp_path))
     assert result.step_ms > 0
     assert result.parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("arm", "tags"),
+    [
+        (HF_TRACKED, ("train/loss", "train/grad_norm", "train/learning_rate")),
+        (LIGHTNING_TRACKED, ("train_loss", "learning_rate")),
+        (HF_OFF, ()),
+        (LIGHTNING_OFF, ()),
+    ],
+)
+def test_the_other_trainers_track_every_step_or_nothing(arm: str, tags: tuple[str, ...], tmp_path: Path) -> None:
+    for package in training_benchmark.PACKAGES:
+        pytest.importorskip(package)
+    task = tiny_task(arm, tmp_path)
+    training_arms.run(task)
+    files = list(Path(task.folder).rglob("*tfevents*"))
+    assert len(files) == (1 if tags else 0)
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        assert [len(events.Scalars(tag)) for tag in tags] == [70] * len(tags)
 
 
 # ------------------------------------------------------------------------------------------------ scaling
