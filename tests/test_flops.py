@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,8 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import LanguageModel
 from utils import linear
 from utils.config import ModelConfig
-from utils.flops import forward_flops, training_flops
+from utils.flops import forward_flops, parameter_count, training_flops
 
+VARIANTS = [
+    {},
+    {"bias": False, "qkv_bias": True, "position": "rope", "tie_embeddings": False},
+    {"norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "head_dim": 6},
+    {"qkv_bias": False, "ffn_dim": 5, "mlp": "relu2", "qk_norm": True, "ngram_rows": (9, 4)},
+]
 SHAPES = [
     ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16),
     ModelConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=64, block_size=8, mlp="swiglu", position="rope"),
@@ -32,3 +40,9 @@ def test_training_costs_three_forward_passes_over_the_lower_triangle() -> None:
     config = SHAPES[0]
     T = config.block_size
     assert training_flops(config, 11, 3) == 3 * forward_flops(config, 11, 3 * T, (T + 1) / 2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_those_of_the_model(variant: dict[str, Any]) -> None:
+    config = ModelConfig(n_layer=3, n_head=2, n_embd=12, block_size=7, **variant)
+    assert parameter_count(config, 11) == LanguageModel(config, vocab_size=11).num_parameters()

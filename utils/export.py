@@ -26,6 +26,7 @@ from utils.config import ModelConfig
 from utils.errors import UserError
 from utils.evaluation import evaluating
 from utils.files import write_json
+from utils.flops import parameter_count
 
 FORMAT_VERSION = 1
 EXPORT_FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -130,14 +131,14 @@ def load_export(folder: Path, device: torch.device) -> Export:
         weights = load_file(weights_path)
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{weights_path}: damaged: {error}") from None
-    with torch.device("meta"):  # shapes only: a damaged configuration may describe a model beyond all memory
-        differences = weight_differences(weights, LanguageModel(model_config, vocab_size))
-    if differences:
+    # A damaged configuration may describe a model beyond all memory: of that only the shapes are made.
+    sane = parameter_count(model_config, vocab_size) < 10 * sum(map(torch.Tensor.numel, weights.values())) + 1_000_000
+    with torch.device("cpu" if sane else "meta"), torch.random.fork_rng(devices=[]):  # nobody's random numbers shift
+        model = LanguageModel(model_config, vocab_size)
+    if differences := weight_differences(weights, model):
         raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
     if _crc32(weights_path) != crc32:
         raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
-    with torch.random.fork_rng(devices=[]):  # initialising weights that are replaced must not shift anyone's numbers
-        model = LanguageModel(model_config, vocab_size)
     model.load_state_dict(weights)
     tokenizer = CharTokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size != model.vocab_size:

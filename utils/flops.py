@@ -1,8 +1,22 @@
-"""How many floating-point operations a model needs, by counting its matrix products."""
+"""What a model has and needs, counted from its shapes: parameters, and floating-point operations of matrix products."""
 
 from __future__ import annotations
 
 from utils.config import ModelConfig
+
+
+def parameter_count(config: ModelConfig, vocab_size: int) -> int:
+    """Trainable numbers of a LanguageModel; to know them it need not be made."""
+    C, F = config.n_embd, config.ffn_width
+    heads, qkv = config.n_head * config.head_width, (config.n_head + 2 * config.kv_heads) * config.head_width
+    norm = C * (2 if config.norm == "layernorm" and config.bias else 1)
+    attention = C * qkv + heads * C + config.has_qkv_bias * qkv + config.bias * C
+    inner = 2 if config.mlp == "swiglu" else 1  # matrices into the hidden width
+    mlp = inner * (C * F + config.bias * F) + F * C + config.bias * C
+    tables = vocab_size * (1 if config.tie_embeddings else 2) + sum(config.ngram_rows)
+    if config.position == "learned":
+        tables += config.block_size
+    return tables * C + config.n_layer * (attention + mlp + 2 * norm) + norm
 
 
 def forward_flops(config: ModelConfig, vocab_size: int, tokens: int, context: float) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from model import LanguageModel
 from utils.config import FIELDS, Config, config_hash, get_value
+from utils.flops import parameter_count
 from utils.gates import Setup, decisive_settings
 from utils.metadata import GitFacts
 from utils.run_index import IndexedRun, origin_of, read_index
@@ -82,8 +82,7 @@ def _code(git: GitFacts) -> Iterator[str]:
 
 def _disk(setup: Setup) -> Iterator[str]:
     """Whether the disk holds the checkpoints that are kept, and the one that is being written."""
-    with torch.device("meta"):
-        parameters = LanguageModel(setup.config.model, setup.corpus.tokenizer.vocab_size).num_parameters()
+    parameters = parameter_count(setup.config.model, setup.corpus.tokenizer.vocab_size)
     count = setup.config.train.keep_last + setup.config.train.keep_best + 1
     needed = count * parameters * BYTES_OF_PARAMETER
     folder = next(path for path in (setup.runs_dir, *setup.runs_dir.resolve().parents) if path.exists())
