@@ -34,6 +34,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.crash_test
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.speedrun
 
 bench-training: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.training $(ARGS)

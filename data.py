@@ -13,7 +13,7 @@ import http.client
 import os
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +271,7 @@ class BatchSampler:
     batch_size: int
     seed: int
     device: torch.device
+    _ahead: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def train_batch(
         self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world_size: int = 1
@@ -278,7 +279,18 @@ class BatchSampler:
         """Inputs and targets of one micro-step of one rank: (batch_size / micro_steps / world_size, T) each."""
         share = self.batch_size // (micro_steps * world_size)
         first = step * self.batch_size + (micro_step * world_size + rank) * share
-        return self._batch("train", self.seed, first, share)
+        return self._ahead.pop((first, share), None) or self._batch("train", self.seed, first, share)
+
+    def prefetch(self, step: int, micro_step: int = 0, micro_steps: int = 1) -> None:
+        """Make the batch that `train_batch` is asked for next, while the device is busy with this one.
+
+        On a GPU, where work is only queued; a CPU would do the one after the other.
+        """
+        if self.device.type == "cuda":
+            self._ahead.clear()  # at most one, also where a step is repeated
+            share = self.batch_size // micro_steps
+            first = step * self.batch_size + micro_step * share
+            self._ahead[first, share] = self._batch("train", self.seed, first, share)
 
     def train_offsets(self, step: int) -> list[int]:
         """Where in the training tokens the samples of update `step` start."""

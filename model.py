@@ -88,11 +88,11 @@ class NgramEmbedding(nn.Module):
         T, reach = idx.size(1), before.size(1)
         tokens = torch.cat((before, idx), dim=1) + 1  # (B, N - 1 + T)
         ngrams = tokens[:, reach:]  # (B, T)
-        total = torch.zeros((), device=idx.device)
+        vectors = []
         for back, (rows, table) in enumerate(zip(self.rows, self.tables, strict=True), start=1):
             ngrams = ngrams * self.FACTOR + tokens[:, reach - back : reach - back + T]  # int64 wraps around
-            total = total + table((ngrams ^ (ngrams >> 29)) % rows)
-        return total
+            vectors.append(table((ngrams ^ (ngrams >> 29)) % rows))
+        return functools.reduce(torch.add, vectors)
 
 
 def rope_factors(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

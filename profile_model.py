@@ -13,7 +13,6 @@ python profile_model.py --compare before/ after/ # two profiles side by side: fo
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 import sys
@@ -38,6 +37,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
 
 
+OF_MODE = {  # flag -> the mode that it belongs to
+    "batch_sizes": "sweep",
+    "block_sizes": "sweep",
+    "lr_min": "lr_range",
+    "lr_max": "lr_range",
+    "lr_steps": "lr_range",
+}
+
+
 def add_own_flags(parser: Parser) -> None:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of each measurement (default: 20)")
     parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
@@ -49,9 +57,9 @@ def add_own_flags(parser: Parser) -> None:
     mode.add_argument("--lr-range", action="store_true", help="train with rising learning rates and suggest one")
     parser.add_argument("--batch-sizes", metavar="A,B", help="of --sweep (default: 1/4 to 4 times batch_size)")
     parser.add_argument("--block-sizes", metavar="A,B", help="of --sweep (default: 1/2 to 2 times block_size)")
-    parser.add_argument("--lr-min", type=float, default=1e-5, metavar="X", help="of --lr-range (default: 1e-5)")
-    parser.add_argument("--lr-max", type=float, default=1.0, metavar="X", help="of --lr-range (default: 1)")
-    parser.add_argument("--lr-steps", type=int, default=100, metavar="N", help="rates between them (default: 100)")
+    parser.add_argument("--lr-min", type=float, metavar="X", help="of --lr-range (default: 1e-5)")
+    parser.add_argument("--lr-max", type=float, metavar="X", help="of --lr-range (default: 1)")
+    parser.add_argument("--lr-steps", type=int, metavar="N", help="of --lr-range: rates between them (default: 100)")
 
 
 @script
@@ -62,8 +70,9 @@ def main(argv: Sequence[str]) -> int:
     for name, least in (("steps", 1), ("warmup", 0), ("top", 1)):
         if getattr(parsed.own, name) < least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(parsed.own, name)}")
-    if not parsed.own.sweep and (parsed.own.batch_sizes is not None or parsed.own.block_sizes is not None):
-        raise UserError("--batch-sizes and --block-sizes belong to --sweep")
+    for name, of in OF_MODE.items():
+        if getattr(parsed.own, name) is not None and not getattr(parsed.own, of):
+            raise UserError(f"--{name.replace('_', '-')} belongs to --{of.replace('_', '-')}")
     if parsed.own.compare:
         return compare(parsed)
     if parsed.own.sweep:
@@ -112,21 +121,24 @@ def sweep(parsed: ExperimentArguments) -> int:
 def lr_range(parsed: ExperimentArguments) -> int:
     """The learning-rate range test of a configuration: its curve, a suggestion, and both in files with --out."""
     args, loaded = parsed.own, parsed.load()
+    low = 1e-5 if args.lr_min is None else args.lr_min
+    high = 1.0 if args.lr_max is None else args.lr_max
+    steps = 100 if args.lr_steps is None else args.lr_steps
     from utils.device import torch_settings
     from utils.gates import check_gates
     from utils.lr_range import LEAST_STEPS, lr_range_test, report, save
     from utils.train_state import build_state
 
-    if not 0 < args.lr_min < args.lr_max < math.inf:
-        raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {args.lr_min:g} and {args.lr_max:g}")
-    if args.lr_steps < LEAST_STEPS:
-        raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {args.lr_steps}")
+    if not 0 < low < high < math.inf:
+        raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {low:g} and {high:g}")
+    if steps < LEAST_STEPS:
+        raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {steps}")
     terminal = Terminal()
     setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
     make_out(args.out)
     with torch_settings(setup.config.train, setup.device):
         state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
-        result = lr_range_test(state, args.lr_min, args.lr_max, args.lr_steps)
+        result = lr_range_test(state, low, high, steps)
     report(result, terminal)
     if args.out is not None:
         try:
@@ -168,7 +180,6 @@ def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple
     from utils.profiling import measure_steps
     from utils.train_state import build_state
 
-    importlib.import_module("torch._dynamo")  # an optimizer's first step does, and it is no memory of training
     device, before = setup.device, memory_in_use(setup.device)
     state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
     with tempfile.TemporaryDirectory() as folder:

@@ -37,7 +37,6 @@ AXES = {  # setting -> the values that it takes while the others stay
     "n_layer": (1, 2, 4, 8, 16),
 }
 NAMES = {"batch_size": "batch size", "block_size": "block size", "n_embd": "width", "n_layer": "depth"}
-PICTURE = PROJECT_ROOT / "docs" / "images" / "scaling.png"
 MEASURED, PREDICTED, LEAST = "#3b6fb6", "#e07b1f", "#7a7f87"
 
 Shape = tuple[tuple[str, int], ...]  # the settings of BASE with their values
@@ -60,14 +59,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="timed steps of a measurement (default: 9)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (default: 3)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of a shape (default: 7)")
-    parser.add_argument("--out", type=Path, default=PICTURE, metavar="FILE", help="(default: docs/images/scaling.png)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write a picture there (PNG)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, steps=args.steps, repeats=args.repeats)
     common.at_least(0, warmup=args.warmup)
-    if args.out.suffix.lower() != ".png":
+    if args.out is not None and args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: expected a file that ends in .png")
-    if not args.out.parent.is_dir():
+    if args.out is not None and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
     terminal = Terminal()
     with tempfile.TemporaryDirectory() as name:
@@ -77,11 +76,12 @@ def main(argv: Sequence[str]) -> int:
         f"MFU: share of the {gflops:,.0f} GFLOP/s that a large matrix product reaches",
         f"machine: {common.machine_facts()}",
     )
-    try:
-        write_atomic(args.out, picture(points, gflops))
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
-    terminal.print(f"written: {args.out}")
+    if args.out is not None:
+        try:
+            write_atomic(args.out, picture(points, gflops))
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
+        terminal.print(f"written: {args.out}")
     return 0
 
 

@@ -41,7 +41,7 @@ class Trained:
     split_loss: float  # over the whole validation split
     estimate: float  # what the run itself reported
     seconds: float  # from start to end
-    training_seconds: float  # from the first step to the last, and the evaluation after it
+    training_seconds: float  # from the first evaluation (and sample text) to the last
     tokens_per_second: float
     parameters: int
 
@@ -115,11 +115,9 @@ def measure(loaded: LoadedConfig) -> Trained:
 
 
 def training_seconds(logs: Path) -> float:
-    """Wall time from the start of the first step to the end of the last evaluation."""
-    records = list(read_records(logs / METRICS_FILE))
-    first_update = next(record for record in records if "train/loss" in record)
-    last_evaluation = next(record for record in reversed(records) if "val/loss" in record)
-    return last_evaluation["time"] - first_update["time"] + first_update["step_ms"] / 1000
+    """Wall time from the end of the evaluation before the first step to the end of that after the last."""
+    evaluations = [record["time"] for record in read_records(logs / METRICS_FILE) if "val/loss" in record]
+    return evaluations[-1] - evaluations[0]
 
 
 def results_table(results: Mapping[str, Sequence[Trained]]) -> Table:

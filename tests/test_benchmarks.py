@@ -24,6 +24,7 @@ from benchmarks import (
     experiments,
     scaling,
     shakespeare,
+    speedrun,
     startup,
     switched_run,
     tracking,
@@ -56,6 +57,7 @@ COMMANDS = {
     "experiments": experiments.main,
     "scaling": scaling.main,
     "shakespeare": shakespeare.main,
+    "speedrun": speedrun.main,
     "startup": startup.main,
     "tracking": tracking.main,
     "training": training_benchmark.main,
@@ -189,6 +191,21 @@ def test_startup_reports_a_command_that_fails() -> None:
         startup.run_python("train.py", "--no-such-flag")
 
 
+def test_speedrun_compares_recipes_and_gives_the_last_the_time_of_the_first(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_file.write_text(tiny_file.read_text() + "warmup_iters: 0\n")  # the recipe's are more than the steps
+    words = ["--seeds", "1", "--recipes", "shakespeare_cpu:learned,speedrun_cpu", "--config", str(tiny_file)]
+    assert speedrun.main([*words, "--target", "9"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("seed 1: shakespeare_cpu:learned\n") < printed.index("seed 1: speedrun_cpu\n")
+    assert "1 of 1" in printed
+    assert "mean loss" in printed
+    assert "at most 9: reached" in printed
+    assert re.search(r"time 1/[0-9.]+ of the first recipe, at most 1/5: (reached|missed)", printed)
+    assert re.search(r"in the time of the first recipe: mean loss [0-9.]+, at most 1.65: missed", printed)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_does_not_import_torch(name: str) -> None:
     code = (
@@ -204,6 +221,8 @@ def test_help_does_not_import_torch(name: str) -> None:
     ("name", "words", "message"),
     [
         ("shakespeare", ["--seeds", "1,x"], "--seeds: expected numbers >= 0"),
+        ("speedrun", ["--recipes", "speedrun_cpy"], "--recipes: no preset speedrun_cpy; did you mean speedrun_cpu?"),
+        ("speedrun", ["--recipes", ","], "--recipes: expected names of presets"),
         ("shakespeare", ["--steps", "0"], "--steps must be at least 1"),
         ("tracking", ["--step-ms", ","], "--step-ms: expected numbers >= 0.1"),
         ("tracking", ["--warmup", "0"], "--warmup must be at least 1"),

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -438,6 +440,33 @@ def test_targets_are_the_inputs_shifted_by_one() -> None:
     assert targets.is_contiguous()
     torch.testing.assert_close(targets, inputs + 1)
     torch.testing.assert_close(inputs, inputs[:, :1] + torch.arange(8))
+
+
+def test_on_a_gpu_the_next_batch_is_made_ahead_and_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    original = BatchSampler._batch
+
+    def on_cpu(self: BatchSampler, stream: str, seed: int, first: int, count: int) -> Any:
+        made.append((first, count))
+        return original(replace(self, device=CPU), stream, seed, first, count)
+
+    monkeypatch.setattr(BatchSampler, "_batch", on_cpu)
+    ahead = replace(sampler(), device=torch.device("cuda"))
+    ahead.prefetch(3, 1, 2)
+    ahead.prefetch(3, 1, 2)
+    made.clear()
+    assert torch.equal(ahead.train_batch(3, 1, 2)[0], sampler().train_batch(3, 1, 2)[0])
+    assert made == [(42, 6)]  # that of the other sampler
+    assert torch.equal(ahead.train_batch(3, 1, 2)[0], sampler().train_batch(3, 1, 2)[0])
+    assert len(made) == 3
+    ahead.prefetch(4)
+    assert torch.equal(ahead.train_batch(5)[0], sampler().train_batch(5)[0])  # another than was expected
+
+
+def test_on_a_cpu_nothing_is_made_ahead() -> None:
+    one = sampler()
+    one.prefetch(3)
+    assert not one._ahead
 
 
 def test_batches_start_at_the_offsets_of_their_step() -> None:

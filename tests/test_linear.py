@@ -35,6 +35,18 @@ def test_a_product_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], 
         assert mine.is_contiguous()
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
+    (weight,) = tensors((3, 8))
+    assert linear(torch.zeros(shape), weight).shape == (*shape[:-1], 3)
+
+
+def test_shapes_that_do_not_fit_are_torchs_own_mistake() -> None:
+    x, weight = tensors((4, 7), (3, 8))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x, weight)
+
+
 def test_a_transposed_input_is_no_mistake() -> None:
     x, weight = tensors((8, 5), (3, 8))
     torch.testing.assert_close(linear(x.t(), weight), F.linear(x.t(), weight))

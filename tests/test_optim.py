@@ -184,3 +184,20 @@ def test_set_learning_rate_sets_it_in_every_group() -> None:
     optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig())
     set_learning_rate(optimizer, 0.123)
     assert [group["lr"] for group in optimizer.param_groups] == [0.123, 0.123]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_loaded_state_lies_on_the_device_of_the_parameters(name: str) -> None:
+    """Steps too: fused AdamW wants them there."""
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4)
+    models = [LanguageModel(config, 7) for _ in range(2)]
+    optimizers = [build_optimizer(model, OptimizerConfig(optimizer_name=name)) for model in models]
+    models[0](torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    optimizers[0].step()
+    models[1].to("meta")
+    for group in optimizers[1].param_groups:
+        group["params"] = [p.to("meta") for p in group["params"]]
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    tensors = [tensor for state in optimizers[1].state.values() for tensor in state.values()]
+    assert tensors
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -375,6 +375,14 @@ def test_a_run_may_grow_where_its_schedule_does_not_depend_on_the_length(setting
     assert length_refusal(100, 200, status, **settings) == ""
 
 
+def test_a_length_that_would_change_the_weight_decay_is_refused() -> None:
+    settings = {"schedule": "constant", "warmup_iters": 10, "weight_decay_schedule": "linear"}
+    assert "would change the weight decay that a_run was trained with" in length_refusal(
+        100, 200, "completed", **settings
+    )
+    assert length_refusal(100, 200, "completed", **settings, weight_decay=0.0) == ""
+
+
 @pytest.mark.parametrize(
     ("settings", "change"),
     [

@@ -125,7 +125,8 @@ def test_the_script_prints_the_table_and_writes_it(
     [
         (("--sweep", "--batch-sizes", "0"), "--batch-sizes: expected numbers >= 1"),
         (("--sweep", "--block-sizes", "8,x"), "--block-sizes: expected numbers >= 1"),
-        (("--batch-sizes", "8"), "--batch-sizes and --block-sizes belong to --sweep"),
+        (("--batch-sizes", "8"), "--batch-sizes belongs to --sweep"),
+        (("--lr-steps", "8"), "--lr-steps belongs to --lr-range"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -129,6 +129,23 @@ def test_model_variants_train_and_export(mlp: str, tiny_argv: Argv) -> None:
     assert train.main(tiny_argv(*flags)) == 0
 
 
+def test_the_ingredients_of_the_speedrun_train_and_export_and_repeat(
+    tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--optimizer-name", "muon", "--ngram-rows", "64,32", "--no-tie-embeddings", "--zero-init", "--qk-norm"]
+    flags += ["--mlp", "relu2", "--position", "rope", "--embedding-lr", "0.05", "--momentum-warmup-iters", "3"]
+    flags += ["--weight-decay-schedule", "linear", "--logit-softcap", "15"]
+    for tag in ("one", "other"):
+        assert train.main(tiny_argv(*flags, "--run-tag", tag)) == 0
+    one, other = sorted(runs_dir.iterdir(), key=lambda path: path.name[16:])
+    assert numbers(one) == numbers(other)
+    argv = tiny_argv(*flags, "--run-tag", "stopped", "--stop-at-step", "4")
+    assert train.main(argv) == 0
+    assert train.main(["--resume", "stopped", "--runs-dir", str(runs_dir)]) == 0
+    stopped = next(path for path in runs_dir.iterdir() if path.name.endswith("stopped"))
+    assert numbers(stopped) == numbers(one)
+
+
 def test_a_failing_compiler_falls_back_to_eager(
     tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

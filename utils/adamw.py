@@ -23,7 +23,7 @@ class AdamW(EagerOptimizer):
     """AdamW [Loshchilov and Hutter 2019], one fused kernel a group. The state is that of torch.optim.AdamW.
 
     Args:
-        groups: with lr, betas, eps and weight_decay.
+        groups: with lr, betas, eps, weight_decay, and fused = True.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:

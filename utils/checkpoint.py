@@ -298,7 +298,9 @@ def restore_optimizer(
             f"the checkpoint has the state of {structure['class']}, this run trains with {type(optimizer).__name__}"
         )
     if groups != [group["params"] for group in structure["groups"]]:
-        raise CheckpointError("the parameter groups of the optimizer are not those of the checkpoint")
+        raise CheckpointError(
+            "the parameter groups of the optimizer are not those of the checkpoint: of another version, or optimizer"
+        )
 
     def decode(value: Any) -> Any:
         if isinstance(value, dict) and set(value) == {"tensor"}:

@@ -200,7 +200,7 @@ class OptimizerConfig(Section):
         None, "step at which the decay ends; none: the last step", kind=TRAJECTORY, unit="steps", ge=1
     )
     weight_decay: Float = setting(
-        0.1, "decoupled weight decay, on matrices and embeddings only", kind=TRAJECTORY, ge=0, le=10
+        0.1, "decoupled weight decay, not on biases and norm weights", kind=TRAJECTORY, ge=0, le=10
     )
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "shape of the weight decay over the run; linear and cosine end at zero", kind=TRAJECTORY
@@ -399,6 +399,12 @@ class TrainConfig(Section):
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})",
                 "gradient_accumulation_steps",
                 "batch_size",
+            )
+        if self.compile and self.compile_mode == "reduce-overhead" and self.gradient_accumulation_steps > 1:
+            raise RuleError(
+                "compile_mode reduce-overhead cannot accumulate gradients: the next micro-step overwrites them",
+                "compile_mode",
+                "gradient_accumulation_steps",
             )
         if self.exports_best and not self.keep_best:
             cause = "export_weights" if self.export_weights == "best" else "patience"

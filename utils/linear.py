@@ -36,6 +36,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         ONEDNN is not None
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and x.size(-1) == weight.size(1)  # torch says better what is wrong
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
@@ -49,7 +51,7 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """A linear layer and its gradients, each one matrix product of oneDNN."""
+    """A linear layer and its gradients, each one matrix product of oneDNN. Gradients of gradients it has none."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import RenderableType
 
+from utils.config_loader import flag_name
 from utils.console import Terminal, facts
 from utils.errors import UserError
 from utils.files import write_atomic, write_json
@@ -57,6 +58,7 @@ class LrRange:
     edge: float
     suggestion: float | None
     problem: str | None
+    own_rates: dict[str, float] = field(default_factory=dict)  # of groups, over learning_rate: they rise together
 
 
 def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrRange:
@@ -75,7 +77,10 @@ def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrR
         return loss.item()
 
     rates, losses, diverged_at = sweep(step, low, high, steps)
-    return analyse(rates, losses, diverged_at, steps)
+    optimizer = state.config.optimizer
+    own = {key: getattr(optimizer, key) for key in ("embedding_lr", "head_lr", "vector_lr")}
+    shares = {key: rate / optimizer.learning_rate for key, rate in own.items() if rate is not None}
+    return replace(analyse(rates, losses, diverged_at, steps), own_rates=shares)
 
 
 def sweep(
@@ -165,7 +170,9 @@ def table(result: LrRange) -> RenderableType:
     ]
     if result.suggestion is None:
         return facts([*rows, ("suggestion", f"none: {result.problem}")])
-    return facts([*rows, ("suggestion", f"--learning-rate {result.suggestion:g}, {RULE}")])
+    rates = {"learning_rate": 1.0} | result.own_rates
+    flags = " ".join(f"{flag_name(key)} {result.suggestion * share:.2g}" for key, share in rates.items())
+    return facts([*rows, ("suggestion", f"{flags}, {RULE}")])
 
 
 def _ends(result: LrRange) -> tuple[float, float]:

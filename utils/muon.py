@@ -44,7 +44,7 @@ class Muon(EagerOptimizer):
     Args:
         groups: with lr and weight_decay. With Muon: momentum, and blocks, for each parameter the number of rows of
             the matrices that it is made of (q, k and v, say): each is made orthogonal by itself.
-            With AdamW: betas and eps.
+            With AdamW: what AdamW needs (utils/adamw.py).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -64,7 +64,8 @@ class Muon(EagerOptimizer):
             return
         params, gradients = [p for p, _ in trained], [p.grad for p, _ in trained]
         for p in params:
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])

@@ -100,13 +100,18 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW for all parameters."""
-    return AdamW(group | {"betas": (config.beta1, config.beta2), "eps": config.adam_eps} for group in groups)
+    return AdamW(group | _of_adamw(config) for group in groups)
 
 
 def muon(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Muon for the hidden matrices (q, k and v each by itself), AdamW for all else."""
-    of_muon, of_adamw = {"momentum": config.momentum}, {"betas": (config.beta1, config.beta2), "eps": config.adam_eps}
-    return Muon(group | (of_muon if group["name"] == "matrices" else of_adamw) for group in groups)
+    of_muon = {"momentum": config.momentum}
+    return Muon(group | (of_muon if group["name"] == "matrices" else _of_adamw(config)) for group in groups)
+
+
+def _of_adamw(config: OptimizerConfig) -> dict[str, Any]:
+    """`fused` tells torch to keep the step on the device when a state is loaded."""
+    return {"betas": (config.beta1, config.beta2), "eps": config.adam_eps, "fused": True}
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {

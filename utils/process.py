@@ -18,12 +18,12 @@ def tune_process() -> None:
     """Threads that wait briefly, and freed memory that is kept for the next step; what the user has set stays."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+    if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to 1 GiB: a step frees and takes the same activations as the one before.
+    """Let glibc keep what is freed: a step frees and takes the same activations as the one before.
 
     Otherwise they go back to the kernel, which clears each page anew: 800 to 40,000 page faults a step (docs/LOG.md).
     """

@@ -173,6 +173,11 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
             f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters lets it go on where the schedule "
             "allows, --fork starts a new run from its checkpoint"
         )
+    if grows and config.optimizer.weight_decay and config.optimizer.weight_decay_schedule != "constant":
+        raise ConfigError(
+            f"--max-iters: {max_iters:,} steps would change the weight decay that {run.name} was trained with: its "
+            f"schedule is {config.optimizer.weight_decay_schedule}; --fork starts a new run from its checkpoint"
+        )
     decisive = ("warmup_iters",) if config.optimizer.schedule == "constant" else ("warmup_iters", "lr_decay_iters")
     for key in decisive:
         if old[key] != new[key]:
@@ -233,7 +238,7 @@ def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
 
 
 # Settings that may differ between a model and the one whose weights it takes.
-FREE_MODEL_SETTINGS = ("dropout", "rope_theta")
+FREE_MODEL_SETTINGS = ("dropout", "rope_theta", "zero_init")
 
 
 def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:

@@ -177,5 +177,8 @@ def report_sweep(
         "matrix products need",
     )
     if out is not None:
-        write_json(out / SWEEP_FILE, {"shapes": [asdict(timing) for timing in timings]})
+        try:
+            write_json(out / SWEEP_FILE, {"shapes": [asdict(timing) for timing in timings]})
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
         terminal.print(f"written: {out / SWEEP_FILE}")

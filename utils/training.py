@@ -33,6 +33,7 @@ def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor
             loss = loss / micro_steps
         with phase("backward"):
             state.scaler.scale(loss).backward()
+            state.sampler.prefetch(*divmod(state.step * micro_steps + micro_step + 1, micro_steps), micro_steps)
         total += loss.detach()
     return total
 
