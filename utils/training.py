@@ -46,6 +46,8 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
     state.scaler.unscale_(state.optimizer)
     groups = [[p.grad for p in group["params"] if p.grad is not None] for group in state.optimizer.param_groups]
     gradients = [gradient for group in groups for gradient in group]
+    if not gradients:
+        return torch.zeros(len(groups), device=state.device)
     each = torch.stack(torch._foreach_norm(gradients)).split([len(group) for group in groups])
     norms = torch.stack([of_group.norm() for of_group in each])
     if state.config.optimizer.grad_clip:
