@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from utils.gates import Setup
     from utils.profiling import Step, StepTimes
     from utils.train_state import TrainState
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
-
 
 OF_MODE = {  # flag -> the mode that it belongs to
     "batch_sizes": "sweep",

@@ -11,7 +11,6 @@ Or from a notebook: `from train import train; result = train(Config(...), quiet=
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -44,8 +43,6 @@ from utils.run_manager import CHECKPOINTS, Run, RunLockedError, Status, read_rec
 from utils.signals import Deadline, StopRequest, stop_on_signals
 
 WAIT_SECONDS = 60.0  # for a run that has stopped to let go of its directory
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages; read when torch is imported
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
     from utils.gates import Setup

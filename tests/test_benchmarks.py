@@ -390,23 +390,23 @@ def test_training_prints_ratios_limits_and_what_matrix_products_need(
     assert "peak memory: 318 MB, bare loop 309 MB, no higher: missed" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{}, {"n_head": 1, "ffn_dim": 40, "block_size": 5}])
 def test_gpt2_has_as_many_parameters_as_ours(shape: dict[str, int], tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     task = tiny_task(BARE, tmp_path, **shape)
     model = ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, **shape})
     assert training_arms.gpt2(task).num_parameters() == LanguageModel(model, 65).num_parameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in (TRACKED, UNTRACKED)])
 def test_the_other_arms_train(arm: str, tmp_path: Path) -> None:
-    for package in training_benchmark.PACKAGES:
-        pytest.importorskip(package)
     result, _ = training_benchmark.measure(tiny_task(arm, tmp_path))
     assert result.step_ms > 0
     assert result.parameters > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arm", "tags"),
     [
@@ -417,8 +417,6 @@ def test_the_other_arms_train(arm: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_other_trainers_track_every_step_or_nothing(arm: str, tags: tuple[str, ...], tmp_path: Path) -> None:
-    for package in training_benchmark.PACKAGES:
-        pytest.importorskip(package)
     task = tiny_task(arm, tmp_path)
     training_arms.run(task)
     files = list(Path(task.folder).rglob("*tfevents*"))

@@ -16,6 +16,7 @@ GIB, LARGEST_OF_OLD = 1 << 30, 1 << 25
 
 def tune_process() -> None:
     """Threads that wait briefly, and freed memory that is kept for the next step; what the user has set stays."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says what it does, line by line
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):

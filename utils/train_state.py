@@ -100,6 +100,8 @@ def compile_model(state: TrainState, terminal: Terminal) -> Callable[..., tuple[
             with autocast(state.device, state.dtype):
                 _, loss = compiled(*state.sampler.train_batch(0, 0, state.config.train.gradient_accumulation_steps))
             loss.backward()
+    except torch.OutOfMemoryError:  # without the compiler it would not fit either
+        raise
     except Exception as error:  # a compiler can fail in any way; training can always go on without it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         terminal.warn(f"torch.compile ({backend}) failed, going on in eager mode: {type(error).__name__}: {reason}")
