@@ -192,19 +192,12 @@ def gpt2_settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 def beyond_gpt2(config: Config) -> list[str]:
     """What our side has and the other side has not: "position rope", "mlp swiglu"."""
     form, model = gpt2_form(config.model), config.model
-    ours, theirs = (shape.model_dump() | _derived(shape) for shape in (model, form))
+    ours, theirs = (shape.model_dump() | shape.derived for shape in (model, form))
     unused = set() if model.position == "rope" else {"rope_theta"}
     found = [f"{key} {_word(ours[key])}" for key in ours if ours[key] != theirs[key] and key not in unused]
     if config.optimizer.optimizer_name != "adamw":
         found.append(f"optimizer {config.optimizer.optimizer_name}")
     return found + (["compile on"] if config.train.compile else [])
-
-
-def _derived(model: ModelConfig) -> dict[str, Any]:
-    """What settings that are none come to."""
-    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
-    sizes = {"n_kv_head": model.kv_heads, "head_dim": model.head_width, "ffn_dim": model.ffn_width}
-    return {**sizes, "qkv_bias": qkv_bias}
 
 
 def _word(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The learning-rate range test: the sweep, what it reads off the losses, and what people see of it."""
+"""The learning-rate range test: the rising rates, what it reads off the losses, and what people see of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import profile_model
 from utils.errors import UserError
-from utils.lr_range import DIVERGED, LrRange, analyse, draw, save, sweep, table, terminal_plot
+from utils.lr_range import DIVERGED, LrRange, analyse, draw, rising_rates, save, table, terminal_plot
 
 Argv = Callable[..., list[str]]
 STEPS = 100
@@ -28,7 +28,7 @@ def valley(edge: float = 3e-3, noise: float = 0.0, first: float = 4.6) -> list[f
 
 
 def test_rates_grow_by_the_same_factor_from_the_first_to_the_last() -> None:
-    rates, losses, diverged_at = sweep(lambda rate: 1.0, 1e-5, 1.0, STEPS)
+    rates, losses, diverged_at = rising_rates(lambda rate: 1.0, 1e-5, 1.0, STEPS)
     assert rates == pytest.approx(RATES)
     assert (rates[0], rates[-1]) == (1e-5, pytest.approx(1.0))
     assert (losses, diverged_at) == ([1.0] * STEPS, None)
@@ -36,7 +36,7 @@ def test_rates_grow_by_the_same_factor_from_the_first_to_the_last() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_test(bad: float) -> None:
-    rates, losses, diverged_at = sweep(lambda rate: bad if rate > 0.1 else 2.0, 1e-5, 1.0, STEPS)
+    rates, losses, diverged_at = rising_rates(lambda rate: bad if rate > 0.1 else 2.0, 1e-5, 1.0, STEPS)
     assert len(rates) == len(losses) < STEPS
     assert rates[-1] <= 0.1 < diverged_at  # type: ignore[operator]
     assert all(map(math.isfinite, losses))
@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_ends_the_test(bad: float) -> None:
 
 def test_a_loss_above_that_of_the_initial_weights_ends_the_test_but_one_outlier_does_not() -> None:
     losses = iter([2.0] * 30 + [2.2 * DIVERGED] + [2.0] * 20 + [2.3 * DIVERGED] * STEPS)
-    rates, seen, diverged_at = sweep(lambda rate: next(losses), 1e-5, 1.0, STEPS)
+    rates, seen, diverged_at = rising_rates(lambda rate: next(losses), 1e-5, 1.0, STEPS)
     assert 51 < len(seen) < 58
     assert diverged_at == rates[-1]
 

@@ -149,6 +149,16 @@ class ModelConfig(Section):
             return self.ffn_dim
         return -(-8 * self.n_embd // 96) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
 
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What the settings that may be none come to."""
+        return {
+            "n_kv_head": self.kv_heads,
+            "head_dim": self.head_width,
+            "ffn_dim": self.ffn_width,
+            "qkv_bias": self.has_qkv_bias,
+        }
+
     @model_validator(mode="after")
     def _rules(self) -> ModelConfig:
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -600,10 +610,7 @@ def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
     """What settings that are none, or alternatives of each other, come to in a run of `max_iters` steps."""
     model, optimizer = config.model, config.optimizer
     return {
-        "n_kv_head": model.kv_heads,
-        "head_dim": model.head_width,
-        "ffn_dim": model.ffn_width,
-        "qkv_bias": model.has_qkv_bias,
+        **model.derived,
         "min_lr": optimizer.final_lr,
         "warmup_iters": warmup_steps(optimizer, max_iters),
         "lr_decay_iters": optimizer.lr_decay_iters or max_iters,

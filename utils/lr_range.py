@@ -76,14 +76,14 @@ def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrR
         optimizer_step(state)
         return loss.item()
 
-    rates, losses, diverged_at = sweep(step, low, high, steps)
+    rates, losses, diverged_at = rising_rates(step, low, high, steps)
     optimizer = state.config.optimizer
     own = {key: getattr(optimizer, key) for key in ("embedding_lr", "head_lr", "vector_lr")}
     shares = {key: rate / optimizer.learning_rate for key, rate in own.items() if rate is not None}
     return replace(analyse(rates, losses, diverged_at, steps), own_rates=shares)
 
 
-def sweep(
+def rising_rates(
     step: Callable[[float], float], low: float, high: float, steps: int
 ) -> tuple[list[float], list[float], float | None]:
     """The rates and losses of up to `steps` updates, and the rate that ended them before: the loss diverged.

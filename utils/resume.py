@@ -270,19 +270,9 @@ def differing_model_settings(own: ModelConfig, theirs: ModelConfig) -> list[str]
     return [
         key
         for key in ModelConfig.model_fields
-        if _resolved(own, key) != _resolved(theirs, key)
+        if own.derived.get(key, getattr(own, key)) != theirs.derived.get(key, getattr(theirs, key))
         and not (getattr(own, key) is None and getattr(theirs, key) is None)
     ]
-
-
-def _resolved(config: ModelConfig, key: str) -> Any:
-    derived = {
-        "n_kv_head": config.kv_heads,
-        "head_dim": config.head_width,
-        "ffn_dim": config.ffn_width,
-        "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
-    }
-    return derived.get(key, getattr(config, key))
 
 
 def _flag(key: str, value: Any) -> str:
