@@ -14,7 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from utils.attention import causal_attention
 from utils.config import ModelConfig
+from utils.gelu import gelu_tanh
 from utils.linear import Linear, linear
 
 
@@ -37,7 +39,7 @@ PLAIN_NORMS: dict[str, Callable[..., torch.Tensor]] = {"layernorm": F.layer_norm
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,  # Hendrycks and Gimpel 2016
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # GPT-2's own
+    "gelu_tanh": gelu_tanh,  # GPT-2's own
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
 }
 
@@ -141,21 +143,15 @@ class Attention(nn.Module):
             qk = rotate(qk, *rope)
         q, k = qk.split((H, K), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
-        mask = None
-        if cache is not None:
+        if cache is None or cache.length == 0:
+            if cache is not None:
+                cache.append(self.layer, k, v)
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        else:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D), S >= T tokens so far
-            if T > 1 and cache.length > 0:  # row t sees the cached tokens and the new ones up to itself
-                S = k.size(2)
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(diagonal=S - T)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            enable_gqa=K != H,
-        )  # (B, H, T, D)
+            S = k.size(2)  # row t sees the cached tokens and the new ones up to itself
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(diagonal=S - T) if T > 1 else None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=K != H)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.resid_dropout(self.proj(y))
 

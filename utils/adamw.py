@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
 
 class EagerOptimizer(torch.optim.Optimizer):
@@ -46,19 +45,20 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
             states[p]["exp_avg"] = torch.zeros_like(p)
             states[p]["exp_avg_sq"] = torch.zeros_like(p)
     beta1, beta2 = group["betas"]
-    adamw(
+    steps = [states[p]["step"] for p in params]
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
         params,
         [p.grad for p in params],
         [states[p]["exp_avg"] for p in params],
         [states[p]["exp_avg_sq"] for p in params],
         [],
-        [states[p]["step"] for p in params],
-        fused=True,
-        amsgrad=False,
+        steps,
+        lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
         weight_decay=group["weight_decay"],
         eps=group["eps"],
+        amsgrad=False,
         maximize=False,
     )

@@ -52,7 +52,8 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
     norms = torch.stack([of_group.norm() for of_group in each])
     if state.config.optimizer.grad_clip:
         factor = state.config.optimizer.grad_clip / (norms.norm() + 1e-6)
-        torch._foreach_mul_(gradients, factor.clamp(max=1.0))  # also by 1: to know whether it must would be a wait
+        if state.device.type != "cpu" or not factor >= 1:  # another device does it anyway: to know would be a wait
+            torch._foreach_mul_(gradients, factor.clamp(max=1.0))
     return norms
 
 

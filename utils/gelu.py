@@ -1,0 +1,45 @@
+"""GPT-2's GELU, without the tanh that makes it slow on a CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+CUBIC = 0.044715
+SCALE = 2 * math.sqrt(2 / math.pi)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 [Hendrycks and Gimpel 2016], any shape."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return SigmoidGELU.apply(x)
+    return F.gelu(x, approximate="tanh")
+
+
+class SigmoidGELU(torch.autograd.Function):
+    """The same as x sigmoid(z), z = 2 sqrt(2 / pi) (x + 0.044715 x^3), for (1 + tanh(y)) / 2 = sigmoid(2 y).
+
+    torch's sigmoid takes a tenth of the time of its tanh. The derivative is made along with the value, while both are
+    in the cache, and nothing else is kept. No gradients of gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        square = x * x
+        sigmoid = torch.addcmul(x, x, square, value=CUBIC).mul_(SCALE).sigmoid_()
+        y = x * sigmoid
+        if ctx.needs_input_grad[0]:
+            of_z = square.mul_(3 * CUBIC * SCALE).add_(SCALE)  # dz/dx
+            derivative = torch.addcmul(y, y, sigmoid, value=-1)  # x sigmoid'(z)
+            ctx.save_for_backward(torch.addcmul(sigmoid, derivative, of_z, out=derivative))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (derivative,) = ctx.saved_tensors
+        return gradient * derivative
