@@ -243,13 +243,12 @@ def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int
     """
     n_windows = max(n_tokens // block_size - 1, 1)
     n_phases = n_tokens - n_windows * block_size
-    epochs, places = np.divmod(np.arange(first, first + count), n_windows)
-    offsets = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        phase, order = _epoch_order(seed, stream, int(epoch), n_windows, n_phases)
-        chosen = epochs == epoch
-        offsets[chosen] = phase + order[places[chosen]] * block_size
-    return offsets
+    parts = []
+    for epoch in range(first // n_windows, (first + count - 1) // n_windows + 1):
+        phase, order = _epoch_order(seed, stream, epoch, n_windows, n_phases)
+        begin = epoch * n_windows  # the number of the epoch's first sample
+        parts.append(phase + order[max(first - begin, 0) : first + count - begin] * block_size)
+    return np.concatenate(parts)
 
 
 def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

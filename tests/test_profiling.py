@@ -20,6 +20,7 @@ from torch.autograd.profiler_util import FunctionEvent
 import profile_model
 from model import LanguageModel
 from utils import roofline
+from utils.attention import SHORT
 from utils.config import ModelConfig
 from utils.flops import training_flops
 from utils.generation_speed import measure_generation
@@ -97,8 +98,9 @@ def test_each_measurement_has_its_steps_after_the_warmup() -> None:
 
 
 def test_the_operators_of_both_passes_need_what_is_counted_from_the_shapes() -> None:
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, position="rope")
-    model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, 16, dtype=torch.int64)
+    T = SHORT + 16  # attention to shorter sequences multiplies the upper triangle, too
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, position="rope")
+    model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, T, dtype=torch.int64)
 
     def step(phase: Phase) -> None:
         with phase("forward"):
