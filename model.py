@@ -114,7 +114,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         x: (B, T, H, D).
         cos, sin: (T, 1, D), of `rope_factors`.
     """
-    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)  # (B, T, H, D)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)  # (B, T, H, D)
 
 
 class Attention(nn.Module):
@@ -141,18 +141,17 @@ class Attention(nn.Module):
             qk = self.norm(qk, (D,))
         if rope is not None:
             qk = rotate(qk, *rope)
-        q, k = qk.split((H, K), dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
         if cache is None or cache.length == 0:
             if cache is not None:
-                cache.append(self.layer, k, v)
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+                cache.append(self.layer, qk[:, :, H:].transpose(1, 2), v.transpose(1, 2))
+            y = causal_attention(qk, v, self.dropout if self.training else 0.0)  # (B, T, H * D)
         else:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, D), S >= T tokens so far
+            q, k = qk.split((H, K), dim=2)
+            k, v = cache.append(self.layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, D), S >= T tokens so far
             S = k.size(2)  # row t sees the cached tokens and the new ones up to itself
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(diagonal=S - T) if T > 1 else None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=K != H)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=K != H)
+            y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.resid_dropout(self.proj(y))
 
 

@@ -17,30 +17,34 @@ from torch.autograd.function import once_differentiable
 SHORT = 128  # tokens; from about 192 on torch's kernel is as fast, and it needs no memory for the scores
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+def causal_attention(qk: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
     """Each token attends to itself and the tokens before it.
 
     Args:
-        q: (B, H, T, D).
-        k, v: (B, K, T, D); H / K query heads share a key/value head [Ainslie et al. 2023].
+        qk: (B, T, H + K, D), queries and then keys; H / K query heads share a key/value head [Ainslie et al. 2023].
+        v: (B, T, K, D).
         dropout: of attention weights.
 
     Returns:
-        (B, H, T, D).
+        (B, T, H * D).
     """
+    B, T, K, _ = v.shape
     by_products = (
-        q.device.type == "cpu"
-        and q.dtype == torch.float32
-        and q.shape == k.shape
-        and 1 < q.size(2) <= SHORT
+        v.device.type == "cpu"
+        and v.dtype == qk.dtype == torch.float32
+        and qk.size(2) == 2 * K
+        and 1 < T <= SHORT
         and not dropout
         and not torch.compiler.is_compiling()
     )
     if by_products:
-        return ShortAttention.apply(q, k, v)
-    return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1)
-    )
+        return ShortAttention.apply(qk, v)
+    q, k = qk.split((qk.size(2) - K, K), dim=2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H | K, T, D)
+    y = F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=T > 1, enable_gqa=q.size(1) != K
+    )  # (B, H, T, D)
+    return y.transpose(1, 2).reshape(B, T, -1)
 
 
 @functools.lru_cache(maxsize=4)
@@ -53,23 +57,27 @@ class ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v and its gradients as seven batched matrix products. No gradients of gradients."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        B, H, T, D = q.shape
-        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-        scores = torch.baddbmm(causal_mask(T), q, k.transpose(1, 2), alpha=D**-0.5)  # (B * H, T, T)
+    def forward(ctx: Any, qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        B, T, H, D = v.shape
+        qk = qk.reshape(B, T, 2, H, D).permute(2, 0, 3, 1, 4).reshape(2, B * H, T, D)
+        v = v.transpose(1, 2).reshape(B * H, T, D)
+        scores = torch.baddbmm(causal_mask(T), qk[0], qk[1].mT, alpha=D**-0.5)  # (B * H, T, T)
         weights = scores.softmax(dim=-1)
-        ctx.save_for_backward(q, k, v, weights)
-        return torch.bmm(weights, v).view(B, H, T, D)
+        ctx.save_for_backward(qk, v, weights)
+        return torch.bmm(weights, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v, weights = ctx.saved_tensors
-        B, H, T, D = gradient.shape
-        rows = gradient.reshape(B * H, T, D)
-        of_v = torch.bmm(weights.transpose(1, 2), rows)
-        of_weights = torch.bmm(rows, v.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32)
-        of_q = torch.baddbmm(of_v, of_scores, k, beta=0, alpha=D**-0.5)  # with beta = 0 the first one is not read
-        of_k = torch.baddbmm(of_v, of_scores.transpose(1, 2), q, beta=0, alpha=D**-0.5)
-        return of_q.view(B, H, T, D), of_k.view(B, H, T, D), of_v.view(B, H, T, D)
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        qk, v, weights = ctx.saved_tensors
+        B, (T, D) = gradient.size(0), v.shape[1:]
+        rows = gradient.view(B, T, -1, D).transpose(1, 2).reshape(-1, T, D)  # (B * H, T, D)
+        of_v = torch.bmm(weights.mT, rows)
+        of_scores = torch._softmax_backward_data(torch.bmm(rows, v.mT), weights, -1, torch.float32)
+        of_qk = torch.empty_like(qk)
+        torch.baddbmm(of_v, of_scores, qk[1], beta=0, alpha=D**-0.5, out=of_qk[0])  # with beta = 0 of_v is not read
+        torch.baddbmm(of_v, of_scores.mT, qk[0], beta=0, alpha=D**-0.5, out=of_qk[1])
+        return (
+            of_qk.view(2, B, -1, T, D).permute(1, 3, 0, 2, 4).reshape(B, T, -1, D),
+            of_v.view(B, -1, T, D).transpose(1, 2),
+        )

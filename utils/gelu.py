@@ -29,13 +29,13 @@ class SigmoidGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        square = x * x
-        sigmoid = torch.addcmul(x, x, square, value=CUBIC).mul_(SCALE).sigmoid_()
+        slope = torch.addcmul(torch.tensor(SCALE), x, x, value=CUBIC * SCALE)  # z / x
+        sigmoid = (slope * x).sigmoid_()
         y = x * sigmoid
         if ctx.needs_input_grad[0]:
-            of_z = square.mul_(3 * CUBIC * SCALE).add_(SCALE)  # dz/dx
+            third = slope.sub_(2 * SCALE / 3)  # of dz/dx
             derivative = torch.addcmul(y, y, sigmoid, value=-1)  # x sigmoid'(z)
-            ctx.save_for_backward(torch.addcmul(sigmoid, derivative, of_z, out=derivative))
+            ctx.save_for_backward(torch.addcmul(sigmoid, derivative, third, value=3, out=derivative))
         return y
 
     @staticmethod
