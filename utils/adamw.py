@@ -35,25 +35,29 @@ class AdamW(EagerOptimizer):
 
 
 def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, torch.Tensor]]) -> None:
-    """One update of the parameters of a group that have a gradient; what is new gets a state."""
+    """One update of the parameters of a group that have a gradient: the same ones every time.
+
+    So they share one count of updates; what is new gets a state.
+    """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
+    step = states[params[0]].get("step", torch.zeros((), device=params[0].device))
+    step += 1
     for p in params:
-        if not states[p]:
-            states[p]["step"] = torch.zeros((), device=p.device)
-            states[p]["exp_avg"] = torch.zeros_like(p)
-            states[p]["exp_avg_sq"] = torch.zeros_like(p)
+        state = states[p]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        state["step"] = step
     beta1, beta2 = group["betas"]
-    steps = [states[p]["step"] for p in params]
-    torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         params,
         [p.grad for p in params],
         [states[p]["exp_avg"] for p in params],
         [states[p]["exp_avg_sq"] for p in params],
         [],
-        steps,
+        [step] * len(params),
         lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
