@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.cli import PROJECT_ROOT, Parser, script
 from utils.config_loader import ConfigLoader
 from utils.errors import UserError
-from utils.run_manager import RunError, list_run_paths, read_status, resolve_run
+from utils.run_manager import find_export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,24 +76,6 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.write("\n")
     sys.stdout.flush()
     return 0
-
-
-def find_export(name: str | None, runs_dir: Path) -> Path:
-    """The export folder of a run; without a name, of the newest run that has one.
-
-    Raises:
-        RunError: no such run, or it has no export.
-    """
-    if name is None:
-        for path in reversed(list_run_paths(runs_dir)):
-            if (path / "artifacts" / "export").is_dir():
-                return path / "artifacts" / "export"
-        raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
-    path = resolve_run(name, runs_dir)
-    export = path / "artifacts" / "export"
-    if not export.is_dir():
-        raise RunError(f"run {path.name} ({read_status(path)}) has no export: it is written when training completes")
-    return export
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from utils.attention import causal_attention
 from utils.config import ModelConfig
 from utils.gelu import gelu_tanh
+from utils.kv_cache import NO_TOKEN, KVCache
 from utils.linear import Linear, linear
 
 
@@ -42,33 +43,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": gelu_tanh,  # GPT-2's own
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
 }
-
-
-NO_TOKEN = -1  # stands before the first token of a sequence
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for decoding one token at a time.
-
-    Buffers are allocated once for `max_length` tokens; `length` of them are in use. With n-gram embeddings
-    `last_tokens` (B, N - 1) are the tokens before the next one.
-    """
-
-    def __init__(
-        self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (config.n_layer, batch_size, config.kv_heads, max_length, config.head_width)  # (L, B, K, T, D)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.last_tokens = torch.full((batch_size, len(config.ngram_rows)), NO_TOKEN, device=device)
-        self.length = 0
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store (B, K, T, D) after the tokens in use; all keys and values up to there."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 class NgramEmbedding(nn.Module):
@@ -97,13 +71,13 @@ class NgramEmbedding(nn.Module):
         return functools.reduce(torch.add, vectors)
 
 
-def rope_factors(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `rotate` multiplies with, each (block_size, 1, D) [Su et al. 2021, RoFormer].
+def rope_factors(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rotate` multiplies with, each (..., 1, D) for positions (...) [Su et al. 2021, RoFormer].
 
     The cosine of a pair's angle stands at both of its channels, the sine with a minus at the first.
     """
-    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width  # (D / 2,)
-    angles = torch.outer(torch.arange(config.block_size).float(), config.rope_theta**-exponents)[:, None]
+    channels = torch.arange(0, config.head_width, 2, dtype=positions.dtype, device=positions.device)
+    angles = positions[..., None, None] * config.rope_theta ** -(channels / config.head_width)  # (..., 1, D / 2)
     return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
@@ -112,7 +86,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x: (B, T, H, D).
-        cos, sin: (T, 1, D), of `rope_factors`.
+        cos, sin: (T, 1, D) or (B, T, 1, D), of `rope_factors`.
     """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)  # (B, T, H, D)
 
@@ -141,17 +115,10 @@ class Attention(nn.Module):
             qk = self.norm(qk, (D,))
         if rope is not None:
             qk = rotate(qk, *rope)
-        if cache is None or cache.length == 0:
-            if cache is not None:
-                cache.append(self.layer, qk[:, :, H:].transpose(1, 2), v.transpose(1, 2))
+        if cache is None:
             y = causal_attention(qk, v, self.dropout if self.training else 0.0)  # (B, T, H * D)
         else:
-            q, k = qk.split((H, K), dim=2)
-            k, v = cache.append(self.layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, D), S >= T tokens so far
-            S = k.size(2)  # row t sees the cached tokens and the new ones up to itself
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(diagonal=S - T) if T > 1 else None
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=K != H)
-            y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
+            y = cache.attend(self.layer, qk, v)
         return self.resid_dropout(self.proj(y))
 
 
@@ -226,12 +193,13 @@ class LanguageModel(nn.Module):
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         else:
-            cos, sin = rope_factors(config)
+            cos, sin = rope_factors(config, torch.arange(config.block_size).float())
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = NORMS[config.norm](config)
+        self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
             self.head = Linear(config.n_embd, vocab_size, bias=False)
         init_weights(self)
@@ -249,38 +217,53 @@ class LanguageModel(nn.Module):
         Returns:
             logits (B, T, V), and the loss in nats per token, or None without targets.
         """
-        T = idx.size(1)
-        start = cache.length if cache is not None else 0
-        assert start + T <= self.config.block_size, f"{start + T} tokens exceed block_size {self.config.block_size}"
-        x = self.token_embedding(idx)  # (B, T, C)
-        if self.config.ngram_rows:
-            x = x + self.ngram_embedding(idx, self._tokens_before(idx, cache))
-        rope = None
-        if self.config.position == "learned":
-            x = x + self.position_embedding.weight[start : start + T]  # (T, C) broadcasts over B
-        else:
-            rope = self.cos[start : start + T], self.sin[start : start + T]
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rope, cache)
-        if cache is not None:
-            cache.length += T
-        head = self.token_embedding if self.config.tie_embeddings else self.head
-        logits = linear(self.final_norm(x), head.weight)  # (B, T, V)
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        logits = self.head_logits(self.hidden(idx, cache))  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, self.vocab_size).float(), targets.reshape(-1))
 
-    def _tokens_before(self, idx: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """(B, N - 1): what n-grams of the first tokens begin with; the cache then holds those of the tokens to come."""
-        reach = len(self.config.ngram_rows)
+    def hidden(
+        self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """What the head reads: (B, T, C) for tokens idx (B, T).
+
+        Args:
+            cache: earlier tokens of the same sequences; `idx` follows them and is appended.
+            lengths: of the sequences in idx, if they differ: see KVCache.begin.
+        """
+        T = idx.size(1)
+        x = self.token_embedding(idx)  # (B, T, C)
+        if self.config.ngram_rows:
+            reach = len(self.config.ngram_rows)
+            before = idx.new_full((len(idx), reach), NO_TOKEN) if cache is None else cache.tokens_before(reach)
+            x = x + self.ngram_embedding(idx, before)
         if cache is None:
-            return idx.new_full((idx.size(0), reach), NO_TOKEN)
-        before = cache.last_tokens
-        cache.last_tokens = torch.cat((before, idx), dim=1)[:, -reach:]
-        return before
+            assert T <= self.config.block_size, f"{T} tokens exceed block_size {self.config.block_size}"
+        positions = None if cache is None else cache.begin(idx, lengths)  # (B | 1, T)
+        rope = None
+        if self.config.position == "learned":
+            table = self.position_embedding.weight
+            x = x + (table[:T] if positions is None else table[positions])  # (T, C) broadcasts over B
+        elif positions is None:
+            rope = self.cos[:T], self.sin[:T]
+        elif max(cache.lengths) + T <= self.config.block_size:
+            rope = self.cos[positions], self.sin[positions]
+        else:  # where a window slides positions have no end; in double precision, for the angles become large
+            cos, sin = rope_factors(self.config, positions.double())
+            rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.end()
+        return self.final_norm(x)
+
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., V)."""
+        logits = linear(hidden, self.token_embedding.weight) if self.head is None else self.head(hidden)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits
 
     def num_parameters(self) -> int:
         """Trainable numbers; the tied embedding counts once."""

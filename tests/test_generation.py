@@ -1,4 +1,4 @@
-"""Generation: greedy and sampled decoding, and the filters of sampling."""
+"""Generation: cached decoding against computing everything anew, windows, batches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ import torch
 from model import LanguageModel
 from tokenizer import CharTokenizer, TokenizerError
 from utils.config import ModelConfig
-from utils.errors import UserError
-from utils.generation import (
-    GenerationError,
-    SamplingOptions,
-    filter_logits,
-    generate_tokens,
-    sample,
-    start_tokens,
-)
+from utils.generation import Window, generate, generate_tokens, start_tokens
+from utils.sampling import RandomStreams, SamplingOptions, sample
 
 VOCAB, BLOCK = 17, 8
 GREEDY = SamplingOptions(temperature=0)
-INF = float("inf")
 
 
 def lively_model(**settings: Any) -> LanguageModel:
@@ -56,7 +48,7 @@ def test_greedy_equals_recomputing_everything(settings: dict[str, Any], length: 
     model = lively_model(**settings)
     prompt = torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     expected = greedy_without_cache(model, prompt, 3 * BLOCK)
-    assert list(generate_tokens(model, prompt, 3 * BLOCK, GREEDY, seed=0)) == expected
+    assert list(generate_tokens(model, prompt, 3 * BLOCK, GREEDY, seed=0, window="exact")) == expected
     assert len(set(expected)) > 1
 
 
@@ -83,12 +75,12 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(model: Lang
 
 def test_sampling_goes_on_past_block_size_as_recomputing_does(model: LanguageModel) -> None:
     options = SamplingOptions(temperature=1.5, top_k=5, top_p=0.9)
-    generator = torch.Generator().manual_seed(11)
+    stream = RandomStreams([11], torch.device("cpu"))
     tokens = [4]
     for _ in range(3 * BLOCK):
         with torch.no_grad():
-            tokens.append(int(sample(model(torch.tensor([tokens[-BLOCK:]]))[0][:, -1], options, generator)))
-    assert list(generate_tokens(model, [4], 3 * BLOCK, options, seed=11)) == tokens[1:]
+            tokens.append(int(sample(model(torch.tensor([tokens[-BLOCK:]]))[0][:, -1], options, stream.draw())))
+    assert list(generate_tokens(model, [4], 3 * BLOCK, options, seed=11, window="exact")) == tokens[1:]
 
 
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(1.0, top_k=5, top_p=0.9)])
@@ -105,6 +97,67 @@ def test_gradients_are_on_again_between_tokens(model: LanguageModel) -> None:
         assert torch.is_grad_enabled()
 
 
+# ------------------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 8])
+@torch.no_grad()
+def test_with_learned_positions_a_full_context_becomes_its_newer_half(block_size: int) -> None:
+    model = lively_model(position="learned", block_size=block_size)
+    tokens, context, expected = [3, 1], [3, 1][-block_size:], []
+    for _ in range(4 * block_size):
+        expected.append(int(model(torch.tensor([context]))[0][0, -1].argmax()))
+        if len(context) == block_size:
+            context = context[len(context) - block_size // 2 :]
+        context = [*context, expected[-1]]
+    assert list(generate_tokens(model, tokens, 4 * block_size, GREEDY, seed=0)) == expected
+
+
+@torch.no_grad()
+def test_within_the_context_both_windows_give_the_same() -> None:
+    for settings in ({}, {"position": "learned"}):
+        model = lively_model(**settings)
+        sliding, exact = (
+            list(generate_tokens(model, [1, 2], BLOCK - 1, SamplingOptions(), 5, window))
+            for window in ("sliding", "exact")
+        )
+        assert sliding == exact
+
+
+# ------------------------------------------------------------------------------ batches
+
+PROMPTS = [[1], [2, 3, 4], [5] * 12, [6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16]]
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("window", ["sliding", "exact"])
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(1.0, top_k=9, repetition_penalty=1.3)], ids=str)
+def test_a_sequence_does_not_depend_on_its_batch(position: str, window: Window, options: SamplingOptions) -> None:
+    model, seeds = lively_model(position=position).double(), [3, 4, 5, 6, 7]
+    steps = list(generate(model, PROMPTS, 3 * BLOCK, options, seeds, window))
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, seeds, strict=True)):
+        alone = list(generate_tokens(model, prompt, 3 * BLOCK, options, seed, window))
+        assert [int(step.tokens[row]) for step in steps] == alone
+
+
+def test_logits_are_the_models_own() -> None:
+    model = lively_model()
+    options = SamplingOptions(1.0, top_k=1, banned=(3,))
+    (step,) = generate(model, [[1, 2]], 1, options, [0])
+    with torch.no_grad():
+        torch.testing.assert_close(step.logits, model(torch.tensor([[1, 2]]))[0][:, -1], atol=1e-5, rtol=0)
+
+
+def test_nothing_is_asked_of_the_device_between_tokens(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a wait for the device")
+
+    for name in ("item", "tolist", "__int__", "__bool__", "__float__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, fail)
+    steps = list(generate(model, [[1], [2, 3]], 3 * BLOCK, SamplingOptions(1.0, top_k=5), [1, 2]))
+    assert len(steps) == 3 * BLOCK
+
+
 # ------------------------------------------------------------------------------ prompts
 
 
@@ -117,127 +170,3 @@ def test_an_empty_prompt_starts_from_a_line_break_or_the_first_token() -> None:
 def test_a_prompt_of_unknown_characters_is_an_error() -> None:
     with pytest.raises(TokenizerError, match=r"'x'.* at position 1 "):
         start_tokens(CharTokenizer("ab"), "ax")
-
-
-# ------------------------------------------------------------------------------ filters
-
-# Probabilities 0.5, 0.25, 0.125, 0.0625, 0.0625 in another order, exact in binary.
-PROBABILITIES = torch.tensor([0.125, 0.5, 0.0625, 0.25, 0.0625])
-LOGITS = PROBABILITIES.log()[None]  # (1, V)
-
-
-def kept(top_k: int | None = None, top_p: float | None = None, logits: torch.Tensor = LOGITS) -> set[int]:
-    filtered = filter_logits(logits, top_k, top_p)
-    chosen = filtered[0] > -INF
-    assert torch.equal(filtered[0][chosen], logits[0][chosen])  # what is kept is not changed
-    return set(chosen.nonzero().flatten().tolist())
-
-
-@pytest.mark.parametrize(
-    ("top_k", "tokens"),
-    [(None, {0, 1, 2, 3, 4}), (1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (5, {0, 1, 2, 3, 4}), (100, {0, 1, 2, 3, 4})],
-)
-def test_top_k_keeps_the_most_likely(top_k: int | None, tokens: set[int]) -> None:
-    assert kept(top_k=top_k) == tokens
-
-
-def test_top_k_keeps_all_that_tie_with_the_last_kept() -> None:
-    assert kept(top_k=4) == {0, 1, 2, 3, 4}  # tokens 2 and 4 are equally likely: dropping one would be arbitrary
-
-
-@pytest.mark.parametrize(
-    ("top_p", "tokens"),
-    [
-        (1e-9, {1}),
-        (0.4, {1}),
-        (0.51, {1, 3}),
-        (0.74, {1, 3}),
-        (0.76, {0, 1, 3}),
-        (0.99, {0, 1, 2, 3, 4}),
-        (1.0, {0, 1, 2, 3, 4}),
-    ],
-)
-def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, tokens: set[int]) -> None:
-    assert kept(top_p=top_p) == tokens
-
-
-def test_top_p_takes_no_more_than_needed_of_equal_tokens() -> None:
-    assert len(kept(top_p=0.6, logits=torch.zeros(1, 4))) == 3
-    assert len(kept(top_p=0.9, logits=LOGITS)) == 4
-
-
-def test_top_p_counts_what_top_k_has_left() -> None:
-    # After top_k = 2 the probabilities are 2/3 and 1/3, so the first alone reaches 0.6.
-    assert kept(top_k=2, top_p=0.6) == {1}
-    assert kept(top_k=2, top_p=0.7) == {1, 3}
-
-
-def test_rows_are_filtered_on_their_own() -> None:
-    logits = torch.stack((LOGITS[0], LOGITS[0].flip(0)))
-    for filtered in (filter_logits(logits, 2, None), filter_logits(logits, None, 0.7)):
-        assert (filtered > -INF).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 3]]
-
-
-@pytest.mark.parametrize(
-    "options", [SamplingOptions(0), SamplingOptions(1.0, top_k=1), SamplingOptions(1.0, top_p=0.1)]
-)
-def test_three_ways_to_the_most_likely_token(options: SamplingOptions) -> None:
-    generator = torch.Generator().manual_seed(0)
-    assert sample(LOGITS.repeat(50, 1), options, generator).tolist() == [[1]] * 50
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
-def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    assert sample(LOGITS.repeat(20, 1), SamplingOptions(temperature), generator).tolist() == [[1]] * 20
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (SamplingOptions(1.0), [2, 8, 1, 4, 1]),
-        (SamplingOptions(1.0, top_k=3), [1, 4, 0, 2, 0]),
-        (SamplingOptions(1.0, top_p=0.8), [1, 4, 0, 2, 0]),
-        (SamplingOptions(0.5, top_k=3), [1, 16, 0, 4, 0]),  # temperature 1/2 squares the odds
-        (SamplingOptions(0.5), [4, 64, 1, 16, 1]),
-    ],
-)
-def test_sampled_frequencies_are_those_of_the_filtered_softmax(options: SamplingOptions, expected: list[int]) -> None:
-    draws = 20_000
-    tokens = sample(LOGITS.repeat(draws, 1), options, torch.Generator().manual_seed(5))
-    assert tokens.shape == (draws, 1)
-    counts = torch.bincount(tokens.flatten(), minlength=5).double()
-    wanted = torch.tensor(expected, dtype=torch.float64)
-    assert (counts[wanted == 0] == 0).all()
-    means = (wanted / wanted.sum() * draws)[wanted > 0]
-    chi_square = ((counts[wanted > 0] - means) ** 2 / means).sum()
-    assert chi_square < 18.5  # the 99.9 % point for 4 degrees of freedom
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": -0.1},
-        {"temperature": INF},
-        {"temperature": float("nan")},
-        {"top_k": 0},
-        {"top_k": -5},
-        {"top_p": 0.0},
-        {"top_p": 1.01},
-        {"top_p": -0.5},
-        {"top_p": float("nan")},
-    ],
-    ids=str,
-)
-def test_an_option_out_of_bounds_is_an_error_that_names_it(settings: dict[str, Any]) -> None:
-    ((name, value),) = settings.items()
-    with pytest.raises(GenerationError, match=name.replace("_", "-")) as caught:
-        SamplingOptions(**settings)
-    assert str(value) in str(caught.value)
-    assert isinstance(caught.value, UserError)
-
-
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1e9}, {"top_k": 1}, {"top_p": 1.0}], ids=str)
-def test_options_at_their_bounds_are_accepted(settings: dict[str, Any]) -> None:
-    token = sample(LOGITS, SamplingOptions(**settings), torch.Generator().manual_seed(0))
-    assert 0 <= int(token) < 5

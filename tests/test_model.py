@@ -144,8 +144,9 @@ def reference_attention(weights: Mapping[str, torch.Tensor], config: ModelConfig
     for head in range(H):
         shared = head // (H // K)  # consecutive query heads share a key/value head
         scores = q[head] @ k[shared].transpose(1, 2) / math.sqrt(D)  # (B, T, T)
-        future = torch.arange(T)[None, :] > torch.arange(T)[:, None]
-        powers = scores.exp().masked_fill(future, 0.0)
+        back = torch.arange(T)[:, None] - torch.arange(T)[None, :]
+        seen = (back >= 0) & (back < config.block_size)  # the window that slides over a longer text
+        powers = scores.exp().masked_fill(~seen, 0.0)
         outputs.append(powers / powers.sum(-1, keepdim=True) @ v[shared])
     return reference_linear(torch.cat(outputs, -1), weights, "attention.proj")
 
@@ -318,7 +319,7 @@ def decode(model: LanguageModel, idx: torch.Tensor, lengths: list[int]) -> torch
     """Logits (B, T, V) from a cache that is fed `lengths` tokens at a time."""
     cache = KVCache(model.config, idx.size(0), model.config.block_size, CPU, next(model.parameters()).dtype)
     logits = [model(part, cache=cache)[0] for part in idx.split(lengths, dim=1)]
-    assert cache.length == idx.size(1)
+    assert cache.lengths == [idx.size(1)] * idx.size(0)
     return torch.cat(logits, dim=1)
 
 
@@ -331,6 +332,48 @@ def test_cached_decoding_equals_a_full_forward_pass(variant: str, lengths: list[
     model = lively_model(config_of(variant))
     idx = random_tokens(3, 9)
     torch.testing.assert_close(decode(model, idx, lengths), model(idx)[0], atol=1e-5, rtol=0)
+
+
+@every_variant
+@torch.no_grad()
+def test_a_rotary_window_slides_as_the_reference_says(variant: str) -> None:
+    """Each layer sees the last block_size tokens, so that older ones still act through the layers below."""
+    config = config_of(variant, position="rope")
+    model = lively_model(config, torch.float64)
+    idx = random_tokens(2, 3 * config.block_size + 2)
+    reference = reference_logits(model.state_dict(), config, idx)
+    torch.testing.assert_close(decode(model, idx, [1] * idx.size(1)), reference, atol=1e-6, rtol=1e-6)
+    prompt = config.block_size - 1
+    after = decode(model, idx, [prompt] + [1] * (idx.size(1) - prompt))
+    torch.testing.assert_close(after, reference, atol=1e-6, rtol=1e-6)
+
+
+@every_variant
+@torch.no_grad()
+def test_sequences_of_different_length_decode_as_each_alone(variant: str) -> None:
+    model = lively_model(config_of(variant))
+    lengths, more = [1, 5, 3, 5], 4
+    idx = random_tokens(4, 9)
+    cache = KVCache(model.config, 4, model.config.block_size, CPU, torch.float32)
+    hidden = model.hidden(idx[:, :5], cache, lengths)  # what stands after a sequence is padding
+    logits = [model.head_logits(hidden[torch.arange(4), torch.tensor(lengths) - 1])]
+    for step in range(more):
+        tokens = torch.stack([idx[row, length + step] for row, length in enumerate(lengths)])
+        logits.append(model(tokens[:, None], cache=cache)[0][:, -1])
+    assert cache.lengths == cache.positions.tolist() == [length + more for length in lengths]
+    for row, length in enumerate(lengths):
+        alone = model(idx[row : row + 1, : length + more])[0][0, length - 1 :]
+        torch.testing.assert_close(torch.stack([step[row] for step in logits]), alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_static_cache_masks_the_slots_that_are_not_in_use() -> None:
+    model = lively_model(config_of("llama"))
+    idx = random_tokens(2, 9)
+    cache = KVCache(model.config, 2, 9, CPU, torch.float32)
+    cache._static = True  # as on a GPU
+    logits = [model(part, cache=cache)[0] for part in idx.split([4, 1, 1, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(idx)[0], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -1,117 +1,143 @@
-"""Generation: prefill, decode_one_token, sample as small pure functions, and the loop over them."""
+"""Generation: prefill and decode_one_token as small functions, and the loop over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
-from model import KVCache, LanguageModel
+from model import LanguageModel
 from tokenizer import CharTokenizer
-from utils.errors import UserError
+from utils.kv_cache import KVCache
+from utils.sampling import RandomStreams, SamplingOptions, sample
 
-GREEDY_BELOW = 1e-6  # temperatures under it differ from greedy only in ties
-
-
-class GenerationError(UserError):
-    """Sampling options that make no sense."""
+Window = Literal["sliding", "exact"]
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the next token is drawn. temperature 0 is greedy; top_k and top_p limit the candidates.
+class Step(NamedTuple):
+    """One new token of each sequence."""
 
-    Raises:
-        GenerationError: out of bounds.
+    tokens: torch.Tensor  # (B,)
+    logits: torch.Tensor  # (B, V), of the model, before any filter
+
+
+def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None) -> KVCache:
+    """An empty cache for `batch_size` sequences, of a whole context unless said otherwise."""
+    parameter = next(model.parameters())
+    return KVCache(model.config, batch_size, capacity or model.config.block_size, parameter.device, parameter.dtype)
+
+
+def prefill(
+    model: LanguageModel, idx: torch.Tensor, cache: KVCache, lengths: Sequence[int] | None = None
+) -> torch.Tensor:
+    """One parallel pass over the prompts (B, T); logits (B, V) of the token after each.
+
+    Args:
+        lengths: of the prompts, if they differ; each is padded at its end.
     """
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise GenerationError(f"temperature must be a finite number >= 0 (0 is greedy), not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise GenerationError(f"top-k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise GenerationError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+    hidden = model.hidden(idx, cache, lengths)  # (B, T, C)
+    if lengths is None:
+        return model.head_logits(hidden[:, -1])
+    last = torch.tensor(lengths, device=idx.device) - 1
+    return model.head_logits(hidden[torch.arange(len(idx), device=idx.device), last])
 
 
-def prefill(model: LanguageModel, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """One parallel pass over the prompt (B, T); logits (B, V) of the token after it."""
-    logits, _ = model(idx, cache=cache)
-    return logits[:, -1]
+def decode_one_token(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Append tokens (B,); logits (B, V) of the next ones. With rotary positions a full window slides on."""
+    return model.head_logits(model.hidden(tokens[:, None], cache)[:, -1])
 
 
-def decode_one_token(model: LanguageModel, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Append token (B, 1); logits (B, V) of the next one."""
-    logits, _ = model(token, cache=cache)
-    return logits[:, -1]
+def make_room(model: LanguageModel, cache: KVCache) -> None:
+    """With learned positions a full window cannot slide: its newer half becomes a new one, by one parallel pass.
 
-
-def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Logits (B, V) with -inf for the tokens that may not be drawn.
-
-    top_k keeps the k most likely tokens and what ties with the last of them; top_p keeps the smallest
-    set of most likely tokens whose probabilities reach p [Holtzman et al. 2020, nucleus sampling].
+    So a pass over half a context is paid once in half a context.
     """
-    if top_k is not None and top_k < logits.size(-1):
-        smallest_kept = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)  # (B, V)
-        probabilities = ordered.softmax(-1)
-        reached_before = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.masked_fill(reached_before.gather(-1, order.argsort(-1)), float("-inf"))
-    return logits
+    half = cache.capacity // 2
+    for row, length in enumerate(cache.lengths):
+        if length == cache.capacity:
+            newest = new_cache(model, 1, half or 1)
+            if half:
+                model.hidden(cache.tokens[row : row + 1, -half:], newest)
+            cache.replace(row, newest)
 
 
-def sample(logits: torch.Tensor, options: SamplingOptions, generator: torch.Generator) -> torch.Tensor:
-    """Draw one token a row: logits (B, V) -> ids (B, 1)."""
-    if options.temperature < GREEDY_BELOW:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() - logits.amax(
-        -1, keepdim=True
-    )  # at most 0: a small temperature cannot overflow to inf - inf
-    logits = filter_logits(logits / options.temperature, options.top_k, options.top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+def recompute(model: LanguageModel, idx: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Logits (B, V) of the next token of each sequence in idx (B, T), padded at its end, without any cache."""
+    last = torch.tensor(lengths, device=idx.device) - 1
+    return model.head_logits(model.hidden(idx)[torch.arange(len(idx), device=idx.device), last])
 
 
 @torch.no_grad()
-def generate_tokens(
-    model: LanguageModel, prompt: list[int], max_new_tokens: int, options: SamplingOptions, seed: int
-) -> Iterator[int]:
-    """Token ids after `prompt`, one at a time; the global random state is left alone.
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    options: SamplingOptions,
+    seeds: Sequence[int],
+    window: Window = "sliding",
+) -> Iterator[Step]:
+    """The next tokens of each sequence, one step at a time; nothing waits for the device.
 
-    Decoding is cached until the context is full; from there on each token is computed from the last
-    block_size tokens anew.
+    A sequence's tokens do not depend on the others of its batch, but for rounding. The global random state is left alone.
 
     Args:
         model: in eval mode (dropout would draw from the global random state).
-        prompt: at least one token id; only the last block_size of them are seen.
-        seed: of the random stream of this sequence.
+        prompts: B lists of at least one token id; only the last block_size of each are seen.
+        seeds: of the random stream of each sequence.
+        window: what a token sees when block_size tokens stand before it. sliding: with rotary positions the cached last
+            block_size of them, which were computed when older tokens could be seen; with learned positions the newest
+            half to all of the context (`make_room`). exact: the last block_size, computed anew for each token.
     """
-    assert prompt
+    assert all(prompts)
+    assert len(prompts) == len(seeds)
     assert not model.training
-    parameter = next(model.parameters())
-    block_size = model.config.block_size
-    generator = torch.Generator(device=parameter.device).manual_seed(seed)
-    tokens = list(prompt)
-    cache = KVCache(model.config, 1, block_size, parameter.device, parameter.dtype)
-    logits = prefill(model, torch.tensor([tokens[-block_size:]], device=parameter.device), cache)
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    idx, lengths = padded([prompt[-block_size:] for prompt in prompts], device)
+    streams, cache = RandomStreams(seeds, device), new_cache(model, len(prompts))
+    seen = None
+    if options.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+    logits = prefill(model, idx, cache, None if len(set(lengths)) == 1 else lengths)
+    history: list[list[int]] | None = None
     for index in range(max_new_tokens):
-        token = sample(logits, options, generator)
-        tokens.append(int(token))
-        yield tokens[-1]
+        tokens = sample(logits, options, streams.draw(), seen)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        yield Step(tokens, logits)
         if index + 1 == max_new_tokens:
             return
-        if cache.length < block_size:
-            logits = decode_one_token(model, token, cache)
+        if window == "exact" and max(cache.lengths) == block_size:
+            if history is None:
+                history = [row[:length] for row, length in zip(cache.tokens.tolist(), cache.lengths, strict=True)]
+            history = [(row + [token])[-block_size:] for row, token in zip(history, tokens.tolist(), strict=True)]
+            logits = recompute(model, *padded(history, device))
         else:
-            window = torch.tensor([tokens[-block_size:]], device=parameter.device)
-            logits = model(window)[0][:, -1]
+            if model.config.position == "learned":
+                make_room(model, cache)
+            logits = decode_one_token(model, tokens, cache)
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """Token ids (B, T), rows filled up with zeros at their ends, and the lengths of the rows."""
+    lengths = [len(row) for row in rows]
+    idx = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], device=device)
+    return idx, lengths
+
+
+def generate_tokens(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    options: SamplingOptions,
+    seed: int,
+    window: Window = "sliding",
+) -> Iterator[int]:
+    """Token ids after one prompt, one at a time: see `generate`."""
+    for step in generate(model, [prompt], max_new_tokens, options, [seed], window):
+        yield int(step.tokens)
 
 
 def start_tokens(tokenizer: CharTokenizer, prompt: str) -> list[int]:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from model import KVCache, LanguageModel
+from model import LanguageModel
 from utils.device import synchronize
 from utils.evaluation import evaluating
 from utils.flops import forward_flops
-from utils.generation import decode_one_token, prefill
+from utils.generation import decode_one_token, new_cache, prefill
+from utils.kv_cache import KVCache
 from utils.profile_record import Generation
 
 REPEATS = 5
@@ -27,22 +28,26 @@ def measure_generation(model: LanguageModel) -> Generation:
     """
     parameter, T = next(model.parameters()), model.config.block_size
     tokens = torch.zeros(1, T, dtype=torch.int64, device=parameter.device)
-    cache = KVCache(model.config, 1, T, parameter.device, parameter.dtype)
+    cache = new_cache(model, 1)
     begin = T // 2
     decoded = min(T - begin, DECODED)
 
     def one_prefill() -> None:
-        cache.length = 0
+        cache.reset()
         prefill(model, tokens, cache)
 
+    def half_a_block() -> None:
+        cache.reset()
+        if begin:
+            prefill(model, tokens[:, :begin], cache)
+
     def one_decode() -> None:
-        cache.length = begin
         for _ in range(decoded):
-            decode_one_token(model, tokens[:, :1], cache)
+            decode_one_token(model, tokens[:, 0], cache)
 
     with evaluating(model):
         prefill_ms = _median_ms(one_prefill, parameter.device)
-        decode_ms = _median_ms(one_decode, parameter.device) / decoded
+        decode_ms = _median_ms(one_decode, parameter.device, half_a_block) / decoded
     return Generation(
         dtype=str(parameter.dtype).removeprefix("torch."),
         prompt=T,
@@ -64,9 +69,10 @@ def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:
     return (model.num_parameters() - looked_up + cached) * cache.keys.element_size()
 
 
-def _median_ms(call: Callable[[], None], device: torch.device) -> float:
+def _median_ms(call: Callable[[], None], device: torch.device, before: Callable[[], None] = lambda: None) -> float:
     times = []
     for _ in range(REPEATS + 1):
+        before()
         synchronize(device)
         began = time.perf_counter()
         call()

@@ -58,6 +58,15 @@ def measure_copy(device: torch.device) -> float:
     return best
 
 
+def measure_read(device: torch.device) -> float:
+    """Bytes a second that a sum over a large tensor reads: what decoding cannot exceed."""
+    best = 0.0
+    for mebibytes in COPY_MIB[device.type]:
+        source = torch.ones(4 * mebibytes * 2**18, device=device)
+        best = max(best, 4.0 * mebibytes * 2**20 / _least_seconds(lambda source=source: source.sum(), device))  # type: ignore[misc]
+    return best
+
+
 def _least_seconds(call: Callable[[], object], device: torch.device) -> float:
     """The shortest time of one call, after one that is not counted; within SECONDS, but at least two are."""
     calls = CALLS[device.type]

@@ -383,3 +383,21 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
         shown = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
         raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {shown}")
     raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *by_id])}")
+
+
+def find_export(name: str | None, runs_dir: Path) -> Path:
+    """The export folder of a run; without a name, of the newest run that has one.
+
+    Raises:
+        RunError: no such run, or it has no export.
+    """
+    if name is None:
+        for path in reversed(list_run_paths(runs_dir)):
+            if (path / "artifacts" / "export").is_dir():
+                return path / "artifacts" / "export"
+        raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
+    path = resolve_run(name, runs_dir)
+    export = path / "artifacts" / "export"
+    if not export.is_dir():
+        raise RunError(f"run {path.name} ({read_status(path)}) has no export: it is written when training completes")
+    return export

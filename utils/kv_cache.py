@@ -1,0 +1,132 @@
+"""The keys and values of the last tokens of each sequence, for decoding one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from utils.attention import causal_attention
+from utils.config import ModelConfig
+
+NO_TOKEN = -1  # stands before the first token of a sequence
+
+
+class KVCache:
+    """Buffers for `capacity` tokens of each sequence, made once; token p of a sequence stands in slot p % capacity.
+
+    So a sequence that goes on past the capacity overwrites its oldest token: a window slides over it. Sequences may
+    have different lengths. A GPU always attends to all slots, under a mask, so that shapes never change; a CPU only to
+    those in use.
+
+    A forward pass calls `begin` with its tokens, `attend` once in each layer, and `end`.
+
+    keys, values: (L, B, K, S, D), S = capacity.
+    tokens: (B, S), by slot.
+    positions: (B,), of the next token of each sequence, on the device; `lengths` is the same on the host.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.n_layer, batch_size, config.kv_heads, capacity, config.head_width)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.full((batch_size, capacity), NO_TOKEN, device=device)
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.lengths = [0] * batch_size
+        self.capacity = capacity
+        self._numbers = torch.arange(capacity, device=device)  # of slots
+        self._rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
+        self._static = device.type == "cuda"
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self.positions.zero_()
+        self.lengths = [0] * len(self.lengths)
+
+    def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """Make room for tokens idx (B, T): several only where no window slides yet.
+
+        Args:
+            lengths: how many of the T tokens each sequence has, into an empty cache; the others pad it at its end.
+
+        Returns:
+            their positions, (B, T), or (1, T) if all sequences are equally long.
+        """
+        T, longest = idx.size(1), max(self.lengths)
+        assert T == 1 or longest + T <= self.capacity, f"{longest + T} tokens exceed the {self.capacity} of the cache"
+        assert lengths is None or longest == 0
+        self._new = [T] * len(self.lengths) if lengths is None else list(lengths)
+        self._is_empty = longest == 0
+        if min(self.lengths) == longest:
+            first = longest % self.capacity
+            self._slots: slice | torch.Tensor = slice(first, first + T)
+            positions = torch.arange(longest, longest + T, device=idx.device)[None]  # (1, T)
+            self.tokens[:, self._slots] = idx
+        else:
+            positions = self.positions[:, None] + self._numbers[:T]  # (B, T)
+            self._slots = positions % self.capacity
+            self.tokens[self._rows, self._slots] = idx
+        self._visible = self.capacity if self._static else min(longest + T, self.capacity)
+        alike = T == 1 and isinstance(self._slots, slice)  # then all that is in use is seen
+        self._mask = (
+            None
+            if self._is_empty or (alike and not self._static)
+            else (self._numbers[: self._visible] <= positions[:, :, None])[:, None]  # (B | 1, 1, T, visible)
+        )
+        return positions
+
+    def attend(self, layer: int, qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store the new keys and values; each new token attends to all of its sequence up to itself.
+
+        Args:
+            qk: (B, T, H + K, D), queries and then keys.
+            v: (B, T, K, D).
+
+        Returns:
+            (B, T, H * D).
+        """
+        B, T, K, _ = v.shape
+        H = qk.size(2) - K
+        q, k = qk.split((H, K), dim=2)
+        keys, values = self.keys[layer], self.values[layer]  # (B, K, S, D)
+        if isinstance(self._slots, slice):
+            keys[:, :, self._slots] = k.transpose(1, 2)
+            values[:, :, self._slots] = v.transpose(1, 2)
+        else:
+            keys[self._rows, :, self._slots] = k
+            values[self._rows, :, self._slots] = v
+        if self._is_empty:
+            return causal_attention(qk, v)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys[:, :, : self._visible],
+            values[:, :, : self._visible],
+            attn_mask=self._mask,
+            enable_gqa=H != K,
+        )  # (B, H, T, D)
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+    def end(self) -> None:
+        """The tokens of `begin` are stored in all layers."""
+        if len(set(self._new)) == 1:
+            self.positions += self._new[0]
+        else:
+            self.positions += torch.tensor(self._new, device=self.positions.device)
+        self.lengths = [length + new for length, new in zip(self.lengths, self._new, strict=True)]
+
+    def tokens_before(self, count: int) -> torch.Tensor:
+        """(B, count): the last tokens of each sequence, NO_TOKEN before its first one."""
+        positions = self.positions[:, None] + torch.arange(-count, 0, device=self.positions.device)  # (B, count)
+        return self.tokens[self._rows, positions % self.capacity].masked_fill(positions < 0, NO_TOKEN)
+
+    def replace(self, row: int, other: KVCache) -> None:
+        """Replace sequence `row` by the one sequence of another cache."""
+        count = other.lengths[0]
+        self.keys[:, row, :, :count] = other.keys[:, 0, :, :count]
+        self.values[:, row, :, :count] = other.values[:, 0, :, :count]
+        self.tokens[row, :count] = other.tokens[0, :count]
+        self.positions[row] = count
+        self.lengths[row] = count

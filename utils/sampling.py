@@ -1,0 +1,126 @@
+"""Drawing the next token: filters of its probabilities, and a random stream for each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from utils.errors import UserError
+
+GREEDY_BELOW = 1e-6  # temperatures under it differ from greedy only in ties
+AHEAD = 256  # random numbers that a stream makes at once
+
+
+class SamplingError(UserError):
+    """Sampling options that make no sense."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is drawn, in the order in which the options act.
+
+    banned: token ids that are never drawn.
+    repetition_penalty: positive logits of tokens that stood in the text are divided by it, negative ones multiplied
+        [Keskar et al. 2019, CTRL].
+    temperature: logits are divided by it; 0 is greedy.
+    top_k: the k most likely tokens, and what ties with the last of them.
+    top_p: the smallest set of most likely tokens whose probabilities reach p [Holtzman et al. 2020].
+    min_p: tokens at least min_p times as likely as the most likely one [Nguyen et al. 2024].
+
+    Raises:
+        SamplingError: out of bounds.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    banned: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise SamplingError(f"temperature must be a finite number >= 0 (0 is greedy), not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise SamplingError(f"top-k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SamplingError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise SamplingError(f"min-p must be from 0 to 1, not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise SamplingError(f"repetition-penalty must be a finite number above 0, not {self.repetition_penalty}")
+
+
+class RandomStreams:
+    """Uniform random numbers, a stream for each sequence: they do not depend on the others of its batch.
+
+    They are made on the CPU, so that every device draws the same ones, and many at once.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+        self._next = AHEAD
+
+    def draw(self) -> torch.Tensor:
+        """(B,) from 0 to below 1, float64."""
+        if self._next == AHEAD:
+            rows = [torch.rand(AHEAD, dtype=torch.float64, generator=generator) for generator in self._generators]
+            self._numbers = torch.stack(rows).to(self._device)  # (B, AHEAD)
+            self._next = 0
+        self._next += 1
+        return self._numbers[:, self._next - 1]
+
+
+def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (B, V) of what may be drawn, as the softmax wants them; -inf for all else.
+
+    Args:
+        seen: (B, V), the tokens that stood in the text; needed with a repetition penalty.
+    """
+    logits = logits.float()
+    if options.banned:
+        logits = logits.index_fill(-1, torch.tensor(options.banned, device=logits.device), float("-inf"))
+    if options.repetition_penalty != 1:
+        assert seen is not None
+        penalty = options.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if options.temperature < GREEDY_BELOW:
+        return logits
+    # At most 0: then a small temperature cannot overflow to inf - inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
+    if options.top_k is not None and options.top_k < logits.size(-1):
+        smallest_kept = logits.topk(options.top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if options.top_p is not None and options.top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)  # (B, V)
+        probabilities = ordered.softmax(-1)
+        reached_before = probabilities.cumsum(-1) - probabilities >= options.top_p
+        logits = logits.masked_fill(reached_before.gather(-1, order.argsort(-1)), float("-inf"))
+    if options.min_p is not None:
+        probabilities = logits.softmax(-1)
+        least = options.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < least, float("-inf"))
+    return logits
+
+
+def sample(
+    logits: torch.Tensor, options: SamplingOptions, uniform: torch.Tensor, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Draw one token a row, by the inverse of the distribution function.
+
+    Args:
+        logits: (B, V), of the model.
+        uniform: (B,) random numbers from 0 to below 1, float64.
+        seen: see filter_logits.
+
+    Returns:
+        (B,) token ids.
+    """
+    logits = filter_logits(logits, options, seen)
+    if options.temperature < GREEDY_BELOW:
+        return logits.argmax(-1)
+    reached = logits.double().softmax(-1).cumsum(-1)  # (B, V)
+    return torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
