@@ -1,8 +1,10 @@
-"""Generate text from a run's export, streamed to the terminal.
+"""Generate text from a run's export: streamed to the terminal, for a file of prompts, or in turns.
 
 python inference.py baseline --prompt "The "
 python inference.py latest --max-new-tokens 500 --temperature 0.7 --top-k 40 --seed 1
 python inference.py runs/20260131_142501_baseline --temperature 0     # greedy
+python inference.py baseline --prompt-file prompts.txt --out completions.jsonl
+python inference.py baseline --interactive
 """
 
 from __future__ import annotations
@@ -10,72 +12,277 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import PROJECT_ROOT, Parser, script
+from utils.config import TrackingConfig
 from utils.config_loader import ConfigLoader
 from utils.errors import UserError
 from utils.run_manager import find_export
 
+if TYPE_CHECKING:  # arguments are parsed before torch is imported
+    from utils.generator import Generator, Request
+    from utils.prompt_file import FilePrompt
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run",
+        "runs",
         metavar="RUN",
-        nargs="?",
-        help="path, id, tag, part of an id, or latest (default: the newest with an export)",
+        nargs="*",
+        help="path, id, tag, part of an id, or latest (default: the newest with an export); several: side by side",
     )
     parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights", choices=("float32", "bfloat16"), help="precision of the weights and activations (default: float32)"
+    )
+    weights.add_argument("--quantize", choices=("int8",), help="matrices of 8 bits, each row with a scale of its own")
+    add_prompt_arguments(parser.add_argument_group("prompts"))
+    add_sampling_arguments(parser.add_argument_group("sampling"))
+
+
+def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
         "--prompt", default="", metavar="TEXT", help="text to continue; empty: start from a line break (default: empty)"
     )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=300, metavar="N", help="tokens to generate (default: 300)"
+    source.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help='one prompt a line, or .jsonl with {"prompt": ...} in each line; empty lines are left out',
     )
-    parser.add_argument(
+    source.add_argument("--interactive", action="store_true", help="a prompt loop; /help lists its commands")
+    group.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="sequences generated together (default: 16)"
+    )
+    group.add_argument(
+        "--mode",
+        choices=("text", "qa"),
+        default="text",
+        help="qa: a prompt is a question, put into the setting qa_template; the answer ends at qa_stop (default: text)",
+    )
+    group.add_argument("--stats", action="store_true", help="after the text, how fast it was generated, on stderr")
+    group.add_argument("--html", type=Path, metavar="FILE", help="a page that shows several RUNs side by side")
+
+
+def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-new-tokens", type=int, default=300, metavar="N", help="tokens to generate (default: 300)")
+    group.add_argument(
         "--temperature", type=float, default=0.8, metavar="X", help="below 1 sharper, 0 greedy (default: 0.8)"
     )
-    parser.add_argument("--top-k", type=int, metavar="N", help="draw among the N most likely tokens (default: all)")
-    parser.add_argument(
+    group.add_argument("--top-k", type=int, metavar="N", help="draw among the N most likely tokens (default: all)")
+    group.add_argument(
         "--top-p",
         type=float,
         metavar="X",
         help="draw among the most likely tokens that reach probability X (default: all)",
     )
-    parser.add_argument("--seed", type=int, default=1337, metavar="N", help="of the random stream (default: 1337)")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    group.add_argument(
+        "--min-p",
+        type=float,
+        metavar="X",
+        help="draw among tokens at least X times as likely as the most likely one (default: all)",
     )
-    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens that stood in the text become less likely (default: 1)",
+    )
+    group.add_argument(
+        "--ban",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"no token of TEXT is ever drawn; \n is a line break (repeatable)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"the completion ends before TEXT; \n is a line break (repeatable)",
+    )
+    group.add_argument("--seed", type=int, default=1337, metavar="N", help="of the random stream (default: 1337)")
+    group.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="completions of each prompt, each with the next seed"
+    )
+    group.add_argument(
+        "--window",
+        choices=("sliding", "exact"),
+        default="sliding",
+        help="past the context: slide over the cached tokens, or compute all anew for each token (default: sliding)",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What argparse cannot say.
+
+    Raises:
+        UserError: a number out of bounds, flags that do not go together, a prompt that is no text.
+    """
+    for flag in ("max_new_tokens", "batch_size", "samples"):
+        if (value := getattr(args, flag)) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    if args.out is not None and args.prompt_file is None:
+        raise UserError("--out is for the completions of --prompt-file, which is missing")
+    if args.interactive and args.samples > 1:
+        raise UserError("--samples does not go with --interactive: a conversation has one text")
+    if args.html is not None and len(args.runs) < 2:
+        raise UserError("--html compares several RUNs, expected at least 2")
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        raise UserError("--prompt: expected Unicode text")
 
 
 @script
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="inference.py", usage="python inference.py [RUN] [--FLAG VALUE ...]", description=__doc__)
+    parser = Parser(prog="inference.py", usage="python inference.py [RUN ...] [--FLAG VALUE ...]", description=__doc__)
     add_arguments(parser)
     args = parser.parse(argv)
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
-    runs_dir = PROJECT_ROOT / (args.runs_dir or ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir)
-    export = find_export(args.run, runs_dir)
+    check_arguments(args)
+    tracking = ConfigLoader(PROJECT_ROOT).load().config.tracking
+    runs_dir = PROJECT_ROOT / (args.runs_dir or tracking.runs_dir)
+    if len(args.runs) > 1:
+        return compare_runs(args, runs_dir)
+    export = find_export(args.runs[0] if args.runs else None, runs_dir)
+    if args.prompt_file is not None:
+        return complete_file(args, export, tracking)
+    if args.interactive:
+        return converse(args, export, tracking)
+    return complete_prompt(args, export, tracking)
 
-    from utils.device import choose_device
-    from utils.export import load_export
-    from utils.generation import SamplingOptions, generate_tokens, start_tokens
 
-    options = SamplingOptions(args.temperature, args.top_k, args.top_p)
-    loaded = load_export(export, choose_device(args.device))
-    prompt = start_tokens(loaded.tokenizer, args.prompt)
-    if len(prompt) > (block_size := loaded.model.config.block_size):
-        print(f"note: of the {len(prompt)} tokens of the prompt the model sees the last {block_size}", file=sys.stderr)
-    sys.stdout.write(args.prompt)
-    for token in generate_tokens(loaded.model, prompt, args.max_new_tokens, options, args.seed):
-        sys.stdout.write(loaded.tokenizer.decode([token]))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+def compare_runs(args: argparse.Namespace, runs_dir: Path) -> int:
+    """Completions of one prompt by several runs, side by side."""
+    raise UserError(f"expected one RUN, got {len(args.runs)}")
+
+
+def load(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> tuple[Generator, Request]:
+    """The model, and how to generate with it.
+
+    Raises:
+        UserError: a damaged export, no such device, options out of bounds, characters without a token.
+    """
+    from utils.generator import Generator, Request
+    from utils.request_text import banned_tokens, stop_strings
+    from utils.sampling import SamplingOptions
+
+    options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    request = Request(args.max_new_tokens, options, seed=args.seed, window=args.window)
+    generator = Generator.from_export(export, args.device, args.quantize or args.weights or "float32", tracking)
+    options = replace(options, banned=banned_tokens(generator.tokenizer, args.ban))
+    return generator, replace(request, options=options, stops=stop_strings(generator.tokenizer, args.stop))
+
+
+def complete_prompt(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
+    """--prompt: the text as it comes; several samples one after the other."""
+    from utils.console import dim
+    from utils.generation import start_tokens
+
+    generator, request = load(args, export, tracking)
+    prompt, shown = args.prompt, args.prompt
+    if args.mode == "qa":
+        prompt, shown, request = generator.qa_prompt(args.prompt), "", generator.qa_request(request)
+    tokens = start_tokens(generator.tokenizer, prompt)
+    if len(tokens) > (block_size := generator.model.config.block_size):
+        print(f"note: of the {len(tokens)} tokens of the prompt the model sees the last {block_size}", file=sys.stderr)
+    if args.samples == 1:
+        sys.stdout.write(shown)
+        for text in generator.stream(prompt, request):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        print(flush=True)
+    else:
+        completions = generator.completions([prompt] * args.samples, request, args.batch_size)
+        for number, completion in enumerate(completions, start=1):
+            print(dim(f"sample {number} of {args.samples}, seed {completion.seed}"))
+            print(f"{shown}{completion.text}", flush=True)
+    if args.stats:
+        print_stats(generator, request)
     return 0
+
+
+def complete_file(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
+    """--prompt-file: a JSONL line for each completion, into --out at the end or to stdout as they come."""
+    from utils.console import CompletionProgress
+    from utils.prompt_file import check_out, completion_line, read_prompts, write_lines
+
+    prompts = read_prompts(args.prompt_file)
+    if args.out is not None:
+        check_out(args.out)
+    generator, request = load(args, export, tracking)
+    asked = [prompt for prompt in prompts for _ in range(args.samples)]
+    texts = [text for text in encodable(prompts, generator, args.mode) for _ in range(args.samples)]
+    if args.mode == "qa":
+        request = generator.qa_request(request)
+    lines = []
+    with CompletionProgress(len(asked), quiet=args.out is None and sys.stdout.isatty()) as progress:
+        for prompt, completion in zip(asked, generator.completions(texts, request, args.batch_size), strict=True):
+            line = completion_line(prompt, completion)
+            if args.out is None:
+                print(line, flush=True)
+            lines.append(line)
+            progress.advance(len(completion.tokens))
+    if args.out is not None:
+        write_lines(args.out, lines)
+        print(f"wrote {len(lines):,} completions to {args.out}", file=sys.stderr)
+    if args.stats:
+        print_stats(generator, request)
+    return 0
+
+
+def encodable(prompts: Sequence[FilePrompt], generator: Generator, mode: str) -> list[str]:
+    """What the model is to continue for each prompt of a file; those that it sees the end of are told.
+
+    Raises:
+        UserError: a character without a token, with its file and line.
+    """
+    from utils.generation import start_tokens
+
+    texts, long, block_size = [], 0, generator.model.config.block_size
+    for prompt in prompts:
+        try:
+            texts.append(generator.qa_prompt(prompt.text) if mode == "qa" else prompt.text)
+            long += len(start_tokens(generator.tokenizer, texts[-1])) > block_size
+        except UserError as error:
+            raise UserError(f"{prompt.place}: {error}") from None
+    if long:
+        print(f"note: of {long:,} longer prompts the model sees the last {block_size} tokens", file=sys.stderr)
+    return texts
+
+
+def converse(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
+    """--interactive: a loop over what is typed."""
+    from utils.generation_stats import GenerationStats
+    from utils.interactive import Conversation
+
+    generator, request = load(args, export, tracking)
+
+    def report() -> None:
+        if args.stats:
+            print_stats(generator, request)
+            generator.stats = GenerationStats()
+
+    return Conversation(generator, request, args.mode == "qa", report).run()
+
+
+def print_stats(generator: Generator, request: Request) -> None:
+    """--stats, on stderr."""
+    from utils.console import facts
+
+    rows = generator.stats.rows(generator.model, cached=request.window == "sliding")
+    print(facts(rows).plain, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _facts(key: str, defaults: Config) -> str:
     if isinstance(value, bool):
         shown = "on" if value else "off"
     elif isinstance(value, str):
-        shown = repr(value) if not value.strip() else value
+        shown = value if value.strip() and value.isprintable() else repr(value)
     else:
         shown = "none" if value in (None, ()) else str(value)
     bounds = re.search(r"[<>].*?(?= or |$)", expected(key))

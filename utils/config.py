@@ -449,6 +449,17 @@ def check_aim_repo(repo: str) -> str:
     return re.sub(r"(^|/)\.aim/?$", "", repo) or ("/" if repo.startswith("/") else ".")
 
 
+def check_qa_template(template: str) -> str:
+    """`template`, if it has a place for the question.
+
+    Raises:
+        ValueError: with what is expected.
+    """
+    if "{question}" not in template:
+        raise ValueError(f"expected text that contains {{question}}, got {template!r}")
+    return template
+
+
 class TrackingConfig(Section):
     """What is recorded of a run, where and how often."""
 
@@ -474,6 +485,10 @@ class TrackingConfig(Section):
     sample_prompt: str = setting(
         "", "start of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
     )
+    qa_template: Annotated[str, AfterValidator(check_qa_template)] = setting(
+        "Question: {question}\nAnswer: ", "what `inference.py --mode qa` makes of a question", kind=OBSERVATION
+    )
+    qa_stop: str = setting("\n", "where an answer of `--mode qa` ends; empty: nowhere", kind=OBSERVATION)
     aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
     aim_repo: Annotated[str, AfterValidator(check_aim_repo)] = setting(
         ".", "folder that holds the .aim repository, or aim://HOST:PORT of an `aim server`", kind=MACHINE, min_length=1

@@ -248,3 +248,54 @@ class FeedingProgress:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
         self._progress.update(self._tasks[name], completed=done)
+
+
+class CompletionProgress:
+    """How many prompts of a file are done, on stderr: a bar that moves, or plain lines now and then.
+
+    Args:
+        quiet: what is done can be seen otherwise.
+    """
+
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        console = Console(stderr=True, highlight=False)
+        self._total, self._done, self._tokens = total, 0, 0
+        self._began = time.monotonic()
+        self._next_line = float("inf") if console.is_terminal or quiet else self._began + PLAIN_LINE_SECONDS
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("prompt {task.completed:,.0f}/{task.total:,.0f}"),
+            _Field("{tokens_per_second:,.0f} tok/s", "magenta"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,  # what goes there may go into a file
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._progress.add_task("prompts", total=total, tokens_per_second=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._progress.stop()
+
+    def advance(self, tokens: int) -> None:
+        """One more is done, with so many new tokens."""
+        self._done, self._tokens = self._done + 1, self._tokens + tokens
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._began, 1e-9)
+        self._progress.update(self._task, completed=self._done, tokens_per_second=rate)
+        if now >= self._next_line:
+            self._next_line = now + PLAIN_LINE_SECONDS
+            left = duration((now - self._began) / self._done * (self._total - self._done))
+            print(f"prompt {self._done:,}/{self._total:,}  {rate:,.0f} tok/s  {left} left", file=sys.stderr)
+
+
+def dim(text: str) -> str:
+    """`text` for sys.stdout, dim where that is a terminal."""
+    console = Console(file=sys.stdout)
+    with console.capture() as capture:
+        console.print(Text(text, style="dim"), end="", soft_wrap=True)
+    return capture.get()

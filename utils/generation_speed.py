@@ -60,13 +60,17 @@ def measure_generation(model: LanguageModel) -> Generation:
 
 
 def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:
-    """Read for one token: all weights, but one row of tables that are looked up in, and `context` keys and values."""
+    """Read for one token of each sequence of the cache: all weights, and `context` keys and values."""
+    return weight_bytes(model) + 2 * cache.keys[:, :, :, 0].numel() * cache.keys.element_size() * context
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Of all weights, in the precision that they have, but of tables that are looked up in only one row."""
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    if model.config.tie_embeddings:
+    if model.head is None:
         tables = [table for table in tables if table is not model.token_embedding.weight]
-    looked_up = sum(t.numel() - t.size(1) for t in tables)
-    cached = 2 * cache.keys[:, :, :, 0].numel() * context
-    return (model.num_parameters() - looked_up + cached) * cache.keys.element_size()
+    looked_up = sum((table.numel() - table.size(1)) * table.element_size() for table in tables)
+    return sum(weight.numel() * weight.element_size() for weight in model.state_dict().values()) - looked_up
 
 
 def _median_ms(call: Callable[[], None], device: torch.device, before: Callable[[], None] = lambda: None) -> float:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, TokenizerError
 from utils.cli import PROJECT_ROOT
+from utils.config import TrackingConfig
 from utils.config_loader import ConfigLoader
 from utils.device import choose_device
+from utils.errors import UserError
 from utils.export import load_export
 from utils.generation import Window, generate, start_tokens
+from utils.generation_stats import GenerationStats
 from utils.quantization import Weights, with_weights
 from utils.run_manager import find_export
 from utils.sampling import SamplingOptions
@@ -44,13 +46,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class Request:
-    """How to generate, but for the prompt. Sequence i of a call draws from the random stream of seed + i."""
+    """How to generate, but for the prompt. Sequence i of a call draws from the random stream of seed + i.
+
+    Raises:
+        UserError: out of bounds.
+    """
 
     max_new_tokens: int = MAX_NEW_TOKENS
     options: SamplingOptions = field(default_factory=SamplingOptions)
     stops: Sequence[str] = ()
     seed: int = SEED
     window: Window = "sliding"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max-new-tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed}")
 
 
 @dataclass
@@ -86,13 +98,24 @@ class _Sequence:
 class Generator:
     """A trained model with its tokenizer, ready to generate.
 
+    stats: of all that it has generated.
+
     Args:
         model: in eval mode.
         name: of the run, for people.
+        tracking: its qa_template and qa_stop say how a question is asked.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: CharTokenizer, name: str = "") -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: CharTokenizer,
+        name: str = "",
+        tracking: TrackingConfig | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.tracking = tracking or TrackingConfig()
+        self.stats = GenerationStats()
 
     @classmethod
     def from_run(
@@ -100,17 +123,35 @@ class Generator:
     ) -> Generator:
         """The export of a run: path, id, tag, part of an id, latest; None: the newest with an export.
 
+        Questions are asked as configs/ says.
+
         Raises:
             UserError: no such run, export or device, or a damaged export.
         """
-        folder = runs_dir or PROJECT_ROOT / ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
-        path = find_export(run, folder)
-        export = load_export(path, choose_device(device))
-        return cls(with_weights(export.model, weights), export.tokenizer, str(export.training.get("run_id", path)))
+        tracking = ConfigLoader(PROJECT_ROOT).load().config.tracking
+        folder = find_export(run, PROJECT_ROOT / (runs_dir or tracking.runs_dir))
+        return cls.from_export(folder, device, weights, tracking)
+
+    @classmethod
+    def from_export(
+        cls,
+        folder: Path,
+        device: str = "auto",
+        weights: Weights = "float32",
+        tracking: TrackingConfig | None = None,
+    ) -> Generator:
+        """An export, wherever it lies.
+
+        Raises:
+            UserError: no such device, or a damaged export.
+        """
+        export = load_export(folder, choose_device(device))
+        name = str(export.training.get("run", folder))
+        return cls(with_weights(export.model, weights), export.tokenizer, name, tracking)
 
     def generate(self, prompt: str, request: Request | None = None) -> Completion:
         """One completion."""
-        (completion,) = self.generate_batch([prompt], request)
+        (completion,) = self.completions([prompt], request)
         return completion
 
     def generate_batch(
@@ -121,13 +162,41 @@ class Generator:
         Raises:
             TokenizerError: a character of a prompt without a token.
         """
-        request, completions = request or Request(), []
+        return list(self.completions(prompts, request, batch_size))
+
+    def completions(
+        self, prompts: Sequence[str], request: Request | None = None, batch_size: int = BATCH_SIZE
+    ) -> Iterator[Completion]:
+        """`generate_batch`, as soon as each batch is done."""
+        request = request or Request()
         for first in range(0, len(prompts), batch_size):
             sequences = self._sequences(prompts[first : first + batch_size], request, first)
             for _ in self._grow(sequences, request):
                 pass
-            completions += [sequence.completion() for sequence in sequences]
-        return completions
+            yield from (sequence.completion() for sequence in sequences)
+
+    def generate_qa(self, question: str, request: Request | None = None) -> Completion:
+        """The answer to a question, asked as `qa_template` says; it ends where `qa_stop` does."""
+        return self.generate(self.qa_prompt(question), self.qa_request(request))
+
+    def qa_prompt(self, question: str) -> str:
+        """The question in qa_template.
+
+        Raises:
+            UserError: the question or the template has a character without a token.
+        """
+        self.tokenizer.encode(question)  # its mistakes have their places in the question
+        template = self.tracking.qa_template
+        try:
+            self.tokenizer.encode(template.replace("{question}", ""))
+        except TokenizerError as error:
+            raise UserError(f"qa_template {template!r}: {error}") from None
+        return template.replace("{question}", question)
+
+    def qa_request(self, request: Request | None = None) -> Request:
+        """The request with qa_stop as one more stop string."""
+        request = request or Request()
+        return replace(request, stops=(*request.stops, self.tracking.qa_stop)) if self.tracking.qa_stop else request
 
     def stream(self, prompt: str, request: Request | None = None) -> Iterator[str]:
         """The text after a prompt, in whole characters, as soon as it is certain."""
@@ -154,10 +223,24 @@ class Generator:
         """The new text of each sequence, step by step, until all have ended."""
         prompts = [start_tokens(self.tokenizer, sequence.prompt) for sequence in sequences]
         seeds = [sequence.seed for sequence in sequences]
-        for step in generate(self.model, prompts, request.max_new_tokens, request.options, seeds, request.window):
+        block_size = self.model.config.block_size
+        context = [min(len(prompt), block_size) for prompt in prompts]
+        steps = generate(self.model, prompts, request.max_new_tokens, request.options, seeds, request.window)
+        for index in range(request.max_new_tokens):
+            began = time.perf_counter()
+            step = next(steps)
             chances = step.logits.float().log_softmax(-1).gather(-1, step.tokens[:, None])[:, 0]  # (B,)
-            rows = zip(sequences, step.tokens.tolist(), chances.tolist(), strict=True)
-            yield ["" if row.stream.stopped else row.add(token, logprob) for row, token, logprob in rows]
+            tokens, logprobs = step.tokens.tolist(), chances.tolist()
+            seconds = time.perf_counter() - began  # not of those who take the text
+            growing = sum(not sequence.stream.stopped for sequence in sequences)
+            if index == 0:
+                self.stats.add_prefill(sum(context), seconds)
+            else:
+                self.stats.add_step(growing, sum(min(length + index, block_size) for length in context), seconds)
+            yield [
+                "" if sequence.stream.stopped else sequence.add(token, logprob)
+                for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True)
+            ]
             if all(sequence.stream.stopped for sequence in sequences):
-                return
+                break
         yield [sequence.end() for sequence in sequences]

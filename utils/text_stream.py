@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizer import CharTokenizer
 
 INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
-LONGEST_CHARACTER = 4  # bytes, each of which may be a token
+MOST_PENDING = 64  # tokens in a row that end within a character; a model that writes more writes no text
 
 
 class TextStream:
@@ -20,19 +20,15 @@ class TextStream:
     def __init__(self, tokenizer: CharTokenizer, stops: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
-        self._tokens: list[int] = []  # whose text is not complete
+        self._tokens: list[int] = []  # the last of which ends within a character
+        self._taken = 0  # characters of their text
         self._held = ""  # that a stop string may begin with
 
     def add(self, token: int) -> str:
         """The text that is certain with one more token; after a stop string nothing is."""
         if self.stopped:
             return ""
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        if text.endswith(INCOMPLETE) and len(self._tokens) < LONGEST_CHARACTER:
-            return ""
-        self._tokens.clear()
-        self._held += text
+        self._held += self._characters(token)
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
             self.stopped = True
@@ -43,9 +39,19 @@ class TextStream:
         """What was held back when no more tokens come; bytes that are no character stand as U+FFFD."""
         if self.stopped:
             return ""
-        text, self._held = self._held + self._tokenizer.decode(self._tokens), ""
-        self._tokens.clear()
+        text = self._held + self._tokenizer.decode(self._tokens)[self._taken :]
+        self._held, self._tokens, self._taken = "", [], 0
         return text
+
+    def _characters(self, token: int) -> str:
+        """What one more token completes."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith(INCOMPLETE) and len(self._tokens) < MOST_PENDING:
+            new, self._taken = text[self._taken : -1], len(text) - 1
+            return new
+        new, self._tokens, self._taken = text[self._taken :], [], 0
+        return new
 
     def _take(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

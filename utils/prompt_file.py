@@ -1,0 +1,109 @@
+"""Files of prompts, and of what became of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.files import write_atomic
+from utils.generator import Completion
+
+
+@dataclass(frozen=True)
+class FilePrompt:
+    """A prompt of a file.
+
+    place: FILE:LINE, for messages.
+    record: what stood beside it; in a text file only {"prompt": ...}.
+    """
+
+    place: str
+    text: str
+    record: Mapping[str, Any] = field(repr=False)
+
+
+def read_prompts(path: Path) -> list[FilePrompt]:
+    """One prompt a line; in a file named .jsonl one object a line, {"prompt": "...", ...}. Empty lines are left out.
+
+    Raises:
+        UserError: no such file, no UTF-8, no JSON, no prompt.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    prompts = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        place = f"{path}:{number}"
+        try:
+            text = line.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
+            raise UserError(f"{place}: not UTF-8 text ({byte})") from None
+        if path.suffix == ".jsonl" and text.strip():
+            record = _record(text, place)
+            prompts.append(FilePrompt(place, record["prompt"], record))
+        elif path.suffix != ".jsonl" and text:
+            prompts.append(FilePrompt(place, text, {"prompt": text}))
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it, expected one a line")
+    return prompts
+
+
+def _record(text: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f'{place}: not JSON ({reason}), expected {{"prompt": "...", ...}}') from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise UserError(f'{place}: expected an object with a text "prompt", got {text.strip()[:40]}')
+    return record
+
+
+def check_out(path: Path) -> None:
+    """Before hours of work: can a file stand there?
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be written: not a regular file (without --out the lines go to stdout)")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def completion_line(prompt: FilePrompt, completion: Completion) -> str:
+    """What stood beside the prompt, and what became of it, as JSON.
+
+    tokens: their number, those of a stop string too. logprob: the sum of theirs, in nats, before any filter.
+    """
+    record = {
+        **prompt.record,
+        "completion": completion.text,
+        "tokens": len(completion.tokens),
+        "logprob": sum(completion.logprobs),
+        "finish": completion.finish,
+        "seed": completion.seed,
+    }
+    # Half a surrogate pair, which JSON allows and UTF-8 does not, stays the escape that it was.
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace").decode()
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """All of them or, where that fails, what was there before.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomic(path, "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
