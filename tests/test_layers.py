@@ -17,11 +17,11 @@ RECORDS = (  # what experiments.py and profile_model.py --compare are made of
 LAYERS = {
     0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping"
     " curves checkpoint_folder promotion seal process",
-    1: "device distributed flops roofline phases linear attention gelu adamw muon optim histograms step_buffer"
-    " flight_recorder system_metrics tracking checkpoint " + RECORDS,
-    2: "evaluation generation export profiling memory_profile generation_speed profile_assembly run_profiler"
-    " train_state checkpointing training gates start finish result callbacks monitor preflight reproduction"
-    " sweep batch_size lr_range",
+    1: "device distributed flops roofline phases linear attention kv_cache gelu sampling text_stream adamw muon optim"
+    " histograms step_buffer flight_recorder system_metrics tracking checkpoint " + RECORDS,
+    2: "evaluation generation quantization scoring generator export profiling memory_profile generation_speed"
+    " profile_assembly run_profiler train_state checkpointing training gates start finish result callbacks monitor"
+    " preflight reproduction sweep batch_size lr_range",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {
