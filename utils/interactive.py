@@ -37,10 +37,10 @@ def _number(key: str, kind: Callable[[str], Any], expected: str, may_be_off: boo
     """A field of a request, or of its sampling options."""
 
     def apply(request: Request, text: str, _: CharTokenizer) -> Request:
-        value = None if may_be_off and text == OFF else kind(text)
+        change: dict[str, Any] = {key: None if may_be_off and text == OFF else kind(text)}
         if hasattr(request, key):
-            return replace(request, **{key: value})
-        return replace(request, options=replace(request.options, **{key: value}))
+            return replace(request, **change)
+        return replace(request, options=replace(request.options, **change))
 
     def show(request: Request, _: CharTokenizer) -> str:
         value = getattr(request if hasattr(request, key) else request.options, key)

@@ -1,0 +1,38 @@
+"""A run with an export, as a training leaves it, without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.config import ModelConfig
+from utils.export import save_export
+
+TOKENIZER = CharTokenizer(" \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
+BLOCK_SIZE = 16
+
+
+def tiny_model(tokenizer: CharTokenizer = TOKENIZER, **settings: Any) -> LanguageModel:
+    """In eval mode; weights large enough that the tokens depend on the whole context."""
+    torch.manual_seed(0)
+    tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK_SIZE, "position": "rope"}
+    model = LanguageModel(ModelConfig(**tiny | settings), tokenizer.vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval()
+
+
+def save_tiny_run(runs_dir: Path, name: str, tokenizer: CharTokenizer = TOKENIZER, **settings: Any) -> Path:
+    """The run directory."""
+    run = runs_dir / name
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"id": name, "start": "2026-01-31T14:25:01.000+00:00"}))
+    training = {"run": name, "step": 100, "val/loss": 1.5}
+    save_export(run / "artifacts" / "export", tiny_model(tokenizer, **settings), tokenizer, training)
+    return run
