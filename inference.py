@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     add_arguments(parser)
     args = parser.parse(argv)
     check_arguments(args)
-    tracking = ConfigLoader(PROJECT_ROOT).load().config.tracking
+    tracking = configured()
     runs_dir = PROJECT_ROOT / (args.runs_dir or tracking.runs_dir)
     if len(args.runs) > 1:
         return compare_runs(args, runs_dir)
@@ -161,6 +161,10 @@ def main(argv: Sequence[str]) -> int:
     if args.interactive:
         return converse(args, export, tracking)
     return complete_prompt(args, export, tracking)
+
+
+def configured() -> TrackingConfig:
+    return ConfigLoader(PROJECT_ROOT).load().config.tracking
 
 
 def compare_runs(args: argparse.Namespace, runs_dir: Path) -> int:

@@ -1,0 +1,499 @@
+"""inference.py: each of its modes, and one line for each mistake."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inference
+from tests.tiny_export import BLOCK_SIZE, TOKENIZER, save_tiny_run
+from utils.generator import Generator, Request
+from utils.interactive import OFF, SETTINGS
+from utils.sampling import SamplingOptions
+
+Main = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny_run(folder, "tiny")
+    return folder
+
+
+@pytest.fixture
+def run_inference(runs: Path) -> Main:
+    """inference.py with that run; 20 tokens unless said otherwise."""
+    return lambda *words: inference.main(["tiny", "--runs-dir", str(runs), "--max-new-tokens", "20", *map(str, words)])
+
+
+@pytest.fixture
+def generator(runs: Path) -> Generator:
+    return Generator.from_run("tiny", runs)
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr; nothing on stdout."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+# ------------------------------------------------------------------------------ one prompt
+
+
+def test_the_prompt_and_its_continuation_are_printed(
+    run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_inference("--prompt", "ab") == 0
+    assert capsys.readouterr().out == "ab" + generator.generate("ab", Request(20)).text + "\n"
+
+
+def test_every_sampling_option_is_heeded(
+    run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--temperature 1.5 --top-k 9 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.3 --seed 4 --window exact"
+    banned = TOKENIZER.encode("\nst")
+    options = SamplingOptions(1.5, 9, 0.9, 0.01, 1.3, tuple(sorted(banned)))
+    request = Request(40, options, ["ab", "\n\n"], 4, "exact")
+    limits = ["--max-new-tokens", "40", "--ban", "\\ns", "--ban", "t", "--stop", "ab", "--stop", "\\n\\n"]
+    assert run_inference("--prompt", "ab", *words.split(), *limits) == 0
+    assert capsys.readouterr().out == "ab" + generator.generate("ab", request).text + "\n"
+
+
+def test_the_text_ends_before_a_stop_string_with_a_line_break(
+    run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = generator.generate("ab", Request(100)).text
+    assert "\n" in whole
+    assert run_inference("--prompt", "ab", "--stop", "\\n", "--max-new-tokens", 100) == 0
+    assert capsys.readouterr().out == "ab" + whole.partition("\n")[0] + "\n"
+
+
+def test_samples_draw_from_the_next_seeds(
+    run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_inference("--prompt", "ab", "--samples", 3, "--seed", 5, "--batch-size", 2) == 0
+    texts = [generator.generate("ab", Request(20, seed=seed)).text for seed in (5, 6, 7)]
+    expected = "".join(f"sample {i} of 3, seed {4 + i}\nab{text}\n" for i, text in enumerate(texts, start=1))
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("words", [["--weights", "bfloat16"], ["--quantize", "int8"], ["--weights", "float32"]])
+def test_weights_may_be_smaller(words: list[str], run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_inference("--prompt", "ab", *words) == 0
+    assert len(capsys.readouterr().out) == len("ab") + 20 + 1
+
+
+def test_a_prompt_longer_than_the_context_is_told(run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_inference("--prompt", "a" * (BLOCK_SIZE + 1)) == 0
+    assert capsys.readouterr().err == "note: of the 17 tokens of the prompt the model sees the last 16\n"
+
+
+def test_speeds_are_told_after_the_text(
+    run_inference: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.generation_stats.read_limit", lambda _: 1e10)
+    assert run_inference("--prompt", "abc", "--stats") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["prompt", "prefill", "decode", "memory"]
+    assert lines[0] == "prompt   3 tokens"
+    assert lines[2].endswith("19 tokens")
+    assert lines[3].endswith("of the 10.0 GB/s that a sum reaches here")
+
+
+def test_an_answer_is_printed_without_its_question(
+    run_inference: Main, capsys: pytest.CaptureFixture[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = inference.TrackingConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
+    monkeypatch.setattr(inference, "configured", lambda: tracking)
+    generator = Generator.from_export(runs / "tiny" / "artifacts" / "export", tracking=tracking)
+    answer = generator.generate_qa("why", Request(20))
+    assert answer.finish == "stop"
+    assert run_inference("--mode", "qa", "--prompt", "why") == 0
+    assert capsys.readouterr().out == answer.text + "\n"
+
+
+class ClosedPipe:
+    """A stdout whose reader has gone."""
+
+    def __enter__(self) -> io.TextIOWrapper:
+        reader, writer = os.pipe()
+        os.close(reader)
+        self.file = os.fdopen(writer, "w")
+        return self.file
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("words", [[], ["--samples", "2"], ["--interactive"], ["--prompt-file", "prompts.txt"]])
+def test_a_closed_pipe_ends_quietly(
+    words: list[str],
+    run_inference: Main,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("ab\ncd\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
+    with ClosedPipe() as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert run_inference(*words) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------ files of prompts
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_text_file_has_a_prompt_a_line(
+    run_inference: Main, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffab\r\n\nfür\n c".encode())
+    out = tmp_path / "out.jsonl"
+    assert run_inference("--prompt-file", tmp_path / "prompts.txt", "--out", out, "--seed", 3) == 0
+    completions = generator.generate_batch(["ab", "für", " c"], Request(20, seed=3))
+    assert read_lines(out) == [
+        {
+            "prompt": completion.prompt,
+            "completion": completion.text,
+            "tokens": 20,
+            "logprob": pytest.approx(sum(completion.logprobs), abs=1e-4),
+            "finish": "length",
+            "seed": 3 + i,
+        }
+        for i, completion in enumerate(completions)
+    ]
+    assert "für" in out.read_text(encoding="utf-8")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"wrote 3 completions to {out}\n"
+
+
+def test_jsonl_keeps_what_stands_beside_a_prompt(run_inference: Main, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"id": 7, "prompt": "ab", "more": [null, {"x": "\\ud83d"}]}\n\n{"prompt": "", "completion": "old"}\n'
+    )
+    out = tmp_path / "out.jsonl"
+    assert run_inference("--prompt-file", tmp_path / "prompts.jsonl", "--out", out) == 0
+    first, second = read_lines(out)
+    assert list(first) == ["id", "prompt", "more", "completion", "tokens", "logprob", "finish", "seed"]
+    assert (first["id"], first["more"]) == (7, [None, {"x": "\ud83d"}])
+    assert len(second["completion"]) == 20
+
+
+def test_without_out_the_lines_go_to_stdout(
+    run_inference: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("ab\ncd\n")
+    assert run_inference("--prompt-file", tmp_path / "prompts.txt", "--samples", 2) == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [(line["prompt"], line["seed"]) for line in lines] == [
+        ("ab", 1337),
+        ("ab", 1338),
+        ("cd", 1339),
+        ("cd", 1340),
+    ]
+    assert captured.err == ""
+
+
+def test_questions_of_a_file_are_asked(run_inference: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = inference.TrackingConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
+    monkeypatch.setattr(inference, "configured", lambda: tracking)
+    (tmp_path / "prompts.txt").write_text("why\n")
+    assert run_inference("--prompt-file", tmp_path / "prompts.txt", "--mode", "qa", "--out", tmp_path / "out") == 0
+    (line,) = read_lines(tmp_path / "out")
+    assert (line["prompt"], line["finish"]) == ("why", "stop")
+    assert "s" not in line["completion"]
+
+
+def test_a_batch_says_of_how_many_prompts_only_the_end_is_seen(
+    run_inference: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("ab\n" + "a" * 17 + "\n" + "b" * 40)
+    assert run_inference("--prompt-file", tmp_path / "prompts.txt") == 0
+    assert capsys.readouterr().err == "note: of 2 longer prompts the model sees the last 16 tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.txt", b"ab\n\xff\n", "p.txt:2: not UTF-8 text (byte 1 of the line is 0xff)"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "a\xc3"}', "p.jsonl:2: not UTF-8 text (byte 14"),
+        ("p.jsonl", b'\n{"prompt": "a"', "p.jsonl:2: not JSON (Expecting ',' delimiter at column 15), expected"),
+        ("p.jsonl", b"[" * 100_000, "p.jsonl:1: not JSON"),
+        ("p.jsonl", b'{"text": "a"}', 'p.jsonl:1: expected an object with a text "prompt", got {"text": "a"}'),
+        ("p.jsonl", b'{"prompt": 3}', "p.jsonl:1: expected an object"),
+        ("p.jsonl", b'"a"', "p.jsonl:1: expected an object"),
+        ("p.txt", "ab\n\na€".encode(), "p.txt:3: character '€' (U+20AC) at position 1"),
+        ("p.txt", b"", "p.txt: no prompts in it"),
+        ("p.txt", b"\n\r\n", "p.txt: no prompts in it"),
+    ],
+)
+def test_a_mistake_in_a_file_of_prompts(
+    name: str, content: bytes, expected: str, run_inference: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert run_inference("--prompt-file", tmp_path / name, "--out", tmp_path / "out") == 2
+    assert expected in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["missing/out.jsonl", "folder", "/dev/null"])
+def test_a_file_that_cannot_be_written_is_told_before_any_work(
+    out: str,
+    run_inference: Main,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "p.txt").write_text("ab")
+    assert run_inference("--prompt-file", tmp_path / "p.txt", "--out", tmp_path / out) == 2
+    assert "cannot be written: " in one_error(capsys)
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    run_inference: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    (tmp_path / "p.txt").write_text("ab")
+    (tmp_path / "out").write_text("old")
+    assert run_inference("--prompt-file", tmp_path / "p.txt", "--out", tmp_path / "out") == 2
+    assert one_error(capsys).endswith("out: cannot be written: No space left on device\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.txt"]
+    assert (tmp_path / "out").read_text() == "old"
+
+
+# ------------------------------------------------------------------------------ in turns
+
+
+@pytest.fixture
+def converse(
+    run_inference: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
+    """What is printed on stdout and stderr for typed lines; an exception among them is raised instead."""
+
+    def run(*lines: str | type[BaseException], words: tuple[str, ...] = ()) -> tuple[str, str]:
+        typed: Iterator[str | type[BaseException]] = iter(lines)
+
+        def typed_line(_: str = "") -> str:
+            line = next(typed, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr(builtins, "input", typed_line)
+        assert run_inference("--interactive", *words) == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+Converse = Callable[..., tuple[str, str]]
+
+
+def test_what_is_typed_continues_one_text(converse: Converse, generator: Generator) -> None:
+    first = generator.generate("ab", Request(20)).text
+    second = generator.generate(f"ab{first}\ncd", Request(20, seed=1338)).text
+    third = generator.generate(f"ab{first}\ncd{second}", Request(20, seed=1339)).text  # an empty line: go on
+    out, err = converse("ab", "cd", "", "/reset", "ab")
+    assert out == f"{first}\n{second}\n{third}\n{first}\n"
+    assert err == "note: of the 25 tokens of the text the model sees the last 16\n"
+
+
+def test_settings_change_between_the_turns(converse: Converse, generator: Generator) -> None:
+    values = {
+        "/temperature": "1.5",
+        "/top-k": "9",
+        "/top-p": "0.9",
+        "/min-p": "0.01",
+        "/repetition-penalty": "1.3",
+        "/ban": "st",
+        "/stop": "\\n\\n",
+        "/max-new-tokens": "30",
+        "/seed": "4",
+        "/window": "exact",
+    }
+    assert values.keys() == SETTINGS.keys()
+    options = SamplingOptions(1.5, 9, 0.9, 0.01, 1.3, tuple(TOKENIZER.encode("st")))
+    text = generator.generate("ab", Request(30, options, ["\n\n"], 4, "exact")).text
+    out, err = converse(*(f"{name} {value}" for name, value in values.items()), "ab")
+    *told, _ = out.removesuffix(f"{text}\n").split("\n")
+    assert told == [
+        "temperature 1.5",
+        "top-k 9",
+        "top-p 0.9",
+        "min-p 0.01",
+        "repetition-penalty 1.3",
+        "ban 'st'",
+        "stop '\\n\\n'",
+        "max-new-tokens 30",
+        "seed 4",
+        "window exact",
+    ]
+    assert err == ""
+
+
+def test_settings_can_be_switched_off_and_asked_for(converse: Converse) -> None:
+    words = ("--top-k", "3", "--stop", "a", "--ban", "b")
+    out, _ = converse("/top-k", "/top-k none", "/stop b", "/stop none", "/ban \\\\n".replace("\\\\", "\\"), words=words)
+    assert out == f"top-k 3\ntop-k {OFF}\nstop 'a', 'b'\nstop {OFF}\nban '\\nb'\n"
+
+
+def test_a_seed_begins_its_random_streams_anew(converse: Converse) -> None:
+    out, _ = converse("ab", "/reset", "/seed 7", "ab", "/reset", "/seed 7", "ab")
+    text = out.partition("seed 7\n")[2]
+    assert text.partition("seed 7\n")[0] == text.partition("seed 7\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("/temperature -1", "temperature must be a finite number >= 0"),
+        ("/temperature warm", "/temperature: expected a number, got 'warm'"),
+        ("/top-k 0", "top-k must be at least 1"),
+        ("/top-k 1.5", "/top-k: expected a whole number or none, got '1.5'"),
+        ("/seed none", "/seed: expected a whole number, got 'none'"),
+        ("/seed -1", "seed must be"),
+        ("/max-new-tokens 0", "max-new-tokens must be at least 1"),
+        ("/window round", "/window: expected sliding or exact, got 'round'"),
+        ("/ban €", "ban '€': character '€'"),
+        ("/stop €", "stop '€': character '€'"),
+        ("/temprature 1", "unknown command /temprature; did you mean /temperature?; /help lists all"),
+        ("a€", "character '€' (U+20AC) at position 1"),
+        ("a\udcff", "character '\\udcff'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_loop_goes_on(
+    line: str, expected: str, converse: Converse, generator: Generator
+) -> None:
+    out, err = converse(line, "ab")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert out == generator.generate("ab", Request(20)).text + "\n"
+
+
+def test_help_lists_every_setting_with_its_value(converse: Converse) -> None:
+    out, _ = converse("/help", "/quit", "ab")
+    assert [line.split()[0] for line in out.splitlines()] == [*SETTINGS, "/reset", "/help", "/quit", "an"]
+    assert "0.8  (takes a number)" in out
+
+
+def test_ctrl_c_stops_a_generation_and_not_the_loop(
+    converse: Converse, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Generator.stream
+
+    def interrupted(self: Generator, prompt: str, request: Request) -> Iterator[str]:
+        for number, piece in enumerate(stream(self, prompt, request)):
+            if number == 5 and prompt == "ab":
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+    begun = generator.generate("ab", Request(5)).text
+    rest = generator.generate(f"ab{begun}\ncd", Request(20, seed=1338)).text
+    out, _ = converse(KeyboardInterrupt, "ab", "cd")
+    assert out == f"\n{begun}\n{rest}\n"  # the first line break: of a line that was given up
+
+
+def test_a_conversation_of_questions(converse: Converse, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = inference.TrackingConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
+    monkeypatch.setattr(inference, "configured", lambda: tracking)
+    generator = Generator.from_export(runs / "tiny" / "artifacts" / "export", tracking=tracking)
+    first = generator.generate_qa("why", Request(20))
+    prompt = f"{first.prompt}{first.text}sQ: how?\nA: "
+    second = generator.generate(prompt, generator.qa_request(Request(20, seed=1338)))
+    out, _ = converse("why", "", "how", words=("--mode", "qa"))
+    assert out == f"{first.text}\n{second.text}\n"
+
+
+def test_speeds_are_told_after_each_turn(converse: Converse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.generation_stats.read_limit", lambda _: 1e10)
+    _, err = converse("ab", "/reset", "abc", words=("--stats",))
+    assert [line for line in err.splitlines() if line.startswith("prompt")] == [
+        "prompt   2 tokens",
+        "prompt   3 tokens",
+    ]
+
+
+def test_lines_from_a_pipe_that_are_no_text(
+    run_inference: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], generator: Generator
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nab\n"), encoding="utf-8"))
+    assert run_inference("--interactive") == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: character '\\udcff' ")
+    assert captured.out == generator.generate("ab", Request(20)).text + "\n"
+
+
+# ------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--temperature", "-1"], "temperature must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--top-k", "0"], "top-k must be at least 1, not 0"),
+        (["--top-p", "0"], "top-p must be"),
+        (["--min-p", "2"], "min-p must be"),
+        (["--repetition-penalty", "0"], "repetition-penalty must be"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1"),
+        (["--seed", "-1"], "seed must be"),
+        (["--ban", "€"], "ban '€': character '€'"),
+        (["--ban", ""], "ban: expected text"),
+        (["--ban", "".join(TOKENIZER.vocabulary)], "all 35 tokens of the vocabulary are banned"),
+        (["--stop", "x€"], "stop 'x€': character '€' (U+20AC) at position 1"),
+        (["--stop", ""], "stop: expected text"),
+        (["--prompt", "a€"], "character '€' (U+20AC) at position 1"),
+        (["--prompt", "a\udcff"], "--prompt: expected Unicode text"),
+        (["--window", "round"], "argument --window: invalid choice: 'round'"),
+        (["--mode", "chat"], "argument --mode: invalid choice"),
+        (["--weights", "bfloat16", "--quantize", "int8"], "not allowed with argument"),
+        (["--prompt", "a", "--interactive"], "not allowed with argument --prompt"),
+        (["--prompt", "a", "--prompt-file", "x"], "not allowed with argument --prompt"),
+        (["--out", "x"], "--out is for the completions of --prompt-file"),
+        (["--interactive", "--samples", "2"], "--samples does not go with --interactive"),
+        (["--html", "x.html"], "--html compares several RUNs"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt: cannot be read: No such file or directory"),
+        (["--mode", "qa", "--prompt", "€"], "character '€' (U+20AC) at position 0"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: list[str], expected: str, run_inference: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_inference(*words) == 2
+    assert expected in one_error(capsys)
+
+
+def test_an_export_of_another_version_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_tiny_run(tmp_path, "old") / "artifacts" / "export" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    assert inference.main(["old", "--runs-dir", str(tmp_path)]) == 2
+    assert "config.json: format version 99, this workbench reads 1" in one_error(capsys)
