@@ -10,6 +10,7 @@ python inference.py baseline --interactive
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -130,7 +131,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """What argparse cannot say.
 
     Raises:
-        UserError: a number out of bounds, flags that do not go together, a prompt that is no text.
+        UserError: a number out of bounds, flags that do not go together.
     """
     for flag in ("max_new_tokens", "batch_size", "samples"):
         if (value := getattr(args, flag)) < 1:
@@ -141,8 +142,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--samples does not go with --interactive: a conversation has one text")
     if args.html is not None and len(args.runs) < 2:
         raise UserError("--html compares several RUNs, expected at least 2")
-    if any("\ud800" <= character <= "\udfff" for character in args.prompt):
-        raise UserError("--prompt: expected Unicode text")
 
 
 @script
@@ -158,6 +157,8 @@ def main(argv: Sequence[str]) -> int:
     export = find_export(args.runs[0] if args.runs else None, runs_dir)
     if args.prompt_file is not None:
         return complete_file(args, export, tracking)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal without UTF-8 cannot show
     if args.interactive:
         return converse(args, export, tracking)
     return complete_prompt(args, export, tracking)
@@ -225,6 +226,8 @@ def complete_file(args: argparse.Namespace, export: Path, tracking: TrackingConf
     prompts = read_prompts(args.prompt_file)
     if args.out is not None:
         check_out(args.out)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as JSON is
     generator, request = load(args, export, tracking)
     asked = [prompt for prompt in prompts for _ in range(args.samples)]
     texts = [text for text in encodable(prompts, generator, args.mode) for _ in range(args.samples)]

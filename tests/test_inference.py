@@ -74,9 +74,11 @@ def test_every_sampling_option_is_heeded(
 def test_the_text_ends_before_a_stop_string_with_a_line_break(
     run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = generator.generate("ab", Request(100)).text
+    letters = "abcdefghijklmnopqrstuvwxyz ü"  # without them line breaks are likely
+    options = SamplingOptions(banned=tuple(TOKENIZER.encode(letters)))
+    whole = generator.generate("ab", Request(20, options)).text
     assert "\n" in whole
-    assert run_inference("--prompt", "ab", "--stop", "\\n", "--max-new-tokens", 100) == 0
+    assert run_inference("--prompt", "ab", "--stop", "\\n", "--ban", letters) == 0
     assert capsys.readouterr().out == "ab" + whole.partition("\n")[0] + "\n"
 
 
@@ -100,6 +102,29 @@ def test_a_prompt_longer_than_the_context_is_told(run_inference: Main, capsys: p
     assert capsys.readouterr().err == "note: of the 17 tokens of the prompt the model sees the last 16\n"
 
 
+class Ascii:
+    """A stdout that knows no other characters."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(self.bytes, encoding="ascii"))
+
+
+def test_characters_that_a_terminal_lacks_are_shown_as_escapes(
+    run_inference: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdout = Ascii(monkeypatch)
+    assert run_inference("--prompt", "fü") == 0
+    assert stdout.bytes.getvalue().startswith(b"f\\xfc")
+
+
+def test_json_is_utf_8_wherever_it_goes(run_inference: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("fü", encoding="utf-8")
+    stdout = Ascii(monkeypatch)
+    assert run_inference("--prompt-file", tmp_path / "prompts.txt") == 0
+    assert json.loads(stdout.bytes.getvalue())["prompt"] == "fü"
+
+
 def test_speeds_are_told_after_the_text(
     run_inference: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +134,7 @@ def test_speeds_are_told_after_the_text(
     assert [line.split()[0] for line in lines] == ["prompt", "prefill", "decode", "memory"]
     assert lines[0] == "prompt   3 tokens"
     assert lines[2].endswith("19 tokens")
-    assert lines[3].endswith("of the 10.0 GB/s that a sum reaches here")
+    assert lines[3].endswith("of the 10.0 GB/s that this machine reads")
 
 
 def test_an_answer_is_printed_without_its_question(
@@ -472,7 +497,7 @@ def test_lines_from_a_pipe_that_are_no_text(
         (["--stop", "x€"], "stop 'x€': character '€' (U+20AC) at position 1"),
         (["--stop", ""], "stop: expected text"),
         (["--prompt", "a€"], "character '€' (U+20AC) at position 1"),
-        (["--prompt", "a\udcff"], "--prompt: expected Unicode text"),
+        (["--prompt", "a\udcff"], "character '\\udcff' (U+DCFF) at position 1"),
         (["--window", "round"], "argument --window: invalid choice: 'round'"),
         (["--mode", "chat"], "argument --mode: invalid choice"),
         (["--weights", "bfloat16", "--quantize", "int8"], "not allowed with argument"),

@@ -53,7 +53,7 @@ class GenerationStats:
         if self.decode_seconds and cached:
             rate = self.bytes_read(model) / self.decode_seconds
             limit = read_limit(next(model.parameters()).device)
-            share = f"{rate / limit:.0%} of the {limit / 1e9:.1f} GB/s that a sum reaches here"
+            share = f"{rate / limit:.0%} of the {limit / 1e9:.1f} GB/s that this machine reads"
             rows.append(("memory", f"{rate / 1e9:.2f} GB/s read by decoding, {share}"))
         return rows
 
