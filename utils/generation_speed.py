@@ -62,11 +62,12 @@ def measure_generation(model: LanguageModel) -> Generation:
 def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:
     """Read for one token: all weights, but one row of tables that are looked up in, and `context` keys and values."""
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    if model.config.tie_embeddings:
+    if model.head is None:
         tables = [table for table in tables if table is not model.token_embedding.weight]
-    looked_up = sum(t.numel() - t.size(1) for t in tables)
-    cached = 2 * cache.keys[:, :, :, 0].numel() * context
-    return (model.num_parameters() - looked_up + cached) * cache.keys.element_size()
+    looked_up = sum((t.numel() - t.size(1)) * t.element_size() for t in tables)
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    cached = 2 * cache.keys[:, :, :, 0].numel() * cache.keys.element_size()
+    return weights - looked_up + cached * context
 
 
 def _median_ms(call: Callable[[], None], device: torch.device, before: Callable[[], None] = lambda: None) -> float:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from model import LanguageModel
 from tokenizer import CharTokenizer
 from utils.cli import PROJECT_ROOT
