@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tokenizer import CharTokenizer
-from utils.completion_table import NARROWEST, RunCompletions, completion_tables, mean_logprob
+from utils.completion_table import NARROWEST, RunCompletions, completion_tables, mean_logprob, prompt_title
 from utils.generator import Completion
 
 TOKENIZER = CharTokenizer("ab \n\x1b")
@@ -79,6 +79,11 @@ def test_a_stop_string_and_a_prompt_that_is_empty_are_told() -> None:
     text = shown([run], 100)
     assert "no prompt" in text
     assert "1 tokens, ended by a stop string" in text
+
+
+def test_a_long_prompt_is_cut_in_its_heading() -> None:
+    assert prompt_title(completion("a", [-1.0], "b" * 78)) == repr("b" * 78)
+    assert prompt_title(completion("a", [-1.0], "b" * 79)) == "'" + "b" * 76 + "..."
 
 
 def test_runs_of_different_prompts_cannot_be_compared() -> None:

@@ -33,7 +33,7 @@ def completion_page(runs: Sequence[RunCompletions], settings: str = "") -> str:
         {
             "name": printable(run.name),
             "color": HEX_COLORS[index % len(HEX_COLORS)],
-            "val_loss": "–" if run.val_loss is None else f"{run.val_loss:.4f}",
+            "val_loss": "" if run.val_loss is None else f"{run.val_loss:.4f}",
             "mean": f"{mean_logprob(run.completions):.4f}",
             "perplexity": f"{perplexity(-mean_logprob(run.completions)):.2f}",
             "tokens": f"{sum(len(completion.tokens) for completion in run.completions):,}",

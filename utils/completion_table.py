@@ -18,6 +18,7 @@ from utils.scoring import perplexity
 
 NARROWEST = 36  # characters of a column; with less, runs stand one below the other
 GAP = 3  # between columns
+TITLE_LENGTH = 80  # of a prompt
 
 
 class RunCompletions(NamedTuple):
@@ -68,7 +69,9 @@ def completion_tables(runs: Sequence[RunCompletions], width: int, logprobs: bool
 
 
 def prompt_title(completion: Completion) -> str:
-    return repr(completion.prompt) if completion.prompt else "no prompt"
+    """The prompt as a heading; a long one is cut."""
+    title = repr(completion.prompt) if completion.prompt else "no prompt"
+    return title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 3]}..."
 
 
 def _cell(run: RunCompletions, completion: Completion, logprobs: bool) -> RenderableType:

@@ -139,5 +139,5 @@ def _differences(reference: Score, other: Score) -> list[str]:
         f"{other.perplexity - reference.perplexity:+.4f} ({relative:+.2%})",
         f"{other.bits_per_byte - reference.bits_per_byte:+.4f}",
         "",
-        f"{other.seconds / reference.seconds - 1:+.0%}",
+        "",
     ]
