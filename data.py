@@ -193,7 +193,7 @@ def load_corpus(
         if not path.is_file() or path.stat().st_size != len(text) * dtype.itemsize:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, tokenizer.encode_array(text).astype(dtype).tobytes())
-        tokens = np.memmap(path, dtype=dtype, mode="r")
+        tokens = np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array is quicker to cut
     except OSError as error:
         raise CorpusError(f"{path}: the token file cannot be written or read: {error.strerror}") from None
     return Corpus(config.dataset, corpus_hash, tokenizer, tokens, n_train)
@@ -253,9 +253,8 @@ def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int
 
 def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (B, T) int64: `targets` is `inputs` shifted by one token."""
-    windows = tokens[offsets[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
-    both = torch.from_numpy(windows)
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+    windows = tokens.take(offsets[:, None] + np.arange(block_size + 1))  # (B, T + 1)
+    return torch.from_numpy(windows[:, :-1].astype(np.int64)), torch.from_numpy(windows[:, 1:].astype(np.int64))
 
 
 @dataclass(frozen=True)

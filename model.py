@@ -237,19 +237,19 @@ class LanguageModel(nn.Module):
             reach = len(self.config.ngram_rows)
             before = idx.new_full((len(idx), reach), NO_TOKEN) if cache is None else cache.tokens_before(reach)
             x = x + self.ngram_embedding(idx, before)
+        places: slice | torch.Tensor
         if cache is None:
-            assert T <= self.config.block_size, f"{T} tokens exceed block_size {self.config.block_size}"
-        positions = None if cache is None else cache.begin(idx, lengths)  # (B | 1, T)
+            assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
+            places, last = slice(T), T
+        else:
+            places, last = cache.begin(idx, lengths), max(cache.lengths) + T  # (B | 1, T)
         rope = None
         if self.config.position == "learned":
-            table = self.position_embedding.weight
-            x = x + (table[:T] if positions is None else table[positions])  # (T, C) broadcasts over B
-        elif positions is None:
-            rope = self.cos[:T], self.sin[:T]
-        elif max(cache.lengths) + T <= self.config.block_size:
-            rope = self.cos[positions], self.sin[positions]
+            x = x + self.position_embedding.weight[places]  # (T, C) or (B | 1, T, C)
+        elif isinstance(places, slice) or last <= self.config.block_size:
+            rope = self.cos[places], self.sin[places]
         else:  # where a window slides positions have no end; in double precision, for the angles become large
-            cos, sin = rope_factors(self.config, positions.double())
+            cos, sin = rope_factors(self.config, places.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
         x = self.dropout(x)
         for block in self.blocks:

@@ -3,7 +3,7 @@
 python -m benchmarks.decode                     # some minutes on 2 CPU cores; needs requirements-bench.txt
 python -m benchmarks.decode --repeats 3 --shapes small,medium
 
-Three shapes of GPT-2 with random weights, greedy, one sequence after a prompt of 16 tokens: transformers' generate() and
+Three shapes of GPT-2 with random weights, greedy, one sequence after a prompt of 16 tokens: transformers' generate(),
 ours in float32, and ours with bfloat16 and int8 weights. The arms take turns; the table has medians over the repeats. A
 token reads all weights once, so memory sets the limit: its share is what the weights and the cache amount to a second,
 over what this machine reads in the same run.
@@ -33,6 +33,7 @@ from utils.errors import UserError
 
 if TYPE_CHECKING:
     from model import LanguageModel
+    from utils.quantization import Weights
 
 PROMPT, BATCH, LONG_PROMPT, LONG_TEXT = 16, 16, 200, 20_000
 OURS, THEIRS, BFLOAT16, INT8 = "ours, float32", "transformers, float32", "ours, bfloat16 weights", "ours, int8 weights"
@@ -97,7 +98,7 @@ def gpt2(shape: Shape) -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=shape.vocab_size, **sizes)).eval()
 
 
-def ours(shape: Shape, weights: str = "float32") -> LanguageModel:
+def ours(shape: Shape, weights: Weights = "float32") -> LanguageModel:
     """The same model as ours."""
     from benchmarks.foreign_weights import from_gpt2
     from utils.quantization import with_weights
@@ -150,13 +151,14 @@ def report_shape(name: str, shape: Shape, repeats: int, terminal: Terminal) -> N
     gigabytes: dict[str, float] = {}
     theirs = gpt2(shape)
     arms[THEIRS] = functools.partial(by_transformers, theirs, a_prompt(PROMPT), shape.tokens)
-    for arm, weights in ((OURS, "float32"), (BFLOAT16, "bfloat16"), (INT8, "int8")):
+    smaller: dict[str, Weights] = {OURS: "float32", BFLOAT16: "bfloat16", INT8: "int8"}
+    for arm, weights in smaller.items():
         model = ours(shape, weights)
         arms[arm] = functools.partial(by_us, model, [a_prompt(PROMPT)], shape.tokens)
         gigabytes[arm] = bytes_of_a_token(model, PROMPT + shape.tokens / 2) / 1e9
     gigabytes[THEIRS] = gigabytes[OURS]
-    for arm in arms.values():
-        arm()
+    for warm_up in arms.values():
+        warm_up()
     seconds = common.interleaved(arms, repeats)
     reads = measure_read(torch.device("cpu")) / 1e9
     sizes = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size)
@@ -178,7 +180,7 @@ def report_shape(name: str, shape: Shape, repeats: int, terminal: Terminal) -> N
 def report_batch(repeats: int, terminal: Terminal) -> None:
     shape = SHAPES["medium"]
     model = ours(shape)
-    arms = {
+    arms: dict[str, Callable[[], float]] = {
         str(batch): functools.partial(by_us, model, [a_prompt(PROMPT, row) for row in range(batch)], shape.tokens)
         for batch in (1, BATCH)
     }
@@ -203,7 +205,10 @@ def report_first_token(repeats: int, terminal: Terminal) -> None:
             model(idx)
         return time.perf_counter() - began
 
-    arms = {"first token": functools.partial(by_us, model, idx.tolist(), 1), "forward": forward}
+    arms: dict[str, Callable[[], float]] = {
+        "first token": functools.partial(by_us, model, idx.tolist(), 1),
+        "forward": forward,
+    }
     seconds = common.interleaved(arms, 4 * repeats + 1)
     first, whole = (1000 * statistics.median(seconds[arm][1:]) for arm in arms)
     reached = common.verdict(first <= LIMITS["first token"] * whole)

@@ -11,7 +11,7 @@ from utils.config import ModelConfig
 
 
 def from_gpt2(theirs: Any) -> LanguageModel:
-    """Our model, in eval mode, with the weights of a GPT2LMHeadModel. Its linear layers keep their weights transposed."""
+    """Our model, in eval mode, with the weights of a GPT2LMHeadModel, whose linear layers keep theirs transposed."""
     config = theirs.config
     ours = LanguageModel(
         ModelConfig(

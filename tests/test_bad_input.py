@@ -40,6 +40,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--dataset", "shakespear"], "did you mean shakespeare?"),
         (["--block-size", "2000"], "block_size 2000 needs at least 2,001"),
         (["--sample-prompt", "€"], "character '€'"),
+        (["--qa-template", "Q:"], "--qa-template: expected text that contains {question}, got 'Q:'"),
         (["--logit-softcap", "0"], "--logit-softcap: expected number > 0"),
         (["--ngram-rows", "512,few"], "--ngram-rows: expected list of integers >= 1"),
         (["--warmup-iters", "7"], "must not exceed max_iters (6)"),

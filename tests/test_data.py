@@ -295,7 +295,7 @@ def test_a_corpus_is_its_encoded_text(tiny_corpus: Path, tiny_text: str, tmp_pat
 
 def test_tokens_are_memory_mapped(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
     tokens = load(tiny_corpus, tmp_path / "corpora").tokens
-    assert isinstance(tokens, np.memmap)
+    assert isinstance(tokens.base, np.memmap)
     assert tokens.dtype == np.uint16
     assert token_file(tmp_path / "corpora").stat().st_size == 2 * len(tiny_text)
     with pytest.raises(ValueError, match="read-only"):

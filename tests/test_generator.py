@@ -200,9 +200,9 @@ def test_bytes_of_the_weights_are_counted_in_their_precision() -> None:
     assert weight_bytes(with_weights(model, "bfloat16")) == 2 * parameters
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name]
     head = model.token_embedding.weight
-    of_8_bits = sum(p.numel() + 4 * p.size(0) for p in [*matrices, head])
-    others = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    assert weight_bytes(with_weights(model, "int8")) == of_8_bits + 4 * others + 4 * head.size(1)
+    of_8_bits = sum(p.numel() + 2 * p.size(0) for p in [*matrices, head])
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert weight_bytes(with_weights(model, "int8")) == of_8_bits + 2 * (vectors + head.size(1))
     learned = tiny_model(position="learned", tie_embeddings=False)
     tables = learned.token_embedding.weight.numel() + learned.position_embedding.weight.numel()
     assert weight_bytes(learned) == 4 * (learned.num_parameters() - tables + 2 * 16)

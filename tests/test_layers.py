@@ -12,16 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = (  # what experiments.py and profile_model.py --compare are made of
     "run_index run_sql run_diff run_tables log_comparison comparison provenance pruning notes plotting report"
-    " operator_costs profile_record profile_tables profile_picture"
+    " html_page operator_costs profile_record profile_tables profile_picture"
 )
 LAYERS = {
     0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping"
     " curves checkpoint_folder promotion seal process",
     1: "device distributed flops roofline phases linear attention kv_cache gelu sampling text_stream request_text adamw"
     " muon optim histograms step_buffer flight_recorder system_metrics tracking checkpoint " + RECORDS,
-    2: "evaluation generation quantization scoring generation_stats generator prompt_file interactive export profiling memory_profile generation_speed"
+    2: "evaluation generation quantization scoring generation_stats generator prompt_file interactive export profiling"
+    " memory_profile generation_speed"
     " profile_assembly run_profiler train_state checkpointing training gates start finish result callbacks monitor"
-    " preflight reproduction sweep batch_size lr_range",
+    " preflight reproduction sweep batch_size lr_range model_info completion_table completion_page",
 }
 LAYER_OF = {f"utils.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == 0} | {

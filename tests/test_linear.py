@@ -17,6 +17,11 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> lis
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
+@pytest.fixture(autouse=True)
+def even_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL", 0)
+
+
 def test_this_build_of_torch_has_onednn() -> None:
     assert ONEDNN is not None
 
@@ -97,3 +102,12 @@ def test_a_product_repeats_bit_for_bit() -> None:
     for (y1, g1), (y2, g2) in itertools.pairwise(results):
         assert torch.equal(y1, y2)
         assert torch.equal(g1, g2)
+
+
+def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = tensors((4, 8), (3, 8))
+    for small, name in ((4 * 8 * 3, "LinearBackward"), (4 * 8 * 3 - 1, "OneDNNLinearBackward")):
+        monkeypatch.setattr(module, "SMALL", small)
+        y = linear(x, weight)
+        assert y.grad_fn is not None
+        assert (name == "OneDNNLinearBackward") == (y.grad_fn.name() == name)

@@ -194,7 +194,11 @@ def test_an_option_out_of_bounds_is_an_error_that_names_it(settings: dict[str, A
     assert isinstance(caught.value, UserError)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1e9}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 0.0}, {"min_p": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0}, {"temperature": 1e9}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 0.0}, {"min_p": 1.0}],
+    ids=str,
+)
 def test_options_at_their_bounds_are_accepted(settings: dict[str, Any]) -> None:
     token = sample(LOGITS, SamplingOptions(**settings), uniform(1))
     assert 0 <= int(token) < 5

@@ -61,9 +61,10 @@ def test_logits_are_theirs_at_every_position(models: tuple[Any, LanguageModel]) 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 def test_greedy_text_is_theirs(models: tuple[Any, LanguageModel], prompt: list[int]) -> None:
     theirs, ours = models
-    count = BLOCK - len(prompt)
-    lengths = {"max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
-    expected = theirs.generate(torch.tensor([prompt]), do_sample=False, use_cache=True, **lengths)[0, len(prompt) :]
+    count, idx = BLOCK - len(prompt), torch.tensor([prompt])
+    theirs.generation_config.eos_token_id = None  # no token ends a text or stands for padding
+    settings = {"attention_mask": torch.ones_like(idx), "max_new_tokens": count, "pad_token_id": 0}
+    expected = theirs.generate(idx, do_sample=False, use_cache=True, **settings)[0, len(prompt) :]
     tokens = list(generate_tokens(ours, prompt, count, SamplingOptions(temperature=0), seed=0))
     assert tokens == expected.tolist()
     assert len(set(tokens)) > 3

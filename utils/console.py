@@ -103,6 +103,11 @@ def facts(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
     return text[:-1]
 
 
+def printable(text: str) -> str:
+    """With an escape for each character that a terminal would obey or hide; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def duration(seconds: float) -> str:
     """ "42 s", "3:05 min" or "2:10:00 h"."""
     if seconds < 60:

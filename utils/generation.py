@@ -79,7 +79,7 @@ def generate(
 ) -> Iterator[Step]:
     """The next tokens of each sequence, one step at a time; nothing waits for the device.
 
-    A sequence's tokens do not depend on the others of its batch, but for rounding. The global random state is left alone.
+    A sequence's tokens do not depend on the others of its batch, but for rounding, nor on the global random state.
 
     Args:
         model: in eval mode (dropout would draw from the global random state).

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 # The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
+SMALL = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
+
 
 class Linear(nn.Linear):
     """nn.Linear, by the fastest matrix product that the device has for its precision."""
@@ -36,7 +38,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         x.is_cpu
         and x.dtype is torch.float32 is weight.dtype
         and ONEDNN is not None
-        and x.numel() > 0
+        and x.numel() * weight.shape[0] > SMALL  # also where nothing is to be multiplied
         and x.shape[-1] == weight.shape[1]  # torch says better what is wrong
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from utils.comparison import Curve, read_curve
 from utils.console import duration
 from utils.files import write_atomic
+from utils.html_page import render
 from utils.log_comparison import LogComparison
 from utils.plotting import HEX_COLORS, Axis, names_of, thinned, x_scale, y_label
 from utils.provenance import settings_with_sources
@@ -38,8 +39,6 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     problems: dict[str, list[str]] = {run.id: [run.problem] if run.problem else [] for run in runs}
 
     def attempt(run: IndexedRun, what: str, make: Callable[[IndexedRun], Any], otherwise: Any) -> Any:
@@ -69,15 +68,9 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
         for index, (run, name) in enumerate(zip(runs, names_of(runs), strict=True))
     ]
     data = _chart(described, curves)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["shown"] = _shown
-    page = environment.get_template(TEMPLATE).render(
+    page = render(
+        TEMPLATE,
+        {"shown": _shown},
         runs=described,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         chart=data,

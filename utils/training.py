@@ -30,7 +30,7 @@ def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor
             inputs, targets = state.sampler.train_batch(state.step, micro_step, micro_steps)
         with phase("forward"), autocast(state.device, state.dtype):
             _, loss = state.forward(inputs, targets)
-            loss = loss / micro_steps
+            loss = loss / micro_steps if micro_steps > 1 else loss
         with phase("backward"):
             state.scaler.scale(loss).backward()
             state.sampler.prefetch(*divmod(state.step * micro_steps + micro_step + 1, micro_steps), micro_steps)
