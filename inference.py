@@ -5,6 +5,8 @@ python inference.py latest --max-new-tokens 500 --temperature 0.7 --top-k 40 --s
 python inference.py runs/20260131_142501_baseline --temperature 0     # greedy
 python inference.py baseline --prompt-file prompts.txt --out completions.jsonl
 python inference.py baseline --interactive
+python inference.py baseline wider --prompt "The " --html completions.html
+python inference.py baseline --score text.txt --quantize int8
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from utils.run_manager import find_export
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.generator import Generator, Request
     from utils.prompt_file import FilePrompt
+    from utils.quantization import Weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +63,12 @@ def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
         help='one prompt a line, or .jsonl with {"prompt": ...} in each line; empty lines are left out',
     )
     source.add_argument("--interactive", action="store_true", help="a prompt loop; /help lists its commands")
+    source.add_argument(
+        "--score", type=Path, metavar="FILE", help="loss, perplexity and bits per byte of a text, and nothing generated"
+    )
+    source.add_argument(
+        "--show-info", action="store_true", help="parameters, vocabulary, training data and origin of the run"
+    )
     group.add_argument(
         "--out", type=Path, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
     )
@@ -74,6 +83,7 @@ def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--stats", action="store_true", help="after the text, how fast it was generated, on stderr")
     group.add_argument("--html", type=Path, metavar="FILE", help="a page that shows several RUNs side by side")
+    group.add_argument("--logprobs", action="store_true", help="of several RUNs, each token with its log-probability")
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
@@ -140,8 +150,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--out is for the completions of --prompt-file, which is missing")
     if args.interactive and args.samples > 1:
         raise UserError("--samples does not go with --interactive: a conversation has one text")
-    if args.html is not None and len(args.runs) < 2:
-        raise UserError("--html compares several RUNs, expected at least 2")
+    for flag in ("html", "logprobs"):
+        if getattr(args, flag) and len(args.runs) < 2:
+            raise UserError(f"--{flag} compares several RUNs, expected at least 2")
+    if len(args.runs) > 1 and (args.interactive or args.prompt_file or args.stats):
+        raise UserError("several RUNs are compared by --prompt, --score or --show-info")
 
 
 @script
@@ -152,9 +165,14 @@ def main(argv: Sequence[str]) -> int:
     check_arguments(args)
     tracking = configured()
     runs_dir = PROJECT_ROOT / (args.runs_dir or tracking.runs_dir)
-    if len(args.runs) > 1:
-        return compare_runs(args, runs_dir)
-    export = find_export(args.runs[0] if args.runs else None, runs_dir)
+    exports = [find_export(run, runs_dir) for run in args.runs or [None]]
+    if args.score is not None:
+        return score_text(args, exports)
+    if args.show_info:
+        return show_info(args, exports)
+    if len(exports) > 1:
+        return compare_runs(args, exports, tracking)
+    (export,) = exports
     if args.prompt_file is not None:
         return complete_file(args, export, tracking)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -168,9 +186,76 @@ def configured() -> TrackingConfig:
     return ConfigLoader(PROJECT_ROOT).load().config.tracking
 
 
-def compare_runs(args: argparse.Namespace, runs_dir: Path) -> int:
+def compare_runs(args: argparse.Namespace, exports: Sequence[Path], tracking: TrackingConfig) -> int:
     """Completions of one prompt by several runs, side by side."""
-    raise UserError(f"expected one RUN, got {len(args.runs)}")
+    from utils.completion_page import completion_page
+    from utils.completion_table import RunCompletions, completion_tables
+    from utils.console import Terminal
+    from utils.files import write_atomic
+    from utils.prompt_file import check_out
+    from utils.run_log import decode_number
+
+    if args.html is not None:
+        check_out(args.html)
+    runs = []
+    for export in exports:
+        generator, request = load(args, export, tracking)
+        prompt = args.prompt
+        if args.mode == "qa":
+            prompt, request = generator.qa_prompt(args.prompt), generator.qa_request(request)
+        completions = generator.generate_batch([prompt] * args.samples, request, args.batch_size)
+        loss = generator.training.get("val/loss")
+        runs.append(
+            RunCompletions(
+                generator.name, None if loss is None else decode_number(loss), completions, generator.tokenizer
+            )
+        )
+    terminal = Terminal()
+    terminal.print(*completion_tables(runs, terminal.console.width, args.logprobs))
+    if args.html is not None:
+        write_atomic(args.html, completion_page(runs, f"temperature {args.temperature:g}, seed {args.seed}"))
+        print(f"wrote {args.html}", file=sys.stderr)
+    return 0
+
+
+def score_text(args: argparse.Namespace, exports: Sequence[Path]) -> int:
+    """--score: how well each run predicts a text, and what smaller weights cost.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, has characters without a token or nothing to predict.
+    """
+    from utils.console import Terminal
+    from utils.generator import Generator
+    from utils.prompt_file import read_text
+    from utils.quantization import with_weights
+    from utils.scoring import score, score_report
+
+    text, terminal = read_text(args.score), Terminal()
+    weights: Weights = args.quantize or args.weights or "float32"
+    for export in exports:
+        generator = Generator.from_export(export, args.device)
+        try:
+            scores = [("float32", generator.score(text))]
+        except UserError as error:
+            raise UserError(f"{args.score}: {error}") from None
+        if weights != "float32":
+            smaller = with_weights(generator.model, weights)
+            scores.append((weights, score(smaller, generator.tokenizer, text)))
+        terminal.print(score_report(f"{args.score}, by {generator.name}", scores))
+    return 0
+
+
+def show_info(args: argparse.Namespace, exports: Sequence[Path]) -> int:
+    """--show-info: what each run is."""
+    from utils.console import Terminal
+    from utils.device import choose_device
+    from utils.export import load_export
+    from utils.model_info import info_screen
+
+    terminal = Terminal()
+    for folder in exports:
+        terminal.print(*info_screen(load_export(folder, choose_device(args.device)), folder))
+    return 0
 
 
 def load(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> tuple[Generator, Request]:

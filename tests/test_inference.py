@@ -522,3 +522,61 @@ def test_an_export_of_another_version_is_one_line(tmp_path: Path, capsys: pytest
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     assert inference.main(["old", "--runs-dir", str(tmp_path)]) == 2
     assert "config.json: format version 99, this workbench reads 1" in one_error(capsys)
+
+
+# ------------------------------------------------------------------------------ several runs, scores, facts
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    save_tiny_run(folder, "one")
+    save_tiny_run(folder, "two", n_layer=1)
+    return folder
+
+
+def test_several_runs_stand_side_by_side(two_runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    words = ["--prompt", "an", "--max-new-tokens", "5", "--logprobs", "--html", str(page), "--runs-dir", str(two_runs)]
+    assert inference.main(["one", "two", *words]) == 0
+    out = capsys.readouterr().out
+    assert "one" in out
+    assert "two" in out
+    assert out.count("mean logprob") == 2
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_score_tells_what_smaller_weights_cost(
+    two_runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a question and an answer\n" * 5)
+    assert inference.main(["one", "--score", str(text), "--quantize", "int8", "--runs-dir", str(two_runs)]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity" in out
+    assert "int8 - float32" in out
+
+
+def test_a_run_is_described(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inference.main(["one", "--show-info", "--runs-dir", str(two_runs)]) == 0
+    out = capsys.readouterr().out
+    assert "architecture" in out
+    assert "vocabulary" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["one", "--html", "page.html"], "--html compares several RUNs"),
+        (["one", "--logprobs"], "--logprobs compares several RUNs"),
+        (["one", "two", "--interactive"], "several RUNs are compared by"),
+        (["one", "--score", "missing.txt"], "missing.txt: cannot be read"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    two_runs: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert inference.main([*words, "--runs-dir", str(two_runs)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from model import LanguageModel
 from tokenizer import CharTokenizer, TokenizerError
@@ -104,6 +105,7 @@ class Generator:
         model: in eval mode.
         name: of the run, for people.
         tracking: its qa_template and qa_stop say how a question is asked.
+        training: what the export tells of the training.
     """
 
     def __init__(
@@ -112,8 +114,9 @@ class Generator:
         tokenizer: CharTokenizer,
         name: str = "",
         tracking: TrackingConfig | None = None,
+        training: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer, self.name, self.training = model, tokenizer, name, training or {}
         self.tracking = tracking or TrackingConfig()
         self.stats = GenerationStats()
 
@@ -147,7 +150,7 @@ class Generator:
         """
         export = load_export(folder, choose_device(device))
         name = str(export.training.get("run", folder))
-        return cls(with_weights(export.model, weights), export.tokenizer, name, tracking)
+        return cls(with_weights(export.model, weights), export.tokenizer, name, tracking, export.training)
 
     def generate(self, prompt: str, request: Request | None = None) -> Completion:
         """One completion."""

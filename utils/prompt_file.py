@@ -1,4 +1,4 @@
-"""Files of prompts, and of what became of them."""
+"""Texts to read for inference, files of prompts, and files of what became of them."""
 
 from __future__ import annotations
 
@@ -33,18 +33,9 @@ def read_prompts(path: Path) -> list[FilePrompt]:
     Raises:
         UserError: no such file, no UTF-8, no JSON, no prompt.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     prompts = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        place = f"{path}:{number}"
-        try:
-            text = line.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            byte = f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
-            raise UserError(f"{place}: not UTF-8 text ({byte})") from None
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        place, text = f"{path}:{number}", line.removesuffix("\r")
         if path.suffix == ".jsonl" and text.strip():
             record = _record(text, place)
             prompts.append(FilePrompt(place, record["prompt"], record))
@@ -53,6 +44,24 @@ def read_prompts(path: Path) -> list[FilePrompt]:
     if not prompts:
         raise UserError(f"{path}: no prompts in it, expected one a line")
     return prompts
+
+
+def read_text(path: Path) -> str:
+    """A file as it is, but for a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        number, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        byte = f"byte {column} of the line is 0x{error.object[error.start]:02x}"
+        raise UserError(f"{path}:{number}: not UTF-8 text ({byte})") from None
 
 
 def _record(text: str, place: str) -> dict[str, Any]:
@@ -74,7 +83,7 @@ def check_out(path: Path) -> None:
     """
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: cannot be written: not a regular file (without --out the lines go to stdout)")
+            raise UserError(f"{path}: cannot be written: not a regular file")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
