@@ -6,7 +6,6 @@ one batched product over all sequences and heads is up to twice as fast (docs/LO
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -47,12 +46,6 @@ def causal_attention(qk: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) ->
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
-@functools.lru_cache(maxsize=4)
-def causal_mask(length: int) -> torch.Tensor:
-    """(T, T): minus infinity where the column is a token that comes after the row's, else 0."""
-    return torch.full((length, length), -math.inf).triu(1)
-
-
 class ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v and its gradients as seven batched matrix products. No gradients of gradients."""
 
@@ -61,7 +54,8 @@ class ShortAttention(torch.autograd.Function):
         B, T, H, D = v.shape
         qk = qk.reshape(B, T, 2, H, D).permute(2, 0, 3, 1, 4).reshape(2, B * H, T, D)
         v = v.transpose(1, 2).reshape(B * H, T, D)
-        scores = torch.baddbmm(causal_mask(T), qk[0], qk[1].mT, alpha=D**-0.5)  # (B * H, T, T)
+        later = torch.full((T, T), -math.inf).triu_(1)  # no query may see what comes after it
+        scores = torch.baddbmm(later, qk[0], qk[1].mT, alpha=D**-0.5)  # (B * H, T, T)
         weights = scores.softmax(dim=-1)
         ctx.save_for_backward(qk, v, weights)
         return torch.bmm(weights, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, -1)
