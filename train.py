@@ -27,7 +27,7 @@ from utils.config_loader import ConfigLoader, LoadedConfig, relative_name
 from utils.console import Terminal, TrainingProgress, duration, settings_table
 from utils.errors import UserError
 from utils.metadata import GitFacts
-from utils.process import long_lived_objects_kept, tune_process
+from utils.process import gc_frozen, tune_process
 from utils.result import TrainResult, print_result, rebuild_command
 from utils.resume import (
     Origin,
@@ -248,7 +248,7 @@ def run_experiment(
         checkpoints = Checkpointer(folder, settings, config_hash, log, terminal.warn, saved_step)
         profiler = RunProfiler(state, run.path, terminal)
         try:
-            with progress, long_lived_objects_kept():
+            with progress, gc_frozen():
                 training_loop(state, monitor, callbacks, checkpoints, profiler, stop, deadline)
             checkpoints.wait()
             if state.finished:

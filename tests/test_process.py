@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from utils.process import gc_frozen
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")  # of the memory that is taken and freed
@@ -44,3 +47,9 @@ def test_memory_that_was_freed_is_taken_again_without_page_faults() -> None:
 def test_threads_wait_briefly_unless_the_user_says_otherwise(environment: dict[str, str], expected: str) -> None:
     code = "import os; from utils.process import tune_process as t; t(); print(os.environ.get('GOMP_SPINCOUNT'))"
     assert run(code, **environment) == expected
+
+
+def test_the_garbage_collector_leaves_alone_what_is_there_only_within() -> None:
+    with gc_frozen():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0

@@ -42,8 +42,8 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
-    step = states[params[0]].get("step", torch.zeros((), device=params[0].device))
-    step += 1
+    step = next((states[p]["step"] for p in params if states[p]), None)
+    step = torch.ones((), device=params[0].device) if step is None else step.add_(1)
     for p in params:
         state = states[p]
         if not state:

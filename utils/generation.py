@@ -29,11 +29,12 @@ def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None
 
 
 def prefill(
-    model: LanguageModel, idx: torch.Tensor, cache: KVCache, lengths: Sequence[int] | None = None
+    model: LanguageModel, idx: torch.Tensor, cache: KVCache | None, lengths: Sequence[int] | None = None
 ) -> torch.Tensor:
     """One parallel pass over the prompts (B, T); logits (B, V) of the token after each.
 
     Args:
+        cache: an empty one, filled by the pass; without one nothing is kept.
         lengths: of the prompts, if they differ; each is padded at its end.
     """
     hidden = model.hidden(idx, cache, lengths)  # (B, T, C)
@@ -60,12 +61,6 @@ def make_room(model: LanguageModel, cache: KVCache) -> None:
             if half:
                 model.hidden(cache.tokens[row : row + 1, -half:], newest)
             cache.replace(row, newest)
-
-
-def recompute(model: LanguageModel, idx: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Logits (B, V) of the next token of each sequence in idx (B, T), padded at its end, without any cache."""
-    last = torch.tensor(lengths, device=idx.device) - 1
-    return model.head_logits(model.hidden(idx)[torch.arange(len(idx), device=idx.device), last])
 
 
 @torch.no_grad()
@@ -113,7 +108,8 @@ def generate(
             if history is None:
                 history = [row[:length] for row, length in zip(cache.tokens.tolist(), cache.lengths, strict=True)]
             history = [(row + [token])[-block_size:] for row, token in zip(history, tokens.tolist(), strict=True)]
-            logits = recompute(model, *padded(history, device))
+            idx, lengths = padded(history, device)
+            logits = prefill(model, idx, None, lengths)
         else:
             if model.config.position == "learned":
                 make_room(model, cache)

@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def long_lived_objects_kept() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """Within it the garbage collector leaves alone what exists at its start: torch alone makes 166,000 objects."""
     gc.freeze()
     try:
