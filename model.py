@@ -237,18 +237,20 @@ class LanguageModel(nn.Module):
             reach = len(self.config.ngram_rows)
             before = idx.new_full((len(idx), reach), NO_TOKEN) if cache is None else cache.tokens_before(reach)
             x = x + self.ngram_embedding(idx, before)
-        places: slice | torch.Tensor
+        places: slice | torch.Tensor  # of the tokens: the same for all sequences, or (B, T)
         if cache is None:
             assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
             places, last = slice(T), T
         else:
-            places, last = cache.begin(idx, lengths), max(cache.lengths) + T  # (B | 1, T)
+            places, last = cache.begin(idx, lengths), max(cache.lengths) + T
         rope = None
         if self.config.position == "learned":
-            x = x + self.position_embedding.weight[places]  # (T, C) or (B | 1, T, C)
-        elif isinstance(places, slice) or last <= self.config.block_size:
+            x = x + self.position_embedding.weight[places]  # (T, C) or (B, T, C)
+        elif last <= self.config.block_size:
             rope = self.cos[places], self.sin[places]
         else:  # where a window slides positions have no end; in double precision, for the angles become large
+            if isinstance(places, slice):
+                places = torch.arange(places.start, places.stop, device=idx.device)
             cos, sin = rope_factors(self.config, places.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
         x = self.dropout(x)

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.gelu import SigmoidGELU, gelu_tanh
+from utils import gelu
+from utils.gelu import FEW, SigmoidGELU, gelu_tanh
+
+
+@pytest.fixture(autouse=True)
+def _few_numbers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gelu, "FEW", 0)
 
 
 def test_value_and_derivative_are_those_of_torch() -> None:
@@ -38,6 +44,13 @@ def test_the_input_is_left_alone() -> None:
     before = x.clone()
     gelu_tanh(x.requires_grad_()).sum().backward()
     assert torch.equal(x, before)
+
+
+def test_few_numbers_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(SigmoidGELU, "apply", None)
+    x = torch.randn(FEW)
+    assert torch.equal(gelu_tanh(x), F.gelu(x, approximate="tanh"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -44,9 +44,21 @@ def test_a_weight_is_rounded_to_the_nearest_of_255_steps() -> None:
         torch.testing.assert_close(layer(x).float(), expected, atol=0.15, rtol=0.02)
 
 
-def test_float32_is_the_model_itself() -> None:
+@torch.no_grad()
+def test_float32_is_the_model_itself_with_matrices_by_columns() -> None:
     model = model_of("gpt2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert with_weights(model, "float32") is model
+    matrix = model.blocks[0].mlp.up.weight
+    assert matrix.stride() == (1, matrix.size(0))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_smaller_weights_lie_by_rows_again() -> None:
+    model = with_weights(model_of("llama"), "float32")
+    for weights in ("bfloat16", "int8"):
+        assert all(tensor.is_contiguous() for tensor in with_weights(model, weights).state_dict().values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

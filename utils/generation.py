@@ -10,6 +10,7 @@ import torch
 from model import LanguageModel
 from tokenizer import CharTokenizer
 from utils.kv_cache import KVCache
+from utils.lean import lean
 from utils.sampling import RandomStreams, SamplingOptions, sample
 
 Window = Literal["sliding", "exact"]
@@ -63,7 +64,7 @@ def make_room(model: LanguageModel, cache: KVCache) -> None:
             cache.replace(row, newest)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -88,6 +89,7 @@ def generate(
     assert len(prompts) == len(seeds)
     assert not model.training
     device, block_size = next(model.parameters()).device, model.config.block_size
+    lean_model = lean(model)
     idx, lengths = padded([prompt[-block_size:] for prompt in prompts], device)
     streams, cache = RandomStreams(seeds, device), new_cache(model, len(prompts))
     seen = None
@@ -95,7 +97,7 @@ def generate(
         seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
-    logits = prefill(model, idx, cache, None if len(set(lengths)) == 1 else lengths)
+    logits = prefill(lean_model, idx, cache, None if len(set(lengths)) == 1 else lengths)
     history: list[list[int]] | None = None
     for index in range(max_new_tokens):
         tokens = sample(logits, options, streams.draw(), seen)
@@ -113,7 +115,7 @@ def generate(
         else:
             if model.config.position == "learned":
                 make_room(model, cache)
-            logits = decode_one_token(model, tokens, cache)
+            logits = decode_one_token(lean_model, tokens, cache)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:

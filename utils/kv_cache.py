@@ -46,37 +46,43 @@ class KVCache:
         self.positions.zero_()
         self.lengths = [0] * len(self.lengths)
 
-    def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+    def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> slice | torch.Tensor:
         """Make room for tokens idx (B, T): several only where no window slides yet.
 
         Args:
             lengths: how many of the T tokens each sequence has, into an empty cache; the others pad it at its end.
 
         Returns:
-            their positions, (B, T), or (1, T) if all sequences are equally long.
+            their positions, (B, T), or the same for all sequences.
         """
         T, longest = idx.size(1), max(self.lengths)
         assert T == 1 or longest + T <= self.capacity, f"{longest + T} tokens exceed the {self.capacity} of the cache"
         assert lengths is None or longest == 0
         self._new = [T] * len(self.lengths) if lengths is None else list(lengths)
         self._is_empty = longest == 0
+        self._visible = self.capacity if self._static else min(longest + T, self.capacity)
+        self._visible_keys = self.keys[:, :, :, : self._visible].unbind()  # of each layer (B, K, visible, D)
+        self._visible_values = self.values[:, :, :, : self._visible].unbind()
+        self._mask = None
         if min(self.lengths) == longest:
             first = longest % self.capacity
-            self._slots: slice | torch.Tensor = slice(first, first + T)
-            positions = torch.arange(longest, longest + T, device=idx.device)[None]  # (1, T)
-            self.tokens[:, self._slots] = idx
-        else:
-            positions = self.positions[:, None] + self._numbers[:T]  # (B, T)
-            self._slots = positions % self.capacity
-            self.tokens[self._rows, self._slots] = idx
-        self._visible = self.capacity if self._static else min(longest + T, self.capacity)
-        alike = T == 1 and isinstance(self._slots, slice)  # then all that is in use is seen
-        self._mask = (
-            None
-            if self._is_empty or (alike and not self._static)
-            else (self._numbers[: self._visible] <= positions[:, :, None])[:, None]  # (B | 1, 1, T, visible)
-        )
+            slots = slice(first, first + T)
+            self.tokens[:, slots] = idx
+            self._new_keys = self.keys[:, :, :, slots].unbind()
+            self._new_values = self.values[:, :, :, slots].unbind()
+            self._slots: torch.Tensor | None = None  # (B, T), where they differ
+            if not self._is_empty and (T > 1 or self._static):  # one token sees all that is in use
+                self._mask = self._seen(torch.arange(longest, longest + T, device=idx.device)[None])
+            return slice(longest, longest + T)
+        positions = self.positions[:, None] + self._numbers[:T]  # (B, T)
+        self._slots = positions % self.capacity
+        self.tokens[self._rows, self._slots] = idx
+        self._mask = self._seen(positions)
         return positions
+
+    def _seen(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, 1, T, visible): which slots tokens at these positions (B, T) see."""
+        return (self._numbers[: self._visible] <= positions[:, :, None])[:, None]
 
     def attend(self, layer: int, qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store the new keys and values; each new token attends to all of its sequence up to itself.
@@ -90,23 +96,17 @@ class KVCache:
         """
         B, T, K, _ = v.shape
         H = qk.size(2) - K
-        q, k = qk.split((H, K), dim=2)
-        keys, values = self.keys[layer], self.values[layer]  # (B, K, S, D)
-        if isinstance(self._slots, slice):
-            keys[:, :, self._slots] = k.transpose(1, 2)
-            values[:, :, self._slots] = v.transpose(1, 2)
+        q, k = qk.transpose(1, 2).split((H, K), dim=1)  # (B, H, T, D), (B, K, T, D)
+        keys, values = self._visible_keys[layer], self._visible_values[layer]
+        if self._slots is None:
+            self._new_keys[layer].copy_(k)
+            self._new_values[layer].copy_(v.transpose(1, 2))
         else:
-            keys[self._rows, :, self._slots] = k
+            keys[self._rows, :, self._slots] = k.transpose(1, 2)
             values[self._rows, :, self._slots] = v
         if self._is_empty:
             return causal_attention(qk, v)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            keys[:, :, : self._visible],
-            values[:, :, : self._visible],
-            attn_mask=self._mask,
-            enable_gqa=H != K,
-        )  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask, enable_gqa=H != K)  # (B, H, T, D)
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def end(self) -> None:

@@ -43,7 +43,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-    return OneDNNLinear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
+    if not by_onednn:
+        return F.linear(x, weight, bias)
+    return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

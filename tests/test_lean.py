@@ -1,0 +1,45 @@
+"""A lean module: the same numbers from the same tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from model import LanguageModel
+from tests.test_model import config_of, every_variant, lively_model, random_tokens
+from utils.lean import lean
+from utils.quantization import with_weights
+
+
+@every_variant
+@torch.no_grad()
+def test_the_logits_are_those_of_the_model(variant: str) -> None:
+    model, idx = lively_model(config_of(variant)), random_tokens(3, 9)
+    assert torch.equal(lean(model)(idx)[0], model(idx)[0])
+    int8 = with_weights(model, "int8")
+    assert torch.equal(lean(int8)(idx)[0], int8(idx)[0])
+
+
+def test_weights_are_shared_and_changes_in_place_are_seen() -> None:
+    model, idx = lively_model(config_of("gpt2")), random_tokens(1, 9)
+    plain = lean(model)
+    with torch.no_grad():
+        before = plain(idx)[0]
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        assert not torch.equal(plain(idx)[0], before)
+        assert torch.equal(plain(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_there_is_no_dropout(training: bool) -> None:
+    model = LanguageModel(config_of("gpt2", dropout=0.5), 17).train(training)
+    idx = random_tokens(1, 9)
+    assert torch.equal(lean(model)(idx)[0], model.eval()(idx)[0])
+
+
+def test_hooks_are_left_out() -> None:
+    linear = nn.Linear(2, 2)
+    linear.register_forward_hook(lambda *_: pytest.fail("called"))
+    lean(linear)(torch.ones(2))
