@@ -47,7 +47,7 @@ def prefill(
 
 def decode_one_token(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Append tokens (B,); logits (B, V) of the next ones. With rotary positions a full window slides on."""
-    return model.head_logits(model.hidden(tokens[:, None], cache)[:, -1])
+    return model.head_logits(model.hidden(tokens.unsqueeze(1), cache).squeeze(1))
 
 
 def make_room(model: LanguageModel, cache: KVCache) -> None:

@@ -24,22 +24,32 @@ class KVCache:
 
     keys, values: (L, B, K, S, D), S = capacity.
     tokens: (B, S), by slot.
-    positions: (B,), of the next token of each sequence, on the device; `lengths` is the same on the host.
+    lengths: of the sequences, on the host; `positions` is the same on the device.
     """
 
     def __init__(
         self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.n_layer, batch_size, config.kv_heads, capacity, config.head_width)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (2 * config.n_layer, batch_size, config.kv_heads, capacity, config.head_width)
+        self._buffers = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = self._buffers.chunk(2)
+        self._n_layer = config.n_layer
         self.tokens = torch.full((batch_size, capacity), NO_TOKEN, device=device)
-        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.lengths = [0] * batch_size
+        self._positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._ahead = 0  # of _positions
         self.capacity = capacity
         self._numbers = torch.arange(capacity, device=device)  # of slots
         self._rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self._static = device.type == "cuda"
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(B,), of the next token of each sequence, on the device."""
+        if self._ahead:
+            self._positions += self._ahead
+            self._ahead = 0
+        return self._positions
 
     def reset(self) -> None:
         """Forget all sequences."""
@@ -58,29 +68,27 @@ class KVCache:
         T, longest = idx.size(1), max(self.lengths)
         assert T == 1 or longest + T <= self.capacity, f"{longest + T} tokens exceed the {self.capacity} of the cache"
         assert lengths is None or longest == 0
-        self._new = [T] * len(self.lengths) if lengths is None else list(lengths)
+        self._counts = [T] * len(self.lengths) if lengths is None else list(lengths)
         self._is_empty = longest == 0
         self._visible = self.capacity if self._static else min(longest + T, self.capacity)
-        self._visible_keys = self.keys[:, :, :, : self._visible].unbind()  # of each layer (B, K, visible, D)
-        self._visible_values = self.values[:, :, :, : self._visible].unbind()
+        self._stored = self._buffers[:, :, :, : self._visible].unbind()  # 2 L of (B, K, visible, D)
         self._mask = None
         if min(self.lengths) == longest:
             first = longest % self.capacity
             slots = slice(first, first + T)
             self.tokens[:, slots] = idx
-            self._new_keys = self.keys[:, :, :, slots].unbind()
-            self._new_values = self.values[:, :, :, slots].unbind()
+            self._new = self._buffers[:, :, :, slots].unbind()  # 2 L of (B, K, T, D)
             self._slots: torch.Tensor | None = None  # (B, T), where they differ
             if not self._is_empty and (T > 1 or self._static):  # one token sees all that is in use
-                self._mask = self._seen(torch.arange(longest, longest + T, device=idx.device)[None])
+                self._mask = self._visible_to(torch.arange(longest, longest + T, device=idx.device)[None])
             return slice(longest, longest + T)
         positions = self.positions[:, None] + self._numbers[:T]  # (B, T)
         self._slots = positions % self.capacity
         self.tokens[self._rows, self._slots] = idx
-        self._mask = self._seen(positions)
+        self._mask = self._visible_to(positions)
         return positions
 
-    def _seen(self, positions: torch.Tensor) -> torch.Tensor:
+    def _visible_to(self, positions: torch.Tensor) -> torch.Tensor:
         """(B, 1, T, visible): which slots tokens at these positions (B, T) see."""
         return (self._numbers[: self._visible] <= positions[:, :, None])[:, None]
 
@@ -97,10 +105,11 @@ class KVCache:
         B, T, K, _ = v.shape
         H = qk.size(2) - K
         q, k = qk.transpose(1, 2).split((H, K), dim=1)  # (B, H, T, D), (B, K, T, D)
-        keys, values = self._visible_keys[layer], self._visible_values[layer]
+        L = self._n_layer
+        keys, values = self._stored[layer], self._stored[L + layer]
         if self._slots is None:
-            self._new_keys[layer].copy_(k)
-            self._new_values[layer].copy_(v.transpose(1, 2))
+            self._new[layer].copy_(k)
+            self._new[L + layer].copy_(v.transpose(1, 2))
         else:
             keys[self._rows, :, self._slots] = k.transpose(1, 2)
             values[self._rows, :, self._slots] = v
@@ -111,11 +120,11 @@ class KVCache:
 
     def end(self) -> None:
         """The tokens of `begin` are stored in all layers."""
-        if len(set(self._new)) == 1:
-            self.positions += self._new[0]
+        if len(set(self._counts)) == 1:
+            self._ahead += self._counts[0]
         else:
-            self.positions += torch.tensor(self._new, device=self.positions.device)
-        self.lengths = [length + new for length, new in zip(self.lengths, self._new, strict=True)]
+            self._positions += torch.tensor(self._counts, device=self._positions.device)
+        self.lengths = [length + new for length, new in zip(self.lengths, self._counts, strict=True)]
 
     def tokens_before(self, count: int) -> torch.Tensor:
         """(B, count): the last tokens of each sequence, NO_TOKEN before its first one."""

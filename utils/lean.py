@@ -25,7 +25,8 @@ def _lean(module: nn.Module) -> Any:
     if isinstance(module, nn.ModuleList):
         return [_lean(child) for child in module]
     parts = vars(module)
-    plain = _plain_class(type(module))()
+    of: Any = type(module)
+    plain = _plain_class(of)()
     children = {name: child and _lean(child) for name, child in parts["_modules"].items()}
     vars(plain).update(parts | parts["_parameters"] | parts["_buffers"] | children | {"training": False})
     return plain
@@ -36,7 +37,7 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _plain_class(of: Any) -> type:
+def _plain_class(of: Any) -> Any:
     """The methods and constants of a module's class; a call is its forward."""
     own = {name: value for name, value in vars(of).items() if not name.startswith("__")}
     return type(of.__name__, (), own | {"__call__": of.forward})

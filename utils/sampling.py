@@ -68,10 +68,10 @@ class RandomStreams:
         """(B,) from 0 to below 1, float64."""
         if self._next == AHEAD:
             rows = [torch.rand(AHEAD, dtype=torch.float64, generator=generator) for generator in self._generators]
-            self._numbers = torch.stack(rows).to(self._device)  # (B, AHEAD)
+            self._numbers = torch.stack(rows, dim=1).to(self._device).unbind()  # AHEAD of (B,)
             self._next = 0
         self._next += 1
-        return self._numbers[:, self._next - 1]
+        return self._numbers[self._next - 1]
 
 
 def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None = None) -> torch.Tensor:
