@@ -110,15 +110,20 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.kv_heads, self.head_width
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, D).split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
-        if self.norm is not None:
-            qk = self.norm(qk, (D,))
-        if rope is not None:
-            qk = rotate(qk, *rope)
-        if cache is None:
-            y = causal_attention(qk, v, self.dropout if self.training else 0.0)  # (B, T, H * D)
+        qkv = self.qkv(x).view(B, T, H + 2 * K, D)
+        if self.norm is None and rope is None:
+            q, k, v = qkv.split((H, K, K), dim=2)  # (B, T, H | K, D)
         else:
-            y = cache.attend(self.layer, qk, v)
+            qk, v = qkv.split((H + K, K), dim=2)
+            if self.norm is not None:
+                qk = self.norm(qk, (D,))
+            if rope is not None:
+                qk = rotate(qk, *rope)
+            q, k = qk.split((H, K), dim=2)
+        if cache is None:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, T, H * D)
+        else:
+            y = cache.attend(self.layer, q, k, v)
         return self.resid_dropout(self.proj(y))
 
 

@@ -10,23 +10,22 @@ from utils import attention as module
 from utils.attention import SHORT, ShortAttention, causal_attention
 
 
-def qk_and_v(batch: int, length: int, kv_heads: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Queries with keys, and values, as the model cuts them from one product: (B, T, 3 + K, 8), (B, T, K, 8)."""
+def q_k_v(batch: int, length: int, kv_heads: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Queries (B, T, 3, 8), keys and values (B, T, K, 8), as the model cuts them from one product."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(batch, length, 3 + 2 * kv_heads, 8, generator=generator, dtype=dtype).requires_grad_()
-    return list(qkv.split((3 + kv_heads, kv_heads), dim=2))
+    return list(qkv.split((3, kv_heads, kv_heads), dim=2))
 
 
-def by_torch(qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    q, k = qk.split((qk.size(2) - v.size(2), v.size(2)), dim=2)
-    heads = (x.transpose(1, 2) for x in (q, k, v))
+def by_torch(*q_k_v: torch.Tensor) -> torch.Tensor:
+    heads = (x.transpose(1, 2) for x in q_k_v)
     return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("length", [2, 3, 64, SHORT])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_short_attention_and_its_gradients_are_those_of_torch(batch: int, length: int) -> None:
-    inputs = qk_and_v(batch, length)
+    inputs = q_k_v(batch, length)
     upstream = torch.randn(batch, length, 24)
     ours, theirs = ShortAttention.apply(*inputs), by_torch(*inputs)
     torch.testing.assert_close(ours, theirs)
@@ -38,12 +37,12 @@ def test_short_attention_and_its_gradients_are_those_of_torch(batch: int, length
 @pytest.mark.parametrize(
     ("tensors", "dropout", "ours"),
     [
-        (qk_and_v(2, SHORT), 0.0, True),
-        (qk_and_v(2, SHORT + 1), 0.0, False),
-        (qk_and_v(2, 1), 0.0, False),
-        (qk_and_v(2, 8, kv_heads=1), 0.0, False),
-        (qk_and_v(2, 8), 0.5, False),
-        (qk_and_v(2, 8, dtype=torch.bfloat16), 0.0, False),
+        (q_k_v(2, SHORT), 0.0, True),
+        (q_k_v(2, SHORT + 1), 0.0, False),
+        (q_k_v(2, 1), 0.0, False),
+        (q_k_v(2, 8, kv_heads=1), 0.0, False),
+        (q_k_v(2, 8), 0.5, False),
+        (q_k_v(2, 8, dtype=torch.bfloat16), 0.0, False),
     ],
 )
 def test_all_else_stays_with_torch(
@@ -59,16 +58,17 @@ def test_all_else_stays_with_torch(
 
 
 def test_no_token_sees_a_later_one() -> None:
-    qk, v = (x.detach().clone() for x in qk_and_v(1, 16))
-    before = causal_attention(qk, v)
-    qk[:, 9:], v[:, 9:] = 100.0, 100.0
-    after = causal_attention(qk, v)
+    tensors = [x.detach().clone() for x in q_k_v(1, 16)]
+    before = causal_attention(*tensors)
+    for x in tensors:
+        x[:, 9:] = 100.0
+    after = causal_attention(*tensors)
     assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
 def test_gradients_of_gradients_are_refused() -> None:
-    qk, v = qk_and_v(1, 4)
-    (gradient,) = torch.autograd.grad(causal_attention(qk, v).sum(), qk, create_graph=True)
+    q, k, v = q_k_v(1, 4)
+    (gradient,) = torch.autograd.grad(causal_attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.sum().backward()

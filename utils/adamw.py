@@ -42,10 +42,10 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
-    step = next((states[p]["step"] for p in params if states[p]), None)
+    of_params = [states[p] for p in params]
+    step = next((state["step"] for state in of_params if state), None)
     step = torch.ones((), device=params[0].device) if step is None else step.add_(1)
-    for p in params:
-        state = states[p]
+    for p, state in zip(params, of_params, strict=True):
         if not state:
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
@@ -54,8 +54,8 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
     torch._fused_adamw_(
         params,
         [p.grad for p in params],
-        [states[p]["exp_avg"] for p in params],
-        [states[p]["exp_avg_sq"] for p in params],
+        [state["exp_avg"] for state in of_params],
+        [state["exp_avg_sq"] for state in of_params],
         [],
         [step] * len(params),
         lr=group["lr"],

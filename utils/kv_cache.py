@@ -92,30 +92,30 @@ class KVCache:
         """(B, 1, T, visible): which slots tokens at these positions (B, T) see."""
         return (self._numbers[: self._visible] <= positions[:, :, None])[:, None]
 
-    def attend(self, layer: int, qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store the new keys and values; each new token attends to all of its sequence up to itself.
 
         Args:
-            qk: (B, T, H + K, D), queries and then keys.
-            v: (B, T, K, D).
+            q: (B, T, H, D).
+            k, v: (B, T, K, D).
 
         Returns:
             (B, T, H * D).
         """
-        B, T, K, _ = v.shape
-        H = qk.size(2) - K
-        q, k = qk.transpose(1, 2).split((H, K), dim=1)  # (B, H, T, D), (B, K, T, D)
+        B, T, H, _ = q.shape
         L = self._n_layer
         keys, values = self._stored[layer], self._stored[L + layer]
         if self._slots is None:
-            self._new[layer].copy_(k)
+            self._new[layer].copy_(k.transpose(1, 2))
             self._new[L + layer].copy_(v.transpose(1, 2))
         else:
-            keys[self._rows, :, self._slots] = k.transpose(1, 2)
+            keys[self._rows, :, self._slots] = k
             values[self._rows, :, self._slots] = v
         if self._is_empty:
-            return causal_attention(qk, v)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask, enable_gqa=H != K)  # (B, H, T, D)
+            return causal_attention(q, k, v)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=self._mask, enable_gqa=keys.size(1) != H
+        )  # (B, H, T, D)
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def end(self) -> None:
