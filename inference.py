@@ -12,6 +12,7 @@ python inference.py baseline --score text.txt --quantize int8
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import sys
 from collections.abc import Sequence
@@ -133,28 +134,46 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
         "--window",
         choices=("sliding", "exact"),
         default="sliding",
-        help="past the context: slide over the cached tokens, or compute all anew for each token (default: sliding)",
+        help="past the context, sliding: go on from the cached tokens (with learned positions their newer half is "
+        "computed anew when the context is full); exact: compute all anew for each token (default: sliding)",
     )
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ban", "stop", "seed")
+GENERATION = (*SAMPLING, "samples", "window", "mode", "stats", "batch_size")
+NOT_WITH = {  # what would say nothing
+    "score": (*GENERATION, "out", "html", "logprobs"),
+    "show_info": (*GENERATION, "out", "html", "logprobs", "weights", "quantize"),
+    "interactive": ("samples", "batch_size", "out", "html", "logprobs"),
+    "prompt_file": ("html", "logprobs"),
+}
+MOST = 1_000_000  # of all that is counted
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """What argparse cannot say.
 
     Raises:
         UserError: a number out of bounds, flags that do not go together.
     """
-    for flag in ("max_new_tokens", "batch_size", "samples"):
-        if (value := getattr(args, flag)) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    given = [dest for dest, value in vars(args).items() if value != parser.get_default(dest)]
+    for mode, others in NOT_WITH.items():
+        if mode in given and (idle := [_flag(dest) for dest in others if dest in given]):
+            raise UserError(f"{' and '.join(idle)} cannot go with {_flag(mode)}")
+    for dest in ("max_new_tokens", "batch_size", "samples"):
+        if not 1 <= (value := getattr(args, dest)) <= MOST:
+            raise UserError(f"{_flag(dest)} must be from 1 to {MOST:,}, not {value}")
     if args.out is not None and args.prompt_file is None:
         raise UserError("--out is for the completions of --prompt-file, which is missing")
-    if args.interactive and args.samples > 1:
-        raise UserError("--samples does not go with --interactive: a conversation has one text")
-    for flag in ("html", "logprobs"):
-        if getattr(args, flag) and len(args.runs) < 2:
-            raise UserError(f"--{flag} compares several RUNs, expected at least 2")
-    if len(args.runs) > 1 and (args.interactive or args.prompt_file or args.stats):
-        raise UserError("several RUNs are compared by --prompt, --score or --show-info")
+    for dest in ("html", "logprobs"):
+        if dest in given and len(args.runs) < 2:
+            raise UserError(f"{_flag(dest)} compares several RUNs, expected at least 2")
+    if len(args.runs) > 1 and (single := [d for d in ("interactive", "prompt_file", "stats") if d in given]):
+        raise UserError(f"{_flag(single[0])} is for one RUN; --prompt, --score and --show-info compare several")
+
+
+def _flag(dest: str) -> str:
+    return f"--{dest.replace('_', '-')}"
 
 
 @script
@@ -162,10 +181,12 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="inference.py", usage="python inference.py [RUN ...] [--FLAG VALUE ...]", description=__doc__)
     add_arguments(parser)
     args = parser.parse(argv)
-    check_arguments(args)
+    check_arguments(args, parser)
     tracking = configured()
     runs_dir = PROJECT_ROOT / (args.runs_dir or tracking.runs_dir)
     exports = [find_export(run, runs_dir) for run in args.runs or [None]]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal without UTF-8 cannot show
     if args.score is not None:
         return score_text(args, exports)
     if args.show_info:
@@ -175,8 +196,6 @@ def main(argv: Sequence[str]) -> int:
     (export,) = exports
     if args.prompt_file is not None:
         return complete_file(args, export, tracking)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal without UTF-8 cannot show
     if args.interactive:
         return converse(args, export, tracking)
     return complete_prompt(args, export, tracking)
@@ -191,18 +210,21 @@ def compare_runs(args: argparse.Namespace, exports: Sequence[Path], tracking: Tr
     from utils.completion_page import completion_page
     from utils.completion_table import RunCompletions, completion_tables
     from utils.console import Terminal
-    from utils.files import write_atomic
-    from utils.prompt_file import check_out
+    from utils.prompt_file import check_out, write_out
     from utils.run_log import decode_number
 
     if args.html is not None:
         check_out(args.html)
+    asked = []
+    for export in exports:  # mistakes before hours of work
+        try:
+            generator, request = load(args, export, tracking)
+            prompt, request = to_continue(args, generator, request)
+        except UserError as error:
+            raise UserError(f"{export}: {error}") from None
+        asked.append((generator, prompt, request))
     runs = []
-    for export in exports:
-        generator, request = load(args, export, tracking)
-        prompt = args.prompt
-        if args.mode == "qa":
-            prompt, request = generator.qa_prompt(args.prompt), generator.qa_request(request)
+    for generator, prompt, request in asked:
         completions = generator.generate_batch([prompt] * args.samples, request, args.batch_size)
         loss = generator.training.get("val/loss")
         runs.append(
@@ -213,7 +235,8 @@ def compare_runs(args: argparse.Namespace, exports: Sequence[Path], tracking: Tr
     terminal = Terminal()
     terminal.print(*completion_tables(runs, terminal.console.width, args.logprobs))
     if args.html is not None:
-        write_atomic(args.html, completion_page(runs, f"temperature {args.temperature:g}, seed {args.seed}"))
+        chosen = [f"{_flag(dest)[2:]} {value}" for dest in SAMPLING if (value := getattr(args, dest))]
+        write_out(args.html, completion_page(runs, ", ".join(chosen)))
         print(f"wrote {args.html}", file=sys.stderr)
     return 0
 
@@ -224,6 +247,7 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path]) -> int:
     Raises:
         UserError: the file cannot be read, is not UTF-8, has characters without a token or nothing to predict.
     """
+    from tokenizer import TokenizerError
     from utils.console import Terminal
     from utils.generator import Generator
     from utils.prompt_file import read_text
@@ -236,6 +260,9 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path]) -> int:
         generator = Generator.from_export(export, args.device)
         try:
             scores = [("float32", generator.score(text))]
+        except TokenizerError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise UserError(f"{args.score}:{line}: {error}") from None
         except UserError as error:
             raise UserError(f"{args.score}: {error}") from None
         if weights != "float32":
@@ -277,40 +304,51 @@ def load(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> tu
 
 def complete_prompt(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
     """--prompt: the text as it comes; several samples one after the other."""
-    from utils.console import dim
-    from utils.generation import start_tokens
+    from utils.console import dim, say
 
     generator, request = load(args, export, tracking)
-    prompt, shown = args.prompt, args.prompt
-    if args.mode == "qa":
-        prompt, shown, request = generator.qa_prompt(args.prompt), "", generator.qa_request(request)
-    tokens = start_tokens(generator.tokenizer, prompt)
-    if len(tokens) > (block_size := generator.model.config.block_size):
-        print(f"note: of the {len(tokens)} tokens of the prompt the model sees the last {block_size}", file=sys.stderr)
+    prompt, request = to_continue(args, generator, request)
+    shown = "" if args.mode == "qa" else prompt
     if args.samples == 1:
-        sys.stdout.write(shown)
+        say(shown)
         for text in generator.stream(prompt, request):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            say(text)
         print(flush=True)
     else:
         completions = generator.completions([prompt] * args.samples, request, args.batch_size)
         for number, completion in enumerate(completions, start=1):
             print(dim(f"sample {number} of {args.samples}, seed {completion.seed}"))
-            print(f"{shown}{completion.text}", flush=True)
+            say(f"{shown}{completion.text}\n")
     if args.stats:
         print_stats(generator, request)
     return 0
 
 
+def to_continue(args: argparse.Namespace, generator: Generator, request: Request) -> tuple[str, Request]:
+    """--prompt as the model is to continue it, and how; that it sees only the end of it is told.
+
+    Raises:
+        UserError: a character without a token.
+    """
+    from utils.generation import start_tokens
+
+    prompt = args.prompt
+    if args.mode == "qa":
+        prompt, request = generator.qa_prompt(prompt), generator.qa_request(request)
+    tokens = start_tokens(generator.tokenizer, prompt)
+    if len(tokens) > (block_size := generator.model.config.block_size):
+        print(f"note: of the {len(tokens)} tokens of the prompt the model sees the last {block_size}", file=sys.stderr)
+    return prompt, request
+
+
 def complete_file(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
     """--prompt-file: a JSONL line for each completion, into --out at the end or to stdout as they come."""
     from utils.console import CompletionProgress
-    from utils.prompt_file import check_out, completion_line, read_prompts, write_lines
+    from utils.prompt_file import check_out, completion_line, read_prompts, write_out
 
     prompts = read_prompts(args.prompt_file)
     if args.out is not None:
-        check_out(args.out)
+        check_out(args.out, args.prompt_file)
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as JSON is
     generator, request = load(args, export, tracking)
@@ -327,7 +365,7 @@ def complete_file(args: argparse.Namespace, export: Path, tracking: TrackingConf
             lines.append(line)
             progress.advance(len(completion.tokens))
     if args.out is not None:
-        write_lines(args.out, lines)
+        write_out(args.out, "".join(f"{line}\n" for line in lines))
         print(f"wrote {len(lines):,} completions to {args.out}", file=sys.stderr)
     if args.stats:
         print_stats(generator, request)
@@ -356,16 +394,10 @@ def encodable(prompts: Sequence[FilePrompt], generator: Generator, mode: str) ->
 
 def converse(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
     """--interactive: a loop over what is typed."""
-    from utils.generation_stats import GenerationStats
     from utils.interactive import Conversation
 
     generator, request = load(args, export, tracking)
-
-    def report() -> None:
-        if args.stats:
-            print_stats(generator, request)
-            generator.stats = GenerationStats()
-
+    report = functools.partial(print_stats, generator) if args.stats else None
     return Conversation(generator, request, args.mode == "qa", report).run()
 
 

@@ -15,7 +15,12 @@ from utils.files import write_json
 
 
 class TokenizerError(UserError):
-    """Text that has no token, or a tokenizer file that cannot be used."""
+    """Text that has no token, or a tokenizer file that cannot be used.
+
+    position: in the text, of the character that has no token.
+    """
+
+    position: int | None = None
 
 
 class CharTokenizer:
@@ -61,10 +66,12 @@ class CharTokenizer:
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         if (missing := np.flatnonzero(ids < 0)).size:
             position = int(missing[0])
-            raise TokenizerError(
+            error = TokenizerError(
                 f"character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} "
                 f"is not among the {self.vocab_size} characters of the vocabulary"
             )
+            error.position = position
+            raise error
         return ids
 
     def encode(self, text: str) -> list[int]:
@@ -110,7 +117,7 @@ class CharTokenizer:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise TokenizerError(f"{path}: no tokenizer file") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise TokenizerError(f"{path}: damaged tokenizer file ({type(error).__name__}: {error})") from None
         return cls.from_json(data, str(path))
 

@@ -107,7 +107,7 @@ def trained(tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str])
         (["one", "--temperature", "warm"], "argument --temperature"),
         (["one", "--top-k", "0"], "top-k must be at least 1"),
         (["one", "--top-p", "1.5"], "top-p must be"),
-        (["one", "--max-new-tokens", "0"], "at least 1"),
+        (["one", "--max-new-tokens", "0"], "from 1 to"),
         (["one", "--prompt", "€"], "character '€'"),
         (["one", "--device", "cuda"], "not available here"),
         (["one", "--prompd", "x"], "did you mean --prompt?"),

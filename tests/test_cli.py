@@ -106,13 +106,13 @@ def test_the_last_of_repeated_flags_wins(root: Path) -> None:
     ("argv", "message"),
     [
         (["--batch-sise", "8"], "unknown flag --batch-sise; did you mean --batch-size?"),
-        (["--batch_sise=8"], "unknown flag --batch-sise; did you mean --batch-size?"),
+        (["--batch_sise=8"], "unknown flag --batch_sise; did you mean --batch-size?"),
         (["--no-aim-loging"], "unknown flag --no-aim-loging; did you mean --no-aim-logging?"),
         (["--zzzzzzzz"], "unknown flag --zzzzzzzz"),
         (["--batch", "8"], "unknown flag --batch"),  # no abbreviations: they would change meaning with a new setting
         (["large"], "unknown argument large"),
-        (["--batch-size"], "argument --batch-size: expected one argument (see train.py --help)"),
-        (["--batch-size", "--seed", "1"], "argument --batch-size: expected one argument (see train.py --help)"),
+        (["--batch-size"], "argument --batch-size: expected one argument; one that begins with a dash is given as"),
+        (["--batch-size", "--seed", "1"], "argument --batch-size: expected one argument; one that"),
         (["--batch-size", "0"], "--batch-size: expected integer >= 1 or auto, got '0'"),
         (["--learning-rate", "nan"], "--learning-rate: expected number > 0 and <= 10, got 'nan'"),
         (["--run-tag", "a/b"], "--run-tag: a tag is 1 to 64 letters"),

@@ -153,6 +153,29 @@ def test_a_truncated_file_is_named(folder: Path, name: str, share: float) -> Non
     assert str(folder / name) in error_of(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": []},
+        {"training": None},
+        {"training": {"val/loss": "abc"}},
+        {"training": {"val/loss": None}},
+        {"vocab_size": True},
+    ],
+    ids=str,
+)
+def test_facts_of_another_type_are_named(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert str(path) in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_endless_nesting_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("[" * 100_000)
+    assert str(folder / name) in error_of(folder)
+
+
 @pytest.mark.parametrize("place", [0.0, 0.02, 0.3, 0.6, 0.999])
 def test_one_flipped_bit_in_the_weights_is_found(folder: Path, place: float) -> None:
     path = folder / "model.safetensors"

@@ -10,7 +10,8 @@ import torch
 from model import LanguageModel
 from tokenizer import CharTokenizer, TokenizerError
 from utils.config import ModelConfig
-from utils.generation import Window, generate, generate_tokens, start_tokens
+from utils.generation import Window, generate, generate_tokens, new_cache, start_tokens
+from utils.kv_cache import KVCache
 from utils.sampling import RandomStreams, SamplingOptions, sample
 
 VOCAB, BLOCK = 17, 8
@@ -129,15 +130,45 @@ def test_within_the_context_both_windows_give_the_same() -> None:
 PROMPTS = [[1], [2, 3, 4], [5] * 12, [6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16]]
 
 
-@pytest.mark.parametrize("position", ["rope", "learned"])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rope": {"position": "rope"},
+    "learned": {"position": "learned"},
+    "rope, one key head, n-grams": {"position": "rope", "n_kv_head": 1, "ngram_rows": (7, 5), "qk_norm": True},
+    "learned, grouped, n-grams": {"position": "learned", "n_kv_head": 2, "ngram_rows": (7, 5)},
+    "more n-grams than context": {"position": "rope", "ngram_rows": (7,) * (BLOCK + 2)},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("window", ["sliding", "exact"])
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(1.0, top_k=9, repetition_penalty=1.3)], ids=str)
-def test_a_sequence_does_not_depend_on_its_batch(position: str, window: Window, options: SamplingOptions) -> None:
-    model, seeds = lively_model(position=position).double(), [3, 4, 5, 6, 7]
+def test_a_sequence_does_not_depend_on_its_batch(settings: str, window: Window, options: SamplingOptions) -> None:
+    model, seeds = lively_model(**SETTINGS[settings]).double(), [3, 4, 5, 6, 7]
     steps = list(generate(model, PROMPTS, 3 * BLOCK, options, seeds, window))
     for row, (prompt, seed) in enumerate(zip(PROMPTS, seeds, strict=True)):
         alone = list(generate_tokens(model, prompt, 3 * BLOCK, options, seed, window))
         assert [int(step.tokens[row]) for step in steps] == alone
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_mask_past_the_edge_of_the_window_changes_nothing(settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively_model(**SETTINGS[settings]).double()
+    dynamic = list(generate(model, PROMPTS, 3 * BLOCK, GREEDY, range(5)))
+
+    def static_cache(*arguments: Any) -> KVCache:
+        cache = new_cache(*arguments)
+        cache._static = True  # as on a GPU
+        return cache
+
+    monkeypatch.setattr("utils.generation.new_cache", static_cache)
+    for one, other in zip(dynamic, generate(model, PROMPTS, 3 * BLOCK, GREEDY, range(5)), strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        torch.testing.assert_close(one.logits, other.logits)
+
+
+def test_the_context_of_a_step_is_what_its_sequences_hold() -> None:
+    steps = generate(lively_model(position="learned"), [[1, 2], [3] * BLOCK], 4, GREEDY, [0, 0])
+    assert [step.context for step in steps] == [2 + BLOCK, 3 + BLOCK // 2 + 1, 4 + BLOCK // 2 + 2, 5 + BLOCK // 2 + 3]
 
 
 def test_logits_are_the_models_own() -> None:

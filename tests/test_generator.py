@@ -46,6 +46,19 @@ def test_weights_may_be_smaller(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("options", [GREEDY, HOT])
+def test_a_model_that_diverged_is_an_error(generator: Generator, options: SamplingOptions) -> None:
+    with torch.no_grad():
+        generator.model.final_norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="no numbers"):
+        generator.generate("ab", Request(5, options))
+
+
+def test_no_sequence_at_a_time_is_an_error(generator: Generator) -> None:
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        generator.generate_batch(["ab"], batch_size=0)
+
+
 def test_a_completion_is_the_tokens_of_the_engine(generator: Generator) -> None:
     completion = generator.generate("ab", Request(20, HOT, seed=3))
     tokens = list(generate_tokens(generator.model, TOKENIZER.encode("ab"), 20, HOT, seed=3))
@@ -119,6 +132,8 @@ def test_an_empty_prompt_starts_from_a_line_break(generator: Generator) -> None:
     ("settings", "expected"),
     [
         ({"max_new_tokens": 0}, "max-new-tokens must be at least 1, not 0"),
+        ({"window": "round"}, "window must be sliding or exact, not 'round'"),
+        ({"stops": "ab"}, "stops must be several texts"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": 2**63}, "seed must be"),
     ],

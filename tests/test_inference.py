@@ -14,6 +14,7 @@ import pytest
 
 import inference
 from tests.tiny_export import BLOCK_SIZE, TOKENIZER, save_tiny_run
+from tokenizer import CharTokenizer
 from utils.generator import Generator, Request
 from utils.interactive import OFF, SETTINGS
 from utils.sampling import SamplingOptions
@@ -162,10 +163,13 @@ class ClosedPipe:
         self.file.close()
 
 
-@pytest.mark.parametrize("words", [[], ["--samples", "2"], ["--interactive"], ["--prompt-file", "prompts.txt"]])
+PIPED = ("", "--samples 2", "--interactive", "--prompt-file prompts.txt", "--stats", "two", "two --logprobs")
+
+
+@pytest.mark.parametrize("words", [*PIPED, "--score prompts.txt", "--show-info"])
 def test_a_closed_pipe_ends_quietly(
-    words: list[str],
-    run_inference: Main,
+    words: str,
+    two_runs: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -175,9 +179,45 @@ def test_a_closed_pipe_ends_quietly(
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
     with ClosedPipe() as stdout:
         monkeypatch.setattr("sys.stdout", stdout)
-        assert run_inference(*words) == 141
+        assert inference.main(["one", *words.split(), "--runs-dir", str(two_runs)]) in (0, 141)  # tables go on unseen
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", ["", "two", "--show-info"])
+def test_a_full_disk_behind_stdout_is_one_line(
+    words: str, two_runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert inference.main(["one", *words.split(), "--runs-dir", str(two_runs)]) == 1
+        monkeypatch.undo()
+    assert one_error(capsys) == "error: output: cannot be written: No space left on device\n"
+
+
+def test_without_a_stdout_nothing_fails(run_inference: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    assert run_inference("--prompt", "ab") == 0
+
+
+def test_a_prompt_may_look_like_a_flag(run_inference: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_tiny_run(tmp_path, "dashed", CharTokenizer("ab -_"))
+    words = ["dashed", "--runs-dir", str(tmp_path), "--max_new_tokens", "5"]
+    assert inference.main([*words, "--prompt", "-- a_b"]) == 0
+    assert capsys.readouterr().out.startswith("-- a_b")
+    assert inference.main([*words, "--prompt=-ab"]) == 0
+    assert capsys.readouterr().out.startswith("-ab")
+
+
+def test_a_terminal_gets_no_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_run(tmp_path, "wild", CharTokenizer("a\x1b"))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert inference.main(["wild", "--runs-dir", str(tmp_path), "--prompt", "aaa"]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b" in out
+    assert "\x1b" not in out
 
 
 # ------------------------------------------------------------------------------ files of prompts
@@ -265,6 +305,7 @@ def test_a_batch_says_of_how_many_prompts_only_the_end_is_seen(
         ("p.jsonl", b'\n{"prompt": "a"', "p.jsonl:2: not JSON (Expecting ',' delimiter at column 15), expected"),
         ("p.jsonl", b"[" * 100_000, "p.jsonl:1: not JSON"),
         ("p.jsonl", b'{"text": "a"}', 'p.jsonl:1: expected an object with a text "prompt", got {"text": "a"}'),
+        ("p.JSONL", b'{"prompt": "a", "x": NaN}', "p.JSONL:1: not JSON (NaN is no number)"),
         ("p.jsonl", b'{"prompt": 3}', "p.jsonl:1: expected an object"),
         ("p.jsonl", b'"a"', "p.jsonl:1: expected an object"),
         ("p.txt", "ab\n\na€".encode(), "p.txt:3: character '€' (U+20AC) at position 1"),
@@ -294,6 +335,15 @@ def test_a_file_that_cannot_be_written_is_told_before_any_work(
     (tmp_path / "p.txt").write_text("ab")
     assert run_inference("--prompt-file", tmp_path / "p.txt", "--out", tmp_path / out) == 2
     assert "cannot be written: " in one_error(capsys)
+
+
+def test_prompts_are_not_overwritten(run_inference: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("ab")
+    (tmp_path / "link").symlink_to(prompts)
+    assert run_inference("--prompt-file", prompts, "--out", tmp_path / "link") == 2
+    assert "link: cannot be written: the prompts are read from it" in one_error(capsys)
+    assert prompts.read_text() == "ab"
 
 
 def test_a_write_that_fails_leaves_the_old_file(
@@ -388,6 +438,16 @@ def test_settings_can_be_switched_off_and_asked_for(converse: Converse) -> None:
     assert out == f"top-k 3\ntop-k {OFF}\nstop 'a', 'b'\nstop {OFF}\nban '\\nb'\n"
 
 
+def test_asking_for_the_seed_changes_nothing(converse: Converse) -> None:
+    asked, _ = converse("ab", "/seed", "cd")
+    assert asked.replace("seed 1337\n", "") == converse("ab", "cd")[0]
+
+
+def test_the_seed_after_the_last_is_the_first(converse: Converse) -> None:
+    _, err = converse(f"/seed {2**63 - 1}", "/max-new-tokens 3", "ab", "cd")
+    assert err == ""
+
+
 def test_a_seed_begins_its_random_streams_anew(converse: Converse) -> None:
     out, _ = converse("ab", "/reset", "/seed 7", "ab", "/reset", "/seed 7", "ab")
     text = out.partition("seed 7\n")[2]
@@ -397,7 +457,7 @@ def test_a_seed_begins_its_random_streams_anew(converse: Converse) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("/temperature -1", "temperature must be a finite number >= 0"),
+        ("/temperature -1", "temperature must be from 0 (greedy) to 1,000,000"),
         ("/temperature warm", "/temperature: expected a number, got 'warm'"),
         ("/top-k 0", "top-k must be at least 1"),
         ("/top-k 1.5", "/top-k: expected a whole number or none, got '1.5'"),
@@ -487,9 +547,10 @@ def test_lines_from_a_pipe_that_are_no_text(
         (["--top-p", "0"], "top-p must be"),
         (["--min-p", "2"], "min-p must be"),
         (["--repetition-penalty", "0"], "repetition-penalty must be"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
-        (["--samples", "0"], "--samples must be at least 1"),
-        (["--batch-size", "-1"], "--batch-size must be at least 1"),
+        (["--samples", "1000000000000000"], "--samples must be from 1 to 1,000,000"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be from 1 to 1,000,000, not 0"),
+        (["--samples", "0"], "--samples must be from 1"),
+        (["--batch-size", "-1"], "--batch-size must be from 1"),
         (["--seed", "-1"], "seed must be"),
         (["--ban", "€"], "ban '€': character '€'"),
         (["--ban", ""], "ban: expected text"),
@@ -504,7 +565,7 @@ def test_lines_from_a_pipe_that_are_no_text(
         (["--prompt", "a", "--interactive"], "not allowed with argument --prompt"),
         (["--prompt", "a", "--prompt-file", "x"], "not allowed with argument --prompt"),
         (["--out", "x"], "--out is for the completions of --prompt-file"),
-        (["--interactive", "--samples", "2"], "--samples does not go with --interactive"),
+        (["--interactive", "--samples", "2"], "--samples cannot go with --interactive"),
         (["--html", "x.html"], "--html compares several RUNs"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: cannot be read: No such file or directory"),
         (["--mode", "qa", "--prompt", "€"], "character '€' (U+20AC) at position 0"),
@@ -546,6 +607,34 @@ def test_several_runs_stand_side_by_side(two_runs: Path, capsys: pytest.CaptureF
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
+def test_runs_are_compared_on_a_terminal_without_utf_8(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (["two", "--prompt", "ü"], ["--show-info"]):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert inference.main(["one", *words, "--runs-dir", str(two_runs)]) == 0
+        monkeypatch.undo()
+
+
+def test_a_page_that_cannot_be_written_is_one_line(
+    two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    page = tmp_path / "page.html"
+    assert inference.main(["one", "two", "--html", str(page), "--runs-dir", str(two_runs)]) == 2
+    assert capsys.readouterr().err == f"error: {page}: cannot be written: No space left on device\n"
+
+
+def test_an_unknown_character_of_a_scored_text_is_named_with_its_line(
+    two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.txt").write_text("ab\na€", encoding="utf-8")
+    assert inference.main(["one", "--score", str(tmp_path / "s.txt"), "--runs-dir", str(two_runs)]) == 2
+    assert "s.txt:2: character '€'" in one_error(capsys)
+
+
 def test_a_score_tells_what_smaller_weights_cost(
     two_runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -569,7 +658,16 @@ def test_a_run_is_described(two_runs: Path, capsys: pytest.CaptureFixture[str]) 
     [
         (["one", "--html", "page.html"], "--html compares several RUNs"),
         (["one", "--logprobs"], "--logprobs compares several RUNs"),
-        (["one", "two", "--interactive"], "several RUNs are compared by"),
+        (["one", "two", "--stats"], "--stats is for one RUN; --prompt, --score and --show-info compare several"),
+        (
+            ["one", "--score", "s.txt", "--temperature", "-1", "--stats"],
+            "--temperature and --stats cannot go with --score",
+        ),
+        (["one", "two", "--show-info", "--html", "x.html"], "--html cannot go with --show-info"),
+        (["one", "--show-info", "--quantize", "int8"], "--quantize cannot go with --show-info"),
+        (["one", "two", "--prompt", "€"], "one/artifacts/export: character '€'"),
+        (["one", "--prompt", "-ab"], "one that begins with a dash is given as --FLAG=VALUE"),
+        (["one", "two", "--interactive"], "--interactive is for one RUN"),
         (["one", "--score", "missing.txt"], "missing.txt: cannot be read"),
     ],
 )

@@ -9,7 +9,15 @@ import torch
 from scipy.stats import chi2
 
 from utils.errors import UserError
-from utils.sampling import AHEAD, RandomStreams, SamplingError, SamplingOptions, filter_logits, sample
+from utils.sampling import (
+    AHEAD,
+    HIGHEST_TEMPERATURE,
+    RandomStreams,
+    SamplingError,
+    SamplingOptions,
+    filter_logits,
+    sample,
+)
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -65,6 +73,20 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, tokens: set[i
 def test_top_p_takes_no_more_than_needed_of_equal_tokens() -> None:
     assert len(kept(top_p=0.6, logits=torch.zeros(1, 4))) == 3
     assert len(kept(top_p=0.9, logits=LOGITS)) == 4
+
+
+def test_the_smallest_top_p_keeps_the_most_likely_token() -> None:
+    assert kept(top_p=1e-50) == {1}
+
+
+def test_a_banned_token_stays_banned_at_the_highest_temperature() -> None:
+    options = SamplingOptions(HIGHEST_TEMPERATURE, banned=(0, 3), repetition_penalty=1e3)
+    logits = filter_logits(LOGITS, options, torch.ones(1, 5, dtype=torch.bool))
+    assert (logits > -INF).tolist() == [[False, True, True, False, True]]
+
+
+def test_logits_that_are_no_numbers_draw_a_token_of_the_vocabulary() -> None:
+    assert sample(LOGITS * float("nan"), SamplingOptions(1.0), torch.tensor([0.5]).double()).tolist() == [4]
 
 
 def test_top_p_counts_what_top_k_has_left() -> None:
@@ -196,9 +218,18 @@ def test_an_option_out_of_bounds_is_an_error_that_names_it(settings: dict[str, A
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": 0}, {"temperature": 1e9}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 0.0}, {"min_p": 1.0}],
+    [
+        {"temperature": 0},
+        {"temperature": 1e6},
+        {"repetition_penalty": 1e3},
+        {"repetition_penalty": 1e-3},
+        {"top_k": 1},
+        {"top_p": 1.0},
+        {"min_p": 0.0},
+        {"min_p": 1.0},
+    ],
     ids=str,
 )
 def test_options_at_their_bounds_are_accepted(settings: dict[str, Any]) -> None:
-    token = sample(LOGITS, SamplingOptions(**settings), uniform(1))
+    token = sample(LOGITS, SamplingOptions(**settings), uniform(1), torch.ones(1, 5, dtype=torch.bool))
     assert 0 <= int(token) < 5

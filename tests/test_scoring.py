@@ -26,11 +26,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(variant: str, block_size: int) -> LanguageModel:
+def make_model(variant: str, block_size: int, tokenizer: CharTokenizer | None = None) -> LanguageModel:
     """Weights large enough that a token's chance depends on the whole context."""
     torch.manual_seed(0)
     tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size}
-    model = LanguageModel(ModelConfig(**tiny | VARIANTS[variant]), TOKENIZER.vocab_size)
+    model = LanguageModel(ModelConfig(**tiny | VARIANTS[variant]), (tokenizer or TOKENIZER).vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -93,6 +93,8 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_its_vocabulary() -> None:
 
 def test_bytes_are_those_of_the_predicted_characters() -> None:
     assert score(make_model("learned", 8), TOKENIZER, "😀aü").bytes == 3
+    unknown = CharTokenizer(TOKENIZER.vocabulary, unknown_token="\ufffd")
+    assert score(make_model("learned", 8, unknown), unknown, "éaü").bytes == 3
     found = Score(loss=math.log(2), tokens=2, bytes=3, seconds=1.0)
     assert found.bits_per_byte == pytest.approx(2 / 3)
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.foreign_weights import from_gpt2, from_llama
 from model import LanguageModel
-from utils.generation import decode_one_token, generate_tokens, new_cache, prefill
+from utils.generation import decode_one_token, generate, generate_tokens, new_cache, prefill
 from utils.sampling import SamplingOptions
 
 pytestmark = pytest.mark.slow
@@ -56,6 +56,17 @@ def test_logits_are_theirs_at_every_position(models: tuple[Any, LanguageModel]) 
     logits = [prefill(ours, idx[:, :7], cache)]
     logits += [decode_one_token(ours, idx[:, place], cache) for place in range(7, BLOCK)]
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, 6:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_of_different_length_continue_as_theirs(models: tuple[Any, LanguageModel]) -> None:
+    theirs, ours = models
+    steps = list(generate(ours, PROMPTS, BLOCK - 20, SamplingOptions(temperature=0), range(3)))
+    for row, prompt in enumerate(PROMPTS):
+        tokens = [int(step.tokens[row]) for step in steps]
+        expected = theirs(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        logits = torch.stack([step.logits[row] for step in steps])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import re
@@ -34,6 +35,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; one that begins with a dash is given as --FLAG=VALUE"
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -42,11 +45,12 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown flag, a missing value, a word too many.
         """
-        args, unknown = self.parse_known_args([_dashed(word) for word in argv])
+        flags = self._flags()
+        args, unknown = self.parse_known_args([_dashed(word, flags) for word in argv])
         if unknown:
             flag = unknown[0].split("=")[0]
             kind = "flag" if flag.startswith("-") else "argument"
-            raise UserError(f"unknown {kind} {flag}{nearest(flag, self._flags())}")
+            raise UserError(f"unknown {kind} {flag}{nearest(flag, flags)}")
         return args
 
     def _flags(self) -> list[str]:
@@ -56,9 +60,11 @@ class Parser(argparse.ArgumentParser):
         return [flag for parser in parsers for flag in parser._option_string_actions]
 
 
-def _dashed(word: str) -> str:
+def _dashed(word: str, flags: Sequence[str]) -> str:
+    """A flag by its own name; what is no flag may be a text."""
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+    dashed = name.replace("_", "-")
+    return dashed + equals + value if dashed in flags else word
 
 
 def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
@@ -173,7 +179,7 @@ def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | Non
     files_only.add_argument("--config", action="append", default=[], type=Path)
     files_only.add_argument("--config-dir", type=Path)
     try:
-        args, _ = files_only.parse_known_args([_dashed(word) for word in argv])
+        args, _ = files_only.parse_known_args([_dashed(word, ["--config-dir"]) for word in argv])
         return ConfigLoader(root, args.config_dir).load(args.config).config, None
     except (ConfigError, SystemExit) as error:
         return Config(), str(error)
@@ -189,14 +195,17 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
     """Decorator of a script's `main(argv)`: mistakes become one line on stderr and exit status 2.
 
     Ctrl-C before or after the part that handles signals itself ends with 130, a closed pipe
-    (`... | head`) quietly with 141.
+    (`... | head`) quietly with 141, a full disk with one line and 1.
     """
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
         tune_process()
         try:
-            return main(sys.argv[1:] if argv is None else argv)
+            status = main(sys.argv[1:] if argv is None else argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at exit it would be too late to say what went wrong
+            return status
         except UserError as error:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
@@ -205,7 +214,18 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail too
+            _drop_output()
             return 141
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _drop_output()
+            print(f"error: {error.filename or 'output'}: cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
 
     return wrapper
+
+
+def _drop_output() -> None:
+    """The flush at exit must not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

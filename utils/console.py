@@ -108,6 +108,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+def say(text: str) -> None:
+    """A part of a line of generated text, at once; a terminal gets it printable, a file as it is."""
+    if sys.stdout is not None:
+        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def duration(seconds: float) -> str:
     """ "42 s", "3:05 min" or "2:10:00 h"."""
     if seconds < 60:

@@ -27,8 +27,10 @@ from utils.errors import UserError
 from utils.evaluation import evaluating
 from utils.files import write_json
 from utils.flops import parameter_count
+from utils.run_log import decode_number
 
 FORMAT_VERSION = 1
+LOSSES = {"val/loss", "train/eval_loss"}
 EXPORT_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 
@@ -118,14 +120,16 @@ def load_export(folder: Path, device: torch.device) -> Export:
         if version != FORMAT_VERSION:
             raise ExportError(f"{config_path}: format version {version}, this workbench reads {FORMAT_VERSION}")
         vocab_size = config["vocab_size"]
-        if not isinstance(vocab_size, int) or vocab_size < 1:
+        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
             raise ExportError(f"{config_path}: vocab_size: expected a whole number >= 1, got {vocab_size!r}")
         model_config = ModelConfig.model_validate(config["model"])
-        training, crc32 = config["training"], config["weights_crc32"]
+        training, crc32 = _training_facts(config["training"]), config["weights_crc32"]
     except ValidationError as error:
         detail = error.errors()[0]
         raise ExportError(f"{config_path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ExportError:
+        raise
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
     try:
         weights = load_file(weights_path)
@@ -147,6 +151,13 @@ def load_export(folder: Path, device: torch.device) -> Export:
             "they are not from the same run"
         )
     return Export(model.to(device).eval(), tokenizer, training)
+
+
+def _training_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json tells of the training; a ValueError where a loss is no number."""
+    for name in LOSSES & training.keys():
+        decode_number(training[name])
+    return training
 
 
 def _crc32(path: Path) -> str:

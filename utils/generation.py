@@ -21,6 +21,7 @@ class Step(NamedTuple):
 
     tokens: torch.Tensor  # (B,)
     logits: torch.Tensor  # (B, V), of the model, before any filter
+    context: int  # tokens that the pass saw which made the logits, of all sequences together
 
 
 def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None) -> KVCache:
@@ -32,7 +33,7 @@ def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None
 def prefill(
     model: LanguageModel, idx: torch.Tensor, cache: KVCache | None, lengths: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """One parallel pass over the prompts (B, T); logits (B, V) of the token after each.
+    """One parallel pass over the prompts (B, T); logits (B, V) of the token after each. For torch.no_grad().
 
     Args:
         cache: an empty one, filled by the pass; without one nothing is kept.
@@ -46,7 +47,10 @@ def prefill(
 
 
 def decode_one_token(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Append tokens (B,); logits (B, V) of the next ones. With rotary positions a full window slides on."""
+    """Append tokens (B,); logits (B, V) of the next ones. With rotary positions a full window slides on.
+
+    For torch.no_grad(), as `prefill`: the cache is written in place.
+    """
     return model.head_logits(model.hidden(tokens.unsqueeze(1), cache).squeeze(1))
 
 
@@ -98,12 +102,13 @@ def generate(
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
     logits = prefill(lean_model, idx, cache, None if len(set(lengths)) == 1 else lengths)
+    context = sum(lengths)
     history: list[list[int]] | None = None
     for index in range(max_new_tokens):
         tokens = sample(logits, options, streams.draw(), seen)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        yield Step(tokens, logits)
+        yield Step(tokens, logits, context)
         if index + 1 == max_new_tokens:
             return
         if window == "exact" and max(cache.lengths) == block_size:
@@ -111,11 +116,12 @@ def generate(
                 history = [row[:length] for row, length in zip(cache.tokens.tolist(), cache.lengths, strict=True)]
             history = [(row + [token])[-block_size:] for row, token in zip(history, tokens.tolist(), strict=True)]
             idx, lengths = padded(history, device)
-            logits = prefill(model, idx, None, lengths)
+            logits, context = prefill(lean_model, idx, None, lengths), sum(lengths)
         else:
             if model.config.position == "learned":
                 make_room(model, cache)
             logits = decode_one_token(lean_model, tokens, cache)
+            context = sum(min(length, cache.capacity) for length in cache.lengths)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from model import LanguageModel
 from tokenizer import CharTokenizer, TokenizerError
@@ -25,6 +26,7 @@ from utils.scoring import Score, score
 from utils.text_stream import TextStream
 
 MAX_NEW_TOKENS, SEED, BATCH_SIZE = 300, 1337, 16
+SEEDS = 2**63
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,12 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max-new-tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= self.seed < 2**63:
+        if not 0 <= self.seed < SEEDS:
             raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed}")
+        if self.window not in get_args(Window):
+            raise UserError(f"window must be {' or '.join(get_args(Window))}, not {self.window!r}")
+        if isinstance(self.stops, str):
+            raise UserError(f"stops must be several texts, not the text {self.stops!r}")
 
 
 @dataclass
@@ -163,7 +169,7 @@ class Generator:
         """A completion of each prompt, `batch_size` of them at a time; a batch ends when all of its sequences have.
 
         Raises:
-            TokenizerError: a character of a prompt without a token.
+            UserError: a character of a prompt without a token, no sequence at a time, or a model that gives no numbers.
         """
         return list(self.completions(prompts, request, batch_size))
 
@@ -171,6 +177,8 @@ class Generator:
         self, prompts: Sequence[str], request: Request | None = None, batch_size: int = BATCH_SIZE
     ) -> Iterator[Completion]:
         """`generate_batch`, as soon as each batch is done."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         request = request or Request()
         for first in range(0, len(prompts), batch_size):
             sequences = self._sequences(prompts[first : first + batch_size], request, first)
@@ -226,20 +234,20 @@ class Generator:
         """The new text of each sequence, step by step, until all have ended."""
         prompts = [start_tokens(self.tokenizer, sequence.prompt) for sequence in sequences]
         seeds = [sequence.seed for sequence in sequences]
-        block_size = self.model.config.block_size
-        context = [min(len(prompt), block_size) for prompt in prompts]
         steps = generate(self.model, prompts, request.max_new_tokens, request.options, seeds, request.window)
         for index in range(request.max_new_tokens):
             began = time.perf_counter()
             step = next(steps)
             chances = step.logits.float().log_softmax(-1).gather(-1, step.tokens[:, None])[:, 0]  # (B,)
             tokens, logprobs = step.tokens.tolist(), chances.tolist()
+            if any(map(math.isnan, logprobs)):
+                raise UserError("the model's logits are no numbers (NaN): its training diverged")
             seconds = time.perf_counter() - began  # not of those who take the text
             growing = sum(not sequence.stream.stopped for sequence in sequences)
             if index == 0:
-                self.stats.add_prefill(sum(context), seconds)
+                self.stats.add_prefill(step.context, seconds)
             else:
-                self.stats.add_step(growing, sum(min(length + index, block_size) for length in context), seconds)
+                self.stats.add_step(growing, step.context, seconds)
             yield [
                 "" if sequence.stream.stopped else sequence.add(token, logprob)
                 for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True)

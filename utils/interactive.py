@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from tokenizer import CharTokenizer, TokenizerError
-from utils.console import facts
+from utils.console import facts, say
 from utils.errors import UserError, nearest
 from utils.generation import Window, start_tokens
-from utils.generator import Generator, Request
+from utils.generation_stats import GenerationStats
+from utils.generator import SEEDS, Generator, Request
 from utils.request_text import banned_tokens, stop_strings
 
 OFF = "none"
@@ -93,11 +94,15 @@ class Conversation:
 
     Args:
         asks: what is typed is a question, to be put into qa_template.
-        report: called after each turn.
+        report: called after each turn with its request; generator.stats are then of that turn alone.
     """
 
     def __init__(
-        self, generator: Generator, request: Request, asks: bool = False, report: Callable[[], None] = lambda: None
+        self,
+        generator: Generator,
+        request: Request,
+        asks: bool = False,
+        report: Callable[[Request], None] | None = None,
     ) -> None:
         self.generator, self.request, self.asks, self.report = generator, request, asks, report
         self.text = ""
@@ -163,8 +168,8 @@ class Conversation:
                 raise
             except ValueError:
                 raise UserError(f"{name}: expected {setting.expected}, got {value!r}") from None
-        if name == "/seed":
-            self._turns = 0
+            if name == "/seed":
+                self._turns = 0
         print(f"{name[1:]} {setting.show(self.request, tokenizer)}")
 
     def _help(self) -> list[tuple[str, str]]:
@@ -183,17 +188,18 @@ class Conversation:
         generator.tokenizer.encode(line)  # its mistakes have their places in the line
         new = generator.qa_prompt(line) if self.asks else line
         text = self.text + (self._between if self.text and line else "") + new
-        request = replace(self.request, seed=self.request.seed + self._turns)
+        request = replace(self.request, seed=(self.request.seed + self._turns) % SEEDS)
         if self.asks:
             request = generator.qa_request(request)
         self._tell_of_length(text)
         self.text, self._turns = text, self._turns + 1
+        generator.stats = GenerationStats()
         for piece in generator.stream(text, request):
             self.text += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            say(piece)
         print(flush=True)
-        self.report()
+        if self.report is not None:
+            self.report(request)
 
     def _tell_of_length(self, text: str) -> None:
         """Once, for most models see little."""

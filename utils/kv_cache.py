@@ -127,9 +127,11 @@ class KVCache:
         self.lengths = [length + new for length, new in zip(self.lengths, self._counts, strict=True)]
 
     def tokens_before(self, count: int) -> torch.Tensor:
-        """(B, count): the last tokens of each sequence, NO_TOKEN before its first one."""
-        positions = self.positions[:, None] + torch.arange(-count, 0, device=self.positions.device)  # (B, count)
-        return self.tokens[self._rows, positions % self.capacity].masked_fill(positions < 0, NO_TOKEN)
+        """(B, count): the last tokens of each sequence, NO_TOKEN before its first one and what is overwritten."""
+        back = torch.arange(count, 0, -1, device=self.tokens.device)
+        positions = self.positions[:, None] - back  # (B, count)
+        unknown = (positions < 0) | (back > self.capacity)
+        return self.tokens[self._rows, positions % self.capacity].masked_fill(unknown, NO_TOKEN)
 
     def replace(self, row: int, other: KVCache) -> None:
         """Replace sequence `row` by the one sequence of another cache."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,13 @@ def read_prompts(path: Path) -> list[FilePrompt]:
     Raises:
         UserError: no such file, no UTF-8, no JSON, no prompt.
     """
-    prompts = []
+    prompts, is_json = [], path.suffix.lower() == ".jsonl"
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         place, text = f"{path}:{number}", line.removesuffix("\r")
-        if path.suffix == ".jsonl" and text.strip():
+        if is_json and text.strip():
             record = _record(text, place)
             prompts.append(FilePrompt(place, record["prompt"], record))
-        elif path.suffix != ".jsonl" and text:
+        elif not is_json and text:
             prompts.append(FilePrompt(place, text, {"prompt": text}))
     if not prompts:
         raise UserError(f"{path}: no prompts in it, expected one a line")
@@ -66,7 +66,7 @@ def read_text(path: Path) -> str:
 
 def _record(text: str, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f'{place}: not JSON ({reason}), expected {{"prompt": "...", ...}}') from None
@@ -75,8 +75,16 @@ def _record(text: str, place: str) -> dict[str, Any]:
     return record
 
 
-def check_out(path: Path) -> None:
+def _no_number(name: str) -> None:
+    """json reads NaN and Infinity, which are no JSON and could not be written again."""
+    raise ValueError(f"{name} is no number")
+
+
+def check_out(path: Path, source: Path | None = None) -> None:
     """Before hours of work: can a file stand there?
+
+    Args:
+        source: what is read and must not be overwritten.
 
     Raises:
         UserError: it cannot.
@@ -84,6 +92,8 @@ def check_out(path: Path) -> None:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: cannot be written: not a regular file")
+        if source is not None and path.exists() and path.samefile(source):
+            raise UserError(f"{path}: cannot be written: the prompts are read from it")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
@@ -106,13 +116,13 @@ def completion_line(prompt: FilePrompt, completion: Completion) -> str:
     return json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace").decode()
 
 
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """All of them or, where that fails, what was there before.
+def write_out(path: Path, text: str) -> None:
+    """All of it or, where that fails, what was there before.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        write_atomic(path, "".join(f"{line}\n" for line in lines))
+        write_atomic(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

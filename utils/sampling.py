@@ -10,6 +10,9 @@ import torch
 from utils.errors import UserError
 
 GREEDY_BELOW = 1e-6  # temperatures under it differ from greedy only in ties
+HIGHEST_TEMPERATURE = 1e6
+PENALTIES = (1e-3, 1e3)  # beyond, logits leave the range of numbers
+SMALLEST = torch.finfo(torch.float32).tiny
 AHEAD = 256  # random numbers that a stream makes at once
 
 
@@ -41,27 +44,33 @@ class SamplingOptions:
     banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise SamplingError(f"temperature must be a finite number >= 0 (0 is greedy), not {self.temperature}")
+        if not 0 <= self.temperature <= HIGHEST_TEMPERATURE:
+            raise SamplingError(
+                f"temperature must be from 0 (greedy) to {HIGHEST_TEMPERATURE:,.0f}, not {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise SamplingError(f"top-k must be at least 1, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SamplingError(f"top-p must be above 0 and at most 1, not {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise SamplingError(f"min-p must be from 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise SamplingError(f"repetition-penalty must be a finite number above 0, not {self.repetition_penalty}")
+        least, most = PENALTIES
+        if not least <= self.repetition_penalty <= most:
+            raise SamplingError(
+                f"repetition-penalty must be from {least:g} to {most:,.0f}, not {self.repetition_penalty}"
+            )
 
 
 class RandomStreams:
     """Uniform random numbers, a stream for each sequence: they do not depend on the others of its batch.
 
-    They are made on the CPU, so that every device draws the same ones, and many at once.
+    They are made on the CPU, so that every device draws the same ones, and many at once. MPS, which knows no double
+    precision, draws there, too.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._device = device
+        self._device = torch.device("cpu") if device.type == "mps" else device
         self._next = AHEAD
 
     def draw(self) -> torch.Tensor:
@@ -97,7 +106,7 @@ def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Te
     if options.top_p is not None and options.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)  # (B, V)
         probabilities = ordered.softmax(-1)
-        reached_before = probabilities.cumsum(-1) - probabilities >= options.top_p
+        reached_before = probabilities.cumsum(-1) - probabilities >= max(options.top_p, SMALLEST)  # never the first
         logits = logits.masked_fill(reached_before.gather(-1, order.argsort(-1)), float("-inf"))
     if options.min_p is not None:
         probabilities = logits.softmax(-1)
@@ -117,10 +126,11 @@ def sample(
         seen: see filter_logits.
 
     Returns:
-        (B,) token ids.
+        (B,) token ids, on the device of the logits.
     """
-    logits = filter_logits(logits, options, seen)
+    filtered = filter_logits(logits, options, seen)
     if options.temperature < GREEDY_BELOW:
-        return logits.argmax(-1)
-    reached = logits.double().softmax(-1).cumsum(-1)  # (B, V)
-    return torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
+        return filtered.argmax(-1)
+    reached = filtered.to(uniform.device).double().softmax(-1).cumsum(-1)  # (B, V)
+    tokens = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
+    return tokens.clamp_(max=logits.size(-1) - 1).to(logits.device)  # of NaN it makes V

@@ -90,7 +90,7 @@ def score(model: LanguageModel, tokenizer: CharTokenizer, text: str) -> Score:
         logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
         losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
         total += float(losses.cpu().double().sum())
-    n_bytes = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    n_bytes = len(text[1:].encode())  # the first token is the first character
     return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
 
 
