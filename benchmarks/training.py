@@ -68,7 +68,7 @@ LIMITS = (  # tokens/s of the first over those of the second
     (TRACKED, LIGHTNING_TRACKED, 2.0),
     (UNTRACKED, LIGHTNING_OFF, 2.0),
 )
-LEAST_WARMUP = 65  # the views open after the first write of the log, which is due by then
+LEAST_WARMUP = 65  # the views begin to open after the first write of the log, which is due by then
 NANOGPT = {
     "n_layer": 4,
     "n_head": 4,
@@ -93,7 +93,9 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}  # our
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("--steps", type=int, default=250, metavar="N", help="timed steps of a process (default: 250)")
-    parser.add_argument("--warmup", type=int, default=100, metavar="N", help="steps before them (default: 100)")
+    parser.add_argument(
+        "--warmup", type=int, default=200, metavar="N", help="steps before them, in which the views open (default: 200)"
+    )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="processes of each arm (default: 7)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
