@@ -112,14 +112,14 @@ class Attention(nn.Module):
         H, K, D = self.n_head, self.kv_heads, self.head_width
         qkv = self.qkv(x).view(B, T, H + 2 * K, D)
         if self.norm is None and rope is None:
-            q, k, v = qkv.split((H, K, K), dim=2)  # (B, T, H | K, D)
+            q, k, v = qkv.split_with_sizes((H, K, K), dim=2)  # (B, T, H | K, D)
         else:
-            qk, v = qkv.split((H + K, K), dim=2)
+            qk, v = qkv.split_with_sizes((H + K, K), dim=2)
             if self.norm is not None:
                 qk = self.norm(qk, (D,))
             if rope is not None:
                 qk = rotate(qk, *rope)
-            q, k = qk.split((H, K), dim=2)
+            q, k = qk.split_with_sizes((H, K), dim=2)
         if cache is None:
             y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, T, H * D)
         else:

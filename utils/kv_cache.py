@@ -30,9 +30,10 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (2 * config.n_layer, batch_size, config.kv_heads, capacity, config.head_width)
-        self._buffers = torch.zeros(shape, device=device, dtype=dtype)
-        self.keys, self.values = self._buffers.chunk(2)
+        shape = (2 * config.n_layer, batch_size, capacity, config.kv_heads, config.head_width)
+        self._by_slot = torch.zeros(shape, device=device, dtype=dtype)  # as they come
+        self._by_head = self._by_slot.transpose(2, 3)  # as they are read
+        self.keys, self.values = self._by_head.chunk(2)
         self._n_layer = config.n_layer
         self.tokens = torch.full((batch_size, capacity), NO_TOKEN, device=device)
         self.lengths = [0] * batch_size
@@ -71,13 +72,13 @@ class KVCache:
         self._counts = [T] * len(self.lengths) if lengths is None else list(lengths)
         self._is_empty = longest == 0
         self._visible = self.capacity if self._static else min(longest + T, self.capacity)
-        self._stored = self._buffers[:, :, :, : self._visible].unbind()  # 2 L of (B, K, visible, D)
+        self._stored = self._by_head[:, :, :, : self._visible].unbind()  # 2 L of (B, K, visible, D)
         self._mask = None
         if min(self.lengths) == longest:
             first = longest % self.capacity
             slots = slice(first, first + T)
             self.tokens[:, slots] = idx
-            self._new = self._buffers[:, :, :, slots].unbind()  # 2 L of (B, K, T, D)
+            self._new = self._by_slot[:, :, slots].unbind()  # 2 L of (B, T, K, D)
             self._slots: torch.Tensor | None = None  # (B, T), where they differ
             if not self._is_empty and (T > 1 or self._static):  # one token sees all that is in use
                 self._mask = self._visible_to(torch.arange(longest, longest + T, device=idx.device)[None])
@@ -106,8 +107,8 @@ class KVCache:
         L = self._n_layer
         keys, values = self._stored[layer], self._stored[L + layer]
         if self._slots is None:
-            self._new[layer].copy_(k.transpose(1, 2))
-            self._new[L + layer].copy_(v.transpose(1, 2))
+            self._new[layer].copy_(k)
+            self._new[L + layer].copy_(v)
         else:
             keys[self._rows, :, self._slots] = k
             values[self._rows, :, self._slots] = v
