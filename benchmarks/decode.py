@@ -4,7 +4,8 @@ python -m benchmarks.decode                     # some minutes on 2 CPU cores; n
 python -m benchmarks.decode --repeats 3 --shapes small,medium
 
 Three shapes of GPT-2 with random weights, greedy, one sequence after a prompt of 16 tokens: transformers' generate(),
-ours in float32, and ours with bfloat16 and int8 weights. The arms take turns; the table has medians over the repeats. A
+ours in float32, and ours with bfloat16 and int8 weights. The arms take turns, each with a short text first that is not
+timed, for the arm before has left its own code and weights in the caches; the table has medians over the repeats. A
 token reads all weights once, so memory sets the limit: its share is what the weights and the cache amount to a second,
 over what this machine reads in the same run.
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from model import LanguageModel
     from utils.quantization import Weights
 
+WARM_UP = 8  # tokens
 PROMPT, BATCH, LONG_PROMPT, LONG_TEXT = 16, 16, 200, 20_000
 OURS, THEIRS, BFLOAT16, INT8 = "ours, float32", "transformers, float32", "ours, bfloat16 weights", "ours, int8 weights"
 LIMITS = {"batch": 6.0, "first token": 1.2}
@@ -135,6 +137,12 @@ def by_us(model: LanguageModel, prompts: Sequence[list[int]], count: int) -> flo
     return time.perf_counter() - began
 
 
+def warmed(arm: Callable[[int], float], count: int) -> float:
+    """Seconds that an arm takes for `count` tokens, after a few that are not counted."""
+    arm(WARM_UP)
+    return arm(count)
+
+
 def a_prompt(length: int, first: int = 0) -> list[int]:
     return [(first + 7 * position) % 65 for position in range(length)]
 
@@ -150,15 +158,15 @@ def report_shape(name: str, shape: Shape, repeats: int, terminal: Terminal) -> N
     arms: dict[str, Callable[[], float]] = {}
     gigabytes: dict[str, float] = {}
     theirs = gpt2(shape)
-    arms[THEIRS] = functools.partial(by_transformers, theirs, a_prompt(PROMPT), shape.tokens)
+    arms[THEIRS] = functools.partial(warmed, functools.partial(by_transformers, theirs, a_prompt(PROMPT)), shape.tokens)
     smaller: dict[str, Weights] = {OURS: "float32", BFLOAT16: "bfloat16", INT8: "int8"}
     for arm, weights in smaller.items():
         model = ours(shape, weights)
-        arms[arm] = functools.partial(by_us, model, [a_prompt(PROMPT)], shape.tokens)
+        arms[arm] = functools.partial(warmed, functools.partial(by_us, model, [a_prompt(PROMPT)]), shape.tokens)
         gigabytes[arm] = bytes_of_a_token(model, PROMPT + shape.tokens / 2) / 1e9
     gigabytes[THEIRS] = gigabytes[OURS]
-    for warm_up in arms.values():
-        warm_up()
+    for first in arms.values():
+        first()
     seconds = common.interleaved(arms, repeats)
     reads = measure_read(torch.device("cpu")) / 1e9
     sizes = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size)
