@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import os
 import re
@@ -195,7 +194,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
     """Decorator of a script's `main(argv)`: mistakes become one line on stderr and exit status 2.
 
     Ctrl-C before or after the part that handles signals itself ends with 130, a closed pipe
-    (`... | head`) quietly with 141, a full disk with one line and 1.
+    (`... | head`) quietly with 141, a full disk behind stdout with one line and 1.
     """
 
     @functools.wraps(main)
@@ -217,13 +216,23 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
             _drop_output()
             return 141
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if not _output_fails():
                 raise
             _drop_output()
-            print(f"error: {error.filename or 'output'}: cannot be written: {error.strerror}", file=sys.stderr)
+            print(f"error: output: cannot be written: {error.strerror}", file=sys.stderr)
             return 1
 
     return wrapper
+
+
+def _output_fails() -> bool:
+    """Is it stdout that cannot be written? What it could not take it still holds."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _drop_output() -> None:
