@@ -127,8 +127,8 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
 
     def timed_step(state: TrainState) -> None:
         nonlocal parameters
+        parameters = parameters or state.model.num_parameters()
         optimizer_step(state)
-        parameters = state.model.num_parameters()
         clock.step_done()
 
     overrides: dict[str, str | bool] = {

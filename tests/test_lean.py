@@ -33,10 +33,23 @@ def test_weights_are_shared_and_changes_in_place_are_seen() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_there_is_no_dropout(training: bool) -> None:
+def test_dropout_is_that_of_the_mode_that_the_model_is_in(training: bool) -> None:
     model = LanguageModel(config_of("gpt2", dropout=0.5), 17).train(training)
-    idx = random_tokens(1, 9)
-    assert torch.equal(lean(model)(idx)[0], model.eval()(idx)[0])
+    plain, idx = lean(model), random_tokens(1, 9)
+    torch.manual_seed(5)
+    expected = model(idx)[0]
+    torch.manual_seed(5)
+    assert torch.equal(plain(idx)[0], expected)
+    assert torch.equal(expected, model.eval()(idx)[0]) is not training
+
+
+@every_variant
+def test_gradients_are_those_of_the_model(variant: str) -> None:
+    model, idx = lively_model(config_of(variant)).train(), random_tokens(3, 9)
+    expected, found = (
+        torch.autograd.grad(forward(idx, idx)[1], list(model.parameters())) for forward in (model, lean(model))
+    )
+    assert all(map(torch.equal, found, expected))
 
 
 def test_hooks_are_left_out() -> None:

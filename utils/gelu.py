@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 CUBIC = 0.044715
 FEW = 1 << 13  # numbers; below, the calls take longer than a tanh
 SCALE = 2 * math.sqrt(2 / math.pi)
+SIGMOID_BACKWARD = torch.ops.aten.sigmoid_backward.grad_input
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -25,18 +26,19 @@ class SigmoidGELU(torch.autograd.Function):
     """The same as x sigmoid(z), z = 2 sqrt(2 / pi) (x + 0.044715 x^3), for (1 + tanh(y)) / 2 = sigmoid(2 y).
 
     torch's sigmoid takes a tenth of the time of its tanh. The derivative is made along with the value, while both are
-    in the cache, and nothing else is kept. No gradients of gradients.
+    in the cache, and nothing else is kept; most of the time goes into new memory, so what can be is done in place. No
+    gradients of gradients.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        slope = torch.addcmul(torch.tensor(SCALE), x, x, value=CUBIC * SCALE)  # z / x
-        sigmoid = (slope * x).sigmoid_()
+        z = torch.addcmul(torch.tensor(SCALE), x, x, value=CUBIC * SCALE).mul_(x)
+        sigmoid = z.sigmoid()
         y = x * sigmoid
         if ctx.needs_input_grad[0]:
-            third = slope.sub_(2 * SCALE / 3)  # of dz/dx
-            derivative = torch.addcmul(y, y, sigmoid, value=-1)  # x sigmoid'(z)
-            ctx.save_for_backward(torch.addcmul(sigmoid, derivative, third, value=3, out=derivative))
+            third = z.sub_(x, alpha=SCALE * 2 / 3)  # of x dz/dx
+            SIGMOID_BACKWARD(third, sigmoid, grad_input=third)  # times sigmoid (1 - sigmoid)
+            ctx.save_for_backward(sigmoid.add_(third, alpha=3))
         return y
 
     @staticmethod

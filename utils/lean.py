@@ -6,29 +6,30 @@ import functools
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def lean(module: M) -> M:
-    """The same code over the same tensors in eval mode, in plain objects: no hooks, attributes found at once.
+    """The same code over the same tensors in the mode that it is in, in plain objects: attributes are found at once.
 
-    A tensor that is replaced in the module later, not changed in place, stays the old one here.
+    It has no hooks, and what is replaced in the module later (its mode, a tensor, a part of it) stays the old one here.
     """
     return cast(M, _lean(module))
 
 
 def _lean(module: nn.Module) -> Any:
     if isinstance(module, nn.Dropout):
-        return _identity
+        return functools.partial(F.dropout, p=module.p) if module.training and module.p else _identity
     if isinstance(module, nn.ModuleList):
         return [_lean(child) for child in module]
     parts = vars(module)
     of: Any = type(module)
     plain = _plain_class(of)()
     children = {name: child and _lean(child) for name, child in parts["_modules"].items()}
-    vars(plain).update(parts | parts["_parameters"] | parts["_buffers"] | children | {"training": False})
+    vars(plain).update(parts | parts["_parameters"] | parts["_buffers"] | children)
     return plain
 
 

@@ -60,7 +60,7 @@ class ActivationMeter:
 
 def activation_phase(state: TrainState) -> ActivationMeter | None:
     """A meter, but none for a compiled model: it would be compiled anew for it."""
-    return None if state.forward is not state.model else ActivationMeter(state.model)
+    return None if state.compiled else ActivationMeter(state.model)
 
 
 def reset_peak(device: torch.device) -> bool:

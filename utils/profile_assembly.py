@@ -51,7 +51,7 @@ def build_profile(
             dtype=str(state.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
-            compile=state.forward is not state.model,
+            compile=state.compiled,
         ),
         config=config.model_dump(mode="json"),
         parameters=state.model.num_parameters(),

@@ -149,6 +149,8 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
     state.callbacks = dict(setup.callbacks)
+    if state.callbacks and not state.compiled:
+        state.forward = state.model  # they may hook into its modules, or change them
     write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
     read_registry(run.path / METRICS)  # the logs of a run that goes on may hold what is not registered any more
     write_registry(run.path / METRICS)
@@ -162,7 +164,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
             **decisive,
             "dataset": corpus.name,
             "device": str(setup.device),
-            "compiled": state.forward is not state.model,
+            "compiled": state.compiled,
             "vocab_size": corpus.tokenizer.vocab_size,
             "train_tokens": corpus.n_train,
             "val_tokens": corpus.n_val,

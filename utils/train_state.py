@@ -19,6 +19,7 @@ from utils.config import Config, ModelConfig
 from utils.console import Terminal
 from utils.device import autocast
 from utils.early_stopping import EarlyStopping
+from utils.lean import lean
 from utils.optim import build_optimizer
 from utils.resume import differing_model_settings
 from utils.run_log import decode_number, encode_number
@@ -43,9 +44,10 @@ class TrainState:
     corpus: Corpus
     sampler: BatchSampler
     model: LanguageModel
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model, or its compiled form
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # of the model: compiled, or without its modules (utils/lean.py)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    compiled: bool = False
     step: int = 0
     losses: dict[str, float] | None = None  # of the last evaluation,
     losses_step: int | None = None  # which was at this step
@@ -79,18 +81,18 @@ def build_state(
         corpus=corpus,
         sampler=sampler,
         model=model,
-        forward=model,
+        forward=lean(model),
         optimizer=build_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
     )
     if config.train.compile:
-        state.forward = compile_model(state, terminal)
+        compile_model(state, terminal)
     return state
 
 
-def compile_model(state: TrainState, terminal: Terminal) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The compiled model, or the model itself with one warning if the backend fails on a trial step."""
+def compile_model(state: TrainState, terminal: Terminal) -> None:
+    """Take the compiled model; if the backend fails on a trial step, warn and go on as before."""
     backend = "aot_eager" if state.device.type == "mps" else "inductor"
     mode = state.config.train.compile_mode if backend == "inductor" else None  # aot_eager has no modes
     compiled = torch.compile(state.model, backend=backend, mode=mode)
@@ -105,10 +107,10 @@ def compile_model(state: TrainState, terminal: Terminal) -> Callable[..., tuple[
     except Exception as error:  # a compiler can fail in any way; training can always go on without it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         terminal.warn(f"torch.compile ({backend}) failed, going on in eager mode: {type(error).__name__}: {reason}")
-        return state.model
+        return
     finally:
         state.optimizer.zero_grad(set_to_none=True)
-    return compiled
+    state.forward, state.compiled = compiled, True
 
 
 # ------------------------------------------------------------------------------------- capture and restore
