@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from utils import attention as module
-from utils.attention import SHORT, ShortAttention, causal_attention
+from utils.attention import SHORT, ShortAttention, causal_attention, causal_mask
 
 
 def q_k_v(batch: int, length: int, kv_heads: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -69,6 +70,16 @@ def test_no_token_sees_a_later_one() -> None:
 
 def test_gradients_of_gradients_are_refused() -> None:
     q, k, v = q_k_v(1, 4)
-    (gradient,) = torch.autograd.grad(causal_attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="ShortAttentionBackward has no gradient of its gradient"):
+        torch.autograd.grad(causal_attention(q, k, v).sum(), q, create_graph=True)
+
+
+def test_generation_and_fake_tensors_before_do_not_disturb_training() -> None:
+    causal_mask.cache_clear()
+    with FakeTensorMode():  # of the search for a batch size
+        assert isinstance(causal_attention(*q_k_v(1, 5)), FakeTensor)
+    with torch.inference_mode():
+        causal_attention(*q_k_v(1, 5))
+    tensors = q_k_v(1, 5)
+    gradients = torch.autograd.grad(causal_attention(*tensors).sum(), tensors)
+    assert all(gradient.any() for gradient in gradients)

@@ -289,6 +289,17 @@ def test_the_end_is_told_once(status: str, tiny_argv: Argv, monkeypatch: pytest.
     assert [call[2] for call in Recorder.calls if call[0] == "end"] == [status]
 
 
+def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def watch(recorder: Recorder, run: TrainingRun) -> None:
+        run.state.model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+
+    monkeypatch.setattr(Recorder, "on_start", watch)
+    assert train.main(tiny_argv(*flags("Recorder"), "--no-keep-best", "--eval-iters", "1")) == 0
+    assert len([shape for shape in seen if shape == seen[0]]) >= 6  # a forward pass of each step at least
+
+
 def test_without_callbacks_a_step_does_nothing() -> None:
     run = SimpleNamespace()
     Callbacks([], run).on_step(3, torch.tensor(2.0))  # type: ignore[arg-type]

@@ -17,8 +17,9 @@ RECORDS = (  # what experiments.py and profile_model.py --compare are made of
 LAYERS = {
     0: "errors files config config_loader cli run_manager run_log metadata signals console resume early_stopping"
     " curves checkpoint_folder promotion seal process",
-    1: "device distributed flops roofline phases linear attention kv_cache gelu lean sampling text_stream request_text"
-    " adamw muon optim histograms step_buffer flight_recorder system_metrics tracking checkpoint " + RECORDS,
+    1: "device distributed flops roofline phases first_order linear attention kv_cache gelu lean sampling text_stream"
+    " request_text adamw muon optim histograms step_buffer flight_recorder system_metrics tracking checkpoint "
+    + RECORDS,
     2: "evaluation generation quantization scoring generation_stats generator prompt_file interactive export profiling"
     " memory_profile generation_speed"
     " profile_assembly run_profiler train_state checkpointing training gates start finish result callbacks monitor"

@@ -15,7 +15,13 @@ class EagerOptimizer(torch.optim.Optimizer):
     """
 
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Let go of all gradients."""
+        assert set_to_none, "gradients are never filled with zeros"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class AdamW(EagerOptimizer):

@@ -6,12 +6,14 @@ one batched product over all sequences and heads is up to twice as fast (docs/LO
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+from utils.first_order import first_order
 
 SHORT = 128  # tokens; from about 192 on torch's kernel is as fast, and it needs no memory for the scores
 
@@ -45,6 +47,12 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
+@functools.lru_cache(maxsize=8)
+def causal_mask(length: int) -> torch.Tensor:
+    """(length, length), to add to scores: no query may see what comes after it."""
+    return torch.full((length, length), -math.inf).triu_(1)
+
+
 class ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v and its gradients as seven batched matrix products. No gradients of gradients."""
 
@@ -52,14 +60,14 @@ class ShortAttention(torch.autograd.Function):
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         B, T, H, D = q.shape
         q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
-        later = torch.full((T, T), -math.inf).triu_(1)  # no query may see what comes after it
-        scores = torch.baddbmm(later, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
+        mask = (causal_mask if type(q) is torch.Tensor else causal_mask.__wrapped__)(T)  # what is fake has its own
+        scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
         weights = scores.softmax(dim=-1)
         ctx.save_for_backward(q, k, v, weights)
         return torch.bmm(weights, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, -1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v, weights = ctx.saved_tensors
         B, (T, D) = gradient.size(0), v.shape[1:]

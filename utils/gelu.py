@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+from utils.first_order import first_order
 
 CUBIC = 0.044715
 FEW = 1 << 13  # numbers; below, the calls take longer than a tanh
@@ -42,7 +43,7 @@ class SigmoidGELU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (derivative,) = ctx.saved_tensors
         return gradient * derivative

@@ -44,7 +44,7 @@ class TrainState:
     corpus: Corpus
     sampler: BatchSampler
     model: LanguageModel
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # of the model: compiled, or without its modules (utils/lean.py)
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model compiled, or lean
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool = False
