@@ -42,7 +42,7 @@ def test_memory_that_was_freed_is_taken_again_without_page_faults() -> None:
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
-    [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "6000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_threads_wait_briefly_unless_the_user_says_otherwise(environment: dict[str, str], expected: str) -> None:
     code = "import os; from utils.process import tune_process as t; t(); print(os.environ.get('GOMP_SPINCOUNT'))"
