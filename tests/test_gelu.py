@@ -58,3 +58,9 @@ def test_other_precisions_stay_with_torch(dtype: torch.dtype, monkeypatch: pytes
     monkeypatch.setattr(SigmoidGELU, "apply", None)
     x = torch.randn(10, dtype=dtype)
     assert torch.equal(gelu_tanh(x), F.gelu(x, approximate="tanh"))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    x = torch.randn(10).requires_grad_()
+    with pytest.raises(RuntimeError, match="SigmoidGELUBackward has no gradient of its gradient"):
+        torch.autograd.grad(gelu_tanh(x).sum(), x, create_graph=True)

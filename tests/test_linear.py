@@ -111,3 +111,9 @@ def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None
         y = linear(x, weight)
         assert y.grad_fn is not None
         assert (name == "OneDNNLinearBackward") == (y.grad_fn.name() == name)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    x = torch.randn(3, 4).requires_grad_()
+    with pytest.raises(RuntimeError, match="OneDNNLinearBackward has no gradient of its gradient"):
+        torch.autograd.grad(linear(x, torch.randn(5, 4)).sum(), x, create_graph=True)

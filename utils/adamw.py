@@ -17,8 +17,13 @@ class EagerOptimizer(torch.optim.Optimizer):
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Let go of all gradients."""
-        assert set_to_none, "gradients are never filled with zeros"
+        """Let go of all gradients.
+
+        Raises:
+            ValueError: they are to be filled with zeros instead.
+        """
+        if not set_to_none:
+            raise ValueError("gradients are let go, never filled with zeros")
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None

@@ -50,7 +50,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
 @functools.lru_cache(maxsize=8)
 def causal_mask(length: int) -> torch.Tensor:
     """(length, length), to add to scores: no query may see what comes after it."""
-    return torch.full((length, length), -math.inf).triu_(1)
+    return torch.full((length, length), -math.inf, dtype=torch.float32, device="cpu").triu_(1)
 
 
 class ShortAttention(torch.autograd.Function):

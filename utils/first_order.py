@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def first_order(backward: Callable[..., R]) -> Callable[..., R]:
-    """Refuse gradients of gradients, as torch's once_differentiable does, which takes 10 microseconds a call.
+    """Refuse gradients of gradients at once; torch's once_differentiable takes 10 microseconds a call.
 
     Raises:
         RuntimeError: when called with create_graph.

@@ -14,7 +14,8 @@ from torch import nn
 from utils.first_order import first_order
 
 # The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
-ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+ONEDNN = _OPERATOR and _OPERATOR.default
 
 SMALL = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
 

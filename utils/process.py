@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 
 # Turns of the loop in which a thread waits for its next piece of work before it sleeps. libgomp's own 300,000 keep a
-# core from other processes: two of them on two cores then take ten times as long and more. With 1,000 threads fall
-# asleep between the operators of a step (docs/LOG.md).
+# core from other processes: two of them on two cores then take ten times as long and more. With 4,000 and fewer threads
+# fall asleep between the operators of a step (docs/LOG.md).
 SPIN_COUNT = "6000"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 GIB, LARGEST_OF_OLD = 1 << 30, 1 << 25

@@ -44,7 +44,7 @@ class TrainState:
     corpus: Corpus
     sampler: BatchSampler
     model: LanguageModel
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model compiled, or lean
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model: compiled, lean, or itself
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool = False
