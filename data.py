@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from tokenizer import CharTokenizer
-from utils.config import DataConfig
+from utils.config.settings import DataConfig
 from utils.errors import UserError, nearest
 from utils.files import write_atomic
 

@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli import PROJECT_ROOT, Parser, script
-from utils.config_loader import ConfigLoader
-from utils.console import FeedingProgress, Terminal
+from utils.config.loader import ConfigLoader
 from utils.errors import UserError
-from utils.run_index import IndexedRun, read_index, read_run
-from utils.run_log import VIEWS
-from utils.run_manager import RunError, resolve_run
+from utils.runs.index import IndexedRun, read_index, read_run
+from utils.runs.log import VIEWS
+from utils.runs.run import RunError, resolve_run
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.console import FeedingProgress, Terminal
 
 TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Biases"}
 AXES = ("step", "tokens", "time")
@@ -127,8 +127,8 @@ def add_list(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def list_command(args: argparse.Namespace) -> int:
-    from utils.run_sql import choose_runs
-    from utils.run_tables import columns_of, list_table
+    from utils.experiments.sql import choose_runs
+    from utils.experiments.tables import columns_of, list_table
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
@@ -157,7 +157,7 @@ def chosen_columns(text: str | None, runs: Sequence[IndexedRun]) -> list[str]:
         UserError: a column that no run has.
     """
     from utils.errors import nearest
-    from utils.run_index import FACTS
+    from utils.runs.index import FACTS
 
     known = [*FACTS, *dict.fromkeys(key for run in runs for key in run.settings if key not in FACTS)]
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
@@ -177,8 +177,8 @@ def add_sql(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def sql_command(args: argparse.Namespace) -> int:
-    from utils.run_sql import RunDatabase
-    from utils.run_tables import sql_table
+    from utils.experiments.sql import RunDatabase
+    from utils.experiments.tables import sql_table
 
     table = RunDatabase(read_index(runs_folder(args))).select(args.query)
     if args.json:
@@ -194,8 +194,8 @@ def add_show(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def show_command(args: argparse.Namespace) -> int:
-    from utils.promotion import read_models
-    from utils.run_tables import show_screen
+    from utils.experiments.tables import show_screen
+    from utils.runs.names import read_models
 
     folder = runs_folder(args)
     run = named_run(args.run, folder)
@@ -220,8 +220,8 @@ def add_diff(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def diff_command(args: argparse.Namespace) -> int:
-    from utils.run_diff import diff
-    from utils.run_tables import diff_tables
+    from utils.experiments.diff import diff
+    from utils.experiments.tables import diff_tables
 
     found = diff(named_runs(args, least=2), PROJECT_ROOT)
     if args.json:
@@ -237,8 +237,8 @@ def add_compare(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def compare_command(args: argparse.Namespace) -> int:
-    from utils.comparison import compare
-    from utils.run_tables import comparison_tables
+    from utils.experiments.compare import compare
+    from utils.experiments.tables import comparison_tables
 
     found = compare(named_runs(args, least=2), args.metric)
     if args.json:
@@ -254,8 +254,8 @@ def add_explain(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def explain_command(args: argparse.Namespace) -> int:
-    from utils.provenance import explain, explain_of_run
-    from utils.run_tables import explanation
+    from utils.experiments.explain import explain, explain_of_run
+    from utils.experiments.tables import explanation
 
     if len(args.words) > 2:
         raise UserError(f"explain takes [RUN] KEY, got {' '.join(args.words)}")
@@ -281,7 +281,7 @@ def add_plot(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def plot_command(args: argparse.Namespace) -> int:
-    from utils.plotting import load_curves, save_plot, terminal_plot
+    from utils.experiments.plot import load_curves, save_plot, terminal_plot
 
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
@@ -316,7 +316,7 @@ def add_report(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def report_command(args: argparse.Namespace) -> int:
-    from utils.report import write_report
+    from utils.experiments.report import write_report
 
     runs = named_runs(args)
     write_to(args.out, lambda: write_report(runs, args.out, PROJECT_ROOT))
@@ -339,7 +339,7 @@ def add_edit(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def edit_command(args: argparse.Namespace) -> int:
-    from utils.notes import edit
+    from utils.experiments.notes import edit
 
     if args.tag is None and args.note is None and args.pin is None and not args.add_tag and not args.remove_tag:
         raise UserError("edit: expected --tag, --note, --add-tag, --remove-tag, --pin or --no-pin")
@@ -360,7 +360,7 @@ def add_promote(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def promote_command(args: argparse.Namespace) -> int:
-    from utils.notes import promote
+    from utils.experiments.notes import promote
 
     folder = runs_folder(args)
     name, facts = promote(resolve_run(args.run, folder), args.name, folder)
@@ -382,8 +382,8 @@ def add_prune(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def prune_command(args: argparse.Namespace) -> int:
-    from utils.pruning import parse_age, parse_size, plan_pruning, remove
-    from utils.run_tables import prune_table, size
+    from utils.experiments.prune import parse_age, parse_size, plan_pruning, remove
+    from utils.experiments.tables import prune_table, size
 
     if args.keep_last < 0:
         raise UserError(f"--keep-last must be at least 0, not {args.keep_last}")
@@ -425,7 +425,7 @@ def add_seal(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def seal_command(args: argparse.Namespace) -> int:
-    from utils.seal import SEAL, seal
+    from utils.runs.seal import SEAL, seal
 
     run = named_run(args.run, runs_folder(args))
     if not run.readable or run.status == "running":
@@ -448,7 +448,7 @@ def add_check(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    from utils.seal import check
+    from utils.runs.seal import check
 
     run = named_run(args.run, runs_folder(args))
     found = check(run.path)
@@ -478,7 +478,7 @@ def add_reproduce(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def reproduce_command(args: argparse.Namespace) -> int:
-    from utils.reproduction import reproduce
+    from utils.experiments.reproduce import reproduce
 
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be at least 1, not {args.steps}")

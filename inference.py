@@ -20,16 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import PROJECT_ROOT, Parser, script
-from utils.config import TrackingConfig
-from utils.config_loader import ConfigLoader
+from utils.config.loader import ConfigLoader
+from utils.config.settings import TrackingConfig
 from utils.errors import UserError
-from utils.run_manager import find_export
+from utils.runs.run import find_export
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
-    from utils.generator import Generator, Request
-    from utils.prompt_file import FilePrompt
-    from utils.quantization import Weights
+    from utils.inference.generator import Generator, Request
+    from utils.inference.prompts import FilePrompt
+    from utils.inference.quantization import Weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,11 +207,11 @@ def configured() -> TrackingConfig:
 
 def compare_runs(args: argparse.Namespace, exports: Sequence[Path], tracking: TrackingConfig) -> int:
     """Completions of one prompt by several runs, side by side."""
-    from utils.completion_page import completion_page
-    from utils.completion_table import RunCompletions, completion_tables
-    from utils.console import Terminal
-    from utils.prompt_file import check_out, write_out
-    from utils.run_log import decode_number
+    from utils.inference.page import completion_page
+    from utils.inference.prompts import check_out, write_out
+    from utils.inference.side_by_side import RunCompletions, completion_tables
+    from utils.runs.log import decode_number
+    from utils.terminal.console import Terminal
 
     if args.html is not None:
         check_out(args.html)
@@ -248,11 +248,11 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path]) -> int:
         UserError: the file cannot be read, is not UTF-8, has characters without a token or nothing to predict.
     """
     from tokenizer import TokenizerError
-    from utils.console import Terminal
-    from utils.generator import Generator
-    from utils.prompt_file import read_text
-    from utils.quantization import with_weights
-    from utils.scoring import score, score_report
+    from utils.inference.generator import Generator
+    from utils.inference.prompts import read_text
+    from utils.inference.quantization import with_weights
+    from utils.inference.scoring import score, score_report
+    from utils.terminal.console import Terminal
 
     text, terminal = read_text(args.score), Terminal()
     weights: Weights = args.quantize or args.weights or "float32"
@@ -274,10 +274,10 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path]) -> int:
 
 def show_info(args: argparse.Namespace, exports: Sequence[Path]) -> int:
     """--show-info: what each run is."""
-    from utils.console import Terminal
-    from utils.device import choose_device
-    from utils.export import load_export
-    from utils.model_info import info_screen
+    from utils.inference.export import load_export
+    from utils.inference.info import info_screen
+    from utils.machine.device import choose_device
+    from utils.terminal.console import Terminal
 
     terminal = Terminal()
     for folder in exports:
@@ -291,9 +291,9 @@ def load(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> tu
     Raises:
         UserError: a damaged export, no such device, options out of bounds, characters without a token.
     """
-    from utils.generator import Generator, Request
-    from utils.request_text import banned_tokens, stop_strings
-    from utils.sampling import SamplingOptions
+    from utils.inference.generator import Generator, Request
+    from utils.inference.request_text import banned_tokens, stop_strings
+    from utils.inference.sampling import SamplingOptions
 
     options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     request = Request(args.max_new_tokens, options, seed=args.seed, window=args.window)
@@ -304,7 +304,7 @@ def load(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> tu
 
 def complete_prompt(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
     """--prompt: the text as it comes; several samples one after the other."""
-    from utils.console import dim, say
+    from utils.terminal.console import dim, say
 
     generator, request = load(args, export, tracking)
     prompt, request = to_continue(args, generator, request)
@@ -330,7 +330,7 @@ def to_continue(args: argparse.Namespace, generator: Generator, request: Request
     Raises:
         UserError: a character without a token.
     """
-    from utils.generation import start_tokens
+    from utils.inference.decode import start_tokens
 
     prompt = args.prompt
     if args.mode == "qa":
@@ -343,8 +343,8 @@ def to_continue(args: argparse.Namespace, generator: Generator, request: Request
 
 def complete_file(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
     """--prompt-file: a JSONL line for each completion, into --out at the end or to stdout as they come."""
-    from utils.console import CompletionProgress
-    from utils.prompt_file import check_out, completion_line, read_prompts, write_out
+    from utils.inference.prompts import check_out, completion_line, read_prompts, write_out
+    from utils.terminal.console import CompletionProgress
 
     prompts = read_prompts(args.prompt_file)
     if args.out is not None:
@@ -378,7 +378,7 @@ def encodable(prompts: Sequence[FilePrompt], generator: Generator, mode: str) ->
     Raises:
         UserError: a character without a token, with its file and line.
     """
-    from utils.generation import start_tokens
+    from utils.inference.decode import start_tokens
 
     texts, long, block_size = [], 0, generator.model.config.block_size
     for prompt in prompts:
@@ -394,7 +394,7 @@ def encodable(prompts: Sequence[FilePrompt], generator: Generator, mode: str) ->
 
 def converse(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
     """--interactive: a loop over what is typed."""
-    from utils.interactive import Conversation
+    from utils.inference.interactive import Conversation
 
     generator, request = load(args, export, tracking)
     report = functools.partial(print_stats, generator) if args.stats else None
@@ -403,7 +403,7 @@ def converse(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -
 
 def print_stats(generator: Generator, request: Request) -> None:
     """--stats, on stderr."""
-    from utils.console import facts
+    from utils.terminal.console import facts
 
     rows = generator.stats.rows(generator.model, cached=request.window == "sliding")
     print(facts(rows).plain, file=sys.stderr)

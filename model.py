@@ -14,11 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils.attention import causal_attention
-from utils.config import ModelConfig
-from utils.gelu import gelu_tanh
-from utils.kv_cache import NO_TOKEN, KVCache
-from utils.linear import Linear, linear
+from utils.config.settings import ModelConfig
+from utils.nn.attention import causal_attention
+from utils.nn.gelu import gelu_tanh
+from utils.nn.kv_cache import NO_TOKEN, KVCache
+from utils.nn.linear import Linear, linear
 
 
 class LayerNorm(nn.LayerNorm):

@@ -20,18 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
-from utils.console import Terminal
 from utils.errors import UserError
-from utils.profile_picture import draw_profile
-from utils.profile_record import Profile, read_profile, save_profile
-from utils.profile_tables import comparison_tables, profile_tables
-from utils.run_log import LogWriter
+from utils.profiling.picture import draw_profile
+from utils.profiling.record import Profile, read_profile, save_profile
+from utils.profiling.tables import comparison_tables, profile_tables
+from utils.runs.log import LogWriter
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
+from utils.terminal.console import Terminal
 
 if TYPE_CHECKING:
-    from utils.gates import Setup
-    from utils.profiling import Step, StepTimes
-    from utils.train_state import TrainState
+    from utils.profiling.measure import Step, StepTimes
+    from utils.training.setup import Setup
+    from utils.training.state import TrainState
 
 OF_MODE = {  # flag -> the mode that it belongs to
     "batch_sizes": "sweep",
@@ -103,8 +103,8 @@ def make_out(folder: Path | None) -> None:
 def sweep(parsed: ExperimentArguments) -> int:
     """What a step costs by batch and block size."""
     args, loaded = parsed.own, parsed.load()
-    from utils.gates import check_gates
-    from utils.sweep import report_sweep
+    from utils.profiling.shapes import report_sweep
+    from utils.training.setup import check_gates
 
     terminal = Terminal()
     setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
@@ -120,10 +120,10 @@ def lr_range(parsed: ExperimentArguments) -> int:
     low = 1e-5 if args.lr_min is None else args.lr_min
     high = 1.0 if args.lr_max is None else args.lr_max
     steps = 100 if args.lr_steps is None else args.lr_steps
-    from utils.device import torch_settings
-    from utils.gates import check_gates
-    from utils.lr_range import LEAST_STEPS, lr_range_test, report, save
-    from utils.train_state import build_state
+    from utils.machine.device import torch_settings
+    from utils.training.lr_range import LEAST_STEPS, lr_range_test, report, save
+    from utils.training.setup import check_gates
+    from utils.training.state import build_state
 
     if not 0 < low < high < math.inf:
         raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {low:g} and {high:g}")
@@ -147,9 +147,9 @@ def lr_range(parsed: ExperimentArguments) -> int:
 def profile(parsed: ExperimentArguments) -> int:
     """Measure the configuration's training step and its generation, print them, and write them to --out."""
     args, loaded = parsed.own, parsed.load()
-    from utils.device import torch_settings
-    from utils.gates import check_gates
-    from utils.profiling import read_trace
+    from utils.machine.device import torch_settings
+    from utils.profiling.measure import read_trace
+    from utils.training.setup import check_gates
 
     terminal = Terminal()
     setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
@@ -168,13 +168,13 @@ def profile(parsed: ExperimentArguments) -> int:
 
 def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple[Profile, StepTimes]:
     """The profile of a training state that is made for it."""
-    from utils.device import memory_in_use
-    from utils.generation_speed import measure_generation
-    from utils.memory_profile import activation_phase, peak, reset_peak
-    from utils.phases import no_phase
-    from utils.profile_assembly import build_profile, limits_of
-    from utils.profiling import measure_steps
-    from utils.train_state import build_state
+    from utils.machine.device import memory_in_use
+    from utils.profiling.assemble import build_profile, limits_of
+    from utils.profiling.decoding import measure_generation
+    from utils.profiling.measure import measure_steps
+    from utils.profiling.memory import activation_phase, peak, reset_peak
+    from utils.training.phases import no_phase
+    from utils.training.state import build_state
 
     device, before = setup.device, memory_in_use(setup.device)
     state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
@@ -199,10 +199,10 @@ def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple
 
 def training_step(state: TrainState, writer: LogWriter) -> Step:
     """The training loop's own update, in named phases; every step is flushed to the log."""
-    from utils.optim import apply_schedules
-    from utils.phases import Phase
-    from utils.step_buffer import StepBuffer
-    from utils.training import clip_gradients, forward_backward, optimizer_step
+    from utils.optim.groups import apply_schedules
+    from utils.training.phases import Phase
+    from utils.training.step import clip_gradients, forward_backward, optimizer_step
+    from utils.training.step_buffer import StepBuffer
 
     tracking = state.config.tracking
     buffer = StepBuffer(writer, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)

@@ -21,15 +21,14 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from utils.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
-from utils.config import Config
-from utils.config_loader import ConfigLoader, LoadedConfig, relative_name
-from utils.console import Terminal, TrainingProgress, duration, settings_table
+from utils.config.loader import ConfigLoader, LoadedConfig, relative_name
+from utils.config.settings import Config
 from utils.errors import UserError
-from utils.metadata import GitFacts
-from utils.process import gc_frozen, tune_process
-from utils.result import TrainResult, print_result, rebuild_command
-from utils.resume import (
+from utils.machine.process import gc_frozen, tune_process
+from utils.machine.signals import Deadline, StopRequest, stop_on_signals
+from utils.runs.code import GitFacts
+from utils.runs.log import RunLog
+from utils.runs.origin import (
     Origin,
     check_overrides,
     config_of_fork,
@@ -38,17 +37,18 @@ from utils.resume import (
     recorded_config,
     resumable_runs,
 )
-from utils.run_log import RunLog
-from utils.run_manager import CHECKPOINTS, Run, RunLockedError, Status, read_record, wait_until_free
-from utils.signals import Deadline, StopRequest, stop_on_signals
+from utils.runs.run import CHECKPOINTS, Run, RunLockedError, Status, read_record, wait_until_free
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
+from utils.terminal.console import Terminal, TrainingProgress, duration, settings_table
+from utils.training.result import TrainResult, print_result, rebuild_command
 
 WAIT_SECONDS = 60.0  # for a run that has stopped to let go of its directory
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
-    from utils.gates import Setup
-    from utils.start import Start
     from utils.tracking.feeder import Feeders
-    from utils.train_state import TrainState
+    from utils.training.setup import Setup
+    from utils.training.start import Start
+    from utils.training.state import TrainState
 
 
 def add_origin_flags(parser: Parser) -> None:
@@ -112,7 +112,7 @@ def resume(
     Raises:
         UserError: it is being trained, complete, has no good checkpoint, or an override is refused.
     """
-    from utils.gates import absolute_dataset
+    from utils.training.setup import absolute_dataset
 
     given = given or ExperimentArguments(ConfigLoader(PROJECT_ROOT))
     recorded = recorded_config(origin.run, given.loader)
@@ -170,11 +170,11 @@ def train(
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)
     tune_process()
-    from utils.device import torch_settings
-    from utils.finish import seal_run
-    from utils.gates import check_gates
-    from utils.preflight import preflight
-    from utils.start import open_run, read_git
+    from utils.machine.device import torch_settings
+    from utils.training.finish import seal_run
+    from utils.training.preflight import preflight
+    from utils.training.setup import check_gates
+    from utils.training.start import open_run, read_git
 
     terminal = Terminal(quiet)
     setup = check_gates(loaded, root, origin, terminal.warn, terminal.print)
@@ -215,14 +215,14 @@ def run_experiment(
     deadline: Deadline,
 ) -> TrainResult:
     """Train inside a run directory; whatever happens, its status, logs, checkpoints and views are closed."""
-    from utils.callbacks import Callbacks, TrainingRun
-    from utils.checkpointing import Checkpointer
-    from utils.finish import close_run, dump_flight_recorder, export
-    from utils.monitor import Monitor
-    from utils.run_profiler import RunProfiler
-    from utils.start import prepare_run, write_meta
-    from utils.step_buffer import NonFiniteError
-    from utils.training import training_loop
+    from utils.profiling.in_run import RunProfiler
+    from utils.training.callbacks import Callbacks, TrainingRun
+    from utils.training.checkpointer import Checkpointer
+    from utils.training.finish import close_run, dump_flight_recorder, export
+    from utils.training.monitor import Monitor
+    from utils.training.start import prepare_run, write_meta
+    from utils.training.step import training_loop
+    from utils.training.step_buffer import NonFiniteError
 
     began = time.monotonic()
     log: RunLog | None = None

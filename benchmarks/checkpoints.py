@@ -26,12 +26,12 @@ from unittest.mock import patch
 from rich.table import Table
 
 from benchmarks import common
-from utils.cli import Parser, script
-from utils.console import Terminal
 from utils.errors import UserError
+from utils.terminal.cli import Parser, script
+from utils.terminal.console import Terminal
 
 if TYPE_CHECKING:
-    from utils.train_state import TrainState
+    from utils.training.state import TrainState
 
 INTERVAL = 50  # steps between checkpoints
 LOOP_LIMIT = 1.03  # saving / not saving
@@ -97,7 +97,7 @@ def report_loop(terminal: Terminal, model: str, repeats: int, saves: int, files:
 def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], folder: Path) -> float:
     """Wall time of a step in ms, over `saves` intervals, each with the whole of its checkpoint's write."""
     import train
-    from utils import training
+    from utils.training import step as training
 
     warmup = 10  # steps: memory is allocated in them
     last = warmup + saves * INTERVAL
@@ -133,7 +133,7 @@ def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], f
 def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) -> None:
     import torch
 
-    from utils.checkpoint import read_checkpoint, write_checkpoint
+    from utils.checkpoints.files import read_checkpoint, write_checkpoint
 
     numbers = megabytes * 1_000_000 // 4
     shape = (numbers // 20,)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from utils.cli import PROJECT_ROOT, Parser
-from utils.config_loader import ConfigLoader, LoadedConfig
+from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
+from utils.terminal.cli import PROJECT_ROOT, Parser
 
 T = TypeVar("T")
 RESAMPLES = 2000
@@ -88,7 +88,7 @@ def machine_facts() -> str:
     """The machine in one line. Called after the measurement: then the thread count is the one that was used."""
     import torch
 
-    from utils.device import choose_device, device_facts
+    from utils.machine.device import choose_device, device_facts
 
     facts = device_facts(choose_device("auto"))
     gpus = [value for name, value in facts.items() if name.startswith("cuda:")]

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import common
-from utils.cli import PROJECT_ROOT, Parser, script
-from utils.console import Terminal, duration
 from utils.errors import UserError
-from utils.run_manager import CHECKPOINTS, RunError, list_run_paths, read_record, read_status
+from utils.runs.run import CHECKPOINTS, RunError, list_run_paths, read_record, read_status
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.console import Terminal, duration
 
 SETTINGS = {
     "n_layer": 2,
@@ -162,7 +162,7 @@ def newest_run(runs_dir: Path) -> Path | None:
 
 
 def newest_step(run: Path) -> str:
-    from utils.checkpoint_folder import list_checkpoints
+    from utils.checkpoints.folder import list_checkpoints
 
     checkpoints = list_checkpoints(run / CHECKPOINTS)
     return f"checkpoint of step {checkpoints[0][0]:,}" if checkpoints else "no checkpoint yet"
@@ -170,8 +170,8 @@ def newest_step(run: Path) -> str:
 
 def check_checkpoints(run: Path | None, result: Result) -> None:
     """Read every checkpoint that the killed process has left."""
-    from utils.checkpoint import read_checkpoint
-    from utils.checkpoint_folder import CheckpointError, list_checkpoints
+    from utils.checkpoints.files import read_checkpoint
+    from utils.checkpoints.folder import CheckpointError, list_checkpoints
 
     for _, path in list_checkpoints(run / CHECKPOINTS) if run else []:
         result.checkpoints += 1

@@ -28,13 +28,13 @@ from rich.table import Table
 
 from benchmarks import common
 from benchmarks.training import require
-from utils.cli import Parser, script
-from utils.console import Terminal
 from utils.errors import UserError
+from utils.terminal.cli import Parser, script
+from utils.terminal.console import Terminal
 
 if TYPE_CHECKING:
     from model import LanguageModel
-    from utils.quantization import Weights
+    from utils.inference.quantization import Weights
 
 WARM_UP = 8  # tokens
 PROMPT, BATCH, LONG_PROMPT, LONG_TEXT = 16, 16, 200, 20_000
@@ -103,7 +103,7 @@ def gpt2(shape: Shape) -> Any:
 def ours(shape: Shape, weights: Weights = "float32") -> LanguageModel:
     """The same model as ours."""
     from benchmarks.foreign_weights import from_gpt2
-    from utils.quantization import with_weights
+    from utils.inference.quantization import with_weights
 
     return with_weights(from_gpt2(gpt2(shape)), weights)
 
@@ -128,8 +128,8 @@ def by_transformers(model: Any, prompt: list[int], count: int) -> float:
 
 def by_us(model: LanguageModel, prompts: Sequence[list[int]], count: int) -> float:
     """Seconds that `generate` takes for `count` tokens of each sequence."""
-    from utils.generation import generate
-    from utils.sampling import SamplingOptions
+    from utils.inference.decode import generate
+    from utils.inference.sampling import SamplingOptions
 
     began = time.perf_counter()
     for _ in generate(model, prompts, count, SamplingOptions(temperature=0), range(len(prompts))):
@@ -153,7 +153,7 @@ def a_prompt(length: int, first: int = 0) -> list[int]:
 def report_shape(name: str, shape: Shape, repeats: int, terminal: Terminal) -> None:
     import torch
 
-    from utils.roofline import measure_read
+    from utils.machine.limits import measure_read
 
     arms: dict[str, Callable[[], float]] = {}
     gigabytes: dict[str, float] = {}
@@ -230,8 +230,8 @@ def report_long_text(terminal: Terminal) -> None:
     """The time of a token at each place of the window, and memory."""
     import psutil
 
-    from utils.generation import generate
-    from utils.sampling import SamplingOptions
+    from utils.inference.decode import generate
+    from utils.inference.sampling import SamplingOptions
 
     shape, process = SHAPES["small"], psutil.Process()
     model = ours(shape)
@@ -258,8 +258,8 @@ def report_long_text(terminal: Terminal) -> None:
 
 
 def bytes_of_a_token(model: LanguageModel, context: float) -> float:
-    from utils.generation import new_cache
-    from utils.generation_speed import decode_bytes
+    from utils.inference.decode import new_cache
+    from utils.profiling.decoding import decode_bytes
 
     return decode_bytes(model, new_cache(model, 1), context)
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import common
-from utils.cli import PROJECT_ROOT, Parser, script
-from utils.console import Terminal
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.console import Terminal
 
 WHERE = "status = 'completed' and learning_rate > 1e-3"
 GROUP_BY = "SELECT run, min(train_loss), avg(grad_norm), count(*) FROM metrics GROUP BY run ORDER BY 2 LIMIT 10"

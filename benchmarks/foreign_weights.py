@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from model import LanguageModel
-from utils.config import ModelConfig
+from utils.config.settings import ModelConfig
 
 
 def from_gpt2(theirs: Any) -> LanguageModel:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from utils.checkpoint import Checkpoint, read_checkpoint
-from utils.checkpoint_folder import list_checkpoints
-from utils.run_log import LOG_FILES, NOT_METRICS, read_records
-from utils.run_manager import CHECKPOINTS
+from utils.checkpoints.files import Checkpoint, read_checkpoint
+from utils.checkpoints.folder import list_checkpoints
+from utils.runs.log import LOG_FILES, NOT_METRICS, read_records
+from utils.runs.run import CHECKPOINTS
 
 TIMINGS = frozenset(("time", "step_ms", "tokens_per_second"))
 STATE_TIMINGS = frozenset(("time", "log_offsets", "config_hash"))  # bytes of a log depend on the digits of its times

@@ -5,7 +5,7 @@ python -m benchmarks.scaling --repeats 2 --steps 3 --out scaling.png
 
 From the shape of nanoGPT's CPU model each of the four varies alone; all shapes are timed once a repeat, in turning
 order, each with a new model. Predicted is the time at that shape, times how many more operations the matrix products
-need (utils/flops.py): a ratio below 1 is work that got cheaper, above 1 work that the count leaves out.
+need (utils/nn/costs.py): a ratio below 1 is work that got cheaper, above 1 work that the count leaves out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import common
-from utils.cli import PROJECT_ROOT, Parser, script
-from utils.config_loader import LoadedConfig
-from utils.console import Terminal
+from utils.config.loader import LoadedConfig
 from utils.errors import UserError
 from utils.files import write_atomic
-from utils.flops import training_flops
+from utils.nn.costs import training_flops
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.console import Terminal
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12}
 AXES = {  # setting -> the values that it takes while the others stay
@@ -101,10 +101,10 @@ def measure(
     files: Sequence[Path], steps: int, warmup: int, repeats: int, folder: Path, terminal: Terminal
 ) -> tuple[list[Point], float]:
     """All points, axis by axis, and what a large matrix product reaches (1e9 operations a second)."""
-    from utils.device import torch_settings
-    from utils.gates import check_gates
-    from utils.roofline import measure_gemm
-    from utils.sweep import time_shape
+    from utils.machine.device import torch_settings
+    from utils.machine.limits import measure_gemm
+    from utils.profiling.shapes import time_shape
+    from utils.training.setup import check_gates
 
     common.random_text(folder / "random.txt")
     configs = {shape: load(files, folder, shape).config for of_axis in shapes().values() for shape in of_axis.values()}

@@ -19,11 +19,11 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.common import add_config_flag, at_least, load_config, machine_facts, verdict
-from utils.cli import PROJECT_ROOT, Parser, numbers, script
-from utils.config_loader import LoadedConfig
-from utils.console import Terminal
+from utils.config.loader import LoadedConfig
 from utils.errors import UserError
-from utils.run_log import METRICS_FILE, read_metrics, read_records
+from utils.runs.log import METRICS_FILE, read_metrics, read_records
+from utils.terminal.cli import PROJECT_ROOT, Parser, numbers, script
+from utils.terminal.console import Terminal
 
 PRESET = PROJECT_ROOT / "configs" / "presets" / "shakespeare_cpu.yaml"
 TARGET = 1.90  # nats per token
@@ -88,8 +88,8 @@ def measure(loaded: LoadedConfig) -> Trained:
 
     from data import load_corpus
     from train import train
-    from utils.evaluation import split_loss
-    from utils.export import load_export
+    from utils.inference.export import load_export
+    from utils.training.evaluation import split_loss
 
     config = loaded.config
     result = train(loaded, quiet=True)

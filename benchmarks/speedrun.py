@@ -21,9 +21,9 @@ from rich.table import Table
 
 from benchmarks.common import add_config_flag, load_config, machine_facts, verdict
 from benchmarks.shakespeare import Trained, measure
-from utils.cli import PROJECT_ROOT, Parser, numbers, script
-from utils.console import Terminal
 from utils.errors import UserError, nearest
+from utils.terminal.cli import PROJECT_ROOT, Parser, numbers, script
+from utils.terminal.console import Terminal
 
 PRESETS = PROJECT_ROOT / "configs" / "presets"
 RECIPES = "shakespeare_cpu,shakespeare_cpu:learned,speedrun_cpu"

@@ -23,9 +23,9 @@ from unittest.mock import patch
 from rich.table import Table
 
 from benchmarks.common import at_least, interleaved, machine_facts, verdict
-from utils.cli import PROJECT_ROOT, Parser, script
-from utils.console import Terminal
 from utils.errors import UserError
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.console import Terminal
 
 HELP, IMPORT, LOOP, FIRST_STEP = "train.py --help", "import torch", "training loop begins", "first step done"
 HELP_LIMIT = 0.5  # seconds
@@ -104,7 +104,7 @@ def timed_training(argv: Sequence[str]) -> int:
 
         def prepared(*arguments: Any) -> Any:
             feeders = build_feeders(*arguments)
-            from utils import training
+            from utils.training import step as training
 
             optimizer_step = training.optimizer_step
 

@@ -19,14 +19,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from utils.config_loader import LoadedConfig
+from utils.config.loader import LoadedConfig
 from utils.errors import UserError
-from utils.run_manager import read_record
+from utils.runs.run import read_record
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.monitor import Monitor
+    from utils.training.monitor import Monitor
 
 ALL, LOG, OFF, NAIVE = "log and views", "log alone", "everything off", "naive loop"
 OPENING_SECONDS = 60.0  # for the views to open, before the first block
@@ -95,8 +95,8 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
         KeyboardInterrupt: the run was interrupted.
     """
     import train
-    from utils import monitor
     from utils.tracking import feeder
+    from utils.training import monitor
 
     switch, measured = Switch(), Measured()
     spend = feeder.Budget.spend
@@ -179,7 +179,7 @@ def _switched_monitor(
                 self._end_block()
 
         def _end_block(self) -> None:
-            from utils.device import synchronize
+            from utils.machine.device import synchronize
 
             if switch.kind in (ALL, LOG):
                 self.flush()

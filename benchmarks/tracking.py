@@ -38,10 +38,10 @@ from benchmarks.switched_run import (
     run_switched,
     schedule,
 )
-from utils.cli import Parser, numbers, script
-from utils.config_loader import LoadedConfig
-from utils.console import Terminal
+from utils.config.loader import LoadedConfig
 from utils.errors import UserError
+from utils.terminal.cli import Parser, numbers, script
+from utils.terminal.console import Terminal
 
 PARTS = ("steps", "records", "closing")
 LIMITS = {ALL: {50: 1.02, 10: 1.04}, LOG: {10: 1.01}}  # ratio to everything off, by milliseconds of a step
@@ -206,10 +206,10 @@ def report_records(records: int, folder: Path, terminal: Terminal) -> None:
     """Send records through the buffer, the log and a feeder; count them, and what memory they leave behind."""
     import torch
 
-    from utils.run_log import RunLog, read_records
-    from utils.step_buffer import StepBuffer
+    from utils.runs.log import RunLog, read_records
     from utils.tracking import RunEnd
     from utils.tracking.feeder import Budget, Feeder
+    from utils.training.step_buffer import StepBuffer
 
     log, view = RunLog(folder), CountingView()
     buffer = StepBuffer(log.metrics, flush_interval=50, log_interval=1, tokens_per_step=768)
@@ -267,8 +267,8 @@ def timed_closing(loaded: LoadedConfig) -> tuple[float, int]:
     The evaluation and the export at the end come before it; the status in run.json and the picture are part of it.
     """
     import train
-    from utils import finish
     from utils.tracking.feeder import Feeders
+    from utils.training import finish
 
     close_run = finish.close_run
     taken: list[float] = []

@@ -53,12 +53,12 @@ from benchmarks.training_arms import (
     Result,
     Task,
 )
-from utils.cli import Parser, script
-from utils.config import Config, ModelConfig
-from utils.console import Terminal, facts
+from utils.config.settings import Config, ModelConfig
 from utils.errors import UserError
 from utils.files import write_json
-from utils.flops import training_flops
+from utils.nn.costs import training_flops
+from utils.terminal.cli import Parser, script
+from utils.terminal.console import Terminal, facts
 
 PACKAGES = ("transformers", "accelerate", "lightning")
 LIMITS = (  # tokens/s of the first over those of the second
@@ -207,7 +207,7 @@ def _word(value: object) -> str:
 
 
 def make_task(arm: str, config: Config, steps: int, warmup: int, folder: Path) -> Task:
-    from utils.device import choose_device
+    from utils.machine.device import choose_device
 
     write_json(folder / "config.json", config.model_dump(mode="json"))
     optimizer = config.optimizer

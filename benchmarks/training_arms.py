@@ -18,7 +18,7 @@ from unittest.mock import patch
 if TYPE_CHECKING:
     import torch
 
-    from utils.train_state import TrainState
+    from utils.training.state import TrainState
 
 TRACKED, UNTRACKED = "ours, all tracking", "ours, no tracking"
 BARE, FUSED = "bare loop", "bare loop, fused"
@@ -113,7 +113,8 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
     import train
     from benchmarks import common
     from benchmarks.switched_run import check, wait_until_open
-    from utils import monitor, training
+    from utils.training import monitor
+    from utils.training import step as training
 
     folder, last = Path(task.folder), task.warmup + task.steps
     parameters = 0
@@ -321,7 +322,7 @@ def run(task: Task) -> Result:
     torch.set_num_threads(task.threads)
     torch.manual_seed(0)
     if task.arm == PEAK:
-        from utils.roofline import measure_gemm
+        from utils.machine.limits import measure_gemm
 
         gflops = measure_gemm(torch.device(task.device), torch.float32) / 1e9
         return Result(gflops=gflops, threads=torch.get_num_threads())

@@ -65,7 +65,7 @@ def torch_settings() -> Iterator[None]:
 @pytest.fixture
 def prompt_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
-    from utils.checkpointing import Checkpointer
+    from utils.training.checkpointer import Checkpointer
 
     save = Checkpointer.save
 

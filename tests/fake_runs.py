@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.config import SECTION_OF, Config
-from utils.config_loader import LoadedConfig
-from utils.run_index import IndexedRun, read_run
-from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, SAMPLES_FILE
+from utils.config.loader import LoadedConfig
+from utils.config.settings import SECTION_OF, Config
+from utils.runs.index import IndexedRun, read_run
+from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, SAMPLES_FILE
 
 PARENT = {"path": "/runs/mother", "step": 1, "relation": "fork"}  # and "run"
 GIT = {"commit": "c" * 40, "branch": "main", "dirty": False, "remote": None}

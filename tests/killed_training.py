@@ -26,8 +26,8 @@ def kill_at(moment: str, step: int) -> None:
     are not written, a step's end, or when the views show a step.
     """
     import data
-    import utils.checkpoint
-    from utils import training
+    import utils.checkpoints.files
+    from utils.training import step as training
 
     def after(function: Callable[..., Any], condition: Callable[..., bool]) -> Callable[..., Any]:
         def patched(*args: Any, **kwargs: Any) -> Any:
@@ -44,14 +44,14 @@ def kill_at(moment: str, step: int) -> None:
     elif moment == "evaluation":
         training.evaluate = after(training.evaluate, lambda state, *_: state.step == step)
     elif moment == "checkpoint":
-        write = utils.checkpoint.write_tensors
+        write = utils.checkpoints.files.write_tensors
         name = f".step_{step:06d}.tmp"
-        utils.checkpoint.write_tensors = after(write, lambda path, _: path.parent.name == name)
+        utils.checkpoints.files.write_tensors = after(write, lambda path, _: path.parent.name == name)
     elif moment == "pointer":
-        import utils.checkpointing
+        import utils.training.checkpointer
 
-        prune = utils.checkpointing.prune
-        utils.checkpointing.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
+        prune = utils.training.checkpointer.prune
+        utils.training.checkpointer.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
     elif moment == "step":
         training.optimizer_step = after(training.optimizer_step, lambda state: state.step == step)
     elif moment == "fed":
@@ -62,8 +62,8 @@ def kill_at(moment: str, step: int) -> None:
 
 def wait_until_fed(step: int) -> None:
     """Hold the loop at a step until all views have shown it, then die: they are ahead of the checkpoint."""
-    from utils import training
     from utils.tracking.feeder import Feeder, Feeders
+    from utils.training import step as training
 
     feeders: list[Feeder] = []
     start = Feeders.start
@@ -88,7 +88,7 @@ def wait_until_fed(step: int) -> None:
 
 def wait_for_writes() -> None:
     """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
-    from utils.checkpointing import Checkpointer
+    from utils.training.checkpointer import Checkpointer
 
     save = Checkpointer.save
 

@@ -46,10 +46,11 @@ from benchmarks.training_arms import (
     Task,
 )
 from model import LanguageModel
-from utils import roofline, training
-from utils.config import Config, ModelConfig, OptimizerConfig
+from utils.config.settings import Config, ModelConfig, OptimizerConfig
 from utils.errors import UserError
-from utils.run_log import read_metrics
+from utils.machine import limits as roofline
+from utils.runs.log import read_metrics
+from utils.training import step as training
 
 COMMANDS = {
     "checkpoints": checkpoints.main,

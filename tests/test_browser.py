@@ -22,8 +22,8 @@ import pytest
 from conftest import ROOT, TINY_FLAGS
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
-from utils.run_log import read_records
-from utils.run_manager import read_record
+from utils.runs.log import read_records
+from utils.runs.run import read_record
 
 pytestmark = pytest.mark.xdist_group("browser")  # with --dist loadgroup the runs and servers are made once
 

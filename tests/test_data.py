@@ -20,7 +20,7 @@ import torch
 import data
 from data import BatchSampler, Corpus, CorpusError, load_corpus, read_corpus, sample_offsets
 from tokenizer import CharTokenizer
-from utils.config import DataConfig
+from utils.config.settings import DataConfig
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,9 @@ import pytest
 import inference
 from tests.tiny_export import BLOCK_SIZE, TOKENIZER, save_tiny_run
 from tokenizer import CharTokenizer
-from utils.generator import Generator, Request
-from utils.interactive import OFF, SETTINGS
-from utils.sampling import SamplingOptions
+from utils.inference.generator import Generator, Request
+from utils.inference.interactive import OFF, SETTINGS
+from utils.inference.sampling import SamplingOptions
 
 Main = Callable[..., int]
 
@@ -129,7 +129,7 @@ def test_json_is_utf_8_wherever_it_goes(run_inference: Main, monkeypatch: pytest
 def test_speeds_are_told_after_the_text(
     run_inference: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utils.generation_stats.read_limit", lambda _: 1e10)
+    monkeypatch.setattr("utils.inference.stats.read_limit", lambda _: 1e10)
     assert run_inference("--prompt", "abc", "--stats") == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in lines] == ["prompt", "prefill", "decode", "memory"]
@@ -517,7 +517,7 @@ def test_a_conversation_of_questions(converse: Converse, runs: Path, monkeypatch
 
 
 def test_speeds_are_told_after_each_turn(converse: Converse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.generation_stats.read_limit", lambda _: 1e10)
+    monkeypatch.setattr("utils.inference.stats.read_limit", lambda _: 1e10)
     _, err = converse("ab", "/reset", "abc", words=("--stats",))
     assert [line for line in err.splitlines() if line.startswith("prompt")] == [
         "prompt   2 tokens",

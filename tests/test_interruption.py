@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.run_log import read_metrics
-from utils.run_manager import read_record, read_status
+from utils.runs.log import read_metrics
+from utils.runs.run import read_record, read_status
 
 DEADLINE_SECONDS = 60.0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import KVCache, LanguageModel
-from utils.config import ModelConfig
+from utils.config.settings import ModelConfig
 
 VOCAB = 11
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.run_log import read_metrics
+from utils.runs.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("train.py", "model.py", "data.py", "tokenizer.py", "utils", "configs")

@@ -10,8 +10,8 @@ import pytest
 
 import train
 from data import read_corpus
-from utils.run_log import read_metrics, read_records
-from utils.run_manager import read_record
+from utils.runs.log import read_metrics, read_records
+from utils.runs.run import read_record
 
 pytestmark = pytest.mark.slow
 

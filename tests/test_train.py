@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import train
-import utils.training
+import utils.training.step
 from benchmarks.run_equality import is_system_record
-from utils.cli import Parser, parse_experiment
-from utils.config import Config
-from utils.config_loader import ConfigLoader
-from utils.run_log import read_metrics, read_records
-from utils.run_manager import read_record, read_status
+from utils.config.loader import ConfigLoader
+from utils.config.settings import Config
+from utils.runs.log import read_metrics, read_records
+from utils.runs.run import read_record, read_status
+from utils.terminal.cli import Parser, parse_experiment
 
 Argv = Callable[..., list[str]]
 TIMINGS = {"time", "tokens_per_second", "step_ms"}
@@ -169,13 +169,13 @@ def test_a_failing_compiler_falls_back_to_eager(
 def test_a_non_finite_loss_is_diverged(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward_backward = utils.training.forward_backward
+    forward_backward = utils.training.step.forward_backward
 
-    def explode(state: utils.training.TrainState, phase: Any) -> torch.Tensor:
+    def explode(state: utils.training.step.TrainState, phase: Any) -> torch.Tensor:
         loss = forward_backward(state, phase)
         return loss * float("nan") if state.step == 4 else loss
 
-    monkeypatch.setattr(utils.training, "forward_backward", explode)
+    monkeypatch.setattr(utils.training.step, "forward_backward", explode)
     assert train.main(tiny_argv()) == 1
     record = read_record(only_run())
     assert record["status"] == "diverged"
@@ -193,14 +193,14 @@ def test_a_non_finite_loss_is_diverged(
 def test_an_exception_ends_in_its_status_with_complete_logs(
     error: BaseException, status: str, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer_step = utils.training.optimizer_step
+    optimizer_step = utils.training.step.optimizer_step
 
-    def fail(state: utils.training.TrainState) -> None:
+    def fail(state: utils.training.step.TrainState) -> None:
         if state.step == 4:
             raise error
         optimizer_step(state)
 
-    monkeypatch.setattr(utils.training, "optimizer_step", fail)
+    monkeypatch.setattr(utils.training.step, "optimizer_step", fail)
     config = tiny_config(tiny_argv())
     if status == "failed":
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -219,7 +219,7 @@ def test_a_failure_before_training_ends_in_its_status_too(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.start.write_meta", full)
+    monkeypatch.setattr("utils.training.start.write_meta", full)
     with pytest.raises(OSError, match="No space left"):
         train.main(tiny_argv())
     assert read_status(only_run()) == "failed"

@@ -10,8 +10,8 @@ import torch
 
 from model import LanguageModel
 from tokenizer import CharTokenizer
-from utils.config import ModelConfig
-from utils.export import save_export
+from utils.config.settings import ModelConfig
+from utils.inference.export import save_export
 
 TOKENIZER = CharTokenizer(" \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 BLOCK_SIZE = 16

@@ -22,8 +22,8 @@ def pause_at(step: int) -> None:
 
     The views flush often, and do not wait long between attempts.
     """
-    from utils import training
     from utils.tracking import feeder
+    from utils.training import step as training
 
     feeder.POLL_SECONDS, feeder.FLUSH_SECONDS, feeder.RETRY_SECONDS = 0.05, 0.05, (0.1, 0.1, 0.1)
     feeders: list[feeder.Feeder] = []

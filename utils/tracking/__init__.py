@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.run_log import METRICS_FILE, decode_number, read_records
-from utils.run_manager import MODEL_SUMMARY, read_record, read_status
+from utils.runs.log import METRICS_FILE, decode_number, read_records
+from utils.runs.run import MODEL_SUMMARY, read_record, read_status
 
 
 @dataclass(frozen=True)

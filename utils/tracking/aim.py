@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, encode_number, shown_metrics
-from utils.run_manager import CURVES
+from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, encode_number, shown_metrics
+from utils.runs.run import CURVES
 from utils.tracking import RunEnd, RunFacts
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import write_json
-from utils.run_log import LOG_FILES, offset_of_step, read_from, read_lines
+from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines
 from utils.tracking import RunEnd, View
 
 POLL_SECONDS = 0.5

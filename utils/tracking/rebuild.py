@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from utils.config import Config
-from utils.config_loader import ConfigLoader
-from utils.curves import draw_curves
+from utils.config.loader import ConfigLoader
+from utils.config.settings import Config
 from utils.errors import UserError
-from utils.run_log import LOG_FILES, read_registry
-from utils.run_manager import METRICS, Run, read_record
+from utils.runs.curves import draw_curves
+from utils.runs.log import LOG_FILES, read_registry
+from utils.runs.run import METRICS, Run, read_record
 from utils.tracking import RunEnd, View
 from utils.tracking.feeder import Budget, Feeder
 from utils.tracking.views import build_views, is_installed, wanted_views

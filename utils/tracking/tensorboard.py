@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config import FIELDS, TRAJECTORY, field_fact
-from utils.run_log import HISTOGRAMS_FILE, METRICS_FILE, shown_metrics
+from utils.config.settings import FIELDS, TRAJECTORY, field_fact
+from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
 SESSION_METRICS = ("val/loss", "train/eval_loss")  # stand beside the hyperparameters

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from utils.config import Config
-from utils.run_manager import read_record
+from utils.config.settings import Config
+from utils.runs.run import read_record
 from utils.tracking import RunFacts, View
 from utils.tracking.aim import REMOTE, AimView
 from utils.tracking.tensorboard import TensorBoardView

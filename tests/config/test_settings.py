@@ -1,0 +1,310 @@
+"""The settings themselves: facts, bounds, rules between them, kinds, hash and schema."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+from pydantic import ValidationError
+
+from utils.config.settings import (
+    FIELDS,
+    SECTION_OF,
+    SECTIONS,
+    Config,
+    OptimizerConfig,
+    check_tag,
+    config_hash,
+    expected,
+    field_fact,
+    flat,
+    iter_fields,
+    json_schema,
+    warmup_steps,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(**settings: Any) -> Config:
+    """A validated Config from settings by leaf name."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        sections.setdefault(SECTION_OF[key], {})[key] = value
+    return Config.model_validate(sections)
+
+
+def types_of(key: str) -> set[type]:
+    """The plain types that a setting may have: {int, NoneType} for `Int | None`."""
+    if get_origin(FIELDS[key].annotation) is tuple:
+        return {tuple}
+    members = get_args(FIELDS[key].annotation) or (FIELDS[key].annotation,)
+    return {getattr(member, "__origin__", member) for member in members}
+
+
+NUMBERS = [key for key in FIELDS if types_of(key) & {int, float}]
+FLOATS = [key for key in FIELDS if float in types_of(key)]
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_every_setting_has_a_meaning_a_kind_and_a_default_within_its_bounds(key: str) -> None:
+    assert len(FIELDS[key].description or "") > 5
+    assert field_fact(key, "kind") in ("trajectory", "observation", "machine")
+    assert isinstance(field_fact(key, "unit"), str)
+    default = FIELDS[key].default
+    assert flat(make(**{key: default}))[key] == default
+
+
+def test_leaf_names_are_unique_and_differ_from_section_names() -> None:
+    keys = [key for _, key, _ in iter_fields()]
+    assert len(keys) == len(set(keys)) == len(FIELDS)
+    assert not set(keys) & set(SECTIONS)
+    assert list(SECTIONS) == ["data", "model", "optimizer", "train", "tracking"]
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        *((key, "trajectory") for key in ("seed", "n_embd", "learning_rate", "dataset", "dtype", "device", "threads")),
+        *((key, "trajectory") for key in ("eval_interval", "eval_iters", "batch_size", "dropout", "deterministic")),
+        *((key, "observation") for key in ("log_interval", "histogram_interval", "run_tag", "aim_logging", "note")),
+        *((key, "machine") for key in ("runs_dir", "corpora_dir", "aim_repo")),
+    ],
+)
+def test_kind_says_whether_a_setting_changes_the_numbers(key: str, kind: str) -> None:
+    assert field_fact(key, "kind") == kind
+
+
+@pytest.mark.parametrize(
+    ("key", "inside", "outside"),
+    [
+        ("val_fraction", [0.001, 0.999], [0, 1, -0.1]),
+        ("n_layer", [1, 1024], [0, -1, 1025]),
+        ("n_head", [1], [0, 1025]),
+        ("n_kv_head", [1, None], [0, -2]),
+        ("n_embd", [4, 65536], [0, 65540]),
+        ("ffn_dim", [1, None], [0]),
+        ("block_size", [1, 65536], [0, 65537]),
+        ("dropout", [0, 0.999], [1, -0.01]),
+        ("rope_theta", [0.5], [0]),
+        ("norm_eps", [1e-12], [0, 1]),
+        ("learning_rate", [1e-9, 10], [0, -1e-3, 10.5]),
+        ("min_lr", [0, 1e-3], [-1e-9]),
+        ("warmup_iters", [0, 2000], [-1]),
+        ("lr_decay_iters", [1], [0]),
+        ("weight_decay", [0, 10], [-0.1, 11]),
+        ("beta1", [0, 0.999], [1, -0.1]),
+        ("beta2", [0, 0.999], [1, -0.1]),
+        ("adam_eps", [1e-15], [0, 1]),
+        ("grad_clip", [0, 100], [-1]),
+        ("max_iters", [1], [0, -5]),
+        ("batch_size", [1, "auto"], [0, "all", None]),
+        ("tokens_per_step", [None], [0]),
+        ("gradient_accumulation_steps", [1, 12], [0]),
+        ("eval_interval", [1], [0]),
+        ("eval_iters", [1], [0]),
+        ("seed", [0, 2**63 - 1], [-1, 2**63]),
+        ("threads", [1, None], [0, 1025]),
+        ("log_interval", [1], [0]),
+        ("flush_interval", [1], [0]),
+        ("histogram_interval", [0], [-1]),
+        ("sample_tokens", [0], [-1]),
+        ("tracking_budget", [0.001, 1], [0, 1.01]),
+        ("device", ["cpu", "cuda", "cuda:3", "mps", "auto"], ["gpu", "cuda:", "cuda:x", "CPU", " cpu"]),
+        ("dataset", ["pydocs", "a/b.txt"], [""]),
+        ("unknown_token", ["?", "ü", None], ["", "ab"]),
+        ("tokenizer", ["char"], ["bpe"]),
+        ("schedule", ["cosine", "linear", "constant"], ["cos"]),
+        ("dtype", ["auto", "float32", "bfloat16", "float16"], ["fp32"]),
+        ("position", ["learned", "rope"], ["alibi"]),
+        ("norm", ["layernorm", "rmsnorm"], ["batchnorm"]),
+        ("mlp", ["gelu", "swiglu"], ["relu"]),
+    ],
+)
+def test_bounds_hold_at_their_edges(key: str, inside: list[Any], outside: list[Any]) -> None:
+    for value in inside:
+        assert flat(make(**{key: value}))[key] == value
+    for value in outside:
+        with pytest.raises(ValidationError, match=key):
+            make(**{key: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", FLOATS)
+def test_nan_and_infinity_are_refused(key: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=key):
+        make(**{key: value})
+
+
+@pytest.mark.parametrize("value", [True, False, "many", [1], {"a": 1}])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_are_numbers(key: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=key):
+        make(**{key: value})
+
+
+@pytest.mark.parametrize("key", [key for key in NUMBERS if float not in types_of(key)])
+def test_an_integer_has_no_fraction(key: str) -> None:
+    with pytest.raises(ValidationError, match=key):
+        make(**{key: 2.5})
+
+
+def test_settings_are_frozen() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train = config.train
+    with pytest.raises(ValidationError, match="frozen"):
+        config.tracking.tags = ("a",)
+
+
+@pytest.mark.parametrize("section", [None, *SECTIONS])
+def test_unknown_keys_are_forbidden(section: str | None) -> None:
+    surplus = {"no_such_key": 1}
+    with pytest.raises(ValidationError, match="no_such_key"):
+        Config.model_validate(surplus if section is None else {section: surplus})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_embd": 130}, r"n_embd \(130\) must be divisible by n_head \(4\)"),
+        ({"n_head": 6, "n_embd": 96, "n_kv_head": 4}, r"n_head \(6\) must be divisible by n_kv_head \(4\)"),
+        ({"n_kv_head": 8}, r"n_head \(4\) must be divisible by n_kv_head \(8\)"),
+        ({"position": "rope", "n_embd": 12}, "head dimension must be even, not 3"),
+        ({"position": "rope", "head_dim": 5}, "head dimension must be even, not 5"),
+        ({"warmup_iters": 11, "max_iters": 10}, r"warmup_iters \(11\) must not exceed max_iters \(10\)"),
+        ({"warmup_iters": 11, "lr_decay_iters": 10}, r"warmup_iters \(11\) must not exceed lr_decay_iters \(10\)"),
+        ({"min_lr": 0.01}, r"min_lr \(0.01\) must not exceed learning_rate \(0.001\)"),
+        ({"max_iters": None}, "max_iters and epochs are alternatives"),
+        ({"epochs": 1.0}, "max_iters and epochs are alternatives"),
+        ({"batch_size": 12, "gradient_accumulation_steps": 5}, r"batch_size \(12\) must be divisible by"),
+        ({"batch_size": "auto", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps, too: it must be 1"),
+        ({"tokens_per_step": 640}, r"tokens_per_step \(640\) and batch_size \(12\) are alternatives"),
+        ({"batch_size": "auto", "tokens_per_step": 700}, r"multiple of block_size \(64\): 640 or 704"),
+    ],
+)
+def test_rules_between_settings_are_told_with_their_values(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_embd": 130, "head_dim": 32},
+        {"n_head": 8, "n_kv_head": 2},
+        {"position": "rope", "n_embd": 8, "n_head": 4},
+        {"position": "rope", "n_embd": 12, "n_head": 4, "head_dim": 2},
+        {"warmup_iters": 10, "max_iters": 10},
+        {"warmup_iters": 500, "max_iters": None, "epochs": 0.5},
+        {"min_lr": 0.001, "learning_rate": 0.001},
+        {"max_iters": None, "epochs": 0.5},
+        {"batch_size": 12, "gradient_accumulation_steps": 12},
+        {"batch_size": "auto", "tokens_per_step": 640},
+        {"batch_size": "auto", "max_iters": None, "epochs": 1.0},
+        {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False},
+        {"qkv_bias": True, "bias": True},
+        {"qkv_bias": False, "bias": False},
+    ],
+)
+def test_what_keeps_the_rules_is_accepted(settings: dict[str, Any]) -> None:
+    config = flat(make(**settings))
+    assert {key: config[key] for key in settings} == settings
+
+
+def test_what_is_none_is_derived() -> None:
+    model = make(n_head=4, n_embd=96).model
+    assert (model.kv_heads, model.head_width, model.ffn_width) == (4, 24, 384)
+    assert make(n_embd=96, mlp="swiglu").model.ffn_width == 256  # 8/3 * 96
+    assert make(n_embd=100, mlp="swiglu").model.ffn_width == 288  # 266.7, rounded up to a multiple of 32
+    assert make(ffn_dim=7, mlp="swiglu").model.ffn_width == 7
+    assert make(n_kv_head=2, head_dim=10).model.head_width == 10
+    assert make(learning_rate=0.5).optimizer.final_lr == 0.05
+    assert make(min_lr=0.0).optimizer.final_lr == 0.0
+
+
+def test_warmup_is_a_twentieth_of_the_run_unless_given() -> None:
+    assert warmup_steps(OptimizerConfig(), 2000) == 100
+    assert warmup_steps(OptimizerConfig(), 19) == 0
+    assert warmup_steps(OptimizerConfig(warmup_iters=7), 10) == 7
+
+
+@pytest.mark.parametrize("tag", ["a", "A.b_c-9", "2026", "x" * 64, ".hidden", "latest2"])
+def test_tags_of_letters_digits_dots_underscores_and_dashes_are_accepted(tag: str) -> None:
+    assert check_tag(tag) == tag
+    assert make(run_tag=tag).tracking.run_tag == tag
+
+
+@pytest.mark.parametrize(
+    "tag", ["", "a/b", "../x", ".", "..", "a b", "x" * 65, "über", "a\n", "a\0", "latest", "auto", "a:b", "~"]
+)
+def test_tags_that_cannot_name_a_folder_are_refused(tag: str) -> None:
+    with pytest.raises(ValueError, match="tag"):
+        check_tag(tag)
+    with pytest.raises(ValidationError, match="run_tag"):
+        make(run_tag=tag)
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_hash_depends_on_trajectory_settings_only(key: str) -> None:
+    config = Config()
+    section = getattr(config, SECTION_OF[key])
+    changed = config.model_copy(update={SECTION_OF[key]: section.model_copy(update={key: "another value"})})
+    differs = config_hash(changed, {}) != config_hash(config, {})
+    assert differs == (field_fact(key, "kind") == "trajectory")
+
+
+def test_hash_sees_resolved_values_in_place_of_settings() -> None:
+    auto, cpu = make(device="auto"), make(device="cpu")
+    assert config_hash(auto, {}) != config_hash(cpu, {})
+    assert config_hash(auto, {"device": "cpu"}) == config_hash(cpu, {"device": "cpu"})
+    assert config_hash(auto, {"device": "cpu"}) != config_hash(auto, {"device": "cuda"})
+    assert config_hash(auto, {"corpus_hash": "1"}) != config_hash(auto, {"corpus_hash": "2"})
+    assert config_hash(auto, {"a": 1, "b": 2}) == config_hash(auto, {"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("n_layer", "integer >= 1 and <= 1024"),
+        ("val_fraction", "number > 0 and < 1"),
+        ("ffn_dim", "integer >= 1 or none"),
+        ("batch_size", "integer >= 1 or auto"),
+        ("mlp", "gelu, gelu_tanh, relu2 or swiglu"),
+        ("tokenizer", "char"),
+        ("bias", "true or false"),
+        ("note", "text"),
+        ("tags", "list of names (in a file: [wide, long])"),
+        ("device", "auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_expectation_is_said_in_words(key: str, words: str) -> None:
+    assert expected(key) == words
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_every_setting_has_an_expectation_in_words(key: str) -> None:
+    assert expected(key).strip()
+
+
+def test_dump_and_validate_is_the_identity() -> None:
+    config = make(n_layer=2, tags=("a", "b"), run_tag="x", learning_rate=0.1 + 0.2, max_iters=None, epochs=1 / 3)
+    assert Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_shipped_schema_is_the_one_that_the_settings_give() -> None:
+    shipped = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8"))
+    assert shipped == json.loads(json.dumps(json_schema())), "run: make schema"
+
+
+def test_schema_knows_every_key_flat_and_in_its_section() -> None:
+    schema = json_schema()
+    assert set(FIELDS) | set(SECTIONS) == set(schema["properties"])
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["n_layer"]["maximum"] == 1024
+    assert schema["properties"]["n_layer"]["kind"] == "trajectory"

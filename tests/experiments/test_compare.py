@@ -1,0 +1,322 @@
+"""Comparing runs: verdicts on planted data, groups of seeds, and metrics at equal steps, tokens and time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_runs import indexed, make_run, training_records, write
+
+from utils.errors import UserError
+from utils.experiments.compare import Curve, Group, compare, judge, metric_direction, read_curve
+from utils.runs.index import IndexedRun, read_run
+
+
+def group(values: Iterable[float], name: str = "a") -> Group:
+    finals = tuple(float(value) for value in values)
+    deviation = statistics.stdev(finals) if len(finals) > 1 and all(map(math.isfinite, finals)) else None
+    return Group(name, (), finals, statistics.fmean(finals) if finals else None, deviation)
+
+
+def seeds(runs_dir: Path, tag: str, finals: Sequence[Any], **facts: Any) -> list[IndexedRun]:
+    """Runs that differ in their seed, with these last losses."""
+    settings = facts.pop("settings", {})
+    return [
+        indexed(
+            runs_dir,
+            f"{tag}{i}",
+            tag=tag,
+            settings={**settings, "seed": i},
+            metrics=training_records([9, final]),
+            **facts,
+        )
+        for i, final in enumerate(finals)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "other_count", "deviation", "other_deviation"),
+    [(5, 5, 1.0, 1.0), (4, 8, 1.0, 1.0), (3, 3, 1.0, 10.0), (3, 10, 10.0, 1.0), (10, 3, 10.0, 1.0)],
+)
+def test_equal_means_give_a_false_alarm_in_a_twentieth_of_the_cases(
+    count: int, other_count: int, deviation: float, other_deviation: float
+) -> None:
+    random = np.random.default_rng(7)
+    verdicts = [
+        judge(group(random.normal(2, deviation, count)), group(random.normal(2, other_deviation, other_count))).verdict
+        for _ in range(800)
+    ]
+    alarms = sum(verdict != "within noise" for verdict in verdicts) / len(verdicts)
+    assert 0.02 <= alarms <= 0.08
+    assert {"better", "worse"} <= {*verdicts}
+
+
+def test_a_difference_of_several_deviations_is_found_nearly_always() -> None:
+    random = np.random.default_rng(7)
+    for count, difference in ((3, 8.0), (5, 4.0)):
+        verdicts = [
+            judge(group(random.normal(0, 1, count)), group(random.normal(difference, 1, count))).verdict
+            for _ in range(200)
+        ]
+        assert verdicts.count("better") >= 190
+        assert verdicts.count("worse") == 0
+
+
+def test_a_verdict_says_which_is_better_and_by_how_much() -> None:
+    low, high = group([1.0, 1.1, 0.9], "low"), group([2.0, 2.1, 1.9], "high")
+    verdict = judge(low, high)
+    assert (verdict.first, verdict.second, verdict.verdict) == ("low", "high", "better")
+    assert verdict.difference == pytest.approx(-1.0)
+    # Welch's t by hand: t = -1 / sqrt(0.01 / 3 + 0.01 / 3) = -12.25, 4 degrees of freedom
+    assert verdict.p == pytest.approx(0.000255, rel=0.01)
+    assert judge(high, low).verdict == "worse"
+    assert judge(low, high, lower_is_better=False).verdict == "worse"
+    assert judge(high, low, lower_is_better=False).verdict == "better"
+    assert judge(high, low, lower_is_better=None).verdict == "different"
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2), (1, 50), (0, 3), (2, 2)])
+def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> None:
+    first, second = (group(range(count)) for count in counts)
+    verdict = judge(first, second)
+    assert (verdict.verdict, verdict.p) == ("too few seeds", None)
+    assert (verdict.difference is None) == (0 in counts)
+
+
+def test_values_that_do_not_vary_differ_if_they_are_different() -> None:
+    assert judge(group([1, 1, 1]), group([1, 1, 1])).verdict == "within noise"
+    assert judge(group([1, 1, 1]), group([2, 2, 2])).verdict == "better"
+    assert judge(group([2, 2, 2]), group([1, 1, 1])).verdict == "worse"
+
+
+@pytest.mark.parametrize("others", [[1.0, 1.1, 1.2], [2.0, 2.1, 2.2]])
+def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[float]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        verdict = judge(group([1, 1, 1]), group(others))
+    assert verdict.verdict == ("better" if others[0] == 2 else "within noise")
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_difference(broken: float) -> None:
+    verdict = judge(group([1, 2, broken]), group([1, 2, 3]))
+    assert (verdict.verdict, verdict.p) == ("within noise", None)
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_group(runs_dir: Path) -> None:
+    runs = [*seeds(runs_dir, "a", [1, 1.1, 0.9]), *seeds(runs_dir, "b", [2, 2.1, 1.9], settings={"n_embd": 64})]
+    comparison = compare(runs)
+    assert [(group.name, group.runs, group.finals) for group in comparison.groups] == [
+        ("a", ("a0", "a1", "a2"), (1.0, 1.1, 0.9)),
+        ("b", ("b0", "b1", "b2"), (2.0, 2.1, 1.9)),
+    ]
+    (verdict,) = comparison.verdicts
+    assert (verdict.first, verdict.second, verdict.verdict) == ("a", "b", "better")
+    assert comparison.left_out == []
+
+
+def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> None:
+    runs = [
+        indexed(runs_dir, "a", settings={"seed": 1}, metrics=training_records([1.0])),
+        indexed(runs_dir, "b", settings={"seed": 2, "log_interval": 5, "note": "x"}, metrics=training_records([1.0])),
+        indexed(runs_dir, "c", settings={"corpora_dir": "y", "run_tag": "c"}, metrics=training_records([1.0])),
+    ]
+    assert len(compare(runs).groups) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"patch": "a change"},
+        {"git": {"commit": "d" * 40}},
+        {"resolved": {"corpus_hash": "another", "tokenizer_hash": "tokenizer"}},
+        {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "another"}},
+        {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "tokenizer", "dtype": "bfloat16"}},
+        {"settings": {"dropout": 0.1}},
+    ],
+    ids=str,
+)
+def test_other_code_corpus_or_settings_are_another_group(runs_dir: Path, change: dict[str, Any]) -> None:
+    same = {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "tokenizer", "dtype": "float32"}}
+    runs = [
+        indexed(runs_dir, "a", tag="x", metrics=training_records([1.0]), **same),
+        indexed(runs_dir, "b", tag="x", metrics=training_records([2.0]), **{**same, **change}),
+    ]
+    comparison = compare(runs)
+    assert [group.runs for group in comparison.groups] == [("a",), ("b",)]
+    assert len({group.name for group in comparison.groups}) == 2
+    assert [verdict.verdict for verdict in comparison.verdicts] == ["too few seeds"]
+
+
+def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> None:
+    runs = [
+        indexed(runs_dir, "a", tag="x", settings={"n_layer": 1}, metrics=training_records([1.0])),
+        indexed(runs_dir, "b", tag="x", settings={"n_layer": 2}, metrics=training_records([2.0])),
+    ]
+    assert [group.name for group in compare(runs).groups] == ["x n_layer=1", "x n_layer=2"]
+
+
+def test_a_run_that_is_named_twice_counts_once(runs_dir: Path) -> None:
+    one = seeds(runs_dir, "a", [1.0])
+    other = seeds(runs_dir, "b", [1.01], settings={"n_embd": 64})
+    comparison = compare([*one * 3, *other * 3])
+    assert [group.finals for group in comparison.groups] == [(1.0,), (1.01,)]
+    assert comparison.verdicts[0].verdict == "too few seeds"
+
+
+def test_repetitions_with_the_same_seed_are_no_further_seeds(runs_dir: Path) -> None:
+    runs = [
+        indexed(runs_dir, f"{tag}{i}", tag=tag, settings={"n_embd": width}, metrics=training_records([9, final]))
+        for tag, width, final in (("a", 64, 1.0), ("b", 128, 1.01))
+        for i in range(3)
+    ]
+    assert compare(runs).verdicts[0].verdict == "too few seeds"
+
+
+def test_the_interval_is_students_t_around_the_mean(runs_dir: Path) -> None:
+    (group,) = compare(seeds(runs_dir, "a", [1.0, 2.0, 3.0])).groups
+    assert (group.mean, group.deviation) == (2.0, 1.0)
+    half = 4.302653 / math.sqrt(3)  # the 97.5% point of t with 2 degrees of freedom
+    assert group.interval == pytest.approx((2 - half, 2 + half))
+
+
+def test_one_or_no_result_has_no_interval(runs_dir: Path) -> None:
+    runs = [*seeds(runs_dir, "a", [1.0]), *seeds(runs_dir, "b", [2.0], settings={"n_layer": 1}, status="failed")]
+    one, none = compare(runs).groups
+    assert (one.mean, one.deviation, one.interval) == (1.0, None, None)
+    assert (none.finals, none.mean, none.interval) == ((), None, None)
+
+
+def test_a_run_that_did_not_complete_has_no_result(runs_dir: Path) -> None:
+    complete = seeds(runs_dir, "a", [1.0, 2.0])
+    failed = indexed(runs_dir, "f", status="failed", settings={"seed": 9}, metrics=training_records([9.0, 5.0]))
+    comparison = compare([*complete, failed])
+    assert comparison.groups[0].finals == (1.0, 2.0)
+    assert comparison.left_out == ["f: failed, so its last value is no result"]
+
+
+def test_a_group_with_a_loss_that_is_not_finite_has_no_interval(runs_dir: Path) -> None:
+    (group,) = compare(seeds(runs_dir, "a", [1.0, "nan", 3.0])).groups
+    assert math.isnan(group.finals[1])
+    assert group.interval is None
+
+
+def test_a_run_without_the_metric_is_left_out_with_the_reason(runs_dir: Path) -> None:
+    runs = [
+        *seeds(runs_dir, "a", [1.0, 2.0]),
+        indexed(runs_dir, "silent", metrics=[{"step": 1, "time": 1.0, "lr": 0.1}]),
+    ]
+    (runs_dir / "empty").mkdir()
+    comparison = compare([*runs, read_run(runs_dir / "empty")])
+    assert comparison.left_out == ["silent: no val/loss in its log", "empty: an empty folder"]
+
+
+def test_fewer_than_two_runs_with_the_metric_are_told(runs_dir: Path) -> None:
+    run = seeds(runs_dir, "a", [1.0])
+    with pytest.raises(UserError, match=r"two runs with val/loss are needed to compare; silent: no val/loss"):
+        compare([*run, indexed(runs_dir, "silent")])
+    with pytest.raises(UserError, match="two runs with nonsense"):
+        compare(run, "nonsense")
+
+
+@pytest.mark.parametrize(
+    "line", ["{\n", "[1]\n", '{"val/loss": 1}\n', '{"step": 1, "time": 1.0, "val/loss": "low"}\n', b"\xff\n"]
+)
+def test_a_damaged_log_spoils_no_comparison(runs_dir: Path, line: str | bytes) -> None:
+    runs = seeds(runs_dir, "a", [1.0, 2.0])
+    bad = make_run(runs_dir, "bad")
+    write(bad / "logs" / "metrics.jsonl", line)
+    comparison = compare([*runs, read_run(bad)])
+    assert comparison.groups[0].runs == ("a0", "a1")
+    assert [text.partition(":")[0] for text in comparison.left_out] == ["bad"]
+
+
+def curve_records(losses: Sequence[float], tokens: int, seconds: float) -> list[dict[str, Any]]:
+    """A loss every 10 steps, with so many tokens and seconds a step, and records without a loss between them."""
+    records = []
+    for i, loss in enumerate(losses):
+        for step, facts in ((10 * i, {"val/loss": loss}), (10 * i + 5, {"train/loss": 0.5})):
+            records.append({"step": step, "time": 500 + seconds * step, "tokens": tokens * step, **facts})
+    return records
+
+
+def test_metrics_are_compared_at_equal_steps_tokens_and_time(runs_dir: Path) -> None:
+    one = indexed(runs_dir, "a", metrics=curve_records([5, 4, 3, 2, 1], tokens=100, seconds=1))
+    other = indexed(
+        runs_dir, "b", settings={"batch_size": 48}, metrics=curve_records([6, 5.5, 5], tokens=400, seconds=2)
+    )
+    at = compare([one, other]).at
+    assert at["step"] == [(10, [4.0, 5.5]), (20, [3.0, 5.0])]  # where both were evaluated
+    interpolated = [(1000.0, [4.0, 5.875]), (2000.0, [3.0, 5.75]), (3000.0, [2.0, 5.625]), (4000.0, [1.0, 5.5])]
+    assert at["tokens"] == interpolated  # both were evaluated at 4000 only
+    assert at["time"] == [(20.0, [3.0, 5.5]), (40.0, [1.0, 5.0])]
+
+
+def test_a_group_shows_the_mean_of_its_runs_at_each_place(runs_dir: Path) -> None:
+    runs = seeds(runs_dir, "a", [1.0, 2.0])
+    assert compare(runs).at["step"] == [(2.5, [7.125]), (5.0, [5.25]), (7.5, [3.375]), (10.0, [1.5])]
+
+
+def test_a_run_without_a_value_yet_leaves_the_place_empty(runs_dir: Path) -> None:
+    runs = [
+        indexed(runs_dir, "a", settings={"seed": 1}, metrics=training_records([3.0, 2.0, 1.0])),
+        indexed(runs_dir, "b", settings={"seed": 2}, metrics=training_records([3.0, 2.0, 1.0])[2:]),
+    ]
+    assert compare(runs).at["step"] == [(5.0, [None]), (10.0, [None]), (15.0, [None]), (20.0, [1.0])]
+
+
+def test_a_curve_leaves_pauses_between_sessions_out(runs_dir: Path) -> None:
+    records = training_records([3.0, 2.0, 1.0])
+    records[2]["time"] += 86_400  # resumed the next day
+    resumed = [{"time": datetime.fromtimestamp(records[2]["time"] - 5, UTC).isoformat()}]
+    run = make_run(runs_dir, "run", metrics=records, resumes=resumed)
+    assert read_curve(run, "val/loss") == Curve([0, 10, 20], [0, 1000, 2000], [0.0, 10.0, 10.0], [3.0, 2.0, 1.0])
+
+
+def test_slow_steps_of_one_session_are_no_pauses(runs_dir: Path) -> None:
+    run = make_run(runs_dir, "run", metrics=[{**r, "time": 9.0 * r["time"]} for r in training_records([3, 2, 1])])
+    assert read_curve(run, "val/loss").time == [0.0, 90.0, 180.0]
+
+
+def test_a_curve_may_be_empty_and_knows_nothing_before_its_start(runs_dir: Path) -> None:
+    assert read_curve(runs_dir / "nowhere", "val/loss").values == []
+    curve = Curve([10], [100], [1.0], [3.0])
+    assert (curve.at("step", 9), curve.at("step", 10), curve.at("step", 99)) == (None, 3.0, 3.0)
+
+
+def test_more_of_a_metric_that_should_be_high_is_better(runs_dir: Path) -> None:
+    assert [metric_direction(name, []) for name in ("val/loss", "tokens_per_second", "lr")] == [
+        "lower",
+        "higher",
+        "none",
+    ]
+    runs = []
+    for tag, width, base in (("slow", 64, 10.0), ("fast", 32, 99.0)):
+        for i in range(3):
+            records = [{"step": 1, "time": 1.0, "tokens": 1, "tokens_per_second": base + i / 10}]
+            runs.append(indexed(runs_dir, f"{tag}{i}", tag=tag, settings={"seed": i, "n_embd": width}, metrics=records))
+    assert compare(runs, "tokens_per_second").verdicts[0].verdict == "worse"
+
+
+def test_a_metric_of_a_callback_has_the_direction_that_its_run_recorded(runs_dir: Path) -> None:
+    runs = []
+    for tag, width, base in (("bad", 64, 0.1), ("good", 32, 0.9)):
+        for i in range(3):
+            records = [{"step": 1, "time": 1.0, "tokens": 1, "planted_accuracy": base + i / 100}]
+            path = make_run(runs_dir, f"{tag}{i}", tag=tag, settings={"seed": i, "n_embd": width}, metrics=records)
+            registry = [{"name": "planted_accuracy", "unit": "1", "direction": "higher", "views": []}]
+            write(path / "meta" / "metrics.json", registry)
+            runs.append(read_run(path))
+    assert compare(runs, "planted_accuracy").verdicts[0].verdict == "worse"
+
+
+def test_three_groups_have_three_verdicts(runs_dir: Path) -> None:
+    runs = [run for i in range(3) for run in seeds(runs_dir, "abc"[i], [i, i], settings={"n_layer": i + 1})]
+    assert [(v.first, v.second) for v in compare(runs).verdicts] == [("a", "b"), ("a", "c"), ("b", "c")]

@@ -1,0 +1,246 @@
+"""Training a run again and comparing the two, with real repositories and processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_FLAGS
+
+import experiments
+import train
+from utils.experiments import reproduce as reproduction
+from utils.experiments.bits import Difference, LogComparison
+from utils.experiments.reproduce import (
+    Reproduction,
+    ReproductionError,
+    apply_patch,
+    environment_differences,
+    recorded_code,
+    reproduce,
+)
+from utils.runs.index import read_run
+
+Argv = Callable[..., list[str]]
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of this project, in a repository of its own, with uncommitted changes and an untracked module."""
+    folder = tmp_path / "project"
+    for name in [*git(ROOT, "ls-files", "*.py", "*.j2", "configs", ".gitignore").splitlines(), "utils", "configs"]:
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "benchmarks/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    for path in (ROOT / "utils").rglob("*.py"):  # those that are not committed yet, too
+        place = folder / path.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "code")
+    model = folder / "model.py"
+    model.write_text(
+        model.read_text()
+        .replace("import math\n", "import math\n\nimport my_scale\n", 1)
+        .replace("residual_std = 0.02", "residual_std = my_scale.SCALE * 0.02")
+    )
+    (folder / "my_scale.py").write_text("import torch\nSCALE = 0.5\n")
+    return folder
+
+
+def test_a_run_of_changed_code_with_an_untracked_module_is_reproduced(
+    project: Path, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    flags = {**TINY_FLAGS, "--max-iters": "200", "--eval-interval": "50", "--dataset": str(tiny_corpus)}
+    words = [word for pair in flags.items() for word in pair]
+    train_py = [sys.executable, "train.py", "--run-tag", "first", "--no-aim-logging", *words]
+    subprocess.run(train_py, cwd=project, check=True, capture_output=True)
+    (run,) = (project / "runs").iterdir()
+    patch = (run / "meta" / "code.patch").read_text()
+    assert "my_scale.SCALE * 0.02" in patch
+    assert "SCALE = 0.5" in patch
+    (project / "my_scale.py").unlink()
+    git(project, "checkout", "-q", "model.py")  # the recorded code is not the current code any more
+    command = [sys.executable, "experiments.py", "reproduce", "first", "--json"]
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["verdict"] == "identical for 200 steps, and the same weights"
+    again = read_run(project / "runs" / told["repetition"])
+    assert again.record["parent"] == {"run": run.name, "path": str(run), "step": 0, "relation": "reproduction"}
+    assert (again.path / "meta" / "code.patch").read_text() == patch
+    assert experiments.main(["check", str(again.path)]) == 0
+    assert again.record["tag"] == "first-repeated"
+
+    current = subprocess.run(
+        [*command, "--code", "current", "--steps", "60"], cwd=project, capture_output=True, text=True
+    )
+    assert current.returncode == 1, current.stderr
+    assert json.loads(current.stdout)["verdict"].startswith("first difference at step 0: train/")
+
+
+@pytest.fixture
+def run(tiny_argv: Argv, only_run: Callable[[], Path], prompt_writes: None) -> Path:
+    assert (
+        train.main(tiny_argv("--max-iters", "12", "--run-tag", "one", "--checkpoint-interval", "4", "--no-keep-best"))
+        == 0
+    )
+    return only_run()
+
+
+def test_from_a_checkpoint_with_the_current_code(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--from-checkpoint", "--code", "current", "--runs-dir", str(run.parent)]
+    assert experiments.main(["reproduce", "one", *words]) == 0
+    assert "identical for 4 steps" in capsys.readouterr().out  # 8 is the newest checkpoint before the end
+
+
+def test_another_dropout_is_found_at_its_first_step(run: Path) -> None:
+    path = run / "meta" / "full_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(config))
+    found = reproduce(read_run(run), ROOT, steps=5, code="current", quiet=True, tell=lambda line: None)
+    assert not found.identical
+    assert found.logs.difference is not None
+    assert found.verdict.startswith("first difference at step 0: train/")
+    assert found.expected == 5
+
+
+def test_another_thread_count_is_told(run: Path) -> None:
+    other = run.with_name("other")
+    shutil.copytree(run, other)
+    record = json.loads((other / "run.json").read_text())
+    record["resolved"]["threads"] = 7
+    (other / "run.json").write_text(json.dumps(record))
+    text = (other / "meta" / "env.txt").read_text()
+    (other / "meta" / "env.txt").write_text(text.replace("  torch==", "  torch==9."))
+    first, second = environment_differences(read_run(run), read_run(other))
+    assert first.startswith("torch ")
+    assert " -> 9." in first
+    assert second == "threads 1 -> 7"
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+def outcome(**facts: object) -> Reproduction:
+    common = {
+        **{"run": "a", "repetition": "b", "status": "completed", "exit_status": 0, "first": 0, "expected": 200},
+        **{"logs": LogComparison(200, None), "weights": None, "environment": [], "unknown": []},
+    }
+    return Reproduction(**{**common, **facts})  # type: ignore[arg-type]
+
+
+def test_the_verdict_names_the_first_difference_and_the_environment() -> None:
+    assert outcome().verdict == "identical for 200 steps"
+    logs = LogComparison(37, Difference(37, "train/loss", 1.98304, 1.98311))
+    found = outcome(logs=logs, environment=["torch 2.13.0 -> 2.14.0"])
+    assert found.verdict == (
+        "first difference at step 37: train/loss 1.98304 vs 1.98311; environment differs in: torch 2.13.0 -> 2.14.0"
+    )
+    assert not found.identical
+
+
+def test_a_repetition_that_ended_early_is_not_identical() -> None:
+    found = outcome(logs=LogComparison(150, None), status="failed")
+    assert not found.identical
+    assert "150 of 200 steps; the repetition ended as failed" in found.verdict
+
+
+def test_other_weights_are_not_identical() -> None:
+    assert not outcome(weights=False).identical
+    assert "weights differ" in outcome(weights=False).verdict
+
+
+# --------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", ".git/hooks/pre-commit"])
+def test_a_patch_that_leaves_the_tree_is_refused(tmp_path: Path, name: str) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    patch = tmp_path / "code.patch"
+    patch.write_text(
+        f"diff --git a/{name} b/{name}\nnew file mode 100644\n--- /dev/null\n+++ b/{name}\n@@ -0,0 +1 @@\n+evil\n"
+    )
+    with pytest.raises(ReproductionError, match="cannot be applied: invalid path"):
+        apply_patch(patch, tree)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["code.patch", "tree"]
+
+
+def test_a_patch_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    tree.mkdir()
+    outside.mkdir()
+    (tree / "link").symlink_to(outside)
+    patch = tmp_path / "code.patch"
+    patch.write_text(
+        "diff --git a/link/x b/link/x\nnew file mode 100644\n--- /dev/null\n+++ b/link/x\n@@ -0,0 +1 @@\n+evil\n"
+    )
+    with pytest.raises(ReproductionError, match="beyond a symbolic link"):
+        apply_patch(patch, tree)
+    assert not list(outside.iterdir())
+
+
+def edited_record(run: Path, **facts: object) -> Path:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, **facts}))
+    return run
+
+
+def test_an_unknown_commit_is_one_clear_line(run: Path, tmp_path: Path) -> None:
+    edited_record(run, git={"commit": "0123456789" * 4, "branch": "main", "dirty": False})
+    with pytest.raises(ReproductionError, match=r"commit 012345678901 of .* --code current"):
+        recorded_code(read_run(run), ROOT, tmp_path)
+
+
+def test_without_git_the_current_code_is_used_and_said(run: Path, tmp_path: Path) -> None:
+    edited_record(run, git={"commit": None})
+    place, unknown = recorded_code(read_run(run), ROOT, tmp_path)
+    assert place == ROOT
+    assert "started without git" in unknown[0]
+
+
+def test_files_left_out_of_the_patch_are_named(run: Path, tmp_path: Path) -> None:
+    (run / "meta" / "code.patch").unlink(missing_ok=True)
+    commit = git(ROOT, "rev-parse", "HEAD").strip()
+    edited_record(run, git={"commit": commit, "branch": "main", "dirty": True})
+    (run / "meta" / "git.txt").write_text("commit: x\n\nleft out of code.patch:\n  .env (looks like a secret)\n")
+    place, unknown = recorded_code(read_run(run), ROOT, tmp_path)
+    assert (place / "train.py").is_file()
+    assert unknown == ["what was in files that are not in the patch: .env (looks like a secret)"]
+
+
+def test_what_cannot_be_reproduced_is_said(run: Path) -> None:
+    parent = {"run": "gone", "path": str(run.parent / "gone"), "step": 4, "relation": "fork"}
+    with pytest.raises(ReproductionError, match=r"began with weights of gone, and .* is gone"):
+        reproduce(read_run(edited_record(run, parent=parent)), ROOT)
+    shutil.rmtree(run / "artifacts" / "checkpoints")
+    with pytest.raises(ReproductionError, match="has no checkpoint before step 12"):
+        reproduce(read_run(edited_record(run, parent=None)), ROOT, from_checkpoint=True)
+    (run / "logs" / "metrics.jsonl").unlink()
+    with pytest.raises(ReproductionError, match="has logged nothing"):
+        reproduce(read_run(run), ROOT)
+    (run / "meta" / "full_config.json").unlink()
+    with pytest.raises(ReproductionError, match="nothing to reproduce"):
+        reproduce(read_run(run), ROOT)
+
+
+def test_nothing_is_left_in_the_temporary_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduction.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(reproduction, "_run", lambda *words: (1, 0))
+    with pytest.raises(ReproductionError, match="made no run directory"):
+        reproduce(read_run(run), ROOT, code="current", tell=lambda line: None)
+    assert not list((tmp_path / "temporary").iterdir())

@@ -1,0 +1,149 @@
+"""What --show-info says of an export."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_runs import make_run, write
+from rich.console import Console
+
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.config.settings import ModelConfig
+from utils.inference.export import load_export, save_export
+from utils.inference.info import CHARACTERS, Part, architecture, info_screen, parts_of, vocabulary
+
+CPU = torch.device("cpu")
+TOKENIZER = CharTokenizer("\n abc")
+TRAINING = {
+    "run": "20260131_142501_baseline",
+    "weights": "best",
+    "step": 1500,
+    "val/loss": 1.25,
+    "train/eval_loss": "nan",
+    "dataset": "shakespeare",
+    "corpus_hash": "0123456789abcdef",
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "bias": False},
+    "untied": {"tie_embeddings": False, "ngram_rows": (31, 37), "qk_norm": True, "logit_softcap": 30.0},
+}
+
+
+def make_model(**settings: Any) -> LanguageModel:
+    return LanguageModel(ModelConfig(**{"n_layer": 3, "n_head": 2, "n_embd": 8, "block_size": 12} | settings), 5)
+
+
+def screen(folder: Path) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    for part in info_screen(load_export(folder, CPU), folder):
+        console.print(part, soft_wrap=True)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def words(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with an export."""
+    path = make_run(tmp_path, "20260131_142501_baseline", tag="baseline", git={"commit": "c" * 40, "dirty": True})
+    save_export(path / "artifacts" / "export", make_model(), TOKENIZER, TRAINING)
+    return path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_parts_are_all_of_the_model(variant: str) -> None:
+    model = make_model(**VARIANTS[variant])
+    parts = parts_of(model)
+    assert sum(part.parameters for part in parts) == model.num_parameters()
+    assert len({part.name for part in parts}) == len(parts)
+    for part in parts:
+        in_one = sum(torch.Size(shape).numel() for shape in part.shapes)
+        assert part.parameters == in_one * (part.blocks or 1)
+
+
+def test_parts_of_blocks_are_summed() -> None:
+    parts = {part.name: part for part in parts_of(make_model())}
+    assert parts["attention qkv"] == Part("attention qkv", 3, 3 * (24 * 8 + 24), [(24, 8), (24,)])
+    assert parts["token embedding, head"] == Part("token embedding, head", 0, 40, [(5, 8)])
+    assert parts["positions"].parameters == 12 * 8
+
+
+def test_an_untied_head_and_ngram_tables_are_parts() -> None:
+    parts = {part.name: part for part in parts_of(make_model(**VARIANTS["untied"]))}
+    assert parts["head"].parameters == parts["token embedding"].parameters == 40
+    assert parts["n-grams"].shapes == [(31, 8), (37, 8)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "line"),
+    [
+        ("gpt2", "3 blocks, width 8, 2 heads of 4, MLP 32 gelu, layernorm, learned positions, biases, tied head"),
+        (
+            "llama",
+            "3 blocks, width 8, 2 heads of 4 on 1 key/value heads, MLP 32 swiglu, rmsnorm, rope (theta 10000), "
+            "no biases, tied head",
+        ),
+        (
+            "untied",
+            "3 blocks, width 8, 2 heads of 4, MLP 32 gelu, layernorm, learned positions, n-gram tables of 31, 37 rows, "
+            "query/key norm, biases, untied head, logits capped at 30",
+        ),
+    ],
+)
+def test_the_architecture_is_one_line(variant: str, line: str) -> None:
+    assert architecture(make_model(**VARIANTS[variant]).config) == line
+
+
+def test_the_vocabulary_is_readable() -> None:
+    assert vocabulary(CharTokenizer("\n\t a\x1bü\u202e\ud800")) == r"8 characters: ⏎⇥␣a\x1bü\u202e\ud800"
+    assert vocabulary(CharTokenizer("ab", unknown_token="?")) == "3 characters: ab?; ? for all others"
+    assert vocabulary(CharTokenizer(map(chr, range(100, 100 + CHARACTERS + 1)))).endswith(" ...")
+
+
+def test_the_screen_tells_what_the_export_and_its_run_say(run: Path) -> None:
+    lines = words(text := screen(run / "artifacts" / "export"))
+    assert lines[0] == ["20260131_142501_baseline"]
+    for line in (
+        "context 12 tokens",
+        "vocabulary 5 characters: ⏎␣abc",
+        "trained on shakespeare, sha256 0123456789",
+        "weights best, of step 1,500, val/loss 1.2500, train/eval_loss nan",
+        "best val/loss 2.0000 at step 50",
+        "run 20260131_142501_baseline, completed after 100 steps",
+        "tag baseline",
+        "started 2026-01-31 14:25:01 UTC",
+        "git commit cccccccccc with uncommitted changes",
+    ):
+        assert line.split() in lines, text
+    total = make_model().num_parameters()
+    assert ["total", f"{total:,}", "100.0%"] in lines
+    assert ["positions", "96", f"{96 / total:.1%}", "12", "x", "8"] in lines
+
+
+def test_an_export_without_its_run_tells_what_it_knows(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "artifacts" / "export", tmp_path / "sent" / "to" / "me")
+    text = screen(tmp_path / "sent" / "to" / "me")
+    assert "shakespeare" in text
+    assert "git commit" not in text
+    assert "problem" not in text
+
+
+def test_a_damaged_run_json_is_told_and_hides_nothing(run: Path) -> None:
+    write(run / "run.json", "{")
+    text = screen(run / "artifacts" / "export")
+    assert "run.json cannot be read" in text
+    assert "shakespeare" in text
+
+
+def test_an_export_that_says_nothing_of_its_training_is_shown(tmp_path: Path) -> None:
+    save_export(tmp_path / "export", make_model(), TOKENIZER, {})
+    assert "Parameters" in screen(tmp_path / "export")

@@ -1,0 +1,235 @@
+"""Sampling: the filters, the distribution of what is drawn, and the random streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chi2
+
+from utils.errors import UserError
+from utils.inference.sampling import (
+    AHEAD,
+    HIGHEST_TEMPERATURE,
+    RandomStreams,
+    SamplingError,
+    SamplingOptions,
+    filter_logits,
+    sample,
+)
+
+CPU = torch.device("cpu")
+INF = float("inf")
+
+
+def uniform(count: int) -> torch.Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+# ------------------------------------------------------------------------------ filters
+
+# Probabilities 0.5, 0.25, 0.125, 0.0625, 0.0625 in another order, exact in binary.
+PROBABILITIES = torch.tensor([0.125, 0.5, 0.0625, 0.25, 0.0625])
+LOGITS = PROBABILITIES.log()[None]  # (1, V)
+
+
+def kept(logits: torch.Tensor = LOGITS, **settings: Any) -> set[int]:
+    filtered = filter_logits(logits, SamplingOptions(temperature=1.0, **settings))
+    chosen = filtered[0] > -INF
+    shift = filtered[0][chosen] - logits[0][chosen]
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift))  # the odds of what is kept are not changed
+    return set(chosen.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("top_k", "tokens"),
+    [(None, {0, 1, 2, 3, 4}), (1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (5, {0, 1, 2, 3, 4}), (100, {0, 1, 2, 3, 4})],
+)
+def test_top_k_keeps_the_most_likely(top_k: int | None, tokens: set[int]) -> None:
+    assert kept(top_k=top_k) == tokens
+
+
+def test_top_k_keeps_all_that_tie_with_the_last_kept() -> None:
+    assert kept(top_k=4) == {0, 1, 2, 3, 4}  # tokens 2 and 4 are equally likely: dropping one would be arbitrary
+
+
+@pytest.mark.parametrize(
+    ("top_p", "tokens"),
+    [
+        (1e-9, {1}),
+        (0.4, {1}),
+        (0.51, {1, 3}),
+        (0.74, {1, 3}),
+        (0.76, {0, 1, 3}),
+        (0.99, {0, 1, 2, 3, 4}),
+        (1.0, {0, 1, 2, 3, 4}),
+    ],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, tokens: set[int]) -> None:
+    assert kept(top_p=top_p) == tokens
+
+
+def test_top_p_takes_no_more_than_needed_of_equal_tokens() -> None:
+    assert len(kept(top_p=0.6, logits=torch.zeros(1, 4))) == 3
+    assert len(kept(top_p=0.9, logits=LOGITS)) == 4
+
+
+def test_the_smallest_top_p_keeps_the_most_likely_token() -> None:
+    assert kept(top_p=1e-50) == {1}
+
+
+def test_a_banned_token_stays_banned_at_the_highest_temperature() -> None:
+    options = SamplingOptions(HIGHEST_TEMPERATURE, banned=(0, 3), repetition_penalty=1e3)
+    logits = filter_logits(LOGITS, options, torch.ones(1, 5, dtype=torch.bool))
+    assert (logits > -INF).tolist() == [[False, True, True, False, True]]
+
+
+def test_logits_that_are_no_numbers_draw_a_token_of_the_vocabulary() -> None:
+    assert sample(LOGITS * float("nan"), SamplingOptions(1.0), torch.tensor([0.5]).double()).tolist() == [4]
+
+
+def test_top_p_counts_what_top_k_has_left() -> None:
+    # After top_k = 2 the probabilities are 2/3 and 1/3, so the first alone reaches 0.6.
+    assert kept(top_k=2, top_p=0.6) == {1}
+    assert kept(top_k=2, top_p=0.7) == {1, 3}
+
+
+def test_rows_are_filtered_on_their_own() -> None:
+    logits = torch.stack((LOGITS[0], LOGITS[0].flip(0)))
+    for options in (SamplingOptions(1.0, top_k=2), SamplingOptions(1.0, top_p=0.7)):
+        filtered = filter_logits(logits, options)
+        assert (filtered > -INF).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(0), SamplingOptions(1.0, top_k=1), SamplingOptions(1.0, top_p=0.1)]
+)
+def test_three_ways_to_the_most_likely_token(options: SamplingOptions) -> None:
+    assert sample(LOGITS.repeat(50, 1), options, uniform(50)).tolist() == [1] * 50
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
+def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
+    assert sample(LOGITS.repeat(20, 1), SamplingOptions(temperature), uniform(20)).tolist() == [1] * 20
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (SamplingOptions(1.0), [2, 8, 1, 4, 1]),
+        (SamplingOptions(1.0, top_k=3), [1, 4, 0, 2, 0]),
+        (SamplingOptions(1.0, top_p=0.8), [1, 4, 0, 2, 0]),
+        (SamplingOptions(0.5, top_k=3), [1, 16, 0, 4, 0]),  # temperature 1/2 squares the odds
+        (SamplingOptions(0.5), [4, 64, 1, 16, 1]),
+        (SamplingOptions(1.0, min_p=0.2), [1, 4, 0, 2, 0]),
+        (SamplingOptions(1.0, min_p=0.125), [2, 8, 1, 4, 1]),
+        (SamplingOptions(0.5, min_p=0.2), [0, 4, 0, 1, 0]),  # after the temperature
+        (SamplingOptions(1.0, banned=(1,)), [2, 0, 1, 4, 1]),
+        (SamplingOptions(1.0, banned=(1,), top_k=2), [1, 0, 0, 2, 0]),
+        (SamplingOptions(1.0, top_k=4, top_p=0.8, min_p=0.3), [0, 2, 0, 1, 0]),
+    ],
+)
+def test_sampled_frequencies_are_those_of_the_filtered_softmax(options: SamplingOptions, expected: list[int]) -> None:
+    draws = 20_000
+    tokens = sample(LOGITS.repeat(draws, 1), options, uniform(draws))
+    assert tokens.shape == (draws,)
+    assert_drawn_from(torch.tensor(expected, dtype=torch.float64), tokens)
+
+
+def assert_drawn_from(odds: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Pearson's chi-square test, refused at 0.1 %; what has no odds must not be drawn at all."""
+    counts = torch.bincount(tokens, minlength=len(odds)).double()
+    assert (counts[odds == 0] == 0).all()
+    means = (odds / odds.sum() * len(tokens))[odds > 0]
+    chi_square = float(((counts[odds > 0] - means) ** 2 / means).sum())
+    assert chi_square <= chi2.ppf(0.999, max(len(means) - 1, 1))
+
+
+def test_with_a_repetition_penalty_what_was_seen_is_less_likely() -> None:
+    logits, seen = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.tensor([[True, True, False, False]])
+    options = SamplingOptions(1.0, repetition_penalty=2.0)
+    odds = torch.tensor([0.5, -2.0, 1.0, -1.0], dtype=torch.float64).exp()
+    draws = 20_000
+    tokens = sample(logits.repeat(draws, 1), options, uniform(draws), seen.repeat(draws, 1))
+    assert_drawn_from(odds, tokens)
+    greedy = SamplingOptions(0, repetition_penalty=2.0)
+    assert sample(logits, greedy, uniform(1), seen).tolist() == [2]
+
+
+def test_greedy_draws_nothing_that_is_banned() -> None:
+    assert sample(LOGITS, SamplingOptions(0, banned=(1, 3)), uniform(1)).tolist() == [0]
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_random_numbers_draw_what_may_be_drawn(number: float) -> None:
+    logits = torch.tensor([[-INF, 0.0, 1.0, -INF]])
+    (token,) = sample(logits, SamplingOptions(1.0), torch.tensor([number], dtype=torch.float64)).tolist()
+    assert token == (1 if number == 0 else 2)
+
+
+# ------------------------------------------------------------------------------ random streams
+
+
+def test_a_stream_does_not_depend_on_the_others() -> None:
+    alone, third = RandomStreams([7], CPU), RandomStreams([1, 2, 7], CPU)
+    for _ in range(2 * AHEAD + 3):
+        assert alone.draw()[0] == third.draw()[2]
+
+
+def test_streams_are_uniform_and_differ() -> None:
+    streams = RandomStreams([0, 1], CPU)
+    numbers = torch.stack([streams.draw() for _ in range(4000)])
+    assert_drawn_from(torch.ones(20, dtype=torch.float64), (numbers[:, 0] * 20).long())
+    assert abs(torch.corrcoef(numbers.T)[0, 1]) < 0.06
+
+
+# ------------------------------------------------------------------------------ bounds
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -0.1},
+        {"temperature": INF},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_k": -5},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"top_p": -0.5},
+        {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": INF},
+    ],
+    ids=str,
+)
+def test_an_option_out_of_bounds_is_an_error_that_names_it(settings: dict[str, Any]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(SamplingError, match=name.replace("_", "-")) as caught:
+        SamplingOptions(**settings)
+    assert str(value) in str(caught.value)
+    assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {"temperature": 1e6},
+        {"repetition_penalty": 1e3},
+        {"repetition_penalty": 1e-3},
+        {"top_k": 1},
+        {"top_p": 1.0},
+        {"min_p": 0.0},
+        {"min_p": 1.0},
+    ],
+    ids=str,
+)
+def test_options_at_their_bounds_are_accepted(settings: dict[str, Any]) -> None:
+    token = sample(LOGITS, SamplingOptions(**settings), uniform(1), torch.ones(1, 5, dtype=torch.bool))
+    assert 0 <= int(token) < 5

@@ -1,0 +1,144 @@
+"""Text as it comes: whole characters, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from tokenizer import CharTokenizer
+from utils.inference.text_stream import MOST_PENDING, TextStream
+
+CHARACTERS = CharTokenizer("abcdefgh\n\ufffd")
+
+
+class Pieces:
+    """A tokenizer whose tokens are any bytes."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.pieces = pieces
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def stream_of(tokenizer: Any, stops: Sequence[str] = ()) -> TextStream:
+    return TextStream(tokenizer, stops)
+
+
+def texts(pieces: Sequence[bytes], stops: Sequence[str] = ()) -> list[str]:
+    """What each of these tokens adds, and the rest."""
+    stream = stream_of(Pieces(pieces), stops)
+    return [*(stream.add(i) for i in range(len(pieces))), stream.rest()]
+
+
+# ------------------------------------------------------------------------------ characters
+
+
+def test_a_character_is_text_once_its_last_byte_is_there() -> None:
+    assert texts([bytes([byte]) for byte in "aü😀b".encode()]) == ["a", "", "ü", "", "", "", "😀", "b", ""]
+
+
+def test_what_stands_before_half_a_character_does_not_wait() -> None:
+    assert texts([b"ab\xc3", b"\xbcc\xf0\x9f", b"\x98\x80"]) == ["ab", "üc", "😀", ""]
+
+
+def test_characters_that_always_lie_across_tokens_are_whole() -> None:
+    data = "äöüß€😀".encode() * 3
+    pieces = [data[:1], *(data[i : i + 2] for i in range(1, len(data), 2))]
+    for piece in texts(pieces):
+        assert "\ufffd" not in piece
+    assert "".join(texts(pieces)) == data.decode()
+
+
+def test_bytes_that_are_no_character_do_not_hide_the_next_one() -> None:
+    assert texts([b"\xff", b"\xf0", b"\x9f", b"\x98", b"\x80", b"!"]) == ["", "\ufffd", "", "", "😀", "!", ""]
+
+
+def test_half_a_character_at_the_end_is_told() -> None:
+    assert texts([b"a", b"\xc3"]) == ["a", "", "\ufffd"]
+
+
+def test_a_stream_without_a_whole_character_is_not_held_back_for_ever() -> None:
+    parts = texts([b"\xff"] * 10 * MOST_PENDING)
+    assert "".join(parts) == "\ufffd" * 10 * MOST_PENDING
+    assert max(map(len, parts)) < MOST_PENDING
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_parts_are_the_whole_whatever_the_tokens(seed: int) -> None:
+    generator = random.Random(seed)
+    data = "".join(generator.choices("aé€😀", k=50)).encode()
+    if seed % 2:  # and some that are no text
+        data = bytes(byte if generator.random() > 0.1 else generator.randrange(256) for byte in data)
+    pieces = []
+    while sum(map(len, pieces)) < len(data):
+        start = sum(map(len, pieces))
+        pieces.append(data[start : start + generator.randint(1, 5)])
+    assert "".join(texts(pieces)) == data.decode("utf-8", errors="replace")
+
+
+def test_a_vocabulary_may_have_the_replacement_character() -> None:
+    stream = stream_of(CHARACTERS)
+    assert "".join([*(stream.add(token) for token in CHARACTERS.encode("a\ufffd\ufffdb")), stream.rest()]) == (
+        "a\ufffd\ufffdb"
+    )
+
+
+# ------------------------------------------------------------------------------ stop strings
+
+
+def run(text: str, stops: Sequence[str]) -> tuple[list[str], bool]:
+    stream = stream_of(CHARACTERS, stops)
+    parts = [stream.add(token) for token in CHARACTERS.encode(text)]
+    return [*parts, stream.rest()], stream.stopped
+
+
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it() -> None:
+    assert run("abcde", ["cd"]) == (["a", "b", "", "", "", ""], True)
+
+
+def test_what_could_begin_a_stop_string_waits_until_it_does_not() -> None:
+    assert run("abcace", ["bcd"]) == (["a", "", "", "bca", "c", "e", ""], False)
+
+
+def test_what_was_held_back_at_the_end_is_text() -> None:
+    assert run("abc", ["cd"]) == (["a", "b", "", "c"], False)
+
+
+def test_a_stop_string_may_begin_within_another_beginning() -> None:
+    assert run("ababac", ["abac"]) == (["", "", "", "ab", "", "", ""], True)
+
+
+def test_the_first_of_several_stop_strings_counts() -> None:
+    parts, stopped = run("abcdefg", ["fg", "cde"])
+    assert ("".join(parts), stopped) == ("ab", True)
+
+
+def test_a_stop_string_within_one_token() -> None:
+    assert texts([b"one\ntwo", b"three"], ["\n"]) == ["one", "", ""]
+
+
+def test_a_stop_string_across_tokens_and_within_a_character() -> None:
+    assert texts([b"a\xc3", b"\xbcb", b"c"], ["üb"]) == ["a", "", "", ""]
+
+
+def test_without_stop_strings_nothing_waits() -> None:
+    assert run("abc", []) == (["a", "b", "c", ""], False)
+    assert run("abc", [""]) == (["a", "b", "c", ""], False)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_text_is_cut_where_a_search_in_all_of_it_would_cut(seed: int) -> None:
+    generator = random.Random(seed)
+    text = "".join(generator.choices("ab", k=60))
+    stops = ["".join(generator.choices("ab", k=generator.randint(1, 7))) for _ in range(3)]
+    parts, stopped = run(text, stops)
+    ends = {text.find(stop) + len(stop) for stop in stops if stop in text}
+    if not ends:
+        assert ("".join(parts), stopped) == (text, False)
+        return
+    seen = text[: min(ends)]  # one token later the model is not asked any more
+    assert ("".join(parts), stopped) == (seen[: min(seen.find(stop) for stop in stops if stop in seen)], True)

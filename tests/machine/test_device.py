@@ -1,0 +1,230 @@
+"""Device and precision choice on machines that are imitated, and the process-wide switches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from utils.config.settings import TrainConfig
+from utils.errors import UserError
+from utils.machine import device
+from utils.machine.device import (
+    DeviceError,
+    autocast,
+    available_devices,
+    choose_device,
+    choose_dtype,
+    device_facts,
+    is_deterministic,
+    torch_settings,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes torch believe in this many CUDA devices, and in MPS."""
+
+    def pretend(cuda: int = 0, mps: bool = False, bf16: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Imitation 9000")
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "names"),
+    [
+        (0, False, ["cpu"]),
+        (1, False, ["cuda", "cpu"]),
+        (2, False, ["cuda:0", "cuda:1", "cpu"]),
+        (0, True, ["mps", "cpu"]),
+        (1, True, ["mps", "cuda", "cpu"]),
+    ],
+)
+def test_auto_is_mps_then_cuda_then_cpu(machine: Callable[..., None], cuda: int, mps: bool, names: list[str]) -> None:
+    machine(cuda, mps)
+    assert available_devices() == names
+    assert choose_device("auto") == torch.device(names[0])
+
+
+@pytest.mark.parametrize("name", ["cpu", "mps", "cuda", "cuda:0", "cuda:1"])
+def test_a_named_device_that_is_there_is_taken(machine: Callable[..., None], name: str) -> None:
+    machine(cuda=2, mps=True)
+    assert choose_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "cuda", "mps", "available"),
+    [
+        ("cuda", 0, False, "cpu"),
+        ("cuda:0", 0, True, "mps, cpu"),
+        ("mps", 0, False, "cpu"),
+        ("mps", 1, False, "cuda, cpu"),
+        ("cuda:1", 1, False, "cuda, cpu"),
+        ("cuda:2", 2, False, "cuda:0, cuda:1, cpu"),
+    ],
+)
+def test_a_named_device_that_is_not_there_is_an_error_with_what_is(
+    machine: Callable[..., None], name: str, cuda: int, mps: bool, available: str
+) -> None:
+    machine(cuda, mps)
+    with pytest.raises(DeviceError) as caught:
+        choose_device(name)
+    assert str(caught.value) == f"device {name} is not available here; available: {available}"
+    assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "meta", "xpu"])
+def test_a_name_that_is_no_device_is_an_error_with_what_is(machine: Callable[..., None], name: str) -> None:
+    """inference.py takes --device without the check of the configuration."""
+    machine()
+    with pytest.raises(DeviceError, match="available: cpu"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "bf16", "dtype"),
+    [
+        ("auto", "cpu", True, torch.float32),
+        ("auto", "mps", True, torch.float32),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float32),
+        ("float32", "cuda", True, torch.float32),
+        ("float16", "cuda", False, torch.float16),
+        ("bfloat16", "cuda", True, torch.bfloat16),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+    ],
+)
+def test_the_precision_is_what_was_asked_for_or_suits_the_device(
+    machine: Callable[..., None], name: str, device: str, bf16: bool, dtype: torch.dtype
+) -> None:
+    machine(cuda=1, bf16=bf16)
+    assert choose_dtype(name, torch.device(device)) == dtype
+
+
+def test_bfloat16_on_a_gpu_without_it_is_an_error_with_a_way_out(machine: Callable[..., None]) -> None:
+    machine(cuda=1, bf16=False)
+    with pytest.raises(DeviceError, match="bfloat16 is not supported by Imitation 9000; use float16"):
+        choose_dtype("bfloat16", CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_gives_products_of_that_precision(dtype: torch.dtype) -> None:
+    with autocast(CPU, dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The switches of this process are put back after the test."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is removed or put back afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    benchmark = torch.backends.cudnn.benchmark
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_determinism_is_switched_as_asked_and_back(deterministic: bool) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch_settings(TrainConfig(deterministic=deterministic), CPU):
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert torch.backends.cudnn.benchmark is not deterministic
+    assert torch.are_deterministic_algorithms_enabled() is before
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+@pytest.mark.usefixtures("restored")
+def test_cublas_gets_a_fixed_workspace_for_determinism_only() -> None:
+    with torch_settings(TrainConfig(deterministic=False), CUDA):
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with torch_settings(TrainConfig(deterministic=True), CUDA):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("tf32", "precision"), [(True, "tf32"), (False, "ieee")])
+def test_products_of_float32_are_as_precise_as_asked_on_cuda(tf32: bool, precision: str) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    with torch_settings(TrainConfig(tf32=tf32), CPU):
+        assert products.fp32_precision == before
+    with torch_settings(TrainConfig(tf32=tf32), CUDA):
+        assert products.fp32_precision == precision
+    assert products.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "deterministic"),
+    [(None, CPU, True), (None, CUDA, False), (True, CUDA, True), (False, CPU, False)],
+)
+def test_determinism_is_the_default_where_it_costs_nothing(
+    setting: bool | None, device: torch.device, deterministic: bool
+) -> None:
+    assert is_deterministic(TrainConfig(deterministic=setting), device) is deterministic
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_workspace_chosen_by_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with torch_settings(TrainConfig(deterministic=True), CUDA):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize("seed", [0, 1337, 2**63 - 1])
+def test_the_seed_decides_the_random_numbers(seed: int) -> None:
+    drawn = []
+    for used in (seed, seed, seed ^ 1):
+        with torch_settings(TrainConfig(seed=used), CPU):
+            drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_threads_are_set_when_asked_for_and_restored() -> None:
+    before = torch.get_num_threads()
+    with torch_settings(TrainConfig(), CPU):
+        assert torch.get_num_threads() == before
+    with torch_settings(TrainConfig(threads=1), CPU):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_facts_name_the_device_and_the_threads() -> None:
+    facts = device_facts(CPU)
+    assert facts["device"] == "cpu"
+    assert facts["torch threads"] == str(torch.get_num_threads())
+    assert facts["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [("flags\t: fpu avx512f avx512_bf16 sse", True), ("Features\t: fp asimd bf16", True), ("flags\t: fpu avx2", False)],
+)
+def test_a_processor_says_whether_it_has_units_for_bfloat16(
+    cpuinfo: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = dict(line.split("\t: ") for line in [cpuinfo])
+    monkeypatch.setattr(device, "_cpuinfo", lambda field: fields.get(field, ""))
+    device._cpu_flags.cache_clear()
+    assert device.has_bf16_units(CPU) is has
+    device._cpu_flags.cache_clear()

@@ -1,0 +1,57 @@
+"""Settings of a process that computes, looked at from a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.machine.process import gc_frozen
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")  # of the memory that is taken and freed
+TAKE_AND_FREE = f"""
+import resource
+from utils.machine.process import tune_process
+tune_process()
+for _ in range(10):
+    memory = bytearray({PAGES} * {os.sysconf("SC_PAGE_SIZE")})
+    del memory
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GOMP_", "OMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=inherited | environment
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_memory_that_was_freed_is_taken_again_without_page_faults() -> None:
+    """A tenth of the faults; with a limit of the user's own for freed memory they are all there."""
+    assert int(run(TAKE_AND_FREE)) < 2 * PAGES
+    assert int(run(TAKE_AND_FREE, MALLOC_TRIM_THRESHOLD_="131072")) > 8 * PAGES
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, "6000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_wait_briefly_unless_the_user_says_otherwise(environment: dict[str, str], expected: str) -> None:
+    code = (
+        "import os; from utils.machine.process import tune_process as t; t(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    assert run(code, **environment) == expected
+
+
+def test_the_garbage_collector_leaves_alone_what_is_there_only_within() -> None:
+    with gc_frozen():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0

@@ -1,0 +1,103 @@
+"""The first signal is a request, the second one strikes at once, and the handlers of before come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from utils.machine import signals
+from utils.machine.signals import Deadline, StopRequest, stop_on_signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_sets_the_request(signum: signal.Signals) -> None:
+    with stop_on_signals() as stop:
+        assert not stop
+        assert (stop.signum, stop.reason) == (None, None)
+        os.kill(os.getpid(), signum)
+        assert stop
+        assert (stop.signum, stop.reason) == (signum, signum.name)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_interrupts_where_it_strikes(second: signal.Signals) -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), second)
+        assert stop.reason == "SIGTERM"
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_previous_handlers_come_back_however_it_ends(error: type[BaseException] | None) -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with stop_on_signals():
+            assert signal.getsignal(signal.SIGTERM) not in before
+            if error:
+                raise error
+    except (RuntimeError, KeyboardInterrupt):
+        pass
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_in_another_thread_nothing_is_handled_and_nothing_fails() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[tuple[StopRequest, object]] = []
+
+    def work() -> None:
+        with stop_on_signals() as stop:
+            seen.append((stop, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    ((stop, handler),) = seen
+    assert not stop
+    assert handler is before
+
+
+def test_sigusr1_asks_for_a_checkpoint_and_not_for_an_end() -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.save
+        assert not stop
+        os.kill(os.getpid(), signal.SIGUSR1)  # any number of times
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+
+
+def test_the_first_reason_to_stop_counts() -> None:
+    stop = StopRequest()
+    stop.stop("max_minutes are over")
+    stop.stop("another")
+    assert stop.reason == "max_minutes are over"
+    assert stop.signum is None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """time.monotonic, to be set by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_deadline_is_near_when_another_step_and_the_reserve_do_not_fit(clock: list[float]) -> None:
+    deadline = Deadline(minutes=1.0)
+    clock[0] += 10  # a slow start is no step
+    assert not deadline.is_near(reserve=49)
+    clock[0] += 20  # a step of 20 s: 30 s are left
+    assert not deadline.is_near(reserve=9)
+    assert deadline.is_near(reserve=11)
+    assert deadline.seconds_left == 30
+
+
+def test_without_a_limit_no_deadline_is_near(clock: list[float]) -> None:
+    deadline = Deadline(None)
+    clock[0] += 1e9
+    assert not deadline.is_near(reserve=1e9)
+    assert deadline.seconds_left is None

@@ -1,0 +1,132 @@
+"""Muon: orthogonal updates, against torch's own, and AdamW for the other groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from utils.optim import muon
+from utils.optim.muon import Muon, newton_schulz, update_scale
+
+
+def matrices(n: int, rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 64), (1, 1, 5)])
+def test_newton_schulz_brings_all_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    """Even of a badly conditioned matrix: singular values from 1 to 0.1 of the largest."""
+    u, _, vh = torch.linalg.svd(matrices(*shape), full_matrices=False)
+    spread = u @ torch.diag(torch.linspace(1, 0.1, shape[1])) @ vh
+    values = torch.linalg.svdvals(newton_schulz(spread))
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+
+
+def test_newton_schulz_keeps_the_singular_vectors() -> None:
+    """What it returns is u s v^T with all s near 1, so it is near the polar factor u v^T."""
+    x = matrices(4, 8, 24)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    y = newton_schulz(x)
+    aligned = u.mT @ y @ vh.mT  # diagonal
+    assert (aligned - torch.diag_embed(aligned.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("units", "tolerance"), [(True, 0.03), (False, 1e-5)])
+def test_updates_are_computed_in_bfloat16_where_there_are_units_for_it(
+    units: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "has_bf16_units", lambda device: units)
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    weight.grad = matrices(1, 8, 8)[0]
+    Muon([{"params": [weight], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "blocks": [[8]]}]).step()
+    expected = -update_scale((8, 8)) * newton_schulz(weight.grad[None])[0]
+    error = (weight.detach() - expected).norm() / expected.norm()
+    assert error < tolerance
+    assert units == (error > 1e-4)
+
+
+def test_newton_schulz_of_a_zero_gradient_is_zero() -> None:
+    assert newton_schulz(torch.zeros(2, 3, 4)).tolist() == torch.zeros(2, 3, 4).tolist()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_muon_updates_as_torch_does(shape: tuple[int, int], weight_decay: float) -> None:
+    """Over five steps; torch computes in bfloat16, of 8 bits: updates differ by a few percent of their size."""
+    ours = torch.nn.Parameter(matrices(1, *shape)[0])
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    group = {"params": [ours], "lr": 0.01, "weight_decay": weight_decay, "momentum": 0.9, "blocks": [[shape[0]]]}
+    optimizer = Muon([group])
+    settings: dict[str, Any] = {"weight_decay": weight_decay, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    reference = torch.optim.Muon([theirs], lr=0.01, **settings)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        before = theirs.detach().clone()
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+        update = (theirs.detach() - before).norm()
+        assert (ours - theirs).norm() < 0.03 * update
+        theirs.data.copy_(ours.data)
+
+
+def test_blocks_of_a_parameter_are_made_orthogonal_each_alone() -> None:
+    """A fused q, k, v matrix with fewer key/value heads is trained as three matrices."""
+    fused = torch.nn.Parameter(matrices(1, 16, 8)[0])
+    parts = [torch.nn.Parameter(part.clone()) for part in fused.detach().split([8, 4, 4])]
+    common = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95}
+    together = Muon([{"params": [fused], "blocks": [[8, 4, 4]], **common}])
+    alone = Muon([{"params": parts, "blocks": [[8], [4], [4]], **common}])
+    for seed in range(3):
+        fused.grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+        for part, gradient in zip(parts, fused.grad.split([8, 4, 4]), strict=True):
+            part.grad = gradient.clone()
+        together.step()
+        alone.step()
+    torch.testing.assert_close(fused.detach(), torch.cat([part.detach() for part in parts]), rtol=1e-5, atol=1e-6)
+
+
+def test_updates_are_as_large_as_those_of_adamw() -> None:
+    """A root mean square of about 0.2 for each number, whatever the shape."""
+    for shape in ((16, 16), (16, 64), (64, 16)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = matrices(1, *shape)[0]
+        Muon([{"params": [weight], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "blocks": [[shape[0]]]}]).step()
+        assert weight.pow(2).mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+    assert update_scale((16, 64)) == update_scale((64, 16)) == 1.6
+
+
+def test_groups_without_blocks_are_trained_by_adamw() -> None:
+    """Bit for bit as torch's fused AdamW."""
+    ours = [torch.nn.Parameter(matrices(1, 3, 4)[0]), torch.nn.Parameter(torch.ones(5))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-9, "weight_decay": 0.1}
+    optimizer = Muon([{"params": ours, **settings}])
+    reference = torch.optim.AdamW(theirs, fused=True, **settings)
+    for seed in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed))
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_without_a_gradient_stay_as_they_are() -> None:
+    weight, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    common = {"lr": 0.1, "weight_decay": 0.5}
+    optimizer = Muon(
+        [
+            {"params": [weight], "momentum": 0.9, "blocks": [[2]], **common},
+            {"params": [vector], "betas": (0.9, 0.99), "eps": 1e-8, **common},
+        ]
+    )
+    optimizer.step()
+    assert weight.tolist() == [[1, 1], [1, 1]]
+    assert vector.tolist() == [1, 1]
+    assert not optimizer.state

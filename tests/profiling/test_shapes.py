@@ -1,0 +1,136 @@
+"""The scaling table: which shapes are timed, what it says of them, and profile_model.py --sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import profile_model
+from utils.config.loader import ConfigLoader
+from utils.errors import UserError
+from utils.nn.costs import training_flops
+from utils.profiling import shapes as sweep
+from utils.profiling.shapes import ShapeTiming, default_sizes, sweep_table, time_shape, with_shape
+from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.console import Terminal
+from utils.training.phases import no_phase
+from utils.training.setup import Setup, check_gates
+from utils.training.state import TrainState, build_state
+
+QUIET = Terminal(quiet=True)
+
+
+@pytest.fixture
+def setup(tmp_path: Path, tiny_corpus: Path) -> Setup:
+    sizes = {"n_layer": "1", "n_head": "2", "n_embd": "16", "block_size": "8", "batch_size": "4"}
+    places = {"dataset": str(tiny_corpus), "corpora_dir": str(tmp_path / "corpora"), "device": "cpu"}
+    return check_gates(ConfigLoader(PROJECT_ROOT).load([], {**sizes, **places}), PROJECT_ROOT)
+
+
+def state_of(setup: Setup, batch_size: int) -> TrainState:
+    config = with_shape(setup.config, batch_size, 8)
+    return build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, QUIET)
+
+
+def test_default_sizes_lie_around_the_configured_one() -> None:
+    assert default_sizes(12, sweep.BATCH_FACTORS) == [3, 6, 12, 24, 48]
+    assert default_sizes(1, sweep.BATCH_FACTORS) == [1, 2, 4]
+
+
+def test_a_shape_changes_nothing_but_the_sizes_and_the_micro_steps(setup: Setup) -> None:
+    train = setup.config.train.model_copy(update={"gradient_accumulation_steps": 4})
+    config = setup.config.model_copy(update={"train": train})
+    shaped = with_shape(config, 3, 16)
+    assert (shaped.train.batch_size, shaped.model.block_size, shaped.train.gradient_accumulation_steps) == (3, 16, 1)
+    assert with_shape(shaped, 4, 8) == setup.config
+
+
+def test_rates_are_those_of_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped: list[int] = []
+    monkeypatch.setattr(sweep, "training_step", lambda state, phase: stepped.append(1))
+    monkeypatch.setattr(sweep, "time_steps", lambda step, device, steps: 2.0 if steps == 7 else None)
+    timing = time_shape(setup, setup.config, steps=7, warmup=3, terminal=QUIET)
+    assert len(stepped) == 1 + 3  # before the clock starts
+    assert timing.step_ms == 2.0
+    assert timing.tokens_per_second == pytest.approx(4 * 8 / 0.002)
+    operations = training_flops(setup.config.model, setup.corpus.tokenizer.vocab_size, 4)
+    assert timing.gflops == pytest.approx(operations / 0.002 / 1e9)
+
+
+def test_the_steps_that_are_timed_train_the_model(setup: Setup) -> None:
+    state = state_of(setup, 4)
+    before = [p.clone() for p in state.model.parameters()]
+    sweep.training_step(state, no_phase)
+    assert state.step == 1
+    assert all(not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True))
+
+
+def test_activations_grow_with_the_batch(setup: Setup) -> None:
+    shapes = (with_shape(setup.config, batch_size, 8) for batch_size in (4, 8))
+    one, two = (time_shape(setup, shape, 1, 0, QUIET).activation_mb for shape in shapes)
+    assert one
+    assert two == pytest.approx(2 * one, rel=0.02)
+
+
+def test_the_row_with_most_tokens_a_second_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = ShapeTiming(1, 8, step_ms=1.0, tokens_per_second=8000.0, gflops=1.0, activation_mb=0.1)
+    Terminal().print(sweep_table([slow, replace(slow, batch_size=2, tokens_per_second=16000.0)]))
+    marked = [line for line in capsys.readouterr().out.splitlines() if "best" in line]
+    assert len(marked) == 1
+    assert "16,000" in marked[0]
+
+
+def test_a_shape_that_does_not_fit_is_told_and_left_out(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = time_shape
+
+    def small_device(setup: Setup, config: sweep.Config, *rest: object) -> ShapeTiming:
+        if config.train.batch_size > 2:
+            raise torch.OutOfMemoryError
+        return timed(setup, config, 1, 0, QUIET)
+
+    monkeypatch.setattr(sweep, "time_shape", small_device)
+    timings = sweep.sweep(setup, [1, 2, 4], [8], 1, 0, Terminal())
+    assert [timing.batch_size for timing in timings] == [1, 2]
+    assert "batch 4 x block 8: does not fit" in capsys.readouterr().out
+
+
+def test_a_block_longer_than_the_corpus_is_a_mistake(setup: Setup) -> None:
+    with pytest.raises(UserError, match="--block-sizes: 9,999,999 is too long"):
+        sweep.sweep(setup, [1], [8, 9_999_999], 1, 0, QUIET)
+
+
+def test_the_script_prints_the_table_and_writes_it(
+    tiny_argv: Callable[..., list[str]], tmp_path: Path, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--batch-sizes", "1,2", "--block-sizes", "4,8")
+    words = ("--sweep", *sizes, "--steps", "2", "--warmup", "0", "--out", str(tmp_path / "out"))
+    assert profile_model.main(tiny_argv(*words)) == 0
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))["shapes"]
+    assert [(row["block_size"], row["batch_size"]) for row in rows] == [(4, 1), (4, 2), (8, 1), (8, 2)]
+    assert all(row["step_ms"] > 0 and row["activation_mb"] > 0 for row in rows)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("tokens/s", "GFLOP/s", "best", "medians over 2 steps", "sweep.json"))
+    assert not runs_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--sweep", "--batch-sizes", "0"), "--batch-sizes: expected numbers >= 1"),
+        (("--sweep", "--block-sizes", "8,x"), "--block-sizes: expected numbers >= 1"),
+        (("--batch-sizes", "8"), "--batch-sizes belongs to --sweep"),
+        (("--lr-steps", "8"), "--lr-steps belongs to --lr-range"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tiny_argv: Callable[..., list[str]], words: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert profile_model.main(tiny_argv(*words)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {error}")

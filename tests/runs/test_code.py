@@ -1,0 +1,390 @@
+"""Where a run came from: git in every state, a patch that applies, and no secrets in either."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.runs.code import MAX_PATCH_FILE_BYTES, GitFacts, MetadataCapture, clean_url, environment_text
+
+ROOT = Path(__file__).resolve().parents[2]
+USER_CONFIGS = {
+    "color": "[color]\n\tui = always\n\tdiff = always\n",
+    "noprefix": "[diff]\n\tnoprefix = true\n",
+    "mnemonicPrefix": "[diff]\n\tmnemonicPrefix = true\n",
+    "external": "[diff]\n\texternal = /bin/echo\n",
+    "context": "[diff]\n\tcontext = 0\n",
+    "renames": "[diff]\n\trenames = copies\n\talgorithm = histogram\n\tsuppressBlankEmpty = true\n",
+    "quotePath": "[core]\n\tquotePath = false\n\tpager = less\n",
+    "relative": "[diff]\n\trelative = true\n\tcolorMoved = zebra\n\twsErrorHighlight = all\n",
+    "submodule": "[diff]\n\tsubmodule = log\n\tignoreSubmodules = all\n[status]\n\trelativePaths = true\n",
+    "untracked": "[status]\n\tshowUntrackedFiles = no\n[core]\n\tuntrackedCache = true\n",
+}
+ODD_NAMES = (
+    *("with space.py", "über.py", 'quote".py', "tab\t.py", "line\nbreak.py", "back\\slash.py", "-n.py", "*.py"),
+    *("[a].py", ":(top)x.py", "a b/c d.py", "~.py", "'.py", "🙂.py", "trailing .py", "a:b.py", "$HOME.py"),
+)
+
+
+@pytest.fixture(autouse=True)
+def user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's git configuration of this test, in place of the machine's."""
+    path = tmp_path / "gitconfig"
+    path.write_text("")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "A")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@example.org")
+    return path
+
+
+def git(folder: Path, *words: str) -> str:
+    result = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def write(repo: Path, files: dict[str, bytes | str]) -> None:
+    for name, content in files.items():
+        path = repo / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+
+
+def commit(repo: Path) -> str:
+    git(repo, "add", "--all")
+    git(repo, "commit", "--quiet", "--message", "a commit")
+    return git(repo, "rev-parse", "HEAD")
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A repository with one commit of a few files, on branch main."""
+    path = tmp_path / "repo"
+    path.mkdir()
+    git(path, "init", "--quiet", "--initial-branch=main")
+    write(
+        path, {"a.py": "a = 1\n" * 9, "b/c.py": "c = 1", "empty.py": "", "data.bin": bytes(range(256)), "gone.py": "x"}
+    )
+    commit(path)
+    return path
+
+
+def facts_of(repo: Path, *excluded: Path) -> GitFacts:
+    return MetadataCapture(repo, excluded).git_facts()
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, bool]]:
+    """Content and executable bit of every file outside .git."""
+    return {
+        os.fsdecode(path.relative_to(folder)): (path.read_bytes(), bool(path.stat().st_mode & stat.S_IXUSR))
+        for path in folder.rglob("*")
+        if path.is_file() and ".git" not in path.relative_to(folder).parts
+    }
+
+
+def rebuilt(repo: Path, facts: GitFacts, tmp_path: Path) -> dict[str, tuple[bytes, bool]]:
+    """The files that the commit and the patch give in a fresh clone."""
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(repo), str(clone))
+    git(clone, "checkout", "--quiet", "--detach", facts.commit or "none")
+    (tmp_path / "code.patch").write_bytes(facts.patch)
+    if facts.patch:
+        git(clone, "apply", str(tmp_path / "code.patch"))
+    return tree(clone)
+
+
+def test_no_repository(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path)
+    assert facts == GitFacts(problem="not a git repository")
+    assert facts.summary() == {"commit": None, "branch": None, "dirty": False, "remote": None}
+
+
+def test_a_clean_tree_has_commit_branch_and_no_patch(repo: Path) -> None:
+    facts = facts_of(repo)
+    assert facts == GitFacts(commit=git(repo, "rev-parse", "HEAD"), branch="main")
+
+
+def test_no_commits_yet(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet", "--initial-branch=trunk")
+    write(tmp_path, {"staged.py": "s = 1\n", "untracked.py": "u = 1\n"})
+    git(tmp_path, "add", "staged.py")
+    facts = facts_of(tmp_path)
+    assert (facts.commit, facts.branch, facts.dirty, facts.problem) == (None, "trunk", True, None)
+    assert b"+s = 1" in facts.patch
+    assert b"+u = 1" in facts.patch
+    empty = tmp_path / "elsewhere"
+    empty.mkdir()
+    git(empty, "init", "--quiet")
+    (tmp_path / "code.patch").write_bytes(facts.patch)
+    git(empty, "apply", str(tmp_path / "code.patch"))
+    assert (empty / "staged.py").read_text() == "s = 1\n"
+
+
+def test_a_detached_head_has_a_commit_and_no_branch(repo: Path) -> None:
+    git(repo, "checkout", "--quiet", "--detach")
+    facts = facts_of(repo)
+    assert (facts.commit, facts.branch, facts.dirty) == (git(repo, "rev-parse", "HEAD"), None, False)
+
+
+def test_a_bare_repository_and_a_broken_one_are_told(tmp_path: Path, repo: Path) -> None:
+    git(tmp_path, "init", "--quiet", "--bare", "bare.git")
+    assert facts_of(tmp_path / "bare.git").problem == "a bare git repository has no working tree"
+    (repo / ".git" / "index").write_bytes(b"damaged")
+    assert (facts_of(repo).problem or "").startswith("git cannot be read")
+
+
+def test_without_a_git_program_training_would_go_on(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    code = "import dataclasses, json, sys; from pathlib import Path; from utils.runs.code import MetadataCapture\n"
+    code += "facts = MetadataCapture(Path(sys.argv[1])).git_facts(); print(json.dumps([facts.problem, facts.commit]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(repo)],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path / "bin")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)[0] == "the git program is not installed"
+
+
+def test_the_project_may_be_a_folder_of_the_repository(repo: Path) -> None:
+    write(repo, {"b/c.py": "c = 2", "top.py": "t = 1\n"})
+    facts = facts_of(repo / "b")
+    assert b"a/b/c.py" in facts.patch
+    assert b"b/top.py" in facts.patch
+
+
+def test_the_patch_turns_a_clone_into_the_working_tree(repo: Path, tmp_path: Path) -> None:
+    write(
+        repo,
+        {
+            "a.py": "a = 1\n" * 4 + "a = 2\n" + "a = 1\n" * 5,
+            "b/c.py": "c = 1\n",  # now with a line break at its end
+            "empty.py": "no longer\r\n",
+            "data.bin": b"\x00" + bytes(range(255, 0, -1)),
+            "staged.py": "s = 'ü'",
+            "new/untracked.py": "u = 1",
+            "new/empty.py": "",
+            "latin.py": b"# caf\xe9\n",
+            "run.sh": "#!/bin/sh\n",
+            "Makefile": "all:\n",
+        },
+    )
+    (repo / "gone.py").unlink()
+    (repo / "run.sh").chmod(0o755)
+    git(repo, "add", "staged.py")
+    facts = facts_of(repo)
+    assert facts.dirty
+    assert facts.left_out == []
+    assert rebuilt(repo, facts, tmp_path) == tree(repo)
+
+
+def test_renames_mode_changes_and_staged_deletions_are_in_the_patch(repo: Path, tmp_path: Path) -> None:
+    git(repo, "mv", "a.py", "moved.py")
+    git(repo, "rm", "--quiet", "gone.py")
+    (repo / "b" / "c.py").chmod(0o755)
+    assert rebuilt(repo, facts_of(repo), tmp_path) == tree(repo)
+
+
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+def test_odd_file_names_are_in_the_patch(repo: Path, tmp_path: Path, tracked: bool) -> None:
+    if tracked:
+        write(repo, dict.fromkeys(ODD_NAMES, "before\n"))
+        commit(repo)
+    write(repo, {name: f"content of {name!r}\n" for name in ODD_NAMES})
+    facts = facts_of(repo)
+    assert facts.left_out == []
+    assert rebuilt(repo, facts, tmp_path) == tree(repo)
+
+
+@pytest.mark.parametrize("suffix", [".py", ".bin"])
+def test_file_names_that_are_not_utf_8_do_not_stop_training(repo: Path, tmp_path: Path, suffix: str) -> None:
+    name = os.fsdecode(b"caf\xe9" + suffix.encode())
+    write(repo, {name: "x = 1\n"})
+    capture = MetadataCapture(repo)
+    facts = capture.git_facts()
+    capture.write(tmp_path, facts, {})
+    assert "commit: " in (tmp_path / "git.txt").read_text(encoding="utf-8", errors="replace")
+    if suffix == ".py":
+        assert rebuilt(repo, facts, tmp_path) == tree(repo)
+
+
+@pytest.mark.parametrize("settings", USER_CONFIGS.values(), ids=USER_CONFIGS)
+def test_the_users_git_configuration_changes_nothing(
+    repo: Path, tmp_path: Path, user_config: Path, settings: str
+) -> None:
+    lines = [f"line {i}\n" for i in range(40)]
+    write(repo, {"long.py": "".join(lines)})
+    commit(repo)
+    git(repo, "mv", "gone.py", "moved.py")
+    lines[20] = "  changed\t \n"
+    write(repo, {"long.py": "".join(lines), "new.py": "n = 1\n", "über x.py": "u", "data.bin": b"\x00\xff"})
+    user_config.write_text(settings)
+    facts = facts_of(repo)
+    assert (facts.problem, facts.left_out, facts.dirty) == (None, [], True)
+    user_config.write_text("")
+    assert rebuilt(repo, facts, tmp_path) == tree(repo)
+
+
+def test_attributes_and_filters_for_display_change_nothing(repo: Path, tmp_path: Path, user_config: Path) -> None:
+    write(repo, {".gitattributes": "*.py diff=words\n*.bin -diff\n"})
+    commit(repo)
+    user_config.write_text('[diff "words"]\n\ttextconv = wc\n\tcommand = /bin/echo\n')
+    write(repo, {"a.py": "a = 3\n", "new.py": "n = 1\n", "data.bin": b"text"})
+    facts = facts_of(repo)
+    user_config.write_text("")
+    assert rebuilt(repo, facts, tmp_path) == tree(repo)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".env", ".env.local", "prod.env", "server.pem", "tls.key", "id_rsa", "id_ed25519.txt", "a/b/.netrc"),
+        *("secrets.yaml", "client_secret.json", "credentials.json", "my-password.txt", ".npmrc", "api.token"),
+        *("config.secret", "SECRET.py", ".git-credentials", ".pypirc", "store.kdbx", "keys.p12"),
+    ],
+)
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+def test_secrets_never_come_into_the_patch_and_are_listed(repo: Path, name: str, tracked: bool) -> None:
+    if tracked:
+        write(repo, {name: "before\n"})
+        commit(repo)
+    write(repo, {name: "hunter2\n", "a.py": "a = 2\n"})
+    facts = facts_of(repo)
+    assert b"hunter2" not in facts.patch
+    assert b"a = 2" in facts.patch
+    assert [item.partition(" (")[0] for item in facts.left_out] == [name]
+
+
+def test_a_file_name_that_looks_like_a_pattern_brings_no_secret_along(repo: Path) -> None:
+    write(repo, {"*.py": "before\n", "secret.py": "before\n"})
+    commit(repo)
+    write(repo, {"*.py": "star = 1\n", "secret.py": "hunter2\n"})
+    facts = facts_of(repo)
+    assert b"star = 1" in facts.patch
+    assert b"hunter2" not in facts.patch
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.py", "keyboard.py", "environment.py", "secretary.py", "env.yaml", "a.env.py"]
+)
+def test_what_only_sounds_like_a_secret_is_code(repo: Path, name: str) -> None:
+    write(repo, {name: "harmless = 1\n"})
+    facts = facts_of(repo)
+    assert b"harmless" in facts.patch
+    assert facts.left_out == []
+
+
+def test_what_is_left_out_is_listed_with_the_reason(repo: Path, tmp_path: Path) -> None:
+    big = "x" * MAX_PATCH_FILE_BYTES
+    write(repo, {"weights.safetensors": b"\x00\x01", "big.py": big + "y", "edge.py": big, ".env": "KEY=1", "n.py": "n"})
+    (repo / "link.py").symlink_to("/etc/passwd")
+    write(repo, {"a.py": big * 2})
+    facts = facts_of(repo)
+    assert sorted(facts.left_out) == [
+        ".env (looks like a secret)",
+        "a.py (larger than 1 MB)",
+        "big.py (larger than 1 MB)",
+        "link.py (a symbolic link)",
+        "weights.safetensors (not a source file)",
+    ]
+    assert b"edge.py" in facts.patch
+    MetadataCapture(repo).write(tmp_path, facts, {})
+    text = (tmp_path / "git.txt").read_text()
+    assert "left out of code.patch:\n" in text
+    assert all(f"  {item}\n" in text for item in facts.left_out)
+
+
+def test_ignored_files_are_neither_in_the_patch_nor_listed(repo: Path) -> None:
+    write(repo, {".gitignore": "*.log\ncache/\n"})
+    commit(repo)
+    write(repo, {"a.log": "x", "cache/b.py": "x"})
+    assert facts_of(repo) == GitFacts(commit=git(repo, "rev-parse", "HEAD"), branch="main")
+
+
+def test_excluded_folders_are_no_code_and_leave_the_tree_clean(repo: Path) -> None:
+    write(repo, {"experiments/20260101_000000/run.json": "{}"})
+    facts = facts_of(repo, repo / "experiments")
+    assert (facts.patch, facts.left_out) == (b"", [])
+    assert not facts.dirty
+
+
+@pytest.mark.parametrize(
+    ("url", "cleaned"),
+    [
+        ("https://me:hunter2@example.org/repo.git", "https://example.org/repo.git"),
+        ("https://hunter2@example.org/repo.git", "https://example.org/repo.git"),
+        ("me:hunter2@example.org:me/repo.git", "example.org:me/repo.git"),
+        ("https://me:hun@ter2@example.org:8443/repo.git", "https://example.org:8443/repo.git"),
+        ("https://example.org/repo.git?token=hunter2#hunter2", "https://example.org/repo.git"),
+        ("ssh://git:hunter2@example.org:22/repo.git", "ssh://example.org:22/repo.git"),
+        ("https://example.org/repo.git", "https://example.org/repo.git"),
+        ("git@example.org:me/repo.git", "git@example.org:me/repo.git"),
+        ("/srv/git/repo.git", "/srv/git/repo.git"),
+        ("file:///srv/git/repo.git", "file:///srv/git/repo.git"),
+        ("", ""),
+    ],
+)
+def test_credentials_are_cut_from_urls(url: str, cleaned: str) -> None:
+    assert clean_url(url) == cleaned
+
+
+def test_no_password_of_the_remote_reaches_the_run_directory(repo: Path, tmp_path: Path) -> None:
+    git(repo, "remote", "add", "origin", "https://me:hunter2@example.org/repo.git")
+    git(repo, "remote", "add", "backup", "https://example.org/backup.git")
+    facts = facts_of(repo)
+    assert facts.remote == facts.summary()["remote"] == "https://example.org/repo.git"
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    MetadataCapture(repo).write(meta, facts, {})
+    assert b"hunter2" not in b"".join(path.read_bytes() for path in meta.iterdir())
+
+
+def test_another_remote_stands_in_for_origin(repo: Path) -> None:
+    git(repo, "remote", "add", "upstream", "https://me@example.org/up.git")
+    assert facts_of(repo).remote == "https://example.org/up.git"
+
+
+def test_git_txt_says_what_is_known(repo: Path, tmp_path: Path) -> None:
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    capture = MetadataCapture(repo)
+    capture.write(meta, capture.git_facts(), {})
+    head = git(repo, "rev-parse", "HEAD")
+    assert (meta / "git.txt").read_text() == f"commit: {head}\nbranch: main\nremote: none\ndirty: no\npatch: none\n"
+    assert not (meta / "code.patch").exists()
+    write(repo, {"a.py": "a = 2\n"})
+    capture.write(meta, capture.git_facts(), {})
+    assert "dirty: yes\npatch: code.patch\n" in (meta / "git.txt").read_text()
+    assert (meta / "code.patch").read_bytes() == capture.git_facts().patch
+    capture.write(meta, GitFacts(problem="not a git repository"), {})
+    assert (meta / "git.txt").read_text() == "git: not a git repository\n"
+
+
+def test_environment_names_python_devices_and_packages_but_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "hunter2")
+    text = environment_text({"device": "a fast one"})
+    assert f"python: {sys.version.split()[0]} (" in text
+    assert "\ndevice: a fast one\n" in text
+    assert "\n  pydantic==" in text
+    assert "hunter2" not in text
+    packages = [line.partition("==")[0].lower() for line in text.splitlines() if "==" in line]
+    assert packages == sorted(packages)
+
+
+def test_reading_git_leaves_the_repository_as_it_was(repo: Path) -> None:
+    write(repo, {"a.py": "a = 2\n", "new.py": "n = 1\n"})
+    before = git(repo, "status", "--porcelain")
+    facts_of(repo)
+    assert git(repo, "status", "--porcelain") == before

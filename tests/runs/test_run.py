@@ -1,0 +1,543 @@
+"""Run directories: unique ids, the life of run.json, telling running from crashed, finding a run by name."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FORK, in_child
+
+from utils.runs import run as run_manager
+from utils.runs.run import (
+    STALE_HEARTBEAT_SECONDS,
+    Run,
+    RunDirectoryCreator,
+    RunError,
+    RunIDGenerator,
+    RunLockedError,
+    list_run_paths,
+    lock_is_free,
+    read_record,
+    read_status,
+    resolve_run,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+NOW = datetime(2026, 1, 31, 14, 25, 1)
+
+
+@pytest.fixture
+def public_dir() -> Iterator[Path]:
+    """A folder that every account can enter (pytest's own are closed to others)."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def as_nobody(action: Callable[[], object]) -> Any:
+    """What `action` returns or raises in a process that has not root's rights."""
+
+    def give_up_rights() -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+
+    return in_child(give_up_rights, action)
+
+
+def make(runs_dir: Path, run_id: str, **facts: Any) -> Path:
+    """A finished run, written by hand."""
+    path = runs_dir / run_id
+    path.mkdir(parents=True)
+    record = {"schema_version": 1, "id": run_id, "status": "completed", "start": f"2026-01-01T00:00:00.{run_id}"}
+    (path / "run.json").write_text(json.dumps(record | facts))
+    return path
+
+
+def test_an_id_is_the_local_time_and_the_tag() -> None:
+    assert next(iter(RunIDGenerator(None, NOW))) == "20260131_142501"
+    assert next(iter(RunIDGenerator("base.line-1", NOW))) == "20260131_142501_base.line-1"
+    before = datetime.now().replace(microsecond=0)
+    made = datetime.strptime(next(iter(RunIDGenerator())), "%Y%m%d_%H%M%S")
+    assert before <= made <= datetime.now()
+
+
+def test_further_attempts_end_in_2_3_4() -> None:
+    ids = iter(RunIDGenerator("a", NOW))
+    assert [next(ids) for _ in range(4)] == [f"20260131_142501_a{end}" for end in ("", "_2", "_3", "_4")]
+
+
+def test_the_same_second_and_tag_give_numbered_directories(runs_dir: Path) -> None:
+    creator = RunDirectoryCreator(runs_dir)
+    names = [creator.create("a", NOW).name for _ in range(3)]
+    assert names == ["20260131_142501_a", "20260131_142501_a_2", "20260131_142501_a_3"]
+    assert creator.create(None, NOW).name == "20260131_142501"
+    assert creator.create(None, NOW).name == "20260131_142501_2"
+    assert all(not list(path.iterdir()) for path in runs_dir.iterdir())
+
+
+@pytest.mark.parametrize("tag", ["a/b", "../a", "..", ".", "", "latest", "auto", "x" * 65, "a b", "a\0b"])
+def test_a_bad_tag_is_refused_and_nothing_is_made(runs_dir: Path, tag: str) -> None:
+    with pytest.raises(RunError, match="tag"):
+        Run.create(runs_dir, tag)
+    with pytest.raises(RunError, match="tag"):
+        RunDirectoryCreator(runs_dir).create(tag)
+    assert not runs_dir.exists()
+
+
+def make_one(runs_dir: Path, barrier: Barrier) -> None:
+    barrier.wait(60)
+    RunDirectoryCreator(runs_dir).create("same", NOW)
+
+
+def test_50_processes_in_the_same_second_get_50_directories(runs_dir: Path) -> None:
+    barrier = FORK.Barrier(50)
+    processes = [FORK.Process(target=make_one, args=(runs_dir, barrier)) for _ in range(50)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 50
+    expected = {f"20260131_142501_same{end}" for end in ("", *(f"_{n}" for n in range(2, 51)))}
+    assert {path.name for path in runs_dir.iterdir()} == expected
+
+
+def test_a_new_run_says_running_and_has_its_folders(runs_dir: Path) -> None:
+    run = Run.create(runs_dir, "a", argv=["train.py", "--seed", "1"])
+    record = json.loads((run.path / "run.json").read_text())
+    assert record == run.record
+    assert run.id == run.path.name == record["id"]
+    assert re.fullmatch(r"\d{8}_\d{6}_a", run.id)
+    facts = ("schema_version", "tag", "status", "argv", "pid", "host", "end", "exit_reason", "parent", "views")
+    assert [record[key] for key in facts] == [
+        *(1, "a", "running", ["train.py", "--seed", "1"], os.getpid(), socket.gethostname(), None, None, None, {})
+    ]
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(record["start"])).total_seconds() < 60
+    assert datetime.fromisoformat(record["start"]).utcoffset() is not None
+    assert json.loads((run.path / "notes.json").read_text()) == {"tags": [], "note": "", "pinned": False}
+    assert all((run.path / name).is_dir() for name in ("meta", "logs", "artifacts"))
+    run.finish("completed")
+    run.release()
+
+
+def test_run_json_follows_the_life_of_the_run(runs_dir: Path) -> None:
+    run = Run.create(runs_dir)
+    run.update(last_step=5)
+    run.update_view("aim", state="on")
+    run.update_view("aim", hash="abc")
+    run.update_view("tensorboard", state="off")
+    assert read_status(run.path) == "running"
+    assert read_record(run.path)["views"] == {"aim": {"state": "on", "hash": "abc"}, "tensorboard": {"state": "off"}}
+    run.finish("interrupted", "SIGINT", summary={"val/loss": 2.5})
+    assert not lock_is_free(run.path)
+    run.release()
+    record = read_record(run.path)
+    assert [record[key] for key in ("status", "exit_reason", "last_step")] == ["interrupted", "SIGINT", 5]
+    assert record["summary"] == {"val/loss": 2.5}
+    assert datetime.fromisoformat(record["end"]) >= datetime.fromisoformat(record["start"])
+    assert lock_is_free(run.path)
+    assert sorted(path.name for path in run.path.iterdir()) == sorted(
+        ["run.json", "notes.json", "lock", "meta", "logs", "artifacts"]
+    )
+
+
+@pytest.mark.parametrize("status", ["completed", "interrupted", "failed", "diverged"])
+def test_a_finished_status_is_final_whatever_the_lock_says(runs_dir: Path, status: Any) -> None:
+    run = Run.create(runs_dir)
+    run.finish(status, "why")
+    run.release()
+    assert read_status(run.path) == status
+    (run.path / "lock").unlink()
+    assert read_status(run.path) == status
+
+
+def test_the_record_is_a_copy(runs_dir: Path) -> None:
+    run = Run.create(runs_dir)
+    run.record["views"]["aim"] = {}
+    assert run.record["views"] == {}
+    run.finish("completed")
+    run.release()
+
+
+def test_a_failure_while_creating_leaves_nothing_behind(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_manager, "write_json", fail)
+    with pytest.raises(RunError, match=r"cannot write the run directory .*No space left on device"):
+        Run.create(runs_dir, "a")
+    assert list(runs_dir.iterdir()) == []
+
+
+def test_facts_that_cannot_be_written_leave_nothing_behind(runs_dir: Path) -> None:
+    with pytest.raises(TypeError):
+        Run.create(runs_dir, "a", argv=object())
+    assert list(runs_dir.iterdir()) == []
+
+
+def test_an_argument_that_is_no_text_is_recorded(runs_dir: Path) -> None:
+    run = Run.create(runs_dir, "a", argv=["train.py", "--config", "\udcff.yaml"])  # a file name that is not UTF-8
+    assert read_record(run.path)["argv"][2] == "\udcff.yaml"
+
+
+def test_a_file_in_place_of_the_runs_folder_is_told(runs_dir: Path) -> None:
+    runs_dir.write_text("")
+    with pytest.raises(RunError, match=r"cannot make a run directory in .*runs"):
+        Run.create(runs_dir)
+
+
+def test_a_read_only_runs_folder_is_told(public_dir: Path) -> None:
+    public_dir.chmod(0o555)
+    for runs in (public_dir, public_dir / "new"):
+        error = as_nobody(functools.partial(Run.create, runs, "a"))
+        assert isinstance(error, RunError)
+        assert str(error) == f"cannot make a run directory in {runs}: Permission denied"
+    public_dir.chmod(0o755)
+    assert list(public_dir.iterdir()) == []
+
+
+def test_others_may_read_the_status_of_a_run(public_dir: Path) -> None:
+    run = Run.create(public_dir / "runs", "a")
+    assert as_nobody(lambda: read_status(run.path)) == "running"
+    assert as_nobody(lambda: resolve_run("a", public_dir / "runs")) == run.path
+    os.close(run._lock_fd)
+    assert as_nobody(lambda: read_status(run.path)) == "crashed"
+
+
+def test_a_run_whose_process_let_go_of_the_lock_has_crashed(runs_dir: Path) -> None:
+    run = Run.create(runs_dir)
+    assert not lock_is_free(run.path)
+    assert read_status(run.path) == "running"
+    os.close(run._lock_fd)
+    assert lock_is_free(run.path)
+    assert read_status(run.path) == "crashed"
+    (run.path / "lock").unlink()
+    assert read_status(run.path) == "crashed"
+
+
+def test_a_killed_process_leaves_a_run_that_has_crashed_at_once(runs_dir: Path) -> None:
+    code = "import sys; from pathlib import Path; from utils.runs.run import Run\n"
+    code += "print(Run.create(Path(sys.argv[1]), 'a').path, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(runs_dir)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        path = Path(process.stdout.readline().strip())
+        assert read_status(path) == "running"
+        assert read_record(path)["pid"] == process.pid
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert read_status(path) == "crashed"
+    assert read_record(path)["status"] == "running"  # nobody wrote: the reader derives it
+
+
+def test_a_run_on_another_host_is_judged_by_its_heartbeat(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.runs.run.HEARTBEAT_SECONDS", 1e9)
+    run = Run.create(runs_dir, host="elsewhere")
+    assert read_status(run.path) == "running"
+    past = time.time() - STALE_HEARTBEAT_SECONDS
+    os.utime(run.path / "lock", (past - 1, past - 1))
+    assert read_status(run.path) == "crashed"
+    os.utime(run.path / "lock", (past + 10, past + 10))
+    assert read_status(run.path) == "running"
+    (run.path / "lock").unlink()
+    assert read_status(run.path) == "crashed"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a run directory: it has no run.json"),
+        (b"", "cannot be read"),
+        (b'{"status": "comp', "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[]", "is not the record of a run"),
+        (b"{}", "is not the record of a run"),
+    ],
+)
+def test_a_damaged_record_is_told(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    for read in (read_record, read_status):
+        with pytest.raises(RunError, match=message):
+            read(tmp_path)
+
+
+def test_runs_are_listed_by_start_then_id(runs_dir: Path) -> None:
+    make(runs_dir, "20260103_000000", start="2026-01-01T09:00:00.000+00:00")  # its clock was wrong
+    make(runs_dir, "20260102_000000_b", start="2026-01-02T09:00:00.000+00:00")
+    make(runs_dir, "20260102_000000_a", start="2026-01-02T09:00:00.000+00:00")
+    (runs_dir / "no_run").mkdir()
+    (runs_dir / ".gitkeep").touch()
+    names = [path.name for path in list_run_paths(runs_dir)]
+    assert names == ["20260103_000000", "20260102_000000_a", "20260102_000000_b"]
+    assert list_run_paths(runs_dir / "nowhere") == []
+
+
+@pytest.fixture
+def five_runs(runs_dir: Path) -> Path:
+    make(runs_dir, "20260101_000000_wide", tag="wide")
+    make(runs_dir, "20260102_000000_wide", tag="wide")
+    make(runs_dir, "20260103_000000_wider", tag="wider")
+    make(runs_dir, "20260104_000000_deep", tag="deep")
+    make(runs_dir, "20260105_000000")
+    return runs_dir
+
+
+@pytest.mark.parametrize(
+    ("name", "run_id"),
+    [
+        ("20260103_000000_wider", "20260103_000000_wider"),
+        ("20260101_000000_wide", "20260101_000000_wide"),  # an exact id, though a newer run has the tag
+        ("20260105_000000", "20260105_000000"),
+        ("latest", "20260105_000000"),
+        ("wide", "20260102_000000_wide"),  # the exact tag, newest wins, though "wider" contains it too
+        ("deep", "20260104_000000_deep"),
+        ("ider", "20260103_000000_wider"),
+        ("20260104", "20260104_000000_deep"),
+    ],
+)
+def test_a_run_is_found_by_id_latest_tag_and_part(five_runs: Path, name: str, run_id: str) -> None:
+    assert resolve_run(name, five_runs) == five_runs / run_id
+
+
+def test_a_path_comes_before_everything_else(five_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = make(tmp_path, "wide", tag="other")
+    assert resolve_run(str(elsewhere), five_runs) == elsewhere
+    assert resolve_run(f"{five_runs}/20260104_000000_deep/", five_runs) == five_runs / "20260104_000000_deep"
+    monkeypatch.chdir(tmp_path)
+    assert resolve_run("wide", five_runs).resolve() == elsewhere
+    (tmp_path / "deep").mkdir()  # a folder that is no run is no answer
+    assert resolve_run("deep", five_runs).name == "20260104_000000_deep"
+
+
+def test_an_exact_id_comes_before_a_tag_of_that_name(five_runs: Path) -> None:
+    make(five_runs, "20260106_000000_x", tag="20260101_000000_wide")
+    assert resolve_run("20260101_000000_wide", five_runs).name == "20260101_000000_wide"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("2026010", "run 2026010 is ambiguous, 5 ids contain it: 20260101_000000_wide, 20260102_000000_wide"),
+        ("_wid", "run _wid is ambiguous, 3 ids contain it"),
+        ("depe", "; did you mean deep?"),
+        ("20260104_000000_dep", "; did you mean 20260104_000000_deep?"),
+        ("zzz", "no run zzz in "),
+        ("", "no run "),
+        ("../runs/x", "no run ../runs/x in "),
+        ("a\0b", "no run "),
+        ("x" * 300, "no run xxx"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_no_run_or_several_are_told_in_one_line(five_runs: Path, name: str, message: str) -> None:
+    with pytest.raises(RunError) as caught:
+        resolve_run(name, five_runs)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["latest", "wide", "20260101"])
+def test_without_runs_that_is_the_message(runs_dir: Path, name: str) -> None:
+    with pytest.raises(RunError, match=f"no run {name}: .*runs has no runs yet"):
+        resolve_run(name, runs_dir)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"status": "running"}', '{"status": "x", "start": 5}', '{"status": "x", "tag": ["wide"]}']
+    + ['{"status": "x", "start": null, "tag": null}', '{"status": 5, "host": []}', "[" * 100_000],
+    ids=lambda content: content[:40],
+)
+def test_a_damaged_record_never_hides_the_good_runs(five_runs: Path, content: str) -> None:
+    (five_runs / "20260109_000000_bad").mkdir()
+    (five_runs / "20260109_000000_bad" / "run.json").write_text(content)
+    assert resolve_run("wide", five_runs).name == "20260102_000000_wide"
+    assert resolve_run("deep", five_runs).name == "20260104_000000_deep"
+    assert resolve_run("latest", five_runs).name == "20260105_000000"
+    assert resolve_run("20260104", five_runs).name == "20260104_000000_deep"
+    assert len(list_run_paths(five_runs)) == 6
+
+
+def test_a_record_that_is_a_folder_never_hides_the_good_runs(five_runs: Path) -> None:
+    (five_runs / "20260109_000000_bad" / "run.json").mkdir(parents=True)
+    assert resolve_run("wide", five_runs).name == "20260102_000000_wide"
+
+
+# ------------------------------------------------------------------------------------- going on with a run
+
+
+def ended(runs_dir: Path, status: Any = "interrupted", **facts: Any) -> Path:
+    """A run whose process has let go of it; with status `running` it crashed."""
+    run = Run.create(runs_dir, "a", **facts)
+    if status != "running":
+        run.finish(status, "why", last_step=7)
+    run.release()
+    return run.path
+
+
+def test_taking_over_a_run_changes_nothing_but_holds_it(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    before = (path / "run.json").read_bytes()
+    run = Run.resume(path)
+    assert (path / "run.json").read_bytes() == before
+    assert (run.path, run.id, run.record) == (path, path.name, read_record(path))
+    assert not lock_is_free(path)
+    run.release()
+    assert lock_is_free(path)
+
+
+def test_a_run_that_goes_on_is_running_again_and_keeps_how_it_ended(runs_dir: Path) -> None:
+    path = ended(runs_dir, argv=["train.py"], pid=1, resolved={"dtype": "float32"})
+    old = read_record(path)
+    run = Run.resume(path)
+    run.restart(["train.py", "--resume", "a"], 5, git={"commit": "abc"})
+    assert read_status(path) == "running"
+    record = read_record(path)
+    assert [record[key] for key in ("status", "exit_reason", "end", "pid", "host")] == [
+        *("running", None, None, os.getpid(), socket.gethostname())
+    ]
+    for key in ("start", "id", "argv", "resolved", "parent", "views"):
+        assert record[key] == old[key]
+    (session,) = record["resumes"]
+    assert datetime.fromisoformat(session.pop("time")) >= datetime.fromisoformat(old["end"])
+    assert session == {
+        "step": 5,
+        "argv": ["train.py", "--resume", "a"],
+        "before": {key: old[key] for key in ("status", "exit_reason", "end", "last_step", "pid", "host")},
+        "git": {"commit": "abc"},
+    }
+    assert session["before"]["exit_reason"] == "why"
+    run.finish("completed")
+    run.release()
+    assert read_status(path) == "completed"
+
+
+def test_a_crash_is_recorded_as_such(runs_dir: Path) -> None:
+    path = ended(runs_dir, "running")
+    run = Run.resume(path)
+    run.restart([], 0)
+    run.release()
+    (session,) = read_record(path)["resumes"]
+    assert (session["before"]["status"], session["before"]["end"]) == ("crashed", None)
+
+
+def test_each_session_is_kept_in_order(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    for step in (5, 9, 12):
+        run = Run.resume(path)
+        run.restart(["train.py", str(step)], step)
+        run.finish("interrupted", f"stopped after {step}")
+        run.release()
+    sessions = read_record(path)["resumes"]
+    assert [session["step"] for session in sessions] == [5, 9, 12]
+    assert [session["before"]["exit_reason"] for session in sessions] == ["why", "stopped after 5", "stopped after 9"]
+
+
+def test_a_record_without_resumes_can_go_on(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    record = read_record(path)
+    del record["resumes"]
+    (path / "run.json").write_text(json.dumps(record))
+    run = Run.resume(path)
+    run.restart([], 3)
+    run.release()
+    assert len(read_record(path)["resumes"]) == 1
+
+
+def test_a_run_that_is_being_trained_is_refused_with_process_and_host(runs_dir: Path) -> None:
+    first = Run.create(runs_dir, "a")
+    before = (first.path / "run.json").read_bytes()
+    for _ in range(3):
+        with pytest.raises(RunLockedError) as caught:
+            Run.resume(first.path)
+        assert str(caught.value) == (
+            f"run {first.id} is being trained by process {os.getpid()} on {socket.gethostname()}"
+        )
+    assert (first.path / "run.json").read_bytes() == before
+    assert read_status(first.path) == "running"
+    first.release()
+    Run.resume(first.path).release()
+
+
+def test_a_second_resume_is_refused_as_well(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    run = Run.resume(path)
+    with pytest.raises(RunLockedError):  # even before run.json says who it is
+        Run.resume(path)
+    run.release()
+
+
+def take_over(path: Path, barrier: Barrier, done: Barrier, queue: Any) -> None:
+    barrier.wait(60)
+    try:
+        Run.resume(path)
+        queue.put("taken")
+    except RunLockedError:
+        queue.put("refused")
+    done.wait(60)
+
+
+def test_of_many_processes_one_takes_the_run(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    barrier, done, queue = FORK.Barrier(8), FORK.Barrier(8), FORK.SimpleQueue()
+    processes = [FORK.Process(target=take_over, args=(path, barrier, done, queue)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(queue.get() for _ in range(8)) == ["refused"] * 7 + ["taken"]
+    assert lock_is_free(path)
+
+
+def test_a_run_on_another_host_is_refused_while_its_heart_beats(runs_dir: Path) -> None:
+    path = ended(runs_dir, "running", host="elsewhere", pid=5)
+    with pytest.raises(RunLockedError, match=f"run {path.name} is being trained by process 5 on elsewhere"):
+        Run.resume(path)
+    past = time.time() - STALE_HEARTBEAT_SECONDS - 1
+    os.utime(path / "lock", (past, past))
+    run = Run.resume(path)
+    run.restart([], 3)
+    assert read_record(path)["host"] == socket.gethostname()
+    assert read_status(path) == "running"
+    run.release()
+
+
+def test_a_run_without_its_lock_file_can_go_on(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    (path / "lock").unlink()
+    run = Run.resume(path)
+    assert not lock_is_free(path)
+    run.release()
+
+
+def test_what_is_no_run_cannot_go_on(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run directory"):
+        Run.resume(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_someone_else_cannot_go_on(public_dir: Path) -> None:
+    path = ended(public_dir / "runs")
+    error = as_nobody(functools.partial(Run.resume, path))
+    assert isinstance(error, RunError)
+    assert str(error) == f"{path}: the run cannot be resumed: Permission denied"
+    assert lock_is_free(path)

@@ -1,0 +1,208 @@
+"""The seal of a run: one changed byte is named, and what can be made again does not count."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_runs import make_run, write
+
+from utils.checkpoints.folder import FILES
+from utils.runs import seal as seal_module
+from utils.runs.run import CHECKPOINTS, RunError
+from utils.runs.seal import SEAL, check, checksums, file_sha256, seal, sealed_files
+
+
+def make_checkpoint(path: Path) -> None:
+    """A checkpoint with its manifest."""
+    content = b"\0" * 100
+    facts = {"size": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    for name in FILES:
+        write(path / name, content)
+    write(path / "manifest.json", {"format_version": 1, "files": {name: facts for name in FILES}})
+
+
+@pytest.fixture
+def run(runs_dir: Path) -> Path:
+    """A sealed run."""
+    path = make_run(runs_dir, "run", patch="diff --git a b\n", metrics=[{"step": 1}])
+    make_checkpoint(path / CHECKPOINTS / "step_000005")
+    write(path / "artifacts" / "export" / "model.safetensors", b"\0" * 1000)
+    write(path / "artifacts" / "export" / "config.json", "{}")
+    write(path / "artifacts" / "curves.png", b"png")
+    write(path / "logs" / "tensorboard" / "events.1", b"events")
+    write(path / "logs" / "fed_tensorboard.json", "{}")
+    write(path / "logs" / "train.log", "step 1\n")
+    seal(path)
+    return path
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_run_that_nobody_touched_is_good(run: Path) -> None:
+    result = check(run)
+    assert result.good
+    assert (result.changed, result.missing, result.added, result.damaged) == ([], [], [], [])
+    assert result.checkpoints == 1
+    assert result.files == len(list(sealed_files(run))) == 10
+    assert result.sealed == json.loads((run / SEAL).read_text())["time"]
+
+
+def test_meta_logs_and_export_are_sealed_in_order(run: Path) -> None:
+    assert list(sealed_files(run)) == [
+        *("meta/code.patch", "meta/config_sources.json", "meta/env.txt", "meta/full_config.json"),
+        *("logs/histograms.jsonl", "logs/metrics.jsonl", "logs/samples.jsonl", "logs/train.log"),
+        *("artifacts/export/config.json", "artifacts/export/model.safetensors"),
+    ]
+    assert list(checksums(run, file_sha256)) == list(sealed_files(run))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["meta/code.patch", "meta/full_config.json", "logs/metrics.jsonl", "artifacts/export/model.safetensors"],
+)
+def test_one_changed_bit_is_named(run: Path, name: str) -> None:
+    flip(run / name)
+    result = check(run)
+    assert not result.good
+    assert (result.changed, result.missing, result.added) == ([name], [], [])
+
+
+def test_one_byte_more_or_less_is_named(run: Path) -> None:
+    for name, content in (("meta/code.patch", b"diff --git a b"), ("logs/metrics.jsonl", b'{"step": 1}\n\n')):
+        write(run / name, content)
+    assert check(run).changed == ["meta/code.patch", "logs/metrics.jsonl"]
+
+
+def test_missing_and_added_files_are_named(run: Path) -> None:
+    (run / "meta" / "code.patch").unlink()
+    write(run / "meta" / "deep" / "new.txt", "")
+    (run / "artifacts" / "export" / "config.json").rename(run / "artifacts" / "export" / "renamed.json")
+    result = check(run)
+    assert result.missing == ["meta/code.patch", "artifacts/export/config.json"]
+    assert result.added == ["meta/deep/new.txt", "artifacts/export/renamed.json"]
+    assert result.changed == []
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "TensorBoard": lambda run: write(run / "logs" / "tensorboard" / "events.2", "new"),
+    "TensorBoard deleted": lambda run: (run / "logs" / "tensorboard" / "events.1").unlink(),
+    "fed": lambda run: write(run / "logs" / "fed_tensorboard.json", '{"offset": 3}'),
+    "fed by another view": lambda run: write(run / "logs" / "fed_aim.json", "{}"),
+    "notes": lambda run: write(run / "notes.json", '{"pinned": true}'),
+    "run.json": lambda run: write(run / "run.json", "{}"),
+    "curves": lambda run: (run / "artifacts" / "curves.png").unlink(),
+    "checkpoints deleted": lambda run: shutil.rmtree(run / CHECKPOINTS / "step_000005"),
+    "another checkpoint": lambda run: make_checkpoint(run / CHECKPOINTS / "step_000010"),
+    "heartbeat": lambda run: os.utime(run / "lock", (0, 0)),
+    "times": lambda run: os.utime(run / "meta" / "code.patch", (0, 0)),
+    "a temporary file": lambda run: write(run / "meta" / ".model.json.abc.tmp", ""),
+    "Weights & Biases": lambda run: write(run / "logs" / "wandb" / "run-1.wandb", "new"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_can_be_made_again_or_edited_does_not_count(run: Path, change: str) -> None:
+    CHANGES[change](run)
+    assert check(run).good
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_a_damaged_checkpoint_is_named(run: Path, name: str) -> None:
+    place = run / CHECKPOINTS / "step_000005" / name
+    if name == "manifest.json":
+        write(place, "{")
+    else:
+        flip(place)
+    result = check(run)
+    assert not result.good
+    assert (result.changed, result.missing, result.added) == ([], [], [])
+    assert len(result.damaged) == 1
+    assert f"step_000005/{name}" in result.damaged[0]
+
+
+def test_a_checkpoint_that_lacks_a_file_is_named(run: Path) -> None:
+    (run / CHECKPOINTS / "step_000005" / "model.safetensors").unlink()
+    (damage,) = check(run).damaged
+    assert "step_000005/model.safetensors" in damage
+
+
+def test_damage_of_a_checkpoint_is_told_relative_to_the_run(run: Path) -> None:
+    flip(run / CHECKPOINTS / "step_000005" / "model.safetensors")
+    (damage,) = check(run).damaged
+    assert damage.startswith("artifacts/checkpoints/step_000005/model.safetensors: ")
+
+
+def test_a_new_seal_takes_the_place_of_the_old_one(run: Path) -> None:
+    flip(run / "meta" / "code.patch")
+    seal(run)
+    assert check(run).good
+
+
+def test_a_run_that_moved_is_good(run: Path) -> None:
+    run.rename(run.with_name("moved"))
+    assert check(run.with_name("moved")).good
+
+
+def test_odd_file_names_are_sealed(run: Path) -> None:
+    for name in ("ü \n.txt", os.fsdecode(b"\xff.txt")):
+        write(run / "meta" / name, "")
+    seal(run)
+    assert check(run).good
+    write(run / "meta" / os.fsdecode(b"\xff.txt"), "x")
+    assert len(check(run).changed) == 1
+
+
+def test_a_run_without_a_seal_is_told(run: Path) -> None:
+    (run / SEAL).unlink()
+    with pytest.raises(RunError, match="run has no seal: it has not ended yet, or was killed"):
+        check(run)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"\xff\xfe", b"[]", b"null", b"3", b"{}", b'{"time": "now"}', b'{"files": {}}'),
+        *(b'{"time": "now", "files": 3}', b'{"time": "now", "files": null}', b'{"time": "now", "files": [1]}'),
+        *(b"[" * 100_000, b'{"time": "now", "files": []}', b'{"time": "now", "files": ""}'),
+    ],
+    ids=lambda content: repr(content[:32]),
+)
+def test_a_damaged_seal_is_told(run: Path, content: bytes) -> None:
+    write(run / SEAL, content)
+    with pytest.raises(RunError, match=r"seal\.json cannot be read"):
+        check(run)
+
+
+def test_a_seal_that_was_edited_names_the_file(run: Path) -> None:
+    recorded = json.loads((run / SEAL).read_text())
+    recorded["files"]["meta/code.patch"] = "0" * 64
+    recorded["files"]["meta/env.txt"] = 5
+    write(run / SEAL, recorded)
+    assert check(run).changed == ["meta/code.patch", "meta/env.txt"]
+
+
+def test_a_file_that_became_a_broken_link_or_a_pipe_is_missing(run: Path) -> None:
+    (run / "meta" / "env.txt").unlink()
+    (run / "meta" / "env.txt").symlink_to("nowhere")
+    (run / "meta" / "code.patch").unlink()
+    os.mkfifo(run / "meta" / "code.patch")
+    assert check(run).missing == ["meta/code.patch", "meta/env.txt"]
+
+
+def test_a_file_that_cannot_be_read_counts_as_changed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(seal_module, "file_sha256", refuse)
+    assert len(check(run).changed) == 10

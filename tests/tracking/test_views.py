@@ -1,0 +1,364 @@
+"""Views fed from the log: what they show equals the log, and their failures never reach training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from utils.runs.log import (
+    LOG_FILES,
+    METRICS_FILE,
+    RunLog,
+    decode_number,
+    metric_record,
+    offset_of_step,
+    read_metrics,
+    read_records,
+    truncate,
+)
+from utils.runs.run import read_record
+from utils.tracking import RunEnd, RunFacts, feeder
+from utils.tracking.aim import AimView
+from utils.tracking.feeder import Budget, Feeder, Feeders
+
+Argv = Callable[..., list[str]]
+
+
+class RecordingView:
+    """Remembers what it was fed; raises or hangs on request."""
+
+    name = "recording"
+    rolls_back = False
+
+    def __init__(self, failures: int = 0, hang: threading.Event | None = None) -> None:
+        self.fed: list[tuple[str, int]] = []
+        self.end: RunEnd | None = None
+        self.failures, self.hang = failures, hang
+
+    def open(self, first_step: int) -> Mapping[str, Any]:
+        self.first_step = first_step
+        return {"id": "abc"}
+
+    def forget(self) -> Mapping[str, Any]:
+        self.fed.clear()
+        return {"id": "def"}
+
+    def background_seconds(self) -> float:
+        return 0.0
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+    def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
+        if self.hang is not None:
+            self.hang.wait()
+        if self.failures > 0:
+            self.failures -= 1
+            raise ConnectionError("locked")
+        self.fed.append((log_file, record["step"]))
+
+    def flush(self) -> None: ...
+
+    def close(self, end: RunEnd) -> None:
+        self.end = end
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> RunLog:
+    """1,000 metric records, a sample text."""
+    log = RunLog(tmp_path)
+    log.metrics.write(metric_record(step, 0.0, {"train/loss": 1.0}) for step in range(1000))
+    log.samples.write([{"step": 7, "time": 0.0, "text": "hello"}])
+    return log
+
+
+@pytest.fixture(autouse=True)
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder, "RETRY_SECONDS", (0.001, 0.001, 0.001))
+
+
+def feed(view: RecordingView, logs_dir: Path, seconds: float = 20.0) -> tuple[dict[str, Any], list[str]]:
+    """Feed a finished log; the facts recorded about the view, and the warnings."""
+    facts: dict[str, Any] = {}
+    warnings: list[str] = []
+
+    def record(name: str, **news: Any) -> None:
+        facts.update(news)
+
+    fed_by = Feeder(view, logs_dir, Budget(0.02), record, warnings.append, "rebuild it")
+    Feeders([fed_by], warnings.append, record).finish(RunEnd("completed"), print, seconds)
+    return facts, warnings
+
+
+def test_everything_in_the_log_is_fed_once_in_order(log: RunLog, tmp_path: Path) -> None:
+    view = RecordingView()
+    facts, warnings = feed(view, tmp_path)
+    assert [step for name, step in view.fed if name == METRICS_FILE] == list(range(1000))
+    assert view.fed.count(("samples.jsonl", 7)) == 1
+    assert view.end == RunEnd("completed")
+    assert (facts["state"], facts["id"], warnings) == ("complete", "abc", [])
+
+
+def test_passing_failures_are_retried_without_loss_or_repetition(log: RunLog, tmp_path: Path) -> None:
+    view = RecordingView(failures=3)
+    facts, warnings = feed(view, tmp_path)
+    assert [step for name, step in view.fed if name == METRICS_FILE] == list(range(1000))
+    assert (facts["state"], warnings) == ("complete", [])
+
+
+def test_lasting_failures_switch_the_view_off_with_one_line(log: RunLog, tmp_path: Path) -> None:
+    facts, warnings = feed(RecordingView(failures=10**9), tmp_path)
+    assert facts["state"] == "off"
+    assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
+
+
+def test_a_hanging_view_is_left_behind_and_said_so(log: RunLog, tmp_path: Path) -> None:
+    release = threading.Event()
+    facts, warnings = feed(RecordingView(hang=release), tmp_path, seconds=0.2)
+    release.set()
+    assert facts["state"] == "incomplete"
+    assert len(warnings) == 1
+    assert "not fed within 0.2 s" in warnings[0]
+
+
+def test_a_torn_last_line_is_not_fed(log: RunLog, tmp_path: Path) -> None:
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 1000, "ti')
+    view = RecordingView()
+    facts, _ = feed(view, tmp_path)
+    assert facts["state"] == "complete"
+    assert ("metrics.jsonl", 999) in view.fed
+    assert ("metrics.jsonl", 1000) not in view.fed
+
+
+class Clock:
+    """Stands in for the time module: a second of the processor passes only where `work` says so."""
+
+    now = worked = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def thread_time(self) -> float:
+        return self.worked
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+        self.worked += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(feeder, "time", clock)
+    return clock
+
+
+def test_after_work_comes_rest_in_proportion_to_the_budget(clock: Clock) -> None:
+    budget = Budget(0.02)
+    budget.spend(0.1)
+    assert budget.seconds_to_rest() == pytest.approx(5)
+    clock.now += 4
+    assert budget.seconds_to_rest() == pytest.approx(1)
+    clock.now += 100  # what was not used is free for a moment, not for ever
+    budget.spend(0.1)
+    assert budget.seconds_to_rest() == pytest.approx(5 - feeder.BURST_SECONDS)
+    budget.lift()
+    assert budget.seconds_to_rest() == 0
+    budget.spend(10)
+    assert budget.seconds_to_rest() == 0
+
+
+@pytest.mark.parametrize("background", [0.0, 0.7])
+def test_feeders_keep_to_their_budget_together(
+    background: float, log: RunLog, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two views that take 2 ms a record (and threads of their own), while training runs for 60 s."""
+
+    class Working(RecordingView):
+        def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
+            super().feed(log_file, record)
+            clock.work(0.002)
+
+        def background_seconds(self) -> float:
+            return background * 0.002 * len(self.fed)
+
+    budget, views = Budget(0.02), (Working(), Working())
+    feeders = [Feeder(v, tmp_path, budget, lambda *a, **k: None, lambda line: None, "") for v in views]
+
+    def rest(self: Feeder, seconds: float) -> None:
+        clock.now += seconds
+        raise SystemExit  # ends the turn of this feeder
+
+    monkeypatch.setattr(Feeder, "rest", rest)
+    while clock.now < 60:
+        for one in feeders:
+            with contextlib.suppress(SystemExit):
+                one._tail()
+    worked = clock.worked * (1 + background)
+    assert 0.5 * 0.02 * 60 < worked < 1.1 * 0.02 * 60 + 2 * feeder.SLICE_SECONDS
+
+
+def test_a_view_that_hangs_while_training_runs_is_told_once(
+    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
+    release, warnings, states = threading.Event(), [], []
+
+    def record(name: str, **news: Any) -> None:
+        states.append(news.get("state"))
+
+    one = Feeder(RecordingView(hang=release), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
+    feeders = Feeders([one], warnings.append, record)
+    for _ in range(20):
+        feeders.watch()
+        time.sleep(0.02)
+    assert warnings == ["recording hangs for 0.05 s now; training goes on without it"]
+    release.set()
+    feeders.finish(RunEnd("completed"), print, 20)
+    assert states == ["on", "hangs", "complete"]
+
+
+def test_a_view_that_is_off_does_not_hang(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
+    warnings: list[str] = []
+    states: list[object] = []
+
+    def record(name: str, **news: Any) -> None:
+        states.append(news.get("state"))
+
+    one = Feeder(RecordingView(failures=10**9), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
+    feeders = Feeders([one], warnings.append, record)
+    for _ in range(20):
+        feeders.watch()
+        time.sleep(0.02)
+    assert states == ["on", "off"]
+    assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
+
+
+def test_a_feeder_rests_while_the_end_is_prepared(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+    feed_slice = Feeder.feed_slice
+
+    def counted(self: Feeder) -> bool:
+        looks.append(time.monotonic())
+        return feed_slice(self)
+
+    monkeypatch.setattr(Feeder, "feed_slice", counted)
+    one = Feeder(RecordingView(), tmp_path, Budget(1.0), lambda *a, **k: None, print, "")
+    feeders = Feeders([one])
+    feeders.hurry()
+    time.sleep(0.3)
+    assert len(looks) < 20  # it looks every POLL_SECONDS, once there is nothing more
+    feeders.finish(RunEnd("completed"), print, 20)
+    assert not one.is_alive()
+
+
+def test_notes_are_cut_with_the_logs(log: RunLog, tmp_path: Path) -> None:
+    size = (tmp_path / METRICS_FILE).stat().st_size
+    offsets = {METRICS_FILE: size, "histograms.jsonl": 0, "samples.jsonl": 10}
+    (tmp_path / "fed_aim.json").write_text(json.dumps({"offsets": offsets, "last_step": 999}))
+    (tmp_path / "fed_wandb.json").write_text("[1]")
+    truncate(tmp_path / METRICS_FILE, offset_of_step(tmp_path / METRICS_FILE, 50))
+    feeder.cut_notes(tmp_path)
+    note = json.loads((tmp_path / "fed_aim.json").read_text())
+    assert note["offsets"][METRICS_FILE] == (tmp_path / METRICS_FILE).stat().st_size < size
+    assert (note["offsets"]["samples.jsonl"], note["last_step"]) == (10, 999)
+    assert not (tmp_path / "fed_wandb.json").exists()
+
+
+def test_tensorboard_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv("--run-tag", "tb")) == 0
+    logs = only_run() / "logs"
+    events = EventAccumulator(
+        str(logs / "tensorboard"), size_guidance=dict.fromkeys(("scalars", "tensors", "histograms"), 0)
+    )
+    events.Reload()
+    for name in ("train/loss", "val/loss", "train/eval_loss", "lr", "grad_norm", "tokens_per_second", "step_ms"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in read_metrics(logs, name)]
+    records = list(read_records(logs / "histograms.jsonl"))
+    for record in records[:3]:
+        (event,) = [e for e in events.Histograms(record["name"]) if e.step == record["step"]]
+        assert event.histogram_value.bucket == record["counts"]
+    texts = events.Tensors("sample/text_summary")
+    assert [event.step for event in texts] == [0, 3, 6]
+    assert {"config/text_summary", "git/text_summary", "model/text_summary"} <= set(events.Tags()["tensors"])
+    assert len(list((logs / "tensorboard").rglob("events.*"))) == 1
+
+
+def test_aim_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path) -> None:
+    from aim import Repo
+    from aim.sdk.index_manager import RepoIndexManager
+    from aim.storage.context import Context
+
+    assert train.main(tiny_argv("--aim-logging", "--run-tag", "aimed", "--tags", "x", "--note", "a note")) == 0
+    run_dir, repo = only_run(), Repo(str(tmp_path))
+    run_hash = read_record(run_dir)["views"]["aim"]["hash"]
+    RepoIndexManager.get_index_manager(repo).index(run_hash)  # what `aim up` does in the background
+    (run,) = repo.iter_runs()
+    assert run.hash == run_hash
+    assert (run.name, run.description, set(run.tags)) == (run_dir.name, "a note", {"aimed", "x"})
+    assert (run["hparams", "model", "n_embd"], run["status"]) == (16, "completed")
+    assert "commit" in run["git"]
+    for name in ("train/loss", "val/loss", "train/eval_loss", "lr", "grad_norm"):
+        subset, _, short = name.rpartition("/")
+        sequence = run.get_metric(short, Context({"subset": subset} if subset else {}))
+        steps, (values, *_) = sequence.data.items_list()
+        assert list(zip(steps, values, strict=True)) == read_metrics(run_dir / "logs", name)
+    assert [text.data for text in run.get_text_sequence("sample", Context({})).data.items_list()[1][0]] == [
+        record["text"] for record in read_records(run_dir / "logs" / "samples.jsonl")
+    ]
+    record = next(read_records(run_dir / "logs" / "histograms.jsonl"))
+    kind, _, name = record["name"].partition("/")
+    sequence = run.get_distribution_sequence(name, Context({"kind": kind}))
+    assert sequence.data.items_list()[1][0][0].weights.tolist() == record["counts"]
+    found = repo.query_metrics("run.hparams.model.n_embd == 16 and metric.context.subset == 'val'")
+    assert [m.name for group in found.iter_runs() for m in group] == ["loss"]
+
+
+def test_aim_keeps_no_thread_of_its_own(tmp_path: Path, tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv()) == 0
+    before = set(threading.enumerate())
+    view = AimView(RunFacts.read(only_run()), str(tmp_path))
+    view.open(0)
+    assert set(threading.enumerate()) <= before
+    view.close(RunEnd("completed"))
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_broken_view_does_not_change_training(
+    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv("--run-tag", "a")) == 0
+
+    def broken(self: object, first_step: int) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("utils.tracking.aim.AimView.open", broken)
+    monkeypatch.setattr("utils.tracking.tensorboard.TensorBoardView.open", broken)
+    assert train.main(tiny_argv("--run-tag", "b", "--aim-logging")) == 0
+    assert capsys.readouterr().out.count("is off: PermissionError: read-only") == 2
+    good, bad = sorted(runs_dir.iterdir(), key=lambda path: path.name[-1])
+    assert read_metrics(good / "logs", "train/loss") == read_metrics(bad / "logs", "train/loss")
+    assert read_record(bad)["status"] == "completed"
+    assert {view["state"] for view in read_record(bad)["views"].values()} == {"off"}
+
+
+def test_numbers_of_a_record_survive_the_views(tmp_path: Path) -> None:
+    assert [decode_number(value) for value in ("inf", "-inf", 1.5)] == [float("inf"), float("-inf"), 1.5]
+    assert set(LOG_FILES) == {"metrics.jsonl", "histograms.jsonl", "samples.jsonl"}

@@ -1,0 +1,310 @@
+"""`batch_size auto`: the search, the memory that it counts, and a run that is the one with its numbers by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import profile_model
+import train
+import utils.machine.device
+import utils.training.batch_size
+from benchmarks.run_equality import differences
+from data import load_corpus
+from model import LanguageModel
+from utils.config.loader import LoadedConfig
+from utils.config.settings import Config, DataConfig, ModelConfig, TrainConfig, flat
+from utils.errors import UserError
+from utils.experiments.explain import explain_of_run
+from utils.machine.device import available_memory
+from utils.nn import gelu
+from utils.nn.attention import causal_mask
+from utils.runs.index import read_run, resolved_setting
+from utils.runs.run import read_record
+from utils.training.batch_size import (
+    FOUND,
+    ByteCounter,
+    CudaTrials,
+    TrialModel,
+    bytes_of_training,
+    divisors,
+    find_batch,
+    largest_fitting,
+)
+
+Argv = Callable[..., list[str]]
+CPU = torch.device("cpu")
+TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8)
+VOCAB = 50
+AUTO = ("--batch-size", "auto", "--tokens-per-step", "96")
+SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
+
+
+# ---------------------------------------------------------------------------------------- the search
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 6, 64, 100, 4095, 4096, 10**9])
+@pytest.mark.parametrize("sizes", [[2**n for n in range(13)], divisors(96), divisors(97), [1]])
+def test_the_largest_size_that_fits_is_found_in_few_trials(sizes: list[int], limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    assert largest_fitting(sizes, fits) == max((size for size in sizes if size <= limit), default=None)
+    assert len(set(tried)) == len(tried) <= len(sizes).bit_length()
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 36, 97, 1024, 5040])
+def test_divisors_are_all_of_them_in_order(number: int) -> None:
+    assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
+def find(
+    monkeypatch: pytest.MonkeyPatch, corpus: Path, fitting: int, **settings: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """What batch_size auto becomes where `fitting` sequences fit, and what is said of it."""
+    monkeypatch.setattr(utils.training.batch_size, "bytes_of_training", lambda config, vocab, dtype, size: 1000 * size)
+    monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: int(1000 * fitting / 0.75) + 1)
+    data = DataConfig(dataset=str(corpus))
+    loaded = LoadedConfig.from_config(
+        Config(data=data, model=TINY, train=TrainConfig(batch_size="auto", **settings), tracking={"run_tag": "x"})
+    )
+    told: list[str] = []
+    found = find_batch(
+        loaded, load_corpus(data, TINY.block_size, corpus.parent / "corpora"), CPU, torch.float32, told.append
+    )
+    changed = {key: value for key, value in flat(found.config).items() if value != flat(loaded.config)[key]}
+    assert all(found.source(key) == FOUND for key in changed)
+    return changed, told
+
+
+def test_the_largest_power_of_two_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
+    changed, (told,) = find(monkeypatch, tiny_corpus, 100)
+    assert changed == {"batch_size": 64}
+    assert (
+        told
+        == "batch_size auto: 64 sequences, 512 tokens per step (more do not fit into the 0.0 GiB that are free on cpu)"
+    )
+
+
+def test_an_update_does_not_see_the_text_twice(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
+    text = tiny_corpus.read_text(encoding="utf-8")
+    sequences = int(len(text) * 0.9) // 8
+    changed, (told,) = find(monkeypatch, tiny_corpus, 10**6)
+    assert changed == {"batch_size": 512}
+    assert 512 <= sequences < 1024
+    assert told.endswith(f"4,096 tokens per step (the training text has {sequences:,})")
+
+
+@pytest.mark.parametrize(
+    ("fitting", "micro_steps"), [(1, 12), (2, 6), (3, 4), (4, 3), (5, 3), (6, 2), (11, 2), (12, 1), (99, 1)]
+)
+def test_an_update_has_as_few_micro_steps_as_fit(
+    monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path, fitting: int, micro_steps: int
+) -> None:
+    changed, (told,) = find(monkeypatch, tiny_corpus, fitting, tokens_per_step=96)
+    steps = {"gradient_accumulation_steps": micro_steps} if micro_steps > 1 else {}
+    assert changed == {"batch_size": 12, "tokens_per_step": None, **steps}
+    assert told.startswith("batch_size auto: 12 sequences, 96 tokens per step")
+    assert (f"in {micro_steps} micro-steps of {12 // micro_steps}, which fit" in told) == (micro_steps > 1)
+
+
+def test_a_model_that_does_not_fit_is_a_mistake_of_one_line(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
+    with pytest.raises(UserError, match="code: batch_size auto: not even one sequence of 8 tokens fits into the") as it:
+        find(monkeypatch, tiny_corpus, 0)
+    assert "\n" not in str(it.value)
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def test_bytes_are_counted_once_a_storage_and_given_back() -> None:
+    with ByteCounter() as counter:
+        first = torch.zeros(100)
+        view = first.view(10, 10)[:2]
+        second = view + 1
+        assert counter.held == 400 + 80
+        del first
+        assert counter.held == 400 + 80  # the view holds it
+        del view, second
+        assert (counter.held, counter.peak) == (0, 480)
+
+
+@pytest.mark.parametrize(("position", "mlp"), [("learned", "gelu_tanh"), ("rope", "gelu")])
+@pytest.mark.parametrize("sequences", [1, 5, 64])
+def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
+    sequences: int, position: Any, mlp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gelu, "FEW", 0)
+    config = Config(model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position, mlp=mlp))
+    causal_mask(8)  # is kept from one model to the next
+    with ByteCounter() as counter:
+        real = TrialModel(config, VOCAB, CPU, torch.float32)
+        kept = counter.held
+        real.step(sequences)
+    assert bytes_of_training(config, VOCAB, torch.float32, sequences) == counter.peak + kept
+    weights = 4 * LanguageModel(config.model, VOCAB).num_parameters()
+    assert 3 * weights <= kept < 3.3 * weights  # with the two moments of AdamW, and the table of rotations
+
+
+def test_memory_grows_with_the_batch_and_large_batches_cost_nothing_to_count() -> None:
+    sizes = [bytes_of_training(Config(model=TINY), VOCAB, torch.float32, 2**n) for n in (0, 4, 20, 21)]
+    assert sizes == sorted(sizes)
+    assert sizes[3] / sizes[2] == pytest.approx(2, rel=1e-3)
+    assert sizes[3] > 2**33  # more than a test could have
+
+
+def test_a_size_that_runs_out_of_cuda_memory_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    step = TrialModel.step
+
+    def small(self: TrialModel, sequences: int) -> None:
+        if sequences > 6:
+            raise torch.OutOfMemoryError
+        step(self, sequences)
+
+    monkeypatch.setattr(TrialModel, "step", small)
+    trials = CudaTrials(Config(model=TINY), VOCAB, CPU, torch.float32)
+    assert largest_fitting([2**n for n in range(10)], trials.fits) == 4
+    assert len(emptied) == 4
+    assert trials.model is not None
+    assert all(p.grad is None for p in trials.model.model.parameters())
+
+    monkeypatch.setattr(TrialModel, "step", lambda self, sequences: small(self, 7))
+    assert largest_fitting([1, 2], CudaTrials(Config(model=TINY), VOCAB, CPU, torch.float32).fits) is None
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(utils.machine.device, "CGROUPS", tmp_path)
+    free = available_memory(CPU)
+    assert 2**20 < free < 2**50
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
+    assert available_memory(CPU) > 2**20
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_memory(CPU) == 400
+    (tmp_path / "memory.max").write_text("500\n")
+    assert available_memory(CPU) == 0
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def six_fit(monkeypatch: pytest.MonkeyPatch, tiny_text: str) -> None:
+    """Memory for micro-batches of six sequences of the tiny experiment."""
+    config = Config(model=TINY.model_copy(update={"dropout": 0.2}))
+    needed = bytes_of_training(config, len(set(tiny_text)), torch.float32, 6)
+    monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: int(needed / 0.75) + 1)
+
+
+@pytest.fixture
+def run_of(runs_dir: Path) -> Callable[[str], Path]:
+    """The run with a tag."""
+    return lambda tag: max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
+
+
+def no_search(*arguments: object) -> None:
+    raise AssertionError("searched")
+
+
+@pytest.mark.usefixtures("six_fit", "prompt_writes")
+def test_a_run_is_that_with_the_same_numbers_by_hand(
+    tiny_argv: Argv, run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dropout = ("--dropout", "0.2")
+    assert train.main(tiny_argv(*dropout, "--run-tag", "found", *AUTO)) == 0
+    assert "batch_size auto: 12 sequences, 96 tokens per step, in 2 micro-steps of 6" in capsys.readouterr().out
+    by_hand = ("--batch-size", "12", "--gradient-accumulation-steps", "2")
+    assert train.main(tiny_argv(*dropout, "--run-tag", "hand", *by_hand)) == 0
+
+    auto, hand = run_of("found"), run_of("hand")
+    assert differences(auto, hand) == SAME
+    assert read_record(auto)["config_hash"] == read_record(hand)["config_hash"]
+    settings = json.loads((auto / "meta" / "full_config.json").read_text())["train"]
+    assert settings == json.loads((hand / "meta" / "full_config.json").read_text())["train"]
+    assert (settings["batch_size"], settings["gradient_accumulation_steps"], settings["tokens_per_step"]) == (
+        12,
+        2,
+        None,
+    )
+    assert resolved_setting(read_run(auto), "tokens_per_step") == 96
+
+    found = explain_of_run("batch_size", read_run(auto))
+    assert (found.value, found.source) == (12, "batch_size auto")
+    assert found.shadowed == [("auto", "--batch-size"), (12, "configs/train.yaml:4"), (12, "default")]
+
+
+@pytest.mark.usefixtures("six_fit", "prompt_writes")
+def test_resume_and_fork_keep_the_numbers_on_a_machine_with_less_memory(
+    tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv("--run-tag", "straight", *AUTO)) == 0
+    assert train.main(tiny_argv("--run-tag", "stopped", *AUTO, "--stop-at-step", "4")) == 0
+    run = run_of("stopped")
+    monkeypatch.setattr(utils.training.setup, "find_batch", no_search)
+
+    assert train.main(["--resume", str(run), "--tokens-per-step", "192"]) == 2
+    assert "batch_size changes the numbers of a run" in capsys.readouterr().err
+    assert train.main(tiny_argv("--resume", "auto", "--run-tag", "stopped", *AUTO)) == 0  # the command that started it
+    assert differences(run_of("straight"), run) == SAME
+    assert explain_of_run("batch_size", read_run(run)).source == "batch_size auto"
+
+    assert train.main(["--resume", f"{run}:4", "--fork", "--learning-rate", "2e-3"]) == 0
+    assert read_run(run_of("stopped-fork")).settings["gradient_accumulation_steps"] == 2
+
+
+@pytest.mark.usefixtures("six_fit")
+def test_a_fork_that_asks_for_it_searches_anew(tiny_argv: Argv, run_of: Callable[[str], Path]) -> None:
+    assert train.main(tiny_argv("--run-tag", "base", "--batch-size", "12", "--gradient-accumulation-steps", "4")) == 0
+    words = ("--fork", "--max-iters", "8", "--tokens-per-step", "192")  # batch_size is auto by that alone
+    assert train.main(["--resume", str(run_of("base")), *words]) == 0
+    settings = read_run(run_of("base-fork")).settings
+    assert (settings["batch_size"], settings["gradient_accumulation_steps"]) == (24, 4)
+
+
+def test_nothing_is_made_where_nothing_fits(
+    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: 1000)
+    assert train.main(tiny_argv("--batch-size", "auto")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --batch-size: batch_size auto: not even one sequence of 8 tokens fits")
+    assert error.count("\n") == 1
+    assert not runs_dir.exists()
+
+
+def test_the_search_moves_no_random_stream_and_keeps_no_setting(tiny_corpus: Path) -> None:
+    data = DataConfig(dataset=str(tiny_corpus))
+    config = Config(data=data, model=TINY, train=TrainConfig(batch_size="auto", threads=1, seed=5, deterministic=True))
+    corpus = load_corpus(data, TINY.block_size, tiny_corpus.parent / "corpora")
+    before = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    find_batch(LoadedConfig.from_config(config), corpus, CPU, torch.float32, lambda line: None)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()) == before[1:]
+
+
+@pytest.mark.usefixtures("six_fit")
+def test_epochs_are_counted_with_the_batch_that_was_found(tiny_argv: Argv, run_of: Callable[[str], Path]) -> None:
+    words = tiny_argv("--run-tag", "epochs", *AUTO, "--epochs", "0.1")
+    at = words.index("--max-iters")
+    assert train.main(words[:at] + words[at + 2 :]) == 0
+    resolved = read_record(run_of("epochs"))["resolved"]
+    assert resolved["max_iters"] == -(-resolved["train_tokens"] * 0.1 // 96)
+
+
+@pytest.mark.usefixtures("six_fit")
+def test_a_profile_is_of_the_batch_that_was_found(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_model.main(tiny_argv(*AUTO, "--steps", "1", "--warmup", "0")) == 0
+    told = capsys.readouterr().out
+    assert "batch_size auto: 12 sequences" in told
+    assert "12 x 8 tokens" in told

@@ -1,0 +1,508 @@
+"""Callbacks: the example of docs/callbacks.md, the order of the hooks, what they log, what happens when they fail."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+import utils.training.step
+from benchmarks.run_equality import differences
+from utils.checkpoints.folder import list_checkpoints
+from utils.runs import log as run_log
+from utils.runs.log import Metric, read_metrics, read_records, register_metric
+from utils.runs.run import read_record
+from utils.training.callbacks import Callback, Callbacks, TrainingRun
+from utils.training.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("prompt_writes")
+Argv = Callable[..., list[str]]
+ROOT = Path(__file__).resolve().parents[2]
+SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
+SIXTY = ("--max-iters", "60", "--eval-interval", "20", "--checkpoint-interval", "10", "--dropout", "0.2")
+EXAMPLE = ("--callbacks", "smooth_loss:SmoothLoss")
+
+
+class Recorder(Callback):
+    """Remembers its calls as (hook, step, fact)."""
+
+    calls: ClassVar[list[tuple[Any, ...]]] = []
+
+    def on_start(self, run: TrainingRun) -> None:
+        self.calls.append(("start", run.state.step))
+
+    def on_step(self, run: TrainingRun) -> None:
+        assert run.loss is not None
+        assert run.loss.shape == ()
+        assert run.path.is_dir()
+        self.calls.append(("step", run.state.step))
+
+    def on_eval(self, run: TrainingRun, losses: Mapping[str, float]) -> None:
+        assert losses.keys() == {"val/loss", "train/eval_loss"}
+        self.calls.append(("eval", run.state.step))
+
+    def on_end(self, run: TrainingRun, status: str) -> None:
+        self.calls.append(("end", run.state.step, status))
+
+
+class Failing(Callback):
+    """Raises in one hook, in on_step and state_dict not before step 4."""
+
+    hook: ClassVar[str] = ""
+
+    def _reach(self, hook: str) -> None:
+        if hook == self.hook:
+            raise RuntimeError("the cat pulled the plug")
+
+    def on_start(self, run: TrainingRun) -> None:
+        self._reach("on_start")
+        self.state = run.state
+
+    def on_step(self, run: TrainingRun) -> None:
+        if run.state.step >= 4:
+            self._reach("on_step")
+
+    def on_eval(self, run: TrainingRun, losses: Mapping[str, float]) -> None:
+        if run.state.step >= 4:
+            self._reach("on_eval")
+
+    def on_end(self, run: TrainingRun, status: str) -> None:
+        self._reach("on_end")
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.state.step >= 4:
+            self._reach("state_dict")
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reach("load_state_dict")
+
+
+class Stopping(Callback):
+    """Stops the run after step 4."""
+
+    def on_step(self, run: TrainingRun) -> None:
+        if run.state.step == 4:
+            run.stop("seen enough")
+
+
+class Logging(Callback):
+    """Logs in every hook what its class says."""
+
+    values: ClassVar[dict[str, Any]] = {}
+
+    def on_start(self, run: TrainingRun) -> None:
+        run.log(self.values)
+
+    def on_step(self, run: TrainingRun) -> None:
+        run.log(self.values)
+
+    def on_eval(self, run: TrainingRun, losses: Mapping[str, float]) -> None:
+        run.log(self.values)
+
+    def on_end(self, run: TrainingRun, status: str) -> None:
+        run.log(self.values)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No calls yet, no hook fails, and what is registered is forgotten afterwards."""
+    monkeypatch.setattr(run_log, "_REGISTRY", dict(run_log._REGISTRY))
+    monkeypatch.setattr(Failing, "hook", "")
+    Recorder.calls.clear()
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Path]]:
+    """Writes a module that Python finds, also in another process."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    names: list[str] = []
+
+    def write(name: str, source: str) -> Path:
+        names.append(name)
+        path = folder / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        return path
+
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.fspath(folder))
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def example(module: Callable[[str, str], Path]) -> None:
+    """The module of docs/callbacks.md."""
+    text = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    module("smooth_loss", source)
+
+
+def flags(*names: str) -> tuple[str, str]:
+    return "--callbacks", ",".join(f"test_callbacks:{name}" for name in names)
+
+
+def tagged(runs_dir: Path, tag: str) -> Path:
+    (path,) = runs_dir.glob(f"*_{tag}")
+    return path
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    return [step for step, _ in list_checkpoints(run / "artifacts" / "checkpoints")]
+
+
+# ------------------------------------------------------------------------------------------ the example
+
+
+def test_the_example_logs_its_metric_to_all_views(
+    example: None, tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path]
+) -> None:
+    from aim import Repo
+    from aim.sdk.index_manager import RepoIndexManager
+    from aim.storage.context import Context
+
+    assert train.main(tiny_argv(*EXAMPLE, "--max-iters", "40", "--aim-logging", "--flush-interval", "7")) == 0
+    logs = only_run() / "logs"
+    expected, average = [], None
+    for step, loss in read_metrics(logs, "train/loss"):
+        loss = torch.tensor(loss)
+        average = loss if average is None else torch.lerp(loss, average, 0.98)
+        expected.append((step, average.item()))
+    logged = read_metrics(logs, "train/smooth_loss")
+    assert logged == expected
+    assert len(logged) == 40
+
+    events = EventAccumulator(str(logs / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/smooth_loss")] == logged
+    repo = Repo(str(tmp_path))
+    RepoIndexManager.get_index_manager(repo).index(read_record(only_run())["views"]["aim"]["hash"])
+    (run,) = repo.iter_runs()
+    steps, (values, *_) = run.get_metric("smooth_loss", Context({"subset": "train"})).data.items_list()
+    assert list(zip(steps, values, strict=True)) == logged
+
+
+def test_the_example_stops_a_run_and_a_resume_goes_on_with_its_state(
+    example: None, module: Callable[[str, str], Path], tiny_argv: Argv, only_run: Callable[[], Path]
+) -> None:
+    module(
+        "eager", "from smooth_loss import SmoothLoss\n\n\nclass Eager(SmoothLoss):\n    TARGET, LOOK_EVERY = 9, 10\n"
+    )
+    words = tiny_argv("--callbacks", "eager:Eager", "--max-iters", "30", "--eval-interval", "30")
+    assert train.main(words) == 0
+    record = read_record(only_run())
+    assert (record["status"], record["exit_reason"]) == ("interrupted", "the smooth loss is below 9")
+    assert (record["last_step"], checkpoint_steps(only_run())) == (10, [10])
+    assert train.main(["--resume", str(only_run())]) == 0
+    assert read_record(only_run())["last_step"] == 20
+    assert train.main(["--resume", str(only_run())]) == 0
+    assert read_record(only_run())["status"] == "completed"
+    assert [step for step, _ in read_metrics(only_run() / "logs", "train/smooth_loss")] == list(range(30))
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "stop", "SIGKILL"])
+def test_a_stop_and_a_resume_change_no_bit_of_what_a_callback_logs(
+    how: str, example: None, tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train.main(tiny_argv(*SIXTY, *EXAMPLE, "--run-tag", "straight")) == 0
+    words = tiny_argv(*SIXTY, *EXAMPLE, "--run-tag", "stopped")
+    if how == "SIGKILL":
+        script = [sys.executable, os.fspath(ROOT / "tests" / "killed_training.py"), "step", "37"]
+        assert subprocess.run([*script, *words], capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    else:
+        with monkeypatch.context() as patch:
+            on_step = Callbacks.on_step
+
+            def stopping(self: Callbacks, step: int, loss: torch.Tensor) -> None:
+                on_step(self, step, loss)
+                if step == 36 and how == "stop":
+                    self._run.stop("enough")
+                elif step == 36:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            patch.setattr(Callbacks, "on_step", stopping)
+            assert train.main(words) == (143 if how == "SIGTERM" else 0)
+    straight, stopped = tagged(runs_dir, "straight"), tagged(runs_dir, "stopped")
+    assert train.main(["--resume", str(stopped)]) == 0
+    assert differences(straight, stopped) == SAME
+    assert len(read_metrics(stopped / "logs", "train/smooth_loss")) == 60
+    assert [resume["step"] for resume in read_record(stopped)["resumes"]] == [30 if how == "SIGKILL" else 37]
+
+
+# ------------------------------------------------------------------------------------------ the hooks
+
+
+def test_hooks_are_called_in_the_order_of_training(tiny_argv: Argv, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('callbacks: ["test_callbacks:Recorder"]\n')
+    assert train.main(tiny_argv("--config", str(tmp_path / "mine.yaml"))) == 0
+    assert Recorder.calls == [
+        ("start", 0),
+        ("eval", 0),
+        *[("step", step) for step in (1, 2, 3)],
+        ("eval", 3),
+        *[("step", step) for step in (4, 5, 6)],
+        ("eval", 6),
+        ("end", 6, "completed"),
+    ]
+
+
+def test_a_resumed_session_starts_at_its_step(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv(*flags("Stopping", "Recorder"))) == 0
+    assert Recorder.calls[-2:] == [("step", 4), ("end", 4, "interrupted")]
+    Recorder.calls.clear()
+    assert train.main(["--resume", str(only_run())]) == 0
+    assert Recorder.calls == [("start", 4), ("step", 5), ("step", 6), ("eval", 6), ("end", 6, "completed")]
+
+
+@pytest.mark.parametrize("status", ["completed", "interrupted", "diverged", "failed"])
+def test_the_end_is_told_once(status: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward_backward = utils.training.step.forward_backward
+
+    def patched(state: TrainState, phase: Any) -> torch.Tensor:
+        loss = forward_backward(state, phase)
+        if state.step == 4 and status == "interrupted":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif state.step == 4 and status == "failed":
+            raise RuntimeError("out of memory")
+        return loss * math.nan if state.step == 4 and status == "diverged" else loss
+
+    monkeypatch.setattr(utils.training.step, "forward_backward", patched)
+    words = tiny_argv(*flags("Recorder"))
+    if status == "failed":
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train.main(words)
+    else:
+        assert train.main(words) == {"completed": 0, "interrupted": 143, "diverged": 1}[status]
+    assert [call[2] for call in Recorder.calls if call[0] == "end"] == [status]
+
+
+def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+
+    def watch(recorder: Recorder, run: TrainingRun) -> None:
+        run.state.model.blocks[0].register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+
+    monkeypatch.setattr(Recorder, "on_start", watch)
+    assert train.main(tiny_argv(*flags("Recorder"))) == 0
+    assert modes.count(True) == 6  # steps
+
+
+def test_without_callbacks_a_step_does_nothing() -> None:
+    run = SimpleNamespace()
+    Callbacks([], run).on_step(3, torch.tensor(2.0))  # type: ignore[arg-type]
+    assert vars(run) == {}  # with callbacks it would have the loss
+
+
+# ------------------------------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    ("hook", "checkpoints"),
+    [("on_start", []), ("on_step", [3, 2]), ("on_eval", [5, 4]), ("state_dict", [3, 2]), ("on_end", [6, 5])],
+)
+def test_an_exception_ends_the_run_as_failed(
+    hook: str, checkpoints: list[int], tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Failing, "hook", hook)
+    with pytest.raises(RuntimeError, match="the cat pulled the plug"):
+        train.main(tiny_argv(*flags("Failing"), "--checkpoint-interval", "1", "--no-keep-best"))
+    record = read_record(only_run())
+    assert (record["status"], record["exit_reason"]) == ("failed", "RuntimeError: the cat pulled the plug")
+    log = (only_run() / "logs" / "train.log").read_text()
+    assert "Traceback" in log
+    assert f"in {hook}" in log
+    assert checkpoint_steps(only_run()) == checkpoints
+    assert record["views"]["tensorboard"]["state"] == "complete"
+
+    monkeypatch.setattr(Failing, "hook", "")
+    if hook == "on_end":
+        assert train.main(["--resume", str(only_run())]) in (0, 2)  # all its steps are done
+    else:
+        assert train.main(["--resume", str(only_run())]) == 0
+        assert read_record(only_run())["status"] == "completed"
+
+
+def test_an_exception_while_state_is_loaded_ends_the_run_as_failed_and_loses_nothing(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train.main(tiny_argv(*flags("Failing", "Stopping"))) == 0
+    monkeypatch.setattr(Failing, "hook", "load_state_dict")
+    with pytest.raises(RuntimeError, match="the cat pulled the plug"):
+        train.main(["--resume", str(only_run())])
+    assert read_record(only_run())["status"] == "failed"
+    assert "in load_state_dict" in (only_run() / "logs" / "train.log").read_text()
+    assert checkpoint_steps(only_run())[0] == 4
+    monkeypatch.setattr(Failing, "hook", "")
+    assert train.main(["--resume", str(only_run())]) == 0
+    assert [step for step, _ in read_metrics(only_run() / "logs", "train/loss")] == list(range(6))
+
+
+@pytest.mark.parametrize("value", [math.nan, {1, 2}])
+def test_a_state_that_is_not_json_ends_the_run_as_failed(
+    value: object, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Callback, "state_dict", lambda self: {"value": value})
+    with pytest.raises((TypeError, ValueError)):
+        train.main(tiny_argv(*flags("Recorder")))
+    assert read_record(only_run())["status"] == "failed"
+
+
+def test_an_exception_counts_although_a_loss_that_was_not_written_yet_is_nan(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.training.step.forward_backward", lambda state, phase: torch.tensor(math.nan))
+    monkeypatch.setattr("utils.training.step.clip_gradients", lambda state: torch.tensor([1.0, 1.0, 1.0]))
+    monkeypatch.setattr("utils.training.step.optimizer_step", lambda state: setattr(state, "step", state.step + 1))
+    monkeypatch.setattr(Recorder, "on_step", lambda self, run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(tiny_argv(*flags("Recorder")))
+    assert read_record(only_run())["exit_reason"] == "ZeroDivisionError: division by zero"
+    assert [math.isnan(loss) for _, loss in read_metrics(only_run() / "logs", "train/loss")] == [True]
+
+
+@pytest.mark.parametrize("hook", ["on_step", "on_end"])
+@pytest.mark.parametrize("names", [("Failing", "Recorder"), ("Recorder", "Failing")])
+def test_the_others_are_told_once_that_the_run_ended(
+    names: tuple[str, str], hook: str, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Failing, "hook", hook)
+    with pytest.raises(RuntimeError, match="the cat pulled the plug"):
+        train.main(tiny_argv(*flags(*names)))
+    told_first = names == ("Recorder", "Failing") and hook == "on_end"  # then nothing had failed yet
+    assert [call[2] for call in Recorder.calls if call[0] == "end"] == ["completed" if told_first else "failed"]
+    assert read_record(only_run())["status"] == "failed"
+
+
+def test_all_are_told_although_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = TrainingRun(tmp_path, SimpleNamespace(step=7), None, None)  # type: ignore[arg-type]
+    callbacks = Callbacks([Failing(), Recorder(), Failing(), Recorder()], run)
+    callbacks.on_start()
+    Recorder.calls.clear()
+    monkeypatch.setattr(Failing, "hook", "on_end")
+    with pytest.raises(RuntimeError, match="the cat pulled the plug"):
+        callbacks.on_end("completed")
+    assert Recorder.calls == [("end", 7, "failed"), ("end", 7, "failed")]
+    callbacks.on_end("failed")  # nobody is left
+    assert len(Recorder.calls) == 2
+
+
+def test_a_callback_that_was_not_started_is_not_ended(tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Failing, "hook", "on_start")
+    with pytest.raises(RuntimeError, match="the cat pulled the plug"):
+        train.main(tiny_argv(*flags("Failing", "Recorder")))
+    assert Recorder.calls == []
+
+
+# ------------------------------------------------------------------------------------------ what is logged
+
+
+def test_a_name_that_is_not_registered_says_what_to_do(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Logging, "values", {"train/nothing": 1.0})
+    with pytest.raises(KeyError, match=r"'train/nothing' is not registered: call register_metric\(Metric\("):
+        train.main(tiny_argv(*flags("Logging")))
+    assert read_record(only_run())["status"] == "failed"
+
+
+def test_every_hook_logs_at_its_step_and_steps_never_fall(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_metric(Metric("mine/number", "1"))
+    register_metric(Metric("mine/tensor", "1"))
+    monkeypatch.setattr(Logging, "values", {"mine/number": math.nan, "mine/tensor": torch.tensor(0.5)})
+    thin = ("--max-iters", "20", "--eval-interval", "10", "--log-interval", "4", "--flush-interval", "3")
+    assert train.main(tiny_argv(*thin, *flags("Logging", "Recorder"), "--system-interval", "0.000001")) == 0
+    records = list(read_records(only_run() / "logs" / "metrics.jsonl"))
+    steps = [record["step"] for record in records]
+    assert steps == sorted(steps)
+    assert [record["step"] for record in records if "train/loss" in record] == [0, 4, 8, 12, 16]
+    assert any("system/process_cpu" in record for record in records)
+    mine = [record for record in records if "mine/tensor" in record]
+    assert {(record["mine/number"], record["mine/tensor"]) for record in mine} == {("nan", 0.5)}
+    updates_before_an_evaluation = [*range(10)], [*range(10, 20)]
+    assert [record["step"] for record in mine] == [
+        0,  # start
+        0,  # evaluation
+        *updates_before_an_evaluation[0],
+        10,
+        *updates_before_an_evaluation[1],
+        20,
+        20,  # end
+    ]
+    train_losses = [i for i, record in enumerate(records) if "train/loss" in record]
+    assert all("mine/number" in records[i + 1] for i in train_losses)  # on_step stands after its update
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+BROKEN = """from utils.training.callbacks import Callback
+
+
+class Broken(Callback):
+    def __init__(self):
+        raise KeyError("data")
+
+
+class Stranger:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("nowhere:Mine", "callbacks: nowhere:Mine cannot be used: ModuleNotFoundError: No module named 'nowhere'"),
+        ("broken:Missing", "AttributeError: module 'broken' has no attribute 'Missing'"),
+        ("broken:Stranger", "callbacks: broken:Stranger is not a subclass of utils.training.callbacks.Callback"),
+        ("broken:BROKEN", "has no attribute 'BROKEN'"),
+        ("broken:Broken", "callbacks: broken:Broken cannot be used: KeyError: 'data' (broken.py:6)"),
+        ("typo:Mine", "callbacks: typo:Mine cannot be used: SyntaxError: "),
+        ("a_script:Mine", "callbacks: a_script:Mine cannot be used: SystemExit: 3 (a_script.py:2)"),
+        ("broken", "a callback is named module:Class, not 'broken'"),
+        ("broken.py:Broken.x", "a callback is named module:Class, not 'broken.py:Broken.x'"),
+        ("test_callbacks:Recorder,test_callbacks:Recorder", "callbacks: test_callbacks:Recorder is listed twice"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    names: str,
+    message: str,
+    module: Callable[[str, str], Path],
+    tiny_argv: Argv,
+    runs_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module("broken", BROKEN)
+    module("typo", "class Mine(\n")
+    module("a_script", "import sys\nsys.exit(3)\n")
+    assert train.main(tiny_argv("--callbacks", names)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not runs_dir.exists()
+
+
+def test_a_resume_refuses_other_callbacks(
+    tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv(*flags("Stopping"))) == 0
+    assert train.main(["--resume", str(only_run()), *flags("Recorder")]) == 2
+    assert "--callbacks: callbacks changes the numbers of a run" in capsys.readouterr().err
+    assert train.main(["--resume", str(only_run()), *flags("Stopping")]) == 0
+    assert read_record(only_run())["status"] == "completed"

@@ -1,0 +1,665 @@
+"""When checkpoints are saved, what is kept of them, and which one is read: with a real model, disk and thread."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import resource
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data import load_corpus
+from utils.checkpoints.files import read_checkpoint, write_checkpoint
+from utils.checkpoints.folder import (
+    BEST_FILE,
+    FILES,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    best_path,
+    list_checkpoints,
+)
+from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from utils.runs.log import RunLog
+from utils.terminal.console import Terminal
+from utils.training import checkpointer as checkpointing
+from utils.training.checkpointer import (
+    Checkpointer,
+    HostMemory,
+    choose_checkpoint,
+    newest_good,
+    prune,
+    put_aside,
+    remove_leftovers,
+)
+from utils.training.state import TrainState, build_state
+from utils.training.step import clip_gradients, forward_backward, optimizer_step
+
+CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
+HASH = "0123abcd"
+
+
+@pytest.fixture
+def state(tmp_path: Path, tiny_corpus: Path) -> TrainState:
+    """A tiny model on the CPU, after no step."""
+    config = Config(
+        data=DataConfig(dataset=str(tiny_corpus)),
+        model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, dropout=0.1),
+        optimizer=OptimizerConfig(),
+        train=TrainConfig(batch_size=4, max_iters=100),
+    )
+    torch.manual_seed(0)
+    corpus = load_corpus(config.data, config.model.block_size, tmp_path / "corpora")
+    return build_state(config, 100, corpus, CPU, torch.float32, Terminal(quiet=True))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[RunLog]:
+    (tmp_path / "logs").mkdir()
+    log = RunLog(tmp_path / "logs")
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the checkpoints of a run `a_run` are; not there yet."""
+    return tmp_path / "a_run" / "artifacts" / "checkpoints"
+
+
+class Told(list[str]):
+    """The warnings."""
+
+    def __call__(self, message: str) -> None:
+        self.append(message)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+def checkpointer(folder: Path, log: RunLog, warn: Told, saved_step: int | None = None, **settings: Any) -> Checkpointer:
+    settings = {"checkpoint_interval": 10, "checkpoint_minutes": None} | settings
+    return Checkpointer(folder, TrainConfig(**settings), HASH, log, warn, saved_step)
+
+
+def save(checkpoints: Checkpointer, state: TrainState, *steps: int, best: int | None = None) -> None:
+    """Save checkpoints of these steps, each to its end."""
+    for step in steps:
+        state.step = step
+        if best is not None:
+            state.best_step, state.best_val_loss = best, 2.5
+        checkpoints.save(state)
+        checkpoints.wait()
+
+
+def train_step(state: TrainState) -> None:
+    forward_backward(state)
+    clip_gradients(state)
+    optimizer_step(state)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step for step, _ in list_checkpoints(folder)]
+
+
+def make(folder: Path, *steps: int) -> list[Path]:
+    """Small good checkpoints, not of any model."""
+    paths = [folder / f"step_{step:06d}" for step in steps]
+    for step, path in zip(steps, paths, strict=True):
+        write_checkpoint(path, {"a": torch.full((3,), float(step))}, {}, {}, {"step": step})
+    return paths
+
+
+def damage(path: Path) -> None:
+    data = bytearray((path / WEIGHTS_FILE).read_bytes())
+    data[-1] ^= 1
+    (path / WEIGHTS_FILE).write_bytes(data)
+
+
+class Gate:
+    """Holds every write up until it is opened; counts how many are under way at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.began = threading.Semaphore(0), threading.Semaphore(0)
+        self.writing = self.most = 0
+        write = checkpointing.write_checkpoint
+
+        def gated(*args: Any, **kwargs: Any) -> None:
+            self.writing += 1
+            self.most = max(self.most, self.writing)
+            self.began.release()
+            assert self.open.acquire(timeout=60)
+            write(*args, **kwargs)
+            self.writing -= 1
+
+        monkeypatch.setattr(checkpointing, "write_checkpoint", gated)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+# ------------------------------------------------------------------------------------- host memory
+
+
+def test_host_copies_lie_in_the_same_place_every_time() -> None:
+    memory = HostMemory()
+    tensors = {"a": torch.randn(3, 4), "b": torch.tensor(True), "c": torch.randn(4, 3, dtype=torch.bfloat16).t()}
+    first = memory.copy(tensors)
+    places = {name: copy.data_ptr() for name, copy in first.items()}
+    tensors["a"] += 1
+    second = memory.copy(tensors)
+    assert {name: copy.data_ptr() for name, copy in second.items()} == places
+    for name, copy in second.items():
+        assert torch.equal(copy, tensors[name])
+        assert copy.dtype == tensors[name].dtype
+        assert copy.is_contiguous()
+
+
+def test_host_copies_do_not_follow_the_tensors_and_need_no_gradient() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    copy = HostMemory().copy({"a": weight})["a"]
+    with torch.no_grad():
+        weight.zero_()
+    assert copy.tolist() == [1.0, 1.0, 1.0]
+    assert not copy.requires_grad
+
+
+def test_host_memory_follows_names_shapes_and_types() -> None:
+    memory = HostMemory()
+    memory.copy({"a": torch.zeros(3), "b": torch.zeros(3), "gone": torch.zeros(3)})
+    copies = memory.copy({"a": torch.ones(4), "b": torch.ones(3, dtype=torch.int64), "new": torch.ones(0)})
+    assert {name: (copy.shape, copy.dtype) for name, copy in copies.items()} == {
+        "a": ((4,), torch.float32),
+        "b": ((3,), torch.int64),
+        "new": ((0,), torch.float32),
+    }
+
+
+# ------------------------------------------------------------------------------------- when
+
+
+def test_a_checkpoint_is_due_at_every_multiple_of_the_interval(folder: Path, log: RunLog, told: Told) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    assert [step for step in range(21) if checkpoints.due(step)] == list(range(10, 21))  # until one is saved
+
+
+def test_after_a_save_the_next_multiple_is_due(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    due = []
+    for step in (9, 10, 10, 11, 19, 23, 24, 29, 30, 57):  # 20 was missed
+        if checkpoints.due(step):
+            due.append(step)
+            save(checkpoints, state, step)
+    assert due == [10, 23, 30, 57]
+    assert told == []
+
+
+def test_the_step_that_was_resumed_from_is_neither_due_nor_saved_again(
+    folder: Path, log: RunLog, told: Told, state: TrainState
+) -> None:
+    checkpoints = checkpointer(folder, log, told, saved_step=20)
+    assert [step for step in range(20, 31) if checkpoints.due(step)] == [30]
+    save(checkpoints, state, 20)
+    assert steps_in(folder) == []
+
+
+def test_a_new_run_may_save_where_it_starts_and_each_step_once(
+    folder: Path, log: RunLog, told: Told, state: TrainState
+) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    assert not checkpoints.due(0)  # but whoever stops there may go on from there
+    save(checkpoints, state, 0)
+    first = (folder / "step_000000" / STATE_FILE).stat().st_mtime_ns
+    save(checkpoints, state, 0)
+    assert steps_in(folder) == [0]
+    assert (folder / "step_000000" / STATE_FILE).stat().st_mtime_ns == first
+    assert read_checkpoint(folder / "step_000000").optimizer_tensors == {}
+
+
+def test_without_interval_and_minutes_none_is_ever_due(folder: Path, log: RunLog, told: Told) -> None:
+    checkpoints = checkpointer(folder, log, told, checkpoint_interval=0)
+    assert not any(checkpoints.due(step) for step in range(5000))
+
+
+def test_minutes_of_wall_time_make_one_due_as_well(
+    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 0.0)
+    monkeypatch.setattr(checkpointing, "time", fake)
+    checkpoints = checkpointer(folder, log, told, checkpoint_interval=0, checkpoint_minutes=2)
+    clock.now += 119
+    assert not checkpoints.due(5)
+    clock.now += 1
+    assert checkpoints.due(5)
+    save(checkpoints, state, 5)
+    assert not checkpoints.due(6)
+    clock.now += 120
+    assert checkpoints.due(6)
+
+
+def test_a_checkpoint_is_postponed_while_one_is_being_written(
+    folder: Path, log: RunLog, told: Told, state: TrainState, gate: Gate
+) -> None:
+    checkpoints = checkpointer(folder, log, told, checkpoint_interval=1)
+    state.step = 1
+    checkpoints.save(state)
+    assert gate.began.acquire(timeout=60)
+    assert not checkpoints.due(2)
+    gate.open.release()
+    checkpoints.wait()
+    assert checkpoints.due(2)
+    assert not checkpoints.due(1)
+
+
+def test_saving_waits_for_the_write_of_before(
+    folder: Path, log: RunLog, told: Told, state: TrainState, gate: Gate
+) -> None:
+    checkpoints = checkpointer(folder, log, told)
+
+    def open_later() -> None:
+        for _ in range(3):
+            assert gate.began.acquire(timeout=60)
+            gate.open.release()
+
+    opener = threading.Thread(target=open_later)
+    opener.start()
+    for step in (1, 2, 3):
+        state.step = step
+        checkpoints.save(state)
+    checkpoints.wait()
+    opener.join()
+    assert gate.most == 1
+    assert steps_in(folder) == [3, 2]
+    assert told == []
+
+
+def test_waiting_without_a_write_returns_at_once(folder: Path, log: RunLog, told: Told) -> None:
+    checkpointer(folder, log, told).wait()
+
+
+def test_seconds_to_save_grow_with_what_saving_took(
+    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    assert 1.0 < checkpoints.seconds_to_save(state) < 1.1
+    ticks = iter((0.0, 10.0, 13.0))
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: next(ticks), time=lambda: 0.0))
+    save(checkpoints, state, 1)
+    assert checkpoints.seconds_to_save(state) == 7.0
+
+
+# ------------------------------------------------------------------------------------- what
+
+
+def test_what_is_saved_is_the_state_at_that_moment(
+    folder: Path, log: RunLog, told: Told, state: TrainState, gate: Gate
+) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    train_step(state)
+    weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    moments = {
+        f"{name}/exp_avg": state.optimizer.state[parameter]["exp_avg"].clone()
+        for name, parameter in state.model.named_parameters()
+    }
+    checkpoints.save(state)
+    for _ in range(3):  # training goes on before anything is written
+        train_step(state)
+    gate.open.release()
+    checkpoints.wait()
+    found = read_checkpoint(folder / "step_000001")
+    assert found.step == 1
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in weights.items())
+    assert all(torch.equal(found.optimizer_tensors[name], tensor) for name, tensor in moments.items())
+    assert not torch.equal(weights["token_embedding.weight"], state.model.state_dict()["token_embedding.weight"])
+    assert told == []
+
+
+def test_the_state_names_what_it_belongs_to(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
+    log.metrics.write([{"step": 0, "text": "ü"}])
+    log.samples.write([{"step": 0}])
+    save(checkpointer(folder, log, told), state, 7)
+    found = read_checkpoint(folder / "step_000007")
+    facts = {key: found.state[key] for key in ("step", "tokens", "config_hash", "world_size", "corpus_hash", "seed")}
+    assert facts == {
+        "step": 7,
+        "tokens": 7 * 4 * 8,
+        "config_hash": HASH,
+        "world_size": 1,
+        "corpus_hash": state.corpus.hash,
+        "seed": 1337,
+    }
+    assert found.state["log_offsets"] == log.offsets()
+    assert found.state["log_offsets"]["metrics.jsonl"] > 0
+    assert found.state["tokenizer_hash"] == state.corpus.tokenizer.hash()
+    assert found.tokenizer == state.corpus.tokenizer.to_json()
+    assert found.state["model"] == state.config.model.model_dump(mode="json")
+    assert "Infinity" not in (found.path / STATE_FILE).read_text()  # there was no evaluation: the best loss is "inf"
+
+
+def test_the_logs_are_on_disk_before_the_manifest(
+    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        log, "sync", lambda: seen.append(sorted(path.name for path in folder.glob(".step_*/*"))), raising=True
+    )
+    save(checkpointer(folder, log, told), state, 1)
+    assert seen == [sorted(FILES)]
+
+
+def test_latest_and_best_are_pointers_in_json(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    save(checkpoints, state, 5)
+    assert not (folder / BEST_FILE).exists()
+    assert best_path(folder) is None
+    save(checkpoints, state, 6, best=6)
+    save(checkpoints, state, 7)
+    latest = json.loads((folder / LATEST_FILE).read_text())
+    best = json.loads((folder / BEST_FILE).read_text())
+    assert (latest["step"], latest["folder"]) == (7, "step_000007")
+    assert (best["step"], best["folder"], best["val/loss"]) == (6, "step_000006", 2.5)
+    assert best_path(folder) == folder / "step_000006"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"step": 9}', '{"step": null}', '{"step": "5"}', '{"step": 5.5}', '{"step": "../x"}', "\xff"],
+)
+def test_a_pointer_to_nowhere_is_no_pointer(folder: Path, content: str) -> None:
+    make(folder, 5)
+    (folder / BEST_FILE).write_text(content, encoding="latin-1")
+    assert best_path(folder) is None
+
+
+# ------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "kept"), [(1, [50]), (2, [50, 40]), (4, [50, 40, 30, 20]), (9, [50, 40, 30, 20, 10])]
+)
+def test_the_newest_are_kept(
+    folder: Path, log: RunLog, told: Told, state: TrainState, keep_last: int, kept: list[int]
+) -> None:
+    save(checkpointer(folder, log, told, keep_last=keep_last), state, 10, 20, 30, 40, 50)
+    assert steps_in(folder) == kept
+    assert all(read_checkpoint(path).step == step for step, path in list_checkpoints(folder))
+
+
+def test_the_best_is_kept_beside_the_newest_until_there_is_a_better_one(
+    folder: Path, log: RunLog, told: Told, state: TrainState
+) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    save(checkpoints, state, 10, best=10)
+    save(checkpoints, state, 20, 30, 40)
+    assert steps_in(folder) == [40, 30, 10]
+    save(checkpoints, state, 50, best=50)
+    assert steps_in(folder) == [50, 40]
+    save(checkpoints, state, 60, 70)
+    assert steps_in(folder) == [70, 60, 50]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.json",
+        "latest.json",
+        *(f"step_{step:06d}" for step in (50, 60, 70)),
+    ]
+
+
+def test_pruning_touches_nothing_else(folder: Path) -> None:
+    make(folder, 10, 20, 30)
+    for name in ("step_000005_damaged", "mine"):
+        (folder / name).mkdir()
+    prune(folder, 1, None)
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "step_000005_damaged", "step_000030"]
+    prune(folder / "nowhere", 1, 10)
+
+
+def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, told: Told) -> None:
+    make(folder, 10)
+    for name in (".step_000020.tmp", ".step_000005.old"):
+        (folder / name).mkdir()
+        (folder / name / WEIGHTS_FILE).write_bytes(b"half")
+    checkpointer(folder, log, told)
+    assert [path.name for path in folder.iterdir()] == ["step_000010"]
+    remove_leftovers(folder / "nowhere")
+
+
+# ------------------------------------------------------------------------------------- failures
+
+
+def test_a_failed_write_is_told_once_and_training_goes_on(
+    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpointer(folder, log, told)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "capture", lambda state: capture_with(state, {"best_step": None, "odd": math.nan}))
+        save(checkpoints, state, 1000)
+    assert told == [
+        "the checkpoint of step 1,000 was not written: Out of range float values are not JSON compliant: nan; "
+        "there is none"
+    ]
+    save(checkpoints, state, 1010)
+    assert steps_in(folder) == [1010]
+    assert len(told) == 1
+
+
+def capture_with(state: TrainState, facts: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
+    return dict(state.model.state_dict()), {}, dict(facts)
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_of_before_stays_good(
+    small_disk: Path, log: RunLog, told: Told, state: TrainState
+) -> None:
+    folder = small_disk / "checkpoints"
+    checkpoints = checkpointer(folder, log, told)
+    for _ in range(2):
+        train_step(state)
+    checkpoints.save(state)
+    checkpoints.wait()
+    before = read_checkpoint(folder / "step_000002")
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+    train_step(state)
+    checkpoints.save(state)
+    checkpoints.wait()
+    assert told == ["the checkpoint of step 3 was not written: No space left on device; the newest is of step 2"]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step_000002"]
+    found, _ = newest_good(folder, strict=True, warn=told)
+    assert found is not None
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in before.weights.items())
+    filler.unlink()  # there is room again
+    train_step(state)
+    checkpoints.save(state)
+    checkpoints.wait()
+    assert steps_in(folder) == [4, 2]
+    assert json.loads((folder / LATEST_FILE).read_text())["step"] == 4
+    assert len(told) == 1
+
+
+def test_a_read_only_folder_is_told_and_the_checkpoint_of_before_stays_good(
+    small_disk: Path, make_read_only: Callable[[], None], log: RunLog, told: Told, state: TrainState
+) -> None:
+    checkpoints = checkpointer(small_disk, log, told)
+    save(checkpoints, state, 10)
+    make_read_only()
+    save(checkpoints, state, 20, 30)
+    assert told == [
+        f"the checkpoint of step {step} was not written: Read-only file system; the newest is of step 10"
+        for step in (20, 30)
+    ]
+    found, _ = newest_good(small_disk, strict=True, warn=told)
+    assert found is not None
+    assert found.step == 10
+
+
+def test_a_checkpoints_folder_that_cannot_be_made_is_told(
+    folder: Path, log: RunLog, told: Told, state: TrainState
+) -> None:
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file in its place")
+    save(checkpointer(folder, log, told), state, 10)
+    assert told == ["the checkpoint of step 10 was not written: File exists; there is none"]
+
+
+def test_files_that_cannot_grow_are_told_and_the_checkpoint_of_before_stays_good(
+    folder: Path, log: RunLog, told: Told, state: TrainState
+) -> None:
+    train_step(state)
+    checkpoints = checkpointer(folder, log, told)
+    save(checkpoints, state, 10)
+
+    def work(pipe: Connection) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        save(checkpoints, state, 20)
+        checkpoints.due(30)
+        pipe.send(list(told))
+
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=work, args=(sender,))
+    process.start()
+    sender.close()
+    assert receiver.recv() == ["the checkpoint of step 20 was not written: File too large; the newest is of step 10"]
+    process.join()
+    assert process.exitcode == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step_000010"]
+    assert read_checkpoint(folder / "step_000010").step == 10
+
+
+# ------------------------------------------------------------------------------------- which one is read
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_newest_checkpoint_is_read(folder: Path, told: Told, strict: bool) -> None:
+    make(folder, 10, 20)
+    found, _ = newest_good(folder, strict=strict, warn=told)
+    assert found is not None
+    assert (found.step, told) == (20, [])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_without_checkpoints_there_is_none(folder: Path, told: Told, strict: bool) -> None:
+    assert newest_good(folder, strict=strict, warn=told) == (None, [])
+    folder.mkdir(parents=True)
+    assert newest_good(folder, strict=strict, warn=told) == (None, [])
+    assert told == []
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(folder: Path, told: Told) -> None:
+    _, _, middle, newest = make(folder, 10, 20, 30, 40)
+    damage(newest)
+    (middle / MANIFEST_FILE).unlink()
+    found, _ = newest_good(folder, strict=False, warn=told)
+    assert found is not None
+    assert found.step == 20
+    assert [message.split(": ")[0] for message in told] == [f"{newest / WEIGHTS_FILE}", f"{middle / MANIFEST_FILE}"]
+    assert all(message.endswith(": looking for the one before") for message in told)
+
+
+def test_strict_refuses_a_damaged_newest_checkpoint(folder: Path, told: Told) -> None:
+    _, newest = make(folder, 10, 20)
+    damage(newest)
+    with pytest.raises(CheckpointError, match=r"step_000020/model\.safetensors: damaged"):
+        newest_good(folder, strict=True, warn=told)
+    assert told == []
+
+
+def test_strict_does_not_look_behind_the_newest(folder: Path, told: Told) -> None:
+    oldest, _ = make(folder, 10, 20)
+    damage(oldest)
+    found, _ = newest_good(folder, strict=True, warn=told)
+    assert found is not None
+    assert found.step == 20
+
+
+def test_where_all_are_damaged_the_newest_is_named(folder: Path, told: Told) -> None:
+    for path in make(folder, 10, 20):
+        damage(path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used; the newest: .*step_000020/model"):
+        newest_good(folder, strict=False, warn=told)
+
+
+def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
+    make(folder, 10, 20, 30)
+    put_aside([folder / "step_000020", folder / "step_000030"])
+    assert steps_in(folder) == [10]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_000010",
+        "step_000020_damaged",
+        "step_000030_damaged",
+    ]
+    make(folder, 20)
+    put_aside([folder / "step_000020"])  # once more: the older one makes room
+    assert steps_in(folder) == [10]
+
+
+def test_a_run_goes_on_past_what_was_put_aside(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
+    save(checkpointer(folder, log, told), state, 10, 20, best=20)
+    damage(folder / "step_000020")
+    found, unusable = newest_good(folder, strict=False, warn=told)
+    assert found is not None
+    put_aside(unusable)
+    assert best_path(folder) is None  # it was damaged
+    save(checkpointer(folder, log, told, saved_step=10), state, 20, 30)
+    assert steps_in(folder) == [30, 20]
+    assert read_checkpoint(folder / "step_000020").step == 20
+    assert (folder / "step_000020_damaged").is_dir()
+
+
+@pytest.mark.parametrize(("which", "step"), [("latest", 30), ("best", 20), ("10", 10), ("000020", 20)])
+def test_a_checkpoint_is_chosen_as_latest_best_or_by_step(folder: Path, told: Told, which: str, step: int) -> None:
+    make(folder, 10, 20, 30)
+    (folder / BEST_FILE).write_text('{"step": 20}')
+    assert choose_checkpoint(folder, which, strict=False, warn=told).step == step
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("15", "a_run has no checkpoint of step 15; there are: 10, 20"),
+        ("best", "a_run has no best checkpoint (keep_best was off); there are: 10, 20"),
+    ],
+)
+def test_a_choice_that_is_not_there_names_those_that_are(folder: Path, told: Told, which: str, message: str) -> None:
+    make(folder, 20, 10)
+    with pytest.raises(CheckpointError) as caught:
+        choose_checkpoint(folder, which, strict=False, warn=told)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("which", ["latest", "best", "10"])
+def test_a_run_without_checkpoints_is_told(folder: Path, told: Told, which: str) -> None:
+    with pytest.raises(CheckpointError, match="a_run has no checkpoints"):
+        choose_checkpoint(folder, which, strict=False, warn=told)
+
+
+def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, told: Told) -> None:
+    _, newest = make(folder, 10, 20)
+    (folder / BEST_FILE).write_text('{"step": 20}')
+    damage(newest)
+    for which in ("best", "20"):
+        with pytest.raises(CheckpointError, match=r"step_000020/model\.safetensors: damaged"):
+            choose_checkpoint(folder, which, strict=False, warn=told)
+    with pytest.raises(CheckpointError, match=r"step_000020/model\.safetensors: damaged"):
+        choose_checkpoint(folder, "latest", strict=True, warn=told)
+    assert told == []
+    assert choose_checkpoint(folder, "latest", strict=False, warn=told).step == 10
+    assert len(told) == 1

@@ -1,0 +1,111 @@
+"""Losses of a model: the estimate on fixed batches and the exact loss of a split."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from data import BatchSampler, Corpus, sample_offsets
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.config.settings import ModelConfig
+from utils.training.evaluation import estimate_loss, evaluating, split_loss
+
+VOCAB, BLOCK = 13, 8
+
+
+@pytest.fixture
+def model() -> LanguageModel:
+    """With dropout, so that a loss in training mode would differ."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, dropout=0.3), VOCAB)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+@pytest.fixture
+def sampler() -> BatchSampler:
+    tokens = np.random.default_rng(0).integers(VOCAB, size=300).astype(np.uint16)
+    corpus = Corpus("random", "", CharTokenizer("abcdefghijklm"), tokens, 200)
+    return BatchSampler(corpus, BLOCK, batch_size=5, seed=3, device=torch.device("cpu"))
+
+
+def window_loss(model: LanguageModel, tokens: np.ndarray) -> torch.Tensor:
+    """Losses (T,) of one window of T + 1 tokens, in eval mode."""
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor(tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = model(ids[None, :-1])[0][0].double()
+    model.train(was_training)
+    return logits.logsumexp(-1) - logits[torch.arange(len(ids) - 1), ids[1:]]
+
+
+@pytest.mark.parametrize("eval_iters", [1, 4])
+def test_the_estimate_is_the_mean_over_the_fixed_windows(
+    model: LanguageModel, sampler: BatchSampler, eval_iters: int
+) -> None:
+    losses = estimate_loss(model, sampler, eval_iters, 1, contextlib.nullcontext)
+    tokens = sampler.corpus.tokens
+    expected = {}
+    for name, stream, split in (("train/eval_loss", "train_eval", tokens[:200]), ("val/loss", "val", tokens[200:])):
+        offsets = sample_offsets(0, stream, 0, 5 * eval_iters, len(split), BLOCK)
+        windows = [window_loss(model, split[start : start + BLOCK + 1]) for start in offsets]
+        expected[name] = torch.cat(windows).mean().item()
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses["val/loss"] != pytest.approx(losses["train/eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_estimate_leaves_mode_gradients_and_random_state_alone(
+    model: LanguageModel, sampler: BatchSampler, training: bool
+) -> None:
+    model.train(training)
+    before = torch.get_rng_state()
+    estimate_loss(model, sampler, 2, 1, contextlib.nullcontext)
+    assert model.training is training
+    assert all(module.training is training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_the_estimate_is_the_same_every_time(model: LanguageModel, sampler: BatchSampler) -> None:
+    first, second = (estimate_loss(model, sampler, 2, 1, contextlib.nullcontext) for _ in range(2))
+    assert first == second
+
+
+def test_the_estimate_runs_in_the_precision_that_is_asked_for(model: LanguageModel, sampler: BatchSampler) -> None:
+    full = estimate_loss(model, sampler, 2, 1, contextlib.nullcontext)
+    half = estimate_loss(model, sampler, 2, 1, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert half != full
+    assert half == pytest.approx(full, rel=0.02)
+
+
+def test_evaluating_restores_the_mode_after_an_exception(model: LanguageModel) -> None:
+    def fail() -> None:
+        with evaluating(model):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("length", [2, 5, 9, 10, 17, 50, 81])  # 9, 17, 81: no partial window
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_split_loss_is_that_of_windows_side_by_side(model: LanguageModel, length: int, batch_size: int) -> None:
+    tokens = np.random.default_rng(length).integers(VOCAB, size=length).astype(np.uint16)
+    windows = [tokens[start : start + BLOCK + 1] for start in range(0, length - 1, BLOCK)]
+    losses = torch.cat([window_loss(model, window) for window in windows])
+    assert len(losses) == length - 1
+    assert split_loss(model, tokens, batch_size) == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert model.training

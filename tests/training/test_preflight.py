@@ -1,0 +1,111 @@
+"""What the preflight tells before a run is started, and --strict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train
+from utils.config.loader import ConfigLoader, LoadedConfig
+from utils.runs.code import GitFacts
+from utils.training import preflight as preflight_module
+from utils.training.preflight import preflight
+from utils.training.setup import check_gates
+
+Argv = Callable[..., list[str]]
+
+
+@pytest.fixture
+def load(tiny_argv: Argv, tmp_path: Path) -> Callable[..., LoadedConfig]:
+    def loaded(**overrides: str | bool) -> LoadedConfig:
+        words = [word for word in tiny_argv() if word != "--no-aim-logging"]
+        flags = dict(zip(words[::2], words[1::2], strict=True))
+        given = {flag.removeprefix("--").replace("-", "_"): value for flag, value in flags.items()}
+        return ConfigLoader(tmp_path).load((), {**given, **overrides})
+
+    return loaded
+
+
+def findings(loaded: LoadedConfig, root: Path, git: GitFacts) -> list[str]:
+    return preflight(check_gates(loaded, root), git)
+
+
+CLEAN = GitFacts(commit="c" * 40)
+
+
+def test_there_is_nothing_to_say_of_a_first_run(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+    assert findings(load(aim_logging=True), tmp_path, CLEAN) == []
+
+
+def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+    patch = b"diff --git a/a b/a\n+1\ndiff --git a/b b/b\n+2\n"
+    git = GitFacts(commit="c", dirty=True, patch=patch, left_out=[f"f{i}.bin (not a source file)" for i in range(7)])
+    first, second = findings(load(aim_logging=True), tmp_path, git)
+    assert first == "uncommitted code: changes of 2 files go into meta/code.patch"
+    assert second.startswith("not recorded: f0.bin (not a source file), ")
+    assert second.endswith(" and 2 more")
+    assert findings(load(aim_logging=True), tmp_path, GitFacts(problem="not a git repository")) == [
+        "the code is not recorded: not a git repository"
+    ]
+
+
+def test_settings_without_effect_are_told_with_their_place(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+    told = findings(load(rope_theta="500", min_lr="1e-5", schedule="constant", experiment="x"), tmp_path, CLEAN)
+    assert told == [
+        "--rope-theta: rope_theta has no effect: position is learned",
+        "--min-lr: min_lr has no effect: schedule is constant",
+        "--aim-repo: aim_repo has no effect: aim_logging is off",
+        "--experiment: experiment has no effect: neither Aim nor Weights & Biases is on",
+    ]
+    assert findings(load(rope_theta="500", position="rope", aim_logging=True), tmp_path, CLEAN) == []
+
+
+def test_a_disk_that_is_too_small_is_told(
+    load: Callable[..., LoadedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda folder: usage)
+    (told,) = findings(load(aim_logging=True), tmp_path, CLEAN)
+    assert told.startswith("the disk cannot hold the planned checkpoints: ")
+
+
+def test_the_same_configuration_and_code_were_run_before(
+    tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert train.main(tiny_argv("--run-tag", "one")) == 0
+    run = only_run()
+    assert "were run already" not in capsys.readouterr().out
+    assert train.main(tiny_argv("--run-tag", "two")) == 0  # a tag changes no number
+    told = capsys.readouterr().out
+    assert f"preflight: this configuration and code were run already: {run.name} (completed, best val/loss " in told
+    assert train.main(tiny_argv("--seed", "2")) == 0
+    assert "were run already" not in capsys.readouterr().out
+    patch = run / "meta" / "code.patch"
+    patch.write_bytes((patch.read_bytes() if patch.exists() else b"") + b"\n")
+    other = next(path for path in run.parent.iterdir() if path.name.endswith("two"))
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**record, "git": {"commit": "0" * 40}}))
+    assert train.main(tiny_argv()) == 0  # neither of the two has this code
+    assert "were run already" not in capsys.readouterr().out
+
+
+def test_strict_turns_what_is_told_into_a_mistake(
+    tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv("--strict", "--rope-theta", "500")) == 2
+    assert "error: --strict: --rope-theta: rope_theta has no effect" in capsys.readouterr().err
+    assert not runs_dir.exists() or not list(runs_dir.iterdir())
+
+
+def test_a_run_stops_at_a_step_and_goes_on(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv("--stop-at-step", "4", "--run-tag", "x")) == 0
+    run = only_run()
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["last_step"]) == ("interrupted", 4)
+    assert record["exit_reason"] == "stop_at_step (4) is reached"
+    assert (run / "artifacts" / "seal.json").exists()
+    assert train.main(["--resume", str(run)]) == 0
+    assert json.loads((run / "run.json").read_text())["status"] == "completed"

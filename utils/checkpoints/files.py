@@ -1,0 +1,342 @@
+"""Checkpoints: all that a resume needs, as safetensors and JSON; complete or absent, never half.
+
+    step_000500/model.safetensors       the weights, tied ones once
+                optimizer.safetensors   the tensors of the optimizer's state, `parameter/key`
+                tokenizer.json          so that the weights mean something alone
+                state.json              the rest: step, random states, best loss, offsets of the logs, ...
+                manifest.json           size and CRC-32 of each of these, written last
+
+A checkpoint is written beside its place, synced, and renamed into it. Reading checks the manifest, so a
+flipped bit or a lost page is found before it is trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoints.folder import (
+    CHUNK_BYTES,
+    FILES,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_file,
+    read_manifest,
+    read_object,
+)
+from utils.files import sync_folder
+
+# https://github.com/huggingface/safetensors#format
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `read_checkpoint` returns; the tensors lie in host memory, mapped from the files."""
+
+    path: Path
+    step: int
+    weights: dict[str, torch.Tensor]
+    optimizer_tensors: dict[str, torch.Tensor]
+    tokenizer: dict[str, Any]  # as its JSON form
+    state: dict[str, Any]
+
+
+def write_checkpoint(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    optimizer_tensors: Mapping[str, torch.Tensor],
+    tokenizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    before_manifest: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a checkpoint; a damaged one in its place is replaced.
+
+    Args:
+        path: becomes the checkpoint.
+        weights, optimizer_tensors: in host memory, contiguous.
+        before_manifest: called when all but the manifest is on disk (the logs are synced then).
+
+    Raises:
+        OSError: the disk is full, gone or read-only; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        manifest = {
+            WEIGHTS_FILE: write_tensors(temporary / WEIGHTS_FILE, weights),
+            OPTIMIZER_FILE: write_tensors(temporary / OPTIMIZER_FILE, optimizer_tensors),
+            TOKENIZER_FILE: _write(temporary / TOKENIZER_FILE, [_json_bytes(tokenizer)]),
+            STATE_FILE: _write(temporary / STATE_FILE, [_json_bytes(state)]),
+        }
+        before_manifest()
+        _write(temporary / MANIFEST_FILE, [_json_bytes({"format_version": FORMAT_VERSION, "files": manifest})])
+        sync_folder(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _json_bytes(value: Any) -> memoryview:
+    return memoryview((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _write(path: Path, parts: list[memoryview]) -> dict[str, Any]:
+    """Write and sync a file; its line in the manifest."""
+    checksum = size = 0
+    with open(path, "wb", buffering=0) as file:
+        for part in parts:
+            for start in range(0, len(part), CHUNK_BYTES):
+                chunk = part[start : start + CHUNK_BYTES]
+                checksum = zlib.crc32(chunk, checksum)
+                size += len(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return {"size": size, "crc32": f"{checksum:08x}"}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Write a safetensors file straight from the memory of the tensors; its line in the manifest.
+
+    The library's own writer first copies every tensor into a bytes object: half the speed, twice the memory
+    (docs/LOG.md).
+    """
+    # Larger items first, as the library does: then each tensor is aligned to its own item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    parts: list[memoryview] = []
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        parts.append(_memory(tensor))
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return _write(path, [memoryview(len(encoded).to_bytes(8, "little") + encoded), *parts])
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, not copied."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and check every byte of it against its manifest.
+
+    Raises:
+        CheckpointError: what is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for _ in pool.map(lambda name: check_file(path / name, *manifest[name]), FILES):
+            pass
+    state = read_object(path / STATE_FILE)
+    if not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{path / STATE_FILE}: names no step")
+    return Checkpoint(
+        path=path,
+        step=state["step"],
+        weights=map_tensors(path / WEIGHTS_FILE),
+        optimizer_tensors=map_tensors(path / OPTIMIZER_FILE),
+        tokenizer=read_object(path / TOKENIZER_FILE),
+        state=state,
+    )
+
+
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, as views of the file in memory; writing to them does not change it.
+
+    Nothing is copied: putting a gigabyte into fresh memory takes longer than reading it from a disk.
+
+    Raises:
+        CheckpointError: not a safetensors file, or a tensor that does not lie inside it.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < 8:
+                raise ValueError("the header is longer than the file")
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
+        length = int.from_bytes(memory[:8], "little")
+        if length + 8 > len(data):
+            raise ValueError("the header is longer than the file")
+        header = json.loads(memory[8 : 8 + length])
+        body = data[8 + length :]
+        tensors = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, end = entry["data_offsets"]
+                if not 0 <= first <= end <= len(body):
+                    raise ValueError(f"{name} lies outside the file")
+                tensors[name] = body[first:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+    return tensors
+
+
+def weight_differences(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:
+    """How names and shapes differ from those of the model, in words; empty if they do not."""
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    differences = [
+        *(f"{key} is missing" for key in expected if key not in found),
+        *(f"{key} is unexpected" for key in found if key not in expected),
+        *(
+            f"{key} has shape {found[key]}, expected {expected[key]}"
+            for key in expected
+            if key in found and found[key] != expected[key]
+        ),
+    ]
+    more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
+
+
+# ----------------------------------------------------------------------------------- the optimizer's state
+
+
+def flatten_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state of any torch optimizer: its tensors as `parameter/key`, and all else as JSON.
+
+    Where the JSON has a tensor it says {"tensor": name}.
+
+    Raises:
+        ValueError: the optimizer has a parameter that is not the model's, or a value that is no JSON.
+    """
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {}
+
+    def encode(value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {key: encode(item, f"{name}/{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [encode(item, f"{name}/{index}") for index, item in enumerate(value)]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise ValueError(f"the optimizer's {name} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+    def name_of(parameter: torch.Tensor) -> str:
+        if parameter not in names:
+            raise ValueError("the optimizer has a parameter that is not the model's")
+        return names[parameter]
+
+    state = {name_of(parameter): encode(values, name_of(parameter)) for parameter, values in optimizer.state.items()}
+    groups = [
+        {
+            "params": [name_of(parameter) for parameter in group["params"]],
+            "settings": encode({k: v for k, v in group.items() if k != "params"}, f"groups/{index}"),
+        }
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+    return tensors, {"class": type(optimizer).__name__, "groups": groups, "state": state}
+
+
+def restore_optimizer(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    structure: Mapping[str, Any],
+    *,
+    keep_settings: bool = False,
+) -> None:
+    """Give `optimizer` the state that `flatten_optimizer` took from one like it.
+
+    Args:
+        keep_settings: leave the settings of the groups (weight decay, betas) as they are; only the state is loaded.
+
+    Raises:
+        CheckpointError: another kind of optimizer, or other parameters in its groups.
+    """
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    if structure["class"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the checkpoint has the state of {structure['class']}, this run trains with {type(optimizer).__name__}"
+        )
+    if groups != [group["params"] for group in structure["groups"]]:
+        raise CheckpointError(
+            "the parameter groups of the optimizer are not those of the checkpoint: of another version, or optimizer"
+        )
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, dict) and set(value) == {"tensor"}:
+            # Read tensors lie at any address, and torch sums in another order where memory is not aligned.
+            return tensors[value["tensor"]].clone()
+        if isinstance(value, dict):
+            return {key: decode(item) for key, item in value.items()}
+        return [decode(item) for item in value] if isinstance(value, list) else value
+
+    saved = {name: decode(values) for name, values in structure["state"].items()}
+    order = [name for group in groups for name in group]
+    settings = [{key: v for key, v in group.items() if key != "params"} for group in optimizer.param_groups]
+    if not keep_settings:
+        for own, group in zip(settings, structure["groups"], strict=True):
+            own |= {
+                key: tuple(value) if isinstance(own.get(key), tuple) else value
+                for key, value in decode(group["settings"]).items()
+            }
+    first = 0
+    for own, members in zip(settings, groups, strict=True):
+        own["params"] = list(range(first, first + len(members)))
+        first += len(members)
+    numbered = {index: saved[name] for index, name in enumerate(order) if name in saved}
+    optimizer.load_state_dict({"state": numbered, "param_groups": settings})
+    for parameter, name in names.items():  # load_state_dict casts to the type of the parameter; the bits must stay
+        if name in saved:
+            state = optimizer.state[parameter]
+            state.update({key: _with_types(value, state[key]) for key, value in saved[name].items()})
+
+
+def _with_types(saved: Any, loaded: Any) -> Any:
+    """What torch has loaded (on the right device), with the types that were saved."""
+    if isinstance(saved, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict):
+        return {key: _with_types(value, loaded[key]) for key, value in saved.items()}
+    if isinstance(saved, list):
+        return [_with_types(value, other) for value, other in zip(saved, loaded, strict=True)]
+    return loaded

@@ -1,0 +1,1 @@
+"""The configuration: every setting, and where its value came from."""

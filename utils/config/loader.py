@@ -1,0 +1,409 @@
+"""Layers of settings -> one validated Config, with the source of every value.
+
+Priority, highest first: command line > `--config FILE` (later wins) > configs/*.yaml|yml|json >
+legacy config.json > defaults. For every key each layer that set it is kept, with file and line, so
+that a mistake can be shown where it stands and a value can be explained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from utils.config.settings import FIELDS, SECTION_OF, SECTIONS, Config, RuleError, expected, flat
+from utils.errors import UserError, nearest
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
+NONE_WORDS = ("none", "null")  # how a flag says "no value"
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One layer's value for one key."""
+
+    value: Any
+    source: str  # "configs/train.yaml:7", "--batch-size" or "default"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A validated configuration and where each value came from."""
+
+    config: Config
+    layers: dict[str, list[Setting]] = field(default_factory=dict)  # per key, lowest priority first
+
+    @classmethod
+    def from_config(cls, config: Config) -> LoadedConfig:
+        """For a Config made in code: what differs from the defaults was set by its caller."""
+        layers = _default_layers()
+        for key, value in flat(config).items():
+            if value != layers[key][0].value:
+                layers[key].append(Setting(value, "code"))
+        return cls(config, layers)
+
+    def source(self, key: str) -> str:
+        return self.layers[key][-1].source
+
+    def non_default(self) -> list[tuple[str, Any, str]]:
+        """(key, value, source) of every setting whose value differs from the default."""
+        default = flat(Config())
+        return [(key, value, self.source(key)) for key, value in flat(self.config).items() if value != default[key]]
+
+    def sources_json(self) -> dict[str, Any]:
+        """The content of meta/config_sources.json."""
+        dumped = self.config.model_dump(mode="json")
+        return {
+            key: {
+                "value": dumped[SECTION_OF[key]][key],
+                "source": layers[-1].source,
+                "shadowed": [{"value": s.value, "source": s.source} for s in reversed(layers[:-1])],
+            }
+            for key, layers in self.layers.items()
+        }
+
+
+def relative_name(path: Path, root: Path) -> str:
+    """`path` as a person would type it from `root`."""
+    try:
+        return path.resolve().relative_to(root.resolve()).as_posix()
+    except ValueError:
+        return str(path)
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
+        raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that keeps the line of each key and refuses a key that stands twice in a mapping."""
+
+    lines: dict[int, dict[str, int]]  # id of a mapping -> key -> line
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"expected a name, not {key!r}", key_node.start_mark
+                )
+            if key in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is set twice in this file (first in line {lines[key]})", key_node.start_mark
+                )
+            mapping[key] = self.construct_object(value_node, deep=True)
+            lines[key] = line
+        self.lines[id(mapping)] = lines
+        return mapping
+
+
+def _construct_text(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> str:
+    """What looks like a date stays text: no setting is a date, and a tag may look like one."""
+    return str(node.value)
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:timestamp", _construct_text)
+
+
+def _parse_yaml(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
+    """The document and, per mapping, the line of each key."""
+    try:
+        loader = _UniqueKeyLoader(text)
+        loader.lines = {}
+        return loader.get_single_data(), loader.lines
+    except yaml.constructor.ConstructorError as error:
+        problem = (error.problem or "").replace("could not determine a constructor for the tag", "refused the YAML tag")
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: {problem}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{name}:{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that Python cannot hold
+        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _parse_json(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
+    """Like `_parse_yaml`; the line of a key is where its quoted name first stands."""
+    lines: dict[int, dict[str, int]] = {}
+
+    def line_of(key: str) -> int:
+        match = re.search(re.escape(json.dumps(key)) + r"\s*:", text)
+        return text.count("\n", 0, match.start()) + 1 if match else 1
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ConfigError(f"{name}:{line_of(key)}: {key} is set twice in this file")
+            result[key] = value
+        lines[id(result)] = {key: line_of(key) for key in result}
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=mapping), lines
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # a number that Python cannot hold
+        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+
+
+def read_config_file(path: Path, name: str) -> dict[str, Setting]:
+    """The settings of one file, flat or sectioned, by leaf name.
+
+    Args:
+        path: a .yaml, .yml or .json file.
+        name: how messages and sources call it.
+
+    Raises:
+        ConfigError: unreadable, malformed, an unknown key, a key in a wrong section or set twice.
+    """
+    if path.suffix not in CONFIG_SUFFIXES:
+        raise ConfigError(f"{name}: expected a file that ends in {', '.join(CONFIG_SUFFIXES)}")
+    parse = _parse_json if path.suffix == ".json" else _parse_yaml
+    document, lines = parse(_read_text(path, name), name)
+    if document is None:  # an empty file sets nothing
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{name}:1: expected a mapping of settings, got a {type(document).__name__}")
+    settings: dict[str, Setting] = {}
+
+    def take(key: str, value: Any, line: int) -> None:
+        if key in settings:
+            raise ConfigError(f"{name}:{line}: {key} is set twice in this file (also at {settings[key].source})")
+        if not isinstance(value, str | int | float | list | None):  # YAML has dates, bytes and sets as well
+            raise ConfigError(f"{name}:{line}: {key}: expected {expected(key)}, got a {type(value).__name__}")
+        settings[key] = Setting(value, f"{name}:{line}")
+
+    for key, value in document.items():
+        line = lines[id(document)][key]
+        if key in SECTIONS:
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{name}:{line}: section {key}: expected a mapping, got {value!r}")
+            for leaf, leaf_value in (value or {}).items():
+                leaf_line = lines[id(value)][leaf]
+                if SECTION_OF.get(leaf) != key:
+                    raise ConfigError(f"{name}:{leaf_line}: {_unknown(leaf, key)}")
+                take(leaf, leaf_value, leaf_line)
+        elif key in FIELDS:
+            take(key, value, line)
+        else:
+            raise ConfigError(f"{name}:{line}: {_unknown(key)}")
+    return settings
+
+
+def _unknown(key: str, section: str | None = None) -> str:
+    if section and key in SECTION_OF:
+        return f"{key} belongs to section {SECTION_OF[key]}, not {section}"
+    if section:
+        return f"unknown key {key} in section {section}{nearest(key, SECTIONS[section].model_fields)}"
+    return f"unknown key {key}{nearest(key, [*FIELDS, *SECTIONS])}"
+
+
+def _from_flag(key: str, text: str) -> Any:
+    """The text after a flag as a value that the models can check."""
+    annotation = FIELDS[key].annotation
+    if text.lower() in NONE_WORDS and type(None) in getattr(annotation, "__args__", ()):
+        return None
+    if get_origin(annotation) is tuple:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+class ConfigLoader:
+    """Merges the layers of one project folder.
+
+    Args:
+        root: the folder that holds train.py; default paths and names in messages are relative to it.
+        config_dir: folder of the shared files; default root/configs.
+    """
+
+    def __init__(self, root: Path, config_dir: Path | None = None) -> None:
+        self.root = root
+        self.config_dir = config_dir
+        if config_dir is not None and not config_dir.is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+
+    def load(self, files: Iterable[Path] = (), overrides: Mapping[str, str | bool] | None = None) -> LoadedConfig:
+        """Merge and validate.
+
+        Args:
+            files: `--config` files, lowest priority first.
+            overrides: values from the command line by leaf name.
+
+        Raises:
+            ConfigError: with the place and the nearest valid thing, one line a mistake.
+        """
+        return _merge(_default_layers(), [*self._file_layers(), *self._own_layers(files, overrides or {})])
+
+    def load_only(self, path: Path) -> LoadedConfig:
+        """One file on top of the built-in defaults, nothing else.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        return _merge(_default_layers(), [read_config_file(path, relative_name(path, self.root))])
+
+    def load_onto(
+        self, base: LoadedConfig, files: Iterable[Path] = (), overrides: Mapping[str, str | bool] | None = None
+    ) -> LoadedConfig:
+        """`base` in the place of defaults and configs/, then as `load`.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        layers = {key: list(settings) for key, settings in base.layers.items()}
+        return _merge(layers, self._own_layers(files, overrides or {}))
+
+    def _file_layers(self) -> Iterator[dict[str, Setting]]:
+        legacy = self.root / "config.json"
+        if legacy.is_file():
+            yield read_config_file(legacy, relative_name(legacy, self.root))
+        yield self._shared_layer()
+
+    def _own_layers(self, files: Iterable[Path], overrides: Mapping[str, str | bool]) -> Iterator[dict[str, Setting]]:
+        for path in files:
+            yield read_config_file(path, relative_name(path, self.root))
+        yield {
+            key: Setting(_from_flag(key, value) if isinstance(value, str) else value, flag_name(key, value))
+            for key, value in overrides.items()
+        }
+
+    def _shared_layer(self) -> dict[str, Setting]:
+        """All files of the configuration folder; they are one layer, so no key may stand in two."""
+        folder = self.config_dir or self.root / "configs"
+        layer: dict[str, Setting] = {}
+        for path in sorted(p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES):
+            for key, setting in read_config_file(path, relative_name(path, self.root)).items():
+                if key in layer:
+                    raise ConfigError(f"{setting.source}: {key} is also set in {layer[key].source}: keep one of them")
+                layer[key] = setting
+        return layer
+
+
+def _default_layers() -> dict[str, list[Setting]]:
+    return {key: [Setting(value, "default")] for key, value in flat(Config()).items()}
+
+
+def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting]]) -> LoadedConfig:
+    """`further` layers on top of `layers`, lowest priority first, validated."""
+    for layer in further:
+        _validate_alone(layer)
+        for pair in ALTERNATIVES:
+            given = [key for key in pair if key in layer and layer[key].value is not None]
+            if len(given) == 1:
+                (other,) = set(pair) - set(given)
+                layer.setdefault(other, Setting(None, layer[given[0]].source))
+        _make_room(layer, layers)
+        for key, setting in layer.items():
+            layers[key].append(setting)
+    return LoadedConfig(_validate(layers), layers)
+
+
+def _make_room(layer: dict[str, Setting], below: Mapping[str, list[Setting]]) -> None:
+    """A number of sequences in a layer clears tokens_per_step below it; auto clears the micro-steps.
+
+    tokens_per_step alone means batch_size auto.
+    """
+    tokens = layer.get("tokens_per_step")
+    if tokens is not None and tokens.value is not None:
+        layer.setdefault("batch_size", Setting("auto", tokens.source))
+    if (batch_size := layer.get("batch_size")) is not None:
+        key, value = ("gradient_accumulation_steps", 1) if batch_size.value == "auto" else ("tokens_per_step", None)
+        if below[key][-1].value != value:
+            layer.setdefault(key, Setting(value, batch_size.source))
+
+
+def flag_name(key: str, value: Any = None) -> str:
+    """`batch_size` -> `--batch-size`; a switch that is off -> `--no-...`."""
+    return ("--no-" if value is False else "--") + key.replace("_", "-")
+
+
+def _validate_alone(layer: dict[str, Setting]) -> None:
+    """Each value of a layer must be possible, whether a higher layer shadows it or not.
+
+    Raises:
+        ConfigError: one line a mistake.
+    """
+    mistakes = []
+    for key, setting in layer.items():
+        try:
+            SECTIONS[SECTION_OF[key]].model_validate({key: setting.value})
+        except ValidationError as error:  # rules between settings are for the merged configuration
+            details = [d for d in error.errors(include_url=False) if d["loc"]][:1]
+            mistakes += [_explain({**d, "loc": (SECTION_OF[key], key)}, {key: [setting]}) for d in details]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _validate(layers: dict[str, list[Setting]]) -> Config:
+    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for key, settings in layers.items():
+        merged[SECTION_OF[key]][key] = settings[-1].value
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail, layers) for detail in _by_key(error))) from None
+
+
+def _by_key(error: ValidationError) -> list[ErrorDetails]:
+    """One detail a key: a union type reports each of its members."""
+    seen: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for detail in error.errors(include_url=False):
+        seen.setdefault(detail["loc"][:2], detail)
+    return list(seen.values())
+
+
+def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
+    """One line: where, which key, what was expected, what was given."""
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, RuleError):
+        set_by = [layers[key][-1].source for key in cause.keys if layers[key][-1].source != "default"]
+        return f"{set_by[0] if set_by else 'default'}: {cause}"
+    key = str(detail["loc"][1])
+    setting = layers[key][-1]
+    named = setting.source if setting.source.startswith("--") else f"{setting.source}: {key}"
+    if detail["type"] == "value_error":
+        return f"{named}: {cause}"
+    hint = nearest(str(setting.value), get_args(FIELDS[key].annotation)) if detail["type"] == "literal_error" else ""
+    return f"{named}: expected {expected(key)}, got {setting.value!r}{hint}"
+
+
+def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:
+    """A rule that was found broken after loading, with the place where its first key was set."""
+    sources = [s for s in map(loaded.source, error.keys) if s != "default"]
+    return ConfigError(f"{sources[0] if sources else 'default'}: {error}")

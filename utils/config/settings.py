@@ -1,0 +1,662 @@
+"""Every setting of the workbench: type, default, bounds, unit, meaning and kind.
+
+Flags, `--help`, docs/config.schema.json, the config hash and the rules of a resume are derived from
+these models, so a new setting is one new field here and its use. Importing this file does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+Kind = Literal["trajectory", "observation", "machine"]
+TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
+OBSERVATION: Kind = "observation"  # what is recorded of it, and how often
+MACHINE: Kind = "machine"  # where things are, who does the work
+
+TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+RESERVED_TAGS = ("latest", "auto")
+
+
+class RuleError(ValueError):
+    """A rule between settings is broken; `keys` are the settings it is about."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+def _refuse_bool(value: Any) -> Any:
+    """pydantic reads True as 1; in a config file that is a slip, not a number."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean", "expected a number, got a boolean")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool)]
+
+
+def setting(default: Any, meaning: str, *, kind: Kind, unit: str = "", **bounds: Any) -> Any:
+    """A field with the facts that flags, help, schema and hash need."""
+    return Field(default, description=meaning, json_schema_extra={"kind": kind, "unit": unit}, **bounds)
+
+
+class Section(BaseModel):
+    """Frozen, and without unknown keys, NaN or infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        """A command line or file can hold bytes that are no text; no log or tracker can."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                raise PydanticCustomError("unicode", "expected Unicode text")
+        return value
+
+
+class DataConfig(Section):
+    """The text that is learned."""
+
+    dataset: str = setting(
+        "pydocs",
+        "a registered corpus (pydocs, shakespeare), or the path of a UTF-8 text file or a folder of them",
+        kind=TRAJECTORY,
+        min_length=1,
+    )
+    tokenizer: Literal["char"] = setting("char", "how text becomes token ids", kind=TRAJECTORY)
+    unknown_token: str | None = setting(
+        None,
+        "one character that stands for characters outside the vocabulary; none: they are an error",
+        kind=TRAJECTORY,
+        min_length=1,
+        max_length=1,
+    )
+    val_fraction: Float = setting(
+        0.1, "share of the tokens, at the end of the corpus, kept for validation", kind=TRAJECTORY, gt=0, lt=1
+    )
+    corpora_dir: str = setting(
+        "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
+    )
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer; what is none is derived."""
+
+    n_layer: Int = setting(4, "transformer blocks", kind=TRAJECTORY, ge=1, le=1024)
+    n_head: Int = setting(4, "query heads", kind=TRAJECTORY, ge=1, le=1024)
+    n_kv_head: Int | None = setting(
+        None, "key/value heads, each shared by n_head / n_kv_head query heads; none: n_head", kind=TRAJECTORY, ge=1
+    )
+    n_embd: Int = setting(128, "width of the residual stream (C)", kind=TRAJECTORY, ge=1, le=65536)
+    head_dim: Int | None = setting(None, "width of one head (D); none: n_embd / n_head", kind=TRAJECTORY, ge=1)
+    ffn_dim: Int | None = setting(
+        None,
+        "hidden width of the MLP; none: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 32",
+        kind=TRAJECTORY,
+        ge=1,
+    )
+    block_size: Int = setting(64, "context length (T)", kind=TRAJECTORY, unit="tokens", ge=1, le=65536)
+    dropout: Float = setting(0.0, "dropout probability", kind=TRAJECTORY, ge=0, lt=1)
+    position: Literal["learned", "rope"] = setting(
+        "learned", "position encoding: a learned table, or rotations of q and k", kind=TRAJECTORY
+    )
+    rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
+    ngram_rows: tuple[Annotated[Int, Field(ge=1, le=2**31)], ...] = setting(
+        (), "rows of the hashed embedding tables of the last 2, 3, ... tokens; empty: no such tables", kind=TRAJECTORY
+    )
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each sublayer", kind=TRAJECTORY)
+    norm_eps: Float = setting(1e-5, "added to the variance in a norm", kind=TRAJECTORY, gt=0, lt=1)
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting(
+        "gelu", "activation of the MLP: GELU, its tanh approximation, squared ReLU, or gated SiLU", kind=TRAJECTORY
+    )
+    bias: bool = setting(True, "biases in linear layers and layernorms", kind=TRAJECTORY)
+    qkv_bias: bool | None = setting(None, "bias of the q, k, v projection; none: as bias says", kind=TRAJECTORY)
+    qk_norm: bool = setting(False, "normalise queries and keys, without learned weights", kind=TRAJECTORY)
+    tie_embeddings: bool = setting(True, "one matrix for token embedding and output head", kind=TRAJECTORY)
+    zero_init: bool = setting(
+        False, "start projections into the residual stream, and an untied head, at zero", kind=TRAJECTORY
+    )
+    logit_softcap: Float | None = setting(None, "squash logits into (-c, c) with c tanh(x / c)", kind=TRAJECTORY, gt=0)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return -(-8 * self.n_embd // 96) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What the settings that may be none come to."""
+        return {
+            "n_kv_head": self.kv_heads,
+            "head_dim": self.head_width,
+            "ffn_dim": self.ffn_width,
+            "qkv_bias": self.has_qkv_bias,
+        }
+
+    @model_validator(mode="after")
+    def _rules(self) -> ModelConfig:
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise RuleError(
+                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}), or head_dim be set",
+                "n_embd",
+                "n_head",
+            )
+        if self.n_head % self.kv_heads:
+            raise RuleError(
+                f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})", "n_kv_head", "n_head"
+            )
+        if self.position == "rope" and self.head_width % 2:
+            raise RuleError(
+                f"position rope turns pairs of channels: the head dimension must be even, not {self.head_width}",
+                "head_dim",
+                "n_embd",
+                "n_head",
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """The optimizer and the learning-rate schedule."""
+
+    optimizer_name: Literal["adamw", "muon"] = setting(
+        "adamw", "rule of the weight updates; muon: for hidden matrices, with AdamW for all else", kind=TRAJECTORY
+    )
+    learning_rate: Float = setting(1e-3, "peak learning rate", kind=TRAJECTORY, gt=0, le=10)
+    embedding_lr: Float | None = setting(
+        None, "peak learning rate of the embeddings; none: learning_rate", kind=TRAJECTORY, gt=0, le=10
+    )
+    head_lr: Float | None = setting(
+        None, "peak learning rate of an untied output head; none: learning_rate", kind=TRAJECTORY, gt=0, le=10
+    )
+    vector_lr: Float | None = setting(
+        None, "peak learning rate of biases and norm weights; none: learning_rate", kind=TRAJECTORY, gt=0, le=10
+    )
+    min_lr: Float | None = setting(
+        None, "learning rate at the end of the decay; none: learning_rate / 10", kind=TRAJECTORY, ge=0
+    )
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "shape of the decay after the warmup", kind=TRAJECTORY
+    )
+    warmup_iters: Int | None = setting(
+        None, "steps of linear warmup from zero; none: a twentieth of the run", kind=TRAJECTORY, unit="steps", ge=0
+    )
+    lr_decay_iters: Int | None = setting(
+        None, "step at which the decay ends; none: the last step", kind=TRAJECTORY, unit="steps", ge=1
+    )
+    weight_decay: Float = setting(
+        0.1, "decoupled weight decay, not on biases and norm weights", kind=TRAJECTORY, ge=0, le=10
+    )
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "shape of the weight decay over the run; linear and cosine end at zero", kind=TRAJECTORY
+    )
+    momentum: Float = setting(0.95, "Muon: decay of the mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
+    momentum_warmup_iters: Int = setting(
+        0, "Muon: steps in which momentum rises from 0.85", kind=TRAJECTORY, unit="steps", ge=0
+    )
+    beta1: Float = setting(0.9, "AdamW: decay of the mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
+    beta2: Float = setting(0.99, "AdamW: decay of the mean of squared gradients", kind=TRAJECTORY, ge=0, lt=1)
+    adam_eps: Float = setting(1e-8, "AdamW: added to the denominator", kind=TRAJECTORY, gt=0, lt=1)
+    grad_clip: Float = setting(
+        1.0, "largest global gradient norm; larger gradients are scaled down, 0: never", kind=TRAJECTORY, ge=0
+    )
+
+    @property
+    def final_lr(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    @model_validator(mode="after")
+    def _rules(self) -> OptimizerConfig:
+        if self.final_lr > self.learning_rate:
+            raise RuleError(
+                f"min_lr ({self.min_lr:g}) must not exceed learning_rate ({self.learning_rate:g})",
+                "min_lr",
+                "learning_rate",
+            )
+        return self
+
+
+def check_callback(name: str) -> str:
+    """`name`, if it has the form module:Class.
+
+    Raises:
+        ValueError: with what is expected.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ValueError(f"a callback is named module:Class, not {name!r}")
+    return name
+
+
+CallbackName = Annotated[str, AfterValidator(check_callback)]
+
+
+class TrainConfig(Section):
+    """The training loop and the machine it runs on."""
+
+    max_iters: Int | None = setting(2000, "optimizer updates of the run", kind=TRAJECTORY, unit="steps", ge=1)
+    epochs: Float | None = setting(
+        None, "passes over the training tokens, instead of max_iters", kind=TRAJECTORY, unit="epochs", gt=0
+    )
+    batch_size: Annotated[int, Field(ge=1), BeforeValidator(_refuse_bool)] | Literal["auto"] = setting(
+        12,
+        "sequences in one optimizer update, over all micro-steps; auto: as tokens_per_step says, else the largest "
+        "power of two that fits into memory",
+        kind=TRAJECTORY,
+        unit="sequences",
+    )
+    tokens_per_step: Int | None = setting(
+        None,
+        "tokens of one optimizer update, instead of batch_size; as few micro-steps as fit into memory",
+        kind=TRAJECTORY,
+        unit="tokens",
+        ge=1,
+    )
+    gradient_accumulation_steps: Int = setting(
+        1, "micro-steps that an update is split into, to save memory", kind=TRAJECTORY, unit="micro-steps", ge=1
+    )
+    eval_interval: Int = setting(250, "steps between evaluations", kind=TRAJECTORY, unit="steps", ge=1)
+    eval_iters: Int = setting(
+        20, "batches of each split that an evaluation averages", kind=TRAJECTORY, unit="batches", ge=1
+    )
+    seed: Int = setting(1337, "seed of initialisation, batches and dropout", kind=TRAJECTORY, ge=0, lt=2**63)
+    device: str = setting(
+        "auto",
+        "auto (mps, then cuda, then cpu), cpu, cuda, cuda:N or mps",
+        kind=TRAJECTORY,
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "precision of matrix products (autocast); auto: bfloat16 on CUDA that has it, else float32",
+        kind=TRAJECTORY,
+    )
+    threads: Int | None = setting(
+        None, "CPU threads of a tensor operation; none: torch's own choice", kind=TRAJECTORY, ge=1, le=1024
+    )
+    deterministic: bool | None = setting(
+        None,
+        "only operations that repeat bit for bit; none: on the CPU, where it costs nothing, but not on a GPU",
+        kind=TRAJECTORY,
+    )
+    tf32: bool = setting(
+        True, "CUDA: matrix products of float32 with 10 bits of mantissa, several times as fast", kind=TRAJECTORY
+    )
+    compile: bool = setting(
+        False, "torch.compile the model (inductor; aot_eager on mps); falls back to eager", kind=TRAJECTORY
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = setting(
+        "default",
+        "what torch.compile aims at; reduce-overhead: CUDA graphs, for small models; max-autotune: also tried kernels",
+        kind=TRAJECTORY,
+    )
+    checkpoint_interval: Int = setting(
+        500, "steps between checkpoints; 0: none by steps", kind=OBSERVATION, unit="steps", ge=0
+    )
+    checkpoint_minutes: Float | None = setting(
+        15.0, "wall time after which a checkpoint is due as well; none: never", kind=OBSERVATION, unit="minutes", gt=0
+    )
+    keep_last: Int = setting(
+        2, "newest checkpoints that are kept; older ones are deleted", kind=OBSERVATION, unit="checkpoints", ge=1
+    )
+    keep_best: bool = setting(
+        True, "save a checkpoint whenever val/loss is the best so far, and keep the last of them", kind=OBSERVATION
+    )
+    max_minutes: Float | None = setting(
+        None,
+        "stop with a checkpoint before this much wall time is over; none: no limit",
+        kind=MACHINE,
+        unit="minutes",
+        gt=0,
+    )
+    stop_at_step: Int | None = setting(
+        None,
+        "stop with a checkpoint at this step, as if interrupted; the learning rates are those of max_iters",
+        kind=MACHINE,
+        unit="steps",
+        ge=1,
+    )
+    patience: Int | None = setting(
+        None,
+        "evaluations without a better val/loss after which training ends; none: it goes on to the last step",
+        kind=TRAJECTORY,
+        unit="evaluations",
+        ge=1,
+    )
+    min_delta: Float = setting(
+        0.0, "val/loss is better if it is lower by more than this", kind=TRAJECTORY, unit="nats", ge=0
+    )
+    export_weights: Literal["auto", "last", "best"] = setting(
+        "auto",
+        "weights that the export is made from: of the last step, or of the best val/loss; "
+        "auto: best with early stopping (patience), else last",
+        kind=TRAJECTORY,
+    )
+    profile_step: Int | None = setting(
+        None,
+        "step that is profiled into artifacts/profile/, with the nine steps before it; none: no step",
+        kind=OBSERVATION,
+        ge=0,
+    )
+    callbacks: tuple[CallbackName, ...] = setting(
+        (), "classes of your own that training calls, as module:Class (docs/callbacks.md)", kind=TRAJECTORY
+    )
+    skip_nonfinite: Int = setting(
+        20,
+        "with float16: steps in a row whose loss or gradient may be non-finite; they change no weights",
+        kind=TRAJECTORY,
+        unit="steps",
+        ge=0,
+    )
+
+    @property
+    def sequences(self) -> int:
+        """batch_size, once it is a number: utils/training/batch_size.py has made it one before anything is trained."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
+    @property
+    def exports_best(self) -> bool:
+        return self.export_weights == "best" or (self.export_weights == "auto" and self.patience is not None)
+
+    @model_validator(mode="after")
+    def _rules(self) -> TrainConfig:
+        if (self.max_iters is None) == (self.epochs is None):
+            raise RuleError("max_iters and epochs are alternatives: set exactly one of them", "epochs", "max_iters")
+        if self.batch_size == "auto":
+            if self.gradient_accumulation_steps != 1:
+                raise RuleError(
+                    "batch_size auto finds gradient_accumulation_steps, too: it must be 1, not "
+                    f"{self.gradient_accumulation_steps}",
+                    "gradient_accumulation_steps",
+                    "batch_size",
+                )
+        elif self.tokens_per_step is not None:
+            raise RuleError(
+                f"tokens_per_step ({self.tokens_per_step}) and batch_size ({self.batch_size}) are alternatives: "
+                "with tokens_per_step, batch_size must be auto",
+                "tokens_per_step",
+                "batch_size",
+            )
+        elif self.batch_size % self.gradient_accumulation_steps:
+            raise RuleError(
+                f"batch_size ({self.batch_size}) must be divisible by "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps})",
+                "gradient_accumulation_steps",
+                "batch_size",
+            )
+        if self.compile and self.compile_mode == "reduce-overhead" and self.gradient_accumulation_steps > 1:
+            raise RuleError(
+                "compile_mode reduce-overhead cannot accumulate gradients: the next micro-step overwrites them",
+                "compile_mode",
+                "gradient_accumulation_steps",
+            )
+        if self.exports_best and not self.keep_best:
+            cause = "export_weights" if self.export_weights == "best" else "patience"
+            raise RuleError(f"{cause} exports the best weights: keep_best must be on", "keep_best", cause)
+        return self
+
+
+def check_tag(tag: str) -> str:
+    """`tag`, if it can be part of a folder name and stand on a command line.
+
+    Raises:
+        ValueError: with the rule.
+    """
+    if not TAG_PATTERN.fullmatch(tag) or not tag.strip("."):
+        raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {tag!r}")
+    if tag in RESERVED_TAGS:
+        raise ValueError(f"the tag {tag!r} is reserved")
+    return tag
+
+
+Tag = Annotated[str, AfterValidator(check_tag)]
+
+
+def check_aim_repo(repo: str) -> str:
+    """`repo`, if it is a folder or aim://HOST:PORT; for a folder .aim the one that holds it.
+
+    Raises:
+        ValueError: with what is expected.
+    """
+    if "://" in repo and not re.fullmatch(r"aim://[^/:@\s]+:\d{1,5}", repo):
+        raise ValueError(f"expected a folder or aim://HOST:PORT, got {repo!r}")
+    return re.sub(r"(^|/)\.aim/?$", "", repo) or ("/" if repo.startswith("/") else ".")
+
+
+def check_qa_template(template: str) -> str:
+    """`template`, if it has a place for the question.
+
+    Raises:
+        ValueError: with what is expected.
+    """
+    if "{question}" not in template:
+        raise ValueError(f"expected text that contains {{question}}, got {template!r}")
+    return template
+
+
+class TrackingConfig(Section):
+    """What is recorded of a run, where and how often."""
+
+    run_tag: Tag | None = setting(None, "name of the run, part of its directory's name", kind=OBSERVATION)
+    tags: tuple[str, ...] = setting((), "labels for finding the run again", kind=OBSERVATION)
+    note: str = setting("", "what this run is for", kind=OBSERVATION)
+    runs_dir: str = setting("runs", "folder of the run directories", kind=MACHINE, min_length=1)
+    log_interval: Int = setting(1, "steps between training records", kind=OBSERVATION, unit="steps", ge=1)
+    flush_interval: Int = setting(
+        50,
+        "steps between writes to the log (it is also written every 2 s)",
+        kind=OBSERVATION,
+        unit="steps",
+        ge=1,
+        le=64,
+    )
+    histogram_interval: Int = setting(
+        250, "steps between histograms of parameters and gradients; 0: none", kind=OBSERVATION, unit="steps", ge=0
+    )
+    sample_tokens: Int = setting(
+        200, "length of the sample text at each evaluation; 0: none", kind=OBSERVATION, unit="tokens", ge=0
+    )
+    sample_prompt: str = setting(
+        "", "start of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
+    )
+    qa_template: Annotated[str, AfterValidator(check_qa_template)] = setting(
+        "Question: {question}\nAnswer: ", "what `inference.py --mode qa` makes of a question", kind=OBSERVATION
+    )
+    qa_stop: str = setting("\n", "where an answer of `--mode qa` ends; empty: nowhere", kind=OBSERVATION)
+    aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
+    aim_repo: Annotated[str, AfterValidator(check_aim_repo)] = setting(
+        ".", "folder that holds the .aim repository, or aim://HOST:PORT of an `aim server`", kind=MACHINE, min_length=1
+    )
+    wandb_mode: Literal["offline", "online", "disabled"] = setting(
+        "disabled",
+        "feed the run to Weights & Biases: into files to sync later, to its server, or not",
+        kind=OBSERVATION,
+    )
+    experiment: str = setting(
+        "workbench", "Aim experiment, or Weights & Biases project, of the run", kind=OBSERVATION, min_length=1
+    )
+    system_interval: Float = setting(
+        10.0, "time between samples of processor, memory, GPU and disk; 0: none", kind=OBSERVATION, unit="s", ge=0
+    )
+    tracking_budget: Float = setting(
+        0.02,
+        "share of wall time that feeding the trackers may take of the processor while training runs",
+        kind=OBSERVATION,
+        gt=0,
+        le=1,
+    )
+    closing_seconds: Float = setting(
+        30.0, "time for feeding what the trackers lack when training ends", kind=MACHINE, unit="s", ge=0
+    )
+
+
+class Config(Section):
+    """One experiment."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _rules(self) -> Config:
+        tokens, length = self.train.tokens_per_step, self.model.block_size
+        if tokens is not None and tokens % length:
+            below = tokens - tokens % length
+            nearest = f"{below} or {below + length}" if below else f"{length}"
+            raise RuleError(
+                f"tokens_per_step ({tokens}) must be a multiple of block_size ({length}): {nearest}",
+                "tokens_per_step",
+                "block_size",
+            )
+        if self.train.max_iters is not None:
+            warmup_steps(self.optimizer, self.train.max_iters)
+        return self
+
+
+def warmup_steps(config: OptimizerConfig, max_iters: int) -> int:
+    """Steps of warmup in a run of `max_iters` steps (with epochs, known once the corpus is).
+
+    Raises:
+        RuleError: the warmup does not end before the decay does.
+    """
+    if config.warmup_iters is None:
+        return min(max_iters, config.lr_decay_iters or max_iters) // 20
+    for key, end in (("lr_decay_iters", config.lr_decay_iters), ("max_iters", max_iters)):
+        if end is not None and config.warmup_iters > end:
+            raise RuleError(f"warmup_iters ({config.warmup_iters}) must not exceed {key} ({end})", "warmup_iters", key)
+    return config.warmup_iters
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def iter_fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(section, key, field) of every setting, in the order of this file."""
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
+            yield section, key, field
+
+
+FIELDS: dict[str, FieldInfo] = {key: field for _, key, field in iter_fields()}
+SECTION_OF: dict[str, str] = {key: section for section, key, _ in iter_fields()}
+assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()), "leaf names are unique"
+assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
+
+
+def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
+    extra = FIELDS[key].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra[fact])
+
+
+def expected(key: str) -> str:
+    """What a value of `key` must be, in words: "integer >= 1", "gelu, gelu_tanh, relu2 or swiglu"."""
+    field = FIELDS[key]
+    if key == "device":
+        return "auto, cpu, cuda, cuda:N or mps"
+    members = [member for member in get_args(field.annotation) or (field.annotation,)]
+    if get_origin(field.annotation) is Literal:
+        return f"{', '.join(members[:-1])} or {members[-1]}" if len(members) > 1 else str(members[0])
+    if get_origin(field.annotation) is tuple:
+        if get_args(field.annotation)[0] is str or key == "callbacks":
+            return "list of names (in a file: [wide, long])"
+        return "list of integers >= 1 (in a file: [1024, 512])"
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}
+    bounds = []
+    of_members = [fact for member in members for fact in getattr(member, "__metadata__", ())]
+    for constraint in (*field.metadata, *(c for fact in of_members for c in getattr(fact, "metadata", [fact]))):
+        for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+            if (bound := getattr(constraint, attribute, None)) is not None:
+                bounds.append(f"{sign} {bound}")
+    lengths = {
+        name: getattr(c, name) for c in field.metadata for name in ("min_length", "max_length") if hasattr(c, name)
+    }
+    if lengths:
+        bounds.append("of one character" if lengths.get("max_length") == 1 else "that is not empty")
+    words = [
+        "/".join(get_args(member)) if get_origin(member) is Literal else names[getattr(member, "__origin__", member)]
+        for member in members
+    ]
+    return " or ".join([" ".join([words[0], " and ".join(bounds)]).strip(), *words[1:]])
+
+
+def get_value(config: Config, key: str) -> Any:
+    return getattr(getattr(config, SECTION_OF[key]), key)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """All settings of `config` by leaf name."""
+    return {key: get_value(config, key) for key in FIELDS}
+
+
+def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
+    """What settings that are none, or alternatives of each other, come to in a run of `max_iters` steps."""
+    model, optimizer = config.model, config.optimizer
+    return {
+        **model.derived,
+        "min_lr": optimizer.final_lr,
+        "warmup_iters": warmup_steps(optimizer, max_iters),
+        "lr_decay_iters": optimizer.lr_decay_iters or max_iters,
+        "max_iters": max_iters,
+        "epochs": None,
+        "tokens_per_step": config.train.sequences * model.block_size,
+    }
+
+
+def config_hash(config: Config, resolved: dict[str, Any]) -> str:
+    """sha256 over everything that decides the numbers of a run.
+
+    Args:
+        config: the merged configuration.
+        resolved: what "auto", none and the like became (device type, dtype, threads, derived settings,
+            corpus and tokenizer hash); takes the place of the setting of the same name.
+    """
+    values = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == TRAJECTORY}
+    text = json.dumps(values | resolved, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a file in configs/: sectioned or flat, every key optional."""
+    schema = Config.model_json_schema()
+    flat_properties = {key: schema["$defs"][SECTIONS[SECTION_OF[key]].__name__]["properties"][key] for key in FIELDS}
+    schema["properties"] = {**schema["properties"], **flat_properties}
+    schema["title"] = "Experiment configuration"
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+if __name__ == "__main__":  # make schema
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,191 @@
+"""What differs between runs, likely causes first, and from which step on. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
+from utils.errors import UserError
+from utils.experiments.bits import LogComparison, compare_logs
+from utils.experiments.explain import settings_with_sources
+from utils.runs.index import IndexedRun, code_identity, differing_settings, origin_of, resolved_setting
+from utils.runs.run import PATCH
+
+ENVIRONMENT = Path("meta", "env.txt")
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
+COMMITS_SHOWN = 20
+PATCH_LINES_SHOWN = 60
+FACTS_SHOWN = 12  # of the environment
+OUTCOMES = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fact with its value in each run; None: unknown, or not there."""
+
+    name: str
+    values: list[Any]
+    sources: list[str] = field(default_factory=list)  # of settings: where each value was set
+
+
+@dataclass(frozen=True)
+class RunDiff:
+    """sections: title -> facts that differ, likely causes first. curves: the first run against each other one."""
+
+    runs: list[str]
+    sections: dict[str, list[Row]]
+    commits: list[str]  # between the first two commits that differ
+    patch: list[str]  # lines of a diff between the patches of the first two runs that differ
+    outcomes: list[Row]
+    curves: list[tuple[str, LogComparison]]
+
+
+def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
+    """What differs between runs.
+
+    Args:
+        root: the project folder, whose git repository knows the commits.
+
+    Raises:
+        UserError: a run that cannot be read.
+    """
+    for run in runs:
+        if not run.readable:
+            raise UserError(f"{run.id}: {run.problem}")
+    sources = [settings_with_sources(run) for run in runs]
+    sections = {
+        "Where it began": _differing({"weights": _origin_words(run)} for run in runs),
+        "Settings that change the numbers": _settings(runs, sources, TRAJECTORY),
+        "Code": _differing(_code(run) for run in runs),
+        "Corpus and tokenizer": _differing(_resolved(run, CORPUS_FACTS) for run in runs),
+        "Environment and hardware": _most_important(
+            _differing({**environment_of(run), **_resolved(run, HARDWARE)} for run in runs)
+        ),
+        "Settings of what is recorded": _settings(runs, sources, OBSERVATION),
+        "Settings of the machine": _settings(runs, sources, MACHINE),
+    }
+    rows = [run.row() for run in runs]
+    return RunDiff(
+        runs=[run.id for run in runs],
+        sections={title: facts for title, facts in sections.items() if facts},
+        commits=commits_between(runs, root),
+        patch=patch_difference(runs),
+        outcomes=[Row(name, [row[name] for row in rows]) for name in OUTCOMES],
+        curves=[(run.id, compare_logs(runs[0].path, run.path)) for run in runs[1:]],
+    )
+
+
+CORPUS_FACTS = ("corpus_hash", "tokenizer_hash", "vocab_size", "train_tokens", "val_tokens")
+HARDWARE = ("processor", "torch")
+
+
+def _settings(runs: Sequence[IndexedRun], sources: Sequence[Mapping[str, str]], kind: str) -> list[Row]:
+    return [
+        Row(key, [resolved_setting(run, key) for run in runs], [of_run.get(key, "") for of_run in sources])
+        for key in differing_settings(runs, (kind,))
+    ]
+
+
+def _differing(facts: Iterator[dict[str, Any]]) -> list[Row]:
+    """Facts that are not the same in all runs; one that a run does not tell is None there."""
+    of_runs = list(facts)
+    names = dict.fromkeys(name for of_run in of_runs for name in of_run)
+    rows = (Row(name, [of_run.get(name) for of_run in of_runs]) for name in names)
+    return [row for row in rows if any(value != row.values[0] for value in row.values)]
+
+
+def _resolved(run: IndexedRun, names: Sequence[str]) -> dict[str, Any]:
+    resolved = run.record.get("resolved") or {}
+    return {name: resolved[name] for name in names if resolved.get(name) is not None}
+
+
+def _origin_words(run: IndexedRun) -> str | None:
+    origin = origin_of(run)
+    return None if origin is None else f"{origin[0]} of {origin[1]} at step {origin[2]:,}"
+
+
+def _most_important(rows: list[Row]) -> list[Row]:
+    """Facts of the environment, those that matter for numbers first, and not all of a hundred packages."""
+    rows = sorted(rows, key=lambda row: row.name not in ("torch", "processor", "cpu", "numpy", "python"))
+    more = len(rows) - FACTS_SHOWN
+    rest = [Row(f"... and {more} more", [""] * len(rows[0].values))] if more > 0 else []
+    return rows[:FACTS_SHOWN] + rest
+
+
+def _code(run: IndexedRun) -> dict[str, Any]:
+    commit, patch = code_identity(run)
+    return {"commit": commit, "branch": (run.record.get("git") or {}).get("branch"), "patch (sha256)": patch}
+
+
+def environment_of(run: IndexedRun) -> dict[str, str]:
+    """What env.txt of a run says; nothing if it is missing."""
+    try:
+        return parse_environment((run.path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}
+
+
+def parse_environment(text: str) -> dict[str, str]:
+    """The facts of an env.txt: "python" -> "3.11.2 (CPython)", and a package -> its version."""
+    facts = {}
+    for line in text.splitlines():
+        name, separator, value = line.partition("==" if line.startswith("  ") else ": ")
+        if separator:
+            facts[name.strip()] = value.strip()
+    return facts
+
+
+def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
+    """`git log --oneline` between the commits of the first run and the next one with another; [] if git is no help."""
+    commits = [commit for commit in (code_identity(run)[0] for run in runs) if commit and COMMIT.fullmatch(commit)]
+    other = next((commit for commit in commits if commit != commits[0]), None)
+    if other is None:
+        return []
+    import git
+
+    try:
+        with git.Repo(root, search_parent_directories=True) as repo:
+            lines = repo.git.log("--oneline", "--no-decorate", f"{commits[0]}...{other}", "--left-right").splitlines()
+    except (git.GitError, OSError, ValueError):
+        return []
+    return lines[:COMMITS_SHOWN] + (
+        [f"... and {len(lines) - COMMITS_SHOWN} more"] if len(lines) > COMMITS_SHOWN else []
+    )
+
+
+def _files_of(patch: str) -> dict[str, list[str]]:
+    """The changes in a patch by file; without the lines that only say which blobs and places they are of."""
+    files: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in patch.splitlines():
+        if line.startswith("diff --git "):
+            lines = files.setdefault(line.rpartition(" b/")[2], [])
+        elif line.startswith(("+", "-", " ")) and not line.startswith(("+++ ", "--- ")):
+            lines.append(line)
+    return files
+
+
+def patch_difference(runs: Sequence[IndexedRun]) -> list[str]:
+    """A diff between the patch of the first run and that of the next one with another; [] if they agree."""
+    patches = []
+    for run in runs:
+        try:
+            patches.append((run.path / PATCH).read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            patches.append("")
+    index = next((i for i, patch in enumerate(patches) if patch != patches[0]), None)
+    if index is None:
+        return []
+    files = [_files_of(patch) for patch in (patches[0], patches[index])]
+    lines: list[str] = []
+    for name in sorted(files[0].keys() | files[1].keys()):
+        before, after = (of_patch.get(name, []) for of_patch in files)
+        if before != after:
+            lines += [f"@@ {name}", *list(difflib.unified_diff(before, after, lineterm="", n=1))[2:]]
+    more = len(lines) - PATCH_LINES_SHOWN
+    return lines[:PATCH_LINES_SHOWN] + ([f"... and {more} more lines"] if more > 0 else [])

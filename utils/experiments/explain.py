@@ -1,0 +1,107 @@
+"""Where a value of a configuration came from, and what it means. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.config.loader import LoadedConfig
+from utils.config.settings import FIELDS, SECTION_OF, Config, expected, field_fact
+from utils.errors import UserError, nearest
+from utils.runs.index import IndexedRun
+
+DEFAULTS = {key: value for section in Config().model_dump(mode="json").values() for key, value in section.items()}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One setting.
+
+    value, source: what holds, and where it was set (file:line, a flag, or "default").
+    resolved: what the value came to, where it was none or "auto" (of a run only).
+    shadowed: (value, source) of every layer below, the next one first.
+    """
+
+    key: str
+    section: str
+    value: Any
+    source: str
+    resolved: Any
+    shadowed: list[tuple[Any, str]]
+    default: Any
+    meaning: str
+    expected: str
+    unit: str
+    kind: str
+
+
+def explain(key: str, loaded: LoadedConfig) -> Explanation:
+    """A setting of a configuration as it is merged now.
+
+    Raises:
+        UserError: there is no such setting.
+    """
+    name = known_key(key, FIELDS)
+    return _explanation(name, loaded.sources_json()[name], None)
+
+
+def explain_of_run(key: str, run: IndexedRun) -> Explanation:
+    """A setting of a run, as it was when the run was started (or resumed last).
+
+    Raises:
+        UserError: the run did not record it, or its record is damaged.
+    """
+    path = run.path / "meta" / "config_sources.json"
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        name = known_key(key, recorded)
+        return _explanation(name, recorded[name], (run.record.get("resolved") or {}).get(name))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def known_key(key: str, known: Mapping[str, Any]) -> str:
+    """`key` by its leaf name: `batch_size`, `batch-size` and `train.batch_size` are one.
+
+    Raises:
+        UserError: there is none, with the nearest one.
+    """
+    section, _, name = key.removeprefix("--").replace("-", "_").rpartition(".")
+    if name not in known:
+        raise UserError(f"no setting is named {key}{nearest(name, known)}")
+    if section and section != SECTION_OF.get(name, section):
+        raise UserError(f"{name} belongs to section {SECTION_OF[name]}, not {section}")
+    return name
+
+
+def _explanation(key: str, facts: Mapping[str, Any], resolved: Any) -> Explanation:
+    value = facts["value"]
+    known = key in FIELDS  # a run of another version may have settings that are gone
+    return Explanation(
+        key=key,
+        section=SECTION_OF.get(key, "unknown to this version"),
+        value=value,
+        source=facts["source"],
+        resolved=resolved if resolved != value else None,
+        shadowed=[(layer["value"], layer["source"]) for layer in facts["shadowed"]],
+        default=DEFAULTS[key] if known else None,
+        meaning=FIELDS[key].description or "" if known else "",
+        expected=expected(key) if known else "",
+        unit=field_fact(key, "unit") if known else "",
+        kind=field_fact(key, "kind") if known else "",
+    )
+
+
+def settings_with_sources(run: IndexedRun) -> dict[str, str]:
+    """Where each recorded setting of a run was set; nothing where that cannot be read."""
+    path = Path(run.path, "meta", "config_sources.json")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        return {key: str(facts["source"]) for key, facts in recorded.items() if "source" in facts}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}

@@ -1,0 +1,95 @@
+"""What a person says about a run: tag, note, pin; and the names that are given to its weights. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
+from utils.config.settings import check_tag
+from utils.errors import UserError
+from utils.files import write_json
+from utils.runs.index import read_notes
+from utils.runs.names import add_version
+from utils.runs.run import RunError, read_record, read_status, utc_now
+from utils.runs.seal import file_sha256
+
+EXPORT = Path("artifacts", "export")
+
+
+def edit(
+    path: Path,
+    *,
+    tag: str | None = None,
+    note: str | None = None,
+    add_tags: tuple[str, ...] = (),
+    remove_tags: tuple[str, ...] = (),
+    pinned: bool | None = None,
+) -> dict[str, Any]:
+    """Change what is said about the run `path`; None leaves a thing as it is. What is said afterwards.
+
+    Args:
+        tag: the name of the run (`RUN` on a command line); its id and directory stay.
+
+    Raises:
+        UserError: a bad tag; a run that is being trained, which alone may write its run.json; damaged notes.
+    """
+    try:
+        notes = read_notes(path)
+    except (OSError, ValueError) as error:
+        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
+        raise RunError(f"{path / 'notes.json'} cannot be read: {reason}") from None
+    record = read_record(path)
+    if tag is not None:
+        try:
+            check_tag(tag)
+        except ValueError as error:
+            raise UserError(f"--tag: {error}") from None
+        if read_status(path) == "running":
+            raise RunError(f"{path.name} is being trained: its tag can be changed when it has ended")
+    tags = [one for one in dict.fromkeys([*notes["tags"], *add_tags]) if one not in remove_tags]
+    notes |= {"tags": tags}
+    notes |= {"note": note} if note is not None else {}
+    notes |= {"pinned": pinned} if pinned is not None else {}
+    try:
+        if tag is not None:
+            write_json(path / "run.json", {**record, "tag": tag})
+        write_json(path / "notes.json", notes)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+    return {"tag": record.get("tag") if tag is None else tag, **notes}
+
+
+def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Give the exported weights of the run `path` a name.
+
+    Returns:
+        NAME@vN, and what models.json says of it: run, checkpoint (from which they were exported), file, sha256, time.
+
+    Raises:
+        UserError: no export, a run outside `runs_dir`, a bad name.
+    """
+    if path.resolve().parent != runs_dir.resolve():
+        raise RunError(f"{path} is not in {runs_dir}, whose models.json would name it")
+    weights = path / EXPORT / WEIGHTS_FILE
+    try:
+        training = json.loads((path / EXPORT / "config.json").read_text(encoding="utf-8"))["training"]
+        facts = {
+            "run": path.resolve().name,
+            "checkpoint": folder_name(training["step"]),
+            "weights": training.get("weights", "last"),
+            "val/loss": training.get("val/loss"),
+            "file": weights.relative_to(path).as_posix(),
+            "sha256": file_sha256(weights),
+            "time": utc_now(),
+        }
+    except FileNotFoundError:
+        raise RunError(
+            f"{path.name} ({read_status(path)}) has no export: it is written when training completes"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path / EXPORT}: cannot be read: {error}") from None
+    return f"{name}@v{add_version(runs_dir, name, facts)}", facts

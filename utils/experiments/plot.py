@@ -1,0 +1,229 @@
+"""Curves of several runs in one picture: in the terminal, as PNG, as SVG. No torch here."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils.errors import UserError, nearest
+from utils.experiments.compare import Curve, read_curve
+from utils.files import write_atomic
+from utils.runs.index import IndexedRun
+from utils.runs.log import METRICS_FILE, NOT_METRICS, metric, read_records
+
+Axis = Literal["step", "tokens", "time"]
+PICTURES = (".png", ".svg")
+HEX_COLORS = ("#3b6fb6", "#e07b1f", "#2f9e63", "#d1495b", "#8a63c4", "#1b9aaa", "#b8860b", "#7a7f87")
+TERMINAL_COLORS = (33, 208, 35, 197, 135, 37, 178, 245)  # of 256; readable on black and on white
+PLAIN_MARKERS = "*o+x#%@="  # without colours a curve is known by its character
+POINTS_A_COLUMN = 4  # a cell of braille has two columns of dots, a smallest and a largest value go into each
+TICKS = {"x": 8, "y": 4}  # at least so many columns, or rows, from one to the next
+TIME_UNITS = ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.0, 1.0, "s"))  # from so many seconds on; seconds; name
+
+
+@dataclass(frozen=True)
+class PlottedCurve:
+    """x: steps, tokens or seconds of training; y: the metric, finite everywhere."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+def load_curves(runs: Sequence[IndexedRun], metric: str, axis: Axis, smooth: float) -> list[PlottedCurve]:
+    """One metric of several runs; a run that has no finite value of it is left out.
+
+    Args:
+        smooth: the weight of what came before in an exponential moving average; 0: as logged.
+
+    Raises:
+        UserError: no run has logged the metric, no value of it is finite, a log is damaged, or a bad weight.
+    """
+    if not 0 <= smooth < 1:
+        raise UserError(f"smoothing by {smooth:g}: expected a weight from 0 to below 1")
+    loaded = [(run, _read(run, metric)) for run in runs]
+    if not any(curve.values for _, curve in loaded):
+        known = {name for run in runs for name in logged_metrics(run)}
+        raise UserError(f"no run has logged {metric}{nearest(metric, sorted(known))}")
+    names = names_of(runs)
+    curves = []
+    for (_, curve), name in zip(loaded, names, strict=True):
+        points = [(x, y) for x, y in zip(getattr(curve, axis), curve.values, strict=True) if math.isfinite(y)]
+        if points:
+            curves.append(PlottedCurve(name, [x for x, _ in points], smoothed([y for _, y in points], smooth)))
+    if not curves:
+        raise UserError(f"no value of {metric} is finite")
+    return curves
+
+
+def _read(run: IndexedRun, name: str) -> Curve:
+    try:
+        return read_curve(run.path, name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.id}: logs/{METRICS_FILE} cannot be read: {error}") from None
+
+
+def logged_metrics(run: IndexedRun) -> set[str]:
+    """The names in the log of a run."""
+    return {name for record in read_records(run.path / "logs" / METRICS_FILE) for name in record} - NOT_METRICS
+
+
+def names_of(runs: Sequence[IndexedRun]) -> list[str]:
+    """What each run is called in a legend: its tag, or its id where there is none or another run has it too."""
+    tags = [str(run.record.get("tag") or run.id) for run in runs]
+    count = Counter(tags)
+    return [tag if count[tag] == 1 else run.id for run, tag in zip(runs, tags, strict=True)]
+
+
+def smoothed(values: Iterable[float], weight: float) -> list[float]:
+    """Exponential moving averages, without the pull towards zero that the first ones have (as in TensorBoard)."""
+    average, remaining, result = 0.0, 1.0, []
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        remaining *= weight
+        result.append(average / (1 - remaining))
+    return result
+
+
+def y_label(name: str) -> str:
+    """A metric with its unit."""
+    try:
+        unit = metric(name).unit
+    except KeyError:  # registered by a callback of the run
+        return name
+    return name if unit == "1" else f"{name} ({unit})"
+
+
+def x_scale(axis: Axis, largest: float) -> tuple[float, str]:
+    """What x is divided by, and the label of the axis with its unit; `largest`: the end of the longest curve."""
+    if axis != "time":
+        return 1.0, {"step": "step", "tokens": "tokens of training"}[axis]
+    _, seconds, name = next(unit for unit in TIME_UNITS if largest >= unit[0])
+    return seconds, f"time of training ({name})"
+
+
+def terminal_plot(
+    curves: Sequence[PlottedCurve], metric: str, axis: Axis, width: int, height: int, colour: bool = True
+) -> str:
+    """The curves as text of `height` lines of at most `width` columns; what is drawn stands above the picture.
+
+    Args:
+        colour: False: no control sequences; each curve is drawn with its own character.
+    """
+    import plotext
+
+    divisor, x_label = x_scale(axis, max(curve.x[-1] for curve in curves))
+    head = [y_label(metric), *_legend([curve.name for curve in curves], width, colour)]
+    figure = plotext.figure
+    plotext.terminal.limit(False, False)  # the size is the caller's, whatever the terminal has
+    figure.clear()
+    plotext.add_theme("curves", sequence=TERMINAL_COLORS)
+    figure.theme("curves")
+    figure.plot_size(width, height - len(head))
+    for index, curve in enumerate(curves):
+        kept = thinned(curve.y, POINTS_A_COLUMN * width)
+        x, y = [curve.x[i] / divisor for i in kept], [curve.y[i] for i in kept]
+        marker = "braille" if colour or len(curves) == 1 else PLAIN_MARKERS[index % len(PLAIN_MARKERS)]
+        figure.draw(figure.signal(x, y, marker=marker).lines())
+    x_ends = min(curve.x[0] for curve in curves) / divisor, max(curve.x[-1] for curve in curves) / divisor
+    x_ticks = _ticks(*x_ends, width // TICKS["x"], least=0.0 if axis == "time" else 1.0)
+    y_ends = min(min(curve.y) for curve in curves), max(max(curve.y) for curve in curves)
+    y_ticks = _ticks(*y_ends, (height - len(head)) // TICKS["y"])
+    for name, ends, ticks in (("x", x_ends, x_ticks), ("y", y_ends, y_ticks)):
+        figure.ruler(name).ticks(ticks, _tick_labels(ticks))
+        if ends[0] < ends[1]:
+            figure.ruler(name).lim(*ends)
+    figure.label(x_label, axis="x")
+    lines = figure.build().string(colorless=not colour).rstrip("\n").split("\n")
+    figure.clear()
+    return "\n".join([*head, *(line.rstrip() for line in lines)])
+
+
+def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:
+    """Lines with a marker and a name for each curve."""
+    lines, used = [""], 0
+    for index, name in enumerate(names):
+        name = name if len(name) <= width - 3 else name[: width - 4] + "…"
+        if used and used + len(name) + 5 > width:
+            lines, used = [*lines, ""], 0
+        mark = PLAIN_MARKERS[index % len(PLAIN_MARKERS)] * 2 if len(names) > 1 else "⠒⠒"
+        if colour:
+            mark = f"\x1b[38;5;{TERMINAL_COLORS[index % len(TERMINAL_COLORS)]}m━━\x1b[0m"
+        lines[-1] += f"{'   ' if used else ''}{mark} {name}"
+        used += len(name) + (6 if used else 3)
+    return lines
+
+
+def thinned(values: Sequence[float], points: int) -> list[int]:
+    """Indices of about `points` values that look like all: the smallest and the largest of each stretch."""
+    if len(values) <= points:
+        return list(range(len(values)))
+    stretch = math.ceil(2 * len(values) / points)
+    kept = []
+    for start in range(0, len(values), stretch):
+        indices = range(start, min(start + stretch, len(values)))
+        kept += sorted({min(indices, key=values.__getitem__), max(indices, key=values.__getitem__)})
+    return kept
+
+
+def _ticks(low: float, high: float, room: int, least: float = 0.0) -> list[float]:
+    """Round numbers between `low` and `high`, about `room` of them or fewer, `least` or more apart."""
+    if not math.isfinite(high - low) or high <= low:
+        return [low]
+    least = max(least, (high - low) / max(2, room))
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next((factor * power for factor in (1, 2, 5) if factor * power >= least), 10 * power)
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _tick_labels(ticks: Sequence[float]) -> list[str]:
+    """The numbers with one count of decimals, thousands and millions as k and M."""
+    largest = max(map(abs, ticks))
+    if 0 < largest < 1e-3 or largest >= 1e12:
+        return [f"{tick:.1e}" if tick else "0" for tick in ticks]
+    divisor, suffix = next(((d, s) for d, s in ((1e9, "G"), (1e6, "M"), (1e4, "k")) if largest >= d), (1.0, ""))
+    divisor = 1e3 if suffix == "k" else divisor
+    gap = (ticks[1] - ticks[0] if len(ticks) > 1 else largest) / divisor
+    decimals = max(0, min(6, math.ceil(-math.log10(gap) - 1e-9))) if gap else 0
+    return [f"{tick / divisor:,.{decimals}f}{suffix if tick else ''}" for tick in ticks]
+
+
+def save_plot(curves: Sequence[PlottedCurve], metric: str, axis: Axis, out: Path) -> None:
+    """Write the picture of the curves, a .png or .svg file.
+
+    Raises:
+        UserError: another ending.
+        OSError: it cannot be written.
+    """
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"{out}: expected a file that ends in {' or '.join(PICTURES)}")
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    svg = out.suffix.lower() == ".svg"
+    (FigureCanvasSVG if svg else FigureCanvasAgg)(figure)
+    axes = figure.add_subplot()
+    divisor, x_label = x_scale(axis, max(curve.x[-1] for curve in curves))
+    for index, curve in enumerate(curves):
+        dots = "o" if len(curve.x) < 50 else ""
+        color = HEX_COLORS[index % len(HEX_COLORS)]
+        axes.plot([x / divisor for x in curve.x], curve.y, dots + "-", color=color, markersize=3, linewidth=1.4)
+    axes.set(xlabel=x_label)
+    axes.set_ylabel(y_label(metric), parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    legend = axes.legend(axes.lines, [str(index) for index in range(len(curves))], frameon=False)
+    for text, curve in zip(legend.get_texts(), curves, strict=True):
+        text.set(text=curve.name, parse_math=False)  # a label that begins with _ would be hidden
+    picture = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "curves"}):  # the same curves give the same bytes
+        figure.savefig(picture, format="svg" if svg else "png", metadata={"Date": None} if svg else {"Software": None})
+    write_atomic(out, picture.getvalue())

@@ -1,0 +1,217 @@
+"""One self-contained HTML page about some runs: it asks nothing of the network. No torch here."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from utils.experiments.bits import LogComparison
+from utils.experiments.compare import Curve, read_curve
+from utils.experiments.diff import ENVIRONMENT, RunDiff, diff
+from utils.experiments.explain import settings_with_sources
+from utils.experiments.plot import HEX_COLORS, Axis, names_of, thinned, x_scale, y_label
+from utils.files import write_atomic
+from utils.runs.index import IndexedRun, non_default_settings
+from utils.runs.log import METRICS_FILE, SAMPLES_FILE, last_record
+from utils.terminal.console import duration
+from utils.terminal.html import render
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+METRICS = ("val/loss", "train/loss")
+POINTS = 2000  # of a curve: more than a screen has columns
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a file that was damaged may raise
+RECORDED_GIT = ("commit", "branch", "remote", "dirty")
+
+
+def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
+    """Write the page about `runs`; what cannot be read of a run is told there.
+
+    Args:
+        out: the .html file.
+        root: the project folder, whose git repository knows the commits.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    problems: dict[str, list[str]] = {run.id: [run.problem] if run.problem else [] for run in runs}
+
+    def attempt(run: IndexedRun, what: str, make: Callable[[IndexedRun], Any], otherwise: Any) -> Any:
+        """What `make` says of a run, or the reason why it could not."""
+        try:
+            return make(run) if run.readable else otherwise
+        except UNREADABLE as error:
+            problems[run.id].append(f"{what} cannot be read: {type(error).__name__}: {error}")
+            return otherwise
+
+    curves = [attempt(run, f"logs/{METRICS_FILE}", _curves, {}) for run in runs]
+    sound = [run for run, of_run in zip(runs, curves, strict=True) if of_run]
+    differences, difference_problem = _differences(sound, root)
+    described = [
+        {
+            "id": run.id,
+            "name": name,
+            "color": HEX_COLORS[index % len(HEX_COLORS)],
+            "status": run.status,
+            **attempt(run, "its numbers", _numbers, dict.fromkeys(_numbers(IndexedRun(run.path)))),
+            "sample": attempt(run, f"logs/{SAMPLES_FILE}", _last_sample, None),
+            "origin": attempt(run, "run.json", _origin, []),
+            "environment": attempt(run, str(ENVIRONMENT), _environment, ""),
+            "settings": attempt(run, "its settings", _own_settings, []),
+            "problems": problems[run.id],
+        }
+        for index, (run, name) in enumerate(zip(runs, names_of(runs), strict=True))
+    ]
+    data = _chart(described, curves)
+    page = render(
+        TEMPLATE,
+        {"shown": _shown},
+        runs=described,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        chart=data,
+        plotly=_plotly() if data["traces"] else "",
+        differences=differences,
+        difference_problem=difference_problem,
+        divergences=[(run, _divergence(logs)) for run, logs in differences.curves] if differences else [],
+    )
+    write_atomic(out, page)
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs()).replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+def _curves(run: IndexedRun) -> dict[str, Curve]:
+    return {name: read_curve(run.path, name) for name in METRICS}
+
+
+def _differences(runs: Sequence[IndexedRun], root: Path) -> tuple[RunDiff | None, str | None]:
+    """What differs between two or more runs, or why that is not known."""
+    if len(runs) < 2:
+        return None, None
+    try:
+        return diff(runs, root), None
+    except UNREADABLE as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _divergence(logs: LogComparison) -> str:
+    if logs.difference:
+        return str(logs.difference)
+    return (
+        f"the same numbers in all {logs.steps:,} steps that both have"
+        if logs.identical
+        else logs.problem or "no step in common"
+    )
+
+
+def _numbers(run: IndexedRun) -> dict[str, Any]:
+    """The line of a run in the table, as text."""
+    row = run.row()
+    return {
+        "steps": "" if row["steps"] is None else f"{row['steps']:,}",
+        "best": _loss(row["val_loss"]),
+        "best_step": "" if row["best_step"] is None else f"{row['best_step']:,}",
+        "last": _loss(row["last_val_loss"]),
+        "duration": "" if row["duration"] is None else duration(row["duration"]),
+        "commit": (row["commit"] or "")[:10],
+        "dirty": bool(row["dirty"]),
+        "tags": row["tags"],
+        "note": row["note"],
+        "reason": run.record.get("exit_reason") or "",
+    }
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _last_sample(run: IndexedRun) -> dict[str, Any] | None:
+    record = last_record(run.path / "logs" / SAMPLES_FILE)
+    return None if record is None else {"step": f"{record['step']:,}", "text": record["text"]}
+
+
+def _environment(run: IndexedRun) -> str:
+    try:
+        return (run.path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _own_settings(run: IndexedRun) -> list[tuple[str, Any, str]]:
+    """(key, value, source) of what differs from the defaults."""
+    sources = settings_with_sources(run)
+    return [(key, value, sources.get(key, "")) for key, value in non_default_settings(run).items()]
+
+
+def _origin(run: IndexedRun) -> list[tuple[str, str]]:
+    """What run.json says of where the run came from."""
+    record, git = run.record, run.record.get("git") or {}
+    resolved, parent = record.get("resolved") or {}, record.get("parent")
+    facts = {
+        "command": shlex.join(map(str, record.get("argv") or [])),
+        "started": record.get("start"),
+        "ended": record.get("end"),
+        "host": record.get("host"),
+        **{f"git {name}": git.get(name) for name in RECORDED_GIT},
+        "configuration": record.get("config_hash"),
+        "corpus": resolved.get("corpus_hash"),
+        "tokenizer": resolved.get("tokenizer_hash"),
+        "parent": parent and ", ".join(f"{key} {_shown(value)}" for key, value in parent.items()),
+    }
+    rows = [(name, _shown(value)) for name, value in facts.items() if value not in (None, "")]
+    for session in record.get("resumes") or []:
+        before = (session.get("before") or {}).get("status")
+        rows.append(("resumed", f"at step {session['step']:,} on {session['time']}, after it was {before}"))
+    return rows
+
+
+def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -> dict[str, Any]:
+    """What the script of the page draws: the axes, and a trace for each curve with its x on each of them."""
+    found = [curve for of_run in curves for curve in of_run.values() if curve.values]
+    scales = {axis: x_scale(axis, max((getattr(c, axis)[-1] for c in found), default=0.0)) for axis in get_args(Axis)}
+    traces = []
+    for index, (run, of_run) in enumerate(zip(runs, curves, strict=True)):
+        for name, curve in of_run.items():
+            finite = [i for i, value in enumerate(curve.values) if math.isfinite(value)]
+            kept = [finite[i] for i in thinned([curve.values[i] for i in finite], POINTS)]
+            if kept:
+                traces.append(
+                    {
+                        "name": html.escape(run["name"], quote=False),  # plotly reads some tags
+                        "color": run["color"],
+                        "run": index,
+                        "row": METRICS.index(name),
+                        "x": {
+                            axis: [_rounded(getattr(curve, axis)[i] / divisor) for i in kept]
+                            for axis, (divisor, _) in scales.items()
+                        },
+                        "y": [_rounded(curve.values[i]) for i in kept],
+                    }
+                )
+    return {
+        "axes": {axis: label for axis, (_, label) in scales.items()},
+        "metrics": [y_label(name) for name in METRICS],
+        "traces": traces,
+    }
+
+
+def _rounded(value: float) -> float:
+    """With nine digits, which is more than a screen shows."""
+    return float(f"{value:.9g}")
+
+
+def _shown(value: Any) -> str:
+    """A value of a setting, or a fact, as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,345 @@
+"""Training a run again, from its recorded code, configuration and corpus, and comparing the two bit by bit.
+
+The repetition is a process of its own, so that it runs the code of then. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from utils.checkpoints.folder import list_checkpoints
+from utils.config.loader import flag_name
+from utils.errors import UserError
+from utils.experiments.bits import LogComparison, compare_logs
+from utils.experiments.diff import ENVIRONMENT, parse_environment
+from utils.files import write_json
+from utils.runs.index import IndexedRun, read_run, resolved_setting
+from utils.runs.log import METRICS_FILE, last_record, read_metrics
+from utils.runs.origin import PER_SESSION
+from utils.runs.run import CHECKPOINTS, PATCH, REPRODUCTION, read_record
+from utils.runs.seal import file_sha256, seal
+
+GIT_TEXT = Path("meta", "git.txt")
+WEIGHTS = Path("artifacts", "export", "model.safetensors")
+PINNED = ("device", "dtype", "threads", "deterministic")  # as they came to be, not as they would now
+FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # lines of training that are passed on
+UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # a repetition is compared by its log
+Code = Literal["recorded", "current"]
+
+
+class ReproductionError(UserError):
+    """The code or configuration of a run cannot be had again."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of training a run again.
+
+    first: the step of the checkpoint it began with, or 0. expected: how many updates the old log has in that part.
+    weights: whether the exports are the same; None: there are not two of the same step.
+    environment: what differs, as "torch 2.13.0 -> 2.14.0". unknown: what cannot be told from the record.
+    """
+
+    run: str
+    repetition: str
+    status: str
+    exit_status: int
+    first: int
+    expected: int
+    logs: LogComparison
+    weights: bool | None
+    environment: list[str]
+    unknown: list[str]
+
+    @property
+    def identical(self) -> bool:
+        return self.logs.identical and self.logs.steps == self.expected and self.weights is not False
+
+    @property
+    def verdict(self) -> str:
+        if self.identical:
+            weights = ", and the same weights" if self.weights else ""
+            return f"identical for {self.logs.steps:,} steps{weights}"
+        if self.logs.problem is not None:
+            what = self.logs.problem
+        elif self.logs.difference is not None:
+            what = str(self.logs.difference)
+        elif self.logs.steps == self.expected > 0:
+            what = f"the logs of {self.expected:,} steps are identical, but the exported weights differ"
+        else:
+            what = (
+                f"identical for {self.logs.steps:,} of {self.expected:,} steps; the repetition ended as {self.status}"
+            )
+        differs = f"environment differs in: {', '.join(self.environment)}" if self.environment else ""
+        return f"{what}; {differs or 'the environment is the same'}"
+
+
+def reproduce(
+    run: IndexedRun,
+    root: Path,
+    *,
+    steps: int | None = None,
+    from_checkpoint: bool = False,
+    code: Code = "recorded",
+    quiet: bool = False,
+    tell: Callable[[str], None] = print,
+) -> Reproduction:
+    """Train a run again into a new run directory beside it, whose parent it becomes, and compare their logs.
+
+    Args:
+        root: the project folder, whose git repository has the commit of the run.
+        steps: so many steps only.
+        from_checkpoint: begin with a checkpoint of the run instead of step 0: the newest one that has steps after it.
+        code: "recorded": the commit with its patch, in a temporary folder; "current": the project folder as it is.
+        quiet: the progress of training goes to stderr.
+        tell: says one line to the user.
+
+    Raises:
+        ReproductionError: it has no log or no checkpoint to begin with, or its code cannot be had again.
+    """
+    if not run.settings or not run.record.get("resolved"):
+        raise ReproductionError(f"{run.id}: {run.problem or 'it ended before it began'}: there is nothing to reproduce")
+    parent = _parent(run)
+    first, end, expected = _part(run, parent, steps, from_checkpoint)
+    with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
+        unknown: list[str] = []
+        project = root
+        if code == "recorded":
+            project, unknown = recorded_code(run, root, Path(folder))
+        where = "the code as it is now" if project == root else "the recorded code"
+        tell(f"training {run.id} again from step {first:,}, with {where}")
+        if steps is not None and project != root and "stop_at_step" not in run.settings:
+            raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
+        command = [sys.executable, str(project / "train.py"), *_origin(run, first, parent, from_checkpoint)]
+        command += _overrides(run, root, end)
+        before = {path.name for path in run.path.parent.iterdir()}
+        exit_status, pid = _run(command, project, sys.stderr if quiet else sys.stdout)
+        path = _new_run(run.path.parent, before, pid)
+    if path is None:
+        raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
+    _adopt(run, path, keep_code=project == root)
+    repetition = read_run(path)
+    logs = compare_logs(run.path, path, first)
+    both = all((one / WEIGHTS).is_file() for one in (run.path, path)) and end is None and not from_checkpoint
+    weights = file_sha256(run.path / WEIGHTS) == file_sha256(path / WEIGHTS) if both else None
+    environment = environment_differences(run, repetition)
+    status = repetition.status
+    return Reproduction(run.id, path.name, status, exit_status, first, expected, logs, weights, environment, unknown)
+
+
+def _part(
+    run: IndexedRun, parent: Mapping[str, Any] | None, steps: int | None, from_checkpoint: bool
+) -> tuple[int, int | None, int]:
+    """Which updates are trained again: the first step, the step to stop at (None: the last one), how many are logged.
+
+    Raises:
+        ReproductionError: the log is empty or damaged, or there is no checkpoint to begin with.
+    """
+    try:
+        last = last_record(run.path / "logs" / METRICS_FILE)
+        losses = read_metrics(run.path / "logs", "train/loss")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReproductionError(f"{run.id}: its log is damaged: {error}") from None
+    if last is None:
+        raise ReproductionError(f"{run.id} has logged nothing")
+    if from_checkpoint:
+        first = _checkpoint_step(run, steps, last["step"])
+    else:
+        first = parent["step"] if parent is not None and parent["relation"] == "fork" else 0
+    end = None
+    if steps is not None:
+        end = min(last["step"], first + steps)
+    elif run.status != "completed" and losses:
+        end = losses[-1][0] + 1  # it did not get further
+    return first, end, sum(first <= step and (end is None or step < end) for step, _ in losses)
+
+
+def _checkpoint_step(run: IndexedRun, steps: int | None, last_step: int) -> int:
+    """The newest checkpoint with as many logged steps after it as are wanted, else the one with most of them.
+
+    Raises:
+        ReproductionError: there is no checkpoint before the end of the log.
+    """
+    found = [step for step, _ in list_checkpoints(run.path / CHECKPOINTS) if step < last_step]
+    if not found:
+        raise ReproductionError(f"{run.id} has no checkpoint before step {last_step:,}, where its log ends")
+    return next((step for step in found if step + (steps or 0) <= last_step), found[-1])
+
+
+def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
+    """The run whose weights this one began with, as run.json says; None: it began with none.
+
+    Raises:
+        ReproductionError: it is gone.
+    """
+    parent = run.record.get("parent")
+    if parent is None or parent["relation"] == REPRODUCTION:
+        return None
+    if not Path(parent["path"]).is_dir():
+        raise ReproductionError(f"{run.id} began with weights of {parent['run']}, and {parent['path']} is gone")
+    return dict(parent)
+
+
+def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
+    """Where the repetition starts, as flags: a checkpoint of the run, of its parent, or its configuration alone."""
+    if from_checkpoint:
+        yield from ("--resume", f"{run.path.resolve()}:{first}", "--fork")
+        return
+    if parent is not None:
+        weights = f"{parent['path']}:{parent['step']}"
+        yield from ("--resume", weights, "--fork") if parent["relation"] == "fork" else ("--init-from", weights)
+    yield from ("--config", str(run.path.resolve() / "meta" / "full_config.json"))
+
+
+def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
+    """Settings of the repetition, as flags: what "auto" came to, the same places, and no tracker."""
+    tag = run.record.get("tag")
+    overrides: dict[str, Any] = {
+        **{key: resolved_setting(run, key) for key in PINNED},
+        **UNTRACKED,
+        **dict.fromkeys(PER_SESSION),
+        "runs_dir": run.path.parent.resolve(),
+        "corpora_dir": root / run.settings.get("corpora_dir", "corpora"),
+        "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
+        "stop_at_step": end,
+    }
+    for key, value in overrides.items():
+        if key not in run.settings:  # the code of then may not know it
+            continue
+        if isinstance(value, bool):
+            yield flag_name(key, value)
+        else:
+            yield from (flag_name(key), "none" if value is None else str(value))
+
+
+def _run(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, int]:
+    """Exit status and process id of a training process; its signals are ours."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
+    assert process.stdout is not None
+    previous = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):  # the terminal has told the child, too: it stops in order
+                for line in process.stdout:
+                    if line.startswith(FORWARDED):  # not how to resume it, say: its code is gone when it has ended
+                        print(line, end="", file=output, flush=True)
+                return process.wait(), process.pid
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _new_run(runs_dir: Path, before: set[str], pid: int) -> Path | None:
+    """The run directory that a process has made."""
+    for path in runs_dir.iterdir():
+        if path.name not in before and (path / "run.json").is_file() and read_record(path).get("pid") == pid:
+            return path
+    return None
+
+
+def _adopt(run: IndexedRun, path: Path, keep_code: bool) -> None:
+    """Let the repetition name its parent and the code that it was trained with, and seal it again."""
+    record = read_record(path)
+    if record.get("parent") is None:
+        record["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
+    if not keep_code:
+        record["git"] = run.record.get("git")
+        for name in (GIT_TEXT, PATCH):
+            if (run.path / name).is_file():
+                shutil.copyfile(run.path / name, path / name)
+    write_json(path / "run.json", record)
+    seal(path)
+
+
+def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
+    """Facts of the environment that are not the same, those that matter for numbers first."""
+    texts = [one.path / ENVIRONMENT for one in (run, other)]
+    then, now = (parse_environment(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in texts)
+    resolved: list[Mapping[str, Any]] = [one.record.get("resolved") or {} for one in (run, other)]
+    for key in ("corpus_hash", "processor", *PINNED):
+        then[key], now[key] = (str(of_run.get(key)) for of_run in resolved)
+    names = [name for name in dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *then, *now))]
+    said_already = ("torch threads",)  # in env.txt: it is `threads`
+    differing = (name for name in names if then.get(name) != now.get(name) and name not in said_already)
+    return [f"{name} {then.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in differing]
+
+
+# -------------------------------------------------------------------------------------------------- code
+
+
+def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list[str]]:
+    """The code of a run in `folder`: its commit from the repository of `root`, and its patch.
+
+    Returns:
+        The project folder there, and what of the code is not known. Of a run without git: `root` itself.
+
+    Raises:
+        ReproductionError: the repository does not have the commit, or the patch does not apply.
+    """
+    facts = run.record.get("git") or {}
+    if facts.get("commit") is None:
+        return root, ["the code of the run: it was started without git, so the code as it is now was used"]
+    import git
+
+    archive = folder / "code.tar"
+    try:
+        with git.Repo(root, search_parent_directories=True) as repo, archive.open("wb") as file:
+            repo.archive(file, facts["commit"], format="tar")
+            top = Path(str(repo.working_tree_dir))
+    except (git.GitError, OSError, ValueError) as error:
+        raise ReproductionError(
+            f"commit {facts['commit'][:12]} of {run.id} cannot be had from the repository of {root} "
+            f"({str(error).strip().splitlines()[-1].strip()}); --code current trains with the code as it is now"
+        ) from None
+    tree = folder / "code"
+    tree.mkdir()
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(tree, filter="data")
+    except tarfile.TarError as error:
+        raise ReproductionError(f"commit {facts['commit'][:12]} cannot be unpacked: {error}") from None
+    archive.unlink()
+    if (run.path / PATCH).is_file():
+        apply_patch(run.path / PATCH, tree)
+    left_out = _left_out(run)
+    unknown = [f"what was in files that are not in the patch: {', '.join(left_out)}"] if left_out else []
+    return tree / root.resolve().relative_to(top.resolve()), unknown
+
+
+def apply_patch(patch: Path, tree: Path) -> None:
+    """Apply a patch to the files in `tree`; git refuses paths that leave it.
+
+    Raises:
+        ReproductionError: it does not apply, or wants to leave the tree.
+    """
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": os.fspath(tree.resolve().parent)}
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        environment.pop(name, None)
+    command = ["git", "apply", "--whitespace=nowarn", os.fspath(patch.resolve())]
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
+        raise ReproductionError(f"{patch}: the patch cannot be applied: {reason.removeprefix('error: ')}")
+
+
+def _left_out(run: IndexedRun) -> list[str]:
+    """The files that git.txt names as left out of the patch."""
+    try:
+        text = (run.path / GIT_TEXT).read_text(encoding="utf-8")
+    except OSError:
+        return []
+    _, heading, listing = text.partition("left out of code.patch:\n")
+    return [line.strip() for line in listing.splitlines()] if heading else []

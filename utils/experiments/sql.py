@@ -1,0 +1,264 @@
+"""SQL over runs and their logs, by DuckDB: two views, read only, nothing outside them. No torch here.
+
+runs      one row a run: run_index.FACTS, then each setting of the configuration
+metrics   one row a record of metrics.jsonl: run, step, time, and each metric, `train/loss` as train_loss
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError, nearest
+from utils.runs.index import FACTS, IndexedRun, seconds_of
+from utils.runs.log import METRICS_FILE, registered_metrics
+from utils.runs.run import METRICS
+
+if TYPE_CHECKING:
+    import duckdb
+
+VIEWS = ("runs", "metrics")
+TABLE_FUNCTIONS = ("unnest", "range", "generate_series")  # the others read files, or tell of the database itself
+READING = ("SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE")  # of a parsed query
+EXPRESSION_NAME = re.compile(r"(?!duckdb_|pg_|sqlite_|pragma_)[a-z_][a-z0-9_]*")
+MEMORY_LIMIT = "1GB"
+FILE_COLUMN = "__file"  # no metric's name
+COORDINATES = {"step": "BIGINT", "time": "DOUBLE", "tokens": "BIGINT"}
+
+
+class SqlError(UserError):
+    """A query that is no SQL, or that is not allowed."""
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+
+
+class RunDatabase:
+    """Runs and their logs as SQL views.
+
+    Args:
+        runs: what `runs` shows, in this order; `metrics` has the logs of those that can be read.
+    """
+
+    def __init__(self, runs: Sequence[IndexedRun]) -> None:
+        # DuckDB knows no upper and lower case, and no column without a name
+        self._rows = [{key.lower(): value for key, value in run.row().items() if key} for run in runs]
+        self._logs = [run.path / "logs" / METRICS_FILE for run in runs if run.readable]
+        self._settings = list(dict.fromkeys(key for row in self._rows for key in row if key not in FACTS))
+
+    def select(self, query: str) -> Table:
+        """The result of one SELECT over the views.
+
+        Raises:
+            SqlError: it is no valid SQL, more than one statement, writes, or reads anything but the views.
+        """
+        return self._select(query, READING)
+
+    def _select(self, query: str, allowed: Sequence[str]) -> Table:
+        """As `select`, of a query whose outermost node is one of `allowed`."""
+        import duckdb
+
+        if not _is_unicode(query):
+            raise SqlError("the query is no Unicode text")
+
+        with _told(), duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
+            statements = connection.extract_statements(query)
+            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                raise SqlError("expected one SELECT: the views runs and metrics can be read, nothing can be written")
+            if _check_sources(query, connection) not in allowed:
+                raise SqlError("expected a condition and an order, no further SELECT")
+            self._create_views(connection, with_metrics="metrics" in query.lower())
+            result = connection.execute(statements[0])
+            names = [str(column[0]) for column in result.description or ()]
+            unique = [
+                f"{name}_{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)
+            ]
+            return Table(unique, result.fetchall())
+
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, with_metrics: bool) -> None:
+        """Let the connection see the runs and their logs, and nothing else of this machine."""
+        types = {**FACTS, **{key: _type(row.get(key) for row in self._rows) for key in self._settings}}
+        columns = ", ".join(f"unnest(?::{kind}[]) AS {_quoted(name)}" for name, kind in types.items())
+        values = [[_sql_value(row.get(name), kind) for row in self._rows] for name, kind in types.items()]
+        connection.execute(f"CREATE TABLE runs AS SELECT {columns}", values)
+        logs = [path for path in self._logs if path.is_file() and os.access(path, os.R_OK)] if with_metrics else []
+        connection.execute(_metrics_view(logs))
+        connection.execute("SET default_null_order = 'nulls_last'")
+        connection.execute("SET python_enable_replacements = false")
+        names = [name for path in logs for name in {os.fspath(path), _no_pattern(os.fspath(path))}]
+        connection.execute(f"SET allowed_paths = {_literal(names)}")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+
+    def choose(self, where: str | None = None, order: str | None = None, limit: int | None = None) -> list[str]:
+        """Ids of the runs for which the SQL condition `where` holds, sorted by `order` (unknown values last).
+
+        Raises:
+            SqlError: as `select`.
+        """
+        clauses = [f"WHERE ({where}\n)" if where else "", f"ORDER BY {order}\n" if order else ""]
+        query = " ".join(["SELECT id FROM runs", *clauses, f"LIMIT {limit}" if limit is not None else ""])
+        return [row[0] for row in self._select(query, ["SELECT_NODE"]).rows]
+
+
+def choose_runs(
+    runs: Sequence[IndexedRun], where: str | None = None, order: str | None = None, limit: int | None = None
+) -> list[IndexedRun]:
+    """The runs for which the SQL condition `where` holds, by `order`; without an order the newest `limit` ones.
+
+    Raises:
+        SqlError: `where` or `order` is not SQL over the columns of a run.
+    """
+    if where or order:
+        ids = RunDatabase(runs).choose(where, order, limit if order else None)
+        chosen = {name: i for i, name in enumerate(ids)}
+        runs = [run for run in runs if run.id in chosen]
+        if order:
+            runs.sort(key=lambda run: chosen[run.id])
+    return list(runs) if order or limit is None else list(runs)[-limit:]
+
+
+def _check_sources(query: str, connection: duckdb.DuckDBPyConnection) -> str:
+    """The kind of the query's outermost node.
+
+    Raises:
+        SqlError: it writes, or reads something else than the views and its own common table expressions.
+    """
+    serialized = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [query]).fetchone()
+    assert serialized is not None
+    parsed = json.loads(serialized[0])
+    if parsed["error"]:
+        raise SqlError(str(parsed["error_message"]))
+    nodes = list(_nodes(parsed))
+    if any(node.get("type", "").endswith("_NODE") and node["type"] not in READING for node in nodes):
+        raise SqlError("nothing can be written: expected a SELECT in each table expression")
+    named = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
+    for name in named:
+        if not EXPRESSION_NAME.fullmatch(name):
+            raise SqlError(
+                f"{name!r}: a table expression is named by letters, digits and _, and not like a system table"
+            )
+    for node in nodes:
+        if node.get("type") == "BASE_TABLE":
+            name, schema = str(node.get("table_name")), str(node.get("schema_name") or "")
+            known = (name.lower() in VIEWS and schema in ("", "main")) or (name.lower() in named and not schema)
+            if node.get("catalog_name") or not known:
+                raise SqlError(f"there is no view {name}{nearest(name, VIEWS)}; expected {' or '.join(VIEWS)}")
+        if node.get("type") == "TABLE_FUNCTION":
+            function = str(node.get("function", {}).get("function_name"))
+            if function.lower() not in TABLE_FUNCTIONS:
+                raise SqlError(f"{function}() is not allowed: only the views {' and '.join(VIEWS)} can be read")
+    return str(parsed["statements"][0]["node"]["type"])
+
+
+def _nodes(parsed: Any) -> Iterator[Mapping[str, Any]]:
+    """All objects of a parsed query."""
+    if isinstance(parsed, Mapping):
+        yield parsed
+    for value in parsed.values() if isinstance(parsed, Mapping) else parsed if isinstance(parsed, list) else ():
+        yield from _nodes(value)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What DuckDB refuses is the user's mistake, in its first lines."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        kept = [line for line in lines if not line.startswith(("LINE ", "^"))]
+        raise SqlError("; ".join(kept[:2])) from None
+    except RuntimeError as error:
+        if "interrupted" in str(error):  # Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _metrics_view(logs: Sequence[Path]) -> str:
+    """All records of the logs; a line that is no JSON, and a torn last one, is left out."""
+    types = {**COORDINATES, **dict.fromkeys(_metric_names(logs), "DOUBLE")}
+    columns = {name: _quoted(name.replace("/", "_")) for name in types}
+    if not logs:
+        nothing = ", ".join(f"NULL::{types[name]} AS {column}" for name, column in columns.items())
+        return f"CREATE VIEW metrics AS SELECT NULL::VARCHAR AS run, {nothing} WHERE false"
+    shown = ", ".join(f"{_quoted(name)} AS {column}" for name, column in columns.items())
+    structure = "{" + ", ".join(f"{_literal(name)}: '{kind}'" for name, kind in types.items()) + "}"
+    files = _literal([_no_pattern(os.fspath(path)) for path in logs])
+    source = (
+        f"read_json({files}, format = 'newline_delimited', columns = {structure}, filename = '{FILE_COLUMN}', "
+        "ignore_errors = true)"
+    )
+    run = f"parse_path({FILE_COLUMN})[-3] AS run"
+    return f"CREATE VIEW metrics AS SELECT {run}, {shown} FROM {source} WHERE step IS NOT NULL"
+
+
+def _no_pattern(path: str) -> str:
+    """A path in which DuckDB sees no pattern."""
+    return re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _metric_names(logs: Sequence[Path]) -> list[str]:
+    """The metrics of this workbench, and those that callbacks of the runs have registered."""
+    names = dict.fromkeys(registered_metrics())
+    for log in logs:
+        try:
+            registered = json.loads((log.parent.parent / METRICS).read_text(encoding="utf-8"))
+            names |= dict.fromkeys(str(facts["name"]) for facts in registered)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # an old or damaged run: its own metrics are not shown
+    taken = {FILE_COLUMN, "run", "", *COORDINATES}  # DuckDB knows no upper and lower case
+    kept = []
+    for name in filter(_is_unicode, names):
+        if (column := name.replace("/", "_").lower()) not in taken:
+            taken |= {column, name.lower()}
+            kept.append(name)
+    return kept
+
+
+def _literal(value: str | Sequence[str]) -> str:
+    """As SQL."""
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return "[" + ", ".join(map(_literal, value)) + "]"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _type(values: Iterator[Any]) -> str:
+    """The SQL type that holds all values of a setting."""
+    given = [value for value in values if value is not None]
+    kinds = {type(value) for value in given}
+    if kinds <= {bool} and kinds:
+        return "BOOLEAN"
+    if kinds <= {int} and kinds:
+        return "BIGINT" if all(abs(value) < 2**63 for value in given) else "VARCHAR"
+    return "DOUBLE" if kinds <= {int, float} and kinds else "VARCHAR"
+
+
+def _sql_value(value: Any, kind: str) -> Any:
+    """A value as one of this SQL type; what is no Unicode is escaped, what is no time is unknown."""
+    if value is None or kind not in ("VARCHAR", "TIMESTAMP"):
+        return value
+    if kind == "TIMESTAMP":
+        seconds = seconds_of(value)
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.encode("utf-8", "backslashreplace").decode()

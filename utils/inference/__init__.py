@@ -1,0 +1,1 @@
+"""What inference.py does: decode, sample, score and export a model."""

@@ -1,0 +1,155 @@
+"""Generation: prefill and decode_one_token as small functions, and the loop over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.inference.sampling import RandomStreams, SamplingOptions, sample
+from utils.nn.kv_cache import KVCache
+from utils.nn.lean import lean
+
+Window = Literal["sliding", "exact"]
+
+
+class Step(NamedTuple):
+    """One new token of each sequence."""
+
+    tokens: torch.Tensor  # (B,)
+    logits: torch.Tensor  # (B, V), of the model, before any filter
+    context: int  # tokens that the pass saw which made the logits, of all sequences together
+
+
+def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None) -> KVCache:
+    """An empty cache for `batch_size` sequences, of a whole context unless said otherwise."""
+    parameter = next(model.parameters())
+    return KVCache(model.config, batch_size, capacity or model.config.block_size, parameter.device, parameter.dtype)
+
+
+def prefill(
+    model: LanguageModel, idx: torch.Tensor, cache: KVCache | None, lengths: Sequence[int] | None = None
+) -> torch.Tensor:
+    """One parallel pass over the prompts (B, T); logits (B, V) of the token after each. For torch.no_grad().
+
+    Args:
+        cache: an empty one, filled by the pass; without one nothing is kept.
+        lengths: of the prompts, if they differ; each is padded at its end.
+    """
+    hidden = model.hidden(idx, cache, lengths)  # (B, T, C)
+    if lengths is None:
+        return model.head_logits(hidden[:, -1])
+    last = torch.tensor(lengths, device=idx.device) - 1
+    return model.head_logits(hidden[torch.arange(len(idx), device=idx.device), last])
+
+
+def decode_one_token(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Append tokens (B,); logits (B, V) of the next ones. With rotary positions a full window slides on.
+
+    For torch.no_grad(), as `prefill`: the cache is written in place.
+    """
+    return model.head_logits(model.hidden(tokens.unsqueeze(1), cache).squeeze(1))
+
+
+def make_room(model: LanguageModel, cache: KVCache) -> None:
+    """With learned positions a full window cannot slide: its newer half becomes a new one, by one parallel pass.
+
+    So a pass over half a context is paid once in half a context.
+    """
+    half = cache.capacity // 2
+    for row, length in enumerate(cache.lengths):
+        if length == cache.capacity:
+            newest = new_cache(model, 1, half or 1)
+            if half:
+                model.hidden(cache.tokens[row : row + 1, -half:], newest)
+            cache.replace(row, newest)
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    options: SamplingOptions,
+    seeds: Sequence[int],
+    window: Window = "sliding",
+) -> Iterator[Step]:
+    """The next tokens of each sequence, one step at a time; nothing waits for the device.
+
+    A sequence's tokens do not depend on the others of its batch, but for rounding, nor on the global random state.
+
+    Args:
+        model: in eval mode (dropout would draw from the global random state).
+        prompts: B lists of at least one token id; only the last block_size of each are seen.
+        seeds: of the random stream of each sequence.
+        window: what a token sees when block_size tokens stand before it. sliding: with rotary positions the cached last
+            block_size of them, which were computed when older tokens could be seen; with learned positions the newest
+            half to all of the context (`make_room`). exact: the last block_size, computed anew for each token.
+    """
+    assert all(prompts)
+    assert len(prompts) == len(seeds)
+    assert not model.training
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    lean_model = lean(model)
+    idx, lengths = padded([prompt[-block_size:] for prompt in prompts], device)
+    streams, cache = RandomStreams(seeds, device), new_cache(model, len(prompts))
+    seen = None
+    if options.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+    logits = prefill(lean_model, idx, cache, None if len(set(lengths)) == 1 else lengths)
+    context = sum(lengths)
+    history: list[list[int]] | None = None
+    for index in range(max_new_tokens):
+        tokens = sample(logits, options, streams.draw(), seen)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        yield Step(tokens, logits, context)
+        if index + 1 == max_new_tokens:
+            return
+        if window == "exact" and max(cache.lengths) == block_size:
+            if history is None:
+                history = [row[:length] for row, length in zip(cache.tokens.tolist(), cache.lengths, strict=True)]
+            history = [(row + [token])[-block_size:] for row, token in zip(history, tokens.tolist(), strict=True)]
+            idx, lengths = padded(history, device)
+            logits, context = prefill(lean_model, idx, None, lengths), sum(lengths)
+        else:
+            if model.config.position == "learned":
+                make_room(model, cache)
+            logits = decode_one_token(lean_model, tokens, cache)
+            context = sum(min(length, cache.capacity) for length in cache.lengths)
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """Token ids (B, T), rows filled up with zeros at their ends, and the lengths of the rows."""
+    lengths = [len(row) for row in rows]
+    idx = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], device=device)
+    return idx, lengths
+
+
+def generate_tokens(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    options: SamplingOptions,
+    seed: int,
+    window: Window = "sliding",
+) -> Iterator[int]:
+    """Token ids after one prompt, one at a time: see `generate`."""
+    for step in generate(model, [prompt], max_new_tokens, options, [seed], window):
+        yield int(step.tokens)
+
+
+def start_tokens(tokenizer: CharTokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt; an empty prompt starts from a line break, or else the first token.
+
+    Raises:
+        TokenizerError: a character without a token.
+    """
+    if prompt:
+        return tokenizer.encode(prompt)
+    return tokenizer.encode("\n") if "\n" in tokenizer.vocabulary else [0]

@@ -1,0 +1,168 @@
+"""artifacts/export: all that inference needs, as safetensors and JSON.
+
+model.safetensors holds each weight once (the tied embedding is one tensor), config.json the
+architecture and where the weights came from, tokenizer.json the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.checkpoints.files import weight_differences
+from utils.config.settings import ModelConfig
+from utils.errors import UserError
+from utils.files import write_json
+from utils.nn.costs import parameter_count
+from utils.runs.log import decode_number
+from utils.training.evaluation import evaluating
+
+FORMAT_VERSION = 1
+LOSSES = {"val/loss", "train/eval_loss"}
+EXPORT_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+
+
+class ExportError(UserError):
+    """An export that is missing, damaged, or does not fit its configuration."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `load_export` reads: the model in eval mode, its tokenizer, and the rest of config.json."""
+
+    model: LanguageModel
+    tokenizer: CharTokenizer
+    training: Mapping[str, Any]  # run id, step, losses, corpus
+
+
+def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, training: Mapping[str, Any]) -> None:
+    """Write an export, reopen it, compare its logits, then put it in its place.
+
+    Args:
+        folder: becomes the export; an older one is replaced.
+        training: where the weights come from, for people.
+
+    Raises:
+        RuntimeError: what was written does not give the same logits; an older export stays.
+        OSError: it cannot be written; an older export stays.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "model": model.config.model_dump(mode="json"),
+            "vocab_size": model.vocab_size,
+            "weights_crc32": _crc32(temporary / "model.safetensors"),
+            "training": dict(training),
+        }
+        write_json(temporary / "config.json", config)
+        tokenizer.save(temporary / "tokenizer.json")
+        _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
+        _replace_folder(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`; if that fails, the old one stays."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
+    device = next(model.parameters()).device
+    length = model.config.block_size
+    idx = (torch.arange(length, device=device) % model.vocab_size)[None]  # (1, T)
+    with evaluating(model):
+        same = torch.allclose(model(idx)[0], reopened(idx)[0], rtol=0, atol=1e-5)  # kernels of a GPU may not repeat
+    if not same:
+        raise RuntimeError("the exported weights do not give the logits of the trained model")
+
+
+def load_export(folder: Path, device: torch.device) -> Export:
+    """Read an export; names and shapes of all weights are checked.
+
+    Raises:
+        ExportError: a missing or damaged file, or weights that differ from the configuration.
+        TokenizerError: a damaged tokenizer file.
+    """
+    if missing := [name for name in EXPORT_FILES if not (folder / name).is_file()]:
+        raise ExportError(f"{folder}: no complete export: {', '.join(missing)} missing")
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        version = config["format_version"]
+        if version != FORMAT_VERSION:
+            raise ExportError(f"{config_path}: format version {version}, this workbench reads {FORMAT_VERSION}")
+        vocab_size = config["vocab_size"]
+        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+            raise ExportError(f"{config_path}: vocab_size: expected a whole number >= 1, got {vocab_size!r}")
+        model_config = ModelConfig.model_validate(config["model"])
+        training, crc32 = _training_facts(config["training"]), config["weights_crc32"]
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ExportError(f"{config_path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+    except ExportError:
+        raise
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
+    try:
+        weights = load_file(weights_path)
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{weights_path}: damaged: {error}") from None
+    # A damaged configuration may describe a model beyond all memory: of that only the shapes are made.
+    sane = parameter_count(model_config, vocab_size) < 10 * sum(map(torch.Tensor.numel, weights.values())) + 1_000_000
+    with torch.device("cpu" if sane else "meta"), torch.random.fork_rng(devices=[]):  # nobody's random numbers shift
+        model = LanguageModel(model_config, vocab_size)
+    if differences := weight_differences(weights, model):
+        raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
+    if _crc32(weights_path) != crc32:
+        raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
+    model.load_state_dict(weights)
+    tokenizer = CharTokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ExportError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
+            "they are not from the same run"
+        )
+    return Export(model.to(device).eval(), tokenizer, training)
+
+
+def _training_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json tells of the training; a ValueError where a loss is no number."""
+    for name in LOSSES & training.keys():
+        decode_number(training[name])
+    return training
+
+
+def _crc32(path: Path) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"

@@ -1,0 +1,257 @@
+"""Text from a run, for notebooks and scripts: Generator.from_run("baseline").generate("The ")."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from model import LanguageModel
+from tokenizer import CharTokenizer, TokenizerError
+from utils.config.loader import ConfigLoader
+from utils.config.settings import TrackingConfig
+from utils.errors import UserError
+from utils.inference.decode import Window, generate, start_tokens
+from utils.inference.export import load_export
+from utils.inference.quantization import Weights, with_weights
+from utils.inference.sampling import SamplingOptions
+from utils.inference.scoring import Score, score
+from utils.inference.stats import GenerationStats
+from utils.inference.text_stream import TextStream
+from utils.machine.device import choose_device
+from utils.runs.run import find_export
+from utils.terminal.cli import PROJECT_ROOT
+
+MAX_NEW_TOKENS, SEED, BATCH_SIZE = 300, 1337, 16
+SEEDS = 2**63
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated after a prompt.
+
+    text: without the prompt and the stop string.
+    tokens, logprobs: what was drawn, the tokens of a stop string too, and the natural logarithm of the probability
+        that the model gave to each before any filter.
+    finish: "stop" at a stop string, else "length".
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to generate, but for the prompt. Sequence i of a call draws from the random stream of seed + i.
+
+    Raises:
+        UserError: out of bounds.
+    """
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    options: SamplingOptions = field(default_factory=SamplingOptions)
+    stops: Sequence[str] = ()
+    seed: int = SEED
+    window: Window = "sliding"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max-new-tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed}")
+        if self.window not in get_args(Window):
+            raise UserError(f"window must be {' or '.join(get_args(Window))}, not {self.window!r}")
+        if isinstance(self.stops, str):
+            raise UserError(f"stops must be several texts, not the text {self.stops!r}")
+
+
+@dataclass
+class _Sequence:
+    """A sequence as it grows."""
+
+    prompt: str
+    seed: int
+    stream: TextStream
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def add(self, token: int, logprob: float) -> str:
+        """The text that is new."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        new = self.stream.add(token)
+        self.text += new
+        return new
+
+    def end(self) -> str:
+        """The text that was held back until now."""
+        rest = self.stream.rest()
+        self.text += rest
+        return rest
+
+    def completion(self) -> Completion:
+        finish = "stop" if self.stream.stopped else "length"
+        return Completion(self.prompt, self.text, self.tokens, self.logprobs, finish, self.seed)
+
+
+class Generator:
+    """A trained model with its tokenizer, ready to generate.
+
+    stats: of all that it has generated.
+
+    Args:
+        model: in eval mode.
+        name: of the run, for people.
+        tracking: its qa_template and qa_stop say how a question is asked.
+        training: what the export tells of the training.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: CharTokenizer,
+        name: str = "",
+        tracking: TrackingConfig | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.training = model, tokenizer, name, training or {}
+        self.tracking = tracking or TrackingConfig()
+        self.stats = GenerationStats()
+
+    @classmethod
+    def from_run(
+        cls, run: str | None = None, runs_dir: Path | None = None, device: str = "auto", weights: Weights = "float32"
+    ) -> Generator:
+        """The export of a run: path, id, tag, part of an id, latest; None: the newest with an export.
+
+        Questions are asked as configs/ says.
+
+        Raises:
+            UserError: no such run, export or device, or a damaged export.
+        """
+        tracking = ConfigLoader(PROJECT_ROOT).load().config.tracking
+        folder = find_export(run, PROJECT_ROOT / (runs_dir or tracking.runs_dir))
+        return cls.from_export(folder, device, weights, tracking)
+
+    @classmethod
+    def from_export(
+        cls,
+        folder: Path,
+        device: str = "auto",
+        weights: Weights = "float32",
+        tracking: TrackingConfig | None = None,
+    ) -> Generator:
+        """An export, wherever it lies.
+
+        Raises:
+            UserError: no such device, or a damaged export.
+        """
+        export = load_export(folder, choose_device(device))
+        name = str(export.training.get("run", folder))
+        return cls(with_weights(export.model, weights), export.tokenizer, name, tracking, export.training)
+
+    def generate(self, prompt: str, request: Request | None = None) -> Completion:
+        """One completion."""
+        (completion,) = self.completions([prompt], request)
+        return completion
+
+    def generate_batch(
+        self, prompts: Sequence[str], request: Request | None = None, batch_size: int = BATCH_SIZE
+    ) -> list[Completion]:
+        """A completion of each prompt, `batch_size` of them at a time; a batch ends when all of its sequences have.
+
+        Raises:
+            UserError: a character of a prompt without a token, no sequence at a time, or a model that gives no numbers.
+        """
+        return list(self.completions(prompts, request, batch_size))
+
+    def completions(
+        self, prompts: Sequence[str], request: Request | None = None, batch_size: int = BATCH_SIZE
+    ) -> Iterator[Completion]:
+        """`generate_batch`, as soon as each batch is done."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        request = request or Request()
+        for first in range(0, len(prompts), batch_size):
+            sequences = self._sequences(prompts[first : first + batch_size], request, first)
+            for _ in self._grow(sequences, request):
+                pass
+            yield from (sequence.completion() for sequence in sequences)
+
+    def generate_qa(self, question: str, request: Request | None = None) -> Completion:
+        """The answer to a question, asked as `qa_template` says; it ends where `qa_stop` does."""
+        return self.generate(self.qa_prompt(question), self.qa_request(request))
+
+    def qa_prompt(self, question: str) -> str:
+        """The question in qa_template.
+
+        Raises:
+            UserError: the question or the template has a character without a token.
+        """
+        self.tokenizer.encode(question)  # its mistakes have their places in the question
+        template = self.tracking.qa_template
+        try:
+            self.tokenizer.encode(template.replace("{question}", ""))
+        except TokenizerError as error:
+            raise UserError(f"qa_template {template!r}: {error}") from None
+        return template.replace("{question}", question)
+
+    def qa_request(self, request: Request | None = None) -> Request:
+        """The request with qa_stop as one more stop string."""
+        request = request or Request()
+        return replace(request, stops=(*request.stops, self.tracking.qa_stop)) if self.tracking.qa_stop else request
+
+    def stream(self, prompt: str, request: Request | None = None) -> Iterator[str]:
+        """The text after a prompt, in whole characters, as soon as it is certain."""
+        request = request or Request()
+        for new in self._grow(self._sequences([prompt], request, 0), request):
+            if new[0]:
+                yield new[0]
+
+    def score(self, text: str) -> Score:
+        """How well the model predicts a text.
+
+        Raises:
+            TokenizerError: a character without a token.
+        """
+        return score(self.model, self.tokenizer, text)
+
+    def _sequences(self, prompts: Sequence[str], request: Request, first: int) -> list[_Sequence]:
+        return [
+            _Sequence(prompt, request.seed + first + index, TextStream(self.tokenizer, request.stops))
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _grow(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[list[str]]:
+        """The new text of each sequence, step by step, until all have ended."""
+        prompts = [start_tokens(self.tokenizer, sequence.prompt) for sequence in sequences]
+        seeds = [sequence.seed for sequence in sequences]
+        steps = generate(self.model, prompts, request.max_new_tokens, request.options, seeds, request.window)
+        for index in range(request.max_new_tokens):
+            began = time.perf_counter()
+            step = next(steps)
+            chances = step.logits.float().log_softmax(-1).gather(-1, step.tokens[:, None])[:, 0]  # (B,)
+            tokens, logprobs = step.tokens.tolist(), chances.tolist()
+            if any(map(math.isnan, logprobs)):
+                raise UserError("the model's logits are no numbers (NaN): its training diverged")
+            seconds = time.perf_counter() - began  # not of those who take the text
+            growing = sum(not sequence.stream.stopped for sequence in sequences)
+            if index == 0:
+                self.stats.add_prefill(step.context, seconds)
+            else:
+                self.stats.add_step(growing, step.context, seconds)
+            yield [
+                "" if sequence.stream.stopped else sequence.add(token, logprob)
+                for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True)
+            ]
+            if all(sequence.stream.stopped for sequence in sequences):
+                break
+        yield [sequence.end() for sequence in sequences]

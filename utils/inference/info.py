@@ -1,0 +1,175 @@
+"""What an export is: its parameters by module, its architecture and vocabulary, and where it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.config.settings import ModelConfig
+from utils.experiments.prune import size_of
+from utils.experiments.tables import shown, size
+from utils.inference.export import Export
+from utils.runs.index import IndexedRun, read_run
+from utils.runs.log import decode_number
+from utils.terminal.console import facts, printable
+
+CHARACTERS = 64  # of a vocabulary that are shown
+NAMES = {"token_embedding": "token embedding, head", "position_embedding": "positions", "ngram_embedding": "n-grams"}
+VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+PARAMETER = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?:\.tables\.\d+)?\.(?:weight|bias)")
+
+
+@dataclass
+class Part:
+    """A module, or one of each block taken together.
+
+    shapes: of its parameters, in one block.
+    """
+
+    name: str
+    blocks: int = 0
+    parameters: int = 0
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def parts_of(model: LanguageModel) -> list[Part]:
+    """The modules that have parameters, in the order of the forward pass; a tied head is the token embedding."""
+    parts: dict[str, Part] = {}
+    for name, parameter in model.named_parameters():
+        found = PARAMETER.fullmatch(name)
+        assert found is not None, name
+        module, block = found["module"], found["block"]
+        part = parts.setdefault(module, Part(_name(module, model.config), 0 if block is None else model.config.n_layer))
+        part.parameters += parameter.numel()
+        if block in (None, "0"):
+            part.shapes.append(tuple(parameter.shape))
+    return list(parts.values())
+
+
+def _name(module: str, config: ModelConfig) -> str:
+    if module == "token_embedding" and not config.tie_embeddings:
+        return "token embedding"
+    return NAMES.get(module, module.replace("_", " ").replace(".", " "))
+
+
+def architecture(config: ModelConfig) -> str:
+    """In one line: what differs between two models of this workbench."""
+    heads = f"{config.n_head} heads of {config.head_width}"
+    if config.kv_heads != config.n_head:
+        heads += f" on {config.kv_heads} key/value heads"
+    theta = f"rope (theta {config.rope_theta:g})" if config.position == "rope" else "learned positions"
+    told = [
+        f"{config.n_layer} blocks",
+        f"width {config.n_embd}",
+        heads,
+        f"MLP {config.ffn_width} {config.mlp}",
+        config.norm,
+        theta,
+        f"n-gram tables of {', '.join(f'{rows:,}' for rows in config.ngram_rows)} rows" if config.ngram_rows else "",
+        "query/key norm" if config.qk_norm else "",
+        "biases" if config.bias else "q, k, v biases" if config.has_qkv_bias else "no biases",
+        "tied head" if config.tie_embeddings else "untied head",
+        f"logits capped at {config.logit_softcap:g}" if config.logit_softcap is not None else "",
+    ]
+    return ", ".join(word for word in told if word)
+
+
+def vocabulary(tokenizer: CharTokenizer) -> str:
+    """Its size and its first characters; white space and what cannot be printed is readable."""
+    first = "".join(_visible(character) for character in tokenizer.vocabulary[:CHARACTERS])
+    more = " ..." if tokenizer.vocab_size > CHARACTERS else ""
+    unknown = "" if tokenizer.unknown_token is None else f"; {_visible(tokenizer.unknown_token)} for all others"
+    return f"{tokenizer.vocab_size:,} characters: {first}{more}{unknown}"
+
+
+def _visible(character: str) -> str:
+    return VISIBLE.get(character) or printable(character)
+
+
+def info_screen(export: Export, folder: Path) -> list[RenderableType]:
+    """One export on one screen.
+
+    Args:
+        folder: of the export; in a run directory its run.json is told, too.
+    """
+    config, training = export.model.config, export.training
+    run_path = folder.resolve().parent.parent
+    run = read_run(run_path) if (run_path / "run.json").is_file() else IndexedRun(run_path)
+    name = shown("run", training.get("run"))
+    told = [
+        ("architecture", architecture(config)),
+        ("context", f"{config.block_size:,} tokens"),
+        ("vocabulary", vocabulary(export.tokenizer)),
+        ("trained on", _corpus(training)),
+        ("weights", _weights(training)),
+        *_origin(run),
+        ("export", f"{folder}, {size(size_of(folder))}"),
+    ]
+    return [
+        Text(name or str(folder), style="bold"),
+        facts([line for line in told if line[1]]),
+        "",
+        _table(export.model),
+    ]
+
+
+def _corpus(training: Mapping[str, Any]) -> str:
+    name, sha256 = shown("dataset", training.get("dataset")), shown("corpus_hash", training.get("corpus_hash"))
+    return name + (f", sha256 {sha256}" if sha256 else "")
+
+
+def _weights(training: Mapping[str, Any]) -> str:
+    """Which ones: "best, of step 1,500, val/loss 1.4233"."""
+    told = [
+        shown("weights", training.get("weights")),
+        f"of step {shown('steps', training['step'])}" if "step" in training else "",
+        *(
+            f"{name} {decode_number(training[name]):.4f}"
+            for name in ("val/loss", "train/eval_loss")
+            if name in training
+        ),
+    ]
+    return ", ".join(word for word in told if word)
+
+
+def _origin(run: IndexedRun) -> list[tuple[str, str]]:
+    """What run.json says; nothing if it cannot be read."""
+    if not run.readable:
+        return [("problem", run.problem or "")]
+    row = run.row()
+    best = shown("val_loss", row["val_loss"])
+    steps = row["steps"]
+    return [
+        ("best val/loss", best + (f" at step {row['best_step']:,}" if best and row["best_step"] is not None else "")),
+        ("run", run.id + f", {run.status}" + (f" after {steps:,} steps" if steps else "")),
+        ("tag", shown("tag", row["tag"])),
+        ("started", f"{row['start'][:19].replace('T', ' ')} UTC" if row["start"] else ""),
+        ("git commit", shown("commit", row["commit"]) + (" with uncommitted changes" if row["dirty"] else "")),
+        ("note", shown("note", row["note"])),
+    ]
+
+
+def _table(model: LanguageModel) -> RenderableType:
+    """Parameters by module."""
+    total = model.num_parameters()
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column()
+    for header in ("parameters", "share"):
+        table.add_column(header, justify="right")
+    table.add_column("shapes")
+    for part in parts_of(model):
+        shapes = " + ".join(" x ".join(f"{length:,}" for length in shape) for shape in part.shapes)
+        shapes = f"{part.blocks} x ({shapes})" if part.blocks else shapes
+        share = f"{part.parameters / total:.1%}"
+        table.add_row(Text(part.name, style="cyan"), f"{part.parameters:,}", share, Text(shapes, style="dim"))
+    table.add_row(Text("total", style="bold"), Text(f"{total:,}", style="bold"), "100.0%", "")
+    return Group(Text("Parameters", style="bold"), table)

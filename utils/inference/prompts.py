@@ -1,0 +1,128 @@
+"""Texts to read for inference, files of prompts, and files of what became of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.files import write_atomic
+from utils.inference.generator import Completion
+
+
+@dataclass(frozen=True)
+class FilePrompt:
+    """A prompt of a file.
+
+    place: FILE:LINE, for messages.
+    record: what stood beside it; in a text file only {"prompt": ...}.
+    """
+
+    place: str
+    text: str
+    record: Mapping[str, Any] = field(repr=False)
+
+
+def read_prompts(path: Path) -> list[FilePrompt]:
+    """One prompt a line; in a file named .jsonl one object a line, {"prompt": "...", ...}. Empty lines are left out.
+
+    Raises:
+        UserError: no such file, no UTF-8, no JSON, no prompt.
+    """
+    prompts, is_json = [], path.suffix.lower() == ".jsonl"
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        place, text = f"{path}:{number}", line.removesuffix("\r")
+        if is_json and text.strip():
+            record = _record(text, place)
+            prompts.append(FilePrompt(place, record["prompt"], record))
+        elif not is_json and text:
+            prompts.append(FilePrompt(place, text, {"prompt": text}))
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it, expected one a line")
+    return prompts
+
+
+def read_text(path: Path) -> str:
+    """A file as it is, but for a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        number, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        byte = f"byte {column} of the line is 0x{error.object[error.start]:02x}"
+        raise UserError(f"{path}:{number}: not UTF-8 text ({byte})") from None
+
+
+def _record(text: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f'{place}: not JSON ({reason}), expected {{"prompt": "...", ...}}') from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise UserError(f'{place}: expected an object with a text "prompt", got {text.strip()[:40]}')
+    return record
+
+
+def _no_number(name: str) -> None:
+    """json reads NaN and Infinity, which are no JSON and could not be written again."""
+    raise ValueError(f"{name} is no number")
+
+
+def check_out(path: Path, source: Path | None = None) -> None:
+    """Before hours of work: can a file stand there?
+
+    Args:
+        source: what is read and must not be overwritten.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be written: not a regular file")
+        if source is not None and path.exists() and path.samefile(source):
+            raise UserError(f"{path}: cannot be written: the prompts are read from it")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def completion_line(prompt: FilePrompt, completion: Completion) -> str:
+    """What stood beside the prompt, and what became of it, as JSON.
+
+    tokens: their number, those of a stop string too. logprob: the sum of theirs, in nats, before any filter.
+    """
+    record = {
+        **prompt.record,
+        "completion": completion.text,
+        "tokens": len(completion.tokens),
+        "logprob": sum(completion.logprobs),
+        "finish": completion.finish,
+        "seed": completion.seed,
+    }
+    # Half a surrogate pair, which JSON allows and UTF-8 does not, stays the escape that it was.
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace").decode()
+
+
+def write_out(path: Path, text: str) -> None:
+    """All of it or, where that fails, what was there before.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,143 @@
+"""How well a model predicts a text that it did not see."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch.nn.utils.rnn import pad_sequence
+
+from model import LanguageModel
+from tokenizer import CharTokenizer
+from utils.errors import UserError
+from utils.terminal.console import duration, facts
+
+TOKENS_AT_ONCE = 2048  # that pass through the model: with GPT-2's vocabulary their logits take 0.4 GB
+NOTHING = -1  # a target that is not counted
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a text is predicted.
+
+    loss: nats per predicted token.
+    tokens: predicted ones, all but the first; bytes: these in UTF-8.
+    seconds: what it took.
+    """
+
+    loss: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token: among so many tokens a fair die would choose as well."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+@torch.no_grad()
+def score(model: LanguageModel, tokenizer: CharTokenizer, text: str) -> Score:
+    """The loss over a text, in windows of block_size that move on by half: each token counts once.
+
+    In the first window every token counts, with what stands before it; in each later one those of the newer half (of an
+    odd block_size the smaller), so that each sees at least the older half and at most block_size tokens.
+
+    Args:
+        model: in eval mode.
+
+    Raises:
+        TokenizerError: a character without a token.
+        UserError: fewer than two tokens.
+    """
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise UserError(f"a text of {len(ids)} tokens has nothing to predict: at least 2 are needed")
+    assert not model.training
+    began = time.perf_counter()
+    device, T = next(model.parameters()).device, model.config.block_size
+    tokens = torch.tensor(ids, device=device)
+    stride = max(T // 2, 1)
+    older = T - stride  # tokens of a window that the one before it has counted
+    windows = [tokens[start : start + T + 1] for start in range(0, max(len(ids) - 1 - older, 1), stride)]
+    at_once = max(TOKENS_AT_ONCE // T, 1)
+    total = 0.0
+    for first in range(0, len(windows), at_once):
+        part = windows[first : first + at_once]
+        inputs = pad_sequence([window[:-1] for window in part], batch_first=True)  # (W, T)
+        targets = pad_sequence([window[1:] for window in part], batch_first=True, padding_value=NOTHING)  # (W, T)
+        targets[int(first == 0) :, :older] = NOTHING
+        counted = targets != NOTHING
+        logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
+        losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
+        total += float(losses.cpu().double().sum())
+    n_bytes = len(text[1:].encode())  # the first token is the first character
+    return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
+
+
+def score_report(name: str, scores: Sequence[tuple[str, Score]]) -> RenderableType:
+    """What the terminal shows of a scored text.
+
+    Args:
+        name: of the text.
+        scores: (weights, score): the one asked for, or float32 first and then smaller weights, each told with what
+            it costs.
+    """
+    (weights, first), *others = scores
+    if not others:
+        return facts([("text", name), ("weights", weights), *zip(QUANTITIES, _words(first), strict=True)])
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column()
+    for header, _ in scores:
+        table.add_column(header, justify="right")
+    differences = [_differences(first, other) for _, other in others]
+    for header, _ in others:
+        table.add_column(f"{header} - {weights}", justify="right")
+    columns = [*(_words(score) for _, score in scores), *differences]
+    for quantity, *cells in zip(QUANTITIES, *columns, strict=True):
+        table.add_row(Text(quantity, style="cyan"), *cells)
+    return Group(facts([("text", name)]), table)
+
+
+QUANTITIES = ("loss", "perplexity", "bits per byte", "tokens", "time")
+
+
+def _words(score: Score) -> list[str]:
+    """The QUANTITIES of a score."""
+    return [
+        f"{score.loss:.4f}",
+        f"{score.perplexity:.4f}",
+        f"{score.bits_per_byte:.4f}",
+        f"{score.tokens:,}",
+        f"{score.seconds:.2f} s" if score.seconds < 60 else duration(score.seconds),
+    ]
+
+
+def _differences(reference: Score, other: Score) -> list[str]:
+    relative = other.perplexity / reference.perplexity - 1
+    return [
+        f"{other.loss - reference.loss:+.4f}",
+        f"{other.perplexity - reference.perplexity:+.4f} ({relative:+.2%})",
+        f"{other.bits_per_byte - reference.bits_per_byte:+.4f}",
+        "",
+        "",
+    ]

@@ -1,0 +1,102 @@
+"""Completions of several runs for the same prompts, side by side in the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from tokenizer import CharTokenizer
+from utils.inference.generator import Completion
+from utils.inference.scoring import perplexity
+from utils.terminal.console import printable
+
+NARROWEST = 36  # characters of a column; with less, runs stand one below the other
+GAP = 3  # between columns
+TITLE_LENGTH = 80  # of a prompt
+
+
+class RunCompletions(NamedTuple):
+    """What one run made of the prompts, in their order, which is the same for all runs that are compared.
+
+    val_loss: nats per token, None if it is not known.
+    """
+
+    name: str
+    val_loss: float | None
+    completions: Sequence[Completion]
+    tokenizer: CharTokenizer
+
+
+def mean_logprob(completions: Sequence[Completion]) -> float:
+    """Nats per generated token, over all of them; nan if there is none."""
+    logprobs = [logprob for completion in completions for logprob in completion.logprobs]
+    return math.fsum(logprobs) / len(logprobs) if logprobs else math.nan
+
+
+def probability(logprob: float) -> str:
+    """In percent; a very small one as a power of ten."""
+    chance = math.exp(logprob)
+    return f"{chance:.2%}" if not chance < 1e-4 else f"{chance:.1e}"
+
+
+def completion_tables(runs: Sequence[RunCompletions], width: int, logprobs: bool = False) -> Iterator[RenderableType]:
+    """A part for each prompt: the runs' completions next to each other where they fit, else one below the other.
+
+    Args:
+        width: so many characters there are.
+        logprobs: whether each token is told with its log-probability.
+    """
+    side_by_side = (width + GAP) // len(runs) >= NARROWEST + GAP
+    for of_prompt in zip(*(run.completions for run in runs), strict=True):
+        cells = [_cell(run, completion, logprobs) for run, completion in zip(runs, of_prompt, strict=True)]
+        title = Text.assemble((prompt_title(of_prompt[0]), "bold"), (f"  seed {of_prompt[0].seed}", "dim"))
+        yield Rule(title, align="left", style="dim")
+        if side_by_side:
+            grid = Table.grid(padding=(0, GAP, 0, 0), expand=True)
+            for _ in runs:
+                grid.add_column(ratio=1, overflow="fold")
+            grid.add_row(*cells)
+            yield grid
+        else:
+            for cell in cells:
+                yield Group(cell, "")
+
+
+def prompt_title(completion: Completion) -> str:
+    """The prompt as a heading; a long one is cut."""
+    title = repr(completion.prompt) if completion.prompt else "no prompt"
+    return title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 3]}..."
+
+
+def _cell(run: RunCompletions, completion: Completion, logprobs: bool) -> RenderableType:
+    """One run's completion of one prompt."""
+    loss = "" if run.val_loss is None else f"  val loss {run.val_loss:.4f}"
+    head = Text.assemble((printable(run.name), "bold cyan"), (loss, "dim"))
+    text = Text.assemble((printable(completion.prompt), "dim"), printable(completion.text))
+    parts: list[RenderableType] = [head, text, Text(summary(completion), style="dim")]
+    if logprobs:
+        parts.append(_token_table(run.tokenizer, completion))
+    return Group(*parts)
+
+
+def summary(completion: Completion) -> str:
+    """How sure the model was of what it wrote, in one line."""
+    mean, count = mean_logprob([completion]), len(completion.tokens)
+    end = ", ended by a stop string" if completion.finish == "stop" else ""
+    return f"mean logprob {mean:.4f}, perplexity {perplexity(-mean):.2f}, {count:,} tokens{end}"
+
+
+def _token_table(tokenizer: CharTokenizer, completion: Completion) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("token", overflow="fold")
+    table.add_column("logprob", justify="right")
+    table.add_column("probability", justify="right")
+    for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+        table.add_row(Text(repr(tokenizer.decode([token]))), f"{logprob:.4f}", probability(logprob))
+    return table

@@ -1,0 +1,210 @@
+"""The machine: device choice, precision, seeds, determinism, threads, and facts for the record."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import re
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil
+import torch
+
+from utils.config.settings import TrainConfig
+from utils.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CGROUPS = Path("/sys/fs/cgroup")  # as a container sees it
+CGROUP_FILES = (  # limit, use, statistics: of version 2 and 1
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+
+
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # of /proc/cpuinfo: x86, x86, ARM
+
+
+class DeviceError(UserError):
+    """A device or precision that this machine does not have."""
+
+
+def available_devices() -> list[str]:
+    """Device names in the order in which `auto` tries them."""
+    names = []
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    if torch.cuda.is_available():
+        names += ["cuda"] if torch.cuda.device_count() == 1 else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [*names, "cpu"]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is MPS, then CUDA, then CPU.
+
+    Raises:
+        DeviceError: a named device that is not there, with what is.
+    """
+    available = available_devices()
+    if name == "auto":
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"unknown device {name!r}; available: {', '.join(available)}") from None
+    present = {
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+    }
+    if not present.get(device.type, False):
+        raise DeviceError(f"device {name} is not available here; available: {', '.join(available)}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products; `auto` is bfloat16 on CUDA that has it, else float32.
+
+    On a CPU bfloat16 is taken only when asked for: small models gain nothing even where there are units for it, and
+    without such units it is emulated, 3 times slower than float32 (docs/LOG.md).
+
+    Raises:
+        DeviceError: the device cannot compute in it.
+    """
+    bf16_on_cuda = device.type == "cuda" and has_bf16_units(device)
+    if name == "auto":
+        return torch.bfloat16 if bf16_on_cuda else torch.float32
+    if name == "bfloat16" and device.type == "cuda" and not bf16_on_cuda:
+        raise DeviceError(f"dtype bfloat16 is not supported by {torch.cuda.get_device_name(device)}; use float16")
+    return DTYPES[name]
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are computed as such, several times as fast as in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not BF16_FLAGS.isdisjoint(_cpu_flags())
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Mixed precision for a forward pass; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def is_deterministic(config: TrainConfig, device: torch.device) -> bool:
+    """Whether only operations that repeat bit for bit are used: on the CPU they cost nothing, so by default there."""
+    return device.type == "cpu" if config.deterministic is None else config.deterministic
+
+
+@contextlib.contextmanager
+def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Seeds, determinism and threads of a run; those of before when it is over (a notebook goes on)."""
+    deterministic = is_deterministic(config, device)
+    before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    products = torch.backends.cuda.matmul
+    precision = products.fp32_precision
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed workspace
+    if config.compile:
+        torch.use_deterministic_algorithms(deterministic)  # tells the compiler, too, and imports it
+    else:
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    # Nothing here reads memory that was not written, so it need not be filled.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cuda":
+        products.fp32_precision = "tf32" if config.tf32 else "ieee"
+    torch.manual_seed(config.seed)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        torch.set_num_threads(before[1])
+        torch.backends.cudnn.benchmark = before[2]
+        products.fp32_precision = precision
+
+
+def processor_name(device: torch.device) -> str:
+    """Of the GPU or CPU that computes: numbers repeat bit for bit only on the same kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def device_facts(device: torch.device) -> Mapping[str, str]:
+    """What env.txt says of the devices."""
+    facts = {"device": str(device), "torch threads": str(torch.get_num_threads()), "cpu": _cpu_name()}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if torch.version.cuda:
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core; empty: nothing."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
+    except (OSError, StopIteration):
+        return ""
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: what tensors hold on a GPU, what the process holds otherwise (its peak where /proc is missing)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if (statm := _statm(os.getpid())) is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(os.pread(statm, 128, 0).split()[1]) * resource.getpagesize()
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that the process can still take: on a GPU those that are free, else the machine's or its container's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = [psutil.virtual_memory().available]
+    if device.type == "mps":  # the same memory, but the GPU may not have all of it
+        available.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    for names in CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # not this version of cgroups, or no limit ("max")
+            limit, used, statistics = ((CGROUPS / name).read_text() for name in names)
+            caches = re.findall(
+                r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE
+            )  # of files, dropped at need
+            available.append(int(limit) - int(used) + max(map(int, caches), default=0))
+    return max(0, min(available))
+
+
+@functools.cache
+def _statm(pid: int) -> int | None:
+    """The file that tells the memory of this process, kept open: it is read at every write of the log."""
+    try:
+        return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

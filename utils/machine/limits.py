@@ -1,0 +1,85 @@
+"""What this machine reaches: the fastest matrix product and the fastest copy, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from utils.machine.device import synchronize
+from utils.nn.linear import linear
+from utils.profiling.record import Limits
+
+REPEATS = 5
+SECONDS = 0.25  # for one size; what would take longer is not tried
+GEMM_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192), "mps": (1024, 2048, 4096)}
+COPY_MIB = {"cpu": (32, 64), "cuda": (128, 256), "mps": (64, 128)}  # beyond the caches
+CALLS = {"cpu": 1, "cuda": 10, "mps": 10}  # between two looks at the clock: a launch is not waited for
+
+
+def measure_limits(device: torch.device, dtypes: Sequence[torch.dtype]) -> Limits:
+    """The best rates over several sizes, in about a second; the global random state is left alone.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for a few hundred megabytes.
+    """
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in dtypes}
+    return Limits(
+        gemm={name: measure_gemm(device, dtype) / 1e9 for dtype, name in names.items()},
+        copy_gbytes=measure_copy(device) / 1e9,
+    )
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square matrix product, made as those of the model are.
+
+    A multiply-add counts as two.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # a GPU multiplies zeros or ones faster than numbers
+    best = 0.0
+    for n in GEMM_SIZES[device.type]:
+        flops = 2.0 * n**3
+        if best and CALLS[device.type] * flops / best > SECONDS:
+            break
+        a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
+        best = max(best, flops / _least_seconds(lambda a=a, b=b: linear(a, b), device))  # type: ignore[misc]
+    return best
+
+
+def measure_copy(device: torch.device) -> float:
+    """Bytes a second of a copy on the device, those read and those written."""
+    best = 0.0
+    for mebibytes in COPY_MIB[device.type]:
+        source = torch.ones(mebibytes * 2**18, device=device)
+        target = torch.ones_like(source)
+        seconds = _least_seconds(lambda source=source, target=target: target.copy_(source), device)  # type: ignore[misc]
+        best = max(best, 2.0 * mebibytes * 2**20 / seconds)
+    return best
+
+
+def measure_read(device: torch.device) -> float:
+    """Bytes a second that a sum over a large tensor reads: what decoding cannot exceed."""
+    best = 0.0
+    for mebibytes in COPY_MIB[device.type]:
+        source = torch.ones(4 * mebibytes * 2**18, device=device)
+        best = max(best, 4.0 * mebibytes * 2**20 / _least_seconds(lambda source=source: source.sum(), device))  # type: ignore[misc]
+    return best
+
+
+def _least_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest time of one call, after one that is not counted; within SECONDS, but at least two are."""
+    calls = CALLS[device.type]
+    call()
+    synchronize(device)
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    for repeat in range(REPEATS):
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        now = time.perf_counter()
+        best = min(best, (now - began) / calls)
+        if repeat and now > end:
+            break
+    return best

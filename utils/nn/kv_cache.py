@@ -1,0 +1,144 @@
+"""The keys and values of the last tokens of each sequence, for decoding one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from utils.config.settings import ModelConfig
+from utils.nn.attention import causal_attention
+
+NO_TOKEN = -1  # stands before the first token of a sequence
+
+
+class KVCache:
+    """Buffers for `capacity` tokens of each sequence, made once; token p of a sequence stands in slot p % capacity.
+
+    So a sequence that goes on past the capacity overwrites its oldest token: a window slides over it. Sequences may
+    have different lengths. A GPU always attends to all slots, under a mask, so that shapes never change; a CPU only to
+    those in use.
+
+    A forward pass calls `begin` with its tokens, `attend` once in each layer, and `end`.
+
+    keys, values: (L, B, K, S, D), S = capacity.
+    tokens: (B, S), by slot.
+    lengths: of the sequences, on the host; `positions` is the same on the device.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (2 * config.n_layer, batch_size, capacity, config.kv_heads, config.head_width)
+        self._by_slot = torch.zeros(shape, device=device, dtype=dtype)  # as they come
+        self._by_head = self._by_slot.transpose(2, 3)  # as they are read
+        self.keys, self.values = self._by_head.chunk(2)
+        self._n_layer = config.n_layer
+        self.tokens = torch.full((batch_size, capacity), NO_TOKEN, device=device)
+        self.lengths = [0] * batch_size
+        self._positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._ahead = 0  # of _positions
+        self.capacity = capacity
+        self._numbers = torch.arange(capacity, device=device)  # of slots
+        self._rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
+        self._static = device.type == "cuda"
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(B,), of the next token of each sequence, on the device."""
+        if self._ahead:
+            self._positions += self._ahead
+            self._ahead = 0
+        return self._positions
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self.positions.zero_()
+        self.lengths = [0] * len(self.lengths)
+
+    def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> slice | torch.Tensor:
+        """Make room for tokens idx (B, T): several only where no window slides yet.
+
+        Args:
+            lengths: how many of the T tokens each sequence has, into an empty cache; the others pad it at its end.
+
+        Returns:
+            their positions, (B, T), or the same for all sequences.
+        """
+        T, longest = idx.size(1), max(self.lengths)
+        assert T == 1 or longest + T <= self.capacity, f"{longest + T} tokens exceed the {self.capacity} of the cache"
+        assert lengths is None or longest == 0
+        self._counts = [T] * len(self.lengths) if lengths is None else list(lengths)
+        self._is_empty = longest == 0
+        self._visible = self.capacity if self._static else min(longest + T, self.capacity)
+        self._stored = self._by_head[:, :, :, : self._visible].unbind()  # 2 L of (B, K, visible, D)
+        self._mask = None
+        if min(self.lengths) == longest:
+            first = longest % self.capacity
+            slots = slice(first, first + T)
+            self.tokens[:, slots] = idx
+            self._new = self._by_slot[:, :, slots].unbind()  # 2 L of (B, T, K, D)
+            self._slots: torch.Tensor | None = None  # (B, T), where they differ
+            if not self._is_empty and (T > 1 or self._static):  # one token sees all that is in use
+                self._mask = self._visible_to(torch.arange(longest, longest + T, device=idx.device)[None])
+            return slice(longest, longest + T)
+        positions = self.positions[:, None] + self._numbers[:T]  # (B, T)
+        self._slots = positions % self.capacity
+        self.tokens[self._rows, self._slots] = idx
+        self._mask = self._visible_to(positions)
+        return positions
+
+    def _visible_to(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, 1, T, visible): which slots tokens at these positions (B, T) see."""
+        return (self._numbers[: self._visible] <= positions[:, :, None])[:, None]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store the new keys and values; each new token attends to all of its sequence up to itself.
+
+        Args:
+            q: (B, T, H, D).
+            k, v: (B, T, K, D).
+
+        Returns:
+            (B, T, H * D).
+        """
+        B, T, H, _ = q.shape
+        L = self._n_layer
+        keys, values = self._stored[layer], self._stored[L + layer]
+        if self._slots is None:
+            self._new[layer].copy_(k)
+            self._new[L + layer].copy_(v)
+        else:
+            keys[self._rows, :, self._slots] = k
+            values[self._rows, :, self._slots] = v
+        if self._is_empty:
+            return causal_attention(q, k, v)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=self._mask, enable_gqa=keys.size(1) != H
+        )  # (B, H, T, D)
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+    def end(self) -> None:
+        """The tokens of `begin` are stored in all layers."""
+        if len(set(self._counts)) == 1:
+            self._ahead += self._counts[0]
+        else:
+            self._positions += torch.tensor(self._counts, device=self._positions.device)
+        self.lengths = [length + new for length, new in zip(self.lengths, self._counts, strict=True)]
+
+    def tokens_before(self, count: int) -> torch.Tensor:
+        """(B, count): the last tokens of each sequence, NO_TOKEN before its first one and what is overwritten."""
+        back = torch.arange(count, 0, -1, device=self.tokens.device)
+        positions = self.positions[:, None] - back  # (B, count)
+        unknown = (positions < 0) | (back > self.capacity)
+        return self.tokens[self._rows, positions % self.capacity].masked_fill(unknown, NO_TOKEN)
+
+    def replace(self, row: int, other: KVCache) -> None:
+        """Replace sequence `row` by the one sequence of another cache."""
+        count = other.lengths[0]
+        self.keys[:, row, :, :count] = other.keys[:, 0, :, :count]
+        self.values[:, row, :, :count] = other.values[:, 0, :, :count]
+        self.tokens[row, :count] = other.tokens[0, :count]
+        self.positions[row] = count
+        self.lengths[row] = count

@@ -1,0 +1,151 @@
+"""Parameter groups, optimizers, and schedules (pure functions of the step)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import Attention
+from utils.config.settings import OptimizerConfig, warmup_steps
+from utils.optim.adamw import AdamW
+from utils.optim.muon import Muon
+
+# A schedule maps the progress of the decay (0 at its start, 1 at its end) to a factor (1 to 0).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov and Hutter 2017, SGDR
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+FIRST_MOMENTUM = 0.85  # of Muon, at the start of its warm-up
+
+
+def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
+    """The learning rate of update `step` (0-based) in a run of `max_iters` updates.
+
+    Linear warmup to `learning_rate` (update 0 has a rate above zero), then the schedule, which is at
+    its end at `lr_decay_iters` (default: the end of the run) and stays there: cosine and linear at
+    `final_lr`, constant at `learning_rate`.
+    """
+    warmup = warmup_steps(config, max_iters)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    decay_end = config.lr_decay_iters or max_iters
+    progress = min((step - warmup) / max(decay_end - warmup, 1), 1.0)
+    return config.final_lr + (config.learning_rate - config.final_lr) * SCHEDULES[config.schedule](progress)
+
+
+def weight_decay_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
+    """The weight decay of update `step`: its schedule runs over the whole run and ends at zero, or is constant."""
+    return config.weight_decay * SCHEDULES[config.weight_decay_schedule](min(step / max_iters, 1.0))
+
+
+def momentum_at(step: int, config: OptimizerConfig) -> float:
+    """Muon's momentum of update `step`: it rises linearly from 0.85, for the first gradients are soon outdated."""
+    if step >= config.momentum_warmup_iters:
+        return config.momentum
+    first = min(FIRST_MOMENTUM, config.momentum)
+    return first + (config.momentum - first) * step / config.momentum_warmup_iters
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Every parameter in one group: hidden matrices, embeddings, an untied head, and vectors (biases, norm weights).
+
+    `lr_scale` is a group's learning rate over that of the schedule. All but vectors decay. `blocks` says of how many
+    rows the matrices are that a parameter is made of: q, k and v lie in one.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rates: dict[str, float | None] = {
+        "matrices": None,
+        "embeddings": config.embedding_lr,
+        "head": config.head_lr,
+        "vectors": config.vector_lr,
+    }
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
+    for parameter, name in names.items():
+        members[group_of(name, parameter)].append(parameter)
+    assert sum(map(len, members.values())) == len(names), "every parameter is in exactly one group"
+    fused = {
+        module.qkv.weight: [heads * module.head_width for heads in (module.n_head, module.kv_heads, module.kv_heads)]
+        for module in model.modules()
+        if isinstance(module, Attention)
+    }
+    groups = [
+        {
+            "name": group,
+            "params": parameters,
+            "lr_scale": (rates[group] or config.learning_rate) / config.learning_rate,
+            "decays": group != "vectors",
+        }
+        for group, parameters in members.items()
+        if parameters
+    ]
+    for group in groups:
+        if group["name"] == "matrices":
+            group["blocks"] = [fused.get(p, [p.size(0)]) for p in members["matrices"]]
+    return groups
+
+
+def group_of(name: str, parameter: torch.Tensor) -> str:
+    """The parameter group of a parameter of the model, by its name and number of dimensions."""
+    if parameter.dim() < 2:
+        return "vectors"
+    if "embedding" in name:
+        return "embeddings"
+    return "head" if name.startswith("head.") else "matrices"
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW for all parameters."""
+    return AdamW(group | _of_adamw(config) for group in groups)
+
+
+def muon(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Muon for the hidden matrices (q, k and v each by itself), AdamW for all else."""
+    of_muon = {"momentum": config.momentum}
+    return Muon(group | (of_muon if group["name"] == "matrices" else _of_adamw(config)) for group in groups)
+
+
+def _of_adamw(config: OptimizerConfig) -> dict[str, Any]:
+    """`fused` tells torch to keep the step on the device when a state is loaded."""
+    return {"betas": (config.beta1, config.beta2), "eps": config.adam_eps, "fused": True}
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over the parameter groups of `model`, as in its first step."""
+    optimizer = OPTIMIZERS[config.optimizer_name](parameter_groups(model, config), config)
+    set_learning_rate(optimizer, config.learning_rate)
+    set_weight_decay(optimizer, config.weight_decay)
+    return optimizer
+
+
+def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, max_iters: int) -> float:
+    """Set learning rates, weight decay and momentum of update `step`; returns the learning rate of the schedule."""
+    lr = learning_rate_at(step, config, max_iters)
+    set_learning_rate(optimizer, lr)
+    set_weight_decay(optimizer, weight_decay_at(step, config, max_iters))
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = momentum_at(step, config)
+    return lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the schedule: each group has its own share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Set it in the groups that decay."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -1,0 +1,85 @@
+"""How fast a model generates: prefill of one block, and decoding one token at a time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from model import LanguageModel
+from utils.inference.decode import decode_one_token, new_cache, prefill
+from utils.machine.device import synchronize
+from utils.nn.costs import forward_flops
+from utils.nn.kv_cache import KVCache
+from utils.profiling.record import Generation
+from utils.training.evaluation import evaluating
+
+REPEATS = 5
+DECODED = 64  # tokens, or what is left of half a block
+
+
+def measure_generation(model: LanguageModel) -> Generation:
+    """Medians for one sequence, as inference.py generates it: in the precision of the weights, without a compiler.
+
+    Decoding begins after half a block.
+    """
+    parameter, T = next(model.parameters()), model.config.block_size
+    tokens = torch.zeros(1, T, dtype=torch.int64, device=parameter.device)
+    cache = new_cache(model, 1)
+    begin = T // 2
+    decoded = min(T - begin, DECODED)
+
+    def one_prefill() -> None:
+        cache.reset()
+        prefill(model, tokens, cache)
+
+    def half_a_block() -> None:
+        cache.reset()
+        if begin:
+            prefill(model, tokens[:, :begin], cache)
+
+    def one_decode() -> None:
+        for _ in range(decoded):
+            decode_one_token(model, tokens[:, 0], cache)
+
+    with evaluating(model):
+        prefill_ms = _median_ms(one_prefill, parameter.device)
+        decode_ms = _median_ms(one_decode, parameter.device, half_a_block) / decoded
+    return Generation(
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        prompt=T,
+        prefill_ms=prefill_ms,
+        prefill_gflop=forward_flops(model.config, model.vocab_size, T, (T + 1) / 2) / 1e9,
+        decoded=decoded,
+        decode_ms=decode_ms,
+        decode_gbyte=decode_bytes(model, cache, begin + (decoded + 1) / 2) / 1e9,
+    )
+
+
+def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:
+    """Read for one token of each sequence of the cache: all weights, and `context` keys and values."""
+    return weight_bytes(model) + 2 * cache.keys[:, :, :, 0].numel() * cache.keys.element_size() * context
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Of all weights, in the precision that they have, but of tables that are looked up in only one row."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if model.head is None:
+        tables = [table for table in tables if table is not model.token_embedding.weight]
+    looked_up = sum((table.numel() - table.size(1)) * table.element_size() for table in tables)
+    return sum(weight.numel() * weight.element_size() for weight in model.state_dict().values()) - looked_up
+
+
+def _median_ms(call: Callable[[], None], device: torch.device, before: Callable[[], None] = lambda: None) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        before()
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[1:])  # the first one warms up

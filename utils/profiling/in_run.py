@@ -1,0 +1,130 @@
+"""`profile_step`: one step of a real run, profiled into its artifacts/profile/. It changes no number of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+from torch.profiler import profile, record_function
+
+from utils.machine.device import synchronize
+from utils.profiling.assemble import build_profile, limits_of
+from utils.profiling.measure import STEP, StepTimes, new_profiler, phase_times, read_operators, read_trace
+from utils.profiling.memory import activation_phase, peak, reset_peak
+from utils.profiling.picture import draw_profile
+from utils.profiling.record import FOLDER, PICTURE, save_profile
+from utils.terminal.console import Terminal
+from utils.training.phases import MarkedClock, Phase, PhaseClock, no_phase
+from utils.training.state import TrainState
+
+# Steps before the profiled one: in the first what autograd keeps is counted, some are timed as a whole, some by phases.
+TIMED, CLOCKED = 4, 4
+FIRST = TIMED + CLOCKED + 1
+
+
+class RunProfiler:
+    """Watches the steps up to `profile_step` of a run. Whatever fails in here is one warning, and training goes on.
+
+    Args:
+        state: that is trained.
+        path: the run directory.
+        terminal: that tells how it went.
+    """
+
+    def __init__(self, state: TrainState, path: Path, terminal: Terminal) -> None:
+        self.state, self.path, self.terminal = state, path, terminal
+        self.step = state.config.train.profile_step
+        self.ready = False  # the step is profiled, and nothing is written yet
+        self._activations = activation_phase(state)
+        self._timed: list[float] = []
+        self._clock = PhaseClock(state.device)
+        self._clocked: list[float] = []
+        self._marks = MarkedClock(state.device)
+        self._profiler: profile | None = None
+
+    def watch(self, step: int) -> AbstractContextManager[Phase]:
+        """Around an update; what it gives names the update's phases."""
+        if self.step is None or not 0 <= self.step - step <= FIRST:
+            return contextlib.nullcontext(no_phase)
+        return self._watch(self.step - step)
+
+    @contextlib.contextmanager
+    def _watch(self, steps_left: int) -> Iterator[Phase]:
+        watching = ExitStack()
+        phase: Phase = no_phase
+        with self._harmless():
+            phase = self._begin(steps_left, watching)
+        began = time.perf_counter()
+        try:
+            yield phase
+            with self._harmless():
+                synchronize(self.state.device)
+                self._end(steps_left, time.perf_counter() - began)
+        finally:
+            with self._harmless():
+                watching.close()
+
+    def _begin(self, steps_left: int, watching: ExitStack) -> Phase:
+        synchronize(self.state.device)
+        if steps_left == FIRST:
+            return self._activations or no_phase
+        if steps_left > CLOCKED:
+            if not self._timed and self.state.device.type == "cuda":  # a process has more than a step
+                reset_peak(self.state.device)
+            return no_phase
+        if steps_left > 0:
+            return self._clock
+        self._profiler = watching.enter_context(new_profiler(self.state.device))
+        watching.enter_context(record_function(STEP))
+        return self._marks
+
+    def _end(self, steps_left: int, seconds: float) -> None:
+        if 0 < steps_left <= CLOCKED:
+            self._clocked.append(seconds)
+        elif CLOCKED < steps_left < FIRST:
+            self._timed.append(seconds)
+        elif steps_left == 0 and self._profiler is not None:
+            self.ready = True
+            if not self._clocked:  # the run began, or went on, here
+                self._clock, self._clocked = self._marks, [seconds]
+
+    def save(self) -> None:
+        """Measure the machine's limits, and write what was seen; takes a second or two."""
+        self.ready = False
+        with self._harmless():
+            assert self._profiler is not None
+            device = self.state.device
+            highest = peak(device) if self._timed and device.type == "cuda" else None
+            profiled_ms, operators = read_operators(self._profiler, device)
+            times = StepTimes(
+                steps=1,
+                step_ms=1000 * statistics.median(self._timed) if self._timed else None,
+                phases=phase_times(self._clock, sum(self._clocked), len(self._clocked)),
+                profiled_ms=profiled_ms,
+                operators=operators,
+                profiler=self._profiler,
+            )
+            measured = build_profile(
+                self.state,
+                times,
+                limits_of(self.state),
+                activations=self._activations.bytes or None if self._activations else None,
+                peak=highest,
+                run=self.path.name,
+                step=self.step,
+            )
+            save_profile(self.path / FOLDER, measured, read_trace(self._profiler), draw_profile)
+            self.terminal.print(f"step {self.step:,} is profiled: {FOLDER / PICTURE}")
+        self._profiler = None  # the events take memory
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a profile is worth no run
+            self.step, self.ready = None, False
+            self.terminal.warn(f"profile_step: nothing is written: {type(error).__name__}: {error}")

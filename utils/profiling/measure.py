@@ -1,0 +1,189 @@
+"""Where the time of a step goes: measured without the profiler, then operator by operator with torch.profiler."""
+
+from __future__ import annotations
+
+import errno
+import statistics
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from utils.machine.device import synchronize
+from utils.profiling.operators import (
+    WITHOUT_MOVING,
+    is_attention,
+    is_operator,
+    operator_bytes,
+    operator_flops,
+    short_name,
+)
+from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER, OTHER_OPERATORS, OperatorTime, PhaseTime
+from utils.training.phases import PHASES, MarkedClock, Phase, PhaseClock, no_phase
+
+STEP = "step"
+STRETCHES = 5  # of steps that are timed together; their median is not moved by one disturbance
+COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph")  # what the profiler calls the code that a compiler made
+
+Step = Callable[[Phase], None]  # one training step
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of one step, in milliseconds: by itself, by phases with a pause after each, and by operators under the profiler.
+
+    step_ms: none if it was not measured. profiler: has the trace.
+    """
+
+    steps: int
+    step_ms: float | None
+    phases: list[PhaseTime]
+    profiled_ms: float
+    operators: list[OperatorTime]
+    profiler: profile
+
+    @property
+    def phases_ms(self) -> float:
+        return sum(phase.ms for phase in self.phases)
+
+
+def measure_steps(step: Step, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
+    """Call `step` `warmup` times without a clock, then `steps` times for each of the three measurements."""
+    for _ in range(warmup):
+        step(no_phase)
+    step_ms = time_steps(step, device, steps)
+    clock = PhaseClock(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(clock)
+    phases = phase_times(clock, time.perf_counter() - began, steps)
+    profiler, marks = new_profiler(device), MarkedClock(device)
+    with profiler:
+        for _ in range(steps):
+            with record_function(STEP):
+                step(marks)
+    profiled_ms, operators = read_operators(profiler, device)
+    return StepTimes(steps, step_ms, phases, profiled_ms, operators, profiler)
+
+
+def time_steps(step: Step, device: torch.device, steps: int) -> float:
+    """Milliseconds of a step, the median over stretches; the device is waited for at the end of each stretch only."""
+    times = []
+    for index in range(min(steps, STRETCHES)):
+        count = len(range(index, steps, STRETCHES))
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(count):
+            step(no_phase)
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - began) / count)
+    return statistics.median(times)
+
+
+def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime]:
+    """What the clock saw in `steps` steps that took `seconds`; what is in no phase is `other`."""
+    rows = [(name, clock.calls[name], clock.seconds[name]) for name in PHASES]
+    rows.append((OTHER, steps, max(0.0, seconds - sum(clock.seconds.values()))))
+    return [PhaseTime(name=n, calls=calls / steps, ms=1000 * s / steps, gflop=0.0) for n, calls, s in rows]
+
+
+def new_profiler(device: torch.device) -> profile:
+    """A profiler, to be entered; shapes of arguments are recorded."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    return profile(activities=activities, record_shapes=True)
+
+
+def read_operators(profiler: profile, device: torch.device) -> tuple[float, list[OperatorTime]]:
+    """Milliseconds of a step, and the operators in each phase by their time.
+
+    An operator is what the model or autograd calls, with everything that it calls itself. On CUDA it has the time of
+    the kernels that it launched; code that a compiler made counts as one operator.
+    """
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    total_us, steps = _length(events, STEP)
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.name in PHASES)
+    starts = [start for start, _, _ in spans]
+
+    def phase_of(event: FunctionEvent) -> str:
+        index = bisect_right(starts, event.time_range.start) - 1
+        return spans[index][2] if index >= 0 and event.time_range.start < spans[index][1] else OTHER
+
+    on_device = device.type == "cuda"
+    rows: dict[tuple[str, str], list[float]] = {}
+    kinds: dict[tuple[str, str], str] = {}
+    for name, event, us in _outermost(events, on_device):
+        flops, moved = _cost(event) if is_operator(event.name) else (0.0, 0.0)
+        key = (phase_of(event), short_name(name))
+        if flops or key not in kinds:
+            kinds[key] = (ATTENTION if is_attention(name) else MATRIX_PRODUCTS) if flops else OTHER_OPERATORS
+        row = rows.setdefault(key, [0, 0.0, 0.0, 0.0])
+        for index, value in enumerate((1, us / 1000, flops / 1e9, moved / 1e9)):
+            row[index] += value
+    operators = [
+        OperatorTime(
+            name=name,
+            phase=phase,
+            kind=kinds[phase, name],
+            calls=calls / steps,
+            ms=ms / steps,
+            gflop=gflop / steps,
+            gbyte=gbyte / steps,
+        )
+        for (phase, name), (calls, ms, gflop, gbyte) in rows.items()
+    ]
+    return total_us / steps / 1000, sorted(operators, key=lambda operator: -operator.ms)
+
+
+def read_trace(profiler: profile) -> bytes:
+    """The Chrome trace. The profiler writes it into a file and does not say when the disk is full.
+
+    Raises:
+        OSError: there was no room for it in the folder of temporary files.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = path.read_bytes() if path.exists() else b""
+    if not trace.rstrip().endswith(b"}"):
+        raise OSError(errno.ENOSPC, "the profiler could not write its trace", folder)
+    return trace
+
+
+def _length(events: list[FunctionEvent], name: str) -> tuple[float, int]:
+    """Microseconds and number of the events of that name."""
+    spans = [event.time_range.elapsed_us() for event in events if event.name == name]
+    return sum(spans), len(spans)
+
+
+def _outermost(events: list[FunctionEvent], on_device: bool) -> Iterator[tuple[str, FunctionEvent, float]]:
+    """Name, event and microseconds of each operator that no other operator has called."""
+    waiting = [event for event in events if event.cpu_parent is None]
+    while waiting:
+        event = waiting.pop()
+        if is_operator(event.name):
+            yield event.name, event, event.device_time_total if on_device else event.time_range.elapsed_us()
+            continue
+        own = event.self_device_time_total if on_device else event.self_cpu_time_total
+        if event.name.startswith(COMPILED):
+            yield "compiled code", event, own
+        elif on_device and own > 0:  # a kernel that no operator of torch has launched
+            yield event.name, event, own
+        waiting += event.cpu_children
+
+
+def _cost(event: FunctionEvent) -> tuple[float, float]:
+    """Floating-point operations and bytes of an operator; of one that only calls others, theirs."""
+    shapes, dtypes = event.structured_input_shapes, event.input_dtypes
+    flops = operator_flops(event.name, shapes, event.concrete_inputs)
+    if flops is None:
+        of_children = [_cost(child) for child in event.cpu_children if is_operator(child.name)]
+        flops, moved = sum(f for f, _ in of_children), sum(b for _, b in of_children)
+        if flops or not shapes or short_name(event.name) in WITHOUT_MOVING:
+            return flops, moved
+    return flops, operator_bytes(event.name, shapes, dtypes)

@@ -1,0 +1,83 @@
+"""Memory of training by category: weights, gradients, state of the optimizer, activations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from utils.training.state import TrainState
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Of the memory behind `tensors`; what several share counts once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """Weights (with buffers), gradients as they are after a backward pass, and state of the optimizer."""
+    parameters = list(state.model.parameters())
+    in_optimizer = (t for entry in state.optimizer.state.values() for t in entry.values() if torch.is_tensor(t))
+    return {
+        "weights": bytes_of([*parameters, *state.model.buffers()]),
+        "gradients": sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
+        "optimizer": bytes_of(in_optimizer),
+    }
+
+
+class ActivationMeter:
+    """A phase that sees what autograd keeps of a forward pass for the backward pass; it changes no number.
+
+    bytes: of the largest micro-step; weights, which are there anyway, do not count.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.bytes = 0
+        self._weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if name != "forward":
+            yield
+            return
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            with contextlib.suppress(NotImplementedError):  # a sparse tensor has no storage of its own
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._weights:
+                    kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+        self.bytes = max(self.bytes, sum(kept.values()))
+
+
+def activation_phase(state: TrainState) -> ActivationMeter | None:
+    """A meter, but none for a compiled model: it would be compiled anew for it."""
+    return None if state.compiled else ActivationMeter(state.model)
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Count the most memory in use from here on; False where that cannot be told (anywhere but CUDA and Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with contextlib.suppress(OSError):
+        if device.type == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+            return True
+    return False
+
+
+def peak(device: torch.device) -> int:
+    """Bytes, the most since `reset_peak`: of tensors on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

@@ -1,0 +1,184 @@
+"""How the cost of a training step grows with batch and block size: steps without a profiler, shape after shape."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from utils.config.settings import Config
+from utils.errors import UserError
+from utils.files import write_json
+from utils.machine.device import torch_settings
+from utils.nn.costs import training_flops
+from utils.optim.groups import apply_schedules
+from utils.profiling.measure import time_steps
+from utils.profiling.memory import activation_phase
+from utils.terminal.cli import numbers
+from utils.terminal.console import Terminal
+from utils.training.phases import Phase, no_phase
+from utils.training.setup import Setup
+from utils.training.state import TrainState, build_state
+from utils.training.step import clip_gradients, forward_backward, optimizer_step
+
+SWEEP_FILE = "sweep.json"
+BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the configured sizes; a batch is that of a micro-step
+BLOCK_FACTORS = (0.5, 1, 2)
+
+
+@dataclass(frozen=True)
+class ShapeTiming:
+    """A training step of one shape.
+
+    step_ms: the median over stretches of steps.
+    gflops: billions of operations a second, of those that the matrix products need (utils/nn/costs.py).
+    activation_mb: what the forward pass keeps for the backward pass; none for a compiled model.
+    """
+
+    batch_size: int
+    block_size: int
+    step_ms: float
+    tokens_per_second: float
+    gflops: float
+    activation_mb: float | None
+
+
+def with_shape(config: Config, batch_size: int, block_size: int) -> Config:
+    """The same experiment with other sizes, each batch in one micro-step."""
+    train = config.train.model_copy(update={"batch_size": batch_size, "gradient_accumulation_steps": 1})
+    return config.model_copy(
+        update={"train": train, "model": config.model.model_copy(update={"block_size": block_size})}
+    )
+
+
+def default_sizes(configured: int, factors: Sequence[float]) -> list[int]:
+    """Sizes around the configured one, ascending, each once."""
+    return sorted({max(1, round(configured * factor)) for factor in factors})
+
+
+def training_step(state: TrainState, phase: Phase) -> None:
+    """One update by the training loop's own parts, without its log."""
+    apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
+    forward_backward(state, phase)
+    clip_gradients(state)
+    optimizer_step(state)
+
+
+def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: Terminal) -> ShapeTiming:
+    """A step's time over `steps` training steps, after one in which activations are counted and `warmup` more.
+
+    Args:
+        setup: corpus, device and precision; torch's settings are those of the caller.
+        config: of the model that is timed, new and with random weights.
+
+    Raises:
+        torch.OutOfMemoryError: the device cannot hold it.
+    """
+    state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
+    state.model.train()
+    step = functools.partial(training_step, state)
+    activations = activation_phase(state)
+    step(activations or no_phase)
+    for _ in range(warmup):
+        step(no_phase)
+    step_ms = time_steps(step, state.device, steps)
+    if config.train.compile:
+        torch.compiler.reset()  # it compiles the same code for so many models only
+    operations = training_flops(config.model, setup.corpus.tokenizer.vocab_size, config.train.sequences)
+    return ShapeTiming(
+        batch_size=config.train.sequences,
+        block_size=config.model.block_size,
+        step_ms=step_ms,
+        tokens_per_second=state.tokens_per_step / step_ms * 1000,
+        gflops=operations / step_ms / 1e6,
+        activation_mb=activations.bytes / 1e6 if activations else None,
+    )
+
+
+def sweep(
+    setup: Setup, batch_sizes: Sequence[int], block_sizes: Sequence[int], steps: int, warmup: int, terminal: Terminal
+) -> list[ShapeTiming]:
+    """Every batch size at every block size; shapes that do not fit into the device's memory are told and left out.
+
+    Raises:
+        UserError: the corpus is too short for a block.
+    """
+    if (longest := max(block_sizes)) >= setup.corpus.n_train:
+        raise UserError(f"--block-sizes: {longest:,} is too long for {setup.corpus.n_train:,} training tokens")
+    timings = []
+    for block_size in block_sizes:
+        for batch_size in batch_sizes:
+            config = with_shape(setup.config, batch_size, block_size)
+            try:
+                timings.append(time_shape(setup, config, steps, warmup, terminal))
+            except torch.OutOfMemoryError:
+                terminal.warn(f"batch {batch_size:,} x block {block_size:,}: does not fit into the device's memory")
+    return timings
+
+
+def sweep_table(timings: Sequence[ShapeTiming]) -> Table:
+    """One row a shape, a section a block size; the one with most tokens a second is marked."""
+    table = Table(title="A training step by batch and block size", title_justify="left", title_style="bold")
+    for header in ("block", "batch", "ms/step", "tokens/s", "GFLOP/s", "activations MB"):
+        table.add_column(header, justify="right")
+    table.add_column("", style="green")
+    best = max(timings, key=lambda timing: timing.tokens_per_second, default=None)
+    last = None
+    for timing in timings:
+        if last not in (None, timing.block_size):
+            table.add_section()
+        last = timing.block_size
+        table.add_row(
+            f"{timing.block_size:,}",
+            f"{timing.batch_size:,}",
+            f"{timing.step_ms:,.2f}",
+            f"{timing.tokens_per_second:,.0f}",
+            f"{timing.gflops:,.1f}",
+            "" if timing.activation_mb is None else f"{timing.activation_mb:,.1f}",
+            "best" if timing is best else "",
+            style="bold" if timing is best else "",
+        )
+    return table
+
+
+def report_sweep(
+    setup: Setup,
+    batch_sizes: str | None,
+    block_sizes: str | None,
+    *,
+    steps: int,
+    warmup: int,
+    out: Path | None,
+    terminal: Terminal,
+) -> None:
+    """Measure, print the table, and write sweep.json into the folder `out`.
+
+    Args:
+        batch_sizes, block_sizes: comma-separated; None: sizes around the configured ones.
+
+    Raises:
+        UserError: a list that is none, or a block that is longer than the corpus.
+    """
+    config = setup.config
+    batches = numbers(batch_sizes, "--batch-sizes", int, 1) if batch_sizes is not None else None
+    blocks = numbers(block_sizes, "--block-sizes", int, 1) if block_sizes is not None else None
+    micro_batch = config.train.sequences // config.train.gradient_accumulation_steps
+    batches = batches or default_sizes(micro_batch, BATCH_FACTORS)
+    blocks = blocks or default_sizes(config.model.block_size, BLOCK_FACTORS)
+    with torch_settings(config.train, setup.device):
+        timings = sweep(setup, batches, blocks, steps, warmup, terminal)
+    terminal.print(
+        sweep_table(timings),
+        f"{setup.device}, {str(setup.dtype).removeprefix('torch.')}; medians over {steps} steps; GFLOP/s: of what the "
+        "matrix products need",
+    )
+    if out is not None:
+        try:
+            write_json(out / SWEEP_FILE, {"shapes": [asdict(timing) for timing in timings]})
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+        terminal.print(f"written: {out / SWEEP_FILE}")

@@ -1,0 +1,1 @@
+"""Run directories: their files, their log, their names and their index."""

@@ -1,0 +1,64 @@
+"""The picture of a run's losses, artifacts/curves.png. No torch here."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.files import write_atomic
+from utils.runs.log import METRICS_FILE, decode_number, read_lines
+from utils.runs.run import CURVES
+
+CURVE_NAMES = {"train/loss": "train/loss, each step", "train/eval_loss": "train/eval_loss", "val/loss": "val/loss"}
+POINTS, BYTES = 20_000, 170  # of a curve; of a record, about
+COLORS = {"train/loss": "#b8c4d6", "train/eval_loss": "#3b6fb6", "val/loss": "#d1495b"}
+
+
+def thinned_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Evaluations, and about POINTS of the other records: a picture of a long run has no room for more."""
+    stride = 1 + (path.stat().st_size // BYTES if path.exists() else 0) // POINTS
+    offset, numbers = 0, itertools.count()
+    while lines := (read_lines(path, offset) if path.exists() else []):
+        offset += sum(map(len, lines))
+        for number, line in zip(numbers, lines, strict=False):
+            if b'"val/loss"' in line or number % stride == 0:
+                yield json.loads(line)
+
+
+def draw_curves(run: Path) -> bool:
+    """Write artifacts/curves.png of the run in the directory `run`; False if it has logged no loss yet.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVE_NAMES}
+    for record in thinned_records(run / "logs" / METRICS_FILE):
+        for name in record.keys() & curves.keys():
+            curves[name].append((record["step"], decode_number(record[name])))
+    if not any(curves.values()):
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        if points:
+            steps, values = zip(*points, strict=True)
+            dots = "o" if name != "train/loss" and len(points) < 50 else ""
+            axes.plot(
+                steps, values, dots + "-", color=COLORS[name], label=CURVE_NAMES[name], markersize=3, linewidth=1.2
+            )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_atomic(run / CURVES, picture.getvalue())
+    return True

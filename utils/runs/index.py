@@ -1,0 +1,354 @@
+"""All runs of a folder as rows, those that cannot be read with the reason. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, Field, ValidationError
+
+from utils.config.settings import FIELDS, TRAJECTORY, Config, derived_settings, field_fact, flat
+from utils.errors import UserError
+from utils.runs.log import METRICS_FILE, decode_number, last_record, read_lines
+from utils.runs.run import CHECKPOINTS, PATCH, REPRODUCTION, RunError, read_record, status_of
+
+DAMAGED = "damaged"  # the status of what cannot be read as a run
+TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
+DERIVED = derived_settings(Config(), 1).keys()  # from other settings, where they are none
+NOTES = {"tags": [], "note": "", "pinned": False}
+NOT_RUNS = ("models.json",)  # what else lies in the folder of the runs
+FACTS = {  # column -> type in SQL; the settings of the configuration follow them
+    "id": "VARCHAR",
+    "tag": "VARCHAR",
+    "status": "VARCHAR",
+    "problem": "VARCHAR",
+    "start": "TIMESTAMP",
+    "age": "DOUBLE",
+    "duration": "DOUBLE",
+    "steps": "BIGINT",
+    "val_loss": "DOUBLE",
+    "best_step": "BIGINT",
+    "last_val_loss": "DOUBLE",
+    "train_loss": "DOUBLE",
+    "parameters": "BIGINT",
+    "commit": "VARCHAR",
+    "dirty": "BOOLEAN",
+    "branch": "VARCHAR",
+    "host": "VARCHAR",
+    "parent": "VARCHAR",
+    "tags": "VARCHAR",
+    "note": "VARCHAR",
+    "pinned": "BOOLEAN",
+    "config_hash": "VARCHAR",
+    "corpus_hash": "VARCHAR",
+    "torch": "VARCHAR",
+    "processor": "VARCHAR",
+    "path": "VARCHAR",
+}
+
+
+LOG_END = 4096  # bytes
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Git(BaseModel):
+    commit: str | None = None
+    branch: str | None = None
+    dirty: bool | None = None
+
+
+class _Parent(BaseModel):
+    run: str
+    path: str = ""
+    step: Whole = 0
+    relation: str = ""
+
+
+class _Resolved(BaseModel):
+    parameters: Whole | None = None
+    max_iters: Whole | None = None
+    corpus_hash: str | None = None
+    torch: str | None = None
+    processor: str | None = None
+
+
+class _Record(BaseModel, strict=True):
+    """What the index takes from a run.json, so that it can trust the types."""
+
+    status: Literal["running", "completed", "interrupted", "failed", "diverged"]
+    git: _Git | None = None
+    parent: _Parent | None = None
+    resolved: _Resolved | None = None
+    summary: dict[str, float | Literal["nan", "inf", "-inf"]] | None = None
+    last_step: Whole | None = None
+    best_step: Whole | None = None
+    host: str | None = None
+    end: str | None = None
+    config_hash: str | None = None
+    exit_reason: str | None = None
+    argv: list[str] = []
+    resumes: list[dict[str, Any]] = []
+    views: dict[str, dict[str, Any]] = {}
+
+
+class _Notes(BaseModel, strict=True):
+    """What a person says about a run."""
+
+    tags: list[str] = []
+    note: str = ""
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class IndexedRun:
+    """What is known of one entry of the folder of runs.
+
+    problem: why it cannot be read as a run, or what is wrong with a part of it; None: all is well.
+    record: run.json; settings: meta/full_config.json by leaf name; notes: notes.json.
+    """
+
+    path: Path
+    status: str = DAMAGED
+    problem: str | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=lambda: NOTES)
+    notes_are_lost: bool = False  # notes.json cannot be read: nobody knows whether the run was pinned
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def readable(self) -> bool:
+        return self.status != DAMAGED
+
+    def row(self) -> dict[str, Any]:
+        """The run by column: FACTS, then the settings, those that were none or "auto" as what they came to."""
+        record, resolved, git = self.record, self.record.get("resolved") or {}, self.record.get("git") or {}
+        start, end = seconds_of(record.get("start")), seconds_of(record.get("end"))
+        if end is None and self.status == "running":
+            end = time.time()
+        summary = self.summary()
+        facts = {
+            "id": self.id,
+            "tag": record.get("tag"),
+            "status": self.status,
+            "problem": self.problem,
+            "start": record.get("start"),
+            "age": None if start is None else round(time.time() - start, 1),
+            "duration": None if start is None or end is None else round(end - start, 1),
+            "val_loss": summary.get("best_val_loss"),
+            "last_val_loss": summary.get("val/loss"),
+            "train_loss": summary.get("train/eval_loss"),
+            "steps": summary.get("steps"),
+            "best_step": record.get("best_step"),
+            "commit": git.get("commit"),
+            "dirty": git.get("dirty"),
+            "branch": git.get("branch"),
+            "host": record.get("host"),
+            "parent": (record.get("parent") or {}).get("run"),
+            "tags": ", ".join(self.notes["tags"]),
+            "note": self.notes["note"],
+            "pinned": self.notes["pinned"],
+            "config_hash": record.get("config_hash"),
+            **{key: resolved.get(key) for key in ("parameters", "corpus_hash", "torch", "processor")},
+            "path": os.fspath(self.path),
+        }
+        columns = {column: facts[column] for column in FACTS}
+        return {**columns, **{key: resolved_setting(self, key) for key in self.settings if key not in columns}}
+
+    def summary(self) -> dict[str, float]:
+        """Losses and steps at the end; of a run that has not told them, from its log."""
+        told = {key: decode_number(value) for key, value in (self.record.get("summary") or {}).items()}
+        steps = self.record.get("last_step")
+        if self.status not in ("running", "crashed"):
+            return {**told, "steps": steps} if steps is not None else told
+        try:  # what is told is of a session before
+            return summary_of_log(self.path / "logs" / METRICS_FILE)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no writer of ours wrote it
+            return told
+
+
+def resolved_setting(run: IndexedRun, key: str) -> Any:
+    """The value of a setting; what it came to where it was none or "auto"."""
+    value = run.settings.get(key)
+    resolved = run.record.get("resolved") or {}
+    return resolved.get(key, value) if value in (None, "auto") else value
+
+
+def summary_of_log(path: Path) -> dict[str, float]:
+    """Last step and losses of a run that was not ended properly."""
+    if not path.is_file():
+        return {}
+    summary: dict[str, float] = {}
+    offset = 0
+    while lines := read_lines(path, offset):
+        offset += sum(map(len, lines))
+        for record in (json.loads(line) for line in lines if b'"val/loss"' in line):
+            losses = {name: decode_number(record[name]) for name in ("val/loss", "train/eval_loss") if name in record}
+            best = summary.get("best_val_loss", math.inf)
+            summary |= {**losses, "best_val_loss": losses["val/loss"] if losses["val/loss"] < best else best}
+    last = last_record(path)
+    return {**summary, **({"steps": int(last["step"])} if last else {})}
+
+
+def seconds_of(moment: Any) -> float | None:
+    """Seconds since the epoch of a time in run.json."""
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def read_run(path: Path) -> IndexedRun:
+    """One entry of the folder of runs; never an error."""
+    try:
+        if not path.is_dir():
+            return IndexedRun(path, problem="a file, where a run directory was expected")
+        if not (path / "run.json").exists():
+            empty = not any(path.iterdir())
+            return IndexedRun(path, problem="an empty folder" if empty else "no run.json")
+        record = read_record(path)
+        status = status_of(path, record)
+        _Record.model_validate(record)
+    except ValidationError as error:
+        wrong = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors(include_url=False, include_input=False))
+        return IndexedRun(path, problem=f"run.json: not as this workbench writes it: {', '.join(wrong)}")
+    except (RunError, OSError) as error:
+        return IndexedRun(path, problem=str(error).replace(f"{path}{os.sep}", "").removeprefix(f"{path}: "))
+    problems = []
+    settings, notes, notes_are_lost = {}, NOTES, False
+    try:
+        settings = read_settings(path)
+    except FileNotFoundError:
+        problems.append("no meta/full_config.json: it ended before it began")
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"meta/full_config.json cannot be read: {error}")
+    try:
+        notes = read_notes(path)
+    except (OSError, ValueError, RecursionError) as error:
+        notes_are_lost = True
+        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
+        problems.append(f"notes.json cannot be read: {reason}")
+    if status != "running" and (problem := _log_problem(path / "logs" / METRICS_FILE)):
+        problems.append(problem)
+    return IndexedRun(path, status, "; ".join(problems) or None, record, settings, notes, notes_are_lost)
+
+
+def _log_problem(path: Path) -> str | None:
+    """What is wrong with the end of a log; None: nothing. Only its last bytes are read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END))
+            *lines, torn = file.read().split(b"\n")
+        if lines and not isinstance(orjson.loads(lines[-1]), dict):
+            raise ValueError
+    except FileNotFoundError:
+        return f"no {path.parent.name}/{path.name}"
+    except OSError as error:
+        return f"{path.parent.name}/{path.name} cannot be read: {error.strerror}"
+    except ValueError:
+        return f"{path.parent.name}/{path.name} is damaged: its last line is no record"
+    return f"the last line of {path.parent.name}/{path.name} is torn" if torn else None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in meta/full_config.json of the run `path` by leaf name, also those that are not known any more.
+
+    Raises:
+        OSError, ValueError: it is missing or damaged.
+    """
+    sections = json.loads((path / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        raise ValueError("not a configuration")
+    return {key: value for section in sections.values() for key, value in section.items()}
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """notes.json of the run `path`.
+
+    Raises:
+        OSError, ValueError: it is damaged.
+    """
+    try:
+        notes = json.loads((path / "notes.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return dict(NOTES)
+    return {**_Notes.model_validate(notes).model_dump(), **{key: notes[key] for key in notes if key not in NOTES}}
+
+
+def read_index(runs_dir: Path) -> list[IndexedRun]:
+    """Every entry of the folder of runs, oldest first; those that cannot be read come first. None: no such folder.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        names = sorted(name for name in os.listdir(runs_dir) if not name.startswith(".") and name not in NOT_RUNS)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{runs_dir}: the folder of the runs cannot be read: {error.strerror}") from None
+    runs = [read_run(runs_dir / name) for name in names]
+    return sorted(runs, key=lambda run: (run.record.get("start") or "", run.id))
+
+
+def differing_settings(runs: Sequence[IndexedRun], kinds: Sequence[str] = (TRAJECTORY,)) -> list[str]:
+    """Settings of these kinds that are not the same in all readable runs, in the order of the configuration.
+
+    What was left open everywhere and is derived from another setting (head_dim, say) is left out.
+    """
+    readable = [run for run in runs if run.settings]
+    keys = dict.fromkeys([*(k for k in FIELDS if field_fact(k, "kind") in kinds), *_unknown_settings(readable)])
+
+    def differs(key: str) -> bool:
+        knowing = [run for run in readable if key in run.settings]  # an older run may not know it
+        if key in DERIVED and all(run.settings[key] is None for run in knowing):
+            return False
+        return len({repr(resolved_setting(run, key)) for run in knowing}) > 1
+
+    return [key for key in keys if differs(key)]
+
+
+def _unknown_settings(runs: Sequence[IndexedRun]) -> Iterator[str]:
+    for run in runs:
+        yield from (key for key in run.settings if key not in FIELDS)
+
+
+def non_default_settings(run: IndexedRun) -> dict[str, Any]:
+    """Settings of a run that differ from the defaults of this workbench."""
+    default = json.loads(json.dumps(flat(Config())))
+    return {key: value for key, value in run.settings.items() if key not in default or value != default[key]}
+
+
+def origin_of(run: IndexedRun) -> tuple[str, str, int] | None:
+    """(relation, run, step) of the weights that a fork or fine-tuning began with."""
+    parent = run.record.get("parent")
+    if not parent or parent.get("relation") == REPRODUCTION:
+        return None
+    return str(parent.get("relation")), str(parent["run"]), int(parent.get("step", 0))
+
+
+def code_identity(run: IndexedRun) -> tuple[str | None, str | None]:
+    """The commit, and the sha256 of the patch that made it the code of the run; None: unknown, or no patch."""
+    try:
+        patch = (run.path / PATCH).read_bytes()
+    except OSError:
+        patch = b""
+    commit = (run.record.get("git") or {}).get("commit")
+    return commit, hashlib.sha256(patch).hexdigest() if patch else None
+
+
+def checkpoints_of(run: IndexedRun) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted((run.path / CHECKPOINTS).glob("step_[0-9]*"))

@@ -1,0 +1,403 @@
+"""Run directories: ids, exclusive creation, run.json, the lock, and finding a run by name.
+
+A run directory explains itself: run.json holds its state, meta/ where it came from, logs/ what
+happened, artifacts/ what it made. The training process holds a lock (flock) as long as it lives,
+so that a reader can tell `running` from `crashed` without any help from the process that died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.config.settings import check_tag
+from utils.errors import UserError, nearest
+from utils.files import write_json
+from utils.runs.names import promoted_run
+
+SCHEMA_VERSION = 1
+CHECKPOINTS = Path("artifacts", "checkpoints")  # in a run directory
+FLIGHT_RECORDER = Path("artifacts", "flight_recorder.json")
+CURVES = Path("artifacts", "curves.png")
+PATCH = Path("meta", "code.patch")
+TOKENIZER = Path("meta", "tokenizer.json")
+MODEL_SUMMARY = Path("meta", "model.json")
+METRICS = Path("meta", "metrics.json")
+REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats, to compare the two
+HEARTBEAT_SECONDS = 15.0
+STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
+
+Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
+
+
+class RunError(UserError):
+    """A run directory that is not there, not unique, or not usable."""
+
+
+class RunLockedError(RunError):
+    """A run directory that another process is training in."""
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class RunIDGenerator:
+    """`YYYYMMDD_HHMMSS[_tag]`, local time; the n-th attempt of one second and tag ends in `_n`."""
+
+    def __init__(self, tag: str | None = None, now: datetime | None = None) -> None:
+        if tag is not None:
+            try:
+                check_tag(tag)
+            except ValueError as error:
+                raise RunError(str(error)) from None
+        self.base = (now or datetime.now()).strftime("%Y%m%d_%H%M%S") + (f"_{tag}" if tag else "")
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.base
+        attempt = 2
+        while True:
+            yield f"{self.base}_{attempt}"
+            attempt += 1
+
+
+class RunDirectoryCreator:
+    """Makes directories below `runs_dir` that no other process has."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+
+    def create(self, tag: str | None = None, now: datetime | None = None) -> Path:
+        """An empty directory of our own: mkdir fails where another process was faster.
+
+        Raises:
+            RunError: a bad tag, or `runs_dir` cannot be written.
+        """
+        candidates = RunIDGenerator(tag, now)
+        try:
+            self.runs_dir.mkdir(parents=True, exist_ok=True)
+            for run_id in candidates:
+                try:
+                    (self.runs_dir / run_id).mkdir()
+                except FileExistsError:
+                    continue
+                return self.runs_dir / run_id
+        except OSError as error:
+            raise RunError(f"cannot make a run directory in {self.runs_dir}: {error.strerror}") from None
+        raise AssertionError("RunIDGenerator never ends")
+
+
+class Run:
+    """A run directory held by the process that trains in it. Safe to use from several threads.
+
+    The context of use is `run = Run.create(...)` or `Run.resume(...)`, `run.update(...)` while it goes on, and
+    `run.finish(status, reason)`, then `run.release()`, once.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], lock_fd: int) -> None:
+        self.path = path
+        self._record = record
+        self._lock_fd = lock_fd
+        self._mutex = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
+
+    @classmethod
+    def create(cls, runs_dir: Path, tag: str | None = None, **facts: Any) -> Run:
+        """A new run directory with its lock held and a run.json that says `running`.
+
+        Args:
+            runs_dir: the folder of all runs.
+            tag: part of the id.
+            facts: further fields of run.json (argv, resolved, parent, ...).
+
+        Raises:
+            RunError: the directory cannot be made; nothing is left behind.
+        """
+        path = RunDirectoryCreator(runs_dir).create(tag)
+        try:
+            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _sign(lock_fd)
+            record = {
+                "schema_version": SCHEMA_VERSION,
+                "id": path.name,
+                "tag": tag,
+                "status": "running",
+                "exit_reason": None,
+                "start": utc_now(),
+                "end": None,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "last_step": None,
+                "summary": {},
+                "parent": None,
+                "resumes": [],
+                "views": {},
+                **facts,
+            }
+            for folder in ("meta", "logs", "artifacts"):
+                (path / folder).mkdir()
+            write_json(path / "notes.json", {"tags": [], "note": "", "pinned": False})
+            write_json(path / "run.json", record)
+        except BaseException as error:
+            shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
+            raise
+        return cls(path, record, lock_fd)
+
+    @classmethod
+    def resume(cls, path: Path) -> Run:
+        """Take over a run directory whose process has ended; run.json is not changed yet.
+
+        Raises:
+            RunLockedError: it is being trained, with process and host.
+            RunError: it is not a run directory, or cannot be written.
+        """
+        record = read_record(path)
+        here = record.get("host") == socket.gethostname()
+        holder = _holder(path) if here else None
+        holder = holder or f"process {record.get('pid')} on {record.get('host')}"
+        being_trained = RunLockedError(f"run {path.name} is being trained by {holder}")
+        if not here and read_status(path) == "running":
+            raise being_trained
+        try:
+            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock_fd)
+            raise being_trained from None
+        _sign(lock_fd)
+        return cls(path, {**record, **read_record(path)}, lock_fd)
+
+    def restart(self, argv: Sequence[str], step: int, **facts: Any) -> None:
+        """Say in run.json that training goes on at `step` in this process; how the session before ended is kept.
+
+        Args:
+            facts: more about the new session (git, say).
+        """
+        record = self.record
+        before = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
+        if before["status"] == "running":
+            before["status"] = "crashed"
+        now = utc_now()
+        session = {"time": now, "step": step, "argv": list(argv), "before": before, **facts}
+        self.update(
+            status="running",
+            exit_reason=None,
+            end=None,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            resumes=[*record.get("resumes", []), session],
+        )
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """A copy of run.json."""
+        with self._mutex:
+            return json.loads(json.dumps(self._record))
+
+    def update(self, **facts: Any) -> None:
+        """Replace fields of run.json, atomically; nothing once the lock is released."""
+        with self._mutex:
+            self._record.update(facts)
+            self._write()
+
+    def _write(self) -> None:
+        if not self._ended.is_set():  # a view that hangs may come back when the directory has another owner
+            write_json(self.path / "run.json", self._record)
+
+    def update_view(self, name: str, **facts: Any) -> None:
+        """Merge facts about one view (its state, its id in the tracker) into run.json."""
+        with self._mutex:
+            self._record["views"].setdefault(name, {}).update(facts)
+            self._write()
+
+    def _heartbeat(self) -> None:
+        """A sign of life for readers on other hosts, who cannot see the lock."""
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a network disk may be away for a while
+                os.utime(self.path / "lock")
+
+    def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
+        """Write how the run ended; the lock is held until `release`."""
+        self.update(status=status, exit_reason=reason, end=utc_now(), **facts)
+
+    def release(self) -> None:
+        """Let go of the lock; the process is done with the directory."""
+        with self._mutex:
+            self._ended.set()
+        os.close(self._lock_fd)
+
+
+def _sign(lock_fd: int) -> None:
+    """Say in the lock file who holds it; that is also its first heartbeat."""
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+
+def _holder(path: Path) -> str | None:
+    """The process that holds, or held last, the lock of a run directory; None: the lock file does not say."""
+    try:
+        pid, host = (path / "lock").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return None
+    return f"process {pid} on {host}"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """run.json of the run directory `path`.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is not a run directory: it has no run.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path / 'run.json'} cannot be read: {error}") from None
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("status"), str)
+        or not isinstance(record.get("start", ""), str)
+        or not isinstance(record.get("tag"), str | None)
+    ):
+        raise RunError(f"{path / 'run.json'} is not the record of a run")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        version = record.get("schema_version")
+        raise RunError(f"{path / 'run.json'} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
+    return record
+
+
+def lock_is_free(path: Path) -> bool:
+    """True if no process of this host holds the lock of the run directory `path`."""
+    try:
+        fd = os.open(path / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def wait_until_free(path: Path, seconds: float) -> bool:
+    """Wait for the lock of the run directory `path`, at most that long; whether it is free."""
+    deadline = time.monotonic() + seconds
+    while not (free := lock_is_free(path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return free
+
+
+def read_status(path: Path) -> str:
+    """The status in run.json, or `crashed` for a run that says `running` while nobody trains it.
+
+    Raises:
+        RunError: run.json is missing or damaged.
+    """
+    return status_of(path, read_record(path))
+
+
+def status_of(path: Path, record: Mapping[str, Any]) -> str:
+    """As `read_status`, of the run whose run.json is `record`."""
+    if record["status"] != "running":
+        return str(record["status"])
+    if record.get("host") == socket.gethostname():
+        return "crashed" if lock_is_free(path) else "running"
+    try:
+        silence = time.time() - (path / "lock").stat().st_mtime
+    except OSError:
+        return "crashed"
+    return "crashed" if silence > STALE_HEARTBEAT_SECONDS else "running"
+
+
+def list_run_paths(runs_dir: Path) -> list[Path]:
+    """Directories that hold a run.json, oldest first: by start time, then id."""
+    found = []
+    for path in runs_dir.glob("*/run.json"):
+        try:
+            found.append((read_record(path.parent).get("start") or "", path.parent.name, path.parent))
+        except RunError:
+            found.append(("", path.parent.name, path.parent))
+    return [path for *_, path in sorted(found)]
+
+
+def resolve_run(name: str, runs_dir: Path) -> Path:
+    """The run directory that RUN on a command line means.
+
+    In this order: a path, an exact id, `latest`, an exact tag (the newest wins), NAME@vN of a
+    promoted run, a unique part of an id.
+
+    Raises:
+        RunError: there is none, or a part fits several.
+    """
+    if os.path.isfile(os.path.join(name, "run.json")):
+        return Path(name)
+    if os.sep in name and os.path.isdir(name):
+        raise RunError(f"{name} is not a run directory: it has no run.json")
+    if promoted := promoted_run(name, runs_dir):
+        return promoted
+    paths = list_run_paths(runs_dir)
+    if not paths:
+        raise RunError(f"no run {name}: {runs_dir} has no runs yet")
+    by_id = {path.name: path for path in paths}
+    if name in by_id:
+        return by_id[name]
+    if name == "latest":
+        return paths[-1]
+    tags: dict[str, Path] = {}
+    for path in paths:
+        try:
+            if tag := read_record(path).get("tag"):
+                tags[tag] = path
+        except RunError:
+            continue
+    if name in tags:
+        return tags[name]
+    matches = [run_id for run_id in by_id if name and name in run_id]
+    if len(matches) == 1:
+        return by_id[matches[0]]
+    if matches:
+        shown = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
+        raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {shown}")
+    raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *by_id])}")
+
+
+def find_export(name: str | None, runs_dir: Path) -> Path:
+    """The export folder of a run; without a name, of the newest run that has one.
+
+    Raises:
+        RunError: no such run, or it has no export.
+    """
+    if name is None:
+        for path in reversed(list_run_paths(runs_dir)):
+            if (path / "artifacts" / "export").is_dir():
+                return path / "artifacts" / "export"
+        raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
+    path = resolve_run(name, runs_dir)
+    export = path / "artifacts" / "export"
+    if not export.is_dir():
+        raise RunError(f"run {path.name} ({read_status(path)}) has no export: it is written when training completes")
+    return export

@@ -1,0 +1,135 @@
+"""Checksums of a run's record: written when it ends, compared by `experiments.py check`. No torch here.
+
+A seal detects accidents: an edited file, a bad disk, a copy that lost something. It is no protection against somebody
+who changes the files and the seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.checkpoints.folder import CheckpointError, check_file, list_checkpoints, read_manifest
+from utils.files import write_json
+from utils.runs.run import CHECKPOINTS, RunError, utc_now
+
+SEAL = Path("artifacts", "seal.json")
+SEALED = (
+    "meta",
+    "logs",
+    "artifacts/export",
+)  # folders of a run directory, but for logs/tensorboard and the notes below
+NOT_SEALED = ("logs/tensorboard", "logs/wandb")  # what can be made again from the logs, and is
+FED_NOTE = "logs/fed_"  # how far a view is fed
+
+
+@dataclass(frozen=True)
+class Check:
+    """How the sealed files of a run differ from its seal, by paths relative to the run directory.
+
+    damaged: what is wrong with checkpoints, which come and go and are not sealed, but have manifests.
+    """
+
+    sealed: str  # when
+    files: int
+    changed: list[str]
+    missing: list[str]
+    added: list[str]
+    checkpoints: int  # that were read
+    damaged: list[str]  # of these
+
+    @property
+    def good(self) -> bool:
+        return not (self.changed or self.missing or self.added or self.damaged)
+
+
+def sealed_files(run: Path) -> Iterator[str]:
+    """The files that a seal covers, relative to the run directory, in order."""
+    for folder in SEALED:
+        for root, folders, names in os.walk(run / folder):
+            relative = Path(root).relative_to(run)
+            folders[:] = sorted(name for name in folders if (relative / name).as_posix() not in NOT_SEALED)
+            for name in sorted(names):
+                path = (relative / name).as_posix()
+                regular = (run / path).is_file()  # a pipe would be waited for, a link that leads nowhere is missing
+                if regular and not path.startswith(FED_NOTE) and not name.endswith(".tmp"):
+                    yield path
+
+
+def checksums(run: Path, checksum: Callable[[Path], str]) -> dict[str, str]:
+    """The checksum of each file that a seal covers."""
+    names = list(sealed_files(run))
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
+        return dict(zip(names, pool.map(lambda name: checksum(run / name), names), strict=True))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_or_reason(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def seal(run: Path) -> None:
+    """Write artifacts/seal.json.
+
+    Raises:
+        OSError: a file cannot be read, or the seal not be written.
+    """
+    write_json(run / SEAL, {"time": utc_now(), "files": checksums(run, file_sha256)})
+
+
+def check(run: Path) -> Check:
+    """Compare the files of a run with its seal.
+
+    Raises:
+        RunError: it has no seal, or a damaged one.
+        OSError: a file cannot be read.
+    """
+    try:
+        recorded = json.loads((run / SEAL).read_text(encoding="utf-8"))
+        if not isinstance(recorded["files"], dict):
+            raise ValueError("no files")
+        before: Mapping[str, str] = recorded["files"]
+        sealed = str(recorded["time"])
+    except FileNotFoundError:
+        raise RunError(f"{run.name} has no seal: it has not ended yet, or was killed") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{run / SEAL} cannot be read: {error}") from None
+    now = checksums(run, _sha256_or_reason)
+    checkpoints = [path for _, path in list_checkpoints(run / CHECKPOINTS)]
+    return Check(
+        sealed=sealed,
+        files=len(before),
+        changed=[name for name in before if name in now and now[name] != before[name]],
+        missing=[name for name in before if name not in now],
+        added=[name for name in now if name not in before],
+        checkpoints=len(checkpoints),
+        damaged=[damage for path in checkpoints for damage in _damages(path)],
+    )
+
+
+def _damages(checkpoint: Path) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, by its own manifest."""
+    try:
+        for name, (size, crc32) in read_manifest(checkpoint).items():
+            try:
+                check_file(checkpoint / name, size, crc32)
+            except CheckpointError as error:
+                yield _relative(error, checkpoint)
+    except CheckpointError as error:
+        yield _relative(error, checkpoint)
+
+
+def _relative(error: CheckpointError, checkpoint: Path) -> str:
+    return str(error).replace(str(checkpoint), f"{CHECKPOINTS.as_posix()}/{checkpoint.name}")

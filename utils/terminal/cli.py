@@ -1,0 +1,240 @@
+"""Command lines: flags generated from the configuration, help by section, errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
+
+from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
+from utils.config.settings import FIELDS, SECTIONS, Config, expected, field_fact, get_value
+from utils.errors import UserError, nearest
+from utils.machine.process import tune_process
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+Number = TypeVar("Number", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are UserErrors that name the nearest valid flag."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        width = min(shutil.get_terminal_size().columns, 110)
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=32),
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; one that begins with a dash is given as --FLAG=VALUE"
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of `argv`; `--batch_size` is `--batch-size`.
+
+        Raises:
+            UserError: an unknown flag, a missing value, a word too many.
+        """
+        flags = self._flags()
+        args, unknown = self.parse_known_args([_dashed(word, flags) for word in argv])
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            kind = "flag" if flag.startswith("-") else "argument"
+            raise UserError(f"unknown {kind} {flag}{nearest(flag, flags)}")
+        return args
+
+    def _flags(self) -> list[str]:
+        """All flags, those of commands too."""
+        commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for action in commands for parser in action.choices.values())]
+        return [flag for parser in parsers for flag in parser._option_string_actions]
+
+
+def _dashed(word: str, flags: Sequence[str]) -> str:
+    """A flag by its own name; what is no flag may be a text."""
+    name, equals, value = word.partition("=")
+    dashed = name.replace("_", "-")
+    return dashed + equals + value if dashed in flags else word
+
+
+def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
+    """The value of a flag that takes a comma-separated list.
+
+    Raises:
+        UserError: not a number, too small, or none at all.
+    """
+    try:
+        values = [kind(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        values = []
+    if not values or min(values) < least:
+        raise UserError(f"{flag}: expected numbers >= {least:g}, separated by commas, got {text!r}")
+    return values
+
+
+def add_config_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
+    """One flag for every setting, grouped by section; the help shows the value in `defaults`."""
+    for section, model in SECTIONS.items():
+        group = parser.add_argument_group(section, model.__doc__)
+        for key in model.model_fields:
+            help_text = f"{FIELDS[key].description} ({_facts(key, defaults)})".replace("%", "%%")
+            if FIELDS[key].annotation in (bool, bool | None):
+                group.add_argument(
+                    flag_name(key), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+                )
+            else:
+                group.add_argument(flag_name(key), metavar=_metavar(key), default=argparse.SUPPRESS, help=help_text)
+
+
+def _facts(key: str, defaults: Config) -> str:
+    """Unit, bounds and default of one setting, for its help."""
+    value = get_value(defaults, key)
+    if isinstance(value, bool):
+        shown = "on" if value else "off"
+    elif isinstance(value, str):
+        shown = value if value.strip() and value.isprintable() else repr(value)
+    else:
+        shown = "none" if value in (None, ()) else str(value)
+    bounds = re.search(r"[<>].*?(?= or |$)", expected(key))
+    facts = (bounds and bounds.group(), field_fact(key, "unit"), f"default: {shown}")
+    return ", ".join(fact for fact in facts if fact)
+
+
+def _metavar(key: str) -> str:
+    annotation = FIELDS[key].annotation
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    name = {"integer": "N", "number": "X", "list": "A,B"}.get(expected(key).split(" ")[0], "TEXT")
+    words = [word for member in get_args(annotation) if get_origin(member) is Literal for word in get_args(member)]
+    return "|".join([name, *words])
+
+
+@dataclass(frozen=True)
+class ExperimentArguments:
+    """The words of a command line that describe an experiment.
+
+    own: the script's own arguments.
+    """
+
+    loader: ConfigLoader
+    files: Sequence[Path] = ()
+    overrides: Mapping[str, str | bool] = field(default_factory=dict)
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
+
+    def load(self) -> LoadedConfig:
+        """The merged, validated configuration.
+
+        Raises:
+            ConfigError: a mistake on the command line or in a file.
+        """
+        return self.loader.load(self.files, self.overrides)
+
+
+def parse_experiment(argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT) -> ExperimentArguments:
+    """Parse the command line of a script that takes a whole configuration.
+
+    Args:
+        argv: the words after the script's name.
+        parser: already has the script's own flags.
+        root: the project folder.
+
+    Raises:
+        UserError: a mistake on the command line.
+        SystemExit: after `--help`.
+    """
+    files = parser.add_argument_group("configuration files")
+    files.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        type=Path,
+        help="settings on top of configs/ (repeatable)",
+    )
+    files.add_argument("--config-dir", metavar="DIR", type=Path, help="folder of the shared files (default: configs)")
+    parser.usage = f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
+    wants_help = "-h" in argv or "--help" in argv
+    defaults, broken = _merged_defaults(argv, root) if wants_help else (Config(), None)
+    if broken:
+        parser.epilog = f"The defaults shown are the built-in ones, because the files cannot be merged: {broken}"
+    add_config_flags(parser, defaults)
+    args = parser.parse(argv)
+    overrides = {key: value for key, value in vars(args).items() if key in FIELDS}
+    return ExperimentArguments(ConfigLoader(root, args.config_dir), args.config, overrides, args)
+
+
+def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | None]:
+    """What the files say, for the help; the built-in defaults and the reason where they cannot be merged."""
+    files_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files_only.add_argument("--config", action="append", default=[], type=Path)
+    files_only.add_argument("--config-dir", type=Path)
+    try:
+        args, _ = files_only.parse_known_args([_dashed(word, ["--config-dir"]) for word in argv])
+        return ConfigLoader(root, args.config_dir).load(args.config).config, None
+    except (ConfigError, SystemExit) as error:
+        return Config(), str(error)
+
+
+class Main(Protocol):
+    """`main()` reads sys.argv; `main(argv)` is for tests and notebooks."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def script(main: Callable[[Sequence[str]], int]) -> Main:
+    """Decorator of a script's `main(argv)`: mistakes become one line on stderr and exit status 2.
+
+    Ctrl-C before or after the part that handles signals itself ends with 130, a closed pipe
+    (`... | head`) quietly with 141, a full disk behind stdout with one line and 1.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv: Sequence[str] | None = None) -> int:
+        tune_process()
+        try:
+            status = main(sys.argv[1:] if argv is None else argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at exit it would be too late to say what went wrong
+            return status
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            _drop_output()
+            return 141
+        except OSError as error:
+            if not _output_fails():
+                raise
+            _drop_output()
+            print(f"error: output: cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
+
+    return wrapper
+
+
+def _output_fails() -> bool:
+    """Is it stdout that cannot be written? What it could not take it still holds."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """The flush at exit must not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,22 @@
+"""HTML pages from templates, all in one style (page.css)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def render(template: Path, filters: dict[str, Callable[[Any], str]] | None = None, **context: Any) -> str:
+    """Fill in a template file. Every value is escaped: text in the page is never markup."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters or {})
+    return environment.get_template(template.name).render(**context)

@@ -1,0 +1,1 @@
+"""What train.py does: from the checks before a run to its result."""

@@ -1,0 +1,208 @@
+"""`batch_size auto`: how many sequences fit into memory, and how many micro-steps an update needs.
+
+A size fits if a whole training step does. On CUDA steps are tried: running out of memory is an exception there.
+Elsewhere it would end the process, so a step is made of tensors without storage (FakeTensorMode), and what they
+would take is counted. Either is done with the model as it is without torch.compile.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data import Corpus
+from model import LanguageModel
+from utils.config.loader import LoadedConfig
+from utils.config.settings import Config
+from utils.errors import UserError
+from utils.machine.device import autocast, available_memory, torch_settings
+from utils.optim.groups import build_optimizer
+from utils.runs.origin import FOUND, put_on_top
+
+# Share of the free memory that is left free: for evaluation, histograms, fragmentation. The allocator of the CPU has
+# taken 0.4% to 42% more than the tensors (at most 16% from 1 GiB on), and who takes too much there is killed.
+RESERVE = {"cuda": 0.1, "cpu": 0.25, "mps": 0.25}
+GIB = 2**30
+
+Fits = Callable[[int], bool]  # whether a micro-step of so many sequences does
+
+
+def find_batch(
+    loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]
+) -> LoadedConfig:
+    """The configuration with numbers for `auto`: batch_size and gradient_accumulation_steps, as a layer of its own.
+
+    No random stream is moved and no memory kept, so that a run with these numbers given by hand is the same.
+
+    Args:
+        tell: says one line to the user: what was chosen.
+
+    Raises:
+        UserError: not even one sequence fits.
+    """
+    config = loaded.config
+    length, tokens = config.model.block_size, config.train.tokens_per_step
+    most = max(1, corpus.n_train // length)  # an update should not see a text twice
+    sizes = divisors(tokens // length) if tokens else [2**n for n in range(most.bit_length())]
+    free = available_memory(device)
+    with fitting(config, corpus.tokenizer.vocab_size, device, dtype, free) as fits:
+        micro_batch = largest_fitting(sizes, fits)
+    memory = f"{free / GIB:.1f} GiB that are free on {device}"
+    if micro_batch is None:
+        raise UserError(
+            f"{loaded.source('batch_size')}: batch_size auto: not even one sequence of {length:,} tokens fits into "
+            f"the {memory}, less {RESERVE[device.type]:.0%} in reserve: make the model or block_size smaller"
+        )
+    sequences = tokens // length if tokens else micro_batch
+    micro_steps = sequences // micro_batch
+    words = f"batch_size auto: {sequences:,} sequences, {sequences * length:,} tokens per step"
+    if micro_steps > 1:
+        words += f", in {micro_steps:,} micro-steps of {micro_batch:,}, which fit into the {memory}"
+    elif not tokens:
+        limit = f"the training text has {most:,}" if micro_batch == sizes[-1] else f"more do not fit into the {memory}"
+        words += f" ({limit})"
+    tell(words)
+    found = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps, "tokens_per_step": None}
+    return put_on_top(loaded, found, FOUND)
+
+
+def largest_fitting(sizes: Sequence[int], fits: Fits) -> int | None:
+    """The largest of `sizes`, which ascend, that fits, by bisection; None: none does."""
+    count = bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
+    return sizes[count - 1] if count else None
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
+
+
+@contextlib.contextmanager
+def fitting(config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype, free: int) -> Iterator[Fits]:
+    """How a size is tried on `device`, of which `free` bytes may be used but for the reserve.
+
+    Afterwards random streams, settings and memory are as they were.
+    """
+    usable = int(free * (1 - RESERVE[device.type]))
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []), torch_settings(config.train, device):
+        if not on_cuda:
+            yield lambda size: bytes_of_training(config, vocab_size, dtype, size) <= usable
+            return
+        trials = CudaTrials(config, vocab_size, device, dtype)
+        try:
+            with limited_cuda(device, usable):
+                yield trials.fits
+        finally:
+            trials.model = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+class TrialModel:
+    """A model with its optimizer, whose state is there from the start; makes updates of any number of sequences."""
+
+    def __init__(self, config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        with device:
+            self.model = LanguageModel(config.model, vocab_size)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.step(1)
+
+    def step(self, sequences: int) -> None:
+        """One update; memory does not depend on what the tokens are."""
+        ids = torch.zeros((sequences, self.config.model.block_size), dtype=torch.int64, device=self.device)  # (B, T)
+        with autocast(self.device, self.dtype):
+            _, loss = self.model(ids, ids)
+        assert loss is not None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class CudaTrials:
+    """Updates of several sizes on a CUDA device, with one model that is made for the first."""
+
+    def __init__(self, config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.arguments = (config, vocab_size, device, dtype)
+        self.model: TrialModel | None = None
+
+    def fits(self, size: int) -> bool:
+        try:
+            self.model = self.model or TrialModel(*self.arguments)
+            self.model.step(size)
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        if self.model is not None:
+            self.model.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # what one size has left cached is not in the way of the next
+        return fits
+
+
+@contextlib.contextmanager
+def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
+    """The process may take `usable` bytes of a CUDA device on top of what it holds; asking for more is an error."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(index) + usable) / total, index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, index)
+
+
+def bytes_of_training(config: Config, vocab_size: int, dtype: torch.dtype, sequences: int) -> int:
+    """What training holds at most with micro-steps of so many sequences: of a step, and the copy for a checkpoint."""
+    with FakeTensorMode(), ByteCounter() as counter:
+        model = TrialModel(config, vocab_size, torch.device("cpu"), dtype)
+        kept = counter.held  # weights and the state of the optimizer
+        model.step(sequences)
+    return counter.peak + kept
+
+
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make: held now, and at most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._sizes: dict[int, int] = {}  # by the address of the storage, which several tensors may share
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address not in self._sizes:
+            self._sizes[address] = storage.nbytes()
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._free, address)
+
+    def _free(self, address: int) -> None:
+        self.held -= self._sizes.pop(address)

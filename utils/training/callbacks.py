@@ -1,0 +1,146 @@
+"""Callbacks: classes of the user's own that training calls (docs/callbacks.md)."""
+
+from __future__ import annotations
+
+import importlib
+import sysconfig
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.errors import UserError
+from utils.machine.signals import StopRequest
+from utils.training.state import TrainState
+from utils.training.step_buffer import StepBuffer
+
+
+class TrainingRun:
+    """What a callback may look at and do.
+
+    path: the run directory.
+    state: model, optimizer, step, losses, ...: what training changes, and so may a callback.
+    loss: of the batch of the last update, 0-dimensional, on the device; reading its value waits for the device.
+    """
+
+    def __init__(self, path: Path, state: TrainState, buffer: StepBuffer, stop: StopRequest) -> None:
+        self.path, self.state = path, state
+        self.loss: torch.Tensor | None = None
+        self._buffer, self._stop = buffer, stop
+        self._step = state.step
+
+    def log(self, values: Mapping[str, float | torch.Tensor]) -> None:
+        """Numbers by registered metric name; tensors stay on their device until the log is written.
+
+        In on_step they belong to the update just done, so they stand at its step.
+
+        Args:
+            values: numbers, or tensors with one element, which are kept as float32.
+
+        Raises:
+            KeyError: a name that is not registered.
+            TypeError, RuntimeError: a value is not one number.
+        """
+        self._buffer.log(self._step, values)
+
+    def stop(self, reason: str) -> None:
+        """End training after this step, as interrupted, with a checkpoint."""
+        self._stop.stop(reason)
+
+
+class Callback:
+    """Base class: override what you need. An exception ends the run as failed.
+
+    on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes), on_step
+    after each update, on_eval after each evaluation, on_end once after the last step of a session, whatever ended
+    it: but SIGKILL and a second Ctrl-C leave no time for it.
+    """
+
+    def on_start(self, run: TrainingRun) -> None: ...
+
+    def on_step(self, run: TrainingRun) -> None: ...
+
+    def on_eval(self, run: TrainingRun, losses: Mapping[str, float]) -> None:
+        """losses: val/loss and train/eval_loss, in nats per token."""
+
+    def on_end(self, run: TrainingRun, status: str) -> None:
+        """status: completed, interrupted, diverged or failed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep, as JSON: a resumed run goes on with it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+
+class Callbacks:
+    """The callbacks of one run, called in the order of the setting."""
+
+    def __init__(self, callbacks: Sequence[Callback], run: TrainingRun) -> None:
+        self._callbacks, self._run = callbacks, run
+        self._started: deque[Callback] = deque()  # and not ended
+
+    def on_start(self) -> None:
+        for callback in self._callbacks:
+            self._started.append(callback)
+            callback.on_start(self._run)
+
+    def on_step(self, step: int, loss: torch.Tensor) -> None:
+        """Update `step` is done."""
+        if not self._callbacks:
+            return
+        self._run.loss, self._run._step = loss, step
+        for callback in self._callbacks:
+            callback.on_step(self._run)
+
+    def on_eval(self, losses: Mapping[str, float]) -> None:
+        self._run._step = self._run.state.step
+        for callback in self._callbacks:
+            callback.on_eval(self._run, losses)
+
+    def on_end(self, status: str) -> None:
+        """Each callback that was started is told once; if one raises, the others are told that the run failed."""
+        self._run._step = self._run.state.step
+        failure: Exception | None = None
+        while self._started:
+            try:
+                self._started.popleft().on_end(self._run, status)
+            except Exception as error:  # the user's; the first one counts
+                failure, status = failure or error, "failed"
+        if failure is not None:
+            raise failure
+
+
+def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
+    """An instance of each class, by its name module:Class.
+
+    Raises:
+        UserError: it cannot be imported or made, or is no Callback.
+    """
+    callbacks: dict[str, Callback] = {}
+    for name in names:
+        module, _, attribute = name.partition(":")
+        if name in callbacks:
+            raise UserError(f"callbacks: {name} is listed twice")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+            if not (isinstance(found, type) and issubclass(found, Callback)):
+                raise UserError(f"callbacks: {name} is not a subclass of utils.training.callbacks.Callback")
+            callbacks[name] = found()
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # code of the user's, which may raise anything
+            raise UserError(f"callbacks: {name} cannot be used: {_in_one_line(error)}") from error
+    return callbacks
+
+
+def _in_one_line(error: BaseException) -> str:
+    """What went wrong, and where in the user's code."""
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    not_own = ("<", __file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))  # "<": built in
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_own)]
+    return f"{message} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else message

@@ -1,0 +1,273 @@
+"""When to save, which checkpoints to keep, and the thread that writes them."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoints.files import Checkpoint, read_checkpoint, write_checkpoint
+from utils.checkpoints.folder import (
+    BEST_FILE,
+    LATEST_FILE,
+    CheckpointError,
+    best_path,
+    folder_name,
+    list_checkpoints,
+    read_pointer,
+)
+from utils.config.settings import TrainConfig
+from utils.files import write_json
+from utils.runs.log import RunLog, decode_number, encode_number
+from utils.training.state import TrainState, capture
+
+FIRST_GUESS_BYTES_PER_SECOND = 1e8  # of a disk, until the first checkpoint is written
+
+
+class HostMemory:
+    """Copies of tensors in host memory, in the same place every time.
+
+    Memory that was written before is not faulted in again, which would take longer than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Host copies of `tensors`; those of the call before are overwritten."""
+        on_gpu = False
+        result = {}
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                on_cuda = tensor.device.type == "cuda"
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_cuda)
+            copy.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
+            on_gpu |= tensor.device.type == "cuda"
+            result[name] = copy
+        if on_gpu:
+            torch.cuda.synchronize()
+        self._copies = result
+        return result
+
+
+class Checkpointer:
+    """Saves the checkpoints of one run.
+
+    The loop pays for a copy to host memory only: the files are written by a thread, one checkpoint at a
+    time. A checkpoint that is due while another is still being written is postponed. A write that
+    fails is reported, and the checkpoints of before stay.
+
+    Args:
+        folder: artifacts/checkpoints of the run directory.
+        settings: how often, and what is kept.
+        log: its offsets go into the checkpoint, and it is synced before the checkpoint is complete.
+        warn: tells the user one line.
+        saved_step: the step that was resumed from, which needs no second checkpoint; None: a new run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TrainConfig,
+        config_hash: str,
+        log: RunLog,
+        warn: Callable[[str], None],
+        saved_step: int | None = None,
+    ) -> None:
+        self.folder, self.settings, self.config_hash, self.log = folder, settings, config_hash, log
+        self._warn = warn
+        self._weights, self._optimizer = HostMemory(), HostMemory()
+        self._last_step = self._written_step = saved_step  # they differ after a write that failed
+        remove_leftovers(folder)
+        self._last_time = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._write_seconds: float | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether checkpoint_interval or checkpoint_minutes asks for one now and none is being written."""
+        if step == self._last_step or (self._thread is not None and self._thread.is_alive()):
+            return False
+        interval, minutes = self.settings.checkpoint_interval, self.settings.checkpoint_minutes
+        by_steps = bool(interval) and step // interval > (self._last_step or 0) // interval
+        by_time = minutes is not None and time.monotonic() - self._last_time >= 60 * minutes
+        return by_steps or by_time
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state and begin to write it, after the write of before has ended; nothing if it is saved already."""
+        self.wait()
+        if state.step == self._written_step:
+            self._point(state.step, state.best_step, state.best_val_loss)  # a killed process may not have come to it
+            return
+        weights, optimizer, facts = capture(state)
+        facts |= {
+            "config_hash": self.config_hash,
+            "log_offsets": self.log.offsets(),
+            "time": round(time.time(), 4),
+        }
+        arguments = (
+            state.step,
+            self._weights.copy(weights),
+            self._optimizer.copy(optimizer),
+            state.corpus.tokenizer.to_json(),
+            facts,
+        )
+        self._last_step, self._last_time = state.step, time.monotonic()
+        # A daemon: whoever ends the process at once (a second Ctrl-C) leaves a temporary folder, nothing half.
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until no checkpoint is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def seconds_to_save(self, state: TrainState) -> float:
+        """How long a checkpoint may take, with some reserve."""
+        if self._write_seconds is None:  # a guess, made once: this is asked at every step
+            weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+            self._write_seconds = 1.5 * weights / FIRST_GUESS_BYTES_PER_SECOND
+        return 1.0 + 2 * self._write_seconds
+
+    def _write(
+        self,
+        step: int,
+        weights: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+        tokenizer: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> None:
+        began = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / folder_name(step)
+            write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)
+            self._written_step = step
+            prune(self.folder, self.settings.keep_last, facts["best_step"] if self.settings.keep_best else None)
+        except Exception as error:  # the boundary of the thread: training goes on with the checkpoints of before
+            kept = [found for found, _ in list_checkpoints(self.folder)]
+            newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
+            self._warn(f"the checkpoint of step {step:,} was not written: {_reason(error)}; {newest}")
+        else:
+            self._point(step, facts["best_step"], decode_number(facts["best_val_loss"]))
+        self._write_seconds = time.monotonic() - began
+
+    def _point(self, step: int, best_step: int | None, best_val_loss: float) -> None:
+        """Let latest.json and best.json say what is true; they are only written if they do not say it yet."""
+        pointers: dict[str, dict[str, Any]] = {LATEST_FILE: {"step": step, "folder": folder_name(step)}}
+        if self.settings.keep_best and best_step is not None and (self.folder / folder_name(best_step)).is_dir():
+            best = {"step": best_step, "folder": folder_name(best_step), "val/loss": encode_number(best_val_loss)}
+            pointers[BEST_FILE] = best
+        try:
+            for name, content in pointers.items():
+                if read_pointer(self.folder / name) != content:
+                    write_json(self.folder / name, content)
+        except OSError as error:
+            self._warn(f"{self.folder}: the pointers were not written: {_reason(error)}; the checkpoints are complete")
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def prune(folder: Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints and that of step `best` (or the best one that there is)."""
+    checkpoints = list_checkpoints(folder)
+    kept = folder / folder_name(best) if best is not None else None
+    if kept is not None and not kept.is_dir():  # it could not be written: the best one of before is kept
+        kept = best_path(folder)
+    for _, path in checkpoints[keep_last:]:
+        if path != kept:
+            old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
+            path.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process was writing or deleting."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def newest_good(
+    folder: Path,
+    *,
+    strict: bool,
+    warn: Callable[[str], None],
+    problem: Callable[[Checkpoint], str] = lambda checkpoint: "",
+) -> tuple[Checkpoint | None, list[Path]]:
+    """The newest checkpoint that can be used, and the newer ones that cannot, which are told.
+
+    Args:
+        problem: what is wrong with a checkpoint that can be read; empty: nothing.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are only unusable ones, or with `strict` the newest one is.
+    """
+    first_error: CheckpointError | None = None
+    unusable: list[Path] = []
+    for step, path in list_checkpoints(folder):
+        try:
+            checkpoint = _read(path, step)
+            if reason := problem(checkpoint):
+                raise CheckpointError(f"{path}: {reason}")
+            return checkpoint, unusable
+        except CheckpointError as error:
+            if strict:
+                raise
+            first_error = first_error or error
+            unusable.append(path)
+            warn(f"{error}: looking for the one before")
+    if first_error is not None:
+        raise CheckpointError(f"{folder}: no checkpoint can be used; the newest: {first_error}")
+    return None, []
+
+
+def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint of another run that `which` means: `latest`, `best` or a step.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    steps = {step: path for step, path in list_checkpoints(folder)}
+    run = folder.parent.parent.name
+    if not steps:
+        raise CheckpointError(f"{run} has no checkpoints")
+    if which == "latest":
+        checkpoint, _ = newest_good(folder, strict=strict, warn=warn)
+        assert checkpoint is not None
+        return checkpoint
+    path = best_path(folder) if which == "best" else steps.get(int(which))
+    if path is None:
+        available = ", ".join(f"{step}" for step in sorted(steps))
+        missing = "no best checkpoint (keep_best was off)" if which == "best" else f"no checkpoint of step {which}"
+        raise CheckpointError(f"{run} has {missing}; there are: {available}")
+    return _read(path, next(step for step, found in steps.items() if found == path))
+
+
+def _read(path: Path, step: int) -> Checkpoint:
+    """The checkpoint at `path`, which says by its name that it is of `step`."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint.step != step:
+        raise CheckpointError(f"{path}: it holds the checkpoint of step {checkpoint.step}, which is another one")
+    return checkpoint
+
+
+def put_aside(paths: Iterable[Path]) -> None:
+    """Rename unusable checkpoints to `step_..._damaged`: the run goes on from before them."""
+    for path in paths:
+        name = path.with_name(f"{path.name}_damaged")
+        shutil.rmtree(name, ignore_errors=True)
+        path.rename(name)

@@ -1,0 +1,111 @@
+"""Everything that watches training: the log and its buffer, the flight recorder, system metrics, the progress line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from utils.machine.usage import SystemSampler
+from utils.runs.log import RunLog, metric_record
+from utils.terminal.console import TrainingProgress
+from utils.training.flight_recorder import FlightRecorder
+from utils.training.histograms import Histograms
+from utils.training.state import TrainState
+from utils.training.step_buffer import StepBuffer
+
+
+class Monitor:
+    """What training tells about itself, and to whom. It changes nothing of training.
+
+    Args:
+        state: whose settings say what is recorded, and how often.
+        log: that is written.
+        path: the run directory.
+        progress: shows steps and losses to a person.
+        after_flush: called after each write of training records to the log.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        log: RunLog,
+        path: Path,
+        progress: TrainingProgress,
+        after_flush: Callable[[], None] = lambda: None,
+    ) -> None:
+        tracking, settings = state.config.tracking, state.config.train
+        self.state, self.log, self.progress = state, log, progress
+        self.buffer = StepBuffer(
+            log.metrics,
+            tracking.flush_interval,
+            tracking.log_interval,
+            state.tokens_per_step,
+            tolerance=settings.skip_nonfinite if state.scaler.is_enabled() else 0,
+            nonfinite_in_a_row=state.nonfinite_in_a_row,
+        )
+        groups = [group["name"] for group in state.optimizer.param_groups]
+        draws = bool(state.config.model.dropout)
+        self.recorder = FlightRecorder(state.device, groups, state.sampler.train_offsets, draws)
+        self.system = SystemSampler(state.device, path, tracking.system_interval)
+        self._parameters = dict(state.model.named_parameters())
+        self._histograms, self._histogram_interval = Histograms(), tracking.histogram_interval
+        self._after_flush = after_flush
+
+    def step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+        """Gradients of update `step` are there, its weights not yet: nothing is transferred from the device.
+
+        Args:
+            loss: 0-dimensional, on the device.
+            grad_norms: of the parameter groups, (groups,), on the device.
+        """
+        if self._histogram_interval and step % self._histogram_interval == 0:
+            self.histograms()
+        self.recorder.record(self.buffer.add(step, loss, grad_norms, lr))
+
+    def step_done(self) -> None:
+        """The weights are updated."""
+        if self.buffer.due():
+            self.flush()
+        elif self.progress.moves:
+            self.progress.update(self.state.step)
+
+    def flush(self) -> None:
+        """Write what was collected to the log.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite; the records are written.
+        """
+        if not self.buffer.flush():
+            return
+        self.state.nonfinite_in_a_row = self.buffer.nonfinite_in_a_row
+        self.recorder.look()
+        if self.system.due():
+            self.log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
+        self._after_flush()
+        assert self.buffer.last_loss is not None
+        assert self.buffer.tokens_per_second is not None
+        self.progress.update(
+            self.state.step, loss=self.buffer.last_loss, tokens_per_second=self.buffer.tokens_per_second
+        )
+
+    def pause_over(self) -> None:
+        """What happened since the last flush (an evaluation, a checkpoint) was not training."""
+        self.buffer.restart_clock()
+
+    def histograms(self) -> None:
+        """Parameters before update `state.step` and the (clipped) gradients of its batch."""
+        tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in self._parameters.items()}
+        tensors |= {f"grads/{name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
+        self.log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
+
+    def losses(self, losses: Mapping[str, float]) -> None:
+        """An evaluation after `state.step` updates."""
+        tokens = self.state.step * self.state.tokens_per_step
+        self.log.metrics.write([metric_record(self.state.step, time.time(), {"tokens": tokens, **losses})])
+
+    def sample(self, text: str) -> None:
+        """A sample text of the model after `state.step` updates."""
+        self.log.samples.write([{"step": self.state.step, "time": round(time.time(), 4), "text": text}])

@@ -1,0 +1,105 @@
+"""What is worth knowing before a run is started: done before, not recorded, too large, without effect."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import torch
+
+from utils.config.settings import FIELDS, Config, config_hash, get_value
+from utils.nn.costs import parameter_count
+from utils.runs.code import GitFacts
+from utils.runs.index import IndexedRun, origin_of, read_index
+from utils.runs.run import PATCH
+from utils.training.setup import Setup, decisive_settings
+
+BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
+FILES_SHOWN = 5
+
+# Settings that change nothing where this holds, with the reason.
+WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
+    "rope_theta": (lambda s: s.config.model.position != "rope", "position is learned"),
+    "min_lr": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
+    "lr_decay_iters": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
+    "min_delta": (lambda s: s.config.train.patience is None, "patience is none"),
+    "head_lr": (lambda s: s.config.model.tie_embeddings, "the head is the token embedding"),
+    "momentum": (lambda s: s.config.optimizer.optimizer_name != "muon", "optimizer_name is not muon"),
+    "momentum_warmup_iters": (lambda s: s.config.optimizer.optimizer_name != "muon", "optimizer_name is not muon"),
+    "weight_decay_schedule": (lambda s: s.config.optimizer.weight_decay == 0, "weight_decay is 0"),
+    "compile_mode": (lambda s: not s.config.train.compile, "compile is off"),
+    "tf32": (lambda s: s.device.type != "cuda", "only CUDA has it"),
+    "skip_nonfinite": (lambda s: s.dtype != torch.float16, "only float16 skips steps"),
+    "profile_step": (lambda s: (s.config.train.profile_step or 0) >= s.max_iters, "the run ends before that step"),
+    "sample_prompt": (lambda s: s.config.tracking.sample_tokens == 0, "sample_tokens is 0"),
+    "aim_repo": (lambda s: not s.config.tracking.aim_logging, "aim_logging is off"),
+    "experiment": (
+        lambda s: not s.config.tracking.aim_logging and s.config.tracking.wandb_mode == "disabled",
+        "neither Aim nor Weights & Biases is on",
+    ),
+}
+assert WITHOUT_EFFECT.keys() <= FIELDS.keys()
+
+
+def preflight(setup: Setup, git: GitFacts) -> list[str]:
+    """One line for each thing that the user may want to know before training starts; torch's threads are set."""
+    return [*_run_before(setup, git), *_code(git), *_disk(setup), *_without_effect(setup)]
+
+
+def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
+    """Runs of the same configuration and code."""
+    own = config_hash(setup.config, decisive_settings(setup))
+    origin = None
+    if setup.origin is not None and setup.checkpoint is not None:  # its numbers depend on another run's weights
+        origin = (setup.origin.relation, setup.origin.run.name, setup.checkpoint.step)
+    candidates = (run for run in read_index(setup.runs_dir) if run.record.get("config_hash") == own)
+    same = [run for run in candidates if origin_of(run) == origin and _same_code(run, git)]
+    if same:
+        run, more = same[-1], f" and {len(same) - 1} more" if len(same) > 1 else ""
+        loss = run.summary().get("best_val_loss")
+        ended = run.status if loss is None else f"{run.status}, best val/loss {loss:.4f}"
+        yield f"this configuration and code were run already: {run.id} ({ended}){more}"
+
+
+def _same_code(run: IndexedRun, git: GitFacts) -> bool:
+    commit = (run.record.get("git") or {}).get("commit")
+    if commit is None:
+        return False
+    path = run.path / PATCH
+    return bool(commit == git.commit) and (path.read_bytes() if path.is_file() else b"") == git.patch
+
+
+def _code(git: GitFacts) -> Iterator[str]:
+    if git.problem and git.commit is None:
+        yield f"the code is not recorded: {git.problem}"
+    if git.patch:
+        files = git.patch.count(b"\ndiff --git ") + git.patch.startswith(b"diff --git ")
+        yield f"uncommitted code: changes of {files} files go into meta/code.patch"
+    if git.left_out:
+        more = f" and {len(git.left_out) - FILES_SHOWN} more" if len(git.left_out) > FILES_SHOWN else ""
+        yield f"not recorded: {', '.join(git.left_out[:FILES_SHOWN])}{more}"
+
+
+def _disk(setup: Setup) -> Iterator[str]:
+    """Whether the disk holds the checkpoints that are kept, and the one that is being written."""
+    parameters = parameter_count(setup.config.model, setup.corpus.tokenizer.vocab_size)
+    count = setup.config.train.keep_last + setup.config.train.keep_best + 1
+    needed = count * parameters * BYTES_OF_PARAMETER
+    folder = next(path for path in (setup.runs_dir, *setup.runs_dir.resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        yield (
+            f"the disk cannot hold the planned checkpoints: {count} of {_megabytes(parameters * BYTES_OF_PARAMETER)} "
+            f"are {_megabytes(needed)}, free are {_megabytes(free)} in {folder}"
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _without_effect(setup: Setup) -> Iterator[str]:
+    default = Config()
+    for key, (holds, reason) in WITHOUT_EFFECT.items():
+        if get_value(setup.config, key) != get_value(default, key) and holds(setup):
+            yield f"{setup.loaded.source(key)}: {key} has no effect: {reason}"

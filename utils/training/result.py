@@ -1,0 +1,108 @@
+"""How a run ended: for the caller as a value, for the user as a few lines and the next commands to type."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.config.loader import ConfigError, ConfigLoader, relative_name
+from utils.runs.run import Run, Status
+from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.console import Terminal, duration, facts
+
+if TYPE_CHECKING:
+    from utils.training.setup import Setup
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. Losses are in nats per token; None where there was no evaluation."""
+
+    run_dir: Path
+    status: Status
+    exit_reason: str | None
+    steps: int
+    train_loss: float | None  # of the last evaluation, like val_loss
+    val_loss: float | None
+    losses_step: int | None
+    best_val_loss: float | None
+    best_step: int | None
+    seconds: float
+    parameters: int
+    exported: str | None = None  # which weights
+    signum: int | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """0 completed or stopped by max_minutes, 1 failed or diverged, 128 + signal number after a signal."""
+        if self.signum is not None:
+            return 128 + self.signum
+        return 0 if self.status in ("completed", "interrupted") else 1
+
+
+def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal) -> None:
+    """Losses, time, where things are, and what to type next."""
+    where = relative_name(run.path, setup.root)
+    rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
+    if result.val_loss is not None:
+        rows.append(
+            ("last losses", f"train {result.train_loss:.4f}, val {result.val_loss:.4f} at step {result.losses_step:,}")
+        )
+        rows.append(("best val loss", f"{result.best_val_loss:.4f} at step {result.best_step:,}"))
+    rows += [
+        ("steps", f"{result.steps:,} of {setup.max_iters:,} in {duration(result.seconds)}"),
+        ("parameters", f"{result.parameters:,}"),
+        ("run directory", where),
+    ]
+    if result.status == "completed":
+        rows.append(("export", f"{where}/artifacts/export ({result.exported})"))
+    terminal.print("", facts(rows))
+    runs_dir = relative_name(setup.runs_dir, setup.root)
+    commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
+    if run.record["views"].get("aim", {}).get("state", "off") != "off":
+        commands.append(("compare runs", _program("aim", setup.root) + " up" + _aim_repo_flag(setup)))
+    name = short_name(run, where)
+    if result.status == "interrupted":
+        commands.append(("go on", f"{_program('python', setup.root)} train.py --resume {name}"))
+    if result.status == "completed":
+        commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
+    terminal.print("", facts(commands, title="Next"))
+
+
+def short_name(run: Run, where: str) -> str:
+    """How a command names the run: by its tag, or by its directory where scripts would not find that."""
+    return run.record["tag"] if run.record["tag"] and is_default_runs_dir(run.path.parent) else shlex.quote(where)
+
+
+def rebuild_command(run: Run, view: str) -> str:
+    """The command that feeds a view of the run anew."""
+    name = run.id if is_default_runs_dir(run.path.parent) else shlex.quote(str(run.path))
+    return f"python experiments.py rebuild {name} --{view}"
+
+
+def is_default_runs_dir(folder: Path) -> bool:
+    """Whether scripts look for runs in `folder` without being told to."""
+    try:
+        runs_dir = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
+    except ConfigError:
+        return False
+    return (PROJECT_ROOT / runs_dir).resolve() == folder.resolve()
+
+
+def _program(name: str, root: Path) -> str:
+    """How to call a program of this environment: by name where PATH finds it, else by its path."""
+    path = Path(sys.executable).parent / name
+    if (found := shutil.which(name)) and Path(found).parent == path.parent:
+        return name
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _aim_repo_flag(setup: Setup) -> str:
+    repo = setup.config.tracking.aim_repo
+    if repo.startswith("aim://"):
+        return "  (on the machine of the aim server)"
+    return "" if repo == "." else f" --repo {relative_name(setup.root / repo, setup.root)}"

@@ -1,0 +1,149 @@
+"""The three gates before a run directory is made: configuration, corpus, device; and where a run comes from."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import CORPORA, Corpus, load_corpus
+from tokenizer import CharTokenizer
+from utils.checkpoints.files import Checkpoint
+from utils.config.loader import LoadedConfig, rule_error
+from utils.config.settings import Config, RuleError, derived_settings, warmup_steps
+from utils.errors import UserError
+from utils.inference.decode import start_tokens
+from utils.machine.device import choose_device, choose_dtype, is_deterministic
+from utils.runs.origin import Origin, check_model, pin, pinned_settings
+from utils.runs.run import CHECKPOINTS, TOKENIZER, read_record
+from utils.training.batch_size import find_batch
+from utils.training.callbacks import Callback, load_callbacks
+from utils.training.checkpointer import choose_checkpoint
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the three gates found, before a directory is made.
+
+    loaded: the merged configuration; batch_size auto has become what was found, as one more layer.
+    config: what `loaded` says; in a resume with the values that "auto" had when the run was started.
+    origin, checkpoint: where a fork or fine-tuning starts. (A resume reads its checkpoint once it has the lock.)
+    """
+
+    root: Path
+    loaded: LoadedConfig
+    config: Config
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype
+    max_iters: int
+    callbacks: Mapping[str, Callback]
+    origin: Origin | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def resumes(self) -> bool:
+        return self.origin is not None and self.origin.relation == "resume"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.root / self.config.tracking.runs_dir
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training tokens that the run will make."""
+        tokens = self.max_iters * self.config.train.sequences * self.config.model.block_size
+        return tokens / self.corpus.n_train
+
+
+def check_gates(
+    loaded: LoadedConfig,
+    root: Path,
+    origin: Origin | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+    tell: Callable[[str], None] = lambda message: None,
+) -> Setup:
+    """Corpus, device, batch and origin; the configuration was validated when it was made.
+
+    Raises:
+        UserError: with the first thing that is not as it must be.
+    """
+    loaded = absolute_dataset(loaded, root)
+    config = loaded.config
+    checkpoint, tokenizer = None, None
+    if origin is not None and origin.relation == "resume":
+        config = pin(config, pinned_settings(config, read_record(origin.run)))
+        tokenizer = CharTokenizer.load(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
+    elif origin is not None:
+        checkpoint, tokenizer = read_parent(origin, config, warn)
+    corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer)
+    start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
+    device = choose_device(config.train.device)
+    dtype = choose_dtype(config.train.dtype, device)
+    if config.train.batch_size == "auto":
+        loaded = find_batch(loaded, corpus, device, dtype, tell)
+        config = loaded.config
+    max_iters = config.train.max_iters
+    if max_iters is None:
+        assert config.train.epochs is not None
+        max_iters = math.ceil(config.train.epochs * corpus.n_train / config.train.sequences / config.model.block_size)
+        try:
+            warmup_steps(config.optimizer, max_iters)
+        except RuleError as error:
+            raise rule_error(error, loaded) from None
+    if origin is not None and origin.relation == "fork":
+        assert checkpoint is not None
+        if checkpoint.step >= max_iters:
+            raise UserError(
+                f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
+                f"that, not {max_iters:,}"
+            )
+    callbacks = load_callbacks(config.train.callbacks)
+    return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint)
+
+
+def decisive_settings(setup: Setup) -> dict[str, Any]:
+    """What settings that leave something open came to, as far as it changes the numbers; torch's threads are set."""
+    config, corpus = setup.config, setup.corpus
+    return {
+        "deterministic": is_deterministic(config.train, setup.device),
+        **derived_settings(config, setup.max_iters),
+        "device": setup.device.type,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "dataset": corpus.hash,
+        "corpus_hash": corpus.hash,
+        "tokenizer_hash": corpus.tokenizer.hash(),
+    }
+
+
+def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, CharTokenizer]:
+    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another model.
+    """
+    checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
+    check_model(config.model, checkpoint.state["model"], origin.run.name)
+    return checkpoint, CharTokenizer.from_json(checkpoint.tokenizer, str(checkpoint.path / "tokenizer.json"))
+
+
+def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
+    """A dataset that is a path, made absolute: the recorded configuration must mean the same from every folder.
+
+    A path in a file of configs/ starts from `root`, one from a flag or from code where it was typed.
+    """
+    data, source = loaded.config.data, loaded.source("dataset")
+    if data.dataset in CORPORA:
+        return loaded
+    start = Path.cwd() if source.startswith("--") or source == "code" else root
+    path = Path(os.path.abspath(start / os.path.expanduser(data.dataset)))
+    if not path.exists():
+        return loaded  # the corpus gate names what was written
+    config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})
+    return LoadedConfig(config, loaded.layers)

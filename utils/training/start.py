@@ -1,0 +1,212 @@
+"""The start of a run: its directory, the record of its code and configuration, the state it trains from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoints.files import Checkpoint
+from utils.config.settings import config_hash
+from utils.errors import UserError
+from utils.files import write_json
+from utils.machine.device import device_facts, processor_name
+from utils.runs.code import GitFacts, MetadataCapture
+from utils.runs.log import cut_logs, read_registry, write_registry
+from utils.runs.origin import Relation, check_longer, parent_facts
+from utils.runs.run import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, REPRODUCTION, TOKENIZER, Run
+from utils.runs.seal import SEAL
+from utils.terminal.console import Terminal, facts
+from utils.tracking.feeder import cut_notes
+from utils.training.checkpointer import choose_checkpoint, newest_good, put_aside
+from utils.training.setup import Setup, decisive_settings
+from utils.training.state import TrainState, branch, build_state, foreign, load_weights, restore
+
+BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
+NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bits from run to run"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training begins with: nothing, a checkpoint of its own, or one of the run's parent."""
+
+    checkpoint: Checkpoint | None = None
+    relation: Relation = "resume"
+
+    @property
+    def own(self) -> bool:
+        return self.checkpoint is not None and self.relation == "resume"
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint is not None and self.relation != "init" else 0
+
+
+def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal) -> tuple[Run, Start]:
+    """A new run directory; or that of the run that goes on, its logs cut back to its newest good checkpoint.
+
+    Raises:
+        UserError: it cannot be made; or the run is being trained, complete, or all its checkpoints are damaged.
+    """
+    origin = setup.origin
+    if origin is None or not setup.resumes:
+        record: dict[str, Any] = {"argv": list(argv), "git": git.summary()}
+        if origin is not None and setup.checkpoint is not None:
+            record["parent"] = parent_facts(origin, setup.checkpoint.step)
+        start = Start(setup.checkpoint, origin.relation) if origin else Start()
+        return Run.create(setup.runs_dir, setup.config.tracking.run_tag, **record), start
+
+    run = Run.resume(origin.run)
+    try:
+        record = run.record
+        check_longer(run.path, record, setup.config, setup.max_iters)
+        check_corpus(run, record, setup)
+        folder = run.path / CHECKPOINTS
+        problem = functools.partial(foreign, model=setup.config.model, corpus=setup.corpus)
+        checkpoint, unusable = newest_good(folder, strict=origin.strict, warn=terminal.warn, problem=problem)
+        start = Start(checkpoint, "resume") if checkpoint else start_of_parent(record, terminal.warn)
+        for what, before, now in changed_facts(record, setup, git):
+            terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
+        cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
+        cut_notes(run.path / "logs")
+        put_aside(unusable)
+        for name in (FLIGHT_RECORDER, SEAL):  # of the session before
+            (run.path / name).unlink(missing_ok=True)
+        run.restart(argv, start.step, git=git.summary())
+        run.update(tag=setup.config.tracking.run_tag)
+    except BaseException:
+        run.release()
+        raise
+    return run, start
+
+
+def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
+    """Whether the text is the one that the run was started with.
+
+    Raises:
+        UserError: it is not.
+    """
+    resolved, corpus = record.get("resolved") or {}, setup.corpus
+    for key, now in (("corpus_hash", corpus.hash), ("tokenizer_hash", corpus.tokenizer.hash())):
+        if (before := resolved.get(key, now)) != now:
+            raise UserError(
+                f"{corpus.name}: the corpus is not the one that {run.id} was trained on ({key} was {before[:12]}..., "
+                f"is {now[:12]}...); --fork starts a new run from its checkpoint"
+            )
+
+
+def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:
+    """Where a run without a checkpoint of its own begins again: at step 0, or where it came from.
+
+    Raises:
+        UserError: the checkpoint of its parent is not there any more.
+    """
+    parent = record.get("parent")
+    if parent is None or parent["relation"] == REPRODUCTION:
+        return Start()
+    folder = Path(parent["path"]) / CHECKPOINTS
+    return Start(choose_checkpoint(folder, str(parent["step"]), strict=True, warn=warn), parent["relation"])
+
+
+def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Iterator[tuple[str, Any, Any]]:
+    """What is not as it was when the run was started, and matters for its numbers: (what, before, now)."""
+    resolved, git_before, git_now = record.get("resolved") or {}, record.get("git") or {}, git.summary()
+    now = {"torch": torch.__version__, "processor": processor_name(setup.device)}
+    for key, value in now.items():
+        if resolved.get(key, value) != value:
+            yield key, resolved[key], value
+    if git_before.get("commit") != git_now.get("commit"):
+        yield "the commit", git_before.get("commit"), git_now.get("commit")
+
+
+def read_git(setup: Setup) -> GitFacts:
+    """The state of the code; what runs, corpora and trackers keep is not code."""
+    tracking, data = setup.config.tracking, setup.config.data
+    kept = [setup.runs_dir, setup.root / data.corpora_dir, Path(data.dataset)]
+    if not tracking.aim_repo.startswith("aim://"):
+        kept.append(setup.root / tracking.aim_repo / ".aim")
+    return MetadataCapture(setup.root, excluded=tuple(kept)).git_facts()
+
+
+def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
+    """meta/ and notes.json: the code, the environment, the tokenizer, the configuration with its sources."""
+    meta, tracking = run.path / "meta", setup.config.tracking
+    if not setup.resumes:  # these say how the run was started
+        setup.corpus.tokenizer.save(run.path / TOKENIZER)
+        MetadataCapture.write(meta, git, device_facts(setup.device))
+        if tracking.tags or tracking.note:
+            write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
+    write_json(meta / "config_sources.json", setup.loaded.sources_json())
+    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))  # last: with it a run can resume
+
+
+def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:
+    """Model and optimizer (from a checkpoint, if there is one), the resolved values in run.json, the start-up facts."""
+    config, corpus = setup.config, setup.corpus
+    state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
+    state.callbacks = dict(setup.callbacks)
+    if state.callbacks and not state.compiled:
+        state.forward = state.model  # they may hook into its modules, or change them
+    write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
+    read_registry(run.path / METRICS)  # the logs of a run that goes on may hold what is not registered any more
+    write_registry(run.path / METRICS)
+    if start.checkpoint is not None:
+        take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
+        take_over(state, start.checkpoint)
+    decisive = decisive_settings(setup)
+    parameters = state.model.num_parameters()
+    run.update(
+        resolved={
+            **decisive,
+            "dataset": corpus.name,
+            "device": str(setup.device),
+            "compiled": state.compiled,
+            "vocab_size": corpus.tokenizer.vocab_size,
+            "train_tokens": corpus.n_train,
+            "val_tokens": corpus.n_val,
+            "epochs": round(setup.epochs, 4),
+            "parameters": parameters,
+            "torch": torch.__version__,
+            "processor": processor_name(setup.device),
+            "guarantee": BIT_EXACT if decisive["deterministic"] else NOT_EXACT,
+        },
+        config_hash=config_hash(config, decisive),
+    )
+    terminal.print(
+        facts(
+            [
+                ("run", run.id),
+                ("device", f"{setup.device}, {decisive['dtype']}, {decisive['threads']} CPU threads"),
+                ("corpus", f"{corpus.name}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens"),
+                ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
+                ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
+                *([("start", start_words(setup, start))] if setup.origin else []),
+            ]
+        )
+    )
+    return state
+
+
+def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Name, shape and number of each parameter of the model."""
+    return [
+        {"name": name, "shape": list(parameter.shape), "parameters": parameter.numel()}
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def start_words(setup: Setup, start: Start) -> str:
+    """Where training starts from, for the start-up facts."""
+    if start.checkpoint is None:
+        return "again at step 0: there is no checkpoint yet"
+    if start.own:
+        return f"resumed at step {start.step:,}"
+    parent, step = start.checkpoint.path.parent.parent.parent.name, start.checkpoint.step
+    words = (
+        f"forked from {parent} at step" if start.relation == "fork" else f"step 0 with the weights of {parent} at step"
+    )
+    return f"{words} {step:,}" + (", again: there is no checkpoint yet" if setup.resumes else "")

@@ -1,0 +1,266 @@
+"""What training changes: model, optimizer, scaler, step, best loss; made, captured and restored."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from data import BatchSampler, Corpus
+from model import LanguageModel
+from utils.checkpoints.files import Checkpoint, flatten_optimizer, restore_optimizer, weight_differences
+from utils.checkpoints.folder import CheckpointError
+from utils.config.settings import Config, ModelConfig
+from utils.machine.device import autocast
+from utils.nn.lean import lean
+from utils.optim.groups import build_optimizer
+from utils.runs.log import decode_number, encode_number
+from utils.runs.origin import differing_model_settings
+from utils.terminal.console import Terminal
+from utils.training.early_stopping import EarlyStopping
+
+
+class Stateful(Protocol):
+    """A part of training with a state of its own, which checkpoints keep as JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class TrainState:
+    """What training changes (model, optimizer, scaler, step, best) and what it reads."""
+
+    config: Config
+    max_iters: int
+    device: torch.device
+    dtype: torch.dtype
+    corpus: Corpus
+    sampler: BatchSampler
+    model: LanguageModel
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model: compiled, lean, or itself
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    compiled: bool = False
+    step: int = 0
+    losses: dict[str, float] | None = None  # of the last evaluation,
+    losses_step: int | None = None  # which was at this step
+    best_val_loss: float = math.inf
+    best_step: int | None = None
+    nonfinite_in_a_row: int = 0  # steps that the scaler skipped just now
+    early_stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(None, 0.0))
+    callbacks: dict[str, Stateful] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """The last step is done, or early stopping says that it was enough."""
+        return self.step >= self.max_iters or self.early_stopping.stopped
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.sequences * self.config.model.block_size
+
+
+def build_state(
+    config: Config, max_iters: int, corpus: Corpus, device: torch.device, dtype: torch.dtype, terminal: Terminal
+) -> TrainState:
+    """Model, optimizer and sampler on the device; the random state must be seeded already."""
+    model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
+    sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)
+    state = TrainState(
+        config=config,
+        max_iters=max_iters,
+        device=device,
+        dtype=dtype,
+        corpus=corpus,
+        sampler=sampler,
+        model=model,
+        forward=lean(model),
+        optimizer=build_optimizer(model, config.optimizer),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
+    )
+    if config.train.compile:
+        compile_model(state, terminal)
+    return state
+
+
+def compile_model(state: TrainState, terminal: Terminal) -> None:
+    """Take the compiled model; if the backend fails on a trial step, warn and go on as before."""
+    backend = "aot_eager" if state.device.type == "mps" else "inductor"
+    mode = state.config.train.compile_mode if backend == "inductor" else None  # aot_eager has no modes
+    compiled = torch.compile(state.model, backend=backend, mode=mode)
+    devices = [state.device] if state.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):  # on CPU and CUDA the trial does not shift the dropout of step 0
+            with autocast(state.device, state.dtype):
+                _, loss = compiled(*state.sampler.train_batch(0, 0, state.config.train.gradient_accumulation_steps))
+            loss.backward()
+    except torch.OutOfMemoryError:  # without the compiler it would not fit either
+        raise
+    except Exception as error:  # a compiler can fail in any way; training can always go on without it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        terminal.warn(f"torch.compile ({backend}) failed, going on in eager mode: {type(error).__name__}: {reason}")
+        return
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+    state.forward, state.compiled = compiled, True
+
+
+# ------------------------------------------------------------------------------------- capture and restore
+
+
+def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights, tensors of the optimizer (both where they are, not copied), and the rest as JSON."""
+    tensors, optimizer = flatten_optimizer(state.model, state.optimizer)
+    facts = {
+        "step": state.step,
+        "tokens": state.step * state.tokens_per_step,
+        "losses": {name: encode_number(loss) for name, loss in (state.losses or {}).items()},
+        "losses_step": state.losses_step,
+        "best_val_loss": encode_number(state.best_val_loss),
+        "best_step": state.best_step,
+        "early_stopping": state.early_stopping.state_dict(),
+        "callbacks": {name: _copied(callback.state_dict()) for name, callback in state.callbacks.items()},
+        "nonfinite_in_a_row": state.nonfinite_in_a_row,
+        "scaler": state.scaler.state_dict(),
+        "rng": random_states(),
+        "device": str(state.device),
+        "optimizer": optimizer,
+        "model": state.config.model.model_dump(mode="json"),
+        "seed": state.config.train.seed,
+        "corpus_hash": state.corpus.hash,
+        "tokenizer_hash": state.corpus.tokenizer.hash(),
+        "world_size": 1,
+    }
+    return state.model.state_dict(), tensors, facts
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy, since training goes on while it is written.
+
+    Raises:
+        TypeError, ValueError: it is not JSON.
+    """
+    copy = json.loads(json.dumps(state, allow_nan=False))
+    assert isinstance(copy, dict)
+    return copy
+
+
+def random_states() -> dict[str, Any]:
+    """States of torch's generators: of the CPU, of each CUDA device, of MPS, base64."""
+
+    def encode(state: torch.Tensor) -> str:
+        return base64.b64encode(state.cpu().numpy().tobytes()).decode("ascii")
+
+    states: dict[str, Any] = {"cpu": encode(torch.get_rng_state()), "cuda": []}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = [encode(state) for state in torch.cuda.get_rng_state_all()]
+    if torch.backends.mps.is_available():
+        states["mps"] = encode(torch.mps.get_rng_state())
+    return states
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Continue the random streams that `random_states` saw; those of devices that are not here are left out."""
+
+    def decode(text: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    torch.set_rng_state(decode(states["cpu"]))
+    for index, text in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(decode(text), index)
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(decode(states["mps"]))
+
+
+def move_random_state(states: Mapping[str, Any], before: torch.device, now: torch.device) -> None:
+    """On another GPU than before, continue the random stream of the one before."""
+    if before.type == now.type == "cuda" and (before.index or 0) != (now.index or 0):
+        text = states["cuda"][before.index or 0]
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8), now)
+
+
+def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Take the weights of a checkpoint, nothing else.
+
+    Raises:
+        CheckpointError: they are those of another model.
+    """
+    if differences := weight_differences(checkpoint.weights, state.model):
+        raise CheckpointError(f"{checkpoint.path}: the weights are not those of this model: {differences}")
+    state.model.load_state_dict(checkpoint.weights)
+
+
+def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
+    """What tells a checkpoint from those of an experiment with this model and corpus; empty: nothing."""
+    own = {"corpus_hash": corpus.hash, "tokenizer_hash": corpus.tokenizer.hash()}
+    try:
+        differing = differing_model_settings(model, ModelConfig.model_validate(checkpoint.state["model"]))
+        if differing:
+            return f"it is of another model: {', '.join(differing)}"
+        return next((f"its {key} is not that of this run" for key in own if checkpoint.state[key] != own[key]), "")
+    except (KeyError, ValueError):
+        return "state.json is damaged"
+
+
+def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Go on where a checkpoint of the same run was saved, bit for bit.
+
+    Raises:
+        CheckpointError: it is not a checkpoint of this experiment.
+    """
+    place, facts = checkpoint.path, checkpoint.state
+    _branch(state, checkpoint, same_settings=True)
+    try:
+        state.losses = {name: decode_number(loss) for name, loss in facts["losses"].items()} or None
+        state.losses_step = facts["losses_step"]
+        state.best_val_loss, state.best_step = decode_number(facts["best_val_loss"]), facts["best_step"]
+        state.early_stopping.load_state_dict(facts["early_stopping"])
+        state.nonfinite_in_a_row = facts["nonfinite_in_a_row"]
+        of_callbacks = {name: facts["callbacks"][name] for name in state.callbacks}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{place}/state.json: damaged ({type(error).__name__}: {error})") from None
+    for name, callback in state.callbacks.items():  # an exception of theirs is the user's
+        callback.load_state_dict(of_callbacks[name])
+
+
+def branch(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Start another experiment at the step of a checkpoint: its weights, optimizer state and random streams.
+
+    Best loss and early stopping start anew, for they are about the weights of this run; with another seed
+    the random streams do, too.
+
+    Raises:
+        CheckpointError: the model or optimizer is another one.
+    """
+    _branch(state, checkpoint, same_settings=False)
+
+
+def _branch(state: TrainState, checkpoint: Checkpoint, *, same_settings: bool) -> None:
+    facts = checkpoint.state
+    load_weights(state, checkpoint)
+    try:
+        restore_optimizer(
+            state.model,
+            state.optimizer,
+            checkpoint.optimizer_tensors,
+            facts["optimizer"],
+            keep_settings=not same_settings,
+        )
+        if state.scaler.is_enabled() and facts["scaler"]:
+            state.scaler.load_state_dict(facts["scaler"])
+        state.step = checkpoint.step
+        if facts["seed"] == state.config.train.seed:
+            set_random_states(facts["rng"])
+            move_random_state(facts["rng"], torch.device(facts["device"]), state.device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path}/state.json: damaged ({type(error).__name__}: {error})") from None
