@@ -40,7 +40,7 @@ bench-training: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.training $(ARGS)
 
 schema: $(VENV)/.installed
-	$(BIN)/python -m utils.config.settings > docs/config.schema.json
+	$(BIN)/python -m utils.config.fields > docs/config.schema.json
 
 # uv resolves for every platform, so that Aim's own dependencies carry Aim's marker. torch brings the GPU packages that
 # fit its build by itself: they, and torch's local version suffix, are left out.

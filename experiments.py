@@ -22,11 +22,13 @@ from typing import Any
 
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
+from utils.runs.find import resolve_run
 from utils.runs.index import IndexedRun, read_index, read_run
-from utils.runs.log import VIEWS
-from utils.runs.run import RunError, resolve_run
+from utils.runs.metrics import VIEWS
+from utils.runs.run import RunError
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
-from utils.terminal.console import FeedingProgress, Terminal
+from utils.terminal.console import Terminal
+from utils.terminal.progress import FeedingProgress
 
 TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Biases"}
 AXES = ("step", "tokens", "time")
@@ -383,7 +385,8 @@ def add_prune(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def prune_command(args: argparse.Namespace) -> int:
     from utils.experiments.prune import parse_age, parse_size, plan_pruning, remove
-    from utils.experiments.tables import prune_table, size
+    from utils.experiments.tables import prune_table
+    from utils.terminal.words import size
 
     if args.keep_last < 0:
         raise UserError(f"--keep-last must be at least 0, not {args.keep_last}")

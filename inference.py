@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from utils.config.loader import ConfigLoader
 from utils.config.settings import TrackingConfig
 from utils.errors import UserError
-from utils.runs.run import find_export
+from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
@@ -210,7 +210,7 @@ def compare_runs(args: argparse.Namespace, exports: Sequence[Path], tracking: Tr
     from utils.inference.page import completion_page
     from utils.inference.prompts import check_out, write_out
     from utils.inference.side_by_side import RunCompletions, completion_tables
-    from utils.runs.log import decode_number
+    from utils.runs.metrics import decode_number
     from utils.terminal.console import Terminal
 
     if args.html is not None:
@@ -292,7 +292,7 @@ def load(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> tu
         UserError: a damaged export, no such device, options out of bounds, characters without a token.
     """
     from utils.inference.generator import Generator, Request
-    from utils.inference.request_text import banned_tokens, stop_strings
+    from utils.inference.prompts import banned_tokens, stop_strings
     from utils.inference.sampling import SamplingOptions
 
     options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
@@ -344,7 +344,7 @@ def to_continue(args: argparse.Namespace, generator: Generator, request: Request
 def complete_file(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -> int:
     """--prompt-file: a JSONL line for each completion, into --out at the end or to stdout as they come."""
     from utils.inference.prompts import check_out, completion_line, read_prompts, write_out
-    from utils.terminal.console import CompletionProgress
+    from utils.terminal.progress import CompletionProgress
 
     prompts = read_prompts(args.prompt_file)
     if args.out is not None:
@@ -403,7 +403,7 @@ def converse(args: argparse.Namespace, export: Path, tracking: TrackingConfig) -
 
 def print_stats(generator: Generator, request: Request) -> None:
     """--stats, on stderr."""
-    from utils.terminal.console import facts
+    from utils.terminal.words import facts
 
     rows = generator.stats.rows(generator.model, cached=request.window == "sliding")
     print(facts(rows).plain, file=sys.stderr)

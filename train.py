@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.machine.process import gc_frozen, tune_process
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
 from utils.runs.code import GitFacts
+from utils.runs.layout import CHECKPOINTS
 from utils.runs.log import RunLog
 from utils.runs.origin import (
     Origin,
@@ -37,9 +38,11 @@ from utils.runs.origin import (
     recorded_config,
     resumable_runs,
 )
-from utils.runs.run import CHECKPOINTS, Run, RunLockedError, Status, read_record, wait_until_free
+from utils.runs.run import Run, RunLockedError, Status, read_record, wait_until_free
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
-from utils.terminal.console import Terminal, TrainingProgress, duration, settings_table
+from utils.terminal.console import Terminal, settings_table
+from utils.terminal.progress import TrainingProgress
+from utils.terminal.words import duration
 from utils.training.result import TrainResult, print_result, rebuild_command
 
 WAIT_SECONDS = 60.0  # for a run that has stopped to let go of its directory

@@ -23,9 +23,12 @@ from pathlib import Path
 
 from benchmarks import common
 from utils.errors import UserError
-from utils.runs.run import CHECKPOINTS, RunError, list_run_paths, read_record, read_status
+from utils.runs.find import list_run_paths
+from utils.runs.layout import CHECKPOINTS
+from utils.runs.run import RunError, read_record, read_status
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
-from utils.terminal.console import Terminal, duration
+from utils.terminal.console import Terminal
+from utils.terminal.words import duration
 
 SETTINGS = {
     "n_layer": 2,

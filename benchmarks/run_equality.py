@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from utils.checkpoints.files import Checkpoint, read_checkpoint
 from utils.checkpoints.folder import list_checkpoints
-from utils.runs.log import LOG_FILES, NOT_METRICS, read_records
-from utils.runs.run import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS
+from utils.runs.log import LOG_FILES, read_records
+from utils.runs.metrics import NOT_METRICS
 
 TIMINGS = frozenset(("time", "step_ms", "tokens_per_second"))
 STATE_TIMINGS = frozenset(("time", "log_offsets", "config_hash"))  # bytes of a log depend on the digits of its times

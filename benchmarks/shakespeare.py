@@ -88,8 +88,8 @@ def measure(loaded: LoadedConfig) -> Trained:
 
     from data import load_corpus
     from train import train
+    from utils.inference.evaluation import split_loss
     from utils.inference.export import load_export
-    from utils.training.evaluation import split_loss
 
     config = loaded.config
     result = train(loaded, quiet=True)

@@ -58,7 +58,8 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.nn.costs import training_flops
 from utils.terminal.cli import Parser, script
-from utils.terminal.console import Terminal, facts
+from utils.terminal.console import Terminal
+from utils.terminal.words import facts
 
 PACKAGES = ("transformers", "accelerate", "lightning")
 LIMITS = (  # tokens/s of the first over those of the second

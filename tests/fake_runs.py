@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from utils.config.fields import SECTION_OF
 from utils.config.loader import LoadedConfig
-from utils.config.settings import SECTION_OF, Config
+from utils.config.settings import Config
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, SAMPLES_FILE
 

@@ -50,8 +50,8 @@ def kill_at(moment: str, step: int) -> None:
     elif moment == "pointer":
         import utils.training.checkpointer
 
-        prune = utils.training.checkpointer.prune
-        utils.training.checkpointer.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
+        prune = utils.checkpoints.choose.prune
+        utils.checkpoints.choose.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
     elif moment == "step":
         training.optimizer_step = after(training.optimizer_step, lambda state: state.step == step)
     elif moment == "fed":

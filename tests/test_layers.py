@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = """
-errors files
-config
-tokenizer
-machine checkpoints
-nn
-terminal runs
-model data tracking
-optim inference
-profiling training
-experiments
-""".split("\n")[1:-1]  # from the bottom up; a line may import from itself and from the lines above it
+ORDER = [
+    "",
+    "errors files",
+    "config",
+    "tokenizer",
+    "machine checkpoints",
+    "nn",
+    "terminal runs",
+    "model data tracking",
+    "optim inference",
+    "profiling training",
+    "experiments",
+    "",
+][1:-1]  # from the bottom up; a line may import from itself and from the lines above it
 FLOOR_OF = {place: floor for floor, places in enumerate(ORDER) for place in places.split()}
 WITHOUT_TORCH = (
     *("errors", "files", "config", "terminal", "runs", "experiments"),

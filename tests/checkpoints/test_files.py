@@ -22,10 +22,8 @@ from utils.checkpoints import files as checkpoint
 from utils.checkpoints.files import (
     DTYPES,
     Checkpoint,
-    flatten_optimizer,
     map_tensors,
     read_checkpoint,
-    restore_optimizer,
     weight_differences,
     write_checkpoint,
     write_tensors,
@@ -41,6 +39,7 @@ from utils.checkpoints.folder import (
     folder_name,
     list_checkpoints,
 )
+from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.errors import UserError
 
 Tensors = dict[str, torch.Tensor]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from utils.config.fields import FIELDS, flat
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, read_config_file
-from utils.config.settings import FIELDS, Config, ModelConfig, TrainConfig, flat
+from utils.config.settings import Config, ModelConfig, TrainConfig
 from utils.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]

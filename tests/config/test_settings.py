@@ -10,21 +10,18 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import ValidationError
 
-from utils.config.settings import (
+from utils.config.fields import (
     FIELDS,
     SECTION_OF,
     SECTIONS,
-    Config,
-    OptimizerConfig,
-    check_tag,
     config_hash,
     expected,
     field_fact,
     flat,
     iter_fields,
     json_schema,
-    warmup_steps,
 )
+from utils.config.settings import Config, OptimizerConfig, check_tag, warmup_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 

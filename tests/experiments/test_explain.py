@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fake_runs import indexed, write
 
+from utils.config.fields import FIELDS
 from utils.config.loader import ConfigLoader, LoadedConfig
-from utils.config.settings import FIELDS
 from utils.errors import UserError
 from utils.experiments.explain import explain, explain_of_run, known_key, settings_with_sources
 

@@ -14,10 +14,10 @@ from utils.config.settings import TrackingConfig
 from utils.errors import UserError
 from utils.inference.decode import generate_tokens, new_cache
 from utils.inference.generator import Generator, Request
-from utils.inference.quantization import with_weights
+from utils.inference.quantization import weight_bytes, with_weights
 from utils.inference.sampling import SamplingOptions
 from utils.inference.stats import GenerationStats
-from utils.profiling.decoding import decode_bytes, weight_bytes
+from utils.profiling.decoding import decode_bytes
 
 GREEDY = SamplingOptions(temperature=0)
 HOT = SamplingOptions(temperature=1.0)

@@ -16,7 +16,8 @@ import train
 from benchmarks.run_equality import differences
 from utils.machine import usage as system_metrics
 from utils.machine.usage import GIB, MIB, SystemSampler
-from utils.runs.log import metric, read_records
+from utils.runs.log import read_records
+from utils.runs.metrics import metric
 
 Argv = Callable[..., list[str]]
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import pytest
 import train
 from utils.machine import limits as roofline
 from utils.profiling import in_run as run_profiler
+from utils.runs.find import list_run_paths
 from utils.runs.log import read_records
-from utils.runs.run import list_run_paths
 
 Argv = Callable[..., list[str]]
 LONG = ("--max-iters", "14", "--eval-interval", "7", "--dropout", "0.2")

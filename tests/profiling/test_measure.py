@@ -23,6 +23,7 @@ from utils.config.settings import ModelConfig
 from utils.machine import limits as roofline
 from utils.nn.attention import SHORT
 from utils.nn.costs import training_flops
+from utils.profiling.assemble import measure_limits
 from utils.profiling.decoding import measure_generation
 from utils.profiling.measure import StepTimes, measure_steps, read_operators, read_trace
 from utils.profiling.memory import ActivationMeter, bytes_of, peak, reset_peak
@@ -211,7 +212,7 @@ def test_the_limits_are_measured_and_leave_random_numbers_alone(monkeypatch: pyt
     monkeypatch.setattr(roofline, "GEMM_SIZES", {"cpu": (64, 128)})
     monkeypatch.setattr(roofline, "COPY_MIB", {"cpu": (1,)})
     before = torch.get_rng_state()
-    limits = roofline.measure_limits(CPU, [torch.float32, torch.bfloat16])
+    limits = measure_limits(CPU, [torch.float32, torch.bfloat16])
     assert limits.gemm.keys() == {"float32", "bfloat16"}
     assert min(*limits.gemm.values(), limits.copy_gbytes) > 0
     assert torch.equal(before, torch.get_rng_state())

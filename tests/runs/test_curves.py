@@ -13,8 +13,8 @@ import pytest
 
 import train
 from utils.runs.curves import draw_curves
-from utils.runs.log import decode_number, metric_record
-from utils.runs.run import CURVES
+from utils.runs.layout import CURVES
+from utils.runs.metrics import decode_number, metric_record
 
 Argv = Callable[..., list[str]]
 

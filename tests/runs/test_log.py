@@ -13,25 +13,28 @@ from pathlib import Path
 import pytest
 
 from utils.runs import log as run_log
+from utils.runs import metrics
 from utils.runs.log import (
     LOG_FILES,
     LogWriter,
-    Metric,
     RunLog,
     RunLogError,
     cut_logs,
-    decode_number,
-    encode_number,
-    metric,
-    metric_record,
     offset_of_step,
     read_from,
     read_metrics,
     read_records,
+    truncate,
+)
+from utils.runs.metrics import (
+    Metric,
+    decode_number,
+    encode_number,
+    metric,
+    metric_record,
     read_registry,
     register_metric,
     shown_metrics,
-    truncate,
     write_registry,
 )
 
@@ -222,7 +225,7 @@ def test_losses_are_nats_and_better_when_lower() -> None:
 
 
 def test_a_new_metric_is_accepted_once_registered_and_its_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_log, "_REGISTRY", dict(run_log._REGISTRY))
+    monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     with pytest.raises(KeyError):
         metric("val/accuracy")
     accuracy = register_metric(Metric("val/accuracy", "1", "higher"))
@@ -236,28 +239,28 @@ def test_a_new_metric_is_accepted_once_registered_and_its_name_is_taken(monkeypa
 def test_the_registry_survives_a_file_and_knows_what_is_there_already(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, before = tmp_path / "metrics.json", dict(run_log._REGISTRY)
-    monkeypatch.setattr(run_log, "_REGISTRY", dict(before))
+    path, before = tmp_path / "metrics.json", dict(metrics._REGISTRY)
+    monkeypatch.setattr(metrics, "_REGISTRY", dict(before))
     register_metric(Metric("mine/über", "%", "higher", views=("aim",)))
     register_metric(Metric("mine/quiet", "1", views=()))
-    whole = dict(run_log._REGISTRY)
+    whole = dict(metrics._REGISTRY)
     write_registry(path)
 
-    monkeypatch.setattr(run_log, "_REGISTRY", dict(before))
+    monkeypatch.setattr(metrics, "_REGISTRY", dict(before))
     read_registry(path)  # as in a process that has not imported the callback
-    assert whole == run_log._REGISTRY
+    assert whole == metrics._REGISTRY
     assert metric("mine/über") == Metric("mine/über", "%", "higher", views=("aim",))
     assert register_metric(Metric("mine/über", "%", "higher", views=("aim",)))  # its module may be imported after all
 
-    monkeypatch.setattr(run_log, "_REGISTRY", {**before, "mine/quiet": Metric("mine/quiet", "s")})
+    monkeypatch.setattr(metrics, "_REGISTRY", {**before, "mine/quiet": Metric("mine/quiet", "s")})
     read_registry(path)  # what the code says now wins
     assert metric("mine/quiet") == Metric("mine/quiet", "s")
 
 
 def test_without_a_registry_file_nothing_is_added(tmp_path: Path) -> None:
-    before = dict(run_log._REGISTRY)
+    before = dict(metrics._REGISTRY)
     read_registry(tmp_path / "metrics.json")
-    assert before == run_log._REGISTRY
+    assert before == metrics._REGISTRY
 
 
 @pytest.mark.parametrize(
@@ -478,18 +481,18 @@ def test_the_last_of_many_records_is_found(log: Path) -> None:
 
 def test_what_a_clock_or_the_machine_says_is_not_reproducible() -> None:
     for name in ("train/loss", "val/loss", "lr", "grad_norm", "tokens", "of_a_callback"):
-        assert run_log.is_reproducible(name)
-    for name in run_log.registered_metrics():
-        assert run_log.is_reproducible(name) != (name.startswith("system/") or name in ("tokens_per_second", "step_ms"))
+        assert metrics.is_reproducible(name)
+    for name in metrics.registered_metrics():
+        assert metrics.is_reproducible(name) != (name.startswith("system/") or name in ("tokens_per_second", "step_ms"))
 
 
 def test_registered_metrics_are_names_that_the_log_accepts() -> None:
-    names = run_log.registered_metrics()
+    names = metrics.registered_metrics()
     assert {"train/loss", "val/loss", "lr", "tokens"} <= {*names}
     assert len(names) == len({*names})
     assert all(metric(name).name == name for name in names)
     names.append("nonsense")
-    assert "nonsense" not in run_log.registered_metrics()
+    assert "nonsense" not in metrics.registered_metrics()
 
 
 def test_whether_a_metric_is_reproducible_is_kept_in_the_registry(tmp_path: Path) -> None:
@@ -499,8 +502,8 @@ def test_whether_a_metric_is_reproducible_is_kept_in_the_registry(tmp_path: Path
 
 
 def test_a_registry_of_an_older_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_log, "_REGISTRY", dict(run_log._REGISTRY))
+    monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     entry = {"name": "older", "unit": "1", "direction": "none", "views": ["aim"]}
     (tmp_path / "metrics.json").write_text(json.dumps([entry]))
     read_registry(tmp_path / "metrics.json")
-    assert run_log.is_reproducible("older")
+    assert metrics.is_reproducible("older")

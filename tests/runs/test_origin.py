@@ -10,17 +10,9 @@ from typing import Any
 
 import pytest
 
+from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
-from utils.config.settings import (
-    FIELDS,
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    derived_settings,
-    field_fact,
-    flat,
-)
+from utils.config.settings import Config, ModelConfig, OptimizerConfig, TrainConfig
 from utils.errors import UserError
 from utils.runs.origin import (
     BATCH,

@@ -24,6 +24,7 @@ import pytest
 from conftest import FORK, in_child
 
 from utils.runs import run as run_manager
+from utils.runs.find import list_run_paths, resolve_run
 from utils.runs.run import (
     STALE_HEARTBEAT_SECONDS,
     Run,
@@ -31,11 +32,9 @@ from utils.runs.run import (
     RunError,
     RunIDGenerator,
     RunLockedError,
-    list_run_paths,
     lock_is_free,
     read_record,
     read_status,
-    resolve_run,
 )
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,9 @@ import pytest
 import inference
 import profile_model
 import train
+from utils.config.fields import FIELDS, SECTIONS, flat
 from utils.config.loader import LoadedConfig
-from utils.config.settings import FIELDS, SECTIONS, Config, flat
+from utils.config.settings import Config
 from utils.errors import UserError
 from utils.terminal.cli import Parser, add_config_flags, parse_experiment, script
 

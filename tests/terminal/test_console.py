@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from utils.terminal import console
-from utils.terminal.console import Terminal, TrainingProgress
+from utils.terminal.console import Terminal
+from utils.terminal.progress import TrainingProgress
 
 
 @pytest.fixture

@@ -28,13 +28,8 @@ import experiments
 import train
 import utils.training.step
 from benchmarks.run_equality import log_without_times
-from utils.runs.log import (
-    HISTOGRAMS_FILE,
-    METRICS_FILE,
-    SAMPLES_FILE,
-    read_records,
-    shown_metrics,
-)
+from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, SAMPLES_FILE, read_records
+from utils.runs.metrics import shown_metrics
 from utils.runs.run import read_record, read_status
 from utils.tracking import feeder
 from utils.tracking.tensorboard import event_files

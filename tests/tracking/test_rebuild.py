@@ -23,7 +23,7 @@ from test_cli import run_without
 
 import experiments
 import train
-from utils.runs import log as run_log
+from utils.runs import metrics
 from utils.runs.log import LOG_FILES, read_metrics
 from utils.runs.run import Run, read_record, read_status
 from utils.tracking import feeder
@@ -276,7 +276,7 @@ def test_a_killed_run_with_a_callback_is_rebuilt_without_its_module(
     assert subprocess.run([*script, *words], env=env, timeout=120).returncode == -signal.SIGKILL
     run = only_run()
     assert read_status(run) == "crashed"
-    monkeypatch.setattr(run_log, "_REGISTRY", dict(run_log._REGISTRY))
+    monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     assert rebuild(run) == 0
     assert read_status(run) == "crashed"  # rebuilding is not training
     tensorboard, aim = shown(run, tmp_path)

@@ -14,17 +14,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from utils.runs.log import (
-    LOG_FILES,
-    METRICS_FILE,
-    RunLog,
-    decode_number,
-    metric_record,
-    offset_of_step,
-    read_metrics,
-    read_records,
-    truncate,
-)
+from utils.runs.log import LOG_FILES, METRICS_FILE, RunLog, offset_of_step, read_metrics, read_records, truncate
+from utils.runs.metrics import decode_number, metric_record
 from utils.runs.run import read_record
 from utils.tracking import RunEnd, RunFacts, feeder
 from utils.tracking.aim import AimView

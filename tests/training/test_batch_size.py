@@ -17,8 +17,9 @@ import utils.training.batch_size
 from benchmarks.run_equality import differences
 from data import load_corpus
 from model import LanguageModel
+from utils.config.fields import flat
 from utils.config.loader import LoadedConfig
-from utils.config.settings import Config, DataConfig, ModelConfig, TrainConfig, flat
+from utils.config.settings import Config, DataConfig, ModelConfig, TrainConfig
 from utils.errors import UserError
 from utils.experiments.explain import explain_of_run
 from utils.machine.device import available_memory

@@ -21,8 +21,9 @@ import train
 import utils.training.step
 from benchmarks.run_equality import differences
 from utils.checkpoints.folder import list_checkpoints
-from utils.runs import log as run_log
-from utils.runs.log import Metric, read_metrics, read_records, register_metric
+from utils.runs import metrics
+from utils.runs.log import read_metrics, read_records
+from utils.runs.metrics import Metric, register_metric
 from utils.runs.run import read_record
 from utils.training.callbacks import Callback, Callbacks, TrainingRun
 from utils.training.state import TrainState
@@ -119,7 +120,7 @@ class Logging(Callback):
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No calls yet, no hook fails, and what is registered is forgotten afterwards."""
-    monkeypatch.setattr(run_log, "_REGISTRY", dict(run_log._REGISTRY))
+    monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     monkeypatch.setattr(Failing, "hook", "")
     Recorder.calls.clear()
 
@@ -153,7 +154,7 @@ def example(module: Callable[[str, str], Path]) -> None:
 
 
 def flags(*names: str) -> tuple[str, str]:
-    return "--callbacks", ",".join(f"test_callbacks:{name}" for name in names)
+    return "--callbacks", ",".join(f"{__name__}:{name}" for name in names)
 
 
 def tagged(runs_dir: Path, tag: str) -> Path:
@@ -246,7 +247,7 @@ def test_a_stop_and_a_resume_change_no_bit_of_what_a_callback_logs(
 
 
 def test_hooks_are_called_in_the_order_of_training(tiny_argv: Argv, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text('callbacks: ["test_callbacks:Recorder"]\n')
+    (tmp_path / "mine.yaml").write_text(f'callbacks: ["{__name__}:Recorder"]\n')
     assert train.main(tiny_argv("--config", str(tmp_path / "mine.yaml"))) == 0
     assert Recorder.calls == [
         ("start", 0),
@@ -475,7 +476,7 @@ class Stranger:
         ("a_script:Mine", "callbacks: a_script:Mine cannot be used: SystemExit: 3 (a_script.py:2)"),
         ("broken", "a callback is named module:Class, not 'broken'"),
         ("broken.py:Broken.x", "a callback is named module:Class, not 'broken.py:Broken.x'"),
-        ("test_callbacks:Recorder,test_callbacks:Recorder", "callbacks: test_callbacks:Recorder is listed twice"),
+        (f"{__name__}:Recorder,{__name__}:Recorder", f"callbacks: {__name__}:Recorder is listed twice"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

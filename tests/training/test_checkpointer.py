@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from data import load_corpus
+from utils.checkpoints.choose import choose_checkpoint, newest_good, prune, put_aside, remove_leftovers
 from utils.checkpoints.files import read_checkpoint, write_checkpoint
 from utils.checkpoints.folder import (
     BEST_FILE,
@@ -34,15 +35,7 @@ from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConf
 from utils.runs.log import RunLog
 from utils.terminal.console import Terminal
 from utils.training import checkpointer as checkpointing
-from utils.training.checkpointer import (
-    Checkpointer,
-    HostMemory,
-    choose_checkpoint,
-    newest_good,
-    prune,
-    put_aside,
-    remove_leftovers,
-)
+from utils.training.checkpointer import Checkpointer, HostMemory
 from utils.training.state import TrainState, build_state
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 

@@ -18,7 +18,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from utils.config.settings import FIELDS, SECTION_OF, SECTIONS, Config, RuleError, expected, flat
+from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
+from utils.config.settings import Config, RuleError
 from utils.errors import UserError, nearest
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")

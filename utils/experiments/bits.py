@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, NOT_METRICS, is_reproducible, read_records
+from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, read_records
+from utils.runs.metrics import NOT_METRICS, is_reproducible
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from utils.runs.index import (
     resolved_setting,
     seconds_of,
 )
-from utils.runs.log import METRICS_FILE, decode_number, metric, read_records, registered_metrics
-from utils.runs.run import METRICS
+from utils.runs.layout import METRICS
+from utils.runs.log import METRICS_FILE, read_records
+from utils.runs.metrics import decode_number, metric, registered_metrics
 
 METRIC = "val/loss"
 SEEDS_NEEDED = 3  # on either side of a verdict

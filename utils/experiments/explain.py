@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.config.fields import FIELDS, SECTION_OF, expected, field_fact
 from utils.config.loader import LoadedConfig
-from utils.config.settings import FIELDS, SECTION_OF, Config, expected, field_fact
+from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.runs.index import IndexedRun
 

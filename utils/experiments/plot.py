@@ -14,11 +14,12 @@ from utils.errors import UserError, nearest
 from utils.experiments.compare import Curve, read_curve
 from utils.files import write_atomic
 from utils.runs.index import IndexedRun
-from utils.runs.log import METRICS_FILE, NOT_METRICS, metric, read_records
+from utils.runs.log import METRICS_FILE, read_records
+from utils.runs.metrics import NOT_METRICS, metric
+from utils.terminal.words import HEX_COLORS
 
 Axis = Literal["step", "tokens", "time"]
 PICTURES = (".png", ".svg")
-HEX_COLORS = ("#3b6fb6", "#e07b1f", "#2f9e63", "#d1495b", "#8a63c4", "#1b9aaa", "#b8860b", "#7a7f87")
 TERMINAL_COLORS = (33, 208, 35, 197, 135, 37, 178, 245)  # of 256; readable on black and on white
 PLAIN_MARKERS = "*o+x#%@="  # without colours a curve is known by its character
 POINTS_A_COLUMN = 4  # a cell of braille has two columns of dots, a smallest and a largest value go into each

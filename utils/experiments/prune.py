@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import size_of
 from utils.runs.index import IndexedRun, read_index
+from utils.runs.layout import CHECKPOINTS
 from utils.runs.names import read_models
 from utils.runs.origin import RESUMABLE
-from utils.runs.run import CHECKPOINTS, lock_is_free
+from utils.runs.run import lock_is_free
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
@@ -130,18 +132,6 @@ def remove(removal: Removal) -> None:
         shutil.rmtree(aside)
     finally:
         os.close(handle)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files below `folder`; 0 if there is none."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(root, name)).st_size
-            except OSError:  # deleted meanwhile
-                continue
-    return total
 
 
 def parse_size(text: str) -> int:

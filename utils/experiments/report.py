@@ -15,12 +15,12 @@ from utils.experiments.bits import LogComparison
 from utils.experiments.compare import Curve, read_curve
 from utils.experiments.diff import ENVIRONMENT, RunDiff, diff
 from utils.experiments.explain import settings_with_sources
-from utils.experiments.plot import HEX_COLORS, Axis, names_of, thinned, x_scale, y_label
+from utils.experiments.plot import Axis, names_of, thinned, x_scale, y_label
 from utils.files import write_atomic
 from utils.runs.index import IndexedRun, non_default_settings
 from utils.runs.log import METRICS_FILE, SAMPLES_FILE, last_record
-from utils.terminal.console import duration
 from utils.terminal.html import render
+from utils.terminal.words import HEX_COLORS, duration
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 METRICS = ("val/loss", "train/loss")

@@ -25,9 +25,10 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import ENVIRONMENT, parse_environment
 from utils.files import write_json
 from utils.runs.index import IndexedRun, read_run, resolved_setting
+from utils.runs.layout import CHECKPOINTS, PATCH
 from utils.runs.log import METRICS_FILE, last_record, read_metrics
 from utils.runs.origin import PER_SESSION
-from utils.runs.run import CHECKPOINTS, PATCH, REPRODUCTION, read_record
+from utils.runs.run import REPRODUCTION, read_record
 from utils.runs.seal import file_sha256, seal
 
 GIT_TEXT = Path("meta", "git.txt")

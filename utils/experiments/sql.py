@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, nearest
 from utils.runs.index import FACTS, IndexedRun, seconds_of
-from utils.runs.log import METRICS_FILE, registered_metrics
-from utils.runs.run import METRICS
+from utils.runs.layout import METRICS
+from utils.runs.log import METRICS_FILE
+from utils.runs.metrics import registered_metrics
 
 if TYPE_CHECKING:
     import duckdb

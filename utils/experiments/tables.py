@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +14,11 @@ from utils.checkpoints.folder import list_checkpoints
 from utils.experiments.compare import SEEDS_NEEDED, Comparison
 from utils.experiments.diff import RunDiff, environment_of
 from utils.experiments.explain import Explanation, settings_with_sources
-from utils.experiments.prune import PrunePlan, size_of
+from utils.experiments.prune import PrunePlan
+from utils.files import size_of
 from utils.runs.index import DAMAGED, FACTS, IndexedRun, differing_settings, non_default_settings
-from utils.runs.run import CHECKPOINTS
-from utils.terminal.console import duration, facts
+from utils.runs.layout import CHECKPOINTS
+from utils.terminal.words import CONTROL, HASH_LENGTH, facts, shown, size, span
 
 STYLES = {
     "completed": "green",
@@ -40,40 +40,7 @@ VERDICT_STYLES = {
 LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", "val_loss")  # then what differs, commit, note
 MOST_WANTED = ("id", "status", "val_loss")  # where there is little room; then settings that differ, then these:
 LESS_WANTED = ("steps", "commit", "note", "tag", "duration", "age")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 NOTE_WIDTH = 40
-HASH_LENGTH = 10
-
-
-def shown(column: str, value: Any) -> str:
-    """A value as a person reads it."""
-    return CONTROL.sub(lambda found: repr(found.group())[1:-1], _words(column, value))  # a note may hold any
-
-
-def _words(column: str, value: Any) -> str:
-    if value is None or value == "":
-        return ""
-    if column in ("age", "duration"):
-        return span(value)
-    if column == "commit" or column.endswith("_hash"):
-        return str(value)[:HASH_LENGTH]
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if column in ("steps", "parameters", "best_step") else str(value)
-    if isinstance(value, float):
-        return f"{value:.4f}" if column.endswith("loss") else f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
-
-
-def span(seconds: float) -> str:
-    """ "42 s", "3:05 min", "2:10 h" or "12 d"."""
-    if seconds < 3600:
-        return duration(seconds)
-    minutes = round(seconds / 60)
-    return f"{seconds / 86400:.0f} d" if seconds >= 2 * 86400 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -> RenderableType:
@@ -224,15 +191,6 @@ def _table(left: Sequence[str] = (), right: Sequence[str] = (), show_header: boo
     for header in right:
         table.add_column(Text(header), justify="right")
     return table
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: "1.5 MB"."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def diff_tables(diff: RunDiff) -> Iterator[RenderableType]:

@@ -25,9 +25,9 @@ from utils.checkpoints.files import weight_differences
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import write_json
+from utils.inference.evaluation import evaluating
 from utils.nn.costs import parameter_count
-from utils.runs.log import decode_number
-from utils.training.evaluation import evaluating
+from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
 LOSSES = {"val/loss", "train/eval_loss"}

@@ -22,7 +22,7 @@ from utils.inference.scoring import Score, score
 from utils.inference.stats import GenerationStats
 from utils.inference.text_stream import TextStream
 from utils.machine.device import choose_device
-from utils.runs.run import find_export
+from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT
 
 MAX_NEW_TOKENS, SEED, BATCH_SIZE = 300, 1337, 16

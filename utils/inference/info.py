@@ -15,12 +15,12 @@ from rich.text import Text
 from model import LanguageModel
 from tokenizer import CharTokenizer
 from utils.config.settings import ModelConfig
-from utils.experiments.prune import size_of
-from utils.experiments.tables import shown, size
+from utils.files import size_of
 from utils.inference.export import Export
 from utils.runs.index import IndexedRun, read_run
-from utils.runs.log import decode_number
-from utils.terminal.console import facts, printable
+from utils.runs.metrics import decode_number
+from utils.terminal.console import printable
+from utils.terminal.words import facts, shown, size
 
 CHARACTERS = 64  # of a vocabulary that are shown
 NAMES = {"token_embedding": "token embedding, head", "position_embedding": "positions", "ngram_embedding": "n-grams"}

@@ -13,9 +13,10 @@ from tokenizer import CharTokenizer, TokenizerError
 from utils.errors import UserError, nearest
 from utils.inference.decode import Window, start_tokens
 from utils.inference.generator import SEEDS, Generator, Request
-from utils.inference.request_text import banned_tokens, stop_strings
+from utils.inference.prompts import banned_tokens, stop_strings
 from utils.inference.stats import GenerationStats
-from utils.terminal.console import facts, say
+from utils.terminal.console import say
+from utils.terminal.words import facts
 
 OFF = "none"
 ACTIONS = {"/reset": "forget the text so far", "/help": "show this list", "/quit": "leave, as Ctrl-D does"}

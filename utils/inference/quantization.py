@@ -69,3 +69,12 @@ def with_weights(model: LanguageModel, weights: Weights) -> LanguageModel:
     for parameter in model.parameters():  # not the rotary factors, which need their precision
         parameter.data = parameter.data.to(torch.bfloat16, memory_format=torch.contiguous_format)
     return model
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Of all weights, in the precision that they have, but of tables that are looked up in only one row."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if model.head is None:
+        tables = [table for table in tables if table is not model.token_embedding.weight]
+    looked_up = sum((table.numel() - table.size(1)) * table.element_size() for table in tables)
+    return sum(weight.numel() * weight.element_size() for weight in model.state_dict().values()) - looked_up

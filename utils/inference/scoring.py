@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import LanguageModel
 from tokenizer import CharTokenizer
 from utils.errors import UserError
-from utils.terminal.console import duration, facts
+from utils.terminal.words import duration, facts
 
 TOKENS_AT_ONCE = 2048  # that pass through the model: with GPT-2's vocabulary their logits take 0.4 GB
 NOTHING = -1  # a target that is not counted

@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass
 
 from model import LanguageModel
+from utils.inference.quantization import weight_bytes
 from utils.machine.limits import measure_read
-from utils.profiling.decoding import weight_bytes
 
 read_limit = functools.cache(measure_read)  # it takes a second
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from utils.machine.device import synchronize
-from utils.nn.linear import linear
-from utils.profiling.record import Limits
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 REPEATS = 5
 SECONDS = 0.25  # for one size; what would take longer is not tried
@@ -18,23 +19,11 @@ COPY_MIB = {"cpu": (32, 64), "cuda": (128, 256), "mps": (64, 128)}  # beyond the
 CALLS = {"cpu": 1, "cuda": 10, "mps": 10}  # between two looks at the clock: a launch is not waited for
 
 
-def measure_limits(device: torch.device, dtypes: Sequence[torch.dtype]) -> Limits:
-    """The best rates over several sizes, in about a second; the global random state is left alone.
+def measure_gemm(device: torch.device, dtype: torch.dtype, product: Product = F.linear) -> float:
+    """Floating-point operations per second of a square matrix product; a multiply-add counts as two.
 
-    Raises:
-        torch.OutOfMemoryError: there is no room for a few hundred megabytes.
-    """
-    names = {dtype: str(dtype).removeprefix("torch.") for dtype in dtypes}
-    return Limits(
-        gemm={name: measure_gemm(device, dtype) / 1e9 for dtype, name in names.items()},
-        copy_gbytes=measure_copy(device) / 1e9,
-    )
-
-
-def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product, made as those of the model are.
-
-    A multiply-add counts as two.
+    Args:
+        product: multiplies a (n, n) with the transpose of b (n, n), as the layers of the model do.
     """
     generator = torch.Generator(device).manual_seed(0)  # a GPU multiplies zeros or ones faster than numbers
     best = 0.0
@@ -43,7 +32,7 @@ def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
         if best and CALLS[device.type] * flops / best > SECONDS:
             break
         a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
-        best = max(best, flops / _least_seconds(lambda a=a, b=b: linear(a, b), device))  # type: ignore[misc]
+        best = max(best, flops / _least_seconds(lambda a=a, b=b: product(a, b), device))  # type: ignore[misc]
     return best
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from utils.nn.first_order import first_order
+from utils.nn.linear import first_order
 
 SHORT = 128  # tokens; from about 192 on torch's kernel is as fast, and it needs no memory for the scores
 

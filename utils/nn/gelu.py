@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from utils.nn.first_order import first_order
+from utils.nn.linear import first_order
 
 CUBIC = 0.044715
 FEW = 1 << 13  # numbers; below, the calls take longer than a tanh

@@ -5,17 +5,19 @@ torch takes MKL for float32, which on AMD's processors stays with AVX2 and so wi
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.nn.first_order import first_order
-
 # The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
 _OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 ONEDNN = _OPERATOR and _OPERATOR.default
+
+R = TypeVar("R")
 
 SMALL = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
 
@@ -54,6 +56,22 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
     """a b^T + bias: (..., K) and (N, K) -> (..., N)."""
     assert ONEDNN is not None
     return ONEDNN(a, b, bias, "none", [], "")
+
+
+def first_order(backward: Callable[..., R]) -> Callable[..., R]:
+    """Refuse gradients of gradients at once; torch's once_differentiable takes 10 microseconds a call.
+
+    Raises:
+        RuntimeError: when called with create_graph.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: torch.Tensor) -> R:
+        if torch.is_grad_enabled():  # autograd turns it off but for create_graph
+            raise RuntimeError(f"{type(ctx).__name__} has no gradient of its gradient: no create_graph here")
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 class OneDNNLinear(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,45 +9,10 @@ import torch
 from torch import nn
 
 from model import Attention
-from utils.config.settings import OptimizerConfig, warmup_steps
+from utils.config.settings import OptimizerConfig
 from utils.optim.adamw import AdamW
 from utils.optim.muon import Muon
-
-# A schedule maps the progress of the decay (0 at its start, 1 at its end) to a factor (1 to 0).
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov and Hutter 2017, SGDR
-    "linear": lambda progress: 1 - progress,
-    "constant": lambda progress: 1.0,
-}
-FIRST_MOMENTUM = 0.85  # of Muon, at the start of its warm-up
-
-
-def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
-    """The learning rate of update `step` (0-based) in a run of `max_iters` updates.
-
-    Linear warmup to `learning_rate` (update 0 has a rate above zero), then the schedule, which is at
-    its end at `lr_decay_iters` (default: the end of the run) and stays there: cosine and linear at
-    `final_lr`, constant at `learning_rate`.
-    """
-    warmup = warmup_steps(config, max_iters)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    decay_end = config.lr_decay_iters or max_iters
-    progress = min((step - warmup) / max(decay_end - warmup, 1), 1.0)
-    return config.final_lr + (config.learning_rate - config.final_lr) * SCHEDULES[config.schedule](progress)
-
-
-def weight_decay_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
-    """The weight decay of update `step`: its schedule runs over the whole run and ends at zero, or is constant."""
-    return config.weight_decay * SCHEDULES[config.weight_decay_schedule](min(step / max_iters, 1.0))
-
-
-def momentum_at(step: int, config: OptimizerConfig) -> float:
-    """Muon's momentum of update `step`: it rises linearly from 0.85, for the first gradients are soon outdated."""
-    if step >= config.momentum_warmup_iters:
-        return config.momentum
-    first = min(FIRST_MOMENTUM, config.momentum)
-    return first + (config.momentum - first) * step / config.momentum_warmup_iters
+from utils.optim.schedules import learning_rate_at, momentum_at, weight_decay_at
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from utils.machine.device import processor_name
-from utils.machine.limits import measure_limits
+from utils.machine.limits import measure_copy, measure_gemm
 from utils.nn.costs import training_flops
+from utils.nn.linear import linear
 from utils.profiling.measure import StepTimes
 from utils.profiling.memory import state_bytes
 from utils.profiling.record import Generation, Limits, Machine, Memory, OperatorTime, PhaseTime, Profile
@@ -20,11 +21,23 @@ MODEL_SHARE = {"forward": 1 / 3, "backward": 2 / 3}  # of the operations of trai
 
 
 def limits_of(state: TrainState) -> Limits | None:
-    """Of the machine, for training and for generation; none where there is no room left to measure them."""
+    """The machine's limits for training and for generation, or None where too little memory is left to measure them."""
     with contextlib.suppress(torch.OutOfMemoryError):
         weights = next(state.model.parameters()).dtype
         return measure_limits(state.device, sorted({state.dtype, weights}, key=str))
     return None
+
+
+def measure_limits(device: torch.device, dtypes: Sequence[torch.dtype]) -> Limits:
+    """The best rates over several sizes, in about a second; the global random state is left alone.
+
+    Raises:
+        torch.OutOfMemoryError: a few hundred megabytes cannot be allocated.
+    """
+    return Limits(
+        gemm={str(dtype).removeprefix("torch."): measure_gemm(device, dtype, linear) / 1e9 for dtype in dtypes},
+        copy_gbytes=measure_copy(device) / 1e9,
+    )
 
 
 def build_profile(

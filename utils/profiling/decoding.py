@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from model import LanguageModel
 from utils.inference.decode import decode_one_token, new_cache, prefill
+from utils.inference.evaluation import evaluating
+from utils.inference.quantization import weight_bytes
 from utils.machine.device import synchronize
 from utils.nn.costs import forward_flops
 from utils.nn.kv_cache import KVCache
 from utils.profiling.record import Generation
-from utils.training.evaluation import evaluating
 
 REPEATS = 5
 DECODED = 64  # tokens, or what is left of half a block
@@ -62,15 +62,6 @@ def measure_generation(model: LanguageModel) -> Generation:
 def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:
     """Read for one token of each sequence of the cache: all weights, and `context` keys and values."""
     return weight_bytes(model) + 2 * cache.keys[:, :, :, 0].numel() * cache.keys.element_size() * context
-
-
-def weight_bytes(model: LanguageModel) -> int:
-    """Of all weights, in the precision that they have, but of tables that are looked up in only one row."""
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    if model.head is None:
-        tables = [table for table in tables if table is not model.token_embedding.weight]
-    looked_up = sum((table.numel() - table.size(1)) * table.element_size() for table in tables)
-    return sum(weight.numel() * weight.element_size() for weight in model.state_dict().values()) - looked_up
 
 
 def _median_ms(call: Callable[[], None], device: torch.device, before: Callable[[], None] = lambda: None) -> float:

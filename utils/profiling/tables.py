@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.profiling.record import MATRIX_PRODUCTS, OTHER_OPERATORS, Profile
-from utils.terminal.console import facts
+from utils.terminal.words import facts
 
 BAR_WIDTH = 20  # characters of 100%
 CATEGORIES = ("weights", "gradients", "optimizer", "activations")

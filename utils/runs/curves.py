@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import write_atomic
-from utils.runs.log import METRICS_FILE, decode_number, read_lines
-from utils.runs.run import CURVES
+from utils.runs.layout import CURVES
+from utils.runs.log import METRICS_FILE, read_lines
+from utils.runs.metrics import decode_number
 
 CURVE_NAMES = {"train/loss": "train/loss, each step", "train/eval_loss": "train/eval_loss", "val/loss": "val/loss"}
 POINTS, BYTES = 20_000, 170  # of a curve; of a record, about

@@ -16,10 +16,13 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, Field, ValidationError
 
-from utils.config.settings import FIELDS, TRAJECTORY, Config, derived_settings, field_fact, flat
+from utils.config.fields import FIELDS, derived_settings, field_fact, flat
+from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
-from utils.runs.log import METRICS_FILE, decode_number, last_record, read_lines
-from utils.runs.run import CHECKPOINTS, PATCH, REPRODUCTION, RunError, read_record, status_of
+from utils.runs.layout import CHECKPOINTS, PATCH
+from utils.runs.log import METRICS_FILE, last_record, read_lines
+from utils.runs.metrics import decode_number
+from utils.runs.run import REPRODUCTION, RunError, read_record, status_of
 
 DAMAGED = "damaged"  # the status of what cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)

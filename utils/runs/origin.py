@@ -16,19 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact, flat, get_value
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
-from utils.config.settings import (
-    FIELDS,
-    SECTION_OF,
-    TRAJECTORY,
-    Config,
-    ModelConfig,
-    derived_settings,
-    field_fact,
-    flat,
-    get_value,
-)
-from utils.runs.run import RunError, list_run_paths, read_record, read_status, resolve_run
+from utils.config.settings import TRAJECTORY, Config, ModelConfig
+from utils.runs.find import list_run_paths, resolve_run
+from utils.runs.run import RunError, read_record, read_status
 
 Relation = Literal["resume", "fork", "init"]
 CHOICES = ("latest", "best")

@@ -21,18 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.config.settings import check_tag
-from utils.errors import UserError, nearest
+from utils.errors import UserError
 from utils.files import write_json
-from utils.runs.names import promoted_run
 
 SCHEMA_VERSION = 1
-CHECKPOINTS = Path("artifacts", "checkpoints")  # in a run directory
-FLIGHT_RECORDER = Path("artifacts", "flight_recorder.json")
-CURVES = Path("artifacts", "curves.png")
-PATCH = Path("meta", "code.patch")
-TOKENIZER = Path("meta", "tokenizer.json")
-MODEL_SUMMARY = Path("meta", "model.json")
-METRICS = Path("meta", "metrics.json")
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats, to compare the two
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
@@ -331,73 +323,3 @@ def status_of(path: Path, record: Mapping[str, Any]) -> str:
     except OSError:
         return "crashed"
     return "crashed" if silence > STALE_HEARTBEAT_SECONDS else "running"
-
-
-def list_run_paths(runs_dir: Path) -> list[Path]:
-    """Directories that hold a run.json, oldest first: by start time, then id."""
-    found = []
-    for path in runs_dir.glob("*/run.json"):
-        try:
-            found.append((read_record(path.parent).get("start") or "", path.parent.name, path.parent))
-        except RunError:
-            found.append(("", path.parent.name, path.parent))
-    return [path for *_, path in sorted(found)]
-
-
-def resolve_run(name: str, runs_dir: Path) -> Path:
-    """The run directory that RUN on a command line means.
-
-    In this order: a path, an exact id, `latest`, an exact tag (the newest wins), NAME@vN of a
-    promoted run, a unique part of an id.
-
-    Raises:
-        RunError: there is none, or a part fits several.
-    """
-    if os.path.isfile(os.path.join(name, "run.json")):
-        return Path(name)
-    if os.sep in name and os.path.isdir(name):
-        raise RunError(f"{name} is not a run directory: it has no run.json")
-    if promoted := promoted_run(name, runs_dir):
-        return promoted
-    paths = list_run_paths(runs_dir)
-    if not paths:
-        raise RunError(f"no run {name}: {runs_dir} has no runs yet")
-    by_id = {path.name: path for path in paths}
-    if name in by_id:
-        return by_id[name]
-    if name == "latest":
-        return paths[-1]
-    tags: dict[str, Path] = {}
-    for path in paths:
-        try:
-            if tag := read_record(path).get("tag"):
-                tags[tag] = path
-        except RunError:
-            continue
-    if name in tags:
-        return tags[name]
-    matches = [run_id for run_id in by_id if name and name in run_id]
-    if len(matches) == 1:
-        return by_id[matches[0]]
-    if matches:
-        shown = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
-        raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {shown}")
-    raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *by_id])}")
-
-
-def find_export(name: str | None, runs_dir: Path) -> Path:
-    """The export folder of a run; without a name, of the newest run that has one.
-
-    Raises:
-        RunError: no such run, or it has no export.
-    """
-    if name is None:
-        for path in reversed(list_run_paths(runs_dir)):
-            if (path / "artifacts" / "export").is_dir():
-                return path / "artifacts" / "export"
-        raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
-    path = resolve_run(name, runs_dir)
-    export = path / "artifacts" / "export"
-    if not export.is_dir():
-        raise RunError(f"run {path.name} ({read_status(path)}) has no export: it is written when training completes")
-    return export

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from utils.checkpoints.folder import CheckpointError, check_file, list_checkpoints, read_manifest
 from utils.files import write_json
-from utils.runs.run import CHECKPOINTS, RunError, utc_now
+from utils.runs.layout import CHECKPOINTS
+from utils.runs.run import RunError, utc_now
 
 SEAL = Path("artifacts", "seal.json")
 SEALED = (

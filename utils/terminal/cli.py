@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
+from utils.config.fields import FIELDS, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
-from utils.config.settings import FIELDS, SECTIONS, Config, expected, field_fact, get_value
+from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.machine.process import tune_process
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -92,17 +90,6 @@ def _shown(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def facts(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
-    """Lines of "what  how much" with a common indent; long values are not wrapped, so that they can be copied."""
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0) + 2
-    text = Text(f"{title}\n" if title else "", style="")
-    text.stylize("bold")
-    for name, value in rows:
-        text.append(f"{name:<{width}}", style="cyan").append(f"{value}\n")
-    return text[:-1]
-
-
 def printable(text: str) -> str:
     """With an escape for each character that a terminal would obey or hide; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
@@ -112,196 +99,6 @@ def say(text: str) -> None:
     """A part of a line of generated text, at once; a terminal gets it printable, a file as it is."""
     if sys.stdout is not None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-def duration(seconds: float) -> str:
-    """ "42 s", "3:05 min" or "2:10:00 h"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
-
-
-class _Field(ProgressColumn):
-    """A column that shows one field of the task."""
-
-    def __init__(self, template: str, style: str = "") -> None:
-        super().__init__()
-        self.template, self.style = template, style
-
-    def render(self, task: Task) -> Text:
-        known = {name: value for name, value in task.fields.items() if value is not None}
-        try:
-            return Text(self.template.format(**known), style=self.style)
-        except KeyError:  # not known yet
-            return Text("")
-
-
-class TrainingProgress:
-    """Step, losses, tokens/s, elapsed and remaining time: a live line, or plain lines now and then."""
-
-    def __init__(self, terminal: Terminal, total: int, start: int = 0) -> None:
-        self.terminal = terminal
-        self.total, self.start = total, start
-        self.fields: dict[str, Any] = {"loss": None, "val_loss": None, "tokens_per_second": None}
-        self._began = time.monotonic()
-        self._next_update = 0.0
-        self._next_line = self._began + PLAIN_LINE_SECONDS
-        self._progress: Progress | None = None
-        self._estimated = False
-
-    @property
-    def moves(self) -> bool:
-        """Whether there is a display that shows each step."""
-        return self._progress is not None
-
-    def __enter__(self) -> Self:
-        if self.terminal.live:
-            self._progress = Progress(
-                BarColumn(bar_width=24),
-                TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-                _Field("loss {loss:.4f}", "bold"),
-                _Field("val {val_loss:.4f}", "bold green"),
-                _Field("{tokens_per_second:,.0f} tok/s", "magenta"),
-                _Field("{elapsed} elapsed", "dim"),
-                _Field("{remaining} left", "dim"),
-                console=self.terminal.console,
-                transient=True,
-            )
-            self._task = self._progress.add_task(
-                "train", total=self.total, completed=self.start, **self._times(self.start)
-            )
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def _times(self, step: int) -> dict[str, Any]:
-        elapsed = time.monotonic() - self._began
-        done = step - self.start
-        remaining = elapsed / done * (self.total - step) if done >= STEPS_TO_TELL else None
-        return {
-            **self.fields,
-            "elapsed": duration(elapsed),
-            "remaining": duration(remaining) if remaining is not None else None,
-        }
-
-    def update(self, step: int, **fields: float) -> None:
-        """Looks at the clock before it does anything; called after every step where the display `moves`."""
-        self.fields.update(fields)
-        now = time.monotonic()
-        if self._progress and now >= self._next_update:
-            self._next_update = now + REFRESH_SECONDS
-            self._progress.update(self._task, completed=step, **self._times(step))
-        if not self._estimated and step - self.start >= STEPS_TO_TELL:
-            self._estimate(step)
-        if now >= self._next_line:
-            self._line(step)
-
-    def _estimate(self, step: int) -> None:
-        """Once, after the first steps: how long the run will take."""
-        self._estimated = True
-        left = (time.monotonic() - self._began) / (step - self.start) * (self.total - step)
-        if left >= PLAIN_LINE_SECONDS:
-            end = time.strftime("%H:%M", time.localtime(time.time() + left))
-            self.terminal.print(f"estimated: {duration(left)} for the {self.total - step:,} steps left, until {end}")
-
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """An evaluation is done: always a line of its own."""
-        self.fields["val_loss"] = losses["val/loss"]
-        self._line(step, losses)
-
-    def _line(self, step: int, losses: dict[str, float] | None = None) -> None:
-        self._next_line = time.monotonic() + PLAIN_LINE_SECONDS
-        times = self._times(step)
-        parts = [f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}"]
-        if losses:
-            parts.append(f"train {losses['train/eval_loss']:.4f}  val {losses['val/loss']:.4f}")
-        elif self.fields["loss"] is not None:
-            parts.append(f"loss {self.fields['loss']:.4f}")
-        if self.fields["tokens_per_second"]:
-            parts.append(f"{self.fields['tokens_per_second']:,.0f} tok/s")
-        parts.append(f"{times['elapsed']} elapsed")
-        if times["remaining"] and step < self.total:
-            parts.append(f"{times['remaining']} left")
-        line = Text("  ".join(parts))
-        self.terminal.print(line, log_only=self.terminal.live and losses is None)
-
-
-class FeedingProgress:
-    """How far trackers are with a run's logs: a bar that moves, where there is a live display."""
-
-    def __init__(self, terminal: Terminal) -> None:
-        self._progress = Progress(
-            TextColumn("feeding {task.description}", style="cyan"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-            console=terminal.console,
-            transient=True,
-            disable=not terminal.live,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._progress.stop()
-
-    def update(self, name: str, done: int, total: int) -> None:
-        """`name` has `done` of `total`."""
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total)
-        self._progress.update(self._tasks[name], completed=done)
-
-
-class CompletionProgress:
-    """How many prompts of a file are done, on stderr: a bar that moves, or plain lines now and then.
-
-    Args:
-        quiet: what is done can be seen otherwise.
-    """
-
-    def __init__(self, total: int, quiet: bool = False) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._total, self._done, self._tokens = total, 0, 0
-        self._began = time.monotonic()
-        self._next_line = float("inf") if console.is_terminal or quiet else self._began + PLAIN_LINE_SECONDS
-        self._progress = Progress(
-            BarColumn(bar_width=24),
-            TextColumn("prompt {task.completed:,.0f}/{task.total:,.0f}"),
-            _Field("{tokens_per_second:,.0f} tok/s", "magenta"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            redirect_stdout=False,  # what goes there may go into a file
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._progress.add_task("prompts", total=total, tokens_per_second=None)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._progress.stop()
-
-    def advance(self, tokens: int) -> None:
-        """One more is done, with so many new tokens."""
-        self._done, self._tokens = self._done + 1, self._tokens + tokens
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._began, 1e-9)
-        self._progress.update(self._task, completed=self._done, tokens_per_second=rate)
-        if now >= self._next_line:
-            self._next_line = now + PLAIN_LINE_SECONDS
-            left = duration((now - self._began) / self._done * (self._total - self._done))
-            print(f"prompt {self._done:,}/{self._total:,}  {rate:,.0f} tok/s  {left} left", file=sys.stderr)
 
 
 def dim(text: str) -> str:

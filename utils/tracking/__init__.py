@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.runs.log import METRICS_FILE, decode_number, read_records
-from utils.runs.run import MODEL_SUMMARY, read_record, read_status
+from utils.runs.layout import MODEL_SUMMARY
+from utils.runs.log import METRICS_FILE, read_records
+from utils.runs.metrics import decode_number
+from utils.runs.run import read_record, read_status
 
 
 @dataclass(frozen=True)

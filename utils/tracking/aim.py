@@ -18,8 +18,9 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, encode_number, shown_metrics
-from utils.runs.run import CURVES
+from utils.runs.layout import CURVES
+from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
+from utils.runs.metrics import encode_number, shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
 if TYPE_CHECKING:

@@ -10,8 +10,10 @@ from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.runs.curves import draw_curves
-from utils.runs.log import LOG_FILES, read_registry
-from utils.runs.run import METRICS, Run, read_record
+from utils.runs.layout import METRICS
+from utils.runs.log import LOG_FILES
+from utils.runs.metrics import read_registry
+from utils.runs.run import Run, read_record
 from utils.tracking import RunEnd, View
 from utils.tracking.feeder import Budget, Feeder
 from utils.tracking.views import build_views, is_installed, wanted_views

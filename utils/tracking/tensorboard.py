@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config.settings import FIELDS, TRAJECTORY, field_fact
-from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, shown_metrics
+from utils.config.fields import FIELDS, field_fact
+from utils.config.settings import TRAJECTORY
+from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
+from utils.runs.metrics import shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
 SESSION_METRICS = ("val/loss", "train/eval_loss")  # stand beside the hyperparameters

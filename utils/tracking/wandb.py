@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE, shown_metrics
+from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
+from utils.runs.metrics import shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
 if TYPE_CHECKING:

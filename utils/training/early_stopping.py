@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from utils.runs.log import decode_number, encode_number
+from utils.runs.metrics import decode_number, encode_number
 
 
 @dataclass

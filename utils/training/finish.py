@@ -9,8 +9,10 @@ from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import CheckpointError, folder_name
 from utils.inference.export import save_export
 from utils.runs.curves import draw_curves
-from utils.runs.log import RunLog, decode_number, encode_number
-from utils.runs.run import CHECKPOINTS, CURVES, FLIGHT_RECORDER, Run, Status
+from utils.runs.layout import CHECKPOINTS, CURVES, FLIGHT_RECORDER
+from utils.runs.log import RunLog
+from utils.runs.metrics import decode_number, encode_number
+from utils.runs.run import Run, Status
 from utils.runs.seal import SEAL, seal
 from utils.terminal.console import Terminal
 from utils.tracking import RunEnd

@@ -12,7 +12,7 @@ import torch
 
 from utils.files import write_json
 from utils.machine.device import memory_in_use
-from utils.runs.log import encode_number
+from utils.runs.metrics import encode_number
 from utils.training.step_buffer import Step
 
 STEPS = 64

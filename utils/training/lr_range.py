@@ -21,7 +21,8 @@ from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.files import write_atomic, write_json
 from utils.optim.groups import set_learning_rate
-from utils.terminal.console import Terminal, facts
+from utils.terminal.console import Terminal
+from utils.terminal.words import facts
 from utils.training.state import TrainState
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from utils.machine.usage import SystemSampler
-from utils.runs.log import RunLog, metric_record
-from utils.terminal.console import TrainingProgress
+from utils.runs.log import RunLog
+from utils.runs.metrics import metric_record
+from utils.terminal.progress import TrainingProgress
 from utils.training.flight_recorder import FlightRecorder
 from utils.training.histograms import Histograms
 from utils.training.state import TrainState

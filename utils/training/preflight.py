@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from utils.config.settings import FIELDS, Config, config_hash, get_value
+from utils.config.fields import FIELDS, config_hash, get_value
+from utils.config.settings import Config
 from utils.nn.costs import parameter_count
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, origin_of, read_index
-from utils.runs.run import PATCH
+from utils.runs.layout import PATCH
 from utils.training.setup import Setup, decisive_settings
 
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32

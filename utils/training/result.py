@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from utils.config.loader import ConfigError, ConfigLoader, relative_name
 from utils.runs.run import Run, Status
 from utils.terminal.cli import PROJECT_ROOT
-from utils.terminal.console import Terminal, duration, facts
+from utils.terminal.console import Terminal
+from utils.terminal.words import duration, facts
 
 if TYPE_CHECKING:
     from utils.training.setup import Setup

@@ -13,17 +13,19 @@ import torch
 
 from data import CORPORA, Corpus, load_corpus
 from tokenizer import CharTokenizer
+from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import Checkpoint
+from utils.config.fields import derived_settings
 from utils.config.loader import LoadedConfig, rule_error
-from utils.config.settings import Config, RuleError, derived_settings, warmup_steps
+from utils.config.settings import Config, RuleError, warmup_steps
 from utils.errors import UserError
 from utils.inference.decode import start_tokens
 from utils.machine.device import choose_device, choose_dtype, is_deterministic
+from utils.runs.layout import CHECKPOINTS, TOKENIZER
 from utils.runs.origin import Origin, check_model, pin, pinned_settings
-from utils.runs.run import CHECKPOINTS, TOKENIZER, read_record
+from utils.runs.run import read_record
 from utils.training.batch_size import find_batch
 from utils.training.callbacks import Callback, load_callbacks
-from utils.training.checkpointer import choose_checkpoint
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 
+from utils.checkpoints.choose import choose_checkpoint, newest_good, put_aside
 from utils.checkpoints.files import Checkpoint
-from utils.config.settings import config_hash
+from utils.config.fields import config_hash
 from utils.errors import UserError
 from utils.files import write_json
 from utils.machine.device import device_facts, processor_name
 from utils.runs.code import GitFacts, MetadataCapture
-from utils.runs.log import cut_logs, read_registry, write_registry
+from utils.runs.layout import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, TOKENIZER
+from utils.runs.log import cut_logs
+from utils.runs.metrics import read_registry, write_registry
 from utils.runs.origin import Relation, check_longer, parent_facts
-from utils.runs.run import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, REPRODUCTION, TOKENIZER, Run
+from utils.runs.run import REPRODUCTION, Run
 from utils.runs.seal import SEAL
-from utils.terminal.console import Terminal, facts
+from utils.terminal.console import Terminal
+from utils.terminal.words import facts
 from utils.tracking.feeder import cut_notes
-from utils.training.checkpointer import choose_checkpoint, newest_good, put_aside
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, branch, build_state, foreign, load_weights, restore
 

@@ -13,13 +13,14 @@ import torch
 
 from data import BatchSampler, Corpus
 from model import LanguageModel
-from utils.checkpoints.files import Checkpoint, flatten_optimizer, restore_optimizer, weight_differences
+from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import CheckpointError
+from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig
 from utils.machine.device import autocast
 from utils.nn.lean import lean
 from utils.optim.groups import build_optimizer
-from utils.runs.log import decode_number, encode_number
+from utils.runs.metrics import decode_number, encode_number
 from utils.runs.origin import differing_model_settings
 from utils.terminal.console import Terminal
 from utils.training.early_stopping import EarlyStopping

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils.runs.log import LogWriter, metric, metric_record
+from utils.runs.log import LogWriter
+from utils.runs.metrics import metric, metric_record
 
 FLUSH_SECONDS = 2.0
 

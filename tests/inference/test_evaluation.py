@@ -12,7 +12,7 @@ from data import BatchSampler, Corpus, sample_offsets
 from model import LanguageModel
 from tokenizer import CharTokenizer
 from utils.config.settings import ModelConfig
-from utils.training.evaluation import estimate_loss, evaluating, split_loss
+from utils.inference.evaluation import estimate_loss, evaluating, split_loss
 
 VOCAB, BLOCK = 13, 8
 

@@ -1,0 +1,119 @@
+"""Settings by their flat names: where they stand, what they accept, their values, hash and JSON schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from utils.config.settings import TRAJECTORY, Config, Section, warmup_steps
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def iter_fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(section, key, field) of every setting, in the order of settings.py."""
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
+            yield section, key, field
+
+
+FIELDS: dict[str, FieldInfo] = {key: field for _, key, field in iter_fields()}
+
+SECTION_OF: dict[str, str] = {key: section for section, key, _ in iter_fields()}
+assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()), "leaf names are unique"
+assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
+
+
+def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
+    extra = FIELDS[key].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra[fact])
+
+
+def expected(key: str) -> str:
+    """What a value of `key` must be, in words: "integer >= 1", "gelu, gelu_tanh, relu2 or swiglu"."""
+    field = FIELDS[key]
+    if key == "device":
+        return "auto, cpu, cuda, cuda:N or mps"
+    members = [member for member in get_args(field.annotation) or (field.annotation,)]
+    if get_origin(field.annotation) is Literal:
+        return f"{', '.join(members[:-1])} or {members[-1]}" if len(members) > 1 else str(members[0])
+    if get_origin(field.annotation) is tuple:
+        if get_args(field.annotation)[0] is str or key == "callbacks":
+            return "list of names (in a file: [wide, long])"
+        return "list of integers >= 1 (in a file: [1024, 512])"
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}
+    bounds = []
+    of_members = [fact for member in members for fact in getattr(member, "__metadata__", ())]
+    for constraint in (*field.metadata, *(c for fact in of_members for c in getattr(fact, "metadata", [fact]))):
+        for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+            if (bound := getattr(constraint, attribute, None)) is not None:
+                bounds.append(f"{sign} {bound}")
+    lengths = {
+        name: getattr(c, name) for c in field.metadata for name in ("min_length", "max_length") if hasattr(c, name)
+    }
+    if lengths:
+        bounds.append("of one character" if lengths.get("max_length") == 1 else "that is not empty")
+    words = [
+        "/".join(get_args(member)) if get_origin(member) is Literal else names[getattr(member, "__origin__", member)]
+        for member in members
+    ]
+    return " or ".join([" ".join([words[0], " and ".join(bounds)]).strip(), *words[1:]])
+
+
+def get_value(config: Config, key: str) -> Any:
+    return getattr(getattr(config, SECTION_OF[key]), key)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """All settings of `config` by leaf name."""
+    return {key: get_value(config, key) for key in FIELDS}
+
+
+def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
+    """What settings that are none, or alternatives of each other, come to in a run of `max_iters` steps."""
+    model, optimizer = config.model, config.optimizer
+    return {
+        **model.derived,
+        "min_lr": optimizer.final_lr,
+        "warmup_iters": warmup_steps(optimizer, max_iters),
+        "lr_decay_iters": optimizer.lr_decay_iters or max_iters,
+        "max_iters": max_iters,
+        "epochs": None,
+        "tokens_per_step": config.train.sequences * model.block_size,
+    }
+
+
+def config_hash(config: Config, resolved: dict[str, Any]) -> str:
+    """sha256 over everything that decides the numbers of a run.
+
+    Args:
+        config: the merged configuration.
+        resolved: what "auto", none and the like became (device type, dtype, threads, derived settings,
+            corpus and tokenizer hash); takes the place of the setting of the same name.
+    """
+    values = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == TRAJECTORY}
+    text = json.dumps(values | resolved, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a file in configs/: sectioned or flat, every key optional."""
+    schema = Config.model_json_schema()
+    flat_properties = {key: schema["$defs"][SECTIONS[SECTION_OF[key]].__name__]["properties"][key] for key in FIELDS}
+    schema["properties"] = {**schema["properties"], **flat_properties}
+    schema["title"] = "Experiment configuration"
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+if __name__ == "__main__":  # make schema
+    print(json.dumps(json_schema(), indent=2))

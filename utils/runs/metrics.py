@@ -1,0 +1,149 @@
+"""The registry of metrics: the names that a log accepts, their units, directions and views."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from utils.files import write_json
+
+Direction = Literal["lower", "higher", "none"]  # which way is better
+
+VIEWS = ("tensorboard", "aim", "wandb")  # the trackers that can be fed from the logs
+
+NOT_METRICS = frozenset(("step", "time"))  # the coordinates of a record
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that may stand in metrics.jsonl.
+
+    name: `split/name` or `name`; the TensorBoard tag. Aim shows `split` as context {subset: split}.
+    unit: of the value; "nats" for losses.
+    direction: which way is better.
+    views: which of VIEWS show it.
+    reproducible: whether a repetition of the run must give the same numbers; not so what a clock or the machine says.
+    """
+
+    name: str
+    unit: str
+    direction: Direction = "none"
+    views: tuple[str, ...] = VIEWS
+    reproducible: bool = True
+
+    @property
+    def subset(self) -> str | None:
+        return self.name.partition("/")[0] if "/" in self.name else None
+
+    @property
+    def short_name(self) -> str:
+        return self.name.partition("/")[2] or self.name
+
+
+_REGISTRY: dict[str, Metric] = {}
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make `metric.name` a name that the log accepts.
+
+    Raises:
+        ValueError: another metric has this name, it is a coordinate's, or there is no such view or direction.
+    """
+    if metric.name in NOT_METRICS:
+        raise ValueError(f"no metric can be named {metric.name}: that is where a record stands")
+    if unknown := set(metric.views) - set(VIEWS):
+        raise ValueError(f"metric {metric.name}: no view {', '.join(sorted(unknown))}; there are {', '.join(VIEWS)}")
+    if metric.direction not in get_args(Direction):
+        raise ValueError(f"metric {metric.name}: direction {metric.direction!r} is not one of {get_args(Direction)}")
+    if _REGISTRY.setdefault(metric.name, metric) != metric:
+        raise ValueError(f"metric {metric.name} is registered already, as {_REGISTRY[metric.name]}")
+    return metric
+
+
+for _metric in (
+    Metric("train/loss", "nats", "lower"),
+    Metric("train/eval_loss", "nats", "lower"),
+    Metric("val/loss", "nats", "lower"),
+    Metric("lr", "1"),
+    Metric("grad_norm", "1"),
+    Metric("tokens", "tokens", views=()),
+    Metric("tokens_per_second", "tokens/s", "higher", reproducible=False),
+    Metric("step_ms", "ms", "lower", views=("tensorboard",), reproducible=False),  # says the same as tokens_per_second
+    Metric("system/process_cpu", "%", reproducible=False),  # 100: one core
+    Metric("system/process_memory", "MiB", reproducible=False),
+    Metric("system/gpu_utilization", "%", reproducible=False),
+    Metric("system/gpu_memory", "MiB", reproducible=False),
+    Metric("system/disk_free", "GiB", reproducible=False),
+):
+    register_metric(_metric)
+
+
+def metric(name: str) -> Metric:
+    """The registered metric of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name not in _REGISTRY:
+        raise KeyError(f"metric {name!r} is not registered: call register_metric(Metric({name!r}, unit))")
+    return _REGISTRY[name]
+
+
+def registered_metrics() -> list[str]:
+    """The names that the log accepts."""
+    return list(_REGISTRY)
+
+
+def is_reproducible(name: str) -> bool:
+    """Whether a repetition of the run must log the same numbers under this name, which may be unknown."""
+    return name not in _REGISTRY or _REGISTRY[name].reproducible
+
+
+def shown_metrics(record: Mapping[str, Any], view: str) -> Iterator[tuple[Metric, float]]:
+    """The numbers of a record of metrics.jsonl that a view shows.
+
+    Raises:
+        KeyError: a name that is not registered.
+    """
+    for name, value in record.items():
+        if name not in NOT_METRICS and view in (facts := metric(name)).views:
+            yield facts, decode_number(value)
+
+
+def write_registry(path: Path) -> None:
+    """Save all registered metrics as JSON: other programs read the logs without the code that registered them."""
+    write_json(path, [asdict(facts) for facts in _REGISTRY.values()])
+
+
+def read_registry(path: Path) -> None:
+    """Register the metrics of such a file that are not known yet; none if there is no file."""
+    if path.exists():
+        for facts in json.loads(path.read_text(encoding="utf-8")):
+            _REGISTRY.setdefault(facts["name"], Metric(**{**facts, "views": tuple(facts["views"])}))
+
+
+def encode_number(value: float) -> float | str:
+    """JSON has no NaN and no infinities: they are the strings "nan", "inf", "-inf"."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def decode_number(value: float | str) -> float:
+    return float(value)
+
+
+def metric_record(step: int, time: float, values: Mapping[str, float]) -> dict[str, Any]:
+    """A line of metrics.jsonl: `values` by registered name.
+
+    Raises:
+        KeyError: a name that is not registered.
+    """
+    record: dict[str, Any] = {"step": step, "time": round(time, 4)}
+    for name, value in values.items():
+        if name not in _REGISTRY:
+            metric(name)  # raises
+        record[name] = value if math.isfinite(value) else encode_number(value)
+    return record

@@ -1,0 +1,46 @@
+"""An evaluation during training: losses, the best one, a sample text."""
+
+from __future__ import annotations
+
+import math
+
+from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
+from utils.inference.evaluation import estimate_loss, evaluating
+from utils.machine.device import autocast
+from utils.training.callbacks import Callbacks
+from utils.training.monitor import Monitor
+from utils.training.state import TrainState
+from utils.training.step_buffer import NonFiniteError
+
+
+def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks) -> None:
+    """Losses of both splits and a sample text, to the log and the terminal; keeps the best."""
+    settings = state.config.train
+    losses = estimate_loss(
+        state.model,
+        state.sampler,
+        settings.eval_iters,
+        settings.gradient_accumulation_steps,
+        lambda: autocast(state.device, state.dtype),
+    )
+    monitor.losses(losses)
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise NonFiniteError(state.step, name, loss)
+    state.losses, state.losses_step = losses, state.step
+    if losses["val/loss"] < state.best_val_loss:
+        state.best_val_loss, state.best_step = losses["val/loss"], state.step
+    state.early_stopping.update(losses["val/loss"])
+    if state.config.tracking.sample_tokens:
+        monitor.sample(sample_text(state))
+    monitor.progress.evaluation(state.step, losses)
+    callbacks.on_eval(losses)
+
+
+def sample_text(state: TrainState) -> str:
+    """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time."""
+    tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
+    prompt = start_tokens(tokenizer, tracking.sample_prompt)
+    with evaluating(state.model):
+        ids = generate_tokens(state.model, prompt, tracking.sample_tokens, SamplingOptions(), state.config.train.seed)
+        return tracking.sample_prompt + tokenizer.decode(ids)
