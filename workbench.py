@@ -170,7 +170,7 @@ def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **setting
     >>> results = train(max_iters=20, stop_at_step=10, run_tag="stopped", quiet=True)
     >>> results.status, results.steps
     ('interrupted', 10)
-    >>> resume("stopped", stop_at_step=None, quiet=True).steps
+    >>> resume("stopped", quiet=True).steps
     20
     """
     from train import resume as resume_run

@@ -22,6 +22,7 @@ ORDER = [
     "optim inference",
     "profiling training",
     "experiments",
+    "callbacks generator run_log sampling",  # old names of modules, until the next release
     "",
 ][1:-1]  # from the bottom up; a line may import from itself and from the lines above it
 FLOOR_OF = {place: floor for floor, places in enumerate(ORDER) for place in places.split()}

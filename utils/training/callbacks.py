@@ -129,7 +129,7 @@ def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
         try:
             found = getattr(importlib.import_module(module), attribute)
             if not (isinstance(found, type) and issubclass(found, Callback)):
-                raise UserError(f"callbacks: {name} is not a subclass of utils.training.callbacks.Callback")
+                raise UserError(f"callbacks: {name} is not a subclass of workbench.Callback")
             callbacks[name] = found()
         except UserError:
             raise
