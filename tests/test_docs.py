@@ -21,7 +21,6 @@ import pytest
 import yaml
 from conftest import ROOT
 
-import data
 from utils.config.loader import ConfigLoader
 
 SLOW = (
@@ -46,6 +45,7 @@ TINY = {
     "train": {"max_iters": 510, "batch_size": 4, "eval_interval": 250, "eval_iters": 2, "threads": 1},
     "tracking": {"histogram_interval": 250, "sample_tokens": 8, "aim_logging": False},
 }
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of Tiny Shakespeare
 SECONDS = 240  # for one block
 
 MARKER = re.compile(r"<!-- docs: (skip|help) because (.+) -->|<!-- docs: (file) (\S+) -->")
@@ -149,9 +149,9 @@ def project(tmp_path: Path) -> Project:
     (path / "corpora" / "tinyshakespeare.txt").write_bytes(shakespeare())
     for source in [*path.glob("*.py"), *path.glob("utils/**/*.py")]:
         text = source.read_text(encoding="utf-8")
-        if data.SHAKESPEARE_SHA256 in text:
+        if SHAKESPEARE_SHA256 in text:
             digest = hashlib.sha256(shakespeare()).hexdigest()
-            source.write_text(text.replace(data.SHAKESPEARE_SHA256, digest), encoding="utf-8")
+            source.write_text(text.replace(SHAKESPEARE_SHA256, digest), encoding="utf-8")
     (path / ".venv").mkdir()  # `make` finds everything installed
     for entry in Path(sys.prefix).iterdir():
         (path / ".venv" / entry.name).symlink_to(entry)
