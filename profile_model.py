@@ -173,8 +173,8 @@ def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple
     from utils.profiling.decoding import measure_generation
     from utils.profiling.measure import measure_steps
     from utils.profiling.memory import activation_phase, peak, reset_peak
-    from utils.training.phases import no_phase
     from utils.training.state import build_state
+    from utils.training.step import no_phase
 
     device, before = setup.device, memory_in_use(setup.device)
     state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
@@ -199,9 +199,8 @@ def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple
 
 def training_step(state: TrainState, writer: LogWriter) -> Step:
     """The training loop's own update, in named phases; every step is flushed to the log."""
-    from utils.optim.groups import apply_schedules
-    from utils.training.phases import Phase
-    from utils.training.step import clip_gradients, forward_backward, optimizer_step
+    from utils.optim.schedules import apply_schedules
+    from utils.training.step import Phase, clip_gradients, forward_backward, optimizer_step
     from utils.training.step_buffer import StepBuffer
 
     tracking = state.config.tracking
@@ -212,7 +211,7 @@ def training_step(state: TrainState, writer: LogWriter) -> Step:
         with phase("optimizer"):
             lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
             grad_norms = clip_gradients(state)
-            optimizer_step(state)
+            optimizer_step(state, grad_norms)
         with phase("logging"):
             buffer.add(state.step - 1, loss, grad_norms, lr)
             buffer.flush()

@@ -30,7 +30,7 @@ from utils.profiling.memory import ActivationMeter, bytes_of, peak, reset_peak
 from utils.profiling.operators import operator_bytes, operator_flops
 from utils.profiling.picture import draw_profile, operator_slices, phase_slices
 from utils.profiling.record import OTHER, Profile, read_profile
-from utils.training.phases import PHASES, Phase
+from utils.training.step import PHASES, Phase
 
 CPU = torch.device("cpu")
 Argv = Callable[..., list[str]]

@@ -18,9 +18,9 @@ from utils.profiling import shapes as sweep
 from utils.profiling.shapes import ShapeTiming, default_sizes, sweep_table, time_shape, with_shape
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
-from utils.training.phases import no_phase
 from utils.training.setup import Setup, check_gates
 from utils.training.state import TrainState, build_state
+from utils.training.step import no_phase
 
 QUIET = Terminal(quiet=True)
 

@@ -79,15 +79,20 @@ class Deadline:
 
     def __init__(self, minutes: float | None) -> None:
         self.end = time.monotonic() + 60 * minutes if minutes is not None else None
-        self._last: float | None = None  # time of the call before; what is before the first one is no step
+        self._last: float | None = None  # when the last step was done
         self._longest_step = 0.0
 
     @property
     def seconds_left(self) -> float | None:
         return None if self.end is None else self.end - time.monotonic()
 
+    def step_done(self) -> None:
+        """Note that a step ends now; the first call only starts the clock."""
+        now = time.monotonic()
+        self._longest_step, self._last = max(self._longest_step, now - (self._last or now)), now
+
     def is_near(self, reserve: float) -> bool:
         """Whether another step, as long as the longest so far, would leave less than `reserve` seconds."""
         now = time.monotonic()
-        self._longest_step, self._last = max(self._longest_step, now - (self._last or now)), now
-        return self.end is not None and now + self._longest_step + reserve > self.end
+        longest = max(self._longest_step, now - (self._last or now))
+        return self.end is not None and now + longest + reserve > self.end

@@ -32,9 +32,14 @@ class EagerOptimizer(torch.optim.Optimizer):
 class AdamW(EagerOptimizer):
     """AdamW [Loshchilov and Hutter 2019], one fused kernel a group. The state is that of torch.optim.AdamW.
 
+    `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
+
     Args:
         groups: with lr, betas, eps, weight_decay, and fused = True.
     """
+
+    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
@@ -42,10 +47,14 @@ class AdamW(EagerOptimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            adamw_update(group, self.state)
+            adamw_update(group, self.state, self.found_inf)
 
 
-def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+def adamw_update(
+    group: dict[str, Any],
+    states: dict[torch.Tensor, dict[str, torch.Tensor]],
+    found_inf: torch.Tensor | None = None,
+) -> None:
     """One update of the parameters of a group that have a gradient: the same ones every time.
 
     So they share one count of updates; what is new gets a state.
@@ -76,4 +85,7 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
+        found_inf=found_inf,
     )
+    if found_inf is not None:
+        step.sub_(found_inf)

@@ -25,7 +25,7 @@ from utils.profiling.operators import (
     short_name,
 )
 from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER, OTHER_OPERATORS, OperatorTime, PhaseTime
-from utils.training.phases import PHASES, MarkedClock, Phase, PhaseClock, no_phase
+from utils.training.step import PHASES, MarkedClock, Phase, PhaseClock, no_phase
 
 STEP = "step"
 STRETCHES = 5  # of steps that are timed together; their median is not moved by one disturbance

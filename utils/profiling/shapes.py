@@ -15,15 +15,14 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.machine.device import torch_settings
 from utils.nn.costs import training_flops
-from utils.optim.groups import apply_schedules
+from utils.optim.schedules import apply_schedules
 from utils.profiling.measure import time_steps
 from utils.profiling.memory import activation_phase
 from utils.terminal.cli import numbers
 from utils.terminal.console import Terminal
-from utils.training.phases import Phase, no_phase
 from utils.training.setup import Setup
 from utils.training.state import TrainState, build_state
-from utils.training.step import clip_gradients, forward_backward, optimizer_step
+from utils.training.step import Phase, clip_gradients, forward_backward, no_phase, optimizer_step
 
 SWEEP_FILE = "sweep.json"
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the configured sizes; a batch is that of a micro-step
@@ -64,8 +63,7 @@ def training_step(state: TrainState, phase: Phase) -> None:
     """One update by the training loop's own parts, without its log."""
     apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
     forward_backward(state, phase)
-    clip_gradients(state)
-    optimizer_step(state)
+    optimizer_step(state, clip_gradients(state))
 
 
 def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: Terminal) -> ShapeTiming:

@@ -6,7 +6,7 @@ import importlib
 import sysconfig
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from utils.errors import UserError
 from utils.machine.signals import StopRequest
 from utils.training.state import TrainState
-from utils.training.step_buffer import StepBuffer
+
+Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step and its numbers
 
 
 class TrainingRun:
@@ -26,10 +27,10 @@ class TrainingRun:
     loss: of the batch of the last update, 0-dimensional, on the device; reading its value waits for the device.
     """
 
-    def __init__(self, path: Path, state: TrainState, buffer: StepBuffer, stop: StopRequest) -> None:
+    def __init__(self, path: Path, state: TrainState, log: Log, stop: StopRequest) -> None:
         self.path, self.state = path, state
         self.loss: torch.Tensor | None = None
-        self._buffer, self._stop = buffer, stop
+        self._log, self._stop = log, stop
         self._step = state.step
 
     def log(self, values: Mapping[str, float | torch.Tensor]) -> None:
@@ -44,7 +45,7 @@ class TrainingRun:
             KeyError: a name that is not registered.
             TypeError, RuntimeError: a value is not one number.
         """
-        self._buffer.log(self._step, values)
+        self._log(self._step, values)
 
     def stop(self, reason: str) -> None:
         """End training after this step, as interrupted, with a checkpoint."""

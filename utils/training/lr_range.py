@@ -20,7 +20,7 @@ from rich.console import RenderableType
 from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.files import write_atomic, write_json
-from utils.optim.groups import set_learning_rate
+from utils.optim.schedules import set_learning_rate
 from utils.terminal.console import Terminal
 from utils.terminal.words import facts
 from utils.training.state import TrainState
@@ -73,8 +73,7 @@ def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrR
     def step(lr: float) -> float:
         set_learning_rate(state.optimizer, lr)
         loss = forward_backward(state)
-        clip_gradients(state)
-        optimizer_step(state)
+        optimizer_step(state, clip_gradients(state))
         return loss.item()
 
     rates, losses, diverged_at = rising_rates(step, low, high, steps)

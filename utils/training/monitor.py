@@ -38,8 +38,9 @@ class Monitor:
         after_flush: Callable[[], None] = lambda: None,
     ) -> None:
         tracking, settings = state.config.tracking, state.config.train
-        self.state, self.log, self.progress = state, log, progress
-        self.buffer = StepBuffer(
+        self.state, self.progress = state, progress
+        self._log = log
+        self._buffer = StepBuffer(
             log.metrics,
             tracking.flush_interval,
             tracking.log_interval,
@@ -64,14 +65,23 @@ class Monitor:
         """
         if self._histogram_interval and step % self._histogram_interval == 0:
             self.histograms()
-        self.recorder.record(self.buffer.add(step, loss, grad_norms, lr))
+        self.recorder.record(self._buffer.add(step, loss, grad_norms, lr))
 
     def step_done(self) -> None:
         """The weights are updated."""
-        if self.buffer.due():
+        if self._buffer.due():
             self.flush()
         elif self.progress.moves:
             self.progress.update(self.state.step)
+
+    def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
+        """Numbers of a callback, by registered metric name; tensors stay on their device until the next flush.
+
+        Raises:
+            KeyError: a name that is not registered.
+            TypeError, RuntimeError: a value is not one number.
+        """
+        self._buffer.log(step, values)
 
     def flush(self) -> None:
         """Write what was collected to the log.
@@ -79,34 +89,34 @@ class Monitor:
         Raises:
             NonFiniteError: a loss or gradient was not finite; the records are written.
         """
-        if not self.buffer.flush():
+        if not self._buffer.flush():
             return
-        self.state.nonfinite_in_a_row = self.buffer.nonfinite_in_a_row
+        self.state.nonfinite_in_a_row = self._buffer.nonfinite_in_a_row
         self.recorder.look()
         if self.system.due():
-            self.log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
+            self._log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
         self._after_flush()
-        assert self.buffer.last_loss is not None
-        assert self.buffer.tokens_per_second is not None
+        assert self._buffer.last_loss is not None
+        assert self._buffer.tokens_per_second is not None
         self.progress.update(
-            self.state.step, loss=self.buffer.last_loss, tokens_per_second=self.buffer.tokens_per_second
+            self.state.step, loss=self._buffer.last_loss, tokens_per_second=self._buffer.tokens_per_second
         )
 
     def pause_over(self) -> None:
         """What happened since the last flush (an evaluation, a checkpoint) was not training."""
-        self.buffer.restart_clock()
+        self._buffer.restart_clock()
 
     def histograms(self) -> None:
         """Parameters before update `state.step` and the (clipped) gradients of its batch."""
         tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in self._parameters.items()}
         tensors |= {f"grads/{name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
-        self.log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
+        self._log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
 
     def losses(self, losses: Mapping[str, float]) -> None:
         """An evaluation after `state.step` updates."""
         tokens = self.state.step * self.state.tokens_per_step
-        self.log.metrics.write([metric_record(self.state.step, time.time(), {"tokens": tokens, **losses})])
+        self._log.metrics.write([metric_record(self.state.step, time.time(), {"tokens": tokens, **losses})])
 
     def sample(self, text: str) -> None:
         """A sample text of the model after `state.step` updates."""
-        self.log.samples.write([{"step": self.state.step, "time": round(time.time(), 4), "text": text}])
+        self._log.samples.write([{"step": self.state.step, "time": round(time.time(), 4), "text": text}])
