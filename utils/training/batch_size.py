@@ -1,8 +1,8 @@
 """`batch_size auto`: how many sequences fit into memory, and how many micro-steps an update needs.
 
-A size fits if a whole training step does. On CUDA steps are tried: running out of memory is an exception there.
-Elsewhere it would end the process, so a step is made of tensors without storage (FakeTensorMode), and what they
-would take is counted. Either is done with the model as it is without torch.compile.
+A size fits if a whole training step does. On CUDA, steps are tried: running out of memory is an exception there.
+Elsewhere it would end the process, so a step runs on tensors without storage (FakeTensorMode), and the bytes that they
+would take are counted. Both use the model without torch.compile.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from utils.runs.origin import FOUND, put_on_top
 from utils.training.state import TrainState
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
-# Share of the free memory that is left free: for evaluation, histograms, fragmentation. The allocator of the CPU has
-# taken 0.4% to 42% more than the tensors (at most 16% from 1 GiB on), and who takes too much there is killed.
+# Share of the free memory that stays free: for evaluation, histograms, fragmentation. The CPU's allocator takes 0.4% to
+# 42% more than the tensors (at most 16% from 1 GiB on), and a process that takes too much is killed.
 RESERVE = {"cuda": 0.1, "cpu": 0.25, "mps": 0.25}
 GIB = 2**30
 
-Fits = Callable[[int], bool]  # whether a micro-step of so many sequences does
+Fits = Callable[[int], bool]  # whether a micro-step of that many sequences fits
 
 
 def find_batch(
     loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]
 ) -> LoadedConfig:
-    """The configuration with numbers for `auto`: batch_size and gradient_accumulation_steps, as a layer of its own.
+    """The configuration with numbers in place of `auto`: batch_size and gradient_accumulation_steps, as a layer on top.
 
-    No random stream is moved and no memory kept, so that a run with these numbers given by hand is the same.
+    Random streams and memory are left as they were, so a run with these numbers given by hand is the same.
 
     Args:
-        tell: says one line to the user: what was chosen.
+        tell: prints one line to the user: what was chosen.
 
     Raises:
         UserError: not even one sequence fits.
     """
     config = loaded.config
     length, tokens = config.model.block_size, config.train.tokens_per_step
-    most = max(1, corpus.n_train // length)  # an update should not see a text twice
+    most = max(1, corpus.n_train // length)  # an update should not see a token twice
     sizes = divisors(tokens // length) if tokens else [2**n for n in range(most.bit_length())]
     free = available_memory(device)
     with fitting(config, corpus, device, dtype, free) as fits:
@@ -97,9 +97,9 @@ def divisors(number: int) -> list[int]:
 
 @contextlib.contextmanager
 def fitting(config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype, free: int) -> Iterator[Fits]:
-    """How a size is tried on `device`, of which `free` bytes may be used but for the reserve.
+    """A function that tries a size on `device`, of which `free` bytes may be used except for the reserve.
 
-    Afterwards random streams, settings and memory are as they were.
+    Random streams, settings and memory are restored on exit.
     """
     usable = int(free * (1 - RESERVE[device.type]))
     on_cuda = device.type == "cuda"
@@ -153,7 +153,7 @@ class Trial:
         self.step(1)
 
     def step(self, sequences: int) -> None:
-        """One update of so many sequences."""
+        """One update of that many sequences."""
         self.state.sampler = replace(self.state.sampler, batch_size=sequences)
         forward_backward(self.state)
         clip_gradients(self.state)
@@ -161,7 +161,7 @@ class Trial:
 
 
 class CudaTrials:
-    """Updates of several sizes on a CUDA device, with one model that is made for the first."""
+    """Updates of several sizes on a CUDA device, with one model."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
         self.arguments = (config, corpus, device, dtype)
@@ -176,13 +176,13 @@ class CudaTrials:
             fits = False
         if self.trial is not None:
             self.trial.state.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()  # what one size has left cached is not in the way of the next
+        torch.cuda.empty_cache()  # the cache of one size must not limit the next
         return fits
 
 
 @contextlib.contextmanager
 def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
-    """The process may take `usable` bytes of a CUDA device on top of what it holds; asking for more is an error."""
+    """Let the process take at most `usable` bytes of a CUDA device on top of what it holds."""
     index = torch.cuda.current_device() if device.index is None else device.index
     before = torch.cuda.get_per_process_memory_fraction(index)
     total = torch.cuda.mem_get_info(index)[1]
@@ -194,7 +194,7 @@ def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
 
 
 def bytes_of_training(config: Config, corpus: Corpus, dtype: torch.dtype, sequences: int) -> int:
-    """What training holds at most with micro-steps of so many sequences: of a step, and the copy for a checkpoint."""
+    """The peak memory of training with micro-steps of that many sequences: a step, and the copy for a checkpoint."""
     with FakeTensorMode(), ByteCounter() as counter:
         trial = Trial(config, corpus, torch.device("cpu"), dtype)
         kept = counter.held  # weights and the state of the optimizer
@@ -203,7 +203,7 @@ def bytes_of_training(config: Config, corpus: Corpus, dtype: torch.dtype, sequen
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make: held now, and at most so far."""
+    """Counts the bytes of all tensors that operations make: those held now, and the most held so far."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step 
 
 
 class TrainingRun:
-    """What a callback may look at and do.
+    """What a callback may read and do.
 
     path: the run directory.
     state: model, optimizer, step, losses, ...: what training changes, and so may a callback.
@@ -57,7 +57,7 @@ class Callback:
 
     on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes), on_step
     after each update, on_eval after each evaluation, on_end once after the last step of a session, whatever ended
-    it: but SIGKILL and a second Ctrl-C leave no time for it.
+    it, except for SIGKILL and a second Ctrl-C.
     """
 
     def on_start(self, run: TrainingRun) -> None: ...
@@ -71,7 +71,7 @@ class Callback:
         """status: completed, interrupted, diverged or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep, as JSON: a resumed run goes on with it."""
+        """What a checkpoint must keep, as JSON; a resumed run continues with it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,20 +104,20 @@ class Callbacks:
             callback.on_eval(self._run, losses)
 
     def on_end(self, status: str) -> None:
-        """Each callback that was started is told once; if one raises, the others are told that the run failed."""
+        """Call on_end of each callback that was started, once; after one raises, the others get the status failed."""
         self._run._step = self._run.state.step
         failure: Exception | None = None
         while self._started:
             try:
                 self._started.popleft().on_end(self._run, status)
-            except Exception as error:  # the user's; the first one counts
+            except Exception as error:  # the user's code; the first failure counts
                 failure, status = failure or error, "failed"
         if failure is not None:
             raise failure
 
 
 def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
-    """An instance of each class, by its name module:Class.
+    """Import and make each callback, by its name module:Class.
 
     Raises:
         UserError: it cannot be imported or made, or is no Callback.
@@ -130,11 +130,11 @@ def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
         try:
             found = getattr(importlib.import_module(module), attribute)
             if not (isinstance(found, type) and issubclass(found, Callback)):
-                raise UserError(f"callbacks: {name} is not a subclass of utils.training.callbacks.Callback")
+                raise UserError(f"callbacks: {name} is not a subclass of workbench.Callback")
             callbacks[name] = found()
         except UserError:
             raise
-        except (Exception, SystemExit) as error:  # code of the user's, which may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise UserError(f"callbacks: {name} cannot be used: {_in_one_line(error)}") from error
     return callbacks
 

@@ -18,7 +18,7 @@ from utils.training.state import TrainState, load_weights
 
 
 def export(state: TrainState, run: Run, terminal: Terminal) -> str:
-    """artifacts/export from the chosen weights, those of the last step or of the best val/loss; which, in words."""
+    """Export the weights of the last step or of the best val/loss; returns which, in words."""
     step, losses, which = state.step, dict(state.losses or {}), "last"
     if state.config.train.exports_best and state.best_step == state.step:
         which = "best"
@@ -42,24 +42,24 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
 
 
 def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, terminal: Terminal) -> None:
-    """artifacts/flight_recorder.json; where it cannot be written, one warning, for worse has happened already."""
+    """Write artifacts/flight_recorder.json; a failure is one warning, since the run has already failed."""
     path = run.path / FLIGHT_RECORDER
     try:
         recorder.dump(path, reason)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed gives no numbers back
+    except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed returns no numbers
         terminal.warn(f"{path.name} was not written: {error}")
 
 
 def draw(run: Run, terminal: Terminal) -> None:
-    """artifacts/curves.png; where it cannot be made, one warning."""
+    """Draw artifacts/curves.png; a failure is one warning."""
     try:
         draw_curves(run.path)
-    except Exception as error:  # no picture is worth a run
+    except Exception as error:  # a picture must not end a run
         terminal.warn(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
 
 
 def seal_run(run: Run, terminal: Terminal) -> None:
-    """artifacts/seal.json, the last file of a run, after its last line in logs/train.log."""
+    """Write the checksums of the run's record, after the last line of logs/train.log."""
     terminal.close()
     try:
         seal(run.path)
