@@ -469,7 +469,7 @@ class Stranger:
     [
         ("nowhere:Mine", "callbacks: nowhere:Mine cannot be used: ModuleNotFoundError: No module named 'nowhere'"),
         ("broken:Missing", "AttributeError: module 'broken' has no attribute 'Missing'"),
-        ("broken:Stranger", "callbacks: broken:Stranger is not a subclass of utils.training.callbacks.Callback"),
+        ("broken:Stranger", "callbacks: broken:Stranger is not a subclass of workbench.Callback"),
         ("broken:BROKEN", "has no attribute 'BROKEN'"),
         ("broken:Broken", "callbacks: broken:Broken cannot be used: KeyError: 'data' (broken.py:6)"),
         ("typo:Mine", "callbacks: typo:Mine cannot be used: SyntaxError: "),

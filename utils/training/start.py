@@ -143,9 +143,8 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
         if tracking.tags or tracking.note:
             write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
     write_json(meta / "config_sources.json", setup.loaded.sources_json())
-    write_json(
-        meta / "full_config.json", setup.loaded.config.model_dump(mode="json")
-    )  # last: once it exists the run can be resumed
+    # Last: once it exists, the run can be resumed.
+    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))
 
 
 def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:
