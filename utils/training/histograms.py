@@ -71,7 +71,7 @@ def bin_tensors(tensors: Sequence[torch.Tensor], layout: Layout, memory: Memory)
 
 
 def is_ordinary(low: float, high: float) -> bool:
-    """Whether float32 bins a tensor of this range well: it is finite, and the range neither overflows nor underflows."""
+    """Whether float32 bins a tensor of this range well: finite, without overflow or underflow."""
     return abs(low) < math.inf and (low == high or SMALLEST_RANGE <= high - low <= torch.finfo(torch.float32).max)
 
 

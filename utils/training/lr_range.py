@@ -1,9 +1,9 @@
 """The learning-rate range test [Smith 2017, Cyclical Learning Rates for Training Neural Networks, section 3.3].
 
 From the initial weights on, the learning rate grows by a constant factor from step to step. The loss falls while the
-rate is useful; it stops falling, becomes ragged or rises at about the largest rate that converges. The suggestion is half
-of that: the best rate is usually within a factor of two of the largest that converges [Bengio 2012,
-Practical recommendations for gradient-based training of deep architectures; cited by Smith].
+rate is useful; it stops falling, becomes ragged or rises at about the largest rate that converges. The suggestion is
+half of that: the best rate is usually within a factor of two of the largest that converges [Bengio 2012, Practical
+recommendations for gradient-based training of deep architectures; cited by Smith].
 """
 
 from __future__ import annotations
