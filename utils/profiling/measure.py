@@ -16,6 +16,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from utils.machine.device import synchronize
+from utils.optim.groups import apply_schedules
 from utils.profiling.operators import (
     WITHOUT_MOVING,
     is_attention,
@@ -26,6 +27,9 @@ from utils.profiling.operators import (
 )
 from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER, OTHER_OPERATORS, OperatorTime, PhaseTime
 from utils.training.phases import PHASES, MarkedClock, Phase, PhaseClock, no_phase
+from utils.training.state import TrainState
+from utils.training.step import clip_gradients, forward_backward, optimizer_step
+from utils.training.step_buffer import StepBuffer
 
 STEP = "step"
 STRETCHES = 5  # of steps that are timed together; their median is not moved by one disturbance
@@ -51,6 +55,28 @@ class StepTimes:
     @property
     def phases_ms(self) -> float:
         return sum(phase.ms for phase in self.phases)
+
+
+def training_step(state: TrainState, buffer: StepBuffer | None = None) -> Step:
+    """The training loop's update of `state`, in its phases, as a function to call again and again.
+
+    Args:
+        buffer: gets the numbers of each step, and is flushed after it; None: nothing is logged.
+    """
+
+    def step(phase: Phase) -> None:
+        loss = forward_backward(state, phase)
+        with phase("optimizer"):
+            lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
+            grad_norms = clip_gradients(state)
+            optimizer_step(state)
+        if buffer is not None:
+            with phase("logging"):
+                buffer.add(state.step - 1, loss, grad_norms, lr)
+                buffer.flush()
+
+    state.model.train()
+    return step
 
 
 def measure_steps(step: Step, device: torch.device, *, steps: int, warmup: int) -> StepTimes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 
 from utils.machine.device import autocast
 from utils.machine.signals import Deadline, StopRequest
 from utils.optim.groups import apply_schedules
-from utils.profiling.in_run import RunProfiler
 from utils.training.callbacks import Callbacks
 from utils.training.checkpointer import Checkpointer
 from utils.training.evaluate import evaluate
@@ -17,6 +17,9 @@ from utils.training.monitor import Monitor
 from utils.training.phases import Phase, no_phase
 from utils.training.state import TrainState
 from utils.training.step_buffer import NonFiniteError
+
+if TYPE_CHECKING:
+    from utils.profiling.in_run import RunProfiler
 
 
 def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor:
