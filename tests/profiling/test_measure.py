@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import record_function
 
 import profile_model
 from model import LanguageModel
@@ -27,7 +28,7 @@ from utils.nn.costs import training_flops
 from utils.profiling import picture
 from utils.profiling.assemble import measure_limits
 from utils.profiling.decoding import measure_generation
-from utils.profiling.measure import StepTimes, measure_steps, read_operators, read_trace
+from utils.profiling.measure import StepTimes, measure_steps, new_profiler, read_operators, read_trace
 from utils.profiling.memory import ActivationMeter, bytes_of, peak, reset_peak
 from utils.profiling.operators import operator_bytes, operator_flops
 from utils.profiling.picture import draw_profile, operator_slices, phase_slices
@@ -118,6 +119,27 @@ def test_the_operators_of_both_passes_need_what_is_counted_from_the_shapes() -> 
     assert counted == pytest.approx({"forward": needed / 3, "backward": needed * 2 / 3})
 
 
+def test_before_torch_2_12_the_cost_of_an_operator_follows_from_what_events_have_there() -> None:
+    """Without structured_input_shapes and input_dtypes; a list of tensors has no shape, so its bytes are unknown."""
+    profiler = new_profiler(CPU)
+    a, b, pair = torch.ones(20, 30), torch.ones(30, 40), [torch.ones(50), torch.ones(60)]
+    with profiler:
+        for name in ("step", "forward"):
+            with record_function(name):
+                a @ b
+                a.double() + 1
+                torch._foreach_add_(pair, 1.0)
+    for event in profiler.events():
+        vars(event).pop("structured_input_shapes", None)
+        vars(event).pop("input_dtypes", None)
+    _, operators = read_operators(profiler, CPU)
+    rows = {row.name: row for row in operators if row.phase == "forward"}
+    assert (rows["matmul"].kind, rows["matmul"].gflop) == ("matrix products", pytest.approx(2 * 20 * 30 * 40 / 1e9))
+    assert rows["matmul"].gbyte == pytest.approx(4 * (20 * 30 + 30 * 40 + 20 * 40) / 1e9)
+    assert rows["add"].gbyte == pytest.approx(4 * 2 * 20 * 30 / 1e9)  # types are unknown: counted as float
+    assert rows["_foreach_add_"].gbyte == 0.0
+
+
 class EventsOfAGPU:
     """A profiler that saw one step: kernels have their own time, and the backward pass runs in a thread of its own."""
 
@@ -151,10 +173,10 @@ class EventsOfAGPU:
             start,
             end,
             use_device="cuda",
-            structured_input_shapes=list(shapes),
-            input_dtypes=["float"] * len(shapes),
+            input_shapes=list(shapes),
             concrete_inputs=[None] * len(shapes),
         )
+        event.structured_input_shapes, event.input_dtypes = list(shapes), ["float"] * len(shapes)
         if kernel:
             event.append_kernel("kernel", 0, kernel)
         if parent is not None:

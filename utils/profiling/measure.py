@@ -7,9 +7,10 @@ import statistics
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -18,7 +19,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from utils.machine.device import synchronize
 from utils.optim.groups import apply_schedules
 from utils.profiling.operators import (
+    UNKNOWN_TYPE,
     WITHOUT_MOVING,
+    Argument,
     is_attention,
     is_operator,
     operator_bytes,
@@ -205,7 +208,7 @@ def _outermost(events: list[FunctionEvent], on_device: bool) -> Iterator[tuple[s
 
 def _cost(event: FunctionEvent) -> tuple[float, float]:
     """Floating-point operations and bytes of an operator; of one that only calls others, theirs."""
-    shapes, dtypes = event.structured_input_shapes, event.input_dtypes
+    shapes, dtypes = _arguments(event)
     flops = operator_flops(event.name, shapes, event.concrete_inputs)
     if flops is None:
         of_children = [_cost(child) for child in event.cpu_children if is_operator(child.name)]
@@ -213,3 +216,16 @@ def _cost(event: FunctionEvent) -> tuple[float, float]:
         if flops or not shapes or short_name(event.name) in WITHOUT_MOVING:
             return flops, moved
     return flops, operator_bytes(event.name, shapes, dtypes)
+
+
+def _arguments(event: FunctionEvent) -> tuple[Sequence[Argument], Sequence[str]]:
+    """Shapes and element types of an operator's arguments.
+
+    Before torch 2.12 an event has neither types nor the shapes of tensors in a list: the types are then unknown, and
+    such a list looks empty.
+    """
+    shapes: Any = getattr(event, "structured_input_shapes", None)
+    if shapes is None:
+        shapes = event.input_shapes or ()
+    dtypes: Any = getattr(event, "input_dtypes", None)
+    return shapes, [UNKNOWN_TYPE] * len(shapes) if dtypes is None else dtypes

@@ -20,7 +20,7 @@ WITHOUT_MOVING = frozenset(f"{VIEWS} {MORE_VIEWS} {RESERVED}".split())  # what c
 LOOKUPS = ("embedding", "index_select", "gather")  # read what they return, not the whole table
 OPTIMIZERS = ("_fused_adamw_", "_fused_adam_")  # read weight, gradient, two moments; write all but the gradient
 BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
-UNKNOWN_BYTES = 4  # of lists of tensors the profiler tells shapes only
+UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # of lists of tensors the profiler reports the shapes only
 
 
 def is_operator(name: str) -> bool:
