@@ -32,7 +32,7 @@ from utils.profiling.measure import StepTimes, measure_steps, new_profiler, read
 from utils.profiling.memory import ActivationMeter, bytes_of, peak, reset_peak
 from utils.profiling.operators import operator_bytes, operator_flops
 from utils.profiling.picture import draw_profile, operator_slices, phase_slices
-from utils.profiling.record import OTHER, Profile, read_profile
+from utils.profiling.record import OTHER_PHASE, Profile, read_profile
 from utils.terminal.cli import Parser
 from utils.training.phases import PHASES, Phase
 
@@ -77,7 +77,7 @@ def times() -> StepTimes:
 
 
 def test_phases_come_in_their_order_and_add_up(times: StepTimes) -> None:
-    assert [row.name for row in times.phases] == [*PHASES, OTHER]
+    assert [row.name for row in times.phases] == [*PHASES, OTHER_PHASE]
     rows = {row.name: row for row in times.phases}
     assert (rows["data"].calls, rows["forward"].calls, rows["backward"].calls) == (1.0, 2.0, 0.0)  # per step
     assert rows["forward"].ms > rows["data"].ms
@@ -87,7 +87,7 @@ def test_phases_come_in_their_order_and_add_up(times: StepTimes) -> None:
 def test_operators_know_phase_kind_and_cost(times: StepTimes) -> None:
     assert [row.ms for row in times.operators] == sorted((row.ms for row in times.operators), reverse=True)
     rows = {(row.phase, row.name): row for row in times.operators}
-    assert rows.keys() == {("data", "add"), ("forward", "matmul"), (OTHER, "sin")}
+    assert rows.keys() == {("data", "add"), ("forward", "matmul"), (OTHER_PHASE, "sin")}
     product = rows["forward", "matmul"]
     assert (product.kind, product.calls) == ("matrix products", 40)
     assert product.gflop == pytest.approx(40 * 2 * 120**3 / 1e9)
@@ -196,7 +196,7 @@ def test_on_a_gpu_operators_have_the_time_of_their_kernels_in_the_phase_that_lau
         ("mm", "backward", "matrix products", 0.2, pytest.approx(2 * 4 * 8 * 2)),
         ("linear", "forward", "matrix products", 0.1, pytest.approx(2 * 8 * 4 * 2)),
         ("triton_fused", "backward", "other operators", 0.05, 0.0),
-        ("zeros", OTHER, "other operators", 0.01, 0.0),
+        ("zeros", OTHER_PHASE, "other operators", 0.01, 0.0),
     ]
 
 
@@ -314,7 +314,7 @@ def test_the_script_writes_profile_trace_and_picture(
     assert record["config"]["model"]["n_embd"] == 16
     assert record["machine"]["threads"] == 1
     phases = {row["name"]: row for row in record["phases"]}
-    assert list(phases) == [*PHASES, OTHER]
+    assert list(phases) == [*PHASES, OTHER_PHASE]
     assert [phases[name]["calls"] for name in PHASES] == [2.0, 2.0, 2.0, 1.0, 1.0]  # two micro-steps
     assert sum(phase["ms"] for phase in phases.values()) == pytest.approx(record["phases_ms"])
     memory = record["memory"]

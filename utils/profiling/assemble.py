@@ -16,7 +16,7 @@ from utils.nn.linear import linear
 from utils.profiling.decoding import measure_generation
 from utils.profiling.measure import StepTimes, measure_steps, training_step
 from utils.profiling.memory import activation_phase, peak, reset_peak, state_bytes
-from utils.profiling.record import Generation, Limits, Machine, Memory, OperatorTime, PhaseTime, Profile
+from utils.profiling.record import Generation, Limits, Machine, MemoryBytes, OperatorTime, PhaseTime, Profile
 from utils.runs.log import METRICS_FILE, LogWriter
 from utils.runs.run import utc_now
 from utils.terminal.console import Terminal
@@ -112,7 +112,7 @@ def build_profile(
         phases=with_operations(times.phases, times.operators, gflop),
         operators=times.operators,
         operator_times=device.type != "mps",
-        memory=Memory(**state_bytes(state), activations=activations, peak=peak),
+        memory=MemoryBytes(**state_bytes(state), activations=activations, peak=peak),
         generation=generation,
     )
 

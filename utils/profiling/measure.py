@@ -28,7 +28,7 @@ from utils.profiling.operators import (
     operator_flops,
     short_name,
 )
-from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER, OTHER_OPERATORS, OperatorTime, PhaseTime
+from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER_OPERATORS, OTHER_PHASE, OperatorTime, PhaseTime
 from utils.training.phases import PHASES, MarkedClock, Phase, PhaseClock, no_phase
 from utils.training.state import TrainState
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
@@ -38,7 +38,7 @@ STEP = "step"
 STRETCHES = 5  # of steps that are timed together; their median is not moved by one disturbance
 COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph")  # what the profiler calls the code that a compiler made
 
-Step = Callable[[Phase], None]  # one training step
+StepFunction = Callable[[Phase], None]  # one training step
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class StepTimes:
         return sum(phase.ms for phase in self.phases)
 
 
-def training_step(state: TrainState, buffer: StepBuffer | None = None) -> Step:
+def training_step(state: TrainState, buffer: StepBuffer | None = None) -> StepFunction:
     """The training loop's update of `state`, in its phases, as a function to call again and again.
 
     Args:
@@ -82,7 +82,7 @@ def training_step(state: TrainState, buffer: StepBuffer | None = None) -> Step:
     return step
 
 
-def measure_steps(step: Step, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
+def measure_steps(step: StepFunction, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
     """Call `step` `warmup` times without a clock, then `steps` times for each of the three measurements."""
     for _ in range(warmup):
         step(no_phase)
@@ -101,7 +101,7 @@ def measure_steps(step: Step, device: torch.device, *, steps: int, warmup: int) 
     return StepTimes(steps, step_ms, phases, profiled_ms, operators, profiler)
 
 
-def time_steps(step: Step, device: torch.device, steps: int) -> float:
+def time_steps(step: StepFunction, device: torch.device, steps: int) -> float:
     """Milliseconds of a step, the median over stretches; the device is waited for at the end of each stretch only."""
     times = []
     for index in range(min(steps, STRETCHES)):
@@ -118,7 +118,7 @@ def time_steps(step: Step, device: torch.device, steps: int) -> float:
 def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime]:
     """What the clock saw in `steps` steps that took `seconds`; what is in no phase is `other`."""
     rows = [(name, clock.calls[name], clock.seconds[name]) for name in PHASES]
-    rows.append((OTHER, steps, max(0.0, seconds - sum(clock.seconds.values()))))
+    rows.append((OTHER_PHASE, steps, max(0.0, seconds - sum(clock.seconds.values()))))
     return [PhaseTime(name=n, calls=calls / steps, ms=1000 * s / steps, gflop=0.0) for n, calls, s in rows]
 
 
@@ -141,7 +141,7 @@ def read_operators(profiler: profile, device: torch.device) -> tuple[float, list
 
     def phase_of(event: FunctionEvent) -> str:
         index = bisect_right(starts, event.time_range.start) - 1
-        return spans[index][2] if index >= 0 and event.time_range.start < spans[index][1] else OTHER
+        return spans[index][2] if index >= 0 and event.time_range.start < spans[index][1] else OTHER_PHASE
 
     on_device = device.type == "cuda"
     rows: dict[tuple[str, str], list[float]] = {}
