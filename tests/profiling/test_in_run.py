@@ -16,7 +16,7 @@ from utils.runs.find import list_run_paths
 from utils.runs.log import read_records
 
 Argv = Callable[..., list[str]]
-LONG = ("--max-iters", "14", "--eval-interval", "7", "--dropout", "0.2")
+LONG = ("--max-iters", "14", "--eval-interval", "7", "--dropout", "0.2", "--system-interval", "0")
 TIMES = {"time", "tokens_per_second", "step_ms"}
 
 

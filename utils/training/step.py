@@ -91,7 +91,7 @@ def training_loop(
         monitor.pause_over()
 
     state.model.train()
-    deadline.is_near(reserve=0.0)  # the first evaluation counts as a step
+    deadline.step_done()  # starts its clock: the first evaluation counts as a step
     try:
         callbacks.on_start()
         while True:
@@ -103,6 +103,7 @@ def training_loop(
                 # Step 0 needs one only where the export may be made from it: weights that were trained before.
                 if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
                     save()
+            deadline.step_done()
             if deadline.is_near(reserve=checkpoints.seconds_to_save(state)):
                 stop.stop(f"max_minutes ({settings.max_minutes:g}) are almost over")
             if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
