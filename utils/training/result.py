@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import ConfigError, ConfigLoader, relative_name
 from utils.runs.run import Run, Status
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """How a run ended. Losses are in nats per token; None where there was no evaluation."""
+class TrainResult(Mapping[str, Any]):
+    """How a run ended. Losses are in nats per token; None where there was no evaluation.
+
+    It is a mapping too: `results["val_loss"]` is `results.val_loss`.
+    """
 
     run_dir: Path
     status: Status
@@ -36,6 +40,17 @@ class TrainResult:
     parameters: int
     exported: str | None = None  # which weights
     signum: int | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
 
     @property
     def exit_status(self) -> int:
