@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.nn.lean import may_be_plain
+from utils.nn.private import private_operator
 from utils.nn.roles import BIAS, MATRIX, declare
 
 # The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
-_OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-ONEDNN = _OPERATOR and _OPERATOR.default
+ONEDNN = private_operator("ops.mkldnn._linear_pointwise.default") if torch.backends.mkldnn.is_available() else None
 
 R = TypeVar("R")
 

@@ -6,6 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
+
+from utils.nn.private import private_operator
+
+FUSED_ADAMW = private_operator("_fused_adamw_")
+_ADD_PARAM_GROUP = torch.optim.Optimizer.add_param_group
+_ADD_PARAM_GROUP = getattr(_ADD_PARAM_GROUP, "__wrapped__", _ADD_PARAM_GROUP)  # without the guard against compilation
 
 
 class EagerOptimizer(torch.optim.Optimizer):
@@ -14,7 +21,7 @@ class EagerOptimizer(torch.optim.Optimizer):
     torch guards these methods against that, and imports its compiler to do so: 70 MB and a second of each start.
     """
 
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    add_param_group = _ADD_PARAM_GROUP
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Let go of all gradients.
@@ -62,13 +69,15 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
             state["exp_avg_sq"] = torch.zeros_like(p)
         state["step"] = step
     beta1, beta2 = group["betas"]
-    torch._fused_adamw_(
+    update = FUSED_ADAMW or adamw
+    steps = [step] * len(params) if FUSED_ADAMW else [step - 1 for _ in params]  # torch's function counts on by itself
+    update(
         params,
         [p.grad for p in params],
         [state["exp_avg"] for state in of_params],
         [state["exp_avg_sq"] for state in of_params],
         [],
-        [step] * len(params),
+        steps,
         lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
