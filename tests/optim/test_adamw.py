@@ -42,6 +42,21 @@ def test_without_the_fused_kernel_torchs_function_computes_the_same(monkeypatch:
     assert [state["step"].item() for state in optimizer.state.values()] == [4, 4, 4]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_with_found_inf_a_step_changes_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(adamw, "FUSED_ADAMW", None)
+    params, optimizer = train(AdamW)
+    before = [parameter.clone() for parameter in params]
+    state = {key: value.clone() for entry in optimizer.state.values() for key, value in entry.items()}
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert all(torch.equal(value, state[key]) for key, value in list(optimizer.state.values())[-1].items())
+
+
 def test_gradients_are_never_filled_with_zeros() -> None:
     _, optimizer = train(AdamW)
     optimizer.zero_grad()

@@ -1,1 +1,18 @@
 """The configuration: every setting, and where its value came from."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+MOVED = ("Config", "DataConfig", "ModelConfig", "OptimizerConfig", "TrackingConfig", "TrainConfig")
+
+
+def __getattr__(name: str) -> Any:
+    """Deprecated, and gone in the next release: `from utils.config import Config`."""
+    if name not in MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from utils.config import settings
+
+    warnings.warn(f"utils.config.{name} is deprecated: from workbench import {name}", DeprecationWarning, stacklevel=2)
+    return getattr(settings, name)

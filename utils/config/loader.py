@@ -24,6 +24,7 @@ from utils.errors import UserError, nearest
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
+CODE = "code"  # the source of a setting that was given in Python
 NONE_WORDS = ("none", "null")  # how a flag says "no value"
 
 
@@ -36,7 +37,7 @@ class Setting:
     """One layer's value for one key."""
 
     value: Any
-    source: str  # "configs/train.yaml:7", "--batch-size" or "default"
+    source: str  # "configs/train.yaml:7", "--batch-size", "code" or "default"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class LoadedConfig:
         layers = _default_layers()
         for key, value in flat(config).items():
             if value != layers[key][0].value:
-                layers[key].append(Setting(value, "code"))
+                layers[key].append(Setting(value, CODE))
         return cls(config, layers)
 
     def source(self, key: str) -> str:
@@ -289,6 +290,25 @@ class ConfigLoader:
         """
         layers = {key: list(settings) for key, settings in base.layers.items()}
         return _merge(layers, self._own_layers(files, overrides or {}))
+
+    def load_code(self, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
+        """Settings given in Python, flat or by section, on top of `base`, or else of the defaults and configs/.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        layer: dict[str, Setting] = {}
+        for name, value in settings.items():
+            section = name if name in SECTIONS and isinstance(value, Mapping) else None
+            for key, leaf in value.items() if section else [(name, value)]:
+                if key not in FIELDS or section not in (None, SECTION_OF[key]):
+                    raise ConfigError(_unknown(key, section))
+                if key in layer:
+                    raise ConfigError(f"{key} is set twice")
+                layer[key] = Setting(leaf, CODE)
+        if base is None:
+            return _merge(_default_layers(), [*self._file_layers(), layer])
+        return _merge({key: list(known) for key, known in base.layers.items()}, [layer])
 
     def _file_layers(self) -> Iterator[dict[str, Setting]]:
         legacy = self.root / "config.json"

@@ -12,7 +12,7 @@ from utils.config.settings import OptimizerConfig
 from utils.nn.roles import Group, Role, declared_roles
 from utils.optim.adamw import AdamW
 from utils.optim.muon import Muon
-from utils.optim.schedules import learning_rate_at, momentum_at, weight_decay_at
+from utils.optim.schedules import set_learning_rate, set_weight_decay
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -94,26 +94,3 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     set_learning_rate(optimizer, config.learning_rate)
     set_weight_decay(optimizer, config.weight_decay)
     return optimizer
-
-
-def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, max_iters: int) -> float:
-    """Set learning rates, weight decay and momentum of update `step`; returns the learning rate of the schedule."""
-    lr = learning_rate_at(step, config, max_iters)
-    set_learning_rate(optimizer, lr)
-    set_weight_decay(optimizer, weight_decay_at(step, config, max_iters))
-    for group in optimizer.param_groups:
-        if "momentum" in group:
-            group["momentum"] = momentum_at(step, config)
-    return lr
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the schedule: each group has its own share of it."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
-def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Set it in the groups that decay."""
-    for group in optimizer.param_groups:
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -1,0 +1,277 @@
+"""The public interface: its examples run, importing it is light, its mistakes are those of the command line."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_FLAGS
+
+import utils.inference.generator
+import workbench
+from model import LanguageModel
+from utils.config.fields import SECTIONS
+from utils.runs.log import read_metrics
+from utils.runs.run import read_record
+from workbench import Config, ModelConfig, Run, Trainer, UserError, create_model, load_model, runs, train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration of a tiny experiment, and a run with the tag `baseline`."""
+    folder = tmp_path_factory.mktemp("project")
+    places = {"corpora_dir": "corpora", "runs_dir": "runs", "aim_repo": "."}
+    settings = {name.removeprefix("--").replace("-", "_"): int(value) for name, value in TINY_FLAGS.items()}
+    settings |= {"eval_iters": 1, "histogram_interval": 0, "sample_tokens": 0, "eval_interval": 100}
+    settings |= {key: str(folder / name) for key, name in places.items()}
+    (folder / "configs").mkdir()
+    (folder / "configs" / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench, "PROJECT_ROOT", folder)
+        train(max_iters=20, run_tag="baseline", quiet=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (workbench, utils.inference.generator):
+        monkeypatch.setattr(module, "PROJECT_ROOT", project)
+
+
+EXAMPLES = {
+    test.name: test
+    for test in doctest.DocTestFinder(exclude_empty=True).find(workbench, globs={})
+    if test.examples
+} | {
+    "workbench.runs": doctest.DocTestFinder().find(type(runs), "workbench.runs", module=workbench, globs={})[0]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_does_what_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    test = EXAMPLES[name]
+    test.globs = {"__name__": "example"} | {name: getattr(workbench, name) for name in workbench.__all__}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    runner.run(test, clear_globs=False)
+    assert runner.failures == 0, capsys.readouterr().out
+
+
+def test_every_name_has_documentation_and_stands_in_an_example() -> None:
+    sources = [example.source for test in EXAMPLES.values() for example in test.examples]
+    for name in workbench.__all__:
+        assert getattr(workbench, name).__doc__, name
+        assert any(name in source for source in sources) or name in ("TrainResult", "TrainableModel"), name
+
+
+def test_importing_it_imports_neither_torch_nor_numpy() -> None:
+    """Nor does making a configuration."""
+    code = (
+        "import sys, workbench; "
+        "workbench.Config(train=workbench.TrainConfig(max_iters=5)); workbench.runs(); "
+        "print(sorted({'torch', 'numpy', 'train'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_its_names_are_complete() -> None:
+    assert dir(workbench) == sorted(workbench.__all__)
+    assert {section.__name__ for section in SECTIONS.values()} <= set(workbench.__all__)
+    for name in workbench.__all__:
+        assert getattr(workbench, name).__name__ == name if name != "runs" else True
+    with pytest.raises(AttributeError, match="has no attribute 'Generater'; did you mean Generator"):
+        workbench.Generater  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def test_keywords_mappings_and_sections_mean_the_same() -> None:
+    kinds = [
+        Trainer(n_layer=2, max_iters=5).config,
+        Trainer({"n_layer": 2, "max_iters": 5}).config,
+        Trainer({"model": {"n_layer": 2}, "train": {"max_iters": 5}}).config,
+        Trainer({"model": {"n_layer": 3}}, n_layer=2, max_iters=5).config,
+    ]
+    assert len({config.model_dump_json() for config in kinds}) == 1
+    assert kinds[0].model.n_embd == 16  # of the files
+
+
+def test_a_config_is_taken_as_it_is() -> None:
+    assert Trainer(Config()).config == Config()
+    assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))
+
+
+def test_what_was_set_in_code_is_recorded_as_such() -> None:
+    path = train(max_iters=2, quiet=True).run_dir
+    sources = yaml.safe_load((path / "meta" / "config_sources.json").read_text())
+    assert sources["max_iters"]["source"] == "code"
+    assert sources["n_embd"]["source"].startswith("configs/tiny.yaml:")
+
+
+def test_a_result_is_a_mapping() -> None:
+    results = Trainer(max_iters=3).train(quiet=True)
+    assert results["val_loss"] == results.val_loss == read_metrics(results.run_dir / "logs", "val/loss")[-1][1]
+    assert "val_loss" in results
+    assert "accuracy" not in results
+    assert {**results}.keys() == results.keys() >= {"status", "steps", "train_loss", "best_val_loss", "seconds"}
+    assert results.get("accuracy", 0) == 0
+    with pytest.raises(KeyError, match="accuracy"):
+        results["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_sise": 3}, "unknown key batch_sise; did you mean batch_size?"),
+        ({"train": {"batch_sise": 3}}, "unknown key batch_sise in section train; did you mean batch_size?"),
+        ({"train": {"n_embd": 3}}, "n_embd belongs to section model, not train"),
+        ({"max_iters": 0}, "code: max_iters: expected integer >= 1 or none, got 0"),
+        ({"mlp": "gelo"}, "code: mlp: expected gelu, gelu_tanh, relu2 or swiglu, got 'gelo'; did you mean gelu?"),
+        ({"seed": 1, "train": {"seed": 1}}, "seed is set twice"),
+        ({"n_embd": 15}, "code: n_embd (15) must be divisible by n_head (2), or head_dim be set"),
+        ({"dataset": "no such file"}, "unknown dataset no such file"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(settings: dict[str, object], message: str, project: Path) -> None:
+    before = list((project / "runs").iterdir())
+    with pytest.raises(UserError) as caught:
+        train(settings, quiet=True)
+    assert str(caught.value).startswith(message)
+    assert list((project / "runs").iterdir()) == before
+
+
+def test_a_resume_refuses_what_the_command_line_refuses() -> None:
+    with pytest.raises(UserError, match="unknown key max_iter; did you mean max_iters"):
+        workbench.resume("baseline", max_iter=40)
+    with pytest.raises(UserError, match=r"baseline is complete \(20 steps\)"):
+        workbench.resume("baseline", quiet=True)
+    with pytest.raises(UserError, match="learning_rate changes the numbers of a run"):
+        workbench.resume(runs.find("baseline"), learning_rate=1.0, quiet=True)
+    with pytest.raises(UserError, match=r"no run basline .*; did you mean baseline"):
+        workbench.resume("basline")
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def test_runs_are_listed_with_the_newest_last(project: Path) -> None:
+    path = train(max_iters=2, run_tag="newest", note="why", quiet=True).run_dir
+    found = runs()
+    assert found[-1].path == path
+    assert (found[-1].tag, found[-1].note, found[-1].problem) == ("newest", "why", None)
+    assert repr(found[-1]) == f"<Run {path.name}: completed>"
+    assert runs.find("latest").id == runs.find(path).id == runs.find("newest", project / "runs").id == path.name
+    assert runs(project / "nowhere") == []
+    with pytest.raises(UserError, match="no run other"):
+        runs.find("other")
+
+
+def test_a_run_gives_its_configuration_and_numbers() -> None:
+    run = runs.find("baseline")
+    assert (run.config.train.max_iters, run.config.model.n_embd) == (20, 16)
+    assert run.metrics("val/loss") == read_metrics(run.path / "logs", "val/loss")
+    assert {"train/loss", "val/loss", "lr"} <= set(run.metric_names())
+    assert run.summary["val/loss"] == run.metrics("val/loss")[-1][1]
+    assert run.row()["max_iters"] == 20
+    with pytest.raises(UserError, match="has logged no metric val/los; did you mean val/loss"):
+        run.metrics("val/los")
+
+
+def test_a_damaged_run_is_no_error(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert (run.status, run.problem, run.metrics("val/loss")) == ("damaged", "an empty folder", [])
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def test_a_new_model_has_the_weights_that_training_starts_from() -> None:
+    state = torch.random.get_rng_state()
+    model = create_model(seed=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    results = train(seed=5, max_iters=1, eval_interval=1, checkpoint_interval=1, learning_rate=1e-9, quiet=True)
+    trained, tokenizer = load_model(results.run_dir, device="cpu")
+    assert (model.vocab_size, model.tokenizer.hash()) == (trained.vocab_size, tokenizer.hash())
+    for name, weights in trained.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weights, rtol=0, atol=1e-6)
+
+
+def test_fit_takes_over_the_weights_of_its_run() -> None:
+    model = create_model({"n_layer": 2}, max_iters=3)
+    assert isinstance(model, LanguageModel)
+    results = model.fit(quiet=True)
+    assert (results.status, results["steps"], runs()[-1].path) == ("completed", 3, results.run_dir)
+    trained, tokenizer = load_model(results.run_dir, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    assert len(list(model.parameters())) == len(list(trained.parameters())) > 20
+    assert (model.training, model.tokenizer.hash()) == (False, tokenizer.hash())
+
+
+@pytest.mark.parametrize("kind", ["text", "path", "config", "mapping"])
+def test_fit_takes_a_text_a_path_or_a_configuration(kind: str, project: Path, tmp_path: Path) -> None:
+    text = "to be or not to be\nthat is the question\n" * 50
+    (tmp_path / "mine.txt").write_text(text)
+    model = create_model(max_iters=2, n_embd=32)
+    data = {
+        "text": text,
+        "path": tmp_path / "mine.txt",
+        "mapping": {"dataset": str(tmp_path / "mine.txt")},
+        "config": Trainer(max_iters=2, n_embd=32, dataset=str(tmp_path / "mine.txt")).config,
+    }[kind]
+    results = model.fit(data, quiet=True, seed=3)
+    assert results.status == "completed"
+    assert model.vocab_size == len(set(text)) == model.token_embedding.weight.shape[0]
+    config = runs()[-1].config
+    assert (config.train.seed, config.model.n_embd) == (3, 32)
+    assert Path(config.data.dataset).read_text() == text
+
+
+def test_a_fit_that_was_interrupted_leaves_the_model_as_it_is() -> None:
+    model = create_model(stop_at_step=1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert model.fit(quiet=True).status == "interrupted"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_fit_refuses_another_architecture() -> None:
+    model = create_model(vocab_size=10)
+    with pytest.raises(UserError, match="the model has another n_layer: make a new one with create_model"):
+        model.fit(n_layer=5)
+    model.blocks[0].mlp = torch.nn.Linear(16, 16)
+    with pytest.raises(UserError, match="the layers of the model were changed by hand"):
+        model.fit()
+    assert create_model(ModelConfig(n_layer=1), vocab_size=10).vocab_size == 10
+    with pytest.raises(UserError, match="vocab_size must be at least 1, not 0"):
+        create_model(vocab_size=0)
+
+
+def test_a_model_is_loaded_from_a_run_or_an_export() -> None:
+    run = runs.find("baseline")
+    export = run.path / "artifacts" / "export"
+    models = [load_model(what, device="cpu")[0] for what in ("baseline", run, run.path, export)]
+    for model in models:
+        assert not model.training
+        torch.testing.assert_close(model.state_dict(), models[0].state_dict(), rtol=0, atol=0)
+    assert load_model(device="cpu")[0].config  # the newest one
+    with pytest.raises(UserError, match="no run other"):
+        load_model("other")
+
+
+def test_the_facts_of_a_model_equal_those_of_its_run() -> None:
+    facts, run = workbench.get_model_info("baseline"), runs.find("baseline")
+    model, _ = load_model(run, device="cpu")
+    assert facts == workbench.get_model_info(model) | {"training": facts["training"]}
+    assert facts["parameters"] == read_record(run.path)["resolved"]["parameters"]
+    assert sum(torch.Size(shape).numel() for shape in facts["shapes"].values()) == facts["parameters"]
+    assert (facts["layers"], facts["heads"], facts["width"], facts["context"]) == (1, 2, 16, 8)
+    assert facts["config"]["n_embd"] == 16
+    assert facts["training"]["run"] == run.id
+    assert "1 blocks" in facts["architecture"]

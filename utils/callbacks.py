@@ -1,0 +1,10 @@
+"""Deprecated, and gone in the next release: `from workbench import Callback, TrainingRun`."""
+
+import warnings
+
+from utils.training.callbacks import Callback, TrainingRun
+
+__all__ = ["Callback", "TrainingRun"]
+
+MESSAGE = "utils.callbacks is deprecated: from workbench import Callback, TrainingRun"
+warnings.warn(MESSAGE, DeprecationWarning, stacklevel=2)

@@ -1,0 +1,10 @@
+"""Deprecated, and gone in the next release: `from workbench import Generator, Request`."""
+
+import warnings
+
+from utils.inference.generator import Generator, Request
+
+__all__ = ["Generator", "Request"]
+
+MESSAGE = "utils.generator is deprecated: from workbench import Generator, Request"
+warnings.warn(MESSAGE, DeprecationWarning, stacklevel=2)

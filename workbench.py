@@ -1,0 +1,564 @@
+"""The public interface: everything that a notebook or a callback imports, and nothing else.
+
+Train, look at runs, generate:
+
+    >>> from workbench import Generator, runs, train
+    >>> results = train(max_iters=20, run_tag="baseline", quiet=True)
+    >>> results.status
+    'completed'
+    >>> losses = runs.find("baseline").metrics("val/loss")  # [(step, loss), ...]
+    >>> text = Generator.from_run("baseline").generate("The ").text
+
+Settings are those of the command line, with the same names and the same checks. They are given as keywords
+(`learning_rate=3e-3`), as a mapping, flat or by section, or as a Config. What keywords and mappings leave out comes
+from the files in configs/, as on the command line; a Config is complete, and is taken as it is:
+
+    >>> from workbench import Config, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig
+    >>> config = Config(
+    ...     data=DataConfig(dataset="pydocs"),
+    ...     model=ModelConfig(n_layer=2, n_embd=64),
+    ...     optimizer=OptimizerConfig(learning_rate=3e-3),
+    ...     train=TrainConfig(max_iters=100),
+    ...     tracking=TrackingConfig(run_tag="small"),
+    ... )
+    >>> config.model.n_layer
+    2
+
+A mistake is a UserError, with the words of the command line:
+
+    >>> from workbench import UserError
+    >>> try:
+    ...     train(learning_rat=3e-3)
+    ... except UserError as error:
+    ...     print(error)
+    unknown key learning_rat; did you mean learning_rate?
+
+Generation can be steered, repeated and batched:
+
+    >>> from workbench import Request, SamplingOptions
+    >>> request = Request(max_new_tokens=20, options=SamplingOptions(temperature=0.5, top_k=40), seed=1)
+    >>> completions = Generator.from_run("baseline").generate_batch(["The ", "A "], request)
+    >>> len(completions)
+    2
+
+A callback is called by the training loop. It belongs in a module of its own, so that a resumed run finds it again, and
+is named by the setting `callbacks`: `train(callbacks=["perplexity:Perplexity"])` (docs/callbacks.md):
+
+    >>> from workbench import Callback, Metric, TrainingRun, register_metric
+    >>> metric = register_metric(Metric("val/perplexity", "1", "lower"))
+    >>> class Perplexity(Callback):
+    ...     def on_eval(self, run: TrainingRun, losses):
+    ...         run.log({"val/perplexity": 2.718281828 ** losses["val/loss"]})
+
+Importing this module does not import torch; the first name that needs it does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from utils.config.fields import FIELDS
+from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
+from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig
+from utils.errors import UserError, nearest
+from utils.files import write_atomic
+from utils.machine.process import tune_process
+from utils.runs.find import find_export, resolve_run
+from utils.runs.index import read_index, read_run
+from utils.runs.log import METRICS_FILE, read_metrics, read_records
+from utils.runs.metrics import NOT_METRICS, Metric, register_metric
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments
+
+if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
+    from model import LanguageModel
+    from tokenizer import CharTokenizer
+    from utils.inference.generator import Generator, Request
+    from utils.inference.sampling import SamplingOptions
+    from utils.training.callbacks import Callback, TrainingRun
+    from utils.training.result import TrainResult
+
+__all__ = [
+    "Callback",
+    "Config",
+    "DataConfig",
+    "Generator",
+    "Metric",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Request",
+    "Run",
+    "SamplingOptions",
+    "TrackingConfig",
+    "TrainConfig",
+    "TrainResult",
+    "TrainableModel",
+    "Trainer",
+    "TrainingRun",
+    "UserError",
+    "create_model",
+    "get_model_info",
+    "load_model",
+    "register_metric",
+    "resume",
+    "runs",
+    "train",
+]
+
+IMPORTED_LATER = {
+    "Callback": "utils.training.callbacks",
+    "Generator": "utils.inference.generator",
+    "Request": "utils.inference.generator",
+    "SamplingOptions": "utils.inference.sampling",
+    "TrainResult": "utils.training.result",
+    "TrainingRun": "utils.training.callbacks",
+}
+
+Settings: TypeAlias = Config | Mapping[str, Any]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(config: Settings | None = None, *, quiet: bool = False, strict: bool = False, **settings: Any) -> TrainResult:
+    """Run one experiment: a run directory, the training loop, the export.
+
+    Args:
+        config: a Config, or settings by name, flat or by section.
+        quiet: print warnings only.
+        strict: what the preflight would report is an error.
+        settings: by name, on top of `config`.
+
+    Returns:
+        How the run ended, also if it diverged or was interrupted; `results["val_loss"]` is `results.val_loss`.
+
+    Raises:
+        UserError: a mistake; there is no run directory then.
+        Exception: whatever ended the run.
+
+    >>> results = train(max_iters=20, learning_rate=3e-3, quiet=True)
+    >>> results["status"], results["steps"]
+    ('completed', 20)
+    >>> results.val_loss < 10
+    True
+    """
+    return _train(_load(config, settings), quiet=quiet, strict=strict)
+
+
+def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **settings: Any) -> TrainResult:
+    """Continue a run that was interrupted or has crashed, bit for bit, from its newest checkpoint.
+
+    Args:
+        run: a path, id, tag, part of an id, `latest`, or a Run.
+        quiet: print warnings only.
+        strict: a damaged newest checkpoint is an error; otherwise the one before it is used.
+        settings: what a resume may change, such as `max_iters` where the schedule does not depend on it.
+
+    Raises:
+        UserError: no such run; it is being trained, complete, or has no good checkpoint; or a setting is refused.
+        Exception: whatever ended the run.
+
+    >>> results = train(max_iters=20, stop_at_step=10, run_tag="stopped", quiet=True)
+    >>> results.status, results.steps
+    ('interrupted', 10)
+    >>> resume("stopped", quiet=True).steps
+    20
+    """
+    from train import resume as resume_run
+    from utils.runs.origin import find_origin
+
+    for key in settings.keys() - FIELDS.keys():
+        raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
+    origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict)
+    return resume_run(origin, ExperimentArguments(ConfigLoader(PROJECT_ROOT), overrides=settings), quiet=quiet)
+
+
+class Trainer:
+    """An experiment as an object, for those who prefer `Trainer(config).train()` to `train(config)`.
+
+    config: the merged configuration.
+    results: of the last `train()`; None before it.
+
+    Args:
+        config: a Config, or settings by name, flat or by section.
+        settings: by name, on top of `config`.
+
+    Raises:
+        UserError: a mistake in the settings.
+
+    >>> trainer = Trainer({"model": {"n_layer": 1}}, max_iters=20)
+    >>> results = trainer.train(quiet=True)
+    >>> "val_loss" in results, results["steps"]
+    (True, 20)
+    """
+
+    def __init__(self, config: Settings | None = None, **settings: Any) -> None:
+        self._loaded = _load(config, settings)
+        self.results: TrainResult | None = None
+
+    @property
+    def config(self) -> Config:
+        return self._loaded.config
+
+    def train(self, *, quiet: bool = False, strict: bool = False) -> TrainResult:
+        """A new run of this experiment; see the function `train`."""
+        self.results = _train(self._loaded, quiet=quiet, strict=strict)
+        return self.results
+
+
+def _load(config: Settings | None, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
+    """`settings` on top of `config`; where that is no Config, on top of `base`, or of defaults and configs/."""
+    loader = ConfigLoader(PROJECT_ROOT)
+    if isinstance(config, Config):
+        base = LoadedConfig.from_config(config)
+    elif config is not None:
+        base = loader.load_code(config, base)
+    return loader.load_code(settings, base)
+
+
+def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False) -> TrainResult:
+    from train import train as train_run
+
+    return train_run(loaded, quiet=quiet, root=PROJECT_ROOT, strict=strict)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+class Run:
+    """One run, as its directory describes it when the object is made; make it again to see what has happened since.
+
+    A directory that cannot be read as a run is no error: its status is `damaged`, and `problem` gives the reason.
+
+    path: the run directory.
+    status: running, completed, interrupted, failed, diverged, crashed or damaged.
+    problem: what cannot be read; None if there is nothing.
+
+    >>> run = runs.find("baseline")
+    >>> run.status, run.config.train.max_iters
+    ('completed', 20)
+    >>> steps, losses = zip(*run.metrics("train/loss"))
+    >>> len(losses)
+    20
+    >>> sorted(run.summary)
+    ['best_val_loss', 'steps', 'train/eval_loss', 'val/loss']
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._read = read_run(self.path)
+        self.status, self.problem = self._read.status, self._read.problem
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id}: {self.status}>"
+
+    @property
+    def id(self) -> str:
+        """The name of its directory."""
+        return self._read.id
+
+    @property
+    def tag(self) -> str | None:
+        return self._read.record.get("tag")
+
+    @property
+    def note(self) -> str:
+        return str(self._read.notes["note"])
+
+    @property
+    def config(self) -> Config:
+        """The configuration that the run was started with: `train(run.config, seed=2)` repeats it with another seed.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return ConfigLoader(PROJECT_ROOT).load_only(self.path / "meta" / "full_config.json").config
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Steps done, last losses and best val/loss, in nats per token; what there is of them."""
+        return self._read.summary()
+
+    def metrics(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of one metric, in the order of the log; empty if nothing is logged yet.
+
+        Raises:
+            UserError: the log has other metrics, but not this one.
+        """
+        found = read_metrics(self.path / "logs", name)
+        if not found and (logged := self.metric_names()):
+            raise UserError(f"{self.id} has logged no metric {name}{nearest(name, logged)}")
+        return found
+
+    def metric_names(self) -> list[str]:
+        """The metrics in the log, in the order of their first appearance."""
+        records = read_records(self.path / "logs" / METRICS_FILE)
+        return list(dict.fromkeys(name for record in records for name in record if name not in NOT_METRICS))
+
+    def row(self) -> dict[str, Any]:
+        """All facts and settings by column: `pandas.DataFrame(run.row() for run in runs())` is a table of runs."""
+        return self._read.row()
+
+
+RunName: TypeAlias = str | Path | Run
+
+
+class _Runs:
+    """The runs of the configured folder: `runs()` lists them, `runs.find(name)` finds one.
+
+    >>> newest = runs()[-1]
+    >>> newest.status
+    'completed'
+    >>> [run.id for run in runs() if run.summary.get("val/loss", 99) < 0]
+    []
+    >>> runs.find("baseline").tag
+    'baseline'
+    """
+
+    def __call__(self, runs_dir: str | Path | None = None) -> list[Run]:
+        """All runs, the newest last; what cannot be read as a run comes first.
+
+        Args:
+            runs_dir: the folder of the runs; None: as configured.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        return [Run(entry.path) for entry in read_index(_runs_dir(runs_dir))]
+
+    def find(self, name: str | Path, runs_dir: str | Path | None = None) -> Run:
+        """The run of this path, id, tag (the newest run that has it), NAME@vN, unique part of an id, or `latest`.
+
+        Raises:
+            UserError: there is none, or a part fits several.
+        """
+        return Run(resolve_run(os.fspath(name), _runs_dir(runs_dir)))
+
+
+runs = _Runs()
+
+
+def _runs_dir(runs_dir: str | Path | None = None) -> Path:
+    return PROJECT_ROOT / (runs_dir or ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir)
+
+
+def _path(run: RunName) -> str | Path:
+    return run.path if isinstance(run, Run) else run
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def create_model(
+    config: Settings | ModelConfig | None = None, *, vocab_size: int | None = None, **settings: Any
+) -> TrainableModel:
+    """A new model, on the CPU, with the weights that training with these settings would start from.
+
+    Args:
+        config: a ModelConfig, a Config, or settings by name, flat or by section.
+        vocab_size: V; None: that of the configured corpus, which is read for it.
+        settings: by name, on top of `config`.
+
+    Raises:
+        UserError: a mistake in the settings, or a corpus that cannot be read.
+
+    >>> model = create_model(n_layer=2, n_embd=32, vocab_size=65)
+    >>> model.num_parameters() == get_model_info(model)["parameters"]
+    True
+    >>> results = create_model(n_layer=1, max_iters=20).fit("to be or not to be\\n" * 100, quiet=True)
+    >>> results.status
+    'completed'
+    """
+    import torch
+
+    loaded = _load(Config(model=config) if isinstance(config, ModelConfig) else config, settings)
+    tokenizer = None
+    if vocab_size is None:
+        from data import load_corpus
+
+        data, folder = loaded.config.data, PROJECT_ROOT / loaded.config.data.corpora_dir
+        tokenizer = load_corpus(data, loaded.config.model.block_size, folder).tokenizer
+        vocab_size = tokenizer.vocab_size
+    elif vocab_size < 1:
+        raise UserError(f"vocab_size must be at least 1, not {vocab_size}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(loaded.config.train.seed)
+        model = _late("TrainableModel")(loaded.config.model, vocab_size)
+    model.tokenizer, model._loaded = tokenizer, loaded
+    return cast("TrainableModel", model)
+
+
+class _Fit:
+    """What a TrainableModel has beyond a LanguageModel."""
+
+    tokenizer: CharTokenizer | None
+    _loaded: LoadedConfig
+
+    def fit(self, data: Settings | str | Path | None = None, *, quiet: bool = False, **settings: Any) -> TrainResult:
+        """Train this architecture in a run directory of its own, then take over the weights and the vocabulary.
+
+        Training starts from the initial weights of the configured seed, as `fit` does elsewhere: a second call starts
+        anew. A run that did not complete leaves the model as it is; `resume(results.run_dir)` continues it.
+
+        Args:
+            data: a text of several lines; the name of a corpus; the path of a text file or a folder of them; or a
+                whole configuration, as for `train`. None: the settings that the model was made with.
+            quiet: print warnings only.
+            settings: by name, on top of those that the model was made with.
+
+        Raises:
+            UserError: a mistake; a setting of another architecture; or the model's layers were changed by hand.
+            Exception: whatever ended the run.
+        """
+        from utils.inference.export import load_export
+
+        model = cast("TrainableModel", self)
+        if isinstance(data, str | Path):
+            settings["dataset"], data = _dataset(data, model._loaded.config), None
+        loaded = _load(data, settings, model._loaded)
+        _check_architecture(model, loaded.config.model)
+        results = _train(loaded, quiet=quiet)
+        if results.status == "completed":
+            device = next(model.parameters()).device
+            export = load_export(results.run_dir / "artifacts" / "export", device)
+            vars(model).update(vars(export.model), tokenizer=export.tokenizer)
+        return results
+
+
+def _check_architecture(model: TrainableModel, config: ModelConfig) -> None:
+    """Raises UserError unless `model` is what training with `config` would make."""
+    import torch
+
+    from model import LanguageModel
+
+    differing = [key for key, value in model.config if getattr(config, key) != value]
+    if differing:
+        raise UserError(f"the model has another {', '.join(differing)}: make a new one with create_model")
+    with torch.device("meta"):
+        plain = LanguageModel(config, model.vocab_size)
+    kinds, own = ([(name, type(part)) for name, part in m.named_modules() if name] for m in (plain, model))
+    if kinds != own:
+        raise UserError("the layers of the model were changed by hand: fit trains what the configuration describes")
+
+
+def _dataset(data: str | Path, config: Config) -> str:
+    """The setting `dataset` for what was given to `fit`; a text becomes a file in the folder of the corpora."""
+    if not (isinstance(data, str) and "\n" in data):
+        return os.fspath(data)
+    text = data.encode("utf-8", errors="replace")
+    path = PROJECT_ROOT / config.data.corpora_dir / "texts" / f"{hashlib.sha256(text).hexdigest()[:16]}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+    return str(path)
+
+
+def load_model(run: RunName | None = None, device: str = "auto") -> tuple[LanguageModel, CharTokenizer]:
+    """The trained model of a run, in eval mode, and its tokenizer.
+
+    Args:
+        run: a path, id, tag, part of an id, `latest`, a Run, or an export folder; None: the newest run with an export.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UserError: no such run, export or device; or a damaged export.
+
+    >>> model, tokenizer = load_model("baseline", device="cpu")
+    >>> import torch
+    >>> logits, _ = model(torch.tensor([tokenizer.encode("The ")]))  # (B, T) -> (B, T, V)
+    >>> logits.shape == (1, 4, tokenizer.vocab_size)
+    True
+    """
+    from utils.inference.export import load_export
+    from utils.machine.device import choose_device
+
+    export = load_export(_export_folder(run), choose_device(device))
+    return export.model, export.tokenizer
+
+
+def _export_folder(run: RunName | None) -> Path:
+    path = None if run is None else Path(_path(run))
+    if path is not None and (path / "model.safetensors").is_file():
+        return path
+    return find_export(None if path is None else str(path), _runs_dir())
+
+
+def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, Any]:
+    """What a model is.
+
+    Args:
+        model: a model, or a run as for `load_model`.
+
+    Returns:
+        architecture: in words.
+        parameters: how many there are; a tied output head counts once.
+        layers, heads, width, context, vocab_size: the sizes that matter most.
+        config: all settings of the architecture.
+        shapes: of each parameter by name.
+        training: of a run, what its export records: run, step, losses, corpus.
+
+    Raises:
+        UserError: as `load_model`.
+
+    >>> info = get_model_info("baseline")
+    >>> info["layers"], info["shapes"]["token_embedding.weight"] == (info["vocab_size"], info["width"])
+    (1, True)
+    >>> info["training"]["step"]
+    20
+    """
+    from model import LanguageModel
+    from utils.inference.export import load_export
+    from utils.inference.info import architecture
+    from utils.machine.device import choose_device
+
+    training: Mapping[str, Any] = {}
+    if not isinstance(model, LanguageModel):
+        export = load_export(_export_folder(model), choose_device("cpu"))
+        model, training = export.model, export.training
+    return {
+        "architecture": architecture(model.config),
+        "parameters": model.num_parameters(),
+        "layers": model.config.n_layer,
+        "heads": model.config.n_head,
+        "width": model.config.n_embd,
+        "context": model.config.block_size,
+        "vocab_size": model.vocab_size,
+        "config": model.config.model_dump(),
+        "shapes": {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        "training": dict(training),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ late imports
+
+if TYPE_CHECKING:
+
+    class TrainableModel(_Fit, LanguageModel):  # at run time `_late` makes it
+        """A LanguageModel that trains itself."""
+
+
+@functools.cache
+def _late(name: str) -> Any:
+    """A name of this module that needs torch."""
+    if name == "TrainableModel":
+        from model import LanguageModel
+
+        docs = "A LanguageModel that trains itself: `create_model(...).fit(...)`."
+        return type(name, (_Fit, LanguageModel), {"__doc__": docs, "__module__": __name__})
+    return getattr(importlib.import_module(IMPORTED_LATER[name]), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "TrainableModel" and name not in IMPORTED_LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}")
+    tune_process()  # before torch is imported
+    globals()[name] = found = _late(name)
+    return found
