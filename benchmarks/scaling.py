@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import common
+from model import outline
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
 from utils.files import write_atomic
@@ -123,7 +124,7 @@ def measure(
     medians = {shape: statistics.median(times[name]) for shape, name in names.items()}
     vocab_size = setup.corpus.tokenizer.vocab_size
     gflop = {
-        shape: training_flops(config.model, vocab_size, config.train.sequences) / 1e9
+        shape: training_flops(outline(config.model, vocab_size), config.train.sequences, config.model.block_size) / 1e9
         for shape, config in configs.items()
     }
     return points_of(medians, gflop), gflops

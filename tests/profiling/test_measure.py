@@ -115,7 +115,7 @@ def test_the_operators_of_both_passes_need_what_is_counted_from_the_shapes() -> 
 
     operators = measure_steps(step, CPU, steps=1, warmup=0).operators
     counted = {name: sum(row.gflop for row in operators if row.phase == name) for name in ("forward", "backward")}
-    needed = training_flops(config, 11, 3) / 1e9
+    needed = training_flops(model, 3, config.block_size) / 1e9
     assert counted == pytest.approx({"forward": needed / 3, "backward": needed * 2 / 3})
 
 

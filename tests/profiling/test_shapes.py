@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import profile_model
+from model import outline
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
 from utils.nn.costs import training_flops
@@ -58,7 +59,8 @@ def test_rates_are_those_of_the_time_of_a_step(setup: Setup, monkeypatch: pytest
     assert len(stepped) == 1 + 3  # before the clock starts
     assert timing.step_ms == 2.0
     assert timing.tokens_per_second == pytest.approx(4 * 8 / 0.002)
-    operations = training_flops(setup.config.model, setup.corpus.tokenizer.vocab_size, 4)
+    model = outline(setup.config.model, setup.corpus.tokenizer.vocab_size)
+    operations = training_flops(model, 4, setup.config.model.block_size)
     assert timing.gflops == pytest.approx(operations / 0.002 / 1e9)
 
 

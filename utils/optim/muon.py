@@ -82,7 +82,8 @@ class Muon(EagerOptimizer):
             torch._foreach_mul_(params, decay if finite is None else torch.where(finite, decay, 1.0))
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for (p, rows), direction in zip(trained, directions, strict=True):
-            for weight, block in zip(p.split(rows), direction.split(rows), strict=True):
+            matrix, direction = p.view(len(p), -1), direction.view(len(p), -1)  # (rows, all other dimensions)
+            for weight, block in zip(matrix.split(rows), direction.split(rows), strict=True):
                 if block.size(0) > block.size(1):
                     weight, block = weight.mT, block.mT
                 by_shape[tuple(block.shape)].append((weight, block))

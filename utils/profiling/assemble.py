@@ -87,7 +87,7 @@ def build_profile(
 ) -> Profile:
     """Everything that profile.json says."""
     config, device = state.config, state.device
-    gflop = training_flops(config.model, state.model.vocab_size, config.train.sequences) / 1e9
+    gflop = training_flops(state.model, config.train.sequences, config.model.block_size) / 1e9
     return Profile(
         created=utc_now(),
         run=run,

@@ -85,7 +85,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
     step_ms = time_steps(step, state.device, steps)
     if config.train.compile:
         torch.compiler.reset()  # it compiles the same code for so many models only
-    operations = training_flops(config.model, setup.corpus.tokenizer.vocab_size, config.train.sequences)
+    operations = training_flops(state.model, config.train.sequences, config.model.block_size)
     return ShapeTiming(
         batch_size=config.train.sequences,
         block_size=config.model.block_size,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from model import outline
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
-from utils.nn.costs import parameter_count
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, origin_of, read_index
 from utils.runs.layout import PATCH
@@ -83,7 +83,7 @@ def _code(git: GitFacts) -> Iterator[str]:
 
 def _disk(setup: Setup) -> Iterator[str]:
     """A finding if the disk cannot hold the checkpoints that are kept and the one that is being written."""
-    parameters = parameter_count(setup.config.model, setup.corpus.tokenizer.vocab_size)
+    parameters = outline(setup.config.model, setup.corpus.tokenizer.vocab_size).num_parameters()
     count = setup.config.train.keep_last + setup.config.train.keep_best + 1
     needed = count * parameters * BYTES_OF_PARAMETER
     folder = next(path for path in (setup.runs_dir, *setup.runs_dir.resolve().parents) if path.exists())

@@ -18,7 +18,6 @@ from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig
 from utils.machine.device import autocast
-from utils.nn.lean import lean
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import decode_number, encode_number
 from utils.runs.origin import differing_model_settings
@@ -45,7 +44,7 @@ class TrainState:
     corpus: Corpus
     sampler: BatchSampler
     model: LanguageModel
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model: compiled, lean, or itself
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model, or what torch.compile made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool = False
@@ -82,7 +81,7 @@ def build_state(
         corpus=corpus,
         sampler=sampler,
         model=model,
-        forward=lean(model),
+        forward=model,
         optimizer=build_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
