@@ -73,7 +73,7 @@ from utils.runs.find import find_export, resolve_run
 from utils.runs.index import read_index, read_run
 from utils.runs.log import METRICS_FILE, read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments
+from utils.terminal.cli import PROJECT_ROOT
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
     from model import LanguageModel
@@ -173,13 +173,15 @@ def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **setting
     >>> resume("stopped", quiet=True).steps
     20
     """
-    from train import resume as resume_run
+    from train import train as train_run
     from utils.runs.origin import find_origin
+    from utils.training.launch import config_of_resume
 
     for key in settings.keys() - FIELDS.keys():
         raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
     origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict)
-    return resume_run(origin, ExperimentArguments(ConfigLoader(PROJECT_ROOT), overrides=settings), quiet=quiet)
+    loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=settings)
+    return train_run(loaded, origin=origin, quiet=quiet)
 
 
 class Trainer:
