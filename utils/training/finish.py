@@ -93,7 +93,7 @@ def close_run(
             best_step=state.best_step if state else None,
         )
         if feeders is not None:
-            feeders.hurry()  # while the picture is drawn
+            feeders.lift_budget()  # while the picture is drawn
     with contextlib.suppress(KeyboardInterrupt):  # an impatient signal leaves the picture out
         if state is not None and not at_once:
             draw(run, terminal)
