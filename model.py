@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -16,27 +17,56 @@ import torch.nn.functional as F
 
 from utils.config.settings import ModelConfig
 from utils.nn.attention import causal_attention
+from utils.nn.costs import shapes_only
 from utils.nn.gelu import gelu_tanh
 from utils.nn.kv_cache import NO_TOKEN, KVCache
+from utils.nn.lean import may_be_plain
 from utils.nn.linear import Linear, linear
+from utils.nn.roles import (
+    BIAS,
+    EMBEDDING,
+    HEAD,
+    MATRIX,
+    RESIDUAL,
+    SCALE,
+    TIED_EMBEDDING,
+    ZERO_EMBEDDING,
+    declare,
+    declared_roles,
+)
 
 
+@may_be_plain
 class LayerNorm(nn.LayerNorm):
     """LayerNorm [Ba et al. 2016] with a switch for its bias."""
 
+    plain = staticmethod(F.layer_norm)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        declare(self, weight=SCALE, bias=BIAS)
 
 
+@may_be_plain
 class RMSNorm(nn.RMSNorm):
     """RMSNorm [Zhang and Sennrich 2019]: no mean, no bias."""
 
+    plain = staticmethod(F.rms_norm)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.n_embd, eps=config.norm_eps)
+        declare(self, weight=SCALE)
 
 
-NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-PLAIN_NORMS: dict[str, Callable[..., torch.Tensor]] = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
+class Norm(Protocol):
+    """A class of norms: of n_embd channels with learned weights, and `plain(x, shape, eps=...)` without any."""
+
+    plain: Callable[..., torch.Tensor]
+
+    def __call__(self, config: ModelConfig) -> nn.Module: ...
+
+
+NORMS: dict[str, Norm] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,  # Hendrycks and Gimpel 2016
@@ -45,6 +75,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@may_be_plain
 class NgramEmbedding(nn.Module):
     """A vector for each of the last 2, 3, ... tokens together, summed [Pagnoni et al. 2024, BLT, section 3.2.1].
 
@@ -57,7 +88,9 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.rows = config.ngram_rows
-        self.tables = nn.ModuleList(nn.Embedding(rows, config.n_embd) for rows in config.ngram_rows)
+        self.tables = nn.ModuleList(
+            declare(nn.Embedding(rows, config.n_embd), weight=ZERO_EMBEDDING) for rows in config.ngram_rows
+        )
 
     def forward(self, idx: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """(B, T, C) for the tokens idx (B, T), with the tokens (B, N - 1) that precede them."""
@@ -91,6 +124,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)  # (B, T, H, D)
 
 
+@may_be_plain
 class Attention(nn.Module):
     """Causal self-attention; with fewer key/value heads it is grouped-query attention [Ainslie et al. 2023]."""
 
@@ -99,9 +133,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
         self.dropout = config.dropout
-        self.norm = functools.partial(PLAIN_NORMS[config.norm], eps=config.norm_eps) if config.qk_norm else None
-        self.qkv = Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.head_width, config.has_qkv_bias)
-        self.proj = Linear(self.n_head * self.head_width, config.n_embd, bias=config.bias)
+        self.norm = functools.partial(NORMS[config.norm].plain, eps=config.norm_eps) if config.qk_norm else None
+        rows = [heads * self.head_width for heads in (self.n_head, self.kv_heads, self.kv_heads)]  # of q, k and v
+        self.qkv = declare(Linear(config.n_embd, sum(rows), config.has_qkv_bias), weight=MATRIX.stacked(*rows))
+        self.proj = declare(Linear(rows[0], config.n_embd, config.bias), weight=RESIDUAL)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -126,7 +161,12 @@ class Attention(nn.Module):
             y = cache.attend(self.layer, q, k, v)
         return self.resid_dropout(self.proj(y))
 
+    def mixing_products(self, context: float) -> float:
+        """Multiplications for one token that meets `context` keys: q k^T, and the attention weights times v."""
+        return 2 * self.n_head * self.head_width * context
 
+
+@may_be_plain
 class MLP(nn.Module):
     """The position-wise feed-forward part: proj(activation(up x))."""
 
@@ -134,7 +174,7 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
         self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.proj = Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.proj = declare(Linear(config.ffn_width, config.n_embd, bias=config.bias), weight=RESIDUAL)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -142,6 +182,7 @@ class MLP(nn.Module):
         return self.resid_dropout(self.proj(self.activation(self.up(x))))
 
 
+@may_be_plain
 class SwiGLU(nn.Module):
     """The gated feed-forward part of Llama: proj(silu(gate x) * up x) [Shazeer 2020]."""
 
@@ -149,7 +190,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
         self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.proj = Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.proj = declare(Linear(config.ffn_width, config.n_embd, bias=config.bias), weight=RESIDUAL)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -157,6 +198,11 @@ class SwiGLU(nn.Module):
         return self.resid_dropout(self.proj(F.silu(self.gate(x)) * self.up(x)))
 
 
+# Any module that maps (B, T, C) to (B, T, C).
+MLPS: dict[str, Callable[[ModelConfig], nn.Module]] = {**dict.fromkeys(ACTIVATIONS, MLP), "swiglu": SwiGLU}
+
+
+@may_be_plain
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -165,7 +211,7 @@ class Block(nn.Module):
         self.attention_norm = NORMS[config.norm](config)
         self.attention = Attention(config, layer)
         self.mlp_norm = NORMS[config.norm](config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
+        self.mlp = MLPS[config.mlp](config)
 
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
@@ -175,6 +221,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+@may_be_plain
 class LanguageModel(nn.Module):
     """A decoder-only transformer [Radford et al. 2019, GPT-2].
 
@@ -192,13 +239,15 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        role = TIED_EMBEDDING if config.tie_embeddings else EMBEDDING
+        self.token_embedding = declare(nn.Embedding(vocab_size, config.n_embd), weight=role)
         if config.ngram_rows:
             self.ngram_embedding = NgramEmbedding(config)
         if config.position == "learned":
-            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+            self.position_embedding = declare(nn.Embedding(config.block_size, config.n_embd), weight=EMBEDDING)
         else:
-            cos, sin = rope_factors(config, torch.arange(config.block_size).float())
+            # Made on the CPU wherever the model is made: an outline's would import the compiler.
+            cos, sin = rope_factors(config, torch.arange(config.block_size, device="cpu").float())
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -206,7 +255,7 @@ class LanguageModel(nn.Module):
         self.final_norm = NORMS[config.norm](config)
         self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
-            self.head = Linear(config.n_embd, vocab_size, bias=False)
+            self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
         init_weights(self)
 
     def forward(
@@ -277,30 +326,39 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def init_weights(model: LanguageModel) -> None:
-    """Initialise all parameters as GPT-2 does [Radford et al. 2019, section 2.3].
+def outline(config: ModelConfig, vocab_size: int) -> LanguageModel:
+    """A model whose parameters have shapes but no memory, for counting what the real one has and needs."""
+    with shapes_only():
+        return LanguageModel(config, vocab_size)
 
-    | parameter                                  | distribution                        |
+
+def init_weights(model: LanguageModel) -> None:
+    """Initialise the parameters that have a role as GPT-2 does [Radford et al. 2019, section 2.3].
+
+    | role (utils/nn/roles.py)                   | distribution                        |
     |--------------------------------------------|-------------------------------------|
-    | token and position embeddings              | normal(0, 0.02)                     |
-    | linear weights, an untied head             | normal(0, 0.02)                     |
-    | projections into the residual stream       | normal(0, 0.02 / sqrt(2 n_layer))   |
-    | these and an untied head with zero_init    | 0                                   |
-    | n-gram embeddings                          | 0                                   |
-    | biases                                     | 0                                   |
-    | norm weights                               | 1                                   |
+    | embedding                                  | normal(0, 0.02)                     |
+    | matrix, head                               | normal(0, 0.02)                     |
+    | residual projection                        | normal(0, 0.02 / sqrt(2 n_layer))   |
+    | with zero_init: this and head              | 0                                   |
+    | zero embedding                             | 0                                   |
+    | bias                                       | 0                                   |
+    | scale                                      | 1                                   |
+
+    A parameter without a role keeps the initialisation of its own module.
     """
-    residual_std = 0.02 / math.sqrt(2 * model.config.n_layer)
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            into_residual = name.endswith(".proj")
-            if model.config.zero_init and (into_residual or name == "head"):
-                nn.init.zeros_(module.weight)
-            else:
-                nn.init.normal_(module.weight, std=residual_std if into_residual else 0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.0 if "ngram" in name else 0.02)
-        elif isinstance(module, LayerNorm | RMSNorm):
-            module.reset_parameters()
+    deviations = {
+        "embedding": 0.02,
+        "matrix": 0.02,
+        "head": 0.02,
+        "residual projection": 0.02 / math.sqrt(2 * model.config.n_layer),
+        "zero embedding": 0.0,  # drawn all the same: skipping it would change every other number of a seed
+    }
+    zeros = {"bias", "residual projection", "head"} if model.config.zero_init else {"bias"}
+    for parameter, role in declared_roles(model).items():
+        if role.name == "scale":
+            nn.init.ones_(parameter)
+        elif role.name in zeros:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=deviations[role.name])

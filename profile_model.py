@@ -1,4 +1,4 @@
-"""Where does the time of a training step go, and how far is it from what this machine can do?
+"""Where does the time of a training step go, and how close does it come to what this machine can do?
 
 python profile_model.py                          # the merged configuration, as train.py would run it
 python profile_model.py --n-embd 256 --steps 20
@@ -7,218 +7,211 @@ python profile_model.py --sweep                  # instead: a table of steps by 
 python profile_model.py --lr-range               # instead: which learning rate? (--out: lr_range.json and .png)
 python profile_model.py --compare before/ after/ # two profiles side by side: folders, files or run directories
 
-`train.py --profile-step N` profiles a step of a real run into its artifacts/profile/.
+`train.py --profile-step N` profiles one step of a real run into its artifacts/profile/.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import math
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from utils.config.loader import LoadedConfig, flag_name
 from utils.errors import UserError
-from utils.profiling.picture import draw_profile
-from utils.profiling.record import Profile, read_profile, save_profile
-from utils.profiling.tables import comparison_tables, profile_tables
-from utils.runs.log import LogWriter
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
-from utils.terminal.console import Terminal
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, numbers, parse_experiment, script
 
-if TYPE_CHECKING:
-    from utils.profiling.measure import Step, StepTimes
+if TYPE_CHECKING:  # arguments are parsed before torch is imported
+    from utils.terminal.console import Terminal
     from utils.training.setup import Setup
-    from utils.training.state import TrainState
-
-OF_MODE = {  # flag -> the mode that it belongs to
-    "batch_sizes": "sweep",
-    "block_sizes": "sweep",
-    "lr_min": "lr_range",
-    "lr_max": "lr_range",
-    "lr_steps": "lr_range",
-}
-
-
-def add_own_flags(parser: Parser) -> None:
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of each measurement (default: 20)")
-    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
-    parser.add_argument("--top", type=int, default=12, metavar="N", help="operators shown by name (default: 12)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write profile.json, profile.png and trace.json there")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side")
-    mode.add_argument("--sweep", action="store_true", help="show what a step costs by batch and block size")
-    mode.add_argument("--lr-range", action="store_true", help="train with rising learning rates and suggest one")
-    parser.add_argument("--batch-sizes", metavar="A,B", help="of --sweep (default: 1/4 to 4 times batch_size)")
-    parser.add_argument("--block-sizes", metavar="A,B", help="of --sweep (default: 1/2 to 2 times block_size)")
-    parser.add_argument("--lr-min", type=float, metavar="X", help="of --lr-range (default: 1e-5)")
-    parser.add_argument("--lr-max", type=float, metavar="X", help="of --lr-range (default: 1)")
-    parser.add_argument("--lr-steps", type=int, metavar="N", help="of --lr-range: rates between them (default: 100)")
 
 
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="profile_model.py", description=__doc__)
-    add_own_flags(parser)
+    add_flags(parser)
     parsed = parse_experiment(argv, parser)
-    for name, least in (("steps", 1), ("warmup", 0), ("top", 1)):
-        if getattr(parsed.own, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(parsed.own, name)}")
-    for name, of in OF_MODE.items():
-        if getattr(parsed.own, name) is not None and not getattr(parsed.own, of):
-            raise UserError(f"--{name.replace('_', '-')} belongs to --{of.replace('_', '-')}")
-    if parsed.own.compare:
-        return compare(parsed)
-    if parsed.own.sweep:
-        return sweep(parsed)
-    if parsed.own.lr_range:
-        return lr_range(parsed)
-    return profile(parsed)
-
-
-def compare(parsed: ExperimentArguments) -> int:
-    """Print two saved profiles side by side."""
-    args = parsed.own
-    if parsed.files or parsed.overrides or args.out:
-        raise UserError("--compare reads two saved profiles: it takes no settings and no --out")
-    a, b = map(read_profile, args.compare)
-    Terminal().print(*comparison_tables(a, b, [str(path) for path in args.compare], args.top))
+    mode = next((name for name in MODES if name in parsed.own), "profile")
+    MODES[mode](**arguments_of(mode, parsed))
     return 0
 
 
-def make_out(folder: Path | None) -> None:
-    """
-    Raises:
-        UserError: the folder of --out cannot be made.
-    """
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be made: {error.strerror}") from None
+# ------------------------------------------------------------------------------------------------- the modes
 
 
-def sweep(parsed: ExperimentArguments) -> int:
-    """What a step costs by batch and block size."""
-    args, loaded = parsed.own, parsed.load()
-    from utils.profiling.shapes import report_sweep
-    from utils.training.setup import check_gates
+def profile(loaded: LoadedConfig, *, steps: int = 20, warmup: int = 5, top: int = 12, out: Path | None = None) -> None:
+    """Measure the training step and the generation of a configuration."""
+    from utils.machine.device import torch_settings
+    from utils.profiling.assemble import profile_training
+    from utils.profiling.measure import read_trace
+    from utils.profiling.picture import draw_profile
+    from utils.profiling.record import save_profile
+    from utils.profiling.tables import profile_tables
 
-    terminal = Terminal()
-    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
-    make_out(args.out)
-    sizes = (args.batch_sizes, args.block_sizes)
-    report_sweep(setup, *sizes, steps=args.steps, warmup=args.warmup, out=args.out, terminal=terminal)
-    return 0
+    setup, terminal = prepare(loaded, out)
+    with torch_settings(setup.config.train, setup.device):
+        measured, times = profile_training(setup, steps, warmup, terminal)
+    terminal.print(*profile_tables(measured, top))
+    write(out, lambda folder: save_profile(folder, measured, read_trace(times.profiler), draw_profile), terminal)
 
 
-def lr_range(parsed: ExperimentArguments) -> int:
-    """The learning-rate range test of a configuration: its curve, a suggestion, and both in files with --out."""
-    args, loaded = parsed.own, parsed.load()
-    low = 1e-5 if args.lr_min is None else args.lr_min
-    high = 1.0 if args.lr_max is None else args.lr_max
-    steps = 100 if args.lr_steps is None else args.lr_steps
+def sweep(
+    loaded: LoadedConfig,
+    *,
+    batch_sizes: str | None = None,
+    block_sizes: str | None = None,
+    steps: int = 20,
+    warmup: int = 5,
+    out: Path | None = None,
+) -> None:
+    """Measure training steps of several batch and block sizes."""
+    from utils.machine.device import torch_settings
+    from utils.profiling.shapes import default_batch_sizes, default_block_sizes, save_sweep, sweep_shapes, sweep_table
+
+    batches = numbers(batch_sizes, "--batch-sizes", int, 1) if batch_sizes is not None else None
+    blocks = numbers(block_sizes, "--block-sizes", int, 1) if block_sizes is not None else None
+    setup, terminal = prepare(loaded, out)
+    batches, blocks = batches or default_batch_sizes(setup.config), blocks or default_block_sizes(setup.config)
+    with torch_settings(setup.config.train, setup.device):
+        timings = sweep_shapes(setup, batches, blocks, steps, warmup, terminal)
+    dtype = str(setup.dtype).removeprefix("torch.")
+    terminal.print(sweep_table(timings), f"{setup.device}, {dtype}; medians over {steps} steps")
+    terminal.print("GFLOP/s counts the operations that the matrix products need.")
+    write(out, lambda folder: save_sweep(timings, folder), terminal)
+
+
+def lr_range(
+    loaded: LoadedConfig,
+    *,
+    lr_min: float = 1e-5,
+    lr_max: float = 1.0,
+    lr_steps: int = 100,
+    out: Path | None = None,
+) -> None:
+    """Run the learning-rate range test of a configuration: its curve and a suggestion."""
     from utils.machine.device import torch_settings
     from utils.training.lr_range import LEAST_STEPS, lr_range_test, report, save
-    from utils.training.setup import check_gates
     from utils.training.state import build_state
 
-    if not 0 < low < high < math.inf:
-        raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {low:g} and {high:g}")
-    if steps < LEAST_STEPS:
-        raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {steps}")
-    terminal = Terminal()
-    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
-    make_out(args.out)
+    if not 0 < lr_min < lr_max < math.inf:
+        raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {lr_min:g} and {lr_max:g}")
+    if lr_steps < LEAST_STEPS:
+        raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {lr_steps}")
+    setup, terminal = prepare(loaded, out)
     with torch_settings(setup.config.train, setup.device):
         state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
-        result = lr_range_test(state, low, high, steps)
+        result = lr_range_test(state, lr_min, lr_max, lr_steps)
     report(result, terminal)
-    if args.out is not None:
-        try:
-            terminal.print(f"written: {', '.join(map(str, save(result, args.out)))}")
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
-    return 0
+    write(out, lambda folder: save(result, folder), terminal)
 
 
-def profile(parsed: ExperimentArguments) -> int:
-    """Measure the configuration's training step and its generation, print them, and write them to --out."""
-    args, loaded = parsed.own, parsed.load()
-    from utils.machine.device import torch_settings
-    from utils.profiling.measure import read_trace
+def show_comparison(*, compare: Sequence[Path], top: int = 12) -> None:
+    """Print two saved profiles side by side."""
+    from utils.profiling.record import read_profile
+    from utils.profiling.tables import comparison_tables
+    from utils.terminal.console import Terminal
+
+    a, b = map(read_profile, compare)
+    Terminal().print(*comparison_tables(a, b, [str(path) for path in compare], top))
+
+
+# What a mode takes from the command line are the parameters of its function; --sweep chooses "sweep", and so on.
+MODES: dict[str, Callable[..., None]] = {
+    "profile": profile,
+    "sweep": sweep,
+    "lr_range": lr_range,
+    "compare": show_comparison,
+}
+
+
+def prepare(loaded: LoadedConfig, out: Path | None) -> tuple[Setup, Terminal]:
+    """Check corpus and device, make the folder of --out, and open the terminal.
+
+    Raises:
+        UserError: a check fails, or the folder cannot be made.
+    """
+    from utils.terminal.console import Terminal
     from utils.training.setup import check_gates
 
     terminal = Terminal()
     setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
-    make_out(args.out)
-    with torch_settings(setup.config.train, setup.device):
-        measured, times = measure(setup, args, terminal)
-    terminal.print(*profile_tables(measured, args.top))
-    if args.out is not None:
+    if out is not None:
         try:
-            written = save_profile(args.out, measured, read_trace(times.profiler), draw_profile)
+            out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be written: {error.strerror or error}") from None
-        terminal.print(f"\nwritten: {', '.join(map(str, written))}")
-    return 0
+            raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
+    return setup, terminal
 
 
-def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple[Profile, StepTimes]:
-    """The profile of a training state that is made for it."""
-    from utils.machine.device import memory_in_use
-    from utils.profiling.assemble import build_profile, limits_of
-    from utils.profiling.decoding import measure_generation
-    from utils.profiling.measure import measure_steps
-    from utils.profiling.memory import activation_phase, peak, reset_peak
-    from utils.training.phases import no_phase
-    from utils.training.state import build_state
+def write(out: Path | None, save: Callable[[Path], Sequence[Path]], terminal: Terminal) -> None:
+    """With --out, save the result there and print the paths that `save` returns.
 
-    device, before = setup.device, memory_in_use(setup.device)
-    state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
-    with tempfile.TemporaryDirectory() as folder:
-        step = training_step(state, LogWriter(Path(folder) / "metrics.jsonl"))
-        activations = activation_phase(state)
-        step(no_phase)
-        can_tell = reset_peak(device)
-        step(activations or no_phase)
-        highest = peak(device) - before if can_tell else None
-        times = measure_steps(step, device, steps=args.steps, warmup=args.warmup)
-    measured = build_profile(
-        state,
-        times,
-        limits_of(state),
-        activations=activations.bytes if activations else None,
-        peak=highest,
-        generation=measure_generation(state.model),
-    )
-    return measured, times
+    Raises:
+        UserError: it cannot be written.
+    """
+    if out is not None:
+        try:
+            written = save(out)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        terminal.print("", f"written: {', '.join(map(str, written))}")
 
 
-def training_step(state: TrainState, writer: LogWriter) -> Step:
-    """The training loop's own update, in named phases; every step is flushed to the log."""
-    from utils.optim.groups import apply_schedules
-    from utils.training.phases import Phase
-    from utils.training.step import clip_gradients, forward_backward, optimizer_step
-    from utils.training.step_buffer import StepBuffer
+# -------------------------------------------------------------------------------------------- the command line
 
-    tracking = state.config.tracking
-    buffer = StepBuffer(writer, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)
 
-    def step(phase: Phase) -> None:
-        loss = forward_backward(state, phase)
-        with phase("optimizer"):
-            lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
-            grad_norms = clip_gradients(state)
-            optimizer_step(state)
-        with phase("logging"):
-            buffer.add(state.step - 1, loss, grad_norms, lr)
-            buffer.flush()
+def add_flags(parser: Parser) -> None:
+    """The modes, of which at most one can be given, and their flags; a flag that is not given leaves no attribute."""
+    group = parser.add_argument_group("modes", "at most one of them; without one, the training step is profiled")
+    mode = functools.partial(group.add_mutually_exclusive_group().add_argument, default=argparse.SUPPRESS)
+    mode("--sweep", action="store_true", help="time steps of several batch and block sizes")
+    mode("--lr-range", action="store_true", help="train with rising learning rates and suggest one")
+    mode("--compare", type=Path, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side")
+    flag = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    flag("--steps", type=at_least(1), metavar="N", help="steps of each measurement (default: 20)")
+    flag("--warmup", type=at_least(0), metavar="N", help="steps before them (default: 5)")
+    flag("--top", type=at_least(1), metavar="N", help="operators shown by name (default: 12)")
+    flag("--out", type=Path, metavar="DIR", help="also write the result there: JSON, picture, trace")
+    flag("--batch-sizes", metavar="A,B", help="with --sweep (default: 1/4 to 4 times batch_size)")
+    flag("--block-sizes", metavar="A,B", help="with --sweep (default: 1/2 to 2 times block_size)")
+    flag("--lr-min", type=float, metavar="X", help="with --lr-range: the first learning rate (default: 1e-5)")
+    flag("--lr-max", type=float, metavar="X", help="with --lr-range: the last one (default: 1)")
+    flag("--lr-steps", type=int, metavar="N", help="with --lr-range: steps from one to the other (default: 100)")
 
-    state.model.train()
-    return step
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag whose number must not be smaller than `least`."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    number.__name__ = "whole number"  # argparse: "invalid whole number value"
+    return number
+
+
+def arguments_of(mode: str, parsed: ExperimentArguments) -> dict[str, Any]:
+    """What the command line gives to a mode, by the parameters of its function.
+
+    Raises:
+        UserError: a flag or setting that the mode does not take, or a mistake in the configuration.
+    """
+    taken = {name: inspect.signature(run).parameters for name, run in MODES.items()}
+    given = {name: value for name, value in vars(parsed.own).items() if any(name in names for names in taken.values())}
+    for name in given:
+        if name not in taken[mode]:
+            owners = [flag_name(of) if of != "profile" else "a profile" for of, names in taken.items() if name in names]
+            raise UserError(f"{flag_name(name)} belongs to {' or '.join(owners)}")
+    if "loaded" in taken[mode]:
+        return {**given, "loaded": parsed.load()}
+    if parsed.files or parsed.overrides or parsed.own.config_dir:
+        raise UserError(f"{flag_name(mode)} takes no settings")
+    return given
 
 
 if __name__ == "__main__":

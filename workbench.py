@@ -73,13 +73,14 @@ from utils.runs.find import find_export, resolve_run
 from utils.runs.index import read_index, read_run
 from utils.runs.log import METRICS_FILE, read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments
+from utils.terminal.cli import PROJECT_ROOT
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
     from model import LanguageModel
     from tokenizer import CharTokenizer
     from utils.inference.generator import Generator, Request
     from utils.inference.sampling import SamplingOptions
+    from utils.runs.origin import Origin
     from utils.training.callbacks import Callback, TrainingRun
     from utils.training.result import TrainResult
 
@@ -173,13 +174,14 @@ def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **setting
     >>> resume("stopped", quiet=True).steps
     20
     """
-    from train import resume as resume_run
     from utils.runs.origin import find_origin
+    from utils.training.launch import config_of_resume
 
     for key in settings.keys() - FIELDS.keys():
         raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
     origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict)
-    return resume_run(origin, ExperimentArguments(ConfigLoader(PROJECT_ROOT), overrides=settings), quiet=quiet)
+    loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=settings)
+    return _train(loaded, quiet=quiet, origin=origin)
 
 
 class Trainer:
@@ -225,10 +227,10 @@ def _load(config: Settings | None, settings: Mapping[str, Any], base: LoadedConf
     return loader.load_code(settings, base)
 
 
-def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False) -> TrainResult:
+def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False, origin: Origin | None = None) -> TrainResult:
     from train import train as train_run
 
-    return train_run(loaded, quiet=quiet, root=PROJECT_ROOT, strict=strict)
+    return train_run(loaded, origin=origin, quiet=quiet, root=PROJECT_ROOT, strict=strict)
 
 
 # ------------------------------------------------------------------------------------------------ runs

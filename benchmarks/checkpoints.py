@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from rich.table import Table
@@ -104,8 +104,8 @@ def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], f
     clock: dict[int, float] = {}
     optimizer_step = training.optimizer_step
 
-    def timed_step(state: TrainState) -> None:
-        optimizer_step(state)
+    def timed_step(state: TrainState, *grad_norms: Any) -> None:
+        optimizer_step(state, *grad_norms)
         clock[state.step] = time.perf_counter()
 
     overrides: dict[str, str | bool] = {

@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import common
+from model import outline
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
 from utils.files import write_atomic
@@ -30,7 +31,7 @@ from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12}
-AXES = {  # setting -> the values that it takes while the others stay
+VARIED = {  # setting -> the values that it takes while the others stay
     "batch_size": (1, 3, 6, 12, 24, 48, 96),
     "block_size": (16, 32, 64, 128, 256),
     "n_embd": (32, 64, 128, 256, 512),
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
 
 def shapes() -> dict[str, dict[int, Shape]]:
     """axis -> value -> shape; the base stands on every axis."""
-    return {axis: {value: tuple((BASE | {axis: value}).items()) for value in AXES[axis]} for axis in AXES}
+    return {axis: {value: tuple((BASE | {axis: value}).items()) for value in VARIED[axis]} for axis in VARIED}
 
 
 def load(files: Sequence[Path], folder: Path, shape: Shape) -> LoadedConfig:
@@ -123,7 +124,7 @@ def measure(
     medians = {shape: statistics.median(times[name]) for shape, name in names.items()}
     vocab_size = setup.corpus.tokenizer.vocab_size
     gflop = {
-        shape: training_flops(config.model, vocab_size, config.train.sequences) / 1e9
+        shape: training_flops(outline(config.model, vocab_size), config.train.sequences, config.model.block_size) / 1e9
         for shape, config in configs.items()
     }
     return points_of(medians, gflop), gflops

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -99,24 +98,22 @@ def timed_training(argv: Sequence[str]) -> int:
     """train.py's main, which prints the clock when the loop begins and after every update."""
     import train  # without torch: it is imported when training is prepared
 
-    build_feeders = train.build_feeders  # the last thing before the loop
-    with ExitStack() as patches:
+    training_loop = train.training_loop
 
-        def prepared(*arguments: Any) -> Any:
-            feeders = build_feeders(*arguments)
-            from utils.training import step as training
+    def timed_loop(*arguments: Any) -> None:
+        from utils.training import step
 
-            optimizer_step = training.optimizer_step
+        optimizer_step = step.optimizer_step
 
-            def stepped(state: Any) -> None:
-                optimizer_step(state)
-                print(MARK, time.time(), flush=True)
-
-            patches.enter_context(patch.object(training, "optimizer_step", stepped))
+        def stepped(*arguments: Any) -> None:
+            optimizer_step(*arguments)
             print(MARK, time.time(), flush=True)
-            return feeders
 
-        patches.enter_context(patch.object(train, "build_feeders", prepared))
+        print(MARK, time.time(), flush=True)
+        with patch.object(step, "optimizer_step", stepped):
+            training_loop(*arguments)
+
+    with patch.object(train, "training_loop", timed_loop):
         return train.main(argv)
 
 

@@ -268,20 +268,31 @@ def timed_closing(loaded: LoadedConfig) -> tuple[float, int]:
     """
     import train
     from utils.tracking.feeder import Feeders
-    from utils.training import finish
+    from utils.training.session import Session
 
-    close_run = finish.close_run
+    write_status, finish = Session.write_status, Feeders.finish
+    began: list[float] = []
     taken: list[float] = []
     lacking: list[int] = []
 
-    def timed(run: Any, log: Any, feeders: Feeders, *arguments: Any) -> Any:
-        lacking.append(sum(feeder.backlog_bytes() for feeder in feeders.feeders))
-        began = time.perf_counter()
-        summary = close_run(run, log, feeders, *arguments)
-        taken.append(time.perf_counter() - began)
-        return summary
+    def before(self: Session) -> None:
+        began.append(time.perf_counter())
+        write_status(self)
 
-    with patch.object(finish, "close_run", timed):
+    def closed(self: Feeders, *arguments: Any) -> None:
+        finish(self, *arguments)
+        taken.append(time.perf_counter() - began[0])
+
+    def lifted(self: Feeders) -> None:
+        lacking.append(sum(feeder.backlog_bytes() for feeder in self.feeders))
+        lift_budget(self)
+
+    lift_budget = Feeders.lift_budget
+    with (
+        patch.object(Session, "write_status", before),
+        patch.object(Feeders, "lift_budget", lifted),
+        patch.object(Feeders, "finish", closed),
+    ):
         result = train.train(loaded, quiet=True)
     check(result.run_dir, result.status)
     return taken[0], lacking[0]

@@ -53,6 +53,7 @@ from benchmarks.training_arms import (
     Result,
     Task,
 )
+from model import outline
 from utils.config.settings import Config, ModelConfig
 from utils.errors import UserError
 from utils.files import write_json
@@ -299,7 +300,7 @@ def report(config: Config, measured: Mapping[str, Sequence[tuple[Result, float]]
 def gflop(config: Config, arm: str) -> float:
     """What the matrix products of a step of this arm need, in 1e9 operations."""
     model = config.model if arm in (TRACKED, UNTRACKED) else gpt2_form(config.model)
-    return training_flops(model, len(common.ALPHABET), config.train.sequences) / 1e9
+    return training_flops(outline(model, len(common.ALPHABET)), config.train.sequences, model.block_size) / 1e9
 
 
 if __name__ == "__main__":

@@ -126,10 +126,10 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
     clock = StepClock(task, views_are_open if tracking else lambda: None)
     optimizer_step = training.optimizer_step
 
-    def timed_step(state: TrainState) -> None:
+    def timed_step(state: TrainState, *grad_norms: torch.Tensor) -> None:
         nonlocal parameters
         parameters = parameters or state.model.num_parameters()
-        optimizer_step(state)
+        optimizer_step(state, *grad_norms)
         clock.step_done()
 
     overrides: dict[str, str | bool] = {

@@ -42,7 +42,9 @@ def kill_at(moment: str, step: int) -> None:
         sample = data.BatchSampler.train_batch
         data.BatchSampler.train_batch = after(sample, lambda _, at, micro=0, *rest: (at, micro) == (step, 1))  # type: ignore[method-assign]
     elif moment == "evaluation":
-        training.evaluate = after(training.evaluate, lambda state, *_: state.step == step)
+        from utils.training import session
+
+        session.evaluate = after(session.evaluate, lambda state, *_: state.step == step)
     elif moment == "checkpoint":
         write = utils.checkpoints.files.write_tensors
         name = f".step_{step:06d}.tmp"
@@ -50,10 +52,10 @@ def kill_at(moment: str, step: int) -> None:
     elif moment == "pointer":
         import utils.training.checkpointer
 
-        prune = utils.checkpoints.choose.prune
-        utils.checkpoints.choose.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
+        prune = utils.training.checkpointer.prune
+        utils.training.checkpointer.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
     elif moment == "step":
-        training.optimizer_step = after(training.optimizer_step, lambda state: state.step == step)
+        training.optimizer_step = after(training.optimizer_step, lambda state, *_: state.step == step)
     elif moment == "fed":
         wait_until_fed(step)
     else:
@@ -72,8 +74,8 @@ def wait_until_fed(step: int) -> None:
         feeders[:] = self.feeders
         start(self)
 
-    def hold(state: training.TrainState) -> None:
-        optimizer_step(state)
+    def hold(state: training.TrainState, *grad_norms: Any) -> None:
+        optimizer_step(state, *grad_norms)
         deadline = time.monotonic() + 60
         while state.step == step and time.monotonic() < deadline:
             noted = [feeder.logs_dir / f"fed_{feeder.view.name}.json" for feeder in feeders]

@@ -48,7 +48,7 @@ from benchmarks.training_arms import (
 from model import LanguageModel
 from utils.config.settings import Config, ModelConfig, OptimizerConfig
 from utils.errors import UserError
-from utils.machine import limits as roofline
+from utils.machine import limits
 from utils.runs.log import read_metrics
 from utils.training import step as training
 
@@ -434,8 +434,8 @@ def test_predictions_grow_with_the_operations_from_the_base() -> None:
     shapes = [shape for of_axis in scaling.shapes().values() for shape in of_axis.values()]
     gflop = {shape: 2.0 * dict(shape)["n_layer"] for shape in shapes}
     points = scaling.points_of(dict.fromkeys(shapes, 80.0), gflop)
-    assert {axis: [p.value for p in points if p.axis == axis] for axis in scaling.AXES} == {
-        axis: list(values) for axis, values in scaling.AXES.items()
+    assert {axis: [p.value for p in points if p.axis == axis] for axis in scaling.VARIED} == {
+        axis: list(values) for axis, values in scaling.VARIED.items()
     }
     assert [p.predicted_ms for p in points if p.axis == "n_layer"] == [20.0, 40.0, 80.0, 160.0, 320.0]
     assert {p.predicted_ms for p in points if p.axis != "n_layer"} == {80.0}
@@ -446,8 +446,8 @@ def test_scaling_prints_a_table_and_draws_it(
 ) -> None:
     base = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 4, "batch_size": 2}
     monkeypatch.setattr(scaling, "BASE", base)
-    monkeypatch.setattr(scaling, "AXES", {axis: (base[axis], 2 * base[axis]) for axis in scaling.AXES})
-    monkeypatch.setitem(roofline.GEMM_SIZES, "cpu", (64,))
+    monkeypatch.setattr(scaling, "VARIED", {axis: (base[axis], 2 * base[axis]) for axis in scaling.VARIED})
+    monkeypatch.setitem(limits.GEMM_SIZES, "cpu", (64,))
     out = tmp_path / "scaling.png"
     assert scaling.main(["--repeats", "1", "--steps", "1", "--warmup", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -195,10 +195,10 @@ def test_an_exception_ends_in_its_status_with_complete_logs(
 ) -> None:
     optimizer_step = utils.training.step.optimizer_step
 
-    def fail(state: utils.training.step.TrainState) -> None:
+    def fail(state: utils.training.step.TrainState, *grad_norms: torch.Tensor) -> None:
         if state.step == 4:
             raise error
-        optimizer_step(state)
+        optimizer_step(state, *grad_norms)
 
     monkeypatch.setattr(utils.training.step, "optimizer_step", fail)
     config = tiny_config(tiny_argv())

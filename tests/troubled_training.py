@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,8 +34,8 @@ def pause_at(step: int) -> None:
         feeders[:] = self.feeders
         start(self)
 
-    def hold(state: training.TrainState) -> None:
-        optimizer_step(state)
+    def hold(state: training.TrainState, *grad_norms: Any) -> None:
+        optimizer_step(state, *grad_norms)
         if state.step != step:
             return
         deadline = time.monotonic() + WAIT_SECONDS

@@ -88,16 +88,34 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_the_deadline_is_near_when_another_step_and_the_reserve_do_not_fit(clock: list[float]) -> None:
     deadline = Deadline(minutes=1.0)
-    clock[0] += 10  # a slow start is no step
+    clock[0] += 10  # a slow start is not a step
+    deadline.step_done()
     assert not deadline.is_near(reserve=49)
     clock[0] += 20  # a step of 20 s: 30 s are left
+    deadline.step_done()
     assert not deadline.is_near(reserve=9)
     assert deadline.is_near(reserve=11)
     assert deadline.seconds_left == 30
+    clock[0] += 5  # a shorter step: the longest one counts
+    deadline.step_done()
+    assert not deadline.is_near(reserve=4)
+    assert deadline.is_near(reserve=6)
+
+
+def test_asking_whether_the_deadline_is_near_changes_no_later_answer(clock: list[float]) -> None:
+    deadline = Deadline(minutes=1.0)
+    deadline.step_done()
+    clock[0] += 10
+    assert not deadline.is_near(reserve=0)
+    clock[0] += 10  # what the loop does now takes 20 s already, and may do so again: 20 s are left after that
+    assert not deadline.is_near(reserve=19)
+    assert deadline.is_near(reserve=21)
 
 
 def test_without_a_limit_no_deadline_is_near(clock: list[float]) -> None:
     deadline = Deadline(None)
+    deadline.step_done()
     clock[0] += 1e9
+    deadline.step_done()
     assert not deadline.is_near(reserve=1e9)
     assert deadline.seconds_left is None

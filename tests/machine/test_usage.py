@@ -14,7 +14,7 @@ import torch
 
 import train
 from benchmarks.run_equality import differences
-from utils.machine import usage as system_metrics
+from utils.machine import usage
 from utils.machine.usage import GIB, MIB, SystemSampler
 from utils.runs.log import read_records
 from utils.runs.metrics import metric
@@ -37,7 +37,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(system_metrics, "time", clock)
+    monkeypatch.setattr(usage, "time", clock)
     return clock
 
 

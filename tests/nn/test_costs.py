@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import LanguageModel
+from model import LanguageModel, outline
 from utils.config.settings import ModelConfig
 from utils.nn import linear
-from utils.nn.costs import forward_flops, parameter_count, training_flops
+from utils.nn.costs import MixesTokens, forward_flops, training_flops
 
 VARIANTS = [
     {},
@@ -33,16 +36,36 @@ def test_a_forward_pass_is_what_torch_counts(config: ModelConfig, monkeypatch: p
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(idx)
     T = config.block_size  # the kernel computes all T keys of each query
-    assert counter.get_total_flops() == forward_flops(config, 11, tokens=3 * T, context=T)
+    assert counter.get_total_flops() == forward_flops(model, tokens=3 * T, context=T)
 
 
 def test_training_costs_three_forward_passes_over_the_lower_triangle() -> None:
-    config = SHAPES[0]
-    T = config.block_size
-    assert training_flops(config, 11, 3) == 3 * forward_flops(config, 11, 3 * T, (T + 1) / 2)
+    model, T = LanguageModel(SHAPES[0], 11), SHAPES[0].block_size
+    assert training_flops(model, 3, T) == 3 * forward_flops(model, 3 * T, (T + 1) / 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parameters_are_those_of_the_model(variant: dict[str, Any]) -> None:
+def test_an_outline_has_the_shapes_of_the_model_but_no_numbers(variant: dict[str, Any]) -> None:
     config = ModelConfig(n_layer=3, n_head=2, n_embd=12, block_size=7, **variant)
-    assert parameter_count(config, 11) == LanguageModel(config, vocab_size=11).num_parameters()
+    model, random_state = LanguageModel(config, vocab_size=11), torch.get_rng_state()
+    shapes = outline(config, vocab_size=11)
+    assert [(n, p.shape) for n, p in shapes.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    assert all(parameter.is_meta for parameter in shapes.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert training_flops(shapes, 2, 7) == training_flops(model, 2, 7)
+
+
+def test_an_outline_does_not_import_the_compiler() -> None:
+    code = "import sys; from model import outline; from utils.config.settings import ModelConfig as C\n"
+    code += "for p in ('learned', 'rope'): outline(C(position=p), 65)\nassert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_layers_that_declare_nothing_count_as_their_matrices() -> None:
+    model = LanguageModel(SHAPES[0], 11)
+    F, C, L = 4 * 32, 32, 2
+    before = forward_flops(model, 1, 0)
+    for block in model.blocks:
+        block.mlp = torch.nn.Sequential(torch.nn.Linear(C, 10), torch.nn.ReLU(), torch.nn.Linear(10, C))
+    assert forward_flops(model, 1, 0) == before - 2 * L * 2 * C * (F - 10)
+    assert [isinstance(part, MixesTokens) for part in model.blocks[0].children()] == [False, True, False, False]

@@ -1,11 +1,12 @@
-"""A lean module: the same numbers from the same tensors."""
+"""Plain objects in place of modules: the same numbers from the same tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from model import LanguageModel
+from model import MLP, LanguageModel
 from tests.test_model import config_of, every_variant, lively_model, random_tokens
 from utils.inference.quantization import with_weights
 from utils.nn.lean import lean
@@ -51,10 +52,59 @@ def test_gradients_are_those_of_the_model(variant: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_module_with_hooks_in_it_stays_as_it_is() -> None:
+@every_variant
+def test_of_our_models_no_module_is_left(variant: str) -> None:
+    def modules_in(value: object) -> list[nn.Module]:
+        if isinstance(value, nn.Module):
+            return [value]
+        parts = value if isinstance(value, list) else [v for k, v in vars(value).items() if k != "_modules"]
+        return [
+            found for part in parts if isinstance(part, list) or hasattr(part, "__dict__") for found in modules_in(part)
+        ]
+
+    for model in (lively_model(config_of(variant)), with_weights(lively_model(config_of(variant)), "int8")):
+        assert modules_in(lean(model)) == []
+
+
+def test_a_part_with_a_hook_stays_a_module() -> None:
     model, shapes = LanguageModel(config_of("gpt2"), 17), []
     handle = model.blocks[0].mlp.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
-    lean(model)(random_tokens(1, 9))
+    plain = lean(model)
+    plain(random_tokens(1, 9))
     assert shapes == [(1, 9, 16)]
+    assert plain.blocks[0].mlp is model.blocks[0].mlp
+    assert plain.blocks[1].mlp is not model.blocks[1].mlp
     handle.remove()
-    assert lean(model) is not model
+    assert lean(model).blocks[0].mlp is not model.blocks[0].mlp
+
+
+def test_a_part_whose_forward_was_replaced_stays_a_module() -> None:
+    model, idx = lively_model(config_of("gpt2")), random_tokens(1, 9)
+    model.blocks[0].mlp.forward = torch.zeros_like
+    assert lean(model).blocks[0].mlp is model.blocks[0].mlp
+    assert torch.equal(lean(model)(idx)[0], model(idx)[0])
+
+
+class Louder(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Louder(config_of("gpt2")), nn.Sequential(nn.Linear(16, 3), nn.Dropout(0.5), nn.Linear(3, 16)), nn.Linear(16, 16)],
+    ids=lambda other: type(other).__name__,
+)
+def test_a_module_of_an_unknown_class_is_called_as_a_module(other: nn.Module) -> None:
+    model, idx = lively_model(config_of("gpt2")), random_tokens(1, 9)
+    model.blocks[1].mlp = other.eval()
+    assert lean(model).blocks[1].mlp is other
+    assert torch.equal(lean(model)(idx)[0], model(idx)[0])
+
+
+def test_a_subclass_of_the_model_stays_as_it_is() -> None:
+    class Mine(LanguageModel):
+        pass
+
+    model = Mine(config_of("gpt2"), 17)
+    assert lean(model) is model

@@ -11,8 +11,8 @@ import torch
 
 from model import LanguageModel
 from utils.config.settings import ModelConfig, OptimizerConfig
-from utils.optim.groups import apply_schedules, build_optimizer, set_learning_rate
-from utils.optim.schedules import learning_rate_at, momentum_at, weight_decay_at
+from utils.optim.groups import build_optimizer
+from utils.optim.schedules import apply_schedules, learning_rate_at, momentum_at, set_learning_rate, weight_decay_at
 
 
 def rate(step: int, max_iters: int = 20, **settings: Any) -> float:

@@ -90,6 +90,16 @@ def test_blocks_of_a_parameter_are_made_orthogonal_each_alone() -> None:
     torch.testing.assert_close(fused.detach(), torch.cat([part.detach() for part in parts]), rtol=1e-5, atol=1e-6)
 
 
+def test_a_parameter_of_three_dimensions_is_a_matrix_of_its_first_and_all_others() -> None:
+    cube, matrix = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 2, 3), (8, 6)))
+    matrix.grad = matrices(1, 8, 6)[0]
+    cube.grad = matrix.grad.view(8, 2, 3)
+    for weight in (cube, matrix):
+        Muon([{"params": [weight], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "blocks": [[8]]}]).step()
+    assert torch.equal(cube.view(8, 6), matrix)
+    assert cube.any()
+
+
 def test_updates_are_as_large_as_those_of_adamw() -> None:
     """A root mean square of about 0.2 for each number, whatever the shape."""
     for shape in ((16, 16), (16, 64), (64, 16)):

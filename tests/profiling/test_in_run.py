@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 import train
-from utils.machine import limits as roofline
-from utils.profiling import in_run as run_profiler
+from utils.machine import limits
+from utils.profiling import in_run
 from utils.runs.find import list_run_paths
 from utils.runs.log import read_records
 
 Argv = Callable[..., list[str]]
-LONG = ("--max-iters", "14", "--eval-interval", "7", "--dropout", "0.2")
+LONG = ("--max-iters", "14", "--eval-interval", "7", "--dropout", "0.2", "--system-interval", "0")
 TIMES = {"time", "tokens_per_second", "step_ms"}
 
 
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "GEMM_SIZES", {"cpu": (64,)})
-    monkeypatch.setattr(roofline, "COPY_MIB", {"cpu": (1,)})
+    monkeypatch.setattr(limits, "GEMM_SIZES", {"cpu": (64,)})
+    monkeypatch.setattr(limits, "COPY_MIB", {"cpu": (1,)})
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def test_a_failing_profiler_is_one_warning(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(run_profiler, broken, fail)
+    monkeypatch.setattr(in_run, broken, fail)
     assert train.main(tiny_argv("--profile-step", "3")) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert warnings == ["warning: profile_step: nothing is written: RuntimeError: out of order"]
@@ -118,7 +118,7 @@ def test_a_full_disk_under_the_profile_ends_no_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(run_profiler, "FOLDER", small_disk / "profile")
+    monkeypatch.setattr(in_run, "FOLDER", small_disk / "profile")
     (small_disk / "full").write_bytes(bytes(1_048_576 - 30_000))
     assert train.main(tiny_argv("--profile-step", "3")) == 0
     assert "warning: profile_step: nothing is written: OSError: " in capsys.readouterr().out

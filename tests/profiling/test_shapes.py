@@ -11,16 +11,17 @@ import pytest
 import torch
 
 import profile_model
+from model import outline
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
 from utils.nn.costs import training_flops
-from utils.profiling import shapes as sweep
-from utils.profiling.shapes import ShapeTiming, default_sizes, sweep_table, time_shape, with_shape
+from utils.profiling import measure, shapes
+from utils.profiling.shapes import ShapeTiming, sizes_around, sweep_table, time_shape, with_shape
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
-from utils.training.phases import no_phase
 from utils.training.setup import Setup, check_gates
 from utils.training.state import TrainState, build_state
+from utils.training.step import no_phase
 
 QUIET = Terminal(quiet=True)
 
@@ -38,8 +39,8 @@ def state_of(setup: Setup, batch_size: int) -> TrainState:
 
 
 def test_default_sizes_lie_around_the_configured_one() -> None:
-    assert default_sizes(12, sweep.BATCH_FACTORS) == [3, 6, 12, 24, 48]
-    assert default_sizes(1, sweep.BATCH_FACTORS) == [1, 2, 4]
+    assert sizes_around(12, shapes.BATCH_FACTORS) == [3, 6, 12, 24, 48]
+    assert sizes_around(1, shapes.BATCH_FACTORS) == [1, 2, 4]
 
 
 def test_a_shape_changes_nothing_but_the_sizes_and_the_micro_steps(setup: Setup) -> None:
@@ -52,27 +53,28 @@ def test_a_shape_changes_nothing_but_the_sizes_and_the_micro_steps(setup: Setup)
 
 def test_rates_are_those_of_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     stepped: list[int] = []
-    monkeypatch.setattr(sweep, "training_step", lambda state, phase: stepped.append(1))
-    monkeypatch.setattr(sweep, "time_steps", lambda step, device, steps: 2.0 if steps == 7 else None)
+    monkeypatch.setattr(shapes, "training_step", lambda state: lambda phase: stepped.append(1))
+    monkeypatch.setattr(shapes, "time_steps", lambda step, device, steps: 2.0 if steps == 7 else None)
     timing = time_shape(setup, setup.config, steps=7, warmup=3, terminal=QUIET)
     assert len(stepped) == 1 + 3  # before the clock starts
     assert timing.step_ms == 2.0
     assert timing.tokens_per_second == pytest.approx(4 * 8 / 0.002)
-    operations = training_flops(setup.config.model, setup.corpus.tokenizer.vocab_size, 4)
+    model = outline(setup.config.model, setup.corpus.tokenizer.vocab_size)
+    operations = training_flops(model, 4, setup.config.model.block_size)
     assert timing.gflops == pytest.approx(operations / 0.002 / 1e9)
 
 
 def test_the_steps_that_are_timed_train_the_model(setup: Setup) -> None:
     state = state_of(setup, 4)
     before = [p.clone() for p in state.model.parameters()]
-    sweep.training_step(state, no_phase)
+    measure.training_step(state)(no_phase)
     assert state.step == 1
     assert all(not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True))
 
 
 def test_activations_grow_with_the_batch(setup: Setup) -> None:
-    shapes = (with_shape(setup.config, batch_size, 8) for batch_size in (4, 8))
-    one, two = (time_shape(setup, shape, 1, 0, QUIET).activation_mb for shape in shapes)
+    configs = (with_shape(setup.config, batch_size, 8) for batch_size in (4, 8))
+    one, two = (time_shape(setup, config, 1, 0, QUIET).activation_mb for config in configs)
     assert one
     assert two == pytest.approx(2 * one, rel=0.02)
 
@@ -90,20 +92,20 @@ def test_a_shape_that_does_not_fit_is_told_and_left_out(
 ) -> None:
     timed = time_shape
 
-    def small_device(setup: Setup, config: sweep.Config, *rest: object) -> ShapeTiming:
+    def small_device(setup: Setup, config: shapes.Config, *rest: object) -> ShapeTiming:
         if config.train.batch_size > 2:
             raise torch.OutOfMemoryError
         return timed(setup, config, 1, 0, QUIET)
 
-    monkeypatch.setattr(sweep, "time_shape", small_device)
-    timings = sweep.sweep(setup, [1, 2, 4], [8], 1, 0, Terminal())
+    monkeypatch.setattr(shapes, "time_shape", small_device)
+    timings = shapes.sweep_shapes(setup, [1, 2, 4], [8], 1, 0, Terminal())
     assert [timing.batch_size for timing in timings] == [1, 2]
     assert "batch 4 x block 8: does not fit" in capsys.readouterr().out
 
 
 def test_a_block_longer_than_the_corpus_is_a_mistake(setup: Setup) -> None:
     with pytest.raises(UserError, match="--block-sizes: 9,999,999 is too long"):
-        sweep.sweep(setup, [1], [8, 9_999_999], 1, 0, QUIET)
+        shapes.sweep_shapes(setup, [1], [8, 9_999_999], 1, 0, QUIET)
 
 
 def test_the_script_prints_the_table_and_writes_it(
@@ -127,6 +129,9 @@ def test_the_script_prints_the_table_and_writes_it(
         (("--sweep", "--block-sizes", "8,x"), "--block-sizes: expected numbers >= 1"),
         (("--batch-sizes", "8"), "--batch-sizes belongs to --sweep"),
         (("--lr-steps", "8"), "--lr-steps belongs to --lr-range"),
+        (("--sweep", "--top", "8"), "--top belongs to a profile or --compare"),
+        (("--lr-range", "--steps", "8"), "--steps belongs to a profile or --sweep"),
+        (("--lr-range", "--sweep"), "argument --sweep: not allowed with argument --lr-range"),
     ],
 )
 def test_a_mistake_is_one_line(

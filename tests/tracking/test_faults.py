@@ -523,8 +523,8 @@ def test_a_clock_that_goes_backwards_in_a_run_and_before_its_resume(
 ) -> None:
     now, optimizer_step = time.time, utils.training.step.optimizer_step
 
-    def step_with_changes(state: TrainState) -> None:
-        optimizer_step(state)
+    def step_with_changes(state: TrainState, *grad_norms: Any) -> None:
+        optimizer_step(state, *grad_norms)
         if state.step == 10:
             monkeypatch.setattr(time, "time", lambda: now() - 3600)
         if state.step == 23:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from utils.training.batch_size import (
     FOUND,
     ByteCounter,
     CudaTrials,
-    TrialModel,
+    Trial,
     bytes_of_training,
     divisors,
     find_batch,
@@ -42,6 +43,14 @@ Argv = Callable[..., list[str]]
 CPU = torch.device("cpu")
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8)
 VOCAB = 50
+
+
+def corpus_of(vocab_size: int) -> Any:
+    """As much of a corpus as a trial looks at."""
+    return SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=vocab_size))
+
+
+CORPUS = corpus_of(VOCAB)
 AUTO = ("--batch-size", "auto", "--tokens-per-step", "96")
 SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
 
@@ -71,7 +80,7 @@ def find(
     monkeypatch: pytest.MonkeyPatch, corpus: Path, fitting: int, **settings: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """What batch_size auto becomes where `fitting` sequences fit, and what is said of it."""
-    monkeypatch.setattr(utils.training.batch_size, "bytes_of_training", lambda config, vocab, dtype, size: 1000 * size)
+    monkeypatch.setattr(utils.training.batch_size, "bytes_of_training", lambda config, corpus, dtype, size: 1000 * size)
     monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: int(1000 * fitting / 0.75) + 1)
     data = DataConfig(dataset=str(corpus))
     loaded = LoadedConfig.from_config(
@@ -147,16 +156,16 @@ def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
     config = Config(model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position, mlp=mlp))
     causal_mask(8)  # is kept from one model to the next
     with ByteCounter() as counter:
-        real = TrialModel(config, VOCAB, CPU, torch.float32)
+        real = Trial(config, CORPUS, CPU, torch.float32)
         kept = counter.held
         real.step(sequences)
-    assert bytes_of_training(config, VOCAB, torch.float32, sequences) == counter.peak + kept
+    assert bytes_of_training(config, CORPUS, torch.float32, sequences) == counter.peak + kept
     weights = 4 * LanguageModel(config.model, VOCAB).num_parameters()
     assert 3 * weights <= kept < 3.3 * weights  # with the two moments of AdamW, and the table of rotations
 
 
 def test_memory_grows_with_the_batch_and_large_batches_cost_nothing_to_count() -> None:
-    sizes = [bytes_of_training(Config(model=TINY), VOCAB, torch.float32, 2**n) for n in (0, 4, 20, 21)]
+    sizes = [bytes_of_training(Config(model=TINY), CORPUS, torch.float32, 2**n) for n in (0, 4, 20, 21)]
     assert sizes == sorted(sizes)
     assert sizes[3] / sizes[2] == pytest.approx(2, rel=1e-3)
     assert sizes[3] > 2**33  # more than a test could have
@@ -165,22 +174,22 @@ def test_memory_grows_with_the_batch_and_large_batches_cost_nothing_to_count() -
 def test_a_size_that_runs_out_of_cuda_memory_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[None] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
-    step = TrialModel.step
+    step = Trial.step
 
-    def small(self: TrialModel, sequences: int) -> None:
+    def small(self: Trial, sequences: int) -> None:
         if sequences > 6:
             raise torch.OutOfMemoryError
         step(self, sequences)
 
-    monkeypatch.setattr(TrialModel, "step", small)
-    trials = CudaTrials(Config(model=TINY), VOCAB, CPU, torch.float32)
+    monkeypatch.setattr(Trial, "step", small)
+    trials = CudaTrials(Config(model=TINY), CORPUS, CPU, torch.float32)
     assert largest_fitting([2**n for n in range(10)], trials.fits) == 4
     assert len(emptied) == 4
     assert trials.model is not None
     assert all(p.grad is None for p in trials.model.model.parameters())
 
-    monkeypatch.setattr(TrialModel, "step", lambda self, sequences: small(self, 7))
-    assert largest_fitting([1, 2], CudaTrials(Config(model=TINY), VOCAB, CPU, torch.float32).fits) is None
+    monkeypatch.setattr(Trial, "step", lambda self, sequences: small(self, 7))
+    assert largest_fitting([1, 2], CudaTrials(Config(model=TINY), CORPUS, CPU, torch.float32).fits) is None
 
 
 def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,7 +213,7 @@ def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, t
 def six_fit(monkeypatch: pytest.MonkeyPatch, tiny_text: str) -> None:
     """Memory for micro-batches of six sequences of the tiny experiment."""
     config = Config(model=TINY.model_copy(update={"dropout": 0.2}))
-    needed = bytes_of_training(config, len(set(tiny_text)), torch.float32, 6)
+    needed = bytes_of_training(config, corpus_of(len(set(tiny_text))), torch.float32, 6)
     monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: int(needed / 0.75) + 1)
 
 

@@ -366,7 +366,7 @@ def test_an_exception_counts_although_a_loss_that_was_not_written_yet_is_nan(
 ) -> None:
     monkeypatch.setattr("utils.training.step.forward_backward", lambda state, phase: torch.tensor(math.nan))
     monkeypatch.setattr("utils.training.step.clip_gradients", lambda state: torch.tensor([1.0, 1.0, 1.0]))
-    monkeypatch.setattr("utils.training.step.optimizer_step", lambda state: setattr(state, "step", state.step + 1))
+    monkeypatch.setattr("utils.training.step.optimizer_step", lambda state, _: setattr(state, "step", state.step + 1))
     monkeypatch.setattr(Recorder, "on_step", lambda self, run: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(tiny_argv(*flags("Recorder")))

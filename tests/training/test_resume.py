@@ -52,8 +52,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], 
     optimizer_step = utils.training.step.optimizer_step
     done: list[int] = []
 
-    def patched(state: TrainState) -> None:
-        optimizer_step(state)
+    def patched(state: TrainState, *grad_norms: torch.Tensor) -> None:
+        optimizer_step(state, *grad_norms)
         if state.step == step and not done:
             done.append(step)
             action()

@@ -19,14 +19,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import LanguageModel
+from model import LanguageModel, outline
 from tokenizer import CharTokenizer
 from utils.checkpoints.files import weight_differences
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import write_json
 from utils.inference.evaluation import evaluating
-from utils.nn.costs import parameter_count
 from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
@@ -135,14 +134,13 @@ def load_export(folder: Path, device: torch.device) -> Export:
         weights = load_file(weights_path)
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{weights_path}: damaged: {error}") from None
-    # A damaged configuration may describe a model beyond all memory: of that only the shapes are made.
-    sane = parameter_count(model_config, vocab_size) < 10 * sum(map(torch.Tensor.numel, weights.values())) + 1_000_000
-    with torch.device("cpu" if sane else "meta"), torch.random.fork_rng(devices=[]):  # nobody's random numbers shift
-        model = LanguageModel(model_config, vocab_size)
-    if differences := weight_differences(weights, model):
+    # First only the shapes: a damaged configuration may describe a model that no memory holds.
+    if differences := weight_differences(weights, outline(model_config, vocab_size)):
         raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
     if _crc32(weights_path) != crc32:
         raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not shift
+        model = LanguageModel(model_config, vocab_size)
     model.load_state_dict(weights)
     tokenizer = CharTokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size != model.vocab_size:

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import LanguageModel
+from utils.nn.lean import may_be_plain
 from utils.nn.linear import Linear
 
 Weights = Literal["float32", "bfloat16", "int8"]
 FEW_ROWS = 16
 
 
+@may_be_plain
 class Int8Linear(nn.Module):
     """A linear layer with weights of 8 bits: each row is round(127 w / max |w|), with its own scale.
 

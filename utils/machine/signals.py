@@ -71,23 +71,30 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 class Deadline:
-    """A limit of wall time that must not be passed, looked at between steps.
+    """A limit of wall time, checked between steps.
 
     Args:
-        minutes: from now; None: no limit.
+        minutes: from now on; None: no limit.
     """
 
     def __init__(self, minutes: float | None) -> None:
         self.end = time.monotonic() + 60 * minutes if minutes is not None else None
-        self._last: float | None = None  # time of the call before; what is before the first one is no step
+        self._last: float | None = None  # when step_done was last called
         self._longest_step = 0.0
 
     @property
     def seconds_left(self) -> float | None:
         return None if self.end is None else self.end - time.monotonic()
 
+    def step_done(self) -> None:
+        """Measure the step since the previous call. The first call, before the first step, only starts the clock."""
+        now = time.monotonic()
+        if self._last is not None:
+            self._longest_step = max(self._longest_step, now - self._last)
+        self._last = now
+
     def is_near(self, reserve: float) -> bool:
         """Whether another step, as long as the longest so far, would leave less than `reserve` seconds."""
         now = time.monotonic()
-        self._longest_step, self._last = max(self._longest_step, now - (self._last or now)), now
-        return self.end is not None and now + self._longest_step + reserve > self.end
+        longest = max(self._longest_step, now - self._last if self._last is not None else 0.0)
+        return self.end is not None and now + longest + reserve > self.end

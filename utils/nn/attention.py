@@ -1,4 +1,4 @@
-"""Causal self-attention; for short sequences on a CPU its own way, with a faster backward pass than torch's.
+"""Causal self-attention, with a faster backward pass than torch's for short sequences on a CPU.
 
 torch's kernel for CPUs multiplies blocks of 32 rows one by one. Where all scores of a sequence fit into the cache,
 one batched product over all sequences and heads is up to twice as fast (docs/LOG.md).
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from utils.nn.linear import first_order
+from utils.nn.private import private_operator
 
+SOFTMAX_BACKWARD = private_operator("_softmax_backward_data")
 SHORT = 128  # tokens; from about 192 on torch's kernel is as fast, and it needs no memory for the scores
 
 
@@ -32,6 +34,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
     B, T, H, _ = q.shape
     by_products = (
         q.is_cpu
+        and SOFTMAX_BACKWARD is not None
         and q.dtype is v.dtype is torch.float32
         and q.shape == v.shape
         and 1 < T <= SHORT
@@ -49,18 +52,19 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
 
 @functools.lru_cache(maxsize=8)
 def causal_mask(length: int) -> torch.Tensor:
-    """(length, length), to add to scores: no query may see what comes after it."""
+    """(length, length), to add to the scores: minus infinity above the diagonal, else zero."""
     return torch.full((length, length), -math.inf, dtype=torch.float32, device="cpu").triu_(1)
 
 
 class ShortAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v and its gradients as seven batched matrix products. No gradients of gradients."""
+    """softmax(q k^T / sqrt(D)) v and its gradients as seven batched matrix products; it has no second derivative."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         B, T, H, D = q.shape
         q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
-        mask = (causal_mask if type(q) is torch.Tensor else causal_mask.__wrapped__)(T)  # what is fake has its own
+        is_fake = type(q) is not torch.Tensor  # and so would be the mask, which must not be cached
+        mask = (causal_mask.__wrapped__ if is_fake else causal_mask)(T)
         scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
         weights = scores.softmax(dim=-1)
         ctx.save_for_backward(q, k, v, weights)
@@ -69,11 +73,12 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert SOFTMAX_BACKWARD is not None
         q, k, v, weights = ctx.saved_tensors
         B, (T, D) = gradient.size(0), v.shape[1:]
         rows = gradient.view(B, T, -1, D).transpose(1, 2).reshape(-1, T, D)  # (B * H, T, D)
         of_v = torch.bmm(weights.mT, rows)
-        of_scores = torch._softmax_backward_data(torch.bmm(rows, v.mT), weights, -1, torch.float32)
+        of_scores = SOFTMAX_BACKWARD(torch.bmm(rows, v.mT), weights, -1, torch.float32)
         of_q = torch.baddbmm(of_v, of_scores, k, beta=0, alpha=D**-0.5)  # with beta = 0 of_v is not read
         of_k = torch.baddbmm(of_v, of_scores.mT, q, beta=0, alpha=D**-0.5)
         return tuple(x.view(B, -1, T, D).transpose(1, 2) for x in (of_q, of_k, of_v))

@@ -1,45 +1,78 @@
-"""What a model has and needs, counted from its shapes: parameters, and floating-point operations of matrix products."""
+"""The floating-point operations that a model needs, counted from the shapes of its parameters."""
 
 from __future__ import annotations
 
-from utils.config.settings import ModelConfig
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from utils.nn.roles import declared_roles
+
+IN_PLACE = ("normal_", "uniform_", "fill_", "zero_")  # what a module may initialise its parameters with
 
 
-def parameter_count(config: ModelConfig, vocab_size: int) -> int:
-    """Trainable numbers of a LanguageModel; to know them it need not be made."""
-    C, F = config.n_embd, config.ffn_width
-    heads, qkv = config.n_head * config.head_width, (config.n_head + 2 * config.kv_heads) * config.head_width
-    norm = C * (2 if config.norm == "layernorm" and config.bias else 1)
-    attention = C * qkv + heads * C + config.has_qkv_bias * qkv + config.bias * C
-    inner = 2 if config.mlp == "swiglu" else 1  # matrices into the hidden width
-    mlp = inner * (C * F + config.bias * F) + F * C + config.bias * C
-    tables = vocab_size * (1 if config.tie_embeddings else 2) + sum(config.ngram_rows)
-    if config.position == "learned":
-        tables += config.block_size
-    return tables * C + config.n_layer * (attention + mlp + 2 * norm) + norm
+@runtime_checkable
+class MixesTokens(Protocol):
+    """A layer with matrix products in which no parameter takes part, such as attention."""
+
+    def mixing_products(self, context: float) -> float:
+        """Multiplications for one token that meets `context` keys."""
 
 
-def forward_flops(config: ModelConfig, vocab_size: int, tokens: int, context: float) -> float:
-    """Floating-point operations of a forward pass; a multiplication with an addition counts as two.
+def forward_flops(model: nn.Module, tokens: int, context: float) -> float:
+    """Floating-point operations of a forward pass; a multiplication and its addition count as two.
 
-    Only matrix products count, as in PaLM's appendix B [Chowdhery et al. 2022]; norms, activations, softmax and
-    lookups cost time, but no more than a few operations for each number.
+    Only matrix products count, as in PaLM's appendix B [Chowdhery et al. 2022]: norms, activations, softmax and
+    lookups are a few operations for each number. A matrix whose layer declares no role counts as one by which every
+    token is multiplied.
 
     Args:
         tokens: positions that pass through the model, over all sequences.
         context: keys that a query meets on average: (T + 1) / 2 in causal attention over T tokens.
     """
-    heads, kv_heads, width = config.n_head, config.kv_heads, config.head_width
-    projections = config.n_embd * width * (2 * heads + 2 * kv_heads)  # q, k, v and the way back
-    mlp = config.n_embd * config.ffn_width * (3 if config.mlp == "swiglu" else 2)
-    attention = 2 * heads * width * context  # q k^T, and the weights times v
-    return 2.0 * tokens * (config.n_layer * (projections + mlp + attention) + config.n_embd * vocab_size)
+    roles = declared_roles(model)
+    matrices = sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if (roles[parameter].multiplies if parameter in roles else parameter.dim() > 1)
+    )
+    mixing = sum(layer.mixing_products(context) for layer in model.modules() if isinstance(layer, MixesTokens))
+    return 2.0 * tokens * (matrices + mixing)
 
 
-def training_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> float:
+def training_flops(model: nn.Module, batch_size: int, block_size: int) -> float:
     """Floating-point operations of one update's forward and backward passes: the backward pass costs twice the forward.
 
-    Attention is counted as it is needed, the lower triangle; a kernel that computes all of it does more.
+    Attention counts as what it needs, the lower triangle; a kernel that computes the whole square does more.
     """
-    T = config.block_size
-    return 3.0 * forward_flops(config, vocab_size, batch_size * T, (T + 1) / 2)
+    return 3.0 * forward_flops(model, batch_size * block_size, (block_size + 1) / 2)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made inside have parameters with shapes but without memory, and draw no random numbers.
+
+    torch's meta device alone imports the compiler to initialise what has no numbers: two seconds.
+    """
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips what fills a tensor with numbers."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in IN_PLACE or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -9,16 +9,24 @@ import torch
 import torch.nn.functional as F
 
 from utils.nn.linear import first_order
+from utils.nn.private import private_operator
 
 CUBIC = 0.044715
 FEW = 1 << 13  # numbers; below, the calls take longer than a tanh
 SCALE = 2 * math.sqrt(2 / math.pi)
-SIGMOID_BACKWARD = torch.ops.aten.sigmoid_backward.grad_input
+SIGMOID_BACKWARD = private_operator("ops.aten.sigmoid_backward.grad_input")
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 [Hendrycks and Gimpel 2016], any shape."""
-    if x.numel() > FEW and x.is_cpu and x.dtype is torch.float32 and not torch.compiler.is_compiling():
+    by_sigmoid = (
+        x.numel() > FEW
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and SIGMOID_BACKWARD is not None
+        and not torch.compiler.is_compiling()
+    )
+    if by_sigmoid:
         return SigmoidGELU.apply(x)
     return F.gelu(x, approximate="tanh")
 
@@ -33,6 +41,7 @@ class SigmoidGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        assert SIGMOID_BACKWARD is not None
         z = torch.addcmul(torch.tensor(SCALE), x, x, value=CUBIC * SCALE).mul_(x)
         sigmoid = z.sigmoid()
         y = x * sigmoid

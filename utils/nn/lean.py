@@ -1,4 +1,4 @@
-"""A module without what torch puts around it, for where a call of a module takes longer than its arithmetic."""
+"""Plain objects in place of modules, for decoding: there a call of a module takes longer than its arithmetic."""
 
 from __future__ import annotations
 
@@ -12,30 +12,43 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_MAY_BE_PLAIN: set[type[nn.Module]] = {nn.Embedding, nn.LayerNorm, nn.RMSNorm}
 
 
-def lean(module: M) -> M:
-    """The same code over the same tensors in the mode that it is in, in plain objects: attributes are found at once.
+def may_be_plain(module_class: type[M]) -> type[M]:
+    """A class decorator: `lean` replaces modules of exactly this class, not of a subclass.
 
-    What is replaced in the module later (its mode, a hook, a tensor, a part of it) stays the old one here. With hooks
-    in it the module itself.
+    So the class uses nn.Module for attributes and the call only: no `super()` in its methods, and what changes in
+    tensors is changed in place.
     """
-    if any(vars(part)[kind] for part in module.modules() for kind in HOOKS):
-        return module
-    return cast(M, _lean(module, {}))
+    _MAY_BE_PLAIN.add(module_class)
+    return module_class
+
+
+def lean(model: M) -> M:
+    """Plain objects that compute as `model` does, with its tensors and in its present mode.
+
+    They have no hooks and find attributes at once. Later changes of tensors in place are seen, other changes of the
+    model are not. A part of an unknown class, with a hook, or with a `forward` of its own stays a module and is called
+    as one, with all that it consists of.
+    """
+    return cast(M, _lean(model, {}))
 
 
 def _lean(module: nn.Module, classes: dict[type, type]) -> Any:
-    """classes: the plain class of each class of module that was met before."""
-    if isinstance(module, nn.Dropout):
-        return functools.partial(F.dropout, p=module.p) if module.training and module.p else _identity
-    if isinstance(module, nn.ModuleList):
-        return [_lean(child, classes) for child in module]
+    """classes: the plain class of each class that was met before."""
     parts = vars(module)
-    of = type(module)
-    if of not in classes:
-        classes[of] = _plain_class(of)
-    plain = classes[of]()
+    if "forward" in parts or any(parts[kind] for kind in HOOKS):
+        return module
+    if type(module) is nn.Dropout:
+        return functools.partial(F.dropout, p=module.p) if module.training and module.p else _identity
+    if type(module) is nn.ModuleList:
+        return [_lean(child, classes) for child in module]
+    if type(module) not in _MAY_BE_PLAIN:
+        return module
+    if type(module) not in classes:
+        classes[type(module)] = _plain_class(type(module))
+    plain = classes[type(module)]()
     children = {name: child and _lean(child, classes) for name, child in parts["_modules"].items()}
     vars(plain).update(parts | parts["_parameters"] | parts["_buffers"] | children)
     return plain
@@ -45,7 +58,7 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _plain_class(of: type[nn.Module]) -> type:
+def _plain_class(module_class: type[nn.Module]) -> type:
     """The methods and constants of a module's class; a call is its forward."""
-    own = {name: value for name, value in vars(of).items() if not name.startswith("__")}
-    return type(of.__name__, (), own | {"__call__": of.forward})
+    own = {name: value for name, value in vars(module_class).items() if not name.startswith("__")}
+    return type(module_class.__name__, (), own | {"__call__": module_class.forward})

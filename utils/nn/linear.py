@@ -13,17 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.nn.lean import may_be_plain
+from utils.nn.private import private_operator
+from utils.nn.roles import BIAS, MATRIX, declare
+
 # The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
-_OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-ONEDNN = _OPERATOR and _OPERATOR.default
+ONEDNN = private_operator("ops.mkldnn._linear_pointwise.default") if torch.backends.mkldnn.is_available() else None
 
 R = TypeVar("R")
 
 SMALL = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
 
 
+@may_be_plain
 class Linear(nn.Linear):
     """nn.Linear, by the fastest matrix product that the device has for its precision."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        declare(self, weight=MATRIX, bias=BIAS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""

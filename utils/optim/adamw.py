@@ -1,4 +1,4 @@
-"""AdamW in its fused form, with as little around it as a small model needs."""
+"""AdamW as one fused kernel for each group, without the overhead of torch's optimizer class."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
+
+from utils.nn.private import private_operator
+
+FUSED_ADAMW = private_operator("_fused_adamw_")
+_ADD_PARAM_GROUP = torch.optim.Optimizer.add_param_group
+_ADD_PARAM_GROUP = getattr(_ADD_PARAM_GROUP, "__wrapped__", _ADD_PARAM_GROUP)  # without the guard against compilation
 
 
 class EagerOptimizer(torch.optim.Optimizer):
     """An optimizer that is never part of a compiled graph.
 
-    torch guards these methods against that, and imports its compiler to do so: 70 MB and a second of each start.
+    torch's own methods are guarded against that, and import its compiler to do so: 70 MB and a second at each start.
     """
 
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    add_param_group = _ADD_PARAM_GROUP
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Let go of all gradients.
+        """Set all gradients to None.
 
         Raises:
-            ValueError: they are to be filled with zeros instead.
+            ValueError: with set_to_none=False, which is not supported.
         """
         if not set_to_none:
-            raise ValueError("gradients are let go, never filled with zeros")
+            raise ValueError("gradients are set to None, never filled with zeros")
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -32,9 +39,14 @@ class EagerOptimizer(torch.optim.Optimizer):
 class AdamW(EagerOptimizer):
     """AdamW [Loshchilov and Hutter 2019], one fused kernel a group. The state is that of torch.optim.AdamW.
 
+    `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
+
     Args:
         groups: with lr, betas, eps, weight_decay, and fused = True.
     """
+
+    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
@@ -42,13 +54,17 @@ class AdamW(EagerOptimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            adamw_update(group, self.state)
+            adamw_update(group, self.state, self.found_inf)
 
 
-def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, torch.Tensor]]) -> None:
-    """One update of the parameters of a group that have a gradient: the same ones every time.
+def adamw_update(
+    group: dict[str, Any],
+    states: dict[torch.Tensor, dict[str, torch.Tensor]],
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """Update the parameters of a group that have a gradient, which are the same ones at every step.
 
-    So they share one count of updates; what is new gets a state.
+    So they share one count of updates. A parameter without a state gets one.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
@@ -62,7 +78,7 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
             state["exp_avg_sq"] = torch.zeros_like(p)
         state["step"] = step
     beta1, beta2 = group["betas"]
-    torch._fused_adamw_(
+    (FUSED_ADAMW or _public_adamw)(
         params,
         [p.grad for p in params],
         [state["exp_avg"] for state in of_params],
@@ -76,4 +92,24 @@ def adamw_update(group: dict[str, Any], states: dict[torch.Tensor, dict[str, tor
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
+        found_inf=found_inf,
     )
+    if found_inf is not None:
+        step.sub_(found_inf)
+
+
+def _public_adamw(
+    params: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    max_exp_avg_sqs: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    *,
+    found_inf: torch.Tensor | None,
+    **settings: Any,
+) -> None:
+    """What FUSED_ADAMW does, by torch's documented function; `found_inf` makes it wait for the device."""
+    if found_inf is None or not found_inf:
+        before = [step - 1 for step in steps]  # the function counts this update itself
+        adamw(params, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, before, **settings)

@@ -8,36 +8,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import Attention
 from utils.config.settings import OptimizerConfig
+from utils.nn.roles import Group, Role, declared_roles
 from utils.optim.adamw import AdamW
 from utils.optim.muon import Muon
-from utils.optim.schedules import learning_rate_at, momentum_at, weight_decay_at
+from utils.optim.schedules import set_learning_rate, set_weight_decay
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Every parameter in one group: hidden matrices, embeddings, an untied head, and vectors (biases, norm weights).
+    """The trainable parameters, each in the group of its role (utils/nn/roles.py), or else of its shape.
 
-    `lr_scale` is a group's learning rate over that of the schedule. All but vectors decay. `blocks` says of how many
-    rows the matrices are that a parameter is made of: q, k and v lie in one.
+    The groups are matrices, embeddings, head (an untied one) and vectors (biases, norm weights); empty ones are left
+    out. Without a role, what has two or more dimensions is a matrix and all else a vector.
+
+    Returns:
+        for each group: name; params, in the order of the model; lr_scale, its learning rate as a multiple of the
+        schedule's; decays, whether weight decay applies. For matrices also blocks, for each parameter the numbers of
+        rows of the matrices that are stacked in it (queries, keys and values are).
     """
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rates: dict[str, float | None] = {
+    rates: dict[Group, float | None] = {
         "matrices": None,
         "embeddings": config.embedding_lr,
         "head": config.head_lr,
         "vectors": config.vector_lr,
     }
-    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
-    for parameter, name in names.items():
-        members[group_of(name, parameter)].append(parameter)
-    assert sum(map(len, members.values())) == len(names), "every parameter is in exactly one group"
-    fused = {
-        module.qkv.weight: [heads * module.head_width for heads in (module.n_head, module.kv_heads, module.kv_heads)]
-        for module in model.modules()
-        if isinstance(module, Attention)
-    }
-    groups = [
+    roles = declared_roles(model)
+    members: dict[Group, list[nn.Parameter]] = {group: [] for group in rates}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]  # each once
+    for parameter in trainable:
+        members[roles[parameter].group if parameter in roles else group_by_shape(parameter)].append(parameter)
+    assert sum(map(len, members.values())) == len(trainable), "every parameter is in exactly one group"
+    groups: list[dict[str, Any]] = [
         {
             "name": group,
             "params": parameters,
@@ -49,17 +50,20 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
     for group in groups:
         if group["name"] == "matrices":
-            group["blocks"] = [fused.get(p, [p.size(0)]) for p in members["matrices"]]
+            group["blocks"] = [_rows(parameter, roles.get(parameter)) for parameter in group["params"]]
     return groups
 
 
-def group_of(name: str, parameter: torch.Tensor) -> str:
-    """The parameter group of a parameter of the model, by its name and number of dimensions."""
-    if parameter.dim() < 2:
-        return "vectors"
-    if "embedding" in name:
-        return "embeddings"
-    return "head" if name.startswith("head.") else "matrices"
+def group_by_shape(parameter: torch.Tensor) -> Group:
+    """The group of a parameter whose layer declares no role."""
+    return "matrices" if parameter.dim() > 1 else "vectors"
+
+
+def _rows(parameter: torch.Tensor, role: Role | None) -> list[int]:
+    """Of the matrices that are stacked in a parameter."""
+    rows = [parameter.size(0)] if role is None or not role.rows else list(role.rows)
+    assert sum(rows) == parameter.size(0), f"{rows} rows are declared of a matrix that has {parameter.size(0)}"
+    return rows
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -90,26 +94,3 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     set_learning_rate(optimizer, config.learning_rate)
     set_weight_decay(optimizer, config.weight_decay)
     return optimizer
-
-
-def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, max_iters: int) -> float:
-    """Set learning rates, weight decay and momentum of update `step`; returns the learning rate of the schedule."""
-    lr = learning_rate_at(step, config, max_iters)
-    set_learning_rate(optimizer, lr)
-    set_weight_decay(optimizer, weight_decay_at(step, config, max_iters))
-    for group in optimizer.param_groups:
-        if "momentum" in group:
-            group["momentum"] = momentum_at(step, config)
-    return lr
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the schedule: each group has its own share of it."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
-def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Set it in the groups that decay."""
-    for group in optimizer.param_groups:
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -45,7 +45,12 @@ class Muon(EagerOptimizer):
         groups: with lr and weight_decay. With Muon: momentum, and blocks, for each parameter the number of rows of
             the matrices that it is made of (q, k and v, say): each is made orthogonal by itself.
             With AdamW: what AdamW needs (utils/optim/adamw.py).
+
+    `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
     """
+
+    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
@@ -56,7 +61,7 @@ class Muon(EagerOptimizer):
             if "momentum" in group:
                 self._muon(group)
             else:
-                adamw_update(group, self.state)
+                adamw_update(group, self.state, self.found_inf)
 
     def _muon(self, group: dict[str, Any]) -> None:
         trained = [(p, rows) for p, rows in zip(group["params"], group["blocks"], strict=True) if p.grad is not None]
@@ -67,18 +72,25 @@ class Muon(EagerOptimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
+        finite = None if self.found_inf is None else self.found_inf == 0  # (), on the device
+        if finite is not None:  # a mean of gradients moves nowhere towards itself
+            gradients = [torch.where(finite, g, buffer) for g, buffer in zip(gradients, buffers, strict=True)]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            decay = 1 - group["lr"] * group["weight_decay"]
+            torch._foreach_mul_(params, decay if finite is None else torch.where(finite, decay, 1.0))
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for (p, rows), direction in zip(trained, directions, strict=True):
-            for weight, block in zip(p.split(rows), direction.split(rows), strict=True):
+            matrix, direction = p.view(len(p), -1), direction.view(len(p), -1)  # (rows, all other dimensions)
+            for weight, block in zip(matrix.split(rows), direction.split(rows), strict=True):
                 if block.size(0) > block.size(1):
                     weight, block = weight.mT, block.mT
                 by_shape[tuple(block.shape)].append((weight, block))
         for shape, pairs in by_shape.items():
             updates = newton_schulz(_stacked([block for _, block in pairs]))
+            if finite is not None:
+                updates *= finite
             torch._foreach_add_([w for w, _ in pairs], updates.unbind(), alpha=-group["lr"] * update_scale(shape))
 
 

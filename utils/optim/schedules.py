@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
+
 from utils.config.settings import OptimizerConfig, warmup_steps
 
 # A schedule maps the progress of the decay (0 at its start, 1 at its end) to a factor (1 to 0).
@@ -43,3 +45,26 @@ def momentum_at(step: int, config: OptimizerConfig) -> float:
         return config.momentum
     first = min(FIRST_MOMENTUM, config.momentum)
     return first + (config.momentum - first) * step / config.momentum_warmup_iters
+
+
+def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, max_iters: int) -> float:
+    """Set learning rates, weight decay and momentum of update `step`; returns the learning rate of the schedule."""
+    lr = learning_rate_at(step, config, max_iters)
+    set_learning_rate(optimizer, lr)
+    set_weight_decay(optimizer, weight_decay_at(step, config, max_iters))
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = momentum_at(step, config)
+    return lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the schedule: each group has its own share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Set it in the groups that decay."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

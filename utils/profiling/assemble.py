@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from utils.machine.device import processor_name
+from utils.machine.device import memory_in_use, processor_name
 from utils.machine.limits import measure_copy, measure_gemm
 from utils.nn.costs import training_flops
 from utils.nn.linear import linear
-from utils.profiling.measure import StepTimes
-from utils.profiling.memory import state_bytes
-from utils.profiling.record import Generation, Limits, Machine, Memory, OperatorTime, PhaseTime, Profile
+from utils.profiling.decoding import measure_generation
+from utils.profiling.measure import StepTimes, measure_steps, training_step
+from utils.profiling.memory import activation_phase, peak, reset_peak, state_bytes
+from utils.profiling.record import Generation, Limits, Machine, MemoryBytes, OperatorTime, PhaseTime, Profile
+from utils.runs.log import METRICS_FILE, LogWriter
 from utils.runs.run import utc_now
-from utils.training.state import TrainState
+from utils.terminal.console import Terminal
+from utils.training.setup import Setup
+from utils.training.state import TrainState, build_state
+from utils.training.step import no_phase
+from utils.training.step_buffer import StepBuffer
 
 MODEL_SHARE = {"forward": 1 / 3, "backward": 2 / 3}  # of the operations of training
+
+
+def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) -> tuple[Profile, StepTimes]:
+    """Build a training state, and measure its steps and its generation; the trace is in the StepTimes."""
+    device, before = setup.device, memory_in_use(setup.device)
+    state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
+    tracking = state.config.tracking
+    with tempfile.TemporaryDirectory() as folder:
+        writer = LogWriter(Path(folder) / METRICS_FILE)
+        buffer = StepBuffer(writer, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)
+        step = training_step(state, buffer)
+        activations = activation_phase(state)
+        step(no_phase)
+        peak_is_known = reset_peak(device)
+        step(activations or no_phase)
+        highest = peak(device) - before if peak_is_known else None
+        times = measure_steps(step, device, steps=steps, warmup=warmup)
+    measured = build_profile(
+        state,
+        times,
+        limits_of(state),
+        activations=activations.bytes if activations else None,
+        peak=highest,
+        generation=measure_generation(state.model),
+    )
+    return measured, times
 
 
 def limits_of(state: TrainState) -> Limits | None:
@@ -53,7 +87,7 @@ def build_profile(
 ) -> Profile:
     """Everything that profile.json says."""
     config, device = state.config, state.device
-    gflop = training_flops(config.model, state.model.vocab_size, config.train.sequences) / 1e9
+    gflop = training_flops(state.model, config.train.sequences, config.model.block_size) / 1e9
     return Profile(
         created=utc_now(),
         run=run,
@@ -78,7 +112,7 @@ def build_profile(
         phases=with_operations(times.phases, times.operators, gflop),
         operators=times.operators,
         operator_times=device.type != "mps",
-        memory=Memory(**state_bytes(state), activations=activations, peak=peak),
+        memory=MemoryBytes(**state_bytes(state), activations=activations, peak=peak),
         generation=generation,
     )
 

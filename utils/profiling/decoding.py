@@ -52,7 +52,7 @@ def measure_generation(model: LanguageModel) -> Generation:
         dtype=str(parameter.dtype).removeprefix("torch."),
         prompt=T,
         prefill_ms=prefill_ms,
-        prefill_gflop=forward_flops(model.config, model.vocab_size, T, (T + 1) / 2) / 1e9,
+        prefill_gflop=forward_flops(model, T, (T + 1) / 2) / 1e9,
         decoded=decoded,
         decode_ms=decode_ms,
         decode_gbyte=decode_bytes(model, cache, begin + (decoded + 1) / 2) / 1e9,

@@ -18,8 +18,8 @@ from utils.profiling.memory import activation_phase, peak, reset_peak
 from utils.profiling.picture import draw_profile
 from utils.profiling.record import FOLDER, PICTURE, save_profile
 from utils.terminal.console import Terminal
-from utils.training.phases import MarkedClock, Phase, PhaseClock, no_phase
 from utils.training.state import TrainState
+from utils.training.step import MarkedClock, Phase, PhaseClock, no_phase
 
 # Steps before the profiled one: in the first what autograd keeps is counted, some are timed as a whole, some by phases.
 TIMED, CLOCKED = 4, 4

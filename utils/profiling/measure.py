@@ -7,31 +7,46 @@ import statistics
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from utils.machine.device import synchronize
+from utils.optim.schedules import apply_schedules
 from utils.profiling.operators import (
+    UNKNOWN_TYPE,
     WITHOUT_MOVING,
+    Argument,
     is_attention,
     is_operator,
     operator_bytes,
     operator_flops,
     short_name,
 )
-from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER, OTHER_OPERATORS, OperatorTime, PhaseTime
-from utils.training.phases import PHASES, MarkedClock, Phase, PhaseClock, no_phase
+from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER_OPERATORS, OTHER_PHASE, OperatorTime, PhaseTime
+from utils.training.state import TrainState
+from utils.training.step import (
+    PHASES,
+    MarkedClock,
+    Phase,
+    PhaseClock,
+    clip_gradients,
+    forward_backward,
+    no_phase,
+    optimizer_step,
+)
+from utils.training.step_buffer import StepBuffer
 
 STEP = "step"
 STRETCHES = 5  # of steps that are timed together; their median is not moved by one disturbance
 COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph")  # what the profiler calls the code that a compiler made
 
-Step = Callable[[Phase], None]  # one training step
+StepFunction = Callable[[Phase], None]  # one training step
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,29 @@ class StepTimes:
         return sum(phase.ms for phase in self.phases)
 
 
-def measure_steps(step: Step, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
+def training_step(state: TrainState, buffer: StepBuffer | None = None) -> StepFunction:
+    """The training loop's update of `state`, in its phases, as a function to call again and again.
+
+    Args:
+        buffer: gets the numbers of each step, and is flushed after it; None: nothing is logged.
+    """
+
+    def step(phase: Phase) -> None:
+        loss = forward_backward(state, phase)
+        with phase("optimizer"):
+            lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
+            grad_norms = clip_gradients(state)
+            optimizer_step(state, grad_norms)
+        if buffer is not None:
+            with phase("logging"):
+                buffer.add(state.step - 1, loss, grad_norms, lr)
+                buffer.flush()
+
+    state.model.train()
+    return step
+
+
+def measure_steps(step: StepFunction, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
     """Call `step` `warmup` times without a clock, then `steps` times for each of the three measurements."""
     for _ in range(warmup):
         step(no_phase)
@@ -72,7 +109,7 @@ def measure_steps(step: Step, device: torch.device, *, steps: int, warmup: int) 
     return StepTimes(steps, step_ms, phases, profiled_ms, operators, profiler)
 
 
-def time_steps(step: Step, device: torch.device, steps: int) -> float:
+def time_steps(step: StepFunction, device: torch.device, steps: int) -> float:
     """Milliseconds of a step, the median over stretches; the device is waited for at the end of each stretch only."""
     times = []
     for index in range(min(steps, STRETCHES)):
@@ -89,7 +126,7 @@ def time_steps(step: Step, device: torch.device, steps: int) -> float:
 def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime]:
     """What the clock saw in `steps` steps that took `seconds`; what is in no phase is `other`."""
     rows = [(name, clock.calls[name], clock.seconds[name]) for name in PHASES]
-    rows.append((OTHER, steps, max(0.0, seconds - sum(clock.seconds.values()))))
+    rows.append((OTHER_PHASE, steps, max(0.0, seconds - sum(clock.seconds.values()))))
     return [PhaseTime(name=n, calls=calls / steps, ms=1000 * s / steps, gflop=0.0) for n, calls, s in rows]
 
 
@@ -112,7 +149,7 @@ def read_operators(profiler: profile, device: torch.device) -> tuple[float, list
 
     def phase_of(event: FunctionEvent) -> str:
         index = bisect_right(starts, event.time_range.start) - 1
-        return spans[index][2] if index >= 0 and event.time_range.start < spans[index][1] else OTHER
+        return spans[index][2] if index >= 0 and event.time_range.start < spans[index][1] else OTHER_PHASE
 
     on_device = device.type == "cuda"
     rows: dict[tuple[str, str], list[float]] = {}
@@ -179,7 +216,7 @@ def _outermost(events: list[FunctionEvent], on_device: bool) -> Iterator[tuple[s
 
 def _cost(event: FunctionEvent) -> tuple[float, float]:
     """Floating-point operations and bytes of an operator; of one that only calls others, theirs."""
-    shapes, dtypes = event.structured_input_shapes, event.input_dtypes
+    shapes, dtypes = _arguments(event)
     flops = operator_flops(event.name, shapes, event.concrete_inputs)
     if flops is None:
         of_children = [_cost(child) for child in event.cpu_children if is_operator(child.name)]
@@ -187,3 +224,16 @@ def _cost(event: FunctionEvent) -> tuple[float, float]:
         if flops or not shapes or short_name(event.name) in WITHOUT_MOVING:
             return flops, moved
     return flops, operator_bytes(event.name, shapes, dtypes)
+
+
+def _arguments(event: FunctionEvent) -> tuple[Sequence[Argument], Sequence[str]]:
+    """Shapes and element types of an operator's arguments.
+
+    Before torch 2.12 an event has neither types nor the shapes of tensors in a list: the types are then unknown, and
+    such a list looks empty.
+    """
+    shapes: Any = getattr(event, "structured_input_shapes", None)
+    if shapes is None:
+        shapes = event.input_shapes or ()
+    dtypes: Any = getattr(event, "input_dtypes", None)
+    return shapes, [UNKNOWN_TYPE] * len(shapes) if dtypes is None else dtypes

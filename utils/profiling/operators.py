@@ -9,9 +9,9 @@ from typing import Any
 Argument = Sequence[Any]  # the shape of a tensor, or a list of shapes; empty: a scalar, or no tensor
 
 ONEDNN = "mkldnn::_linear_pointwise"
-MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0}  # where the first matrix stands
+FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0}  # where the first matrix stands
 TRANSPOSED = ("linear", ONEDNN)  # multiply with the transposed second matrix
-ATTENTION = "scaled_dot_product"
+ATTENTION_NAME = "scaled_dot_product"
 SMALL_RESULT = ("sum", "mean", "linalg_vector_norm", "_foreach_norm", "nll_loss", "cross_entropy_loss", "item")
 VIEWS = "view _unsafe_view reshape t transpose permute expand slice select narrow split split_with_sizes chunk unbind"
 MORE_VIEWS = "squeeze unsqueeze as_strided alias detach resolve_conj dropout to"  # the last two of a tensor as it is
@@ -20,7 +20,7 @@ WITHOUT_MOVING = frozenset(f"{VIEWS} {MORE_VIEWS} {RESERVED}".split())  # what c
 LOOKUPS = ("embedding", "index_select", "gather")  # read what they return, not the whole table
 OPTIMIZERS = ("_fused_adamw_", "_fused_adam_")  # read weight, gradient, two moments; write all but the gradient
 BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
-UNKNOWN_BYTES = 4  # of lists of tensors the profiler tells shapes only
+UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # of lists of tensors the profiler reports the shapes only
 
 
 def is_operator(name: str) -> bool:
@@ -33,7 +33,7 @@ def short_name(name: str) -> str:
 
 
 def is_attention(name: str) -> bool:
-    return ATTENTION in name
+    return ATTENTION_NAME in name
 
 
 def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any]) -> float | None:
@@ -45,7 +45,7 @@ def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any])
         values: of the arguments that are no tensors; the first flag of attention is whether it is causal.
     """
     short = short_name(name)
-    if short in MATRIX_PRODUCTS:
+    if short in FIRST_FACTOR:
         left, right, columns = _matrices(short, shapes)
         return 2.0 * math.prod(left) * columns if left and right else None
     if not is_attention(name):
@@ -67,12 +67,12 @@ def operator_bytes(name: str, shapes: Sequence[Argument], dtypes: Sequence[str])
     sizes = [_numbers(shape) * _itemsize(dtype) for shape, dtype in zip(shapes, dtypes, strict=True) if shape]
     if short in WITHOUT_MOVING or not sizes:
         return 0.0
-    if short in MATRIX_PRODUCTS:
+    if short in FIRST_FACTOR:
         left, right, columns = _matrices(short, shapes)
         if not (left and right):
             return 0.0
         result = math.prod(left[:-1]) * columns
-        return (math.prod(left) + math.prod(right) + result) * _itemsize(dtypes[MATRIX_PRODUCTS[short]])
+        return (math.prod(left) + math.prod(right) + result) * _itemsize(dtypes[FIRST_FACTOR[short]])
     if short in ("fill_", "zero_"):
         return sizes[0]
     if short in ("copy_", "clone", "contiguous", "_to_copy"):
@@ -88,7 +88,7 @@ def operator_bytes(name: str, shapes: Sequence[Argument], dtypes: Sequence[str])
 
 def _matrices(short: str, shapes: Sequence[Argument]) -> tuple[Argument, Argument, int]:
     """Both factors and the columns of the product."""
-    first = MATRIX_PRODUCTS[short]
+    first = FIRST_FACTOR[short]
     left, right = shapes[first], shapes[first + 1]
     return left, right, (right[0] if short in TRANSPOSED else right[-1]) if right else 0
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.files import write_atomic
-from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER_OPERATORS, Profile
-from utils.profiling.tables import CATEGORIES, megabytes, percent, rate
+from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
+from utils.profiling.tables import MEMORY_CATEGORIES, megabytes, percent, rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ COLORS = {
     MATRIX_PRODUCTS: "#3b6fb6",
     ATTENTION: "#2f9e63",
     OTHER_OPERATORS: "#e0a458",
-    "no operator": "#e3e6ea",
+    NO_OPERATOR: "#e3e6ea",
 }
 PHASE_COLORS = ("#54627a", "#71809a")  # in turn
 STEP_COLOR, TEXT, QUIET = "#2b3446", "#1c2430", "#667080"
@@ -67,7 +67,7 @@ def operator_slices(profile: Profile) -> Iterator[Slice]:
             label = "attention" if row.kind == ATTENTION else row.name  # its names are long
             yield Slice(label, left, row.ms * scale, COLORS[row.kind])
             left += row.ms * scale
-        small["no operator"] = phase.left + phase.width - left - sum(small.values())
+        small[NO_OPERATOR] = phase.left + phase.width - left - sum(small.values())
         for kind, width in small.items():
             if width > 0:
                 yield Slice("", left, width, COLORS[kind])
@@ -153,7 +153,7 @@ def _icicle(axes: Axes, profile: Profile) -> None:
 
 def _label(axes: Axes, part: Slice, share: float, y: float, upright: bool) -> None:
     """The name where there is room for it, with the time where there is more; upright in a narrow slice."""
-    dark = part.color in (COLORS[OTHER_OPERATORS], COLORS["no operator"])
+    dark = part.color in (COLORS[OTHER_OPERATORS], COLORS[NO_OPERATOR])
     longer = f"{part.label}\n{part.width:.2f} ms" if upright else f"{part.label}  {part.width:.2f} ms"
     room = share / CHARACTER
     texts = [(longer, 0), (part.label, 0), *([(part.label, 90)] if upright else [])]
@@ -194,7 +194,7 @@ def _rates(axes: Axes, profile: Profile) -> None:
 
 def _memory(axes: Axes, profile: Profile) -> None:
     """The categories as one bar, with a legend that has the sizes."""
-    sizes = [(name, getattr(profile.memory, name) or 0) for name in CATEGORIES]
+    sizes = [(name, getattr(profile.memory, name) or 0) for name in MEMORY_CATEGORIES]
     total, left = sum(size for _, size in sizes), 0.0
     for (name, size), color in zip(sizes, MEMORY_COLORS, strict=True):
         label = f"{name}  {megabytes(size)} MB" if size else f"{name}  not measured"

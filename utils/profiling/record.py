@@ -18,16 +18,17 @@ SCHEMA_VERSION: Literal[1] = 1
 PROFILE, TRACE, PICTURE = "profile.json", "trace.json", "profile.png"
 FOLDER = Path("artifacts", "profile")  # in a run directory
 MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS = "matrix products", "attention", "other operators"
-OTHER = "other"  # the phase of what is in no phase
+OTHER_PHASE = "other"  # the phase of what is in no phase
+NO_OPERATOR = "no operator"  # the kind of the time in which no operator runs
 
 
-class Part(BaseModel):
+class Record(BaseModel):
     """Unknown keys are left out: a later version may add some."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class Machine(Part):
+class Machine(Record):
     """Where it was measured. dtype: of the matrix products of training; compile: whether the model was compiled."""
 
     device: str
@@ -38,14 +39,14 @@ class Machine(Part):
     compile: bool
 
 
-class Limits(Part):
+class Limits(Record):
     """What the machine reaches: GFLOP/s in a matrix product, by dtype; GB/s of a copy, reading and writing counted."""
 
     gemm: dict[str, float]
     copy_gbytes: float
 
 
-class PhaseTime(Part):
+class PhaseTime(Record):
     """A part of a step. ms, calls: per step; gflop: of its matrix products, per step."""
 
     name: str
@@ -54,7 +55,7 @@ class PhaseTime(Part):
     gflop: float
 
 
-class OperatorTime(Part):
+class OperatorTime(Record):
     """Calls of one operator in one phase, with the operators that it calls, per step under the profiler.
 
     kind: matrix products, attention or other operators. gbyte: estimated from shapes.
@@ -69,7 +70,7 @@ class OperatorTime(Part):
     gbyte: float
 
 
-class Memory(Part):
+class MemoryBytes(Record):
     """Bytes. activations: what autograd keeps of one micro-step's forward pass; none: not measured.
 
     peak: the most in a step: of all tensors on a GPU, else of what the process has grown by for model and training.
@@ -82,7 +83,7 @@ class Memory(Part):
     peak: int | None = None
 
 
-class Generation(Part):
+class Generation(Record):
     """One sequence. prefill: of `prompt` tokens in one pass; decode: one token, the mean of `decoded` of them.
 
     gbyte: weights and cached keys and values that one token must read.
@@ -107,7 +108,7 @@ class Generation(Part):
         return 1000 / self.decode_ms
 
 
-class Profile(Part):
+class Profile(Record):
     """What one looks at. run, step: of a profile that was made in a run.
 
     step_ms: one step, without the profiler; phases_ms: with a pause for the device after each phase;
@@ -132,7 +133,7 @@ class Profile(Part):
     phases: list[PhaseTime]
     operators: list[OperatorTime]
     operator_times: bool
-    memory: Memory
+    memory: MemoryBytes
     generation: Generation | None = None
 
     @property
@@ -167,7 +168,7 @@ class Profile(Part):
         times = dict.fromkeys((MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS), 0.0)
         for operator in self.operators:
             times[operator.kind] += operator.ms
-        return {**times, "no operator": max(0.0, self.profiled_ms - sum(times.values()))}
+        return {**times, NO_OPERATOR: max(0.0, self.profiled_ms - sum(times.values()))}
 
 
 def read_profile(path: Path) -> Profile:

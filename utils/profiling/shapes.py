@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,17 +12,13 @@ from rich.table import Table
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import write_json
-from utils.machine.device import torch_settings
 from utils.nn.costs import training_flops
-from utils.optim.groups import apply_schedules
-from utils.profiling.measure import time_steps
+from utils.profiling.measure import time_steps, training_step
 from utils.profiling.memory import activation_phase
-from utils.terminal.cli import numbers
 from utils.terminal.console import Terminal
-from utils.training.phases import Phase, no_phase
 from utils.training.setup import Setup
-from utils.training.state import TrainState, build_state
-from utils.training.step import clip_gradients, forward_backward, optimizer_step
+from utils.training.state import build_state
+from utils.training.step import no_phase
 
 SWEEP_FILE = "sweep.json"
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the configured sizes; a batch is that of a micro-step
@@ -55,17 +50,19 @@ def with_shape(config: Config, batch_size: int, block_size: int) -> Config:
     )
 
 
-def default_sizes(configured: int, factors: Sequence[float]) -> list[int]:
+def default_batch_sizes(config: Config) -> list[int]:
+    """Micro-batches around the configured one."""
+    return sizes_around(config.train.sequences // config.train.gradient_accumulation_steps, BATCH_FACTORS)
+
+
+def default_block_sizes(config: Config) -> list[int]:
+    """Blocks around the configured one."""
+    return sizes_around(config.model.block_size, BLOCK_FACTORS)
+
+
+def sizes_around(configured: int, factors: Sequence[float]) -> list[int]:
     """Sizes around the configured one, ascending, each once."""
     return sorted({max(1, round(configured * factor)) for factor in factors})
-
-
-def training_step(state: TrainState, phase: Phase) -> None:
-    """One update by the training loop's own parts, without its log."""
-    apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
-    forward_backward(state, phase)
-    clip_gradients(state)
-    optimizer_step(state)
 
 
 def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: Terminal) -> ShapeTiming:
@@ -80,7 +77,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
     """
     state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
     state.model.train()
-    step = functools.partial(training_step, state)
+    step = training_step(state)
     activations = activation_phase(state)
     step(activations or no_phase)
     for _ in range(warmup):
@@ -88,7 +85,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
     step_ms = time_steps(step, state.device, steps)
     if config.train.compile:
         torch.compiler.reset()  # it compiles the same code for so many models only
-    operations = training_flops(config.model, setup.corpus.tokenizer.vocab_size, config.train.sequences)
+    operations = training_flops(state.model, config.train.sequences, config.model.block_size)
     return ShapeTiming(
         batch_size=config.train.sequences,
         block_size=config.model.block_size,
@@ -99,7 +96,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
     )
 
 
-def sweep(
+def sweep_shapes(
     setup: Setup, batch_sizes: Sequence[int], block_sizes: Sequence[int], steps: int, warmup: int, terminal: Terminal
 ) -> list[ShapeTiming]:
     """Every batch size at every block size; shapes that do not fit into the device's memory are told and left out.
@@ -145,40 +142,11 @@ def sweep_table(timings: Sequence[ShapeTiming]) -> Table:
     return table
 
 
-def report_sweep(
-    setup: Setup,
-    batch_sizes: str | None,
-    block_sizes: str | None,
-    *,
-    steps: int,
-    warmup: int,
-    out: Path | None,
-    terminal: Terminal,
-) -> None:
-    """Measure, print the table, and write sweep.json into the folder `out`.
-
-    Args:
-        batch_sizes, block_sizes: comma-separated; None: sizes around the configured ones.
+def save_sweep(timings: Sequence[ShapeTiming], folder: Path) -> list[Path]:
+    """Write sweep.json into `folder`; returns where it is.
 
     Raises:
-        UserError: a list that is none, or a block that is longer than the corpus.
+        OSError: it cannot be written.
     """
-    config = setup.config
-    batches = numbers(batch_sizes, "--batch-sizes", int, 1) if batch_sizes is not None else None
-    blocks = numbers(block_sizes, "--block-sizes", int, 1) if block_sizes is not None else None
-    micro_batch = config.train.sequences // config.train.gradient_accumulation_steps
-    batches = batches or default_sizes(micro_batch, BATCH_FACTORS)
-    blocks = blocks or default_sizes(config.model.block_size, BLOCK_FACTORS)
-    with torch_settings(config.train, setup.device):
-        timings = sweep(setup, batches, blocks, steps, warmup, terminal)
-    terminal.print(
-        sweep_table(timings),
-        f"{setup.device}, {str(setup.dtype).removeprefix('torch.')}; medians over {steps} steps; GFLOP/s: of what the "
-        "matrix products need",
-    )
-    if out is not None:
-        try:
-            write_json(out / SWEEP_FILE, {"shapes": [asdict(timing) for timing in timings]})
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
-        terminal.print(f"written: {out / SWEEP_FILE}")
+    write_json(folder / SWEEP_FILE, {"shapes": [asdict(timing) for timing in timings]})
+    return [folder / SWEEP_FILE]

@@ -10,18 +10,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from utils.profiling.record import MATRIX_PRODUCTS, OTHER_OPERATORS, Profile
+from utils.profiling.record import MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
 from utils.terminal.words import facts
 
 BAR_WIDTH = 20  # characters of 100%
-CATEGORIES = ("weights", "gradients", "optimizer", "activations")
+MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
 NAME_WIDTH = 27  # of an operator: the table fits into 80 columns
 NOTHING = 0.005  # GB/s; what is slower works on single numbers
 OTHERS = "others"  # operators beyond those that are shown
 
 
 @dataclass
-class Operator:
+class OperatorTotal:
     """An operator over all phases, per step."""
 
     kind: str
@@ -31,11 +31,11 @@ class Operator:
     gbyte: float = 0.0
 
 
-def operators_by_name(profile: Profile) -> dict[str, Operator]:
+def operators_by_name(profile: Profile) -> dict[str, OperatorTotal]:
     """The longest first."""
-    found: dict[str, Operator] = {}
+    found: dict[str, OperatorTotal] = {}
     for row in profile.operators:
-        operator = found.setdefault(row.name, Operator(row.kind))
+        operator = found.setdefault(row.name, OperatorTotal(row.kind))
         operator.kind = row.kind if row.kind != OTHER_OPERATORS else operator.kind
         operator.calls += row.calls
         operator.ms += row.ms
@@ -128,7 +128,7 @@ def work_table(profile: Profile) -> RenderableType:
 def operator_table(profile: Profile, top: int) -> RenderableType:
     table = _table("operator", "share", "calls", "ms", "GFLOP/s", "GB/s", "of limit")
     found = operators_by_name(profile)
-    rest = Operator(OTHER_OPERATORS)
+    rest = OperatorTotal(OTHER_OPERATORS)
     for index, (name, row) in enumerate(found.items()):
         if index < top:
             table.add_row(*_operator_cells(name, row, profile))
@@ -142,7 +142,7 @@ def operator_table(profile: Profile, top: int) -> RenderableType:
     return _titled("Operators", table, note)
 
 
-def _operator_cells(name: str, row: Operator, profile: Profile) -> list[RenderableType]:
+def _operator_cells(name: str, row: OperatorTotal, profile: Profile) -> list[RenderableType]:
     share = row.ms / profile.profiled_ms
     cells: list[RenderableType] = [_cropped(name), percent(share), f"{row.calls:,.0f}", f"{row.ms:.3f}"]
     if not (profile.operator_times and row.ms):
@@ -158,7 +158,7 @@ def _operator_cells(name: str, row: Operator, profile: Profile) -> list[Renderab
 def memory_table(profile: Profile) -> RenderableType:
     """Categories, their sum, and the most that was in use."""
     memory = profile.memory
-    sizes = {name: getattr(memory, name) for name in CATEGORIES}
+    sizes = {name: getattr(memory, name) for name in MEMORY_CATEGORIES}
     total = sum(size or 0 for size in sizes.values())
     table = _table("what", "share", "", "MB")
     for name, size in sizes.items():
@@ -201,7 +201,7 @@ def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) ->
     """
     phases_a, phases_b = ({row.name: row.ms for row in profile.phases} for profile in (a, b))
     operators_a, operators_b = (
-        {**{name: row.ms for name, row in operators_by_name(p).items()}, "no operator": p.operators_ms["no operator"]}
+        {**{name: row.ms for name, row in operators_by_name(p).items()}, NO_OPERATOR: p.operators_ms[NO_OPERATOR]}
         for p in (a, b)
     )
     parts: list[RenderableType] = [
@@ -225,7 +225,7 @@ def summary(profile: Profile) -> dict[str, float | None]:
         "MFU (%)": None if profile.mfu is None else 100 * profile.mfu,
         "limit: matrix product (GFLOP/s)": profile.gemm,
         "limit: copy (GB/s)": None if limits is None else limits.copy_gbytes,
-        **{f"{name} (MB)": _in_mb(getattr(memory, name)) for name in CATEGORIES},
+        **{f"{name} (MB)": _in_mb(getattr(memory, name)) for name in MEMORY_CATEGORIES},
         "most in a step (MB)": _in_mb(memory.peak),
         "prefill (tokens/s)": None if generation is None else generation.prefill_tokens_per_second,
         "decode (tokens/s)": None if generation is None else generation.decode_tokens_per_second,
@@ -242,7 +242,7 @@ def difference_table(a: Profile, b: Profile) -> RenderableType:
     for header in ("", "A", "B"):
         table.add_column(header, overflow="fold", style="cyan" if not header else "")
     for key in differing:
-        table.add_row(key, *(Text(_shown(values.get(key))) for values in (ours, theirs)))
+        table.add_row(key, *(Text(_setting_text(values.get(key))) for values in (ours, theirs)))
     return _titled("What differs", table)
 
 
@@ -341,7 +341,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _shown(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):

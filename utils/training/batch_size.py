@@ -1,8 +1,8 @@
 """`batch_size auto`: how many sequences fit into memory, and how many micro-steps an update needs.
 
-A size fits if a whole training step does. On CUDA steps are tried: running out of memory is an exception there.
-Elsewhere it would end the process, so a step is made of tensors without storage (FakeTensorMode), and what they
-would take is counted. Either is done with the model as it is without torch.compile.
+A size fits if a whole training step does. On CUDA, steps are tried: running out of memory is an exception there.
+Elsewhere it would end the process, so a step runs on tensors without storage (FakeTensorMode), and the bytes that they
+would take are counted. Both use the model without torch.compile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,42 +21,44 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data import Corpus
+from data import BatchSampler, Corpus
 from model import LanguageModel
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError
-from utils.machine.device import autocast, available_memory, torch_settings
+from utils.machine.device import available_memory, torch_settings
 from utils.optim.groups import build_optimizer
 from utils.runs.origin import FOUND, put_on_top
+from utils.training.state import TrainState
+from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
-# Share of the free memory that is left free: for evaluation, histograms, fragmentation. The allocator of the CPU has
-# taken 0.4% to 42% more than the tensors (at most 16% from 1 GiB on), and who takes too much there is killed.
+# Share of the free memory that stays free: for evaluation, histograms, fragmentation. The CPU's allocator takes 0.4% to
+# 42% more than the tensors (at most 16% from 1 GiB on), and a process that takes too much is killed.
 RESERVE = {"cuda": 0.1, "cpu": 0.25, "mps": 0.25}
 GIB = 2**30
 
-Fits = Callable[[int], bool]  # whether a micro-step of so many sequences does
+Fits = Callable[[int], bool]  # whether a micro-step of that many sequences fits
 
 
 def find_batch(
     loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]
 ) -> LoadedConfig:
-    """The configuration with numbers for `auto`: batch_size and gradient_accumulation_steps, as a layer of its own.
+    """The configuration with numbers in place of `auto`: batch_size and gradient_accumulation_steps, as a layer on top.
 
-    No random stream is moved and no memory kept, so that a run with these numbers given by hand is the same.
+    Random streams and memory are left as they were, so a run with these numbers given by hand is the same.
 
     Args:
-        tell: says one line to the user: what was chosen.
+        tell: prints one line to the user: what was chosen.
 
     Raises:
         UserError: not even one sequence fits.
     """
     config = loaded.config
     length, tokens = config.model.block_size, config.train.tokens_per_step
-    most = max(1, corpus.n_train // length)  # an update should not see a text twice
+    most = max(1, corpus.n_train // length)  # an update should not see a token twice
     sizes = divisors(tokens // length) if tokens else [2**n for n in range(most.bit_length())]
     free = available_memory(device)
-    with fitting(config, corpus.tokenizer.vocab_size, device, dtype, free) as fits:
+    with fitting(config, corpus, device, dtype, free) as fits:
         micro_batch = largest_fitting(sizes, fits)
     memory = f"{free / GIB:.1f} GiB that are free on {device}"
     if micro_batch is None:
@@ -93,73 +96,93 @@ def divisors(number: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def fitting(config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype, free: int) -> Iterator[Fits]:
-    """How a size is tried on `device`, of which `free` bytes may be used but for the reserve.
+def fitting(config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype, free: int) -> Iterator[Fits]:
+    """A function that tries a size on `device`, of which `free` bytes may be used except for the reserve.
 
-    Afterwards random streams, settings and memory are as they were.
+    Random streams, settings and memory are restored on exit.
     """
     usable = int(free * (1 - RESERVE[device.type]))
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []), torch_settings(config.train, device):
         if not on_cuda:
-            yield lambda size: bytes_of_training(config, vocab_size, dtype, size) <= usable
+            yield lambda size: bytes_of_training(config, corpus, dtype, size) <= usable
             return
-        trials = CudaTrials(config, vocab_size, device, dtype)
+        trials = CudaTrials(config, corpus, device, dtype)
         try:
             with limited_cuda(device, usable):
                 yield trials.fits
         finally:
-            trials.model = None
+            trials.trial = None
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
 
 
-class TrialModel:
-    """A model with its optimizer, whose state is there from the start; makes updates of any number of sequences."""
+class ZeroBatches(BatchSampler):
+    """Batches of one token over and over: memory does not depend on what the tokens are."""
 
-    def __init__(self, config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
+    def train_batch(self, *_place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.zeros((self.batch_size, self.block_size), dtype=torch.int64, device=self.device)  # (B, T)
+        return ids, ids
+
+    def prefetch(self, *_place: int) -> None: ...
+
+
+class Trial:
+    """A model with its optimizer, whose state exists from the start, that makes updates of any number of sequences."""
+
+    def __init__(self, config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
+        # One micro-step without clipping, which is done in place and looks at a value: a fake tensor has none.
+        train = config.train.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
+        optimizer = config.optimizer.model_copy(update={"grad_clip": 0.0})
+        config = config.model_copy(update={"train": train, "optimizer": optimizer})
         with device:
-            self.model = LanguageModel(config.model, vocab_size)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+            model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
+        self.state = TrainState(
+            config=config,
+            max_iters=1,
+            device=device,
+            dtype=dtype,
+            corpus=corpus,
+            sampler=ZeroBatches(corpus, config.model.block_size, 1, config.train.seed, device),
+            model=model,
+            forward=model,
+            optimizer=build_optimizer(model, config.optimizer),
+            scaler=torch.amp.GradScaler(device.type, enabled=False),
+        )
         self.step(1)
 
     def step(self, sequences: int) -> None:
-        """One update; memory does not depend on what the tokens are."""
-        ids = torch.zeros((sequences, self.config.model.block_size), dtype=torch.int64, device=self.device)  # (B, T)
-        with autocast(self.device, self.dtype):
-            _, loss = self.model(ids, ids)
-        assert loss is not None
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        """One update of that many sequences."""
+        self.state.sampler = replace(self.state.sampler, batch_size=sequences)
+        forward_backward(self.state)
+        clip_gradients(self.state)
+        optimizer_step(self.state)
 
 
 class CudaTrials:
-    """Updates of several sizes on a CUDA device, with one model that is made for the first."""
+    """Updates of several sizes on a CUDA device, with one model."""
 
-    def __init__(self, config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.arguments = (config, vocab_size, device, dtype)
-        self.model: TrialModel | None = None
+    def __init__(self, config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
+        self.arguments = (config, corpus, device, dtype)
+        self.trial: Trial | None = None
 
     def fits(self, size: int) -> bool:
         try:
-            self.model = self.model or TrialModel(*self.arguments)
-            self.model.step(size)
+            self.trial = self.trial or Trial(*self.arguments)
+            self.trial.step(size)
             fits = True
         except torch.OutOfMemoryError:
             fits = False
-        if self.model is not None:
-            self.model.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()  # what one size has left cached is not in the way of the next
+        if self.trial is not None:
+            self.trial.state.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # the cache of one size must not limit the next
         return fits
 
 
 @contextlib.contextmanager
 def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
-    """The process may take `usable` bytes of a CUDA device on top of what it holds; asking for more is an error."""
+    """Let the process take at most `usable` bytes of a CUDA device on top of what it holds."""
     index = torch.cuda.current_device() if device.index is None else device.index
     before = torch.cuda.get_per_process_memory_fraction(index)
     total = torch.cuda.mem_get_info(index)[1]
@@ -170,17 +193,17 @@ def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before, index)
 
 
-def bytes_of_training(config: Config, vocab_size: int, dtype: torch.dtype, sequences: int) -> int:
-    """What training holds at most with micro-steps of so many sequences: of a step, and the copy for a checkpoint."""
+def bytes_of_training(config: Config, corpus: Corpus, dtype: torch.dtype, sequences: int) -> int:
+    """The peak memory of training with micro-steps of that many sequences: a step, and the copy for a checkpoint."""
     with FakeTensorMode(), ByteCounter() as counter:
-        model = TrialModel(config, vocab_size, torch.device("cpu"), dtype)
+        trial = Trial(config, corpus, torch.device("cpu"), dtype)
         kept = counter.held  # weights and the state of the optimizer
-        model.step(sequences)
+        trial.step(sequences)
     return counter.peak + kept
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make: held now, and at most so far."""
+    """Counts the bytes of all tensors that operations make: those held now, and the most held so far."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import importlib
 import sysconfig
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,22 @@ import torch
 from utils.errors import UserError
 from utils.machine.signals import StopRequest
 from utils.training.state import TrainState
-from utils.training.step_buffer import StepBuffer
+
+Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step and its numbers
 
 
 class TrainingRun:
-    """What a callback may look at and do.
+    """What a callback may read and do.
 
     path: the run directory.
     state: model, optimizer, step, losses, ...: what training changes, and so may a callback.
     loss: of the batch of the last update, 0-dimensional, on the device; reading its value waits for the device.
     """
 
-    def __init__(self, path: Path, state: TrainState, buffer: StepBuffer, stop: StopRequest) -> None:
+    def __init__(self, path: Path, state: TrainState, log: Log, stop: StopRequest) -> None:
         self.path, self.state = path, state
         self.loss: torch.Tensor | None = None
-        self._buffer, self._stop = buffer, stop
+        self._log, self._stop = log, stop
         self._step = state.step
 
     def log(self, values: Mapping[str, float | torch.Tensor]) -> None:
@@ -44,7 +45,7 @@ class TrainingRun:
             KeyError: a name that is not registered.
             TypeError, RuntimeError: a value is not one number.
         """
-        self._buffer.log(self._step, values)
+        self._log(self._step, values)
 
     def stop(self, reason: str) -> None:
         """End training after this step, as interrupted, with a checkpoint."""
@@ -56,7 +57,7 @@ class Callback:
 
     on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes), on_step
     after each update, on_eval after each evaluation, on_end once after the last step of a session, whatever ended
-    it: but SIGKILL and a second Ctrl-C leave no time for it.
+    it, except for SIGKILL and a second Ctrl-C.
     """
 
     def on_start(self, run: TrainingRun) -> None: ...
@@ -70,7 +71,7 @@ class Callback:
         """status: completed, interrupted, diverged or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep, as JSON: a resumed run goes on with it."""
+        """What a checkpoint must keep, as JSON; a resumed run continues with it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,20 +104,20 @@ class Callbacks:
             callback.on_eval(self._run, losses)
 
     def on_end(self, status: str) -> None:
-        """Each callback that was started is told once; if one raises, the others are told that the run failed."""
+        """Call on_end of each callback that was started, once; after one raises, the others get the status failed."""
         self._run._step = self._run.state.step
         failure: Exception | None = None
         while self._started:
             try:
                 self._started.popleft().on_end(self._run, status)
-            except Exception as error:  # the user's; the first one counts
+            except Exception as error:  # the user's code; the first failure counts
                 failure, status = failure or error, "failed"
         if failure is not None:
             raise failure
 
 
 def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
-    """An instance of each class, by its name module:Class.
+    """Import and make each callback, by its name module:Class.
 
     Raises:
         UserError: it cannot be imported or made, or is no Callback.
@@ -133,7 +134,7 @@ def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
             callbacks[name] = found()
         except UserError:
             raise
-        except (Exception, SystemExit) as error:  # code of the user's, which may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise UserError(f"callbacks: {name} cannot be used: {_in_one_line(error)}") from error
     return callbacks
 

@@ -38,7 +38,7 @@ class HostMemory:
         self._copies: dict[str, torch.Tensor] = {}
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Host copies of `tensors`; those of the call before are overwritten."""
+        """Host copies of `tensors`; the copies of the previous call are overwritten."""
         on_gpu = False
         result = {}
         for name, tensor in tensors.items():
@@ -60,14 +60,14 @@ class Checkpointer:
 
     The loop pays for a copy to host memory only: the files are written by a thread, one checkpoint at a
     time. A checkpoint that is due while another is still being written is postponed. A write that
-    fails is reported, and the checkpoints of before stay.
+    fails is reported, and the earlier checkpoints stay.
 
     Args:
         folder: artifacts/checkpoints of the run directory.
         settings: how often, and what is kept.
         log: its offsets go into the checkpoint, and it is synced before the checkpoint is complete.
-        warn: tells the user one line.
-        saved_step: the step that was resumed from, which needs no second checkpoint; None: a new run.
+        warn: prints one line to the user.
+        saved_step: the step that was resumed from, which is saved already; None: a new run.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Checkpointer:
         return by_steps or by_time
 
     def save(self, state: TrainState) -> None:
-        """Copy the state and begin to write it, after the write of before has ended; nothing if it is saved already."""
+        """Copy the state and start to write it, once the previous write has ended; nothing if it is saved already."""
         self.wait()
         if state.step == self._written_step:
-            self._point(state.step, state.best_step, state.best_val_loss)  # a killed process may not have come to it
+            self._point(state.step, state.best_step, state.best_val_loss)  # a killed process may not have written them
             return
         weights, optimizer, facts = capture(state)
         facts |= {
@@ -117,19 +117,19 @@ class Checkpointer:
             facts,
         )
         self._last_step, self._last_time = state.step, time.monotonic()
-        # A daemon: whoever ends the process at once (a second Ctrl-C) leaves a temporary folder, nothing half.
+        # A daemon: a process that ends at once (a second Ctrl-C) leaves a temporary folder, never half a checkpoint.
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until no checkpoint is being written."""
+        """Wait until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def seconds_to_save(self, state: TrainState) -> float:
-        """How long a checkpoint may take, with some reserve."""
-        if self._write_seconds is None:  # a guess, made once: this is asked at every step
+        """How long a checkpoint may take, in seconds, with a margin."""
+        if self._write_seconds is None:  # estimated once, since this is asked at every step
             weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
             self._write_seconds = 1.5 * weights / FIRST_GUESS_BYTES_PER_SECOND
         return 1.0 + 2 * self._write_seconds
@@ -149,7 +149,7 @@ class Checkpointer:
             write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)
             self._written_step = step
             prune(self.folder, self.settings.keep_last, facts["best_step"] if self.settings.keep_best else None)
-        except Exception as error:  # the boundary of the thread: training goes on with the checkpoints of before
+        except Exception as error:  # the boundary of the thread: training continues with the earlier checkpoints
             kept = [found for found, _ in list_checkpoints(self.folder)]
             newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
             self._warn(f"the checkpoint of step {step:,} was not written: {_reason(error)}; {newest}")
@@ -158,7 +158,7 @@ class Checkpointer:
         self._write_seconds = time.monotonic() - began
 
     def _point(self, step: int, best_step: int | None, best_val_loss: float) -> None:
-        """Let latest.json and best.json say what is true; they are only written if they do not say it yet."""
+        """Bring latest.json and best.json up to date; they are only written if they change."""
         pointers: dict[str, dict[str, Any]] = {LATEST_FILE: {"step": step, "folder": folder_name(step)}}
         if self.settings.keep_best and best_step is not None and (self.folder / folder_name(best_step)).is_dir():
             best = {"step": best_step, "folder": folder_name(best_step), "val/loss": encode_number(best_val_loss)}

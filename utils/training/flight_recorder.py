@@ -13,7 +13,7 @@ import torch
 from utils.files import write_json
 from utils.machine.device import memory_in_use
 from utils.runs.metrics import encode_number
-from utils.training.step_buffer import Step
+from utils.training.step_buffer import StepRecord
 
 STEPS = 64
 
@@ -22,25 +22,25 @@ class FlightRecorder:
     """Keeps the last STEPS steps in memory; what can be computed later is computed when they are written.
 
     Args:
-        device: whose random state and memory are noted.
+        device: whose random state and memory are recorded.
         groups: names of the optimizer's parameter groups.
         offsets: where in the training tokens the samples of a step start.
-        draws: whether steps draw random numbers (dropout); else their random state is that of the last look.
+        draws: whether steps draw random numbers (dropout); otherwise the random state of the last `look` is theirs.
     """
 
     def __init__(
         self, device: torch.device, groups: Sequence[str], offsets: Callable[[int], list[int]], draws: bool = True
     ) -> None:
         self.device, self.groups, self.offsets, self.draws = device, list(groups), offsets, draws
-        self._steps: deque[tuple[Step, torch.Tensor, int]] = deque(maxlen=STEPS)  # with random state and memory
+        self._steps: deque[tuple[StepRecord, torch.Tensor, int]] = deque(maxlen=STEPS)  # with random state and memory
         self.look()
 
     def look(self) -> None:
-        """Note what is too slow to ask for at every step; the steps until the next look have it."""
+        """Read what is too slow to read at every step; it is recorded for the steps until the next call."""
         self._memory, self._rng = memory_in_use(self.device), _rng_state(self.device)
 
-    def record(self, update: Step) -> None:
-        """Note an update; nothing is transferred from the device."""
+    def record(self, update: StepRecord) -> None:
+        """Record an update; nothing is transferred from the device."""
         self._steps.append((update, _rng_state(self.device) if self.draws else self._rng, self._memory))
 
     def dump(self, path: Path, reason: str) -> None:
@@ -51,7 +51,7 @@ class FlightRecorder:
         """
         write_json(path, {"reason": reason, "steps": [self._as_json(*noted) for noted in self._steps]})
 
-    def _as_json(self, s: Step, rng: torch.Tensor, memory: int) -> dict[str, Any]:
+    def _as_json(self, s: StepRecord, rng: torch.Tensor, memory: int) -> dict[str, Any]:
         norms = zip(self.groups, s.grad_norms.tolist(), strict=True)
         return {
             "step": s.step,

@@ -35,7 +35,7 @@ class Layout:
 
 
 class Memory:
-    """What binning needs besides the tensors; kept, for getting it anew costs more than the arithmetic."""
+    """What binning needs besides the tensors; kept, since making it again costs more than the arithmetic."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.values = torch.empty((rows, ROW), device=device)
@@ -71,7 +71,7 @@ def bin_tensors(tensors: Sequence[torch.Tensor], layout: Layout, memory: Memory)
 
 
 def is_ordinary(low: float, high: float) -> bool:
-    """Whether a tensor of this range is binned well in float32: all is finite, the range no overflow or underflow."""
+    """Whether float32 bins a tensor of this range well: finite, without overflow or underflow."""
     return abs(low) < math.inf and (low == high or SMALLEST_RANGE <= high - low <= torch.finfo(torch.float32).max)
 
 
@@ -86,14 +86,14 @@ def bin_finite(tensor: torch.Tensor) -> tuple[list[int], float, float]:
 
 
 class Histograms:
-    """Histograms of named tensors, again and again of the same sizes."""
+    """Makes histograms of named tensors whose sizes stay the same."""
 
     def __init__(self) -> None:
         self._layouts: list[Layout] = []
         self._memory: Memory | None = None
 
     def records(self, step: int, time: float, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """Lines of histograms.jsonl for tensors of one device, brought over in one transfer."""
+        """Records of histograms.jsonl for tensors of one device, in one transfer."""
         chunks = list(_chunks(list(tensors.values())))
         device = chunks[0][0].device
         sizes = [[tensor.numel() for tensor in chunk] for chunk in chunks]
@@ -115,7 +115,7 @@ class Histograms:
 
 
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The tensors in their order, together until there are CHUNK numbers."""
+    """The tensors in order, in groups of up to CHUNK numbers."""
     chunk: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:

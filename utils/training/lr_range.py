@@ -1,9 +1,9 @@
 """The learning-rate range test [Smith 2017, Cyclical Learning Rates for Training Neural Networks, section 3.3].
 
-From the initial weights one trains with a learning rate that grows by the same factor from step to step. The loss falls
-while the rate is useful; where it stops falling, becomes ragged or rises is about the largest rate that converges. The
-suggestion is half of that: the best rate is usually within a factor of two of the largest that converges [Bengio 2012,
-Practical recommendations for gradient-based training of deep architectures; cited by Smith].
+From the initial weights on, the learning rate grows by a constant factor from step to step. The loss falls while the
+rate is useful; it stops falling, becomes ragged or rises at about the largest rate that converges. The suggestion is
+half of that: the best rate is usually within a factor of two of the largest that converges [Bengio 2012, Practical
+recommendations for gradient-based training of deep architectures; cited by Smith].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import RenderableType
 from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.files import write_atomic, write_json
-from utils.optim.groups import set_learning_rate
+from utils.optim.schedules import set_learning_rate
 from utils.terminal.console import Terminal
 from utils.terminal.words import facts
 from utils.training.state import TrainState
@@ -43,10 +43,10 @@ TERMINAL_COLORS = (250, 33)  # of 256: of each step, smoothed
 
 @dataclass(frozen=True)
 class LrRange:
-    """What came of a test.
+    """The outcome of a range test.
 
     rates, losses, smoothed: of each step (nats per token), up to the last finite loss.
-    diverged_at: the rate at which the test was ended; None: it went to its end.
+    diverged_at: the rate at which the loss diverged and the test ended; None: it ran to its end.
     steepest: the rate at which the smoothed loss fell fastest from step to step; edge: at which it stopped falling.
     suggestion: a peak learning rate; None where `problem` says why there is none.
     """
@@ -66,15 +66,14 @@ def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrR
     """Train `state` with rates from `low` to `high`, `steps` updates at most.
 
     Raises:
-        UserError: the loss diverges before there is anything to see.
+        UserError: the loss diverges within the first few steps.
     """
     state.model.train()
 
     def step(lr: float) -> float:
         set_learning_rate(state.optimizer, lr)
         loss = forward_backward(state)
-        clip_gradients(state)
-        optimizer_step(state)
+        optimizer_step(state, clip_gradients(state))
         return loss.item()
 
     rates, losses, diverged_at = rising_rates(step, low, high, steps)
@@ -87,10 +86,10 @@ def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrR
 def rising_rates(
     step: Callable[[float], float], low: float, high: float, steps: int
 ) -> tuple[list[float], list[float], float | None]:
-    """The rates and losses of up to `steps` updates, and the rate that ended them before: the loss diverged.
+    """The rates and losses of up to `steps` updates, and the rate at which the loss diverged, if it did.
 
     Args:
-        step: makes one update with a rate; the loss before it.
+        step: makes one update with the given rate and returns the loss before it.
     """
     rates: list[float] = []
     losses: list[float] = []
@@ -107,15 +106,15 @@ def rising_rates(
 
 
 def _window(steps: int) -> int:
-    """Steps, an odd number of them, that the smoothed loss at their middle is made from."""
+    """The width of the smoothing window: an odd number of steps."""
     return max(5, 2 * round(WINDOW * steps / 2) + 1)
 
 
 def analyse(rates: list[float], losses: list[float], diverged_at: float | None, steps: int) -> LrRange:
-    """What the losses at rising rates say.
+    """Find the rate at which the smoothed loss stops falling.
 
     Raises:
-        UserError: there are too few of them.
+        UserError: there are too few losses.
     """
     from scipy.signal import savgol_filter
 

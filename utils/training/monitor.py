@@ -19,11 +19,11 @@ from utils.training.step_buffer import StepBuffer
 
 
 class Monitor:
-    """What training tells about itself, and to whom. It changes nothing of training.
+    """Records training for the log, the flight recorder and the progress display, without changing it.
 
     Args:
         state: whose settings say what is recorded, and how often.
-        log: that is written.
+        log: receives the records.
         path: the run directory.
         progress: shows steps and losses to a person.
         after_flush: called after each write of training records to the log.
@@ -38,8 +38,9 @@ class Monitor:
         after_flush: Callable[[], None] = lambda: None,
     ) -> None:
         tracking, settings = state.config.tracking, state.config.train
-        self.state, self.log, self.progress = state, log, progress
-        self.buffer = StepBuffer(
+        self.state, self.progress = state, progress
+        self._log = log
+        self._buffer = StepBuffer(
             log.metrics,
             tracking.flush_interval,
             tracking.log_interval,
@@ -56,7 +57,7 @@ class Monitor:
         self._after_flush = after_flush
 
     def step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
-        """Gradients of update `step` are there, its weights not yet: nothing is transferred from the device.
+        """Record update `step`, whose gradients exist and whose weights do not yet; nothing leaves the device.
 
         Args:
             loss: 0-dimensional, on the device.
@@ -64,14 +65,23 @@ class Monitor:
         """
         if self._histogram_interval and step % self._histogram_interval == 0:
             self.histograms()
-        self.recorder.record(self.buffer.add(step, loss, grad_norms, lr))
+        self.recorder.record(self._buffer.add(step, loss, grad_norms, lr))
 
     def step_done(self) -> None:
-        """The weights are updated."""
-        if self.buffer.due():
+        """Flush if it is due, once the weights are updated."""
+        if self._buffer.due():
             self.flush()
         elif self.progress.moves:
             self.progress.update(self.state.step)
+
+    def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
+        """Log numbers of a callback, by registered metric name; tensors stay on their device until the next flush.
+
+        Raises:
+            KeyError: a name that is not registered.
+            TypeError, RuntimeError: a value is not one number.
+        """
+        self._buffer.log(step, values)
 
     def flush(self) -> None:
         """Write what was collected to the log.
@@ -79,34 +89,34 @@ class Monitor:
         Raises:
             NonFiniteError: a loss or gradient was not finite; the records are written.
         """
-        if not self.buffer.flush():
+        if not self._buffer.flush():
             return
-        self.state.nonfinite_in_a_row = self.buffer.nonfinite_in_a_row
+        self.state.nonfinite_in_a_row = self._buffer.nonfinite_in_a_row
         self.recorder.look()
         if self.system.due():
-            self.log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
+            self._log.metrics.write([metric_record(self.state.step, time.time(), self.system.sample())])
         self._after_flush()
-        assert self.buffer.last_loss is not None
-        assert self.buffer.tokens_per_second is not None
+        assert self._buffer.last_loss is not None
+        assert self._buffer.tokens_per_second is not None
         self.progress.update(
-            self.state.step, loss=self.buffer.last_loss, tokens_per_second=self.buffer.tokens_per_second
+            self.state.step, loss=self._buffer.last_loss, tokens_per_second=self._buffer.tokens_per_second
         )
 
     def pause_over(self) -> None:
-        """What happened since the last flush (an evaluation, a checkpoint) was not training."""
-        self.buffer.restart_clock()
+        """Leave the time since the last flush (an evaluation, a checkpoint) out of the time of steps."""
+        self._buffer.restart_clock()
 
     def histograms(self) -> None:
-        """Parameters before update `state.step` and the (clipped) gradients of its batch."""
+        """Log histograms of the parameters before update `state.step` and of the clipped gradients of its batch."""
         tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in self._parameters.items()}
         tensors |= {f"grads/{name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
-        self.log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
+        self._log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
 
     def losses(self, losses: Mapping[str, float]) -> None:
-        """An evaluation after `state.step` updates."""
+        """Log an evaluation after `state.step` updates."""
         tokens = self.state.step * self.state.tokens_per_step
-        self.log.metrics.write([metric_record(self.state.step, time.time(), {"tokens": tokens, **losses})])
+        self._log.metrics.write([metric_record(self.state.step, time.time(), {"tokens": tokens, **losses})])
 
     def sample(self, text: str) -> None:
-        """A sample text of the model after `state.step` updates."""
-        self.log.samples.write([{"step": self.state.step, "time": round(time.time(), 4), "text": text}])
+        """Log a sample text of the model after `state.step` updates."""
+        self._log.samples.write([{"step": self.state.step, "time": round(time.time(), 4), "text": text}])

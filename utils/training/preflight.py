@@ -1,4 +1,4 @@
-"""What is worth knowing before a run is started: done before, not recorded, too large, without effect."""
+"""What is worth knowing before a run starts: repeated, unrecorded code, too little disk, settings without effect."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from model import outline
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
-from utils.nn.costs import parameter_count
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, origin_of, read_index
 from utils.runs.layout import PATCH
@@ -18,7 +18,7 @@ from utils.training.setup import Setup, decisive_settings
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
 
-# Settings that change nothing where this holds, with the reason.
+# Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
     "rope_theta": (lambda s: s.config.model.position != "rope", "position is learned"),
     "min_lr": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
@@ -43,7 +43,7 @@ assert WITHOUT_EFFECT.keys() <= FIELDS.keys()
 
 
 def preflight(setup: Setup, git: GitFacts) -> list[str]:
-    """One line for each thing that the user may want to know before training starts; torch's threads are set."""
+    """One line for each finding that the user may want to know. Call it once torch's threads are set."""
     return [*_run_before(setup, git), *_code(git), *_disk(setup), *_without_effect(setup)]
 
 
@@ -82,8 +82,8 @@ def _code(git: GitFacts) -> Iterator[str]:
 
 
 def _disk(setup: Setup) -> Iterator[str]:
-    """Whether the disk holds the checkpoints that are kept, and the one that is being written."""
-    parameters = parameter_count(setup.config.model, setup.corpus.tokenizer.vocab_size)
+    """A finding if the disk cannot hold the checkpoints that are kept and the one that is being written."""
+    parameters = outline(setup.config.model, setup.corpus.tokenizer.vocab_size).num_parameters()
     count = setup.config.train.keep_last + setup.config.train.keep_best + 1
     needed = count * parameters * BYTES_OF_PARAMETER
     folder = next(path for path in (setup.runs_dir, *setup.runs_dir.resolve().parents) if path.exists())

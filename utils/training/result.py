@@ -1,4 +1,4 @@
-"""How a run ended: for the caller as a value, for the user as a few lines and the next commands to type."""
+"""The result of a run: a value for the caller, and for the user a summary with the next commands to type."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TrainResult(Mapping[str, Any]):
 
 
 def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal) -> None:
-    """Losses, time, where things are, and what to type next."""
+    """Print losses, time, where files are, and what to type next."""
     where = relative_name(run.path, setup.root)
     rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
     if result.val_loss is not None:
@@ -83,25 +83,25 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         commands.append(("compare runs", _program("aim", setup.root) + " up" + _aim_repo_flag(setup)))
     name = short_name(run, where)
     if result.status == "interrupted":
-        commands.append(("go on", f"{_program('python', setup.root)} train.py --resume {name}"))
+        commands.append(("continue", f"{_program('python', setup.root)} train.py --resume {name}"))
     if result.status == "completed":
         commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
     terminal.print("", facts(commands, title="Next"))
 
 
 def short_name(run: Run, where: str) -> str:
-    """How a command names the run: by its tag, or by its directory where scripts would not find that."""
+    """How a command names the run: by its tag, or by its directory if scripts would not find it by its tag."""
     return run.record["tag"] if run.record["tag"] and is_default_runs_dir(run.path.parent) else shlex.quote(where)
 
 
 def rebuild_command(run: Run, view: str) -> str:
-    """The command that feeds a view of the run anew."""
+    """The command that rebuilds a view of the run from its log."""
     name = run.id if is_default_runs_dir(run.path.parent) else shlex.quote(str(run.path))
     return f"python experiments.py rebuild {name} --{view}"
 
 
 def is_default_runs_dir(folder: Path) -> bool:
-    """Whether scripts look for runs in `folder` without being told to."""
+    """Whether scripts look for runs in `folder` by default."""
     try:
         runs_dir = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
     except ConfigError:
@@ -110,7 +110,7 @@ def is_default_runs_dir(folder: Path) -> bool:
 
 
 def _program(name: str, root: Path) -> str:
-    """How to call a program of this environment: by name where PATH finds it, else by its path."""
+    """How to call a program of this environment: by name if PATH finds it, else by its path."""
     path = Path(sys.executable).parent / name
     if (found := shutil.which(name)) and Path(found).parent == path.parent:
         return name

@@ -1,4 +1,4 @@
-"""The three gates before a run directory is made: configuration, corpus, device; and where a run comes from."""
+"""What is checked before a run directory is made: configuration, corpus, device, origin."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from utils.training.callbacks import Callback, load_callbacks
 
 @dataclass(frozen=True)
 class Setup:
-    """What the three gates found, before a directory is made.
+    """Everything a run needs that can be known before its directory is made.
 
-    loaded: the merged configuration; batch_size auto has become what was found, as one more layer.
-    config: what `loaded` says; in a resume with the values that "auto" had when the run was started.
+    loaded: the merged configuration; the batch that `batch_size auto` found is its top layer.
+    config: the values of `loaded`; a resume keeps the values that "auto" resolved to when the run was started.
     origin, checkpoint: where a fork or fine-tuning starts. (A resume reads its checkpoint once it has the lock.)
     """
 
@@ -70,10 +70,14 @@ def check_gates(
     warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[str], None] = lambda message: None,
 ) -> Setup:
-    """Corpus, device, batch and origin; the configuration was validated when it was made.
+    """Check the corpus, device, batch and origin of a configuration, which is already valid by itself.
+
+    Args:
+        root: the folder that relative paths start from.
+        warn, tell: print one line to the user.
 
     Raises:
-        UserError: with the first thing that is not as it must be.
+        UserError: the first mistake found.
     """
     loaded = absolute_dataset(loaded, root)
     config = loaded.config
@@ -110,7 +114,10 @@ def check_gates(
 
 
 def decisive_settings(setup: Setup) -> dict[str, Any]:
-    """What settings that leave something open came to, as far as it changes the numbers; torch's threads are set."""
+    """The values that open settings ("auto", none) resolved to, of those that change the numbers.
+
+    Call it once torch's threads are set.
+    """
     config, corpus = setup.config, setup.corpus
     return {
         "deterministic": is_deterministic(config.train, setup.device),
@@ -136,9 +143,9 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
 
 
 def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
-    """A dataset that is a path, made absolute: the recorded configuration must mean the same from every folder.
+    """`loaded` with an absolute path for its dataset: the recorded configuration means the same from every folder.
 
-    A path in a file of configs/ starts from `root`, one from a flag or from code where it was typed.
+    A path in a file of configs/ starts from `root`, a path in a flag or in code from the current folder.
     """
     data, source = loaded.config.data, loaded.source("dataset")
     if data.dataset in CORPORA:
@@ -146,6 +153,6 @@ def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
     start = Path.cwd() if source.startswith("--") or source == "code" else root
     path = Path(os.path.abspath(start / os.path.expanduser(data.dataset)))
     if not path.exists():
-        return loaded  # the corpus gate names what was written
+        return loaded  # load_corpus names what was written
     config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})
     return LoadedConfig(config, loaded.layers)

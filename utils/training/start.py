@@ -35,7 +35,7 @@ NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bit
 
 @dataclass(frozen=True)
 class Start:
-    """What training begins with: nothing, a checkpoint of its own, or one of the run's parent."""
+    """What training begins with: nothing, the run's own checkpoint, or one of its parent."""
 
     checkpoint: Checkpoint | None = None
     relation: Relation = "resume"
@@ -50,10 +50,10 @@ class Start:
 
 
 def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal) -> tuple[Run, Start]:
-    """A new run directory; or that of the run that goes on, its logs cut back to its newest good checkpoint.
+    """Make a run directory, or reopen that of a resumed run with its logs cut back to its newest good checkpoint.
 
     Raises:
-        UserError: it cannot be made; or the run is being trained, complete, or all its checkpoints are damaged.
+        UserError: it cannot be made; or the run is being trained, is complete, or has damaged checkpoints only.
     """
     origin = setup.origin
     if origin is None or not setup.resumes:
@@ -77,7 +77,7 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
         cut_progress(run.path / "logs")
         put_aside(unusable)
-        for name in (FLIGHT_RECORDER, SEAL):  # of the session before
+        for name in (FLIGHT_RECORDER, SEAL):  # of the previous session
             (run.path / name).unlink(missing_ok=True)
         run.restart(argv, start.step, git=git.summary())
         run.update(tag=setup.config.tracking.run_tag)
@@ -88,10 +88,9 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
 
 
 def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
-    """Whether the text is the one that the run was started with.
-
+    """
     Raises:
-        UserError: it is not.
+        UserError: the text or tokenizer is not the one that the run was started with.
     """
     resolved, corpus = record.get("resolved") or {}, setup.corpus
     for key, now in (("corpus_hash", corpus.hash), ("tokenizer_hash", corpus.tokenizer.hash())):
@@ -103,10 +102,10 @@ def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
 
 
 def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:
-    """Where a run without a checkpoint of its own begins again: at step 0, or where it came from.
+    """Where a run without a checkpoint of its own starts again: at step 0, or from its parent's checkpoint.
 
     Raises:
-        UserError: the checkpoint of its parent is not there any more.
+        UserError: the checkpoint of its parent no longer exists.
     """
     parent = record.get("parent")
     if parent is None or parent["relation"] == REPRODUCTION:
@@ -116,7 +115,7 @@ def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> S
 
 
 def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Iterator[tuple[str, Any, Any]]:
-    """What is not as it was when the run was started, and matters for its numbers: (what, before, now)."""
+    """(what, before, now) of each fact that has changed since the run was started and may change its numbers."""
     resolved, git_before, git_now = record.get("resolved") or {}, record.get("git") or {}, git.summary()
     now = {"torch": torch.__version__, "processor": processor_name(setup.device)}
     for key, value in now.items():
@@ -127,7 +126,7 @@ def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Ite
 
 
 def read_git(setup: Setup) -> GitFacts:
-    """The state of the code; what runs, corpora and trackers keep is not code."""
+    """The state of the code, without the folders of runs, corpora and trackers."""
     tracking, data = setup.config.tracking, setup.config.data
     kept = [setup.runs_dir, setup.root / data.corpora_dir, Path(data.dataset)]
     if not tracking.aim_repo.startswith("aim://"):
@@ -136,26 +135,27 @@ def read_git(setup: Setup) -> GitFacts:
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
-    """meta/ and notes.json: the code, the environment, the tokenizer, the configuration with its sources."""
+    """Write meta/ and notes.json: code, environment, tokenizer, and the configuration with its sources."""
     meta, tracking = run.path / "meta", setup.config.tracking
-    if not setup.resumes:  # these say how the run was started
+    if not setup.resumes:  # these describe how the run was started
         setup.corpus.tokenizer.save(run.path / TOKENIZER)
         MetadataCapture.write(meta, git, device_facts(setup.device))
         if tracking.tags or tracking.note:
             write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
     write_json(meta / "config_sources.json", setup.loaded.sources_json())
-    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))  # last: with it a run can resume
+    # Last: once it exists, the run can be resumed.
+    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))
 
 
 def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:
-    """Model and optimizer (from a checkpoint, if there is one), the resolved values in run.json, the start-up facts."""
+    """Make model and optimizer, restored from a checkpoint if there is one; record and print the resolved values."""
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
     state.callbacks = dict(setup.callbacks)
     if state.callbacks and not state.compiled:
         state.forward = state.model  # they may hook into its modules, or change them
     write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
-    read_registry(run.path / METRICS)  # the logs of a run that goes on may hold what is not registered any more
+    read_registry(run.path / METRICS)  # the logs of a resumed run may hold metrics that are no longer registered
     write_registry(run.path / METRICS)
     if start.checkpoint is not None:
         take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
@@ -203,7 +203,7 @@ def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def start_words(setup: Setup, start: Start) -> str:
-    """Where training starts from, for the start-up facts."""
+    """Where training starts, in words."""
     if start.checkpoint is None:
         return "again at step 0: there is no checkpoint yet"
     if start.own:

@@ -1,4 +1,4 @@
-"""What training changes: model, optimizer, scaler, step, best loss; made, captured and restored."""
+"""The state of training (model, optimizer, scaler, step, best loss): making, capturing and restoring it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig
 from utils.machine.device import autocast
-from utils.nn.lean import lean
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import decode_number, encode_number
 from utils.runs.origin import differing_model_settings
@@ -27,7 +26,7 @@ from utils.training.early_stopping import EarlyStopping
 
 
 class Stateful(Protocol):
-    """A part of training with a state of its own, which checkpoints keep as JSON."""
+    """A part of training whose state checkpoints keep as JSON."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -45,7 +44,7 @@ class TrainState:
     corpus: Corpus
     sampler: BatchSampler
     model: LanguageModel
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model: compiled, lean, or itself
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model, or what torch.compile made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool = False
@@ -54,13 +53,13 @@ class TrainState:
     losses_step: int | None = None  # which was at this step
     best_val_loss: float = math.inf
     best_step: int | None = None
-    nonfinite_in_a_row: int = 0  # steps that the scaler skipped just now
+    nonfinite_in_a_row: int = 0  # steps that the scaler skipped just before this one
     early_stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(None, 0.0))
     callbacks: dict[str, Stateful] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
-        """The last step is done, or early stopping says that it was enough."""
+        """Whether the last step is done or early stopping has ended training."""
         return self.step >= self.max_iters or self.early_stopping.stopped
 
     @property
@@ -71,7 +70,7 @@ class TrainState:
 def build_state(
     config: Config, max_iters: int, corpus: Corpus, device: torch.device, dtype: torch.dtype, terminal: Terminal
 ) -> TrainState:
-    """Model, optimizer and sampler on the device; the random state must be seeded already."""
+    """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
     sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)
     state = TrainState(
@@ -82,7 +81,7 @@ def build_state(
         corpus=corpus,
         sampler=sampler,
         model=model,
-        forward=lean(model),
+        forward=model,
         optimizer=build_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
@@ -93,7 +92,7 @@ def build_state(
 
 
 def compile_model(state: TrainState, terminal: Terminal) -> None:
-    """Take the compiled model; if the backend fails on a trial step, warn and go on as before."""
+    """Compile the model; if the backend fails on a trial step, warn and stay in eager mode."""
     backend = "aot_eager" if state.device.type == "mps" else "inductor"
     mode = state.config.train.compile_mode if backend == "inductor" else None  # aot_eager has no modes
     compiled = torch.compile(state.model, backend=backend, mode=mode)
@@ -105,9 +104,9 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
             loss.backward()
     except torch.OutOfMemoryError:  # without the compiler it would not fit either
         raise
-    except Exception as error:  # a compiler can fail in any way; training can always go on without it
+    except Exception as error:  # a compiler can fail in any way, and training works without it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        terminal.warn(f"torch.compile ({backend}) failed, going on in eager mode: {type(error).__name__}: {reason}")
+        terminal.warn(f"torch.compile ({backend}) failed, continuing in eager mode: {type(error).__name__}: {reason}")
         return
     finally:
         state.optimizer.zero_grad(set_to_none=True)
@@ -118,7 +117,7 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
 
 
 def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights, tensors of the optimizer (both where they are, not copied), and the rest as JSON."""
+    """The weights, the tensors of the optimizer (neither is copied), and the rest as JSON."""
     tensors, optimizer = flatten_optimizer(state.model, state.optimizer)
     facts = {
         "step": state.step,
@@ -144,7 +143,7 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy, since training goes on while it is written.
+    """A deep copy, since training continues while it is written.
 
     Raises:
         TypeError, ValueError: it is not JSON.
@@ -155,7 +154,7 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_states() -> dict[str, Any]:
-    """States of torch's generators: of the CPU, of each CUDA device, of MPS, base64."""
+    """The states of torch's generators, in base64: CPU, each CUDA device, MPS."""
 
     def encode(state: torch.Tensor) -> str:
         return base64.b64encode(state.cpu().numpy().tobytes()).decode("ascii")
@@ -169,7 +168,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Continue the random streams that `random_states` saw; those of devices that are not here are left out."""
+    """Continue the random streams of `random_states`; those of missing devices are left out."""
 
     def decode(text: str) -> torch.Tensor:
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
@@ -182,7 +181,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def move_random_state(states: Mapping[str, Any], before: torch.device, now: torch.device) -> None:
-    """On another GPU than before, continue the random stream of the one before."""
+    """On another GPU than before, continue the random stream of the previous one."""
     if before.type == now.type == "cuda" and (before.index or 0) != (now.index or 0):
         text = states["cuda"][before.index or 0]
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8), now)
@@ -192,7 +191,7 @@ def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     """Take the weights of a checkpoint, nothing else.
 
     Raises:
-        CheckpointError: they are those of another model.
+        CheckpointError: they do not fit the model.
     """
     if differences := weight_differences(checkpoint.weights, state.model):
         raise CheckpointError(f"{checkpoint.path}: the weights are not those of this model: {differences}")
@@ -200,7 +199,7 @@ def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
 
 
 def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
-    """What tells a checkpoint from those of an experiment with this model and corpus; empty: nothing."""
+    """Why a checkpoint is not one of an experiment with this model and corpus; empty if it is."""
     own = {"corpus_hash": corpus.hash, "tokenizer_hash": corpus.tokenizer.hash()}
     try:
         differing = differing_model_settings(model, ModelConfig.model_validate(checkpoint.state["model"]))
@@ -212,7 +211,7 @@ def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
 
 
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Go on where a checkpoint of the same run was saved, bit for bit.
+    """Continue from a checkpoint of the same run, bit for bit.
 
     Raises:
         CheckpointError: it is not a checkpoint of this experiment.
@@ -235,11 +234,11 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
 def branch(state: TrainState, checkpoint: Checkpoint) -> None:
     """Start another experiment at the step of a checkpoint: its weights, optimizer state and random streams.
 
-    Best loss and early stopping start anew, for they are about the weights of this run; with another seed
-    the random streams do, too.
+    Best loss and early stopping start anew, since they belong to this run; with another seed, the random streams
+    do, too.
 
     Raises:
-        CheckpointError: the model or optimizer is another one.
+        CheckpointError: it is of another model or optimizer.
     """
     _branch(state, checkpoint, same_settings=False)
 

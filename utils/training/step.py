@@ -1,31 +1,60 @@
-"""The training loop: one linear function, and the parts of one optimizer update."""
+"""One optimizer update: gradients, clipping, the update, and the named phases that a profiler watches."""
 
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch.profiler import record_function
 
-from utils.machine.device import autocast
-from utils.machine.signals import Deadline, StopRequest
-from utils.optim.groups import apply_schedules
-from utils.profiling.in_run import RunProfiler
-from utils.training.callbacks import Callbacks
-from utils.training.checkpointer import Checkpointer
-from utils.training.evaluate import evaluate
-from utils.training.monitor import Monitor
-from utils.training.phases import Phase, no_phase
+from utils.machine.device import autocast, synchronize
 from utils.training.state import TrainState
-from utils.training.step_buffer import NonFiniteError
+
+PHASES = ("data", "forward", "backward", "optimizer", "logging")
+
+Phase = Callable[[str], AbstractContextManager[object]]  # names a part of a step
+
+
+def no_phase(_name: str) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+class PhaseClock:
+    """Wall time of each phase. Each phase ends by waiting for the device, so that its own work counts as its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds, self.calls = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - began
+        self.calls[name] += 1
+
+
+class MarkedClock(PhaseClock):
+    """A clock whose phases appear in the profiler's trace as well."""
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        with record_function(name), super().__call__(name):
+            yield
 
 
 def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor:
-    """Gradients of batch `state.step`, accumulated over its micro-steps; its mean loss, on the device."""
+    """Add up the gradients of batch `state.step` over its micro-steps; returns its mean loss, (), on the device."""
     micro_steps = state.config.train.gradient_accumulation_steps
     total = torch.zeros((), device=state.device)
     for micro_step in range(micro_steps):
         with phase("data"):
-            inputs, targets = state.sampler.train_batch(state.step, micro_step, micro_steps)
+            inputs, targets = state.sampler.train_batch(state.step, micro_step, micro_steps)  # (B, T) each
         with phase("forward"), autocast(state.device, state.dtype):
             _, loss = state.forward(inputs, targets)
             loss = loss / micro_steps if micro_steps > 1 else loss
@@ -37,9 +66,10 @@ def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor
 
 
 def clip_gradients(state: TrainState) -> torch.Tensor:
-    """Scale gradients down to grad_clip; before that the norm of each parameter group, (groups,), on the device.
+    """Scale the gradients down to grad_clip.
 
-    The global norm is the norm of these norms.
+    Returns:
+        The norm of each parameter group before that, (groups,), on the device; the norm of these is the global norm.
     """
     state.scaler.unscale_(state.optimizer)
     groups = [[p.grad for p in group["params"] if p.grad is not None] for group in state.optimizer.param_groups]
@@ -50,83 +80,32 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
     norms = torch.stack([of_group.norm() for of_group in each])
     if state.config.optimizer.grad_clip:
         factor = state.config.optimizer.grad_clip / (norms.norm() + 1e-6)
-        if state.device.type != "cpu" or not factor >= 1:  # another device does it anyway: to know would be a wait
+        if state.device.type != "cpu" or factor < 1:  # elsewhere asking would wait for the device
             torch._foreach_mul_(gradients, factor.clamp(max=1.0))
     return norms
 
 
-def optimizer_step(state: TrainState) -> None:
-    """Update the weights from the gradients and clear them; the step is done."""
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
+def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) -> None:
+    """Update the weights and clear the gradients; the step is done.
 
+    With a non-finite gradient, weights and optimizer stay as they are. On a CPU the norms are looked at. Another device
+    is not waited for: there the optimizer's own kernels read `found_inf`, torch's convention for its GradScaler, which
+    takes care of this itself under float16.
 
-def training_loop(
-    state: TrainState,
-    monitor: Monitor,
-    callbacks: Callbacks,
-    checkpoints: Checkpointer,
-    profiler: RunProfiler,
-    stop: StopRequest,
-    deadline: Deadline,
-) -> None:
-    """Train until `state.max_iters` updates are done, early stopping ends it, or a stop is requested.
-
-    The last thing done is a checkpoint of where it stopped.
-
-    Raises:
-        NonFiniteError: a loss or gradient became NaN or infinite; the log is complete up to there, and no
-            checkpoint has been saved since.
+    Args:
+        grad_norms: (groups,), of `clip_gradients`; None: the gradients are known to be finite.
     """
-    settings = state.config.train
-
-    def save() -> None:
-        monitor.flush()  # what is saved is known to be finite
-        checkpoints.save(state)
-        monitor.pause_over()
-
-    state.model.train()
-    deadline.is_near(reserve=0.0)  # the first evaluation counts as a step
-    try:
-        callbacks.on_start()
-        while True:
-            evaluation_due = state.step % settings.eval_interval == 0 or state.step == state.max_iters
-            if evaluation_due and state.losses_step != state.step:
-                monitor.flush()
-                evaluate(state, monitor, callbacks)
-                monitor.pause_over()
-                # Step 0 needs one only where the export may be made from it: weights that were trained before.
-                if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
-                    save()
-            if deadline.is_near(reserve=checkpoints.seconds_to_save(state)):
-                stop.stop(f"max_minutes ({settings.max_minutes:g}) are almost over")
-            if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
-                stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
-            if state.finished or stop:
-                save()
-                return
-            if checkpoints.due(state.step) or stop.save:
-                stop.save = False
-                save()
-            step = state.step
-            lr = apply_schedules(state.optimizer, step, state.config.optimizer, state.max_iters)
-            with profiler.watch(step) as phase:
-                loss = forward_backward(state, phase)
-                with phase("optimizer"):
-                    grad_norms = clip_gradients(state)
-                with phase("logging"):
-                    monitor.step(step, loss, grad_norms, lr)
-                with phase("optimizer"):
-                    optimizer_step(state)
-            callbacks.on_step(step, loss)
-            monitor.step_done()
-            if profiler.ready:
-                monitor.flush()
-                profiler.save()
-                monitor.pause_over()
-    except BaseException:
-        with contextlib.suppress(NonFiniteError):  # what ended training counts
-            monitor.flush()
-        raise
+    optimizer: Any = state.optimizer
+    if state.scaler.is_enabled():
+        state.scaler.step(optimizer)
+        state.scaler.update()
+    elif grad_norms is None:
+        optimizer.step()
+    elif state.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~torch.isfinite(grad_norms.norm())).float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif torch.isfinite(grad_norms.norm()):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.step += 1

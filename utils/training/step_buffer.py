@@ -24,8 +24,8 @@ class NonFiniteError(Exception):
         self.step = step
 
 
-class Step(NamedTuple):
-    """One update, as it is remembered."""
+class StepRecord(NamedTuple):
+    """The numbers of one update."""
 
     step: int
     time: float
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Logged:
-    """Numbers besides those of an update, which stand after the first `after` updates of the buffer."""
+    """Other numbers, logged after the first `after` updates of the buffer."""
 
     after: int
     step: int
@@ -46,7 +46,7 @@ class _Logged:
 
 
 class StepBuffer:
-    """Collects steps, writes them as records of metrics.jsonl.
+    """Collects the numbers of steps and writes them to metrics.jsonl in one transfer from the device.
 
     The device works ahead of the host, so the time of one step is known only as a mean over the
     steps between two transfers.
@@ -54,10 +54,10 @@ class StepBuffer:
     Args:
         writer: of metrics.jsonl.
         flush_interval: steps between flushes; a flush is also due every FLUSH_SECONDS.
-        log_interval: every how many steps one is recorded.
+        log_interval: steps between records.
         tokens_per_step: tokens of one update.
         tolerance: steps in a row that may be non-finite (under float16 the scaler skips them).
-        nonfinite_in_a_row: how many there were just before.
+        nonfinite_in_a_row: how many the last steps were, after a resume.
     """
 
     def __init__(
@@ -75,27 +75,27 @@ class StepBuffer:
         self.tokens_per_step = tokens_per_step
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
-        self._steps: list[Step] = []
+        self._steps: list[StepRecord] = []
         self._logged: list[_Logged] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What happened since the last flush (an evaluation, say) was not training."""
+        """Leave the time since the last flush out of the time of steps."""
         self._clock = time.perf_counter()
 
-    def add(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> Step:
-        """Remember update `step`, and return what is remembered; nothing is transferred.
+    def add(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> StepRecord:
+        """Keep the numbers of update `step`, and return them; nothing is transferred.
 
         Args:
             loss: 0-dimensional, on the device.
             grad_norms: of the parameter groups, (groups,), on the device.
         """
-        update = Step(step, time.time(), lr, loss, grad_norms)
+        update = StepRecord(step, time.time(), lr, loss, grad_norms)
         self._steps.append(update)
         return update
 
     def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
-        """Remember other numbers of `step`, which is not before the last one that was added; nothing is transferred.
+        """Keep other numbers of `step`, which is not before the last step that was added; nothing is transferred.
 
         Raises:
             KeyError: a name that is not registered.
@@ -115,7 +115,7 @@ class StepBuffer:
         return len(self._steps) >= self.flush_interval or time.perf_counter() - self._clock >= FLUSH_SECONDS
 
     def flush(self) -> bool:
-        """Write what was collected; False if no update was.
+        """Write what was collected; returns whether there were updates among it.
 
         Raises:
             NonFiniteError: after the records are written; more than `tolerance` steps in a row are non-finite.
@@ -138,14 +138,16 @@ class StepBuffer:
         self._check_finite(steps, losses, grad_norms)
         return True
 
-    def _record(self, s: Step, loss: float, grad_norm: float, speed: Mapping[str, float]) -> dict[str, Any] | None:
-        """The line of one update; None if it is not to be recorded."""
+    def _record(
+        self, s: StepRecord, loss: float, grad_norm: float, speed: Mapping[str, float]
+    ) -> dict[str, Any] | None:
+        """The record of one update; None if log_interval leaves it out."""
         if s.step % self.log_interval and math.isfinite(loss + grad_norm):
             return None
         numbers = {"train/loss": loss, "lr": s.lr, "grad_norm": grad_norm}
         return metric_record(s.step, s.time, {"tokens": s.step * self.tokens_per_step, **numbers, **speed})
 
-    def _check_finite(self, steps: list[Step], losses: list[float], grad_norms: list[float]) -> None:
+    def _check_finite(self, steps: list[StepRecord], losses: list[float], grad_norms: list[float]) -> None:
         for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.nonfinite_in_a_row = 0
@@ -156,7 +158,7 @@ class StepBuffer:
                 raise NonFiniteError(s.step, name, value)
 
 
-def _numbers(steps: list[Step], tensors: list[torch.Tensor]) -> tuple[list[float], list[float], list[float]]:
+def _numbers(steps: list[StepRecord], tensors: list[torch.Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Losses and global gradient norms of the steps, and the values of other tensors, in one transfer."""
     parts = (
         [torch.stack([s.loss for s in steps]).float(), torch.stack([s.grad_norms for s in steps]).norm(dim=1)]

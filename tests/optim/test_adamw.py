@@ -1,0 +1,65 @@
+"""AdamW: bit for bit torch's own fused one, and the same numbers without the fused kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from utils.optim import adamw
+from utils.optim.adamw import AdamW
+
+
+def train(optimizer_class: Any, steps: int = 4, **settings: Any) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+    """Parameters after steps with the same random gradients, and the optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,), ())]
+    group = {"params": params, "lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-9, "weight_decay": 0.1}
+    optimizer = optimizer_class([group], **settings)
+    for _ in range(steps):
+        for parameter in params:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return [parameter.detach() for parameter in params], optimizer
+
+
+def test_updates_and_state_are_those_of_torch_bit_for_bit() -> None:
+    ours, mine = train(AdamW)
+    theirs, reference = train(torch.optim.AdamW, fused=True)
+    assert all(map(torch.equal, ours, theirs))
+    for state, expected in zip(mine.state.values(), reference.state.values(), strict=True):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_without_the_fused_kernel_torchs_function_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, _ = train(AdamW)
+    monkeypatch.setattr(adamw, "FUSED_ADAMW", None)
+    public, optimizer = train(AdamW)
+    for mine, theirs in zip(public, fused, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert [state["step"].item() for state in optimizer.state.values()] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_with_found_inf_a_step_changes_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(adamw, "FUSED_ADAMW", None)
+    params, optimizer = train(AdamW)
+    before = [parameter.clone() for parameter in params]
+    state = {key: value.clone() for entry in optimizer.state.values() for key, value in entry.items()}
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert all(torch.equal(value, state[key]) for key, value in list(optimizer.state.values())[-1].items())
+
+
+def test_gradients_are_never_filled_with_zeros() -> None:
+    _, optimizer = train(AdamW)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
+    with pytest.raises(ValueError, match="never filled with zeros"):
+        optimizer.zero_grad(set_to_none=False)

@@ -1,0 +1,115 @@
+"""A non-finite gradient changes neither weights nor optimizer, on a CPU and on a device that is not waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+import utils.training.step
+from utils.runs.run import read_record
+from utils.training.state import TrainState, capture
+from utils.training.step import clip_gradients, forward_backward, optimizer_step
+
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+
+
+@pytest.fixture
+def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Callable[[str], TrainState]:
+    """A state before its first step."""
+    from utils.terminal.cli import Parser, parse_experiment
+    from utils.terminal.console import Terminal
+    from utils.training.setup import check_gates
+    from utils.training.state import build_state
+
+    def make(optimizer: str) -> TrainState:
+        words = tiny_argv("--optimizer-name", optimizer, "--weight-decay", "0.1")
+        setup = check_gates(parse_experiment(words, Parser(prog="train.py")).load(), tmp_path)
+        torch.manual_seed(1)
+        return build_state(setup.config, 6, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True))
+
+    return make
+
+
+def update(state: TrainState, *, nan: bool = False, waits: bool = True) -> None:
+    """One update; `waits`: whether the norms may be read on the host."""
+    forward_backward(state)
+    if nan:
+        next(state.model.parameters()).grad[0, 0] = torch.nan  # type: ignore[index]
+    norms, device = clip_gradients(state), state.device
+    state.device = device if waits else torch.device("mps")
+    optimizer_step(state, norms)
+    state.device = device
+
+
+def contents(state: TrainState) -> dict[str, torch.Tensor]:
+    weights, optimizer, _ = capture(state)
+    return {name: tensor.clone() for name, tensor in (weights | optimizer).items()}
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_nan_gradient_changes_no_weight_and_no_optimizer_state(
+    optimizer: str, waits: bool, new_state: Callable[[str], TrainState]
+) -> None:
+    state = new_state(optimizer)
+    for _ in range(3):
+        update(state, waits=waits)
+    before = contents(state)
+    update(state, nan=True, waits=waits)
+    after = contents(state)
+    assert state.step == 4
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@OPTIMIZERS
+def test_a_first_gradient_may_be_nan(optimizer: str, new_state: Callable[[str], TrainState]) -> None:
+    state = new_state(optimizer)
+    before = {name: p.clone() for name, p in state.model.named_parameters()}
+    update(state, nan=True, waits=False)
+    assert all(torch.equal(p, before[name]) for name, p in state.model.named_parameters())
+    update(state, waits=False)
+    assert all(torch.isfinite(tensor).all() for tensor in contents(state).values())
+
+
+@OPTIMIZERS
+def test_finite_updates_are_the_same_bits_either_way(optimizer: str, new_state: Callable[[str], TrainState]) -> None:
+    host, device = new_state(optimizer), new_state(optimizer)
+    for _ in range(3):
+        update(host)
+        update(device, waits=False)
+    assert all(torch.equal(tensor, contents(device)[name]) for name, tensor in contents(host).items())
+
+
+@OPTIMIZERS
+def test_a_run_with_a_nan_gradient_ends_as_diverged_with_the_weights_before_it(
+    optimizer: str,
+    tiny_argv: Callable[..., list[str]],
+    only_run: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights: dict[int, list[torch.Tensor]] = {}
+    gradients, step = utils.training.step.forward_backward, utils.training.step.optimizer_step
+
+    def planted(state: TrainState, phase: Any) -> torch.Tensor:
+        loss = gradients(state, phase)
+        if state.step == 4:
+            next(state.model.parameters()).grad[0, 0] = torch.nan  # type: ignore[index]
+        return loss
+
+    def seen(state: TrainState, *norms: torch.Tensor) -> None:
+        step(state, *norms)
+        weights[state.step] = [p.detach().clone() for p in state.model.parameters()]
+
+    monkeypatch.setattr(utils.training.step, "forward_backward", planted)
+    monkeypatch.setattr(utils.training.step, "optimizer_step", seen)
+    words = tiny_argv("--optimizer-name", optimizer, "--max-iters", "5", "--eval-interval", "5")
+    assert train.main(words) == 1
+    record = read_record(only_run())
+    assert (record["status"], record["exit_reason"]) == ("diverged", "the gradient norm at step 4 is nan")
+    assert all(torch.equal(a, b) for a, b in zip(weights[4], weights[5], strict=True))

@@ -1,0 +1,116 @@
+"""Which run a command line means: a new one, or one that resumes, forks or fine-tunes another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from utils.config.loader import ConfigLoader, LoadedConfig
+from utils.errors import UserError
+from utils.runs.origin import (
+    Origin,
+    check_overrides,
+    config_of_fork,
+    find_origin,
+    keep_batch,
+    recorded_config,
+    resumable_runs,
+)
+from utils.runs.run import read_record, wait_until_free
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser
+
+WAIT_SECONDS = 60.0  # for a process that has stopped training to release its run directory
+
+
+def add_origin_flags(parser: Parser) -> None:
+    """Add the flags that `launches` reads, and --strict."""
+    group = parser.add_argument_group("stop, resume, fork, fine-tune", "RUN: path, id, tag, part of an id, or latest")
+    origin = group.add_mutually_exclusive_group()
+    origin.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue a run from its newest checkpoint; auto: the newest interrupted or crashed run of this "
+        "--run-tag, or a new one",
+    )
+    origin.add_argument(
+        "--init-from",
+        metavar="RUN[:WHICH]",
+        help="start a new run with the weights of a checkpoint: latest (default), best, or a step",
+    )
+    group.add_argument(
+        "--fork",
+        action="store_true",
+        help="with --resume RUN[:WHICH]: continue from that checkpoint in a new run, with any other setting",
+    )
+    group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
+    group.add_argument(
+        "--strict-resume",
+        action="store_true",
+        help="refuse a damaged newest checkpoint instead of using the one before it",
+    )
+
+
+def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin | None]]:
+    """Configuration and origin of the run to train, decided from the flags of `add_origin_flags`.
+
+    All but `--resume auto` yield exactly one. `--resume auto` yields each run that can be resumed, newest first, and
+    a new run at last: another process may take a run between the decision and the lock.
+
+    Raises:
+        UserError: flags that contradict each other, no such run or checkpoint, or an override that a resume refuses.
+    """
+    own = parsed.own
+    if own.fork and own.resume in (None, "auto"):
+        raise UserError("--fork needs --resume RUN: the run that the new one continues from")
+    if own.strict_resume and own.resume is None:
+        raise UserError("--strict-resume needs --resume RUN")
+    loaded = parsed.load()
+    runs_dir = PROJECT_ROOT / loaded.config.tracking.runs_dir
+    if own.resume == "auto":
+        for origin in automatic_origins(loaded.config.tracking.run_tag, runs_dir, strict=own.strict_resume):
+            yield config_of_resume(origin, parsed.loader, parsed.files, parsed.overrides), origin
+        yield loaded, None
+    elif own.fork:
+        origin = find_origin("fork", own.resume, runs_dir, strict=own.strict_resume)
+        yield config_of_fork(origin.run, parsed.loader, parsed.files, parsed.overrides), origin
+    elif own.resume is not None:
+        origin = find_origin("resume", own.resume, runs_dir, strict=own.strict_resume)
+        yield config_of_resume(origin, parsed.loader, parsed.files, parsed.overrides), origin
+    elif own.init_from is not None:
+        yield loaded, find_origin("init", own.init_from, runs_dir)
+    else:
+        yield loaded, None
+
+
+def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool) -> Iterator[Origin]:
+    """The interrupted and crashed runs of a tag, newest first, once their processes have released them.
+
+    Raises:
+        UserError: there is no tag.
+    """
+    if tag is None:
+        raise UserError("--resume auto needs --run-tag: it continues the newest unfinished run of that tag")
+    for path in resumable_runs(runs_dir, tag):
+        if read_record(path)["status"] != "running":  # its process may still be feeding the views
+            wait_until_free(path, WAIT_SECONDS)
+        yield Origin("resume", path.resolve(), strict=strict)
+
+
+def config_of_resume(
+    origin: Origin,
+    loader: ConfigLoader,
+    files: Iterable[Path] = (),
+    overrides: Mapping[str, str | bool] | None = None,
+) -> LoadedConfig:
+    """The configuration that a run was started with, and the overrides that a resume allows on top.
+
+    Raises:
+        UserError: the recorded configuration cannot be read, or an override is refused.
+    """
+    from utils.training.setup import absolute_dataset  # imports torch
+
+    recorded = recorded_config(origin.run, loader)
+    loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))
+    loaded = absolute_dataset(loaded, PROJECT_ROOT)
+    check_overrides(origin.run, recorded, loaded, read_record(origin.run).get("resolved") or {})
+    return loaded

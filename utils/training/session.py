@@ -1,0 +1,387 @@
+"""A session: one process that trains a run, from the checks before its directory is made to the status at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.text import Text
+
+from utils.config.loader import LoadedConfig, relative_name
+from utils.errors import UserError
+from utils.machine.device import torch_settings
+from utils.machine.process import gc_frozen
+from utils.machine.signals import Deadline, StopRequest, stop_on_signals
+from utils.runs.code import GitFacts
+from utils.runs.layout import CHECKPOINTS
+from utils.runs.log import RunLog
+from utils.runs.metrics import encode_number
+from utils.runs.origin import Origin
+from utils.runs.run import Run, Status
+from utils.terminal.console import Terminal, settings_table
+from utils.terminal.progress import TrainingProgress
+from utils.terminal.words import duration
+from utils.tracking import RunEnd
+from utils.tracking.feeder import Budget, Feeder, Feeders
+from utils.tracking.views import build_views, is_installed, wanted_views
+from utils.training.callbacks import Callbacks, TrainingRun
+from utils.training.checkpointer import Checkpointer
+from utils.training.evaluate import evaluate
+from utils.training.finish import draw, dump_flight_recorder, export, seal_run
+from utils.training.monitor import Monitor
+from utils.training.preflight import preflight
+from utils.training.result import TrainResult, print_result, rebuild_command
+from utils.training.setup import Setup, check_gates
+from utils.training.start import Start, open_run, prepare_run, read_git, write_meta
+from utils.training.state import TrainState
+from utils.training.step_buffer import NonFiniteError
+
+
+@dataclass
+class Outcome:
+    """How a session ends, as far as is known: a failure, until something better is.
+
+    at_once: a second signal asked not to wait for anything.
+    """
+
+    status: Status = "failed"
+    reason: str | None = None
+    at_once: bool = False
+    exported: str | None = None
+    last_step: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and best_val_loss
+    losses_step: int | None = None
+    best_step: int | None = None
+    parameters: int = 0
+
+    def read(self, state: TrainState) -> None:
+        """Take over where training has come to."""
+        self.last_step, self.losses_step, self.best_step = state.step, state.losses_step, state.best_step
+        self.parameters = state.model.num_parameters()
+        if state.losses is not None:
+            self.losses = {**state.losses, "best_val_loss": state.best_val_loss}
+
+
+class Session:
+    """What the training loop asks and does between its updates.
+
+    state: what training changes.
+    result: how the session ended, once it has.
+    """
+
+    state: TrainState
+    monitor: Monitor
+    callbacks: Callbacks
+    checkpoints: Checkpointer
+    result: TrainResult
+
+    def __init__(
+        self, setup: Setup, run: Run, start: Start, terminal: Terminal, stop: StopRequest, deadline: Deadline
+    ) -> None:
+        self.setup, self.run, self.terminal = setup, run, terminal
+        self.outcome = Outcome()
+        self._start, self._stop, self._deadline = start, stop, deadline
+        self._began = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------ the loop asks
+
+    @property
+    def evaluation_due(self) -> bool:
+        state = self.state
+        due = state.step % state.config.train.eval_interval == 0 or state.step == state.max_iters
+        return due and state.losses_step != state.step
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self._stop.save or self.checkpoints.due(self.state.step)
+
+    def should_stop(self) -> bool:
+        """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
+        settings, state = self.state.config.train, self.state
+        if self._deadline.is_near(reserve=self.checkpoints.seconds_to_save(state)):
+            self._stop.stop(f"max_minutes ({settings.max_minutes:g}) are almost over")
+        if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
+            self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
+        return state.finished or bool(self._stop)
+
+    # ------------------------------------------------------------------------------------------ the loop acts
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """For work that is not training: the log is complete before it, and its time counts for no step.
+
+        Raises:
+            NonFiniteError: a loss or gradient since the last flush was not finite.
+        """
+        self.monitor.flush()
+        yield
+        self.monitor.pause_over()
+
+    def evaluate(self) -> None:
+        """Losses of both splits after `state.step` updates; saves a checkpoint if they are the best so far."""
+        state, settings = self.state, self.state.config.train
+        with self.pause():
+            evaluate(state, self.monitor, self.callbacks)
+        # Step 0 needs one only where the export may be made from it: weights that were trained before.
+        if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
+            self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint; everything in it is known to be finite."""
+        self._stop.save = False
+        with self.pause():
+            self.checkpoints.save(self.state)
+
+    def log_step(self, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+        """Record the update that is about to be made; nothing is transferred from the device.
+
+        Args:
+            loss: (), of its batch.
+            grad_norms: (groups,), before clipping.
+        """
+        self.monitor.step(self.state.step, loss, grad_norms, lr)
+
+    def step_done(self, loss: torch.Tensor) -> None:
+        """The update is made. `loss`: (), of its batch, on the device."""
+        self._deadline.step_done()
+        self.callbacks.on_step(self.state.step - 1, loss)
+        self.monitor.step_done()
+
+    # -------------------------------------------------------------------------------------- beginning and end
+
+    def begin(self, git: GitFacts, settling: ExitStack, closing: ExitStack) -> None:
+        """Write the record of the run and make everything that training needs.
+
+        Args:
+            settling: gets what must be done before the status is written.
+            closing: gets what can be closed once it is.
+        """
+        setup, run, terminal = self.setup, self.run, self.terminal
+        terminal.attach(run.path / "logs" / "train.log")
+        write_meta(setup, run, git)
+        log = RunLog(run.path / "logs")
+        closing.callback(self._close_log, log)
+        settling.callback(log.sync)
+        self.state = state = prepare_run(setup, run, self._start, terminal)
+        settling.callback(self.outcome.read, state)
+        feeders = build_feeders(setup, run, terminal, state.step)
+        closing.callback(self._close_views, feeders)
+        self.progress = TrainingProgress(terminal, setup.max_iters, state.step)
+        self.monitor = Monitor(state, log, run.path, self.progress, feeders.watch)
+        settling.callback(self._dump_flight_recorder)
+        of_user = TrainingRun(run.path, state, self.monitor.log, self._stop)
+        self.callbacks = Callbacks(list(setup.callbacks.values()), of_user)
+        folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
+        saved_step = state.step if self._start.own else None
+        self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, terminal.warn, saved_step)
+        settling.callback(self._wait_for_checkpoint)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the loop: the progress display, the first and last call of callbacks, and what the loop came to."""
+        try:
+            with self.progress, gc_frozen():
+                self.state.model.train()
+                self._deadline.step_done()  # the first evaluation counts as a step
+                self.callbacks.on_start()
+                yield
+            self.checkpoints.wait()
+            if self.state.finished:
+                self.outcome.exported = export(self.state, self.run, self.terminal)
+                stopped_early = self.state.early_stopping
+                self._end("completed", stopped_early.reason if stopped_early.stopped else None)
+            else:
+                self._end("interrupted", self._stop.reason)
+        except NonFiniteError as error:
+            self._end("diverged", str(error))
+        except KeyboardInterrupt:
+            with contextlib.suppress(NonFiniteError):
+                self.monitor.flush()
+            raise
+        except BaseException as error:  # callbacks and the log hear of it; the first failure is the one that counts
+            self.outcome.reason = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):
+                self._end("failed", self.outcome.reason)
+            raise
+
+    def _end(self, status: Status, reason: str | None) -> None:
+        """Training is over; the last numbers go into the log."""
+        self.outcome.status, self.outcome.reason = status, reason
+        with contextlib.suppress(NonFiniteError):  # what ended training counts
+            self.monitor.flush()
+        self.callbacks.on_end(status)
+        self.monitor.flush()
+
+    def interrupt(self) -> None:
+        """A second signal: nothing is waited for."""
+        self._stop.signum = self._stop.signum or signal.SIGINT
+        self.outcome.status, self.outcome.at_once = "interrupted", True
+        self.outcome.reason = f"{signal.Signals(self._stop.signum).name}, at once"
+
+    def fail(self, error: BaseException) -> None:
+        """Report the exception that ends the run."""
+        self.outcome.status, self.outcome.reason = "failed", f"{type(error).__name__}: {error}"
+        self.terminal.print(traceback.format_exc(), log_only=True)
+        where = relative_name(self.run.path, self.setup.root)
+        self.terminal.print(f"failed after {duration(time.monotonic() - self._began)}: {where}")
+
+    def write_status(self) -> None:
+        """Write how the run ended into run.json, before views are closed: a kill during that leaves the true status."""
+        self._stop.patient = False  # from here on the first signal ends the waiting
+        outcome = self.outcome
+        self.run.finish(
+            outcome.status,
+            outcome.reason,
+            last_step=outcome.last_step,
+            summary={name: encode_number(value) for name, value in outcome.losses.items()},
+            best_step=outcome.best_step,
+        )
+
+    def report(self) -> None:
+        """Make the result and print it."""
+        outcome = self.outcome
+        self.result = TrainResult(
+            run_dir=self.run.path,
+            status=outcome.status,
+            exit_reason=outcome.reason,
+            steps=outcome.last_step or 0,
+            train_loss=outcome.losses.get("train/eval_loss"),
+            val_loss=outcome.losses.get("val/loss"),
+            losses_step=outcome.losses_step,
+            best_val_loss=outcome.losses.get("best_val_loss"),
+            best_step=outcome.best_step,
+            seconds=time.monotonic() - self._began,
+            parameters=outcome.parameters,
+            exported=outcome.exported,
+            signum=self._stop.signum if outcome.status == "interrupted" else None,
+        )
+        print_result(self.result, self.run, self.setup, self.terminal)
+
+    def _dump_flight_recorder(self) -> None:
+        if self.outcome.status in ("diverged", "failed"):
+            reason = self.outcome.reason or self.outcome.status
+            with contextlib.suppress(KeyboardInterrupt):  # an impatient signal ends the waiting, not the closing
+                dump_flight_recorder(self.monitor.recorder, self.run, reason, self.terminal)
+
+    def _wait_for_checkpoint(self) -> None:
+        if not self.outcome.at_once:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.checkpoints.wait()
+
+    def _close_log(self, log: RunLog) -> None:
+        if not self.outcome.at_once:  # at once: a checkpoint may still be written, and needs the log
+            log.close()
+
+    def _close_views(self, feeders: Feeders) -> None:
+        """Draw the curves while the views are fed the rest, then close them within closing_seconds."""
+        outcome, seconds = self.outcome, self.setup.config.tracking.closing_seconds
+        if self._deadline.seconds_left is not None:
+            seconds = max(1.0, min(self._deadline.seconds_left, seconds))
+        if outcome.at_once:
+            seconds = min(1.0, seconds)
+        feeders.lift_budget()
+        with contextlib.suppress(KeyboardInterrupt):  # an impatient signal leaves the picture out
+            if not outcome.at_once:
+                draw(self.run, self.terminal)
+        end = RunEnd(outcome.status, outcome.losses, outcome.last_step or 0)
+        feeders.finish(end, self.terminal.print, seconds)
+
+
+@contextlib.contextmanager
+def open_session(
+    loaded: LoadedConfig,
+    origin: Origin | None,
+    deadline: Deadline,
+    *,
+    quiet: bool,
+    argv: Sequence[str],
+    root: Path,
+    strict: bool,
+) -> Iterator[Session]:
+    """Check everything, make or reopen the run directory, and train within; on exit the run is closed.
+
+    A run that diverges or is interrupted ends here; `result` of the session says so.
+
+    Args:
+        argv: the command line, for the record.
+        root: the folder that relative paths start from.
+        strict: a finding of the preflight is a mistake.
+
+    Raises:
+        UserError: a mistake found before the run directory is made or changed.
+        Exception: whatever ended the run, after its status was written.
+    """
+    terminal = Terminal(quiet)
+    setup = check_gates(loaded, root, origin, terminal.warn, terminal.print)
+    git = read_git(setup)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(torch_settings(setup.config.train, setup.device))
+        if not setup.resumes:
+            report_preflight(preflight(setup, git), strict, terminal)
+        run, start = open_run(setup, git, argv, terminal)
+        stack.callback(run.release)
+        stack.callback(seal_run, run, terminal)
+        terminal.print(settings_table(setup.loaded.non_default()))
+        session = Session(setup, run, start, terminal, stop, deadline)
+        stack.callback(session.report)
+        closing = stack.enter_context(ExitStack())
+        stack.callback(session.write_status)
+        settling = stack.enter_context(ExitStack())
+        try:
+            session.begin(git, settling, closing)
+            with session.training():
+                yield session
+        except KeyboardInterrupt:
+            session.interrupt()
+        except BaseException as error:
+            session.fail(error)
+            raise
+
+
+def report_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) -> None:
+    """Print what the preflight found.
+
+    Raises:
+        UserError: there is something, and `strict`.
+    """
+    if findings and strict:
+        raise UserError("\n".join(f"--strict: {finding}" for finding in findings))
+    for finding in findings:
+        terminal.print(Text.assemble(("preflight: ", "yellow"), finding))
+
+
+def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feeders:
+    """A feeder for each view that is asked for and installed, on one budget; not started yet.
+
+    Args:
+        step: at which training begins.
+    """
+    names = []
+    for name in wanted_views(setup.config):
+        if is_installed(name):
+            names.append(name)
+        else:
+            terminal.warn(f"{name} is not installed: this run is not fed to it (later: {rebuild_command(run, name)})")
+            run.update_view(name, state="off", reason="not installed")
+    budget = Budget(setup.config.tracking.tracking_budget)
+    feeders = [
+        Feeder(
+            view,
+            run.path / "logs",
+            budget,
+            run.update_view,
+            terminal.warn,
+            rebuild_command(run, view.name),
+            step if setup.resumes else None,
+        )
+        for view in build_views(names, run.path, setup.config, setup.root)
+    ]
+    return Feeders(feeders, terminal.warn, run.update_view)
