@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer, TokenizerError, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.errors import UserError, nearest
 from utils.files import write_atomic
@@ -149,7 +149,7 @@ class Corpus:
 
     name: str
     hash: str
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     tokens: np.ndarray
     n_train: int
 
@@ -162,64 +162,65 @@ class Corpus:
         return len(self.tokens) - self.n_train
 
 
-def load_corpus(
-    config: DataConfig, block_size: int, corpora_dir: Path, tokenizer: CharTokenizer | None = None
-) -> Corpus:
+def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path, tokenizer: Tokenizer | None = None) -> Corpus:
     """Read, encode (once: the token file is kept) and split a corpus.
 
     Args:
         tokenizer: of the model that is trained further; None: one is made from the corpus.
 
     Raises:
-        CorpusError: unreadable, with characters that `tokenizer` does not know, or a split is shorter than
-            block_size + 1 tokens.
+        CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
     """
     text = read_corpus(config.dataset, corpora_dir)
     corpus_hash = hashlib.sha256(text.encode("utf-8")).hexdigest()
     if tokenizer is None:
-        tokenizer = CharTokenizer.from_text(text, config.unknown_token)
+        tokenizer = build_tokenizer(config, [text])
     else:
-        tokenizer = _fitting_tokenizer(tokenizer, text, config)
-    n_train = int(len(text) * (1 - config.val_fraction))
-    for split, length in (("training", n_train), ("validation", len(text) - n_train)):
-        if length < block_size + 1:
-            raise CorpusError(
-                f"{config.dataset}: too short: its {split} split has {length:,} of {len(text):,} tokens, "
-                f"block_size {block_size} needs at least {block_size + 1:,}"
-            )
+        tokenizer = _adjusted(tokenizer, config)
+        _check(tokenizer, text, config)
+    ids = tokenizer.encode_array(text)
+    n_train = _split(config, len(ids), block_size)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     path = corpora_dir / "encoded" / f"{corpus_hash[:16]}-{tokenizer.hash()[:16]}.{dtype.name}"
     try:
-        if not path.is_file() or path.stat().st_size != len(text) * dtype.itemsize:
+        if not path.is_file() or path.stat().st_size != len(ids) * dtype.itemsize:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, tokenizer.encode_array(text).astype(dtype).tobytes())
+            write_atomic(path, ids.astype(dtype).tobytes())
         tokens = np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array is quicker to cut
     except OSError as error:
         raise CorpusError(f"{path}: the token file cannot be written or read: {error.strerror}") from None
     return Corpus(config.dataset, corpus_hash, tokenizer, tokens, n_train)
 
 
-def _fitting_tokenizer(tokenizer: CharTokenizer, text: str, config: DataConfig) -> CharTokenizer:
-    """`tokenizer`, perhaps with the configured unknown token, if it can encode the corpus.
+def _adjusted(tokenizer: Tokenizer, config: DataConfig) -> Tokenizer:
+    try:
+        return tokenizer.adjusted(config)
+    except TokenizerError as error:
+        raise CorpusError(str(error)) from None
+
+
+def _check(tokenizer: Tokenizer, text: str, config: DataConfig) -> None:
+    """Raises CorpusError unless the text can be encoded: the vocabulary of a trained model does not grow."""
+    try:
+        tokenizer.check(text)
+    except TokenizerError as error:
+        raise CorpusError(f"{config.dataset}: {error}") from None
+
+
+def _split(config: DataConfig, n_tokens: int, block_size: int) -> int:
+    """How many of the tokens are for training.
 
     Raises:
-        CorpusError: it cannot: the vocabulary of a trained model does not grow.
+        CorpusError: a split is shorter than block_size + 1 tokens.
     """
-    vocabulary, unknown = tokenizer.vocabulary, config.unknown_token
-    if unknown is not None and unknown not in vocabulary:
-        raise CorpusError(f"--unknown-token {unknown!r} is not among the {len(vocabulary)} characters of the model")
-    if unknown is not None:
-        tokenizer = CharTokenizer(vocabulary, unknown)
-    strangers = sorted(set(text) - set(vocabulary))
-    if strangers and tokenizer.unknown_token is None:
-        shown = ", ".join(repr(c) for c in strangers[:8]) + (", ..." if len(strangers) > 8 else "")
-        stand_in = " " if " " in vocabulary else vocabulary[0]
-        unknown_ones = "1 character" if len(strangers) == 1 else f"{len(strangers)} characters"
-        raise CorpusError(
-            f"{config.dataset}: has {unknown_ones} that the vocabulary of the model ({len(vocabulary)} "
-            f"characters) lacks: {shown}; --unknown-token {stand_in!r} reads each of them as {stand_in!r}"
-        )
-    return tokenizer
+    n_train = int(n_tokens * (1 - config.val_fraction))
+    for split, length in (("training", n_train), ("validation", n_tokens - n_train)):
+        if length < block_size + 1:
+            raise CorpusError(
+                f"{config.dataset}: too short: its {split} split has {length:,} of {n_tokens:,} tokens, "
+                f"block_size {block_size} needs at least {block_size + 1:,}"
+            )
+    return n_train
 
 
 @functools.lru_cache(maxsize=8)

@@ -261,8 +261,8 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path]) -> int:
         try:
             scores = [("float32", generator.score(text))]
         except TokenizerError as error:
-            line = text.count("\n", 0, error.position) + 1
-            raise UserError(f"{args.score}:{line}: {error}") from None
+            line = "" if error.position is None else f":{text.count(chr(10), 0, error.position) + 1}"
+            raise UserError(f"{args.score}{line}: {error}") from None
         except UserError as error:
             raise UserError(f"{args.score}: {error}") from None
         if weights != "float32":

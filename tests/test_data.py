@@ -19,7 +19,8 @@ import torch
 
 import data
 from data import BatchSampler, Corpus, CorpusError, load_corpus, read_corpus, sample_offsets
-from tokenizer import CharTokenizer
+from tests.tiny_export import char_tokenizer
+from tokenizer import Tokenizer
 from utils.config.settings import DataConfig
 from utils.errors import UserError
 
@@ -288,7 +289,7 @@ def token_file(corpora: Path) -> Path:
 def test_a_corpus_is_its_encoded_text(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
     corpus = load(tiny_corpus, tmp_path / "corpora")
     assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
-    assert corpus.tokenizer.vocabulary == sorted(set(tiny_text))
+    assert corpus.tokenizer.decode(range(corpus.tokenizer.vocab_size)) == "".join(sorted(set(tiny_text)))
     assert corpus.hash == hashlib.sha256(tiny_text.encode()).hexdigest()
     assert corpus.name == str(tiny_corpus)
 
@@ -425,7 +426,7 @@ def test_seeds_and_streams_differ() -> None:
 
 def counting_corpus(n: int = 100, n_train: int = 80) -> Corpus:
     """Token i is i, so a batch shows where it was taken from."""
-    return Corpus("counting", "", CharTokenizer(map(chr, range(n))), np.arange(n, dtype=np.uint16), n_train)
+    return Corpus("counting", "", char_tokenizer(map(chr, range(n))), np.arange(n, dtype=np.uint16), n_train)
 
 
 def sampler(batch_size: int = 12, block_size: int = 8, seed: int = 5) -> BatchSampler:
@@ -529,14 +530,14 @@ def test_a_split_of_one_window_gives_that_window() -> None:
 # ------------------------------------------------------------------------ the tokenizer of a model
 
 
-def corpus_of(text: str, tmp_path: Path, tokenizer: CharTokenizer | None, **settings: str) -> Corpus:
+def corpus_of(text: str, tmp_path: Path, tokenizer: Tokenizer | None, **settings: str) -> Corpus:
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
     return load_corpus(DataConfig(dataset=str(path), **settings), 4, tmp_path / "corpora", tokenizer)
 
 
 def test_a_corpus_is_encoded_with_the_tokenizer_of_the_model(tmp_path: Path) -> None:
-    tokenizer = CharTokenizer("zyx cba")  # other ids than those of the corpus itself
+    tokenizer = char_tokenizer("zyx cba")  # other ids than those of the corpus itself
     corpus = corpus_of("abc cba " * 20, tmp_path, tokenizer)
     assert corpus.tokenizer is tokenizer
     assert corpus.tokens[:8].tolist() == [6, 5, 4, 3, 4, 5, 6, 3]
@@ -546,16 +547,16 @@ def test_a_corpus_is_encoded_with_the_tokenizer_of_the_model(tmp_path: Path) -> 
 def test_token_files_of_two_tokenizers_are_kept_apart(tmp_path: Path) -> None:
     text = "abc cba " * 20
     own = corpus_of(text, tmp_path, None)
-    other = corpus_of(text, tmp_path, CharTokenizer("zyx cba"))
+    other = corpus_of(text, tmp_path, char_tokenizer("zyx cba"))
     assert own.tokens[:4].tolist() == [1, 2, 3, 0]
     assert own.hash == other.hash
     assert len(list((tmp_path / "corpora" / "encoded").iterdir())) == 2
-    assert corpus_of(text, tmp_path, CharTokenizer("zyx cba")).tokens[:4].tolist() == [6, 5, 4, 3]
+    assert corpus_of(text, tmp_path, char_tokenizer("zyx cba")).tokens[:4].tolist() == [6, 5, 4, 3]
 
 
 def test_characters_that_the_model_does_not_know_are_named_with_the_flag_that_helps(tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
-        corpus_of("abcü é🙂 " * 20, tmp_path, CharTokenizer("abc "))
+        corpus_of("abcü é🙂 " * 20, tmp_path, char_tokenizer("abc "))
     assert str(caught.value) == (
         f"{tmp_path / 'text.txt'}: has 3 characters that the vocabulary of the model (4 characters) lacks: "
         "'é', 'ü', '🙂'; --unknown-token ' ' reads each of them as ' '"
@@ -565,23 +566,23 @@ def test_characters_that_the_model_does_not_know_are_named_with_the_flag_that_he
 
 def test_of_many_unknown_characters_eight_are_shown(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"has 9 characters .*lacks: 'b', .*'i', \.\.\.; --unknown-token 'a' reads"):
-        corpus_of("abcdefghij" * 20, tmp_path, CharTokenizer("a"))
+        corpus_of("abcdefghij" * 20, tmp_path, char_tokenizer("a"))
 
 
 def test_an_unknown_token_of_the_vocabulary_stands_for_all_others(tmp_path: Path) -> None:
-    tokenizer = CharTokenizer("abc ")
+    tokenizer = char_tokenizer("abc ")
     corpus = corpus_of("abcü" * 20, tmp_path, tokenizer, unknown_token=" ")
     assert corpus.tokens[:4].tolist() == [0, 1, 2, 3]
-    assert (corpus.tokenizer.vocabulary, corpus.tokenizer.unknown_token) == (["a", "b", "c", " "], " ")
-    assert tokenizer.unknown_token is None  # that of the parent is as it was
+    assert corpus.tokenizer.to_json() == char_tokenizer("abc ", " ").to_json()
+    assert tokenizer.special_tokens == {}  # that of the parent is as it was
 
 
 def test_the_vocabulary_of_a_model_does_not_grow(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"--unknown-token '\?' is not among the 4 characters of the model"):
-        corpus_of("abc " * 20, tmp_path, CharTokenizer("abc "), unknown_token="?")
+        corpus_of("abc " * 20, tmp_path, char_tokenizer("abc "), unknown_token="?")
 
 
 def test_the_unknown_token_that_the_model_has_already_is_used(tmp_path: Path) -> None:
-    corpus = corpus_of("abcü" * 20, tmp_path, CharTokenizer("abc", "?"))
+    corpus = corpus_of("abcü" * 20, tmp_path, char_tokenizer("abc", "?"))
     assert corpus.tokens[:4].tolist() == [0, 1, 2, 3]
-    assert corpus.tokenizer.unknown_token == "?"
+    assert corpus.tokenizer.special_tokens == {"unknown": 3}

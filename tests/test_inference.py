@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 import inference
-from tests.tiny_export import BLOCK_SIZE, TOKENIZER, save_tiny_run
-from tokenizer import CharTokenizer
+from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_run
 from utils.inference.generator import Generator, Request
 from utils.inference.interactive import OFF, SETTINGS
 from utils.inference.sampling import SamplingOptions
@@ -201,7 +200,7 @@ def test_without_a_stdout_nothing_fails(run_inference: Main, monkeypatch: pytest
 
 
 def test_a_prompt_may_look_like_a_flag(run_inference: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    save_tiny_run(tmp_path, "dashed", CharTokenizer("ab -_"))
+    save_tiny_run(tmp_path, "dashed", char_tokenizer("ab -_"))
     words = ["dashed", "--runs-dir", str(tmp_path), "--max_new_tokens", "5"]
     assert inference.main([*words, "--prompt", "-- a_b"]) == 0
     assert capsys.readouterr().out.startswith("-- a_b")
@@ -212,7 +211,7 @@ def test_a_prompt_may_look_like_a_flag(run_inference: Main, capsys: pytest.Captu
 def test_a_terminal_gets_no_control_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_tiny_run(tmp_path, "wild", CharTokenizer("a\x1b"))
+    save_tiny_run(tmp_path, "wild", char_tokenizer("a\x1b"))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert inference.main(["wild", "--runs-dir", str(tmp_path), "--prompt", "aaa"]) == 0
     out = capsys.readouterr().out
@@ -554,7 +553,10 @@ def test_lines_from_a_pipe_that_are_no_text(
         (["--seed", "-1"], "seed must be"),
         (["--ban", "€"], "ban '€': character '€'"),
         (["--ban", ""], "ban: expected text"),
-        (["--ban", "".join(TOKENIZER.vocabulary)], "all 35 tokens of the vocabulary are banned"),
+        (
+            ["--ban", "".join(TOKENIZER.decode(range(TOKENIZER.vocab_size)))],
+            "all 35 tokens of the vocabulary are banned",
+        ),
         (["--stop", "x€"], "stop 'x€': character '€' (U+20AC) at position 1"),
         (["--stop", ""], "stop: expected text"),
         (["--prompt", "a€"], "character '€' (U+20AC) at position 1"),

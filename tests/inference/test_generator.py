@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_export import BLOCK_SIZE, TOKENIZER, save_tiny_run, tiny_model
-from tokenizer import CharTokenizer, TokenizerError
+from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_run, tiny_model
+from tokenizer import TokenizerError
 from utils.config.settings import TrackingConfig
 from utils.errors import UserError
 from utils.inference.decode import generate_tokens, new_cache
@@ -161,7 +161,7 @@ def test_a_text_is_scored(generator: Generator) -> None:
 
 def test_a_question_is_put_into_the_template_and_the_answer_ends_at_the_stop() -> None:
     tracking = TrackingConfig(qa_template="Q: {question} {}\nA:", qa_stop="b")
-    tokenizer = CharTokenizer([*TOKENIZER.vocabulary, "{", "}"])
+    tokenizer = char_tokenizer([*TOKENIZER.decode(range(TOKENIZER.vocab_size)), "{", "}"])
     generator = Generator(tiny_model(tokenizer), tokenizer, tracking=tracking)
     prompt = "Q: what? {}\nA:"
     request = Request(60, HOT, stops=["zzzz"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model import LanguageModel
-from tokenizer import CharTokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError
 from utils.config.loader import ConfigLoader
 from utils.config.settings import TrackingConfig
 from utils.errors import UserError
@@ -117,7 +117,7 @@ class Generator:
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         name: str = "",
         tracking: TrackingConfig | None = None,
         training: Mapping[str, Any] | None = None,
