@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from data import CORPORA, Corpus, load_corpus
+from data import Corpus, load_corpus
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import Checkpoint
 from utils.config.fields import derived_settings
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
+from utils.corpora.sources import CORPORA
 from utils.errors import UserError
 from utils.inference.decode import start_tokens
 from utils.machine.device import choose_device, choose_dtype, is_deterministic
