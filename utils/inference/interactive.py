@@ -109,7 +109,7 @@ class Conversation:
         self.text = ""
         self._turns = 0
         self._told_of_length = False
-        self._between = generator.tracking.qa_stop if asks else "\n"  # of what the model and the person wrote
+        self._between = generator.settings.qa_stop if asks else "\n"  # of what the model and the person wrote
         try:
             generator.tokenizer.encode(self._between)
         except TokenizerError:
