@@ -65,7 +65,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from utils.config.fields import FIELDS
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
-from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig
+from utils.config.settings import (
+    Config,
+    DataConfig,
+    InferenceConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from utils.errors import UserError, nearest
 from utils.files import write_atomic
 from utils.machine.process import tune_process
@@ -77,7 +85,7 @@ from utils.terminal.cli import PROJECT_ROOT
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
     from model import LanguageModel
-    from tokenizer import CharTokenizer
+    from tokenizer import Tokenizer
     from utils.inference.generator import Generator, Request
     from utils.inference.sampling import SamplingOptions
     from utils.training.callbacks import Callback, TrainingRun
@@ -88,6 +96,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Generator",
+    "InferenceConfig",
     "Metric",
     "ModelConfig",
     "OptimizerConfig",
@@ -402,7 +411,7 @@ def create_model(
 class _Fit:
     """What a TrainableModel has beyond a LanguageModel."""
 
-    tokenizer: CharTokenizer | None
+    tokenizer: Tokenizer | None
     _loaded: LoadedConfig
 
     def fit(self, data: Settings | str | Path | None = None, *, quiet: bool = False, **settings: Any) -> TrainResult:
@@ -463,7 +472,7 @@ def _dataset(data: str | Path, config: Config) -> str:
     return str(path)
 
 
-def load_model(run: RunName | None = None, device: str = "auto") -> tuple[LanguageModel, CharTokenizer]:
+def load_model(run: RunName | None = None, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:
     """The trained model of a run, in eval mode, and its tokenizer.
 
     Args:

@@ -12,7 +12,7 @@ import pytest
 
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
-from utils.config.settings import Config, ModelConfig, OptimizerConfig, TrainConfig
+from utils.config.settings import Config, InferenceConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.errors import UserError
 from utils.runs.origin import (
     BATCH,
@@ -208,6 +208,20 @@ def test_without_sources_the_values_count(run: Path, loader: ConfigLoader, conte
     assert loaded.source("n_layer") == "20260101_000000_base/meta/full_config.json"
 
 
+def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Path, loader: ConfigLoader) -> None:
+    config = json.loads((run / "meta" / "full_config.json").read_text())
+    del config["inference"]
+    config["tracking"] |= {"qa_template": "Q {question}", "qa_stop": "A"}  # the section that they were in
+    (run / "meta" / "full_config.json").write_text(json.dumps(config))
+    sources = {"qa_stop": {"value": "A", "source": "--qa-stop", "shadowed": []}}
+    (run / "meta" / "config_sources.json").write_text(json.dumps(sources))
+    loaded = recorded_config(run, loader)
+    assert (loaded.config.inference.qa_template, loaded.config.inference.qa_stop) == ("Q {question}", "A")
+    assert loaded.config.inference.temperature == InferenceConfig().temperature
+    assert loaded.source("qa_stop") == "--qa-stop"
+    assert loaded.source("temperature") == "20260101_000000_base/meta/full_config.json"
+
+
 def test_without_a_configuration_nothing_can_be_resumed(runs_dir: Path, loader: ConfigLoader) -> None:
     path = make(runs_dir, "20260102_000000", None)
     with pytest.raises(ConfigError, match="20260102_000000 ended before its configuration was written: nothing can"):
@@ -270,6 +284,8 @@ OTHER_VALUES = {  # valid, and not the default
     "aim_logging": True,
     "tracking_budget": "0.5",
     "flush_interval": "60",
+    "top_p": "0.9",
+    "min_p": "0.1",
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")

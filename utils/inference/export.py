@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model import LanguageModel, outline
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from utils.checkpoints.files import weight_differences
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
@@ -42,11 +42,11 @@ class Export:
     """What `load_export` reads: the model in eval mode, its tokenizer, and the rest of config.json."""
 
     model: LanguageModel
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     training: Mapping[str, Any]  # run id, step, losses, corpus
 
 
-def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, training: Mapping[str, Any]) -> None:
+def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, training: Mapping[str, Any]) -> None:
     """Write an export, reopen it, compare its logits, then put it in its place.
 
     Args:
@@ -142,7 +142,7 @@ def load_export(folder: Path, device: torch.device) -> Export:
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not shift
         model = LanguageModel(model_config, vocab_size)
     model.load_state_dict(weights)
-    tokenizer = CharTokenizer.load(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "

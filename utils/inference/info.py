@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer
 from utils.config.settings import ModelConfig
 from utils.files import size_of
 from utils.inference.export import Export
@@ -22,7 +22,7 @@ from utils.runs.metrics import decode_number
 from utils.terminal.console import printable
 from utils.terminal.words import facts, shown, size
 
-CHARACTERS = 64  # of a vocabulary that are shown
+SHOWN_TOKENS = 64
 NAMES = {"token_embedding": "token embedding, head", "position_embedding": "positions", "ngram_embedding": "n-grams"}
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 PARAMETER = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?:\.tables\.\d+)?\.(?:weight|bias)")
@@ -83,16 +83,16 @@ def architecture(config: ModelConfig) -> str:
     return ", ".join(word for word in told if word)
 
 
-def vocabulary(tokenizer: CharTokenizer) -> str:
-    """Its size and its first characters; white space and what cannot be printed is readable."""
-    first = "".join(_visible(character) for character in tokenizer.vocabulary[:CHARACTERS])
-    more = " ..." if tokenizer.vocab_size > CHARACTERS else ""
-    unknown = "" if tokenizer.unknown_token is None else f"; {_visible(tokenizer.unknown_token)} for all others"
-    return f"{tokenizer.vocab_size:,} characters: {first}{more}{unknown}"
+def vocabulary(tokenizer: Tokenizer) -> str:
+    """Its size, kind and first tokens; white space and characters that cannot be printed are made visible."""
+    first = "".join(_visible(tokenizer.decode([token])) for token in range(min(SHOWN_TOKENS, tokenizer.vocab_size)))
+    more = " ..." if tokenizer.vocab_size > SHOWN_TOKENS else ""
+    special = [f"{name} {_visible(tokenizer.decode([token]))}" for name, token in tokenizer.special_tokens.items()]
+    return f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind}): {first}{more}{'; '.join(['', *special])}"
 
 
-def _visible(character: str) -> str:
-    return VISIBLE.get(character) or printable(character)
+def _visible(text: str) -> str:
+    return "".join(VISIBLE.get(character) or printable(character) for character in text)
 
 
 def info_screen(export: Export, folder: Path) -> list[RenderableType]:

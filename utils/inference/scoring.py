@@ -15,7 +15,7 @@ from rich.text import Text
 from torch.nn.utils.rnn import pad_sequence
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer
 from utils.errors import UserError
 from utils.terminal.words import duration, facts
 
@@ -56,7 +56,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, tokenizer: CharTokenizer, text: str) -> Score:
+def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
     """The loss over a text, in windows of block_size that move on by half: each token counts once.
 
     In the first window every token counts, with what stands before it; in each later one those of the newer half (of an
@@ -90,7 +90,7 @@ def score(model: LanguageModel, tokenizer: CharTokenizer, text: str) -> Score:
         logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
         losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
         total += float(losses.cpu().double().sum())
-    n_bytes = len(text[1:].encode())  # the first token is the first character
+    n_bytes = len(text[len(tokenizer.decode(ids[:1])) :].encode())  # the first token is not predicted
     return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
 
 

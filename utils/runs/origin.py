@@ -97,17 +97,21 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     config, current = loader.load_only(_config_path(run)).config, loader.load()
     try:
         sources = json.loads((run / "meta" / "config_sources.json").read_text(encoding="utf-8"))
-        layers = {
-            key: [
-                *(Setting(shadowed["value"], shadowed["source"]) for shadowed in reversed(sources[key]["shadowed"])),
-                Setting(value, sources[key]["source"]),
-            ]
-            for key, value in flat(config).items()
-        }
-    except (OSError, ValueError, KeyError, TypeError):  # the values count; where they came from is only told
-        layers = {key: [Setting(value, f"{run.name}/meta/full_config.json")] for key, value in flat(config).items()}
+    except (OSError, ValueError):  # the values count; where they came from is only reported
+        sources = {}
+    place = f"{run.name}/meta/full_config.json"
+    layers = {key: _recorded_layers(sources, key, value, place) for key, value in flat(config).items()}
     layers |= {key: current.layers[key] for key in PER_SESSION}
     return LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
+
+
+def _recorded_layers(sources: Any, key: str, value: Any, place: str) -> list[Setting]:
+    """The layers of one setting in meta/config_sources.json; where that lacks it, `place` is its source."""
+    try:
+        below = [Setting(shadowed["value"], shadowed["source"]) for shadowed in reversed(sources[key]["shadowed"])]
+        return [*below, Setting(value, sources[key]["source"])]
+    except (LookupError, TypeError):
+        return [Setting(value, place)]
 
 
 def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, resolved: Mapping[str, Any]) -> None:

@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
-from utils.config.fields import FIELDS, SECTIONS, expected, field_fact, get_value
+from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
@@ -82,9 +82,10 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
     return values
 
 
-def add_config_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
+def add_config_flags(parser: argparse.ArgumentParser, defaults: Config, sections: Iterable[str] = SECTIONS) -> None:
     """One flag for every setting, grouped by section; the help shows the value in `defaults`."""
-    for section, model in SECTIONS.items():
+    for section in sections:
+        model = SECTIONS[section]
         group = parser.add_argument_group(section, model.__doc__)
         for key in model.model_fields:
             help_text = f"{FIELDS[key].description} ({_facts(key, defaults)})".replace("%", "%%")
@@ -140,13 +141,16 @@ class ExperimentArguments:
         return self.loader.load(self.files, self.overrides)
 
 
-def parse_experiment(argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT) -> ExperimentArguments:
-    """Parse the command line of a script that takes a whole configuration.
+def parse_experiment(
+    argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT, sections: Collection[str] = SECTIONS
+) -> ExperimentArguments:
+    """Parse the command line of a script that takes a whole configuration, or sections of it.
 
     Args:
         argv: the words after the script's name.
         parser: already has the script's own flags.
         root: the project folder.
+        sections: whose settings become flags.
 
     Raises:
         UserError: a mistake on the command line.
@@ -162,14 +166,14 @@ def parse_experiment(argv: Sequence[str], parser: Parser, root: Path = PROJECT_R
         help="settings on top of configs/ (repeatable)",
     )
     files.add_argument("--config-dir", metavar="DIR", type=Path, help="folder of the shared files (default: configs)")
-    parser.usage = f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
+    parser.usage = parser.usage or f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
     wants_help = "-h" in argv or "--help" in argv
     defaults, broken = _merged_defaults(argv, root) if wants_help else (Config(), None)
     if broken:
         parser.epilog = f"The defaults shown are the built-in ones, because the files cannot be merged: {broken}"
-    add_config_flags(parser, defaults)
+    add_config_flags(parser, defaults, sections)
     args = parser.parse(argv)
-    overrides = {key: value for key, value in vars(args).items() if key in FIELDS}
+    overrides = {key: value for key, value in vars(args).items() if SECTION_OF.get(key) in sections}
     return ExperimentArguments(ConfigLoader(root, args.config_dir), args.config, overrides, args)
 
 
