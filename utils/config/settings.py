@@ -8,6 +8,7 @@ import torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -88,6 +89,13 @@ class DataConfig(Section):
     )
 
 
+# The hidden width of each kind of MLP for which it is not 4 n_embd. A gated MLP has three matrices instead of two: with
+# 8/3 n_embd, rounded up to a multiple of 32, it has about as many parameters.
+FFN_WIDTHS: dict[str, Callable[[int], int]] = {
+    "swiglu": lambda n_embd: -(-8 * n_embd // 96) * 32,
+}
+
+
 class ModelConfig(Section):
     """A decoder-only transformer; what is none is derived."""
 
@@ -143,7 +151,7 @@ class ModelConfig(Section):
     def ffn_width(self) -> int:
         if self.ffn_dim is not None:
             return self.ffn_dim
-        return -(-8 * self.n_embd // 96) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+        return FFN_WIDTHS[self.mlp](self.n_embd) if self.mlp in FFN_WIDTHS else 4 * self.n_embd
 
     @property
     def derived(self) -> dict[str, Any]:
