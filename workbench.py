@@ -88,6 +88,7 @@ if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports
     from tokenizer import Tokenizer
     from utils.inference.generator import Generator, Request
     from utils.inference.sampling import SamplingOptions
+    from utils.runs.origin import Origin
     from utils.training.callbacks import Callback, TrainingRun
     from utils.training.result import TrainResult
 
@@ -182,7 +183,6 @@ def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **setting
     >>> resume("stopped", quiet=True).steps
     20
     """
-    from train import train as train_run
     from utils.runs.origin import find_origin
     from utils.training.launch import config_of_resume
 
@@ -190,7 +190,7 @@ def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **setting
         raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
     origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict)
     loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=settings)
-    return train_run(loaded, origin=origin, quiet=quiet)
+    return _train(loaded, quiet=quiet, origin=origin)
 
 
 class Trainer:
@@ -236,10 +236,10 @@ def _load(config: Settings | None, settings: Mapping[str, Any], base: LoadedConf
     return loader.load_code(settings, base)
 
 
-def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False) -> TrainResult:
+def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False, origin: Origin | None = None) -> TrainResult:
     from train import train as train_run
 
-    return train_run(loaded, quiet=quiet, root=PROJECT_ROOT, strict=strict)
+    return train_run(loaded, origin=origin, quiet=quiet, root=PROJECT_ROOT, strict=strict)
 
 
 # ------------------------------------------------------------------------------------------------ runs

@@ -191,7 +191,7 @@ class CountingView:
 
     def flush(self) -> None: ...
 
-    def forget(self) -> Mapping[str, Any]:
+    def clear(self) -> Mapping[str, Any]:
         return {}
 
     def close(self, end: object) -> None: ...
@@ -213,7 +213,7 @@ def report_records(records: int, folder: Path, terminal: Terminal) -> None:
 
     log, view = RunLog(folder), CountingView()
     buffer = StepBuffer(log.metrics, flush_interval=50, log_interval=1, tokens_per_step=768)
-    feeder = Feeder(view, folder, Budget(1.0), lambda *facts, **more: None, terminal.warn, rebuild="")
+    feeder = Feeder(view, folder, Budget(1.0), lambda *facts, **more: None, terminal.warn, rebuild_command="")
     loss, grad_norms = torch.tensor(2.0), torch.tensor([0.5, 0.25])
     began, memory_before = time.perf_counter(), 0.0
     feeder.start()
@@ -283,14 +283,14 @@ def timed_closing(loaded: LoadedConfig) -> tuple[float, int]:
         finish(self, *arguments)
         taken.append(time.perf_counter() - began[0])
 
-    def hurried(self: Feeders) -> None:
+    def lifted(self: Feeders) -> None:
         lacking.append(sum(feeder.backlog_bytes() for feeder in self.feeders))
-        hurry(self)
+        lift_budget(self)
 
-    hurry = Feeders.hurry
+    lift_budget = Feeders.lift_budget
     with (
         patch.object(Session, "write_status", before),
-        patch.object(Feeders, "hurry", hurried),
+        patch.object(Feeders, "lift_budget", lifted),
         patch.object(Feeders, "finish", closed),
     ):
         result = train.train(loaded, quiet=True)

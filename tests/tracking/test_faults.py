@@ -1,6 +1,6 @@
-"""What goes wrong with trackers goes wrong here indeed: locks, disks, servers, kills and clocks.
+"""Real faults of trackers: locks, disks, servers, kills and clocks.
 
-Training notices nothing, the log is complete, the user reads one line, the process ends, and a rebuild mends the view.
+Training is not affected, the log is complete, one line is printed, the process ends, and a rebuild repairs the view.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PROMPT_SECONDS = 5.0  # from the last line that a process prints to its end
 
 
 class Training:
-    """A train.py of its own process; with `pause` it waits in the middle, when the views have shown something."""
+    """A train.py in a process of its own; with `pause` it waits halfway, when the views have shown something."""
 
     def __init__(self, argv: list[str], errors: Path, *, pause: bool) -> None:
         self.errors = errors
@@ -67,11 +67,11 @@ class Training:
         self._paused = os.fdopen(reader)
 
     def wait(self) -> None:
-        """Until it is in the middle."""
+        """Wait until it is halfway."""
         assert self._paused.readline() == "paused\n", self.errors.read_text()
 
     def end(self) -> str:
-        """Let it go on; what it has printed when its process has ended, as it should."""
+        """Let it continue to its end, which must be a good one; returns what it has printed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with self._paused:
@@ -92,7 +92,7 @@ class Training:
 
 @pytest.fixture
 def training(tiny_argv: Argv, tmp_path: Path) -> Callable[..., Training]:
-    """Starts a train.py with these words."""
+    """Starts a train.py with these arguments."""
 
     def start(*words: str, pause: bool = True) -> Training:
         number = len(list(tmp_path.glob("errors_*")))
@@ -101,12 +101,12 @@ def training(tiny_argv: Argv, tmp_path: Path) -> Callable[..., Training]:
     return start
 
 
-UNTROUBLED: list[list[dict[str, Any]]] = []  # is the same in all tests
+UNTROUBLED: list[list[dict[str, Any]]] = []  # the same in all tests
 
 
 @pytest.fixture
 def untroubled_log(tiny_argv: Argv, tmp_path: Path) -> list[dict[str, Any]]:
-    """All records of all logs of a run without trouble."""
+    """All records of all logs of a run without faults."""
     if not UNTROUBLED:
         folder = tmp_path / "untroubled"
         assert train.main(tiny_argv(*SETTINGS, "--runs-dir", str(folder))) == 0
@@ -118,7 +118,7 @@ def untroubled_log(tiny_argv: Argv, tmp_path: Path) -> list[dict[str, Any]]:
 def assert_only_view_failed(
     only_run: Callable[[], Path], untroubled_log: list[dict[str, Any]]
 ) -> Callable[[str, str], None]:
-    """Whether the run is as if there were no trackers, and its user was told what is wrong, once."""
+    """A check that the run is as if there were no trackers, and that one line reports the problem."""
 
     def check(output: str, problem: str) -> None:
         """`problem`: "aim is off", say."""
@@ -126,10 +126,10 @@ def assert_only_view_failed(
         record = read_record(run)
         assert (record["status"], record["last_step"]) == ("completed", 40)
         assert log_without_times(run) == untroubled_log
-        told = [line for line in output.splitlines() if f"{view} is" in line]
-        assert len(told) == 1, told
-        assert told[0].startswith(f"warning: {problem}: ")
-        assert told[0].endswith(f"; later: python experiments.py rebuild {run} --{view}")
+        reported = [line for line in output.splitlines() if f"{view} is" in line]
+        assert len(reported) == 1, reported
+        assert reported[0].startswith(f"warning: {problem}: ")
+        assert reported[0].endswith(f"; later: python experiments.py rebuild {run} --{view}")
         assert record["views"][view]["state"] == state
         assert record["views"][view]["reason"]
         shown = (run / "logs" / "train.log").read_text()
@@ -160,7 +160,7 @@ def shown_points(run: Path, view: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_tensorboard_equals_log(run: Path) -> None:
-    """Whether TensorBoard reads from the event files what the logs hold. To it all is a tensor."""
+    """Assert that TensorBoard reads from the event files what the logs hold; to this reader everything is a tensor."""
     events = EventAccumulator(str(run / "logs" / "tensorboard"), size_guidance={TENSORS: 0})
     events.Reload()
 
@@ -188,7 +188,7 @@ def histograms(run: Path) -> dict[str, list[tuple[int, list[int]]]]:
 
 
 def assert_aim_equals_log(repo: Path, *runs: Path) -> None:
-    """Whether these runs, and nothing else, are in the Aim repository in the folder `repo`."""
+    """Assert that the Aim repository in the folder `repo` holds these runs and nothing else."""
     from aim import Repo
     from aim.sdk.index_manager import RepoIndexManager
 
@@ -260,7 +260,7 @@ def test_a_repository_locked_by_another_process(
 
 @pytest.fixture
 def disk(small_disk: Path) -> Iterator[Path]:
-    """`small_disk`; Aim, whose caches keep repositories open, lets go of it at the end."""
+    """`small_disk`; at the end it is released by Aim, whose caches keep repositories open."""
     from aim.storage.structured.db import DB
 
     yield small_disk
@@ -275,13 +275,13 @@ def resize(disk: Path, size: str) -> None:
 
 
 def fill(disk: Path) -> None:
-    """Leave not a byte."""
+    """Leave no free byte."""
     with (disk / "filled").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
 
 
-def test_a_disk_that_is_full_in_the_middle(
+def test_a_disk_that_fills_up_during_training(
     training: Callable[..., Training],
     only_run: Callable[[], Path],
     assert_only_view_failed: Callable[[str, str], None],
@@ -298,7 +298,7 @@ def test_a_disk_that_is_full_in_the_middle(
 
 
 def in_process(argv: list[str], repo: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """What train.py prints in this process; its end has nothing to do with the Aim repository in the folder `repo`."""
+    """What train.py prints in this process, at whose end Aim closes nothing in the repository in the folder `repo`."""
     from aim import Repo
     from aim.ext.cleanup import AutoClean
 
@@ -312,7 +312,7 @@ def in_process(argv: list[str], repo: Path, capfd: pytest.CaptureFixture[str]) -
     return output
 
 
-def test_a_disk_that_is_too_small_for_aim_to_begin(
+def test_a_disk_that_is_too_small_for_a_repository(
     tiny_argv: Argv,
     untroubled_log: list[dict[str, Any]],
     only_run: Callable[[], Path],
@@ -355,7 +355,7 @@ def test_a_read_only_disk(
 # ------------------------------------------------------------------------------------------ deleted
 
 
-def test_an_aim_repository_deleted_in_the_middle(
+def test_an_aim_repository_deleted_during_training(
     training: Callable[..., Training],
     only_run: Callable[[], Path],
     assert_only_view_failed: Callable[[str, str], None],
@@ -369,7 +369,7 @@ def test_an_aim_repository_deleted_in_the_middle(
     assert_aim_equals_log(tmp_path, only_run())
 
 
-def test_a_tensorboard_folder_deleted_in_the_middle(
+def test_a_tensorboard_folder_deleted_during_training(
     training: Callable[..., Training],
     only_run: Callable[[], Path],
     assert_only_view_failed: Callable[[str, str], None],
@@ -386,7 +386,7 @@ def test_a_tensorboard_folder_deleted_in_the_middle(
 
 
 class AimServer:
-    """An `aim server` over a repository, on one port for its life and those after."""
+    """An `aim server` of a repository; it keeps its port when it is started again."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -431,7 +431,7 @@ def aim_server(tmp_path: Path) -> Iterator[AimServer]:
 
 
 def rebuild_elsewhere(run: Path) -> None:
-    """In a process of its own, which has to end: this one would go on as a client of the server."""
+    """Rebuild in a process of its own, which must end: this one would stay a client of the server."""
     command = [sys.executable, str(ROOT / "experiments.py"), "rebuild", str(run), "--aim"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
@@ -474,10 +474,10 @@ def test_an_aim_server_that_hangs(
     assert_aim_equals_log(aim_server.folder, only_run())
 
 
-# ------------------------------------------------------------------------------------------ kills, company, clocks
+# ------------------------------------------------------------------------------------------ kills, two runs, clocks
 
 
-def test_a_kill_in_the_middle_of_a_write(
+def test_a_kill_during_a_write(
     tiny_argv: Argv, only_run: Callable[[], Path], untroubled_log: list[dict[str, Any]]
 ) -> None:
     command = [sys.executable, str(ROOT / "tests" / "troubled_training.py"), "tear", "27"]
@@ -492,14 +492,14 @@ def test_a_kill_in_the_middle_of_a_write(
     assert torn[-1]["step"] == 26
 
     rebuild(run, "tensorboard")
-    assert_tensorboard_equals_log(run)  # as far as it goes
+    assert_tensorboard_equals_log(run)  # as far as the log goes
     assert read_status(run) == "crashed"
     assert train.main(["--resume", str(run)]) == 0
     assert log_without_times(run) == untroubled_log
     assert_tensorboard_equals_log(run)
 
 
-def test_two_runs_at_once_make_a_repository_and_share_it(
+def test_two_runs_at_once_create_a_repository_and_share_it(
     training: Callable[..., Training], runs_dir: Path, untroubled_log: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     both = [training("--aim-logging", "--run-tag", tag) for tag in ("one", "other")]

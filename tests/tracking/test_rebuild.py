@@ -1,4 +1,4 @@
-"""experiments.py rebuild: what a view shows after it equals what it showed after live feeding, point by point."""
+"""experiments.py rebuild: a rebuilt view equals one that was fed during training, point by point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aim.sdk.index_manager import RepoIndexManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from test_cli import run_without
+from terminal.test_cli import run_without
 
 import experiments
 import train
@@ -32,8 +32,7 @@ from utils.training.callbacks import Callbacks
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = ("--aim-logging", "--tags", "x,y", "--note", "why it was made")
-CALLBACK = """from utils.training.callbacks import Callback
-from utils.runs.log import Metric, register_metric
+CALLBACK = """from workbench import Callback, Metric, register_metric
 
 register_metric(Metric("mine/odd", "1", "lower", views=("tensorboard", "aim")))
 
@@ -46,7 +45,7 @@ class Odd(Callback):
 
 @pytest.fixture(autouse=True)
 def fresh_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Aim remembers for half a second which runs there are, which is longer than some of these runs take."""
+    """Aim caches its list of runs for half a second, which is longer than some of these runs take."""
     monkeypatch.setattr(Repo, "_all_run_hashes", Repo._all_run_hashes.__wrapped__)
 
 
@@ -56,7 +55,7 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown_by_tensorboard(run: Path) -> dict[str, Any]:
-    """All that TensorBoard reads of a run; texts that describe it have no time of their own."""
+    """Everything that TensorBoard reads of a run; texts that describe it have no time of their own."""
     sizes = dict.fromkeys(("scalars", "tensors", "histograms", "images"), 0)
     events = EventAccumulator(os.fspath(run / "logs" / "tensorboard"), size_guidance=sizes).Reload()
     tags = events.Tags()
@@ -88,14 +87,14 @@ def shown_by_tensorboard(run: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """An Aim object as comparable numbers or bytes."""
+    """An Aim object as numbers or bytes that can be compared."""
     if hasattr(value, "weights"):
         return tuple(value.weights.tolist()), tuple(value.range)
     return value.storage["data"].load() if type(value).__name__ == "Image" else getattr(value, "data", value)
 
 
 def shown_by_aim(run: Path, repo_folder: Path) -> dict[str, Any]:
-    """All that Aim reads of a run but its hash; the picture, too, has the time at which it was fed."""
+    """Everything that Aim reads of a run except its hash and the time of its picture, which is that of the feeding."""
     run_hash = read_record(run)["views"]["aim"]["hash"]
     for kind in ("meta", "seqs"):  # it is the only one
         assert os.listdir(repo_folder / ".aim" / kind / "chunks") == [run_hash]
@@ -131,7 +130,7 @@ def rebuild(run: Path, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one completed run, fed to TensorBoard and Aim while it trained: tests work on copies."""
+    """A folder with one completed run, fed to TensorBoard and Aim during training; tests work on copies."""
     from conftest import TINY_FLAGS
 
     folder = tmp_path_factory.mktemp("made")
@@ -149,12 +148,12 @@ def tracked(made: Path, tmp_path: Path) -> tuple[Path, Path]:
     folder = tmp_path / "copy"
     shutil.copytree(made, folder)
     (run,) = (folder / "runs").iterdir()
-    for path in (run / "run.json", run / "meta" / "full_config.json"):  # what is recorded of places moves along
+    for path in (run / "run.json", run / "meta" / "full_config.json"):  # recorded paths move with it
         path.write_text(path.read_text().replace(os.fspath(made), os.fspath(folder)))
     return run, folder
 
 
-def test_a_rebuild_shows_what_live_feeding_has_shown(
+def test_a_rebuild_shows_what_live_feeding_showed(
     tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (*TRACKED, "--max-iters", "30", "--eval-interval", "10", "--histogram-interval", "10")
@@ -178,7 +177,7 @@ def test_a_rebuild_shows_what_live_feeding_has_shown(
     assert (step, picture[:4]) == (30, b"\x89PNG")
     capsys.readouterr()
 
-    for _ in range(2):  # the second time gives the same
+    for _ in range(2):  # twice gives the same
         assert rebuild(run) == 0
         assert capsys.readouterr().out == f"rebuilt from the logs of {run.name}: TensorBoard, Aim\n"
         again = shown(run, tmp_path)
@@ -202,7 +201,7 @@ def test_only_the_named_view_is_fed(flag: str, tracked: tuple[Path, Path]) -> No
     assert event_file.exists() == (flag == "--aim")
 
 
-def test_what_trackers_have_lost_comes_back(made: Path, tracked: tuple[Path, Path]) -> None:
+def test_a_rebuild_restores_what_trackers_have_lost(made: Path, tracked: tuple[Path, Path]) -> None:
     run, folder = tracked
     shutil.rmtree(run / "logs" / "tensorboard")
     shutil.rmtree(folder / ".aim")
@@ -212,9 +211,7 @@ def test_what_trackers_have_lost_comes_back(made: Path, tracked: tuple[Path, Pat
     assert repr(shown(run, folder)) == repr(shown(original, made)).replace(os.fspath(made), os.fspath(folder))
 
 
-def test_a_run_that_never_was_in_aim_is_fed_to_it(
-    tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path
-) -> None:
+def test_a_run_can_be_fed_to_aim_later(tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path) -> None:
     assert train.main(tiny_argv("--run-tag", "bare")) == 0
     assert rebuild(only_run()) == 0
     assert "aim" not in read_record(only_run())["views"]
@@ -225,7 +222,7 @@ def test_a_run_that_never_was_in_aim_is_fed_to_it(
     assert (found["status"], found["name"]) == ("completed", only_run().name)
 
 
-def test_a_torn_last_line_is_left_out(tracked: tuple[Path, Path]) -> None:
+def test_a_torn_last_line_is_ignored(tracked: tuple[Path, Path]) -> None:
     run, folder = tracked
     assert rebuild(run) == 0
     whole = shown(run, folder)
@@ -236,7 +233,7 @@ def test_a_torn_last_line_is_left_out(tracked: tuple[Path, Path]) -> None:
     assert shown(run, folder) == whole
 
 
-def test_an_interrupted_run_is_shown_as_such_and_goes_on_after_a_rebuild(
+def test_an_interrupted_run_is_shown_as_such_and_can_be_resumed_after_a_rebuild(
     tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(self: Callbacks, step: int, loss: object) -> None:
@@ -256,10 +253,10 @@ def test_an_interrupted_run_is_shown_as_such_and_goes_on_after_a_rebuild(
     assert (whole[0]["status"], whole[1]["status"]) == ("STATUS_SUCCESS", "completed")
     assert rebuild(only_run()) == 0
     again = shown(only_run(), tmp_path)
-    # Live, TensorBoard shows how each session ended: its reader purges no texts.
+    # After live feeding TensorBoard shows how each session ended: its reader does not purge texts.
     assert again[0]["texts"].pop("status/text_summary") == whole[0]["texts"].pop("status/text_summary")[-1:]
     assert again[0] == whole[0]
-    # Live, Aim has a picture of each session; the one that is drawn now shows both.
+    # After live feeding Aim has a picture of each session; the one drawn now shows both.
     assert again[1].pop("images: curves {}") == whole[1].pop("images: curves {}")[-1:]
     assert again[1] == whole[1]
 
@@ -351,11 +348,11 @@ def test_a_damaged_run_is_refused_before_anything_is_emptied(
     assert sorted((run / "logs" / "tensorboard").iterdir()) == events
 
 
-def test_a_view_that_fails_is_one_line_and_run_json_says_why(
+def test_a_view_that_fails_prints_one_line_and_run_json_has_the_reason(
     tracked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = tracked
-    assert rebuild(run, "--tensorboard") == 0  # once, for what is recorded of places
+    assert rebuild(run, "--tensorboard") == 0  # once, to update the recorded paths
     whole = shown_by_tensorboard(run)
     capsys.readouterr()
 

@@ -25,7 +25,7 @@ Argv = Callable[..., list[str]]
 
 
 class RecordingView:
-    """Remembers what it was fed; raises or hangs on request."""
+    """Records what it is fed; raises or hangs on request."""
 
     name = "recording"
     rolls_back = False
@@ -39,7 +39,7 @@ class RecordingView:
         self.first_step = first_step
         return {"id": "abc"}
 
-    def forget(self) -> Mapping[str, Any]:
+    def clear(self) -> Mapping[str, Any]:
         self.fed.clear()
         return {"id": "def"}
 
@@ -65,7 +65,7 @@ class RecordingView:
 
 @pytest.fixture
 def log(tmp_path: Path) -> RunLog:
-    """1,000 metric records, a sample text."""
+    """A log of 1,000 metric records and one sample text."""
     log = RunLog(tmp_path)
     log.metrics.write(metric_record(step, 0.0, {"train/loss": 1.0}) for step in range(1000))
     log.samples.write([{"step": 7, "time": 0.0, "text": "hello"}])
@@ -78,7 +78,7 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def feed(view: RecordingView, logs_dir: Path, seconds: float = 20.0) -> tuple[dict[str, Any], list[str]]:
-    """Feed a finished log; the facts recorded about the view, and the warnings."""
+    """Feed a complete log; returns the facts recorded about the view, and the warnings."""
     facts: dict[str, Any] = {}
     warnings: list[str] = []
 
@@ -99,20 +99,20 @@ def test_everything_in_the_log_is_fed_once_in_order(log: RunLog, tmp_path: Path)
     assert (facts["state"], facts["id"], warnings) == ("complete", "abc", [])
 
 
-def test_passing_failures_are_retried_without_loss_or_repetition(log: RunLog, tmp_path: Path) -> None:
+def test_temporary_failures_are_retried_without_loss_or_repetition(log: RunLog, tmp_path: Path) -> None:
     view = RecordingView(failures=3)
     facts, warnings = feed(view, tmp_path)
     assert [step for name, step in view.fed if name == METRICS_FILE] == list(range(1000))
     assert (facts["state"], warnings) == ("complete", [])
 
 
-def test_lasting_failures_switch_the_view_off_with_one_line(log: RunLog, tmp_path: Path) -> None:
+def test_lasting_failures_switch_the_view_off_with_one_warning(log: RunLog, tmp_path: Path) -> None:
     facts, warnings = feed(RecordingView(failures=10**9), tmp_path)
     assert facts["state"] == "off"
     assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
 
 
-def test_a_hanging_view_is_left_behind_and_said_so(log: RunLog, tmp_path: Path) -> None:
+def test_a_hanging_view_is_left_with_a_warning(log: RunLog, tmp_path: Path) -> None:
     release = threading.Event()
     facts, warnings = feed(RecordingView(hang=release), tmp_path, seconds=0.2)
     release.set()
@@ -132,7 +132,7 @@ def test_a_torn_last_line_is_not_fed(log: RunLog, tmp_path: Path) -> None:
 
 
 class Clock:
-    """Stands in for the time module: a second of the processor passes only where `work` says so."""
+    """Stands in for the time module: processor time passes only in `work`."""
 
     now = worked = 0.0
 
@@ -159,13 +159,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_after_work_comes_rest_in_proportion_to_the_budget(clock: Clock) -> None:
+def test_feeders_rest_in_proportion_to_their_work(clock: Clock) -> None:
     budget = Budget(0.02)
     budget.spend(0.1)
     assert budget.seconds_to_rest() == pytest.approx(5)
     clock.now += 4
     assert budget.seconds_to_rest() == pytest.approx(1)
-    clock.now += 100  # what was not used is free for a moment, not for ever
+    clock.now += 100  # unused budget expires
     budget.spend(0.1)
     assert budget.seconds_to_rest() == pytest.approx(5 - feeder.BURST_SECONDS)
     budget.lift()
@@ -175,10 +175,10 @@ def test_after_work_comes_rest_in_proportion_to_the_budget(clock: Clock) -> None
 
 
 @pytest.mark.parametrize("background", [0.0, 0.7])
-def test_feeders_keep_to_their_budget_together(
+def test_feeders_share_one_budget(
     background: float, log: RunLog, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two views that take 2 ms a record (and threads of their own), while training runs for 60 s."""
+    """Two views that take 2 ms per record, with threads of their own or without, during 60 s of training."""
 
     class Working(RecordingView):
         def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
@@ -193,7 +193,7 @@ def test_feeders_keep_to_their_budget_together(
 
     def rest(self: Feeder, seconds: float) -> None:
         clock.now += seconds
-        raise SystemExit  # ends the turn of this feeder
+        raise SystemExit  # ends this feeder's slice
 
     monkeypatch.setattr(Feeder, "rest", rest)
     while clock.now < 60:
@@ -204,7 +204,7 @@ def test_feeders_keep_to_their_budget_together(
     assert 0.5 * 0.02 * 60 < worked < 1.1 * 0.02 * 60 + 2 * feeder.SLICE_SECONDS
 
 
-def test_a_view_that_hangs_while_training_runs_is_told_once(
+def test_a_view_that_hangs_during_training_is_reported_once(
     log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
@@ -218,7 +218,7 @@ def test_a_view_that_hangs_while_training_runs_is_told_once(
     for _ in range(20):
         feeders.watch()
         time.sleep(0.02)
-    assert warnings == ["recording hangs for 0.05 s now; training goes on without it"]
+    assert warnings == ["recording hangs (no answer for 0.05 s); training continues without it"]
     release.set()
     feeders.finish(RunEnd("completed"), print, 20)
     assert states == ["on", "hangs", "complete"]
@@ -241,7 +241,7 @@ def test_a_view_that_is_off_does_not_hang(log: RunLog, tmp_path: Path, monkeypat
     assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
 
 
-def test_a_feeder_rests_while_the_end_is_prepared(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_feeder_rests_while_the_run_is_closed(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
     feed_slice = Feeder.feed_slice
 
@@ -252,20 +252,20 @@ def test_a_feeder_rests_while_the_end_is_prepared(log: RunLog, tmp_path: Path, m
     monkeypatch.setattr(Feeder, "feed_slice", counted)
     one = Feeder(RecordingView(), tmp_path, Budget(1.0), lambda *a, **k: None, print, "")
     feeders = Feeders([one])
-    feeders.hurry()
+    feeders.lift_budget()
     time.sleep(0.3)
-    assert len(looks) < 20  # it looks every POLL_SECONDS, once there is nothing more
+    assert len(looks) < 20  # every POLL_SECONDS, once everything is fed
     feeders.finish(RunEnd("completed"), print, 20)
     assert not one.is_alive()
 
 
-def test_notes_are_cut_with_the_logs(log: RunLog, tmp_path: Path) -> None:
+def test_saved_progress_is_cut_with_the_logs(log: RunLog, tmp_path: Path) -> None:
     size = (tmp_path / METRICS_FILE).stat().st_size
     offsets = {METRICS_FILE: size, "histograms.jsonl": 0, "samples.jsonl": 10}
     (tmp_path / "fed_aim.json").write_text(json.dumps({"offsets": offsets, "last_step": 999}))
     (tmp_path / "fed_wandb.json").write_text("[1]")
     truncate(tmp_path / METRICS_FILE, offset_of_step(tmp_path / METRICS_FILE, 50))
-    feeder.cut_notes(tmp_path)
+    feeder.cut_progress(tmp_path)
     note = json.loads((tmp_path / "fed_aim.json").read_text())
     assert note["offsets"][METRICS_FILE] == (tmp_path / METRICS_FILE).stat().st_size < size
     assert (note["offsets"]["samples.jsonl"], note["last_step"]) == (10, 999)
@@ -350,6 +350,6 @@ def test_a_broken_view_does_not_change_training(
     assert {view["state"] for view in read_record(bad)["views"].values()} == {"off"}
 
 
-def test_numbers_of_a_record_survive_the_views(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_can_be_decoded(tmp_path: Path) -> None:
     assert [decode_number(value) for value in ("inf", "-inf", 1.5)] == [float("inf"), float("-inf"), 1.5]
     assert set(LOG_FILES) == {"metrics.jsonl", "histograms.jsonl", "samples.jsonl"}

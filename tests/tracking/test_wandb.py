@@ -1,4 +1,4 @@
-"""Weights & Biases, offline, with its own package: what its files hold equals the log, and nothing else is in them."""
+"""Weights & Biases, offline, with its real package: its files hold what the log holds, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from utils.runs.log import read_metrics, read_records
 from utils.runs.run import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = 2 * "0123456789abcdef" + "01234567"  # looks like one; not in one piece, for this file may be in code.patch
+KEY = 2 * "0123456789abcdef" + "01234567"  # looks like a key; in pieces, since this file may be part of code.patch
 BLOCK = 32_768
 
 
 def records(path: Path) -> Iterator[Record]:
-    """The records of a .wandb file, which has the format of LevelDB's log after a header of seven bytes."""
+    """The records of a .wandb file: LevelDB's log format after a header of seven bytes."""
     data, at, part = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if BLOCK - at % BLOCK < 7:  # too little for a header: padding
@@ -75,20 +75,20 @@ def sessions(run: Path) -> list[Shown]:
 
 
 def wandb_processes_of(pid: int) -> list[psutil.Process]:
-    """W&B's own processes that were started by the process `pid`, which they are told on their command line."""
+    """W&B's own processes that were started by the process `pid`, which is an argument of theirs."""
     found = psutil.process_iter(["name", "cmdline"])
     return [p for p in found if "wandb" in p.info["name"] and str(pid) in (p.info["cmdline"] or ())]
 
 
 def train_in_a_process(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """train.py with a key in the environment and no server; W&B's own process has ended with it."""
+    """Run train.py with a key in the environment and no server, and check that W&B's own process ends with it."""
     env = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     command = [sys.executable, os.fspath(ROOT / "train.py"), *words]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, err = process.communicate(timeout=60)
     finally:
-        process.kill()  # nothing once it has ended
+        process.kill()  # no effect once it has ended
     _, alive = psutil.wait_procs(wandb_processes_of(process.pid), timeout=10)
     assert [found for found in alive if found.status() != psutil.STATUS_ZOMBIE] == []
     return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -100,7 +100,7 @@ def printed_by_wandb(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 @contextlib.contextmanager
 def wandb_in_this_process() -> Iterator[None]:
-    """With a key in the environment; its process is ended afterwards."""
+    """W&B with a key in the environment; its process is ended on exit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", KEY)
         try:
@@ -118,7 +118,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     text = "".join(f"line {i}: the quick brown fox jumps über {i * i % 97} lazy dogs.\n" for i in range(100))
     (folder / "tiny.txt").write_text(text, encoding="utf-8")
     (folder / "stopper.py").write_text(
-        "from utils.training.callbacks import Callback\n\n\nclass Stopper(Callback):\n"
+        "from workbench import Callback\n\n\nclass Stopper(Callback):\n"
         "    def on_step(self, run):\n        if run.state.step == 4:\n            run.stop('enough')\n"
     )
     places = {"--dataset": folder / "tiny.txt", "--corpora-dir": folder / "corpora", "--runs-dir": folder / "runs"}

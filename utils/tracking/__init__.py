@@ -1,8 +1,8 @@
 """The contract of a view: a tracker (TensorBoard, Aim, Weights & Biases) that is fed from a run's logs.
 
-A view never touches the training loop. A feeder reads what the loop has appended to the logs and hands it
-to the view record by record, at its own pace; if the view is slow it lags, if it fails it is switched off,
-and what is missing can be fed again. A new tracker is one file with one class like those beside this one.
+A view never touches the training loop. A feeder reads what the loop has appended to the logs and passes it to
+the view record by record, at its own pace. A slow view falls behind, a failing one is switched off, and what is
+missing can be fed again later. A new tracker is one file with one class, like those beside this one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from utils.runs.run import read_record, read_status
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a view shows of a run besides its logs; all of it is recorded in the run directory.
+    """What a view shows of a run besides its logs, as recorded in the run directory.
 
     hparams: the full configuration, nested by section.
     git: commit, branch, dirty.
-    resolved: what "auto", none and the like became; sizes of corpus and model.
-    modules: name, shape and number of each of the model's parameters.
+    resolved: the values that "auto", none and the like resolved to; sizes of corpus and model.
+    modules: name, shape and number of elements of each parameter of the model.
     """
 
     id: str
@@ -44,11 +44,11 @@ class RunFacts:
 
     @classmethod
     def read(cls, path: Path) -> RunFacts:
-        """The facts about the run in the directory `path`.
+        """Read the facts about the run in the directory `path`.
 
         Raises:
             RunError: run.json is missing or damaged.
-            OSError, ValueError: another of its files is.
+            OSError, ValueError: another file of the run is missing or damaged.
         """
         record = read_record(path)
         hparams = json.loads((path / "meta" / "full_config.json").read_text(encoding="utf-8"))
@@ -69,7 +69,12 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """How a run ended: a status of run.json, or `crashed`; its last losses; its last step."""
+    """How a run ended.
+
+    status: as in run.json, or `crashed`.
+    summary: the last losses, in nats per token.
+    step: the last step.
+    """
 
     status: str
     summary: Mapping[str, float] = field(default_factory=dict)
@@ -77,14 +82,14 @@ class RunEnd:
 
     @classmethod
     def read(cls, path: Path) -> RunEnd:
-        """How the run in the directory `path` ended, or where it stands.
+        """Read how the run in the directory `path` ended; of a run in progress, how far it is.
 
         Raises:
             RunError: run.json is missing or damaged.
         """
         record = read_record(path)
         status, step = read_status(path), record.get("last_step") or 0
-        if status == "crashed":  # it could not say
+        if status == "crashed":  # it had no chance to record its last step
             step = max((logged["step"] for logged in read_records(path / "logs" / METRICS_FILE)), default=0)
         summary = {name: decode_number(value) for name, value in (record.get("summary") or {}).items()}
         return cls(status, summary, step)
@@ -93,18 +98,22 @@ class RunEnd:
 class View(Protocol):
     """A tracker fed from the logs. All methods but `abandon` are called from one thread.
 
-    name: one of run_log.VIEWS.
-    rolls_back: whether `open(first_step)` hides what was fed for that and later steps before.
+    name: one of metrics.VIEWS.
+    rolls_back: whether `open(first_step)` hides what an earlier session fed for that step and later ones.
     """
 
     name: str
     rolls_back: bool
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        """Import the tracker's package and begin; facts for run.json (an id, say).
+        """Import the tracker's package and begin.
 
         Args:
-            first_step: what was fed before for this and later steps is fed again; 0 for a new run.
+            first_step: records of this step and later ones will be fed, some perhaps for the second time; 0 for a
+                new run.
+
+        Returns:
+            Facts for run.json, such as the run's id in the tracker.
         """
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
@@ -114,17 +123,17 @@ class View(Protocol):
         """Make what was fed visible to readers.
 
         Raises:
-            Exception: the tracker has lost what it was fed.
+            Exception: the tracker has lost some of it.
         """
 
     def background_seconds(self) -> float:
-        """Processor time that the tracker's own threads in this process have taken so far."""
+        """Processor time that the tracker's own threads have used in this process so far."""
 
-    def forget(self) -> Mapping[str, Any]:
-        """Remove what was ever fed of the run: it is fed again from step 0; facts for run.json."""
+    def clear(self) -> Mapping[str, Any]:
+        """Remove everything that was fed of the run, which is then fed again from step 0; facts for run.json."""
 
     def close(self, end: RunEnd) -> None:
-        """Show how the run ended; nothing is fed afterwards."""
+        """Show how the run ended; nothing is fed after that."""
 
     def abandon(self) -> None:
-        """Let go without waiting for anything: the view has failed or hangs. From any thread."""
+        """Release the tracker without waiting: the view has failed or hangs. May be called from any thread."""

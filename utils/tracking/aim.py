@@ -1,4 +1,4 @@
-"""The Aim view: one Aim run a run directory, for comparing runs with `aim up`."""
+"""The Aim view: one Aim run for each run directory, to compare runs with `aim up`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     import aim
 
 REMOTE = "aim://"
-FREE_BYTES = 4_000_000  # on a full disk Aim leaves parts of runs behind, and its database (RocksDB) may wait for ever
-ANSWER_SECONDS = 10.0  # for an `aim server` to take what it was sent
+FREE_BYTES = 4_000_000  # on a full disk Aim leaves partial runs behind, and its database (RocksDB) may wait forever
+ANSWER_SECONDS = 10.0  # in which an `aim server` must accept what it was sent
 
 
 class AimView:
-    """Metrics with subset context, distributions, sample texts, hyperparameters, git facts, status, loss curve.
+    """Metrics with their subset as context, distributions, sample texts, hyperparameters, git facts, status, curves.
 
-    Aim's Run and Repo are not thread-safe: they live and die in the feeder's thread. Its own system
-    metrics and terminal capture are off; `status` is ours, since Aim calls a crashed run finished.
+    Aim's Run and Repo are not thread-safe: they live and die in the feeder's thread. Its own system metrics and
+    terminal capture are off; `status` is ours, since Aim calls a crashed run finished.
 
     Args:
         repo: a folder that holds, or will hold, `.aim`; or aim://HOST:PORT of an `aim server`.
-        run_hash: of the Aim run that a resumed run goes on with.
+        run_hash: of the Aim run that a resumed run continues; None: a new one.
     """
 
     name = "aim"
@@ -50,8 +50,8 @@ class AimView:
         self.repo = repo
         self.run_hash = run_hash
         self._run: aim.Run | None = None
-        self._unfinished: aim.Run | None = None  # is being made
-        self._stale: tuple[aim.Repo, str]  # is being deleted
+        self._unfinished: aim.Run | None = None  # being created
+        self._stale: tuple[aim.Repo, str]  # being deleted: its repository and hash
 
     @property
     def run(self) -> aim.Run:
@@ -63,11 +63,11 @@ class AimView:
         return self.repo.startswith(REMOTE)
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        warnings.filterwarnings("ignore", message="SOCKS support in urllib3")  # of a package that Aim imports
+        warnings.filterwarnings("ignore", message="SOCKS support in urllib3")  # from a package that Aim imports
         import aim
         from aim.sdk.errors import MissingRunError
 
-        # What it says goes between the lines of training; what fails is told by the feeder, in one line.
+        # Its log would appear between the lines of training; the feeder reports failures, in one line each.
         logging.getLogger("aim").setLevel(logging.CRITICAL)
         threading.excepthook = _not_of_aim
         if not self.is_remote:
@@ -76,21 +76,21 @@ class AimView:
             if not aim.Repo.exists(self.repo):
                 self._make_repo(aim)
         if self._run is None and self.run_hash is not None:
-            with contextlib.suppress(MissingRunError):  # deleted in Aim since: a new one
+            with contextlib.suppress(MissingRunError):  # deleted in Aim: make a new one
                 self._run = self._open_run(aim, aim.Run.__new__(aim.Run), run_hash=self.run_hash, force_resume=True)
-        if self._run is None:  # a second attempt goes on with the run of the first
+        if self._run is None:  # a second attempt continues with the run of the first
             self._run = self._new_run(aim)
         return {"hash": self.run.hash, "repo": self.repo}
 
     def _check_disk(self) -> None:
-        """Raises an OSError if the disk of the repository is full, as good as."""
+        """Raises OSError if the disk of the repository is nearly full."""
         if shutil.disk_usage(self.repo).free < FREE_BYTES:
             raise OSError(errno.ENOSPC, "less than 4 MB left on its disk", self.repo)
 
     def _make_repo(self, aim: ModuleType) -> None:
-        """A new repository, complete or absent: one that a full disk has cut off in the making is of no use to Aim.
+        """Create the repository, complete or not at all: Aim cannot use one whose creation a full disk cut short.
 
-        Aim makes it elsewhere, since it does so in a process that prints its errors.
+        Aim creates it in a temporary folder, since it does so in a process that prints its errors.
         """
         with TemporaryDirectory() as elsewhere, TemporaryDirectory(dir=self.repo, prefix=".aim_") as beside:
             made = Path(aim.Repo(elsewhere, init=True).path)
@@ -98,13 +98,13 @@ class AimView:
             new.rename(Path(self.repo, made.name))  # fails where another process was faster
 
     def _open_run(self, aim: ModuleType, run: aim.Run, **which: Any) -> aim.Run:
-        """The SDK's Run, without its own system metrics and terminal capture."""
+        """Initialise the SDK's Run, without its own system metrics, terminal capture and threads."""
         settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
         run.__init__(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
-        # Its threads that report signs of life: status and the lock of the run directory are ours.
+        # The threads that report signs of life are not needed: `status` and the lock of the run directory are ours.
         run._heartbeat.stop()
         run._checkins.close()
-        if self.is_remote:  # now: the garbage collector would ask the server in any thread, that of training too
+        if self.is_remote:  # now: the garbage collector would contact the server from any thread, even training's
             run._checkins.file_manager._resources.close()
         run._heartbeat = run._checkins = run._resources._heartbeat = run._resources._checkins = None
         run.name = self.facts.id
@@ -119,8 +119,8 @@ class AimView:
         return run
 
     def _new_run(self, aim: ModuleType) -> aim.Run:
-        """A run that Aim has not had; where it cannot be made completely, nothing stays of it."""
-        self._unfinished = aim.Run.__new__(aim.Run)  # has its hash also where its constructor fails
+        """A new Aim run; if it cannot be created completely, nothing is left of it."""
+        self._unfinished = aim.Run.__new__(aim.Run)  # has its hash even if its constructor fails
         try:
             run = self._open_run(aim, self._unfinished)
         except Exception:
@@ -129,8 +129,8 @@ class AimView:
         self._unfinished = None
         return run
 
-    def forget(self) -> Mapping[str, Any]:
-        """Aim has no command that empties a run: it is deleted, and a new one made.
+    def clear(self) -> Mapping[str, Any]:
+        """Aim cannot empty a run: delete it and create a new one.
 
         Raises:
             OSError: Aim does not delete it.
@@ -139,9 +139,9 @@ class AimView:
 
         if self._run is not None:  # the first attempt
             self._run.close()
-            self._stale, self._run = (self._run.repo, self._run.hash), None  # frees its files before they are deleted
+            self._stale, self._run = (self._run.repo, self._run.hash), None  # closes its files before they are deleted
         repo, stale = self._stale
-        if not repo.delete_run(stale):  # it tells why in its log only
+        if not repo.delete_run(stale):  # the reason is only in Aim's own log
             raise OSError(f"run {stale} cannot be deleted from {self.repo}")
         self._run = self._new_run(aim)
         return {"hash": self.run.hash}
@@ -163,14 +163,14 @@ class AimView:
             self._track(Text(record["text"]), record, "sample", {})
 
     def _track(self, value: Any, record: Mapping[str, Any], name: str, context: Mapping[str, str]) -> None:
-        """Like `Run.track`, at the time of the record: Run.track takes the time at which it is called.
+        """Like `Run.track`, which would use the time of the call, but with the time of the record.
 
-        The tracker behind it does the same in Aim 3.29.
+        The tracker behind it, in Aim 3.29, takes the time as an argument.
         """
         self.run._tracker._track(value, record["time"], name, record["step"], context=dict(context))
 
     def flush(self) -> None:
-        """Aim's readers see what was tracked without it; but what was lost shows only here.
+        """Check that Aim still has what was tracked; its readers see that without a flush.
 
         Raises:
             OSError: the repository was deleted, its disk is full, or its server does not answer.
@@ -178,21 +178,21 @@ class AimView:
         repo = self.run.repo
         if not self.is_remote:
             self._check_disk()
-            if not Path(repo.path, "meta", "chunks", self.run.hash).exists():  # its files are open: writing goes on
+            if not Path(repo.path, "meta", "chunks", self.run.hash).exists():  # its open files can still be written
                 raise FileNotFoundError(f"the run was deleted from {repo.path}")
             return
         try:
             repo._client.client_heartbeat()
-        except OSError as error:  # requests.RequestException, with a long story
+        except OSError as error:  # requests.RequestException, with a long message
             raise ConnectionError(f"{self.repo} does not answer") from error
         deadline = time.monotonic() + ANSWER_SECONDS
         while repo._client.get_queue()._queue.unfinished_tasks:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.repo} does not take what it is sent")
+                raise TimeoutError(f"{self.repo} does not accept what it is sent")
             time.sleep(0.01)
 
     def background_seconds(self) -> float:
-        """Aim's database sorts what it is given in threads of its own: two thirds as long again as the feeder."""
+        """The threads of Aim's database, which sort what it is given, add two thirds to the feeder's time."""
         ticks = sum(_ticks(task) for task in Path("/proc/self/task").glob("*") if _is_of_rocksdb(task))
         return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -209,9 +209,9 @@ class AimView:
         self._run = None
 
     def abandon(self) -> None:
-        """Aim closes what is open when the process ends, and if that fails or waits, the process never ends."""
+        """Stop Aim from closing its files when the process ends: where that fails or waits, the process would hang."""
         cleanup = sys.modules.get("aim.ext.cleanup")
-        if cleanup is None:  # not imported, or still being so
+        if cleanup is None:  # not imported, or not completely
             return
         for owner, (_, finalizer) in list(cleanup.AutoClean._finalizers.items()):
             if self._is_ours(owner):
@@ -220,7 +220,7 @@ class AimView:
             _remove(self._unfinished)
 
     def _is_ours(self, owner: Any) -> bool:
-        """Whether an object of Aim (a Run, a Repo, a database, a resource of a server) is of our repository."""
+        """Whether an object of Aim (Run, Repo, database, server resource) belongs to our repository."""
         holder = getattr(owner, "repo", owner)
         client = getattr(holder, "_client", None) or getattr(holder, "_rpc_client", None)
         if client is not None:
@@ -236,7 +236,7 @@ def _is_of_rocksdb(task: Path) -> bool:
 
 
 def _ticks(task: Path) -> int:
-    """Processor time of a thread (user and system), in ticks of the clock."""
+    """Processor time of a thread, user and system, in clock ticks."""
     try:
         after_name = (task / "stat").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -245,7 +245,7 @@ def _ticks(task: Path) -> int:
 
 
 def _remove(run: aim.Run) -> None:
-    """Remove what there is of a run that Aim could not make: a part of one is in the way of Aim's readers."""
+    """Remove the remains of a run that Aim could not create: they disturb Aim's readers."""
     if getattr(run, "_heartbeat", None) is not None:  # a thread
         run._heartbeat.touch_path = None
         run._heartbeat.stop_signal.set()
@@ -259,14 +259,14 @@ _thread_failed = threading.excepthook
 
 
 def _not_of_aim(failure: threading.ExceptHookArgs) -> None:
-    """For threading.excepthook: Aim's own threads die where its repository is lost; the view notices that, too."""
+    """A threading.excepthook without Aim's own threads: they die if its repository is lost, as `flush` reports."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.exc_traceback)]
     if not any(module.startswith("aim.") for module in modules):
         _thread_failed(failure)
 
 
 def _plain(value: Any) -> Any:
-    """Aim stores dicts, lists, numbers, strings, None; not tuples or other mappings."""
+    """`value` in types that Aim can store: dict, list, number, str, None; no tuples or other mappings."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

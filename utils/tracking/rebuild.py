@@ -1,4 +1,4 @@
-"""Making the views of a run again from its logs, which are its truth."""
+"""Rebuild the views of a run from its logs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from utils.tracking import RunEnd, View
 from utils.tracking.feeder import Budget, Feeder
 from utils.tracking.views import build_views, is_installed, wanted_views
 
-Report = Callable[[str, int, int], None]  # view, bytes fed, bytes in all
+Report = Callable[[str, int, int], None]  # name of the view, bytes fed, bytes in total
 
 
 class RebuildError(Exception):
-    """A view could not be made again."""
+    """A view could not be rebuilt."""
 
 
 def rebuild(
     path: Path, root: Path, names: Sequence[str] = (), report: Report = lambda name, fed, total: None
 ) -> list[str]:
-    """Feed views of the run in the directory `path` from offset 0, in the place of what they show of it.
+    """Empty views of the run in the directory `path`, and feed them the whole logs.
 
     Args:
         root: the folder that relative paths start from.
-        names: the views; none: those that the run was fed to, or should have been.
-        report: called now and then while a view is fed.
+        names: of the views; empty: those that the run feeds by its configuration, and those it has fed.
+        report: called a few times a second while a view is fed.
 
     Returns:
         The names of the views, all of them complete.
@@ -41,7 +41,7 @@ def rebuild(
     Raises:
         UserError: the run is being trained, its record is damaged, a log is missing, or a view's package is not
             installed; nothing is changed.
-        RebuildError: a view failed; run.json says why.
+        RebuildError: a view failed; run.json has the reason.
     """
     config = recorded_settings(path, root)
     fed = read_record(path).get("views", {})
@@ -52,30 +52,30 @@ def rebuild(
     for log_file in LOG_FILES:
         if not (path / "logs" / log_file).is_file():
             raise UserError(f"{path / 'logs' / log_file} is missing: {path.name} cannot be fed from its logs")
-    end = RunEnd.read(path)  # before the lock is taken: then a crashed run seems to run
+    end = RunEnd.read(path)  # before the lock is taken: a crashed run with a lock would look like a running one
     run = Run.resume(path)
     try:
         read_registry(path / METRICS)
-        with contextlib.suppress(OSError, ImportError):  # it was not asked for; the picture of before stays
+        with contextlib.suppress(OSError, ImportError):  # the old picture will do
             draw_curves(path)
         total = sum((path / "logs" / name).stat().st_size for name in LOG_FILES)
         for view in build_views(names, path, config, root):
-            feed_anew(view, run, end, lambda name, fed: report(name, fed, total))
+            rebuild_view(view, run, end, lambda name, fed: report(name, fed, total))
     finally:
         run.release()
     return names
 
 
-def feed_anew(view: View, run: Run, end: RunEnd, report: Callable[[str, int], None]) -> None:
-    """Empty one view of a run that has ended and feed it all of the logs.
+def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int], None]) -> None:
+    """Empty one view of a run that has ended, and feed it the whole logs.
 
     Raises:
-        RebuildError: it failed.
+        RebuildError: the view failed.
     """
-    feeder = Feeder(view, run.path / "logs", Budget(1.0), run.update_view, print, rebuild="")
+    feeder = Feeder(view, run.path / "logs", Budget(1.0), run.update_view, print, rebuild_command="")
     try:
-        feeder.feed_anew(end, lambda: report(view.name, sum(feeder.offsets.values())))
-    except Exception as error:  # whatever a tracker raises
+        feeder.rebuild(end, lambda: report(view.name, sum(feeder.offsets.values())))
+    except Exception as error:  # the tracker boundary
         message = next(filter(None, str(error).splitlines()), "no message")
         reason = f"{type(error).__name__}: {message}"
         run.update_view(view.name, state="off", reason=reason)
@@ -84,7 +84,7 @@ def feed_anew(view: View, run: Run, end: RunEnd, report: Callable[[str, int], No
 
 
 def recorded_settings(path: Path, root: Path) -> Config:
-    """The configuration in meta/ of a run.
+    """The configuration that the run in the directory `path` was started with.
 
     Raises:
         ConfigError: it is missing or damaged.

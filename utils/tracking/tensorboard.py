@@ -17,8 +17,8 @@ from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
 from utils.runs.metrics import shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
-SESSION_METRICS = ("val/loss", "train/eval_loss")  # stand beside the hyperparameters
-# The HParams page shows five columns at first: those said to differ. It takes that from one run for all of them.
+SESSION_METRICS = ("val/loss", "train/eval_loss")  # shown beside the hyperparameters
+# Settings that the HParams page shows at first: five columns, marked as differing; it reads the marks of one run only.
 SESSION_COLUMNS = frozenset(("learning_rate", "max_iters", "n_embd", "n_layer", "run_tag"))
 CHARTS = {  # custom scalars: category, title, tags
     "loss": {
@@ -33,8 +33,8 @@ SESSION_END_TAG = b"_hparams_/session_end_info"
 class TensorBoardView:
     """Scalars, histograms, sample texts, configuration and model, hyperparameters with status and losses.
 
-    All of it goes into one event file a session. A reader keeps the first hyperparameter records that it finds, so a
-    session that goes on cuts off what the one before has said about its end.
+    Each session writes one event file. A reader keeps the first hyperparameter records that it finds, so a resumed
+    session first removes the record of how the previous one ended.
     """
 
     name = "tensorboard"
@@ -51,9 +51,9 @@ class TensorBoardView:
         return self._events
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        if self._events is None:  # a second attempt goes on with the file of the first
+        if self._events is None:  # a second attempt continues with the file of the first
             self.log_dir.mkdir(exist_ok=True)
-            for path in event_files(self.log_dir)[-1:]:  # those before were cut when it was begun
+            for path in event_files(self.log_dir)[-1:]:  # earlier ones were cut when this one was created
                 cut_session_end(path)
             self._events = EventFile(self.log_dir, purge_step=first_step)
         if first_step == 0:
@@ -61,7 +61,7 @@ class TensorBoardView:
         return {"path": "logs/tensorboard"}
 
     def _describe(self) -> None:
-        """Texts at step 0, the hyperparameters of a session that runs, the layout of the custom scalars."""
+        """Write the texts of step 0, the hyperparameters of a running session, and the layout of the custom scalars."""
         from torch.utils.tensorboard.summary import custom_scalars
 
         facts = self.facts
@@ -69,7 +69,7 @@ class TensorBoardView:
         sizes = ("parameters", "vocab_size", "train_tokens", "val_tokens", "epochs", "device", "dtype", "dataset")
         overview = _table(("fact", "value"), [(key, facts.resolved[key]) for key in sizes if key in facts.resolved])
         modules = [(m["name"], " x ".join(map(str, m["shape"])), m["parameters"]) for m in facts.modules]
-        table = _table(("parameter", "shape", "numbers"), modules)
+        table = _table(("parameter", "shape", "elements"), modules)
         self._text("model", f"{overview}\n\n### Parameters\n\n{table}" if modules else overview, 0)
         self._text("git", _table(("fact", "value"), facts.git.items()), 0)
         if facts.note:
@@ -88,7 +88,7 @@ class TensorBoardView:
         from torch.utils.tensorboard.summary import hparams
 
         flat = {
-            f"{section}.{key}": value if type(value) in (int, float, str) else str(value)  # a bool would show as 1.0000
+            f"{section}.{key}": value if type(value) in (int, float, str) else str(value)  # bools are shown as 1.0000
             for section, values in self.facts.hparams.items()
             for key, value in values.items()
             if field_fact(key, "kind") == TRAJECTORY or key in SESSION_COLUMNS
@@ -109,7 +109,7 @@ class TensorBoardView:
             self._text("sample", _fenced(record["text"]), step, when)
 
     def _histogram(self, record: Mapping[str, Any]) -> None:
-        """Ready bins: SummaryWriter.add_histogram would copy whole tensors to float64 and bin them again."""
+        """Write the logged bins: SummaryWriter.add_histogram would copy whole tensors to float64 and bin them."""
         from torch.utils.tensorboard.summary import histogram_raw
 
         counts, low, high = record["counts"], record["min"], record["max"]
@@ -135,9 +135,9 @@ class TensorBoardView:
         self.events.flush()
 
     def background_seconds(self) -> float:
-        return 0.0  # it has none
+        return 0.0  # there are none
 
-    def forget(self) -> Mapping[str, Any]:
+    def clear(self) -> Mapping[str, Any]:
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -146,33 +146,33 @@ class TensorBoardView:
         return self.open(0)
 
     def close(self, end: RunEnd) -> None:
-        self._text("status", end.status, end.step)  # at its own step: a resume purges it
+        self._text("status", end.status, end.step)  # at the last step: a resume purges it
         *_, session_end = self._session_records()
         self.events.add(_with_status(session_end, end.status))
         self.events.flush()
         self.events.close()
 
     def abandon(self) -> None:
-        """Nothing waits for it."""
+        """There is nothing to release."""
 
 
 class EventFile:
     """One new event file, written by the calling thread.
 
-    torch's SummaryWriter hands events to a thread of its own, whose errors and whose processor time do not
-    reach the caller. A feeder is such a thread already.
+    torch's SummaryWriter passes events to a thread of its own, whose errors and processor time do not reach the
+    caller. A feeder is such a thread already.
 
     Args:
-        folder: where TensorBoard looks for a run.
-        purge_step: a reader drops what earlier files say of this and later steps. TensorBoard's Python reader
-            ignores the first event of this kind, so the first file of a run needs one, too.
+        folder: the event files of one run.
+        purge_step: readers drop the events of this and later steps in earlier files. TensorBoard's Python reader
+            ignores the first event of this kind, so even the first file of a run has one.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # Readers take files in the order of their names, which must grow also where the clock goes backwards.
+        # Readers sort files by name, so names must increase even if the clock goes backwards.
         stamps = [int(path.name.split(".")[3]) for path in event_files(folder)]
         stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
         self.path = folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
@@ -187,17 +187,17 @@ class EventFile:
         self._records.write(event.SerializeToString())
 
     def add(self, summary: Any, step: int = 0, when: float | None = None) -> None:
-        """Append a Summary; `when` in seconds since 1970, now by default."""
+        """Append a Summary; `when` is in seconds since 1970, by default now."""
         self._write(self._event(wall_time=time.time() if when is None else when, step=step, summary=summary))
 
     def flush(self) -> None:
-        """Hand everything to the operating system.
+        """Pass everything to the operating system.
 
         Raises:
             OSError: the disk is full, or the file has been deleted.
         """
         self._file.flush()
-        if not self.path.exists():  # writing to an open file goes on without an error
+        if not self.path.exists():  # writing to the open file still succeeds
             raise FileNotFoundError(f"{self.path.name} was deleted")
 
     def close(self) -> None:
@@ -205,12 +205,12 @@ class EventFile:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Event files of a run, oldest first."""
+    """The event files of a run, oldest first."""
     return sorted(folder.glob("events.out.tfevents.[0-9]*"))
 
 
 def _with_columns(experiment: Any) -> Any:
-    """torch's record of an experiment, with the hyperparameters that stand first."""
+    """torch's record of an experiment, with the columns that are shown first marked."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin_data = experiment.value[0].metadata.plugin_data
@@ -222,7 +222,7 @@ def _with_columns(experiment: Any) -> Any:
 
 
 def _with_status(session_end: Any, status: str) -> Any:
-    """torch's record of a session that ended well, with how it ended indeed."""
+    """torch's record of a successful session, with its real status."""
     from tensorboard.plugins.hparams.api_pb2 import Status
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -235,7 +235,7 @@ def _with_status(session_end: Any, status: str) -> Any:
 
 
 def cut_session_end(path: Path) -> None:
-    """Cut an event file off before the record that ends its session, or before a torn record.
+    """Truncate an event file before the record that ends its session, or before a torn record.
 
     Format of a record: https://www.tensorflow.org/tutorials/load_data/tfrecord
     """
@@ -249,7 +249,7 @@ def cut_session_end(path: Path) -> None:
 
 
 def _event_records(fd: int) -> Iterator[tuple[int, bytes]]:
-    """(bytes in the file, data) of each complete record; data only of those short enough to end a session."""
+    """(bytes in the file, data) of each complete record; the data is left out if it is too long to end a session."""
     offset, size = 0, os.fstat(fd).st_size
     while offset + 12 <= size:
         (length,) = struct.unpack("<Q", os.pread(fd, 8, offset))
@@ -261,12 +261,12 @@ def _event_records(fd: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _fenced(text: str) -> str:
-    """Markdown that shows text as it is."""
+    """Markdown that shows `text` unchanged."""
     return "\n".join("    " + line for line in text.splitlines() or [""])
 
 
 def _settings_table(hparams: Mapping[str, Any]) -> str:
-    """All settings, those that differ from their defaults first."""
+    """A Markdown table of all settings, those that differ from their defaults first."""
     changed: list[tuple[str, str, str]] = []
     others: list[tuple[str, str, str]] = []
     for section, values in hparams.items():
@@ -278,6 +278,6 @@ def _settings_table(hparams: Mapping[str, Any]) -> str:
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(f"{x:,}" if type(x) is int else str(x) for x in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""Which views a run has: made from its recorded configuration, for live feeding and for a rebuild alike."""
+"""The views of a run: built from its recorded configuration, for live feeding and for a rebuild alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.tracking.wandb import WandbView
 
 
 def wanted_views(config: Config) -> Iterator[str]:
-    """Names of the views that a run with this configuration is fed to."""
+    """Names of the views that a run with this configuration feeds."""
     yield "tensorboard"
     if config.tracking.aim_logging:
         yield "aim"
@@ -25,18 +25,18 @@ def wanted_views(config: Config) -> Iterator[str]:
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package of a view can be imported; it is not imported."""
+    """Whether the package of a view is installed, found without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
 def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> list[View]:
-    """Views of the run in the directory `run`, not opened yet.
+    """The views of the run in the directory `run`, not opened yet.
 
     Args:
         root: the folder that relative paths start from.
 
     Raises:
-        RunError, OSError, ValueError: the record of the run is damaged.
+        RunError, OSError, ValueError: a file of the run is missing or damaged.
     """
     facts, known = RunFacts.read(run), read_record(run)["views"].get("aim", {})
     repo = config.tracking.aim_repo

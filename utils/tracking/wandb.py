@@ -1,4 +1,4 @@
-"""The Weights & Biases view: one W&B run a run directory, in files to sync later or on its server."""
+"""The Weights & Biases view: one W&B run for each run directory, in files to sync later or on the server."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class WandbView:
     """Metrics, histograms, sample texts, configuration, status and last losses.
 
-    The account is the user's: `wandb login`, or WANDB_API_KEY; nothing of it is kept in the run directory.
+    It uses the account of `wandb login` or WANDB_API_KEY, and stores no credentials in the run directory.
 
     Args:
-        mode: offline (`wandb sync` sends the files in logs/wandb later) or online.
+        mode: offline (`wandb sync` uploads the files in logs/wandb later) or online.
     """
 
     name = "wandb"
@@ -41,15 +41,15 @@ class WandbView:
         return self._run
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        if self._run is None:  # a second attempt goes on with the run of the first
+        if self._run is None:  # a second attempt continues with the run of the first
             self._run = self._open_run()
         return {"id": self.run.id, "mode": self.mode}
 
     def _open_run(self) -> wandb.Run:
-        """Our record of code, environment and terminal is in the run directory: W&B takes none of its own."""
+        """Start the W&B run, without its own record of code, environment and terminal: the run directory has ours."""
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))  # before init: the login prints, too, and asks a person for a key
+        wandb.setup(wandb.Settings(silent=True))  # before init: the login prints too, and asks for a key
         settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, save_code=False)
         settings = settings.model_copy(update={"x_disable_stats": True, "x_disable_meta": True})
         run = wandb.init(
@@ -64,7 +64,7 @@ class WandbView:
             resume="allow",
             settings=settings,
         )
-        run.define_metric("*", step_metric="step")  # W&B's own steps may not be repeated by a resume
+        run.define_metric("*", step_metric="step")  # W&B's own steps cannot be repeated after a resume
         return run
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
@@ -82,13 +82,13 @@ class WandbView:
             self.run.log({**values, "step": record["step"], "_timestamp": record["time"]})
 
     def flush(self) -> None:
-        """W&B's own process writes what it is given."""
+        """Nothing to do: W&B's own process writes what it is given."""
 
     def background_seconds(self) -> float:
         return 0.0  # W&B works in a process of its own
 
-    def forget(self) -> Mapping[str, Any]:
-        """Offline its files are removed. Online W&B keeps what it has, and the same steps are added to it."""
+    def clear(self) -> Mapping[str, Any]:
+        """Offline, remove its files. Online, W&B keeps what it has, and the same steps are added once more."""
         self.run.finish()
         for folder in (self.facts.path / "logs" / "wandb").glob("offline-run-*"):
             shutil.rmtree(folder)
@@ -100,9 +100,9 @@ class WandbView:
         self.run.finish(exit_code=0 if end.status == "completed" else 1)
 
     def abandon(self) -> None:
-        """When a process ends, W&B waits for a server that does not answer, for minutes: not for this one.
+        """Stop W&B from waiting, for minutes, for a server that does not answer when this process ends.
 
-        Its own process ends with this one all the same.
+        Its own process ends with this one anyway.
         """
         setup = sys.modules.get("wandb.sdk.wandb_setup")
         connection = getattr(getattr(setup, "_singleton", None), "_connection", None)

@@ -286,7 +286,7 @@ class Session:
             seconds = max(1.0, min(self._deadline.seconds_left, seconds))
         if outcome.at_once:
             seconds = min(1.0, seconds)
-        feeders.hurry()
+        feeders.lift_budget()
         with contextlib.suppress(KeyboardInterrupt):  # an impatient signal leaves the picture out
             if not outcome.at_once:
                 draw(self.run, self.terminal)

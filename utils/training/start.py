@@ -25,7 +25,7 @@ from utils.runs.run import REPRODUCTION, Run
 from utils.runs.seal import SEAL
 from utils.terminal.console import Terminal
 from utils.terminal.words import facts
-from utils.tracking.feeder import cut_notes
+from utils.tracking.feeder import cut_progress
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, branch, build_state, foreign, load_weights, restore
 
@@ -75,7 +75,7 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         for what, before, now in changed_facts(record, setup, git):
             terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
         cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
-        cut_notes(run.path / "logs")
+        cut_progress(run.path / "logs")
         put_aside(unusable)
         for name in (FLIGHT_RECORDER, SEAL):  # of the previous session
             (run.path / name).unlink(missing_ok=True)
