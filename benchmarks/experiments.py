@@ -10,7 +10,6 @@ process of its own, so that the start of the interpreter counts; the order of th
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -68,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
         cells = (statistics.median(seconds), max(seconds), LIMITS[key])
         table.add_row(key, *(f"{cell:.2f}" for cell in cells), f"{max(memory):.0f}", common.verdict(reached))
     terminal.print(
-        table, f"DuckDB alone, the same GROUP BY: {alone:.2f} s; {args.repeats} repeats; {os.cpu_count()} CPUs"
+        table,
+        f"DuckDB alone, the same GROUP BY: {alone:.2f} s; {args.repeats} repeats",
+        f"machine: {common.machine_facts()}",
     )
     return 0
 
