@@ -428,7 +428,8 @@ def add_seal(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def seal_command(args: argparse.Namespace) -> int:
-    from utils.runs.seal import SEAL, seal
+    from utils.runs.layout import SEAL
+    from utils.runs.seal import seal
 
     run = named_run(args.run, runs_folder(args))
     if not run.readable or run.status == "running":

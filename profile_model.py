@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.profiling.picture import draw_profile
 from utils.profiling.record import Profile, read_profile, save_profile
 from utils.profiling.tables import comparison_tables, profile_tables
-from utils.runs.log import LogWriter
+from utils.runs.log import METRICS_FILE, LogWriter
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, script
 from utils.terminal.console import Terminal
 
@@ -179,7 +179,7 @@ def measure(setup: Setup, args: argparse.Namespace, terminal: Terminal) -> tuple
     device, before = setup.device, memory_in_use(setup.device)
     state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
     with tempfile.TemporaryDirectory() as folder:
-        step = training_step(state, LogWriter(Path(folder) / "metrics.jsonl"))
+        step = training_step(state, LogWriter(Path(folder) / METRICS_FILE))
         activations = activation_phase(state)
         step(no_phase)
         can_tell = reset_peak(device)

@@ -12,7 +12,8 @@ from conftest import FORK
 from fake_runs import make_run, write
 
 from utils.runs.index import read_index
-from utils.runs.names import MODELS, PromotionError, add_version, promoted_run, read_models
+from utils.runs.layout import MODELS
+from utils.runs.names import PromotionError, add_version, promoted_run, read_models
 
 
 def test_versions_of_a_name_count_up(runs_dir: Path) -> None:

@@ -14,9 +14,9 @@ from fake_runs import make_run, write
 
 from utils.checkpoints.folder import FILES
 from utils.runs import seal as seal_module
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, SEAL
 from utils.runs.run import RunError
-from utils.runs.seal import SEAL, check, checksums, file_sha256, seal, sealed_files
+from utils.runs.seal import check, checksums, file_sha256, seal, sealed_files
 
 
 def make_checkpoint(path: Path) -> None:

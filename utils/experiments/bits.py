@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.runs.layout import LOGS
 from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, read_records
 from utils.runs.metrics import NOT_METRICS, is_reproducible
 
@@ -63,7 +64,7 @@ def compare_logs(before: Path, after: Path, first: int = 0) -> LogComparison:
 def _compare(before: Path, after: Path, first: int) -> LogComparison:
     steps, differences = 0, []
     for log_file in LOG_FILES:
-        logs = (_numbers(run / "logs" / log_file, log_file, first) for run in (before, after))
+        logs = (_numbers(run / LOGS / log_file, log_file, first) for run in (before, after))
         for step, old, new in _same_steps(*logs):
             name = next(
                 (name for name in old if name in new and repr(old[name]) != repr(new[name])), None

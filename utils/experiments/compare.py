@@ -25,8 +25,8 @@ from utils.runs.index import (
     resolved_setting,
     seconds_of,
 )
-from utils.runs.layout import METRICS
-from utils.runs.log import METRICS_FILE, read_records
+from utils.runs.layout import METRIC_REGISTRY, METRICS_LOG
+from utils.runs.log import read_records
 from utils.runs.metrics import decode_number, metric, registered_metrics
 
 METRIC = "val/loss"
@@ -115,7 +115,7 @@ def _read_curve(run: Path, name: str) -> Curve:
     curve = Curve([], [], [], [])
     elapsed, before = 0.0, None
     sessions = _session_starts(run)
-    for record in read_records(run / "logs" / METRICS_FILE):
+    for record in read_records(run / METRICS_LOG):
         now = record["time"]
         resumed = before is not None and any(before < start <= now for start in sessions)
         elapsed, before = elapsed + (0.0 if before is None or resumed else max(0.0, now - before)), now
@@ -174,7 +174,7 @@ def metric_direction(name: str, runs: Sequence[IndexedRun]) -> str:
     """Which way the metric is better, as the runs have registered it."""
     for run in runs:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            for facts in json.loads((run.path / METRICS).read_text(encoding="utf-8")):
+            for facts in json.loads((run.path / METRIC_REGISTRY).read_text(encoding="utf-8")):
                 if facts["name"] == name:
                     return str(facts["direction"])
     return metric(name).direction if name in registered_metrics() else "none"

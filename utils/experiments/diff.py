@@ -14,9 +14,8 @@ from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.runs.index import IndexedRun, code_identity, differing_settings, origin_of, resolved_setting
-from utils.runs.layout import PATCH
+from utils.runs.layout import ENVIRONMENT, PATCH
 
-ENVIRONMENT = Path("meta", "env.txt")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 COMMITS_SHOWN = 20
 PATCH_LINES_SHOWN = 60

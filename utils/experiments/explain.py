@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from utils.config.fields import FIELDS, SECTION_OF, expected, field_fact
@@ -13,6 +12,7 @@ from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.runs.index import IndexedRun
+from utils.runs.layout import CONFIG_SOURCES
 
 DEFAULTS = {key: value for section in Config().model_dump(mode="json").values() for key, value in section.items()}
 
@@ -55,7 +55,7 @@ def explain_of_run(key: str, run: IndexedRun) -> Explanation:
     Raises:
         UserError: the run did not record it, or its record is damaged.
     """
-    path = run.path / "meta" / "config_sources.json"
+    path = run.path / CONFIG_SOURCES
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         name = known_key(key, recorded)
@@ -100,7 +100,7 @@ def _explanation(key: str, facts: Mapping[str, Any], resolved: Any) -> Explanati
 
 def settings_with_sources(run: IndexedRun) -> dict[str, str]:
     """Where each recorded setting of a run was set; nothing where that cannot be read."""
-    path = Path(run.path, "meta", "config_sources.json")
+    path = run.path / CONFIG_SOURCES
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         return {key: str(facts["source"]) for key, facts in recorded.items() if "source" in facts}

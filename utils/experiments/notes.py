@@ -13,11 +13,10 @@ from utils.config.settings import check_tag
 from utils.errors import UserError
 from utils.files import write_json
 from utils.runs.index import read_notes
+from utils.runs.layout import EXPORT, NOTES, RECORD
 from utils.runs.names import add_version
 from utils.runs.run import RunError, read_record, read_status, utc_now
 from utils.runs.seal import file_sha256
-
-EXPORT = Path("artifacts", "export")
 
 
 def edit(
@@ -41,7 +40,7 @@ def edit(
         notes = read_notes(path)
     except (OSError, ValueError) as error:
         reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
-        raise RunError(f"{path / 'notes.json'} cannot be read: {reason}") from None
+        raise RunError(f"{path / NOTES} cannot be read: {reason}") from None
     record = read_record(path)
     if tag is not None:
         try:
@@ -56,8 +55,8 @@ def edit(
     notes |= {"pinned": pinned} if pinned is not None else {}
     try:
         if tag is not None:
-            write_json(path / "run.json", {**record, "tag": tag})
-        write_json(path / "notes.json", notes)
+            write_json(path / RECORD, {**record, "tag": tag})
+        write_json(path / NOTES, notes)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
     return {"tag": record.get("tag") if tag is None else tag, **notes}

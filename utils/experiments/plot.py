@@ -14,7 +14,8 @@ from utils.errors import UserError, nearest
 from utils.experiments.compare import Curve, read_curve
 from utils.files import write_atomic
 from utils.runs.index import IndexedRun
-from utils.runs.log import METRICS_FILE, read_records
+from utils.runs.layout import METRICS_LOG
+from utils.runs.log import read_records
 from utils.runs.metrics import NOT_METRICS, metric
 from utils.terminal.words import HEX_COLORS
 
@@ -66,12 +67,12 @@ def _read(run: IndexedRun, name: str) -> Curve:
     try:
         return read_curve(run.path, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.id}: logs/{METRICS_FILE} cannot be read: {error}") from None
+        raise UserError(f"{run.id}: {METRICS_LOG} cannot be read: {error}") from None
 
 
 def logged_metrics(run: IndexedRun) -> set[str]:
     """The names in the log of a run."""
-    return {name for record in read_records(run.path / "logs" / METRICS_FILE) for name in record} - NOT_METRICS
+    return {name for record in read_records(run.path / METRICS_LOG) for name in record} - NOT_METRICS
 
 
 def names_of(runs: Sequence[IndexedRun]) -> list[str]:

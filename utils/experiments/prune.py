@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import size_of
 from utils.runs.index import IndexedRun, read_index
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, LOCK
 from utils.runs.names import read_models
 from utils.runs.origin import RESUMABLE
 from utils.runs.run import lock_is_free
@@ -124,7 +124,7 @@ def remove(removal: Removal) -> None:
     """
     aside = removal.path.with_name(f".{removal.path.name}{ASIDE}")
     run = removal.path if removal.what == "run" else removal.path.parents[len(CHECKPOINTS.parts) - 1]
-    handle = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(aside, ignore_errors=True)  # what a process before has not finished

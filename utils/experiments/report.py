@@ -13,12 +13,13 @@ from typing import Any, get_args
 
 from utils.experiments.bits import LogComparison
 from utils.experiments.compare import Curve, read_curve
-from utils.experiments.diff import ENVIRONMENT, RunDiff, diff
+from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.plot import Axis, names_of, thinned, x_scale, y_label
 from utils.files import write_atomic
 from utils.runs.index import IndexedRun, non_default_settings
-from utils.runs.log import METRICS_FILE, SAMPLES_FILE, last_record
+from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
+from utils.runs.log import last_record
 from utils.terminal.html import render
 from utils.terminal.words import HEX_COLORS, duration
 
@@ -49,7 +50,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
             problems[run.id].append(f"{what} cannot be read: {type(error).__name__}: {error}")
             return otherwise
 
-    curves = [attempt(run, f"logs/{METRICS_FILE}", _curves, {}) for run in runs]
+    curves = [attempt(run, str(METRICS_LOG), _curves, {}) for run in runs]
     sound = [run for run, of_run in zip(runs, curves, strict=True) if of_run]
     differences, difference_problem = _differences(sound, root)
     described = [
@@ -59,8 +60,8 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
             "color": HEX_COLORS[index % len(HEX_COLORS)],
             "status": run.status,
             **attempt(run, "its numbers", _numbers, dict.fromkeys(_numbers(IndexedRun(run.path)))),
-            "sample": attempt(run, f"logs/{SAMPLES_FILE}", _last_sample, None),
-            "origin": attempt(run, "run.json", _origin, []),
+            "sample": attempt(run, str(SAMPLES_LOG), _last_sample, None),
+            "origin": attempt(run, str(RECORD), _origin, []),
             "environment": attempt(run, str(ENVIRONMENT), _environment, ""),
             "settings": attempt(run, "its settings", _own_settings, []),
             "problems": problems[run.id],
@@ -134,7 +135,7 @@ def _loss(value: float | None) -> str:
 
 
 def _last_sample(run: IndexedRun) -> dict[str, Any] | None:
-    record = last_record(run.path / "logs" / SAMPLES_FILE)
+    record = last_record(run.path / SAMPLES_LOG)
     return None if record is None else {"step": f"{record['step']:,}", "text": record["text"]}
 
 

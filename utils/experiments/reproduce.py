@@ -18,21 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from utils.checkpoints.folder import list_checkpoints
+from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
 from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
-from utils.experiments.diff import ENVIRONMENT, parse_environment
+from utils.experiments.diff import parse_environment
 from utils.files import write_json
+from utils.runs.code import LEFT_OUT
 from utils.runs.index import IndexedRun, read_run, resolved_setting
-from utils.runs.layout import CHECKPOINTS, PATCH
-from utils.runs.log import METRICS_FILE, last_record, read_metrics
+from utils.runs.layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
+from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION
 from utils.runs.run import REPRODUCTION, read_record
 from utils.runs.seal import file_sha256, seal
 
-GIT_TEXT = Path("meta", "git.txt")
-WEIGHTS = Path("artifacts", "export", "model.safetensors")
+WEIGHTS = EXPORT / WEIGHTS_FILE
 PINNED = ("device", "dtype", "threads", "deterministic")  # as they came to be, not as they would now
 FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # lines of training that are passed on
 UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # a repetition is compared by its log
@@ -148,8 +148,8 @@ def _part(
         ReproductionError: the log is empty or damaged, or there is no checkpoint to begin with.
     """
     try:
-        last = last_record(run.path / "logs" / METRICS_FILE)
-        losses = read_metrics(run.path / "logs", "train/loss")
+        last = last_record(run.path / METRICS_LOG)
+        losses = read_metrics(run.path / LOGS, "train/loss")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReproductionError(f"{run.id}: its log is damaged: {error}") from None
     if last is None:
@@ -200,7 +200,7 @@ def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_
     if parent is not None:
         weights = f"{parent['path']}:{parent['step']}"
         yield from ("--resume", weights, "--fork") if parent["relation"] == "fork" else ("--init-from", weights)
-    yield from ("--config", str(run.path.resolve() / "meta" / "full_config.json"))
+    yield from ("--config", str(run.path.resolve() / CONFIG))
 
 
 def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
@@ -246,7 +246,7 @@ def _run(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, in
 def _new_run(runs_dir: Path, before: set[str], pid: int) -> Path | None:
     """The run directory that a process has made."""
     for path in runs_dir.iterdir():
-        if path.name not in before and (path / "run.json").is_file() and read_record(path).get("pid") == pid:
+        if path.name not in before and (path / RECORD).is_file() and read_record(path).get("pid") == pid:
             return path
     return None
 
@@ -258,10 +258,10 @@ def _adopt(run: IndexedRun, path: Path, keep_code: bool) -> None:
         record["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
     if not keep_code:
         record["git"] = run.record.get("git")
-        for name in (GIT_TEXT, PATCH):
+        for name in (GIT, PATCH):
             if (run.path / name).is_file():
                 shutil.copyfile(run.path / name, path / name)
-    write_json(path / "run.json", record)
+    write_json(path / RECORD, record)
     seal(path)
 
 
@@ -339,8 +339,8 @@ def apply_patch(patch: Path, tree: Path) -> None:
 def _left_out(run: IndexedRun) -> list[str]:
     """The files that git.txt names as left out of the patch."""
     try:
-        text = (run.path / GIT_TEXT).read_text(encoding="utf-8")
+        text = (run.path / GIT).read_text(encoding="utf-8")
     except OSError:
         return []
-    _, heading, listing = text.partition("left out of code.patch:\n")
+    _, heading, listing = text.partition(f"{LEFT_OUT}\n")
     return [line.strip() for line in listing.splitlines()] if heading else []

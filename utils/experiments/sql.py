@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, nearest
 from utils.runs.index import FACTS, IndexedRun, seconds_of
-from utils.runs.layout import METRICS
-from utils.runs.log import METRICS_FILE
+from utils.runs.layout import METRIC_REGISTRY, METRICS_LOG
 from utils.runs.metrics import registered_metrics
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class RunDatabase:
     def __init__(self, runs: Sequence[IndexedRun]) -> None:
         # DuckDB knows no upper and lower case, and no column without a name
         self._rows = [{key.lower(): value for key, value in run.row().items() if key} for run in runs]
-        self._logs = [run.path / "logs" / METRICS_FILE for run in runs if run.readable]
+        self._logs = [run.path / METRICS_LOG for run in runs if run.readable]
         self._settings = list(dict.fromkeys(key for row in self._rows for key in row if key not in FACTS))
 
     def select(self, query: str) -> Table:
@@ -219,7 +218,7 @@ def _metric_names(logs: Sequence[Path]) -> list[str]:
     names = dict.fromkeys(registered_metrics())
     for log in logs:
         try:
-            registered = json.loads((log.parent.parent / METRICS).read_text(encoding="utf-8"))
+            registered = json.loads((log.parent.parent / METRIC_REGISTRY).read_text(encoding="utf-8"))
             names |= dict.fromkeys(str(facts["name"]) for facts in registered)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # an old or damaged run: its own metrics are not shown

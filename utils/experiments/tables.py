@@ -17,7 +17,7 @@ from utils.experiments.explain import Explanation, settings_with_sources
 from utils.experiments.prune import PrunePlan
 from utils.files import size_of
 from utils.runs.index import DAMAGED, FACTS, IndexedRun, differing_settings, non_default_settings
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import ARTIFACTS, CHECKPOINTS, LOGS
 from utils.terminal.words import CONTROL, HASH_LENGTH, facts, shown, size, span
 
 STYLES = {
@@ -172,10 +172,12 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     files = _table(show_header=False)
     for step, path in list_checkpoints(run.path / CHECKPOINTS):
         files.add_row(f"checkpoint of step {step:,}", size(size_of(path)))
-    for path in sorted((run.path / "artifacts").glob("[!.]*")) if (run.path / "artifacts").is_dir() else ():
+    for path in sorted((run.path / ARTIFACTS).glob("[!.]*")) if (run.path / ARTIFACTS).is_dir() else ():
         if path.name != CHECKPOINTS.name:
-            files.add_row(Text(f"artifacts/{path.name}"), size(size_of(path) if path.is_dir() else path.stat().st_size))
-    files.add_row("logs", size(size_of(run.path / "logs")))
+            files.add_row(
+                Text(f"{ARTIFACTS / path.name}"), size(size_of(path) if path.is_dir() else path.stat().st_size)
+            )
+    files.add_row("logs", size(size_of(run.path / LOGS)))
     return [*parts, "", _title("Files"), files]
 
 

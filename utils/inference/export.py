@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from model import LanguageModel
 from tokenizer import CharTokenizer
 from utils.checkpoints.files import weight_differences
+from utils.checkpoints.folder import TOKENIZER_FILE, WEIGHTS_FILE
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import write_json
@@ -31,7 +32,7 @@ from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
 LOSSES = {"val/loss", "train/eval_loss"}
-EXPORT_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+EXPORT_FILES = (WEIGHTS_FILE, "config.json", TOKENIZER_FILE)
 
 
 class ExportError(UserError):
@@ -72,7 +73,7 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, tr
             "training": dict(training),
         }
         write_json(temporary / "config.json", config)
-        tokenizer.save(temporary / "tokenizer.json")
+        tokenizer.save(temporary / TOKENIZER_FILE)
         _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
         _replace_folder(folder, temporary)
     finally:
@@ -144,7 +145,7 @@ def load_export(folder: Path, device: torch.device) -> Export:
     if _crc32(weights_path) != crc32:
         raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
     model.load_state_dict(weights)
-    tokenizer = CharTokenizer.load(folder / "tokenizer.json")
+    tokenizer = CharTokenizer.load(folder / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "

@@ -18,6 +18,7 @@ from utils.config.settings import ModelConfig
 from utils.files import size_of
 from utils.inference.export import Export
 from utils.runs.index import IndexedRun, read_run
+from utils.runs.layout import RECORD
 from utils.runs.metrics import decode_number
 from utils.terminal.console import printable
 from utils.terminal.words import facts, shown, size
@@ -103,7 +104,7 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
     """
     config, training = export.model.config, export.training
     run_path = folder.resolve().parent.parent
-    run = read_run(run_path) if (run_path / "run.json").is_file() else IndexedRun(run_path)
+    run = read_run(run_path) if (run_path / RECORD).is_file() else IndexedRun(run_path)
     name = shown("run", training.get("run"))
     told = [
         ("architecture", architecture(config)),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from utils.files import write_atomic
+from utils.runs.layout import ENVIRONMENT, GIT, PATCH
 
 if TYPE_CHECKING:
     import git
@@ -39,6 +40,7 @@ SECRET_NAME = re.compile(
     r"|^\.(netrc|npmrc|pypirc|htpasswd)$",
     re.IGNORECASE,
 )
+LEFT_OUT = f"left out of {PATCH.name}:"  # heading of a list in git.txt
 DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames", "--unified=3")
 PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
@@ -167,11 +169,11 @@ class MetadataCapture:
 
     @staticmethod
     def write(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
-        """git.txt, code.patch and env.txt in `meta_dir`."""
-        write_atomic(meta_dir / "git.txt", _git_text(facts))
+        """Write git.txt, code.patch and env.txt into `meta_dir`, the folder meta/ of a run."""
+        write_atomic(meta_dir / GIT.name, _git_text(facts))
         if facts.patch:
-            write_atomic(meta_dir / "code.patch", facts.patch)
-        write_atomic(meta_dir / "env.txt", environment_text(devices))
+            write_atomic(meta_dir / PATCH.name, facts.patch)
+        write_atomic(meta_dir / ENVIRONMENT.name, environment_text(devices))
 
 
 _RAW: dict[str, Any] = {"strip_newline_in_stdout": False, "stdout_as_string": False}  # a patch is bytes
@@ -198,12 +200,12 @@ def _git_text(facts: GitFacts) -> str:
         f"branch: {facts.branch or 'detached'}",
         f"remote: {facts.remote or 'none'}",
         f"dirty: {'yes' if facts.dirty else 'no'}",
-        f"patch: {'code.patch' if facts.patch else 'none'}",
+        f"patch: {PATCH.name if facts.patch else 'none'}",
     ]
     if facts.problem:
         lines.append(f"problem: {facts.problem}")
     if facts.left_out:
-        lines += ["", "left out of code.patch:", *(f"  {item}" for item in facts.left_out)]
+        lines += ["", LEFT_OUT, *(f"  {item}" for item in facts.left_out)]
     return "\n".join(lines) + "\n"
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import write_atomic
-from utils.runs.layout import CURVES
-from utils.runs.log import METRICS_FILE, read_lines
+from utils.runs.layout import CURVES, METRICS_LOG
+from utils.runs.log import read_lines
 from utils.runs.metrics import decode_number
 
 CURVE_NAMES = {"train/loss": "train/loss, each step", "train/eval_loss": "train/eval_loss", "val/loss": "val/loss"}
@@ -37,7 +37,7 @@ def draw_curves(run: Path) -> bool:
         OSError: it cannot be written.
     """
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVE_NAMES}
-    for record in thinned_records(run / "logs" / METRICS_FILE):
+    for record in thinned_records(run / METRICS_LOG):
         for name in record.keys() & curves.keys():
             curves[name].append((record["step"], decode_number(record[name])))
     if not any(curves.values()):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from utils.errors import nearest
+from utils.runs.layout import EXPORT, RECORD
 from utils.runs.names import promoted_run
 from utils.runs.run import RunError, read_record, read_status
 
@@ -13,7 +14,7 @@ from utils.runs.run import RunError, read_record, read_status
 def list_run_paths(runs_dir: Path) -> list[Path]:
     """Directories that hold a run.json, oldest first: by start time, then id."""
     found = []
-    for path in runs_dir.glob("*/run.json"):
+    for path in runs_dir.glob(f"*/{RECORD}"):
         try:
             found.append((read_record(path.parent).get("start") or "", path.parent.name, path.parent))
         except RunError:
@@ -30,10 +31,10 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
     Raises:
         RunError: there is none, or a part fits several.
     """
-    if os.path.isfile(os.path.join(name, "run.json")):
+    if os.path.isfile(os.path.join(name, RECORD)):
         return Path(name)
     if os.sep in name and os.path.isdir(name):
-        raise RunError(f"{name} is not a run directory: it has no run.json")
+        raise RunError(f"{name} is not a run directory: it has no {RECORD}")
     if promoted := promoted_run(name, runs_dir):
         return promoted
     paths = list_run_paths(runs_dir)
@@ -70,11 +71,11 @@ def find_export(name: str | None, runs_dir: Path) -> Path:
     """
     if name is None:
         for path in reversed(list_run_paths(runs_dir)):
-            if (path / "artifacts" / "export").is_dir():
-                return path / "artifacts" / "export"
+            if (path / EXPORT).is_dir():
+                return path / EXPORT
         raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
     path = resolve_run(name, runs_dir)
-    export = path / "artifacts" / "export"
+    export = path / EXPORT
     if not export.is_dir():
         raise RunError(f"run {path.name} ({read_status(path)}) has no export: it is written when training completes")
     return export

@@ -19,16 +19,15 @@ from pydantic import BaseModel, Field, ValidationError
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
-from utils.runs.layout import CHECKPOINTS, PATCH
-from utils.runs.log import METRICS_FILE, last_record, read_lines
+from utils.runs.layout import CHECKPOINTS, CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD
+from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
-from utils.runs.run import REPRODUCTION, RunError, read_record, status_of
+from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, read_record, status_of
 
 DAMAGED = "damaged"  # the status of what cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
 DERIVED = derived_settings(Config(), 1).keys()  # from other settings, where they are none
-NOTES = {"tags": [], "note": "", "pinned": False}
-NOT_RUNS = ("models.json",)  # what else lies in the folder of the runs
+NOT_RUNS = (MODELS.name,)  # what else lies in the folder of the runs
 FACTS = {  # column -> type in SQL; the settings of the configuration follow them
     "id": "VARCHAR",
     "tag": "VARCHAR",
@@ -124,7 +123,7 @@ class IndexedRun:
     problem: str | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=lambda: NOTES)
+    notes: Mapping[str, Any] = field(default_factory=lambda: NO_NOTES)
     notes_are_lost: bool = False  # notes.json cannot be read: nobody knows whether the run was pinned
 
     @property
@@ -177,7 +176,7 @@ class IndexedRun:
         if self.status not in ("running", "crashed"):
             return {**told, "steps": steps} if steps is not None else told
         try:  # what is told is of a session before
-            return summary_of_log(self.path / "logs" / METRICS_FILE)
+            return summary_of_log(self.path / METRICS_LOG)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no writer of ours wrote it
             return told
 
@@ -218,32 +217,32 @@ def read_run(path: Path) -> IndexedRun:
     try:
         if not path.is_dir():
             return IndexedRun(path, problem="a file, where a run directory was expected")
-        if not (path / "run.json").exists():
+        if not (path / RECORD).exists():
             empty = not any(path.iterdir())
-            return IndexedRun(path, problem="an empty folder" if empty else "no run.json")
+            return IndexedRun(path, problem="an empty folder" if empty else f"no {RECORD}")
         record = read_record(path)
         status = status_of(path, record)
         _Record.model_validate(record)
     except ValidationError as error:
         wrong = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors(include_url=False, include_input=False))
-        return IndexedRun(path, problem=f"run.json: not as this workbench writes it: {', '.join(wrong)}")
+        return IndexedRun(path, problem=f"{RECORD}: not as this workbench writes it: {', '.join(wrong)}")
     except (RunError, OSError) as error:
         return IndexedRun(path, problem=str(error).replace(f"{path}{os.sep}", "").removeprefix(f"{path}: "))
     problems = []
-    settings, notes, notes_are_lost = {}, NOTES, False
+    settings, notes, notes_are_lost = {}, NO_NOTES, False
     try:
         settings = read_settings(path)
     except FileNotFoundError:
-        problems.append("no meta/full_config.json: it ended before it began")
+        problems.append(f"no {CONFIG}: it ended before it began")
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"meta/full_config.json cannot be read: {error}")
+        problems.append(f"{CONFIG} cannot be read: {error}")
     try:
         notes = read_notes(path)
     except (OSError, ValueError, RecursionError) as error:
         notes_are_lost = True
         reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
         problems.append(f"notes.json cannot be read: {reason}")
-    if status != "running" and (problem := _log_problem(path / "logs" / METRICS_FILE)):
+    if status != "running" and (problem := _log_problem(path / METRICS_LOG)):
         problems.append(problem)
     return IndexedRun(path, status, "; ".join(problems) or None, record, settings, notes, notes_are_lost)
 
@@ -271,7 +270,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it is missing or damaged.
     """
-    sections = json.loads((path / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    sections = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise ValueError("not a configuration")
     return {key: value for section in sections.values() for key, value in section.items()}
@@ -284,10 +283,10 @@ def read_notes(path: Path) -> dict[str, Any]:
         OSError, ValueError: it is damaged.
     """
     try:
-        notes = json.loads((path / "notes.json").read_text(encoding="utf-8"))
+        notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return dict(NOTES)
-    return {**_Notes.model_validate(notes).model_dump(), **{key: notes[key] for key in notes if key not in NOTES}}
+        return dict(NO_NOTES)
+    return {**_Notes.model_validate(notes).model_dump(), **{key: notes[key] for key in notes if key not in NO_NOTES}}
 
 
 def read_index(runs_dir: Path) -> list[IndexedRun]:

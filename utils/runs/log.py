@@ -15,13 +15,12 @@ from typing import Any
 import orjson
 
 from utils.errors import UserError
+from utils.runs.layout import HISTOGRAMS_LOG, METRICS_LOG, SAMPLES_LOG
 from utils.runs.metrics import decode_number
 
-METRICS_FILE = "metrics.jsonl"
-HISTOGRAMS_FILE = "histograms.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE = METRICS_LOG.name, HISTOGRAMS_LOG.name, SAMPLES_LOG.name
+LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)  # checkpoints and trackers keep an offset for each name
 SCANNED_BYTES = 65_536
-LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)
 
 
 class RunLogError(UserError):

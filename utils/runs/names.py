@@ -14,8 +14,8 @@ from typing import Any
 from utils.config.settings import TAG_PATTERN
 from utils.errors import UserError, nearest
 from utils.files import write_json
+from utils.runs.layout import MODELS
 
-MODELS = "models.json"
 VERSIONED = re.compile(r"(.+)@v(\d+)")
 
 Models = dict[str, list[dict[str, Any]]]  # name -> its versions, v1 first

@@ -20,6 +20,7 @@ from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
 from utils.runs.find import list_run_paths, resolve_run
+from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.run import RunError, read_record, read_status
 
 Relation = Literal["resume", "fork", "init"]
@@ -81,7 +82,7 @@ def resumable_runs(runs_dir: Path, tag: str) -> list[Path]:
 
 
 def _config_path(run: Path) -> Path:
-    return run / "meta" / "full_config.json"
+    return run / CONFIG
 
 
 def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
@@ -96,7 +97,7 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
         raise ConfigError(f"{run.name} ended before its configuration was written: nothing can be resumed")
     config, current = loader.load_only(_config_path(run)).config, loader.load()
     try:
-        sources = json.loads((run / "meta" / "config_sources.json").read_text(encoding="utf-8"))
+        sources = json.loads((run / CONFIG_SOURCES).read_text(encoding="utf-8"))
         layers = {
             key: [
                 *(Setting(shadowed["value"], shadowed["source"]) for shadowed in reversed(sources[key]["shadowed"])),
@@ -105,7 +106,7 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
             for key, value in flat(config).items()
         }
     except (OSError, ValueError, KeyError, TypeError):  # the values count; where they came from is only told
-        layers = {key: [Setting(value, f"{run.name}/meta/full_config.json")] for key, value in flat(config).items()}
+        layers = {key: [Setting(value, f"{run.name}/{CONFIG}")] for key, value in flat(config).items()}
     layers |= {key: current.layers[key] for key in PER_SESSION}
     return LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
 

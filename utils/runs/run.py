@@ -23,9 +23,11 @@ from typing import Any, Literal
 from utils.config.settings import check_tag
 from utils.errors import UserError
 from utils.files import write_json
+from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD
 
 SCHEMA_VERSION = 1
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats, to compare the two
+NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
 
@@ -118,7 +120,7 @@ class Run:
         """
         path = RunDirectoryCreator(runs_dir).create(tag)
         try:
-            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock_fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _sign(lock_fd)
             record = {
@@ -138,10 +140,10 @@ class Run:
                 "views": {},
                 **facts,
             }
-            for folder in ("meta", "logs", "artifacts"):
+            for folder in (META, LOGS, ARTIFACTS):
                 (path / folder).mkdir()
-            write_json(path / "notes.json", {"tags": [], "note": "", "pinned": False})
-            write_json(path / "run.json", record)
+            write_json(path / NOTES, NO_NOTES)
+            write_json(path / RECORD, record)
         except BaseException as error:
             shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
@@ -165,7 +167,7 @@ class Run:
         if not here and read_status(path) == "running":
             raise being_trained
         try:
-            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock_fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
         try:
@@ -215,7 +217,7 @@ class Run:
 
     def _write(self) -> None:
         if not self._ended.is_set():  # a view that hangs may come back when the directory has another owner
-            write_json(self.path / "run.json", self._record)
+            write_json(self.path / RECORD, self._record)
 
     def update_view(self, name: str, **facts: Any) -> None:
         """Merge facts about one view (its state, its id in the tracker) into run.json."""
@@ -227,7 +229,7 @@ class Run:
         """A sign of life for readers on other hosts, who cannot see the lock."""
         while not self._ended.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a network disk may be away for a while
-                os.utime(self.path / "lock")
+                os.utime(self.path / LOCK)
 
     def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
         """Write how the run ended; the lock is held until `release`."""
@@ -249,7 +251,7 @@ def _sign(lock_fd: int) -> None:
 def _holder(path: Path) -> str | None:
     """The process that holds, or held last, the lock of a run directory; None: the lock file does not say."""
     try:
-        pid, host = (path / "lock").read_text(encoding="utf-8").split()
+        pid, host = (path / LOCK).read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None
     return f"process {pid} on {host}"
@@ -262,28 +264,28 @@ def read_record(path: Path) -> dict[str, Any]:
         RunError: it is missing or damaged.
     """
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{path} is not a run directory: it has no run.json") from None
+        raise RunError(f"{path} is not a run directory: it has no {RECORD}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path / 'run.json'} cannot be read: {error}") from None
+        raise RunError(f"{path / RECORD} cannot be read: {error}") from None
     if (
         not isinstance(record, dict)
         or not isinstance(record.get("status"), str)
         or not isinstance(record.get("start", ""), str)
         or not isinstance(record.get("tag"), str | None)
     ):
-        raise RunError(f"{path / 'run.json'} is not the record of a run")
+        raise RunError(f"{path / RECORD} is not the record of a run")
     if record.get("schema_version") != SCHEMA_VERSION:
         version = record.get("schema_version")
-        raise RunError(f"{path / 'run.json'} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
+        raise RunError(f"{path / RECORD} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
     return record
 
 
 def lock_is_free(path: Path) -> bool:
     """True if no process of this host holds the lock of the run directory `path`."""
     try:
-        fd = os.open(path / "lock", os.O_RDONLY)
+        fd = os.open(path / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return True
     try:
@@ -319,7 +321,7 @@ def status_of(path: Path, record: Mapping[str, Any]) -> str:
     if record.get("host") == socket.gethostname():
         return "crashed" if lock_is_free(path) else "running"
     try:
-        silence = time.time() - (path / "lock").stat().st_mtime
+        silence = time.time() - (path / LOCK).stat().st_mtime
     except OSError:
         return "crashed"
     return "crashed" if silence > STALE_HEARTBEAT_SECONDS else "running"

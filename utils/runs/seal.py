@@ -16,17 +16,11 @@ from pathlib import Path
 
 from utils.checkpoints.folder import CheckpointError, check_file, list_checkpoints, read_manifest
 from utils.files import write_json
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS, META, SEAL, TENSORBOARD, WANDB, fed_note
 from utils.runs.run import RunError, utc_now
 
-SEAL = Path("artifacts", "seal.json")
-SEALED = (
-    "meta",
-    "logs",
-    "artifacts/export",
-)  # folders of a run directory, but for logs/tensorboard and the notes below
-NOT_SEALED = ("logs/tensorboard", "logs/wandb")  # what can be made again from the logs, and is
-FED_NOTE = "logs/fed_"  # how far a view is fed
+SEALED = (META, LOGS, EXPORT)  # folders, without what is made from the logs and can be made again:
+NOT_SEALED = (TENSORBOARD, WANDB)
 
 
 @dataclass(frozen=True)
@@ -51,14 +45,15 @@ class Check:
 
 def sealed_files(run: Path) -> Iterator[str]:
     """The files that a seal covers, relative to the run directory, in order."""
+    fed_notes = fed_note("*").as_posix()
     for folder in SEALED:
         for root, folders, names in os.walk(run / folder):
             relative = Path(root).relative_to(run)
-            folders[:] = sorted(name for name in folders if (relative / name).as_posix() not in NOT_SEALED)
+            folders[:] = sorted(name for name in folders if relative / name not in NOT_SEALED)
             for name in sorted(names):
                 path = (relative / name).as_posix()
                 regular = (run / path).is_file()  # a pipe would be waited for, a link that leads nowhere is missing
-                if regular and not path.startswith(FED_NOTE) and not name.endswith(".tmp"):
+                if regular and not Path(path).match(fed_notes) and not name.endswith(".tmp"):
                     yield path
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import write_json
+from utils.runs.layout import fed_note
 from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines
 from utils.tracking import RunEnd, View
 
@@ -193,7 +194,7 @@ class Feeder(threading.Thread):
 
     @property
     def _state_path(self) -> Path:
-        return self.logs_dir / f"fed_{self.view.name}.json"
+        return self.logs_dir / fed_note(self.view.name).name
 
     def _pick_up(self) -> int:
         """Go on after what an earlier session has fed; the step from which everything is fed (again)."""
@@ -253,7 +254,7 @@ class Feeder(threading.Thread):
 
 def cut_notes(logs_dir: Path) -> None:
     """Cut what views have noted of their progress to the lengths of the logs, which were cut themselves."""
-    for path in logs_dir.glob("fed_*.json"):
+    for path in logs_dir.glob(fed_note("*").name):
         try:
             note = json.loads(path.read_text(encoding="utf-8"))
             note["offsets"] = {name: min(fed, _size(logs_dir / name)) for name, fed in note["offsets"].items()}

@@ -9,11 +9,11 @@ from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import CheckpointError, folder_name
 from utils.inference.export import save_export
 from utils.runs.curves import draw_curves
-from utils.runs.layout import CHECKPOINTS, CURVES, FLIGHT_RECORDER
+from utils.runs.layout import CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, SEAL
 from utils.runs.log import RunLog
 from utils.runs.metrics import decode_number, encode_number
 from utils.runs.run import Run, Status
-from utils.runs.seal import SEAL, seal
+from utils.runs.seal import seal
 from utils.terminal.console import Terminal
 from utils.tracking import RunEnd
 from utils.tracking.feeder import Feeders
@@ -41,7 +41,7 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
         "dataset": state.corpus.name,
         "corpus_hash": state.corpus.hash,
     }
-    save_export(run.path / "artifacts" / "export", state.model, state.corpus.tokenizer, training)
+    save_export(run.path / EXPORT, state.model, state.corpus.tokenizer, training)
     return f"{which} weights, of step {step:,}"
 
 

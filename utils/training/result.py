@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config.loader import ConfigError, ConfigLoader, relative_name
+from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
@@ -60,7 +61,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         ("run directory", where),
     ]
     if result.status == "completed":
-        rows.append(("export", f"{where}/artifacts/export ({result.exported})"))
+        rows.append(("export", f"{where}/{EXPORT} ({result.exported})"))
     terminal.print("", facts(rows))
     runs_dir = relative_name(setup.runs_dir, setup.root)
     commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
