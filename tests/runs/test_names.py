@@ -66,7 +66,7 @@ def test_a_version_that_is_not_there_is_told(runs_dir: Path, text: str, message:
 def test_a_promoted_run_that_is_gone_is_told(runs_dir: Path) -> None:
     runs_dir.mkdir()
     add_version(runs_dir, "best", {"run": "a"})
-    with pytest.raises(PromotionError, match=r"best@v1 is run a, which is not in .*runs any more"):
+    with pytest.raises(PromotionError, match=r"best@v1 is run a, which is no longer in .*runs"):
         promoted_run("best@v1", runs_dir)
 
 

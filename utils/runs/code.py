@@ -1,9 +1,8 @@
-"""Where a run came from: the code (commit, remote, patch) and the environment, as files in meta/.
+"""The code of a run (commit, remote, patch) and its environment, as files in meta/.
 
-Git is read through GitPython and may be missing, broken, without commits or detached: then the files
-say so, and training goes on. Credentials never reach a run directory: user and password are cut from
-remote URLs, files that look like secrets are left out of the patch, environment variables are not
-recorded at all.
+Git is read through GitPython. Where it is missing, broken, without commits or detached, the files say so and training
+continues. Credentials never reach a run directory: user and password are removed from remote URLs, files that look
+like secrets are left out of the patch, and environment variables are not recorded at all.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import git
 
 MAX_PATCH_FILE_BYTES = 1_000_000
-MAX_UNTRACKED_FILES = 500  # each costs a call of git
+MAX_UNTRACKED_FILES = 500  # each takes a call of git
 SOURCE_SUFFIXES = frozenset(
     (
         *(".py", ".pyi", ".ipynb", ".sh", ".c", ".h", ".cc", ".cpp", ".cu", ".cuh", ".rs", ".js", ".html", ".css"),
@@ -47,7 +46,7 @@ PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
 @dataclass
 class GitFacts:
-    """State of the working tree. `problem` says why there is none."""
+    """State of the working tree. `problem` says why it, or the rest of it, is not known."""
 
     commit: str | None = None
     branch: str | None = None
@@ -58,7 +57,7 @@ class GitFacts:
     problem: str | None = None
 
     def summary(self) -> dict[str, Any]:
-        """What trackers and run.json show."""
+        """The facts that run.json and trackers show."""
         return {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "remote": self.remote}
 
 
@@ -77,11 +76,11 @@ def clean_url(url: str) -> str:
 
 
 class MetadataCapture:
-    """Reads the facts once, before training, and writes them into a run directory.
+    """Reads the state of the code once, before training, and writes it into a run directory.
 
     Args:
         root: the project folder.
-        excluded: files, and folders of files, that are not code (the runs, the corpora).
+        excluded: files and folders that are not code (the runs, the corpora).
     """
 
     def __init__(self, root: Path, excluded: tuple[Path, ...] = ()) -> None:
@@ -89,7 +88,7 @@ class MetadataCapture:
         self.excluded = tuple(path.resolve() for path in excluded)
 
     def git_facts(self) -> GitFacts:
-        """Commit, branch, remote, and a patch that turns the commit into the working tree."""
+        """Commit, branch, remote, and the patch that turns the commit into the working tree."""
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no exception at import where git is missing
         import git
 
@@ -112,7 +111,7 @@ class MetadataCapture:
         return facts
 
     def _read(self, repo: git.Repo, facts: GitFacts) -> None:
-        """Fill `facts`, the cheapest first: what is known when git fails stays known."""
+        """Fill in `facts`, the cheapest first: if git fails, those that are known are kept."""
         if repo.working_tree_dir is None:
             facts.problem = "a bare git repository has no working tree"
             return
@@ -142,7 +141,7 @@ class MetadataCapture:
                 with_exceptions=False,
                 with_extended_output=True,
             )
-            if status <= 1:  # 1 says only that the files differ
+            if status <= 1:  # 1 means only that the files differ
                 facts.patch += patch
             else:
                 facts.left_out.append(f"{name} (cannot be read)")
@@ -152,7 +151,7 @@ class MetadataCapture:
         return any(place == resolved or place in resolved.parents for place in self.excluded)
 
     def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
-        """True if the file belongs into the patch; otherwise its name and the reason are kept."""
+        """True if the file belongs in the patch; otherwise its name and the reason are added to `left_out`."""
         path = top / name
         reason = None
         if any(SECRET_NAME.search(part) for part in Path(name).parts):
@@ -188,7 +187,7 @@ def _first_line(text: str) -> str:
 
 
 def _stderr_line(error: git.GitCommandError) -> str:
-    """The first line that git wrote, without GitPython's decoration."""
+    """The first line that git wrote, without what GitPython adds to it."""
     return _first_line(str(error.stderr).strip().removeprefix("stderr:").strip(" '"))
 
 

@@ -13,7 +13,7 @@ from utils.runs.layout import CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, SEAL
 from utils.runs.log import RunLog
 from utils.runs.metrics import decode_number, encode_number
 from utils.runs.run import Run, Status
-from utils.runs.seal import seal
+from utils.runs.seal import write_seal
 from utils.terminal.console import Terminal
 from utils.tracking import RunEnd
 from utils.tracking.feeder import Feeders
@@ -106,6 +106,6 @@ def seal_run(run: Run, terminal: Terminal) -> None:
     """artifacts/seal.json, the last file of a run, after its last line in logs/train.log."""
     terminal.close()
     try:
-        seal(run.path)
+        write_seal(run.path)
     except OSError as error:
         terminal.warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")

@@ -35,7 +35,7 @@ from utils.runs.metrics import read_registry, write_registry
 from utils.runs.origin import Relation, check_longer, parent_facts
 from utils.runs.run import REPRODUCTION, Run
 from utils.terminal.console import Terminal
-from utils.terminal.words import facts
+from utils.terminal.words import fact_lines
 from utils.tracking.feeder import cut_notes
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, branch, build_state, foreign, load_weights, restore
@@ -191,7 +191,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         config_hash=config_hash(config, decisive),
     )
     terminal.print(
-        facts(
+        fact_lines(
             [
                 ("run", run.id),
                 ("device", f"{setup.device}, {decisive['dtype']}, {decisive['threads']} CPU threads"),
