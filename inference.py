@@ -386,10 +386,10 @@ def encodable(prompts: Sequence[FilePrompt], generator: Generator, mode: str) ->
 
 def print_stats(generator: Generator, request: Request) -> None:
     """--stats, on stderr."""
-    from utils.terminal.words import facts
+    from utils.terminal.words import fact_lines
 
     rows = generator.stats.rows(generator.model, cached=request.window == "sliding")
-    print(facts(rows).plain, file=sys.stderr)
+    print(fact_lines(rows).plain, file=sys.stderr)
 
 
 if __name__ == "__main__":

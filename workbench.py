@@ -79,7 +79,8 @@ from utils.files import write_atomic
 from utils.machine.process import tune_process
 from utils.runs.find import find_export, resolve_run
 from utils.runs.index import read_index, read_run
-from utils.runs.log import METRICS_FILE, read_metrics, read_records
+from utils.runs.layout import CONFIG, EXPORT, LOGS, METRICS_LOG
+from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
 from utils.terminal.cli import PROJECT_ROOT
 
@@ -292,7 +293,7 @@ class Run:
         Raises:
             UserError: it is missing or damaged.
         """
-        return ConfigLoader(PROJECT_ROOT).load_only(self.path / "meta" / "full_config.json").config
+        return ConfigLoader(PROJECT_ROOT).load_only(self.path / CONFIG).config
 
     @property
     def summary(self) -> dict[str, float]:
@@ -305,14 +306,14 @@ class Run:
         Raises:
             UserError: the log has other metrics, but not this one.
         """
-        found = read_metrics(self.path / "logs", name)
+        found = read_metrics(self.path / LOGS, name)
         if not found and (logged := self.metric_names()):
             raise UserError(f"{self.id} has logged no metric {name}{nearest(name, logged)}")
         return found
 
     def metric_names(self) -> list[str]:
         """The metrics in the log, in the order of their first appearance."""
-        records = read_records(self.path / "logs" / METRICS_FILE)
+        records = read_records(self.path / METRICS_LOG)
         return list(dict.fromkeys(name for record in records for name in record if name not in NOT_METRICS))
 
     def row(self) -> dict[str, Any]:
@@ -440,7 +441,7 @@ class _Fit:
         results = _train(loaded, quiet=quiet)
         if results.status == "completed":
             device = next(model.parameters()).device
-            export = load_export(results.run_dir / "artifacts" / "export", device)
+            export = load_export(results.run_dir / EXPORT, device)
             vars(model).update(vars(export.model), tokenizer=export.tokenizer)
         return results
 

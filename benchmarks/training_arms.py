@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from utils.runs.layout import LOGS
+
 if TYPE_CHECKING:
     import torch
 
@@ -118,7 +120,7 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
 
     def views_are_open() -> None:
         (run,) = (folder / "runs").iterdir()
-        wait_until_open(run / "logs")
+        wait_until_open(run / LOGS)
 
     clock = StepClock(task, views_are_open if tracking else lambda: None)
     overrides: dict[str, str | bool] = {

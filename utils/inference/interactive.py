@@ -16,7 +16,7 @@ from utils.inference.generator import SEEDS, Generator, Request
 from utils.inference.prompts import banned_tokens, stop_strings
 from utils.inference.stats import GenerationStats
 from utils.terminal.console import say
-from utils.terminal.words import facts
+from utils.terminal.words import fact_lines
 
 OFF = "none"
 ACTIONS = {"/reset": "forget the text so far", "/help": "show this list", "/quit": "leave, as Ctrl-D does"}
@@ -152,7 +152,7 @@ class Conversation:
             return
         name, _, value = line.partition(" ")
         if name == "/help":
-            print(facts(self._help()).plain)
+            print(fact_lines(self._help()).plain)
         elif name == "/reset":
             self.text, self._turns, self._told_of_length = "", 0, False
         elif name in SETTINGS:

@@ -14,9 +14,8 @@ from tokenizer import Tokenizer
 from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
 from utils.inference.side_by_side import RunCompletions, mean_logprob, probability, prompt_title, summary
-from utils.terminal.console import printable
 from utils.terminal.html import render
-from utils.terminal.words import HEX_COLORS
+from utils.terminal.words import HEX_COLORS, printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 BOUNDS = (0.01, 0.05, 0.2, 0.5, 0.9)  # between the colours of probabilities

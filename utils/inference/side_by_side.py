@@ -14,7 +14,7 @@ from rich.text import Text
 from tokenizer import Tokenizer
 from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
-from utils.terminal.console import printable
+from utils.terminal.words import printable
 
 NARROWEST = 36  # characters of a column; with less, runs stand one below the other
 GAP = 3  # between columns

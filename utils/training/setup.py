@@ -15,6 +15,7 @@ from data import Corpus, load_corpus
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import Checkpoint
+from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
@@ -140,7 +141,7 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
     """
     checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
     check_model(config.model, checkpoint.state["model"], origin.run.name)
-    return checkpoint, tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / "tokenizer.json"))
+    return checkpoint, tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
 
 
 def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
