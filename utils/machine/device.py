@@ -1,4 +1,4 @@
-"""The machine: device choice, precision, seeds, determinism, threads, and facts for the record."""
+"""Device, precision, seeds, determinism and threads of a run, and facts about the machine for its record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,17 +21,37 @@ from utils.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CGROUPS = Path("/sys/fs/cgroup")  # as a container sees it
-CGROUP_FILES = (  # limit, use, statistics: of version 2 and 1
+CGROUP_FILES = (  # limit, use and statistics, in version 2 and in version 1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
 
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # in /proc/cpuinfo: x86, x86, ARM
 
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # of /proc/cpuinfo: x86, x86, ARM
+# Vendor and family in /proc/cpuinfo -> ranges of models, both ends included, as arch/x86 of Linux names them.
+CPU_GENERATIONS: Mapping[tuple[str, str], Sequence[tuple[int, int, str]]] = {
+    ("AuthenticAMD", "23"): (
+        *((0x00, 0x2F, "Zen"), (0x30, 0x4F, "Zen 2"), (0x50, 0x5F, "Zen"), (0x60, 0x7F, "Zen 2")),
+        *((0x90, 0x91, "Zen 2"), (0xA0, 0xAF, "Zen 2")),
+    ),
+    ("AuthenticAMD", "25"): (
+        *((0x00, 0x0F, "Zen 3"), (0x10, 0x1F, "Zen 4"), (0x20, 0x5F, "Zen 3"), (0x60, 0xAF, "Zen 4")),
+    ),
+    ("AuthenticAMD", "26"): ((0x00, 0x2F, "Zen 5"), (0x40, 0x4F, "Zen 5"), (0x60, 0x7F, "Zen 5")),
+    ("GenuineIntel", "6"): (
+        *((0x3F, 0x3F, "Haswell"), (0x4F, 0x4F, "Broadwell"), (0x4E, 0x4E, "Skylake"), (0x5E, 0x5E, "Skylake")),
+        *((0x55, 0x55, "Skylake or Cascade Lake"), (0x8E, 0x8E, "Kaby Lake"), (0x9E, 0x9E, "Kaby Lake")),
+        *((0x6A, 0x6A, "Ice Lake"), (0x6C, 0x6C, "Ice Lake"), (0x7E, 0x7E, "Ice Lake")),
+        *((0x8C, 0x8D, "Tiger Lake"), (0xA7, 0xA7, "Rocket Lake"), (0x97, 0x97, "Alder Lake")),
+        *((0x9A, 0x9A, "Alder Lake"), (0xB7, 0xB7, "Raptor Lake"), (0xBA, 0xBA, "Raptor Lake")),
+        *((0xBF, 0xBF, "Raptor Lake"), (0xAA, 0xAA, "Meteor Lake"), (0xC5, 0xC6, "Arrow Lake")),
+        *((0x8F, 0x8F, "Sapphire Rapids"), (0xCF, 0xCF, "Emerald Rapids"), (0xAD, 0xAE, "Granite Rapids")),
+    ),
+}
 
 
 class DeviceError(UserError):
-    """A device or precision that this machine does not have."""
+    """This machine does not have the device or precision asked for."""
 
 
 def available_devices() -> list[str]:
@@ -45,10 +65,10 @@ def available_devices() -> list[str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is MPS, then CUDA, then CPU.
+    """The device of that name; `auto` is MPS if there is one, else CUDA, else the CPU.
 
     Raises:
-        DeviceError: a named device that is not there, with what is.
+        DeviceError: there is no such device here; the message lists those that there are.
     """
     available = available_devices()
     if name == "auto":
@@ -68,13 +88,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of matrix products; `auto` is bfloat16 on CUDA that has it, else float32.
+    """The precision of matrix products; `auto` is bfloat16 on a CUDA device that supports it, else float32.
 
-    On a CPU bfloat16 is taken only when asked for: small models gain nothing even where there are units for it, and
-    without such units it is emulated, 3 times slower than float32 (docs/LOG.md).
+    A CPU uses bfloat16 only on request: small models gain nothing even where there are units for it, and without
+    such units it is emulated, 3 times slower than float32 (docs/LOG.md).
 
     Raises:
-        DeviceError: the device cannot compute in it.
+        DeviceError: the device does not support it.
     """
     bf16_on_cuda = device.type == "cuda" and has_bf16_units(device)
     if name == "auto":
@@ -85,27 +105,27 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are computed as such, several times as fast as in float32."""
+    """Whether the device multiplies bfloat16 matrices natively, several times as fast as float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and not BF16_FLAGS.isdisjoint(_cpu_flags())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Mixed precision for a forward pass; nothing for float32."""
+    """Mixed precision for a forward pass; does nothing for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def is_deterministic(config: TrainConfig, device: torch.device) -> bool:
-    """Whether only operations that repeat bit for bit are used: on the CPU they cost nothing, so by default there."""
+    """Whether to use only operations that repeat bit for bit: the default on the CPU, where they cost nothing."""
     return device.type == "cpu" if config.deterministic is None else config.deterministic
 
 
 @contextlib.contextmanager
 def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Seeds, determinism and threads of a run; those of before when it is over (a notebook goes on)."""
+    """Seeds, determinism and threads of a run; restores all but the seed on exit, because a notebook goes on."""
     deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     products = torch.backends.cuda.matmul
@@ -113,9 +133,9 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     if config.compile:
-        torch.use_deterministic_algorithms(deterministic)  # tells the compiler, too, and imports it
+        torch.use_deterministic_algorithms(deterministic)  # also tells the compiler, and imports it
     else:
         torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Nothing here reads memory that was not written, so it need not be filled.
@@ -134,12 +154,25 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 def processor_name(device: torch.device) -> str:
-    """Of the GPU or CPU that computes: numbers repeat bit for bit only on the same kind."""
+    """The name of the GPU or CPU that computes: results repeat bit for bit only on the same kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
+def cpu_generation() -> str:
+    """The CPU's microarchitecture with its family and model: "Zen 4 (family 25, model 17)".
+
+    Only the numbers for one that CPU_GENERATIONS does not have; empty where Linux does not report them.
+    """
+    vendor, family, model = (_cpuinfo(field) for field in ("vendor_id", "cpu family", "model"))
+    if not model.isdigit():
+        return ""
+    ranges = CPU_GENERATIONS.get((vendor, family), ())
+    name = next((name for first, last, name in ranges if first <= int(model) <= last), "")
+    return f"{name} (family {family}, model {model})" if name else f"family {family}, model {model}"
+
+
 def device_facts(device: torch.device) -> Mapping[str, str]:
-    """What env.txt says of the devices."""
+    """The devices, for env.txt."""
     facts = {"device": str(device), "torch threads": str(torch.get_num_threads()), "cpu": _cpu_name()}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -159,16 +192,17 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _cpuinfo(field: str) -> str:
-    """What Linux says of the first core; empty: nothing."""
+    """A field of the first core in Linux's /proc/cpuinfo; empty where there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
+            pairs = (line.split(":", 1) for line in file if ":" in line)
+            return next(value.strip() for name, value in pairs if name.strip() == field)
     except (OSError, StopIteration):
         return ""
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: what tensors hold on a GPU, what the process holds otherwise (its peak where /proc is missing)."""
+    """Bytes held by tensors on a GPU, else by the process (its peak where there is no /proc)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if (statm := _statm(os.getpid())) is None:
@@ -177,7 +211,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that the process can still take: on a GPU those that are free, else the machine's or its container's."""
+    """Bytes that the process can still allocate: those free on the GPU, in the machine or in its container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = [psutil.virtual_memory().available]
@@ -186,16 +220,15 @@ def available_memory(device: torch.device) -> int:
     for names in CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # not this version of cgroups, or no limit ("max")
             limit, used, statistics = ((CGROUPS / name).read_text() for name in names)
-            caches = re.findall(
-                r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE
-            )  # of files, dropped at need
+            # Cached files are dropped when memory is needed.
+            caches = re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE)
             available.append(int(limit) - int(used) + max(map(int, caches), default=0))
     return max(0, min(available))
 
 
 @functools.cache
 def _statm(pid: int) -> int | None:
-    """The file that tells the memory of this process, kept open: it is read at every write of the log."""
+    """A descriptor of the file with the memory use of this process; open, as it is read at every write of the log."""
     try:
         return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -203,7 +236,7 @@ def _statm(pid: int) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock read next means something."""
+    """Wait until the device has done its work, so that the clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
