@@ -402,8 +402,8 @@ def create_model(
 class _Fit:
     """What a TrainableModel has beyond a LanguageModel."""
 
-    tokenizer: CharTokenizer | None
-    _loaded: LoadedConfig
+    tokenizer: CharTokenizer | None = None
+    _loaded: LoadedConfig | None = None  # the settings that `create_model` was given
 
     def fit(self, data: Settings | str | Path | None = None, *, quiet: bool = False, **settings: Any) -> TrainResult:
         """Train this architecture in a run directory of its own, then take over the weights and the vocabulary.
@@ -424,9 +424,10 @@ class _Fit:
         from utils.inference.export import load_export
 
         model = cast("TrainableModel", self)
+        base = model._loaded or LoadedConfig.from_config(Config(model=model.config))
         if isinstance(data, str | Path):
-            settings["dataset"], data = _dataset(data, model._loaded.config), None
-        loaded = _load(data, settings, model._loaded)
+            settings["dataset"], data = _dataset(data, base.config), None
+        loaded = _load(data, settings, base)
         _check_architecture(model, loaded.config.model)
         results = _train(loaded, quiet=quiet)
         if results.status == "completed":

@@ -241,6 +241,13 @@ def test_a_fit_that_was_interrupted_leaves_the_model_as_it_is() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_model_that_was_made_by_its_class_fits_with_the_default_settings(project: Path) -> None:
+    model = workbench.TrainableModel(ModelConfig(n_layer=1, n_embd=16, n_head=2), vocab_size=10)
+    results = model.fit(max_iters=1, eval_iters=1, sample_tokens=0, runs_dir=str(project / "runs"), quiet=True)
+    assert results.status == "completed"
+    assert model.vocab_size > 10
+
+
 def test_fit_refuses_another_architecture() -> None:
     model = create_model(vocab_size=10)
     with pytest.raises(UserError, match="the model has another n_layer: make a new one with create_model"):
