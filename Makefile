@@ -1,5 +1,6 @@
 # make baseline     a first tracked run; pass flags with ARGS="--max-iters 200"
 # make test         the tests; make test-slow: the long ones; make lint: style and types
+# make docs         the documentation as a site in site/; a broken link is an error
 # make bench        the measured comparisons; make schema, make lock: the generated files
 # Each target sets up what it needs first; what is there already is not done again.
 
@@ -8,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup baseline test test-slow lint bench bench-training schema lock clean
+.PHONY: setup baseline test test-slow lint docs bench bench-training schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +26,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.startup
@@ -70,4 +74,4 @@ $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

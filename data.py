@@ -7,137 +7,26 @@ the step, and the global batch does not depend on how it is divided.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import http.client
-import os
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_from_json
 from utils.config.settings import DataConfig
-from utils.errors import UserError, nearest
+from utils.corpora.records import TokenRecord, read_record, record_path, write_record
+from utils.corpora.sources import CorpusError, find_source
 from utils.files import write_atomic
-
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TEXT_SUFFIXES = frozenset(
-    (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
-)
 
 # Streams of random numbers: one for each use, so that none disturbs another.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}
 EVALUATION_SEED = 0  # evaluation batches are the same whatever the seed, so that losses compare
-
-
-class CorpusError(UserError):
-    """A corpus that cannot be read or is too short."""
-
-
-def _pydocs(corpora_dir: Path) -> str:
-    """The Python language reference inside CPython: no download; differs between Python releases."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def _shakespeare(corpora_dir: Path) -> str:
-    """Tiny Shakespeare: $WORKBENCH_DATA, corpora/, or downloaded once; its sha256 is checked."""
-    folders = [Path(folder) for folder in (os.environ.get("WORKBENCH_DATA"),) if folder] + [corpora_dir]
-    for folder in folders:
-        path = folder / "tinyshakespeare.txt"
-        if path.is_file():
-            return _checked_shakespeare(_read_bytes(path), str(path)).decode()
-    try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
-            data = _checked_shakespeare(response.read(), SHAKESPEARE_URL)
-    except (OSError, http.client.HTTPException) as error:
-        raise CorpusError(
-            f"shakespeare: cannot be downloaded ({getattr(error, 'reason', error)}); put tinyshakespeare.txt "
-            f"into {corpora_dir} or name its folder in WORKBENCH_DATA"
-        ) from None
-    try:
-        corpora_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(corpora_dir / "tinyshakespeare.txt", data)
-    except OSError as error:
-        raise CorpusError(f"{corpora_dir}: the download cannot be kept: {error.strerror}") from None
-    return data.decode()
-
-
-def _checked_shakespeare(data: bytes, place: str) -> bytes:
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != SHAKESPEARE_SHA256:
-        raise CorpusError(f"{place}: not Tiny Shakespeare: sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...")
-    return data
-
-
-CORPORA: dict[str, Callable[[Path], str]] = {"pydocs": _pydocs, "shakespeare": _shakespeare}
-
-
-def read_corpus(dataset: str, corpora_dir: Path) -> str:
-    """The whole text of a registered corpus, a UTF-8 file, or a folder of them (by path order).
-
-    Raises:
-        CorpusError: unknown, unreadable, binary, not UTF-8, or empty.
-    """
-    if dataset in CORPORA:
-        return CORPORA[dataset](corpora_dir)
-    path = Path(os.path.expanduser(dataset))
-    try:
-        path.stat()
-    except PermissionError as error:
-        raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
-    except OSError:
-        raise CorpusError(
-            f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
-            f"{nearest(dataset, CORPORA)}"
-        ) from None
-    if os.path.isdir(path):
-        files = _text_files(path)
-        if not files:
-            raise CorpusError(f"{dataset}: no text files in this folder")
-        text = "\n".join(_read_text(file) for file in files)
-    else:
-        text = _read_text(path)
-    if not text.strip():
-        raise CorpusError(f"{dataset}: the corpus is empty")
-    return text
-
-
-def _text_files(folder: Path) -> list[Path]:
-    """Files with a suffix of text, by path; hidden files and folders are left out."""
-
-    def fail(error: OSError) -> None:
-        raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
-
-    found = []
-    for place, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in TEXT_SUFFIXES)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read_text(path: Path) -> str:
-    data = _read_bytes(path)
-    if (position := data.find(b"\0")) >= 0:
-        raise CorpusError(f"{path}: a binary file (NUL at byte {position}), expected UTF-8 text")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise CorpusError(f"{path}:{line}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from None
 
 
 @dataclass(frozen=True)
@@ -149,7 +38,7 @@ class Corpus:
 
     name: str
     hash: str
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     tokens: np.ndarray
     n_train: int
 
@@ -162,64 +51,120 @@ class Corpus:
         return len(self.tokens) - self.n_train
 
 
-def load_corpus(
-    config: DataConfig, block_size: int, corpora_dir: Path, tokenizer: CharTokenizer | None = None
-) -> Corpus:
-    """Read, encode (once: the token file is kept) and split a corpus.
+@dataclass(frozen=True)
+class TokenFile:
+    """An encoded text in the folder of token files, which may still have to be written.
+
+    corpus_hash: sha256 of the text.
+    """
+
+    folder: Path
+    corpus_hash: str
+    tokenizer: Tokenizer
+    n_tokens: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.corpus_hash[:16]}-{self.tokenizer.hash()[:16]}.{self.dtype.name}"
+
+    def is_whole(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size == self.n_tokens * self.dtype.itemsize
+
+    def write(self, ids: np.ndarray) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, ids.astype(self.dtype).tobytes())
+
+    def tokens(self) -> np.ndarray:
+        """(n_tokens,), memory-mapped; as a plain array, which is quicker to cut."""
+        return np.asarray(np.memmap(self.path, dtype=self.dtype, mode="r"))
+
+
+def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path, tokenizer: Tokenizer | None = None) -> Corpus:
+    """A corpus, encoded and split. While its files do not change, its text is read and encoded once only.
 
     Args:
         tokenizer: of the model that is trained further; None: one is made from the corpus.
 
     Raises:
-        CorpusError: unreadable, with characters that `tokenizer` does not know, or a split is shorter than
-            block_size + 1 tokens.
+        CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
     """
-    text = read_corpus(config.dataset, corpora_dir)
-    corpus_hash = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    if tokenizer is None:
-        tokenizer = CharTokenizer.from_text(text, config.unknown_token)
-    else:
-        tokenizer = _fitting_tokenizer(tokenizer, text, config)
-    n_train = int(len(text) * (1 - config.val_fraction))
-    for split, length in (("training", n_train), ("validation", len(text) - n_train)):
-        if length < block_size + 1:
-            raise CorpusError(
-                f"{config.dataset}: too short: its {split} split has {length:,} of {len(text):,} tokens, "
-                f"block_size {block_size} needs at least {block_size + 1:,}"
-            )
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    path = corpora_dir / "encoded" / f"{corpus_hash[:16]}-{tokenizer.hash()[:16]}.{dtype.name}"
+    source, folder = find_source(config.dataset, corpora_dir), corpora_dir / "encoded"
+    if tokenizer is not None:
+        try:
+            tokenizer = tokenizer.adjusted(config)
+        except TokenizerError as error:
+            raise CorpusError(str(error)) from None
+    wanted = f"{config.tokenizer} {config.unknown_token!r}" if tokenizer is None else tokenizer.hash()
+    stamp = source.stamp()  # before the text is read: it may change meanwhile
+    file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp)
+    if file is None:
+        file = _encode(source.read(), config, block_size, folder, tokenizer)
+        if stamp is not None:
+            record = TokenRecord(stamp, file.corpus_hash, file.tokenizer.to_json(), file.n_tokens)
+            with contextlib.suppress(OSError):  # without a record the text is read again
+                for name in {wanted, file.tokenizer.hash()}:
+                    write_record(record_path(folder, source.name, name), record)
+    n_train = _split(config, file.n_tokens, block_size)
     try:
-        if not path.is_file() or path.stat().st_size != len(text) * dtype.itemsize:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, tokenizer.encode_array(text).astype(dtype).tobytes())
-        tokens = np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array is quicker to cut
+        return Corpus(config.dataset, file.corpus_hash, file.tokenizer, file.tokens(), n_train)
     except OSError as error:
-        raise CorpusError(f"{path}: the token file cannot be written or read: {error.strerror}") from None
-    return Corpus(config.dataset, corpus_hash, tokenizer, tokens, n_train)
+        raise CorpusError(f"{file.path}: the token file cannot be read: {error.strerror}") from None
 
 
-def _fitting_tokenizer(tokenizer: CharTokenizer, text: str, config: DataConfig) -> CharTokenizer:
-    """`tokenizer`, perhaps with the configured unknown token, if it can encode the corpus.
+def _encode(text: str, config: DataConfig, block_size: int, folder: Path, tokenizer: Tokenizer | None) -> TokenFile:
+    """The token file of `text`, written unless it is there already.
 
     Raises:
-        CorpusError: it cannot: the vocabulary of a trained model does not grow.
+        CorpusError: `tokenizer` cannot encode the text, a split is too short, or the file cannot be written.
     """
-    vocabulary, unknown = tokenizer.vocabulary, config.unknown_token
-    if unknown is not None and unknown not in vocabulary:
-        raise CorpusError(f"--unknown-token {unknown!r} is not among the {len(vocabulary)} characters of the model")
-    if unknown is not None:
-        tokenizer = CharTokenizer(vocabulary, unknown)
-    strangers = sorted(set(text) - set(vocabulary))
-    if strangers and tokenizer.unknown_token is None:
-        shown = ", ".join(repr(c) for c in strangers[:8]) + (", ..." if len(strangers) > 8 else "")
-        stand_in = " " if " " in vocabulary else vocabulary[0]
-        unknown_ones = "1 character" if len(strangers) == 1 else f"{len(strangers)} characters"
-        raise CorpusError(
-            f"{config.dataset}: has {unknown_ones} that the vocabulary of the model ({len(vocabulary)} "
-            f"characters) lacks: {shown}; --unknown-token {stand_in!r} reads each of them as {stand_in!r}"
-        )
-    return tokenizer
+    try:
+        if tokenizer is None:
+            tokenizer = build_tokenizer(config, [text])
+        else:
+            tokenizer.check(text)  # the vocabulary of a trained model does not grow
+    except TokenizerError as error:
+        raise CorpusError(f"{config.dataset}: {error}") from None
+    ids = tokenizer.encode_array(text)
+    _split(config, len(ids), block_size)
+    file = TokenFile(folder, hashlib.sha256(text.encode("utf-8")).hexdigest(), tokenizer, len(ids))
+    try:
+        if not file.is_whole():
+            file.write(ids)
+    except OSError as error:
+        raise CorpusError(f"{file.path}: the token file cannot be written: {error.strerror}") from None
+    return file
+
+
+def _recorded_file(folder: Path, path: Path, stamp: str | None) -> TokenFile | None:
+    """The token file that the record at `path` describes, if both are whole and the text has not changed since."""
+    if stamp is None or (record := read_record(path, stamp)) is None:
+        return None
+    try:
+        tokenizer = tokenizer_from_json(record.tokenizer, str(path))
+        file = TokenFile(folder, record.corpus_hash, tokenizer, record.n_tokens)
+        return file if file.is_whole() else None
+    except (TokenizerError, OSError):
+        return None
+
+
+def _split(config: DataConfig, n_tokens: int, block_size: int) -> int:
+    """How many of the tokens are for training.
+
+    Raises:
+        CorpusError: a split is shorter than block_size + 1 tokens.
+    """
+    n_train = int(n_tokens * (1 - config.val_fraction))
+    for split, length in (("training", n_train), ("validation", n_tokens - n_train)):
+        if length < block_size + 1:
+            raise CorpusError(
+                f"{config.dataset}: too short: its {split} split has {length:,} of {n_tokens:,} tokens, "
+                f"block_size {block_size} needs at least {block_size + 1:,}"
+            )
+    return n_train
 
 
 @functools.lru_cache(maxsize=8)

@@ -59,14 +59,17 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Norm(Protocol):
-    """A class of norms: of n_embd channels with learned weights, and `plain(x, shape, eps=...)` without any."""
+    """A class of norms over n_embd channels, and `plain(x, shape, eps=...)`, the same without learned weights."""
 
     plain: Callable[..., torch.Tensor]
 
     def __call__(self, config: ModelConfig) -> nn.Module: ...
 
 
-NORMS: dict[str, Norm] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS: dict[str, Norm] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+}
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,  # Hendrycks and Gimpel 2016
@@ -198,8 +201,10 @@ class SwiGLU(nn.Module):
         return self.resid_dropout(self.proj(F.silu(self.gate(x)) * self.up(x)))
 
 
-# Any module that maps (B, T, C) to (B, T, C).
-MLPS: dict[str, Callable[[ModelConfig], nn.Module]] = {**dict.fromkeys(ACTIVATIONS, MLP), "swiglu": SwiGLU}
+MLPS: dict[str, Callable[[ModelConfig], nn.Module]] = {  # each maps (B, T, C) to (B, T, C)
+    **dict.fromkeys(ACTIVATIONS, MLP),
+    "swiglu": SwiGLU,
+}
 
 
 @may_be_plain

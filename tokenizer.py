@@ -1,37 +1,134 @@
-"""Text <-> token ids. Every tokenizer saves to and loads from JSON."""
+"""Text <-> token ids: what every tokenizer can do, and the kinds that there are.
+
+A kind is one class here, one entry in `KINDS` and one word in the setting `tokenizer`; no other module names it.
+Tokens are not characters: only a tokenizer knows how many tokens a text has.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from utils.config.settings import DataConfig
 from utils.errors import UserError
 from utils.files import write_json
+
+VERSION = 1  # of the JSON form
 
 
 class TokenizerError(UserError):
     """Text that has no token, or a tokenizer file that cannot be used.
 
-    position: in the text, of the character that has no token.
+    position: index in the text of the first character that has no token, where that is known.
     """
 
     position: int | None = None
 
 
-class CharTokenizer:
-    """One token a character (Unicode code point).
+class Tokenizer(Protocol):
+    """Converts text to token ids from 0 to vocab_size - 1, and back.
 
-    Args:
-        vocabulary: the characters; the id of a token is its place.
-        unknown_token: the character that stands for all others; appended if it is not among them.
+    kind: its name in the setting `tokenizer` and in the JSON form.
     """
 
-    type = "char"
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of tokens with a role of their own, by the name of the role."""
+
+    @abstractmethod
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of `text`, shape (tokens,), int64.
+
+        Raises:
+            TokenizerError: part of the text has no token.
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """Like `encode_array`, as a list."""
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; U+FFFD stands for bytes that are not part of a whole character.
+
+        Raises:
+            TokenizerError: an id outside the vocabulary.
+        """
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text of token ids as UTF-8; a token may end within a character.
+
+        Raises:
+            TokenizerError: an id outside the vocabulary.
+        """
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
+        """A tokenizer for `texts`, as `config` says."""
+
+    def adjusted(self, config: DataConfig) -> Tokenizer:
+        """This tokenizer, for training a model further with the settings of `config`: the same ids for the same tokens.
+
+        Raises:
+            TokenizerError: `config` asks for a token that the vocabulary lacks.
+        """
+        return self
+
+    def check(self, text: str) -> None:
+        """Raises TokenizerError unless all of `text` can be encoded; the message says what is missing."""
+        self.encode_array(text)
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """All that `from_json` needs, with `type` (the kind) and `version`."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, data: Any) -> Self:
+        """The tokenizer that `to_json` described.
+
+        Raises:
+            LookupError, TypeError, ValueError: damaged. `tokenizer_from_json` turns these into one TokenizerError.
+        """
+
+    def hash(self) -> str:
+        """sha256 of the JSON form: equal for tokenizers that give equal ids."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the file that `load_tokenizer` reads.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_json(path, self.to_json())
+
+
+class CharTokenizer(Tokenizer):
+    """One token for each character (Unicode code point).
+
+    Args:
+        vocabulary: the characters; a token's id is its index.
+        unknown_token: the character that stands for all others; appended unless it is among them.
+    """
+
+    kind = "char"
 
     def __init__(self, vocabulary: Iterable[str], unknown_token: str | None = None) -> None:
         self.vocabulary = list(dict.fromkeys(vocabulary))
@@ -47,14 +144,19 @@ class CharTokenizer:
         self._ids[code_points] = np.arange(len(self.vocabulary))
 
     @classmethod
-    def from_text(cls, text: str, unknown_token: str | None = None) -> CharTokenizer:
-        """The characters of `text`, in code-point order."""
-        code_points = np.unique(_code_points(text))
-        return cls([chr(point) for point in code_points], unknown_token)
+    def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
+        """The characters of `texts` in code-point order, and the configured unknown token."""
+        points = [np.unique(_code_points(text)) for text in texts]
+        return cls([chr(point) for point in np.unique(np.concatenate(points))], config.unknown_token)
 
     @property
     def vocab_size(self) -> int:
         return len(self.vocabulary)
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """`unknown`, if there is one."""
+        return {} if self.unknown_token is None else {"unknown": self.vocabulary.index(self.unknown_token)}
 
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of `text`, shape (len(text),), int64.
@@ -74,16 +176,7 @@ class CharTokenizer:
             raise error
         return ids
 
-    def encode(self, text: str) -> list[int]:
-        """Like `encode_array`, as a list."""
-        return [int(i) for i in self.encode_array(text)]
-
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids.
-
-        Raises:
-            TokenizerError: an id outside the vocabulary.
-        """
         characters = []
         for token in ids:
             if not 0 <= int(token) < self.vocab_size:
@@ -91,56 +184,88 @@ class CharTokenizer:
             characters.append(self.vocabulary[int(token)])
         return "".join(characters)
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.decode(ids).encode("utf-8", errors="surrogatepass")
+
+    def adjusted(self, config: DataConfig) -> CharTokenizer:
+        unknown = config.unknown_token
+        if unknown is None:
+            return self
+        if unknown not in self.vocabulary:
+            raise TokenizerError(
+                f"--unknown-token {unknown!r} is not among the {self.vocab_size} characters of the model"
+            )
+        return CharTokenizer(self.vocabulary, unknown)
+
+    def check(self, text: str) -> None:
+        strangers = sorted(set(text) - set(self.vocabulary))
+        if not strangers or self.unknown_token is not None:
+            return
+        shown = ", ".join(repr(c) for c in strangers[:8]) + (", ..." if len(strangers) > 8 else "")
+        stand_in = " " if " " in self.vocabulary else self.vocabulary[0]
+        count = "1 character" if len(strangers) == 1 else f"{len(strangers)} characters"
+        raise TokenizerError(
+            f"has {count} that the vocabulary of the model ({self.vocab_size} characters) lacks: {shown}; "
+            f"--unknown-token {stand_in!r} reads each of them as {stand_in!r}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
-            "type": self.type,
-            "version": 1,
+            "type": self.kind,
+            "version": VERSION,
             "vocabulary": self.vocabulary,
             "unknown_token": self.unknown_token,
         }
 
-    def hash(self) -> str:
-        """sha256 of the JSON form: equal for tokenizers that give equal ids."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-    def save(self, path: Path) -> None:
-        write_json(path, self.to_json())
-
     @classmethod
-    def load(cls, path: Path) -> CharTokenizer:
-        """Read what `save` wrote.
-
-        Raises:
-            TokenizerError: missing, damaged, or of another type or version.
-        """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise TokenizerError(f"{path}: no tokenizer file") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise TokenizerError(f"{path}: damaged tokenizer file ({type(error).__name__}: {error})") from None
-        return cls.from_json(data, str(path))
-
-    @classmethod
-    def from_json(cls, data: Any, name: str) -> CharTokenizer:
-        """The tokenizer that `to_json` described.
-
-        Args:
-            name: of where it comes from, for the error.
-
-        Raises:
-            TokenizerError: damaged, or of another type or version.
-        """
-        try:
-            if (data["type"], data["version"]) != (cls.type, 1):
-                raise ValueError(f"type {data['type']!r}, version {data['version']}, expected {cls.type!r}, 1")
-            if len(set(data["vocabulary"])) != len(data["vocabulary"]):
-                raise ValueError("a character stands twice in the vocabulary")
-            return cls(data["vocabulary"], data["unknown_token"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise TokenizerError(f"{name}: damaged tokenizer file ({type(error).__name__}: {error})") from None
+    def from_json(cls, data: Any) -> Self:
+        if len(set(data["vocabulary"])) != len(data["vocabulary"]):
+            raise ValueError("a character stands twice in the vocabulary")
+        return cls(data["vocabulary"], data["unknown_token"])
 
 
 def _code_points(text: str) -> np.ndarray:
     """Code points of `text`, shape (len(text),), uint32."""
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+
+
+KINDS: dict[str, type[Tokenizer]] = {CharTokenizer.kind: CharTokenizer}
+
+
+def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
+    """A new tokenizer of the configured kind for `texts`."""
+    return KINDS[config.tokenizer].build(config, texts)
+
+
+def tokenizer_from_json(data: Any, name: str) -> Tokenizer:
+    """The tokenizer that `Tokenizer.to_json` described.
+
+    Args:
+        data: parsed JSON.
+        name: where it comes from, for the error.
+
+    Raises:
+        TokenizerError: damaged, or of a kind or version that this workbench does not have.
+    """
+    try:
+        kind, version = data["type"], data["version"]
+        if kind not in KINDS or version != VERSION:
+            raise ValueError(f"type {kind!r}, version {version!r}, expected {' or '.join(KINDS)}, version {VERSION}")
+        return KINDS[kind].from_json(data)
+    except (LookupError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{name}: damaged tokenizer file ({type(error).__name__}: {error})") from None
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read the file that `Tokenizer.save` wrote.
+
+    Raises:
+        TokenizerError: missing, damaged, or of a kind or version that this workbench does not have.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TokenizerError(f"{path}: no tokenizer file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: damaged tokenizer file ({type(error).__name__}: {error})") from None
+    return tokenizer_from_json(data, str(path))

@@ -13,13 +13,15 @@ Settings are those of the command line, with the same names and the same checks.
 (`learning_rate=3e-3`), as a mapping, flat or by section, or as a Config. What keywords and mappings leave out comes
 from the files in configs/, as on the command line; a Config is complete, and is taken as it is:
 
-    >>> from workbench import Config, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig
+    >>> from workbench import Config, DataConfig, InferenceConfig, ModelConfig
+    >>> from workbench import OptimizerConfig, TrackingConfig, TrainConfig
     >>> config = Config(
     ...     data=DataConfig(dataset="pydocs"),
     ...     model=ModelConfig(n_layer=2, n_embd=64),
     ...     optimizer=OptimizerConfig(learning_rate=3e-3),
     ...     train=TrainConfig(max_iters=100),
     ...     tracking=TrackingConfig(run_tag="small"),
+    ...     inference=InferenceConfig(qa_template="Q: {question}\\nA: "),
     ... )
     >>> config.model.n_layer
     2
@@ -65,19 +67,28 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from utils.config.fields import FIELDS
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
-from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig
+from utils.config.settings import (
+    Config,
+    DataConfig,
+    InferenceConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from utils.errors import UserError, nearest
 from utils.files import write_atomic
 from utils.machine.process import tune_process
 from utils.runs.find import find_export, resolve_run
 from utils.runs.index import read_index, read_run
-from utils.runs.log import METRICS_FILE, read_metrics, read_records
+from utils.runs.layout import CONFIG, EXPORT, LOGS, METRICS_LOG
+from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
 from utils.terminal.cli import PROJECT_ROOT
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
     from model import LanguageModel
-    from tokenizer import CharTokenizer
+    from tokenizer import Tokenizer
     from utils.inference.generator import Generator, Request
     from utils.inference.sampling import SamplingOptions
     from utils.runs.origin import Origin
@@ -89,6 +100,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Generator",
+    "InferenceConfig",
     "Metric",
     "ModelConfig",
     "OptimizerConfig",
@@ -283,7 +295,7 @@ class Run:
         Raises:
             UserError: it is missing or damaged.
         """
-        return ConfigLoader(PROJECT_ROOT).load_only(self.path / "meta" / "full_config.json").config
+        return ConfigLoader(PROJECT_ROOT).load_only(self.path / CONFIG).config
 
     @property
     def summary(self) -> dict[str, float]:
@@ -296,14 +308,14 @@ class Run:
         Raises:
             UserError: the log has other metrics, but not this one.
         """
-        found = read_metrics(self.path / "logs", name)
+        found = read_metrics(self.path / LOGS, name)
         if not found and (logged := self.metric_names()):
             raise UserError(f"{self.id} has logged no metric {name}{nearest(name, logged)}")
         return found
 
     def metric_names(self) -> list[str]:
         """The metrics in the log, in the order of their first appearance."""
-        records = read_records(self.path / "logs" / METRICS_FILE)
+        records = read_records(self.path / METRICS_LOG)
         return list(dict.fromkeys(name for record in records for name in record if name not in NOT_METRICS))
 
     def row(self) -> dict[str, Any]:
@@ -402,7 +414,7 @@ def create_model(
 class _Fit:
     """What a TrainableModel has beyond a LanguageModel."""
 
-    tokenizer: CharTokenizer | None = None
+    tokenizer: Tokenizer | None = None
     _loaded: LoadedConfig | None = None  # the settings that `create_model` was given
 
     def fit(self, data: Settings | str | Path | None = None, *, quiet: bool = False, **settings: Any) -> TrainResult:
@@ -432,7 +444,7 @@ class _Fit:
         results = _train(loaded, quiet=quiet)
         if results.status == "completed":
             device = next(model.parameters()).device
-            export = load_export(results.run_dir / "artifacts" / "export", device)
+            export = load_export(results.run_dir / EXPORT, device)
             vars(model).update(vars(export.model), tokenizer=export.tokenizer)
         return results
 
@@ -464,7 +476,7 @@ def _dataset(data: str | Path, config: Config) -> str:
     return str(path)
 
 
-def load_model(run: RunName | None = None, device: str = "auto") -> tuple[LanguageModel, CharTokenizer]:
+def load_model(run: RunName | None = None, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:
     """The trained model of a run, in eval mode, and its tokenizer.
 
     Args:

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from rich.table import Table
@@ -29,9 +28,6 @@ from benchmarks import common
 from utils.errors import UserError
 from utils.terminal.cli import Parser, script
 from utils.terminal.console import Terminal
-
-if TYPE_CHECKING:
-    from utils.training.state import TrainState
 
 INTERVAL = 50  # steps between checkpoints
 LOOP_LIMIT = 1.03  # saving / not saving
@@ -97,16 +93,14 @@ def report_loop(terminal: Terminal, model: str, repeats: int, saves: int, files:
 def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], folder: Path) -> float:
     """Wall time of a step in ms, over `saves` intervals, each with the whole of its checkpoint's write."""
     import train
-    from utils.training import step as training
+    from benchmarks.callbacks import StepListener
 
     warmup = 10  # steps: memory is allocated in them
     last = warmup + saves * INTERVAL
     clock: dict[int, float] = {}
-    optimizer_step = training.optimizer_step
 
-    def timed_step(state: TrainState, *grad_norms: Any) -> None:
-        optimizer_step(state, *grad_norms)
-        clock[state.step] = time.perf_counter()
+    def step_done(step: int) -> None:
+        clock[step] = time.perf_counter()
 
     overrides: dict[str, str | bool] = {
         **MODELS[model],
@@ -119,8 +113,9 @@ def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], f
         "checkpoint_minutes": "none",
         "keep_best": False,
         "aim_logging": False,
+        "callbacks": "benchmarks.callbacks:StepListener",
     }
-    with patch.object(training, "optimizer_step", timed_step):
+    with patch.object(StepListener, "step_done", step_done, create=True):
         result = train.train(common.load_config(files, folder, overrides), quiet=True)
     if result.status != "completed":
         raise UserError(f"the run ended as {result.status}: {result.exit_reason}")

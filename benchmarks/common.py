@@ -85,14 +85,24 @@ def launch(words: Sequence[str], name: str) -> Launched:
 
 
 def machine_facts() -> str:
-    """The machine in one line. Called after the measurement: then the thread count is the one that was used."""
+    """The machine in one line, which names the processor by its generation and by what it computes.
+
+    Call it after the measurement: then the thread count is the one that was used. Measuring takes two seconds.
+    """
     import torch
 
-    from utils.machine.device import choose_device, device_facts
+    from utils.machine.device import choose_device, cpu_generation, device_facts
+    from utils.machine.limits import measure_gemm
+    from utils.nn.linear import linear
 
-    facts = device_facts(choose_device("auto"))
+    facts, cpu = device_facts(choose_device("auto")), torch.device("cpu")
+    processor = ", ".join(filter(None, (facts["cpu"], cpu_generation())))
     gpus = [value for name, value in facts.items() if name.startswith("cuda:")]
-    return ", ".join((facts["cpu"], *gpus, f"{facts['torch threads']} threads", f"torch {torch.__version__}"))
+    by_torch, by_us = (
+        measure_gemm(cpu, torch.float32, product) / 1e9 for product in (torch.nn.functional.linear, linear)
+    )
+    rates = f"float32 matrix product {by_torch:,.0f} GFLOP/s by F.linear, {by_us:,.0f} by utils/nn/linear.py"
+    return ", ".join((processor, *gpus, f"{facts['torch threads']} threads", rates, f"torch {torch.__version__}"))
 
 
 def interleaved(

@@ -10,7 +10,6 @@ process of its own, so that the start of the interpreter counts; the order of th
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import common
+from utils.runs.layout import CHECKPOINTS, CONFIG, RECORD, TENSORBOARD
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
         cells = (statistics.median(seconds), max(seconds), LIMITS[key])
         table.add_row(key, *(f"{cell:.2f}" for cell in cells), f"{max(memory):.0f}", common.verdict(reached))
     terminal.print(
-        table, f"DuckDB alone, the same GROUP BY: {alone:.2f} s; {args.repeats} repeats; {os.cpu_count()} CPUs"
+        table,
+        f"DuckDB alone, the same GROUP BY: {alone:.2f} s; {args.repeats} repeats",
+        f"machine: {common.machine_facts()}",
     )
     return 0
 
@@ -86,18 +88,18 @@ def make_runs(folder: Path, count: int, steps: int, files: Sequence[Path]) -> li
         "max_iters": str(steps),
     }
     template = train.train(common.load_config(files, folder, {**sizes, **rare, **fixed}), quiet=True).run_dir
-    shutil.rmtree(template / "artifacts" / "checkpoints")
-    shutil.rmtree(template / "logs" / "tensorboard")
-    record = json.loads((template / "run.json").read_text())
-    config = json.loads((template / "meta" / "full_config.json").read_text())
+    shutil.rmtree(template / CHECKPOINTS)
+    shutil.rmtree(template / TENSORBOARD)
+    record = json.loads((template / RECORD).read_text())
+    config = json.loads((template / CONFIG).read_text())
     for number in range(1, count):
         path = template.with_name(f"20260101_{number:06d}_copy")
         shutil.copytree(template, path)
         config["train"]["seed"], config["optimizer"]["learning_rate"] = number, RATES[number % len(RATES)]
-        (path / "meta" / "full_config.json").write_text(json.dumps(config))
+        (path / CONFIG).write_text(json.dumps(config))
         loss = record["summary"]["best_val_loss"] + 0.001 * (number % 97)
         facts = {"id": path.name, "tag": "copy", "summary": {**record["summary"], "best_val_loss": loss}}
-        (path / "run.json").write_text(json.dumps({**record, **facts}))
+        (path / RECORD).write_text(json.dumps({**record, **facts}))
     return sorted(path.name for path in template.parent.iterdir())
 
 

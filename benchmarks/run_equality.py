@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from utils.checkpoints.files import Checkpoint, read_checkpoint
-from utils.checkpoints.folder import list_checkpoints
-from utils.runs.layout import CHECKPOINTS
+from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
+from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS
 from utils.runs.log import LOG_FILES, read_records
 from utils.runs.metrics import NOT_METRICS
 
@@ -29,7 +29,7 @@ def log_without_times(run: Path) -> list[dict[str, Any]]:
     return [
         {"log": name, **{key: value for key, value in record.items() if key not in TIMINGS}}
         for name in LOG_FILES
-        for record in read_records(run / "logs" / name)
+        for record in read_records(run / LOGS / name)
         if not is_system_record(record)
     ]
 
@@ -57,7 +57,7 @@ def differences(one: Path, other: Path) -> dict[str, int]:
     """How two runs differ: bits of weights, optimizer state and export; records of the logs; facts of the state."""
     a, b = last_checkpoint(one), last_checkpoint(other)
     log_a, log_b = log_without_times(one), log_without_times(other)
-    exports = [load_file(run / "artifacts" / "export" / "model.safetensors") for run in (one, other)]
+    exports = [load_file(run / EXPORT / WEIGHTS_FILE) for run in (one, other)]
     states = [{k: v for k, v in c.state.items() if k not in STATE_TIMINGS} for c in (a, b)]
     return {
         "weight bits": differing_bits(a.weights, b.weights),

@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.common import add_config_flag, at_least, load_config, machine_facts, verdict
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
+from utils.runs.layout import EXPORT, LOGS
 from utils.runs.log import METRICS_FILE, read_metrics, read_records
 from utils.terminal.cli import PROJECT_ROOT, Parser, numbers, script
 from utils.terminal.console import Terminal
@@ -98,9 +99,9 @@ def measure(loaded: LoadedConfig) -> Trained:
     if result.status != "completed":
         raise UserError(f"the run ended as {result.status}: {result.exit_reason}")
     assert result.val_loss is not None
-    export = load_export(result.run_dir / "artifacts" / "export", torch.device("cpu"))
+    export = load_export(result.run_dir / EXPORT, torch.device("cpu"))
     corpus = load_corpus(config.data, config.model.block_size, PROJECT_ROOT / config.data.corpora_dir)
-    rates = read_metrics(result.run_dir / "logs", "tokens_per_second")
+    rates = read_metrics(result.run_dir / LOGS, "tokens_per_second")
     return Trained(
         position=config.model.position,
         seed=config.train.seed,
@@ -108,7 +109,7 @@ def measure(loaded: LoadedConfig) -> Trained:
         split_loss=split_loss(export.model, corpus.split("val")),
         estimate=result.val_loss,
         seconds=result.seconds,
-        training_seconds=training_seconds(result.run_dir / "logs"),
+        training_seconds=training_seconds(result.run_dir / LOGS),
         tokens_per_second=statistics.median(rate for _, rate in rates),
         parameters=result.parameters,
     )

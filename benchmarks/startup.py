@@ -16,8 +16,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 from rich.table import Table
 
@@ -29,8 +27,6 @@ from utils.terminal.console import Terminal
 HELP, IMPORT, LOOP, FIRST_STEP = "train.py --help", "import torch", "training loop begins", "first step done"
 HELP_LIMIT = 0.5  # seconds
 STEP_LIMIT = 2.0  # seconds after `import torch`
-MARK = "benchmark clock:"
-DRIVER = "import sys; from benchmarks.startup import timed_training; sys.exit(timed_training(sys.argv[1:]))"
 
 
 @script
@@ -61,9 +57,11 @@ def measure(repeats: int, folder: Path, flags: Sequence[str] = ()) -> dict[str, 
         flags: further flags of the training run.
     """
     places = ["--runs-dir", str(folder / "runs"), "--aim-repo", str(folder)]
-    training = ["-c", DRIVER, "--max-iters", "1", *places, *flags]
+    training = ["train.py", "--max-iters", "1", "--callbacks", "benchmarks.callbacks:ClockPrinter", *places, *flags]
 
     def first_step() -> list[float]:
+        from benchmarks.callbacks import MARK
+
         start = time.time()
         output = run_python(*training)
         return [float(line.split(MARK)[1]) - start for line in output.splitlines() if line.startswith(MARK)]
@@ -92,29 +90,6 @@ def run_python(*words: str) -> str:
     if done.returncode:
         raise UserError(f"python {words[0]} ended with {done.returncode}: {done.stderr.strip() or 'no message'}")
     return done.stdout
-
-
-def timed_training(argv: Sequence[str]) -> int:
-    """train.py's main, which prints the clock when the loop begins and after every update."""
-    import train  # without torch: it is imported when training is prepared
-
-    training_loop = train.training_loop
-
-    def timed_loop(*arguments: Any) -> None:
-        from utils.training import step
-
-        optimizer_step = step.optimizer_step
-
-        def stepped(*arguments: Any) -> None:
-            optimizer_step(*arguments)
-            print(MARK, time.time(), flush=True)
-
-        print(MARK, time.time(), flush=True)
-        with patch.object(step, "optimizer_step", stepped):
-            training_loop(*arguments)
-
-    with patch.object(train, "training_loop", timed_loop):
-        return train.main(argv)
 
 
 def results_table(seconds: dict[str, list[float]]) -> Table:

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
+from utils.runs.layout import fed_note
 from utils.runs.run import read_record
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def wait_until_open(logs_dir: Path) -> None:
         UserError: they have not within OPENING_SECONDS.
     """
     deadline = time.monotonic() + OPENING_SECONDS
-    while not all((logs_dir / f"fed_{name}.json").exists() for name in ("tensorboard", "aim")):
+    while not all((logs_dir / fed_note(name).name).exists() for name in ("tensorboard", "aim")):
         if time.monotonic() > deadline:
             raise UserError(f"the views did not open within {OPENING_SECONDS:g} s: a longer --warmup may help")
         time.sleep(0.1)
@@ -246,7 +247,9 @@ def fed_shares(metrics: Path) -> dict[str, float]:
     """Per view: how much of metrics.jsonl it has shown."""
     import json
 
-    notes = {path.stem.removeprefix("fed_"): json.loads(path.read_text()) for path in metrics.parent.glob("fed_*.json")}
+    notes = {
+        path.stem.removeprefix("fed_"): json.loads(path.read_text()) for path in metrics.parent.glob(fed_note("*").name)
+    }
     size = metrics.stat().st_size
     return {name: note["offsets"][metrics.name] / size for name, note in notes.items()}
 

@@ -60,7 +60,7 @@ from utils.files import write_json
 from utils.nn.costs import training_flops
 from utils.terminal.cli import Parser, script
 from utils.terminal.console import Terminal
-from utils.terminal.words import facts
+from utils.terminal.words import fact_lines
 
 PACKAGES = ("transformers", "accelerate", "lightning")
 LIMITS = (  # tokens/s of the first over those of the second
@@ -239,7 +239,7 @@ def experiment_facts(config: Config, task: Task) -> Any:
     lines = [("model", shape), ("batch", data), ("device", f"{task.device}, float32, {task.threads} threads")]
     if more := beyond_gpt2(config):
         lines.append(("ours alone", ", ".join(more)))
-    return facts(lines)
+    return fact_lines(lines)
 
 
 # -------------------------------------------------------------------------------------------------- measuring

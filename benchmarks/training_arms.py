@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from utils.runs.layout import LOGS
+
 if TYPE_CHECKING:
     import torch
-
-    from utils.training.state import TrainState
 
 TRACKED, UNTRACKED = "ours, all tracking", "ours, no tracking"
 BARE, FUSED = "bare loop", "bare loop, fused"
@@ -112,26 +112,17 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
     """
     import train
     from benchmarks import common
+    from benchmarks.callbacks import StepListener
     from benchmarks.switched_run import check, wait_until_open
     from utils.training import monitor
-    from utils.training import step as training
 
     folder, last = Path(task.folder), task.warmup + task.steps
-    parameters = 0
 
     def views_are_open() -> None:
         (run,) = (folder / "runs").iterdir()
-        wait_until_open(run / "logs")
+        wait_until_open(run / LOGS)
 
     clock = StepClock(task, views_are_open if tracking else lambda: None)
-    optimizer_step = training.optimizer_step
-
-    def timed_step(state: TrainState, *grad_norms: torch.Tensor) -> None:
-        nonlocal parameters
-        parameters = parameters or state.model.num_parameters()
-        optimizer_step(state, *grad_norms)
-        clock.step_done()
-
     overrides: dict[str, str | bool] = {
         "max_iters": str(last),
         "epochs": "none",
@@ -145,15 +136,16 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
         "checkpoint_minutes": "none",
         "keep_best": False,
         "aim_logging": tracking,
+        "callbacks": "benchmarks.callbacks:StepListener",
     }
     with ExitStack() as patches:
-        patches.enter_context(patch.object(training, "optimizer_step", timed_step))
+        patches.enter_context(patch.object(StepListener, "step_done", lambda step: clock.step_done(), create=True))
         if not tracking:
             for name in ("step", "step_done"):
                 patches.enter_context(patch.object(monitor.Monitor, name, lambda *arguments: None))
         result = train.train(common.load_config([Path(task.config)], folder, overrides), quiet=not tracking)
     check(result.run_dir, result.status)
-    return clock.step_ms, parameters
+    return clock.step_ms, result.parameters
 
 
 # ------------------------------------------------------------------------------------------------ GPT-2

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from conftest import ROOT, TINY_FLAGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from benchmarks import (
     checkpoints,
     common,
@@ -31,6 +33,7 @@ from benchmarks import (
     training_arms,
 )
 from benchmarks import training as training_benchmark
+from benchmarks.callbacks import MARK
 from benchmarks.switched_run import ALL, LOG, NAIVE, OFF
 from benchmarks.training_arms import (
     ARMS,
@@ -48,9 +51,8 @@ from benchmarks.training_arms import (
 from model import LanguageModel
 from utils.config.settings import Config, ModelConfig, OptimizerConfig
 from utils.errors import UserError
-from utils.machine import limits
+from utils.machine import device, limits
 from utils.runs.log import read_metrics
-from utils.training import step as training
 
 COMMANDS = {
     "checkpoints": checkpoints.main,
@@ -63,6 +65,11 @@ COMMANDS = {
     "tracking": tracking.main,
     "training": training_benchmark.main,
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(limits.GEMM_SIZES, "cpu", (64,))
 
 
 @pytest.fixture
@@ -80,7 +87,7 @@ def test_shakespeare_prints_the_loss_of_each_seed_next_to_the_target(
 ) -> None:
     assert shakespeare.main(["--steps", "4", "--seeds", "1,2", "--config", str(tiny_file)]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("val split", "target 1.90", "nanoGPT 1.886", "threads, torch"))
+    assert all(word in printed for word in ("val split", "target 1.90", "nanoGPT 1.886", "GFLOP/s by F.linear"))
     runs = [f"seed {seed}, {position} positions" for seed in (1, 2) for position in ("rope", "learned")]
     assert [printed.index(run) for run in runs] == sorted(printed.index(run) for run in runs)
     assert printed.count("median loss") == 2
@@ -96,8 +103,9 @@ def test_shakespeare_measures_the_run_that_it_was_given(tmp_path: Path, tiny_fil
 
 
 def test_a_run_that_diverges_is_no_result(tmp_path: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "forward_backward", lambda state, phase: torch.tensor(float("nan")))
-    with pytest.raises(UserError, match="diverged"):
+    diverged = SimpleNamespace(status="diverged", exit_reason="the loss at step 3 is nan")
+    monkeypatch.setattr(train, "train", lambda *arguments, **options: diverged)
+    with pytest.raises(UserError, match="the run ended as diverged: the loss at step 3 is nan"):
         shakespeare.measure(common.load_config([tiny_file], tmp_path, {"aim_logging": False}))
 
 
@@ -133,7 +141,7 @@ def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixtu
     words = ["--parts", "steps", "--step-ms", "2", "--repeats", "1", "--block", "10", "--warmup", "55"]
     assert tracking.main([*words, "--config", str(tiny_file)]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in (LOG, ALL, NAIVE, "off, ms", "batch_size", "budget 2%", "threads, torch"))
+    assert all(word in printed for word in (LOG, ALL, NAIVE, "off, ms", "batch_size", "budget 2%", "F.linear"))
 
 
 def test_tracking_counts_records_and_closes_a_run(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,13 +167,14 @@ def test_a_view_that_fails_is_no_result(tmp_path: Path, tiny_file: Path) -> None
         tracking.timed_closing(tracking.load([tiny_file], tmp_path, batch_size=2, steps=4))
 
 
-def test_training_tells_when_the_loop_begins_and_when_a_step_is_done(
+def test_the_clock_printer_prints_when_the_loop_begins_and_when_a_step_is_done(
     tiny_argv: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = time.time()
-    assert startup.timed_training(tiny_argv("--max-iters", "1")) == 0
+    words = ("--max-iters", "1", "--callbacks", "benchmarks.callbacks:ClockPrinter")
+    assert train.main(tiny_argv(*words)) == 0
     lines = capsys.readouterr().out.splitlines()
-    loop, step = (float(line.split(startup.MARK)[1]) for line in lines if line.startswith(startup.MARK))
+    loop, step = (float(line.split(MARK)[1]) for line in lines if line.startswith(MARK))
     assert before < loop < step < time.time()
 
 
@@ -174,7 +183,7 @@ def test_startup_times_every_command_once_a_repeat(tmp_path: Path, monkeypatch: 
 
     def python(*words: str) -> str:
         commands.append(words[-1] if "--max-iters" not in words else "training")
-        return f"{startup.MARK} {time.time() + 3}\n{startup.MARK} {time.time() + 5}\n"
+        return f"{MARK} {time.time() + 3}\n{MARK} {time.time() + 5}\n"
 
     monkeypatch.setattr(startup, "run_python", python)
     seconds = startup.measure(2, tmp_path)
@@ -260,6 +269,15 @@ def test_crash_test_kills_resumes_and_compares(capsys: pytest.CaptureFixture[str
     assert "resumed                  2 of 2" in printed
     assert "differing weight bits    0" in printed
     assert re.search(r"checkpoints +0 damaged of \d+", printed)
+
+
+def test_the_machine_is_named_by_its_processor_and_what_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "cpu_generation", lambda: "Zen 9 (family 99, model 7)")
+    facts = common.machine_facts()
+    assert ", Zen 9 (family 99, model 7), " in facts
+    rates = re.search(r"float32 matrix product (\d+) GFLOP/s by F.linear, (\d+) by utils/nn/linear.py", facts)
+    assert rates
+    assert facts.endswith(f"{torch.get_num_threads()} threads, {rates.group()}, torch {torch.__version__}")
 
 
 def test_interleaving_measures_every_arm_once_a_repeat_in_turning_order() -> None:
@@ -447,7 +465,6 @@ def test_scaling_prints_a_table_and_draws_it(
     base = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 4, "batch_size": 2}
     monkeypatch.setattr(scaling, "BASE", base)
     monkeypatch.setattr(scaling, "VARIED", {axis: (base[axis], 2 * base[axis]) for axis in scaling.VARIED})
-    monkeypatch.setitem(limits.GEMM_SIZES, "cpu", (64,))
     out = tmp_path / "scaling.png"
     assert scaling.main(["--repeats", "1", "--steps", "1", "--warmup", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -18,260 +14,14 @@ import pytest
 import torch
 
 import data
-from data import BatchSampler, Corpus, CorpusError, load_corpus, read_corpus, sample_offsets
-from tokenizer import CharTokenizer
+from data import BatchSampler, Corpus, load_corpus, sample_offsets
+from tests.tiny_export import char_tokenizer
+from tokenizer import Tokenizer
 from utils.config.settings import DataConfig
-from utils.errors import UserError
+from utils.corpora import sources
+from utils.corpora.sources import CorpusError
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
-
-# ---------------------------------------------------------------------------- reading
-
-
-def test_pydocs_is_the_language_reference_of_this_python(tmp_path: Path) -> None:
-    text = read_corpus("pydocs", tmp_path)
-    assert 300_000 < len(text) < 1_000_000
-    assert topics["lambda"] in text
-    assert text == read_corpus("pydocs", tmp_path)
-
-
-def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    path.write_bytes("\ufeffZeile\r\nübergroß 😀".encode())
-    assert read_corpus(str(path), tmp_path) == "Zeile\r\nübergroß 😀"  # without the byte order mark
-
-
-def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
-    folder = tmp_path / "texts"
-    for name in ("b.txt", "a/z.md", "a/b.py", "c"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"[{name}]")
-    (folder / "picture.png").write_bytes(b"\x89PNG\0")
-    (folder / ".hidden.txt").write_text("hidden")
-    assert read_corpus(str(folder), tmp_path) == "[a/b.py]\n[a/z.md]\n[b.txt]\n[c]"
-
-
-@pytest.mark.parametrize("files", [[], ["picture.png"], [".hidden.txt"]])
-def test_a_folder_without_text_files_is_an_error(files: list[str], tmp_path: Path) -> None:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for name in files:
-        (folder / name).write_text("x")
-    with pytest.raises(CorpusError, match="texts: no text files"):
-        read_corpus(str(folder), tmp_path)
-
-
-@pytest.mark.parametrize("content", ["", " \n\t\n", "\ufeff"])
-def test_an_empty_corpus_is_an_error(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "empty.txt"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"empty\.txt: the corpus is empty"):
-        read_corpus(str(path), tmp_path)
-
-
-def test_a_binary_file_is_an_error_with_the_place(tmp_path: Path) -> None:
-    path = tmp_path / "program"
-    path.write_bytes(b"\x7fELF\x02\0\0")
-    with pytest.raises(CorpusError, match=r"program: a binary file \(NUL at byte 5\)"):
-        read_corpus(str(path), tmp_path)
-
-
-def test_a_file_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "latin1.txt"
-    path.write_bytes(b"one\ntwo\nna\xefve\n")
-    with pytest.raises(CorpusError, match=r"latin1\.txt:3: not UTF-8 text \(byte 10 is 0xef\)"):
-        read_corpus(str(path), tmp_path)
-
-
-def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "good.txt").write_text("good")
-    (folder / "bad.txt").write_bytes(b"\xff")
-    with pytest.raises(CorpusError, match=r"bad\.txt:1: not UTF-8"):
-        read_corpus(str(folder), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "hint"),
-    [
-        ("shakespere", "did you mean shakespeare?"),
-        ("pydoc", "did you mean pydocs?"),
-        ("no/such/file.txt", "expected pydocs, shakespeare or the path"),
-        ("x" * 300, "expected pydocs, shakespeare or the path"),  # longer than a file name may be
-        ("~no-such-user-here/text.txt", "no-such-user-here"),
-    ],
-)
-def test_an_unknown_dataset_is_an_error_with_what_there_is(dataset: str, hint: str, tmp_path: Path) -> None:
-    with pytest.raises(CorpusError) as caught:
-        read_corpus(dataset, tmp_path)
-    assert dataset in str(caught.value)
-    assert hint in str(caught.value)
-    assert isinstance(caught.value, UserError)
-
-
-READ_WITHOUT_RIGHTS = """
-import encodings.utf_8_sig, os, sys
-from pathlib import Path
-import data
-if os.geteuid() == 0:  # root may read everything: become nobody
-    os.setgroups([]), os.setgid(65534), os.setuid(65534)
-for dataset in sys.argv[1:]:
-    try:
-        print(repr(data.read_corpus(dataset, Path("corpora"))))
-    except data.CorpusError as error:
-        print(error)
-    except Exception as error:
-        print("not a CorpusError:", repr(error))
-"""
-
-
-@pytest.fixture(scope="module")
-def answers_without_rights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What read_corpus says of readable and unreadable places, in a process that is not root."""
-    folder = tmp_path_factory.mktemp("rights")
-    folder.chmod(0o755)
-    for name in ("readable.txt", "unreadable.txt", "closed/inside.txt", "open/unreadable/inside.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("text")
-    (folder / "open" / "readable.txt").write_text("text")
-    for name in ("unreadable.txt", "closed", "open/unreadable"):
-        (folder / name).chmod(0)
-    places = ["readable.txt", "unreadable.txt", "closed/inside.txt", "closed", "open"]
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{READ_WITHOUT_RIGHTS}", *places]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    for name in ("unreadable.txt", "closed", "open/unreadable"):
-        (folder / name).chmod(0o755)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(places, done.stdout.splitlines(), strict=True))
-
-
-def test_readable_text_is_read_without_rights(answers_without_rights: dict[str, str]) -> None:
-    assert answers_without_rights["readable.txt"] == "'text'"
-
-
-@pytest.mark.parametrize("place", ["unreadable.txt", "closed/inside.txt", "closed", "open"])
-def test_an_unreadable_place_is_an_error_that_says_so(answers_without_rights: dict[str, str], place: str) -> None:
-    answer = answers_without_rights[place]
-    assert answer.startswith(place)
-    assert answer.endswith("cannot be read: Permission denied")
-
-
-# ------------------------------------------------------------------------ shakespeare
-
-
-@pytest.fixture
-def small_play(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PLAY passes for Tiny Shakespeare."""
-    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
-
-
-@pytest.fixture
-def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: object, **_options: object) -> None:
-        raise AssertionError("a download was tried")
-
-    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
-
-
-@pytest.mark.usefixtures("small_play", "no_download")
-def test_shakespeare_comes_from_the_folder_in_workbench_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
-    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
-    assert read_corpus("shakespeare", tmp_path / "corpora") == PLAY.decode()
-    assert not (tmp_path / "corpora").exists()
-
-
-@pytest.mark.usefixtures("small_play", "no_download")
-def test_shakespeare_comes_from_the_corpora_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
-    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path / "nowhere"))
-    assert read_corpus("shakespeare", tmp_path) == PLAY.decode()
-
-
-@pytest.mark.usefixtures("no_download")
-def test_shakespeare_with_another_sha256_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
-    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
-    with pytest.raises(CorpusError, match=r"tinyshakespeare\.txt: not Tiny Shakespeare: sha256 .* not 86c4e6aa9db7"):
-        read_corpus("shakespeare", tmp_path / "corpora")
-
-
-class _Answer(http.server.BaseHTTPRequestHandler):
-    """Answers with the status, body and announced length of its server."""
-
-    def do_GET(self) -> None:
-        server = self.server
-        assert isinstance(server, LocalServer)
-        server.requests += 1
-        self.send_response(server.status)
-        self.send_header("Content-Length", str(len(server.body) + server.missing))
-        self.end_headers()
-        self.wfile.write(server.body)
-
-    def log_message(self, *_args: object) -> None:
-        pass
-
-
-class LocalServer(http.server.HTTPServer):
-    status, body, missing, requests = 200, PLAY, 0, 0
-
-
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
-    """A public home of Tiny Shakespeare on this machine."""
-    server = LocalServer(("127.0.0.1", 0), _Answer)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.delenv("WORKBENCH_DATA", raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(data, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.mark.usefixtures("small_play")
-def test_shakespeare_is_downloaded_once(home: LocalServer, tmp_path: Path) -> None:
-    corpora = tmp_path / "new" / "corpora"
-    assert [read_corpus("shakespeare", corpora) for _ in range(3)] == [PLAY.decode()] * 3
-    assert home.requests == 1
-    assert [path.name for path in corpora.iterdir()] == ["tinyshakespeare.txt"]
-
-
-def test_a_download_of_something_else_is_an_error_and_not_kept(home: LocalServer, tmp_path: Path) -> None:
-    home.body = b"<html>Please log in</html>"
-    with pytest.raises(CorpusError, match=r"127\.0\.0\.1.*not Tiny Shakespeare"):
-        read_corpus("shakespeare", tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("small_play")
-@pytest.mark.parametrize(("status", "missing"), [(404, 0), (500, 0), (200, 10)])
-def test_a_failed_download_says_what_to_do(home: LocalServer, status: int, missing: int, tmp_path: Path) -> None:
-    home.status, home.missing = status, missing
-    with pytest.raises(CorpusError, match=r"cannot be downloaded .*put tinyshakespeare\.txt into .*WORKBENCH_DATA"):
-        read_corpus("shakespeare", tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_a_connection_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("WORKBENCH_DATA", raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(data, "SHAKESPEARE_URL", "http://127.0.0.1:1/input.txt")  # nothing listens there
-    with pytest.raises(CorpusError, match=r"cannot be downloaded \(.*refused.*\); put tinyshakespeare\.txt into"):
-        read_corpus("shakespeare", tmp_path)
-
-
-@pytest.mark.usefixtures("small_play", "home")
-def test_a_download_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "corpora").write_text("a file where the folder should be")
-    with pytest.raises(CorpusError, match="corpora"):
-        read_corpus("shakespeare", tmp_path / "corpora")
-
 
 # ------------------------------------------------------------- token files and the split
 
@@ -281,14 +31,14 @@ def load(path: Path, corpora: Path, block_size: int = 8, **settings: object) -> 
 
 
 def token_file(corpora: Path) -> Path:
-    (path,) = (corpora / "encoded").iterdir()
+    (path,) = (corpora / "encoded").glob("*.uint*")
     return path
 
 
 def test_a_corpus_is_its_encoded_text(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
     corpus = load(tiny_corpus, tmp_path / "corpora")
     assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
-    assert corpus.tokenizer.vocabulary == sorted(set(tiny_text))
+    assert corpus.tokenizer.decode(range(corpus.tokenizer.vocab_size)) == "".join(sorted(set(tiny_text)))
     assert corpus.hash == hashlib.sha256(tiny_text.encode()).hexdigest()
     assert corpus.name == str(tiny_corpus)
 
@@ -331,7 +81,7 @@ def test_another_text_or_tokenizer_has_another_token_file(tiny_corpus: Path, tin
     load(tiny_corpus, corpora, unknown_token="\0")
     tiny_corpus.write_text(tiny_text.swapcase(), encoding="utf-8")
     load(tiny_corpus, corpora)
-    assert len(list((corpora / "encoded").iterdir())) == 3
+    assert len(list((corpora / "encoded").glob("*.uint16"))) == 3
 
 
 def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
@@ -370,6 +120,155 @@ def test_each_split_must_be_longer_than_block_size(
     with pytest.raises(CorpusError, match=rf"too short: its {split} split has .* of 100 tokens, .* at least 11"):
         load(tmp_path / "text", tmp_path, block_size, val_fraction=val_fraction)
     assert not (tmp_path / "encoded").exists()
+
+
+# ------------------------------------------------------------------ records of token files
+
+LONG_AGO = 1_000_000_000  # of an mtime: a file that has just changed might change again without another one
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every text file that is read, in order."""
+    paths: list[Path] = []
+    read = sources._read_bytes
+
+    def counted(path: Path) -> bytes:
+        paths.append(path)
+        return read(path)
+
+    monkeypatch.setattr(sources, "_read_bytes", counted)
+    return paths
+
+
+@pytest.fixture
+def settled_corpus(tiny_corpus: Path) -> Path:
+    os.utime(tiny_corpus, (LONG_AGO, LONG_AGO))
+    return tiny_corpus
+
+
+def records(corpora: Path) -> list[Path]:
+    return sorted((corpora / "encoded").glob("*.json"))
+
+
+def test_an_unchanged_corpus_is_neither_read_nor_hashed_again(
+    reads: list[Path], settled_corpus: Path, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(settled_corpus, tmp_path / "corpora")
+    monkeypatch.setattr(data, "build_tokenizer", None)
+    monkeypatch.setattr(data, "_encode", None)
+    again = load(settled_corpus, tmp_path / "corpora", block_size=16)
+    resumed = load_corpus(DataConfig(dataset=str(settled_corpus)), 8, tmp_path / "corpora", first.tokenizer)
+    assert reads == [settled_corpus]
+    for corpus in (again, resumed):
+        assert (corpus.hash, corpus.n_train) == (first.hash, first.n_train)
+        assert corpus.tokenizer.to_json() == first.tokenizer.to_json()
+        assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
+
+
+def test_a_corpus_that_is_still_young_is_read_again(reads: list[Path], tiny_corpus: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        load(tiny_corpus, tmp_path / "corpora")
+    assert len(reads) == 2
+    assert records(tmp_path / "corpora") == []
+
+
+@pytest.mark.parametrize("seconds", [-1, 1])
+def test_a_touched_corpus_is_read_again_and_keeps_its_hash(
+    seconds: int, reads: list[Path], settled_corpus: Path, tmp_path: Path
+) -> None:
+    first = load(settled_corpus, tmp_path / "corpora")
+    os.utime(settled_corpus, (LONG_AGO, LONG_AGO + seconds))
+    assert load(settled_corpus, tmp_path / "corpora").hash == first.hash
+    assert load(settled_corpus, tmp_path / "corpora").hash == first.hash
+    assert len(reads) == 2
+
+
+def test_a_changed_corpus_is_another_one(settled_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
+    first = load(settled_corpus, tmp_path / "corpora")
+    settled_corpus.write_text(tiny_text.replace("lazy", "idle"), encoding="utf-8")  # of the same size
+    os.utime(settled_corpus, (LONG_AGO, LONG_AGO + 1))
+    changed = load(settled_corpus, tmp_path / "corpora")
+    assert changed.hash != first.hash
+    assert "idle" in changed.tokenizer.decode(changed.tokens)
+
+
+def test_a_file_more_in_a_folder_is_seen(reads: list[Path], tiny_text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+
+    def add(name: str) -> None:
+        (folder / name).write_text(tiny_text, encoding="utf-8")
+        os.utime(folder / name, (LONG_AGO, LONG_AGO))
+
+    add("a.txt")
+    first = load(folder, tmp_path / "corpora")
+    assert load(folder, tmp_path / "corpora").hash == first.hash
+    assert len(reads) == 1
+    add("b.txt")
+    assert load(folder, tmp_path / "corpora").n_train > first.n_train
+
+
+DAMAGES = {
+    "no JSON": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[]",
+    "a key less": lambda text: text.replace('"n_tokens"', '"tokens"'),
+    "another hash": lambda text: text.replace('"corpus_hash": "', '"corpus_hash": "0'),
+    "no number": lambda text: text.replace('"n_tokens": ', '"n_tokens": "x", "y": '),
+    "another number of tokens": lambda text: text.replace('"n_tokens": ', '"n_tokens": 1'),
+    "another kind of tokenizer": lambda text: text.replace('"char"', '"bpe"'),
+    "another vocabulary": lambda text: text.replace('"q"', '"Q"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_with_a_damaged_record_the_corpus_is_read(
+    damage: Callable[[str], str], reads: list[Path], settled_corpus: Path, tiny_text: str, tmp_path: Path
+) -> None:
+    first = load(settled_corpus, tmp_path / "corpora")
+    for path in records(tmp_path / "corpora"):
+        text = damage(path.read_text(encoding="utf-8"))
+        assert text != path.read_text(encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
+    corpus = load(settled_corpus, tmp_path / "corpora")
+    assert len(reads) == 2
+    assert (corpus.hash, corpus.tokenizer.decode(corpus.tokens)) == (first.hash, tiny_text)
+
+
+@pytest.mark.parametrize("content", [None, b"\0\0"])
+def test_without_a_whole_token_file_the_corpus_is_read(
+    content: bytes | None, reads: list[Path], settled_corpus: Path, tiny_text: str, tmp_path: Path
+) -> None:
+    load(settled_corpus, tmp_path / "corpora")
+    path = token_file(tmp_path / "corpora")
+    path.unlink() if content is None else path.write_bytes(content)
+    corpus = load(settled_corpus, tmp_path / "corpora")
+    assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
+    assert len(reads) == 2
+
+
+def test_each_unknown_token_has_its_own_record(reads: list[Path], settled_corpus: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert load(settled_corpus, tmp_path / "corpora").tokenizer.special_tokens == {}
+        assert load(settled_corpus, tmp_path / "corpora", unknown_token="?").tokenizer.special_tokens != {}
+    assert len(reads) == 2
+
+
+def test_a_record_that_cannot_be_written_is_done_without(
+    settled_corpus: Path, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_record", full)
+    corpus = load(settled_corpus, tmp_path / "corpora")
+    assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
+
+
+def test_the_language_reference_is_not_imported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_corpus(DataConfig(), 8, tmp_path)
+    monkeypatch.setattr(sources, "_read_pydocs", None)
+    assert load_corpus(DataConfig(), 8, tmp_path).hash == first.hash
 
 
 # ---------------------------------------------------------------------------- batches
@@ -425,7 +324,7 @@ def test_seeds_and_streams_differ() -> None:
 
 def counting_corpus(n: int = 100, n_train: int = 80) -> Corpus:
     """Token i is i, so a batch shows where it was taken from."""
-    return Corpus("counting", "", CharTokenizer(map(chr, range(n))), np.arange(n, dtype=np.uint16), n_train)
+    return Corpus("counting", "", char_tokenizer(map(chr, range(n))), np.arange(n, dtype=np.uint16), n_train)
 
 
 def sampler(batch_size: int = 12, block_size: int = 8, seed: int = 5) -> BatchSampler:
@@ -529,14 +428,14 @@ def test_a_split_of_one_window_gives_that_window() -> None:
 # ------------------------------------------------------------------------ the tokenizer of a model
 
 
-def corpus_of(text: str, tmp_path: Path, tokenizer: CharTokenizer | None, **settings: str) -> Corpus:
+def corpus_of(text: str, tmp_path: Path, tokenizer: Tokenizer | None, **settings: str) -> Corpus:
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
     return load_corpus(DataConfig(dataset=str(path), **settings), 4, tmp_path / "corpora", tokenizer)
 
 
 def test_a_corpus_is_encoded_with_the_tokenizer_of_the_model(tmp_path: Path) -> None:
-    tokenizer = CharTokenizer("zyx cba")  # other ids than those of the corpus itself
+    tokenizer = char_tokenizer("zyx cba")  # other ids than those of the corpus itself
     corpus = corpus_of("abc cba " * 20, tmp_path, tokenizer)
     assert corpus.tokenizer is tokenizer
     assert corpus.tokens[:8].tolist() == [6, 5, 4, 3, 4, 5, 6, 3]
@@ -546,16 +445,16 @@ def test_a_corpus_is_encoded_with_the_tokenizer_of_the_model(tmp_path: Path) -> 
 def test_token_files_of_two_tokenizers_are_kept_apart(tmp_path: Path) -> None:
     text = "abc cba " * 20
     own = corpus_of(text, tmp_path, None)
-    other = corpus_of(text, tmp_path, CharTokenizer("zyx cba"))
+    other = corpus_of(text, tmp_path, char_tokenizer("zyx cba"))
     assert own.tokens[:4].tolist() == [1, 2, 3, 0]
     assert own.hash == other.hash
-    assert len(list((tmp_path / "corpora" / "encoded").iterdir())) == 2
-    assert corpus_of(text, tmp_path, CharTokenizer("zyx cba")).tokens[:4].tolist() == [6, 5, 4, 3]
+    assert len(list((tmp_path / "corpora" / "encoded").glob("*.uint16"))) == 2
+    assert corpus_of(text, tmp_path, char_tokenizer("zyx cba")).tokens[:4].tolist() == [6, 5, 4, 3]
 
 
 def test_characters_that_the_model_does_not_know_are_named_with_the_flag_that_helps(tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
-        corpus_of("abcü é🙂 " * 20, tmp_path, CharTokenizer("abc "))
+        corpus_of("abcü é🙂 " * 20, tmp_path, char_tokenizer("abc "))
     assert str(caught.value) == (
         f"{tmp_path / 'text.txt'}: has 3 characters that the vocabulary of the model (4 characters) lacks: "
         "'é', 'ü', '🙂'; --unknown-token ' ' reads each of them as ' '"
@@ -565,23 +464,23 @@ def test_characters_that_the_model_does_not_know_are_named_with_the_flag_that_he
 
 def test_of_many_unknown_characters_eight_are_shown(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"has 9 characters .*lacks: 'b', .*'i', \.\.\.; --unknown-token 'a' reads"):
-        corpus_of("abcdefghij" * 20, tmp_path, CharTokenizer("a"))
+        corpus_of("abcdefghij" * 20, tmp_path, char_tokenizer("a"))
 
 
 def test_an_unknown_token_of_the_vocabulary_stands_for_all_others(tmp_path: Path) -> None:
-    tokenizer = CharTokenizer("abc ")
+    tokenizer = char_tokenizer("abc ")
     corpus = corpus_of("abcü" * 20, tmp_path, tokenizer, unknown_token=" ")
     assert corpus.tokens[:4].tolist() == [0, 1, 2, 3]
-    assert (corpus.tokenizer.vocabulary, corpus.tokenizer.unknown_token) == (["a", "b", "c", " "], " ")
-    assert tokenizer.unknown_token is None  # that of the parent is as it was
+    assert corpus.tokenizer.to_json() == char_tokenizer("abc ", " ").to_json()
+    assert tokenizer.special_tokens == {}  # that of the parent is as it was
 
 
 def test_the_vocabulary_of_a_model_does_not_grow(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"--unknown-token '\?' is not among the 4 characters of the model"):
-        corpus_of("abc " * 20, tmp_path, CharTokenizer("abc "), unknown_token="?")
+        corpus_of("abc " * 20, tmp_path, char_tokenizer("abc "), unknown_token="?")
 
 
 def test_the_unknown_token_that_the_model_has_already_is_used(tmp_path: Path) -> None:
-    corpus = corpus_of("abcü" * 20, tmp_path, CharTokenizer("abc", "?"))
+    corpus = corpus_of("abcü" * 20, tmp_path, char_tokenizer("abc", "?"))
     assert corpus.tokens[:4].tolist() == [0, 1, 2, 3]
-    assert corpus.tokenizer.unknown_token == "?"
+    assert corpus.tokenizer.special_tokens == {"unknown": 3}

@@ -143,7 +143,7 @@ def test_show_is_one_screen(ask: Ask, runs: Path) -> None:
 
 def test_show_of_a_run_that_is_not_there_names_the_nearest(ask: Ask) -> None:
     assert "did you mean fast?" in ask("show", "fats", status=2)
-    assert "20260101_000000_half is no run: an empty folder" in ask("show", "20260101_000000_half", status=2)
+    assert "20260101_000000_half is not a run: an empty folder" in ask("show", "20260101_000000_half", status=2)
     assert "schema_version 99" in ask("show", "20260102_000000_newer")  # what is known of it is shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import io
 import json
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 
 import inference
-from tests.tiny_export import BLOCK_SIZE, TOKENIZER, save_tiny_run
-from tokenizer import CharTokenizer
+from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_run
+from utils.config.settings import InferenceConfig
 from utils.inference.generator import Generator, Request
 from utils.inference.interactive import OFF, SETTINGS
 from utils.inference.sampling import SamplingOptions
 
 Main = Callable[..., int]
+QA = ("--mode", "qa", "--qa-template", "Q: {question}?\nA: ", "--qa-stop", "s")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,15 @@ def test_the_text_ends_before_a_stop_string_with_a_line_break(
     assert capsys.readouterr().out == "ab" + whole.partition("\n")[0] + "\n"
 
 
+def test_defaults_come_from_the_configuration(
+    run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text("inference:\n  temperature: 1.5\n  top_k: 9\n")
+    assert run_inference("--prompt", "ab", "--config", tmp_path / "a.yaml", "--top-k", "none") == 0
+    options = SamplingOptions(temperature=1.5)
+    assert capsys.readouterr().out == "ab" + generator.generate("ab", Request(20, options)).text + "\n"
+
+
 def test_samples_draw_from_the_next_seeds(
     run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +111,7 @@ def test_weights_may_be_smaller(words: list[str], run_inference: Main, capsys: p
 
 def test_a_prompt_longer_than_the_context_is_told(run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_inference("--prompt", "a" * (BLOCK_SIZE + 1)) == 0
-    assert capsys.readouterr().err == "note: of the 17 tokens of the prompt the model sees the last 16\n"
+    assert capsys.readouterr().err == "note: the model sees only the last 16 of the prompt's 17 tokens\n"
 
 
 class Ascii:
@@ -141,12 +152,11 @@ def test_speeds_are_told_after_the_text(
 def test_an_answer_is_printed_without_its_question(
     run_inference: Main, capsys: pytest.CaptureFixture[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking = inference.TrackingConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
-    monkeypatch.setattr(inference, "configured", lambda: tracking)
-    generator = Generator.from_export(runs / "tiny" / "artifacts" / "export", tracking=tracking)
+    settings = InferenceConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
+    generator = Generator.from_export(runs / "tiny" / "artifacts" / "export", settings=settings)
     answer = generator.generate_qa("why", Request(20))
     assert answer.finish == "stop"
-    assert run_inference("--mode", "qa", "--prompt", "why") == 0
+    assert run_inference("--prompt", "why", *QA) == 0
     assert capsys.readouterr().out == answer.text + "\n"
 
 
@@ -201,7 +211,7 @@ def test_without_a_stdout_nothing_fails(run_inference: Main, monkeypatch: pytest
 
 
 def test_a_prompt_may_look_like_a_flag(run_inference: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    save_tiny_run(tmp_path, "dashed", CharTokenizer("ab -_"))
+    save_tiny_run(tmp_path, "dashed", char_tokenizer("ab -_"))
     words = ["dashed", "--runs-dir", str(tmp_path), "--max_new_tokens", "5"]
     assert inference.main([*words, "--prompt", "-- a_b"]) == 0
     assert capsys.readouterr().out.startswith("-- a_b")
@@ -212,7 +222,7 @@ def test_a_prompt_may_look_like_a_flag(run_inference: Main, capsys: pytest.Captu
 def test_a_terminal_gets_no_control_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_tiny_run(tmp_path, "wild", CharTokenizer("a\x1b"))
+    save_tiny_run(tmp_path, "wild", char_tokenizer("a\x1b"))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert inference.main(["wild", "--runs-dir", str(tmp_path), "--prompt", "aaa"]) == 0
     out = capsys.readouterr().out
@@ -279,11 +289,9 @@ def test_without_out_the_lines_go_to_stdout(
     assert captured.err == ""
 
 
-def test_questions_of_a_file_are_asked(run_inference: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = inference.TrackingConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
-    monkeypatch.setattr(inference, "configured", lambda: tracking)
+def test_questions_of_a_file_are_asked(run_inference: Main, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("why\n")
-    assert run_inference("--prompt-file", tmp_path / "prompts.txt", "--mode", "qa", "--out", tmp_path / "out") == 0
+    assert run_inference("--prompt-file", tmp_path / "prompts.txt", *QA, "--out", tmp_path / "out") == 0
     (line,) = read_lines(tmp_path / "out")
     assert (line["prompt"], line["finish"]) == ("why", "stop")
     assert "s" not in line["completion"]
@@ -294,7 +302,7 @@ def test_a_batch_says_of_how_many_prompts_only_the_end_is_seen(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("ab\n" + "a" * 17 + "\n" + "b" * 40)
     assert run_inference("--prompt-file", tmp_path / "prompts.txt") == 0
-    assert capsys.readouterr().err == "note: of 2 longer prompts the model sees the last 16 tokens\n"
+    assert capsys.readouterr().err == "note: the model sees only the last 16 tokens of 2 prompts\n"
 
 
 @pytest.mark.parametrize(
@@ -506,13 +514,12 @@ def test_ctrl_c_stops_a_generation_and_not_the_loop(
 
 
 def test_a_conversation_of_questions(converse: Converse, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = inference.TrackingConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
-    monkeypatch.setattr(inference, "configured", lambda: tracking)
-    generator = Generator.from_export(runs / "tiny" / "artifacts" / "export", tracking=tracking)
+    settings = InferenceConfig(qa_template="Q: {question}?\nA: ", qa_stop="s")
+    generator = Generator.from_export(runs / "tiny" / "artifacts" / "export", settings=settings)
     first = generator.generate_qa("why", Request(20))
     prompt = f"{first.prompt}{first.text}sQ: how?\nA: "
     second = generator.generate(prompt, generator.qa_request(Request(20, seed=1338)))
-    out, _ = converse("why", "", "how", words=("--mode", "qa"))
+    out, _ = converse("why", "", "how", words=QA)
     assert out == f"{first.text}\n{second.text}\n"
 
 
@@ -541,20 +548,23 @@ def test_lines_from_a_pipe_that_are_no_text(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--temperature", "-1"], "temperature must be"),
-        (["--temperature", "nan"], "temperature must be"),
-        (["--top-k", "0"], "top-k must be at least 1, not 0"),
-        (["--top-p", "0"], "top-p must be"),
-        (["--min-p", "2"], "min-p must be"),
-        (["--repetition-penalty", "0"], "repetition-penalty must be"),
-        (["--samples", "1000000000000000"], "--samples must be from 1 to 1,000,000"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be from 1 to 1,000,000, not 0"),
-        (["--samples", "0"], "--samples must be from 1"),
-        (["--batch-size", "-1"], "--batch-size must be from 1"),
+        (["--temperature=-1"], "--temperature: expected number >= 0 and <= 1000000, got '-1'"),
+        (["--temperature", "nan"], "--temperature: expected number"),
+        (["--top-k", "0"], "--top-k: expected integer >= 1 or none, got '0'"),
+        (["--top-p", "0"], "--top-p: expected number > 0 and <= 1 or none, got '0'"),
+        (["--min-p", "2"], "--min-p: expected number"),
+        (["--repetition-penalty", "0"], "--repetition-penalty: expected number"),
+        (["--samples", "1000000000000000"], "--samples: expected a whole number from 1 to 1,000,000, got '1000"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: expected integer >= 1 and <= 1000000, got '0'"),
+        (["--samples", "0"], "--samples: expected a whole number from 1"),
+        (["--batch-size=-1"], "--batch-size: expected a whole number from 1"),
         (["--seed", "-1"], "seed must be"),
         (["--ban", "€"], "ban '€': character '€'"),
         (["--ban", ""], "ban: expected text"),
-        (["--ban", "".join(TOKENIZER.vocabulary)], "all 35 tokens of the vocabulary are banned"),
+        (
+            ["--ban", "".join(TOKENIZER.decode(range(TOKENIZER.vocab_size)))],
+            "all 35 tokens of the vocabulary are banned",
+        ),
         (["--stop", "x€"], "stop 'x€': character '€' (U+20AC) at position 1"),
         (["--stop", ""], "stop: expected text"),
         (["--prompt", "a€"], "character '€' (U+20AC) at position 1"),
@@ -564,9 +574,9 @@ def test_lines_from_a_pipe_that_are_no_text(
         (["--weights", "bfloat16", "--quantize", "int8"], "not allowed with argument"),
         (["--prompt", "a", "--interactive"], "not allowed with argument --prompt"),
         (["--prompt", "a", "--prompt-file", "x"], "not allowed with argument --prompt"),
-        (["--out", "x"], "--out is for the completions of --prompt-file"),
+        (["--out", "x"], "--out cannot go with one RUN; it goes with: --prompt-file"),
         (["--interactive", "--samples", "2"], "--samples cannot go with --interactive"),
-        (["--html", "x.html"], "--html compares several RUNs"),
+        (["--html", "x.html"], "--html cannot go with one RUN; it goes with: several RUNs"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: cannot be read: No such file or directory"),
         (["--mode", "qa", "--prompt", "€"], "character '€' (U+20AC) at position 0"),
     ],
@@ -656,12 +666,15 @@ def test_a_run_is_described(two_runs: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["one", "--html", "page.html"], "--html compares several RUNs"),
-        (["one", "--logprobs"], "--logprobs compares several RUNs"),
-        (["one", "two", "--stats"], "--stats is for one RUN; --prompt, --score and --show-info compare several"),
+        (["one", "--html", "page.html"], "--html cannot go with one RUN; it goes with: several RUNs"),
+        (["one", "--logprobs"], "--logprobs cannot go with one RUN; it goes with: several RUNs"),
         (
-            ["one", "--score", "s.txt", "--temperature", "-1", "--stats"],
-            "--temperature and --stats cannot go with --score",
+            ["one", "two", "--stats"],
+            "--stats cannot go with several RUNs; it goes with: one RUN, --prompt-file, --interactive",
+        ),
+        (
+            ["one", "--score", "s.txt", "--temperature", "1"],
+            "--temperature cannot go with --score; it goes with: one RUN, several RUNs, --prompt-file, --interactive",
         ),
         (["one", "two", "--show-info", "--html", "x.html"], "--html cannot go with --show-info"),
         (["one", "--show-info", "--quantize", "int8"], "--quantize cannot go with --show-info"),
@@ -678,3 +691,10 @@ def test_what_does_not_go_together_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_every_option_is_of_some_mode_or_of_all() -> None:
+    parser = argparse.ArgumentParser()
+    inference.add_arguments(parser)
+    flags = {action.dest for action in parser._actions} | InferenceConfig.model_fields.keys()
+    assert flags == inference.OPTIONS | {"help", "runs", "device", "runs_dir"} | inference.MODES.keys() - {"compare"}

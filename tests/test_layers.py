@@ -17,7 +17,7 @@ ORDER = [
     "tokenizer",
     "machine checkpoints",
     "nn",
-    "terminal runs",
+    "terminal runs corpora",
     "model data tracking",
     "optim inference",
     "profiling training",
@@ -27,7 +27,7 @@ ORDER = [
 ][1:-1]  # from the bottom up; a line may import from itself and from the lines above it
 FLOOR_OF = {place: floor for floor, places in enumerate(ORDER) for place in places.split()}
 WITHOUT_TORCH = (
-    *("errors", "files", "config", "terminal", "runs", "experiments"),
+    *("errors", "files", "config", "terminal", "runs", "corpora", "experiments"),
     *("checkpoints.folder", "machine.process", "machine.signals", "training.early_stopping"),
     *("profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
 )

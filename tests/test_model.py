@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from model import KVCache, LanguageModel
-from utils.config.settings import ModelConfig
+from model import MLPS, NORMS, KVCache, LanguageModel
+from utils.config.settings import FFN_WIDTHS, ModelConfig
 
 VOCAB = 11
 CPU = torch.device("cpu")
@@ -163,6 +163,13 @@ def reference_mlp(weights: Mapping[str, torch.Tensor], config: ModelConfig, x: t
     else:
         hidden = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
     return reference_linear(hidden, weights, "mlp.proj")
+
+
+def test_every_kind_in_the_configuration_is_registered() -> None:
+    fields = ModelConfig.model_fields
+    assert set(get_args(fields["mlp"].annotation)) == MLPS.keys()
+    assert set(get_args(fields["norm"].annotation)) == NORMS.keys()
+    assert FFN_WIDTHS.keys() <= MLPS.keys()
 
 
 @every_variant

@@ -29,6 +29,8 @@ def recipe(name: str) -> str:
         ("metric", [], "val/perplexity"),
         ("optimizer", ["--optimizer-name", "sgd"], "val/loss"),
         ("schedule", ["--schedule", "sqrt"], "lr"),
+        ("mlp", ["--mlp", "bilinear"], "val/loss"),
+        ("norm", ["--norm", "l2norm", "--qk-norm"], "val/loss"),
     ],
 )
 def test_a_recipe_works(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from data import read_corpus
+from utils.corpora.sources import read_corpus
 from utils.runs.log import read_metrics, read_records
 from utils.runs.run import read_record
 

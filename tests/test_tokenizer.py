@@ -1,46 +1,55 @@
-"""The character tokenizer: round trips, files, and the errors of both."""
+"""Tokenizers: round trips, files, their errors, and a second kind that goes through the whole workbench."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from tokenizer import CharTokenizer, TokenizerError
+from tokenizer import KINDS, CharTokenizer, Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
+from utils.config.settings import Config, DataConfig
 from utils.errors import UserError
 
 TEXTS = ["a", "hello world\n", "tab\tnul\x00\r\n", "übergrößenträger", "кириллица и 漢字", "astral 😀 and 𝔊𝔬𝔱𝔥𝔦𝔠 🏴"]
 
 
+def from_text(text: str, unknown_token: str | None = None) -> CharTokenizer:
+    tokenizer = build_tokenizer(DataConfig(unknown_token=unknown_token), [text])
+    assert isinstance(tokenizer, CharTokenizer)
+    return tokenizer
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_decode_undoes_encode(text: str) -> None:
-    tokenizer = CharTokenizer.from_text(text)
+    tokenizer = from_text(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_ids_are_places_in_code_point_order() -> None:
-    tokenizer = CharTokenizer.from_text("cab😀a\n")
+    tokenizer = from_text("cab😀a\n")
     assert tokenizer.vocabulary == ["\n", "a", "b", "c", "😀"]
     assert tokenizer.vocab_size == 5
     assert tokenizer.encode("abc😀\n") == [1, 2, 3, 4, 0]
 
 
 def test_an_astral_character_is_one_token() -> None:
-    assert len(CharTokenizer.from_text("😀😀x").encode("😀x😀")) == 3
+    assert len(from_text("😀😀x").encode("😀x😀")) == 3
 
 
 def test_encode_array_holds_the_ids_of_encode() -> None:
-    tokenizer = CharTokenizer.from_text("hello wörld")
+    tokenizer = from_text("hello wörld")
     ids = tokenizer.encode_array("hello")
     assert (ids.shape, ids.dtype) == ((5,), np.dtype(np.int64))
     assert ids.tolist() == tokenizer.encode("hello")
 
 
 def test_an_empty_text_has_no_tokens() -> None:
-    tokenizer = CharTokenizer.from_text("ab")
+    tokenizer = from_text("ab")
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == ""
 
@@ -59,22 +68,22 @@ def test_unknown_character_is_named_with_its_position(
 ) -> None:
     pattern = rf"character {character} \({code_point.replace('U+', 'U[+]')}\) at position {position} "
     with pytest.raises(TokenizerError, match=pattern):
-        CharTokenizer.from_text("ab").encode(text)
+        from_text("ab").encode(text)
 
 
 def test_unknown_position_counts_characters_not_bytes() -> None:
     with pytest.raises(TokenizerError, match="position 3 "):
-        CharTokenizer.from_text("😀ü").encode("😀ü😀x")
+        from_text("😀ü").encode("😀ü😀x")
 
 
 def test_unknown_token_stands_for_all_other_characters() -> None:
-    tokenizer = CharTokenizer.from_text("abc", unknown_token="?")
+    tokenizer = from_text("abc", "?")
     assert tokenizer.vocabulary == ["a", "b", "c", "?"]
     assert tokenizer.decode(tokenizer.encode("aXb\x01😀")) == "a?b??"
 
 
 def test_unknown_token_of_the_text_keeps_its_place() -> None:
-    tokenizer = CharTokenizer.from_text("a?z", unknown_token="?")
+    tokenizer = from_text("a?z", "?")
     assert tokenizer.vocabulary == ["?", "a", "z"]
     assert tokenizer.encode("b") == [0]
 
@@ -98,15 +107,15 @@ def test_an_id_outside_the_vocabulary_is_refused(token: int) -> None:
 @pytest.mark.parametrize("unknown", [None, "?", "a"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_load_gives_back_what_was_saved(text: str, unknown: str | None, tmp_path: Path) -> None:
-    tokenizer = CharTokenizer.from_text(text, unknown)
+    tokenizer = from_text(text, unknown)
     tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = CharTokenizer.load(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert loaded.to_json() == tokenizer.to_json()
     assert loaded.encode(text) == tokenizer.encode(text)
 
 
 def test_hash_is_equal_for_equal_ids_and_differs_otherwise() -> None:
-    assert CharTokenizer.from_text("abc").hash() == CharTokenizer.from_text("cbaabc").hash()
+    assert from_text("abc").hash() == from_text("cbaabc").hash()
     different = [CharTokenizer("abc"), CharTokenizer("acb"), CharTokenizer("abcd"), CharTokenizer("abc", "c")]
     assert len({tokenizer.hash() for tokenizer in different}) == len(different)
 
@@ -135,7 +144,7 @@ def test_a_damaged_file_is_one_error_that_names_it(content: str, tmp_path: Path)
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(TokenizerError) as caught:
-        CharTokenizer.load(path)
+        load_tokenizer(path)
     assert str(path) in str(caught.value)
     assert isinstance(caught.value, UserError)
 
@@ -144,9 +153,135 @@ def test_a_file_that_is_not_utf8_is_an_error_that_names_it(tmp_path: Path) -> No
     path = tmp_path / "tokenizer.json"
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: damaged"):
-        CharTokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"nowhere\.json: no tokenizer file"):
-        CharTokenizer.load(tmp_path / "nowhere.json")
+        load_tokenizer(tmp_path / "nowhere.json")
+
+
+def test_special_tokens_are_named() -> None:
+    assert from_text("abc").special_tokens == {}
+    assert from_text("abc", "?").special_tokens == {"unknown": 3}
+
+
+def test_bytes_of_tokens_are_those_of_their_text() -> None:
+    tokenizer = from_text("aü😀\ud800")
+    assert tokenizer.decode_bytes(tokenizer.encode("ü😀a")) == "ü😀a".encode()
+    assert tokenizer.decode_bytes(tokenizer.encode("\ud800")) == b"\xed\xa0\x80"
+
+
+def test_a_tokenizer_is_built_from_several_texts() -> None:
+    assert build_tokenizer(DataConfig(), ["ba", "", "cb"]).to_json() == from_text("abc").to_json()
+
+
+# -------------------------------------------------------------------------- a second kind
+
+
+class PairTokenizer(Tokenizer):
+    """Every character, and every two of them that stand side by side at an even place, is a token."""
+
+    kind = "pair"
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces = pieces
+
+    @classmethod
+    def build(cls, config: DataConfig, texts: Iterable[str]) -> PairTokenizer:
+        pieces = {
+            piece for text in texts for i in range(0, len(text), 2) for piece in (text[i : i + 2], *text[i : i + 2])
+        }
+        return cls(sorted(pieces))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {}
+
+    def encode_array(self, text: str) -> np.ndarray:
+        ids, place = [], 0
+        while place < len(text):
+            piece = text[place : place + 2] if text[place : place + 2] in self.pieces else text[place]
+            if piece not in self.pieces:
+                raise TokenizerError(f"{piece!r} has no token")
+            ids.append(self.pieces.index(piece))
+            place += len(piece)
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.pieces[int(token)] for token in ids)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.decode(ids).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.kind, "version": 1, "pieces": self.pieces}
+
+    @classmethod
+    def from_json(cls, data: Any) -> PairTokenizer:
+        return cls(data["pieces"])
+
+
+@pytest.fixture
+def pair_run(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of two steps whose tokens are mostly two characters long."""
+    from train import train
+
+    monkeypatch.setitem(KINDS, "pair", PairTokenizer)
+    config = Config.model_validate(
+        {
+            "data": {"dataset": str(tiny_corpus), "corpora_dir": str(tmp_path / "corpora")},
+            "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8},
+            "train": {"batch_size": 4, "max_iters": 2, "eval_iters": 1, "threads": 1},
+            "tracking": {"runs_dir": str(tmp_path / "runs"), "sample_tokens": 4, "sample_prompt": "line"},
+        }
+    )
+    data = config.data.model_copy(update={"tokenizer": "pair"})  # which no setting may be yet
+    train(config.model_copy(update={"data": data}), quiet=True)
+    (run,) = (tmp_path / "runs").iterdir()
+    return run
+
+
+def test_a_second_kind_of_tokenizer_is_trained_generates_and_scores(pair_run: Path, tiny_text: str) -> None:
+    from utils.inference.generator import Generator, Request
+
+    tokenizer = load_tokenizer(pair_run / "meta" / "tokenizer.json")
+    assert isinstance(tokenizer, PairTokenizer)
+    record = json.loads((pair_run / "run.json").read_text())
+    n_tokens = len(tokenizer.encode(tiny_text))
+    assert n_tokens < 0.6 * len(tiny_text)
+    assert record["resolved"]["train_tokens"] + record["resolved"]["val_tokens"] == n_tokens
+    assert record["resolved"]["vocab_size"] == tokenizer.vocab_size
+    generator = Generator.from_export(pair_run / "artifacts" / "export")
+    completion = generator.generate("line 1", Request(12))
+    assert len(completion.tokens) == 12 < len(completion.text) == len(tokenizer.decode(completion.tokens))
+    assert "".join(generator.stream("line 1", Request(12))) == completion.text
+    score = generator.score("line 1")
+    assert (score.tokens, score.bytes) == (2, 4)  # "li" is not predicted, "ne" and " 1" are
+
+
+def test_the_tokens_of_a_stop_string_are_struck_out_whatever_their_length(pair_run: Path) -> None:
+    from utils.inference.generator import Completion
+    from utils.inference.page import completion_page
+    from utils.inference.side_by_side import RunCompletions
+
+    tokenizer = load_tokenizer(pair_run / "meta" / "tokenizer.json")
+    tokens = tokenizer.encode("line 1")
+    completion = Completion("", "line", tokens, [-1.0] * len(tokens), "stop", 7)
+    page = completion_page([RunCompletions("pairs", 1.5, [completion], tokenizer)])
+    assert [" stop" in words for words in re.findall(r'<span class="(t p\d[^"]*)" title', page)] == [False, False, True]
+
+
+def test_no_module_names_a_kind_of_tokenizer() -> None:
+    root = Path(__file__).resolve().parents[1]
+    files = [*root.glob("*.py"), *root.glob("utils/**/*.py"), *root.glob("benchmarks/*.py")]
+    naming = {path.name for path in files for kind in KINDS.values() if kind.__name__ in path.read_text()}
+    assert naming == {"tokenizer.py"}
+
+
+def test_the_setting_tokenizer_offers_every_kind() -> None:
+    assert set(get_args(DataConfig.model_fields["tokenizer"].annotation)) == KINDS.keys()

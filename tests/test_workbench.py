@@ -213,6 +213,9 @@ def test_fit_takes_over_the_weights_of_its_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
     assert len(list(model.parameters())) == len(list(trained.parameters())) > 20
     assert (model.training, model.tokenizer.hash()) == (False, tokenizer.hash())
+    request = workbench.Request(max_new_tokens=5)
+    texts = [workbench.Generator(m, tokenizer).generate("The ", request).text for m in (model, trained)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("kind", ["text", "path", "config", "mapping"])

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer, tokenizer_from_json
 from utils.config.settings import ModelConfig
 from utils.inference.export import save_export
 
-TOKENIZER = CharTokenizer(" \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
+
+def char_tokenizer(vocabulary: Iterable[str], unknown_token: str | None = None) -> Tokenizer:
+    """A character tokenizer with ids in the order of `vocabulary`."""
+    vocabulary = list(vocabulary)
+    if unknown_token is not None and unknown_token not in vocabulary:
+        vocabulary.append(unknown_token)
+    form = {"type": "char", "version": 1, "vocabulary": vocabulary, "unknown_token": unknown_token}
+    return tokenizer_from_json(form, "a test")
+
+
+TOKENIZER = char_tokenizer(" \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 BLOCK_SIZE = 16
 
 
-def tiny_model(tokenizer: CharTokenizer = TOKENIZER, **settings: Any) -> LanguageModel:
+def tiny_model(tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> LanguageModel:
     """In eval mode; weights large enough that the tokens depend on the whole context."""
     torch.manual_seed(0)
     tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK_SIZE, "position": "rope"}
@@ -28,7 +39,7 @@ def tiny_model(tokenizer: CharTokenizer = TOKENIZER, **settings: Any) -> Languag
     return model.eval()
 
 
-def save_tiny_run(runs_dir: Path, name: str, tokenizer: CharTokenizer = TOKENIZER, **settings: Any) -> Path:
+def save_tiny_run(runs_dir: Path, name: str, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Path:
     """The run directory."""
     run = runs_dir / name
     run.mkdir(parents=True)

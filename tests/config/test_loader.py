@@ -271,6 +271,22 @@ def test_dumped_config_reloads_as_the_same_experiment(project: Path, write: Writ
     assert loaded.source("seed").startswith("full_config.json:")
 
 
+@pytest.mark.parametrize("words", ["tracking:\n  qa_stop: a\n", "tracking:\n  qa_template: '{question}'\n"])
+def test_a_setting_that_has_moved_is_an_error_with_its_section(write: Write, project: Path, words: str) -> None:
+    key = words.split()[1].rstrip(":")
+    assert f"a.yaml:2: {key} belongs to section inference, not tracking" in refusal(project, write("a.yaml", words))
+
+
+def test_the_recorded_configuration_of_an_older_run_may_have_settings_in_their_old_section(
+    write: Write, project: Path
+) -> None:
+    full = write("full_config.json", json.dumps({"tracking": {"qa_stop": "a", "note": "b"}, "seed": 7}))
+    for loaded in (ConfigLoader(project).load([full]), ConfigLoader(project).load_only(full)):
+        assert (loaded.config.inference.qa_stop, loaded.config.tracking.note, loaded.config.train.seed) == ("a", "b", 7)
+    wrong = write("full_config.json", json.dumps({"train": {"qa_stop": "a"}}))
+    assert "qa_stop belongs to section inference, not train" in refusal(project, wrong)
+
+
 def test_a_config_made_in_code_says_so() -> None:
     loaded = LoadedConfig.from_config(Config(model=ModelConfig(n_layer=2), train=TrainConfig(max_iters=None, epochs=1)))
     assert loaded.source("n_layer") == "code"

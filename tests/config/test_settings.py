@@ -21,7 +21,7 @@ from utils.config.fields import (
     iter_fields,
     json_schema,
 )
-from utils.config.settings import Config, OptimizerConfig, check_tag, warmup_steps
+from utils.config.settings import Config, InferenceConfig, OptimizerConfig, check_tag, warmup_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +59,7 @@ def test_leaf_names_are_unique_and_differ_from_section_names() -> None:
     keys = [key for _, key, _ in iter_fields()]
     assert len(keys) == len(set(keys)) == len(FIELDS)
     assert not set(keys) & set(SECTIONS)
-    assert list(SECTIONS) == ["data", "model", "optimizer", "train", "tracking"]
+    assert list(SECTIONS) == ["data", "model", "optimizer", "train", "tracking", "inference"]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ def test_leaf_names_are_unique_and_differ_from_section_names() -> None:
         *((key, "trajectory") for key in ("seed", "n_embd", "learning_rate", "dataset", "dtype", "device", "threads")),
         *((key, "trajectory") for key in ("eval_interval", "eval_iters", "batch_size", "dropout", "deterministic")),
         *((key, "observation") for key in ("log_interval", "histogram_interval", "run_tag", "aim_logging", "note")),
+        *((key, "observation") for key in InferenceConfig.model_fields),
         *((key, "machine") for key in ("runs_dir", "corpora_dir", "aim_repo")),
     ],
 )
@@ -106,6 +107,12 @@ def test_kind_says_whether_a_setting_changes_the_numbers(key: str, kind: str) ->
         ("seed", [0, 2**63 - 1], [-1, 2**63]),
         ("threads", [1, None], [0, 1025]),
         ("log_interval", [1], [0]),
+        ("max_new_tokens", [1, 1_000_000], [0, 1_000_001]),
+        ("temperature", [0, 1_000_000], [-0.1, 1_000_001]),
+        ("top_k", [1, None], [0]),
+        ("top_p", [0.001, 1, None], [0, 1.1]),
+        ("min_p", [0, 1, None], [-0.1, 1.1]),
+        ("repetition_penalty", [0.001, 1000], [0, 1001]),
         ("flush_interval", [1], [0]),
         ("histogram_interval", [0], [-1]),
         ("sample_tokens", [0], [-1]),

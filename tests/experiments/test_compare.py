@@ -15,14 +15,15 @@ import pytest
 from fake_runs import indexed, make_run, training_records, write
 
 from utils.errors import UserError
-from utils.experiments.compare import Curve, Group, compare, judge, metric_direction, read_curve
+from utils.experiments.compare import SeedGroup, compare, judge, metric_direction
+from utils.experiments.curve import Curve, read_curve
 from utils.runs.index import IndexedRun, read_run
 
 
-def group(values: Iterable[float], name: str = "a") -> Group:
+def group(values: Iterable[float], name: str = "a") -> SeedGroup:
     finals = tuple(float(value) for value in values)
     deviation = statistics.stdev(finals) if len(finals) > 1 and all(map(math.isfinite, finals)) else None
-    return Group(name, (), finals, statistics.fmean(finals) if finals else None, deviation)
+    return SeedGroup(name, (), finals, statistics.fmean(finals) if finals else None, deviation)
 
 
 def seeds(runs_dir: Path, tag: str, finals: Sequence[Any], **facts: Any) -> list[IndexedRun]:
@@ -199,7 +200,7 @@ def test_a_run_that_did_not_complete_has_no_result(runs_dir: Path) -> None:
     failed = indexed(runs_dir, "f", status="failed", settings={"seed": 9}, metrics=training_records([9.0, 5.0]))
     comparison = compare([*complete, failed])
     assert comparison.groups[0].finals == (1.0, 2.0)
-    assert comparison.left_out == ["f: failed, so its last value is no result"]
+    assert comparison.left_out == ["f: failed, so its last value is not a result"]
 
 
 def test_a_group_with_a_loss_that_is_not_finite_has_no_interval(runs_dir: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_run_without_the_metric_is_left_out_with_the_reason(runs_dir: Path) ->
 
 def test_fewer_than_two_runs_with_the_metric_are_told(runs_dir: Path) -> None:
     run = seeds(runs_dir, "a", [1.0])
-    with pytest.raises(UserError, match=r"two runs with val/loss are needed to compare; silent: no val/loss"):
+    with pytest.raises(UserError, match=r"a comparison needs two runs with val/loss; silent: no val/loss"):
         compare([*run, indexed(runs_dir, "silent")])
     with pytest.raises(UserError, match="two runs with nonsense"):
         compare(run, "nonsense")

@@ -1,4 +1,4 @@
-"""What differs between runs: settings with their sources, code, corpus, environment, outcomes, and the first step."""
+"""What differs between runs: settings with their sources, code, corpus, environment, results, and the first step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from fake_runs import GIT, RESOLVED, indexed, make_run, write
 
 from utils.errors import UserError
-from utils.experiments.diff import OUTCOMES, RunDiff, commits_between, diff, parse_environment, patch_difference
+from utils.experiments.diff import RESULTS, RunDiff, commits_between, diff, parse_environment, patch_difference
 from utils.runs.index import IndexedRun, read_run
 
 LOSSES = [{"step": step, "time": 1.0 * step, "train/loss": 4.0 - step / 7} for step in range(6)]
@@ -38,7 +38,7 @@ def test_equal_runs_do_not_differ(runs_dir: Path, tmp_path: Path) -> None:
     assert result.runs == ["a", "b"]
     assert (result.sections, result.commits, result.patch) == ({}, [], [])
     assert [(run, curve.identical, curve.steps) for run, curve in result.curves] == [("b", True, 6)]
-    assert {row.name: row.values for row in result.outcomes} == {
+    assert {row.name: row.values for row in result.results} == {
         "status": ["completed"] * 2,
         "steps": [100] * 2,
         "val_loss": [2.0] * 2,
@@ -46,7 +46,7 @@ def test_equal_runs_do_not_differ(runs_dir: Path, tmp_path: Path) -> None:
         "train_loss": [2.25] * 2,
         "duration": [10.5] * 2,
     }
-    assert [row.name for row in result.outcomes] == list(OUTCOMES)
+    assert [row.name for row in result.results] == list(RESULTS)
 
 
 def test_settings_are_told_with_their_sources_by_kind(runs_dir: Path, tmp_path: Path) -> None:

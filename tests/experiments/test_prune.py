@@ -16,7 +16,8 @@ from fake_runs import PARENT, held_lock, make_run, record_of, write
 from utils.errors import UserError
 from utils.experiments.prune import PrunePlan, Removal, parse_age, parse_size, plan_pruning, remove
 from utils.files import size_of
-from utils.runs.names import MODELS, PromotionError, add_version
+from utils.runs.layout import MODELS
+from utils.runs.names import PromotionError, add_version
 
 SIZE = 1000  # of a checkpoint
 

@@ -138,7 +138,7 @@ def test_where_a_run_came_from_is_told(tmp_path: Path) -> None:
         "train.py --run-tag wide_high-rate --learning-rate 0.003",
         "https://example.org/repo.git",
         "run 20260131_142501_baseline, step 100, relation fork",
-        "at step 200 on 2026-01-31T15:00:00.000+00:00, after it was crashed",
+        "at step 200 on 2026-01-31T15:00:00.000+00:00; the run was crashed",
         RESOLVED["corpus_hash"],
         "python: 3.11.2 (CPython)",
     ):

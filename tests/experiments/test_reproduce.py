@@ -71,7 +71,7 @@ def test_a_run_of_changed_code_with_an_untracked_module_is_reproduced(
     assert "my_scale.SCALE * 0.02" in patch
     assert "SCALE = 0.5" in patch
     (project / "my_scale.py").unlink()
-    git(project, "checkout", "-q", "model.py")  # the recorded code is not the current code any more
+    git(project, "checkout", "-q", "model.py")  # the recorded code is no longer the current code
     command = [sys.executable, "experiments.py", "reproduce", "first", "--json"]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -110,7 +110,7 @@ def test_another_dropout_is_found_at_its_first_step(run: Path) -> None:
     config = json.loads(path.read_text())
     config["model"]["dropout"] = 0.1
     path.write_text(json.dumps(config))
-    found = reproduce(read_run(run), ROOT, steps=5, code="current", quiet=True, tell=lambda line: None)
+    found = reproduce(read_run(run), ROOT, steps=5, code="current", progress=sys.stderr)
     assert not found.identical
     assert found.logs.difference is not None
     assert found.verdict.startswith("first difference at step 0: train/")
@@ -219,12 +219,12 @@ def test_files_left_out_of_the_patch_are_named(run: Path, tmp_path: Path) -> Non
     (run / "meta" / "git.txt").write_text("commit: x\n\nleft out of code.patch:\n  .env (looks like a secret)\n")
     place, unknown = recorded_code(read_run(run), ROOT, tmp_path)
     assert (place / "train.py").is_file()
-    assert unknown == ["what was in files that are not in the patch: .env (looks like a secret)"]
+    assert unknown == ["the content of files that were left out of the patch: .env (looks like a secret)"]
 
 
 def test_what_cannot_be_reproduced_is_said(run: Path) -> None:
     parent = {"run": "gone", "path": str(run.parent / "gone"), "step": 4, "relation": "fork"}
-    with pytest.raises(ReproductionError, match=r"began with weights of gone, and .* is gone"):
+    with pytest.raises(ReproductionError, match=r"began with weights of gone, but .* does not exist"):
         reproduce(read_run(edited_record(run, parent=parent)), ROOT)
     shutil.rmtree(run / "artifacts" / "checkpoints")
     with pytest.raises(ReproductionError, match="has no checkpoint before step 12"):
@@ -242,5 +242,5 @@ def test_nothing_is_left_in_the_temporary_folder(run: Path, tmp_path: Path, monk
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(reproduction, "_run", lambda *words: (1, 0))
     with pytest.raises(ReproductionError, match="made no run directory"):
-        reproduce(read_run(run), ROOT, code="current", tell=lambda line: None)
+        reproduce(read_run(run), ROOT, code="current")
     assert not list((tmp_path / "temporary").iterdir())

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model import LanguageModel
-from tokenizer import CharTokenizer, TokenizerError
+from tests.tiny_export import char_tokenizer
+from tokenizer import TokenizerError
 from utils.config.settings import ModelConfig
 from utils.inference.decode import Window, generate, generate_tokens, new_cache, start_tokens
 from utils.inference.sampling import RandomStreams, SamplingOptions, sample
@@ -193,11 +194,11 @@ def test_nothing_is_asked_of_the_device_between_tokens(model: LanguageModel, mon
 
 
 def test_an_empty_prompt_starts_from_a_line_break_or_the_first_token() -> None:
-    assert start_tokens(CharTokenizer("ab\n"), "") == [2]
-    assert start_tokens(CharTokenizer("ab"), "") == [0]
-    assert start_tokens(CharTokenizer("ab\n"), "ba") == [1, 0]
+    assert start_tokens(char_tokenizer("ab\n"), "") == [2]
+    assert start_tokens(char_tokenizer("ab"), "") == [0]
+    assert start_tokens(char_tokenizer("ab\n"), "ba") == [1, 0]
 
 
 def test_a_prompt_of_unknown_characters_is_an_error() -> None:
     with pytest.raises(TokenizerError, match=r"'x'.* at position 1 "):
-        start_tokens(CharTokenizer("ab"), "ax")
+        start_tokens(char_tokenizer("ab"), "ax")

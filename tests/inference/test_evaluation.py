@@ -10,7 +10,7 @@ import torch
 
 from data import BatchSampler, Corpus, sample_offsets
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tests.tiny_export import char_tokenizer
 from utils.config.settings import ModelConfig
 from utils.inference.evaluation import estimate_loss, evaluating, split_loss
 
@@ -31,7 +31,7 @@ def model() -> LanguageModel:
 @pytest.fixture
 def sampler() -> BatchSampler:
     tokens = np.random.default_rng(0).integers(VOCAB, size=300).astype(np.uint16)
-    corpus = Corpus("random", "", CharTokenizer("abcdefghijklm"), tokens, 200)
+    corpus = Corpus("random", "", char_tokenizer("abcdefghijklm"), tokens, 200)
     return BatchSampler(corpus, BLOCK, batch_size=5, seed=3, device=torch.device("cpu"))
 
 

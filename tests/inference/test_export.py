@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tests.tiny_export import char_tokenizer
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.inference import export as export_module
 from utils.inference.export import EXPORT_FILES, load_export, save_export
 
 CPU = torch.device("cpu")
-TOKENIZER = CharTokenizer("abcdefgü😀\n")
+TOKENIZER = char_tokenizer("abcdefgü😀\n")
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {"dropout": 0.5},
     "llama": {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "bias": False},
@@ -273,7 +273,7 @@ def test_a_damaged_json_file_is_named(folder: Path, name: str, content: bytes) -
 
 
 def test_the_tokenizer_of_another_run_is_refused(folder: Path) -> None:
-    CharTokenizer("ab").save(folder / "tokenizer.json")
+    char_tokenizer("ab").save(folder / "tokenizer.json")
     message = error_of(folder)
     assert str(folder) in message
     assert f"the tokenizer has 2 tokens, the model {TOKENIZER.vocab_size}" in message

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_export import BLOCK_SIZE, TOKENIZER, save_tiny_run, tiny_model
-from tokenizer import CharTokenizer, TokenizerError
-from utils.config.settings import TrackingConfig
+from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_run, tiny_model
+from tokenizer import TokenizerError
+from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.inference.decode import generate_tokens, new_cache
 from utils.inference.generator import Generator, Request
@@ -160,9 +160,9 @@ def test_a_text_is_scored(generator: Generator) -> None:
 
 
 def test_a_question_is_put_into_the_template_and_the_answer_ends_at_the_stop() -> None:
-    tracking = TrackingConfig(qa_template="Q: {question} {}\nA:", qa_stop="b")
-    tokenizer = CharTokenizer([*TOKENIZER.vocabulary, "{", "}"])
-    generator = Generator(tiny_model(tokenizer), tokenizer, tracking=tracking)
+    settings = InferenceConfig(qa_template="Q: {question} {}\nA:", qa_stop="b")
+    tokenizer = char_tokenizer([*TOKENIZER.decode(range(TOKENIZER.vocab_size)), "{", "}"])
+    generator = Generator(tiny_model(tokenizer), tokenizer, settings=settings)
     prompt = "Q: what? {}\nA:"
     request = Request(60, HOT, stops=["zzzz"])
     whole = generator.generate(prompt, request).text
@@ -173,14 +173,14 @@ def test_a_question_is_put_into_the_template_and_the_answer_ends_at_the_stop() -
 
 
 def test_without_a_stop_an_answer_goes_on(generator: Generator) -> None:
-    generator.tracking = TrackingConfig(qa_template="{question}", qa_stop="")
+    generator.settings = InferenceConfig(qa_template="{question}", qa_stop="")
     assert generator.generate_qa("ab", Request(30, HOT)) == generator.generate("ab", Request(30, HOT))
 
 
 def test_a_template_that_the_model_cannot_read_is_named(generator: Generator) -> None:
     with pytest.raises(TokenizerError, match=r"'€' .* at position 1 "):
         generator.qa_prompt("a€")
-    generator.tracking = TrackingConfig(qa_template="<{question}>")
+    generator.settings = InferenceConfig(qa_template="<{question}>")
     with pytest.raises(UserError, match=r"qa_template '<{question}>': character '<'"):
         generator.qa_prompt("a")
 
@@ -233,3 +233,14 @@ def test_speeds_are_told(generator: Generator, monkeypatch: pytest.MonkeyPatch) 
     assert f"{share:.2f} GB/s" in rows["memory"]
     assert f"{share:.0%} of the 1.0 GB/s" in rows["memory"]
     assert "memory" not in dict(stats.rows(generator.model, cached=False))
+
+
+def test_the_defaults_in_code_are_those_of_the_settings() -> None:
+    assert Request() == Request.configured(InferenceConfig())
+
+
+def test_without_a_request_a_generator_follows_its_settings(generator: Generator) -> None:
+    generator.settings = InferenceConfig(max_new_tokens=7, temperature=0.5, top_k=3)
+    expected = generator.generate("ab", Request(7, SamplingOptions(temperature=0.5, top_k=3)))
+    assert generator.generate("ab") == expected
+    assert "".join(generator.stream("ab")) == expected.text

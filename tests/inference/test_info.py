@@ -13,13 +13,13 @@ from fake_runs import make_run, write
 from rich.console import Console
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tests.tiny_export import char_tokenizer
 from utils.config.settings import ModelConfig
 from utils.inference.export import load_export, save_export
-from utils.inference.info import CHARACTERS, Part, architecture, info_screen, parts_of, vocabulary
+from utils.inference.info import SHOWN_TOKENS, Part, architecture, info_screen, parts_of, vocabulary
 
 CPU = torch.device("cpu")
-TOKENIZER = CharTokenizer("\n abc")
+TOKENIZER = char_tokenizer("\n abc")
 TRAINING = {
     "run": "20260131_142501_baseline",
     "weights": "best",
@@ -104,9 +104,9 @@ def test_the_architecture_is_one_line(variant: str, line: str) -> None:
 
 
 def test_the_vocabulary_is_readable() -> None:
-    assert vocabulary(CharTokenizer("\n\t a\x1bü\u202e\ud800")) == r"8 characters: ⏎⇥␣a\x1bü\u202e\ud800"
-    assert vocabulary(CharTokenizer("ab", unknown_token="?")) == "3 characters: ab?; ? for all others"
-    assert vocabulary(CharTokenizer(map(chr, range(100, 100 + CHARACTERS + 1)))).endswith(" ...")
+    assert vocabulary(char_tokenizer("\n\t a\x1bü\u202e\ud800")) == r"8 tokens (char): ⏎⇥␣a\x1bü\u202e\ud800"
+    assert vocabulary(char_tokenizer("ab", unknown_token="?")) == "3 tokens (char): ab?; unknown ?"
+    assert vocabulary(char_tokenizer(map(chr, range(100, 100 + SHOWN_TOKENS + 1)))).endswith(" ...")
 
 
 def test_the_screen_tells_what_the_export_and_its_run_say(run: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_screen_tells_what_the_export_and_its_run_say(run: Path) -> None:
     assert lines[0] == ["20260131_142501_baseline"]
     for line in (
         "context 12 tokens",
-        "vocabulary 5 characters: ⏎␣abc",
+        "vocabulary 5 tokens (char): ⏎␣abc",
         "trained on shakespeare, sha256 0123456789",
         "weights best, of step 1,500, val/loss 1.2500, train/eval_loss nan",
         "best val/loss 2.0000 at step 50",

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tokenizer import CharTokenizer
+from tests.tiny_export import char_tokenizer
 from utils.inference.generator import Completion
 from utils.inference.page import BOUNDS, LEGEND, completion_page, level, pieces
 from utils.inference.side_by_side import RunCompletions
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-TOKENIZER = CharTokenizer("ab \n\t<>&\"'\x1b")
+TOKENIZER = char_tokenizer("ab \n\t<>&\"'\x1b")
 MARKUP = "<b>&\"'"
 TOKEN = re.compile(r'<span class="t p(\d)( stop)?" title="([^"]*)">(.*?)</span>', re.DOTALL)
 

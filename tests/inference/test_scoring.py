@@ -11,14 +11,15 @@ import torch
 from rich.console import Console, RenderableType
 
 from model import LanguageModel
-from tokenizer import CharTokenizer, TokenizerError
+from tests.tiny_export import char_tokenizer
+from tokenizer import Tokenizer, TokenizerError
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.inference import scoring
 from utils.inference.quantization import Weights, with_weights
 from utils.inference.scoring import Score, perplexity, score, score_report
 
-TOKENIZER = CharTokenizer("abcdefgü😀\n")
+TOKENIZER = char_tokenizer("abcdefgü😀\n")
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {},
     "rope": {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1},
@@ -26,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(variant: str, block_size: int, tokenizer: CharTokenizer | None = None) -> LanguageModel:
+def make_model(variant: str, block_size: int, tokenizer: Tokenizer | None = None) -> LanguageModel:
     """Weights large enough that a token's chance depends on the whole context."""
     torch.manual_seed(0)
     tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size}
@@ -93,7 +94,7 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_its_vocabulary() -> None:
 
 def test_bytes_are_those_of_the_predicted_characters() -> None:
     assert score(make_model("learned", 8), TOKENIZER, "😀aü").bytes == 3
-    unknown = CharTokenizer(TOKENIZER.vocabulary, unknown_token="\ufffd")
+    unknown = char_tokenizer(TOKENIZER.decode(range(TOKENIZER.vocab_size)), unknown_token="\ufffd")
     assert score(make_model("learned", 8, unknown), unknown, "éaü").bytes == 3
     found = Score(loss=math.log(2), tokens=2, bytes=3, seconds=1.0)
     assert found.bits_per_byte == pytest.approx(2 / 3)

@@ -9,11 +9,11 @@ import re
 import pytest
 from rich.console import Console
 
-from tokenizer import CharTokenizer
+from tests.tiny_export import char_tokenizer
 from utils.inference.generator import Completion
 from utils.inference.side_by_side import NARROWEST, RunCompletions, completion_tables, mean_logprob, prompt_title
 
-TOKENIZER = CharTokenizer("ab \n\x1b")
+TOKENIZER = char_tokenizer("ab \n\x1b")
 
 
 def completion(text: str, logprobs: list[float], prompt: str = "a b", finish: str = "length") -> Completion:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tokenizer import CharTokenizer
+from tests.tiny_export import char_tokenizer
 from utils.inference.text_stream import MOST_PENDING, TextStream
 
-CHARACTERS = CharTokenizer("abcdefgh\n\ufffd")
+CHARACTERS = char_tokenizer("abcdefgh\n\ufffd")
 
 
 class Pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 
@@ -228,3 +229,30 @@ def test_a_processor_says_whether_it_has_units_for_bfloat16(
     device._cpu_flags.cache_clear()
     assert device.has_bf16_units(CPU) is has
     device._cpu_flags.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "shown"),
+    [
+        ("AuthenticAMD", "23", "49", "Zen 2 (family 23, model 49)"),
+        ("AuthenticAMD", "25", "1", "Zen 3 (family 25, model 1)"),
+        ("AuthenticAMD", "25", "17", "Zen 4 (family 25, model 17)"),
+        ("AuthenticAMD", "26", "2", "Zen 5 (family 26, model 2)"),
+        ("GenuineIntel", "6", "143", "Sapphire Rapids (family 6, model 143)"),
+        ("GenuineIntel", "6", "250", "family 6, model 250"),
+        ("AuthenticAMD", "99", "1", "family 99, model 1"),
+        ("", "", "", ""),  # no x86, or no Linux
+    ],
+)
+def test_the_generation_of_a_cpu_follows_from_its_family_and_model(
+    vendor: str, family: str, model: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"vendor_id": vendor, "cpu family": family, "model": model}
+    monkeypatch.setattr(device, "_cpuinfo", fields.__getitem__)
+    assert device.cpu_generation() == shown
+
+
+def test_a_field_of_the_processor_is_found_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "processor\t: 0\nmodel name\t: A: B\nmodel\t\t: 17\n\nmodel\t\t: 18\n"
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(lines))
+    assert [device._cpuinfo(field) for field in ("model", "model name", "flags")] == ["17", "A: B", ""]

@@ -91,7 +91,7 @@ def test_runs_are_listed_by_start_and_damaged_ones_first(runs_dir: Path) -> None
 def test_a_folder_that_is_not_there_has_no_runs_and_a_file_in_its_place_is_told(runs_dir: Path) -> None:
     assert read_index(runs_dir) == []
     write(runs_dir, "")
-    with pytest.raises(UserError, match="the folder of the runs cannot be read: Not a directory"):
+    with pytest.raises(UserError, match="this folder of runs cannot be read: Not a directory"):
         read_index(runs_dir)
 
 

@@ -444,7 +444,7 @@ def test_a_log_that_is_shorter_than_the_checkpoint_saw_it_stops_everything(
         cut_logs(tmp_path, offsets | {name: size + 1000})
     found = f"{size if there else 0:,}"
     assert str(caught.value) == (
-        f"{tmp_path / name}: has {found} bytes, the checkpoint was saved when it had {size + 1000:,}"
+        f"{tmp_path / name}: has {found} bytes, but had {size + 1000:,} when the checkpoint was saved"
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -12,7 +12,8 @@ from conftest import FORK
 from fake_runs import make_run, write
 
 from utils.runs.index import read_index
-from utils.runs.names import MODELS, PromotionError, add_version, promoted_run, read_models
+from utils.runs.layout import MODELS
+from utils.runs.names import PromotionError, add_version, promoted_run, read_models
 
 
 def test_versions_of_a_name_count_up(runs_dir: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_version_that_is_not_there_is_told(runs_dir: Path, text: str, message:
 def test_a_promoted_run_that_is_gone_is_told(runs_dir: Path) -> None:
     runs_dir.mkdir()
     add_version(runs_dir, "best", {"run": "a"})
-    with pytest.raises(PromotionError, match=r"best@v1 is run a, which is not in .*runs any more"):
+    with pytest.raises(PromotionError, match=r"best@v1 is run a, which is no longer in .*runs"):
         promoted_run("best@v1", runs_dir)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
-from utils.config.settings import Config, ModelConfig, OptimizerConfig, TrainConfig
+from utils.config.settings import Config, InferenceConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.errors import UserError
 from utils.runs.origin import (
     BATCH,
@@ -121,7 +121,8 @@ def test_a_run_resumes_from_its_newest_checkpoint_only(run: Path, runs_dir: Path
     with pytest.raises(RunError) as caught:
         find_origin("resume", f"base:{which}", runs_dir)
     assert str(caught.value) == (
-        f"--resume base:{which}: a run goes on from its newest checkpoint; --fork starts a new run from another one"
+        f"--resume base:{which}: a run continues from its newest checkpoint; "
+        "--fork starts a new run from any checkpoint"
     )
 
 
@@ -208,6 +209,20 @@ def test_without_sources_the_values_count(run: Path, loader: ConfigLoader, conte
     assert loaded.source("n_layer") == "20260101_000000_base/meta/full_config.json"
 
 
+def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Path, loader: ConfigLoader) -> None:
+    config = json.loads((run / "meta" / "full_config.json").read_text())
+    del config["inference"]
+    config["tracking"] |= {"qa_template": "Q {question}", "qa_stop": "A"}  # the section that they were in
+    (run / "meta" / "full_config.json").write_text(json.dumps(config))
+    sources = {"qa_stop": {"value": "A", "source": "--qa-stop", "shadowed": []}}
+    (run / "meta" / "config_sources.json").write_text(json.dumps(sources))
+    loaded = recorded_config(run, loader)
+    assert (loaded.config.inference.qa_template, loaded.config.inference.qa_stop) == ("Q {question}", "A")
+    assert loaded.config.inference.temperature == InferenceConfig().temperature
+    assert loaded.source("qa_stop") == "--qa-stop"
+    assert loaded.source("temperature") == "20260101_000000_base/meta/full_config.json"
+
+
 def test_without_a_configuration_nothing_can_be_resumed(runs_dir: Path, loader: ConfigLoader) -> None:
     path = make(runs_dir, "20260102_000000", None)
     with pytest.raises(ConfigError, match="20260102_000000 ended before its configuration was written: nothing can"):
@@ -270,6 +285,8 @@ OTHER_VALUES = {  # valid, and not the default
     "aim_logging": True,
     "tracking_budget": "0.5",
     "flush_interval": "60",
+    "top_p": "0.9",
+    "min_p": "0.1",
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
@@ -296,23 +313,25 @@ def test_what_changes_no_numbers_may_be_overridden_and_all_else_is_refused(
     else:
         message = refusal(run, loader, **{key: value})
         flag = ("--no-" if value is False else "--") + key.replace("_", "-")
-        assert message.startswith(f"{flag}: {key} changes the numbers of a run, so 20260101_000000_base goes on with ")
+        assert message.startswith(
+            f"{flag}: {key} changes the numbers of a run, so 20260101_000000_base continues with "
+        )
         assert message.endswith("; --fork starts a new run from its checkpoint")
 
 
 def test_a_refusal_shows_both_values(run: Path, loader: ConfigLoader) -> None:
     assert refusal(run, loader, learning_rate="0.01") == (
-        "--learning-rate: learning_rate changes the numbers of a run, so 20260101_000000_base goes on with 0.001, "
+        "--learning-rate: learning_rate changes the numbers of a run, so 20260101_000000_base continues with 0.001, "
         "not 0.01; --fork starts a new run from its checkpoint"
     )
-    assert "goes on with none, not 3;" in refusal(run, loader, patience="3")
-    assert "goes on with True, not False;" in refusal(run, loader, bias=False)
+    assert "continues with none, not 3;" in refusal(run, loader, patience="3")
+    assert "continues with on, not off;" in refusal(run, loader, bias=False)
 
 
 def test_a_setting_in_a_file_is_refused_with_its_line(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("note: text\nseed: 8\n")
     recorded = recorded_config(run, loader)
-    with pytest.raises(ConfigError, match=r"^more\.yaml:2: seed changes .* goes on with 7, not 8"):
+    with pytest.raises(ConfigError, match=r"^more\.yaml:2: seed changes .* continues with 7, not 8"):
         check_overrides(run, recorded, loader.load_onto(recorded, [tmp_path / "more.yaml"]), {})
 
 
@@ -332,8 +351,8 @@ def test_what_auto_came_to_may_be_asked_for(run: Path, loader: ConfigLoader) -> 
     recorded = recorded_config(run, loader)
     for flags in ({"device": "cuda:0"}, {"threads": "2"}, {"n_kv_head": "4"}):
         check_overrides(run, recorded, loader.load_onto(recorded, (), flags), resolved)
-    assert "goes on with cuda:1, not cpu" in refusal(run, loader, resolved, device="cpu")
-    assert "goes on with 2, not 3" in refusal(run, loader, resolved, threads="3")
+    assert "continues with cuda:1, not cpu" in refusal(run, loader, resolved, device="cpu")
+    assert "continues with 2, not 3" in refusal(run, loader, resolved, threads="3")
 
 
 # ------------------------------------------------------------------------------------- max_iters may grow
@@ -357,7 +376,7 @@ def test_a_run_that_is_not_complete_goes_on_to_its_end(status: str) -> None:
 
 def test_a_complete_run_does_not_go_on() -> None:
     assert length_refusal(2000, 2000, "completed") == (
-        "a_run is complete (2,000 steps); a larger --max-iters lets it go on where the schedule allows, "
+        "a_run is complete (2,000 steps); a larger --max-iters continues it where the schedule allows, "
         "--fork starts a new run from its checkpoint"
     )
 
@@ -522,8 +541,8 @@ def test_weights_of_the_same_shapes_and_meaning_fit(own: dict[str, Any], parent:
         ({"n_embd": 32}, {}, "n_embd 16, not 32", "--n-embd 16"),  # what derives from it is not listed
         ({"n_head": 4}, {}, "n_head 2, not 4", "--n-head 2"),
         ({"mlp": "swiglu"}, {}, "mlp gelu, not swiglu", "--mlp gelu"),
-        ({"bias": False}, {}, "bias True, not False", "--bias"),
-        ({}, {"bias": False}, "bias False, not True", "--no-bias"),
+        ({"bias": False}, {}, "bias on, not off", "--bias"),
+        ({}, {"bias": False}, "bias off, not on", "--no-bias"),
         ({"norm": "rmsnorm"}, {}, "norm layernorm, not rmsnorm", "--norm layernorm"),
         ({}, {"norm": "rmsnorm"}, "norm rmsnorm, not layernorm", "--norm rmsnorm"),
         ({"position": "rope"}, {}, "position learned, not rope", "--position learned"),
@@ -534,7 +553,7 @@ def test_weights_of_the_same_shapes_and_meaning_fit(own: dict[str, Any], parent:
         (
             {"bias": False, "qkv_bias": False},
             {"qkv_bias": True},
-            "bias True, not False, qkv_bias True, not False",
+            "bias on, not off, qkv_bias on, not off",
             "--bias --qkv-bias",
         ),
         (
@@ -621,5 +640,5 @@ def test_another_batch_than_was_asked_for_then_is_left_as_it_is(
 def test_a_batch_that_was_named_is_not_kept_against_auto(run: Path, loader: ConfigLoader) -> None:
     recorded = recorded_config(run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, (), {"batch_size": "auto"}))
-    with pytest.raises(ConfigError, match=r"--batch-size: batch_size changes .* goes on with 12, not auto"):
+    with pytest.raises(ConfigError, match=r"--batch-size: batch_size changes .* continues with 12, not auto"):
         check_overrides(run, recorded, loaded, {})

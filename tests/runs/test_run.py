@@ -199,7 +199,7 @@ def test_an_argument_that_is_no_text_is_recorded(runs_dir: Path) -> None:
 
 def test_a_file_in_place_of_the_runs_folder_is_told(runs_dir: Path) -> None:
     runs_dir.write_text("")
-    with pytest.raises(RunError, match=r"cannot make a run directory in .*runs"):
+    with pytest.raises(RunError, match=r"cannot create a run directory in .*runs"):
         Run.create(runs_dir)
 
 
@@ -208,7 +208,7 @@ def test_a_read_only_runs_folder_is_told(public_dir: Path) -> None:
     for runs in (public_dir, public_dir / "new"):
         error = as_nobody(functools.partial(Run.create, runs, "a"))
         assert isinstance(error, RunError)
-        assert str(error) == f"cannot make a run directory in {runs}: Permission denied"
+        assert str(error) == f"cannot create a run directory in {runs}: Permission denied"
     public_dir.chmod(0o755)
     assert list(public_dir.iterdir()) == []
 

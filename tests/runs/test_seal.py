@@ -14,9 +14,9 @@ from fake_runs import make_run, write
 
 from utils.checkpoints.folder import FILES
 from utils.runs import seal as seal_module
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, SEAL
 from utils.runs.run import RunError
-from utils.runs.seal import SEAL, check, checksums, file_sha256, seal, sealed_files
+from utils.runs.seal import checksums, file_sha256, sealed_files, verify_seal, write_seal
 
 
 def make_checkpoint(path: Path) -> None:
@@ -39,7 +39,7 @@ def run(runs_dir: Path) -> Path:
     write(path / "logs" / "tensorboard" / "events.1", b"events")
     write(path / "logs" / "fed_tensorboard.json", "{}")
     write(path / "logs" / "train.log", "step 1\n")
-    seal(path)
+    write_seal(path)
     return path
 
 
@@ -51,7 +51,7 @@ def flip(path: Path) -> None:
 
 
 def test_a_run_that_nobody_touched_is_good(run: Path) -> None:
-    result = check(run)
+    result = verify_seal(run)
     assert result.good
     assert (result.changed, result.missing, result.added, result.damaged) == ([], [], [], [])
     assert result.checkpoints == 1
@@ -74,7 +74,7 @@ def test_meta_logs_and_export_are_sealed_in_order(run: Path) -> None:
 )
 def test_one_changed_bit_is_named(run: Path, name: str) -> None:
     flip(run / name)
-    result = check(run)
+    result = verify_seal(run)
     assert not result.good
     assert (result.changed, result.missing, result.added) == ([name], [], [])
 
@@ -82,14 +82,14 @@ def test_one_changed_bit_is_named(run: Path, name: str) -> None:
 def test_one_byte_more_or_less_is_named(run: Path) -> None:
     for name, content in (("meta/code.patch", b"diff --git a b"), ("logs/metrics.jsonl", b'{"step": 1}\n\n')):
         write(run / name, content)
-    assert check(run).changed == ["meta/code.patch", "logs/metrics.jsonl"]
+    assert verify_seal(run).changed == ["meta/code.patch", "logs/metrics.jsonl"]
 
 
 def test_missing_and_added_files_are_named(run: Path) -> None:
     (run / "meta" / "code.patch").unlink()
     write(run / "meta" / "deep" / "new.txt", "")
     (run / "artifacts" / "export" / "config.json").rename(run / "artifacts" / "export" / "renamed.json")
-    result = check(run)
+    result = verify_seal(run)
     assert result.missing == ["meta/code.patch", "artifacts/export/config.json"]
     assert result.added == ["meta/deep/new.txt", "artifacts/export/renamed.json"]
     assert result.changed == []
@@ -115,7 +115,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_can_be_made_again_or_edited_does_not_count(run: Path, change: str) -> None:
     CHANGES[change](run)
-    assert check(run).good
+    assert verify_seal(run).good
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_named(run: Path, name: str) -> None:
         write(place, "{")
     else:
         flip(place)
-    result = check(run)
+    result = verify_seal(run)
     assert not result.good
     assert (result.changed, result.missing, result.added) == ([], [], [])
     assert len(result.damaged) == 1
@@ -134,40 +134,40 @@ def test_a_damaged_checkpoint_is_named(run: Path, name: str) -> None:
 
 def test_a_checkpoint_that_lacks_a_file_is_named(run: Path) -> None:
     (run / CHECKPOINTS / "step_000005" / "model.safetensors").unlink()
-    (damage,) = check(run).damaged
+    (damage,) = verify_seal(run).damaged
     assert "step_000005/model.safetensors" in damage
 
 
 def test_damage_of_a_checkpoint_is_told_relative_to_the_run(run: Path) -> None:
     flip(run / CHECKPOINTS / "step_000005" / "model.safetensors")
-    (damage,) = check(run).damaged
+    (damage,) = verify_seal(run).damaged
     assert damage.startswith("artifacts/checkpoints/step_000005/model.safetensors: ")
 
 
 def test_a_new_seal_takes_the_place_of_the_old_one(run: Path) -> None:
     flip(run / "meta" / "code.patch")
-    seal(run)
-    assert check(run).good
+    write_seal(run)
+    assert verify_seal(run).good
 
 
 def test_a_run_that_moved_is_good(run: Path) -> None:
     run.rename(run.with_name("moved"))
-    assert check(run.with_name("moved")).good
+    assert verify_seal(run.with_name("moved")).good
 
 
 def test_odd_file_names_are_sealed(run: Path) -> None:
     for name in ("ü \n.txt", os.fsdecode(b"\xff.txt")):
         write(run / "meta" / name, "")
-    seal(run)
-    assert check(run).good
+    write_seal(run)
+    assert verify_seal(run).good
     write(run / "meta" / os.fsdecode(b"\xff.txt"), "x")
-    assert len(check(run).changed) == 1
+    assert len(verify_seal(run).changed) == 1
 
 
 def test_a_run_without_a_seal_is_told(run: Path) -> None:
     (run / SEAL).unlink()
     with pytest.raises(RunError, match="run has no seal: it has not ended yet, or was killed"):
-        check(run)
+        verify_seal(run)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_run_without_a_seal_is_told(run: Path) -> None:
 def test_a_damaged_seal_is_told(run: Path, content: bytes) -> None:
     write(run / SEAL, content)
     with pytest.raises(RunError, match=r"seal\.json cannot be read"):
-        check(run)
+        verify_seal(run)
 
 
 def test_a_seal_that_was_edited_names_the_file(run: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_seal_that_was_edited_names_the_file(run: Path) -> None:
     recorded["files"]["meta/code.patch"] = "0" * 64
     recorded["files"]["meta/env.txt"] = 5
     write(run / SEAL, recorded)
-    assert check(run).changed == ["meta/code.patch", "meta/env.txt"]
+    assert verify_seal(run).changed == ["meta/code.patch", "meta/env.txt"]
 
 
 def test_a_file_that_became_a_broken_link_or_a_pipe_is_missing(run: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_file_that_became_a_broken_link_or_a_pipe_is_missing(run: Path) -> Non
     (run / "meta" / "env.txt").symlink_to("nowhere")
     (run / "meta" / "code.patch").unlink()
     os.mkfifo(run / "meta" / "code.patch")
-    assert check(run).missing == ["meta/code.patch", "meta/env.txt"]
+    assert verify_seal(run).missing == ["meta/code.patch", "meta/env.txt"]
 
 
 def test_a_file_that_cannot_be_read_counts_as_changed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,4 +206,4 @@ def test_a_file_that_cannot_be_read_counts_as_changed(run: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(seal_module, "file_sha256", refuse)
-    assert len(check(run).changed) == 10
+    assert len(verify_seal(run).changed) == 10

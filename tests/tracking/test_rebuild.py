@@ -19,10 +19,10 @@ from aim.sdk.index_manager import RepoIndexManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from terminal.test_cli import run_without
 
 import experiments
 import train
+from tests.terminal.test_cli import run_without
 from utils.runs import metrics
 from utils.runs.log import LOG_FILES, read_metrics
 from utils.runs.run import Run, read_record, read_status

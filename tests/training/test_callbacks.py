@@ -149,7 +149,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 def example(module: Callable[[str, str], Path]) -> None:
     """The module of docs/callbacks.md."""
     text = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    source = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
     module("smooth_loss", source)
 
 

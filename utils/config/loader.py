@@ -26,6 +26,8 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
 CODE = "code"  # the source of a setting that was given in Python
 NONE_WORDS = ("none", "null")  # how a flag says "no value"
+RECORDED = "full_config.json"  # in which a run keeps its configuration, perhaps with the sections of an older version
+MOVED_FROM = {"qa_template": "tracking", "qa_stop": "tracking"}  # setting -> the section that it was in
 
 
 class ConfigError(UserError):
@@ -188,7 +190,7 @@ def read_config_file(path: Path, name: str) -> dict[str, Setting]:
     """The settings of one file, flat or sectioned, by leaf name.
 
     Args:
-        path: a .yaml, .yml or .json file.
+        path: a .yaml, .yml or .json file. The recorded configuration of a run may have settings in older sections.
         name: how messages and sources call it.
 
     Raises:
@@ -218,7 +220,7 @@ def read_config_file(path: Path, name: str) -> dict[str, Setting]:
                 raise ConfigError(f"{name}:{line}: section {key}: expected a mapping, got {value!r}")
             for leaf, leaf_value in (value or {}).items():
                 leaf_line = lines[id(value)][leaf]
-                if SECTION_OF.get(leaf) != key:
+                if SECTION_OF.get(leaf) != key and not (path.name == RECORDED and MOVED_FROM.get(leaf) == key):
                     raise ConfigError(f"{name}:{leaf_line}: {_unknown(leaf, key)}")
                 take(leaf, leaf_value, leaf_line)
         elif key in FIELDS:

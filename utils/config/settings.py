@@ -8,6 +8,7 @@ import torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -88,6 +89,13 @@ class DataConfig(Section):
     )
 
 
+# The hidden width of each kind of MLP for which it is not 4 n_embd. A gated MLP has three matrices instead of two: with
+# 8/3 n_embd, rounded up to a multiple of 32, it has about as many parameters.
+FFN_WIDTHS: dict[str, Callable[[int], int]] = {
+    "swiglu": lambda n_embd: -(-8 * n_embd // 96) * 32,
+}
+
+
 class ModelConfig(Section):
     """A decoder-only transformer; what is none is derived."""
 
@@ -143,7 +151,7 @@ class ModelConfig(Section):
     def ffn_width(self) -> int:
         if self.ffn_dim is not None:
             return self.ffn_dim
-        return -(-8 * self.n_embd // 96) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+        return FFN_WIDTHS[self.mlp](self.n_embd) if self.mlp in FFN_WIDTHS else 4 * self.n_embd
 
     @property
     def derived(self) -> dict[str, Any]:
@@ -445,17 +453,6 @@ def check_aim_repo(repo: str) -> str:
     return re.sub(r"(^|/)\.aim/?$", "", repo) or ("/" if repo.startswith("/") else ".")
 
 
-def check_qa_template(template: str) -> str:
-    """`template`, if it has a place for the question.
-
-    Raises:
-        ValueError: with what is expected.
-    """
-    if "{question}" not in template:
-        raise ValueError(f"expected text that contains {{question}}, got {template!r}")
-    return template
-
-
 class TrackingConfig(Section):
     """What is recorded of a run, where and how often."""
 
@@ -481,10 +478,6 @@ class TrackingConfig(Section):
     sample_prompt: str = setting(
         "", "start of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
     )
-    qa_template: Annotated[str, AfterValidator(check_qa_template)] = setting(
-        "Question: {question}\nAnswer: ", "what `inference.py --mode qa` makes of a question", kind=OBSERVATION
-    )
-    qa_stop: str = setting("\n", "where an answer of `--mode qa` ends; empty: nowhere", kind=OBSERVATION)
     aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
     aim_repo: Annotated[str, AfterValidator(check_aim_repo)] = setting(
         ".", "folder that holds the .aim repository, or aim://HOST:PORT of an `aim server`", kind=MACHINE, min_length=1
@@ -512,6 +505,50 @@ class TrackingConfig(Section):
     )
 
 
+def check_qa_template(template: str) -> str:
+    """`template`, if it has a place for the question.
+
+    Raises:
+        ValueError: with what is expected.
+    """
+    if "{question}" not in template:
+        raise ValueError(f"expected text that contains {{question}}, got {template!r}")
+    return template
+
+
+class InferenceConfig(Section):
+    """How text is generated from a trained model: the defaults of inference.py and of a Generator."""
+
+    max_new_tokens: Int = setting(
+        300, "tokens to generate after a prompt", kind=OBSERVATION, unit="tokens", ge=1, le=1_000_000
+    )
+    temperature: Float = setting(
+        0.8, "logits are divided by it: below 1 sharper, 0 greedy", kind=OBSERVATION, ge=0, le=1_000_000
+    )
+    top_k: Int | None = setting(None, "draw among the K most likely tokens; none: all", kind=OBSERVATION, ge=1)
+    top_p: Float | None = setting(
+        None,
+        "draw among the most likely tokens that reach this probability together; none: all",
+        kind=OBSERVATION,
+        gt=0,
+        le=1,
+    )
+    min_p: Float | None = setting(
+        None,
+        "draw among tokens at least this many times as likely as the most likely one; none: all",
+        kind=OBSERVATION,
+        ge=0,
+        le=1,
+    )
+    repetition_penalty: Float = setting(
+        1.0, "above 1: tokens that the text already has become less likely", kind=OBSERVATION, ge=0.001, le=1000
+    )
+    qa_template: Annotated[str, AfterValidator(check_qa_template)] = setting(
+        "Question: {question}\nAnswer: ", "what `inference.py --mode qa` makes of a question", kind=OBSERVATION
+    )
+    qa_stop: str = setting("\n", "where an answer of `--mode qa` ends; empty: nowhere", kind=OBSERVATION)
+
+
 class Config(Section):
     """One experiment."""
 
@@ -520,6 +557,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     tracking: TrackingConfig = TrackingConfig()
+    inference: InferenceConfig = InferenceConfig()
 
     @model_validator(mode="after")
     def _rules(self) -> Config:

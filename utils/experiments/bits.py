@@ -1,4 +1,4 @@
-"""Two logs bit by bit. No torch here."""
+"""Comparing the logs of two runs bit by bit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.runs.layout import LOGS
 from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, read_records
 from utils.runs.metrics import NOT_METRICS, is_reproducible
+
+# What a line that our writer did not write may raise.
+DAMAGED_LOG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two logs do not say the same."""
+    """The first number that two logs do not have in common."""
 
     step: int
     name: str
@@ -28,9 +32,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class LogComparison:
-    """steps: how many updates both logs tell the training loss of, up to the first difference.
+    """The result of comparing two logs.
 
-    problem: why the logs cannot be compared.
+    steps: updates whose training loss is in both logs, up to the first difference.
+    problem: why the logs cannot be compared, if they cannot.
     """
 
     steps: int
@@ -43,31 +48,23 @@ class LogComparison:
 
 
 def compare_logs(before: Path, after: Path, first: int = 0) -> LogComparison:
-    """Compare what two run directories logged at the same steps, bit by bit, from step `first` on.
+    """Compare, bit by bit, what two run directories logged at the same steps, from step `first` on.
 
-    Left out is what the machine decides: times, speeds, system metrics (Metric.reproducible).
+    Metrics that depend on the machine (times, speeds, system metrics: not Metric.reproducible) do not count.
     """
     try:
         return _compare(before, after, first)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # lines that no writer of ours wrote
+    except DAMAGED_LOG as error:
         return LogComparison(0, None, f"a log is damaged: {type(error).__name__}: {error}")
 
 
 def _compare(before: Path, after: Path, first: int) -> LogComparison:
     steps, differences = 0, []
     for log_file in LOG_FILES:
-        logs = (_numbers(run / "logs" / log_file, log_file, first) for run in (before, after))
+        logs = (_numbers(run / LOGS / log_file, log_file, first) for run in (before, after))
         for step, old, new in _same_steps(*logs):
-            name = next(
-                (name for name in old if name in new and repr(old[name]) != repr(new[name])), None
-            )  # -0.0 is not 0.0
+            differing = (name for name in old if name in new and repr(old[name]) != repr(new[name]))  # -0.0 is not 0.0
+            name = next(differing, None)
             if name is not None:
                 differences.append(Difference(step, name, old[name], new[name]))
                 break
@@ -76,29 +73,29 @@ def _compare(before: Path, after: Path, first: int) -> LogComparison:
     return LogComparison(steps if first_one is None else min(steps, first_one.step - first), first_one)
 
 
-Numbers = dict[str, Any]
+Numbers = dict[str, Any]  # name -> what a log says of one step
 
 
 def _numbers(path: Path, log_file: str, first: int) -> Iterator[tuple[int, Numbers]]:
-    """What a log says of each step, by name; non-finite numbers are strings there, and equal themselves."""
+    """The step and the numbers of each step in a log; non-finite numbers are strings there, so NaN equals NaN."""
     records = (record for record in read_records(path) if record["step"] >= first)
     for step, of_step in itertools.groupby(records, key=lambda record: record["step"]):
         numbers: Numbers = {}
         for record in of_step:
-            facts = {key: value for key, value in record.items() if key not in NOT_METRICS}
+            values = {key: value for key, value in record.items() if key not in NOT_METRICS}
             if log_file == METRICS_FILE:
-                numbers |= {name: value for name, value in facts.items() if is_reproducible(name)}
+                numbers |= {name: value for name, value in values.items() if is_reproducible(name)}
             elif log_file == HISTOGRAMS_FILE:
-                numbers[f"histogram of {facts.pop('name')}"] = facts
+                numbers[f"histogram of {values.pop('name')}"] = values
             else:
-                numbers["sample text"] = facts["text"]
+                numbers["sample text"] = values["text"]
         yield step, numbers
 
 
 def _same_steps(
     left: Iterator[tuple[int, Numbers]], right: Iterator[tuple[int, Numbers]]
 ) -> Iterator[tuple[int, Numbers, Numbers]]:
-    """What both say of the steps that both have; in either the steps only grow."""
+    """Step and both numbers of each step that both logs have; in each of them steps only grow."""
     one, other = next(left, None), next(right, None)
     while one and other:
         if one[0] == other[0]:

@@ -1,8 +1,7 @@
-"""Which of some runs are better, and is it more than noise? Metrics at equal steps, tokens and time. No torch here."""
+"""Which runs are better, and is it more than noise? A test between groups of seeds, and values at equal places."""
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import itertools
 import json
@@ -11,38 +10,35 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from utils.errors import UserError
+from utils.experiments.curve import AXES, Curve, read_curve
 from utils.runs.index import (
     TRAJECTORY_KEYS,
     IndexedRun,
     code_identity,
     differing_settings,
     origin_of,
-    read_run,
     resolved_setting,
-    seconds_of,
 )
-from utils.runs.layout import METRICS
-from utils.runs.log import METRICS_FILE, read_records
-from utils.runs.metrics import decode_number, metric, registered_metrics
+from utils.runs.layout import METRIC_REGISTRY
+from utils.runs.metrics import metric, registered_metrics
 
-METRIC = "val/loss"
-SEEDS_NEEDED = 3  # on either side of a verdict
+SEEDS_NEEDED = 3  # in each group, for a verdict
 LEVEL = 0.05  # probability of a false alarm in one verdict
-AXES = ("step", "tokens", "time")
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of what all runs have reached, where they are compared
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the place that all runs have reached: there their values are compared
+Rows = list[tuple[float, list[float | None]]]  # (place, one value for each group)
 Verdict = Literal["better", "worse", "different", "within noise", "too few seeds"]
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs that differ only in their seed.
 
-    finals: the last value of the metric of one complete run for each seed.
-    mean, deviation, interval: of these; None where they are too few.
+    finals: the last value of the metric, from one complete run for each seed.
+    mean, deviation: of these values; None where there are too few.
+    interval: 95% confidence interval of the mean, by Student's t.
     """
 
     name: str
@@ -50,12 +46,16 @@ class Group:
     finals: tuple[float, ...]
     mean: float | None = None
     deviation: float | None = None
-    interval: tuple[float, float] | None = None  # 95% of the mean, by Student's t
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """The first group's metric against the second's; p: of Welch's t-test."""
+    """The first group against the second.
+
+    difference: of the means; None where a group has no value.
+    p: of Welch's t-test; None where there was no test.
+    """
 
     first: str
     second: str
@@ -66,76 +66,24 @@ class PairVerdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """at: axis -> rows of (place on the axis, one value a group: the mean over its runs)."""
+    """Groups of runs, a verdict for each pair, and their values at equal places.
+
+    at: axis -> rows of (place, one value for each group: the mean over its runs, None where one is not that far).
+    left_out: "run: reason" of each run, or last value, that does not count.
+    """
 
     metric: str
-    groups: list[Group]
+    groups: list[SeedGroup]
     verdicts: list[PairVerdict]
-    at: dict[str, list[tuple[float, list[float | None]]]]
-    left_out: list[str] = field(default_factory=list)  # "run: reason"
+    at: dict[str, Rows]
+    left_out: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Values of one metric in the order of the log; step, tokens and time are known of each.
+def compare(runs: Sequence[IndexedRun], name: str = "val/loss") -> Comparison:
+    """Group runs by experiment, judge each pair of groups, and compare the metric at equal steps, tokens and time.
 
-    time: seconds since the first record, pauses between sessions left out.
-    """
-
-    step: list[float]
-    tokens: list[float]
-    time: list[float]
-    values: list[float]
-
-    def at(self, axis: str, place: float) -> float | None:
-        """The value at `place`, between two values on the line through them; None before the first."""
-        places: list[float] = getattr(self, axis)
-        index = bisect.bisect_right(places, place) - 1
-        if index < 0 or index == len(places) - 1:
-            return self.values[index] if index >= 0 else None
-        share = (place - places[index]) / (places[index + 1] - places[index])
-        return (
-            self.values[index] + share * (self.values[index + 1] - self.values[index]) if share else self.values[index]
-        )
-
-
-def read_curve(run: Path, name: str) -> Curve:
-    """One metric of a run; empty if it was never logged.
-
-    Raises:
-        UserError: the log holds a line that is no record.
-    """
-    try:
-        return _read_curve(run, name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run.name}: its log is damaged: {type(error).__name__}: {error}") from None
-
-
-def _read_curve(run: Path, name: str) -> Curve:
-    curve = Curve([], [], [], [])
-    elapsed, before = 0.0, None
-    sessions = _session_starts(run)
-    for record in read_records(run / "logs" / METRICS_FILE):
-        now = record["time"]
-        resumed = before is not None and any(before < start <= now for start in sessions)
-        elapsed, before = elapsed + (0.0 if before is None or resumed else max(0.0, now - before)), now
-        if name in record:
-            curve.step.append(record["step"])
-            curve.tokens.append(record.get("tokens", 0))
-            curve.time.append(elapsed)
-            curve.values.append(decode_number(record[name]))
-    return curve
-
-
-def _session_starts(run: Path) -> list[float]:
-    """When training went on after a pause, in seconds since the epoch."""
-    resumes = read_run(run).record.get("resumes") or []
-    starts = (seconds_of(session.get("time")) for session in resumes)
-    return [start for start in starts if start is not None]
-
-
-def compare(runs: Sequence[IndexedRun], name: str = METRIC) -> Comparison:
-    """Groups of the same experiment, a verdict for each pair of them, and the metric at equal steps, tokens, time.
+    Args:
+        name: the metric.
 
     Raises:
         UserError: fewer than two runs have logged the metric.
@@ -154,37 +102,38 @@ def compare(runs: Sequence[IndexedRun], name: str = METRIC) -> Comparison:
             left_out.append(f"{run.id}: {run.problem or f'no {name} in its log'}")
     runs = list({run.path: run for run in runs if run.id in curves}.values())
     if len(runs) < 2:
-        raise UserError(f"two runs with {name} are needed to compare" + "".join(f"; {line}" for line in left_out))
+        raise UserError(f"a comparison needs two runs with {name}" + "".join(f"; {line}" for line in left_out))
     by_experiment: dict[str, list[IndexedRun]] = {}
     for run in runs:
         by_experiment.setdefault(_identity(run), []).append(run)
     names = _names(list(by_experiment.values()))
     groups = [_group(name, members, curves) for name, members in zip(names, by_experiment.values(), strict=True)]
-    left_out += [f"{run.id}: {run.status}, so its last value is no result" for run in runs if run.status != "completed"]
+    unfinished = (run for run in runs if run.status != "completed")
+    left_out += [f"{run.id}: {run.status}, so its last value is not a result" for run in unfinished]
     for members in by_experiment.values():
-        counted = {run.id for run in _one_a_seed(members)}
+        counted = {run.id for run in _first_of_each_seed(members)}
         repeated = (run for run in members if run.status == "completed" and run.id not in counted)
-        left_out += [f"{run.id}: repeats a seed of its group, so it counts no second time" for run in repeated]
+        left_out += [f"{run.id}: repeats a seed of its group, so it does not count again" for run in repeated]
     lower = {"lower": True, "higher": False}.get(metric_direction(name, runs))
     verdicts = [judge(a, b, lower) for a, b in itertools.combinations(groups, 2)]
     return Comparison(name, groups, verdicts, _at_equal(groups, curves), left_out)
 
 
 def metric_direction(name: str, runs: Sequence[IndexedRun]) -> str:
-    """Which way the metric is better, as the runs have registered it."""
+    """The direction in which the metric is better, as the runs have registered it."""
     for run in runs:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            for facts in json.loads((run.path / METRICS).read_text(encoding="utf-8")):
+            for facts in json.loads((run.path / METRIC_REGISTRY).read_text(encoding="utf-8")):
                 if facts["name"] == name:
                     return str(facts["direction"])
     return metric(name).direction if name in registered_metrics() else "none"
 
 
-def judge(first: Group, second: Group, lower_is_better: bool | None = True) -> PairVerdict:
-    """Whether the first group is better than the second, by Welch's t-test [Welch 1947] at the level of 5%.
+def judge(first: SeedGroup, second: SeedGroup, lower_is_better: bool | None = True) -> PairVerdict:
+    """Judge whether the first group is better than the second, by Welch's t-test [Welch 1947] at the 5% level.
 
     Args:
-        lower_is_better: None: neither way is.
+        lower_is_better: None where neither direction is better.
     """
     if min(len(first.finals), len(second.finals)) < SEEDS_NEEDED:
         difference = None if first.mean is None or second.mean is None else first.mean - second.mean
@@ -194,13 +143,13 @@ def judge(first: Group, second: Group, lower_is_better: bool | None = True) -> P
     difference = first.mean - second.mean
     if not math.isfinite(difference):
         return PairVerdict(first.name, second.name, "within noise", difference, None)
-    if first.deviation == second.deviation == 0:  # the test knows no answer: nothing varies
+    if first.deviation == second.deviation == 0:  # nothing varies, so the test is not defined
         p = 1.0 if difference == 0 else 0.0
     else:
         from scipy.stats import ttest_ind
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a side where nothing varies
+            warnings.simplefilter("ignore", RuntimeWarning)  # from a group where nothing varies
             p = float(ttest_ind(first.finals, second.finals, equal_var=False).pvalue)
     verdict: Verdict = "within noise"
     if p < LEVEL:
@@ -210,7 +159,7 @@ def judge(first: Group, second: Group, lower_is_better: bool | None = True) -> P
 
 
 def _identity(run: IndexedRun) -> str:
-    """What runs of one group have in common: everything that decides the numbers, but for the seed."""
+    """Everything that decides the numbers of a run, except the seed: equal for all runs of a group."""
     decisive = {key: resolved_setting(run, key) for key in sorted(run.settings) if key in TRAJECTORY_KEYS - {"seed"}}
     resolved = run.record.get("resolved") or {}
     data = (resolved.get("corpus_hash"), resolved.get("tokenizer_hash"))
@@ -218,7 +167,7 @@ def _identity(run: IndexedRun) -> str:
 
 
 def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:
-    """A short name for each group: the tag of its runs, or what sets it apart."""
+    """A short name for each group: the tag of its runs, with the settings that set it apart where tags are equal."""
     firsts = [members[0] for members in groups]
     names = [_common_tag(members) for members in groups]
     if len(set(names)) < len(names):
@@ -233,34 +182,34 @@ def _common_tag(members: Sequence[IndexedRun]) -> str:
     return tags.pop() if len(tags) == 1 else min(tags, key=lambda tag: (len(tag), tag))
 
 
-def _one_a_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
-    """The first complete run of each seed: a repetition says nothing new."""
+def _first_of_each_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
+    """The first complete run of each seed: a repetition adds no information."""
     of_seed = {repr(run.settings.get("seed")): run for run in reversed(members) if run.status == "completed"}
     return list(reversed(of_seed.values()))
 
 
-def _group(name: str, members: Sequence[IndexedRun], curves: dict[str, Curve]) -> Group:
-    finals = tuple(curves[run.id].values[-1] for run in _one_a_seed(members))
+def _group(name: str, members: Sequence[IndexedRun], curves: dict[str, Curve]) -> SeedGroup:
+    finals = tuple(curves[run.id].values[-1] for run in _first_of_each_seed(members))
     ids = tuple(run.id for run in members)
     if not finals:
-        return Group(name, ids, finals)
+        return SeedGroup(name, ids, finals)
     mean = statistics.fmean(finals)
     if len(finals) < 2 or not math.isfinite(mean):
-        return Group(name, ids, finals, mean)
+        return SeedGroup(name, ids, finals, mean)
     from scipy.stats import t
 
     deviation = statistics.stdev(finals)
     half = float(t.ppf(1 - LEVEL / 2, len(finals) - 1)) * deviation / math.sqrt(len(finals))
-    return Group(name, ids, finals, mean, deviation, (mean - half, mean + half))
+    return SeedGroup(name, ids, finals, mean, deviation, (mean - half, mean + half))
 
 
-def _at_equal(groups: Sequence[Group], curves: dict[str, Curve]) -> dict[str, list[tuple[float, list[float | None]]]]:
-    """The metric of each group at parts of what all runs have reached, on each axis."""
-    tables = {}
+def _at_equal(groups: Sequence[SeedGroup], curves: dict[str, Curve]) -> dict[str, Rows]:
+    """The metric of each group at FRACTIONS of the place that all runs have reached, on each axis."""
+    tables: dict[str, Rows] = {}
     for axis in AXES:
-        reached = min(getattr(curve, axis)[-1] for curve in curves.values() if curve.values)
-        # Places where all were evaluated, if there are some: then nothing is interpolated.
-        shared = sorted(set.intersection(*(set(getattr(curve, axis)) for curve in curves.values())) - {0})
+        reached = min(curve.places(axis)[-1] for curve in curves.values() if curve.values)
+        # Places where all runs were evaluated, if there are any: there nothing is interpolated.
+        shared = sorted(set.intersection(*(set(curve.places(axis)) for curve in curves.values())) - {0})
         wanted = [fraction * reached for fraction in FRACTIONS]
         places = (
             sorted({min(shared, key=lambda one: abs(one - place)) for place in wanted}) if len(shared) > 1 else wanted

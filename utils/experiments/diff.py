@@ -1,4 +1,4 @@
-"""What differs between runs, likely causes first, and from which step on. No torch here."""
+"""What differs between runs, likely causes first, and from which step on."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.runs.index import IndexedRun, code_identity, differing_settings, origin_of, resolved_setting
-from utils.runs.layout import PATCH
+from utils.runs.layout import ENVIRONMENT, PATCH
 
-ENVIRONMENT = Path("meta", "env.txt")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 COMMITS_SHOWN = 20
 PATCH_LINES_SHOWN = 60
-FACTS_SHOWN = 12  # of the environment
-OUTCOMES = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
+FACTS_SHOWN = 12  # lines about the environment
+CORPUS = ("corpus_hash", "tokenizer_hash", "vocab_size", "train_tokens", "val_tokens")
+HARDWARE = ("processor", "torch")
+FIRST_FACTS = ("torch", "processor", "cpu", "numpy", "python")  # of the environment: they can change the numbers
+RESULTS = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fact with its value in each run; None: unknown, or not there."""
+    """One fact with its value in each run, None where a run does not have it."""
 
     name: str
     values: list[Any]
@@ -35,34 +37,40 @@ class Row:
 
 @dataclass(frozen=True)
 class RunDiff:
-    """sections: title -> facts that differ, likely causes first. curves: the first run against each other one."""
+    """What differs between runs.
+
+    sections: title -> facts that differ, likely causes first.
+    commits: the log between the first two commits that differ.
+    patch: lines of a diff between the patches of the first two runs that differ.
+    curves: (run, the comparison of its log with that of the first run) for each run but the first.
+    """
 
     runs: list[str]
     sections: dict[str, list[Row]]
-    commits: list[str]  # between the first two commits that differ
-    patch: list[str]  # lines of a diff between the patches of the first two runs that differ
-    outcomes: list[Row]
+    commits: list[str]
+    patch: list[str]
+    results: list[Row]
     curves: list[tuple[str, LogComparison]]
 
 
 def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
-    """What differs between runs.
+    """Compare runs.
 
     Args:
         root: the project folder, whose git repository knows the commits.
 
     Raises:
-        UserError: a run that cannot be read.
+        UserError: a run cannot be read.
     """
     for run in runs:
         if not run.readable:
             raise UserError(f"{run.id}: {run.problem}")
     sources = [settings_with_sources(run) for run in runs]
     sections = {
-        "Where it began": _differing({"weights": _origin_words(run)} for run in runs),
+        "Where it began": _differing({"weights": _origin_text(run)} for run in runs),
         "Settings that change the numbers": _settings(runs, sources, TRAJECTORY),
         "Code": _differing(_code(run) for run in runs),
-        "Corpus and tokenizer": _differing(_resolved(run, CORPUS_FACTS) for run in runs),
+        "Corpus and tokenizer": _differing(_resolved(run, CORPUS) for run in runs),
         "Environment and hardware": _most_important(
             _differing({**environment_of(run), **_resolved(run, HARDWARE)} for run in runs)
         ),
@@ -75,13 +83,9 @@ def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
         sections={title: facts for title, facts in sections.items() if facts},
         commits=commits_between(runs, root),
         patch=patch_difference(runs),
-        outcomes=[Row(name, [row[name] for row in rows]) for name in OUTCOMES],
+        results=[Row(name, [row[name] for row in rows]) for name in RESULTS],
         curves=[(run.id, compare_logs(runs[0].path, run.path)) for run in runs[1:]],
     )
-
-
-CORPUS_FACTS = ("corpus_hash", "tokenizer_hash", "vocab_size", "train_tokens", "val_tokens")
-HARDWARE = ("processor", "torch")
 
 
 def _settings(runs: Sequence[IndexedRun], sources: Sequence[Mapping[str, str]], kind: str) -> list[Row]:
@@ -92,7 +96,7 @@ def _settings(runs: Sequence[IndexedRun], sources: Sequence[Mapping[str, str]], 
 
 
 def _differing(facts: Iterator[dict[str, Any]]) -> list[Row]:
-    """Facts that are not the same in all runs; one that a run does not tell is None there."""
+    """Facts that are not the same in all runs; None in a run that does not have them."""
     of_runs = list(facts)
     names = dict.fromkeys(name for of_run in of_runs for name in of_run)
     rows = (Row(name, [of_run.get(name) for of_run in of_runs]) for name in names)
@@ -104,14 +108,14 @@ def _resolved(run: IndexedRun, names: Sequence[str]) -> dict[str, Any]:
     return {name: resolved[name] for name in names if resolved.get(name) is not None}
 
 
-def _origin_words(run: IndexedRun) -> str | None:
+def _origin_text(run: IndexedRun) -> str | None:
     origin = origin_of(run)
     return None if origin is None else f"{origin[0]} of {origin[1]} at step {origin[2]:,}"
 
 
 def _most_important(rows: list[Row]) -> list[Row]:
-    """Facts of the environment, those that matter for numbers first, and not all of a hundred packages."""
-    rows = sorted(rows, key=lambda row: row.name not in ("torch", "processor", "cpu", "numpy", "python"))
+    """The first FACTS_SHOWN facts of the environment: those that can change the numbers, then other packages."""
+    rows = sorted(rows, key=lambda row: row.name not in FIRST_FACTS)
     more = len(rows) - FACTS_SHOWN
     rest = [Row(f"... and {more} more", [""] * len(rows[0].values))] if more > 0 else []
     return rows[:FACTS_SHOWN] + rest
@@ -123,7 +127,7 @@ def _code(run: IndexedRun) -> dict[str, Any]:
 
 
 def environment_of(run: IndexedRun) -> dict[str, str]:
-    """What env.txt of a run says; nothing if it is missing."""
+    """The facts in env.txt of a run; empty if it is missing."""
     try:
         return parse_environment((run.path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -141,7 +145,7 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
-    """`git log --oneline` between the commits of the first run and the next one with another; [] if git is no help."""
+    """`git log --oneline` between the first two commits of the runs that differ; [] where git does not know them."""
     commits = [commit for commit in (code_identity(run)[0] for run in runs) if commit and COMMIT.fullmatch(commit)]
     other = next((commit for commit in commits if commit != commits[0]), None)
     if other is None:
@@ -159,7 +163,7 @@ def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
 
 
 def _files_of(patch: str) -> dict[str, list[str]]:
-    """The changes in a patch by file; without the lines that only say which blobs and places they are of."""
+    """The changed lines of a patch and their context, by file; without the lines that only name blobs and places."""
     files: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in patch.splitlines():
@@ -171,7 +175,7 @@ def _files_of(patch: str) -> dict[str, list[str]]:
 
 
 def patch_difference(runs: Sequence[IndexedRun]) -> list[str]:
-    """A diff between the patch of the first run and that of the next one with another; [] if they agree."""
+    """A diff between the patches of the first two runs that differ in it; [] if there are none."""
     patches = []
     for run in runs:
         try:

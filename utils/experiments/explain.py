@@ -1,11 +1,10 @@
-"""Where a value of a configuration came from, and what it means. No torch here."""
+"""Where the value of a setting comes from, and what the setting means."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from utils.config.fields import FIELDS, SECTION_OF, expected, field_fact
@@ -13,6 +12,7 @@ from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.runs.index import IndexedRun
+from utils.runs.layout import CONFIG_SOURCES
 
 DEFAULTS = {key: value for section in Config().model_dump(mode="json").values() for key, value in section.items()}
 
@@ -21,9 +21,9 @@ DEFAULTS = {key: value for section in Config().model_dump(mode="json").values() 
 class Explanation:
     """One setting.
 
-    value, source: what holds, and where it was set (file:line, a flag, or "default").
-    resolved: what the value came to, where it was none or "auto" (of a run only).
-    shadowed: (value, source) of every layer below, the next one first.
+    value, source: the value that applies, and where it was set (file:line, a flag, or "default").
+    resolved: the value that none or "auto" resolved to; None where it does not differ, or without a run.
+    shadowed: (value, source) of every layer below, the nearest one first.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Explanation:
 
 
 def explain(key: str, loaded: LoadedConfig) -> Explanation:
-    """A setting of a configuration as it is merged now.
+    """Explain a setting of the configuration `loaded`.
 
     Raises:
         UserError: there is no such setting.
@@ -50,12 +50,12 @@ def explain(key: str, loaded: LoadedConfig) -> Explanation:
 
 
 def explain_of_run(key: str, run: IndexedRun) -> Explanation:
-    """A setting of a run, as it was when the run was started (or resumed last).
+    """Explain a setting as it was when the run was started or last resumed.
 
     Raises:
         UserError: the run did not record it, or its record is damaged.
     """
-    path = run.path / "meta" / "config_sources.json"
+    path = run.path / CONFIG_SOURCES
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         name = known_key(key, recorded)
@@ -67,10 +67,10 @@ def explain_of_run(key: str, run: IndexedRun) -> Explanation:
 
 
 def known_key(key: str, known: Mapping[str, Any]) -> str:
-    """`key` by its leaf name: `batch_size`, `batch-size` and `train.batch_size` are one.
+    """The leaf name that `key` stands for: `batch_size`, `batch-size` and `train.batch_size` are the same.
 
     Raises:
-        UserError: there is none, with the nearest one.
+        UserError: there is no such setting; the message names the nearest one.
     """
     section, _, name = key.removeprefix("--").replace("-", "_").rpartition(".")
     if name not in known:
@@ -82,7 +82,7 @@ def known_key(key: str, known: Mapping[str, Any]) -> str:
 
 def _explanation(key: str, facts: Mapping[str, Any], resolved: Any) -> Explanation:
     value = facts["value"]
-    known = key in FIELDS  # a run of another version may have settings that are gone
+    known = key in FIELDS  # a run of an older version may have settings that no longer exist
     return Explanation(
         key=key,
         section=SECTION_OF.get(key, "unknown to this version"),
@@ -99,8 +99,8 @@ def _explanation(key: str, facts: Mapping[str, Any], resolved: Any) -> Explanati
 
 
 def settings_with_sources(run: IndexedRun) -> dict[str, str]:
-    """Where each recorded setting of a run was set; nothing where that cannot be read."""
-    path = Path(run.path, "meta", "config_sources.json")
+    """Where each setting of a run was set; empty where that cannot be read."""
+    path = run.path / CONFIG_SOURCES
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         return {key: str(facts["source"]) for key, facts in recorded.items() if "source" in facts}

@@ -1,4 +1,4 @@
-"""What a person says about a run: tag, note, pin; and the names that are given to its weights. No torch here."""
+"""What people say about a run: its tag, note, tags and pin, and names for its weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from utils.config.settings import check_tag
 from utils.errors import UserError
 from utils.files import write_json
 from utils.runs.index import read_notes
+from utils.runs.layout import EXPORT, MODELS, NOTES, RECORD
 from utils.runs.names import add_version
 from utils.runs.run import RunError, read_record, read_status, utc_now
 from utils.runs.seal import file_sha256
-
-EXPORT = Path("artifacts", "export")
 
 
 def edit(
@@ -29,19 +28,23 @@ def edit(
     remove_tags: tuple[str, ...] = (),
     pinned: bool | None = None,
 ) -> dict[str, Any]:
-    """Change what is said about the run `path`; None leaves a thing as it is. What is said afterwards.
+    """Change the tag, note, tags or pin of the run directory `path`; None leaves a value as it is.
 
     Args:
         tag: the name of the run (`RUN` on a command line); its id and directory stay.
 
+    Returns:
+        All of these values after the change.
+
     Raises:
-        UserError: a bad tag; a run that is being trained, which alone may write its run.json; damaged notes.
+        UserError: the tag is not valid, the notes are damaged, or the run is being trained and its tag would change
+            (only the training process writes run.json).
     """
     try:
         notes = read_notes(path)
     except (OSError, ValueError) as error:
         reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
-        raise RunError(f"{path / 'notes.json'} cannot be read: {reason}") from None
+        raise RunError(f"{path / NOTES} cannot be read: {reason}") from None
     record = read_record(path)
     if tag is not None:
         try:
@@ -49,35 +52,35 @@ def edit(
         except ValueError as error:
             raise UserError(f"--tag: {error}") from None
         if read_status(path) == "running":
-            raise RunError(f"{path.name} is being trained: its tag can be changed when it has ended")
+            raise RunError(f"{path.name} is being trained: its tag can be changed once it has ended")
     tags = [one for one in dict.fromkeys([*notes["tags"], *add_tags]) if one not in remove_tags]
     notes |= {"tags": tags}
     notes |= {"note": note} if note is not None else {}
     notes |= {"pinned": pinned} if pinned is not None else {}
     try:
         if tag is not None:
-            write_json(path / "run.json", {**record, "tag": tag})
-        write_json(path / "notes.json", notes)
+            write_json(path / RECORD, {**record, "tag": tag})
+        write_json(path / NOTES, notes)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
     return {"tag": record.get("tag") if tag is None else tag, **notes}
 
 
 def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]:
-    """Give the exported weights of the run `path` a name.
+    """Give the exported weights of the run directory `path` a name.
 
     Returns:
-        NAME@vN, and what models.json says of it: run, checkpoint (from which they were exported), file, sha256, time.
+        NAME@vN, and its entry in models.json: run, the checkpoint that was exported, file, sha256, time.
 
     Raises:
-        UserError: no export, a run outside `runs_dir`, a bad name.
+        UserError: the run has no export or is not in `runs_dir`, or the name is not valid.
     """
     if path.resolve().parent != runs_dir.resolve():
-        raise RunError(f"{path} is not in {runs_dir}, whose models.json would name it")
+        raise RunError(f"{path} is not in {runs_dir}: {MODELS} there names only runs beside it")
     weights = path / EXPORT / WEIGHTS_FILE
     try:
         training = json.loads((path / EXPORT / "config.json").read_text(encoding="utf-8"))["training"]
-        facts = {
+        version = {
             "run": path.resolve().name,
             "checkpoint": folder_name(training["step"]),
             "weights": training.get("weights", "last"),
@@ -92,4 +95,4 @@ def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path / EXPORT}: cannot be read: {error}") from None
-    return f"{name}@v{add_version(runs_dir, name, facts)}", facts
+    return f"{name}@v{add_version(runs_dir, name, version)}", version

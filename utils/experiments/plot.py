@@ -1,30 +1,31 @@
-"""Curves of several runs in one picture: in the terminal, as PNG, as SVG. No torch here."""
+"""Curves of several runs in one picture: in the terminal, as PNG or as SVG."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError, nearest
-from utils.experiments.compare import Curve, read_curve
+from utils.experiments.curve import Axis, logged_metrics, read_curve
 from utils.files import write_atomic
 from utils.runs.index import IndexedRun
-from utils.runs.log import METRICS_FILE, read_records
-from utils.runs.metrics import NOT_METRICS, metric
-from utils.terminal.words import HEX_COLORS
+from utils.runs.metrics import metric
+from utils.terminal.words import HEX_COLORS, one_line
 
-Axis = Literal["step", "tokens", "time"]
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
 PICTURES = (".png", ".svg")
 TERMINAL_COLORS = (33, 208, 35, 197, 135, 37, 178, 245)  # of 256; readable on black and on white
-PLAIN_MARKERS = "*o+x#%@="  # without colours a curve is known by its character
-POINTS_A_COLUMN = 4  # a cell of braille has two columns of dots, a smallest and a largest value go into each
-TICKS = {"x": 8, "y": 4}  # at least so many columns, or rows, from one to the next
-TIME_UNITS = ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.0, 1.0, "s"))  # from so many seconds on; seconds; name
+PLAIN_MARKERS = "*o+x#%@="  # without colours a curve is recognised by its character
+POINTS_PER_COLUMN = 4  # a braille cell has two columns of dots, each shows a smallest and a largest value
+TICKS = {"x": 8, "y": 4}  # least distance between two ticks, in columns and lines
+TIME_UNITS = ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.0, 1.0, "s"))  # used from this length on; seconds; name
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,24 @@ class PlottedCurve:
 
 
 def load_curves(runs: Sequence[IndexedRun], metric: str, axis: Axis, smooth: float) -> list[PlottedCurve]:
-    """One metric of several runs; a run that has no finite value of it is left out.
+    """One metric of several runs; a run without a finite value of it is left out.
 
     Args:
-        smooth: the weight of what came before in an exponential moving average; 0: as logged.
+        smooth: weight of the past in an exponential moving average, from 0 (as logged) to below 1.
 
     Raises:
-        UserError: no run has logged the metric, no value of it is finite, a log is damaged, or a bad weight.
+        UserError: no run has logged the metric, no value of it is finite, a log is damaged, or `smooth` is not a
+            valid weight.
     """
     if not 0 <= smooth < 1:
         raise UserError(f"smoothing by {smooth:g}: expected a weight from 0 to below 1")
-    loaded = [(run, _read(run, metric)) for run in runs]
-    if not any(curve.values for _, curve in loaded):
-        known = {name for run in runs for name in logged_metrics(run)}
+    loaded = [read_curve(run.path, metric) for run in runs]
+    if not any(curve.values for curve in loaded):
+        known = {name for run in runs for name in logged_metrics(run.path)}
         raise UserError(f"no run has logged {metric}{nearest(metric, sorted(known))}")
-    names = names_of(runs)
     curves = []
-    for (_, curve), name in zip(loaded, names, strict=True):
-        points = [(x, y) for x, y in zip(getattr(curve, axis), curve.values, strict=True) if math.isfinite(y)]
+    for curve, name in zip(loaded, names_of(runs), strict=True):
+        points = [(x, y) for x, y in zip(curve.places(axis), curve.values, strict=True) if math.isfinite(y)]
         if points:
             curves.append(PlottedCurve(name, [x for x, _ in points], smoothed([y for _, y in points], smooth)))
     if not curves:
@@ -62,27 +63,15 @@ def load_curves(runs: Sequence[IndexedRun], metric: str, axis: Axis, smooth: flo
     return curves
 
 
-def _read(run: IndexedRun, name: str) -> Curve:
-    try:
-        return read_curve(run.path, name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.id}: logs/{METRICS_FILE} cannot be read: {error}") from None
-
-
-def logged_metrics(run: IndexedRun) -> set[str]:
-    """The names in the log of a run."""
-    return {name for record in read_records(run.path / "logs" / METRICS_FILE) for name in record} - NOT_METRICS
-
-
 def names_of(runs: Sequence[IndexedRun]) -> list[str]:
-    """What each run is called in a legend: its tag, or its id where there is none or another run has it too."""
+    """The name of each run in a legend: its tag, or its id where it has no tag of its own."""
     tags = [str(run.record.get("tag") or run.id) for run in runs]
     count = Counter(tags)
     return [tag if count[tag] == 1 else run.id for run, tag in zip(runs, tags, strict=True)]
 
 
 def smoothed(values: Iterable[float], weight: float) -> list[float]:
-    """Exponential moving averages, without the pull towards zero that the first ones have (as in TensorBoard)."""
+    """Exponential moving averages, corrected for the bias of the first ones towards zero (as in TensorBoard)."""
     average, remaining, result = 0.0, 1.0, []
     for value in values:
         average = weight * average + (1 - weight) * value
@@ -101,7 +90,7 @@ def y_label(name: str) -> str:
 
 
 def x_scale(axis: Axis, largest: float) -> tuple[float, str]:
-    """What x is divided by, and the label of the axis with its unit; `largest`: the end of the longest curve."""
+    """The divisor of x and the label of the axis with its unit, where the longest curve ends at `largest`."""
     if axis != "time":
         return 1.0, {"step": "step", "tokens": "tokens of training"}[axis]
     _, seconds, name = next(unit for unit in TIME_UNITS if largest >= unit[0])
@@ -111,23 +100,24 @@ def x_scale(axis: Axis, largest: float) -> tuple[float, str]:
 def terminal_plot(
     curves: Sequence[PlottedCurve], metric: str, axis: Axis, width: int, height: int, colour: bool = True
 ) -> str:
-    """The curves as text of `height` lines of at most `width` columns; what is drawn stands above the picture.
+    """The curves as text: a legend, then the picture.
 
     Args:
-        colour: False: no control sequences; each curve is drawn with its own character.
+        width, height: size of the whole in columns and lines.
+        colour: with ANSI colours; without them each curve is drawn with a character of its own.
     """
     import plotext
 
     divisor, x_label = x_scale(axis, max(curve.x[-1] for curve in curves))
     head = [y_label(metric), *_legend([curve.name for curve in curves], width, colour)]
     figure = plotext.figure
-    plotext.terminal.limit(False, False)  # the size is the caller's, whatever the terminal has
+    plotext.terminal.limit(False, False)  # the size is the caller's, whatever the terminal's is
     figure.clear()
     plotext.add_theme("curves", sequence=TERMINAL_COLORS)
     figure.theme("curves")
     figure.plot_size(width, height - len(head))
     for index, curve in enumerate(curves):
-        kept = thinned(curve.y, POINTS_A_COLUMN * width)
+        kept = thinned(curve.y, POINTS_PER_COLUMN * width)
         x, y = [curve.x[i] / divisor for i in kept], [curve.y[i] for i in kept]
         marker = "braille" if colour or len(curves) == 1 else PLAIN_MARKERS[index % len(PLAIN_MARKERS)]
         figure.draw(figure.signal(x, y, marker=marker).lines())
@@ -145,10 +135,19 @@ def terminal_plot(
     return "\n".join([*head, *(line.rstrip() for line in lines)])
 
 
+def plot_screen(curves: Sequence[PlottedCurve], metric: str, axis: Axis, console: Console) -> Iterator[RenderableType]:
+    """The curves as large as the terminal, within reason."""
+    from rich.text import Text
+
+    width, height = min(console.width, 140), max(12, min(console.height - 2, 36))
+    yield Text.from_ansi(terminal_plot(curves, metric, axis, width, height, colour=console.is_terminal))
+
+
 def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:
-    """Lines with a marker and a name for each curve."""
+    """Lines with a marker and the name of each curve."""
     lines, used = [""], 0
     for index, name in enumerate(names):
+        name = one_line(name)
         name = name if len(name) <= width - 3 else name[: width - 4] + "…"
         if used and used + len(name) + 5 > width:
             lines, used = [*lines, ""], 0
@@ -161,7 +160,7 @@ def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:
 
 
 def thinned(values: Sequence[float], points: int) -> list[int]:
-    """Indices of about `points` values that look like all: the smallest and the largest of each stretch."""
+    """Indices of about `points` values that draw the same curve: the smallest and the largest of each stretch."""
     if len(values) <= points:
         return list(range(len(values)))
     stretch = math.ceil(2 * len(values) / points)
@@ -173,7 +172,7 @@ def thinned(values: Sequence[float], points: int) -> list[int]:
 
 
 def _ticks(low: float, high: float, room: int, least: float = 0.0) -> list[float]:
-    """Round numbers between `low` and `high`, about `room` of them or fewer, `least` or more apart."""
+    """Round numbers between `low` and `high`: at most about `room` of them, at least `least` apart."""
     if not math.isfinite(high - low) or high <= low:
         return [low]
     least = max(least, (high - low) / max(2, room))
@@ -183,7 +182,7 @@ def _ticks(low: float, high: float, room: int, least: float = 0.0) -> list[float
 
 
 def _tick_labels(ticks: Sequence[float]) -> list[str]:
-    """The numbers with one count of decimals, thousands and millions as k and M."""
+    """The numbers with the same number of decimals; thousands, millions and billions end in k, M and G."""
     largest = max(map(abs, ticks))
     if 0 < largest < 1e-3 or largest >= 1e12:
         return [f"{tick:.1e}" if tick else "0" for tick in ticks]
@@ -195,11 +194,11 @@ def _tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def save_plot(curves: Sequence[PlottedCurve], metric: str, axis: Axis, out: Path) -> None:
-    """Write the picture of the curves, a .png or .svg file.
+    """Draw the curves into the file `out`, PNG or SVG.
 
     Raises:
-        UserError: another ending.
-        OSError: it cannot be written.
+        UserError: the name ends neither in .png nor in .svg.
+        OSError: the file cannot be written.
     """
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"{out}: expected a file that ends in {' or '.join(PICTURES)}")

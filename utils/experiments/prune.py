@@ -1,6 +1,6 @@
-"""Freeing disk space: which checkpoints and runs may go, oldest first. No torch here.
+"""Freeing disk space: which checkpoints and runs may be deleted, the oldest first.
 
-Never touched: runs that are being trained, pinned, promoted, or the parent of another run; nor what cannot be read.
+Runs that are being trained, pinned, promoted, the parent of another run, or that cannot be read are never touched.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import size_of
 from utils.runs.index import IndexedRun, read_index
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, LOCK
 from utils.runs.names import read_models
 from utils.runs.origin import RESUMABLE
 from utils.runs.run import lock_is_free
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
-ASIDE = ".pruned"  # ending of what is being deleted: a crash leaves nothing that looks whole
+ASIDE = ".pruned"  # ending of a folder that is being deleted: after a crash nothing looks whole that is not
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing that can go. what: "checkpoints" or "run"."""
+    """One folder to delete. what: "checkpoints" or "run"."""
 
     run: str
     what: str
@@ -38,7 +38,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """total: bytes of all runs; kept: run -> why it is not touched."""
+    """What to delete. total: bytes of all runs; kept: run -> why it is not touched."""
 
     total: int
     removals: list[Removal]
@@ -58,14 +58,14 @@ def plan_pruning(
     whole_runs: bool = False,
     unfinished: bool = False,
 ) -> PrunePlan:
-    """What to remove: checkpoints before whole runs, those of the oldest run first.
+    """Choose what to delete: checkpoints before whole runs, those of the oldest run first.
 
     Args:
-        keep_last: so many of the newest runs are not touched.
-        older_than: seconds since the start of a run that may be touched.
-        max_bytes: stop once all runs together are not larger; None: remove all that may go.
-        whole_runs: whether runs may go, not only their checkpoints; with `max_bytes` they always may.
-        unfinished: whether runs that could be resumed may be touched.
+        keep_last: number of newest runs that are not touched.
+        older_than: runs that started less than this many seconds ago are not touched.
+        max_bytes: stop once all runs together are not larger; None: delete all that may be deleted.
+        whole_runs: delete runs, not only their checkpoints; with `max_bytes` runs may always be deleted.
+        unfinished: also touch runs that could be resumed.
 
     Raises:
         UserError: the folder or models.json cannot be read.
@@ -98,6 +98,7 @@ def plan_pruning(
 def _kept(
     runs: Sequence[IndexedRun], runs_dir: Path, keep_last: int, older_than: float, unfinished: bool
 ) -> dict[str, str]:
+    """The runs that are not touched, each with the first reason that holds."""
     promoted = {version["run"] for versions in read_models(runs_dir).values() for version in versions}
     parents = {run.record["parent"]["run"] for run in runs if run.record.get("parent")}
     readable = [run for run in runs if run.readable]
@@ -116,18 +117,30 @@ def _kept(
     return {run.id: why for run, why in found if why}
 
 
+def remove_all(removals: Sequence[Removal]) -> dict[Removal, str]:
+    """Delete each folder; those that could not be deleted, with the reason."""
+    failed = {}
+    for removal in removals:
+        try:
+            remove(removal)
+        except OSError as error:
+            failed[removal] = str(error.strerror)
+    return failed
+
+
 def remove(removal: Removal) -> None:
-    """Delete what a plan names: renamed first, so that nothing half is left, and with the lock of the run held.
+    """Delete a folder, with the lock of its run held; it is renamed first, so that no half of it is taken for whole.
 
     Raises:
-        OSError: it cannot be deleted; BlockingIOError: the run is being trained by now.
+        BlockingIOError: the run is being trained by now.
+        OSError: the folder cannot be deleted.
     """
     aside = removal.path.with_name(f".{removal.path.name}{ASIDE}")
     run = removal.path if removal.what == "run" else removal.path.parents[len(CHECKPOINTS.parts) - 1]
-    handle = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(aside, ignore_errors=True)  # what a process before has not finished
+        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
         removal.path.rename(aside)
         shutil.rmtree(aside)
     finally:
@@ -138,7 +151,7 @@ def parse_size(text: str) -> int:
     """Bytes in "20GB", "500 MiB" or "1.5 GB".
 
     Raises:
-        UserError: it is none of these.
+        UserError: `text` is not of this form.
     """
     match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match.group(2).upper() not in UNITS:
@@ -150,7 +163,7 @@ def parse_age(text: str) -> float:
     """Seconds in "12h", "30d" or "8w".
 
     Raises:
-        UserError: it is none of these.
+        UserError: `text` is not of this form.
     """
     match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([hdw])\s*", text)
     if match is None:

@@ -1,55 +1,55 @@
-"""One self-contained HTML page about some runs: it asks nothing of the network. No torch here."""
+"""One self-contained HTML page about runs: it needs no other file and no network."""
 
 from __future__ import annotations
 
 import html
-import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from utils.experiments.bits import LogComparison
-from utils.experiments.compare import Curve, read_curve
-from utils.experiments.diff import ENVIRONMENT, RunDiff, diff
+from utils.experiments.curve import AXES, Curve, read_curve
+from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
-from utils.experiments.plot import Axis, names_of, thinned, x_scale, y_label
+from utils.experiments.plot import names_of, thinned, x_scale, y_label
 from utils.files import write_atomic
 from utils.runs.index import IndexedRun, non_default_settings
-from utils.runs.log import METRICS_FILE, SAMPLES_FILE, last_record
+from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
+from utils.runs.log import last_record
 from utils.terminal.html import render
-from utils.terminal.words import HEX_COLORS, duration
+from utils.terminal.words import HEX_COLORS, column_text, duration, loss_text, setting_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-METRICS = ("val/loss", "train/loss")
-POINTS = 2000  # of a curve: more than a screen has columns
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a file that was damaged may raise
-RECORDED_GIT = ("commit", "branch", "remote", "dirty")
+CHARTS = ("val/loss", "train/loss")  # metrics, one chart each
+POINTS = 2000  # of a curve, which is more than a screen has columns
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by damaged files
+GIT_FACTS = ("commit", "branch", "remote", "dirty")
 
 
 def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
-    """Write the page about `runs`; what cannot be read of a run is told there.
+    """Write the page about `runs`; it says which parts of a run cannot be read.
 
     Args:
         out: the .html file.
         root: the project folder, whose git repository knows the commits.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     problems: dict[str, list[str]] = {run.id: [run.problem] if run.problem else [] for run in runs}
 
     def attempt(run: IndexedRun, what: str, make: Callable[[IndexedRun], Any], otherwise: Any) -> Any:
-        """What `make` says of a run, or the reason why it could not."""
+        """The result of `make`; on failure `otherwise`, and the reason is listed with the problems of the run."""
         try:
             return make(run) if run.readable else otherwise
         except UNREADABLE as error:
             problems[run.id].append(f"{what} cannot be read: {type(error).__name__}: {error}")
             return otherwise
 
-    curves = [attempt(run, f"logs/{METRICS_FILE}", _curves, {}) for run in runs]
+    curves = [attempt(run, str(METRICS_LOG), _curves, {}) for run in runs]
     sound = [run for run, of_run in zip(runs, curves, strict=True) if of_run]
     differences, difference_problem = _differences(sound, root)
     described = [
@@ -58,9 +58,9 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
             "name": name,
             "color": HEX_COLORS[index % len(HEX_COLORS)],
             "status": run.status,
-            **attempt(run, "its numbers", _numbers, dict.fromkeys(_numbers(IndexedRun(run.path)))),
-            "sample": attempt(run, f"logs/{SAMPLES_FILE}", _last_sample, None),
-            "origin": attempt(run, "run.json", _origin, []),
+            **attempt(run, "its results", _results, dict.fromkeys(_results(IndexedRun(run.path)))),
+            "sample": attempt(run, str(SAMPLES_LOG), _last_sample, None),
+            "origin": attempt(run, str(RECORD), _origin, []),
             "environment": attempt(run, str(ENVIRONMENT), _environment, ""),
             "settings": attempt(run, "its settings", _own_settings, []),
             "problems": problems[run.id],
@@ -70,7 +70,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
     data = _chart(described, curves)
     page = render(
         TEMPLATE,
-        {"shown": _shown},
+        {"setting": _value_text},
         runs=described,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         chart=data,
@@ -89,11 +89,11 @@ def _plotly() -> str:
 
 
 def _curves(run: IndexedRun) -> dict[str, Curve]:
-    return {name: read_curve(run.path, name) for name in METRICS}
+    return {name: read_curve(run.path, name) for name in CHARTS}
 
 
 def _differences(runs: Sequence[IndexedRun], root: Path) -> tuple[RunDiff | None, str | None]:
-    """What differs between two or more runs, or why that is not known."""
+    """What differs between the runs, or the reason why that is not known; neither for fewer than two runs."""
     if len(runs) < 2:
         return None, None
     try:
@@ -112,16 +112,16 @@ def _divergence(logs: LogComparison) -> str:
     )
 
 
-def _numbers(run: IndexedRun) -> dict[str, Any]:
-    """The line of a run in the table, as text."""
+def _results(run: IndexedRun) -> dict[str, Any]:
+    """The row of a run in the table of results, as text."""
     row = run.row()
     return {
-        "steps": "" if row["steps"] is None else f"{row['steps']:,}",
-        "best": _loss(row["val_loss"]),
-        "best_step": "" if row["best_step"] is None else f"{row['best_step']:,}",
-        "last": _loss(row["last_val_loss"]),
+        "steps": column_text("steps", row["steps"]),
+        "best": loss_text(row["val_loss"]),
+        "best_step": column_text("best_step", row["best_step"]),
+        "last": loss_text(row["last_val_loss"]),
         "duration": "" if row["duration"] is None else duration(row["duration"]),
-        "commit": (row["commit"] or "")[:10],
+        "commit": column_text("commit", row["commit"]),
         "dirty": bool(row["dirty"]),
         "tags": row["tags"],
         "note": row["note"],
@@ -129,12 +129,8 @@ def _numbers(run: IndexedRun) -> dict[str, Any]:
     }
 
 
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
 def _last_sample(run: IndexedRun) -> dict[str, Any] | None:
-    record = last_record(run.path / "logs" / SAMPLES_FILE)
+    record = last_record(run.path / SAMPLES_LOG)
     return None if record is None else {"step": f"{record['step']:,}", "text": record["text"]}
 
 
@@ -146,37 +142,37 @@ def _environment(run: IndexedRun) -> str:
 
 
 def _own_settings(run: IndexedRun) -> list[tuple[str, Any, str]]:
-    """(key, value, source) of what differs from the defaults."""
+    """(key, value, source) of each setting that differs from its default."""
     sources = settings_with_sources(run)
     return [(key, value, sources.get(key, "")) for key, value in non_default_settings(run).items()]
 
 
 def _origin(run: IndexedRun) -> list[tuple[str, str]]:
-    """What run.json says of where the run came from."""
+    """Where the run comes from, as (name, text), from run.json."""
     record, git = run.record, run.record.get("git") or {}
     resolved, parent = record.get("resolved") or {}, record.get("parent")
-    facts = {
+    known = {
         "command": shlex.join(map(str, record.get("argv") or [])),
         "started": record.get("start"),
         "ended": record.get("end"),
         "host": record.get("host"),
-        **{f"git {name}": git.get(name) for name in RECORDED_GIT},
+        **{f"git {name}": git.get(name) for name in GIT_FACTS},
         "configuration": record.get("config_hash"),
         "corpus": resolved.get("corpus_hash"),
         "tokenizer": resolved.get("tokenizer_hash"),
-        "parent": parent and ", ".join(f"{key} {_shown(value)}" for key, value in parent.items()),
+        "parent": parent and ", ".join(f"{key} {_value_text(value)}" for key, value in parent.items()),
     }
-    rows = [(name, _shown(value)) for name, value in facts.items() if value not in (None, "")]
+    rows = [(name, _value_text(value)) for name, value in known.items() if value not in (None, "")]
     for session in record.get("resumes") or []:
-        before = (session.get("before") or {}).get("status")
-        rows.append(("resumed", f"at step {session['step']:,} on {session['time']}, after it was {before}"))
+        status = (session.get("before") or {}).get("status")
+        rows.append(("resumed", f"at step {session['step']:,} on {session['time']}; the run was {status}"))
     return rows
 
 
 def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -> dict[str, Any]:
-    """What the script of the page draws: the axes, and a trace for each curve with its x on each of them."""
+    """The data that the script of the page draws: the axes, and one trace for each curve with its x on every axis."""
     found = [curve for of_run in curves for curve in of_run.values() if curve.values]
-    scales = {axis: x_scale(axis, max((getattr(c, axis)[-1] for c in found), default=0.0)) for axis in get_args(Axis)}
+    scales = {axis: x_scale(axis, max((c.places(axis)[-1] for c in found), default=0.0)) for axis in AXES}
     traces = []
     for index, (run, of_run) in enumerate(zip(runs, curves, strict=True)):
         for name, curve in of_run.items():
@@ -188,9 +184,9 @@ def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -
                         "name": html.escape(run["name"], quote=False),  # plotly reads some tags
                         "color": run["color"],
                         "run": index,
-                        "row": METRICS.index(name),
+                        "row": CHARTS.index(name),
                         "x": {
-                            axis: [_rounded(getattr(curve, axis)[i] / divisor) for i in kept]
+                            axis: [_rounded(curve.places(axis)[i] / divisor) for i in kept]
                             for axis, (divisor, _) in scales.items()
                         },
                         "y": [_rounded(curve.values[i]) for i in kept],
@@ -198,20 +194,16 @@ def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -
                 )
     return {
         "axes": {axis: label for axis, (_, label) in scales.items()},
-        "metrics": [y_label(name) for name in METRICS],
+        "metrics": [y_label(name) for name in CHARTS],
         "traces": traces,
     }
 
 
 def _rounded(value: float) -> float:
-    """With nine digits, which is more than a screen shows."""
+    """`value` with nine digits, which is more than a screen shows."""
     return float(f"{value:.9g}")
 
 
-def _shown(value: Any) -> str:
-    """A value of a setting, or a fact, as text."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _value_text(value: Any) -> str:
+    """A setting or a fact; a dash for what is none or not there."""
+    return "–" if value is None else setting_text(value)

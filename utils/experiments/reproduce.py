@@ -1,6 +1,6 @@
 """Training a run again, from its recorded code, configuration and corpus, and comparing the two bit by bit.
 
-The repetition is a process of its own, so that it runs the code of then. No torch here.
+The repetition is a process of its own, so that it can run the recorded code.
 """
 
 from __future__ import annotations
@@ -13,43 +13,45 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from utils.checkpoints.folder import list_checkpoints
+from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
 from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
-from utils.experiments.diff import ENVIRONMENT, parse_environment
+from utils.experiments.diff import parse_environment
 from utils.files import write_json
+from utils.runs.code import LEFT_OUT
 from utils.runs.index import IndexedRun, read_run, resolved_setting
-from utils.runs.layout import CHECKPOINTS, PATCH
-from utils.runs.log import METRICS_FILE, last_record, read_metrics
-from utils.runs.origin import PER_SESSION
+from utils.runs.layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
+from utils.runs.log import last_record, read_metrics
+from utils.runs.origin import PER_SESSION, PINNED
 from utils.runs.run import REPRODUCTION, read_record
-from utils.runs.seal import file_sha256, seal
+from utils.runs.seal import file_sha256, write_seal
+from utils.terminal.words import printable
 
-GIT_TEXT = Path("meta", "git.txt")
-WEIGHTS = Path("artifacts", "export", "model.safetensors")
-PINNED = ("device", "dtype", "threads", "deterministic")  # as they came to be, not as they would now
-FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # lines of training that are passed on
+WEIGHTS = EXPORT / WEIGHTS_FILE
+FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # beginnings of the lines of training that are shown
 UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # a repetition is compared by its log
 Code = Literal["recorded", "current"]
 
 
 class ReproductionError(UserError):
-    """The code or configuration of a run cannot be had again."""
+    """The code, configuration or first weights of a run are no longer available."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of training a run again.
+    """The result of training a run again.
 
-    first: the step of the checkpoint it began with, or 0. expected: how many updates the old log has in that part.
-    weights: whether the exports are the same; None: there are not two of the same step.
-    environment: what differs, as "torch 2.13.0 -> 2.14.0". unknown: what cannot be told from the record.
+    first: the step of the checkpoint that it began with, or 0.
+    expected: number of updates that the old log has in the part that was trained again.
+    weights: whether the exported weights are the same; None where there are no two exports of the same step.
+    environment: what differs, as "torch 2.13.0 -> 2.14.0".
+    unknown: what the record of the run does not say.
     """
 
     run: str
@@ -93,24 +95,24 @@ def reproduce(
     steps: int | None = None,
     from_checkpoint: bool = False,
     code: Code = "recorded",
-    quiet: bool = False,
-    tell: Callable[[str], None] = print,
+    progress: IO[str] | None = None,
 ) -> Reproduction:
     """Train a run again into a new run directory beside it, whose parent it becomes, and compare their logs.
 
     Args:
         root: the project folder, whose git repository has the commit of the run.
-        steps: so many steps only.
-        from_checkpoint: begin with a checkpoint of the run instead of step 0: the newest one that has steps after it.
+        steps: number of steps to train; None: all.
+        from_checkpoint: begin with a checkpoint of the run instead of step 0: the newest with enough steps after it.
         code: "recorded": the commit with its patch, in a temporary folder; "current": the project folder as it is.
-        quiet: the progress of training goes to stderr.
-        tell: says one line to the user.
+        progress: where the progress of training is printed; stdout by default.
 
     Raises:
-        ReproductionError: it has no log or no checkpoint to begin with, or its code cannot be had again.
+        ReproductionError: the run has no log or no checkpoint to begin with, or its code is not available.
     """
+    progress = progress or sys.stdout
     if not run.settings or not run.record.get("resolved"):
-        raise ReproductionError(f"{run.id}: {run.problem or 'it ended before it began'}: there is nothing to reproduce")
+        why = run.problem or "it ended before its first step"
+        raise ReproductionError(f"{run.id}: {why}: there is nothing to reproduce")
     parent = _parent(run)
     first, end, expected = _part(run, parent, steps, from_checkpoint)
     with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
@@ -118,15 +120,15 @@ def reproduce(
         project = root
         if code == "recorded":
             project, unknown = recorded_code(run, root, Path(folder))
-        where = "the code as it is now" if project == root else "the recorded code"
-        tell(f"training {run.id} again from step {first:,}, with {where}")
+        which = "the current code" if project == root else "the recorded code"
+        print(f"training {run.id} again from step {first:,}, with {which}", file=progress, flush=True)
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
         command = [sys.executable, str(project / "train.py"), *_origin(run, first, parent, from_checkpoint)]
         command += _overrides(run, root, end)
-        before = {path.name for path in run.path.parent.iterdir()}
-        exit_status, pid = _run(command, project, sys.stderr if quiet else sys.stdout)
-        path = _new_run(run.path.parent, before, pid)
+        existing = {path.name for path in run.path.parent.iterdir()}
+        exit_status, pid = _train(command, project, progress)
+        path = _new_run(run.path.parent, existing, pid)
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
     _adopt(run, path, keep_code=project == root)
@@ -142,14 +144,17 @@ def reproduce(
 def _part(
     run: IndexedRun, parent: Mapping[str, Any] | None, steps: int | None, from_checkpoint: bool
 ) -> tuple[int, int | None, int]:
-    """Which updates are trained again: the first step, the step to stop at (None: the last one), how many are logged.
+    """Choose the updates that are trained again.
+
+    Returns:
+        The first step, the step to stop at (None: the end of the schedule), and how many of these updates are logged.
 
     Raises:
         ReproductionError: the log is empty or damaged, or there is no checkpoint to begin with.
     """
     try:
-        last = last_record(run.path / "logs" / METRICS_FILE)
-        losses = read_metrics(run.path / "logs", "train/loss")
+        last = last_record(run.path / METRICS_LOG)
+        losses = read_metrics(run.path / LOGS, "train/loss")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReproductionError(f"{run.id}: its log is damaged: {error}") from None
     if last is None:
@@ -162,12 +167,12 @@ def _part(
     if steps is not None:
         end = min(last["step"], first + steps)
     elif run.status != "completed" and losses:
-        end = losses[-1][0] + 1  # it did not get further
+        end = losses[-1][0] + 1  # the run did not get further
     return first, end, sum(first <= step and (end is None or step < end) for step, _ in losses)
 
 
 def _checkpoint_step(run: IndexedRun, steps: int | None, last_step: int) -> int:
-    """The newest checkpoint with as many logged steps after it as are wanted, else the one with most of them.
+    """The step of the newest checkpoint with `steps` logged steps after it, or else of the oldest checkpoint.
 
     Raises:
         ReproductionError: there is no checkpoint before the end of the log.
@@ -179,32 +184,32 @@ def _checkpoint_step(run: IndexedRun, steps: int | None, last_step: int) -> int:
 
 
 def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
-    """The run whose weights this one began with, as run.json says; None: it began with none.
+    """The run whose weights this one began with, as run.json names it; None if it began from scratch.
 
     Raises:
-        ReproductionError: it is gone.
+        ReproductionError: that run was deleted.
     """
     parent = run.record.get("parent")
     if parent is None or parent["relation"] == REPRODUCTION:
         return None
     if not Path(parent["path"]).is_dir():
-        raise ReproductionError(f"{run.id} began with weights of {parent['run']}, and {parent['path']} is gone")
+        raise ReproductionError(f"{run.id} began with weights of {parent['run']}, but {parent['path']} does not exist")
     return dict(parent)
 
 
 def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
-    """Where the repetition starts, as flags: a checkpoint of the run, of its parent, or its configuration alone."""
+    """Flags for the start of the repetition: a checkpoint of the run, one of its parent, or the configuration alone."""
     if from_checkpoint:
         yield from ("--resume", f"{run.path.resolve()}:{first}", "--fork")
         return
     if parent is not None:
         weights = f"{parent['path']}:{parent['step']}"
         yield from ("--resume", weights, "--fork") if parent["relation"] == "fork" else ("--init-from", weights)
-    yield from ("--config", str(run.path.resolve() / "meta" / "full_config.json"))
+    yield from ("--config", str(run.path.resolve() / CONFIG))
 
 
 def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
-    """Settings of the repetition, as flags: what "auto" came to, the same places, and no tracker."""
+    """Flags for settings of the repetition: the values that "auto" resolved to, the same folders, and no trackers."""
     tag = run.record.get("tag")
     overrides: dict[str, Any] = {
         **{key: resolved_setting(run, key) for key in PINNED},
@@ -216,7 +221,7 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
         "stop_at_step": end,
     }
     for key, value in overrides.items():
-        if key not in run.settings:  # the code of then may not know it
+        if key not in run.settings:  # older code may not have this setting
             continue
         if isinstance(value, bool):
             yield flag_name(key, value)
@@ -224,8 +229,12 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
             yield from (flag_name(key), "none" if value is None else str(value))
 
 
-def _run(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, int]:
-    """Exit status and process id of a training process; its signals are ours."""
+def _train(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, int]:
+    """Run a training process and pass our signals on to it.
+
+    Returns:
+        Its exit status and process id.
+    """
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
     assert process.stdout is not None
     previous = signal.getsignal(signal.SIGTERM)
@@ -233,66 +242,66 @@ def _run(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, in
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         while True:
-            with contextlib.suppress(KeyboardInterrupt):  # the terminal has told the child, too: it stops in order
+            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child too, which then stops in order
                 for line in process.stdout:
-                    if line.startswith(FORWARDED):  # not how to resume it, say: its code is gone when it has ended
-                        print(line, end="", file=output, flush=True)
+                    if line.startswith(FORWARDED):  # not the hint how to resume: the code is deleted at the end
+                        print(printable(line), end="", file=output, flush=True)
                 return process.wait(), process.pid
     finally:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, previous)
 
 
-def _new_run(runs_dir: Path, before: set[str], pid: int) -> Path | None:
-    """The run directory that a process has made."""
+def _new_run(runs_dir: Path, existing: set[str], pid: int) -> Path | None:
+    """The run directory that the process `pid` has made since there were only the `existing` ones."""
     for path in runs_dir.iterdir():
-        if path.name not in before and (path / "run.json").is_file() and read_record(path).get("pid") == pid:
+        if path.name not in existing and (path / RECORD).is_file() and read_record(path).get("pid") == pid:
             return path
     return None
 
 
 def _adopt(run: IndexedRun, path: Path, keep_code: bool) -> None:
-    """Let the repetition name its parent and the code that it was trained with, and seal it again."""
+    """Make the repetition name its parent and the code that it was trained with, and renew its seal."""
     record = read_record(path)
     if record.get("parent") is None:
         record["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
     if not keep_code:
         record["git"] = run.record.get("git")
-        for name in (GIT_TEXT, PATCH):
+        for name in (GIT, PATCH):
             if (run.path / name).is_file():
                 shutil.copyfile(run.path / name, path / name)
-    write_json(path / "run.json", record)
-    seal(path)
+    write_json(path / RECORD, record)
+    write_seal(path)
 
 
 def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
-    """Facts of the environment that are not the same, those that matter for numbers first."""
+    """Facts of the environment that differ, those that can change the numbers first."""
     texts = [one.path / ENVIRONMENT for one in (run, other)]
-    then, now = (parse_environment(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in texts)
+    old, new = (parse_environment(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in texts)
     resolved: list[Mapping[str, Any]] = [one.record.get("resolved") or {} for one in (run, other)]
     for key in ("corpus_hash", "processor", *PINNED):
-        then[key], now[key] = (str(of_run.get(key)) for of_run in resolved)
-    names = [name for name in dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *then, *now))]
-    said_already = ("torch threads",)  # in env.txt: it is `threads`
-    differing = (name for name in names if then.get(name) != now.get(name) and name not in said_already)
-    return [f"{name} {then.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in differing]
+        old[key], new[key] = (str(of_run.get(key)) for of_run in resolved)
+    names = [name for name in dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *old, *new))]
+    repeated = ("torch threads",)  # in env.txt; it is the setting `threads`
+    differing = (name for name in names if old.get(name) != new.get(name) and name not in repeated)
+    return [f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in differing]
 
 
 # -------------------------------------------------------------------------------------------------- code
 
 
 def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list[str]]:
-    """The code of a run in `folder`: its commit from the repository of `root`, and its patch.
+    """Put the code of a run into `folder`: its commit from the repository of `root`, with its patch applied.
 
     Returns:
-        The project folder there, and what of the code is not known. Of a run without git: `root` itself.
+        The project folder there (`root` itself for a run without git), and what is not known about the code.
 
     Raises:
         ReproductionError: the repository does not have the commit, or the patch does not apply.
     """
     facts = run.record.get("git") or {}
     if facts.get("commit") is None:
-        return root, ["the code of the run: it was started without git, so the code as it is now was used"]
+        return root, ["the code of the run: it was started without git, so the current code was used"]
     import git
 
     archive = folder / "code.tar"
@@ -302,8 +311,8 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
             top = Path(str(repo.working_tree_dir))
     except (git.GitError, OSError, ValueError) as error:
         raise ReproductionError(
-            f"commit {facts['commit'][:12]} of {run.id} cannot be had from the repository of {root} "
-            f"({str(error).strip().splitlines()[-1].strip()}); --code current trains with the code as it is now"
+            f"commit {facts['commit'][:12]} of {run.id} is not available in the repository of {root} "
+            f"({str(error).strip().splitlines()[-1].strip()}); --code current trains with the current code"
         ) from None
     tree = folder / "code"
     tree.mkdir()
@@ -316,15 +325,15 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
     if (run.path / PATCH).is_file():
         apply_patch(run.path / PATCH, tree)
     left_out = _left_out(run)
-    unknown = [f"what was in files that are not in the patch: {', '.join(left_out)}"] if left_out else []
+    unknown = [f"the content of files that were left out of the patch: {', '.join(left_out)}"] if left_out else []
     return tree / root.resolve().relative_to(top.resolve()), unknown
 
 
 def apply_patch(patch: Path, tree: Path) -> None:
-    """Apply a patch to the files in `tree`; git refuses paths that leave it.
+    """Apply a patch to the files in `tree`; git refuses paths outside it.
 
     Raises:
-        ReproductionError: it does not apply, or wants to leave the tree.
+        ReproductionError: it does not apply, or would write outside `tree`.
     """
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": os.fspath(tree.resolve().parent)}
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
@@ -339,8 +348,8 @@ def apply_patch(patch: Path, tree: Path) -> None:
 def _left_out(run: IndexedRun) -> list[str]:
     """The files that git.txt names as left out of the patch."""
     try:
-        text = (run.path / GIT_TEXT).read_text(encoding="utf-8")
+        text = (run.path / GIT).read_text(encoding="utf-8")
     except OSError:
         return []
-    _, heading, listing = text.partition("left out of code.patch:\n")
+    _, heading, listing = text.partition(f"{LEFT_OUT}\n")
     return [line.strip() for line in listing.splitlines()] if heading else []

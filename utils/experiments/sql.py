@@ -1,7 +1,7 @@
-"""SQL over runs and their logs, by DuckDB: two views, read only, nothing outside them. No torch here.
+"""SQL over runs and their logs, by DuckDB: two read-only views, and nothing outside them.
 
-runs      one row a run: run_index.FACTS, then each setting of the configuration
-metrics   one row a record of metrics.jsonl: run, step, time, and each metric, `train/loss` as train_loss
+runs      one row for each run: the columns FACTS of utils/runs/index.py, then every setting
+metrics   one row for each record of metrics.jsonl: run, step, time, and every metric, `train/loss` as train_loss
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, nearest
 from utils.runs.index import FACTS, IndexedRun, seconds_of
-from utils.runs.layout import METRICS
-from utils.runs.log import METRICS_FILE
+from utils.runs.layout import METRIC_REGISTRY, METRICS_LOG
 from utils.runs.metrics import registered_metrics
 
 if TYPE_CHECKING:
     import duckdb
 
-VIEWS = ("runs", "metrics")
-TABLE_FUNCTIONS = ("unnest", "range", "generate_series")  # the others read files, or tell of the database itself
-READING = ("SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE")  # of a parsed query
+SQL_VIEWS = ("runs", "metrics")
+TABLE_FUNCTIONS = ("unnest", "range", "generate_series")  # the others read files or describe the database itself
+READING = (
+    "SELECT_NODE",
+    "SET_OPERATION_NODE",
+    "RECURSIVE_CTE_NODE",
+    "CTE_NODE",
+)  # nodes of a query
 EXPRESSION_NAME = re.compile(r"(?!duckdb_|pg_|sqlite_|pragma_)[a-z_][a-z0-9_]*")
 MEMORY_LIMIT = "1GB"
-FILE_COLUMN = "__file"  # no metric's name
+FILE_COLUMN = "__file"  # not the name of a metric
 COORDINATES = {"step": "BIGINT", "time": "DOUBLE", "tokens": "BIGINT"}
 
 
 class SqlError(UserError):
-    """A query that is no SQL, or that is not allowed."""
+    """A query that is not valid SQL, or not allowed."""
 
 
 @dataclass(frozen=True)
-class Table:
+class QueryResult:
     columns: list[str]
     rows: list[tuple[Any, ...]]
 
@@ -48,31 +52,31 @@ class RunDatabase:
     """Runs and their logs as SQL views.
 
     Args:
-        runs: what `runs` shows, in this order; `metrics` has the logs of those that can be read.
+        runs: the rows of the view `runs`, in this order; `metrics` has the logs of those that can be read.
     """
 
     def __init__(self, runs: Sequence[IndexedRun]) -> None:
-        # DuckDB knows no upper and lower case, and no column without a name
+        # DuckDB ignores case, and has no column without a name
         self._rows = [{key.lower(): value for key, value in run.row().items() if key} for run in runs]
-        self._logs = [run.path / "logs" / METRICS_FILE for run in runs if run.readable]
+        self._logs = [run.path / METRICS_LOG for run in runs if run.readable]
         self._settings = list(dict.fromkeys(key for row in self._rows for key in row if key not in FACTS))
 
-    def select(self, query: str) -> Table:
+    def select(self, query: str) -> QueryResult:
         """The result of one SELECT over the views.
 
         Raises:
-            SqlError: it is no valid SQL, more than one statement, writes, or reads anything but the views.
+            SqlError: the query is not valid SQL, is more than one statement, writes, or reads more than the views.
         """
         return self._select(query, READING)
 
-    def _select(self, query: str, allowed: Sequence[str]) -> Table:
-        """As `select`, of a query whose outermost node is one of `allowed`."""
+    def _select(self, query: str, allowed: Sequence[str]) -> QueryResult:
+        """As `select`, for a query whose outermost node is one of `allowed`."""
         import duckdb
 
         if not _is_unicode(query):
-            raise SqlError("the query is no Unicode text")
+            raise SqlError("the query is not valid Unicode")
 
-        with _told(), duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
+        with _user_errors(), duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise SqlError("expected one SELECT: the views runs and metrics can be read, nothing can be written")
@@ -84,10 +88,10 @@ class RunDatabase:
             unique = [
                 f"{name}_{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)
             ]
-            return Table(unique, result.fetchall())
+            return QueryResult(unique, result.fetchall())
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, with_metrics: bool) -> None:
-        """Let the connection see the runs and their logs, and nothing else of this machine."""
+        """Create both views, then close the connection to everything else on this machine."""
         types = {**FACTS, **{key: _type(row.get(key) for row in self._rows) for key in self._settings}}
         columns = ", ".join(f"unnest(?::{kind}[]) AS {_quoted(name)}" for name, kind in types.items())
         values = [[_sql_value(row.get(name), kind) for row in self._rows] for name, kind in types.items()]
@@ -96,13 +100,13 @@ class RunDatabase:
         connection.execute(_metrics_view(logs))
         connection.execute("SET default_null_order = 'nulls_last'")
         connection.execute("SET python_enable_replacements = false")
-        names = [name for path in logs for name in {os.fspath(path), _no_pattern(os.fspath(path))}]
+        names = [name for path in logs for name in {os.fspath(path), _escaped(os.fspath(path))}]
         connection.execute(f"SET allowed_paths = {_literal(names)}")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
 
     def choose(self, where: str | None = None, order: str | None = None, limit: int | None = None) -> list[str]:
-        """Ids of the runs for which the SQL condition `where` holds, sorted by `order` (unknown values last).
+        """Ids of the runs that fulfil the SQL condition `where`, sorted by `order` (unknown values last).
 
         Raises:
             SqlError: as `select`.
@@ -115,10 +119,10 @@ class RunDatabase:
 def choose_runs(
     runs: Sequence[IndexedRun], where: str | None = None, order: str | None = None, limit: int | None = None
 ) -> list[IndexedRun]:
-    """The runs for which the SQL condition `where` holds, by `order`; without an order the newest `limit` ones.
+    """The runs that fulfil the SQL condition `where`, sorted by `order`; without an order, the newest `limit` of them.
 
     Raises:
-        SqlError: `where` or `order` is not SQL over the columns of a run.
+        SqlError: `where` or `order` is not valid SQL over the columns of a run.
     """
     if where or order:
         ids = RunDatabase(runs).choose(where, order, limit if order else None)
@@ -133,7 +137,7 @@ def _check_sources(query: str, connection: duckdb.DuckDBPyConnection) -> str:
     """The kind of the query's outermost node.
 
     Raises:
-        SqlError: it writes, or reads something else than the views and its own common table expressions.
+        SqlError: the query writes, or reads anything but the views and its own common table expressions.
     """
     serialized = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [query]).fetchone()
     assert serialized is not None
@@ -147,18 +151,18 @@ def _check_sources(query: str, connection: duckdb.DuckDBPyConnection) -> str:
     for name in named:
         if not EXPRESSION_NAME.fullmatch(name):
             raise SqlError(
-                f"{name!r}: a table expression is named by letters, digits and _, and not like a system table"
+                f"{name!r}: the name of a table expression has letters, digits and _, and is not that of a system table"
             )
     for node in nodes:
         if node.get("type") == "BASE_TABLE":
             name, schema = str(node.get("table_name")), str(node.get("schema_name") or "")
-            known = (name.lower() in VIEWS and schema in ("", "main")) or (name.lower() in named and not schema)
+            known = (name.lower() in SQL_VIEWS and schema in ("", "main")) or (name.lower() in named and not schema)
             if node.get("catalog_name") or not known:
-                raise SqlError(f"there is no view {name}{nearest(name, VIEWS)}; expected {' or '.join(VIEWS)}")
+                raise SqlError(f"there is no view {name}{nearest(name, SQL_VIEWS)}; expected {' or '.join(SQL_VIEWS)}")
         if node.get("type") == "TABLE_FUNCTION":
             function = str(node.get("function", {}).get("function_name"))
             if function.lower() not in TABLE_FUNCTIONS:
-                raise SqlError(f"{function}() is not allowed: only the views {' and '.join(VIEWS)} can be read")
+                raise SqlError(f"{function}() is not allowed: only the views {' and '.join(SQL_VIEWS)} can be read")
     return str(parsed["statements"][0]["node"]["type"])
 
 
@@ -171,8 +175,8 @@ def _nodes(parsed: Any) -> Iterator[Mapping[str, Any]]:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What DuckDB refuses is the user's mistake, in its first lines."""
+def _user_errors() -> Iterator[None]:
+    """Errors of DuckDB as SqlErrors with the first lines of their message."""
     import duckdb
 
     try:
@@ -188,25 +192,25 @@ def _told() -> Iterator[None]:
 
 
 def _metrics_view(logs: Sequence[Path]) -> str:
-    """All records of the logs; a line that is no JSON, and a torn last one, is left out."""
+    """The statement that creates the view of all records, without torn lines and lines that are not JSON."""
     types = {**COORDINATES, **dict.fromkeys(_metric_names(logs), "DOUBLE")}
     columns = {name: _quoted(name.replace("/", "_")) for name in types}
     if not logs:
         nothing = ", ".join(f"NULL::{types[name]} AS {column}" for name, column in columns.items())
         return f"CREATE VIEW metrics AS SELECT NULL::VARCHAR AS run, {nothing} WHERE false"
-    shown = ", ".join(f"{_quoted(name)} AS {column}" for name, column in columns.items())
+    selected = ", ".join(f"{_quoted(name)} AS {column}" for name, column in columns.items())
     structure = "{" + ", ".join(f"{_literal(name)}: '{kind}'" for name, kind in types.items()) + "}"
-    files = _literal([_no_pattern(os.fspath(path)) for path in logs])
+    files = _literal([_escaped(os.fspath(path)) for path in logs])
     source = (
         f"read_json({files}, format = 'newline_delimited', columns = {structure}, filename = '{FILE_COLUMN}', "
         "ignore_errors = true)"
     )
     run = f"parse_path({FILE_COLUMN})[-3] AS run"
-    return f"CREATE VIEW metrics AS SELECT {run}, {shown} FROM {source} WHERE step IS NOT NULL"
+    return f"CREATE VIEW metrics AS SELECT {run}, {selected} FROM {source} WHERE step IS NOT NULL"
 
 
-def _no_pattern(path: str) -> str:
-    """A path in which DuckDB sees no pattern."""
+def _escaped(path: str) -> str:
+    """`path` with its wildcards escaped for DuckDB."""
     return re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)
 
 
@@ -215,15 +219,15 @@ def _is_unicode(text: str) -> bool:
 
 
 def _metric_names(logs: Sequence[Path]) -> list[str]:
-    """The metrics of this workbench, and those that callbacks of the runs have registered."""
+    """The metrics of this workbench, and those that callbacks registered in the runs."""
     names = dict.fromkeys(registered_metrics())
     for log in logs:
         try:
-            registered = json.loads((log.parent.parent / METRICS).read_text(encoding="utf-8"))
-            names |= dict.fromkeys(str(facts["name"]) for facts in registered)
+            registry = json.loads((log.parent.parent / METRIC_REGISTRY).read_text(encoding="utf-8"))
+            names |= dict.fromkeys(str(entry["name"]) for entry in registry)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # an old or damaged run: its own metrics are not shown
-    taken = {FILE_COLUMN, "run", "", *COORDINATES}  # DuckDB knows no upper and lower case
+            continue  # an old or damaged run: its own metrics are left out
+    taken = {FILE_COLUMN, "run", "", *COORDINATES}  # DuckDB ignores case
     kept = []
     for name in filter(_is_unicode, names):
         if (column := name.replace("/", "_").lower()) not in taken:
@@ -233,7 +237,7 @@ def _metric_names(logs: Sequence[Path]) -> list[str]:
 
 
 def _literal(value: str | Sequence[str]) -> str:
-    """As SQL."""
+    """A string, or a list of strings, as SQL."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return "[" + ", ".join(map(_literal, value)) + "]"
@@ -255,7 +259,7 @@ def _type(values: Iterator[Any]) -> str:
 
 
 def _sql_value(value: Any, kind: str) -> Any:
-    """A value as one of this SQL type; what is no Unicode is escaped, what is no time is unknown."""
+    """`value` for a column of this SQL type: invalid Unicode is escaped, a TIMESTAMP that is not a time is None."""
     if value is None or kind not in ("VARCHAR", "TIMESTAMP"):
         return value
     if kind == "TIMESTAMP":

@@ -1,26 +1,37 @@
-"""What experiments.py prints: runs, differences and verdicts as tables. No torch here."""
+"""What experiments.py prints about runs one by one: list, sql, show, prune and check."""
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, JustifyMethod, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from utils.checkpoints.folder import list_checkpoints
-from utils.experiments.compare import SEEDS_NEEDED, Comparison
-from utils.experiments.diff import RunDiff, environment_of
-from utils.experiments.explain import Explanation, settings_with_sources
+from utils.errors import UserError, nearest
+from utils.experiments.diff import environment_of
+from utils.experiments.explain import settings_with_sources
 from utils.experiments.prune import PrunePlan
 from utils.files import size_of
 from utils.runs.index import DAMAGED, FACTS, IndexedRun, differing_settings, non_default_settings
-from utils.runs.layout import CHECKPOINTS
-from utils.terminal.words import CONTROL, HASH_LENGTH, facts, shown, size, span
+from utils.runs.layout import ARTIFACTS, CHECKPOINTS, LOGS
+from utils.runs.seal import SealCheck
+from utils.terminal.words import (
+    HASH_LENGTH,
+    column_text,
+    fact_lines,
+    loss_text,
+    one_line,
+    rough_duration,
+    setting_text,
+    size,
+)
 
-STYLES = {
+UNLIMITED = 10_000  # columns of a line, where no terminal sets an end
+STATUS_STYLES = {
     "completed": "green",
     "running": "bold cyan",
     "interrupted": "yellow",
@@ -29,25 +40,68 @@ STYLES = {
     "diverged": "red",
     DAMAGED: "red",
 }
-WORDS = {"too few seeds": "too few seeds to say"}
-VERDICT_STYLES = {
-    "better": "green",
-    "worse": "red",
-    "different": "yellow",
-    "within noise": "yellow",
-    "too few seeds": "dim",
-}
 LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", "val_loss")  # then what differs, commit, note
 MOST_WANTED = ("id", "status", "val_loss")  # where there is little room; then settings that differ, then these:
 LESS_WANTED = ("steps", "commit", "note", "tag", "duration", "age")
 NOTE_WIDTH = 40
 
 
+def title(text: str) -> Text:
+    """The heading of a table."""
+    return Text(text, style="bold")
+
+
+def plain_table(left: Sequence[str] = (), right: Sequence[str] = (), show_header: bool = True) -> Table:
+    """A table without lines: columns of text, then columns of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="dim", show_header=show_header, padding=(0, 2, 0, 0))
+    for header in left:
+        table.add_column(Text(header), overflow="fold")
+    for header in right:
+        table.add_column(Text(header), justify="right")
+    return table
+
+
+# ------------------------------------------------------------------------------------------------ list, sql and show
+
+
+def chosen_columns(text: str | None, runs: Sequence[IndexedRun]) -> list[str]:
+    """The columns that --columns asks for; [] without it.
+
+    Raises:
+        UserError: a column that no run has.
+    """
+    if text is None:
+        return []
+    known = [*FACTS, *dict.fromkeys(key for run in runs for key in run.settings if key not in FACTS)]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--columns: expected names, separated by commas, got {text!r}")
+    if names == ["all"]:
+        return list(FACTS)
+    for name in names:
+        if name not in known:
+            raise UserError(f"--columns: no column {name}{nearest(name, known)}")
+    return names
+
+
+def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
+    """The columns of a list by default: facts, settings that differ, commit, and the note if a run has one."""
+    differing = [key for key in differing_settings(runs) if key not in FACTS]
+    return [*LIST_COLUMNS, *differing, "commit", *(["note"] if any(run.notes["note"] for run in runs) else [])]
+
+
+def list_screen(runs: Sequence[IndexedRun], columns: Sequence[str], console: Console) -> Iterator[RenderableType]:
+    """The list of runs: all of `columns`; or, without them, the default ones that fit in the terminal."""
+    if columns or not console.is_terminal:
+        console.width = UNLIMITED
+    yield list_table(runs, columns or columns_of(runs), console.width)
+
+
 def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -> RenderableType:
-    """One row a run; what cannot be read is marked, with the reason.
+    """One row for each run; those that cannot be read are named below, with the reason.
 
     Args:
-        width: so many characters there are; columns that do not fit are left out.
+        width: characters of a line; columns that do not fit are left out.
     """
     rows = [run.row() for run in runs]
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
@@ -70,9 +124,9 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
 
 
 def _cell(column: str, row: Mapping[str, Any], run: IndexedRun) -> Text:
-    cell = Text(shown(column, row.get(column)))
+    cell = Text(column_text(column, row.get(column)))
     if column == "status":
-        cell.stylize(STYLES.get(run.status, ""))
+        cell.stylize(STATUS_STYLES.get(run.status, ""))
     elif column == "commit" and row["dirty"]:
         cell.append("+", style="yellow")
     elif column == "id" and row["pinned"]:
@@ -101,256 +155,129 @@ def _fitting(widths: Mapping[str, int], width: int) -> list[str]:
     return [column for column in widths if column in kept]
 
 
-def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
-    """The columns of a list that nobody has asked for: the facts, the settings that differ, commit and note."""
-    differing = [key for key in differing_settings(runs) if key not in FACTS]
-    return [*LIST_COLUMNS, *differing, "commit", *(["note"] if any(run.notes["note"] for run in runs) else [])]
-
-
-def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> list[RenderableType]:
-    """One run on one screen."""
-    row, record = run.row(), run.record
-    reason = f": {record.get('exit_reason')}" if record.get("exit_reason") else ""
-    parent = record.get("parent")
-    resolved = record.get("resolved") or {}
-    environment = environment_of(run)
-    dirty = " with uncommitted changes" if row["dirty"] else ""
-    best_loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
-    best_loss += f" at step {row['best_step']:,}" if best_loss and row["best_step"] is not None else ""
-    told = [
-        ("status", run.status + reason),
-        ("problem", run.problem or ""),
-        ("tag", row["tag"] or ""),
-        ("tags", row["tags"]),
-        ("note", row["note"]),
-        ("pinned", "yes" if row["pinned"] else ""),
-        (
-            "started",
-            f"{record.get('start', '')[:19].replace('T', ' ')} UTC, {span(row['age'])} ago" if row["age"] else "",
-        ),
-        ("duration", "" if row["duration"] is None else span(row["duration"])),
-        ("steps", f"{row['steps']:,} of {resolved['max_iters']:,}" if row["steps"] and "max_iters" in resolved else ""),
-        ("best val/loss", best_loss),
-        ("last val/loss", shown("val_loss", row["last_val_loss"])),
-        ("parameters", shown("parameters", row["parameters"])),
-        (
-            "corpus",
-            f"{resolved.get('dataset')}, sha256 {resolved['corpus_hash'][:HASH_LENGTH]}"
-            if resolved.get("corpus_hash")
-            else "",
-        ),
-        (
-            "code",
-            f"{row['commit'][:HASH_LENGTH]} on {row['branch'] or 'no branch'}{dirty}" if row["commit"] else "not known",
-        ),
-        ("machine", ", ".join(str(resolved[key]) for key in ("processor", "device", "dtype") if resolved.get(key))),
-        ("torch", f"{row['torch']}, {resolved.get('threads')} threads" if row["torch"] else ""),
-        (
-            "environment",
-            ", ".join(f"{name} {environment[name]}" for name in ("python", "platform") if name in environment),
-        ),
-        ("command", "python " + " ".join(record["argv"]) if record.get("argv") else ""),
-        ("parent", f"{parent['run']} ({parent['relation']} at step {parent['step']:,})" if parent else ""),
-        ("children", ", ".join(children)),
-        ("promoted as", ", ".join(models)),
-        ("resumed", f"{len(record['resumes'])} times" if record.get("resumes") else ""),
-        ("trackers", ", ".join(f"{name} {view.get('state')}" for name, view in (record.get("views") or {}).items())),
-        ("directory", str(run.path)),
-    ]
-    parts: list[RenderableType] = [Text(run.id, style="bold"), facts([line for line in told if line[1]])]
-    sources = settings_with_sources(run)
-    settings = non_default_settings(run)
-    if settings:
-        table = _table(show_header=False)
-        for key, value in settings.items():
-            table.add_row(
-                Text(key, style="cyan"),
-                Text(shown(key, value), overflow="fold"),
-                Text(sources.get(key, ""), style="dim"),
-            )
-        parts += ["", _title("Settings that differ from the defaults"), table]
-    files = _table(show_header=False)
-    for step, path in list_checkpoints(run.path / CHECKPOINTS):
-        files.add_row(f"checkpoint of step {step:,}", size(size_of(path)))
-    for path in sorted((run.path / "artifacts").glob("[!.]*")) if (run.path / "artifacts").is_dir() else ():
-        if path.name != CHECKPOINTS.name:
-            files.add_row(Text(f"artifacts/{path.name}"), size(size_of(path) if path.is_dir() else path.stat().st_size))
-    files.add_row("logs", size(size_of(run.path / "logs")))
-    return [*parts, "", _title("Files"), files]
-
-
-def _title(text: str) -> Text:
-    return Text(text, style="bold")
-
-
-def _table(left: Sequence[str] = (), right: Sequence[str] = (), show_header: bool = True) -> Table:
-    """Without lines; columns of text, then columns of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim", show_header=show_header, padding=(0, 2, 0, 0))
-    for header in left:
-        table.add_column(Text(header), overflow="fold")
-    for header in right:
-        table.add_column(Text(header), justify="right")
-    return table
-
-
-def diff_tables(diff: RunDiff) -> Iterator[RenderableType]:
-    """What differs, likely causes first, then what came of it."""
-    letters = [chr(ord("A") + i) for i in range(len(diff.runs))]
-    for letter, run in zip(letters, diff.runs, strict=True):
-        yield Text.assemble((f"{letter}  ", "bold"), run)
-    for title, rows in diff.sections.items():
-        table = _table(left=["", *letters])
-        for row in rows:
-            sources = row.sources or [""] * len(row.values)
-            cells = [
-                Text.assemble(_word(row.name, value), (f"  {source}" if source else "", "dim"))
-                for value, source in zip(row.values, sources, strict=True)
-            ]
-            table.add_row(Text(row.name, style="cyan"), *cells)
-        yield Group("", _title(title), table)
-        if title == "Code":
-            yield from _code(diff)
-    if not diff.sections:
-        yield Text("\nno setting, code, corpus or environment differs", style="yellow")
-    outcomes = _table(left=[""], right=letters)
-    for row in diff.outcomes:
-        cells = [_against(row.name, value, row.values[0], i) for i, value in enumerate(row.values)]
-        outcomes.add_row(Text(row.name.replace("_", " "), style="cyan"), *cells)
-    yield Group("", _title("What came of it"), outcomes, "")
-    for letter, (_, logs) in zip(letters[1:], diff.curves, strict=True):
-        if logs.identical:
-            yield Text(f"A and {letter}: identical in all {logs.steps:,} steps that both have", style="green")
-        elif logs.problem:
-            yield Text(f"A and {letter}: {logs.problem}", style="red")
-        elif logs.difference is None:
-            yield Text(f"A and {letter}: no step that both have logged")
-        else:
-            yield Text(f"A and {letter}: {logs.difference}")
-
-
-def _code(diff: RunDiff) -> Iterator[RenderableType]:
-    if diff.commits:
-        yield Group("", _title("Commits (< only in A, > only in the other)"), *map(Text, diff.commits))
-    if diff.patch:
-        styles = {"+": "green", "-": "red", "@": "cyan"}
-        lines = [Text(line, style=styles.get(line[:1], "")) for line in diff.patch]
-        yield Group("", _title("Uncommitted changes that are not the same (- A, + the other)"), *lines)
-
-
-def _word(name: str, value: Any) -> str:
-    return shown("commit" if len(str(value)) in (40, 64) else name, value) or "none"
-
-
-def _against(name: str, value: Any, first: Any, index: int) -> Text:
-    """A value, and how far it is from that of the first run."""
-    text = Text(shown(name, value) or "-")
-    if index and isinstance(value, float) and isinstance(first, float) and name.endswith("loss"):
-        delta = value - first
-        text.append(f"  {delta:+.4f}", style="green" if delta < 0 else "red" if delta > 0 else "dim")
-    return text
-
-
-def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
-    """Groups, verdicts, and the metric at equal steps, tokens and time."""
-    groups = _table(left=["group"], right=["runs", "mean", "std", "95% of the mean"])
-    for group in comparison.groups:
-        runs = (
-            f"{len(group.finals)} of {len(group.runs)}" if len(group.finals) < len(group.runs) else f"{len(group.runs)}"
-        )
-        interval = f"{group.interval[0]:.4f} to {group.interval[1]:.4f}" if group.interval else ""
-        groups.add_row(Text(group.name, style="cyan"), runs, _number(group.mean), _number(group.deviation), interval)
-    yield Group(_title(f"{comparison.metric} at the end"), groups)
-    verdicts = _table(show_header=False)
-    for pair in comparison.verdicts:
-        decided = pair.difference is not None and pair.verdict in ("better", "worse", "different")
-        word = WORDS.get(pair.verdict, pair.verdict) + (f" by {abs(pair.difference or 0.0):.4f}" if decided else "")
-        why = f"p = {pair.p:.2g}" if pair.p is not None else f"needs {SEEDS_NEEDED} complete seeds each"
-        pair_name = f"{pair.first} against {pair.second}"
-        verdicts.add_row(Text(pair_name), Text(word, style=VERDICT_STYLES[pair.verdict]), Text(why, style="dim"))
-    if comparison.verdicts:
-        yield Group("", _title("Verdicts (Welch's t-test, 5%)"), verdicts)
-    for axis, rows in comparison.at.items():
-        at = _table(right=[axis, *(group.name for group in comparison.groups)])
-        for place, values in rows:
-            best = min((value for value in values if value is not None and math.isfinite(value)), default=None)
-            cells = [Text(_number(value) or "-", style="green" if value == best else "") for value in values]
-            at.add_row(_place(axis, place), *cells)
-        yield Group("", _title(f"{comparison.metric} at equal {'steps' if axis == 'step' else axis}"), at)
-    if comparison.left_out:
-        yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in comparison.left_out))
-
-
-def _place(axis: str, place: float) -> str:
-    if axis != "time":
-        return f"{place:,.0f}"
-    return f"{place:.1f} s" if place < 60 else span(place)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def explanation(e: Explanation) -> RenderableType:
-    """One setting, with every layer it shadows."""
-    came_to = f"  (came to {e.resolved})" if e.resolved is not None else ""
-    rows = [
-        ("value", f"{_value(e.value)}{came_to}"),
-        ("set by", e.source),
-        *(("shadows", f"{_value(value)}  {source}") for value, source in e.shadowed),
-        ("default", _value(e.default)),
-        ("meaning", e.meaning),
-        ("expected", e.expected + (f", in {e.unit}" if e.unit else "")),
-        ("kind", KINDS.get(e.kind, "")),
-    ]
-    title = Text(f"{e.section}.{e.key}", style="bold")
-    return Group(title, facts([row for row in rows if row[1]]))
-
-
-KINDS = {
-    "trajectory": "trajectory: changes the numbers of a run; a resume keeps it",
-    "observation": "observation: what is recorded; a resume may change it",
-    "machine": "machine: where things are, who does the work; a resume may change it",
-}
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else "on" if value is True else "off" if value is False else str(value)
-
-
-def prune_table(plan: PrunePlan) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("run", "what goes", "frees"):
-        table.add_column(header, justify="right" if header == "frees" else "left")
-    for removal in plan.removals:
-        what = "the whole run" if removal.what == "run" else "checkpoints"
-        table.add_row(Text(removal.run), what, size(removal.bytes))
-    checkpoints = any(removal.what == "checkpoints" for removal in plan.removals)
-    hint = [Text("A run without checkpoints cannot be resumed or forked any more.", style="dim")] if checkpoints else []
-    return Group(table, *hint)
-
-
-def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> RenderableType:
-    """Rows of a query; where they are wider than `width`, one value a line."""
-    texts = [[_sql_text(value) for value in row] for row in rows]
-    needed = (
-        sum(
-            2 + max(len(name), *(text.cell_len for text in of_column))
-            for name, of_column in zip(columns, zip(*texts, strict=True), strict=True)
-        )
-        if texts
-        else 0
-    )
-    if needed > width + 2:
-        return Group(*(facts([*zip(columns, map(str, row), strict=True), ("", "")]) for row in texts))
+def sql_screen(columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console) -> Iterator[RenderableType]:
+    """The result of a query: a table, or one value on a line where the table would be wider than the terminal."""
+    console.width = console.width if console.is_terminal else UNLIMITED
+    texts = [[Text(_sql_text(value)) for value in row] for row in rows]
+    by_column = zip(columns, zip(*texts, strict=True), strict=True) if texts else ()
+    if sum(2 + max(len(name), *(text.cell_len for text in cells)) for name, cells in by_column) > console.width + 2:
+        for row in texts:
+            yield fact_lines([*zip(columns, map(str, row), strict=True), ("", "")])
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numbers = all(isinstance(row[index], int | float | None) for row in rows)
         table.add_column(Text(column), justify="right" if numbers else "left", overflow="fold")
     for row in texts:
         table.add_row(*row)
-    return table
+    yield table
 
 
-def _sql_text(value: Any) -> Text:
-    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-    return Text(CONTROL.sub(lambda found: repr(found.group())[1:-1], text))
+def _sql_text(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else one_line(str(value))
+
+
+def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> Iterator[RenderableType]:
+    """One run on one screen.
+
+    Args:
+        children: ids of the runs that continue this one or start from its weights.
+        models: the names NAME@vN that it was promoted to.
+    """
+    yield title(run.id)
+    yield fact_lines([line for line in (*_results(run), *_provenance(run, children, models)) if line[1]])
+    if settings := non_default_settings(run):
+        sources = settings_with_sources(run)
+        table = plain_table(show_header=False)
+        for key, value in settings.items():
+            source = Text(sources.get(key, ""), style="dim")
+            table.add_row(Text(key, style="cyan"), Text(one_line(setting_text(value)), overflow="fold"), source)
+        yield Group("", title("Settings that differ from the defaults"), table)
+    files = plain_table(show_header=False)
+    for step, path in list_checkpoints(run.path / CHECKPOINTS):
+        files.add_row(f"checkpoint of step {step:,}", size(size_of(path)))
+    for path in sorted((run.path / ARTIFACTS).glob("[!.]*")):
+        if path.name != CHECKPOINTS.name:
+            file_size = size_of(path) if path.is_dir() else path.stat().st_size
+            files.add_row(Text(str(ARTIFACTS / path.name)), size(file_size))
+    files.add_row(LOGS.name, size(size_of(run.path / LOGS)))
+    yield Group("", title("Files"), files)
+
+
+def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
+    """How far a run is, and what people say about it, as (name, value); empty where unknown."""
+    row, record = run.row(), run.record
+    resolved = record.get("resolved") or {}
+    yield "status", run.status + (f": {record['exit_reason']}" if record.get("exit_reason") else "")
+    yield "problem", run.problem or ""
+    for name in ("tag", "tags", "note"):
+        yield name, column_text(name, row[name])
+    yield "pinned", "yes" if row["pinned"] else ""
+    started = f"{record.get('start', '')[:19].replace('T', ' ')} UTC"
+    yield "started", f"{started}, {rough_duration(row['age'])} ago" if row["age"] else ""
+    yield "duration", column_text("duration", row["duration"])
+    yield "steps", f"{row['steps']:,} of {resolved['max_iters']:,}" if row["steps"] and "max_iters" in resolved else ""
+    best = loss_text(row["val_loss"])
+    yield "best val/loss", best + (f" at step {row['best_step']:,}" if best and row["best_step"] is not None else "")
+    yield "last val/loss", loss_text(row["last_val_loss"])
+    yield "parameters", column_text("parameters", row["parameters"])
+
+
+def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Where a run came from and where it is, as (name, value); empty where unknown."""
+    row, record, environment = run.row(), run.record, environment_of(run)
+    resolved, parent = record.get("resolved") or {}, record.get("parent")
+    corpus = resolved.get("corpus_hash")
+    yield "corpus", f"{resolved.get('dataset')}, sha256 {corpus[:HASH_LENGTH]}" if corpus else ""
+    dirty = " with uncommitted changes" if row["dirty"] else ""
+    code = f"{(row['commit'] or '')[:HASH_LENGTH]} on {row['branch'] or 'no branch'}{dirty}"
+    yield "code", code if row["commit"] else "not known"
+    yield "machine", ", ".join(str(resolved[key]) for key in ("processor", "device", "dtype") if resolved.get(key))
+    yield "torch", f"{row['torch']}, {resolved.get('threads')} threads" if row["torch"] else ""
+    known = (f"{name} {environment[name]}" for name in ("python", "platform") if name in environment)
+    yield "environment", ", ".join(known)
+    yield "command", "python " + " ".join(record["argv"]) if record.get("argv") else ""
+    yield "parent", f"{parent['run']} ({parent['relation']} at step {parent['step']:,})" if parent else ""
+    yield "children", ", ".join(children)
+    yield "promoted as", ", ".join(models)
+    yield "resumed", f"{len(record['resumes'])} times" if record.get("resumes") else ""
+    views = (record.get("views") or {}).items()
+    yield "trackers", ", ".join(f"{name} {view.get('state')}" for name, view in views)
+    yield "directory", str(run.path)
+
+
+# --------------------------------------------------------------------------------------------------- prune and check
+
+
+def prune_screen(plan: PrunePlan, freed: int, deleted: bool, unreached: str | None) -> Iterator[RenderableType]:
+    """What was deleted, or would be.
+
+    Args:
+        freed: bytes that are, or would be, freed.
+        unreached: the --max-size that the remaining runs exceed, if any.
+    """
+    if plan.removals:
+        table = plain_table(left=("run", "what goes"), right=("frees",))
+        for removal in plan.removals:
+            what = "the whole run" if removal.what == "run" else "checkpoints"
+            table.add_row(Text(removal.run), what, size(removal.bytes))
+        yield table
+        if any(removal.what == "checkpoints" for removal in plan.removals):
+            yield Text("A run without checkpoints cannot be resumed or forked any more.", style="dim")
+        yield ""
+    words = f"freed {size(freed)}" if deleted else f"--yes would free {size(freed)}"
+    yield f"{words} of {size(plan.total)}, {size(plan.total - freed)} are left"
+    if unreached:
+        yield f"--max-size {unreached} cannot be reached: the rest is not touched"
+    for reason, count in Counter(plan.kept.values()).items():
+        yield f"{count} not touched: {reason}"
+
+
+def check_screen(run: str, found: SealCheck) -> Iterator[RenderableType]:
+    """The files of a run that differ from its seal."""
+    for what in ("changed", "missing", "added", "damaged"):
+        for name in getattr(found, what):
+            yield f"{what:<8} {name}"
+    sealed = f"{found.files} files sealed at {found.sealed[:19].replace('T', ' ')} UTC, {found.checkpoints} checkpoints"
+    yield f"{run}: {'as sealed' if found.good else 'not as sealed'}: {sealed}"
+    yield "(a seal detects accidents; it does not protect against somebody who changes the files and the seal)"

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer, TokenizerError
 from utils.inference.sampling import RandomStreams, SamplingOptions, sample
 from utils.nn.kv_cache import KVCache
 from utils.nn.lean import lean
@@ -144,12 +144,16 @@ def generate_tokens(
         yield int(step.tokens)
 
 
-def start_tokens(tokenizer: CharTokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt; an empty prompt starts from a line break, or else the first token.
+def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt; an empty prompt starts from a line break, or from token 0 where that has no token.
 
     Raises:
-        TokenizerError: a character without a token.
+        TokenizerError: part of the prompt has no token.
     """
     if prompt:
         return tokenizer.encode(prompt)
-    return tokenizer.encode("\n") if "\n" in tokenizer.vocabulary else [0]
+    try:
+        ids = tokenizer.encode("\n")
+    except TokenizerError:
+        return [0]
+    return ids if tokenizer.decode(ids) == "\n" else [0]  # it may have been encoded as an unknown token

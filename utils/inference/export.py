@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model import LanguageModel, outline
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from utils.checkpoints.files import weight_differences
+from utils.checkpoints.folder import TOKENIZER_FILE, WEIGHTS_FILE
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import write_json
@@ -30,7 +31,7 @@ from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
 LOSSES = {"val/loss", "train/eval_loss"}
-EXPORT_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+EXPORT_FILES = (WEIGHTS_FILE, "config.json", TOKENIZER_FILE)
 
 
 class ExportError(UserError):
@@ -42,11 +43,11 @@ class Export:
     """What `load_export` reads: the model in eval mode, its tokenizer, and the rest of config.json."""
 
     model: LanguageModel
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     training: Mapping[str, Any]  # run id, step, losses, corpus
 
 
-def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, training: Mapping[str, Any]) -> None:
+def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, training: Mapping[str, Any]) -> None:
     """Write an export, reopen it, compare its logits, then put it in its place.
 
     Args:
@@ -71,7 +72,7 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: CharTokenizer, tr
             "training": dict(training),
         }
         write_json(temporary / "config.json", config)
-        tokenizer.save(temporary / "tokenizer.json")
+        tokenizer.save(temporary / TOKENIZER_FILE)
         _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
         _replace_folder(folder, temporary)
     finally:
@@ -142,7 +143,7 @@ def load_export(folder: Path, device: torch.device) -> Export:
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not shift
         model = LanguageModel(model_config, vocab_size)
     model.load_state_dict(weights)
-    tokenizer = CharTokenizer.load(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "

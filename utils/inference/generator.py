@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from model import LanguageModel
-from tokenizer import CharTokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError
 from utils.config.loader import ConfigLoader
-from utils.config.settings import TrackingConfig
+from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.inference.decode import Window, generate, start_tokens
 from utils.inference.export import load_export
@@ -25,7 +25,7 @@ from utils.machine.device import choose_device
 from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT
 
-MAX_NEW_TOKENS, SEED, BATCH_SIZE = 300, 1337, 16
+SEED, BATCH_SIZE = 1337, 16
 SEEDS = 2**63
 
 
@@ -55,11 +55,16 @@ class Request:
         UserError: out of bounds.
     """
 
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = 300
     options: SamplingOptions = field(default_factory=SamplingOptions)
     stops: Sequence[str] = ()
     seed: int = SEED
     window: Window = "sliding"
+
+    @classmethod
+    def configured(cls, settings: InferenceConfig) -> Self:
+        """A request with the settings of section `inference`."""
+        return cls(settings.max_new_tokens, SamplingOptions.configured(settings))
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -110,20 +115,20 @@ class Generator:
     Args:
         model: in eval mode.
         name: of the run, for people.
-        tracking: its qa_template and qa_stop say how a question is asked.
+        settings: how to generate where a call gives no request, and how a question is asked.
         training: what the export tells of the training.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         name: str = "",
-        tracking: TrackingConfig | None = None,
+        settings: InferenceConfig | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name, self.training = model, tokenizer, name, training or {}
-        self.tracking = tracking or TrackingConfig()
+        self.settings = settings or InferenceConfig()
         self.stats = GenerationStats()
 
     @classmethod
@@ -132,14 +137,14 @@ class Generator:
     ) -> Generator:
         """The export of a run: path, id, tag, part of an id, latest; None: the newest with an export.
 
-        Questions are asked as configs/ says.
+        Section `inference` of configs/ says how to generate and how a question is asked.
 
         Raises:
             UserError: no such run, export or device, or a damaged export.
         """
-        tracking = ConfigLoader(PROJECT_ROOT).load().config.tracking
-        folder = find_export(run, PROJECT_ROOT / (runs_dir or tracking.runs_dir))
-        return cls.from_export(folder, device, weights, tracking)
+        config = ConfigLoader(PROJECT_ROOT).load().config
+        folder = find_export(run, PROJECT_ROOT / (runs_dir or config.tracking.runs_dir))
+        return cls.from_export(folder, device, weights, config.inference)
 
     @classmethod
     def from_export(
@@ -147,7 +152,7 @@ class Generator:
         folder: Path,
         device: str = "auto",
         weights: Weights = "float32",
-        tracking: TrackingConfig | None = None,
+        settings: InferenceConfig | None = None,
     ) -> Generator:
         """An export, wherever it lies.
 
@@ -156,7 +161,7 @@ class Generator:
         """
         export = load_export(folder, choose_device(device))
         name = str(export.training.get("run", folder))
-        return cls(with_weights(export.model, weights), export.tokenizer, name, tracking, export.training)
+        return cls(with_weights(export.model, weights), export.tokenizer, name, settings, export.training)
 
     def generate(self, prompt: str, request: Request | None = None) -> Completion:
         """One completion."""
@@ -179,7 +184,7 @@ class Generator:
         """`generate_batch`, as soon as each batch is done."""
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        request = request or Request()
+        request = request or Request.configured(self.settings)
         for first in range(0, len(prompts), batch_size):
             sequences = self._sequences(prompts[first : first + batch_size], request, first)
             for _ in self._grow(sequences, request):
@@ -197,7 +202,7 @@ class Generator:
             UserError: the question or the template has a character without a token.
         """
         self.tokenizer.encode(question)  # its mistakes have their places in the question
-        template = self.tracking.qa_template
+        template = self.settings.qa_template
         try:
             self.tokenizer.encode(template.replace("{question}", ""))
         except TokenizerError as error:
@@ -206,12 +211,12 @@ class Generator:
 
     def qa_request(self, request: Request | None = None) -> Request:
         """The request with qa_stop as one more stop string."""
-        request = request or Request()
-        return replace(request, stops=(*request.stops, self.tracking.qa_stop)) if self.tracking.qa_stop else request
+        request = request or Request.configured(self.settings)
+        return replace(request, stops=(*request.stops, self.settings.qa_stop)) if self.settings.qa_stop else request
 
     def stream(self, prompt: str, request: Request | None = None) -> Iterator[str]:
         """The text after a prompt, in whole characters, as soon as it is certain."""
-        request = request or Request()
+        request = request or Request.configured(self.settings)
         for new in self._grow(self._sequences([prompt], request, 0), request):
             if new[0]:
                 yield new[0]

@@ -13,16 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer
 from utils.config.settings import ModelConfig
 from utils.files import size_of
 from utils.inference.export import Export
 from utils.runs.index import IndexedRun, read_run
+from utils.runs.layout import RECORD
 from utils.runs.metrics import decode_number
-from utils.terminal.console import printable
-from utils.terminal.words import facts, shown, size
+from utils.terminal.words import column_text, fact_lines, printable, size
 
-CHARACTERS = 64  # of a vocabulary that are shown
+SHOWN_TOKENS = 64
 NAMES = {"token_embedding": "token embedding, head", "position_embedding": "positions", "ngram_embedding": "n-grams"}
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 PARAMETER = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?:\.tables\.\d+)?\.(?:weight|bias)")
@@ -83,16 +83,16 @@ def architecture(config: ModelConfig) -> str:
     return ", ".join(word for word in told if word)
 
 
-def vocabulary(tokenizer: CharTokenizer) -> str:
-    """Its size and its first characters; white space and what cannot be printed is readable."""
-    first = "".join(_visible(character) for character in tokenizer.vocabulary[:CHARACTERS])
-    more = " ..." if tokenizer.vocab_size > CHARACTERS else ""
-    unknown = "" if tokenizer.unknown_token is None else f"; {_visible(tokenizer.unknown_token)} for all others"
-    return f"{tokenizer.vocab_size:,} characters: {first}{more}{unknown}"
+def vocabulary(tokenizer: Tokenizer) -> str:
+    """Its size, kind and first tokens; white space and characters that cannot be printed are made visible."""
+    first = "".join(_visible(tokenizer.decode([token])) for token in range(min(SHOWN_TOKENS, tokenizer.vocab_size)))
+    more = " ..." if tokenizer.vocab_size > SHOWN_TOKENS else ""
+    special = [f"{name} {_visible(tokenizer.decode([token]))}" for name, token in tokenizer.special_tokens.items()]
+    return f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind}): {first}{more}{'; '.join(['', *special])}"
 
 
-def _visible(character: str) -> str:
-    return VISIBLE.get(character) or printable(character)
+def _visible(text: str) -> str:
+    return "".join(VISIBLE.get(character) or printable(character) for character in text)
 
 
 def info_screen(export: Export, folder: Path) -> list[RenderableType]:
@@ -103,8 +103,8 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
     """
     config, training = export.model.config, export.training
     run_path = folder.resolve().parent.parent
-    run = read_run(run_path) if (run_path / "run.json").is_file() else IndexedRun(run_path)
-    name = shown("run", training.get("run"))
+    run = read_run(run_path) if (run_path / RECORD).is_file() else IndexedRun(run_path)
+    name = column_text("run", training.get("run"))
     told = [
         ("architecture", architecture(config)),
         ("context", f"{config.block_size:,} tokens"),
@@ -116,22 +116,22 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
     ]
     return [
         Text(name or str(folder), style="bold"),
-        facts([line for line in told if line[1]]),
+        fact_lines([line for line in told if line[1]]),
         "",
         _table(export.model),
     ]
 
 
 def _corpus(training: Mapping[str, Any]) -> str:
-    name, sha256 = shown("dataset", training.get("dataset")), shown("corpus_hash", training.get("corpus_hash"))
+    name, sha256 = (column_text(key, training.get(key)) for key in ("dataset", "corpus_hash"))
     return name + (f", sha256 {sha256}" if sha256 else "")
 
 
 def _weights(training: Mapping[str, Any]) -> str:
     """Which ones: "best, of step 1,500, val/loss 1.4233"."""
     told = [
-        shown("weights", training.get("weights")),
-        f"of step {shown('steps', training['step'])}" if "step" in training else "",
+        column_text("weights", training.get("weights")),
+        f"of step {column_text('steps', training['step'])}" if "step" in training else "",
         *(
             f"{name} {decode_number(training[name]):.4f}"
             for name in ("val/loss", "train/eval_loss")
@@ -146,15 +146,15 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
     if not run.readable:
         return [("problem", run.problem or "")]
     row = run.row()
-    best = shown("val_loss", row["val_loss"])
+    best = column_text("val_loss", row["val_loss"])
     steps = row["steps"]
     return [
         ("best val/loss", best + (f" at step {row['best_step']:,}" if best and row["best_step"] is not None else "")),
         ("run", run.id + f", {run.status}" + (f" after {steps:,} steps" if steps else "")),
-        ("tag", shown("tag", row["tag"])),
+        ("tag", column_text("tag", row["tag"])),
         ("started", f"{row['start'][:19].replace('T', ' ')} UTC" if row["start"] else ""),
-        ("git commit", shown("commit", row["commit"]) + (" with uncommitted changes" if row["dirty"] else "")),
-        ("note", shown("note", row["note"])),
+        ("git commit", column_text("commit", row["commit"]) + (" with uncommitted changes" if row["dirty"] else "")),
+        ("note", column_text("note", row["note"])),
     ]
 
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from tokenizer import CharTokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError
 from utils.errors import UserError, nearest
 from utils.inference.decode import Window, start_tokens
 from utils.inference.generator import SEEDS, Generator, Request
 from utils.inference.prompts import banned_tokens, stop_strings
 from utils.inference.stats import GenerationStats
 from utils.terminal.console import say
-from utils.terminal.words import facts
+from utils.terminal.words import fact_lines
 
 OFF = "none"
 ACTIONS = {"/reset": "forget the text so far", "/help": "show this list", "/quit": "leave, as Ctrl-D does"}
@@ -31,20 +31,20 @@ class Setting:
     """
 
     expected: str
-    apply: Callable[[Request, str, CharTokenizer], Request]
-    show: Callable[[Request, CharTokenizer], str]
+    apply: Callable[[Request, str, Tokenizer], Request]
+    show: Callable[[Request, Tokenizer], str]
 
 
 def _number(key: str, kind: Callable[[str], Any], expected: str, may_be_off: bool = False) -> Setting:
     """A field of a request, or of its sampling options."""
 
-    def apply(request: Request, text: str, _: CharTokenizer) -> Request:
+    def apply(request: Request, text: str, _: Tokenizer) -> Request:
         change: dict[str, Any] = {key: None if may_be_off and text == OFF else kind(text)}
         if hasattr(request, key):
             return replace(request, **change)
         return replace(request, options=replace(request.options, **change))
 
-    def show(request: Request, _: CharTokenizer) -> str:
+    def show(request: Request, _: Tokenizer) -> str:
         value = getattr(request if hasattr(request, key) else request.options, key)
         return OFF if value is None else str(value)
 
@@ -57,11 +57,11 @@ def _window(text: str) -> str:
     return text
 
 
-def _add_stop(request: Request, text: str, tokenizer: CharTokenizer) -> Request:
+def _add_stop(request: Request, text: str, tokenizer: Tokenizer) -> Request:
     return replace(request, stops=() if text == OFF else (*request.stops, *stop_strings(tokenizer, [text])))
 
 
-def _add_ban(request: Request, text: str, tokenizer: CharTokenizer) -> Request:
+def _add_ban(request: Request, text: str, tokenizer: Tokenizer) -> Request:
     banned = () if text == OFF else banned_tokens(tokenizer, [text], request.options.banned)
     return replace(request, options=replace(request.options, banned=banned))
 
@@ -109,7 +109,7 @@ class Conversation:
         self.text = ""
         self._turns = 0
         self._told_of_length = False
-        self._between = generator.tracking.qa_stop if asks else "\n"  # of what the model and the person wrote
+        self._between = generator.settings.qa_stop if asks else "\n"  # of what the model and the person wrote
         try:
             generator.tokenizer.encode(self._between)
         except TokenizerError:
@@ -152,7 +152,7 @@ class Conversation:
             return
         name, _, value = line.partition(" ")
         if name == "/help":
-            print(facts(self._help()).plain)
+            print(fact_lines(self._help()).plain)
         elif name == "/reset":
             self.text, self._turns, self._told_of_length = "", 0, False
         elif name in SETTINGS:

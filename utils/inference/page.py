@@ -10,13 +10,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer
 from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
 from utils.inference.side_by_side import RunCompletions, mean_logprob, probability, prompt_title, summary
-from utils.terminal.console import printable
 from utils.terminal.html import render
-from utils.terminal.words import HEX_COLORS
+from utils.terminal.words import HEX_COLORS, printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 BOUNDS = (0.01, 0.05, 0.2, 0.5, 0.9)  # between the colours of probabilities
@@ -60,20 +59,20 @@ def completion_page(runs: Sequence[RunCompletions], settings: str = "") -> str:
     )
 
 
-def _cell(tokenizer: CharTokenizer, completion: Completion) -> dict[str, Any]:
+def _cell(tokenizer: Tokenizer, completion: Completion) -> dict[str, Any]:
     """One run's completion of one prompt."""
-    tokens, place = [], 0
+    tokens, place, end = [], 0, len(completion.text.encode("utf-8", errors="surrogatepass"))  # in bytes
     for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
         text = tokenizer.decode([token])
         tokens.append(
             {
                 "level": level(logprob),
-                "stop": place >= len(completion.text),
+                "stop": place >= end,
                 "tip": f"{text!r}  probability {probability(logprob)}, logprob {logprob:.4f}",
                 "pieces": pieces(text),
             }
         )
-        place += len(text)
+        place += len(tokenizer.decode_bytes([token]))
     return {"prompt": pieces(completion.prompt), "tokens": tokens, "summary": summary(completion)}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizer import CharTokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError
 from utils.errors import UserError
 from utils.files import write_atomic
 from utils.inference.generator import Completion
@@ -138,7 +138,7 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
-def stop_strings(tokenizer: CharTokenizer, texts: Sequence[str]) -> tuple[str, ...]:
+def stop_strings(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, ...]:
     """Stop strings with escapes.
 
     Raises:
@@ -150,7 +150,7 @@ def stop_strings(tokenizer: CharTokenizer, texts: Sequence[str]) -> tuple[str, .
     return stops
 
 
-def banned_tokens(tokenizer: CharTokenizer, texts: Sequence[str], before: Sequence[int] = ()) -> tuple[int, ...]:
+def banned_tokens(tokenizer: Tokenizer, texts: Sequence[str], before: Sequence[int] = ()) -> tuple[int, ...]:
     """The ids of all tokens of texts with escapes, and those banned before.
 
     Raises:
@@ -162,7 +162,7 @@ def banned_tokens(tokenizer: CharTokenizer, texts: Sequence[str], before: Sequen
     return tuple(banned)
 
 
-def _encode(tokenizer: CharTokenizer, text: str, name: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
     if not text:
         raise UserError(f"{name}: expected text, got an empty one")
     try:

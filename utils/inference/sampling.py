@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 
+from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 
 GREEDY_BELOW = 1e-6  # temperatures under it differ from greedy only in ties
@@ -42,6 +44,11 @@ class SamplingOptions:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     banned: tuple[int, ...] = ()
+
+    @classmethod
+    def configured(cls, settings: InferenceConfig) -> Self:
+        """The options that the settings of section `inference` give."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls) if field.name != "banned"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= HIGHEST_TEMPERATURE:

@@ -15,9 +15,9 @@ from rich.text import Text
 from torch.nn.utils.rnn import pad_sequence
 
 from model import LanguageModel
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer
 from utils.errors import UserError
-from utils.terminal.words import duration, facts
+from utils.terminal.words import duration, fact_lines
 
 TOKENS_AT_ONCE = 2048  # that pass through the model: with GPT-2's vocabulary their logits take 0.4 GB
 NOTHING = -1  # a target that is not counted
@@ -56,7 +56,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, tokenizer: CharTokenizer, text: str) -> Score:
+def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
     """The loss over a text, in windows of block_size that move on by half: each token counts once.
 
     In the first window every token counts, with what stands before it; in each later one those of the newer half (of an
@@ -90,7 +90,7 @@ def score(model: LanguageModel, tokenizer: CharTokenizer, text: str) -> Score:
         logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
         losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
         total += float(losses.cpu().double().sum())
-    n_bytes = len(text[1:].encode())  # the first token is the first character
+    n_bytes = len(text[len(tokenizer.decode(ids[:1])) :].encode())  # the first token is not predicted
     return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
 
 
@@ -104,7 +104,7 @@ def score_report(name: str, scores: Sequence[tuple[str, Score]]) -> RenderableTy
     """
     (weights, first), *others = scores
     if not others:
-        return facts([("text", name), ("weights", weights), *zip(QUANTITIES, _words(first), strict=True)])
+        return fact_lines([("text", name), ("weights", weights), *zip(QUANTITIES, _words(first), strict=True)])
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column()
     for header, _ in scores:
@@ -115,7 +115,7 @@ def score_report(name: str, scores: Sequence[tuple[str, Score]]) -> RenderableTy
     columns = [*(_words(score) for _, score in scores), *differences]
     for quantity, *cells in zip(QUANTITIES, *columns, strict=True):
         table.add_row(Text(quantity, style="cyan"), *cells)
-    return Group(facts([("text", name)]), table)
+    return Group(fact_lines([("text", name)]), table)
 
 
 QUANTITIES = ("loss", "perplexity", "bits per byte", "tokens", "time")

@@ -11,10 +11,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer
 from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
-from utils.terminal.console import printable
+from utils.terminal.words import printable
 
 NARROWEST = 36  # characters of a column; with less, runs stand one below the other
 GAP = 3  # between columns
@@ -30,7 +30,7 @@ class RunCompletions(NamedTuple):
     name: str
     val_loss: float | None
     completions: Sequence[Completion]
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
 
 
 def mean_logprob(completions: Sequence[Completion]) -> float:
@@ -92,7 +92,7 @@ def summary(completion: Completion) -> str:
     return f"mean logprob {mean:.4f}, perplexity {perplexity(-mean):.2f}, {count:,} tokens{end}"
 
 
-def _token_table(tokenizer: CharTokenizer, completion: Completion) -> RenderableType:
+def _token_table(tokenizer: Tokenizer, completion: Completion) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("token", overflow="fold")
     table.add_column("logprob", justify="right")

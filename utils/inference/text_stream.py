@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizer import CharTokenizer
+from tokenizer import Tokenizer
 
 INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
 MOST_PENDING = 64  # tokens in a row that end within a character; a model that writes more writes no text
@@ -17,7 +17,7 @@ class TextStream:
         stops: strings that end the text; they may lie across tokens, and are not part of it.
     """
 
-    def __init__(self, tokenizer: CharTokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._tokens: list[int] = []  # the last of which ends within a character

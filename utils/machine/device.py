@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -26,8 +26,28 @@ CGROUP_FILES = (  # limit, use, statistics: of version 2 and 1
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
 
-
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # of /proc/cpuinfo: x86, x86, ARM
+
+# Vendor and family in /proc/cpuinfo -> ranges of models, both ends included, as arch/x86 of Linux names them.
+CPU_GENERATIONS: Mapping[tuple[str, str], Sequence[tuple[int, int, str]]] = {
+    ("AuthenticAMD", "23"): (
+        *((0x00, 0x2F, "Zen"), (0x30, 0x4F, "Zen 2"), (0x50, 0x5F, "Zen"), (0x60, 0x7F, "Zen 2")),
+        *((0x90, 0x91, "Zen 2"), (0xA0, 0xAF, "Zen 2")),
+    ),
+    ("AuthenticAMD", "25"): (
+        *((0x00, 0x0F, "Zen 3"), (0x10, 0x1F, "Zen 4"), (0x20, 0x5F, "Zen 3"), (0x60, 0xAF, "Zen 4")),
+    ),
+    ("AuthenticAMD", "26"): ((0x00, 0x2F, "Zen 5"), (0x40, 0x4F, "Zen 5"), (0x60, 0x7F, "Zen 5")),
+    ("GenuineIntel", "6"): (
+        *((0x3F, 0x3F, "Haswell"), (0x4F, 0x4F, "Broadwell"), (0x4E, 0x4E, "Skylake"), (0x5E, 0x5E, "Skylake")),
+        *((0x55, 0x55, "Skylake or Cascade Lake"), (0x8E, 0x8E, "Kaby Lake"), (0x9E, 0x9E, "Kaby Lake")),
+        *((0x6A, 0x6A, "Ice Lake"), (0x6C, 0x6C, "Ice Lake"), (0x7E, 0x7E, "Ice Lake")),
+        *((0x8C, 0x8D, "Tiger Lake"), (0xA7, 0xA7, "Rocket Lake"), (0x97, 0x97, "Alder Lake")),
+        *((0x9A, 0x9A, "Alder Lake"), (0xB7, 0xB7, "Raptor Lake"), (0xBA, 0xBA, "Raptor Lake")),
+        *((0xBF, 0xBF, "Raptor Lake"), (0xAA, 0xAA, "Meteor Lake"), (0xC5, 0xC6, "Arrow Lake")),
+        *((0x8F, 0x8F, "Sapphire Rapids"), (0xCF, 0xCF, "Emerald Rapids"), (0xAD, 0xAE, "Granite Rapids")),
+    ),
+}
 
 
 class DeviceError(UserError):
@@ -138,6 +158,19 @@ def processor_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
+def cpu_generation() -> str:
+    """The CPU's microarchitecture with its family and model: "Zen 4 (family 25, model 17)".
+
+    Only the numbers for one that CPU_GENERATIONS does not have; empty where Linux does not report them.
+    """
+    vendor, family, model = (_cpuinfo(field) for field in ("vendor_id", "cpu family", "model"))
+    if not model.isdigit():
+        return ""
+    ranges = CPU_GENERATIONS.get((vendor, family), ())
+    name = next((name for first, last, name in ranges if first <= int(model) <= last), "")
+    return f"{name} (family {family}, model {model})" if name else f"family {family}, model {model}"
+
+
 def device_facts(device: torch.device) -> Mapping[str, str]:
     """What env.txt says of the devices."""
     facts = {"device": str(device), "torch threads": str(torch.get_num_threads()), "cpu": _cpu_name()}
@@ -159,10 +192,11 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _cpuinfo(field: str) -> str:
-    """What Linux says of the first core; empty: nothing."""
+    """A field of the first core in Linux's /proc/cpuinfo; empty where there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
+            pairs = (line.split(":", 1) for line in file if ":" in line)
+            return next(value.strip() for name, value in pairs if name.strip() == field)
     except (OSError, StopIteration):
         return ""
 

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from utils.errors import UserError
 from utils.files import sync_folder, write_atomic, write_json
+from utils.runs import layout
 
 SCHEMA_VERSION: Literal[1] = 1
 PROFILE, TRACE, PICTURE = "profile.json", "trace.json", "profile.png"
-FOLDER = Path("artifacts", "profile")  # in a run directory
+FOLDER = layout.PROFILE  # in a run directory
 MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS = "matrix products", "attention", "other operators"
 OTHER_PHASE = "other"  # the phase of what is in no phase
 NO_OPERATOR = "no operator"  # the kind of the time in which no operator runs

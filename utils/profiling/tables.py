@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.profiling.record import MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
-from utils.terminal.words import facts
+from utils.terminal.words import fact_lines
 
 BAR_WIDTH = 20  # characters of 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
@@ -76,7 +76,7 @@ def head(profile: Profile) -> RenderableType:
         best = ", ".join(f"{rate(value)} GFLOP/s in {name}" for name, value in limits.gemm.items())
         rows.append(("limits", f"matrix product {best}; copy {rate(limits.copy_gbytes)} GB/s"))
         rows.append(("use", f"{rate(profile.gflops)} GFLOP/s, {percent(profile.mfu)} of the matrix product (MFU)"))
-    return facts(rows)
+    return fact_lines(rows)
 
 
 def phase_table(profile: Profile) -> RenderableType:
@@ -205,7 +205,7 @@ def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) ->
         for p in (a, b)
     )
     parts: list[RenderableType] = [
-        facts([("A", names[0]), ("B", names[1])]),
+        fact_lines([("A", names[0]), ("B", names[1])]),
         difference_table(a, b),
         _pairs("In all", summary(a), summary(b)),
         _pairs("Phases (ms)", phases_a, phases_b),

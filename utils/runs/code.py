@@ -1,9 +1,8 @@
-"""Where a run came from: the code (commit, remote, patch) and the environment, as files in meta/.
+"""The code of a run (commit, remote, patch) and its environment, as files in meta/.
 
-Git is read through GitPython and may be missing, broken, without commits or detached: then the files
-say so, and training goes on. Credentials never reach a run directory: user and password are cut from
-remote URLs, files that look like secrets are left out of the patch, environment variables are not
-recorded at all.
+Git is read through GitPython. Where it is missing, broken, without commits or detached, the files say so and training
+continues. Credentials never reach a run directory: user and password are removed from remote URLs, files that look
+like secrets are left out of the patch, and environment variables are not recorded at all.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from utils.files import write_atomic
+from utils.runs.layout import ENVIRONMENT, GIT, PATCH
 
 if TYPE_CHECKING:
     import git
 
 MAX_PATCH_FILE_BYTES = 1_000_000
-MAX_UNTRACKED_FILES = 500  # each costs a call of git
+MAX_UNTRACKED_FILES = 500  # each takes a call of git
 SOURCE_SUFFIXES = frozenset(
     (
         *(".py", ".pyi", ".ipynb", ".sh", ".c", ".h", ".cc", ".cpp", ".cu", ".cuh", ".rs", ".js", ".html", ".css"),
@@ -39,13 +39,14 @@ SECRET_NAME = re.compile(
     r"|^\.(netrc|npmrc|pypirc|htpasswd)$",
     re.IGNORECASE,
 )
+LEFT_OUT = f"left out of {PATCH.name}:"  # heading of a list in git.txt
 DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames", "--unified=3")
 PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
 
 @dataclass
 class GitFacts:
-    """State of the working tree. `problem` says why there is none."""
+    """State of the working tree. `problem` says why it, or the rest of it, is not known."""
 
     commit: str | None = None
     branch: str | None = None
@@ -56,7 +57,7 @@ class GitFacts:
     problem: str | None = None
 
     def summary(self) -> dict[str, Any]:
-        """What trackers and run.json show."""
+        """The facts that run.json and trackers show."""
         return {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "remote": self.remote}
 
 
@@ -75,11 +76,11 @@ def clean_url(url: str) -> str:
 
 
 class MetadataCapture:
-    """Reads the facts once, before training, and writes them into a run directory.
+    """Reads the state of the code once, before training, and writes it into a run directory.
 
     Args:
         root: the project folder.
-        excluded: files, and folders of files, that are not code (the runs, the corpora).
+        excluded: files and folders that are not code (the runs, the corpora).
     """
 
     def __init__(self, root: Path, excluded: tuple[Path, ...] = ()) -> None:
@@ -87,7 +88,7 @@ class MetadataCapture:
         self.excluded = tuple(path.resolve() for path in excluded)
 
     def git_facts(self) -> GitFacts:
-        """Commit, branch, remote, and a patch that turns the commit into the working tree."""
+        """Commit, branch, remote, and the patch that turns the commit into the working tree."""
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no exception at import where git is missing
         import git
 
@@ -110,7 +111,7 @@ class MetadataCapture:
         return facts
 
     def _read(self, repo: git.Repo, facts: GitFacts) -> None:
-        """Fill `facts`, the cheapest first: what is known when git fails stays known."""
+        """Fill in `facts`, the cheapest first: if git fails, those that are known are kept."""
         if repo.working_tree_dir is None:
             facts.problem = "a bare git repository has no working tree"
             return
@@ -140,7 +141,7 @@ class MetadataCapture:
                 with_exceptions=False,
                 with_extended_output=True,
             )
-            if status <= 1:  # 1 says only that the files differ
+            if status <= 1:  # 1 means only that the files differ
                 facts.patch += patch
             else:
                 facts.left_out.append(f"{name} (cannot be read)")
@@ -150,7 +151,7 @@ class MetadataCapture:
         return any(place == resolved or place in resolved.parents for place in self.excluded)
 
     def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
-        """True if the file belongs into the patch; otherwise its name and the reason are kept."""
+        """True if the file belongs in the patch; otherwise its name and the reason are added to `left_out`."""
         path = top / name
         reason = None
         if any(SECRET_NAME.search(part) for part in Path(name).parts):
@@ -167,11 +168,11 @@ class MetadataCapture:
 
     @staticmethod
     def write(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
-        """git.txt, code.patch and env.txt in `meta_dir`."""
-        write_atomic(meta_dir / "git.txt", _git_text(facts))
+        """Write git.txt, code.patch and env.txt into `meta_dir`, the folder meta/ of a run."""
+        write_atomic(meta_dir / GIT.name, _git_text(facts))
         if facts.patch:
-            write_atomic(meta_dir / "code.patch", facts.patch)
-        write_atomic(meta_dir / "env.txt", environment_text(devices))
+            write_atomic(meta_dir / PATCH.name, facts.patch)
+        write_atomic(meta_dir / ENVIRONMENT.name, environment_text(devices))
 
 
 _RAW: dict[str, Any] = {"strip_newline_in_stdout": False, "stdout_as_string": False}  # a patch is bytes
@@ -186,7 +187,7 @@ def _first_line(text: str) -> str:
 
 
 def _stderr_line(error: git.GitCommandError) -> str:
-    """The first line that git wrote, without GitPython's decoration."""
+    """The first line that git wrote, without what GitPython adds to it."""
     return _first_line(str(error.stderr).strip().removeprefix("stderr:").strip(" '"))
 
 
@@ -198,12 +199,12 @@ def _git_text(facts: GitFacts) -> str:
         f"branch: {facts.branch or 'detached'}",
         f"remote: {facts.remote or 'none'}",
         f"dirty: {'yes' if facts.dirty else 'no'}",
-        f"patch: {'code.patch' if facts.patch else 'none'}",
+        f"patch: {PATCH.name if facts.patch else 'none'}",
     ]
     if facts.problem:
         lines.append(f"problem: {facts.problem}")
     if facts.left_out:
-        lines += ["", "left out of code.patch:", *(f"  {item}" for item in facts.left_out)]
+        lines += ["", LEFT_OUT, *(f"  {item}" for item in facts.left_out)]
     return "\n".join(lines) + "\n"
 
 

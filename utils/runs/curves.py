@@ -1,4 +1,4 @@
-"""The picture of a run's losses, artifacts/curves.png. No torch here."""
+"""The picture of a run's losses, artifacts/curves.png."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import write_atomic
-from utils.runs.layout import CURVES
-from utils.runs.log import METRICS_FILE, read_lines
+from utils.runs.layout import CURVES, METRICS_LOG
+from utils.runs.log import read_lines
 from utils.runs.metrics import decode_number
 
 CURVE_NAMES = {"train/loss": "train/loss, each step", "train/eval_loss": "train/eval_loss", "val/loss": "val/loss"}
-POINTS, BYTES = 20_000, 170  # of a curve; of a record, about
+POINTS = 20_000  # of a curve
+RECORD_BYTES = 170  # about, of a line of the log
 COLORS = {"train/loss": "#b8c4d6", "train/eval_loss": "#3b6fb6", "val/loss": "#d1495b"}
 
 
 def thinned_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Evaluations, and about POINTS of the other records: a picture of a long run has no room for more."""
-    stride = 1 + (path.stat().st_size // BYTES if path.exists() else 0) // POINTS
+    """All evaluations and about POINTS other records of a log: more would not be visible in the picture."""
+    stride = 1 + (path.stat().st_size // RECORD_BYTES if path.exists() else 0) // POINTS
     offset, numbers = 0, itertools.count()
     while lines := (read_lines(path, offset) if path.exists() else []):
         offset += sum(map(len, lines))
@@ -31,13 +32,16 @@ def thinned_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def draw_curves(run: Path) -> bool:
-    """Write artifacts/curves.png of the run in the directory `run`; False if it has logged no loss yet.
+    """Draw artifacts/curves.png of the run directory `run`.
+
+    Returns:
+        False if the run has not logged a loss yet; then nothing is drawn.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the picture cannot be written.
     """
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVE_NAMES}
-    for record in thinned_records(run / "logs" / METRICS_FILE):
+    for record in thinned_records(run / METRICS_LOG):
         for name in record.keys() & curves.keys():
             curves[name].append((record["step"], decode_number(record[name])))
     if not any(curves.values()):

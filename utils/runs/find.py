@@ -1,4 +1,4 @@
-"""Finding runs: all of a folder, one by the name on a command line, the export of one."""
+"""Finding runs: all of a folder, the one that RUN on a command line names, and its export."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 
 from utils.errors import nearest
+from utils.runs.layout import EXPORT, RECORD
 from utils.runs.names import promoted_run
 from utils.runs.run import RunError, read_record, read_status
 
 
 def list_run_paths(runs_dir: Path) -> list[Path]:
-    """Directories that hold a run.json, oldest first: by start time, then id."""
+    """The run directories in `runs_dir`, oldest first: by start time, then id."""
     found = []
-    for path in runs_dir.glob("*/run.json"):
+    for path in runs_dir.glob(f"*/{RECORD}"):
         try:
             found.append((read_record(path.parent).get("start") or "", path.parent.name, path.parent))
         except RunError:
@@ -22,18 +23,18 @@ def list_run_paths(runs_dir: Path) -> list[Path]:
 
 
 def resolve_run(name: str, runs_dir: Path) -> Path:
-    """The run directory that RUN on a command line means.
+    """The run directory that RUN on a command line names.
 
-    In this order: a path, an exact id, `latest`, an exact tag (the newest wins), NAME@vN of a
-    promoted run, a unique part of an id.
+    The first that exists of: a path, NAME@vN of a promoted run, an id, `latest`, a tag (the newest run wins), a part
+    of exactly one id.
 
     Raises:
-        RunError: there is none, or a part fits several.
+        RunError: there is no such run, or several ids contain the part.
     """
-    if os.path.isfile(os.path.join(name, "run.json")):
+    if os.path.isfile(os.path.join(name, RECORD)):
         return Path(name)
     if os.sep in name and os.path.isdir(name):
-        raise RunError(f"{name} is not a run directory: it has no run.json")
+        raise RunError(f"{name} is not a run directory: it has no {RECORD}")
     if promoted := promoted_run(name, runs_dir):
         return promoted
     paths = list_run_paths(runs_dir)
@@ -57,24 +58,24 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
     if len(matches) == 1:
         return by_id[matches[0]]
     if matches:
-        shown = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
-        raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {shown}")
+        ids = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
+        raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {ids}")
     raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *by_id])}")
 
 
 def find_export(name: str | None, runs_dir: Path) -> Path:
-    """The export folder of a run; without a name, of the newest run that has one.
+    """The export folder of the run that `name` names; without a name, of the newest run that has an export.
 
     Raises:
-        RunError: no such run, or it has no export.
+        RunError: there is no such run, or it has no export.
     """
     if name is None:
         for path in reversed(list_run_paths(runs_dir)):
-            if (path / "artifacts" / "export").is_dir():
-                return path / "artifacts" / "export"
+            if (path / EXPORT).is_dir():
+                return path / EXPORT
         raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
     path = resolve_run(name, runs_dir)
-    export = path / "artifacts" / "export"
+    export = path / EXPORT
     if not export.is_dir():
         raise RunError(f"run {path.name} ({read_status(path)}) has no export: it is written when training completes")
     return export

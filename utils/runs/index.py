@@ -1,4 +1,4 @@
-"""All runs of a folder as rows, those that cannot be read with the reason. No torch here."""
+"""All runs of a folder as rows; those that cannot be read have the reason instead."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from pydantic import BaseModel, Field, ValidationError
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
-from utils.runs.layout import CHECKPOINTS, PATCH
-from utils.runs.log import METRICS_FILE, last_record, read_lines
+from utils.runs.layout import CHECKPOINTS, CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD
+from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
-from utils.runs.run import REPRODUCTION, RunError, read_record, status_of
+from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, read_record, status_of
 
-DAMAGED = "damaged"  # the status of what cannot be read as a run
+DAMAGED = "damaged"  # the status of an entry that cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
-DERIVED = derived_settings(Config(), 1).keys()  # from other settings, where they are none
-NOTES = {"tags": [], "note": "", "pinned": False}
-NOT_RUNS = ("models.json",)  # what else lies in the folder of the runs
-FACTS = {  # column -> type in SQL; the settings of the configuration follow them
+DERIVED = derived_settings(Config(), 1).keys()  # settings that are derived from others while they are none
+NOT_RUNS = (MODELS.name,)  # other files in the folder of the runs
+FACTS = {  # column -> type in SQL; the settings are further columns
     "id": "VARCHAR",
     "tag": "VARCHAR",
     "status": "VARCHAR",
@@ -57,9 +56,7 @@ FACTS = {  # column -> type in SQL; the settings of the configuration follow the
     "processor": "VARCHAR",
     "path": "VARCHAR",
 }
-
-
-LOG_END = 4096  # bytes
+LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -85,7 +82,7 @@ class _Resolved(BaseModel):
 
 
 class _Record(BaseModel, strict=True):
-    """What the index takes from a run.json, so that it can trust the types."""
+    """The fields of run.json that the index uses, with their types."""
 
     status: Literal["running", "completed", "interrupted", "failed", "diverged"]
     git: _Git | None = None
@@ -104,7 +101,7 @@ class _Record(BaseModel, strict=True):
 
 
 class _Notes(BaseModel, strict=True):
-    """What a person says about a run."""
+    """The fields of notes.json, with their types."""
 
     tags: list[str] = []
     note: str = ""
@@ -113,10 +110,13 @@ class _Notes(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class IndexedRun:
-    """What is known of one entry of the folder of runs.
+    """What is known about one entry of the folder of runs.
 
-    problem: why it cannot be read as a run, or what is wrong with a part of it; None: all is well.
-    record: run.json; settings: meta/full_config.json by leaf name; notes: notes.json.
+    problem: why it cannot be read as a run, or which part of it is damaged; None if nothing is.
+    record: run.json.
+    settings: meta/full_config.json by leaf name.
+    notes: notes.json.
+    notes_are_lost: notes.json is damaged, so it is unknown whether the run was pinned.
     """
 
     path: Path
@@ -124,8 +124,8 @@ class IndexedRun:
     problem: str | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=lambda: NOTES)
-    notes_are_lost: bool = False  # notes.json cannot be read: nobody knows whether the run was pinned
+    notes: Mapping[str, Any] = field(default_factory=lambda: NO_NOTES)
+    notes_are_lost: bool = False
 
     @property
     def id(self) -> str:
@@ -136,7 +136,7 @@ class IndexedRun:
         return self.status != DAMAGED
 
     def row(self) -> dict[str, Any]:
-        """The run by column: FACTS, then the settings, those that were none or "auto" as what they came to."""
+        """The run by column: FACTS, then the settings with the values that none and "auto" resolved to."""
         record, resolved, git = self.record, self.record.get("resolved") or {}, self.record.get("git") or {}
         start, end = seconds_of(record.get("start")), seconds_of(record.get("end"))
         if end is None and self.status == "running":
@@ -171,26 +171,26 @@ class IndexedRun:
         return {**columns, **{key: resolved_setting(self, key) for key in self.settings if key not in columns}}
 
     def summary(self) -> dict[str, float]:
-        """Losses and steps at the end; of a run that has not told them, from its log."""
-        told = {key: decode_number(value) for key, value in (self.record.get("summary") or {}).items()}
+        """Losses and steps at the end of the run; from its log while it runs and after a crash."""
+        recorded = {key: decode_number(value) for key, value in (self.record.get("summary") or {}).items()}
         steps = self.record.get("last_step")
         if self.status not in ("running", "crashed"):
-            return {**told, "steps": steps} if steps is not None else told
-        try:  # what is told is of a session before
-            return summary_of_log(self.path / "logs" / METRICS_FILE)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no writer of ours wrote it
-            return told
+            return {**recorded, "steps": steps} if steps is not None else recorded
+        try:  # what is recorded is of the previous session
+            return summary_of_log(self.path / METRICS_LOG)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not written by us
+            return recorded
 
 
 def resolved_setting(run: IndexedRun, key: str) -> Any:
-    """The value of a setting; what it came to where it was none or "auto"."""
+    """The value of a setting, or what it resolved to where it is none or "auto"."""
     value = run.settings.get(key)
     resolved = run.record.get("resolved") or {}
     return resolved.get(key, value) if value in (None, "auto") else value
 
 
 def summary_of_log(path: Path) -> dict[str, float]:
-    """Last step and losses of a run that was not ended properly."""
+    """The last step and losses in a log, as run.json records them when a run ends."""
     if not path.is_file():
         return {}
     summary: dict[str, float] = {}
@@ -206,7 +206,7 @@ def summary_of_log(path: Path) -> dict[str, float]:
 
 
 def seconds_of(moment: Any) -> float | None:
-    """Seconds since the epoch of a time in run.json."""
+    """A time of run.json in seconds since the epoch; None if it is not a time."""
     try:
         return datetime.fromisoformat(moment).timestamp()
     except (TypeError, ValueError):
@@ -214,36 +214,36 @@ def seconds_of(moment: Any) -> float | None:
 
 
 def read_run(path: Path) -> IndexedRun:
-    """One entry of the folder of runs; never an error."""
+    """What is known about one entry of the folder of runs. Raises nothing: a damaged entry has a `problem`."""
     try:
         if not path.is_dir():
             return IndexedRun(path, problem="a file, where a run directory was expected")
-        if not (path / "run.json").exists():
+        if not (path / RECORD).exists():
             empty = not any(path.iterdir())
-            return IndexedRun(path, problem="an empty folder" if empty else "no run.json")
+            return IndexedRun(path, problem="an empty folder" if empty else f"no {RECORD}")
         record = read_record(path)
         status = status_of(path, record)
         _Record.model_validate(record)
     except ValidationError as error:
         wrong = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors(include_url=False, include_input=False))
-        return IndexedRun(path, problem=f"run.json: not as this workbench writes it: {', '.join(wrong)}")
+        return IndexedRun(path, problem=f"{RECORD}: not as this workbench writes it: {', '.join(wrong)}")
     except (RunError, OSError) as error:
         return IndexedRun(path, problem=str(error).replace(f"{path}{os.sep}", "").removeprefix(f"{path}: "))
     problems = []
-    settings, notes, notes_are_lost = {}, NOTES, False
+    settings, notes, notes_are_lost = {}, NO_NOTES, False
     try:
         settings = read_settings(path)
     except FileNotFoundError:
-        problems.append("no meta/full_config.json: it ended before it began")
+        problems.append(f"no {CONFIG}: it ended before its first step")
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"meta/full_config.json cannot be read: {error}")
+        problems.append(f"{CONFIG} cannot be read: {error}")
     try:
         notes = read_notes(path)
     except (OSError, ValueError, RecursionError) as error:
         notes_are_lost = True
         reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
         problems.append(f"notes.json cannot be read: {reason}")
-    if status != "running" and (problem := _log_problem(path / "logs" / METRICS_FILE)):
+    if status != "running" and (problem := _log_problem(path / METRICS_LOG)):
         problems.append(problem)
     return IndexedRun(path, status, "; ".join(problems) or None, record, settings, notes, notes_are_lost)
 
@@ -266,32 +266,32 @@ def _log_problem(path: Path) -> str | None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in meta/full_config.json of the run `path` by leaf name, also those that are not known any more.
+    """The settings in meta/full_config.json of the run `path` by leaf name, including those that no longer exist.
 
     Raises:
-        OSError, ValueError: it is missing or damaged.
+        OSError, ValueError: the file is missing or damaged.
     """
-    sections = json.loads((path / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    sections = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise ValueError("not a configuration")
     return {key: value for section in sections.values() for key, value in section.items()}
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """notes.json of the run `path`.
+    """notes.json of the run `path`; without the file, the notes of a new run.
 
     Raises:
-        OSError, ValueError: it is damaged.
+        OSError, ValueError: the file is damaged.
     """
     try:
-        notes = json.loads((path / "notes.json").read_text(encoding="utf-8"))
+        notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return dict(NOTES)
-    return {**_Notes.model_validate(notes).model_dump(), **{key: notes[key] for key in notes if key not in NOTES}}
+        return dict(NO_NOTES)
+    return {**_Notes.model_validate(notes).model_dump(), **{key: notes[key] for key in notes if key not in NO_NOTES}}
 
 
 def read_index(runs_dir: Path) -> list[IndexedRun]:
-    """Every entry of the folder of runs, oldest first; those that cannot be read come first. None: no such folder.
+    """Every entry of the folder of runs, those that cannot be read first, then by age, the oldest first.
 
     Raises:
         UserError: the folder cannot be read.
@@ -301,21 +301,21 @@ def read_index(runs_dir: Path) -> list[IndexedRun]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{runs_dir}: the folder of the runs cannot be read: {error.strerror}") from None
+        raise UserError(f"{runs_dir}: this folder of runs cannot be read: {error.strerror}") from None
     runs = [read_run(runs_dir / name) for name in names]
     return sorted(runs, key=lambda run: (run.record.get("start") or "", run.id))
 
 
 def differing_settings(runs: Sequence[IndexedRun], kinds: Sequence[str] = (TRAJECTORY,)) -> list[str]:
-    """Settings of these kinds that are not the same in all readable runs, in the order of the configuration.
+    """Settings of these kinds that differ between the readable runs, in the order of the configuration.
 
-    What was left open everywhere and is derived from another setting (head_dim, say) is left out.
+    A setting that is none in all runs, and so derived from another one (head_dim, say), is left out.
     """
     readable = [run for run in runs if run.settings]
     keys = dict.fromkeys([*(k for k in FIELDS if field_fact(k, "kind") in kinds), *_unknown_settings(readable)])
 
     def differs(key: str) -> bool:
-        knowing = [run for run in readable if key in run.settings]  # an older run may not know it
+        knowing = [run for run in readable if key in run.settings]  # an older run may not have it
         if key in DERIVED and all(run.settings[key] is None for run in knowing):
             return False
         return len({repr(resolved_setting(run, key)) for run in knowing}) > 1
@@ -335,7 +335,7 @@ def non_default_settings(run: IndexedRun) -> dict[str, Any]:
 
 
 def origin_of(run: IndexedRun) -> tuple[str, str, int] | None:
-    """(relation, run, step) of the weights that a fork or fine-tuning began with."""
+    """(relation, run, step) of the weights that a fork or fine-tuning began with; None for any other run."""
     parent = run.record.get("parent")
     if not parent or parent.get("relation") == REPRODUCTION:
         return None
@@ -343,7 +343,7 @@ def origin_of(run: IndexedRun) -> tuple[str, str, int] | None:
 
 
 def code_identity(run: IndexedRun) -> tuple[str | None, str | None]:
-    """The commit, and the sha256 of the patch that made it the code of the run; None: unknown, or no patch."""
+    """The commit (None if unknown) and the SHA-256 of the patch (None if there is none) of the code of a run."""
     try:
         patch = (run.path / PATCH).read_bytes()
     except OSError:

@@ -1,19 +1,52 @@
-"""The paths of a run directory, relative to it."""
+"""Every path of a run directory, relative to it. Other modules use these names and never spell a path.
+
+The files inside a checkpoint or an export are named in utils/checkpoints/folder.py, those of a profile in
+utils/profiling/record.py: each of these folders is written and read as one thing.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-CHECKPOINTS = Path("artifacts", "checkpoints")  # in a run directory
+# What the run is and how it stands.
+RECORD = Path("run.json")  # id, status, command, resolved values, results, resumes
+NOTES = Path("notes.json")  # tags, note and pin: what people say about the run
+LOCK = Path("lock")  # held (flock) by the training process for as long as it lives
 
-FLIGHT_RECORDER = Path("artifacts", "flight_recorder.json")
+# Where it came from: written when training starts.
+META = Path("meta")
+CONFIG = META / "full_config.json"  # every setting, by section
+CONFIG_SOURCES = META / "config_sources.json"  # where each setting was set, and what that shadows
+GIT = META / "git.txt"  # commit, branch, remote, files left out of the patch
+PATCH = META / "code.patch"  # turns the commit into the code that ran; absent where nothing was changed
+ENVIRONMENT = META / "env.txt"  # Python, platform, devices, versions of all packages
+TOKENIZER = META / "tokenizer.json"
+MODEL_SUMMARY = META / "model.json"  # parameters by layer
+METRIC_REGISTRY = META / "metrics.json"  # name, unit and direction of each metric in the log
 
-CURVES = Path("artifacts", "curves.png")
+# What happened: append-only logs, and the views made from them.
+LOGS = Path("logs")
+METRICS_LOG = LOGS / "metrics.jsonl"
+HISTOGRAMS_LOG = LOGS / "histograms.jsonl"
+SAMPLES_LOG = LOGS / "samples.jsonl"  # generated texts
+TRAIN_LOG = LOGS / "train.log"  # what the terminal showed
+TENSORBOARD = LOGS / "tensorboard"
+WANDB = LOGS / "wandb"
 
-PATCH = Path("meta", "code.patch")
 
-TOKENIZER = Path("meta", "tokenizer.json")
+def fed_note(view: str) -> Path:
+    """The file that says how much of the logs a view (`aim`, say) has received; `*` makes it a pattern for all."""
+    return LOGS / f"fed_{view}.json"
 
-MODEL_SUMMARY = Path("meta", "model.json")
 
-METRICS = Path("meta", "metrics.json")
+# What it produced.
+ARTIFACTS = Path("artifacts")
+CHECKPOINTS = ARTIFACTS / "checkpoints"
+EXPORT = ARTIFACTS / "export"  # the weights for inference, with configuration and tokenizer
+PROFILE = ARTIFACTS / "profile"
+CURVES = ARTIFACTS / "curves.png"
+FLIGHT_RECORDER = ARTIFACTS / "flight_recorder.json"  # the last steps before a loss that was not finite
+SEAL = ARTIFACTS / "seal.json"  # checksums of meta/, logs/ and the export; the last file of a run
+
+# Beside the run directories, in the folder that holds them.
+MODELS = Path("models.json")  # promoted runs: NAME -> its versions

@@ -1,8 +1,7 @@
-"""The append-only logs of a run, which are its truth, and the registry of metric names.
+"""The append-only logs of a run: the source from which everything else (TensorBoard, Aim, reports) is made.
 
-One JSON object a line. A line counts once its newline is there: a reader ignores a torn last line,
-and `truncate` cuts it off. Views (TensorBoard, Aim, reports) are made from these files and can be
-made again.
+One JSON object on each line. A line counts once its newline is written: a reader ignores a torn last line, and
+`truncate` cuts it off.
 """
 
 from __future__ import annotations
@@ -15,32 +14,31 @@ from typing import Any
 import orjson
 
 from utils.errors import UserError
+from utils.runs.layout import HISTOGRAMS_LOG, METRICS_LOG, SAMPLES_LOG
 from utils.runs.metrics import decode_number
 
-METRICS_FILE = "metrics.jsonl"
-HISTOGRAMS_FILE = "histograms.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE = METRICS_LOG.name, HISTOGRAMS_LOG.name, SAMPLES_LOG.name
+LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)  # checkpoints and trackers keep an offset for each name
 SCANNED_BYTES = 65_536
-LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)
 
 
 class RunLogError(UserError):
-    """Logs that are not those of the checkpoint."""
+    """Logs that do not belong to the checkpoint."""
 
 
 class LogWriter:
-    """Appends records to one log file. A batch of records is one write; `sync` makes it survive power loss."""
+    """Appends records to one log file. Each batch of records is one write; `sync` makes it survive a power loss."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append one line a record; numbers that are not finite are to be encoded before (encode_number).
+        """Append one line for each record. Numbers that are not finite must be encoded before (encode_number).
 
         Raises:
-            TypeError: a value is not JSON; nothing is written.
-            OSError: the disk is full or gone; the file is as it was before.
+            TypeError: a value cannot be written as JSON; nothing is written.
+            OSError: the disk is full or gone; the file is unchanged.
         """
         data = memoryview(b"".join([orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records]))
         start = self.offset
@@ -53,7 +51,7 @@ class LogWriter:
 
     @property
     def offset(self) -> int:
-        """Bytes in the file."""
+        """Size of the file in bytes."""
         return os.fstat(self._fd).st_size
 
     def sync(self) -> None:
@@ -76,7 +74,7 @@ class RunLog:
         self.samples = LogWriter(logs_dir / SAMPLES_FILE)
 
     def offsets(self) -> dict[str, int]:
-        """Bytes in each log, by file name."""
+        """Size of each log in bytes, by file name."""
         return {writer.path.name: writer.offset for writer in (self.metrics, self.histograms, self.samples)}
 
     def sync(self) -> None:
@@ -91,24 +89,24 @@ class RunLog:
 
 
 def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[list[dict[str, Any]], int]:
-    """The complete records of `path` from byte `offset` on, about `max_bytes` of them.
+    """The complete records of `path` from byte `offset` on, up to about `max_bytes` bytes.
 
     Returns:
-        The records and the offset after the last of them; a torn last line is left for later.
+        The records, and the offset after the last of them; a torn last line is left for the next call.
 
     Raises:
-        FileNotFoundError: there is no such log.
-        ValueError: a complete line that is not JSON.
+        FileNotFoundError: the log does not exist.
+        ValueError: a complete line is not JSON.
     """
     lines = read_lines(path, offset, max_bytes)
     return [orjson.loads(line) for line in lines], offset + sum(map(len, lines))
 
 
 def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[bytes]:
-    """The complete lines of `path` from byte `offset` on, about `max_bytes` of them, with their line ends.
+    """The complete lines of `path` from byte `offset` on, up to about `max_bytes` bytes, with their line ends.
 
     Raises:
-        FileNotFoundError: there is no such log.
+        FileNotFoundError: the log does not exist.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -119,7 +117,7 @@ def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[by
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """All complete records of a log; none if there is no file."""
+    """All complete records of a log; none if the file does not exist."""
     offset = 0
     while path.exists():
         records, end = read_from(path, offset)
@@ -138,13 +136,13 @@ def last_record(path: Path) -> dict[str, Any] | None:
         while True:
             file.seek(max(0, size - length))
             lines = file.read(min(length, size)).split(b"\n")[:-1]
-            if len(lines) > 1 or length >= size:  # the first one may be a part of a line
+            if len(lines) > 1 or length >= size:  # the first may be only a part of a line
                 return orjson.loads(lines[-1]) if lines else None
             length *= 4
 
 
 def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric, in the order of the log."""
+    """(step, value) of each record that has the metric `name`, in the order of the log."""
     return [
         (record["step"], decode_number(record[name]))
         for record in read_records(logs_dir / METRICS_FILE)
@@ -153,14 +151,14 @@ def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
 
 
 def offset_of_step(path: Path, step: int) -> int:
-    """Where the first record of `step` or a later one begins; the end of the complete lines if there is none.
+    """The byte where the first record of `step` or a later step begins; the end of the complete lines if none does.
 
-    Steps never fall in a log, so the place is found by bisection, up to a last part that is read.
+    Steps never decrease in a log, so the place is found by bisection down to a part that is read in full.
     """
     if not path.exists():
         return 0
     with path.open("rb") as file:
-        low, high = 0, path.stat().st_size  # a line of an earlier step begins at low, or it is 0
+        low, high = 0, path.stat().st_size  # a line of an earlier step begins at low, unless it is 0
         while high - low > SCANNED_BYTES:
             middle = (low + high) // 2
             file.seek(middle)
@@ -179,7 +177,7 @@ def offset_of_step(path: Path, step: int) -> int:
 
 
 def truncate(path: Path, offset: int | None = None) -> None:
-    """Cut a log back to byte `offset`, or without it to its last complete line.
+    """Cut a log back to its first `offset` bytes, or without an offset to its last complete line.
 
     Raises:
         ValueError: the log is shorter than `offset`.
@@ -198,7 +196,10 @@ def truncate(path: Path, offset: int | None = None) -> None:
 
 
 def cut_logs(logs_dir: Path, offsets: Mapping[str, int]) -> None:
-    """Cut all logs of a run back to where a checkpoint saw them; to nothing without a checkpoint.
+    """Cut all logs of a run back to the sizes that they had when a checkpoint was saved.
+
+    Args:
+        offsets: size of each log by file name; a log that is not named becomes empty.
 
     Raises:
         RunLogError: a log is shorter than that; nothing is cut.
@@ -207,6 +208,6 @@ def cut_logs(logs_dir: Path, offsets: Mapping[str, int]) -> None:
         path, offset = logs_dir / name, offsets.get(name, 0)
         size = path.stat().st_size if path.exists() else 0
         if size < offset:
-            raise RunLogError(f"{path}: has {size:,} bytes, the checkpoint was saved when it had {offset:,}")
+            raise RunLogError(f"{path}: has {size:,} bytes, but had {offset:,} when the checkpoint was saved")
     for name in LOG_FILES:
         truncate(logs_dir / name, offsets.get(name, 0))

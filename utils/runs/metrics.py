@@ -1,4 +1,4 @@
-"""The registry of metrics: the names that a log accepts, their units, directions and views."""
+"""The registry of metrics: the names that the log accepts, with unit, direction and the views that show them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Direction = Literal["lower", "higher", "none"]  # which way is better
 
 VIEWS = ("tensorboard", "aim", "wandb")  # the trackers that can be fed from the logs
 
-NOT_METRICS = frozenset(("step", "time"))  # the coordinates of a record
+NOT_METRICS = frozenset(("step", "time"))  # fields that every record has
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that may stand in metrics.jsonl.
+    """A number that a record of metrics.jsonl may have.
 
     name: `split/name` or `name`; the TensorBoard tag. Aim shows `split` as context {subset: split}.
-    unit: of the value; "nats" for losses.
+    unit: of the value; "nats" for losses, "1" for a number without a unit.
     direction: which way is better.
     views: which of VIEWS show it.
-    reproducible: whether a repetition of the run must give the same numbers; not so what a clock or the machine says.
+    reproducible: True if repeating the run must give the same numbers: false for times and what the machine decides.
     """
 
     name: str
@@ -48,13 +48,14 @@ _REGISTRY: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> Metric:
-    """Make `metric.name` a name that the log accepts.
+    """Make the log accept `metric.name`; registering an equal metric again does nothing.
 
     Raises:
-        ValueError: another metric has this name, it is a coordinate's, or there is no such view or direction.
+        ValueError: another metric has this name, the name is reserved (NOT_METRICS), or there is no such view or
+            direction.
     """
     if metric.name in NOT_METRICS:
-        raise ValueError(f"no metric can be named {metric.name}: that is where a record stands")
+        raise ValueError(f"no metric can be named {metric.name}: each record has that field already")
     if unknown := set(metric.views) - set(VIEWS):
         raise ValueError(f"metric {metric.name}: no view {', '.join(sorted(unknown))}; there are {', '.join(VIEWS)}")
     if metric.direction not in get_args(Direction):
@@ -72,8 +73,8 @@ for _metric in (
     Metric("grad_norm", "1"),
     Metric("tokens", "tokens", views=()),
     Metric("tokens_per_second", "tokens/s", "higher", reproducible=False),
-    Metric("step_ms", "ms", "lower", views=("tensorboard",), reproducible=False),  # says the same as tokens_per_second
-    Metric("system/process_cpu", "%", reproducible=False),  # 100: one core
+    Metric("step_ms", "ms", "lower", views=("tensorboard",), reproducible=False),  # 1 / tokens_per_second
+    Metric("system/process_cpu", "%", reproducible=False),  # 100% is one core
     Metric("system/process_memory", "MiB", reproducible=False),
     Metric("system/gpu_utilization", "%", reproducible=False),
     Metric("system/gpu_memory", "MiB", reproducible=False),
@@ -86,7 +87,7 @@ def metric(name: str) -> Metric:
     """The registered metric of this name.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such metric.
     """
     if name not in _REGISTRY:
         raise KeyError(f"metric {name!r} is not registered: call register_metric(Metric({name!r}, unit))")
@@ -99,47 +100,52 @@ def registered_metrics() -> list[str]:
 
 
 def is_reproducible(name: str) -> bool:
-    """Whether a repetition of the run must log the same numbers under this name, which may be unknown."""
+    """True if repeating the run must give the same numbers for this metric; also for an unknown name."""
     return name not in _REGISTRY or _REGISTRY[name].reproducible
 
 
 def shown_metrics(record: Mapping[str, Any], view: str) -> Iterator[tuple[Metric, float]]:
-    """The numbers of a record of metrics.jsonl that a view shows.
+    """The metrics of a record of metrics.jsonl that a view shows, with their values.
 
     Raises:
-        KeyError: a name that is not registered.
+        KeyError: a name is not registered.
     """
     for name, value in record.items():
-        if name not in NOT_METRICS and view in (facts := metric(name)).views:
-            yield facts, decode_number(value)
+        if name not in NOT_METRICS and view in (registered := metric(name)).views:
+            yield registered, decode_number(value)
 
 
 def write_registry(path: Path) -> None:
-    """Save all registered metrics as JSON: other programs read the logs without the code that registered them."""
+    """Save all registered metrics as JSON, so that the logs can be read without the code that registered them."""
     write_json(path, [asdict(facts) for facts in _REGISTRY.values()])
 
 
 def read_registry(path: Path) -> None:
-    """Register the metrics of such a file that are not known yet; none if there is no file."""
+    """Register the metrics of a file that `write_registry` wrote, unless their names are known; none without a file."""
     if path.exists():
         for facts in json.loads(path.read_text(encoding="utf-8")):
             _REGISTRY.setdefault(facts["name"], Metric(**{**facts, "views": tuple(facts["views"])}))
 
 
 def encode_number(value: float) -> float | str:
-    """JSON has no NaN and no infinities: they are the strings "nan", "inf", "-inf"."""
+    """`value`; as the string "nan", "inf" or "-inf" where it is not finite, which JSON cannot express."""
     return value if math.isfinite(value) else str(float(value))
 
 
 def decode_number(value: float | str) -> float:
+    """The number that `encode_number` encoded."""
     return float(value)
 
 
 def metric_record(step: int, time: float, values: Mapping[str, float]) -> dict[str, Any]:
-    """A line of metrics.jsonl: `values` by registered name.
+    """The record of metrics.jsonl for `step`.
+
+    Args:
+        time: seconds since the epoch.
+        values: metrics by registered name.
 
     Raises:
-        KeyError: a name that is not registered.
+        KeyError: a name is not registered.
     """
     record: dict[str, Any] = {"step": step, "time": round(time, 4)}
     for name, value in values.items():

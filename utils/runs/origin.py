@@ -1,10 +1,10 @@
-"""Which run is continued, with which configuration, or whose weights a new run starts from. No torch here.
+"""What a run starts from when it does not start from scratch, and with which configuration.
 
-Three relations of a run to an earlier one:
+A run has one of three relations to an earlier one:
 
-    resume      the same run goes on in its own directory, bit for bit
-    fork        a new run goes on from a checkpoint of another one, with other settings
-    init        a new run begins at step 0 with another run's weights (fine-tuning)
+    resume      the same run continues in its own directory, bit for bit
+    fork        a new run continues from a checkpoint of another run, with other settings
+    init        a new run begins at step 0 with the weights of another run (fine-tuning)
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
 from utils.runs.find import list_run_paths, resolve_run
+from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.run import RunError, read_record, read_status
+from utils.terminal.words import setting_text
 
 Relation = Literal["resume", "fork", "init"]
 CHOICES = ("latest", "best")
 RESUMABLE = ("interrupted", "crashed")
 BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
-FOUND = "batch_size auto"  # the source of a batch that was searched for (utils/training/batch_size.py)
-PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which the next one does not inherit
+FOUND = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
+PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which a resume does not inherit
+PINNED = ("device", "dtype", "threads", "deterministic")  # a resume keeps the values that "auto" resolved to
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where training starts from.
+    """The checkpoint that training starts from.
 
-    run: the earlier run's directory.
-    which: `latest`, `best` or a step: one of its checkpoints.
-    strict: a damaged newest checkpoint is an error; otherwise the one before it is used.
+    run: directory of the earlier run.
+    which: the checkpoint: `latest`, `best` or a step.
+    strict: True if a damaged newest checkpoint is an error; otherwise the one before it is used.
     """
 
     relation: Relation
@@ -46,7 +49,7 @@ class Origin:
 
 
 def split_choice(text: str) -> tuple[str, str]:
-    """RUN[:latest|:best|:STEP] as (RUN, which)."""
+    """Split RUN[:latest|:best|:STEP] into RUN and the checkpoint, `latest` by default."""
     name, colon, which = text.rpartition(":")
     if colon and name and (which in CHOICES or which.isdecimal()):
         return name, which
@@ -54,22 +57,22 @@ def split_choice(text: str) -> tuple[str, str]:
 
 
 def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool = False) -> Origin:
-    """The origin that RUN[:which] on a command line means.
+    """The origin that RUN[:which] on a command line names.
 
     Raises:
-        RunError: no such run; or a resume from another checkpoint than the newest.
+        RunError: there is no such run, or a resume asks for another checkpoint than the newest.
     """
     name, which = split_choice(text)
     run = resolve_run(name, runs_dir)
     if relation == "resume" and which != "latest":
         raise RunError(
-            f"--resume {text}: a run goes on from its newest checkpoint; --fork starts a new run from another one"
+            f"--resume {text}: a run continues from its newest checkpoint; --fork starts a new run from any checkpoint"
         )
     return Origin(relation, run.resolve(), which, strict)
 
 
 def resumable_runs(runs_dir: Path, tag: str) -> list[Path]:
-    """Runs with this tag that were interrupted or have crashed, newest first."""
+    """The runs with this tag that were interrupted or crashed after their configuration was written, newest first."""
     found = []
     for path in reversed(list_run_paths(runs_dir)):
         try:
@@ -81,46 +84,47 @@ def resumable_runs(runs_dir: Path, tag: str) -> list[Path]:
 
 
 def _config_path(run: Path) -> Path:
-    return run / "meta" / "full_config.json"
+    return run / CONFIG
 
 
 def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
-    """The configuration that a run was started with, with the sources it had then.
+    """The configuration that a run was started with, with the recorded source of each value.
 
-    Settings of PER_SESSION are those of configs/ now.
+    The settings in PER_SESSION are taken from the current configuration files instead.
 
     Raises:
-        ConfigError: it is missing or damaged.
+        ConfigError: the recorded configuration is missing or damaged.
     """
     if not _config_path(run).is_file():
         raise ConfigError(f"{run.name} ended before its configuration was written: nothing can be resumed")
     config, current = loader.load_only(_config_path(run)).config, loader.load()
     try:
-        sources = json.loads((run / "meta" / "config_sources.json").read_text(encoding="utf-8"))
-        layers = {
-            key: [
-                *(Setting(shadowed["value"], shadowed["source"]) for shadowed in reversed(sources[key]["shadowed"])),
-                Setting(value, sources[key]["source"]),
-            ]
-            for key, value in flat(config).items()
-        }
-    except (OSError, ValueError, KeyError, TypeError):  # the values count; where they came from is only told
-        layers = {key: [Setting(value, f"{run.name}/meta/full_config.json")] for key, value in flat(config).items()}
+        sources = json.loads((run / CONFIG_SOURCES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the values count; where they came from is only reported
+        sources = {}
+    place = f"{run.name}/{CONFIG}"
+    layers = {key: _recorded_layers(sources, key, value, place) for key, value in flat(config).items()}
     layers |= {key: current.layers[key] for key in PER_SESSION}
     return LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
 
 
-def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, resolved: Mapping[str, Any]) -> None:
-    """Whether a run that was started as `recorded` may go on as `loaded`.
+def _recorded_layers(sources: Any, key: str, value: Any, place: str) -> list[Setting]:
+    """The layers of one setting in meta/config_sources.json; where that lacks it, `place` is its source."""
+    try:
+        below = [Setting(shadowed["value"], shadowed["source"]) for shadowed in reversed(sources[key]["shadowed"])]
+        return [*below, Setting(value, sources[key]["source"])]
+    except (LookupError, TypeError):
+        return [Setting(value, place)]
 
-    Settings of kind observation and machine may differ, and max_iters within the limits of `check_longer`:
-    everything else would make it another experiment.
+
+def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, resolved: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless a run that was started as `recorded` may be resumed as `loaded`.
+
+    Settings of the kinds observation and machine may differ, and max_iters as far as `check_longer` allows. Any other
+    change would make it another experiment.
 
     Args:
-        resolved: what "auto" and none came to: to ask for that is to ask for nothing new.
-
-    Raises:
-        ConfigError: an override that a resume must refuse, with the reason.
+        resolved: the values that "auto" and none resolved to; asking for the same value is no change.
     """
     before, after = flat(recorded.config), flat(loaded.config)
     alternatives = {key for pair in ALTERNATIVES for key in pair}
@@ -128,11 +132,12 @@ def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, res
         if after[key] == before[key] or key in alternatives or field_fact(key, "kind") != TRAJECTORY:
             continue
         value = resolved.get(key) if before[key] in (None, "auto") else before[key]
-        if after[key] == value or (key == "device" and _device_type(after[key]) == _device_type(str(value))):
+        same_device_type = key == "device" and _device_type(after[key]) == _device_type(str(value))
+        if after[key] == value or same_device_type:
             continue
         raise ConfigError(
-            f"{loaded.source(key)}: {key} changes the numbers of a run, so {run.name} goes on with "
-            f"{_shown(value)}, not {_shown(after[key])}; --fork starts a new run from its checkpoint"
+            f"{loaded.source(key)}: {key} changes the numbers of a run, so {run.name} continues with "
+            f"{setting_text(value)}, not {setting_text(after[key])}; --fork starts a new run from its checkpoint"
         )
 
 
@@ -141,17 +146,17 @@ def _device_type(device: str) -> str:
 
 
 def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:
-    """Whether a run may go on to step `max_iters`.
+    """Raises ConfigError unless the run may be resumed and trained to step `max_iters`.
+
+    A complete run must get more steps, no run may get fewer, and more steps must leave the schedules of the learning
+    rate and the weight decay as they were in the steps that are done.
 
     Args:
-        record: its run.json.
-        config: with which it goes on.
-
-    Raises:
-        ConfigError: it is complete, would shrink, or was trained with learning rates that depend on max_iters.
+        record: run.json of the run.
+        config: the configuration of the resumed run.
     """
     old, last_step = record.get("resolved") or {}, record.get("last_step") or 0
-    if "max_iters" not in old:  # it ended before it began
+    if "max_iters" not in old:  # it ended before its first step
         return
     complete = record["status"] == "completed"
     if complete and last_step < old["max_iters"]:
@@ -162,7 +167,7 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
         raise ConfigError(f"--max-iters: {run.name} may grow, not shrink, from {old['max_iters']:,} to {max_iters:,}")
     if grows == 0 and complete:
         raise ConfigError(
-            f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters lets it go on where the schedule "
+            f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters continues it where the schedule "
             "allows, --fork starts a new run from its checkpoint"
         )
     if grows and config.optimizer.weight_decay and config.optimizer.weight_decay_schedule != "constant":
@@ -182,7 +187,7 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
 def config_of_fork(
     run: Path, loader: ConfigLoader, files: Iterable[Path], overrides: Mapping[str, str | bool]
 ) -> LoadedConfig:
-    """The configuration of a run that branches off: as recorded, with any override; its own tag ends in `-fork`."""
+    """The configuration of a fork: as recorded for `run`, with any override; a recorded tag gets the ending `-fork`."""
     recorded = recorded_config(run, loader)
     loaded = loader.load_onto(recorded, files, overrides)
     tag = recorded.config.tracking.run_tag
@@ -193,17 +198,13 @@ def config_of_fork(
 
 
 def pinned_settings(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What "auto" and none came to when the run was started: a resume keeps them, or the numbers would differ."""
+    """The values that the open settings in PINNED resolved to when the run started: others could change the numbers."""
     resolved = record.get("resolved") or {}
-    return {
-        key: resolved[key]
-        for key in ("device", "dtype", "threads", "deterministic")
-        if key in resolved and get_value(config, key) in (None, "auto")
-    }
+    return {key: resolved[key] for key in PINNED if key in resolved and get_value(config, key) in (None, "auto")}
 
 
 def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
-    """`config` with `pinned` settings in the place of its own."""
+    """`config` with the values of `pinned` instead of its own."""
     sections: dict[str, Any] = {}
     for key, value in pinned.items():
         section = SECTION_OF[key]
@@ -212,15 +213,15 @@ def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
 
 
 def put_on_top(loaded: LoadedConfig, values: Mapping[str, Any], source: str) -> LoadedConfig:
-    """`values` as one more layer, above all others."""
+    """`loaded` with `values` as one more layer above all others."""
     layers = {key: [*loaded.layers[key], Setting(value, source)] for key, value in values.items()}
     return LoadedConfig(pin(loaded.config, values), {**loaded.layers, **layers})
 
 
 def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
-    """`loaded`; the batch is that of the run where it only asks again for the search that found it.
+    """`loaded`, with the batch that the run found if `loaded` asks for the same search as the run did.
 
-    So one command can start a run with batch_size auto and resume it, on a machine with less memory too.
+    So the command that started a run with batch_size auto can resume it, even on a machine with less memory.
     """
     asked = [next((str(s.value) for s in reversed(recorded.layers[key]) if s.source != FOUND), "") for key in BATCH]
     if recorded.source("batch_size") != FOUND or asked != [str(get_value(loaded.config, key)) for key in BATCH]:
@@ -229,36 +230,36 @@ def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
     return LoadedConfig(config, {**loaded.layers, **{key: recorded.layers[key] for key in BATCH}})
 
 
-# Settings that may differ between a model and the one whose weights it takes.
+# Settings that may differ between a model and the one whose weights it takes over.
 FREE_MODEL_SETTINGS = ("dropout", "rope_theta", "zero_init")
 
 
 def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
-    """Whether a model can take the weights of another one.
+    """Raises ConfigError unless a model can take over the weights of another one.
+
+    The message lists the settings that differ, and the flags that make them equal.
 
     Args:
-        own: the architecture that is asked for.
-        parent: that of the weights.
-        name: of the run they come from.
-
-    Raises:
-        ConfigError: what differs, and the flags that would fit.
+        own: the architecture of the model.
+        parent: the architecture of the weights, as a checkpoint records it.
+        name: the run that the weights come from.
     """
     theirs = ModelConfig.model_validate(parent)
     differing = [
         key
         for key in differing_model_settings(own, theirs)
-        # rotations need no table: with another context the weights are the same
+        # rotary positions have no weights, so any context fits
         if key not in FREE_MODEL_SETTINGS and not (key == "block_size" and own.position == theirs.position == "rope")
     ]
     if differing:
-        facts = ", ".join(f"{key} {_shown(getattr(theirs, key))}, not {_shown(getattr(own, key))}" for key in differing)
-        flags = " ".join(_flag(key, getattr(theirs, key)) for key in differing)
-        raise ConfigError(f"the weights of {name} are of another model: {facts}; fitting: {flags}")
+        values = [(key, getattr(theirs, key), getattr(own, key)) for key in differing]
+        differences = ", ".join(f"{key} {setting_text(value)}, not {setting_text(ours)}" for key, value, ours in values)
+        flags = " ".join(_flag(key, value) for key, value, _ in values)
+        raise ConfigError(f"the weights of {name} are of another model: {differences}; fitting: {flags}")
 
 
 def differing_model_settings(own: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Settings that mean another architecture; what is derived from another setting that differs is left out."""
+    """Settings in which two architectures differ; one that both derive from other settings is left out."""
     return [
         key
         for key in ModelConfig.model_fields
@@ -268,13 +269,9 @@ def differing_model_settings(own: ModelConfig, theirs: ModelConfig) -> list[str]
 
 
 def _flag(key: str, value: Any) -> str:
-    return flag_name(key, value) if isinstance(value, bool) else f"{flag_name(key)} {_shown(value)}"
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return flag_name(key, value) if isinstance(value, bool) else f"{flag_name(key)} {setting_text(value)}"
 
 
 def parent_facts(origin: Origin, step: int) -> dict[str, Any]:
-    """What run.json says of the run that a new one comes from."""
+    """The entry `parent` in run.json of a run that starts from `origin` at `step`."""
     return {"run": origin.run.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}

@@ -1,8 +1,7 @@
-"""Run directories: ids, exclusive creation, run.json, the lock, and finding a run by name.
+"""A run directory in use: its id, its creation, run.json, its status and its lock.
 
-A run directory explains itself: run.json holds its state, meta/ where it came from, logs/ what
-happened, artifacts/ what it made. The training process holds a lock (flock) as long as it lives,
-so that a reader can tell `running` from `crashed` without any help from the process that died.
+The training process holds a lock (flock) for as long as it lives, so that a reader can tell `running` from `crashed`
+without any help from a process that died. utils/runs/layout.py lists what a run directory contains.
 """
 
 from __future__ import annotations
@@ -23,17 +22,19 @@ from typing import Any, Literal
 from utils.config.settings import check_tag
 from utils.errors import UserError
 from utils.files import write_json
+from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD
 
 SCHEMA_VERSION = 1
-REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats, to compare the two
+REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
+NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
 HEARTBEAT_SECONDS = 15.0
-STALE_HEARTBEAT_SECONDS = 60.0  # a run of another host without a sign of life for this long has crashed
+STALE_HEARTBEAT_SECONDS = 60.0  # a run on another host that was silent for this long has crashed
 
 Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
 
 
 class RunError(UserError):
-    """A run directory that is not there, not unique, or not usable."""
+    """A run directory that does not exist, is not the only match, or cannot be used."""
 
 
 class RunLockedError(RunError):
@@ -41,11 +42,16 @@ class RunLockedError(RunError):
 
 
 def utc_now() -> str:
+    """The time in UTC with milliseconds, as run.json records it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class RunIDGenerator:
-    """`YYYYMMDD_HHMMSS[_tag]`, local time; the n-th attempt of one second and tag ends in `_n`."""
+    """Yields ids to try: `YYYYMMDD_HHMMSS[_tag]` in local time, then the same with `_2`, `_3`, ... appended.
+
+    Raises:
+        RunError: the tag is not valid.
+    """
 
     def __init__(self, tag: str | None = None, now: datetime | None = None) -> None:
         if tag is not None:
@@ -64,16 +70,16 @@ class RunIDGenerator:
 
 
 class RunDirectoryCreator:
-    """Makes directories below `runs_dir` that no other process has."""
+    """Creates directories in `runs_dir` that belong to no other process."""
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
 
     def create(self, tag: str | None = None, now: datetime | None = None) -> Path:
-        """An empty directory of our own: mkdir fails where another process was faster.
+        """Create an empty directory; where another process was faster, under the next id.
 
         Raises:
-            RunError: a bad tag, or `runs_dir` cannot be written.
+            RunError: the tag is not valid, or `runs_dir` cannot be written.
         """
         candidates = RunIDGenerator(tag, now)
         try:
@@ -85,15 +91,15 @@ class RunDirectoryCreator:
                     continue
                 return self.runs_dir / run_id
         except OSError as error:
-            raise RunError(f"cannot make a run directory in {self.runs_dir}: {error.strerror}") from None
+            raise RunError(f"cannot create a run directory in {self.runs_dir}: {error.strerror}") from None
         raise AssertionError("RunIDGenerator never ends")
 
 
 class Run:
-    """A run directory held by the process that trains in it. Safe to use from several threads.
+    """A run directory whose lock this process holds. Safe to use from several threads.
 
-    The context of use is `run = Run.create(...)` or `Run.resume(...)`, `run.update(...)` while it goes on, and
-    `run.finish(status, reason)`, then `run.release()`, once.
+    Use: `run = Run.create(...)` or `Run.resume(...)`; then `run.update(...)` any number of times; at the end
+    `run.finish(status, reason)` and `run.release()`, once each.
     """
 
     def __init__(self, path: Path, record: dict[str, Any], lock_fd: int) -> None:
@@ -106,7 +112,7 @@ class Run:
 
     @classmethod
     def create(cls, runs_dir: Path, tag: str | None = None, **facts: Any) -> Run:
-        """A new run directory with its lock held and a run.json that says `running`.
+        """Create a run directory, hold its lock and write a run.json with the status `running`.
 
         Args:
             runs_dir: the folder of all runs.
@@ -114,11 +120,11 @@ class Run:
             facts: further fields of run.json (argv, resolved, parent, ...).
 
         Raises:
-            RunError: the directory cannot be made; nothing is left behind.
+            RunError: the directory cannot be created; nothing is left behind.
         """
         path = RunDirectoryCreator(runs_dir).create(tag)
         try:
-            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock_fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _sign(lock_fd)
             record = {
@@ -138,10 +144,10 @@ class Run:
                 "views": {},
                 **facts,
             }
-            for folder in ("meta", "logs", "artifacts"):
+            for folder in (META, LOGS, ARTIFACTS):
                 (path / folder).mkdir()
-            write_json(path / "notes.json", {"tags": [], "note": "", "pinned": False})
-            write_json(path / "run.json", record)
+            write_json(path / NOTES, NO_NOTES)
+            write_json(path / RECORD, record)
         except BaseException as error:
             shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
@@ -151,11 +157,11 @@ class Run:
 
     @classmethod
     def resume(cls, path: Path) -> Run:
-        """Take over a run directory whose process has ended; run.json is not changed yet.
+        """Take over a run directory whose process has ended; run.json does not change yet.
 
         Raises:
-            RunLockedError: it is being trained, with process and host.
-            RunError: it is not a run directory, or cannot be written.
+            RunLockedError: the run is being trained; the message names process and host.
+            RunError: `path` is not a run directory, or cannot be written.
         """
         record = read_record(path)
         here = record.get("host") == socket.gethostname()
@@ -165,7 +171,7 @@ class Run:
         if not here and read_status(path) == "running":
             raise being_trained
         try:
-            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock_fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
         try:
@@ -177,17 +183,17 @@ class Run:
         return cls(path, {**record, **read_record(path)}, lock_fd)
 
     def restart(self, argv: Sequence[str], step: int, **facts: Any) -> None:
-        """Say in run.json that training goes on at `step` in this process; how the session before ended is kept.
+        """Record in run.json that this process continues training at `step`, and how the previous session ended.
 
         Args:
-            facts: more about the new session (git, say).
+            facts: further facts about the new session (git, say).
         """
         record = self.record
-        before = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
-        if before["status"] == "running":
-            before["status"] = "crashed"
+        previous = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
+        if previous["status"] == "running":
+            previous["status"] = "crashed"
         now = utc_now()
-        session = {"time": now, "step": step, "argv": list(argv), "before": before, **facts}
+        session = {"time": now, "step": step, "argv": list(argv), "before": previous, **facts}
         self.update(
             status="running",
             exit_reason=None,
@@ -208,14 +214,14 @@ class Run:
             return json.loads(json.dumps(self._record))
 
     def update(self, **facts: Any) -> None:
-        """Replace fields of run.json, atomically; nothing once the lock is released."""
+        """Replace fields of run.json atomically; does nothing once the lock is released."""
         with self._mutex:
             self._record.update(facts)
             self._write()
 
     def _write(self) -> None:
-        if not self._ended.is_set():  # a view that hangs may come back when the directory has another owner
-            write_json(self.path / "run.json", self._record)
+        if not self._ended.is_set():  # a view that hung may return when the directory has another owner
+            write_json(self.path / RECORD, self._record)
 
     def update_view(self, name: str, **facts: Any) -> None:
         """Merge facts about one view (its state, its id in the tracker) into run.json."""
@@ -224,32 +230,32 @@ class Run:
             self._write()
 
     def _heartbeat(self) -> None:
-        """A sign of life for readers on other hosts, who cannot see the lock."""
+        """Touch the lock file at intervals: a sign of life for readers on other hosts, which cannot see the lock."""
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a network disk may be away for a while
-                os.utime(self.path / "lock")
+            with contextlib.suppress(OSError):  # a network disk may be unavailable for a while
+                os.utime(self.path / LOCK)
 
     def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
-        """Write how the run ended; the lock is held until `release`."""
+        """Record how the run ended; the lock is held until `release`."""
         self.update(status=status, exit_reason=reason, end=utc_now(), **facts)
 
     def release(self) -> None:
-        """Let go of the lock; the process is done with the directory."""
+        """Release the lock; this process no longer uses the directory."""
         with self._mutex:
             self._ended.set()
         os.close(self._lock_fd)
 
 
 def _sign(lock_fd: int) -> None:
-    """Say in the lock file who holds it; that is also its first heartbeat."""
+    """Write this process and host into the lock file, which is also its first heartbeat."""
     os.ftruncate(lock_fd, 0)
     os.pwrite(lock_fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
 
 def _holder(path: Path) -> str | None:
-    """The process that holds, or held last, the lock of a run directory; None: the lock file does not say."""
+    """The process that holds or last held the lock of a run directory; None if the lock file does not say."""
     try:
-        pid, host = (path / "lock").read_text(encoding="utf-8").split()
+        pid, host = (path / LOCK).read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None
     return f"process {pid} on {host}"
@@ -259,31 +265,31 @@ def read_record(path: Path) -> dict[str, Any]:
     """run.json of the run directory `path`.
 
     Raises:
-        RunError: it is missing or damaged.
+        RunError: it is missing, damaged, or of another schema version.
     """
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{path} is not a run directory: it has no run.json") from None
+        raise RunError(f"{path} is not a run directory: it has no {RECORD}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path / 'run.json'} cannot be read: {error}") from None
+        raise RunError(f"{path / RECORD} cannot be read: {error}") from None
     if (
         not isinstance(record, dict)
         or not isinstance(record.get("status"), str)
         or not isinstance(record.get("start", ""), str)
         or not isinstance(record.get("tag"), str | None)
     ):
-        raise RunError(f"{path / 'run.json'} is not the record of a run")
+        raise RunError(f"{path / RECORD} is not the record of a run")
     if record.get("schema_version") != SCHEMA_VERSION:
         version = record.get("schema_version")
-        raise RunError(f"{path / 'run.json'} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
+        raise RunError(f"{path / RECORD} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
     return record
 
 
 def lock_is_free(path: Path) -> bool:
     """True if no process of this host holds the lock of the run directory `path`."""
     try:
-        fd = os.open(path / "lock", os.O_RDONLY)
+        fd = os.open(path / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return True
     try:
@@ -296,7 +302,7 @@ def lock_is_free(path: Path) -> bool:
 
 
 def wait_until_free(path: Path, seconds: float) -> bool:
-    """Wait for the lock of the run directory `path`, at most that long; whether it is free."""
+    """Wait at most `seconds` for the lock of the run directory `path`; True if it is free."""
     deadline = time.monotonic() + seconds
     while not (free := lock_is_free(path)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -304,7 +310,7 @@ def wait_until_free(path: Path, seconds: float) -> bool:
 
 
 def read_status(path: Path) -> str:
-    """The status in run.json, or `crashed` for a run that says `running` while nobody trains it.
+    """The status in run.json, or `crashed` for a run whose status is `running` while no process trains it.
 
     Raises:
         RunError: run.json is missing or damaged.
@@ -313,13 +319,13 @@ def read_status(path: Path) -> str:
 
 
 def status_of(path: Path, record: Mapping[str, Any]) -> str:
-    """As `read_status`, of the run whose run.json is `record`."""
+    """As `read_status`, for a run.json that was read already."""
     if record["status"] != "running":
         return str(record["status"])
     if record.get("host") == socket.gethostname():
         return "crashed" if lock_is_free(path) else "running"
     try:
-        silence = time.time() - (path / "lock").stat().st_mtime
+        silence = time.time() - (path / LOCK).stat().st_mtime
     except OSError:
         return "crashed"
     return "crashed" if silence > STALE_HEARTBEAT_SECONDS else "running"

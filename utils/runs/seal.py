@@ -1,7 +1,7 @@
-"""Checksums of a run's record: written when it ends, compared by `experiments.py check`. No torch here.
+"""The seal of a run: checksums of its files, written when it ends and compared by `experiments.py check`.
 
-A seal detects accidents: an edited file, a bad disk, a copy that lost something. It is no protection against somebody
-who changes the files and the seal.
+A seal detects accidents: an edited file, a bad disk, an incomplete copy. It does not protect against somebody who
+changes the files and the seal.
 """
 
 from __future__ import annotations
@@ -16,33 +16,30 @@ from pathlib import Path
 
 from utils.checkpoints.folder import CheckpointError, check_file, list_checkpoints, read_manifest
 from utils.files import write_json
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS, META, SEAL, TENSORBOARD, WANDB, fed_note
 from utils.runs.run import RunError, utc_now
 
-SEAL = Path("artifacts", "seal.json")
-SEALED = (
-    "meta",
-    "logs",
-    "artifacts/export",
-)  # folders of a run directory, but for logs/tensorboard and the notes below
-NOT_SEALED = ("logs/tensorboard", "logs/wandb")  # what can be made again from the logs, and is
-FED_NOTE = "logs/fed_"  # how far a view is fed
+SEALED = (META, LOGS, EXPORT)  # folders, without what is made from the logs and can be made again:
+NOT_SEALED = (TENSORBOARD, WANDB)
 
 
 @dataclass(frozen=True)
-class Check:
-    """How the sealed files of a run differ from its seal, by paths relative to the run directory.
+class SealCheck:
+    """How the files of a run differ from its seal, as paths relative to the run directory.
 
-    damaged: what is wrong with checkpoints, which come and go and are not sealed, but have manifests.
+    sealed: when the seal was written (UTC).
+    files: number of files in the seal.
+    checkpoints: number of checkpoints that were read: they come and go, so they have manifests instead of a seal.
+    damaged: what is wrong with them.
     """
 
-    sealed: str  # when
+    sealed: str
     files: int
     changed: list[str]
     missing: list[str]
     added: list[str]
-    checkpoints: int  # that were read
-    damaged: list[str]  # of these
+    checkpoints: int
+    damaged: list[str]
 
     @property
     def good(self) -> bool:
@@ -50,26 +47,32 @@ class Check:
 
 
 def sealed_files(run: Path) -> Iterator[str]:
-    """The files that a seal covers, relative to the run directory, in order."""
+    """The files that a seal covers, sorted, as paths relative to the run directory."""
+    fed_notes = fed_note("*").as_posix()
     for folder in SEALED:
         for root, folders, names in os.walk(run / folder):
             relative = Path(root).relative_to(run)
-            folders[:] = sorted(name for name in folders if (relative / name).as_posix() not in NOT_SEALED)
+            folders[:] = sorted(name for name in folders if relative / name not in NOT_SEALED)
             for name in sorted(names):
                 path = (relative / name).as_posix()
-                regular = (run / path).is_file()  # a pipe would be waited for, a link that leads nowhere is missing
-                if regular and not path.startswith(FED_NOTE) and not name.endswith(".tmp"):
+                regular = (run / path).is_file()  # reading a pipe would block; a broken link is missing
+                if regular and not Path(path).match(fed_notes) and not name.endswith(".tmp"):
                     yield path
 
 
 def checksums(run: Path, checksum: Callable[[Path], str]) -> dict[str, str]:
-    """The checksum of each file that a seal covers."""
+    """The checksum of each file that a seal covers, by path relative to the run directory."""
     names = list(sealed_files(run))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         return dict(zip(names, pool.map(lambda name: checksum(run / name), names), strict=True))
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -81,47 +84,46 @@ def _sha256_or_reason(path: Path) -> str:
         return f"cannot be read: {error.strerror}"
 
 
-def seal(run: Path) -> None:
-    """Write artifacts/seal.json.
+def write_seal(run: Path) -> None:
+    """Write the checksums of the run directory `run` into artifacts/seal.json.
 
     Raises:
-        OSError: a file cannot be read, or the seal not be written.
+        OSError: a file cannot be read, or the seal cannot be written.
     """
     write_json(run / SEAL, {"time": utc_now(), "files": checksums(run, file_sha256)})
 
 
-def check(run: Path) -> Check:
-    """Compare the files of a run with its seal.
+def verify_seal(run: Path) -> SealCheck:
+    """Compare the files of the run directory `run` with its seal; a file that cannot be read counts as changed.
 
     Raises:
-        RunError: it has no seal, or a damaged one.
-        OSError: a file cannot be read.
+        RunError: the run has no seal, or a damaged one.
     """
     try:
         recorded = json.loads((run / SEAL).read_text(encoding="utf-8"))
         if not isinstance(recorded["files"], dict):
             raise ValueError("no files")
-        before: Mapping[str, str] = recorded["files"]
+        old: Mapping[str, str] = recorded["files"]
         sealed = str(recorded["time"])
     except FileNotFoundError:
         raise RunError(f"{run.name} has no seal: it has not ended yet, or was killed") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{run / SEAL} cannot be read: {error}") from None
-    now = checksums(run, _sha256_or_reason)
+    new = checksums(run, _sha256_or_reason)
     checkpoints = [path for _, path in list_checkpoints(run / CHECKPOINTS)]
-    return Check(
+    return SealCheck(
         sealed=sealed,
-        files=len(before),
-        changed=[name for name in before if name in now and now[name] != before[name]],
-        missing=[name for name in before if name not in now],
-        added=[name for name in now if name not in before],
+        files=len(old),
+        changed=[name for name in old if name in new and new[name] != old[name]],
+        missing=[name for name in old if name not in new],
+        added=[name for name in new if name not in old],
         checkpoints=len(checkpoints),
         damaged=[damage for path in checkpoints for damage in _damages(path)],
     )
 
 
 def _damages(checkpoint: Path) -> Iterator[str]:
-    """What is wrong with the files of a checkpoint, by its own manifest."""
+    """What is wrong with the files of a checkpoint, according to its manifest."""
     try:
         for name, (size, crc32) in read_manifest(checkpoint).items():
             try:

@@ -1,1 +1,1 @@
-"""What a person types and reads: flags, tables, progress, pages."""
+"""What people type and read: flags, tables, progress, pages."""

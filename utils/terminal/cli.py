@@ -1,4 +1,4 @@
-"""Command lines: flags generated from the configuration, help by section, errors as one line."""
+"""Command lines: flags generated from the configuration, help by section, mistakes reported in one line."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
-from utils.config.fields import FIELDS, SECTIONS, expected, field_fact, get_value
+from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.machine.process import tune_process
+from utils.terminal.words import printable, setting_text
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are UserErrors that name the nearest valid flag."""
+    """An ArgumentParser that reports mistakes as UserErrors, which name the nearest valid flag."""
 
     def __init__(self, **kwargs: Any) -> None:
         width = min(shutil.get_terminal_size().columns, 110)
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         """Parse all of `argv`; `--batch_size` is `--batch-size`.
 
         Raises:
-            UserError: an unknown flag, a missing value, a word too many.
+            UserError: an unknown flag, a missing value, or an argument too many.
         """
         flags = self._flags()
         args, unknown = self.parse_known_args([_dashed(word, flags) for word in argv])
@@ -54,14 +55,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _flags(self) -> list[str]:
-        """All flags, those of commands too."""
+        """All flags, including those of commands."""
         commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         parsers = [self, *(parser for action in commands for parser in action.choices.values())]
         return [flag for parser in parsers for flag in parser._option_string_actions]
 
 
 def _dashed(word: str, flags: Sequence[str]) -> str:
-    """A flag by its own name; what is no flag may be a text."""
+    """`word` with dashes for underscores in its name if that makes it a flag; any other word may be a text."""
     name, equals, value = word.partition("=")
     dashed = name.replace("_", "-")
     return dashed + equals + value if dashed in flags else word
@@ -71,7 +72,7 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
     """The value of a flag that takes a comma-separated list.
 
     Raises:
-        UserError: not a number, too small, or none at all.
+        UserError: a value is not a number or is below `least`, or there are none.
     """
     try:
         values = [kind(word) for word in text.split(",") if word.strip()]
@@ -82,12 +83,13 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
     return values
 
 
-def add_config_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
+def add_config_flags(parser: argparse.ArgumentParser, defaults: Config, sections: Iterable[str] = SECTIONS) -> None:
     """One flag for every setting, grouped by section; the help shows the value in `defaults`."""
-    for section, model in SECTIONS.items():
+    for section in sections:
+        model = SECTIONS[section]
         group = parser.add_argument_group(section, model.__doc__)
         for key in model.model_fields:
-            help_text = f"{FIELDS[key].description} ({_facts(key, defaults)})".replace("%", "%%")
+            help_text = f"{FIELDS[key].description} ({_limits(key, defaults)})".replace("%", "%%")
             if FIELDS[key].annotation in (bool, bool | None):
                 group.add_argument(
                     flag_name(key), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
@@ -96,18 +98,15 @@ def add_config_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
                 group.add_argument(flag_name(key), metavar=_metavar(key), default=argparse.SUPPRESS, help=help_text)
 
 
-def _facts(key: str, defaults: Config) -> str:
-    """Unit, bounds and default of one setting, for its help."""
+def _limits(key: str, defaults: Config) -> str:
+    """Bounds, unit and default of one setting, for its help."""
     value = get_value(defaults, key)
-    if isinstance(value, bool):
-        shown = "on" if value else "off"
-    elif isinstance(value, str):
-        shown = value if value.strip() and value.isprintable() else repr(value)
-    else:
-        shown = "none" if value in (None, ()) else str(value)
+    default = setting_text(None if value == () else value)
+    if not default.strip() or not default.isprintable():
+        default = repr(value)
     bounds = re.search(r"[<>].*?(?= or |$)", expected(key))
-    facts = (bounds and bounds.group(), field_fact(key, "unit"), f"default: {shown}")
-    return ", ".join(fact for fact in facts if fact)
+    parts = (bounds and bounds.group(), field_fact(key, "unit"), f"default: {default}")
+    return ", ".join(part for part in parts if part)
 
 
 def _metavar(key: str) -> str:
@@ -121,9 +120,11 @@ def _metavar(key: str) -> str:
 
 @dataclass(frozen=True)
 class ExperimentArguments:
-    """The words of a command line that describe an experiment.
+    """The parsed command line of a script that takes a whole configuration.
 
-    own: the script's own arguments.
+    files: the configuration files of --config.
+    overrides: settings given as flags.
+    own: all arguments, the script's own ones among them.
     """
 
     loader: ConfigLoader
@@ -135,18 +136,21 @@ class ExperimentArguments:
         """The merged, validated configuration.
 
         Raises:
-            ConfigError: a mistake on the command line or in a file.
+            ConfigError: a mistake on the command line or in a configuration file.
         """
         return self.loader.load(self.files, self.overrides)
 
 
-def parse_experiment(argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT) -> ExperimentArguments:
-    """Parse the command line of a script that takes a whole configuration.
+def parse_experiment(
+    argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT, sections: Collection[str] = SECTIONS
+) -> ExperimentArguments:
+    """Parse the command line of a script that takes a whole configuration, or sections of it.
 
     Args:
-        argv: the words after the script's name.
-        parser: already has the script's own flags.
+        argv: the arguments of the script.
+        parser: has the script's own flags already.
         root: the project folder.
+        sections: whose settings become flags.
 
     Raises:
         UserError: a mistake on the command line.
@@ -162,19 +166,19 @@ def parse_experiment(argv: Sequence[str], parser: Parser, root: Path = PROJECT_R
         help="settings on top of configs/ (repeatable)",
     )
     files.add_argument("--config-dir", metavar="DIR", type=Path, help="folder of the shared files (default: configs)")
-    parser.usage = f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
+    parser.usage = parser.usage or f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
     wants_help = "-h" in argv or "--help" in argv
     defaults, broken = _merged_defaults(argv, root) if wants_help else (Config(), None)
     if broken:
         parser.epilog = f"The defaults shown are the built-in ones, because the files cannot be merged: {broken}"
-    add_config_flags(parser, defaults)
+    add_config_flags(parser, defaults, sections)
     args = parser.parse(argv)
-    overrides = {key: value for key, value in vars(args).items() if key in FIELDS}
+    overrides = {key: value for key, value in vars(args).items() if SECTION_OF.get(key) in sections}
     return ExperimentArguments(ConfigLoader(root, args.config_dir), args.config, overrides, args)
 
 
 def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | None]:
-    """What the files say, for the help; the built-in defaults and the reason where they cannot be merged."""
+    """The configuration in the files, for the help; the built-in defaults and the reason if they cannot be merged."""
     files_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files_only.add_argument("--config", action="append", default=[], type=Path)
     files_only.add_argument("--config-dir", type=Path)
@@ -192,10 +196,10 @@ class Main(Protocol):
 
 
 def script(main: Callable[[Sequence[str]], int]) -> Main:
-    """Decorator of a script's `main(argv)`: mistakes become one line on stderr and exit status 2.
+    """Decorator of a script's `main(argv)`: reports mistakes in one line on stderr, with exit status 2.
 
-    Ctrl-C before or after the part that handles signals itself ends with 130, a closed pipe
-    (`... | head`) quietly with 141, a full disk behind stdout with one line and 1.
+    Other endings: 130 after Ctrl-C (outside the part that handles signals itself), 141 without a message after a
+    closed pipe (`... | head`), and 1 with one line if the disk behind stdout is full.
     """
 
     @functools.wraps(main)
@@ -204,11 +208,11 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
         try:
             status = main(sys.argv[1:] if argv is None else argv)
             if sys.stdout is not None:
-                sys.stdout.flush()  # at exit it would be too late to say what went wrong
+                sys.stdout.flush()  # at exit it would be too late to report an error
             return status
         except UserError as error:
             for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+                print(f"error: {printable(line)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -227,7 +231,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
 
 
 def _output_fails() -> bool:
-    """Is it stdout that cannot be written? What it could not take it still holds."""
+    """True if stdout cannot be written: it still holds what it could not write, so a flush fails again."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -237,5 +241,5 @@ def _output_fails() -> bool:
 
 
 def _drop_output() -> None:
-    """The flush at exit must not fail too."""
+    """Redirect stdout to nowhere, so that the flush at exit does not fail too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

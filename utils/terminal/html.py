@@ -1,4 +1,4 @@
-"""HTML pages from templates, all in one style (page.css)."""
+"""HTML pages from templates that share one style (page.css)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 
 
 def render(template: Path, filters: dict[str, Callable[[Any], str]] | None = None, **context: Any) -> str:
-    """Fill in a template file. Every value is escaped: text in the page is never markup."""
+    """Fill in a template file. Every value is escaped, so no text can become markup.
+
+    Args:
+        filters: further filters of the template, by name.
+        context: the variables of the template.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

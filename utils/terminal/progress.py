@@ -1,4 +1,7 @@
-"""Progress displays: training, feeding a view, writing completions."""
+"""Progress displays: of training, of feeding trackers, of completing the prompts of a file.
+
+On a terminal each is a bar that moves; elsewhere training and completing print a plain line now and then.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ import sys
 import time
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from utils.terminal.console import PLAIN_LINE_SECONDS, REFRESH_SECONDS, STEPS_TO_TELL, Terminal
-from utils.terminal.words import duration
+from utils.terminal.console import PrintableConsole, Terminal
+from utils.terminal.words import duration, loss_text
+
+PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
+REFRESH_SECONDS = 0.1  # between updates of a bar
+STEPS_BEFORE_ESTIMATE = 10  # the first steps are slower and say little about the rest
 
 
 class _Field(ProgressColumn):
-    """A column that shows one field of the task."""
+    """A column that shows one field of the task; empty until the field has a value."""
 
     def __init__(self, template: str, style: str = "") -> None:
         super().__init__()
@@ -30,7 +36,12 @@ class _Field(ProgressColumn):
 
 
 class TrainingProgress:
-    """Step, losses, tokens/s, elapsed and remaining time: a live line, or plain lines now and then."""
+    """Step, losses, tokens per second, elapsed and remaining time of a training run.
+
+    Args:
+        total: the last step.
+        start: the step that training starts from.
+    """
 
     def __init__(self, terminal: Terminal, total: int, start: int = 0) -> None:
         self.terminal = terminal
@@ -44,7 +55,7 @@ class TrainingProgress:
 
     @property
     def moves(self) -> bool:
-        """Whether there is a display that shows each step."""
+        """True if there is a bar that shows each step."""
         return self._progress is not None
 
     def __enter__(self) -> Self:
@@ -70,60 +81,61 @@ class TrainingProgress:
         if self._progress:
             self._progress.stop()
 
+    def update(self, step: int, **fields: float) -> None:
+        """Show `step` and new values of the fields, if enough time has passed; cheap enough for every step."""
+        self.fields.update(fields)
+        now = time.monotonic()
+        if self._progress and now >= self._next_update:
+            self._next_update = now + REFRESH_SECONDS
+            self._progress.update(self._task, completed=step, **self._times(step))
+        if not self._estimated and step - self.start >= STEPS_BEFORE_ESTIMATE:
+            self._estimate(step)
+        if now >= self._next_line:
+            self._line(step)
+
+    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Print the losses of an evaluation on a line of its own."""
+        self.fields["val_loss"] = losses["val/loss"]
+        self._line(step, losses)
+
     def _times(self, step: int) -> dict[str, Any]:
+        """The fields with the elapsed and the remaining time."""
         elapsed = time.monotonic() - self._began
         done = step - self.start
-        remaining = elapsed / done * (self.total - step) if done >= STEPS_TO_TELL else None
+        remaining = elapsed / done * (self.total - step) if done >= STEPS_BEFORE_ESTIMATE else None
         return {
             **self.fields,
             "elapsed": duration(elapsed),
             "remaining": duration(remaining) if remaining is not None else None,
         }
 
-    def update(self, step: int, **fields: float) -> None:
-        """Looks at the clock before it does anything; called after every step where the display `moves`."""
-        self.fields.update(fields)
-        now = time.monotonic()
-        if self._progress and now >= self._next_update:
-            self._next_update = now + REFRESH_SECONDS
-            self._progress.update(self._task, completed=step, **self._times(step))
-        if not self._estimated and step - self.start >= STEPS_TO_TELL:
-            self._estimate(step)
-        if now >= self._next_line:
-            self._line(step)
-
     def _estimate(self, step: int) -> None:
-        """Once, after the first steps: how long the run will take."""
+        """Print, once, how long the run will take."""
         self._estimated = True
         left = (time.monotonic() - self._began) / (step - self.start) * (self.total - step)
         if left >= PLAIN_LINE_SECONDS:
             end = time.strftime("%H:%M", time.localtime(time.time() + left))
             self.terminal.print(f"estimated: {duration(left)} for the {self.total - step:,} steps left, until {end}")
 
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """An evaluation is done: always a line of its own."""
-        self.fields["val_loss"] = losses["val/loss"]
-        self._line(step, losses)
-
     def _line(self, step: int, losses: dict[str, float] | None = None) -> None:
+        """A plain line; to the log only where a bar shows the same, unless it has the losses of an evaluation."""
         self._next_line = time.monotonic() + PLAIN_LINE_SECONDS
         times = self._times(step)
         parts = [f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}"]
         if losses:
-            parts.append(f"train {losses['train/eval_loss']:.4f}  val {losses['val/loss']:.4f}")
+            parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}")
         elif self.fields["loss"] is not None:
-            parts.append(f"loss {self.fields['loss']:.4f}")
+            parts.append(f"loss {loss_text(self.fields['loss'])}")
         if self.fields["tokens_per_second"]:
             parts.append(f"{self.fields['tokens_per_second']:,.0f} tok/s")
         parts.append(f"{times['elapsed']} elapsed")
         if times["remaining"] and step < self.total:
             parts.append(f"{times['remaining']} left")
-        line = Text("  ".join(parts))
-        self.terminal.print(line, log_only=self.terminal.live and losses is None)
+        self.terminal.print("  ".join(parts), log_only=self.terminal.live and losses is None)
 
 
 class FeedingProgress:
-    """How far trackers are with a run's logs: a bar that moves, where there is a live display."""
+    """How much of a run's logs each tracker has received."""
 
     def __init__(self, terminal: Terminal) -> None:
         self._progress = Progress(
@@ -145,21 +157,22 @@ class FeedingProgress:
         self._progress.stop()
 
     def update(self, name: str, done: int, total: int) -> None:
-        """`name` has `done` of `total`."""
+        """The tracker `name` has received `done` of `total` bytes."""
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
         self._progress.update(self._tasks[name], completed=done)
 
 
 class CompletionProgress:
-    """How many prompts of a file are done, on stderr: a bar that moves, or plain lines now and then.
+    """How many prompts of a file are completed, on stderr.
 
     Args:
-        quiet: what is done can be seen otherwise.
+        total: the number of prompts.
+        quiet: show nothing, because the completions themselves are shown.
     """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
-        console = Console(stderr=True, highlight=False)
+        console = PrintableConsole(stderr=True, highlight=False)
         self._total, self._done, self._tokens = total, 0, 0
         self._began = time.monotonic()
         self._next_line = float("inf") if console.is_terminal or quiet else self._began + PLAIN_LINE_SECONDS
@@ -170,7 +183,7 @@ class CompletionProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            redirect_stdout=False,  # what goes there may go into a file
+            redirect_stdout=False,  # stdout may be a file
             disable=quiet or not console.is_terminal,
         )
         self._task = self._progress.add_task("prompts", total=total, tokens_per_second=None)
@@ -183,7 +196,7 @@ class CompletionProgress:
         self._progress.stop()
 
     def advance(self, tokens: int) -> None:
-        """One more is done, with so many new tokens."""
+        """One more prompt is completed, with this many new tokens."""
         self._done, self._tokens = self._done + 1, self._tokens + tokens
         now = time.monotonic()
         rate = self._tokens / max(now - self._began, 1e-9)

@@ -1,71 +1,73 @@
-"""How values, sizes and durations are written for people, and the colours of curves."""
+"""How text, numbers, sizes and durations are written for people, and the colours of curves."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.text import Text
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-HASH_LENGTH = 10
-
-
-def shown(column: str, value: Any) -> str:
-    """A value as a person reads it."""
-    return CONTROL.sub(lambda found: repr(found.group())[1:-1], _words(column, value))  # a note may hold any
+HASH_LENGTH = 10  # characters of a hash or commit that are shown
+HEX_COLORS = ("#3b6fb6", "#e07b1f", "#2f9e63", "#d1495b", "#8a63c4", "#1b9aaa", "#b8860b", "#7a7f87")  # of curves
 
 
-def _words(column: str, value: Any) -> str:
+def printable(text: str) -> str:
+    """`text` with an escape for each character that a terminal would obey or hide; line breaks and tabs stay.
+
+    >>> printable("red: \\x1b[31m")
+    'red: \\\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """`text` as `printable` writes it, with line breaks and tabs escaped too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def setting_text(value: Any) -> str:
+    """The value of a setting.
+
+    >>> [setting_text(value) for value in (None, True, 3e-4, ("a", "b"))]
+    ['none', 'on', '0.0003', 'a, b']
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def column_text(column: str, value: Any) -> str:
+    """A value of a table of runs, on one line; its column decides how. Empty for None."""
     if value is None or value == "":
         return ""
     if column in ("age", "duration"):
-        return span(value)
+        return rough_duration(value)
     if column == "commit" or column.endswith("_hash"):
-        return str(value)[:HASH_LENGTH]
+        return one_line(str(value)[:HASH_LENGTH])
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}" if column in ("steps", "parameters", "best_step") else str(value)
     if isinstance(value, float):
-        return f"{value:.4f}" if column.endswith("loss") else f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
+        return loss_text(value) if column.endswith("loss") else f"{value:.6g}"
+    return one_line(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 
 
-def span(seconds: float) -> str:
-    """ "42 s", "3:05 min", "2:10 h" or "12 d"."""
-    if seconds < 3600:
-        return duration(seconds)
-    minutes = round(seconds / 60)
-    return f"{seconds / 86400:.0f} d" if seconds >= 2 * 86400 else f"{minutes // 60}:{minutes % 60:02d} h"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: "1.5 MB"."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def facts(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
-    """Lines of "what  how much" with a common indent; long values are not wrapped, so that they can be copied."""
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0) + 2
-    text = Text(f"{title}\n" if title else "", style="")
-    text.stylize("bold")
-    for name, value in rows:
-        text.append(f"{name:<{width}}", style="cyan").append(f"{value}\n")
-    return text[:-1]
+def loss_text(value: float | None) -> str:
+    """A loss with four decimals; empty for None."""
+    return "" if value is None else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:
-    """ "42 s", "3:05 min" or "2:10:00 h"."""
+    """A duration to the second: "42 s", "3:05 min" or "2:10:00 h"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -74,4 +76,31 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
-HEX_COLORS = ("#3b6fb6", "#e07b1f", "#2f9e63", "#d1495b", "#8a63c4", "#1b9aaa", "#b8860b", "#7a7f87")
+def rough_duration(seconds: float) -> str:
+    """A duration as `duration` writes it below an hour, then in minutes or days: "2:10 h" or "12 d"."""
+    if seconds < 3600:
+        return duration(seconds)
+    minutes = round(seconds / 60)
+    return f"{seconds / 86400:.0f} d" if seconds >= 2 * 86400 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def size(count: float) -> str:
+    """A number of bytes in decimal units: "1.5 MB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def fact_lines(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
+    """One line for each (name, value), the values aligned; long values are not wrapped, so that they can be copied."""
+    from rich.text import Text
+
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    text = Text(f"{title}\n" if title else "", style="")
+    text.stylize("bold")
+    for name, value in rows:
+        text.append(f"{name:<{width}}", style="cyan").append(f"{value}\n")
+    return text[:-1]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.runs.layout import MODEL_SUMMARY
-from utils.runs.log import METRICS_FILE, read_records
+from utils.runs.layout import CONFIG, METRICS_LOG, MODEL_SUMMARY, NOTES
+from utils.runs.log import read_records
 from utils.runs.metrics import decode_number
 from utils.runs.run import read_record, read_status
 
@@ -51,8 +51,8 @@ class RunFacts:
             OSError, ValueError: another file of the run is missing or damaged.
         """
         record = read_record(path)
-        hparams = json.loads((path / "meta" / "full_config.json").read_text(encoding="utf-8"))
-        notes = json.loads((path / "notes.json").read_text(encoding="utf-8"))
+        hparams = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
         summary = path / MODEL_SUMMARY
         git = record.get("git") or {}
         return cls(
@@ -90,7 +90,7 @@ class RunEnd:
         record = read_record(path)
         status, step = read_status(path), record.get("last_step") or 0
         if status == "crashed":  # it had no chance to record its last step
-            step = max((logged["step"] for logged in read_records(path / "logs" / METRICS_FILE)), default=0)
+            step = max((logged["step"] for logged in read_records(path / METRICS_LOG)), default=0)
         summary = {name: decode_number(value) for name, value in (record.get("summary") or {}).items()}
         return cls(status, summary, step)
 

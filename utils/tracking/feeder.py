@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import write_json
+from utils.runs.layout import fed_note
 from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines
 from utils.tracking import RunEnd, View
 
@@ -193,7 +194,7 @@ class Feeder(threading.Thread):
 
     @property
     def _state_path(self) -> Path:
-        return self.logs_dir / f"fed_{self.view.name}.json"
+        return self.logs_dir / fed_note(self.view.name).name
 
     def _pick_up(self) -> int:
         """Continue after what earlier sessions have fed; the first step that is fed, perhaps for the second time."""
@@ -253,7 +254,7 @@ class Feeder(threading.Thread):
 
 def cut_progress(logs_dir: Path) -> None:
     """Limit the saved progress of each view to the lengths of the logs, after these were cut back to a checkpoint."""
-    for path in logs_dir.glob("fed_*.json"):
+    for path in logs_dir.glob(fed_note("*").name):
         try:
             progress = json.loads(path.read_text(encoding="utf-8"))
             progress["offsets"] = {name: min(fed, _size(logs_dir / name)) for name, fed in progress["offsets"].items()}

@@ -10,7 +10,7 @@ from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.runs.curves import draw_curves
-from utils.runs.layout import METRICS
+from utils.runs.layout import CONFIG, LOGS, METRIC_REGISTRY
 from utils.runs.log import LOG_FILES
 from utils.runs.metrics import read_registry
 from utils.runs.run import Run, read_record
@@ -50,15 +50,15 @@ def rebuild(
         if not is_installed(name):
             raise UserError(f"{name} is not installed: pip install {name}")
     for log_file in LOG_FILES:
-        if not (path / "logs" / log_file).is_file():
-            raise UserError(f"{path / 'logs' / log_file} is missing: {path.name} cannot be fed from its logs")
+        if not (path / LOGS / log_file).is_file():
+            raise UserError(f"{path / LOGS / log_file} is missing: {path.name} cannot be fed from its logs")
     end = RunEnd.read(path)  # before the lock is taken: a crashed run with a lock would look like a running one
     run = Run.resume(path)
     try:
-        read_registry(path / METRICS)
+        read_registry(path / METRIC_REGISTRY)
         with contextlib.suppress(OSError, ImportError):  # the old picture will do
             draw_curves(path)
-        total = sum((path / "logs" / name).stat().st_size for name in LOG_FILES)
+        total = sum((path / LOGS / name).stat().st_size for name in LOG_FILES)
         for view in build_views(names, path, config, root):
             rebuild_view(view, run, end, lambda name, fed: report(name, fed, total))
     finally:
@@ -72,7 +72,7 @@ def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int],
     Raises:
         RebuildError: the view failed.
     """
-    feeder = Feeder(view, run.path / "logs", Budget(1.0), run.update_view, print, rebuild_command="")
+    feeder = Feeder(view, run.path / LOGS, Budget(1.0), run.update_view, print, rebuild_command="")
     try:
         feeder.rebuild(end, lambda: report(view.name, sum(feeder.offsets.values())))
     except Exception as error:  # the tracker boundary
@@ -89,4 +89,4 @@ def recorded_settings(path: Path, root: Path) -> Config:
     Raises:
         ConfigError: it is missing or damaged.
     """
-    return ConfigLoader(root).load_only(path / "meta" / "full_config.json").config
+    return ConfigLoader(root).load_only(path / CONFIG).config

@@ -13,6 +13,7 @@ from typing import Any
 
 from utils.config.fields import FIELDS, field_fact
 from utils.config.settings import TRAJECTORY
+from utils.runs.layout import TENSORBOARD
 from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
 from utils.runs.metrics import shown_metrics
 from utils.tracking import RunEnd, RunFacts
@@ -58,7 +59,7 @@ class TensorBoardView:
             self._events = EventFile(self.log_dir, purge_step=first_step)
         if first_step == 0:
             self._describe()
-        return {"path": "logs/tensorboard"}
+        return {"path": TENSORBOARD.as_posix()}
 
     def _describe(self) -> None:
         """Write the texts of step 0, the hyperparameters of a running session, and the layout of the custom scalars."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.config.settings import Config
+from utils.runs.layout import TENSORBOARD
 from utils.runs.run import read_record
 from utils.tracking import RunFacts, View
 from utils.tracking.aim import REMOTE, AimView
@@ -44,7 +45,7 @@ def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> 
         repo = str(root / repo)
     mode: Literal["offline", "online"] = "online" if config.tracking.wandb_mode == "online" else "offline"
     makers: dict[str, Callable[[], View]] = {
-        "tensorboard": lambda: TensorBoardView(facts, run / "logs" / "tensorboard"),
+        "tensorboard": lambda: TensorBoardView(facts, run / TENSORBOARD),
         "aim": lambda: AimView(facts, repo, known.get("hash") if known.get("repo") == repo else None),
         "wandb": lambda: WandbView(facts, mode),
     }

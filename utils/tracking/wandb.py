@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from utils.runs.layout import LOGS, WANDB
 from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
 from utils.runs.metrics import shown_metrics
 from utils.tracking import RunEnd, RunFacts
@@ -60,7 +61,7 @@ class WandbView:
             notes=self.facts.note,
             tags=self.facts.tags,
             config={**self.facts.hparams, "git": dict(self.facts.git)},
-            dir=self.facts.path / "logs",
+            dir=self.facts.path / LOGS,
             resume="allow",
             settings=settings,
         )
@@ -90,7 +91,7 @@ class WandbView:
     def clear(self) -> Mapping[str, Any]:
         """Offline, remove its files. Online, W&B keeps what it has, and the same steps are added once more."""
         self.run.finish()
-        for folder in (self.facts.path / "logs" / "wandb").glob("offline-run-*"):
+        for folder in (self.facts.path / WANDB).glob("offline-run-*"):
             shutil.rmtree(folder)
         self._run = self._open_run()
         return {"id": self.run.id}

@@ -8,10 +8,10 @@ from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import CheckpointError, folder_name
 from utils.inference.export import save_export
 from utils.runs.curves import draw_curves
-from utils.runs.layout import CHECKPOINTS, CURVES, FLIGHT_RECORDER
+from utils.runs.layout import CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, SEAL
 from utils.runs.metrics import decode_number, encode_number
 from utils.runs.run import Run
-from utils.runs.seal import SEAL, seal
+from utils.runs.seal import write_seal
 from utils.terminal.console import Terminal
 from utils.training.flight_recorder import FlightRecorder
 from utils.training.state import TrainState, load_weights
@@ -37,7 +37,7 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
         "dataset": state.corpus.name,
         "corpus_hash": state.corpus.hash,
     }
-    save_export(run.path / "artifacts" / "export", state.model, state.corpus.tokenizer, training)
+    save_export(run.path / EXPORT, state.model, state.corpus.tokenizer, training)
     return f"{which} weights, of step {step:,}"
 
 
@@ -62,6 +62,6 @@ def seal_run(run: Run, terminal: Terminal) -> None:
     """Write the checksums of the run's record, after the last line of logs/train.log."""
     terminal.close()
     try:
-        seal(run.path)
+        write_seal(run.path)
     except OSError as error:
         terminal.warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")

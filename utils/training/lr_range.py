@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.files import write_atomic, write_json
 from utils.optim.schedules import set_learning_rate
 from utils.terminal.console import Terminal
-from utils.terminal.words import facts
+from utils.terminal.words import fact_lines
 from utils.training.state import TrainState
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
@@ -169,10 +169,10 @@ def table(result: LrRange) -> RenderableType:
         ("diverges", f"at {result.diverged_at:.1e}" if result.diverged_at else f"not up to {result.rates[-1]:.1e}"),
     ]
     if result.suggestion is None:
-        return facts([*rows, ("suggestion", f"none: {result.problem}")])
+        return fact_lines([*rows, ("suggestion", f"none: {result.problem}")])
     rates = {"learning_rate": 1.0} | result.own_rates
     flags = " ".join(f"{flag_name(key)} {result.suggestion * share:.2g}" for key, share in rates.items())
-    return facts([*rows, ("suggestion", f"{flags}, {RULE}")])
+    return fact_lines([*rows, ("suggestion", f"{flags}, {RULE}")])
 
 
 def _ends(result: LrRange) -> tuple[float, float]:

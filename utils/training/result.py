@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import ConfigError, ConfigLoader, relative_name
+from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
-from utils.terminal.words import duration, facts
+from utils.terminal.words import duration, fact_lines
 
 if TYPE_CHECKING:
     from utils.training.setup import Setup
@@ -75,8 +76,8 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         ("run directory", where),
     ]
     if result.status == "completed":
-        rows.append(("export", f"{where}/artifacts/export ({result.exported})"))
-    terminal.print("", facts(rows))
+        rows.append(("export", f"{where}/{EXPORT} ({result.exported})"))
+    terminal.print("", fact_lines(rows))
     runs_dir = relative_name(setup.runs_dir, setup.root)
     commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
     if run.record["views"].get("aim", {}).get("state", "off") != "off":
@@ -86,7 +87,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         commands.append(("continue", f"{_program('python', setup.root)} train.py --resume {name}"))
     if result.status == "completed":
         commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
-    terminal.print("", facts(commands, title="Next"))
+    terminal.print("", fact_lines(commands, title="Next"))
 
 
 def short_name(run: Run, where: str) -> str:

@@ -20,7 +20,7 @@ from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
 from utils.runs.code import GitFacts
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, LOGS, TRAIN_LOG
 from utils.runs.log import RunLog
 from utils.runs.metrics import encode_number
 from utils.runs.origin import Origin
@@ -164,9 +164,9 @@ class Session:
             closing: gets what can be closed once it is.
         """
         setup, run, terminal = self.setup, self.run, self.terminal
-        terminal.attach(run.path / "logs" / "train.log")
+        terminal.attach(run.path / TRAIN_LOG)
         write_meta(setup, run, git)
-        log = RunLog(run.path / "logs")
+        log = RunLog(run.path / LOGS)
         closing.callback(self._close_log, log)
         settling.callback(log.sync)
         self.state = state = prepare_run(setup, run, self._start, terminal)
@@ -375,7 +375,7 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
     feeders = [
         Feeder(
             view,
-            run.path / "logs",
+            run.path / LOGS,
             budget,
             run.update_view,
             terminal.warn,

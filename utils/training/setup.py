@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from data import CORPORA, Corpus, load_corpus
-from tokenizer import CharTokenizer
+from data import Corpus, load_corpus
+from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import Checkpoint
+from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
+from utils.corpora.sources import CORPORA
 from utils.errors import UserError
 from utils.inference.decode import start_tokens
 from utils.machine.device import choose_device, choose_dtype, is_deterministic
@@ -84,7 +86,7 @@ def check_gates(
     checkpoint, tokenizer = None, None
     if origin is not None and origin.relation == "resume":
         config = pin(config, pinned_settings(config, read_record(origin.run)))
-        tokenizer = CharTokenizer.load(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
+        tokenizer = load_tokenizer(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
         checkpoint, tokenizer = read_parent(origin, config, warn)
     corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer)
@@ -131,7 +133,7 @@ def decisive_settings(setup: Setup) -> dict[str, Any]:
     }
 
 
-def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, CharTokenizer]:
+def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, Tokenizer]:
     """The checkpoint that a fork or fine-tuning starts from, and its tokenizer.
 
     Raises:
@@ -139,7 +141,7 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
     """
     checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
     check_model(config.model, checkpoint.state["model"], origin.run.name)
-    return checkpoint, CharTokenizer.from_json(checkpoint.tokenizer, str(checkpoint.path / "tokenizer.json"))
+    return checkpoint, tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
 
 
 def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:

@@ -17,14 +17,25 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.machine.device import device_facts, processor_name
 from utils.runs.code import GitFacts, MetadataCapture
-from utils.runs.layout import CHECKPOINTS, FLIGHT_RECORDER, METRICS, MODEL_SUMMARY, TOKENIZER
+from utils.runs.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    CONFIG_SOURCES,
+    FLIGHT_RECORDER,
+    LOGS,
+    META,
+    METRIC_REGISTRY,
+    MODEL_SUMMARY,
+    NOTES,
+    SEAL,
+    TOKENIZER,
+)
 from utils.runs.log import cut_logs
 from utils.runs.metrics import read_registry, write_registry
 from utils.runs.origin import Relation, check_longer, parent_facts
 from utils.runs.run import REPRODUCTION, Run
-from utils.runs.seal import SEAL
 from utils.terminal.console import Terminal
-from utils.terminal.words import facts
+from utils.terminal.words import fact_lines
 from utils.tracking.feeder import cut_progress
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, branch, build_state, foreign, load_weights, restore
@@ -74,8 +85,8 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         start = Start(checkpoint, "resume") if checkpoint else start_of_parent(record, terminal.warn)
         for what, before, now in changed_facts(record, setup, git):
             terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
-        cut_logs(run.path / "logs", checkpoint.state["log_offsets"] if checkpoint else {})
-        cut_progress(run.path / "logs")
+        cut_logs(run.path / LOGS, checkpoint.state["log_offsets"] if checkpoint else {})
+        cut_progress(run.path / LOGS)
         put_aside(unusable)
         for name in (FLIGHT_RECORDER, SEAL):  # of the previous session
             (run.path / name).unlink(missing_ok=True)
@@ -136,15 +147,15 @@ def read_git(setup: Setup) -> GitFacts:
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
     """Write meta/ and notes.json: code, environment, tokenizer, and the configuration with its sources."""
-    meta, tracking = run.path / "meta", setup.config.tracking
+    meta, tracking = run.path / META, setup.config.tracking
     if not setup.resumes:  # these describe how the run was started
         setup.corpus.tokenizer.save(run.path / TOKENIZER)
         MetadataCapture.write(meta, git, device_facts(setup.device))
         if tracking.tags or tracking.note:
-            write_json(run.path / "notes.json", {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
-    write_json(meta / "config_sources.json", setup.loaded.sources_json())
+            write_json(run.path / NOTES, {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
+    write_json(run.path / CONFIG_SOURCES, setup.loaded.sources_json())
     # Last: once it exists, the run can be resumed.
-    write_json(meta / "full_config.json", setup.loaded.config.model_dump(mode="json"))
+    write_json(run.path / CONFIG, setup.loaded.config.model_dump(mode="json"))
 
 
 def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:
@@ -155,8 +166,8 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     if state.callbacks and not state.compiled:
         state.forward = state.model  # they may hook into its modules, or change them
     write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
-    read_registry(run.path / METRICS)  # the logs of a resumed run may hold metrics that are no longer registered
-    write_registry(run.path / METRICS)
+    read_registry(run.path / METRIC_REGISTRY)  # the logs of a resumed run may have metrics that nobody registers now
+    write_registry(run.path / METRIC_REGISTRY)
     if start.checkpoint is not None:
         take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
         take_over(state, start.checkpoint)
@@ -180,7 +191,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         config_hash=config_hash(config, decisive),
     )
     terminal.print(
-        facts(
+        fact_lines(
             [
                 ("run", run.id),
                 ("device", f"{setup.device}, {decisive['dtype']}, {decisive['threads']} CPU threads"),

@@ -1,0 +1,59 @@
+"""Records beside token files: with one, a corpus that has not changed is neither read nor hashed nor scanned again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.files import write_json
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """How a text was encoded.
+
+    stamp: state of the text's files then (`Source.stamp`).
+    corpus_hash: sha256 of the text.
+    tokenizer: its JSON form.
+    n_tokens: number of tokens in the token file.
+    """
+
+    stamp: str
+    corpus_hash: str
+    tokenizer: Mapping[str, Any]
+    n_tokens: int
+
+
+def record_path(folder: Path, source: str, tokenizer: str) -> Path:
+    """The record of a source and a tokenizer.
+
+    Args:
+        folder: that of the token files.
+        source: name of the source.
+        tokenizer: its hash, or the settings that it is built with.
+    """
+    key = hashlib.sha256(json.dumps([source, tokenizer]).encode()).hexdigest()
+    return folder / f"{key[:16]}.json"
+
+
+def read_record(path: Path, stamp: str | None) -> TokenRecord | None:
+    """The record at `path`; None if it is missing, damaged, or of another state of the files than `stamp`."""
+    try:
+        record = TokenRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    whole = isinstance(record.corpus_hash, str) and len(record.corpus_hash) == 64 and isinstance(record.n_tokens, int)
+    return record if whole and record.stamp == stamp else None
+
+
+def write_record(path: Path, record: TokenRecord) -> None:
+    """Replace the record at `path`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json(path, asdict(record))

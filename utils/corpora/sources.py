@@ -1,0 +1,177 @@
+"""Where the text of a dataset comes from: a registered corpus, a UTF-8 file, or a folder of them."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import importlib.util
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from utils.errors import UserError, nearest
+from utils.files import write_atomic
+
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TEXT_SUFFIXES = frozenset(
+    (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
+)
+SETTLED_NS = 2_000_000_000  # a younger file may change once more without another mtime (FAT counts in 2 s)
+
+
+class CorpusError(UserError):
+    """A corpus that cannot be read or encoded, or is too short."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a dataset, and how its text is read.
+
+    name: a registered name or an absolute path.
+    read: the whole text; raises CorpusError if it is unreadable, binary, not UTF-8 or empty.
+    """
+
+    name: str
+    files: Sequence[Path]
+    read: Callable[[], str]
+
+    def stamp(self) -> str | None:
+        """A digest of the path, size and mtime of each file: equal while none has changed.
+
+        None if a file is missing, or so young that a later change might not show.
+        """
+        try:
+            facts = [(str(path), path.stat()) for path in self.files]
+        except OSError:
+            return None
+        if max(fact.st_mtime_ns for _, fact in facts) > time.time_ns() - SETTLED_NS:
+            return None
+        text = json.dumps([(path, fact.st_size, fact.st_mtime_ns) for path, fact in facts])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_source(dataset: str, corpora_dir: Path) -> Source:
+    """The source of a registered corpus, a UTF-8 file, or a folder of them (in path order).
+
+    Raises:
+        CorpusError: there is no such dataset, it cannot be accessed, or the folder has no text files.
+    """
+    if dataset in CORPORA:
+        return CORPORA[dataset](corpora_dir)
+    path = Path(os.path.expanduser(dataset))
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
+    except OSError:
+        raise CorpusError(
+            f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
+            f"{nearest(dataset, CORPORA)}"
+        ) from None
+    files = [path]
+    if os.path.isdir(path) and not (files := _text_files(path)):
+        raise CorpusError(f"{dataset}: no text files in this folder")
+    return Source(os.path.abspath(path), files, partial(_read_files, dataset, files))
+
+
+def read_corpus(dataset: str, corpora_dir: Path) -> str:
+    """The whole text of a dataset.
+
+    Raises:
+        CorpusError: unknown, unreadable, binary, not UTF-8, or empty.
+    """
+    return find_source(dataset, corpora_dir).read()
+
+
+def _pydocs(corpora_dir: Path) -> Source:
+    """The Python language reference inside CPython: no download; differs between Python releases."""
+    spec = importlib.util.find_spec("pydoc_data.topics")
+    assert spec is not None
+    return Source("pydocs", [Path(spec.origin or "")], _read_pydocs)
+
+
+def _read_pydocs() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _shakespeare(corpora_dir: Path) -> Source:
+    """Tiny Shakespeare: in $WORKBENCH_DATA or corpora/, else downloaded once; its sha256 is checked."""
+    folders = [Path(folder) for folder in (os.environ.get("WORKBENCH_DATA"),) if folder] + [corpora_dir]
+    paths = [folder / "tinyshakespeare.txt" for folder in folders]
+    path = next((path for path in paths if path.is_file()), paths[-1])
+    return Source("shakespeare", [path], partial(_read_shakespeare, path))
+
+
+def _read_shakespeare(path: Path) -> str:
+    if path.is_file():
+        return _checked_shakespeare(_read_bytes(path), str(path)).decode()
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+            data = _checked_shakespeare(response.read(), SHAKESPEARE_URL)
+    except (OSError, http.client.HTTPException) as error:
+        raise CorpusError(
+            f"shakespeare: cannot be downloaded ({getattr(error, 'reason', error)}); put tinyshakespeare.txt "
+            f"into {path.parent} or name its folder in WORKBENCH_DATA"
+        ) from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data)
+    except OSError as error:
+        raise CorpusError(f"{path.parent}: the download cannot be kept: {error.strerror}") from None
+    return data.decode()
+
+
+def _checked_shakespeare(data: bytes, place: str) -> bytes:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        raise CorpusError(f"{place}: not Tiny Shakespeare: sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...")
+    return data
+
+
+CORPORA: dict[str, Callable[[Path], Source]] = {"pydocs": _pydocs, "shakespeare": _shakespeare}
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Files with a suffix of text, by path; hidden files and folders are left out."""
+
+    def fail(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in TEXT_SUFFIXES)
+
+
+def _read_files(dataset: str, files: Sequence[Path]) -> str:
+    text = "\n".join(map(_read_text, files))
+    if not text.strip():
+        raise CorpusError(f"{dataset}: the corpus is empty")
+    return text
+
+
+def _read_text(path: Path) -> str:
+    data = _read_bytes(path)
+    if (position := data.find(b"\0")) >= 0:
+        raise CorpusError(f"{path}: a binary file (NUL at byte {position}), expected UTF-8 text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CorpusError(f"{path}:{line}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,175 @@
+"""The commands of experiments.py: one declaration each, and what all of them share.
+
+A command names its flags and computes an Answer; reading the command line, --json, printing and the exit status are
+the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from utils.config.loader import ConfigLoader
+from utils.errors import UserError
+from utils.runs.find import resolve_run
+from utils.runs.index import IndexedRun, read_run
+from utils.runs.run import RunError
+from utils.terminal.cli import PROJECT_ROOT, Parser
+from utils.terminal.console import Terminal, print_to
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+class Answer(NamedTuple):
+    """What a command found.
+
+    data: printed by --json; dataclasses, paths and non-finite numbers are allowed.
+    render: makes what is printed otherwise, for the width of the console.
+    status: the exit status.
+    """
+
+    data: Any
+    render: Callable[[Console], Iterable[RenderableType]]
+    status: int = 0
+
+
+class Flag(NamedTuple):
+    """The arguments of one `add_argument`."""
+
+    names: tuple[str, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `python experiments.py NAME FLAGS`.
+
+    help: one line, without a full stop.
+    compute: answers the parsed command line; raises UserError for a mistake in it.
+    note: a sentence below the help of the command.
+    """
+
+    name: str
+    help: str
+    flags: Sequence[Flag]
+    compute: Callable[[argparse.Namespace], Answer]
+    note: str | None = None
+
+    def add_to(self, commands: argparse._SubParsersAction[Parser]) -> None:
+        """Add the parser of this command, with the flags that all commands have."""
+        description = f"{self.help[0].upper()}{self.help[1:]}."
+        parser = commands.add_parser(self.name, help=self.help, description=description, epilog=self.note)
+        for names, options in self.flags:
+            parser.add_argument(*names, **options)
+        parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.set_defaults(command=self)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Compute the answer and print it.
+
+        Returns:
+            The exit status.
+        """
+        answer = self.compute(args)
+        if args.json:
+            print(json.dumps(_as_json(answer.data), indent=2, ensure_ascii=False))
+            return answer.status
+        console = Terminal().console
+        for part in answer.render(console):
+            print_to(console, part)
+        return answer.status
+
+
+COMMANDS: list[Command] = []
+
+
+def flag(*names: str, **options: Any) -> Flag:
+    """A flag or argument of a command, written as for `add_argument`."""
+    return Flag(names, options)
+
+
+def command(
+    name: str, help: str, *flags: Flag, note: str | None = None
+) -> Callable[[Callable[[argparse.Namespace], Answer]], Callable[[argparse.Namespace], Answer]]:
+    """Decorator: the function becomes the command `name`, in the order of the file."""
+
+    def declare(compute: Callable[[argparse.Namespace], Answer]) -> Callable[[argparse.Namespace], Answer]:
+        COMMANDS.append(Command(name, help, flags, compute, note))
+        return compute
+
+    return declare
+
+
+RUN_HELP = "path, id, tag, NAME@vN, part of an id, or latest"
+RUN = flag("run", metavar="RUN", help=RUN_HELP)
+RUNS = flag("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+METRIC = flag("--metric", default="val/loss", metavar="NAME", help="name in the log (default: val/loss)")
+
+
+def runs_folder(args: argparse.Namespace) -> Path:
+    """The folder of the runs: --runs-dir, or as configured."""
+    runs_dir = args.runs_dir or ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
+    return PROJECT_ROOT / runs_dir
+
+
+def run_path(args: argparse.Namespace) -> Path:
+    """The run directory that RUN names.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    return Path(os.path.abspath(resolve_run(args.run, runs_folder(args))))  # `.` has no name
+
+
+def named_run(text: str, runs_dir: Path) -> IndexedRun:
+    """What is known about the run that RUN names.
+
+    Raises:
+        UserError: there is no such run, or a folder of that name that is not a run, with the reason.
+    """
+    try:
+        return read_run(Path(os.path.abspath(resolve_run(text, runs_dir))))
+    except RunError:
+        if text and (runs_dir / text).exists():
+            raise UserError(f"{text} is not a run: {read_run(runs_dir / text).problem}") from None
+        raise
+
+
+def named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
+    """The runs that are named, each once.
+
+    Raises:
+        UserError: there is no such run, or fewer than `least`.
+    """
+    folder = runs_folder(args)
+    runs = {run.path: run for run in (named_run(text, folder) for text in args.runs)}
+    if len(runs) < least:
+        raise UserError(f"expected {least} different runs, got {len(runs)}: {', '.join(args.runs)}")
+    return list(runs.values())
+
+
+def _as_json(value: Any) -> Any:
+    """`value` in the types of JSON; NaN and infinities are strings, as in the logs."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _as_json(fields_of(value))
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
