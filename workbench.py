@@ -13,13 +13,15 @@ Settings are those of the command line, with the same names and the same checks.
 (`learning_rate=3e-3`), as a mapping, flat or by section, or as a Config. What keywords and mappings leave out comes
 from the files in configs/, as on the command line; a Config is complete, and is taken as it is:
 
-    >>> from workbench import Config, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig
+    >>> from workbench import Config, DataConfig, InferenceConfig, ModelConfig
+    >>> from workbench import OptimizerConfig, TrackingConfig, TrainConfig
     >>> config = Config(
     ...     data=DataConfig(dataset="pydocs"),
     ...     model=ModelConfig(n_layer=2, n_embd=64),
     ...     optimizer=OptimizerConfig(learning_rate=3e-3),
     ...     train=TrainConfig(max_iters=100),
     ...     tracking=TrackingConfig(run_tag="small"),
+    ...     inference=InferenceConfig(qa_template="Q: {question}\\nA: "),
     ... )
     >>> config.model.n_layer
     2
@@ -412,8 +414,8 @@ def create_model(
 class _Fit:
     """What a TrainableModel has beyond a LanguageModel."""
 
-    tokenizer: Tokenizer | None
-    _loaded: LoadedConfig
+    tokenizer: Tokenizer | None = None
+    _loaded: LoadedConfig | None = None  # the settings that `create_model` was given
 
     def fit(self, data: Settings | str | Path | None = None, *, quiet: bool = False, **settings: Any) -> TrainResult:
         """Train this architecture in a run directory of its own, then take over the weights and the vocabulary.
@@ -434,9 +436,10 @@ class _Fit:
         from utils.inference.export import load_export
 
         model = cast("TrainableModel", self)
+        base = model._loaded or LoadedConfig.from_config(Config(model=model.config))
         if isinstance(data, str | Path):
-            settings["dataset"], data = _dataset(data, model._loaded.config), None
-        loaded = _load(data, settings, model._loaded)
+            settings["dataset"], data = _dataset(data, base.config), None
+        loaded = _load(data, settings, base)
         _check_architecture(model, loaded.config.model)
         results = _train(loaded, quiet=quiet)
         if results.status == "completed":

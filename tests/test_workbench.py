@@ -213,6 +213,9 @@ def test_fit_takes_over_the_weights_of_its_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
     assert len(list(model.parameters())) == len(list(trained.parameters())) > 20
     assert (model.training, model.tokenizer.hash()) == (False, tokenizer.hash())
+    request = workbench.Request(max_new_tokens=5)
+    texts = [workbench.Generator(m, tokenizer).generate("The ", request).text for m in (model, trained)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("kind", ["text", "path", "config", "mapping"])
@@ -239,6 +242,13 @@ def test_a_fit_that_was_interrupted_leaves_the_model_as_it_is() -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     assert model.fit(quiet=True).status == "interrupted"
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_model_that_was_made_by_its_class_fits_with_the_default_settings(project: Path) -> None:
+    model = workbench.TrainableModel(ModelConfig(n_layer=1, n_embd=16, n_head=2), vocab_size=10)
+    results = model.fit(max_iters=1, eval_iters=1, sample_tokens=0, runs_dir=str(project / "runs"), quiet=True)
+    assert results.status == "completed"
+    assert model.vocab_size > 10
 
 
 def test_fit_refuses_another_architecture() -> None:
