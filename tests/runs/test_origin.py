@@ -121,7 +121,8 @@ def test_a_run_resumes_from_its_newest_checkpoint_only(run: Path, runs_dir: Path
     with pytest.raises(RunError) as caught:
         find_origin("resume", f"base:{which}", runs_dir)
     assert str(caught.value) == (
-        f"--resume base:{which}: a run continues from its newest checkpoint; --fork starts a new run from any checkpoint"
+        f"--resume base:{which}: a run continues from its newest checkpoint; "
+        "--fork starts a new run from any checkpoint"
     )
 
 
