@@ -1,4 +1,4 @@
-"""Names for runs: versions count up, whoever promotes at the same time, and every mistake is told."""
+"""Promoted names: versions count up even when several processes promote at once, and every mistake is reported."""
 
 from __future__ import annotations
 
