@@ -1,1 +1,1 @@
-"""The configuration: every setting, and where its value came from."""
+"""The configuration: every setting, and the source of its value."""
