@@ -155,9 +155,7 @@ def make_damaged(path: Path, kind: str) -> None:
         ("run.json leads to itself", "run.json"),
     ],
 )
-def test_an_entry_that_is_not_a_run_is_listed_with_the_reason(
-    runs_dir: Path, kind: str, problem: str
-) -> None:
+def test_an_entry_that_is_not_a_run_is_listed_with_the_reason(runs_dir: Path, kind: str, problem: str) -> None:
     make_run(runs_dir, "good")
     make_damaged(runs_dir / "bad", kind)
     bad, good = read_index(runs_dir)
