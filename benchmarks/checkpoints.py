@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -173,11 +173,15 @@ def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) 
     write(), write_plain()  # a warmup
     arms = {"write": write, "plain write": write_plain, "read": read, "plain read": read_plain}
     arms |= {"read and copy": take_over, "plain read, kept": keep_plain}
-    results = common.interleaved(arms, repeats, lambda line: terminal.print(f"  disk: {line}"))
+    seconds = common.interleaved(arms, repeats, lambda line: terminal.print(f"  disk: {line}"))
+    print_disk_rates({name: [total / 1e9 / time for time in times] for name, times in seconds.items()}, total, terminal)
+
+
+def print_disk_rates(rates: Mapping[str, Sequence[float]], total: int, terminal: Terminal) -> None:
+    """Print GB/s of each arm, and the share of plain writing or reading that checkpoints reach."""
     table = Table(title=f"{total / 1e9:.2f} GB, from a cold page cache", title_justify="left")
     for header in ("", "GB/s (median)", "least", "most"):
         table.add_column(header, justify="right")
-    rates = {name: [total / 1e9 / seconds for seconds in times] for name, times in results.items()}
     for name, values in rates.items():
         table.add_row(name, *(f"{value:.2f}" for value in (statistics.median(values), min(values), max(values))))
     terminal.print(table)

@@ -245,9 +245,7 @@ def test_help_does_not_import_torch(name: str) -> None:
         ("startup", ["--repeat", "3"], "unknown flag --repeat; did you mean --repeats?"),
     ],
 )
-def test_a_bad_flag_is_reported_in_one_line(
-    name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_flag_is_one_line(name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert COMMANDS[name](words) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
 

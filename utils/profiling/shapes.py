@@ -76,7 +76,6 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
         torch.OutOfMemoryError: the device cannot hold it.
     """
     state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
-    state.model.train()
     step = training_step(state)
     activations = activation_phase(state)
     step(activations or no_phase)
