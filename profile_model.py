@@ -135,10 +135,10 @@ def prepare(loaded: LoadedConfig, out: Path | None) -> tuple[Setup, Terminal]:
         UserError: a check fails, or the folder cannot be made.
     """
     from utils.terminal.console import Terminal
-    from utils.training.setup import check_gates
+    from utils.training.setup import make_setup
 
     terminal = Terminal()
-    setup = check_gates(loaded, PROJECT_ROOT, tell=terminal.print)
+    setup = make_setup(loaded, PROJECT_ROOT, report=terminal.print)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -106,13 +106,13 @@ def measure(
     from utils.machine.device import torch_settings
     from utils.machine.limits import measure_gemm
     from utils.profiling.shapes import time_shape
-    from utils.training.setup import check_gates
+    from utils.training.setup import make_setup
 
     common.random_text(folder / "random.txt")
     configs = {shape: load(files, folder, shape).config for of_axis in shapes().values() for shape in of_axis.values()}
     names = {shape: ", ".join(f"{key} {value}" for key, value in shape) for shape in configs}
     longest = max(configs, key=lambda shape: dict(shape)["block_size"])
-    setup = check_gates(load(files, folder, longest), PROJECT_ROOT)
+    setup = make_setup(load(files, folder, longest), PROJECT_ROOT)
 
     def step_ms(shape: Shape) -> float:
         return time_shape(setup, configs[shape], steps, warmup, terminal).step_ms

@@ -46,7 +46,7 @@ def test_equal_logs_are_identical(tmp_path: Path) -> None:
     assert comparison.identical
 
 
-def test_the_first_difference_is_told_with_step_name_and_values(tmp_path: Path) -> None:
+def test_the_first_difference_is_reported_with_step_name_and_values(tmp_path: Path) -> None:
     after = records(**{"grad_norm": 9.0})
     after[5]["train/loss"] = 7.0
     comparison = compared(tmp_path, {"metrics": records()}, {"metrics": after})
@@ -135,7 +135,7 @@ def test_histograms_are_compared(tmp_path: Path, change: dict[str, Any]) -> None
     assert (difference.step, difference.name) == (3, "histogram of params/w")
 
 
-def test_a_difference_of_long_values_is_told_by_its_name(tmp_path: Path) -> None:
+def test_a_difference_of_long_values_is_reported_by_its_name(tmp_path: Path) -> None:
     one, other = HISTOGRAM | {"counts": [1] * 100}, HISTOGRAM | {"counts": [2] * 100}
     difference = compared(tmp_path, {"histograms": [one]}, {"histograms": [other]}).difference
     assert str(difference) == "first difference at step 3: histogram of params/w"

@@ -49,7 +49,7 @@ def test_equal_runs_do_not_differ(runs_dir: Path, tmp_path: Path) -> None:
     assert [row.name for row in result.results] == list(RESULTS)
 
 
-def test_settings_are_told_with_their_sources_by_kind(runs_dir: Path, tmp_path: Path) -> None:
+def test_settings_are_reported_with_their_sources_by_kind(runs_dir: Path, tmp_path: Path) -> None:
     runs = [
         indexed(runs_dir, "a", settings={"seed": 1}),
         indexed(runs_dir, "b", settings={"seed": 2, "log_interval": 5, "corpora_dir": "x"}),
@@ -124,7 +124,7 @@ def test_a_run_that_cannot_be_read_is_told(runs_dir: Path, tmp_path: Path) -> No
         ("meta/code.patch", None),
     ],
 )
-def test_a_damaged_part_of_a_run_is_told_or_stops_nothing(
+def test_a_damaged_part_of_a_run_is_reported_or_stops_nothing(
     runs_dir: Path, tmp_path: Path, name: str, content: bytes | None
 ) -> None:
     good = indexed(runs_dir, "good", settings={"seed": 1}, samples=[{"step": 1, "text": "a"}])

@@ -71,7 +71,7 @@ def test_a_setting_has_several_spellings(loaded: LoadedConfig, spelling: str) ->
         ("train", "no setting is named train"),
     ],
 )
-def test_an_unknown_setting_is_told_with_the_nearest(loaded: LoadedConfig, key: str, message: str) -> None:
+def test_an_unknown_setting_is_reported_with_the_nearest(loaded: LoadedConfig, key: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         explain(key, loaded)
     assert str(caught.value).startswith(message)
@@ -112,7 +112,7 @@ def test_a_setting_of_another_version_is_explained_as_far_as_it_is_known(runs_di
         explain_of_run("seed", run)
 
 
-def test_an_unknown_setting_of_a_run_is_told_with_the_nearest(runs_dir: Path) -> None:
+def test_an_unknown_setting_of_a_run_is_reported_with_the_nearest(runs_dir: Path) -> None:
     with pytest.raises(UserError, match=r"no setting is named sead; did you mean seed\?"):
         explain_of_run("sead", indexed(runs_dir))
 

@@ -165,7 +165,7 @@ def test_a_query_that_is_no_text_is_refused(database: RunDatabase) -> None:
         database.select("SELECT '\udcff'")
 
 
-def test_a_view_that_is_not_there_is_told_with_the_nearest(database: RunDatabase) -> None:
+def test_a_view_that_is_not_there_is_reported_with_the_nearest(database: RunDatabase) -> None:
     with pytest.raises(UserError, match="there is no view rnus; did you mean runs"):
         database.select("SELECT * FROM rnus")
 

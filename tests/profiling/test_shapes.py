@@ -19,7 +19,7 @@ from utils.profiling import measure, shapes
 from utils.profiling.shapes import ShapeTiming, sizes_around, sweep_table, time_shape, with_shape
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
-from utils.training.setup import Setup, check_gates
+from utils.training.setup import Setup, make_setup
 from utils.training.state import TrainState, build_state
 from utils.training.step import no_phase
 
@@ -30,7 +30,7 @@ QUIET = Terminal(quiet=True)
 def setup(tmp_path: Path, tiny_corpus: Path) -> Setup:
     sizes = {"n_layer": "1", "n_head": "2", "n_embd": "16", "block_size": "8", "batch_size": "4"}
     places = {"dataset": str(tiny_corpus), "corpora_dir": str(tmp_path / "corpora"), "device": "cpu"}
-    return check_gates(ConfigLoader(PROJECT_ROOT).load([], {**sizes, **places}), PROJECT_ROOT)
+    return make_setup(ConfigLoader(PROJECT_ROOT).load([], {**sizes, **places}), PROJECT_ROOT)
 
 
 def state_of(setup: Setup, batch_size: int) -> TrainState:

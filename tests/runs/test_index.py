@@ -437,7 +437,7 @@ def test_settings_of_another_version_differ_among_the_runs_that_know_them(runs_d
     assert differing_settings([empty, a, c]) == []
 
 
-def test_a_setting_that_is_derived_from_another_one_is_not_told_twice(runs_dir: Path) -> None:
+def test_a_setting_that_is_derived_from_another_one_is_not_reported_twice(runs_dir: Path) -> None:
     narrow = indexed(runs_dir, "a", settings={"n_embd": 64}, resolved={"head_dim": 16, "ffn_dim": 256})
     wide = indexed(runs_dir, "b", settings={"n_embd": 128}, resolved={"head_dim": 32, "ffn_dim": 512})
     assert differing_settings([narrow, wide]) == ["n_embd"]

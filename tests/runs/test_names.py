@@ -92,7 +92,7 @@ def test_a_folder_that_is_not_there_is_told(runs_dir: Path) -> None:
     ],
     ids=lambda content: repr(content[:32]),
 )
-def test_a_damaged_file_is_told_and_left_as_it_is(runs_dir: Path, content: bytes) -> None:
+def test_a_damaged_file_is_reported_and_left_as_it_is(runs_dir: Path, content: bytes) -> None:
     write(runs_dir / MODELS, content)
     with pytest.raises(PromotionError, match=r"models\.json cannot be read"):
         read_models(runs_dir)

@@ -347,7 +347,7 @@ def test_an_exact_id_comes_before_a_tag_of_that_name(five_runs: Path) -> None:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_no_run_or_several_are_told_in_one_line(five_runs: Path, name: str, message: str) -> None:
+def test_no_run_or_several_are_reported_in_one_line(five_runs: Path, name: str, message: str) -> None:
     with pytest.raises(RunError) as caught:
         resolve_run(name, five_runs)
     assert message in str(caught.value)

@@ -138,7 +138,7 @@ def test_a_checkpoint_that_lacks_a_file_is_named(run: Path) -> None:
     assert "step_000005/model.safetensors" in damage
 
 
-def test_damage_of_a_checkpoint_is_told_relative_to_the_run(run: Path) -> None:
+def test_damage_of_a_checkpoint_is_reported_relative_to_the_run(run: Path) -> None:
     flip(run / CHECKPOINTS / "step_000005" / "model.safetensors")
     (damage,) = verify_seal(run).damaged
     assert damage.startswith("artifacts/checkpoints/step_000005/model.safetensors: ")

@@ -86,20 +86,20 @@ def find(
     loaded = LoadedConfig.from_config(
         Config(data=data, model=TINY, train=TrainConfig(batch_size="auto", **settings), tracking={"run_tag": "x"})
     )
-    told: list[str] = []
+    printed: list[str] = []
     found = find_batch(
-        loaded, load_corpus(data, TINY.block_size, corpus.parent / "corpora"), CPU, torch.float32, told.append
+        loaded, load_corpus(data, TINY.block_size, corpus.parent / "corpora"), CPU, torch.float32, printed.append
     )
     changed = {key: value for key, value in flat(found.config).items() if value != flat(loaded.config)[key]}
     assert all(found.source(key) == FOUND for key in changed)
-    return changed, told
+    return changed, printed
 
 
 def test_the_largest_power_of_two_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
-    changed, (told,) = find(monkeypatch, tiny_corpus, 100)
+    changed, (printed,) = find(monkeypatch, tiny_corpus, 100)
     assert changed == {"batch_size": 64}
     assert (
-        told
+        printed
         == "batch_size auto: 64 sequences, 512 tokens per step (more do not fit into the 0.0 GiB that are free on cpu)"
     )
 
@@ -107,10 +107,10 @@ def test_the_largest_power_of_two_that_fits_is_taken(monkeypatch: pytest.MonkeyP
 def test_an_update_does_not_see_the_text_twice(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
     text = tiny_corpus.read_text(encoding="utf-8")
     sequences = int(len(text) * 0.9) // 8
-    changed, (told,) = find(monkeypatch, tiny_corpus, 10**6)
+    changed, (printed,) = find(monkeypatch, tiny_corpus, 10**6)
     assert changed == {"batch_size": 512}
     assert 512 <= sequences < 1024
-    assert told.endswith(f"4,096 tokens per step (the training text has {sequences:,})")
+    assert printed.endswith(f"4,096 tokens per step (the training text has {sequences:,})")
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,11 @@ def test_an_update_does_not_see_the_text_twice(monkeypatch: pytest.MonkeyPatch, 
 def test_an_update_has_as_few_micro_steps_as_fit(
     monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path, fitting: int, micro_steps: int
 ) -> None:
-    changed, (told,) = find(monkeypatch, tiny_corpus, fitting, tokens_per_step=96)
+    changed, (printed,) = find(monkeypatch, tiny_corpus, fitting, tokens_per_step=96)
     steps = {"gradient_accumulation_steps": micro_steps} if micro_steps > 1 else {}
     assert changed == {"batch_size": 12, "tokens_per_step": None, **steps}
-    assert told.startswith("batch_size auto: 12 sequences, 96 tokens per step")
-    assert (f"in {micro_steps} micro-steps of {12 // micro_steps}, which fit" in told) == (micro_steps > 1)
+    assert printed.startswith("batch_size auto: 12 sequences, 96 tokens per step")
+    assert (f"in {micro_steps} micro-steps of {12 // micro_steps}, which fit" in printed) == (micro_steps > 1)
 
 
 def test_a_model_that_does_not_fit_is_a_mistake_of_one_line(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
@@ -315,6 +315,6 @@ def test_epochs_are_counted_with_the_batch_that_was_found(tiny_argv: Argv, run_o
 @pytest.mark.usefixtures("six_fit")
 def test_a_profile_is_of_the_batch_that_was_found(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
     assert profile_model.main(tiny_argv(*AUTO, "--steps", "1", "--warmup", "0")) == 0
-    told = capsys.readouterr().out
-    assert "batch_size auto: 12 sequences" in told
-    assert "12 x 8 tokens" in told
+    printed = capsys.readouterr().out
+    assert "batch_size auto: 12 sequences" in printed
+    assert "12 x 8 tokens" in printed

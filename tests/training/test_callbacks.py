@@ -269,7 +269,7 @@ def test_a_resumed_session_starts_at_its_step(tiny_argv: Argv, only_run: Callabl
 
 
 @pytest.mark.parametrize("status", ["completed", "interrupted", "diverged", "failed"])
-def test_the_end_is_told_once(status: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_is_reported_once(status: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
     forward_backward = utils.training.step.forward_backward
 
     def patched(state: TrainState, phase: Any) -> torch.Tensor:
@@ -376,7 +376,7 @@ def test_an_exception_counts_although_a_loss_that_was_not_written_yet_is_nan(
 
 @pytest.mark.parametrize("hook", ["on_step", "on_end"])
 @pytest.mark.parametrize("names", [("Failing", "Recorder"), ("Recorder", "Failing")])
-def test_the_others_are_told_once_that_the_run_ended(
+def test_the_others_are_reported_once_that_the_run_ended(
     names: tuple[str, str], hook: str, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Failing, "hook", hook)
@@ -387,7 +387,7 @@ def test_the_others_are_told_once_that_the_run_ended(
     assert read_record(only_run())["status"] == "failed"
 
 
-def test_all_are_told_although_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_are_reported_although_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = TrainingRun(tmp_path, SimpleNamespace(step=7), None, None)  # type: ignore[arg-type]
     callbacks = Callbacks([Failing(), Recorder(), Failing(), Recorder()], run)
     callbacks.on_start()

@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "a_run" / "artifacts" / "checkpoints"
 
 
-class Told(list[str]):
+class Messages(list[str]):
     """The warnings."""
 
     def __call__(self, message: str) -> None:
@@ -80,11 +80,13 @@ class Told(list[str]):
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def messages() -> Messages:
+    return Messages()
 
 
-def checkpointer(folder: Path, log: RunLog, warn: Told, saved_step: int | None = None, **settings: Any) -> Checkpointer:
+def checkpointer(
+    folder: Path, log: RunLog, warn: Messages, saved_step: int | None = None, **settings: Any
+) -> Checkpointer:
     settings = {"checkpoint_interval": 10, "checkpoint_minutes": None} | settings
     return Checkpointer(folder, TrainConfig(**settings), HASH, log, warn, saved_step)
 
@@ -187,35 +189,37 @@ def test_host_memory_follows_names_shapes_and_types() -> None:
 # ------------------------------------------------------------------------------------- when
 
 
-def test_a_checkpoint_is_due_at_every_multiple_of_the_interval(folder: Path, log: RunLog, told: Told) -> None:
-    checkpoints = checkpointer(folder, log, told)
+def test_a_checkpoint_is_due_at_every_multiple_of_the_interval(folder: Path, log: RunLog, messages: Messages) -> None:
+    checkpoints = checkpointer(folder, log, messages)
     assert [step for step in range(21) if checkpoints.due(step)] == list(range(10, 21))  # until one is saved
 
 
-def test_after_a_save_the_next_multiple_is_due(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
-    checkpoints = checkpointer(folder, log, told)
+def test_after_a_save_the_next_multiple_is_due(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
+) -> None:
+    checkpoints = checkpointer(folder, log, messages)
     due = []
     for step in (9, 10, 10, 11, 19, 23, 24, 29, 30, 57):  # 20 was missed
         if checkpoints.due(step):
             due.append(step)
             save(checkpoints, state, step)
     assert due == [10, 23, 30, 57]
-    assert told == []
+    assert messages == []
 
 
 def test_the_step_that_was_resumed_from_is_neither_due_nor_saved_again(
-    folder: Path, log: RunLog, told: Told, state: TrainState
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
-    checkpoints = checkpointer(folder, log, told, saved_step=20)
+    checkpoints = checkpointer(folder, log, messages, saved_step=20)
     assert [step for step in range(20, 31) if checkpoints.due(step)] == [30]
     save(checkpoints, state, 20)
     assert steps_in(folder) == []
 
 
 def test_a_new_run_may_save_where_it_starts_and_each_step_once(
-    folder: Path, log: RunLog, told: Told, state: TrainState
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
     assert not checkpoints.due(0)  # but whoever stops there may go on from there
     save(checkpoints, state, 0)
     first = (folder / "step_000000" / STATE_FILE).stat().st_mtime_ns
@@ -225,18 +229,18 @@ def test_a_new_run_may_save_where_it_starts_and_each_step_once(
     assert read_checkpoint(folder / "step_000000").optimizer_tensors == {}
 
 
-def test_without_interval_and_minutes_none_is_ever_due(folder: Path, log: RunLog, told: Told) -> None:
-    checkpoints = checkpointer(folder, log, told, checkpoint_interval=0)
+def test_without_interval_and_minutes_none_is_ever_due(folder: Path, log: RunLog, messages: Messages) -> None:
+    checkpoints = checkpointer(folder, log, messages, checkpoint_interval=0)
     assert not any(checkpoints.due(step) for step in range(5000))
 
 
 def test_minutes_of_wall_time_make_one_due_as_well(
-    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
     fake = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 0.0)
     monkeypatch.setattr(checkpointing, "time", fake)
-    checkpoints = checkpointer(folder, log, told, checkpoint_interval=0, checkpoint_minutes=2)
+    checkpoints = checkpointer(folder, log, messages, checkpoint_interval=0, checkpoint_minutes=2)
     clock.now += 119
     assert not checkpoints.due(5)
     clock.now += 1
@@ -248,9 +252,9 @@ def test_minutes_of_wall_time_make_one_due_as_well(
 
 
 def test_a_checkpoint_is_postponed_while_one_is_being_written(
-    folder: Path, log: RunLog, told: Told, state: TrainState, gate: Gate
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, gate: Gate
 ) -> None:
-    checkpoints = checkpointer(folder, log, told, checkpoint_interval=1)
+    checkpoints = checkpointer(folder, log, messages, checkpoint_interval=1)
     state.step = 1
     checkpoints.save(state)
     assert gate.began.acquire(timeout=60)
@@ -262,9 +266,9 @@ def test_a_checkpoint_is_postponed_while_one_is_being_written(
 
 
 def test_saving_waits_for_the_write_of_before(
-    folder: Path, log: RunLog, told: Told, state: TrainState, gate: Gate
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, gate: Gate
 ) -> None:
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
 
     def open_later() -> None:
         for _ in range(3):
@@ -280,17 +284,17 @@ def test_saving_waits_for_the_write_of_before(
     opener.join()
     assert gate.most == 1
     assert steps_in(folder) == [3, 2]
-    assert told == []
+    assert messages == []
 
 
-def test_waiting_without_a_write_returns_at_once(folder: Path, log: RunLog, told: Told) -> None:
-    checkpointer(folder, log, told).wait()
+def test_waiting_without_a_write_returns_at_once(folder: Path, log: RunLog, messages: Messages) -> None:
+    checkpointer(folder, log, messages).wait()
 
 
 def test_seconds_to_save_grow_with_what_saving_took(
-    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
     assert 1.0 < checkpoints.seconds_to_save(state) < 1.1
     ticks = iter((0.0, 10.0, 13.0))
     monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: next(ticks), time=lambda: 0.0))
@@ -302,9 +306,9 @@ def test_seconds_to_save_grow_with_what_saving_took(
 
 
 def test_what_is_saved_is_the_state_at_that_moment(
-    folder: Path, log: RunLog, told: Told, state: TrainState, gate: Gate
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, gate: Gate
 ) -> None:
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
     train_step(state)
     weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     moments = {
@@ -321,13 +325,13 @@ def test_what_is_saved_is_the_state_at_that_moment(
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in weights.items())
     assert all(torch.equal(found.optimizer_tensors[name], tensor) for name, tensor in moments.items())
     assert not torch.equal(weights["token_embedding.weight"], state.model.state_dict()["token_embedding.weight"])
-    assert told == []
+    assert messages == []
 
 
-def test_the_state_names_what_it_belongs_to(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
+def test_the_state_names_what_it_belongs_to(folder: Path, log: RunLog, messages: Messages, state: TrainState) -> None:
     log.metrics.write([{"step": 0, "text": "ü"}])
     log.samples.write([{"step": 0}])
-    save(checkpointer(folder, log, told), state, 7)
+    save(checkpointer(folder, log, messages), state, 7)
     found = read_checkpoint(folder / "step_000007")
     facts = {key: found.state[key] for key in ("step", "tokens", "config_hash", "world_size", "corpus_hash", "seed")}
     assert facts == {
@@ -347,18 +351,18 @@ def test_the_state_names_what_it_belongs_to(folder: Path, log: RunLog, told: Tol
 
 
 def test_the_logs_are_on_disk_before_the_manifest(
-    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(
         log, "sync", lambda: seen.append(sorted(path.name for path in folder.glob(".step_*/*"))), raising=True
     )
-    save(checkpointer(folder, log, told), state, 1)
+    save(checkpointer(folder, log, messages), state, 1)
     assert seen == [sorted(FILES)]
 
 
-def test_latest_and_best_are_pointers_in_json(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
-    checkpoints = checkpointer(folder, log, told)
+def test_latest_and_best_are_pointers_in_json(folder: Path, log: RunLog, messages: Messages, state: TrainState) -> None:
+    checkpoints = checkpointer(folder, log, messages)
     save(checkpoints, state, 5)
     assert not (folder / BEST_FILE).exists()
     assert best_path(folder) is None
@@ -389,17 +393,17 @@ def test_a_pointer_to_nowhere_is_no_pointer(folder: Path, content: str) -> None:
     ("keep_last", "kept"), [(1, [50]), (2, [50, 40]), (4, [50, 40, 30, 20]), (9, [50, 40, 30, 20, 10])]
 )
 def test_the_newest_are_kept(
-    folder: Path, log: RunLog, told: Told, state: TrainState, keep_last: int, kept: list[int]
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, keep_last: int, kept: list[int]
 ) -> None:
-    save(checkpointer(folder, log, told, keep_last=keep_last), state, 10, 20, 30, 40, 50)
+    save(checkpointer(folder, log, messages, keep_last=keep_last), state, 10, 20, 30, 40, 50)
     assert steps_in(folder) == kept
     assert all(read_checkpoint(path).step == step for step, path in list_checkpoints(folder))
 
 
 def test_the_best_is_kept_beside_the_newest_until_there_is_a_better_one(
-    folder: Path, log: RunLog, told: Told, state: TrainState
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
     save(checkpoints, state, 10, best=10)
     save(checkpoints, state, 20, 30, 40)
     assert steps_in(folder) == [40, 30, 10]
@@ -423,12 +427,12 @@ def test_pruning_touches_nothing_else(folder: Path) -> None:
     prune(folder / "nowhere", 1, 10)
 
 
-def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, told: Told) -> None:
+def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, messages: Messages) -> None:
     make(folder, 10)
     for name in (".step_000020.tmp", ".step_000005.old"):
         (folder / name).mkdir()
         (folder / name / WEIGHTS_FILE).write_bytes(b"half")
-    checkpointer(folder, log, told)
+    checkpointer(folder, log, messages)
     assert [path.name for path in folder.iterdir()] == ["step_000010"]
     remove_leftovers(folder / "nowhere")
 
@@ -436,31 +440,31 @@ def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, told: 
 # ------------------------------------------------------------------------------------- failures
 
 
-def test_a_failed_write_is_told_once_and_training_goes_on(
-    folder: Path, log: RunLog, told: Told, state: TrainState, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_write_is_reported_once_and_training_goes_on(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
     with monkeypatch.context() as patch:
         patch.setattr(checkpointing, "capture", lambda state: capture_with(state, {"best_step": None, "odd": math.nan}))
         save(checkpoints, state, 1000)
-    assert told == [
+    assert messages == [
         "the checkpoint of step 1,000 was not written: Out of range float values are not JSON compliant: nan; "
         "there is none"
     ]
     save(checkpoints, state, 1010)
     assert steps_in(folder) == [1010]
-    assert len(told) == 1
+    assert len(messages) == 1
 
 
 def capture_with(state: TrainState, facts: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
     return dict(state.model.state_dict()), {}, dict(facts)
 
 
-def test_a_full_disk_is_told_and_the_checkpoint_of_before_stays_good(
-    small_disk: Path, log: RunLog, told: Told, state: TrainState
+def test_a_full_disk_is_reported_and_the_checkpoint_before_it_stays_good(
+    small_disk: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
     folder = small_disk / "checkpoints"
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
     for _ in range(2):
         train_step(state)
     checkpoints.save(state)
@@ -473,9 +477,9 @@ def test_a_full_disk_is_told_and_the_checkpoint_of_before_stays_good(
     train_step(state)
     checkpoints.save(state)
     checkpoints.wait()
-    assert told == ["the checkpoint of step 3 was not written: No space left on device; the newest is of step 2"]
+    assert messages == ["the checkpoint of step 3 was not written: No space left on device; the newest is of step 2"]
     assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step_000002"]
-    found, _ = newest_good(folder, strict=True, warn=told)
+    found, _ = newest_good(folder, strict=True, warn=messages)
     assert found is not None
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in before.weights.items())
     filler.unlink()  # there is room again
@@ -484,46 +488,46 @@ def test_a_full_disk_is_told_and_the_checkpoint_of_before_stays_good(
     checkpoints.wait()
     assert steps_in(folder) == [4, 2]
     assert json.loads((folder / LATEST_FILE).read_text())["step"] == 4
-    assert len(told) == 1
+    assert len(messages) == 1
 
 
-def test_a_read_only_folder_is_told_and_the_checkpoint_of_before_stays_good(
-    small_disk: Path, make_read_only: Callable[[], None], log: RunLog, told: Told, state: TrainState
+def test_a_read_only_folder_is_reported_and_the_checkpoint_before_it_stays_good(
+    small_disk: Path, make_read_only: Callable[[], None], log: RunLog, messages: Messages, state: TrainState
 ) -> None:
-    checkpoints = checkpointer(small_disk, log, told)
+    checkpoints = checkpointer(small_disk, log, messages)
     save(checkpoints, state, 10)
     make_read_only()
     save(checkpoints, state, 20, 30)
-    assert told == [
+    assert messages == [
         f"the checkpoint of step {step} was not written: Read-only file system; the newest is of step 10"
         for step in (20, 30)
     ]
-    found, _ = newest_good(small_disk, strict=True, warn=told)
+    found, _ = newest_good(small_disk, strict=True, warn=messages)
     assert found is not None
     assert found.step == 10
 
 
-def test_a_checkpoints_folder_that_cannot_be_made_is_told(
-    folder: Path, log: RunLog, told: Told, state: TrainState
+def test_a_checkpoints_folder_that_cannot_be_made_is_reported(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
     folder.parent.mkdir(parents=True)
     folder.write_text("a file in its place")
-    save(checkpointer(folder, log, told), state, 10)
-    assert told == ["the checkpoint of step 10 was not written: File exists; there is none"]
+    save(checkpointer(folder, log, messages), state, 10)
+    assert messages == ["the checkpoint of step 10 was not written: File exists; there is none"]
 
 
-def test_files_that_cannot_grow_are_told_and_the_checkpoint_of_before_stays_good(
-    folder: Path, log: RunLog, told: Told, state: TrainState
+def test_files_that_cannot_grow_are_reported_and_the_checkpoint_before_it_stays_good(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
     train_step(state)
-    checkpoints = checkpointer(folder, log, told)
+    checkpoints = checkpointer(folder, log, messages)
     save(checkpoints, state, 10)
 
     def work(pipe: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         save(checkpoints, state, 20)
         checkpoints.due(30)
-        pipe.send(list(told))
+        pipe.send(list(messages))
 
     receiver, sender = FORK.Pipe(duplex=False)
     process = FORK.Process(target=work, args=(sender,))
@@ -540,53 +544,53 @@ def test_files_that_cannot_grow_are_told_and_the_checkpoint_of_before_stays_good
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_the_newest_checkpoint_is_read(folder: Path, told: Told, strict: bool) -> None:
+def test_the_newest_checkpoint_is_read(folder: Path, messages: Messages, strict: bool) -> None:
     make(folder, 10, 20)
-    found, _ = newest_good(folder, strict=strict, warn=told)
+    found, _ = newest_good(folder, strict=strict, warn=messages)
     assert found is not None
-    assert (found.step, told) == (20, [])
+    assert (found.step, messages) == (20, [])
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_without_checkpoints_there_is_none(folder: Path, told: Told, strict: bool) -> None:
-    assert newest_good(folder, strict=strict, warn=told) == (None, [])
+def test_without_checkpoints_there_is_none(folder: Path, messages: Messages, strict: bool) -> None:
+    assert newest_good(folder, strict=strict, warn=messages) == (None, [])
     folder.mkdir(parents=True)
-    assert newest_good(folder, strict=strict, warn=told) == (None, [])
-    assert told == []
+    assert newest_good(folder, strict=strict, warn=messages) == (None, [])
+    assert messages == []
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(folder: Path, told: Told) -> None:
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(folder: Path, messages: Messages) -> None:
     _, _, middle, newest = make(folder, 10, 20, 30, 40)
     damage(newest)
     (middle / MANIFEST_FILE).unlink()
-    found, _ = newest_good(folder, strict=False, warn=told)
+    found, _ = newest_good(folder, strict=False, warn=messages)
     assert found is not None
     assert found.step == 20
-    assert [message.split(": ")[0] for message in told] == [f"{newest / WEIGHTS_FILE}", f"{middle / MANIFEST_FILE}"]
-    assert all(message.endswith(": looking for the one before") for message in told)
+    assert [message.split(": ")[0] for message in messages] == [f"{newest / WEIGHTS_FILE}", f"{middle / MANIFEST_FILE}"]
+    assert all(message.endswith(": looking for the one before") for message in messages)
 
 
-def test_strict_refuses_a_damaged_newest_checkpoint(folder: Path, told: Told) -> None:
+def test_strict_refuses_a_damaged_newest_checkpoint(folder: Path, messages: Messages) -> None:
     _, newest = make(folder, 10, 20)
     damage(newest)
     with pytest.raises(CheckpointError, match=r"step_000020/model\.safetensors: damaged"):
-        newest_good(folder, strict=True, warn=told)
-    assert told == []
+        newest_good(folder, strict=True, warn=messages)
+    assert messages == []
 
 
-def test_strict_does_not_look_behind_the_newest(folder: Path, told: Told) -> None:
+def test_strict_does_not_look_behind_the_newest(folder: Path, messages: Messages) -> None:
     oldest, _ = make(folder, 10, 20)
     damage(oldest)
-    found, _ = newest_good(folder, strict=True, warn=told)
+    found, _ = newest_good(folder, strict=True, warn=messages)
     assert found is not None
     assert found.step == 20
 
 
-def test_where_all_are_damaged_the_newest_is_named(folder: Path, told: Told) -> None:
+def test_where_all_are_damaged_the_newest_is_named(folder: Path, messages: Messages) -> None:
     for path in make(folder, 10, 20):
         damage(path)
     with pytest.raises(CheckpointError, match=r"no checkpoint can be used; the newest: .*step_000020/model"):
-        newest_good(folder, strict=False, warn=told)
+        newest_good(folder, strict=False, warn=messages)
 
 
 def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
@@ -603,25 +607,29 @@ def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
     assert steps_in(folder) == [10]
 
 
-def test_a_run_goes_on_past_what_was_put_aside(folder: Path, log: RunLog, told: Told, state: TrainState) -> None:
-    save(checkpointer(folder, log, told), state, 10, 20, best=20)
+def test_a_run_goes_on_past_what_was_put_aside(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
+) -> None:
+    save(checkpointer(folder, log, messages), state, 10, 20, best=20)
     damage(folder / "step_000020")
-    found, unusable = newest_good(folder, strict=False, warn=told)
+    found, unusable = newest_good(folder, strict=False, warn=messages)
     assert found is not None
     put_aside(unusable)
     assert best_path(folder) is None  # it was damaged
-    save(checkpointer(folder, log, told, saved_step=10), state, 20, 30)
+    save(checkpointer(folder, log, messages, saved_step=10), state, 20, 30)
     assert steps_in(folder) == [30, 20]
     assert read_checkpoint(folder / "step_000020").step == 20
     assert (folder / "step_000020_damaged").is_dir()
 
 
 @pytest.mark.parametrize(("which", "step"), [("latest", 30), ("best", 20), ("10", 10), ("000020", 20)])
-def test_a_checkpoint_is_chosen_as_latest_best_or_by_step(folder: Path, told: Told, which: str, step: int) -> None:
+def test_a_checkpoint_is_chosen_as_latest_best_or_by_step(
+    folder: Path, messages: Messages, which: str, step: int
+) -> None:
     make(folder, 10, 20, 30)
     (folder / BEST_FILE).write_text('{"step": 20}')
-    assert choose_checkpoint(folder, which, strict=False, warn=told).step == step
-    assert told == []
+    assert choose_checkpoint(folder, which, strict=False, warn=messages).step == step
+    assert messages == []
 
 
 @pytest.mark.parametrize(
@@ -631,28 +639,30 @@ def test_a_checkpoint_is_chosen_as_latest_best_or_by_step(folder: Path, told: To
         ("best", "a_run has no best checkpoint (keep_best was off); there are: 10, 20"),
     ],
 )
-def test_a_choice_that_is_not_there_names_those_that_are(folder: Path, told: Told, which: str, message: str) -> None:
+def test_a_choice_that_is_not_there_names_those_that_are(
+    folder: Path, messages: Messages, which: str, message: str
+) -> None:
     make(folder, 20, 10)
     with pytest.raises(CheckpointError) as caught:
-        choose_checkpoint(folder, which, strict=False, warn=told)
+        choose_checkpoint(folder, which, strict=False, warn=messages)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("which", ["latest", "best", "10"])
-def test_a_run_without_checkpoints_is_told(folder: Path, told: Told, which: str) -> None:
+def test_a_run_without_checkpoints_is_reported(folder: Path, messages: Messages, which: str) -> None:
     with pytest.raises(CheckpointError, match="a_run has no checkpoints"):
-        choose_checkpoint(folder, which, strict=False, warn=told)
+        choose_checkpoint(folder, which, strict=False, warn=messages)
 
 
-def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, told: Told) -> None:
+def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, messages: Messages) -> None:
     _, newest = make(folder, 10, 20)
     (folder / BEST_FILE).write_text('{"step": 20}')
     damage(newest)
     for which in ("best", "20"):
         with pytest.raises(CheckpointError, match=r"step_000020/model\.safetensors: damaged"):
-            choose_checkpoint(folder, which, strict=False, warn=told)
+            choose_checkpoint(folder, which, strict=False, warn=messages)
     with pytest.raises(CheckpointError, match=r"step_000020/model\.safetensors: damaged"):
-        choose_checkpoint(folder, "latest", strict=True, warn=told)
-    assert told == []
-    assert choose_checkpoint(folder, "latest", strict=False, warn=told).step == 10
-    assert len(told) == 1
+        choose_checkpoint(folder, "latest", strict=True, warn=messages)
+    assert messages == []
+    assert choose_checkpoint(folder, "latest", strict=False, warn=messages).step == 10
+    assert len(messages) == 1

@@ -37,7 +37,7 @@ def dumped(recorder: FlightRecorder, folder: Path, reason: str = "why") -> dict[
     return json.loads((folder / "flight_recorder.json").read_text(encoding="utf-8"))
 
 
-def test_a_step_is_told_in_full(tmp_path: Path) -> None:
+def test_a_step_is_reported_in_full(tmp_path: Path) -> None:
     before = time.time()
     one = recorder()
     record(one, 7)

@@ -114,12 +114,12 @@ def test_the_script_tests_the_configuration_and_makes_no_run(
     tiny_argv: Argv, tmp_path: Path, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--lr-range", "--lr-steps", "40", "--lr-max", "10", "--gradient-accumulation-steps", "2")
-    told = []
+    printed = []
     for name in ("one", "two"):
         assert profile_model.main(tiny_argv(*words, "--out", str(tmp_path / name))) == 0
-        told.append((tmp_path / name / "lr_range.json").read_bytes())
-    assert told[0] == told[1]  # the same seed gives the same test
-    losses = json.loads(told[0])["losses"]
+        printed.append((tmp_path / name / "lr_range.json").read_bytes())
+    assert printed[0] == printed[1]  # the same seed gives the same test
+    losses = json.loads(printed[0])["losses"]
     assert losses[0] == pytest.approx(math.log(40), rel=0.1)  # that of the initial weights
     assert min(losses) < losses[0]
     shown = capsys.readouterr().out
@@ -146,10 +146,10 @@ def test_a_mistake_is_one_line(
     assert message.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_anything_is_trained(
+def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_trained(
     tiny_argv: Argv, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profile_model.main(tiny_argv("--lr-range", "--out", str(tiny_corpus))) == 2
-    told = capsys.readouterr()
-    assert "cannot be made" in told.err
-    assert "suggestion" not in told.out
+    printed = capsys.readouterr()
+    assert "cannot be made" in printed.err
+    assert "suggestion" not in printed.out

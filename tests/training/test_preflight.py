@@ -1,4 +1,4 @@
-"""What the preflight tells before a run is started, and --strict."""
+"""What the preflight finds before a run is started, and --strict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.runs.code import GitFacts
 from utils.training import preflight as preflight_module
 from utils.training.preflight import preflight
-from utils.training.setup import check_gates
+from utils.training.setup import make_setup
 
 Argv = Callable[..., list[str]]
 
@@ -30,7 +30,7 @@ def load(tiny_argv: Argv, tmp_path: Path) -> Callable[..., LoadedConfig]:
 
 
 def findings(loaded: LoadedConfig, root: Path, git: GitFacts) -> list[str]:
-    return preflight(check_gates(loaded, root), git)
+    return preflight(make_setup(loaded, root), git)
 
 
 CLEAN = GitFacts(commit="c" * 40)
@@ -52,9 +52,11 @@ def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfi
     ]
 
 
-def test_settings_without_effect_are_told_with_their_place(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
-    told = findings(load(rope_theta="500", min_lr="1e-5", schedule="constant", experiment="x"), tmp_path, CLEAN)
-    assert told == [
+def test_settings_without_effect_are_reported_with_their_place(
+    load: Callable[..., LoadedConfig], tmp_path: Path
+) -> None:
+    printed = findings(load(rope_theta="500", min_lr="1e-5", schedule="constant", experiment="x"), tmp_path, CLEAN)
+    assert printed == [
         "--rope-theta: rope_theta has no effect: position is learned",
         "--min-lr: min_lr has no effect: schedule is constant",
         "--aim-repo: aim_repo has no effect: aim_logging is off",
@@ -68,8 +70,8 @@ def test_a_disk_that_is_too_small_is_told(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda folder: usage)
-    (told,) = findings(load(aim_logging=True), tmp_path, CLEAN)
-    assert told.startswith("the disk cannot hold the planned checkpoints: ")
+    (printed,) = findings(load(aim_logging=True), tmp_path, CLEAN)
+    assert printed.startswith("the disk cannot hold the planned checkpoints: ")
 
 
 def test_the_same_configuration_and_code_were_run_before(
@@ -79,8 +81,8 @@ def test_the_same_configuration_and_code_were_run_before(
     run = only_run()
     assert "were run already" not in capsys.readouterr().out
     assert train.main(tiny_argv("--run-tag", "two")) == 0  # a tag changes no number
-    told = capsys.readouterr().out
-    assert f"preflight: this configuration and code were run already: {run.name} (completed, best val/loss " in told
+    printed = capsys.readouterr().out
+    assert f"preflight: this configuration and code were run already: {run.name} (completed, best val/loss " in printed
     assert train.main(tiny_argv("--seed", "2")) == 0
     assert "were run already" not in capsys.readouterr().out
     patch = run / "meta" / "code.patch"
@@ -92,7 +94,7 @@ def test_the_same_configuration_and_code_were_run_before(
     assert "were run already" not in capsys.readouterr().out
 
 
-def test_strict_turns_what_is_told_into_a_mistake(
+def test_strict_turns_what_is_reported_into_a_mistake(
     tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--strict", "--rope-theta", "500")) == 2

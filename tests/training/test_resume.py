@@ -1,4 +1,4 @@
-"""A run that is stopped, at any moment, goes on as if it had not been: bit for bit, in one directory, in one view."""
+"""A run that is stopped at any moment continues as if it had not been: bit for bit, in one directory and one view."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_flags_that_do_not_go_together_are_a_mistake(words: list[str], tiny_argv
 # ------------------------------------------------------------------------------------------ damage
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     tiny_argv: Argv,
     run_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -328,7 +328,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(
     assert differences(run_of("straight"), run) == SAME
 
 
-def test_a_checkpoint_of_another_model_is_told_and_nothing_is_lost(
+def test_a_checkpoint_of_another_model_is_reported_and_nothing_is_lost(
     tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv(*SIXTY, "--run-tag", "straight")) == 0

@@ -1,4 +1,4 @@
-"""Capture and restore: after a checkpoint went through the disk, training goes on bit for bit, or is refused."""
+"""Capture and restore: training continues bit for bit from a checkpoint that was written to disk, or is refused."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Callable[[
     """A state before its first step."""
     from utils.terminal.cli import Parser, parse_experiment
     from utils.terminal.console import Terminal
-    from utils.training.setup import check_gates
+    from utils.training.setup import make_setup
     from utils.training.state import build_state
 
     def make(optimizer: str) -> TrainState:
         words = tiny_argv("--optimizer-name", optimizer, "--weight-decay", "0.1")
-        setup = check_gates(parse_experiment(words, Parser(prog="train.py")).load(), tmp_path)
+        setup = make_setup(parse_experiment(words, Parser(prog="train.py")).load(), tmp_path)
         torch.manual_seed(1)
         return build_state(setup.config, 6, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True))
 

@@ -41,14 +41,14 @@ Fits = Callable[[int], bool]  # whether a micro-step of that many sequences fits
 
 
 def find_batch(
-    loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]
+    loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
 ) -> LoadedConfig:
     """The configuration with numbers in place of `auto`: batch_size and gradient_accumulation_steps, as a layer on top.
 
     Random streams and memory are left as they were, so a run with these numbers given by hand is the same.
 
     Args:
-        tell: prints one line to the user: what was chosen.
+        report: prints one line to the user: what was chosen.
 
     Raises:
         UserError: not even one sequence fits.
@@ -74,7 +74,7 @@ def find_batch(
     elif not tokens:
         limit = f"the training text has {most:,}" if micro_batch == sizes[-1] else f"more do not fit into the {memory}"
         words += f" ({limit})"
-    tell(words)
+    report(words)
     found = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps, "tokens_per_step": None}
     return put_on_top(loaded, found, FOUND)
 

@@ -38,7 +38,7 @@ from utils.training.finish import draw, dump_flight_recorder, export, seal_run
 from utils.training.monitor import Monitor
 from utils.training.preflight import preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
-from utils.training.setup import Setup, check_gates
+from utils.training.setup import Setup, make_setup
 from utils.training.start import Start, open_run, prepare_run, read_git, write_meta
 from utils.training.state import TrainState
 from utils.training.step_buffer import NonFiniteError
@@ -62,7 +62,7 @@ class Outcome:
     parameters: int = 0
 
     def read(self, state: TrainState) -> None:
-        """Take over where training has come to."""
+        """Copy the step, the losses and the size of the model."""
         self.last_step, self.losses_step, self.best_step = state.step, state.losses_step, state.best_step
         self.parameters = state.model.num_parameters()
         if state.losses is not None:
@@ -185,7 +185,7 @@ class Session:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Around the loop: the progress display, the first and last call of callbacks, and what the loop came to."""
+        """Around the loop: the progress display, the first and last calls of callbacks, and how the loop ended."""
         try:
             with self.progress, gc_frozen():
                 self.state.model.train()
@@ -319,7 +319,7 @@ def open_session(
         Exception: whatever ended the run, after its status was written.
     """
     terminal = Terminal(quiet)
-    setup = check_gates(loaded, root, origin, terminal.warn, terminal.print)
+    setup = make_setup(loaded, root, origin, terminal.warn, terminal.print)
     git = read_git(setup)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())

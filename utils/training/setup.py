@@ -65,18 +65,18 @@ class Setup:
         return tokens / self.corpus.n_train
 
 
-def check_gates(
+def make_setup(
     loaded: LoadedConfig,
     root: Path,
     origin: Origin | None = None,
     warn: Callable[[str], None] = lambda message: None,
-    tell: Callable[[str], None] = lambda message: None,
+    report: Callable[[str], None] = lambda message: None,
 ) -> Setup:
     """Check the corpus, device, batch and origin of a configuration, which is already valid by itself.
 
     Args:
         root: the folder that relative paths start from.
-        warn, tell: print one line to the user.
+        warn, report: print one line to the user.
 
     Raises:
         UserError: the first mistake found.
@@ -94,7 +94,7 @@ def check_gates(
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.batch_size == "auto":
-        loaded = find_batch(loaded, corpus, device, dtype, tell)
+        loaded = find_batch(loaded, corpus, device, dtype, report)
         config = loaded.config
     max_iters = config.train.max_iters
     if max_iters is None:
