@@ -1,7 +1,7 @@
-"""Corpora, encoded token files, the train/val split, and batches.
+"""Corpora as token files, the train/val split, and batches.
 
 There is no data state to save: sample n of a split starts at an offset that is a pure function of
-(seed, split, n), and a step, micro-step and rank each take their slice of n. So a resume needs only
+(seed, split, n), and each step, micro-step and rank takes its slice of n. So a resume needs only
 the step, and the global batch does not depend on how it is divided.
 """
 
@@ -24,9 +24,9 @@ from utils.corpora.records import TokenRecord, read_record, record_path, write_r
 from utils.corpora.sources import CorpusError, find_source
 from utils.files import write_atomic
 
-# Streams of random numbers: one for each use, so that none disturbs another.
+# Streams of random numbers: one for each use, so that they are independent.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}
-EVALUATION_SEED = 0  # evaluation batches are the same whatever the seed, so that losses compare
+EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losses are comparable
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,11 @@ def _split(config: DataConfig, n_tokens: int, block_size: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _epoch_order(seed: int, stream: str, epoch: int, n_windows: int, n_phases: int) -> tuple[int, np.ndarray]:
-    """Where the windows of one pass start (0 .. n_phases - 1), and their order, a permutation of n_windows.
+    """The offset of the first window of a pass (0 .. n_phases - 1), and the order of its windows, a permutation.
 
     Philox4x64-10 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011] with key
-    (seed, stream); the pass is the high word of its counter. Only raw words are used: numpy promises
-    that they stay the same, unlike the output of its distributions.
+    (seed, stream); the pass is the high word of its counter. Only raw words are used: numpy guarantees
+    that they never change, unlike the output of its distributions.
     """
     words = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, epoch]).random_raw(n_windows + 1)
     return int(words[0] % np.uint64(n_phases)), np.argsort(words[1:], kind="stable")
@@ -182,9 +182,9 @@ def _epoch_order(seed: int, stream: str, epoch: int, n_windows: int, n_phases: i
 def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int, block_size: int) -> np.ndarray:
     """Start offsets of samples first .. first + count - 1 of a stream, shape (count,), int64.
 
-    A pass cuts the tokens into windows of block_size side by side, from a random start, and visits each
-    once, in random order: an epoch is an epoch. Offsets drawn independently would leave a third of the
-    text unseen in the time of one pass; the effect on the loss is within the noise of seeds (docs/LOG.md).
+    A pass cuts the tokens into adjacent windows of block_size, from a random start, and visits each once, in
+    random order. Offsets drawn independently would leave a third of the text unseen after as many samples as
+    a pass has; the effect on the loss is within the noise of seeds (docs/LOG.md).
     """
     n_windows = max(n_tokens // block_size - 1, 1)
     n_phases = n_tokens - n_windows * block_size
@@ -225,18 +225,18 @@ class BatchSampler:
         return self._ahead.pop((first, share), None) or self._batch("train", self.seed, first, share)
 
     def prefetch(self, step: int, micro_step: int = 0, micro_steps: int = 1) -> None:
-        """Make the batch that `train_batch` is asked for next, while the device is busy with this one.
+        """Prepare the batch of the next `train_batch` call while the device is busy with this one.
 
-        On a GPU, where work is only queued; a CPU would do the one after the other.
+        Only for a GPU, where work is queued: on a CPU nothing would overlap.
         """
         if self.device.type == "cuda":
-            self._ahead.clear()  # at most one, also where a step is repeated
+            self._ahead.clear()  # at most one batch is kept, even if a step is repeated
             share = self.batch_size // micro_steps
             first = step * self.batch_size + micro_step * share
             self._ahead[first, share] = self._batch("train", self.seed, first, share)
 
     def train_offsets(self, step: int) -> list[int]:
-        """Where in the training tokens the samples of update `step` start."""
+        """Offsets in the training tokens at which the samples of update `step` start."""
         n_tokens = len(self.corpus.split("train"))
         first = step * self.batch_size
         return sample_offsets(self.seed, "train", first, self.batch_size, n_tokens, self.block_size).tolist()
@@ -246,7 +246,7 @@ class BatchSampler:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`count` fixed batches of `train_eval` or `val`, each in `micro_steps` parts: the same at every evaluation.
 
-        They do not depend on the seed, but on how many sequences of which length are asked for.
+        They depend on the number and length of the sequences, not on the seed.
         """
         share = self.batch_size // micro_steps
         for index in range(count * micro_steps):

@@ -80,10 +80,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @may_be_plain
 class NgramEmbedding(nn.Module):
-    """A vector for each of the last 2, 3, ... tokens together, summed [Pagnoni et al. 2024, BLT, section 3.2.1].
+    """The sum of one vector for the last 2 tokens, one for the last 3, ... [Pagnoni et al. 2024, BLT, section 3.2.1].
 
-    Each length has a table with hashed rows: different n-grams may share a row. A lookup costs no matrix product,
-    so what follows from the last few tokens is learned at once, and the layers need not learn it.
+    Each length has a table whose rows are found by a hash, so different n-grams may share a row. A lookup needs no
+    matrix product: what follows from the last few tokens is learned quickly, and the layers need not learn it.
     """
 
     FACTOR = 0x9E3779B1  # odd, without structure: 2^32 over the golden ratio
@@ -108,9 +108,9 @@ class NgramEmbedding(nn.Module):
 
 
 def rope_factors(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `rotate` multiplies with, each (..., 1, D) for positions (...) [Su et al. 2021, RoFormer].
+    """The cosines and sines for `rotate`, each (..., 1, D) for positions (...) [Su et al. 2021, RoFormer].
 
-    The cosine of a pair's angle stands at both of its channels, the sine with a minus at the first.
+    Both channels of a pair have the cosine of its angle; the first has minus its sine, the second its sine.
     """
     channels = torch.arange(0, config.head_width, 2, dtype=positions.dtype, device=positions.device)
     angles = positions[..., None, None] * config.rope_theta ** -(channels / config.head_width)  # (..., 1, D / 2)
@@ -118,18 +118,18 @@ def rope_factors(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Te
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn channel i with channel i + D / 2 (the half-split layout of GPT-NeoX and Llama).
+    """Rotate the pairs of channels i and i + D / 2 (the half-split layout of GPT-NeoX and Llama).
 
     Args:
         x: (B, T, H, D).
-        cos, sin: (T, 1, D) or (B, T, 1, D), of `rope_factors`.
+        cos, sin: (T, 1, D) or (B, T, 1, D), from `rope_factors`.
     """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)  # (B, T, H, D)
 
 
 @may_be_plain
 class Attention(nn.Module):
-    """Causal self-attention; with fewer key/value heads it is grouped-query attention [Ainslie et al. 2023]."""
+    """Causal self-attention; with fewer key/value than query heads, grouped-query attention [Ainslie et al. 2023]."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Attention(nn.Module):
 
 @may_be_plain
 class MLP(nn.Module):
-    """The position-wise feed-forward part: proj(activation(up x))."""
+    """The position-wise feed-forward layer: proj(activation(up x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class MLP(nn.Module):
 
 @may_be_plain
 class SwiGLU(nn.Module):
-    """The gated feed-forward part of Llama: proj(silu(gate x) * up x) [Shazeer 2020]."""
+    """The gated feed-forward layer of Llama: proj(silu(gate x) * up x) [Shazeer 2020]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class LanguageModel(nn.Module):
         if config.position == "learned":
             self.position_embedding = declare(nn.Embedding(config.block_size, config.n_embd), weight=EMBEDDING)
         else:
-            # Made on the CPU wherever the model is made: an outline's would import the compiler.
+            # Always on the CPU: on the meta device of `outline` these functions would import the compiler.
             cos, sin = rope_factors(config, torch.arange(config.block_size, device="cpu").float())
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
@@ -274,7 +274,7 @@ class LanguageModel(nn.Module):
             cache: earlier tokens of the same sequences; `idx` follows them and is appended.
 
         Returns:
-            logits (B, T, V), and the loss in nats per token, or None without targets.
+            The logits (B, T, V), and the loss in nats per token (None without targets).
         """
         logits = self.head_logits(self.hidden(idx, cache))  # (B, T, V)
         if targets is None:
@@ -284,11 +284,11 @@ class LanguageModel(nn.Module):
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """What the head reads: (B, T, C) for tokens idx (B, T).
+        """The input of the head: (B, T, C) for tokens idx (B, T).
 
         Args:
             cache: earlier tokens of the same sequences; `idx` follows them and is appended.
-            lengths: of the sequences in idx, if they differ: see KVCache.begin.
+            lengths: of the sequences in idx, if they differ (see KVCache.begin).
         """
         T = idx.size(1)
         x = self.token_embedding(idx)  # (B, T, C)
@@ -296,21 +296,21 @@ class LanguageModel(nn.Module):
             reach = len(self.config.ngram_rows)
             before = idx.new_full((len(idx), reach), NO_TOKEN) if cache is None else cache.tokens_before(reach)
             x = x + self.ngram_embedding(idx, before)
-        places: slice | torch.Tensor  # of the tokens: the same for all sequences, or (B, T)
+        positions: slice | torch.Tensor  # (B, T), or the same slice for all sequences
         if cache is None:
             assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
-            places, last = slice(T), T
+            positions, end = slice(T), T
         else:
-            places, last = cache.begin(idx, lengths), max(cache.lengths) + T
+            positions, end = cache.begin(idx, lengths), max(cache.lengths) + T
         rope = None
         if self.config.position == "learned":
-            x = x + self.position_embedding.weight[places]  # (T, C) or (B, T, C)
-        elif last <= self.config.block_size:
-            rope = self.cos[places], self.sin[places]
-        else:  # where a window slides positions have no end; in double precision, for the angles become large
-            if isinstance(places, slice):
-                places = torch.arange(places.start, places.stop, device=idx.device)
-            cos, sin = rope_factors(self.config, places.double())
+            x = x + self.position_embedding.weight[positions]  # (T, C) or (B, T, C)
+        elif end <= self.config.block_size:
+            rope = self.cos[positions], self.sin[positions]
+        else:  # a window slides, so positions have no limit; double precision, because the angles become large
+            if isinstance(positions, slice):
+                positions = torch.arange(positions.start, positions.stop, device=idx.device)
+            cos, sin = rope_factors(self.config, positions.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
         x = self.dropout(x)
         for block in self.blocks:
@@ -327,7 +327,7 @@ class LanguageModel(nn.Module):
         return logits
 
     def num_parameters(self) -> int:
-        """Trainable numbers; the tied embedding counts once."""
+        """The number of trainable parameters; a tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
 

@@ -1,13 +1,12 @@
-"""What checkpoints cost: the training loop that saves, and the disk.
+"""What do checkpoints cost, in the training loop and on the disk?
 
 python -m benchmarks.checkpoints                 # about half an hour on 2 CPU cores
 python -m benchmarks.checkpoints --parts disk    # reading and writing only
 
-The loop: steps with a checkpoint every 50 steps against the same steps without, alternating, for a model of
-0.8M and one of 30M parameters. The disk: a model of 500 MB with its AdamW state, 1.5 GB, against plain
-sequential writing with fsync and plain reading of the same number of bytes, reading from a cold page cache. Plain
-reading throws the data away; what a resume does besides, copying all of it into weights and optimizer state, is
-set against plain reading into memory that is kept.
+The loop: steps with a checkpoint every 50 steps against the same steps without checkpoints, alternating, for models
+of 0.8M and 30M parameters. The disk: a model of 500 MB with its AdamW state (1.5 GB in all) against plain sequential
+writing with fsync and plain reading of as many bytes, from a cold page cache. Plain reading discards the data; a
+resume also copies it into weights and optimizer state, which is compared with plain reading into memory that is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,7 +30,7 @@ from utils.terminal.console import Terminal
 
 INTERVAL = 50  # steps between checkpoints
 LOOP_LIMIT = 1.03  # saving / not saving
-DISK_SHARE = 0.5  # of plain writing or reading that is asked for
+DISK_SHARE = 0.5  # of the rate of plain writing or reading, at least
 CHUNK = 1 << 24
 MODELS = {
     "0.8M": {"n_layer": "4", "n_head": "4", "n_embd": "128", "batch_size": "12"},
@@ -47,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (default: 3)")
     parser.add_argument("--saves", type=int, default=4, metavar="N", help="checkpoints of a measured loop (default: 4)")
     parser.add_argument("--megabytes", type=int, default=500, metavar="N", help="weights on the disk (default: 500)")
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="on the disk to measure (default: the temporary one)")
+    parser.add_argument("--dir", type=Path, metavar="DIR", help="on the disk to measure (default: for temporary files)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats, saves=args.saves, megabytes=args.megabytes)
@@ -74,7 +73,7 @@ def report_loop(terminal: Terminal, model: str, repeats: int, saves: int, files:
         "saving": lambda: mean_step_ms(model, INTERVAL, saves, files, folder),
         "not saving": lambda: mean_step_ms(model, 0, saves, files, folder),
     }
-    arms["saving"]()  # warm: what is imported and cached is so for both
+    arms["saving"]()  # a warmup: modules are imported and caches filled for both
     results = common.interleaved(arms, repeats, lambda line: terminal.print(f"  {model}: {line}"))
     ratio, low, high = common.ratio_interval(results["saving"], results["not saving"])
     table = Table(title=f"{model} parameters, a checkpoint every {INTERVAL} steps", title_justify="left")
@@ -91,11 +90,11 @@ def report_loop(terminal: Terminal, model: str, repeats: int, saves: int, files:
 
 
 def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], folder: Path) -> float:
-    """Wall time of a step in ms, over `saves` intervals, each with the whole of its checkpoint's write."""
+    """Milliseconds of wall time per step, over `saves` intervals, each including the whole write of its checkpoint."""
     import train
     from benchmarks.callbacks import StepListener
 
-    warmup = 10  # steps: memory is allocated in them
+    warmup = 10  # steps, in which memory is allocated
     last = warmup + saves * INTERVAL
     clock: dict[int, float] = {}
 
@@ -104,7 +103,7 @@ def mean_step_ms(model: str, interval: int, saves: int, files: Sequence[Path], f
 
     overrides: dict[str, str | bool] = {
         **MODELS[model],
-        "max_iters": str(last + 1),  # the last step has an evaluation and a checkpoint in any case
+        "max_iters": str(last + 1),  # the last step always has an evaluation and a checkpoint
         "eval_interval": str(last + 1),
         "eval_iters": "1",
         "histogram_interval": "0",
@@ -143,7 +142,7 @@ def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) 
         return timed(lambda: write_checkpoint(checkpoint, weights, state, tokenizer, facts))
 
     def write_plain() -> float:
-        plain.unlink(missing_ok=True)  # a checkpoint is a new file, too: blocks that are free already are faster
+        plain.unlink(missing_ok=True)  # a checkpoint is a new file, too; overwriting would be faster
         return timed(lambda: write_file(plain, [t.numpy().data for t in (*weights.values(), *state.values())]))
 
     def read() -> float:
@@ -171,14 +170,18 @@ def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) 
         forget(plain)
         return timed(plain.read_bytes)
 
-    write(), write_plain()  # files and memory are there
+    write(), write_plain()  # a warmup
     arms = {"write": write, "plain write": write_plain, "read": read, "plain read": read_plain}
     arms |= {"read and copy": take_over, "plain read, kept": keep_plain}
-    results = common.interleaved(arms, repeats, lambda line: terminal.print(f"  disk: {line}"))
+    seconds = common.interleaved(arms, repeats, lambda line: terminal.print(f"  disk: {line}"))
+    print_disk_rates({name: [total / 1e9 / time for time in times] for name, times in seconds.items()}, total, terminal)
+
+
+def print_disk_rates(rates: Mapping[str, Sequence[float]], total: int, terminal: Terminal) -> None:
+    """Print GB/s of each arm, and the share of plain writing or reading that checkpoints reach."""
     table = Table(title=f"{total / 1e9:.2f} GB, from a cold page cache", title_justify="left")
     for header in ("", "GB/s (median)", "least", "most"):
         table.add_column(header, justify="right")
-    rates = {name: [total / 1e9 / seconds for seconds in times] for name, times in results.items()}
     for name, values in rates.items():
         table.add_row(name, *(f"{value:.2f}" for value in (statistics.median(values), min(values), max(values))))
     terminal.print(table)
@@ -204,7 +207,7 @@ def write_file(path: Path, parts: Sequence[memoryview]) -> None:
 
 
 def read_file(path: Path) -> None:
-    """As fast as it goes: into the same memory again and again."""
+    """Read at full speed, into the same buffer again and again."""
     buffer = bytearray(CHUNK)
     with open(path, "rb", buffering=0) as file:
         while file.readinto(buffer):

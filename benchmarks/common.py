@@ -1,4 +1,4 @@
-"""What the benchmarks share: machine facts, medians and ratios, interleaving, runs in temporary folders."""
+"""Shared by the benchmarks: facts about the machine, ratios with intervals, interleaving, configurations, processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from utils.terminal.cli import PROJECT_ROOT, Parser
 
 T = TypeVar("T")
 RESAMPLES = 2000
-ALPHABET = string.printable[:64] + "\n"  # as many characters as Tiny Shakespeare has
-# A process of its own starts a command: a child's memory is counted from that of its parent, which has torch here.
+ALPHABET = string.printable[:64] + "\n"  # as many different characters as in Tiny Shakespeare
+# A small process starts each command, because the peak memory of a child is at least that of its parent, and this
+# process has imported torch.
 LAUNCHER = """
 import resource, subprocess, sys, time
 began = time.perf_counter()
@@ -31,7 +32,7 @@ sys.exit(status)
 
 @dataclass(frozen=True)
 class Launched:
-    """What a command did. memory_mb: the most that was resident at once."""
+    """The result of a command. memory_mb: its peak of resident memory."""
 
     output: str
     seconds: float
@@ -45,9 +46,10 @@ def add_config_flag(parser: Parser) -> None:
 
 
 def at_least(least: int, **flags: int) -> None:
-    """
+    """Check the numbers of flags.
+
     Raises:
-        UserError: a flag's number is smaller than `least`.
+        UserError: one is smaller than `least`.
     """
     for name, value in flags.items():
         if value < least:
@@ -55,22 +57,22 @@ def at_least(least: int, **flags: int) -> None:
 
 
 def load_config(files: Iterable[Path], folder: Path, overrides: Mapping[str, str | bool]) -> LoadedConfig:
-    """configs/, then `files`, then `overrides`; runs and the Aim repository lie in `folder`."""
+    """Merge configs/, `files` and `overrides`, in this order; runs and the Aim repository go into `folder`."""
     places = {"runs_dir": str(folder / "runs"), "aim_repo": str(folder)}
     return ConfigLoader(PROJECT_ROOT).load(files, {**places, **overrides})
 
 
 def random_text(path: Path, characters: int = 200_000) -> Path:
-    """A corpus for what times steps: no download, a vocabulary of 65, and no character so rare that its state fades."""
+    """Write a corpus for timing steps: random characters, of which there are 65, none of them rare."""
     path.write_text("".join(random.Random(0).choices(ALPHABET, k=characters)), encoding="utf-8")
     return path
 
 
 def launch(words: Sequence[str], name: str) -> Launched:
-    """Run a command in the project's folder, and measure it.
+    """Run a command in the project's folder and measure it.
 
     Args:
-        name: of the command in a message.
+        name: the command's name in error messages.
 
     Raises:
         UserError: it fails.
@@ -108,9 +110,9 @@ def machine_facts() -> str:
 def interleaved(
     arms: Mapping[str, Callable[[], T]], repeats: int, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[T]]:
-    """Measure every arm once a repeat, so that a drift of the machine meets all of them alike.
+    """Measure every arm once per repeat, so that a drift of the machine affects all of them alike.
 
-    The order turns by one place at each repeat: no arm always follows the same other one.
+    The order rotates by one place with each repeat.
     """
     results: dict[str, list[T]] = {name: [] for name in arms}
     names = list(arms)
@@ -123,21 +125,21 @@ def interleaved(
 
 
 def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """median(new) / median(old) and its 95% interval: a percentile bootstrap over repeats, pairs kept together."""
+    """median(new) / median(old) with its 95% interval, by a percentile bootstrap that resamples pairs."""
     return _bootstrap(
         lambda sample: statistics.median(a for a, _ in sample) / statistics.median(b for _, b in sample), new, old
     )
 
 
 def median_ratio(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """The median of the ratios of pairs and its 95% interval: for neighbours, which a drift meets alike."""
+    """The median of new / old over pairs with its 95% interval: for neighbours, which a drift affects alike."""
     return _bootstrap(lambda sample: statistics.median(a / b for a, b in sample), new, old)
 
 
 def _bootstrap(
     statistic: Callable[[Sequence[tuple[float, float]]], float], new: Sequence[float], old: Sequence[float]
 ) -> tuple[float, float, float]:
-    """A statistic of pairs and its 95% interval, by resampling the pairs."""
+    """A statistic of pairs with its 95% interval, by a percentile bootstrap."""
     generator = random.Random(0)
     pairs = list(zip(new, old, strict=True))
     resampled = sorted(statistic(generator.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))

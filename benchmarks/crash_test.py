@@ -1,11 +1,11 @@
-"""Does a run survive being killed? SIGKILL at random moments, the same command again, and the bits compared.
+"""Does a run survive being killed? SIGKILL at random moments, the same command again, and a comparison of all bits.
 
 python -m benchmarks.crash_test --kills 50       # about six minutes on 2 CPU cores
 
-One command, `train.py --resume auto`, is started, killed after a random time (uniform from 0 to --seconds, so also
-while Python starts, while a checkpoint is written, while the run ends), and started again, until a run is complete;
-then the next run begins, until there were enough kills. Every checkpoint is read after every kill. At the end each
-run is compared with one that was never stopped.
+`train.py --resume auto` is started, killed after a random time (uniform from 0 to --seconds, so also while Python
+starts, while a checkpoint is written and while the run ends) and started again until the run is complete. Further runs
+follow until there have been enough kills. After every kill all checkpoints are read. At the end each run is compared
+with one that was never stopped.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ SETTINGS = {
 
 @dataclass
 class Result:
-    """What happened in all."""
+    """Counts over all processes."""
 
     kills: int = 0
-    failures: list[str] = field(default_factory=list)  # of a start: it ended by itself, but not well
+    failures: list[str] = field(default_factory=list)  # of processes that ended with an error of their own
     checkpoints: int = 0  # that were read after a kill
     damaged: list[str] = field(default_factory=list)
-    runs: list[tuple[Path, int]] = field(default_factory=list)  # complete ones, and how often each was resumed
-    before_a_run: int = 0  # kills that struck before there was anything to resume
+    runs: list[tuple[Path, int]] = field(default_factory=list)  # the complete ones, and how often each was resumed
+    before_a_run: int = 0  # kills before there was a run to resume
 
 
 @script
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         terminal.print("a run that is never stopped")
         straight = folder / "straight"
         if process(command(straight, args.steps)).wait():
-            raise UserError("the run that was not to be stopped failed")
+            raise UserError("the run that is never stopped failed")
         result = kill_and_resume(folder / "killed", args.kills, args.steps, args.seconds, args.seed, terminal)
         from benchmarks.run_equality import differences
 
@@ -96,14 +96,14 @@ def main(argv: Sequence[str]) -> int:
         f"resumed                  {resumed} of {result.kills}",
         f"complete runs compared   {len(result.runs)} of {args.steps:,} steps, resumed {resumes} times",
         *(f"{f'differing {key}':<24} {sum(d[key] for d in found)}" for key in found[0]),
-        f"checkpoints              {len(result.damaged)} damaged of {result.checkpoints} that were read after a kill",
+        f"checkpoints              {len(result.damaged)} damaged of {result.checkpoints} read after a kill",
         f"machine: {common.machine_facts()}; {duration(time.monotonic() - began)}",
     )
     return int(bool(result.failures or result.damaged or any(sum(d.values()) for d in found)))
 
 
 def command(runs_dir: Path, steps: int) -> list[str]:
-    """The unchanging command line of a preemptible job."""
+    """The command line of a preemptible job, which never changes."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
     places = [f"--runs-dir={runs_dir}", f"--aim-repo={runs_dir.parent}", "--no-aim-logging"]
     return [
@@ -117,7 +117,7 @@ def process(words: list[str]) -> subprocess.Popen[bytes]:
 
 
 def kill_and_resume(runs_dir: Path, kills: int, steps: int, seconds: float, seed: int, terminal: Terminal) -> Result:
-    """Start the command and kill it, again and again; the last run is left to end."""
+    """Start the command and kill it, again and again; the last run is allowed to finish."""
     moments = random.Random(seed)
     result = Result()
     while True:
@@ -153,7 +153,7 @@ def kill_and_resume(runs_dir: Path, kills: int, steps: int, seconds: float, seed
 
 
 def newest_run(runs_dir: Path) -> Path | None:
-    """The newest run directory that says what it is."""
+    """The newest run directory with a readable status."""
     found = None
     for path in list_run_paths(runs_dir) if runs_dir.is_dir() else []:
         try:
@@ -172,7 +172,7 @@ def newest_step(run: Path) -> str:
 
 
 def check_checkpoints(run: Path | None, result: Result) -> None:
-    """Read every checkpoint that the killed process has left."""
+    """Read every checkpoint that the killed process left behind, and count the damaged ones."""
     from utils.checkpoints.files import read_checkpoint
     from utils.checkpoints.folder import CheckpointError, list_checkpoints
 

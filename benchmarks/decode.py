@@ -1,16 +1,17 @@
-"""How fast is text generated? Ours against transformers' cached generate, with the same weights.
+"""How fast is text generated? Our generation against transformers' cached generate, with the same weights.
 
 python -m benchmarks.decode                     # some minutes on 2 CPU cores; needs requirements-bench.txt
 python -m benchmarks.decode --repeats 3 --shapes small,medium
 
-Three shapes of GPT-2 with random weights, greedy, one sequence after a prompt of 16 tokens: transformers' generate(),
-ours in float32, and ours with bfloat16 and int8 weights. The arms take turns, each with a short text first that is not
-timed, for the arm before has left its own code and weights in the caches; the table has medians over the repeats. A
-token reads all weights once, so memory sets the limit: its share is what the weights and the cache amount to a second,
-over what this machine reads in the same run.
+Three shapes of GPT-2 with random weights generate one sequence greedily after a prompt of 16 tokens: transformers'
+generate(), ours in float32, and ours with bfloat16 and int8 weights. The arms take turns. Each first generates a short
+text that is not timed, because the previous arm has left its own code and weights in the caches. The table has medians
+over the repeats. A token reads all weights once, so memory bandwidth is the limit: the table has the bytes of weights
+and cache read per second, and their share of what this machine reads in the same run.
 
-Then, on the medium shape: 16 sequences against one; the first token after a prompt of 200 against one forward pass over
-it; and on the small one 20,000 tokens in a row: memory before and after, and the time of a token within the window.
+Then, with the medium shape: 16 sequences against one, and the first token after a prompt of 200 against a forward pass
+over it. With the small shape: 20,000 tokens in a row, with the memory before and after, and the time of a token at each
+place of the window.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ LIMITS = {"batch": 6.0, "first token": 1.2}
 
 @dataclass(frozen=True)
 class Shape:
-    """limits: the least tokens/s of an arm over those of transformers."""
+    """A GPT-2. limits: for some arms, the least tokens/s as a multiple of those of transformers."""
 
     n_layer: int
     n_head: int
@@ -101,7 +102,7 @@ def gpt2(shape: Shape) -> Any:
 
 
 def ours(shape: Shape, weights: Weights = "float32") -> LanguageModel:
-    """The same model as ours."""
+    """Our model with the weights of `gpt2(shape)`."""
     from benchmarks.foreign_weights import from_gpt2
     from utils.inference.quantization import with_weights
 
@@ -138,7 +139,7 @@ def by_us(model: LanguageModel, prompts: Sequence[list[int]], count: int) -> flo
 
 
 def warmed(arm: Callable[[int], float], count: int) -> float:
-    """Seconds that an arm takes for `count` tokens, after a few that are not counted."""
+    """Seconds that an arm takes for `count` tokens, after a warmup."""
     arm(WARM_UP)
     return arm(count)
 
@@ -227,7 +228,7 @@ def report_first_token(repeats: int, terminal: Terminal) -> None:
 
 
 def report_long_text(terminal: Terminal) -> None:
-    """The time of a token at each place of the window, and memory."""
+    """Print the time of a token at each place of the window, and the memory."""
     import psutil
 
     from utils.inference.decode import generate
@@ -246,7 +247,7 @@ def report_long_text(terminal: Terminal) -> None:
             gc.collect()
             memory.append(process.memory_info().rss)
         began = time.perf_counter()
-    # After the first context every `half` tokens the newer half is computed anew; that token stands apart.
+    # Once the context is full, its newer half is computed again every `half` tokens; that token is shown separately.
     cycles = [times[start : start + half] for start in range(shape.block_size - PROMPT + 1, LONG_TEXT - half, half)]
     places = [1000 * statistics.median(place) for place in zip(*cycles, strict=True)]
     renewal, rest = max(places), sorted(places)[:-1]

@@ -3,8 +3,8 @@
 python -m benchmarks.experiments                       # 1,000 runs of 2,000 logged steps, about two minutes
 python -m benchmarks.experiments --runs 100 --repeats 3
 
-One small run is trained; the others are copies of it with other ids, seeds and learning rates. Every command is a
-process of its own, so that the start of the interpreter counts; the order of the commands turns at each repeat.
+One small run is trained; the others are copies of it with other ids, seeds and learning rates. Every command runs in
+a new process, so that the start of the interpreter counts. The order of the commands rotates with each repeat.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from utils.terminal.console import Terminal
 WHERE = "status = 'completed' and learning_rate > 1e-3"
 GROUP_BY = "SELECT run, min(train_loss), avg(grad_norm), count(*) FROM metrics GROUP BY run ORDER BY 2 LIMIT 10"
 LIMITS = {"list": 1.0, "list --where": 1.0, "diff": 0.7, "sql GROUP BY": 2.5}  # seconds
-MEMORY_LIMIT = 500.0  # MB, resident, of any command
+MEMORY_LIMIT = 500.0  # MB of resident memory, for every command
 RATES = (3e-4, 1e-3, 3e-3)
 
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_runs(folder: Path, count: int, steps: int, files: Sequence[Path]) -> list[str]:
-    """`count` run directories in `folder`/runs: a trained one, and copies that differ in seed and learning rate."""
+    """Make `count` run directories in `folder`/runs: a trained one, and copies with other seeds and learning rates."""
     import train
 
     sizes = {"n_layer": "1", "n_head": "1", "n_embd": "16", "block_size": "8", "batch_size": "2", "threads": "1"}
@@ -104,7 +104,7 @@ def make_runs(folder: Path, count: int, steps: int, files: Sequence[Path]) -> li
 
 
 def measure(words: Sequence[str]) -> tuple[float, float]:
-    """Seconds and resident memory (MB) of `experiments.py` with these words.
+    """Seconds and peak resident memory (MB) of `experiments.py` with these arguments.
 
     Raises:
         UserError: it fails.
@@ -114,7 +114,7 @@ def measure(words: Sequence[str]) -> tuple[float, float]:
 
 
 def duckdb_alone(runs_dir: Path) -> float:
-    """Seconds that DuckDB takes for such a query over the same files, in this process."""
+    """Seconds that DuckDB alone takes for such a query over the same files, in this process."""
     import duckdb
 
     columns = "columns = {'train/loss': 'DOUBLE', 'grad_norm': 'DOUBLE'}, format = 'newline_delimited', filename = true"

@@ -1,4 +1,4 @@
-"""Models of transformers as our own, with the same weights; for comparisons only."""
+"""Convert models of transformers to our own, for comparisons only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.config.settings import ModelConfig
 
 
 def from_gpt2(theirs: Any) -> LanguageModel:
-    """Our model, in eval mode, with the weights of a GPT2LMHeadModel, whose linear layers keep theirs transposed."""
+    """Our model, in eval mode, with the weights of a GPT2LMHeadModel, whose linear layers store theirs transposed."""
     config = theirs.config
     ours = LanguageModel(
         ModelConfig(

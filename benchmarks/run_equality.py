@@ -1,4 +1,4 @@
-"""Whether two runs are the same, bit for bit: weights, optimizer state, export, and all that is logged but times."""
+"""Whether two runs are equal bit by bit: weights, optimizer state, export, and everything logged but times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.runs.log import LOG_FILES, read_records
 from utils.runs.metrics import NOT_METRICS
 
 TIMINGS = frozenset(("time", "step_ms", "tokens_per_second"))
-STATE_TIMINGS = frozenset(("time", "log_offsets", "config_hash"))  # bytes of a log depend on the digits of its times
+STATE_TIMINGS = frozenset(("time", "log_offsets", "config_hash"))  # offsets depend on the digits of times
 
 
 def last_checkpoint(run: Path) -> Checkpoint:
@@ -25,7 +25,7 @@ def last_checkpoint(run: Path) -> Checkpoint:
 
 
 def log_without_times(run: Path) -> list[dict[str, Any]]:
-    """All records of all logs of a run, without what depends on the clock and the machine."""
+    """All records of all logs of a run, without values that depend on the clock or the machine."""
     return [
         {"log": name, **{key: value for key, value in record.items() if key not in TIMINGS}}
         for name in LOG_FILES
@@ -35,13 +35,13 @@ def log_without_times(run: Path) -> list[dict[str, Any]]:
 
 
 def is_system_record(record: Mapping[str, Any]) -> bool:
-    """Whether it holds samples of the machine and nothing else."""
+    """Whether a record holds system metrics and nothing else."""
     numbers = record.keys() - NOT_METRICS
     return bool(numbers) and all(name.startswith("system/") for name in numbers)
 
 
 def differing_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> int:
-    """Bits that differ between tensors of the same names; all bits of a tensor that only one has."""
+    """The number of bits that differ between tensors of the same name; all bits of a tensor that only one side has."""
     count = 0
     for name in one.keys() | other.keys():
         a, b = one.get(name), other.get(name)

@@ -3,9 +3,10 @@
 python -m benchmarks.scaling                            # about 5 minutes on 2 CPU cores
 python -m benchmarks.scaling --repeats 2 --steps 3 --out scaling.png
 
-From the shape of nanoGPT's CPU model each of the four varies alone; all shapes are timed once a repeat, in turning
-order, each with a new model. Predicted is the time at that shape, times how many more operations the matrix products
-need (utils/nn/costs.py): a ratio below 1 is work that got cheaper, above 1 work that the count leaves out.
+Starting from the shape of nanoGPT's CPU model, each of the four varies alone. All shapes are timed once per repeat, in
+rotating order, each with a new model. The prediction is the time at the base shape, scaled by the operations that the
+matrix products need (utils/nn/costs.py). A ratio below 1 means that an operation has become cheaper, above 1 that there
+is work which the count leaves out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12}
-VARIED = {  # setting -> the values that it takes while the others stay
+VARIED = {  # setting -> its values, while the others stay the same
     "batch_size": (1, 3, 6, 12, 24, 48, 96),
     "block_size": (16, 32, 64, 128, 256),
     "n_embd": (32, 64, 128, 256, 512),
@@ -45,7 +46,7 @@ Shape = tuple[tuple[str, int], ...]  # the settings of BASE with their values
 
 @dataclass(frozen=True)
 class Point:
-    """A shape on one of the axes. gflop: what the matrix products of a step need."""
+    """One value of one varied setting. axis: the setting; gflop: what the matrix products of a step need."""
 
     axis: str
     value: int
@@ -87,12 +88,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def shapes() -> dict[str, dict[int, Shape]]:
-    """axis -> value -> shape; the base stands on every axis."""
+    """axis -> value -> shape; the base shape is on every axis."""
     return {axis: {value: tuple((BASE | {axis: value}).items()) for value in VARIED[axis]} for axis in VARIED}
 
 
 def load(files: Sequence[Path], folder: Path, shape: Shape) -> LoadedConfig:
-    """The shipped configuration, `files`, and this shape; text of random characters."""
+    """The shipped configuration, then `files`, then this shape; the text is random characters."""
     fixed: dict[str, str | bool] = {key: str(value) for key, value in shape}
     fixed |= {"dataset": str(folder / "random.txt"), "corpora_dir": str(folder / "corpora")}
     return common.load_config(files, folder, {**fixed, "gradient_accumulation_steps": "1"})
@@ -101,7 +102,7 @@ def load(files: Sequence[Path], folder: Path, shape: Shape) -> LoadedConfig:
 def measure(
     files: Sequence[Path], steps: int, warmup: int, repeats: int, folder: Path, terminal: Terminal
 ) -> tuple[list[Point], float]:
-    """All points, axis by axis, and what a large matrix product reaches (1e9 operations a second)."""
+    """All points, axis by axis, and the rate of a large matrix product in GFLOP/s."""
     from utils.machine.device import torch_settings
     from utils.machine.limits import measure_gemm
     from utils.profiling.shapes import time_shape
@@ -131,7 +132,7 @@ def measure(
 
 
 def points_of(measured_ms: Mapping[Shape, float], gflop: Mapping[Shape, float]) -> list[Point]:
-    """Predictions from the base shape by the number of operations, axis by axis."""
+    """All points, axis by axis, predicted from the base shape by their number of operations."""
     base: Shape = tuple(BASE.items())
     rate = measured_ms[base] / gflop[base]
     return [
@@ -163,9 +164,9 @@ def scaling_table(points: Sequence[Point], gflops: float) -> Table:
 
 
 def picture(points: Sequence[Point], gflops: float) -> bytes:
-    """A PNG of four panels: measured, as the number of operations grows, and what matrix products alone would take."""
+    """A PNG of four panels: measured, predicted, and the time that matrix products alone would take."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
+    from matplotlib.figure import Figure  # pyplot would look for a display and keep figures alive
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure = Figure(figsize=(9, 6.2), dpi=150, layout="constrained")

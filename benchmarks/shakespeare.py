@@ -3,7 +3,7 @@
 python -m benchmarks.shakespeare                       # ten runs of 2000 steps, about 13 minutes on 2 CPU cores
 python -m benchmarks.shakespeare --seeds 1337
 
-Two models in turn: the preset, with rotary positions, and nanoGPT's recipe to the letter, with learned ones.
+Two models take turns: the preset, with rotary positions, and nanoGPT's exact recipe, with learned positions.
 The loss is that of the exported weights over the whole validation split.
 """
 
@@ -29,7 +29,7 @@ from utils.terminal.console import Terminal
 PRESET = PROJECT_ROOT / "configs" / "presets" / "shakespeare_cpu.yaml"
 TARGET = 1.90  # nats per token
 NANOGPT = 1.886  # nanoGPT's own code, learned positions, 132 s on 2 cores
-POSITIONS = ("rope", "learned")  # of the preset; of nanoGPT
+POSITIONS = ("rope", "learned")  # those of the preset and of nanoGPT
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Trained:
     seed: int
     steps: int
     split_loss: float  # over the whole validation split
-    estimate: float  # what the run itself reported
+    estimate: float  # as reported by the run itself
     seconds: float  # from start to end
     training_seconds: float  # from the first evaluation (and sample text) to the last
     tokens_per_second: float
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
                     "position": position,
                     "seed": str(seed),
                     "max_iters": str(args.steps),
-                    "warmup_iters": str(args.steps // 20),  # 100 of 2000, and valid for short trials
+                    "warmup_iters": str(args.steps // 20),  # 100 for 2000 steps, and valid for short trials
                     "aim_logging": False,
                 }
                 results[position].append(measure(load_config([PRESET, *args.config], Path(folder), overrides)))
@@ -82,7 +82,7 @@ def measure(loaded: LoadedConfig) -> Trained:
     """Train, reopen the export, and evaluate it on every token of the validation split.
 
     Raises:
-        UserError: the corpus is not there, or the run diverged.
+        UserError: the corpus is missing, or the run did not complete.
         KeyboardInterrupt: the run was interrupted.
     """
     import torch
@@ -116,7 +116,7 @@ def measure(loaded: LoadedConfig) -> Trained:
 
 
 def training_seconds(logs: Path) -> float:
-    """Wall time from the end of the evaluation before the first step to the end of that after the last."""
+    """Seconds from the end of the evaluation before the first step to the end of the one after the last step."""
     evaluations = [record["time"] for record in read_records(logs / METRICS_FILE) if "val/loss" in record]
     return evaluations[-1] - evaluations[0]
 

@@ -1,12 +1,12 @@
-"""Who is first at a validation loss? Recipes on Tiny Shakespeare, the loss taken over the whole validation split.
+"""Which recipe reaches a validation loss first? Tiny Shakespeare, with the loss over the whole validation split.
 
 python -m benchmarks.speedrun --target 1.88            # about 15 minutes on 2 CPU cores
 python -m benchmarks.speedrun --seeds 1,2,3 --recipes shakespeare_cpu,speedrun_cpu
 
-A recipe is a preset; ":learned" after it means learned instead of rotary positions, as nanoGPT has them. Each trains
-for its own number of steps with all tracking on. Seconds are from the evaluation before the first step to the end of
-that after the last one: start-up is not counted, there are no other evaluations, and no sample texts. The last recipe
-is then trained for as many steps as fit into the time of the first one.
+A recipe is a preset; the suffix ":learned" replaces rotary positions by learned ones, as in nanoGPT. Each trains for
+its own number of steps with all tracking on. Seconds run from the evaluation before the first step to the end of that
+after the last step: start-up does not count, and there are no other evaluations and no sample texts. Then the last
+recipe is trained for as many steps as fit into the time of the first one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def preset_of(recipe: str) -> Path:
 
 
 def train_recipe(name: str, seed: int, more: Sequence[Path], steps: int | None = None) -> Trained:
-    """One run of a recipe, for its own number of steps or for another."""
+    """Train a recipe once, for its own number of steps or for `steps`."""
     with tempfile.TemporaryDirectory() as folder:
         overrides: dict[str, str | bool] = {"seed": str(seed), "eval_interval": str(10**9), "sample_tokens": "0"}
         if name.endswith(":learned"):
@@ -91,7 +91,7 @@ def mean_seconds(runs: Sequence[Trained]) -> float:
 
 
 def judgements(first: Sequence[Trained], last: Sequence[Trained], long: Sequence[Trained], target: float) -> list[str]:
-    """What is aimed at, and whether it is reached: one line each."""
+    """The targets and whether they are reached, one line each."""
     share = mean_seconds(last) / mean_seconds(first)
     losses = [run.split_loss for run in last]
     mean, worst = statistics.mean(losses), max(losses)

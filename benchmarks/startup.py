@@ -1,10 +1,10 @@
-"""How long until something happens? `--help`, and the first training step set against `import torch`.
+"""How long does start-up take? `--help`, and the first training step against `import torch`.
 
 python -m benchmarks.startup
 python -m benchmarks.startup --repeats 3
 
-The first step is that of the default experiment as the shipped configs say it (views on), from the start of
-the process to the end of the first update: its evaluation at step 0, sample text included, comes before that.
+The first step is that of the default experiment in the shipped configuration (views on), from the start of the process
+to the end of the first update. The evaluation at step 0 and its sample text come before it.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(repeats: int, folder: Path, flags: Sequence[str] = ()) -> dict[str, list[float]]:
-    """Seconds of each command, interleaved, after one round that fills the caches and is not counted.
+    """Seconds of each command, interleaved, after a warmup round that fills the caches.
 
     Args:
-        folder: gets the runs and the Aim repository.
+        folder: for the runs and the Aim repository.
         flags: further flags of the training run.
     """
     places = ["--runs-dir", str(folder / "runs"), "--aim-repo", str(folder)]
@@ -85,7 +85,11 @@ def _timed(*words: str) -> float:
 
 
 def run_python(*words: str) -> str:
-    """The output of a Python process that must succeed."""
+    """The output of a Python process.
+
+    Raises:
+        UserError: it fails.
+    """
     done = subprocess.run([sys.executable, *words], cwd=PROJECT_ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"python {words[0]} ended with {done.returncode}: {done.stderr.strip() or 'no message'}")

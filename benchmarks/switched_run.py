@@ -1,8 +1,8 @@
-"""One training run whose tracking is switched from block to block of steps.
+"""One training run whose tracking is switched between blocks of steps.
 
-So that the blocks of two kinds meet the same model, memory and moment of a noisy machine, they alternate within one
-run of train.train. While a block without views runs, the feeders are held and their clock stands still: in their own
-time they have the whole run for themselves, with the budget that they would have then.
+Blocks of two kinds alternate within one run of train.train, so that both are measured with the same model, memory and
+moment of a noisy machine. During a block without views the feeders are paused and their clock stands still: by this
+clock they work all the time, with their usual budget.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ HISTOGRAM_STEPS = 100
 
 @dataclass
 class Measured:
-    """What one switched run gave.
+    """The results of one switched run.
 
-    blocks: kind -> mean milliseconds of a step in each of its blocks, in the order of time.
-    plain, flushing, binning: microseconds that the loop spent on logging in a step; those in which it wrote the log,
-        or made histograms, apart.
-    feeding: seconds that the feeders took, of so many seconds of their own clock.
+    blocks: kind -> mean milliseconds of a step in each of its blocks, in order.
+    plain, flushing, binning: microseconds that the loop spent on logging in a step; flushing if it wrote the log,
+        binning if it made histograms, else plain.
+    feeding: seconds that the feeders used, and seconds that passed on their own clock.
     """
 
     blocks: dict[str, list[float]] = field(default_factory=dict)
@@ -49,11 +49,11 @@ class Measured:
     flushing: list[float] = field(default_factory=list)
     binning: list[float] = field(default_factory=list)
     feeding: tuple[float, float] = (0.0, 0.0)
-    fed: dict[str, float] = field(default_factory=dict)  # view -> share of the log that it had after the last block
+    fed: dict[str, float] = field(default_factory=dict)  # view -> the share of the log it had after the last block
 
 
 class Switch:
-    """Which kind of block runs; a clock that runs only in blocks with views."""
+    """The kind of the current block, and a clock that runs only in blocks with views."""
 
     def __init__(self) -> None:
         self.kind = ALL
@@ -70,12 +70,12 @@ class Switch:
         return self._before + (time.monotonic() - self._since if self.kind == ALL else 0.0)
 
     def wait_for_views(self) -> None:
-        """Return once a block with views runs."""
+        """Return when a block with views is running."""
         with self._changed:
             self._changed.wait_for(lambda: self.kind == ALL)
 
     def rest(self, seconds: float, wake: threading.Event) -> None:
-        """Wait so long by this clock, or until `wake`."""
+        """Wait for `seconds` of this clock, or until `wake` is set."""
         until = self.clock() + seconds
         while not wake.is_set() and (left := until - self.clock()) > 0:
             self.wait_for_views()
@@ -83,7 +83,7 @@ class Switch:
 
 
 def schedule(kinds: Sequence[str], repeats: int) -> list[str]:
-    """One block of each kind a repeat, in a new random order each (but the same in each benchmark)."""
+    """One block of each kind per repeat, shuffled anew each time (with a fixed seed)."""
     generator = random.Random(0)
     return [kind for _ in range(repeats) for kind in generator.sample(kinds, len(kinds))]
 
@@ -92,7 +92,7 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
     """Train; the steps after `warmup` are blocks of these kinds, each of `block_steps` steps.
 
     Raises:
-        UserError: the run or one of its views failed: then there is nothing to compare.
+        UserError: the run or one of its views failed.
         KeyboardInterrupt: the run was interrupted.
     """
     import train
@@ -130,10 +130,11 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
 
 
 def check(run: Path, status: str) -> None:
-    """
+    """Check that a run and its views are complete.
+
     Raises:
         UserError: the run or one of its views failed.
-        KeyboardInterrupt: it was interrupted.
+        KeyboardInterrupt: the run was interrupted.
     """
     if status == "interrupted":
         raise KeyboardInterrupt
@@ -152,7 +153,7 @@ def _switched_monitor(
     warmup: int,
     taken: list[float],
 ) -> type[Monitor]:
-    """A Monitor that does in each block what its kind says, and measures the blocks."""
+    """A Monitor that tracks as the kind of the current block says, and measures the blocks."""
     remaining = iter(kinds)
 
     class SwitchedMonitor(base):  # type: ignore[misc, valid-type]
@@ -206,7 +207,7 @@ def _switched_monitor(
 
 
 class NaiveTracking:
-    """What a training loop does without a log: every number at once, every tracker in line."""
+    """Tracking as a plain training loop does it: every number at once, every tracker inline."""
 
     def __init__(self, folder: Path) -> None:
         import aim
@@ -231,10 +232,10 @@ class NaiveTracking:
 
 
 def wait_until_open(logs_dir: Path) -> None:
-    """Return once all views have shown something.
+    """Return when all views have received something.
 
     Raises:
-        UserError: they have not within OPENING_SECONDS.
+        UserError: that takes more than OPENING_SECONDS.
     """
     deadline = time.monotonic() + OPENING_SECONDS
     while not all((logs_dir / fed_note(name).name).exists() for name in ("tensorboard", "aim")):
@@ -244,7 +245,7 @@ def wait_until_open(logs_dir: Path) -> None:
 
 
 def fed_shares(metrics: Path) -> dict[str, float]:
-    """Per view: how much of metrics.jsonl it has shown."""
+    """View -> the share of metrics.jsonl that it has received."""
     import json
 
     notes = {

@@ -1,12 +1,12 @@
-"""What does tracking cost, and is anything lost?
+"""What does tracking cost, and does it lose anything?
 
 python -m benchmarks.tracking                          # all parts, about 20 minutes
 python -m benchmarks.tracking --parts steps --step-ms 10 --repeats 20
 python -m benchmarks.tracking --parts records,closing
 
-steps: training runs whose tracking is switched off and on every second or so. On is in one run the log alone, in one
-log, TensorBoard and Aim, with histograms of all parameters and gradients every 100 steps, and in one what a loop does
-that tracks in line (.item(), add_scalar, Run.track, add_histogram). Medians of the ratios of neighbours, bootstrapped.
+steps: training runs whose tracking is switched on and off about every second. Three runs differ in what "on" means: the
+log alone; log, TensorBoard and Aim, with histograms of all parameters and gradients every 100 steps; or inline tracking
+as in a plain loop (.item(), add_scalar, Run.track, add_histogram). Medians of the ratios of neighbours, bootstrapped.
 records: a million records through buffer, log and feeder. closing: the end of a run of 2,000 steps of 50 ms.
 """
 
@@ -97,7 +97,7 @@ def load(files: Sequence[Path], folder: Path, batch_size: int, steps: int) -> Lo
 
 
 def choose_batch_size(step_ms: float, files: Sequence[Path], folder: Path) -> int:
-    """The batch size whose step is measured to be nearest to `step_ms`, of those on the way there."""
+    """Search for the batch size whose step takes about `step_ms` milliseconds."""
 
     def measure(size: int) -> float:
         """Milliseconds of a step without tracking."""
@@ -127,7 +127,7 @@ def report_steps(
     batch_size = choose_batch_size(step_ms, files, folder)
     block = block or HISTOGRAM_STEPS * max(1, math.ceil(BLOCK_SECONDS * 1000 / step_ms / HISTOGRAM_STEPS))
     terminal.print(f"steps of about {step_ms:g} ms: batch_size {batch_size}, blocks of {block} steps")
-    # Each in a run of its own: threads of a tracker go on for a while when another block is measured already.
+    # Each in its own run, because the threads of a tracker continue for a while during the next block.
     arms = {LOG: repeats, ALL: repeats, NAIVE: max(1, repeats // 3)}
     measured = {
         kind: run_switched(load(files, folder, batch_size, warmup + block * len(kinds)), kinds, block, warmup)
@@ -144,7 +144,7 @@ def report_steps(
 
 
 def steps_table(measured: Mapping[str, Measured], step_ms: float) -> Table:
-    """Each kind against the blocks with everything off in the same run."""
+    """Each kind compared with the blocks of the same run in which everything is off."""
     table = Table(title="Mean time of a step, medians of blocks", title_justify="left", title_style="bold")
     table.add_column("what is on", style="cyan", no_wrap=True)
     for header in ("on, ms", "off, ms", "ratio", "95%", "limit", ""):
@@ -159,7 +159,7 @@ def steps_table(measured: Mapping[str, Measured], step_ms: float) -> Table:
 
 
 def logging_text(measured: Measured) -> str:
-    """What the loop itself spends on logging, in microseconds."""
+    """The microseconds that the loop itself spends on logging, in one sentence."""
     median, late = statistics.median(measured.plain), percentile(measured.plain, 99)
     reached = common.verdict(median <= LOGGING_LIMITS[0] and late <= LOGGING_LIMITS[1])
     flushing, binning = (statistics.median(n) if n else 0.0 for n in (measured.flushing, measured.binning))
@@ -174,7 +174,7 @@ def logging_text(measured: Measured) -> str:
 
 
 class CountingView:
-    """A view that only looks whether each step of the log comes, in order."""
+    """A view that only counts records, and those that are out of order."""
 
     name = "counting"
     rolls_back = True
@@ -203,7 +203,7 @@ class CountingView:
 
 
 def report_records(records: int, folder: Path, terminal: Terminal) -> None:
-    """Send records through the buffer, the log and a feeder; count them, and what memory they leave behind."""
+    """Send records through the buffer, the log and a feeder; print how many arrive and how much memory they leave."""
     import torch
 
     from utils.runs.log import RunLog, read_records
@@ -218,7 +218,7 @@ def report_records(records: int, folder: Path, terminal: Terminal) -> None:
     began, memory_before = time.perf_counter(), 0.0
     feeder.start()
     for step in range(records):
-        if step == min(1000, records - 1):  # what is allocated once is there
+        if step == min(1000, records - 1):  # one-time allocations are over
             memory_before = anonymous_memory()
         buffer.add(step, loss, grad_norms, 1e-3)
         if buffer.due():
@@ -240,10 +240,10 @@ def report_records(records: int, folder: Path, terminal: Terminal) -> None:
 
 
 def anonymous_memory() -> float:
-    """Resident memory of this process that is not of files, in MiB (Linux)."""
+    """MiB of resident memory of this process that is not backed by files (Linux only)."""
     status = Path("/proc/self/status").read_text()
     found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    assert found, "the kernel tells no RssAnon"
+    assert found, "the kernel does not report RssAnon"
     return int(found.group(1)) / 1024
 
 
@@ -251,20 +251,20 @@ def anonymous_memory() -> float:
 
 
 def report_closing(steps: int, files: Sequence[Path], folder: Path, terminal: Terminal) -> None:
-    """Train and measure how long the views take from the last step until they are closed."""
+    """Train, and print how long the views take from the last step until they are closed."""
     batch_size = choose_batch_size(CLOSING_STEP_MS, files, folder)
     seconds, backlog = timed_closing(load(files, folder, batch_size, steps))
     terminal.print(
         f"end of a run of {steps:,} steps of about {CLOSING_STEP_MS:g} ms (batch_size {batch_size}): "
-        f"{backlog / 1024:,.0f} KiB of the log were not fed yet; views closed after {seconds:.2f} s, "
+        f"{backlog / 1024:,.0f} KiB of the log had not been fed; views closed after {seconds:.2f} s, "
         f"limit {CLOSING_LIMIT:g}: {common.verdict(seconds <= CLOSING_LIMIT)}"
     )
 
 
 def timed_closing(loaded: LoadedConfig) -> tuple[float, int]:
-    """Seconds from the last step until the views are closed, and bytes that all views lacked at that moment.
+    """Seconds from the last step until the views are closed, and the bytes of the log not fed to them before.
 
-    The evaluation and the export at the end come before it; the status in run.json and the picture are part of it.
+    Neither the last evaluation nor the export is included; writing the status in run.json and the picture is.
     """
     import train
     from utils.tracking.feeder import Feeders

@@ -1,25 +1,25 @@
-"""How fast is a training step? Ours against the same model in Hugging Face transformers and in Lightning.
+"""How fast is a training step? Ours against the same model in Hugging Face transformers and Lightning.
 
 python -m benchmarks.training                     # about half an hour on 2 CPU cores; needs requirements-bench.txt
 python -m benchmarks.training --config configs/presets/gpt2_124m.yaml --repeats 3 --steps 50
 
-nanoGPT's CPU model, written as GPT-2 writes it (learned positions, tanh GELU, biases, tied head), or what --config
-makes of it; an update is one micro-step. Every arm is a process of its own with the same number of threads, float32,
-batch, length of windows, learning rate, weight decay and gradient clipping; all arms run once a repeat, in turning
-order. A step's time is the mean over the steps after the warmup, so that what happens every 50 or 250 steps counts; the
-table has medians over the repeats. Text is random characters: only time is measured.
+nanoGPT's CPU model in GPT-2's form (learned positions, tanh GELU, biases, tied head), or what --config makes of it; an
+update is one micro-step. Every arm is a new process with the same number of threads, float32, batch, window length,
+learning rate, weight decay and gradient clipping. All arms run once per repeat, in rotating order. A step's time is the
+mean over the steps after the warmup, which includes what happens every 50 or 250 steps; the table shows medians over
+the repeats. The text is random characters, since only time is measured.
 
-ours: train.py with log, TensorBoard, Aim and histograms as the configuration says (what the views lack when training
-ends is fed then, and not timed: see benchmarks.tracking), and the same with tracking off.
-bare loop: GPT2LMHeadModel, torch.optim.AdamW as it comes (and once with its fused kernel), clip_grad_norm_. It keeps no
-log and does not look at the loss.
-HF Trainer, Lightning: transformers.Trainer and Lightning's Trainer around GPT2LMHeadModel, checkpoints and evaluation
-off. Tracked: what they track by themselves at every step, into TensorBoard (loss and learning rate; transformers also
-the gradient norm), and their progress bars as they come. All off: no logging, progress bars and reports (Lightning:
-barebones=True). Ours is held against each with all tracking on both sides, and with none. All output goes into a pipe.
+ours: train.py with log, TensorBoard, Aim and histograms as configured, and the same with tracking off. (What the views
+have not received when training ends is fed then, and not timed: see benchmarks.tracking.)
+bare loop: GPT2LMHeadModel, clip_grad_norm_ and torch.optim.AdamW, with its default and with its fused kernel. It keeps
+no log and never reads the loss.
+HF Trainer, Lightning: transformers.Trainer and Lightning's Trainer around GPT2LMHeadModel, without checkpoints and
+evaluation. Tracked: their own tracking of every step into TensorBoard (loss and learning rate; transformers also the
+gradient norm), and their default progress bars. All off: no logging, progress bars or reports (Lightning:
+barebones=True). Ours is compared with each, with all tracking on both sides and with none. All output goes into a pipe.
 
-Matrix products: what those of a step alone would take at the speed of a large one, measured in the same run; MFU is
-their share of the step. Peak memory is what the process had resident at once, imports included (on a GPU also its
+Matrix products: the time that those of a step would take at the rate of a large one, which is measured in the same run;
+MFU is their share of the step. Peak memory is the resident memory of the process, including imports (on a GPU also its
 tensors).
 """
 
@@ -70,7 +70,7 @@ LIMITS = (  # tokens/s of the first over those of the second
     (TRACKED, LIGHTNING_TRACKED, 2.0),
     (UNTRACKED, LIGHTNING_OFF, 2.0),
 )
-LEAST_WARMUP = 65  # the views begin to open after the first write of the log, which is due by then
+LEAST_WARMUP = 65  # by then the log has been written once, after which the views open
 NANOGPT = {
     "n_layer": 4,
     "n_head": 4,
@@ -117,9 +117,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def require(packages: Sequence[str]) -> None:
-    """
+    """Check that packages are installed.
+
     Raises:
-        UserError: some of them are not installed.
+        UserError: some are not.
     """
     if missing := [name for name in packages if find_spec(name) is None]:
         raise UserError(f"not installed: {', '.join(missing)}; python -m pip install -r requirements-bench.txt")
@@ -129,12 +130,12 @@ def require(packages: Sequence[str]) -> None:
 
 
 def experiment(files: Sequence[Path], folder: Path) -> Config:
-    """nanoGPT's CPU model, then `files`, with a corpus of random characters and in float32.
+    """nanoGPT's CPU model changed by `files`, in float32, with a corpus of random characters.
 
-    An update is one micro-step; torch's threads are set as the configuration says.
+    An update is one micro-step. Sets torch's threads as configured.
 
     Raises:
-        UserError: a mistake in the files, GPT-2 cannot have such a shape, or the batch is not a number.
+        UserError: a mistake in the files, a shape that GPT-2 cannot have, or a batch size that is not a number.
     """
     import torch
 
@@ -173,7 +174,7 @@ def gpt2_form(model: ModelConfig) -> ModelConfig:
 
 
 def gpt2_settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """The arguments of GPT2Config for `gpt2_form(model)`; no token has a special meaning."""
+    """The arguments of GPT2Config for `gpt2_form(model)`, without special tokens."""
     form = gpt2_form(model)
     return {
         "vocab_size": vocab_size,
@@ -194,7 +195,7 @@ def gpt2_settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def beyond_gpt2(config: Config) -> list[str]:
-    """What our side has and the other side has not: "position rope", "mlp swiglu"."""
+    """What only our side has, such as "position rope" or "mlp swiglu"."""
     form, model = gpt2_form(config.model), config.model
     ours, theirs = (shape.model_dump() | shape.derived for shape in (model, form))
     unused = set() if model.position == "rope" else {"rope_theta"}
@@ -246,10 +247,10 @@ def experiment_facts(config: Config, task: Task) -> Any:
 
 
 def measure(task: Task) -> tuple[Result, float]:
-    """What an arm found in a process of its own, and the most memory that it had resident, in MB.
+    """Run an arm in a new process; returns its result and its peak of resident memory in MB.
 
     Raises:
-        UserError: it failed, or did not compute with the threads that it was given.
+        UserError: it failed, or did not use the given number of threads.
     """
     with tempfile.TemporaryDirectory(dir=task.folder) as folder:
         path = Path(folder) / "task.json"
@@ -298,7 +299,7 @@ def report(config: Config, measured: Mapping[str, Sequence[tuple[Result, float]]
 
 
 def gflop(config: Config, arm: str) -> float:
-    """What the matrix products of a step of this arm need, in 1e9 operations."""
+    """GFLOP that the matrix products of a step of this arm need."""
     model = config.model if arm in (TRACKED, UNTRACKED) else gpt2_form(config.model)
     return training_flops(outline(model, len(common.ALPHABET)), config.train.sequences, model.block_size) / 1e9
 

@@ -1,6 +1,6 @@
-"""The arms of benchmarks.training: each trains in a process of its own and prints how long its steps took.
+"""The arms of benchmarks.training: each trains in its own process and prints how long its steps took.
 
-What an arm needs is imported in it, and nothing else is: the memory of its process is its own.
+Each arm imports only what it needs, because the memory of its process is measured.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ HF_TRACKED, HF_OFF = "HF Trainer, tracked", "HF Trainer, all off"
 LIGHTNING_TRACKED, LIGHTNING_OFF = "Lightning, tracked", "Lightning, all off"
 PEAK = "matrix products"
 MARK = "benchmark result:"
-N_TOKENS = 200_000  # that the windows of GPT-2's arms are cut from
+N_TOKENS = 200_000  # from which the windows of GPT-2's arms are cut
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an arm is to train. It has all that it needs as plain numbers: not every arm reads our configuration.
+    """What an arm trains, as plain numbers, since not every arm reads our configuration.
 
-    config: a file that `train.py --config` would take, with the shape, batch and optimizer of every arm.
-    gpt2: the arguments of GPT2Config, for the same model.
-    warmup: steps before those that are timed.
-    folder: gets what the arm writes; nothing else is in it.
+    config: a file for `train.py --config`, with the shape, batch and optimizer of every arm.
+    gpt2: the arguments of GPT2Config for the same model.
+    warmup: steps before the timed ones.
+    folder: an empty folder for what the arm writes.
     """
 
     arm: str
@@ -57,9 +57,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What an arm found. step_ms: the mean of its timed steps; gpu_mb: the most that tensors held on a GPU.
+    """The result of an arm. step_ms: the mean of its timed steps; gpu_mb: the peak of its tensors on a GPU.
 
-    gflops: of the arm that only multiplies matrices, 1e9 operations a second; of the others 0.
+    gflops: GFLOP/s of the arm that only multiplies matrices; 0 for the others.
     """
 
     step_ms: float = 0.0
@@ -70,9 +70,9 @@ class Result:
 
 
 class StepClock:
-    """The mean time of the steps after the warmup, work of the device and of all periodic tracking included.
+    """The mean time of the steps after the warmup, including the device's work and all periodic tracking.
 
-    before: called when the warmup is over, and not timed.
+    before: called after the warmup, and not timed.
     """
 
     def __init__(self, task: Task, before: Callable[[], None] = lambda: None) -> None:
@@ -99,10 +99,10 @@ class StepClock:
 
 
 def ours(task: Task, tracking: bool) -> tuple[float, int]:
-    """train.train; without tracking its monitor sees no step, so neither log nor views have anything to do.
+    """train.train; without tracking its monitor receives no steps, so log and views have nothing to do.
 
-    With it the lines of a run are printed too, as the others print theirs.
-    Evaluations and checkpoints come before the first timed step and after the last one, since the others have none.
+    With tracking the run prints its lines, as the others do. Evaluations and checkpoints happen only before the first
+    timed step and after the last one, since the others have none.
 
     Returns:
         milliseconds of a step, and the number of parameters.
@@ -152,7 +152,7 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
 
 
 class Windows:
-    """A map-style dataset: windows of random tokens, at random places, as GPT-2 takes them for training."""
+    """A map-style dataset of random windows of random tokens, in the form that GPT2LMHeadModel takes."""
 
     def __init__(self, task: Task) -> None:
         import torch
@@ -184,7 +184,7 @@ def adamw(task: Task, model: Any, fused: bool | None = None) -> torch.optim.Opti
 
 
 def bare_loop(task: Task, fused: bool | None = None) -> tuple[float, int]:
-    """The loop that one writes first: a batch, forward, backward, clip, AdamW; the loss is not even looked at."""
+    """The simplest loop: batch, forward, backward, clip, AdamW; it never reads the loss."""
     import torch
 
     model = gpt2(task).to(task.device).train()
@@ -204,9 +204,9 @@ def bare_loop(task: Task, fused: bool | None = None) -> tuple[float, int]:
 
 
 def hf_trainer(task: Task, tracking: bool) -> tuple[float, int]:
-    """transformers.Trainer with its own choice of AdamW; no evaluation and no saving.
+    """transformers.Trainer with its own choice of AdamW, without evaluation and checkpoints.
 
-    tracking: loss, gradient norm and learning rate of every step to TensorBoard, and its progress bar.
+    tracking: loss, gradient norm and learning rate of every step into TensorBoard, and a progress bar.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -245,8 +245,8 @@ def hf_trainer(task: Task, tracking: bool) -> tuple[float, int]:
 def lightning_trainer(task: Task, tracking: bool) -> tuple[float, int]:
     """Lightning's Trainer without checkpoints.
 
-    tracking: loss and learning rate of every step to TensorBoard, and its progress bar; without, its barebones mode: no
-    logger, progress bar, summary or check before.
+    tracking: loss and learning rate of every step into TensorBoard, and a progress bar; without it, Lightning's
+    barebones mode: no logger, progress bar, summary or sanity check.
     """
     import lightning
     from lightning.pytorch.loggers import TensorBoardLogger

@@ -102,7 +102,7 @@ def test_shakespeare_measures_the_run_that_it_was_given(tmp_path: Path, tiny_fil
     assert result.tokens_per_second > 0
 
 
-def test_a_run_that_diverges_is_no_result(tmp_path: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_has_no_result(tmp_path: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diverged = SimpleNamespace(status="diverged", exit_reason="the loss at step 3 is nan")
     monkeypatch.setattr(train, "train", lambda *arguments, **options: diverged)
     with pytest.raises(UserError, match="the run ended as diverged: the loss at step 3 is nan"):
@@ -161,7 +161,7 @@ def test_experiments_makes_its_runs_and_times_each_command(tiny_file: Path, caps
     assert "DuckDB alone" in printed
 
 
-def test_a_view_that_fails_is_no_result(tmp_path: Path, tiny_file: Path) -> None:
+def test_a_run_with_a_failed_view_has_no_result(tmp_path: Path, tiny_file: Path) -> None:
     (tmp_path / ".aim").write_text("a file where Aim's folder should be")
     with pytest.raises(UserError, match="aim"):
         tracking.timed_closing(tracking.load([tiny_file], tmp_path, batch_size=2, steps=4))
@@ -178,7 +178,7 @@ def test_the_clock_printer_prints_when_the_loop_begins_and_when_a_step_is_done(
     assert before < loop < step < time.time()
 
 
-def test_startup_times_every_command_once_a_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_startup_times_every_command_once_per_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[str] = []
 
     def python(*words: str) -> str:
@@ -201,7 +201,7 @@ def test_startup_reports_a_command_that_fails() -> None:
         startup.run_python("train.py", "--no-such-flag")
 
 
-def test_speedrun_compares_recipes_and_gives_the_last_the_time_of_the_first(
+def test_speedrun_compares_recipes_and_trains_the_last_for_the_time_of_the_first(
     tiny_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_file.write_text(tiny_file.read_text() + "warmup_iters: 0\n")  # the recipe's are more than the steps
@@ -280,19 +280,19 @@ def test_the_machine_is_named_by_its_processor_and_what_that_computes(monkeypatc
     assert facts.endswith(f"{torch.get_num_threads()} threads, {rates.group()}, torch {torch.__version__}")
 
 
-def test_interleaving_measures_every_arm_once_a_repeat_in_turning_order() -> None:
+def test_interleaving_measures_every_arm_once_per_repeat_in_rotating_order() -> None:
     order: list[str] = []
     arms = {name: lambda name=name: order.append(name) for name in "abc"}
     common.interleaved(arms, 3)
     assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
 
-def test_ratio_is_that_of_the_medians_and_one_outlier_is_outside_its_interval() -> None:
+def test_the_ratio_is_that_of_the_medians_and_its_interval_excludes_one_outlier() -> None:
     # Of 7 values drawn from these, the median is the least or the largest one in 1% of the draws.
     assert common.ratio_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 100.0], [1.0] * 7) == (4.0, 2.0, 6.0)
 
 
-def test_ratio_keeps_the_runs_of_a_repeat_together() -> None:
+def test_the_ratio_keeps_the_runs_of_a_repeat_together() -> None:
     assert common.ratio_interval([2.0, 4.0, 18.0], [1.0, 2.0, 9.0]) == (2.0, 2.0, 2.0)
 
 
@@ -335,14 +335,14 @@ def test_only_the_steps_after_the_warmup_are_timed(tmp_path: Path, monkeypatch: 
     assert clock.step_ms == pytest.approx(3.0)  # the mean of 1, 2, 3, 4 and 5
 
 
-def test_an_arm_is_a_process_of_its_own_whose_memory_and_threads_are_told(tmp_path: Path) -> None:
+def test_an_arm_is_a_new_process_whose_memory_and_threads_are_reported(tmp_path: Path) -> None:
     result, memory_mb = training_benchmark.measure(tiny_task(PEAK, tmp_path))
     assert result.threads == 1
     assert result.gflops > 0
     assert 100 < memory_mb < 2000
 
 
-def test_an_arm_that_fails_is_one_line(tmp_path: Path) -> None:
+def test_an_arm_that_fails_is_reported_in_one_line(tmp_path: Path) -> None:
     task = replace(tiny_task(UNTRACKED, tmp_path), config=str(tmp_path / "gone.json"))
     with pytest.raises(UserError, match=r"^ours, no tracking: .*gone\.json"):
         training_benchmark.measure(task)
@@ -364,14 +364,14 @@ def test_an_update_is_one_micro_step_in_every_arm(tmp_path: Path) -> None:
     assert (written["batch_size"], written["gradient_accumulation_steps"]) == (2, 1)
 
 
-def test_what_gpt2_cannot_be_is_told() -> None:
+def test_what_gpt2_does_not_have_is_reported() -> None:
     assert training_benchmark.beyond_gpt2(Config(model=ModelConfig(ffn_dim=100, n_kv_head=4, qkv_bias=True))) == []
     llama = ModelConfig(n_kv_head=2, position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
     found = training_benchmark.beyond_gpt2(Config(model=llama, optimizer=OptimizerConfig(learning_rate=1e-4)))
     assert found == ["n_kv_head 2", "position rope", "norm rmsnorm", "mlp swiglu", "bias off", "qkv_bias off"]
 
 
-def test_a_shape_that_the_arms_cannot_share_is_a_mistake(tmp_path: Path) -> None:
+def test_a_shape_that_the_arms_cannot_share_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"GPT-2 needs n_embd \(16\) divisible by n_head \(3\)"):
         tiny_task(BARE, tmp_path, n_head=3, head_dim=4)
     with pytest.raises(UserError, match="batch_size auto: "):
@@ -448,7 +448,7 @@ def test_the_other_trainers_track_every_step_or_nothing(arm: str, tags: tuple[st
 # ------------------------------------------------------------------------------------------------ scaling
 
 
-def test_predictions_grow_with_the_operations_from_the_base() -> None:
+def test_predictions_scale_with_the_operations_from_the_base() -> None:
     shapes = [shape for of_axis in scaling.shapes().values() for shape in of_axis.values()]
     gflop = {shape: 2.0 * dict(shape)["n_layer"] for shape in shapes}
     points = scaling.points_of(dict.fromkeys(shapes, 80.0), gflop)

@@ -254,7 +254,7 @@ def test_each_unknown_token_has_its_own_record(reads: list[Path], settled_corpus
     assert len(reads) == 2
 
 
-def test_a_record_that_cannot_be_written_is_done_without(
+def test_a_record_that_cannot_be_written_is_not_needed(
     settled_corpus: Path, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

@@ -21,7 +21,7 @@ Ask = Callable[..., Any]
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Three seeds of two experiments, and what is no run."""
+    """Three seeds of two experiments, and entries that are not runs."""
     folder = tmp_path / "runs"
     for i, (tag, rate) in enumerate((("slow", 1e-3), ("fast", 3e-3))):
         for seed in (1, 2, 3):
@@ -61,7 +61,7 @@ def ids(rows: list[dict[str, Any]]) -> list[str]:
 # -------------------------------------------------------------------------------------------- list and sql
 
 
-def test_list_shows_what_differs_and_marks_what_cannot_be_read(ask: Ask) -> None:
+def test_list_shows_settings_that_differ_and_marks_damaged_runs(ask: Ask) -> None:
     text = ask("list")
     header, *lines = text.splitlines()
     assert header.split() == [
@@ -92,7 +92,7 @@ def test_list_where_sort_columns_and_limit(ask: Ask) -> None:
     assert [row["val_loss"] for row in rows] == pytest.approx([2.31, 2.32])
     rows = ask("list", "--sort", "val_loss desc", "--json")
     assert rows[0]["val_loss"] == pytest.approx(2.53)
-    assert rows[-1]["val_loss"] is None  # what cannot be read comes last, and is there
+    assert rows[-1]["val_loss"] is None  # damaged runs come last, and are listed
     assert len(ask("list", "--limit", "2", "--json")) == 2
     assert "none of 9 runs fits" in ask("list", "--where", "steps > 1000000")
 
@@ -136,15 +136,15 @@ def test_show_is_one_screen(ask: Ask, runs: Path) -> None:
     for words in ("20260131_120003_fast", "status", "learning_rate  0.003", "children       20260201_child", "logs"):
         assert words in text
     assert len(text.splitlines()) < 40
-    told = ask("show", "20260201_child", "--json")
-    assert told["parent"] == "20260131_120003_fast"
-    assert told["record"]["parent"]["relation"] == "fork"
+    answer = ask("show", "20260201_child", "--json")
+    assert answer["parent"] == "20260131_120003_fast"
+    assert answer["record"]["parent"]["relation"] == "fork"
 
 
 def test_show_of_a_run_that_is_not_there_names_the_nearest(ask: Ask) -> None:
     assert "did you mean fast?" in ask("show", "fats", status=2)
     assert "20260101_000000_half is not a run: an empty folder" in ask("show", "20260101_000000_half", status=2)
-    assert "schema_version 99" in ask("show", "20260102_000000_newer")  # what is known of it is shown
+    assert "schema_version 99" in ask("show", "20260102_000000_newer")  # what is known about it is shown
 
 
 def test_diff_names_the_setting_and_the_step(ask: Ask) -> None:
@@ -152,15 +152,15 @@ def test_diff_names_the_setting_and_the_step(ask: Ask) -> None:
     assert "Settings that change the numbers" in text
     assert "learning_rate  0.001" in text
     assert "first difference at step 100: val/loss 2.53 vs 2.3" in text
-    told = ask("diff", "slow", "fast", "--json")
-    assert told["sections"]["Settings that change the numbers"][0]["values"] == [0.001, 0.003]
+    answer = ask("diff", "slow", "fast", "--json")
+    assert answer["sections"]["Settings that change the numbers"][0]["values"] == [0.001, 0.003]
     assert "expected 2 different runs, got 1" in ask("diff", "slow", "slow", status=2)
 
 
 def test_compare_gives_a_verdict_for_each_pair(ask: Ask, runs: Path) -> None:
     names = sorted(path.name for path in runs.iterdir() if path.name.endswith(("slow", "fast")))
-    told = ask("compare", *names, "--json")
-    (verdict,) = told["verdicts"]
+    answer = ask("compare", *names, "--json")
+    (verdict,) = answer["verdicts"]
     assert (verdict["first"], verdict["second"], verdict["verdict"]) == ("slow", "fast", "worse")
     assert verdict["difference"] == pytest.approx(0.2)
     text = ask("compare", *names)
@@ -174,8 +174,8 @@ def test_explain_names_every_layer(ask: Ask, tmp_path: Path) -> None:
     assert "set by    configs/train.yaml:" in text
     assert "shadows   12  default" in text
     assert "expected  integer >= 1 or auto, in sequences" in text
-    told = ask("explain", "fast", "learning-rate", "--json")
-    assert (told["value"], told["source"], told["default"]) == (0.003, "code", 0.001)
+    answer = ask("explain", "fast", "learning-rate", "--json")
+    assert (answer["value"], answer["source"], answer["default"]) == (0.003, "code", 0.001)
     assert "did you mean batch_size?" in ask("explain", "batch_sise", status=2)
 
 
@@ -191,9 +191,9 @@ def test_plot_and_report(ask: Ask, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- edit, promote, prune, check
 
 
-def test_edit_changes_what_is_said(ask: Ask, runs: Path) -> None:
-    told = ask("edit", "fast", "--note", "the <best> one", "--pin", "--add-tag", "keep", "--tag", "quick", "--json")
-    assert told == {"tag": "quick", "tags": ["keep"], "note": "the <best> one", "pinned": True}
+def test_edit_changes_tag_note_tags_and_pin(ask: Ask, runs: Path) -> None:
+    answer = ask("edit", "fast", "--note", "the <best> one", "--pin", "--add-tag", "keep", "--tag", "quick", "--json")
+    assert answer == {"tag": "quick", "tags": ["keep"], "note": "the <best> one", "pinned": True}
     (row,) = ask("list", "--where", "pinned", "--json")
     assert (row["tag"], row["tags"], row["note"]) == ("quick", "keep", "the <best> one")
     assert "the <best> one" in ask("show", "quick")
@@ -211,8 +211,8 @@ def test_a_promoted_name_is_usable_wherever_a_run_is(ask: Ask, runs: Path) -> No
     for tag in ("fast", "slow"):
         exported(next(path for path in sorted(runs.iterdir(), reverse=True) if path.name.endswith(tag)))
     assert "prose@v1: 20260131_120003_fast, best weights of step_000100" in ask("promote", "fast", "prose")
-    told = ask("promote", "slow", "prose", "--json")
-    assert (told["name"], told["run"], told["checkpoint"]) == ("prose@v2", "20260130_120003_slow", "step_000100")
+    answer = ask("promote", "slow", "prose", "--json")
+    assert (answer["name"], answer["run"], answer["checkpoint"]) == ("prose@v2", "20260130_120003_slow", "step_000100")
     assert ask("show", "prose@v1", "--json")["promoted"] == ["prose@v1"]
     assert "learning_rate" in ask("diff", "prose@v1", "prose@v2")
     assert inference.find_export("prose@v2", runs).parent.parent.name == "20260130_120003_slow"
@@ -228,13 +228,13 @@ def test_prune_is_dry_without_yes(ask: Ask, runs: Path) -> None:
     assert "--yes would free 10.0 KB" in text
     folder = runs / "20260103_000000_big" / "artifacts" / "checkpoints"
     assert folder.exists()
-    told = ask("prune", "--keep-last", "3", "--yes", "--json")
-    assert (told["deleted"], told["bytes"]) == (True, 10_000)
+    answer = ask("prune", "--keep-last", "3", "--yes", "--json")
+    assert (answer["deleted"], answer["bytes"]) == (True, 10_000)
     assert not folder.exists()
     assert (runs / "20260103_000000_big" / "run.json").exists()
     assert ask("prune", "--max-size", "1B", "--keep-last", "6", "--yes")
     assert not (runs / "20260103_000000_big").exists()
-    assert (runs / "20260101_000000_half").exists()  # what cannot be read is left alone
+    assert (runs / "20260101_000000_half").exists()  # a damaged run is left alone
 
 
 def test_check_names_one_changed_byte(ask: Ask, runs: Path) -> None:

@@ -17,7 +17,7 @@ import inference
 from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_run
 from utils.config.settings import InferenceConfig
 from utils.inference.generator import Generator, Request
-from utils.inference.interactive import OFF, SETTINGS
+from utils.inference.interactive import OFF, OPTIONS
 from utils.inference.sampling import SamplingOptions
 
 Main = Callable[..., int]
@@ -62,7 +62,7 @@ def test_the_prompt_and_its_continuation_are_printed(
     assert capsys.readouterr().out == "ab" + generator.generate("ab", Request(20)).text + "\n"
 
 
-def test_every_sampling_option_is_heeded(
+def test_every_sampling_option_is_used(
     run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "--temperature 1.5 --top-k 9 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.3 --seed 4 --window exact"
@@ -109,7 +109,7 @@ def test_weights_may_be_smaller(words: list[str], run_inference: Main, capsys: p
     assert len(capsys.readouterr().out) == len("ab") + 20 + 1
 
 
-def test_a_prompt_longer_than_the_context_is_told(run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_longer_than_the_context_gives_a_note(run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_inference("--prompt", "a" * (BLOCK_SIZE + 1)) == 0
     assert capsys.readouterr().err == "note: the model sees only the last 16 of the prompt's 17 tokens\n"
 
@@ -137,7 +137,7 @@ def test_json_is_utf_8_wherever_it_goes(run_inference: Main, monkeypatch: pytest
     assert json.loads(stdout.bytes.getvalue())["prompt"] == "fü"
 
 
-def test_speeds_are_told_after_the_text(
+def test_speeds_are_reported_after_the_text(
     run_inference: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.inference.stats.read_limit", lambda _: 1e10)
@@ -261,7 +261,7 @@ def test_a_text_file_has_a_prompt_a_line(
     assert captured.err == f"wrote 3 completions to {out}\n"
 
 
-def test_jsonl_keeps_what_stands_beside_a_prompt(run_inference: Main, tmp_path: Path) -> None:
+def test_jsonl_keeps_the_other_keys_of_a_prompt(run_inference: Main, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(
         '{"id": 7, "prompt": "ab", "more": [null, {"x": "\\ud83d"}]}\n\n{"prompt": "", "completion": "old"}\n'
     )
@@ -313,7 +313,7 @@ def test_a_batch_says_of_how_many_prompts_only_the_end_is_seen(
         ("p.jsonl", b'\n{"prompt": "a"', "p.jsonl:2: not JSON (Expecting ',' delimiter at column 15), expected"),
         ("p.jsonl", b"[" * 100_000, "p.jsonl:1: not JSON"),
         ("p.jsonl", b'{"text": "a"}', 'p.jsonl:1: expected an object with a text "prompt", got {"text": "a"}'),
-        ("p.JSONL", b'{"prompt": "a", "x": NaN}', "p.JSONL:1: not JSON (NaN is no number)"),
+        ("p.JSONL", b'{"prompt": "a", "x": NaN}', "p.JSONL:1: not JSON (NaN is not a number)"),
         ("p.jsonl", b'{"prompt": 3}', "p.jsonl:1: expected an object"),
         ("p.jsonl", b'"a"', "p.jsonl:1: expected an object"),
         ("p.txt", "ab\n\na€".encode(), "p.txt:3: character '€' (U+20AC) at position 1"),
@@ -331,7 +331,7 @@ def test_a_mistake_in_a_file_of_prompts(
 
 
 @pytest.mark.parametrize("out", ["missing/out.jsonl", "folder", "/dev/null"])
-def test_a_file_that_cannot_be_written_is_told_before_any_work(
+def test_a_file_that_cannot_be_written_is_reported_before_any_work(
     out: str,
     run_inference: Main,
     tmp_path: Path,
@@ -404,7 +404,7 @@ def test_what_is_typed_continues_one_text(converse: Converse, generator: Generat
     third = generator.generate(f"ab{first}\ncd{second}", Request(20, seed=1339)).text  # an empty line: go on
     out, err = converse("ab", "cd", "", "/reset", "ab")
     assert out == f"{first}\n{second}\n{third}\n{first}\n"
-    assert err == "note: of the 25 tokens of the text the model sees the last 16\n"
+    assert err == "note: the model sees only the last 16 of the text's 25 tokens\n"
 
 
 def test_settings_change_between_the_turns(converse: Converse, generator: Generator) -> None:
@@ -420,12 +420,12 @@ def test_settings_change_between_the_turns(converse: Converse, generator: Genera
         "/seed": "4",
         "/window": "exact",
     }
-    assert values.keys() == SETTINGS.keys()
+    assert values.keys() == OPTIONS.keys()
     options = SamplingOptions(1.5, 9, 0.9, 0.01, 1.3, tuple(TOKENIZER.encode("st")))
     text = generator.generate("ab", Request(30, options, ["\n\n"], 4, "exact")).text
     out, err = converse(*(f"{name} {value}" for name, value in values.items()), "ab")
-    *told, _ = out.removesuffix(f"{text}\n").split("\n")
-    assert told == [
+    *printed, _ = out.removesuffix(f"{text}\n").split("\n")
+    assert printed == [
         "temperature 1.5",
         "top-k 9",
         "top-p 0.9",
@@ -456,7 +456,7 @@ def test_the_seed_after_the_last_is_the_first(converse: Converse) -> None:
     assert err == ""
 
 
-def test_a_seed_begins_its_random_streams_anew(converse: Converse) -> None:
+def test_a_seed_restarts_the_random_streams(converse: Converse) -> None:
     out, _ = converse("ab", "/reset", "/seed 7", "ab", "/reset", "/seed 7", "ab")
     text = out.partition("seed 7\n")[2]
     assert text.partition("seed 7\n")[0] == text.partition("seed 7\n")[2]
@@ -491,7 +491,7 @@ def test_a_mistake_is_one_line_and_the_loop_goes_on(
 
 def test_help_lists_every_setting_with_its_value(converse: Converse) -> None:
     out, _ = converse("/help", "/quit", "ab")
-    assert [line.split()[0] for line in out.splitlines()] == [*SETTINGS, "/reset", "/help", "/quit", "an"]
+    assert [line.split()[0] for line in out.splitlines()] == [*OPTIONS, "/reset", "/help", "/quit", "an"]
     assert "0.8  (takes a number)" in out
 
 
@@ -523,7 +523,7 @@ def test_a_conversation_of_questions(converse: Converse, runs: Path, monkeypatch
     assert out == f"{first.text}\n{second.text}\n"
 
 
-def test_speeds_are_told_after_each_turn(converse: Converse, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_are_reported_after_each_turn(converse: Converse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.inference.stats.read_limit", lambda _: 1e10)
     _, err = converse("ab", "/reset", "abc", words=("--stats",))
     assert [line for line in err.splitlines() if line.startswith("prompt")] == [
@@ -532,7 +532,7 @@ def test_speeds_are_told_after_each_turn(converse: Converse, monkeypatch: pytest
     ]
 
 
-def test_lines_from_a_pipe_that_are_no_text(
+def test_lines_from_a_pipe_that_are_not_text(
     run_inference: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], generator: Generator
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nab\n"), encoding="utf-8"))
@@ -645,7 +645,7 @@ def test_an_unknown_character_of_a_scored_text_is_named_with_its_line(
     assert "s.txt:2: character '€'" in one_error(capsys)
 
 
-def test_a_score_tells_what_smaller_weights_cost(
+def test_a_score_shows_the_cost_of_smaller_weights(
     two_runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"

@@ -1,4 +1,4 @@
-"""The packages in order: each imports only from those before it, and those without torch never import it."""
+"""The order of the packages: each imports only from those below it, and what works without torch never imports it."""
 
 from __future__ import annotations
 
@@ -10,94 +10,86 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = [
-    "",
-    "errors files",
-    "config",
-    "tokenizer",
-    "machine checkpoints",
-    "nn",
-    "terminal runs corpora",
-    "model data tracking",
-    "optim inference",
-    "profiling training",
-    "experiments",
-    "callbacks generator run_log sampling",  # old names of modules, until the next release
-    "",
-][1:-1]  # from the bottom up; a line may import from itself and from the lines above it
-FLOOR_OF = {place: floor for floor, places in enumerate(ORDER) for place in places.split()}
+ORDER = (  # from the bottom up: packages of utils/, and the files beside it
+    *("errors", "files", "config", "tokenizer.py"),
+    *("machine", "checkpoints", "nn", "terminal", "runs", "corpora"),
+    *("model.py", "data.py", "tracking", "optim", "inference", "training", "profiling", "experiments"),
+    *("inference.py", "train.py", "profile_model.py", "experiments.py", "workbench.py"),
+)
+OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
     *("errors", "files", "config", "terminal", "runs", "corpora", "experiments"),
-    *("checkpoints.folder", "machine.process", "machine.signals", "training.early_stopping"),
+    *("checkpoints.folder", "machine.process", "machine.signals", "training.early_stopping", "training.launch"),
     *("profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
+    *("inference.py", "train.py", "profile_model.py", "experiments.py", "workbench.py"),
 )
 HEAVY = {"torch", "numpy", "aim", "tensorboard", "safetensors"}
-SCRIPTS = ("train", "inference", "profile_model", "experiments", "workbench")
-ABOVE = ("train", "profile_model", "workbench", "tests", "benchmarks")
-
-SOURCES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__").removeprefix("utils."): path
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py")]
-    if path.stem not in SCRIPTS or path.parent != ROOT
-}
-BELOW_SCRIPTS = sorted(name for name in SOURCES if name != "utils")
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere, in a function or for type checking too; those of utils without `utils.`."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            assert node.module
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.removeprefix("utils.") for name in found}
+def name_of(module: str) -> str:
+    """utils.runs.log -> runs.log, model -> model.py; a module of another project keeps its name."""
+    if module.startswith("utils."):
+        return module.removeprefix("utils.")
+    return f"{module}.py" if (ROOT / f"{module}.py").is_file() else module
 
 
 def place(name: str) -> str:
-    """The package or top-level file of a module: tracking.aim -> tracking."""
-    return name.split(".")[0]
+    """The entry of ORDER that a module belongs to: runs.log -> runs."""
+    return name if name.endswith(".py") else name.split(".")[0]
 
 
-def knows_no_torch(name: str) -> bool:
-    return any(name == quiet or name.startswith(f"{quiet}.") for quiet in WITHOUT_TORCH)
+SOURCES = {
+    name_of(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")): path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*/*.py"), *ROOT.glob("utils/*.py")]
+    if path != ROOT / "utils" / "__init__.py"
+}
+NAMES = sorted(name for name in SOURCES if name not in OLD_NAMES)
 
 
-@pytest.mark.parametrize("name", BELOW_SCRIPTS)
-def test_a_module_imports_only_from_its_own_floor_and_those_below(name: str) -> None:
-    assert place(name) in FLOOR_OF, "give it a place in ORDER and in docs/architecture.md"
-    for imported in imports(SOURCES[name]):
-        if place(imported) in FLOOR_OF:
-            assert FLOOR_OF[place(imported)] <= FLOOR_OF[place(name)], f"{name} imports {imported}"
-        assert place(imported) not in ABOVE, f"{name} imports {imported}"
+def imports(name: str) -> set[str]:
+    """What a module imports anywhere, in a function or for type checking too."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            assert node.module
+            modules = {f"{node.module}.{alias.name}" for alias in node.names} & {f"utils.{known}" for known in SOURCES}
+            found |= {name_of(module) for module in modules or {node.module}}
+    return found
 
 
-def test_packages_form_no_circle() -> None:
-    uses = {p: set() for p in FLOOR_OF}
-    for name in BELOW_SCRIPTS:
-        uses[place(name)] |= {place(i) for i in imports(SOURCES[name])} & set(FLOOR_OF) - {place(name)}
-    while leaves := [p for p, used in uses.items() if not used]:
-        uses = {p: used - set(leaves) for p, used in uses.items() if p not in leaves}
-    assert not uses, "each of these imports, by a way around, itself"
+def works_without_torch(name: str) -> bool:
+    return any(name == listed or name.startswith(f"{listed}.") for listed in WITHOUT_TORCH)
 
 
-@pytest.mark.parametrize("name", [name for name in BELOW_SCRIPTS if knows_no_torch(name)])
-def test_what_knows_no_torch_does_not_mention_it(name: str) -> None:
-    assert not HEAVY & {place(imported) for imported in imports(SOURCES[name])}
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_imports_only_from_its_own_package_and_those_below(name: str) -> None:
+    assert place(name) in ORDER, "give it a place in ORDER and in docs/architecture.md"
+    for imported in map(place, imports(name)):
+        assert imported not in (*OLD_NAMES, "tests", "benchmarks", "examples"), f"{name} imports {imported}"
+        if imported in ORDER:
+            assert ORDER.index(imported) <= ORDER.index(place(name)), f"{name} imports {imported}"
 
 
-def test_the_scripts_and_what_knows_no_torch_can_be_imported_where_torch_is_not() -> None:
-    modules = [name if name in SCRIPTS else f"utils.{name}" for name in BELOW_SCRIPTS if knows_no_torch(name)]
+@pytest.mark.parametrize("name", [name for name in NAMES if works_without_torch(name) and not name.endswith(".py")])
+def test_a_module_without_torch_does_not_mention_it(name: str) -> None:
+    assert not HEAVY & {imported.split(".")[0] for imported in imports(name)}
+
+
+def test_what_works_without_torch_can_be_imported_where_it_is_not_installed() -> None:
+    modules = [n.removesuffix(".py") if n.endswith(".py") else f"utils.{n}" for n in NAMES if works_without_torch(n)]
     code = "import importlib, sys; sys.modules.update(torch=None, numpy=None, aim=None, tensorboard=None)\n"
-    code += f"for name in {[*modules, *SCRIPTS]!r}: importlib.import_module(name)"
+    code += f"for name in {modules!r}: importlib.import_module(name)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_the_whole_design_is_seen() -> None:
     """The rules above mean nothing if the files are not found."""
-    assert {"config.settings", "training.step", "tracking.aim", "tracking", "model"} <= set(BELOW_SCRIPTS)
-    assert "config.settings.OptimizerConfig" in imports(SOURCES["optim.groups"])
-    assert "torch" in imports(SOURCES["model"])
+    assert {"config.settings", "training.step", "tracking.aim", "tracking", "model.py", "train.py"} <= set(NAMES)
+    assert set(ORDER) == {place(name) for name in NAMES}
+    assert "config.settings" in imports("optim.groups")
+    assert {"torch", "nn.linear"} <= imports("model.py")
+    assert "inference" in {place(imported) for imported in imports("inference.py")}

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the safetensors library agrees, every optimizer goes on bit for bit, no damage is trained on."""
+"""Checkpoints on disk: the safetensors library reads them, optimizers continue bit for bit, damage is found."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert same(map_tensors(path), all_kinds())
 
 
-def test_no_tensors_are_a_file_too(tmp_path: Path) -> None:
+def test_a_file_may_hold_no_tensors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_tensors(path, {})
     assert load_file(path) == {}
@@ -131,7 +131,7 @@ def test_each_tensor_is_aligned_to_its_item_size(tmp_path: Path) -> None:
         assert (8 + length + entry["data_offsets"][0]) % DTYPES[entry["dtype"]].itemsize == 0
 
 
-def test_the_line_of_the_manifest_is_size_and_crc(tmp_path: Path) -> None:
+def test_the_entry_in_the_manifest_is_size_and_crc(tmp_path: Path) -> None:
     line = write_tensors(tmp_path / "a.safetensors", all_kinds())
     data = (tmp_path / "a.safetensors").read_bytes()
     assert line == {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"}
@@ -170,7 +170,7 @@ def test_files_do_not_depend_on_the_size_of_a_write(
     ],
     ids=lambda value: value[:70].decode(errors="replace"),
 )
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, header: bytes, body: bytes) -> None:
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, header: bytes, body: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: not a safetensors file"):
         map_tensors(tmp_path / "a.safetensors")
@@ -334,7 +334,7 @@ def test_without_a_manifest_a_checkpoint_is_not_complete(tmp_path: Path) -> None
     assert refusal(path) == f"{path / MANIFEST_FILE}: missing: the checkpoint is not complete"
 
 
-def test_no_checkpoint_at_all_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_reported(tmp_path: Path) -> None:
     assert refusal(tmp_path / "step_000010") == f"{tmp_path / 'step_000010'}: no such checkpoint"
     (tmp_path / "step_000020").write_text("")
     assert refusal(tmp_path / "step_000020") == f"{tmp_path / 'step_000020'}: no such checkpoint"
@@ -368,7 +368,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     "content", ["[]", "null", "{}", '{"files": []}', '{"files": {"model.safetensors": 1}}', "\xff"]
 )
-def test_a_manifest_that_is_none_is_told(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_no_manifest_is_reported(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "step_000010")
     (path / MANIFEST_FILE).write_text(content, encoding="latin-1")
     assert refusal(path) == f"{path / MANIFEST_FILE}: damaged"
@@ -376,7 +376,7 @@ def test_a_manifest_that_is_none_is_told(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, OPTIMIZER_FILE])
 @pytest.mark.parametrize("length", [0, 4, 8, 20])
-def test_a_truncated_safetensors_header_is_told_whatever_the_manifest_says(
+def test_a_truncated_safetensors_header_is_reported_whatever_the_manifest_says(
     tmp_path: Path, name: str, length: int
 ) -> None:
     path = write(tmp_path / "step_000010")
@@ -400,7 +400,7 @@ def test_a_truncated_safetensors_header_is_told_whatever_the_manifest_says(
         ('{"step": "10"}', "names no step"),
     ],
 )
-def test_a_state_that_cannot_be_used_is_told(tmp_path: Path, content: str, message: str) -> None:
+def test_an_unusable_state_is_reported(tmp_path: Path, content: str, message: str) -> None:
     path = write(tmp_path / "step_000010")
     (path / STATE_FILE).write_text(content, encoding="latin-1")
     regenerate_manifest(path)
@@ -416,7 +416,7 @@ def test_a_state_that_cannot_be_used_is_told(tmp_path: Path, content: str, messa
         (lambda manifest: [], "damaged"),
     ],
 )
-def test_a_manifest_that_cannot_be_used_is_told(
+def test_an_unusable_manifest_is_reported(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     path = write(tmp_path / "step_000010")
@@ -454,7 +454,7 @@ def with_small_files(limit: int, action: Callable[[], object]) -> Any:
 
 
 @pytest.mark.parametrize("limit", [0, 60, 200, 350, 100_000])
-def test_a_file_that_cannot_grow_leaves_the_checkpoints_of_before(tmp_path: Path, limit: int) -> None:
+def test_a_file_that_cannot_grow_leaves_earlier_checkpoints(tmp_path: Path, limit: int) -> None:
     good = write(tmp_path / "step_000010")
     large = {"a": torch.zeros(100_000)}
     error = with_small_files(limit, lambda: write(tmp_path / "step_000020", 20, large))
@@ -472,7 +472,7 @@ def test_a_failure_leaves_a_checkpoint_of_the_same_step_alone(tmp_path: Path) ->
     assert same(read_checkpoint(good).weights, WEIGHTS)
 
 
-def test_a_full_disk_leaves_the_checkpoints_of_before(small_disk: Path) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints(small_disk: Path) -> None:
     weights = {"a": torch.randn(80_000)}  # 320 kB: the third has no room
     write(small_disk / "step_000010", 10, weights)
     write(small_disk / "step_000020", 20, weights)
@@ -487,9 +487,7 @@ def test_a_full_disk_leaves_the_checkpoints_of_before(small_disk: Path) -> None:
         assert same(read_checkpoint(path).weights, weights)
 
 
-def test_a_read_only_folder_leaves_the_checkpoints_of_before(
-    small_disk: Path, make_read_only: Callable[[], None]
-) -> None:
+def test_a_read_only_folder_leaves_earlier_checkpoints(small_disk: Path, make_read_only: Callable[[], None]) -> None:
     good = write(small_disk / "step_000010")
     make_read_only()
     for path in (small_disk / "step_000020", good):
@@ -618,7 +616,7 @@ def through_disk(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_every_optimizer_continues_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     model = small_model(dtype)
     optimizer = OPTIMIZERS[name](model)
     for step in range(3):

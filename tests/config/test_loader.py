@@ -220,7 +220,7 @@ def test_batch_size_and_tokens_per_step_replace_each_other_in_a_higher_layer(
     assert (train.batch_size, train.gradient_accumulation_steps, train.tokens_per_step) == batch
 
 
-def test_what_is_replaced_names_the_place_that_replaced_it(project: Path, write: Write) -> None:
+def test_a_replaced_setting_names_the_place_that_replaced_it(project: Path, write: Write) -> None:
     write("configs/a.yaml", "batch_size: 12\ngradient_accumulation_steps: 4\n")
     loaded = ConfigLoader(project).load(overrides={"tokens_per_step": "640"})
     assert {loaded.source(key) for key in ("batch_size", "gradient_accumulation_steps")} == {"--tokens-per-step"}
@@ -248,7 +248,7 @@ def test_a_batch_that_is_named_twice_or_in_part_is_refused_with_its_place(
     assert str(caught.value).startswith(message)
 
 
-def test_epochs_on_the_command_line_name_themselves_as_what_cleared_max_iters(project: Path, write: Write) -> None:
+def test_epochs_on_the_command_line_are_the_source_of_the_cleared_max_iters(project: Path, write: Write) -> None:
     write("configs/a.yaml", "max_iters: 50")
     loaded = ConfigLoader(project).load(overrides={"epochs": "2"})
     assert loaded.config.train.max_iters is None
@@ -435,7 +435,7 @@ def test_a_length_that_is_wrong_is_said_as_such(project: Path, write: Write) -> 
         ('note: "\\uD800"', "b.yaml:1: note: expected text"),
     ],
 )
-def test_a_mistake_in_a_file_is_told_even_if_a_flag_shadows_it(
+def test_a_mistake_in_a_file_is_reported_even_if_a_flag_shadows_it(
     text: str, message: str, project: Path, write: Write
 ) -> None:
     path = write("b.yaml", text + "\n")
@@ -475,7 +475,7 @@ def test_other_suffixes_are_refused(project: Path, write: Write) -> None:
     assert refusal(project, write("a.toml", "seed = 1")) == "a.toml: expected a file that ends in .yaml, .yml, .json"
 
 
-def test_a_missing_config_dir_is_told(project: Path) -> None:
+def test_a_missing_config_dir_is_an_error(project: Path) -> None:
     with pytest.raises(ConfigError, match=r"--config-dir .*nowhere: no such folder"):
         ConfigLoader(project, project / "nowhere")
 
@@ -487,7 +487,7 @@ def test_python_tags_run_nothing(project: Path, write: Write, tmp_path: Path) ->
     assert not witness.exists()
 
 
-def test_nearest_finds_a_misspelling_and_nothing_for_a_stranger() -> None:
+def test_nearest_finds_a_misspelling_but_nothing_for_an_unrelated_name() -> None:
     assert nearest("batch_sise", ["seed", "batch_size"]) == "; did you mean batch_size?"
     assert nearest("zzz", ["seed", "batch_size"]) == ""
     assert nearest("", []) == ""
@@ -533,7 +533,7 @@ def test_a_base_takes_the_place_of_defaults_and_shared_files(project: Path, writ
     assert [setting.value for setting in loaded.layers["n_head"]] == [4, 2, 8]
 
 
-def test_a_base_is_not_changed_by_what_is_put_onto_it(project: Path, write: Write) -> None:
+def test_a_base_is_not_changed_by_layers_on_top(project: Path, write: Write) -> None:
     base = ConfigLoader(project).load_only(write("base.yaml", "seed: 7\n"))
     before = base.sources_json()
     ConfigLoader(project).load_onto(base, (), {"seed": "8", "epochs": "2"})
@@ -550,7 +550,7 @@ def test_the_length_of_a_base_is_replaced_by_its_alternative(project: Path, writ
     assert (loaded.config.train.max_iters, loaded.config.train.epochs) == (60, None)
 
 
-def test_mistakes_onto_a_base_are_told_where_they_stand(project: Path, write: Write) -> None:
+def test_mistakes_on_top_of_a_base_are_reported_with_their_place(project: Path, write: Write) -> None:
     base = ConfigLoader(project).load_only(write("base.yaml", "n_embd: 64\n"))
     with pytest.raises(
         ConfigError, match=r"^--n-head: n_embd \(64\) must be divisible by n_head \(5\)|^base\.yaml:1: "

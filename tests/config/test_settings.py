@@ -192,7 +192,7 @@ def test_unknown_keys_are_forbidden(section: str | None) -> None:
         ({"batch_size": "auto", "tokens_per_step": 700}, r"multiple of block_size \(64\): 640 or 704"),
     ],
 )
-def test_rules_between_settings_are_told_with_their_values(settings: dict[str, Any], message: str) -> None:
+def test_broken_rules_between_settings_are_reported_with_the_values(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         make(**settings)
 
@@ -216,12 +216,12 @@ def test_rules_between_settings_are_told_with_their_values(settings: dict[str, A
         {"qkv_bias": False, "bias": False},
     ],
 )
-def test_what_keeps_the_rules_is_accepted(settings: dict[str, Any]) -> None:
+def test_settings_that_keep_the_rules_are_accepted(settings: dict[str, Any]) -> None:
     config = flat(make(**settings))
     assert {key: config[key] for key in settings} == settings
 
 
-def test_what_is_none_is_derived() -> None:
+def test_settings_that_are_none_are_derived() -> None:
     model = make(n_head=4, n_embd=96).model
     assert (model.kv_heads, model.head_width, model.ffn_width) == (4, 24, 384)
     assert make(n_embd=96, mlp="swiglu").model.ffn_width == 256  # 8/3 * 96
@@ -306,7 +306,7 @@ def test_shipped_schema_is_the_one_that_the_settings_give() -> None:
     assert shipped == json.loads(json.dumps(json_schema())), "run: make schema"
 
 
-def test_schema_knows_every_key_flat_and_in_its_section() -> None:
+def test_the_schema_has_every_key_flat_and_in_its_section() -> None:
     schema = json_schema()
     assert set(FIELDS) | set(SECTIONS) == set(schema["properties"])
     assert schema["additionalProperties"] is False

@@ -97,7 +97,7 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
         ("~no-such-user-here/text.txt", "no-such-user-here"),
     ],
 )
-def test_an_unknown_dataset_is_an_error_with_what_there_is(dataset: str, hint: str, tmp_path: Path) -> None:
+def test_an_unknown_dataset_is_an_error_that_lists_the_datasets(dataset: str, hint: str, tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         read_corpus(dataset, tmp_path)
     assert dataset in str(caught.value)

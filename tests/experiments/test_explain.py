@@ -93,7 +93,7 @@ def test_a_setting_of_a_run_is_explained_as_it_was(runs_dir: Path) -> None:
     assert found.resolved is None
 
 
-def test_a_setting_of_a_run_that_was_open_shows_what_it_came_to(runs_dir: Path) -> None:
+def test_an_open_setting_of_a_run_shows_what_it_resolved_to(runs_dir: Path) -> None:
     run = indexed(runs_dir, resolved={"n_kv_head": 4, "dtype": "float32", "seed": 1337})
     assert (explain_of_run("n_kv_head", run).value, explain_of_run("n_kv_head", run).resolved) == (None, 4)
     assert (explain_of_run("dtype", run).value, explain_of_run("dtype", run).resolved) == ("auto", "float32")

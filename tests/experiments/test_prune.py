@@ -143,7 +143,7 @@ def test_a_run_that_was_taken_up_after_the_plan_is_not_removed(runs_dir: Path) -
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted"])
-def test_a_run_that_could_be_resumed_goes_only_when_it_is_asked_for(runs_dir: Path, status: str) -> None:
+def test_a_resumable_run_is_pruned_only_on_request(runs_dir: Path, status: str) -> None:
     old_run(runs_dir, "run", status=status)
     assert all_kept(runs_dir) == {"run": "could be resumed (--unfinished)"}
     assert plan_pruning(runs_dir, unfinished=True).kept == {}

@@ -290,11 +290,11 @@ def test_hovering_tells_the_values(visit: Visitor, tmp_path: Path) -> None:
     for attempt in range(100):  # the chart answers after a while, and not while it is laid out
         visited.move(box["x"] + (0.5 + attempt % 2 / 50) * box["width"], box["y"] + box["height"] / 2)
         page.wait_for_timeout(100)
-        if told := " ".join(tip.all_text_contents()):
+        if text := " ".join(tip.all_text_contents()):
             break
-    assert re.search(r"step: \d+", told)
-    assert re.search(r"baseline : \d\.\d{4}", told)
-    assert re.search(r"wide_high-rate : \d\.\d{4}", told)
+    assert re.search(r"step: \d+", text)
+    assert re.search(r"baseline : \d\.\d{4}", text)
+    assert re.search(r"wide_high-rate : \d\.\d{4}", text)
     keep_picture(page, tmp_path, "report_hover", whole=False)
 
 

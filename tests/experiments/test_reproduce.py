@@ -75,9 +75,9 @@ def test_a_run_of_changed_code_with_an_untracked_module_is_reproduced(
     command = [sys.executable, "experiments.py", "reproduce", "first", "--json"]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert told["verdict"] == "identical for 200 steps, and the same weights"
-    again = read_run(project / "runs" / told["repetition"])
+    answer = json.loads(result.stdout)
+    assert answer["verdict"] == "identical for 200 steps, and the same weights"
+    again = read_run(project / "runs" / answer["repetition"])
     assert again.record["parent"] == {"run": run.name, "path": str(run), "step": 0, "relation": "reproduction"}
     assert (again.path / "meta" / "code.patch").read_text() == patch
     assert experiments.main(["check", str(again.path)]) == 0
@@ -222,7 +222,7 @@ def test_files_left_out_of_the_patch_are_named(run: Path, tmp_path: Path) -> Non
     assert unknown == ["the content of files that were left out of the patch: .env (looks like a secret)"]
 
 
-def test_what_cannot_be_reproduced_is_said(run: Path) -> None:
+def test_a_run_that_cannot_be_reproduced_is_refused_with_the_reason(run: Path) -> None:
     parent = {"run": "gone", "path": str(run.parent / "gone"), "step": 4, "relation": "fork"}
     with pytest.raises(ReproductionError, match=r"began with weights of gone, but .* does not exist"):
         reproduce(read_run(edited_record(run, parent=parent)), ROOT)

@@ -1,4 +1,4 @@
-"""Generation: cached decoding against computing everything anew, windows, batches."""
+"""Generation: cached decoding compared with full passes, windows, batches."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_as_many_tokens_come_as_are_asked_for(model: LanguageModel, count: int) 
     assert all(0 <= token < VOCAB for token in tokens)
 
 
-def test_only_the_last_block_size_tokens_of_a_prompt_count(model: LanguageModel) -> None:
+def test_only_the_last_block_size_tokens_of_a_prompt_matter(model: LanguageModel) -> None:
     tail = list(range(BLOCK))
     short, long = (
         list(generate_tokens(model, prompt, 20, SamplingOptions(), 3)) for prompt in (tail, [9, 9, 9, *tail])
@@ -167,7 +167,7 @@ def test_a_mask_past_the_edge_of_the_window_changes_nothing(settings: str, monke
         torch.testing.assert_close(one.logits, other.logits)
 
 
-def test_the_context_of_a_step_is_what_its_sequences_hold() -> None:
+def test_the_context_of_a_step_is_the_sum_over_its_sequences() -> None:
     steps = generate(lively_model(position="learned"), [[1, 2], [3] * BLOCK], 4, GREEDY, [0, 0])
     assert [step.context for step in steps] == [2 + BLOCK, 3 + BLOCK // 2 + 1, 4 + BLOCK // 2 + 2, 5 + BLOCK // 2 + 3]
 

@@ -50,7 +50,7 @@ def test_weights_may_be_smaller(tmp_path: Path) -> None:
 def test_a_model_that_diverged_is_an_error(generator: Generator, options: SamplingOptions) -> None:
     with torch.no_grad():
         generator.model.final_norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(UserError, match="logits are NaN"):
         generator.generate("ab", Request(5, options))
 
 
@@ -222,7 +222,7 @@ def test_bytes_of_the_weights_are_counted_in_their_precision() -> None:
     assert weight_bytes(learned) == 4 * (learned.num_parameters() - tables + 2 * 16)
 
 
-def test_speeds_are_told(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_are_reported(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.inference.stats.read_limit", lambda _: 1e9)
     assert generator.stats.rows(generator.model) == [("prompt", "0 tokens")]
     stats = GenerationStats(100, 0.5, steps=10, decoded=20, decode_seconds=2.0, attended=0)

@@ -16,7 +16,7 @@ from model import LanguageModel
 from tests.tiny_export import char_tokenizer
 from utils.config.settings import ModelConfig
 from utils.inference.export import load_export, save_export
-from utils.inference.info import SHOWN_TOKENS, Part, architecture, info_screen, parts_of, vocabulary
+from utils.inference.info import SHOWN_TOKENS, ModuleSummary, architecture, info_screen, summarize_modules, vocabulary
 
 CPU = torch.device("cpu")
 TOKENIZER = char_tokenizer("\n abc")
@@ -60,9 +60,9 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_parts_are_all_of_the_model(variant: str) -> None:
+def test_the_modules_have_all_parameters_of_the_model(variant: str) -> None:
     model = make_model(**VARIANTS[variant])
-    parts = parts_of(model)
+    parts = summarize_modules(model)
     assert sum(part.parameters for part in parts) == model.num_parameters()
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
@@ -70,15 +70,15 @@ def test_the_parts_are_all_of_the_model(variant: str) -> None:
         assert part.parameters == in_one * (part.blocks or 1)
 
 
-def test_parts_of_blocks_are_summed() -> None:
-    parts = {part.name: part for part in parts_of(make_model())}
-    assert parts["attention qkv"] == Part("attention qkv", 3, 3 * (24 * 8 + 24), [(24, 8), (24,)])
-    assert parts["token embedding, head"] == Part("token embedding, head", 0, 40, [(5, 8)])
+def test_modules_of_all_blocks_are_summed() -> None:
+    parts = {part.name: part for part in summarize_modules(make_model())}
+    assert parts["attention qkv"] == ModuleSummary("attention qkv", 3, 3 * (24 * 8 + 24), [(24, 8), (24,)])
+    assert parts["token embedding, head"] == ModuleSummary("token embedding, head", 0, 40, [(5, 8)])
     assert parts["positions"].parameters == 12 * 8
 
 
-def test_an_untied_head_and_ngram_tables_are_parts() -> None:
-    parts = {part.name: part for part in parts_of(make_model(**VARIANTS["untied"]))}
+def test_an_untied_head_and_ngram_tables_are_modules() -> None:
+    parts = {part.name: part for part in summarize_modules(make_model(**VARIANTS["untied"]))}
     assert parts["head"].parameters == parts["token embedding"].parameters == 40
     assert parts["n-grams"].shapes == [(31, 8), (37, 8)]
 
@@ -109,7 +109,7 @@ def test_the_vocabulary_is_readable() -> None:
     assert vocabulary(char_tokenizer(map(chr, range(100, 100 + SHOWN_TOKENS + 1)))).endswith(" ...")
 
 
-def test_the_screen_tells_what_the_export_and_its_run_say(run: Path) -> None:
+def test_the_screen_shows_the_facts_of_the_export_and_its_run(run: Path) -> None:
     lines = words(text := screen(run / "artifacts" / "export"))
     assert lines[0] == ["20260131_142501_baseline"]
     for line in (
@@ -129,7 +129,7 @@ def test_the_screen_tells_what_the_export_and_its_run_say(run: Path) -> None:
     assert ["positions", "96", f"{96 / total:.1%}", "12", "x", "8"] in lines
 
 
-def test_an_export_without_its_run_tells_what_it_knows(run: Path, tmp_path: Path) -> None:
+def test_an_export_without_its_run_shows_its_own_facts(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "artifacts" / "export", tmp_path / "sent" / "to" / "me")
     text = screen(tmp_path / "sent" / "to" / "me")
     assert "shakespeare" in text
@@ -137,7 +137,7 @@ def test_an_export_without_its_run_tells_what_it_knows(run: Path, tmp_path: Path
     assert "problem" not in text
 
 
-def test_a_damaged_run_json_is_told_and_hides_nothing(run: Path) -> None:
+def test_a_damaged_run_json_is_reported_and_hides_nothing_else(run: Path) -> None:
     write(run / "run.json", "{")
     text = screen(run / "artifacts" / "export")
     assert "run.json cannot be read" in text

@@ -1,4 +1,4 @@
-"""Completions side by side as a page: every token with its probability, and nothing of it markup."""
+"""Completions side by side as a page: every token with its probability, and no text becomes markup."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_probability_has_its_colour(probability: float, place: int) -> None:
     assert len(LEGEND) == len(BOUNDS) + 1
 
 
-def test_each_token_has_its_colour_and_tells_its_probability() -> None:
+def test_each_token_has_a_colour_and_shows_its_probability() -> None:
     tokens = TOKEN.findall(one(completion("ba", [math.log(0.95), math.log(0.03)])))
     assert tokens == [
         ("5", "", "&#39;b&#39;  probability 95.00%, logprob -0.0513", "b"),
@@ -62,7 +62,7 @@ def test_each_token_has_its_colour_and_tells_its_probability() -> None:
     ]
 
 
-def test_white_space_is_visible_and_what_cannot_be_printed_an_escape() -> None:
+def test_white_space_is_visible_and_control_characters_are_escaped() -> None:
     assert pieces("ab  \n\t\x1bü") == [
         ("", "ab"),
         ("space", " "),
@@ -77,7 +77,7 @@ def test_white_space_is_visible_and_what_cannot_be_printed_an_escape() -> None:
     assert "\x1b" not in text
 
 
-def test_nothing_of_a_run_is_markup() -> None:
+def test_text_of_a_run_is_never_markup() -> None:
     text = one(completion(MARKUP[:3], [-1.0] * 3, MARKUP), name=MARKUP)
     assert MARKUP not in text
     assert "<b>" not in text
@@ -109,7 +109,7 @@ def test_runs_stand_side_by_side_for_each_prompt_with_their_losses() -> None:
     assert "temperature 0.8, made" in text
 
 
-def test_the_page_is_whole() -> None:
+def test_the_page_loads_nothing_else() -> None:
     text = one(completion("ab", [-1.0, -2.0]))
     assert "default-src 'none'" in text
     assert not re.search(r"<(script|link|img|iframe|object|embed)\b|<[^>]*\bsrc=|@import|url\(", text)

@@ -78,7 +78,7 @@ def test_smaller_weights_give_nearly_the_same_logits(variant: str, weights: Weig
     assert len(tokens) == 40
 
 
-def test_what_is_read_for_each_token_is_small() -> None:
+def test_the_weights_read_for_each_token_are_small() -> None:
     model = model_of("gpt2")
     int8, bfloat16 = with_weights(model, "int8"), with_weights(model, "bfloat16")
     assert not any(isinstance(module, Linear) for module in int8.modules())

@@ -85,11 +85,11 @@ def test_a_banned_token_stays_banned_at_the_highest_temperature() -> None:
     assert (logits > -INF).tolist() == [[False, True, True, False, True]]
 
 
-def test_logits_that_are_no_numbers_draw_a_token_of_the_vocabulary() -> None:
+def test_nan_logits_draw_a_token_of_the_vocabulary() -> None:
     assert sample(LOGITS * float("nan"), SamplingOptions(1.0), torch.tensor([0.5]).double()).tolist() == [4]
 
 
-def test_top_p_counts_what_top_k_has_left() -> None:
+def test_top_p_is_applied_to_the_tokens_that_top_k_keeps() -> None:
     # After top_k = 2 the probabilities are 2/3 and 1/3, so the first alone reaches 0.6.
     assert kept(top_k=2, top_p=0.6) == {1}
     assert kept(top_k=2, top_p=0.7) == {1, 3}
@@ -146,7 +146,7 @@ def assert_drawn_from(odds: torch.Tensor, tokens: torch.Tensor) -> None:
     assert chi_square <= chi2.ppf(0.999, max(len(means) - 1, 1))
 
 
-def test_with_a_repetition_penalty_what_was_seen_is_less_likely() -> None:
+def test_a_repetition_penalty_makes_seen_tokens_less_likely() -> None:
     logits, seen = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.tensor([[True, True, False, False]])
     options = SamplingOptions(1.0, repetition_penalty=2.0)
     odds = torch.tensor([0.5, -2.0, 1.0, -1.0], dtype=torch.float64).exp()
@@ -162,7 +162,7 @@ def test_greedy_draws_nothing_that_is_banned() -> None:
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_random_numbers_draw_what_may_be_drawn(number: float) -> None:
+def test_extreme_random_numbers_draw_an_allowed_token(number: float) -> None:
     logits = torch.tensor([[-INF, 0.0, 1.0, -INF]])
     (token,) = sample(logits, SamplingOptions(1.0), torch.tensor([number], dtype=torch.float64)).tolist()
     assert token == (1 if number == 0 else 2)

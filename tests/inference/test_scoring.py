@@ -83,7 +83,7 @@ def test_how_many_windows_pass_at_once_changes_nothing(tokens_at_once: int, monk
     assert score(model, TOKENIZER, text).loss == pytest.approx(at_once.loss, abs=1e-6)
 
 
-def test_a_model_that_knows_nothing_needs_the_bits_of_its_vocabulary() -> None:
+def test_a_uniform_model_needs_the_bits_of_its_vocabulary() -> None:
     model = make_model("learned", 8)
     with torch.no_grad():
         model.token_embedding.weight.zero_()  # the head, too
@@ -115,7 +115,7 @@ def test_smaller_weights_score_almost_the_same(weights: Weights, tolerance: floa
 
 @pytest.mark.parametrize("text", ["", "a"])
 def test_a_text_without_anything_to_predict_is_an_error(text: str) -> None:
-    with pytest.raises(UserError, match=f"a text of {len(text)} tokens has nothing to predict: at least 2"):
+    with pytest.raises(UserError, match=f"a text of {len(text)} tokens has nothing to predict: expected at least 2"):
         score(make_model("learned", 8), TOKENIZER, text)
 
 
@@ -137,7 +137,7 @@ def test_the_report_of_one_score_has_a_line_for_each_number() -> None:
     ]
 
 
-def test_the_report_of_smaller_weights_tells_what_they_cost() -> None:
+def test_the_report_of_smaller_weights_shows_the_differences() -> None:
     scores = [("float32", Score(math.log(4), 1200, 1300, 2.0)), ("int8", Score(math.log(4.02), 1200, 1300, 1.0))]
     report = shown(score_report("some.txt", scores))
     assert "int8 - float32" in report

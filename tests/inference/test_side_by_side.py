@@ -67,14 +67,14 @@ def test_the_tokens_come_with_their_logprobs_if_asked_for() -> None:
     assert [r"'\n'", "-0.1000", "90.48%"] in rows
 
 
-def test_nothing_of_a_text_reaches_the_terminal_as_a_command() -> None:
+def test_control_characters_never_reach_the_terminal() -> None:
     run = RunCompletions("\x1b[2Jname", 1.0, [completion("\x1ba", [-1.0, -1.0], "\x1b")], TOKENIZER)
     text = shown([run], 100, logprobs=True)
     assert "\x1b" not in text
     assert r"\x1b\x1ba" in text
 
 
-def test_a_stop_string_and_a_prompt_that_is_empty_are_told() -> None:
+def test_a_stop_string_and_an_empty_prompt_are_mentioned() -> None:
     run = RunCompletions("run", 1.0, [completion("a", [-1.0], "", "stop")], TOKENIZER)
     text = shown([run], 100)
     assert "no prompt" in text

@@ -41,11 +41,11 @@ def test_a_character_is_text_once_its_last_byte_is_there() -> None:
     assert texts([bytes([byte]) for byte in "aü😀b".encode()]) == ["a", "", "ü", "", "", "", "😀", "b", ""]
 
 
-def test_what_stands_before_half_a_character_does_not_wait() -> None:
+def test_text_before_half_a_character_is_returned_at_once() -> None:
     assert texts([b"ab\xc3", b"\xbcc\xf0\x9f", b"\x98\x80"]) == ["ab", "üc", "😀", ""]
 
 
-def test_characters_that_always_lie_across_tokens_are_whole() -> None:
+def test_characters_that_span_tokens_are_whole() -> None:
     data = "äöüß€😀".encode() * 3
     pieces = [data[:1], *(data[i : i + 2] for i in range(1, len(data), 2))]
     for piece in texts(pieces):
@@ -57,18 +57,18 @@ def test_bytes_that_are_no_character_do_not_hide_the_next_one() -> None:
     assert texts([b"\xff", b"\xf0", b"\x9f", b"\x98", b"\x80", b"!"]) == ["", "\ufffd", "", "", "😀", "!", ""]
 
 
-def test_half_a_character_at_the_end_is_told() -> None:
+def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
     assert texts([b"a", b"\xc3"]) == ["a", "", "\ufffd"]
 
 
-def test_a_stream_without_a_whole_character_is_not_held_back_for_ever() -> None:
+def test_a_stream_without_a_whole_character_is_not_held_back_forever() -> None:
     parts = texts([b"\xff"] * 10 * MOST_PENDING)
     assert "".join(parts) == "\ufffd" * 10 * MOST_PENDING
     assert max(map(len, parts)) < MOST_PENDING
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_parts_are_the_whole_whatever_the_tokens(seed: int) -> None:
+def test_the_pieces_make_up_the_text_for_any_tokens(seed: int) -> None:
     generator = random.Random(seed)
     data = "".join(generator.choices("aé€😀", k=50)).encode()
     if seed % 2:  # and some that are no text
@@ -100,11 +100,11 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it() -> None:
     assert run("abcde", ["cd"]) == (["a", "b", "", "", "", ""], True)
 
 
-def test_what_could_begin_a_stop_string_waits_until_it_does_not() -> None:
+def test_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
     assert run("abcace", ["bcd"]) == (["a", "", "", "bca", "c", "e", ""], False)
 
 
-def test_what_was_held_back_at_the_end_is_text() -> None:
+def test_text_held_back_at_the_end_is_returned() -> None:
     assert run("abc", ["cd"]) == (["a", "b", "", "c"], False)
 
 

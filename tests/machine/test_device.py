@@ -1,4 +1,4 @@
-"""Device and precision choice on machines that are imitated, and the process-wide switches."""
+"""Choice of device and precision on simulated machines, process-wide settings, and the name of the processor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes torch believe in this many CUDA devices, and in MPS."""
+    """Makes torch report this many CUDA devices, and MPS."""
 
     def pretend(cuda: int = 0, mps: bool = False, bf16: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
@@ -59,7 +59,7 @@ def test_auto_is_mps_then_cuda_then_cpu(machine: Callable[..., None], cuda: int,
 
 
 @pytest.mark.parametrize("name", ["cpu", "mps", "cuda", "cuda:0", "cuda:1"])
-def test_a_named_device_that_is_there_is_taken(machine: Callable[..., None], name: str) -> None:
+def test_a_named_device_that_exists_is_chosen(machine: Callable[..., None], name: str) -> None:
     machine(cuda=2, mps=True)
     assert choose_device(name) == torch.device(name)
 
@@ -75,7 +75,7 @@ def test_a_named_device_that_is_there_is_taken(machine: Callable[..., None], nam
         ("cuda:2", 2, False, "cuda:0, cuda:1, cpu"),
     ],
 )
-def test_a_named_device_that_is_not_there_is_an_error_with_what_is(
+def test_a_missing_device_is_an_error_that_lists_the_available_ones(
     machine: Callable[..., None], name: str, cuda: int, mps: bool, available: str
 ) -> None:
     machine(cuda, mps)
@@ -86,8 +86,8 @@ def test_a_named_device_that_is_not_there_is_an_error_with_what_is(
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "meta", "xpu"])
-def test_a_name_that_is_no_device_is_an_error_with_what_is(machine: Callable[..., None], name: str) -> None:
-    """inference.py takes --device without the check of the configuration."""
+def test_an_unknown_device_is_an_error_that_lists_the_available_ones(machine: Callable[..., None], name: str) -> None:
+    """The --device of inference.py is not checked by the configuration."""
     machine()
     with pytest.raises(DeviceError, match="available: cpu"):
         choose_device(name)
@@ -106,21 +106,21 @@ def test_a_name_that_is_no_device_is_an_error_with_what_is(machine: Callable[...
         ("bfloat16", "cpu", False, torch.bfloat16),
     ],
 )
-def test_the_precision_is_what_was_asked_for_or_suits_the_device(
+def test_the_precision_is_the_requested_one_or_suits_the_device(
     machine: Callable[..., None], name: str, device: str, bf16: bool, dtype: torch.dtype
 ) -> None:
     machine(cuda=1, bf16=bf16)
     assert choose_dtype(name, torch.device(device)) == dtype
 
 
-def test_bfloat16_on_a_gpu_without_it_is_an_error_with_a_way_out(machine: Callable[..., None]) -> None:
+def test_bfloat16_on_a_gpu_without_it_is_an_error_that_suggests_float16(machine: Callable[..., None]) -> None:
     machine(cuda=1, bf16=False)
     with pytest.raises(DeviceError, match="bfloat16 is not supported by Imitation 9000; use float16"):
         choose_dtype("bfloat16", CUDA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_autocast_gives_products_of_that_precision(dtype: torch.dtype) -> None:
+def test_autocast_computes_products_in_that_precision(dtype: torch.dtype) -> None:
     with autocast(CPU, dtype):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
@@ -128,8 +128,8 @@ def test_autocast_gives_products_of_that_precision(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The switches of this process are put back after the test."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is removed or put back afterwards
+    """Restores the settings of this process after the test."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is removed or restored afterwards
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_determinism_is_switched_as_asked_and_back(deterministic: bool) -> None:
+def test_determinism_is_set_and_restored(deterministic: bool) -> None:
     before = torch.are_deterministic_algorithms_enabled()
     with torch_settings(TrainConfig(deterministic=deterministic), CPU):
         assert torch.are_deterministic_algorithms_enabled() is deterministic
@@ -155,7 +155,7 @@ def test_determinism_is_switched_as_asked_and_back(deterministic: bool) -> None:
 
 
 @pytest.mark.usefixtures("restored")
-def test_cublas_gets_a_fixed_workspace_for_determinism_only() -> None:
+def test_cublas_gets_a_fixed_workspace_only_for_determinism() -> None:
     with torch_settings(TrainConfig(deterministic=False), CUDA):
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     with torch_settings(TrainConfig(deterministic=True), CUDA):
@@ -164,7 +164,7 @@ def test_cublas_gets_a_fixed_workspace_for_determinism_only() -> None:
 
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "tf32"), (False, "ieee")])
-def test_products_of_float32_are_as_precise_as_asked_on_cuda(tf32: bool, precision: str) -> None:
+def test_float32_products_on_cuda_have_the_requested_precision(tf32: bool, precision: str) -> None:
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     with torch_settings(TrainConfig(tf32=tf32), CPU):
@@ -178,14 +178,14 @@ def test_products_of_float32_are_as_precise_as_asked_on_cuda(tf32: bool, precisi
     ("setting", "device", "deterministic"),
     [(None, CPU, True), (None, CUDA, False), (True, CUDA, True), (False, CPU, False)],
 )
-def test_determinism_is_the_default_where_it_costs_nothing(
+def test_determinism_is_the_default_only_on_the_cpu(
     setting: bool | None, device: torch.device, deterministic: bool
 ) -> None:
     assert is_deterministic(TrainConfig(deterministic=setting), device) is deterministic
 
 
 @pytest.mark.usefixtures("restored")
-def test_a_workspace_chosen_by_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workspace_chosen_by_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with torch_settings(TrainConfig(deterministic=True), CUDA):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
@@ -201,7 +201,7 @@ def test_the_seed_decides_the_random_numbers(seed: int) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_threads_are_set_when_asked_for_and_restored() -> None:
+def test_threads_are_set_on_request_and_restored() -> None:
     before = torch.get_num_threads()
     with torch_settings(TrainConfig(), CPU):
         assert torch.get_num_threads() == before
@@ -221,7 +221,7 @@ def test_facts_name_the_device_and_the_threads() -> None:
     ("cpuinfo", "has"),
     [("flags\t: fpu avx512f avx512_bf16 sse", True), ("Features\t: fp asimd bf16", True), ("flags\t: fpu avx2", False)],
 )
-def test_a_processor_says_whether_it_has_units_for_bfloat16(
+def test_the_flags_of_a_processor_say_whether_it_has_units_for_bfloat16(
     cpuinfo: str, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = dict(line.split("\t: ") for line in [cpuinfo])

@@ -1,4 +1,4 @@
-"""Settings of a process that computes, looked at from a process of its own."""
+"""Settings of a computing process, each tested in a new process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from utils.machine.process import gc_frozen
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")  # of the memory that is taken and freed
-TAKE_AND_FREE = f"""
+PAGES = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")  # of the memory that is allocated and freed
+ALLOCATE_AND_FREE = f"""
 import resource
 from utils.machine.process import tune_process
 tune_process()
@@ -34,24 +34,24 @@ def run(code: str, **environment: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_memory_that_was_freed_is_taken_again_without_page_faults() -> None:
-    """A tenth of the faults; with a limit of the user's own for freed memory they are all there."""
-    assert int(run(TAKE_AND_FREE)) < 2 * PAGES
-    assert int(run(TAKE_AND_FREE, MALLOC_TRIM_THRESHOLD_="131072")) > 8 * PAGES
+def test_freed_memory_is_reused_without_page_faults() -> None:
+    """A tenth of the page faults; all of them if the user has set a limit for freed memory."""
+    assert int(run(ALLOCATE_AND_FREE)) < 2 * PAGES
+    assert int(run(ALLOCATE_AND_FREE, MALLOC_TRIM_THRESHOLD_="131072")) > 8 * PAGES
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [({}, "6000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
-def test_threads_wait_briefly_unless_the_user_says_otherwise(environment: dict[str, str], expected: str) -> None:
+def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(environment: dict[str, str], expected: str) -> None:
     code = (
         "import os; from utils.machine.process import tune_process as t; t(); print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     assert run(code, **environment) == expected
 
 
-def test_the_garbage_collector_leaves_alone_what_is_there_only_within() -> None:
+def test_objects_are_hidden_from_the_garbage_collector_only_inside_the_block() -> None:
     with gc_frozen():
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0

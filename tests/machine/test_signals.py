@@ -1,4 +1,4 @@
-"""The first signal is a request, the second one strikes at once, and the handlers of before come back."""
+"""The first signal is a request, the second interrupts at once, previous handlers are restored; the time limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_first_signal_only_sets_the_request(signum: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_interrupts_where_it_strikes(second: signal.Signals) -> None:
+def test_the_second_signal_interrupts_at_once(second: signal.Signals) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -32,7 +32,7 @@ def test_the_second_signal_interrupts_where_it_strikes(second: signal.Signals) -
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_previous_handlers_come_back_however_it_ends(error: type[BaseException] | None) -> None:
+def test_previous_handlers_are_restored_however_it_ends(error: type[BaseException] | None) -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     try:
         with stop_on_signals():
@@ -44,7 +44,7 @@ def test_previous_handlers_come_back_however_it_ends(error: type[BaseException] 
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_in_another_thread_nothing_is_handled_and_nothing_fails() -> None:
+def test_another_thread_handles_no_signals_and_does_not_fail() -> None:
     before = signal.getsignal(signal.SIGINT)
     seen: list[tuple[StopRequest, object]] = []
 
@@ -60,7 +60,7 @@ def test_in_another_thread_nothing_is_handled_and_nothing_fails() -> None:
     assert handler is before
 
 
-def test_sigusr1_asks_for_a_checkpoint_and_not_for_an_end() -> None:
+def test_sigusr1_requests_a_checkpoint_and_not_a_stop() -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.save

@@ -1,4 +1,4 @@
-"""Samples of the machine: plausible, at their interval, in the order of steps, and no part of a comparison."""
+"""System metrics: plausible, at their interval, logged in the order of steps, and ignored by comparisons of runs."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def tagged(runs_dir: Path, tag: str) -> Path:
     return path
 
 
-def test_a_sample_is_what_the_system_says(tmp_path: Path) -> None:
+def test_a_sample_agrees_with_the_system(tmp_path: Path) -> None:
     sampler = SystemSampler(CPU, tmp_path, 10.0)
-    sum(i * i for i in range(10**6))  # work, so that there is a share of the processor
+    sum(i * i for i in range(10**6))  # work, so that some CPU time is used
     values = sampler.sample()
     assert tuple(values) == NAMES
     assert 0 < values["system/process_cpu"] <= 100 * (os.cpu_count() or 1) + 1
@@ -57,7 +57,7 @@ def test_a_sample_is_what_the_system_says(tmp_path: Path) -> None:
     assert [metric(name).unit for name in NAMES] == ["%", "MiB", "GiB"]
 
 
-def test_a_sample_is_due_once_an_interval(clock: Clock, tmp_path: Path) -> None:
+def test_a_sample_is_due_once_per_interval(clock: Clock, tmp_path: Path) -> None:
     sampler = SystemSampler(CPU, tmp_path, 10.0)
     assert not sampler.due()
     clock.now += 9.9
@@ -73,13 +73,13 @@ def test_a_sample_is_due_once_an_interval(clock: Clock, tmp_path: Path) -> None:
     assert not sampler.due()
 
 
-def test_with_interval_0_none_is_ever_due(clock: Clock, tmp_path: Path) -> None:
+def test_with_interval_0_no_sample_is_ever_due(clock: Clock, tmp_path: Path) -> None:
     sampler = SystemSampler(CPU, tmp_path, 0.0)
     clock.now += 1e9
     assert not sampler.due()
 
 
-def test_what_the_machine_cannot_tell_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_machine_cannot_measure_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = SystemSampler(CPU, tmp_path / "away", 10.0)
 
     def gone() -> float:
@@ -89,7 +89,7 @@ def test_what_the_machine_cannot_tell_is_left_out(tmp_path: Path, monkeypatch: p
     assert sampler.sample() == {}
 
 
-def test_samples_stand_in_the_log_at_the_step_that_is_next(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_samples_are_logged_at_the_next_step(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv(*ALWAYS, "--flush-interval", "2")) == 0
     records = list(read_records(only_run() / "logs" / "metrics.jsonl"))
     steps = [record["step"] for record in records]
@@ -101,26 +101,26 @@ def test_samples_stand_in_the_log_at_the_step_that_is_next(tiny_argv: Argv, only
     assert times == sorted(times)
 
 
-def test_with_interval_0_none_is_in_the_log(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_with_interval_0_no_sample_is_logged(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv("--system-interval", "0", "--flush-interval", "1")) == 0
     records = read_records(only_run() / "logs" / "metrics.jsonl")
     assert not [name for record in records for name in record if name.startswith("system/")]
 
 
-def test_runs_that_differ_in_samples_only_are_the_same(tiny_argv: Argv, runs_dir: Path) -> None:
+def test_runs_that_differ_only_in_samples_are_equal(tiny_argv: Argv, runs_dir: Path) -> None:
     assert train.main(tiny_argv(*ALWAYS, "--flush-interval", "2", "--run-tag", "with")) == 0
     assert train.main(tiny_argv("--system-interval", "0", "--run-tag", "without")) == 0
     assert not any(differences(tagged(runs_dir, "with"), tagged(runs_dir, "without")).values())
 
 
-def test_a_gpu_tells_its_memory_and_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_reports_its_memory_and_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * MIB)
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 87)
     values = SystemSampler(torch.device("cuda"), tmp_path, 10.0).sample()
     assert (values["system/gpu_memory"], values["system/gpu_utilization"]) == (3.0, 87.0)
 
 
-def test_a_gpu_whose_driver_does_not_tell_its_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_whose_driver_does_not_report_its_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(device: torch.device) -> int:
         raise RuntimeError("NVML is not there")
 

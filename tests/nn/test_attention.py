@@ -1,4 +1,4 @@
-"""Attention to short sequences: the numbers and gradients of torch's own."""
+"""Attention over short sequences has the values and gradients of torch's operator."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_short_attention_and_its_gradients_are_those_of_torch(batch: int, length
         (q_k_v(2, 8, dtype=torch.bfloat16), 0.0, False),
     ],
 )
-def test_all_else_stays_with_torch(
+def test_every_other_case_is_left_to_torch(
     tensors: list[torch.Tensor], dropout: float, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -68,13 +68,13 @@ def test_no_token_sees_a_later_one() -> None:
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
-def test_gradients_of_gradients_are_refused() -> None:
+def test_second_derivatives_are_refused() -> None:
     q, k, v = q_k_v(1, 4)
-    with pytest.raises(RuntimeError, match="ShortAttentionBackward has no gradient of its gradient"):
+    with pytest.raises(RuntimeError, match="ShortAttentionBackward has no second derivative"):
         torch.autograd.grad(causal_attention(q, k, v).sum(), q, create_graph=True)
 
 
-def test_generation_and_fake_tensors_before_do_not_disturb_training() -> None:
+def test_earlier_generation_and_fake_tensors_do_not_disturb_training() -> None:
     causal_mask.cache_clear()
     with FakeTensorMode():  # of the search for a batch size
         assert isinstance(causal_attention(*q_k_v(1, 5)), FakeTensor)

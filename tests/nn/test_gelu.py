@@ -1,4 +1,4 @@
-"""GPT-2's GELU by a sigmoid: the numbers and derivatives of torch's own."""
+"""GPT-2's GELU by a sigmoid has the values and derivatives of torch's operator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.nn.gelu import FEW, SigmoidGELU, gelu_tanh
 
 
 @pytest.fixture(autouse=True)
-def _few_numbers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gelu, "FEW", 0)
 
 
@@ -39,14 +39,14 @@ def test_without_gradients_nothing_is_kept_and_the_numbers_are_the_same() -> Non
     assert with_gradients.grad_fn is not None
 
 
-def test_the_input_is_left_alone() -> None:
+def test_the_input_is_not_changed() -> None:
     x = torch.randn(10)
     before = x.clone()
     gelu_tanh(x.requires_grad_()).sum().backward()
     assert torch.equal(x, before)
 
 
-def test_few_numbers_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_tensors_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(SigmoidGELU, "apply", None)
     x = torch.randn(FEW)
@@ -54,13 +54,13 @@ def test_few_numbers_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_stay_with_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_precisions_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SigmoidGELU, "apply", None)
     x = torch.randn(10, dtype=dtype)
     assert torch.equal(gelu_tanh(x), F.gelu(x, approximate="tanh"))
 
 
-def test_gradients_of_gradients_are_refused() -> None:
+def test_second_derivatives_are_refused() -> None:
     x = torch.randn(10).requires_grad_()
-    with pytest.raises(RuntimeError, match="SigmoidGELUBackward has no gradient of its gradient"):
+    with pytest.raises(RuntimeError, match="SigmoidGELUBackward has no second derivative"):
         torch.autograd.grad(gelu_tanh(x).sum(), x, create_graph=True)

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the numbers and gradients of torch's own."""
+"""Linear layers by oneDNN have the values and gradients of torch's operator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> lis
 
 
 @pytest.fixture(autouse=True)
-def even_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALL", 0)
 
 
@@ -41,23 +41,23 @@ def test_a_product_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
-def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
+def test_an_empty_input_gives_an_empty_output(shape: tuple[int, ...]) -> None:
     (weight,) = tensors((3, 8))
     assert linear(torch.zeros(shape), weight).shape == (*shape[:-1], 3)
 
 
-def test_shapes_that_do_not_fit_are_torchs_own_mistake() -> None:
+def test_shapes_that_do_not_fit_raise_torchs_error() -> None:
     x, weight = tensors((4, 7), (3, 8))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(x, weight)
 
 
-def test_a_transposed_input_is_no_mistake() -> None:
+def test_a_transposed_input_is_accepted() -> None:
     x, weight = tensors((8, 5), (3, 8))
     torch.testing.assert_close(linear(x.t(), weight), F.linear(x.t(), weight))
 
 
-def test_only_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = tensors((4, 8), (3, 8))
     products = []
     original = module.product
@@ -72,7 +72,7 @@ def test_only_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.Monk
     assert x.grad is None
 
 
-def test_other_precisions_and_autocast_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("not for oneDNN")
 
@@ -104,7 +104,7 @@ def test_a_product_repeats_bit_for_bit() -> None:
         assert torch.equal(g1, g2)
 
 
-def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = tensors((4, 8), (3, 8))
     for small, name in ((4 * 8 * 3, "LinearBackward"), (4 * 8 * 3 - 1, "OneDNNLinearBackward")):
         monkeypatch.setattr(module, "SMALL", small)
@@ -113,7 +113,7 @@ def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None
         assert (name == "OneDNNLinearBackward") == (y.grad_fn.name() == name)
 
 
-def test_gradients_of_gradients_are_refused() -> None:
+def test_second_derivatives_are_refused() -> None:
     x = torch.randn(3, 4).requires_grad_()
-    with pytest.raises(RuntimeError, match="OneDNNLinearBackward has no gradient of its gradient"):
+    with pytest.raises(RuntimeError, match="OneDNNLinearBackward has no second derivative"):
         torch.autograd.grad(linear(x, torch.randn(5, 4)).sum(), x, create_graph=True)

@@ -148,7 +148,7 @@ def test_momentum_never_falls_in_its_warm_up() -> None:
     assert [momentum_at(step, config) for step in range(6)] == pytest.approx([0.6] * 6)
 
 
-def test_the_weight_decay_is_constant_unless_told_otherwise() -> None:
+def test_the_weight_decay_is_constant_by_default() -> None:
     assert [weight_decay_at(step, OptimizerConfig(weight_decay=0.1), 10) for step in (0, 9)] == [0.1, 0.1]
 
 

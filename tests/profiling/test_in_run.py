@@ -1,4 +1,4 @@
-"""`profile_step`: a step of a real run is profiled, and nothing of the run changes for it."""
+"""`profile_step`: a step of a real run is profiled without changing the run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_profiled_run_has_the_same_numbers_and_weights(
 ) -> None:
     assert train.main(tiny_argv(*LONG)) == 0
     assert train.main(tiny_argv(*LONG, "--profile-step", "11", "--gradient-accumulation-steps", "1")) == 0
-    assert "step 11 is profiled: artifacts/profile/profile.png" in capsys.readouterr().out
+    assert "profiled step 11: artifacts/profile/profile.png" in capsys.readouterr().out
     plain, profiled = list_run_paths(runs_dir)
     assert numbers(plain) == numbers(profiled)
     assert weights(plain) == weights(profiled)
@@ -71,7 +71,7 @@ def test_the_first_step_is_profiled_without_steps_before_it(tiny_argv: Argv, onl
     assert record["phases_ms"] > 0
 
 
-def test_a_resumed_run_profiles_its_step_and_goes_on_as_if_nothing_had_been(tiny_argv: Argv, runs_dir: Path) -> None:
+def test_a_resumed_run_profiles_its_step_and_keeps_its_numbers(tiny_argv: Argv, runs_dir: Path) -> None:
     assert train.main(tiny_argv(*LONG)) == 0
     assert train.main(tiny_argv(*LONG, "--stop-at-step", "9", "--profile-step", "11")) == 0
     plain, profiled = list_run_paths(runs_dir)
@@ -80,15 +80,15 @@ def test_a_resumed_run_profiles_its_step_and_goes_on_as_if_nothing_had_been(tiny
     assert numbers(plain) == numbers(profiled)
     assert weights(plain) == weights(profiled)
     assert profile_of(profiled)["step"] == 11
-    assert profile_of(profiled)["step_ms"] is None  # two steps are not enough to time some as a whole
+    assert profile_of(profiled)["step_ms"] is None  # two steps are too few to time any as a whole
 
 
-def test_a_step_that_is_never_reached_is_told_and_does_no_harm(
+def test_a_step_that_is_never_reached_is_reported_and_does_no_harm(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--profile-step", "6")) == 0
-    told = "preflight: --profile-step: profile_step has no effect: the run ends before that step"
-    assert told in capsys.readouterr().out
+    message = "preflight: --profile-step: profile_step has no effect: the run ends before that step"
+    assert message in capsys.readouterr().out
     assert not (only_run() / "artifacts" / "profile").exists()
 
 
@@ -106,12 +106,12 @@ def test_a_failing_profiler_is_one_warning(
     monkeypatch.setattr(in_run, broken, fail)
     assert train.main(tiny_argv("--profile-step", "3")) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert warnings == ["warning: profile_step: nothing is written: RuntimeError: out of order"]
+    assert warnings == ["warning: profile_step: no profile was written: RuntimeError: out of order"]
     assert json.loads((only_run() / "run.json").read_text())["status"] == "completed"
     assert not list((only_run() / "artifacts").glob("profile/*"))
 
 
-def test_a_full_disk_under_the_profile_ends_no_run(
+def test_a_full_disk_under_the_profile_does_not_end_the_run(
     tiny_argv: Argv,
     only_run: Callable[[], Path],
     small_disk: Path,
@@ -121,12 +121,12 @@ def test_a_full_disk_under_the_profile_ends_no_run(
     monkeypatch.setattr(in_run, "FOLDER", small_disk / "profile")
     (small_disk / "full").write_bytes(bytes(1_048_576 - 30_000))
     assert train.main(tiny_argv("--profile-step", "3")) == 0
-    assert "warning: profile_step: nothing is written: OSError: " in capsys.readouterr().out
+    assert "warning: profile_step: no profile was written: OSError: " in capsys.readouterr().out
     assert json.loads((only_run() / "run.json").read_text())["status"] == "completed"
     assert list((small_disk / "profile").iterdir()) == []
 
 
-def test_what_ends_training_in_a_watched_step_is_not_hidden(
+def test_an_error_in_a_profiled_step_is_not_hidden(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from utils.training import step as training
@@ -144,5 +144,5 @@ def test_what_ends_training_in_a_watched_step_is_not_hidden(
     assert json.loads((only_run() / "run.json").read_text())["status"] == "failed"
     import torch
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # the one before is over
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # the previous one has ended
         pass

@@ -1,4 +1,4 @@
-"""The profile of a training step: what is counted is right, and profile_model.py writes, shows and compares it."""
+"""The profile of a training step: its counts are right, and profile_model.py writes, shows and compares it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Argv = Callable[..., list[str]]
 
 @pytest.fixture(autouse=True)
 def switches_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """profile_model.main sets up its process; the tests after it find it as it was."""
+    """Restores what profile_model.main sets for its process."""
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     deterministic = torch.are_deterministic_algorithms_enabled()
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
@@ -84,7 +84,7 @@ def test_phases_come_in_their_order_and_add_up(times: StepTimes) -> None:
     assert times.phases_ms == pytest.approx(sum(row.ms for row in times.phases))
 
 
-def test_operators_know_phase_kind_and_cost(times: StepTimes) -> None:
+def test_operators_have_a_phase_a_kind_and_a_cost(times: StepTimes) -> None:
     assert [row.ms for row in times.operators] == sorted((row.ms for row in times.operators), reverse=True)
     rows = {(row.phase, row.name): row for row in times.operators}
     assert rows.keys() == {("data", "add"), ("forward", "matmul"), (OTHER_PHASE, "sin")}
@@ -96,14 +96,14 @@ def test_operators_know_phase_kind_and_cost(times: StepTimes) -> None:
     assert sum(row.ms for row in times.operators) < times.profiled_ms
 
 
-def test_each_measurement_has_its_steps_after_the_warmup() -> None:
+def test_each_measurement_makes_its_own_steps_after_the_warmup() -> None:
     step = FixedStep()
     assert measure_steps(step, CPU, steps=3, warmup=2).steps == 3
     assert step.calls == 2 + 3 * 3
 
 
-def test_the_operators_of_both_passes_need_what_is_counted_from_the_shapes() -> None:
-    T = SHORT + 16  # attention to shorter sequences multiplies the upper triangle, too
+def test_the_operators_of_both_passes_add_up_to_the_count_from_the_shapes() -> None:
+    T = SHORT + 16  # for shorter sequences attention also multiplies the upper triangle
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, position="rope")
     model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, T, dtype=torch.int64)
 
@@ -141,7 +141,7 @@ def test_before_torch_2_12_the_cost_of_an_operator_follows_from_what_events_have
 
 
 class EventsOfAGPU:
-    """A profiler that saw one step: kernels have their own time, and the backward pass runs in a thread of its own."""
+    """A profiler that recorded one step: kernels have their own times, and the backward pass has its own thread."""
 
     def __init__(self) -> None:
         self.made: list[FunctionEvent] = []
@@ -266,12 +266,12 @@ def test_memory_behind_several_tensors_counts_once() -> None:
     assert bytes_of([x, x[2:], x.view(2, 5), torch.zeros(3)]) == 52
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the process's peak is Linux's to tell")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak of a process")
 def test_the_peak_of_the_process_is_that_since_it_was_reset() -> None:
     if not reset_peak(CPU):
         pytest.skip("not allowed here")
     before = peak(CPU)
-    with mmap.mmap(-1, 40_000_000) as memory:  # goes back to the system; what torch frees may be kept
+    with mmap.mmap(-1, 40_000_000) as memory:  # goes back to the system, while memory freed by torch may be kept
         for place in range(0, len(memory), mmap.PAGESIZE):
             memory[place] = 1
     assert peak(CPU) - before > 35_000_000
@@ -334,10 +334,10 @@ def test_the_script_writes_profile_trace_and_picture(
     assert all(title in shown for title in titles)
     assert str(out / "profile.json") in shown.replace("\n", "")
     assert max(len(line) for line in shown.split("written:")[0].splitlines()) <= 80
-    assert not runs_dir.exists()  # profiling is no run
+    assert not runs_dir.exists()  # profiling makes no run
 
 
-def test_what_cannot_be_written_leaves_the_files_of_before(
+def test_a_profile_that_cannot_be_written_leaves_the_previous_files(
     tiny_argv: Argv,
     tmp_path: Path,
     quick_limits: None,
@@ -349,16 +349,16 @@ def test_what_cannot_be_written_leaves_the_files_of_before(
 
     out = tmp_path / "profile"
     out.mkdir()
-    (out / "profile.json").write_text("of before")
+    (out / "profile.json").write_text("previous")
     monkeypatch.setattr(picture, "draw_profile", fail)
     assert profile_model.main(tiny_argv("--steps", "1", "--warmup", "0", "--out", str(out))) == 2
     assert f"error: --out {out}: cannot be written: No space left on device" in capsys.readouterr().err
     assert os.listdir(out) == ["profile.json"]
-    assert (out / "profile.json").read_text() == "of before"
+    assert (out / "profile.json").read_text() == "previous"
 
 
 @pytest.mark.parametrize("written", [None, '{"traceEvents": [{"name": "st'])
-def test_a_trace_that_was_cut_short_is_noticed(written: str | None) -> None:
+def test_a_truncated_trace_is_noticed(written: str | None) -> None:
     class OnAFullDisk:
         def export_chrome_trace(self, path: str) -> None:
             if written is not None:
@@ -467,7 +467,7 @@ def test_a_profile_derives_speed_use_and_where_the_time_goes() -> None:
     assert Profile.model_validate(record(step_ms=None)).tokens_per_second == 64_000
 
 
-def test_the_slices_of_the_picture_fill_each_phase_and_go_beyond_none() -> None:
+def test_the_slices_of_the_picture_fill_each_phase_exactly() -> None:
     profile = Profile.model_validate(record())
     slices = list(operator_slices(profile))
     for phase in phase_slices(profile):
@@ -482,7 +482,7 @@ def test_the_slices_of_the_picture_fill_each_phase_and_go_beyond_none() -> None:
 @pytest.mark.parametrize(
     "changes", [{"limits": None}, {"generation": None, "run": "r_1", "step": 7}, {"operators": []}]
 )
-def test_what_is_not_known_is_not_drawn_or_told(
+def test_unknown_facts_are_neither_drawn_nor_printed(
     changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, content in (("a", record()), ("b", record(**changes))):
@@ -527,14 +527,14 @@ def test_comparing_imports_no_torch(tmp_path: Path) -> None:
     ("content", "error"),
     [
         (None, "there is no profile.json"),
-        ("{", "no profile: JSONDecodeError"),
-        ("[]", "no profile: TypeError"),
-        ('{"steps": 1}', "no profile: KeyError: 'schema_version'"),
+        ("{", "not a profile: JSONDecodeError"),
+        ("[]", "not a profile: TypeError"),
+        ('{"steps": 1}', "not a profile: KeyError: 'schema_version'"),
         ('{"schema_version": 7}', "schema_version is 7; this program reads 1"),
-        (json.dumps(record(steps="many")), "no profile: steps: "),
+        (json.dumps(record(steps="many")), "not a profile: steps: "),
     ],
 )
-def test_what_is_no_profile_is_one_line(
+def test_a_file_that_is_not_a_profile_is_reported_in_one_line(
     content: str | None, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:

@@ -1,4 +1,4 @@
-"""The scaling table: which shapes are timed, what it says of them, and profile_model.py --sweep."""
+"""profile_model.py --sweep: which shapes are timed, and what the table says about them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def state_of(setup: Setup, batch_size: int) -> TrainState:
     return build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, QUIET)
 
 
-def test_default_sizes_lie_around_the_configured_one() -> None:
+def test_default_sizes_surround_the_configured_one() -> None:
     assert sizes_around(12, shapes.BATCH_FACTORS) == [3, 6, 12, 24, 48]
     assert sizes_around(1, shapes.BATCH_FACTORS) == [1, 2, 4]
 
@@ -51,7 +51,7 @@ def test_a_shape_changes_nothing_but_the_sizes_and_the_micro_steps(setup: Setup)
     assert with_shape(shaped, 4, 8) == setup.config
 
 
-def test_rates_are_those_of_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_follow_from_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     stepped: list[int] = []
     monkeypatch.setattr(shapes, "training_step", lambda state: lambda phase: stepped.append(1))
     monkeypatch.setattr(shapes, "time_steps", lambda step, device, steps: 2.0 if steps == 7 else None)
@@ -64,7 +64,7 @@ def test_rates_are_those_of_the_time_of_a_step(setup: Setup, monkeypatch: pytest
     assert timing.gflops == pytest.approx(operations / 0.002 / 1e9)
 
 
-def test_the_steps_that_are_timed_train_the_model(setup: Setup) -> None:
+def test_the_timed_steps_train_the_model(setup: Setup) -> None:
     state = state_of(setup, 4)
     before = [p.clone() for p in state.model.parameters()]
     measure.training_step(state)(no_phase)
@@ -79,7 +79,7 @@ def test_activations_grow_with_the_batch(setup: Setup) -> None:
     assert two == pytest.approx(2 * one, rel=0.02)
 
 
-def test_the_row_with_most_tokens_a_second_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_row_with_the_most_tokens_per_second_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     slow = ShapeTiming(1, 8, step_ms=1.0, tokens_per_second=8000.0, gflops=1.0, activation_mb=0.1)
     Terminal().print(sweep_table([slow, replace(slow, batch_size=2, tokens_per_second=16000.0)]))
     marked = [line for line in capsys.readouterr().out.splitlines() if "best" in line]
@@ -87,7 +87,7 @@ def test_the_row_with_most_tokens_a_second_is_marked(capsys: pytest.CaptureFixtu
     assert "16,000" in marked[0]
 
 
-def test_a_shape_that_does_not_fit_is_told_and_left_out(
+def test_a_shape_that_does_not_fit_is_reported_and_skipped(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed = time_shape

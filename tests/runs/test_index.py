@@ -69,7 +69,7 @@ def test_a_row_holds_the_facts_and_the_settings(runs_dir: Path) -> None:
     assert (row["seed"], row["threads"], row["device"]) == (5, 2, "cpu")  # only what was none or auto is resolved
 
 
-def test_a_setting_that_was_none_or_auto_shows_what_it_came_to(runs_dir: Path) -> None:
+def test_a_setting_that_is_none_or_auto_shows_what_it_resolved_to(runs_dir: Path) -> None:
     run = indexed(runs_dir, settings={"min_lr": 1e-5}, resolved={"n_kv_head": 4, "min_lr": 3.0, "dtype": "bfloat16"})
     assert resolved_setting(run, "n_kv_head") == 4
     assert resolved_setting(run, "min_lr") == 1e-5
@@ -96,7 +96,7 @@ def test_a_folder_that_is_not_there_has_no_runs_and_a_file_in_its_place_is_told(
 
 
 def make_damaged(path: Path, kind: str) -> None:
-    """An entry of the folder of runs that is no run."""
+    """An entry of the folder of runs that is not a run."""
     if kind == "a file":
         write(path, "")
         return
@@ -155,7 +155,7 @@ def make_damaged(path: Path, kind: str) -> None:
         ("run.json leads to itself", "run.json"),
     ],
 )
-def test_what_is_no_run_is_listed_as_damaged_with_the_reason(runs_dir: Path, kind: str, problem: str) -> None:
+def test_an_entry_that_is_not_a_run_is_listed_with_the_reason(runs_dir: Path, kind: str, problem: str) -> None:
     make_run(runs_dir, "good")
     make_damaged(runs_dir / "bad", kind)
     bad, good = read_index(runs_dir)
@@ -321,9 +321,9 @@ BROKEN_LOGS = {
     "not JSON": b'{"step": NaN}\n',
     "not a record": b'[1]\n"val/loss"\nnull\n',
     "no step": b'{"val/loss": 1.0}\n',
-    "a loss that is no number": b'{"step": 1, "time": 1.0, "val/loss": "low"}\n',
+    "a loss that is not a number": b'{"step": 1, "time": 1.0, "val/loss": "low"}\n',
     "a loss that is a list": b'{"step": 1, "time": 1.0, "val/loss": [1]}\n',
-    "a step that is no number": b'{"step": "x", "time": 1.0, "val/loss": 1.0}\n',
+    "a step that is not a number": b'{"step": "x", "time": 1.0, "val/loss": 1.0}\n',
     "deep": DEEP + b"\n",
     "a huge number": b'{"step": 1, "time": 1.0, "val/loss": 1' + b"0" * 5000 + b"}\n",
 }
@@ -364,7 +364,7 @@ def test_the_best_loss_of_a_run_that_crashed_is_no_nan(runs_dir: Path) -> None:
     assert summary["best_val_loss"] == 2.0
 
 
-def test_a_run_that_was_resumed_and_goes_on_shows_its_log_and_not_its_first_end(runs_dir: Path) -> None:
+def test_a_resumed_run_shows_its_log_and_not_its_first_end(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", status="running", last_step=10, metrics=training_records([4.0, 3.0, 1.0], 450))
     with held_lock(run):
         row = read_run(run).row()
@@ -418,7 +418,7 @@ def test_settings_that_differ_are_found_by_kind(runs_dir: Path) -> None:
     assert differing_settings([]) == []
 
 
-def test_a_setting_differs_if_what_it_came_to_differs(runs_dir: Path) -> None:
+def test_a_setting_differs_if_its_resolved_value_differs(runs_dir: Path) -> None:
     one = indexed(runs_dir, "a", resolved={"threads": 2, "dtype": "float32"})
     other = indexed(runs_dir, "b", settings={"dtype": "float32"}, resolved={"threads": 4, "dtype": "float32"})
     assert differing_settings([one, other]) == ["threads"]

@@ -94,7 +94,7 @@ def test_a_torn_last_line_waits_until_it_is_complete(log: Path, torn: bytes) -> 
     assert read_from(log, offset) == ([], offset)
 
 
-def test_reading_goes_on_where_it_stopped(log: Path) -> None:
+def test_reading_continues_where_it_stopped(log: Path) -> None:
     first = append(log, {"step": 0})
     assert read_from(log) == ([{"step": 0}], first)
     second = append(log, {"step": 1})

@@ -1,4 +1,4 @@
-"""Names for runs: versions count up, whoever promotes at the same time, and every mistake is told."""
+"""Promoted names: versions count up even when several processes promote at once, and every mistake is reported."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_promoted_run_that_is_gone_is_told(runs_dir: Path) -> None:
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "../a", "a@v1", "a\n", "ü", "x" * 65, "a\0b", "\udcff"])
 def test_a_bad_name_is_refused_and_nothing_is_written(runs_dir: Path, name: str) -> None:
     runs_dir.mkdir()
-    with pytest.raises(PromotionError, match="is no name"):
+    with pytest.raises(PromotionError, match="is not a name"):
         add_version(runs_dir, name, {"run": "a"})
     assert list(runs_dir.iterdir()) == []
 

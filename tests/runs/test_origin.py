@@ -290,7 +290,7 @@ OTHER_VALUES = {  # valid, and not the default
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
-OF_ANOTHER = ("tokens_per_step",)  # is told as the batch_size that it changes
+OF_ANOTHER = ("tokens_per_step",)  # is reported as the batch_size that it changes
 
 
 def other_value(key: str) -> str | bool:
@@ -346,7 +346,7 @@ def test_the_length_is_judged_elsewhere(run: Path, loader: ConfigLoader) -> None
         check_overrides(run, recorded, loader.load_onto(recorded, (), override), {})
 
 
-def test_what_auto_came_to_may_be_asked_for(run: Path, loader: ConfigLoader) -> None:
+def test_asking_for_the_value_that_auto_resolved_to_is_allowed(run: Path, loader: ConfigLoader) -> None:
     resolved = {"device": "cuda:1", "threads": 2, "n_kv_head": 4}
     recorded = recorded_config(run, loader)
     for flags in ({"device": "cuda:0"}, {"threads": "2"}, {"n_kv_head": "4"}):
@@ -370,7 +370,7 @@ def length_refusal(old: int, new: int, status: str = "interrupted", **settings: 
 
 
 @pytest.mark.parametrize("status", ["interrupted", "crashed", "failed", "diverged"])
-def test_a_run_that_is_not_complete_goes_on_to_its_end(status: str) -> None:
+def test_an_incomplete_run_continues_to_its_end(status: str) -> None:
     assert length_refusal(100, 100, status) == ""
 
 
@@ -429,7 +429,7 @@ def test_a_run_never_shrinks(status: str) -> None:
     assert message == "--max-iters: a_run may grow, not shrink, from 2,000 to 1,999"
 
 
-def test_a_run_that_ended_before_it_began_may_have_any_length() -> None:
+def test_a_run_that_ended_before_its_first_step_may_have_any_length() -> None:
     check_longer(Path("a_run"), {"status": "failed"}, Config(), 5)
 
 
@@ -483,7 +483,7 @@ def test_a_tag_in_a_file_is_the_tag_of_the_fork(runs_dir: Path, loader: ConfigLo
 # ------------------------------------------------------------------------------------- pinned settings
 
 
-def test_what_auto_came_to_is_kept() -> None:
+def test_the_values_that_auto_resolved_to_are_kept() -> None:
     record = {"resolved": {"device": "cuda:1", "dtype": "bfloat16", "threads": 3, "deterministic": False, "seed": 9}}
     pinned = pinned_settings(Config(), record)
     assert pinned == {"device": "cuda:1", "dtype": "bfloat16", "threads": 3, "deterministic": False}

@@ -323,7 +323,7 @@ def test_a_path_comes_before_everything_else(five_runs: Path, tmp_path: Path, mo
     assert resolve_run(f"{five_runs}/20260104_000000_deep/", five_runs) == five_runs / "20260104_000000_deep"
     monkeypatch.chdir(tmp_path)
     assert resolve_run("wide", five_runs).resolve() == elsewhere
-    (tmp_path / "deep").mkdir()  # a folder that is no run is no answer
+    (tmp_path / "deep").mkdir()  # a folder that is not a run is never found
     assert resolve_run("deep", five_runs).name == "20260104_000000_deep"
 
 
@@ -404,7 +404,7 @@ def test_taking_over_a_run_changes_nothing_but_holds_it(runs_dir: Path) -> None:
     assert lock_is_free(path)
 
 
-def test_a_run_that_goes_on_is_running_again_and_keeps_how_it_ended(runs_dir: Path) -> None:
+def test_a_resumed_run_is_running_again_and_records_how_it_ended_before(runs_dir: Path) -> None:
     path = ended(runs_dir, argv=["train.py"], pid=1, resolved={"dtype": "float32"})
     old = read_record(path)
     run = Run.resume(path)
@@ -528,7 +528,7 @@ def test_a_run_without_its_lock_file_can_go_on(runs_dir: Path) -> None:
     run.release()
 
 
-def test_what_is_no_run_cannot_go_on(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run directory"):
         Run.resume(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder is used, kept, put aside or deleted."""
+"""Choosing among the checkpoints of a folder: which one to use, keep, put aside or delete."""
 
 from __future__ import annotations
 
@@ -15,28 +15,6 @@ from utils.checkpoints.folder import (
 )
 
 
-def prune(folder: Path, keep_last: int, best: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and that of step `best` (or the best one that there is)."""
-    checkpoints = list_checkpoints(folder)
-    kept = folder / folder_name(best) if best is not None else None
-    if kept is not None and not kept.is_dir():  # it could not be written: the best one of before is kept
-        kept = best_path(folder)
-    for _, path in checkpoints[keep_last:]:
-        if path != kept:
-            old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
-            path.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process was writing or deleting."""
-    for path in folder.glob(".*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def newest_good(
     folder: Path,
     *,
@@ -44,16 +22,16 @@ def newest_good(
     warn: Callable[[str], None],
     problem: Callable[[Checkpoint], str] = lambda checkpoint: "",
 ) -> tuple[Checkpoint | None, list[Path]]:
-    """The newest checkpoint that can be used, and the newer ones that cannot, which are told.
+    """The newest usable checkpoint, and the unusable ones that are newer; there is a warning about each of these.
 
     Args:
-        problem: what is wrong with a checkpoint that can be read; empty: nothing.
+        problem: says what is wrong with a checkpoint that can be read; empty if nothing is.
 
     Returns:
-        None where there is no checkpoint at all.
+        The checkpoint is None if the folder has none at all.
 
     Raises:
-        CheckpointError: there are only unusable ones, or with `strict` the newest one is.
+        CheckpointError: no checkpoint is usable, or with `strict`, the newest one is not.
     """
     first_error: CheckpointError | None = None
     unusable: list[Path] = []
@@ -75,7 +53,7 @@ def newest_good(
 
 
 def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint of another run that `which` means: `latest`, `best` or a step.
+    """The checkpoint of another run that `which` names: `latest`, `best` or a step.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -97,16 +75,42 @@ def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[
 
 
 def _read(path: Path, step: int) -> Checkpoint:
-    """The checkpoint at `path`, which says by its name that it is of `step`."""
+    """The checkpoint at `path`, whose name says that it is of `step`.
+
+    Raises:
+        CheckpointError: it is damaged, or of another step.
+    """
     checkpoint = read_checkpoint(path)
     if checkpoint.step != step:
-        raise CheckpointError(f"{path}: it holds the checkpoint of step {checkpoint.step}, which is another one")
+        raise CheckpointError(f"{path}: it holds the checkpoint of step {checkpoint.step} instead")
     return checkpoint
 
 
 def put_aside(paths: Iterable[Path]) -> None:
-    """Rename unusable checkpoints to `step_..._damaged`: the run goes on from before them."""
+    """Rename unusable checkpoints to `step_..._damaged`, so that the run can write these steps again."""
     for path in paths:
         name = path.with_name(f"{path.name}_damaged")
         shutil.rmtree(name, ignore_errors=True)
         path.rename(name)
+
+
+def prune(folder: Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one: that of step `best`, if it was written."""
+    checkpoints = list_checkpoints(folder)
+    kept = folder / folder_name(best) if best is not None else None
+    if kept is not None and not kept.is_dir():  # it could not be written: keep the previous best one
+        kept = best_path(folder)
+    for _, path in checkpoints[keep_last:]:
+        if path != kept:
+            old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
+            path.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half written or half deleted."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Checkpoints: all that a resume needs, as safetensors and JSON; complete or absent, never half.
+"""Checkpoints: everything that a resume needs, as safetensors and JSON; complete or absent, never half written.
 
     step_000500/model.safetensors       the weights, tied ones once
                 optimizer.safetensors   the tensors of the optimizer's state, `parameter/key`
-                tokenizer.json          so that the weights mean something alone
+                tokenizer.json          without which the weights mean nothing
                 state.json              the rest: step, random states, best loss, offsets of the logs, ...
                 manifest.json           size and CRC-32 of each of these, written last
 
@@ -59,7 +59,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `read_checkpoint` returns; the tensors lie in host memory, mapped from the files."""
+    """What `read_checkpoint` returns; the tensors are in host memory, mapped from the files."""
 
     path: Path
     step: int
@@ -77,12 +77,12 @@ def write_checkpoint(
     state: Mapping[str, Any],
     before_manifest: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint; a damaged one in its place is replaced.
+    """Write a checkpoint, replacing a damaged one of the same step.
 
     Args:
         path: becomes the checkpoint.
         weights, optimizer_tensors: in host memory, contiguous.
-        before_manifest: called when all but the manifest is on disk (the logs are synced then).
+        before_manifest: called when everything but the manifest is on disk, to sync the logs.
 
     Raises:
         OSError: the disk is full, gone or read-only; nothing is left behind.
@@ -113,7 +113,7 @@ def _json_bytes(value: Any) -> memoryview:
 
 
 def _write(path: Path, parts: list[memoryview]) -> dict[str, Any]:
-    """Write and sync a file; its line in the manifest."""
+    """Write and sync a file; returns its entry in the manifest."""
     checksum = size = 0
     with open(path, "wb", buffering=0) as file:
         for part in parts:
@@ -128,7 +128,7 @@ def _write(path: Path, parts: list[memoryview]) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Write a safetensors file straight from the memory of the tensors; its line in the manifest.
+    """Write a safetensors file straight from the memory of the tensors; returns its entry in the manifest.
 
     The library's own writer first copies every tensor into a bytes object: half the speed, twice the memory
     (docs/LOG.md).
@@ -154,7 +154,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory, not copied."""
+    """The bytes of a contiguous tensor in host memory, without a copy."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -184,10 +184,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def map_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, as views of the file in memory; writing to them does not change it.
 
-    Nothing is copied: putting a gigabyte into fresh memory takes longer than reading it from a disk.
+    Nothing is copied: filling a gigabyte of new memory takes longer than reading it from a disk.
 
     Raises:
-        CheckpointError: not a safetensors file, or a tensor that does not lie inside it.
+        CheckpointError: it is not a safetensors file, or a tensor reaches beyond its end.
     """
     try:
         with open(path, "rb") as file:
@@ -215,7 +215,7 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def weight_differences(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:
-    """How names and shapes differ from those of the model, in words; empty if they do not."""
+    """In words, how names and shapes of weights differ from those of the model; empty if they do not."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     differences = [
@@ -229,6 +229,3 @@ def weight_differences(weights: Mapping[str, torch.Tensor], model: torch.nn.Modu
     ]
     more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
     return "; ".join(differences[:3]) + more
-
-
-# ----------------------------------------------------------------------------------- the optimizer's state

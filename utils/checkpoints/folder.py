@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: their names, their files, and whether these are whole. No torch here."""
+"""The folders of a run's checkpoints: their names, their files, and whether the files are intact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATEST_FILE, BEST_FILE = "latest.json", "best.json"  # pointers beside the check
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of something else."""
+    """A checkpoint that is missing, damaged, or of another experiment."""
 
 
 def folder_name(step: int) -> str:
@@ -29,20 +29,20 @@ def folder_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in `folder`, newest first; whether they are good is not looked at."""
+    """(step, path) of the checkpoints in `folder`, newest first; their contents are not checked."""
     found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir()]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def best_path(folder: Path) -> Path | None:
-    """The checkpoint of the best val/loss that was saved, or None."""
+    """The saved checkpoint with the best val/loss, or None."""
     step = read_pointer(folder / BEST_FILE).get("step")
     path = folder / folder_name(step) if isinstance(step, int) else None
     return path if path is not None and path.is_dir() else None
 
 
 def read_pointer(path: Path) -> dict[str, Any]:
-    """What a pointer says; nothing if it is missing or damaged."""
+    """The contents of a pointer; empty if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -77,10 +77,10 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def check_file(path: Path, size: int, crc32: str) -> None:
-    """Read a whole file and compare it with its line in the manifest; it is in the page cache then.
+    """Compare a whole file with its entry in the manifest; reading it puts it into the page cache.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: unless size and checksum agree.
     """
     checksum = 0
     try:

@@ -1,4 +1,4 @@
-"""The state of any torch optimizer as tensors and JSON, and back."""
+"""The state of any torch optimizer, converted to tensors and JSON and back."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 
-from utils.checkpoints.folder import (
-    CheckpointError,
-)
+from utils.checkpoints.folder import CheckpointError
 
 
 def flatten_optimizer(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state of any torch optimizer: its tensors as `parameter/key`, and all else as JSON.
+    """The state of an optimizer: its tensors, named `parameter/key`, and everything else as JSON.
 
-    Where the JSON has a tensor it says {"tensor": name}.
+    In the JSON, {"tensor": name} stands for a tensor.
 
     Raises:
-        ValueError: the optimizer has a parameter that is not the model's, or a value that is no JSON.
+        ValueError: the optimizer has a parameter that is not the model's, or a value that JSON cannot hold.
     """
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
@@ -61,13 +59,13 @@ def restore_optimizer(
     *,
     keep_settings: bool = False,
 ) -> None:
-    """Give `optimizer` the state that `flatten_optimizer` took from one like it.
+    """Load the state that `flatten_optimizer` returned for an optimizer like this one.
 
     Args:
-        keep_settings: leave the settings of the groups (weight decay, betas) as they are; only the state is loaded.
+        keep_settings: keep the settings of the groups (weight decay, betas) and load the state only.
 
     Raises:
-        CheckpointError: another kind of optimizer, or other parameters in its groups.
+        CheckpointError: it is the state of another class of optimizer, or of other parameter groups.
     """
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -82,7 +80,7 @@ def restore_optimizer(
 
     def decode(value: Any) -> Any:
         if isinstance(value, dict) and set(value) == {"tensor"}:
-            # Read tensors lie at any address, and torch sums in another order where memory is not aligned.
+            # Tensors of a file may lie at any address, and torch sums unaligned memory in another order.
             return tensors[value["tensor"]].clone()
         if isinstance(value, dict):
             return {key: decode(item) for key, item in value.items()}
@@ -110,7 +108,7 @@ def restore_optimizer(
 
 
 def _with_types(saved: Any, loaded: Any) -> Any:
-    """What torch has loaded (on the right device), with the types that were saved."""
+    """The values that torch has loaded (onto the right device), with the types that were saved."""
     if isinstance(saved, torch.Tensor):
         return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
     if isinstance(saved, dict):

@@ -1,4 +1,4 @@
-"""Settings by their flat names: where they stand, what they accept, their values, hash and JSON schema."""
+"""Settings by their flat names: their sections, accepted values and values, the config hash, the JSON schema."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
-    """What settings that are none, or alternatives of each other, come to in a run of `max_iters` steps."""
+    """Values of settings that are none, or alternatives of each other, in a run of `max_iters` steps."""
     model, optimizer = config.model, config.optimizer
     return {
         **model.derived,
@@ -97,8 +97,8 @@ def config_hash(config: Config, resolved: dict[str, Any]) -> str:
 
     Args:
         config: the merged configuration.
-        resolved: what "auto", none and the like became (device type, dtype, threads, derived settings,
-            corpus and tokenizer hash); takes the place of the setting of the same name.
+        resolved: the values that "auto", none and the like resolved to (device type, dtype, threads, derived
+            settings, hashes of corpus and tokenizer); each replaces the setting of the same name.
     """
     values = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == TRAJECTORY}
     text = json.dumps(values | resolved, sort_keys=True, default=str)

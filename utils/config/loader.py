@@ -1,37 +1,30 @@
 """Layers of settings -> one validated Config, with the source of every value.
 
 Priority, highest first: command line > `--config FILE` (later wins) > configs/*.yaml|yml|json >
-legacy config.json > defaults. For every key each layer that set it is kept, with file and line, so
-that a mistake can be shown where it stands and a value can be explained.
+legacy config.json > defaults. For every key the loader keeps each layer that set it, with file and line, so
+that a mistake is reported with its place and a value can be explained.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
+from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
 from utils.config.settings import Config, RuleError
-from utils.errors import UserError, nearest
+from utils.errors import nearest
 
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
 CODE = "code"  # the source of a setting that was given in Python
 NONE_WORDS = ("none", "null")  # how a flag says "no value"
 RECORDED = "full_config.json"  # in which a run keeps its configuration, perhaps with the sections of an older version
 MOVED_FROM = {"qa_template": "tracking", "qa_stop": "tracking"}  # setting -> the section that it was in
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +37,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A validated configuration and where each value came from."""
+    """A validated configuration and the source of each value."""
 
     config: Config
     layers: dict[str, list[Setting]] = field(default_factory=dict)  # per key, lowest priority first
 
     @classmethod
     def from_config(cls, config: Config) -> LoadedConfig:
-        """For a Config made in code: what differs from the defaults was set by its caller."""
+        """For a Config made in code: values that differ from the defaults get the source "code"."""
         layers = _default_layers()
         for key, value in flat(config).items():
             if value != layers[key][0].value:
@@ -87,119 +80,19 @@ def relative_name(path: Path, root: Path) -> str:
         return str(path)
 
 
-def _read_text(path: Path, name: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
-        raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that keeps the line of each key and refuses a key that stands twice in a mapping."""
-
-    lines: dict[int, dict[str, int]]  # id of a mapping -> key -> line
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = {}
-        lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"expected a name, not {key!r}", key_node.start_mark
-                )
-            if key in lines:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} is set twice in this file (first in line {lines[key]})", key_node.start_mark
-                )
-            mapping[key] = self.construct_object(value_node, deep=True)
-            lines[key] = line
-        self.lines[id(mapping)] = lines
-        return mapping
-
-
-def _construct_text(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> str:
-    """What looks like a date stays text: no setting is a date, and a tag may look like one."""
-    return str(node.value)
-
-
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:timestamp", _construct_text)
-
-
-def _parse_yaml(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
-    """The document and, per mapping, the line of each key."""
-    try:
-        loader = _UniqueKeyLoader(text)
-        loader.lines = {}
-        return loader.get_single_data(), loader.lines
-    except yaml.constructor.ConstructorError as error:
-        problem = (error.problem or "").replace("could not determine a constructor for the tag", "refused the YAML tag")
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: {problem}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{name}:{line}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that Python cannot hold
-        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
-
-
-def _parse_json(text: str, name: str) -> tuple[Any, dict[int, dict[str, int]]]:
-    """Like `_parse_yaml`; the line of a key is where its quoted name first stands."""
-    lines: dict[int, dict[str, int]] = {}
-
-    def line_of(key: str) -> int:
-        match = re.search(re.escape(json.dumps(key)) + r"\s*:", text)
-        return text.count("\n", 0, match.start()) + 1 if match else 1
-
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ConfigError(f"{name}:{line_of(key)}: {key} is set twice in this file")
-            result[key] = value
-        lines[id(result)] = {key: line_of(key) for key in result}
-        return result
-
-    try:
-        return json.loads(text, object_pairs_hook=mapping), lines
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply") from None
-    except ConfigError:
-        raise
-    except ValueError as error:  # a number that Python cannot hold
-        raise ConfigError(f"{name}: not valid JSON: {error}") from None
-
-
 def read_config_file(path: Path, name: str) -> dict[str, Setting]:
     """The settings of one file, flat or sectioned, by leaf name.
 
     Args:
         path: a .yaml, .yml or .json file. The recorded configuration of a run may have settings in older sections.
-        name: how messages and sources call it.
+        name: its name in messages and sources.
 
     Raises:
-        ConfigError: unreadable, malformed, an unknown key, a key in a wrong section or set twice.
+        ConfigError: the file is unreadable or malformed, or has a key that is unknown, in a wrong section or set twice.
     """
     if path.suffix not in CONFIG_SUFFIXES:
         raise ConfigError(f"{name}: expected a file that ends in {', '.join(CONFIG_SUFFIXES)}")
-    parse = _parse_json if path.suffix == ".json" else _parse_yaml
-    document, lines = parse(_read_text(path, name), name)
+    document, lines = parse_file(path, name)
     if document is None:  # an empty file sets nothing
         return {}
     if not isinstance(document, dict):
@@ -239,7 +132,7 @@ def _unknown(key: str, section: str | None = None) -> str:
 
 
 def _from_flag(key: str, text: str) -> Any:
-    """The text after a flag as a value that the models can check."""
+    """The text after a flag as a value that pydantic can validate."""
     annotation = FIELDS[key].annotation
     if text.lower() in NONE_WORDS and type(None) in getattr(annotation, "__args__", ()):
         return None
@@ -270,12 +163,12 @@ class ConfigLoader:
             overrides: values from the command line by leaf name.
 
         Raises:
-            ConfigError: with the place and the nearest valid thing, one line a mistake.
+            ConfigError: one line for each mistake, with its place and the nearest valid name.
         """
         return _merge(_default_layers(), [*self._file_layers(), *self._own_layers(files, overrides or {})])
 
     def load_only(self, path: Path) -> LoadedConfig:
-        """One file on top of the built-in defaults, nothing else.
+        """Load one file on top of the built-in defaults, without configs/.
 
         Raises:
             ConfigError: as `load`.
@@ -285,7 +178,7 @@ class ConfigLoader:
     def load_onto(
         self, base: LoadedConfig, files: Iterable[Path] = (), overrides: Mapping[str, str | bool] | None = None
     ) -> LoadedConfig:
-        """`base` in the place of defaults and configs/, then as `load`.
+        """Like `load`, but with `base` instead of the defaults and configs/.
 
         Raises:
             ConfigError: as `load`.
@@ -327,7 +220,7 @@ class ConfigLoader:
         }
 
     def _shared_layer(self) -> dict[str, Setting]:
-        """All files of the configuration folder; they are one layer, so no key may stand in two."""
+        """All files of the configuration folder; they are one layer, so no key may be set in two of them."""
         folder = self.config_dir or self.root / "configs"
         layer: dict[str, Setting] = {}
         for path in sorted(p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES):
@@ -377,11 +270,7 @@ def flag_name(key: str, value: Any = None) -> str:
 
 
 def _validate_alone(layer: dict[str, Setting]) -> None:
-    """Each value of a layer must be possible, whether a higher layer shadows it or not.
-
-    Raises:
-        ConfigError: one line a mistake.
-    """
+    """Raises ConfigError unless each value of a layer is valid by itself, even if a higher layer shadows it."""
     mistakes = []
     for key, setting in layer.items():
         try:
@@ -404,7 +293,7 @@ def _validate(layers: dict[str, list[Setting]]) -> Config:
 
 
 def _by_key(error: ValidationError) -> list[ErrorDetails]:
-    """One detail a key: a union type reports each of its members."""
+    """One detail for each key: pydantic reports every member of a union type."""
     seen: dict[tuple[int | str, ...], ErrorDetails] = {}
     for detail in error.errors(include_url=False):
         seen.setdefault(detail["loc"][:2], detail)
@@ -412,7 +301,7 @@ def _by_key(error: ValidationError) -> list[ErrorDetails]:
 
 
 def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
-    """One line: where, which key, what was expected, what was given."""
+    """One line: the place, the key, what was expected and what was given."""
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, RuleError):
         set_by = [layers[key][-1].source for key in cause.keys if layers[key][-1].source != "default"]
@@ -427,6 +316,6 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
 
 
 def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:
-    """A rule that was found broken after loading, with the place where its first key was set."""
+    """The error for a rule that was found broken after loading, with the place where its first key was set."""
     sources = [s for s in map(loaded.source, error.keys) if s != "default"]
     return ConfigError(f"{sources[0] if sources else 'default'}: {error}")

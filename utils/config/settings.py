@@ -16,15 +16,15 @@ from pydantic_core import PydanticCustomError
 
 Kind = Literal["trajectory", "observation", "machine"]
 TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
-OBSERVATION: Kind = "observation"  # what is recorded of it, and how often
-MACHINE: Kind = "machine"  # where things are, who does the work
+OBSERVATION: Kind = "observation"  # what is recorded of a run, how often, and how its model is used
+MACHINE: Kind = "machine"  # paths, limits of time, addresses
 
 TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 RESERVED_TAGS = ("latest", "auto")
 
 
 class RuleError(ValueError):
-    """A rule between settings is broken; `keys` are the settings it is about."""
+    """A rule between settings is broken; `keys` are the settings concerned."""
 
     def __init__(self, message: str, *keys: str) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class RuleError(ValueError):
 
 
 def _refuse_bool(value: Any) -> Any:
-    """pydantic reads True as 1; in a config file that is a slip, not a number."""
+    """Refuses True, which pydantic would read as 1: in a config file it is a mistake."""
     if isinstance(value, bool):
         raise PydanticCustomError("boolean", "expected a number, got a boolean")
     return value
@@ -43,12 +43,12 @@ Float = Annotated[float, BeforeValidator(_refuse_bool)]
 
 
 def setting(default: Any, meaning: str, *, kind: Kind, unit: str = "", **bounds: Any) -> Any:
-    """A field with the facts that flags, help, schema and hash need."""
+    """A field with its meaning, kind, unit and bounds, from which flags, help, schema and hash are derived."""
     return Field(default, description=meaning, json_schema_extra={"kind": kind, "unit": unit}, **bounds)
 
 
 class Section(BaseModel):
-    """Frozen, and without unknown keys, NaN or infinity."""
+    """A frozen model that refuses unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
@@ -57,7 +57,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_unicode(cls, value: Any) -> Any:
-        """A command line or file can hold bytes that are no text; no log or tracker can."""
+        """Refuses lone surrogates: bytes that are not text, which a command line can hold but no log or tracker can."""
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
                 raise PydanticCustomError("unicode", "expected Unicode text")
@@ -65,7 +65,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """The text that is learned."""
+    """The text that the model learns."""
 
     dataset: str = setting(
         "pydocs",
@@ -97,7 +97,7 @@ FFN_WIDTHS: dict[str, Callable[[int], int]] = {
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer; what is none is derived."""
+    """A decoder-only transformer; settings that are none are derived."""
 
     n_layer: Int = setting(4, "transformer blocks", kind=TRAJECTORY, ge=1, le=1024)
     n_head: Int = setting(4, "query heads", kind=TRAJECTORY, ge=1, le=1024)
@@ -155,7 +155,7 @@ class ModelConfig(Section):
 
     @property
     def derived(self) -> dict[str, Any]:
-        """What the settings that may be none come to."""
+        """The values that settings which may be none resolve to."""
         return {
             "n_kv_head": self.kv_heads,
             "head_dim": self.head_width,
@@ -177,7 +177,7 @@ class ModelConfig(Section):
             )
         if self.position == "rope" and self.head_width % 2:
             raise RuleError(
-                f"position rope turns pairs of channels: the head dimension must be even, not {self.head_width}",
+                f"position rope rotates pairs of channels: the head dimension must be even, not {self.head_width}",
                 "head_dim",
                 "n_embd",
                 "n_head",
@@ -246,11 +246,7 @@ class OptimizerConfig(Section):
 
 
 def check_callback(name: str) -> str:
-    """`name`, if it has the form module:Class.
-
-    Raises:
-        ValueError: with what is expected.
-    """
+    """Returns `name`; raises ValueError unless it has the form module:Class."""
     module, colon, attribute = name.partition(":")
     if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise ValueError(f"a callback is named module:Class, not {name!r}")
@@ -265,18 +261,18 @@ class TrainConfig(Section):
 
     max_iters: Int | None = setting(2000, "optimizer updates of the run", kind=TRAJECTORY, unit="steps", ge=1)
     epochs: Float | None = setting(
-        None, "passes over the training tokens, instead of max_iters", kind=TRAJECTORY, unit="epochs", gt=0
+        None, "passes over the training tokens; an alternative to max_iters", kind=TRAJECTORY, unit="epochs", gt=0
     )
     batch_size: Annotated[int, Field(ge=1), BeforeValidator(_refuse_bool)] | Literal["auto"] = setting(
         12,
-        "sequences in one optimizer update, over all micro-steps; auto: as tokens_per_step says, else the largest "
+        "sequences in one optimizer update, over all micro-steps; auto: from tokens_per_step, or else the largest "
         "power of two that fits into memory",
         kind=TRAJECTORY,
         unit="sequences",
     )
     tokens_per_step: Int | None = setting(
         None,
-        "tokens of one optimizer update, instead of batch_size; as few micro-steps as fit into memory",
+        "tokens in one optimizer update, instead of batch_size, in as few micro-steps as fit into memory",
         kind=TRAJECTORY,
         unit="tokens",
         ge=1,
@@ -305,7 +301,7 @@ class TrainConfig(Section):
     )
     deterministic: bool | None = setting(
         None,
-        "only operations that repeat bit for bit; none: on the CPU, where it costs nothing, but not on a GPU",
+        "use only operations that repeat bit for bit; none: on the CPU, where it costs nothing, but not on a GPU",
         kind=TRAJECTORY,
     )
     tf32: bool = setting(
@@ -316,7 +312,7 @@ class TrainConfig(Section):
     )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = setting(
         "default",
-        "what torch.compile aims at; reduce-overhead: CUDA graphs, for small models; max-autotune: also tried kernels",
+        "goal of torch.compile; reduce-overhead: CUDA graphs, for small models; max-autotune: also times kernels",
         kind=TRAJECTORY,
     )
     checkpoint_interval: Int = setting(
@@ -329,11 +325,11 @@ class TrainConfig(Section):
         2, "newest checkpoints that are kept; older ones are deleted", kind=OBSERVATION, unit="checkpoints", ge=1
     )
     keep_best: bool = setting(
-        True, "save a checkpoint whenever val/loss is the best so far, and keep the last of them", kind=OBSERVATION
+        True, "save a checkpoint whenever val/loss is the best so far, and keep the latest of these", kind=OBSERVATION
     )
     max_minutes: Float | None = setting(
         None,
-        "stop with a checkpoint before this much wall time is over; none: no limit",
+        "stop with a checkpoint before this much wall time has passed; none: no limit",
         kind=MACHINE,
         unit="minutes",
         gt=0,
@@ -347,7 +343,7 @@ class TrainConfig(Section):
     )
     patience: Int | None = setting(
         None,
-        "evaluations without a better val/loss after which training ends; none: it goes on to the last step",
+        "evaluations without a better val/loss after which training ends; none: it continues to the last step",
         kind=TRAJECTORY,
         unit="evaluations",
         ge=1,
@@ -368,7 +364,7 @@ class TrainConfig(Section):
         ge=0,
     )
     callbacks: tuple[CallbackName, ...] = setting(
-        (), "classes of your own that training calls, as module:Class (docs/callbacks.md)", kind=TRAJECTORY
+        (), "your own classes that training calls, as module:Class (docs/callbacks.md)", kind=TRAJECTORY
     )
     skip_nonfinite: Int = setting(
         20,
@@ -380,7 +376,7 @@ class TrainConfig(Section):
 
     @property
     def sequences(self) -> int:
-        """batch_size, once it is a number: utils/training/batch_size.py has made it one before anything is trained."""
+        """batch_size as a number: before training, utils/training/batch_size.py replaces auto by one."""
         assert self.batch_size != "auto"
         return self.batch_size
 
@@ -427,11 +423,7 @@ class TrainConfig(Section):
 
 
 def check_tag(tag: str) -> str:
-    """`tag`, if it can be part of a folder name and stand on a command line.
-
-    Raises:
-        ValueError: with the rule.
-    """
+    """Returns `tag`; raises ValueError unless it can be part of a folder name and of a command line."""
     if not TAG_PATTERN.fullmatch(tag) or not tag.strip("."):
         raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {tag!r}")
     if tag in RESERVED_TAGS:
@@ -443,22 +435,18 @@ Tag = Annotated[str, AfterValidator(check_tag)]
 
 
 def check_aim_repo(repo: str) -> str:
-    """`repo`, if it is a folder or aim://HOST:PORT; for a folder .aim the one that holds it.
-
-    Raises:
-        ValueError: with what is expected.
-    """
+    """Returns `repo`, or for a folder named .aim its parent; raises ValueError unless it is a folder or aim://HOST:PORT."""
     if "://" in repo and not re.fullmatch(r"aim://[^/:@\s]+:\d{1,5}", repo):
         raise ValueError(f"expected a folder or aim://HOST:PORT, got {repo!r}")
     return re.sub(r"(^|/)\.aim/?$", "", repo) or ("/" if repo.startswith("/") else ".")
 
 
 class TrackingConfig(Section):
-    """What is recorded of a run, where and how often."""
+    """What is recorded of a run, where, and how often."""
 
     run_tag: Tag | None = setting(None, "name of the run, part of its directory's name", kind=OBSERVATION)
     tags: tuple[str, ...] = setting((), "labels for finding the run again", kind=OBSERVATION)
-    note: str = setting("", "what this run is for", kind=OBSERVATION)
+    note: str = setting("", "purpose of the run", kind=OBSERVATION)
     runs_dir: str = setting("runs", "folder of the run directories", kind=MACHINE, min_length=1)
     log_interval: Int = setting(1, "steps between training records", kind=OBSERVATION, unit="steps", ge=1)
     flush_interval: Int = setting(
@@ -476,7 +464,7 @@ class TrackingConfig(Section):
         200, "length of the sample text at each evaluation; 0: none", kind=OBSERVATION, unit="tokens", ge=0
     )
     sample_prompt: str = setting(
-        "", "start of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
+        "", "beginning of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
     )
     aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
     aim_repo: Annotated[str, AfterValidator(check_aim_repo)] = setting(
@@ -484,7 +472,7 @@ class TrackingConfig(Section):
     )
     wandb_mode: Literal["offline", "online", "disabled"] = setting(
         "disabled",
-        "feed the run to Weights & Biases: into files to sync later, to its server, or not",
+        "feed the run to Weights & Biases: offline into files to sync later, online to its server, or not at all",
         kind=OBSERVATION,
     )
     experiment: str = setting(
@@ -495,22 +483,18 @@ class TrackingConfig(Section):
     )
     tracking_budget: Float = setting(
         0.02,
-        "share of wall time that feeding the trackers may take of the processor while training runs",
+        "largest share of wall time for which feeding the trackers may occupy the processor during training",
         kind=OBSERVATION,
         gt=0,
         le=1,
     )
     closing_seconds: Float = setting(
-        30.0, "time for feeding what the trackers lack when training ends", kind=MACHINE, unit="s", ge=0
+        30.0, "time to feed the trackers the rest of the log when training ends", kind=MACHINE, unit="s", ge=0
     )
 
 
 def check_qa_template(template: str) -> str:
-    """`template`, if it has a place for the question.
-
-    Raises:
-        ValueError: with what is expected.
-    """
+    """Returns `template`; raises ValueError unless it contains {question}."""
     if "{question}" not in template:
         raise ValueError(f"expected text that contains {{question}}, got {template!r}")
     return template
@@ -544,7 +528,7 @@ class InferenceConfig(Section):
         1.0, "above 1: tokens that the text already has become less likely", kind=OBSERVATION, ge=0.001, le=1000
     )
     qa_template: Annotated[str, AfterValidator(check_qa_template)] = setting(
-        "Question: {question}\nAnswer: ", "what `inference.py --mode qa` makes of a question", kind=OBSERVATION
+        "Question: {question}\nAnswer: ", "prompt that `inference.py --mode qa` makes of a question", kind=OBSERVATION
     )
     qa_stop: str = setting("\n", "where an answer of `--mode qa` ends; empty: nowhere", kind=OBSERVATION)
 
@@ -576,7 +560,7 @@ class Config(Section):
 
 
 def warmup_steps(config: OptimizerConfig, max_iters: int) -> int:
-    """Steps of warmup in a run of `max_iters` steps (with epochs, known once the corpus is).
+    """Steps of warmup in a run of `max_iters` steps (with epochs, that number is known once the corpus is).
 
     Raises:
         RuleError: the warmup does not end before the decay does.

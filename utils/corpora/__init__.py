@@ -1,1 +1,1 @@
-"""Corpora: where their text comes from, and what is known of text that was encoded before."""
+"""Corpora: the sources of their text, and records of text that is already encoded."""

@@ -1,4 +1,4 @@
-"""Records beside token files: with one, a corpus that has not changed is neither read nor hashed nor scanned again."""
+"""Records next to token files: thanks to its record, an unchanged corpus is neither read nor hashed again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.files import write_json
 class TokenRecord:
     """How a text was encoded.
 
-    stamp: state of the text's files then (`Source.stamp`).
+    stamp: state of the text's files at that time (`Source.stamp`).
     corpus_hash: sha256 of the text.
     tokenizer: its JSON form.
     n_tokens: number of tokens in the token file.
@@ -29,12 +29,12 @@ class TokenRecord:
 
 
 def record_path(folder: Path, source: str, tokenizer: str) -> Path:
-    """The record of a source and a tokenizer.
+    """Path of the record for a source and a tokenizer.
 
     Args:
-        folder: that of the token files.
+        folder: folder of the token files.
         source: name of the source.
-        tokenizer: its hash, or the settings that it is built with.
+        tokenizer: its hash, or the settings to build it with.
     """
     key = hashlib.sha256(json.dumps([source, tokenizer]).encode()).hexdigest()
     return folder / f"{key[:16]}.json"

@@ -1,1 +1,1 @@
-"""What inference.py does: decode, sample, score and export a model."""
+"""The package behind inference.py: decoding, sampling, scoring and exports of a model."""

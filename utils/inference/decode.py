@@ -1,4 +1,4 @@
-"""Generation: prefill and decode_one_token as small functions, and the loop over them."""
+"""Generation of tokens: prefill and decode_one_token as small functions, and the loop over them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from utils.nn.lean import lean
 Window = Literal["sliding", "exact"]
 
 
-class Step(NamedTuple):
-    """One new token of each sequence."""
+class NewTokens(NamedTuple):
+    """One new token of each of B sequences."""
 
     tokens: torch.Tensor  # (B,)
     logits: torch.Tensor  # (B, V), of the model, before any filter
-    context: int  # tokens that the pass saw which made the logits, of all sequences together
+    context: int  # tokens attended to in the pass that gave the logits, summed over the sequences
 
 
 def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None) -> KVCache:
-    """An empty cache for `batch_size` sequences, of a whole context unless said otherwise."""
+    """An empty cache for `batch_size` sequences of at most `capacity` tokens (default: block_size)."""
     parameter = next(model.parameters())
     return KVCache(model.config, batch_size, capacity or model.config.block_size, parameter.device, parameter.dtype)
 
@@ -33,11 +33,13 @@ def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None
 def prefill(
     model: LanguageModel, idx: torch.Tensor, cache: KVCache | None, lengths: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """One parallel pass over the prompts (B, T); logits (B, V) of the token after each. For torch.no_grad().
+    """One parallel pass over the prompts (B, T); returns the logits (B, V) of the token after each.
+
+    Call it without grad.
 
     Args:
-        cache: an empty one, filled by the pass; without one nothing is kept.
-        lengths: of the prompts, if they differ; each is padded at its end.
+        cache: an empty cache, which the pass fills; None: keys and values are dropped.
+        lengths: number of tokens of each prompt if they differ; shorter ones are padded at their end.
     """
     hidden = model.hidden(idx, cache, lengths)  # (B, T, C)
     if lengths is None:
@@ -47,17 +49,17 @@ def prefill(
 
 
 def decode_one_token(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Append tokens (B,); logits (B, V) of the next ones. With rotary positions a full window slides on.
+    """Append tokens (B,) to the cache; returns the logits (B, V) of the next ones.
 
-    For torch.no_grad(), as `prefill`: the cache is written in place.
+    With rotary positions a full window slides on. Call it without grad: the cache is written in place.
     """
     return model.head_logits(model.hidden(tokens.unsqueeze(1), cache).squeeze(1))
 
 
 def make_room(model: LanguageModel, cache: KVCache) -> None:
-    """With learned positions a full window cannot slide: its newer half becomes a new one, by one parallel pass.
+    """Replace each full window by its newer half: with learned positions a window cannot slide.
 
-    So a pass over half a context is paid once in half a context.
+    That takes one parallel pass over half a context for every half context of new tokens.
     """
     half = cache.capacity // 2
     for row, length in enumerate(cache.lengths):
@@ -76,18 +78,19 @@ def generate(
     options: SamplingOptions,
     seeds: Sequence[int],
     window: Window = "sliding",
-) -> Iterator[Step]:
-    """The next tokens of each sequence, one step at a time; nothing waits for the device.
+) -> Iterator[NewTokens]:
+    """The next tokens of each sequence, one step at a time, without waiting for the device.
 
-    A sequence's tokens do not depend on the others of its batch, but for rounding, nor on the global random state.
+    The tokens of a sequence depend neither on the rest of its batch (except for rounding) nor on the global random
+    state.
 
     Args:
         model: in eval mode (dropout would draw from the global random state).
         prompts: B lists of at least one token id; only the last block_size of each are seen.
-        seeds: of the random stream of each sequence.
-        window: what a token sees when block_size tokens stand before it. sliding: with rotary positions the cached last
-            block_size of them, which were computed when older tokens could be seen; with learned positions the newest
-            half to all of the context (`make_room`). exact: the last block_size, computed anew for each token.
+        seeds: seed of the random stream of each sequence.
+        window: what a token attends to once block_size tokens precede it. sliding: with rotary positions the cached
+            last block_size of them, computed when older tokens were still visible; with learned positions between
+            half of the context and all of it (`make_room`). exact: the last block_size, recomputed for each token.
     """
     assert all(prompts)
     assert len(prompts) == len(seeds)
@@ -108,7 +111,7 @@ def generate(
         tokens = sample(logits, options, streams.draw(), seen)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        yield Step(tokens, logits, context)
+        yield NewTokens(tokens, logits, context)
         if index + 1 == max_new_tokens:
             return
         if window == "exact" and max(cache.lengths) == block_size:
@@ -125,7 +128,7 @@ def generate(
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """Token ids (B, T), rows filled up with zeros at their ends, and the lengths of the rows."""
+    """Token ids (B, T), rows padded with zeros at their ends, and the lengths of the rows."""
     lengths = [len(row) for row in rows]
     idx = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], device=device)
     return idx, lengths
@@ -139,7 +142,7 @@ def generate_tokens(
     seed: int,
     window: Window = "sliding",
 ) -> Iterator[int]:
-    """Token ids after one prompt, one at a time: see `generate`."""
+    """Token ids after one prompt, one at a time (see `generate`)."""
     for step in generate(model, [prompt], max_new_tokens, options, [seed], window):
         yield int(step.tokens)
 

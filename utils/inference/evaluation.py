@@ -18,7 +18,7 @@ Precision = Callable[[], AbstractContextManager[None]]  # autocast, or nothing
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients inside; the mode of before afterwards."""
+    """Turns dropout and gradients off; restores the previous mode on exit."""
     training = model.training
     model.eval()
     try:
@@ -31,7 +31,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def mean_loss(
     model: LanguageModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], precision: Precision
 ) -> float:
-    """Mean loss over batches of equal size, in nats per token: one transfer from the device."""
+    """Mean loss over batches of equal size, in nats per token, with one transfer from the device."""
     with evaluating(model), precision():
         losses = [model(inputs, targets)[1] for inputs, targets in batches]
     return torch.stack(losses).mean().item()
@@ -44,7 +44,7 @@ def estimate_loss(
 
     Args:
         eval_iters: batches of each split.
-        micro_steps: parts that a batch is split into, to need no more memory than training does.
+        micro_steps: parts that each batch is split into, so that it needs no more memory than training does.
     """
     return {
         name: mean_loss(model, sampler.evaluation_batches(stream, eval_iters, micro_steps), precision)
@@ -53,10 +53,10 @@ def estimate_loss(
 
 
 def split_loss(model: LanguageModel, tokens: np.ndarray, batch_size: int = 64) -> float:
-    """Mean loss over every token of a split but the first, in nats per token.
+    """Mean loss over all tokens of a split except the first, in nats per token.
 
-    The split is cut into windows of block_size tokens side by side, so a token sees at most the
-    tokens of its own window before it; the last window may be shorter.
+    The split is cut into adjacent windows of block_size tokens, and a token attends only to the tokens
+    before it in its own window. The last window may be shorter.
     """
     block_size = model.config.block_size
     device = next(model.parameters()).device

@@ -1,7 +1,7 @@
-"""artifacts/export: all that inference needs, as safetensors and JSON.
+"""The export of a run (artifacts/export): everything that inference needs, as safetensors and JSON.
 
-model.safetensors holds each weight once (the tied embedding is one tensor), config.json the
-architecture and where the weights came from, tokenizer.json the tokenizer.
+model.safetensors holds each weight once (a tied embedding is one tensor), config.json the architecture
+and the origin of the weights, tokenizer.json the tokenizer.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Export:
 
 
 def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, training: Mapping[str, Any]) -> None:
-    """Write an export, reopen it, compare its logits, then put it in its place.
+    """Write an export, reload it, compare its logits with those of `model`, then move it into place.
 
     Args:
-        folder: becomes the export; an older one is replaced.
-        training: where the weights come from, for people.
+        folder: the export; an older one is replaced.
+        training: facts about the training of the weights, for people.
 
     Raises:
-        RuntimeError: what was written does not give the same logits; an older export stays.
+        RuntimeError: the reloaded model gives other logits; an older export stays.
         OSError: it cannot be written; an older export stays.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -80,7 +80,7 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, traini
 
 
 def _replace_folder(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder`; if that fails, the old one stays."""
+    """Move `new` to `folder`; if that fails, the old one stays."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -105,10 +105,10 @@ def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
 
 
 def load_export(folder: Path, device: torch.device) -> Export:
-    """Read an export; names and shapes of all weights are checked.
+    """Read an export and check the names and shapes of all weights.
 
     Raises:
-        ExportError: a missing or damaged file, or weights that differ from the configuration.
+        ExportError: a file is missing or damaged, or the weights do not fit the configuration.
         TokenizerError: a damaged tokenizer file.
     """
     if missing := [name for name in EXPORT_FILES if not (folder / name).is_file()]:
@@ -153,7 +153,7 @@ def load_export(folder: Path, device: torch.device) -> Export:
 
 
 def _training_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json tells of the training; a ValueError where a loss is no number."""
+    """`training`; raises ValueError unless its losses are numbers."""
     for name in LOSSES & training.keys():
         decode_number(training[name])
     return training

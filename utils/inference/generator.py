@@ -31,11 +31,11 @@ SEEDS = 2**63
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated after a prompt.
+    """The text generated after a prompt.
 
     text: without the prompt and the stop string.
-    tokens, logprobs: what was drawn, the tokens of a stop string too, and the natural logarithm of the probability
-        that the model gave to each before any filter.
+    tokens: ids of all generated tokens, including those of a stop string.
+    logprobs: natural logarithm of the probability that the model gave to each of them, before any filter.
     finish: "stop" at a stop string, else "length".
     """
 
@@ -49,7 +49,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Request:
-    """How to generate, but for the prompt. Sequence i of a call draws from the random stream of seed + i.
+    """How to generate after a prompt. Sequence i of a call draws from the random stream of seed + i.
 
     Raises:
         UserError: out of bounds.
@@ -79,7 +79,7 @@ class Request:
 
 @dataclass
 class _Sequence:
-    """A sequence as it grows."""
+    """A sequence that is being generated."""
 
     prompt: str
     seed: int
@@ -89,7 +89,7 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
 
     def add(self, token: int, logprob: float) -> str:
-        """The text that is new."""
+        """Append a token; returns the text that this makes certain."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         new = self.stream.add(token)
@@ -97,7 +97,7 @@ class _Sequence:
         return new
 
     def end(self) -> str:
-        """The text that was held back until now."""
+        """Finish the text; returns the part that was held back until now."""
         rest = self.stream.rest()
         self.text += rest
         return rest
@@ -110,13 +110,13 @@ class _Sequence:
 class Generator:
     """A trained model with its tokenizer, ready to generate.
 
-    stats: of all that it has generated.
+    stats: the speed of everything that it has generated.
 
     Args:
         model: in eval mode.
-        name: of the run, for people.
+        name: name of the run, for people.
         settings: how to generate where a call gives no request, and how a question is asked.
-        training: what the export tells of the training.
+        training: what the export records of the training.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Generator:
         weights: Weights = "float32",
         settings: InferenceConfig | None = None,
     ) -> Generator:
-        """An export, wherever it lies.
+        """The export in `folder`.
 
         Raises:
             UserError: no such device, or a damaged export.
@@ -174,14 +174,14 @@ class Generator:
         """A completion of each prompt, `batch_size` of them at a time; a batch ends when all of its sequences have.
 
         Raises:
-            UserError: a character of a prompt without a token, no sequence at a time, or a model that gives no numbers.
+            UserError: part of a prompt has no token, batch_size is below 1, or the model's logits are NaN.
         """
         return list(self.completions(prompts, request, batch_size))
 
     def completions(
         self, prompts: Sequence[str], request: Request | None = None, batch_size: int = BATCH_SIZE
     ) -> Iterator[Completion]:
-        """`generate_batch`, as soon as each batch is done."""
+        """Like `generate_batch`, but yields the completions of each batch as soon as it is done."""
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         request = request or Request.configured(self.settings)
@@ -192,16 +192,16 @@ class Generator:
             yield from (sequence.completion() for sequence in sequences)
 
     def generate_qa(self, question: str, request: Request | None = None) -> Completion:
-        """The answer to a question, asked as `qa_template` says; it ends where `qa_stop` does."""
+        """The answer to a question in `qa_template`; it ends before `qa_stop`."""
         return self.generate(self.qa_prompt(question), self.qa_request(request))
 
     def qa_prompt(self, question: str) -> str:
         """The question in qa_template.
 
         Raises:
-            UserError: the question or the template has a character without a token.
+            UserError: part of the question or the template has no token.
         """
-        self.tokenizer.encode(question)  # its mistakes have their places in the question
+        self.tokenizer.encode(question)  # so that an error gives the position in the question
         template = self.settings.qa_template
         try:
             self.tokenizer.encode(template.replace("{question}", ""))
@@ -210,12 +210,12 @@ class Generator:
         return template.replace("{question}", question)
 
     def qa_request(self, request: Request | None = None) -> Request:
-        """The request with qa_stop as one more stop string."""
+        """The request with qa_stop as an additional stop string."""
         request = request or Request.configured(self.settings)
         return replace(request, stops=(*request.stops, self.settings.qa_stop)) if self.settings.qa_stop else request
 
     def stream(self, prompt: str, request: Request | None = None) -> Iterator[str]:
-        """The text after a prompt, in whole characters, as soon as it is certain."""
+        """The text after a prompt, in whole characters, each piece as soon as it is certain."""
         request = request or Request.configured(self.settings)
         for new in self._grow(self._sequences([prompt], request, 0), request):
             if new[0]:
@@ -225,7 +225,7 @@ class Generator:
         """How well the model predicts a text.
 
         Raises:
-            TokenizerError: a character without a token.
+            TokenizerError: part of the text has no token.
         """
         return score(self.model, self.tokenizer, text)
 
@@ -246,8 +246,8 @@ class Generator:
             chances = step.logits.float().log_softmax(-1).gather(-1, step.tokens[:, None])[:, 0]  # (B,)
             tokens, logprobs = step.tokens.tolist(), chances.tolist()
             if any(map(math.isnan, logprobs)):
-                raise UserError("the model's logits are no numbers (NaN): its training diverged")
-            seconds = time.perf_counter() - began  # not of those who take the text
+                raise UserError("the model's logits are NaN: its training diverged")
+            seconds = time.perf_counter() - began  # without the time that the caller takes
             growing = sum(not sequence.stream.stopped for sequence in sequences)
             if index == 0:
                 self.stats.add_prefill(step.context, seconds)

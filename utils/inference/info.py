@@ -1,4 +1,4 @@
-"""What an export is: its parameters by module, its architecture and vocabulary, and where it came from."""
+"""Facts about an export: parameters by module, architecture, vocabulary and origin."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PARAMETER = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?:\.tables
 
 
 @dataclass
-class Part:
-    """A module, or one of each block taken together.
+class ModuleSummary:
+    """A module, or the same module of all blocks.
 
-    shapes: of its parameters, in one block.
+    shapes: shapes of its parameters, in one block.
     """
 
     name: str
@@ -41,14 +41,16 @@ class Part:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def parts_of(model: LanguageModel) -> list[Part]:
+def summarize_modules(model: LanguageModel) -> list[ModuleSummary]:
     """The modules that have parameters, in the order of the forward pass; a tied head is the token embedding."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, ModuleSummary] = {}
     for name, parameter in model.named_parameters():
         found = PARAMETER.fullmatch(name)
         assert found is not None, name
         module, block = found["module"], found["block"]
-        part = parts.setdefault(module, Part(_name(module, model.config), 0 if block is None else model.config.n_layer))
+        part = parts.setdefault(
+            module, ModuleSummary(_name(module, model.config), 0 if block is None else model.config.n_layer)
+        )
         part.parameters += parameter.numel()
         if block in (None, "0"):
             part.shapes.append(tuple(parameter.shape))
@@ -62,12 +64,12 @@ def _name(module: str, config: ModelConfig) -> str:
 
 
 def architecture(config: ModelConfig) -> str:
-    """In one line: what differs between two models of this workbench."""
+    """The architecture in one line."""
     heads = f"{config.n_head} heads of {config.head_width}"
     if config.kv_heads != config.n_head:
         heads += f" on {config.kv_heads} key/value heads"
     theta = f"rope (theta {config.rope_theta:g})" if config.position == "rope" else "learned positions"
-    told = [
+    words = [
         f"{config.n_layer} blocks",
         f"width {config.n_embd}",
         heads,
@@ -80,7 +82,7 @@ def architecture(config: ModelConfig) -> str:
         "tied head" if config.tie_embeddings else "untied head",
         f"logits capped at {config.logit_softcap:g}" if config.logit_softcap is not None else "",
     ]
-    return ", ".join(word for word in told if word)
+    return ", ".join(word for word in words if word)
 
 
 def vocabulary(tokenizer: Tokenizer) -> str:
@@ -99,13 +101,13 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
     """One export on one screen.
 
     Args:
-        folder: of the export; in a run directory its run.json is told, too.
+        folder: folder of the export; in a run directory the screen also shows facts from run.json.
     """
     config, training = export.model.config, export.training
     run_path = folder.resolve().parent.parent
     run = read_run(run_path) if (run_path / RECORD).is_file() else IndexedRun(run_path)
     name = column_text("run", training.get("run"))
-    told = [
+    rows = [
         ("architecture", architecture(config)),
         ("context", f"{config.block_size:,} tokens"),
         ("vocabulary", vocabulary(export.tokenizer)),
@@ -116,7 +118,7 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
     ]
     return [
         Text(name or str(folder), style="bold"),
-        fact_lines([line for line in told if line[1]]),
+        fact_lines([row for row in rows if row[1]]),
         "",
         _table(export.model),
     ]
@@ -128,8 +130,8 @@ def _corpus(training: Mapping[str, Any]) -> str:
 
 
 def _weights(training: Mapping[str, Any]) -> str:
-    """Which ones: "best, of step 1,500, val/loss 1.4233"."""
-    told = [
+    """Which weights: "best, of step 1,500, val/loss 1.4233"."""
+    words = [
         column_text("weights", training.get("weights")),
         f"of step {column_text('steps', training['step'])}" if "step" in training else "",
         *(
@@ -138,11 +140,11 @@ def _weights(training: Mapping[str, Any]) -> str:
             if name in training
         ),
     ]
-    return ", ".join(word for word in told if word)
+    return ", ".join(word for word in words if word)
 
 
 def _origin(run: IndexedRun) -> list[tuple[str, str]]:
-    """What run.json says; nothing if it cannot be read."""
+    """Facts from run.json, or the problem with it."""
     if not run.readable:
         return [("problem", run.problem or "")]
     row = run.row()
@@ -166,7 +168,7 @@ def _table(model: LanguageModel) -> RenderableType:
     for header in ("parameters", "share"):
         table.add_column(header, justify="right")
     table.add_column("shapes")
-    for part in parts_of(model):
+    for part in summarize_modules(model):
         shapes = " + ".join(" x ".join(f"{length:,}" for length in shape) for shape in part.shapes)
         shapes = f"{part.blocks} x ({shapes})" if part.blocks else shapes
         share = f"{part.parameters / total:.1%}"

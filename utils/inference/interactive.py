@@ -1,4 +1,4 @@
-"""A prompt loop: what is typed continues one text, and settings change between the turns."""
+"""A conversation: a person and the model write one text in turns, and options can change between the turns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ACTIONS = {"/reset": "forget the text so far", "/help": "show this list", "/quit
 
 
 @dataclass(frozen=True)
-class Setting:
+class Option:
     """A part of a request that can be changed by name.
 
-    apply: the request with the value that a text names; a ValueError says that it names none.
-    show: the value for people.
+    apply: returns the request with the value that is typed; raises ValueError if that is not a value.
+    show: returns the present value, for people.
     """
 
     expected: str
@@ -35,8 +35,8 @@ class Setting:
     show: Callable[[Request, Tokenizer], str]
 
 
-def _number(key: str, kind: Callable[[str], Any], expected: str, may_be_off: bool = False) -> Setting:
-    """A field of a request, or of its sampling options."""
+def _number(key: str, kind: Callable[[str], Any], expected: str, may_be_off: bool = False) -> Option:
+    """An option that is a field of a request or of its sampling options."""
 
     def apply(request: Request, text: str, _: Tokenizer) -> Request:
         change: dict[str, Any] = {key: None if may_be_off and text == OFF else kind(text)}
@@ -48,7 +48,7 @@ def _number(key: str, kind: Callable[[str], Any], expected: str, may_be_off: boo
         value = getattr(request if hasattr(request, key) else request.options, key)
         return OFF if value is None else str(value)
 
-    return Setting(f"{expected} or {OFF}" if may_be_off else expected, apply, show)
+    return Option(f"{expected} or {OFF}" if may_be_off else expected, apply, show)
 
 
 def _window(text: str) -> str:
@@ -66,18 +66,18 @@ def _add_ban(request: Request, text: str, tokenizer: Tokenizer) -> Request:
     return replace(request, options=replace(request.options, banned=banned))
 
 
-SETTINGS: Mapping[str, Setting] = {
+OPTIONS: Mapping[str, Option] = {
     "/temperature": _number("temperature", float, "a number"),
     "/top-k": _number("top_k", int, "a whole number", may_be_off=True),
     "/top-p": _number("top_p", float, "a number", may_be_off=True),
     "/min-p": _number("min_p", float, "a number", may_be_off=True),
     "/repetition-penalty": _number("repetition_penalty", float, "a number"),
-    "/ban": Setting(
+    "/ban": Option(
         f"text, or {OFF} for no banned tokens",
         _add_ban,
         lambda request, tokenizer: repr(tokenizer.decode(request.options.banned)) if request.options.banned else OFF,
     ),
-    "/stop": Setting(
+    "/stop": Option(
         f"text, or {OFF} for no stop strings",
         _add_stop,
         lambda request, _: ", ".join(map(repr, request.stops)) or OFF,
@@ -94,8 +94,8 @@ class Conversation:
     Turn i since the last /reset or /seed draws from the random stream of seed + i.
 
     Args:
-        asks: what is typed is a question, to be put into qa_template.
-        report: called after each turn with its request; generator.stats are then of that turn alone.
+        asks: each line is a question, to be put into qa_template.
+        report: called after each turn with its request; generator.stats then cover that turn alone.
     """
 
     def __init__(
@@ -108,24 +108,24 @@ class Conversation:
         self.generator, self.request, self.asks, self.report = generator, request, asks, report
         self.text = ""
         self._turns = 0
-        self._told_of_length = False
-        self._between = generator.settings.qa_stop if asks else "\n"  # of what the model and the person wrote
+        self._length_noted = False
+        self._between = generator.settings.qa_stop if asks else "\n"  # separates the model's text from the next line
         try:
             generator.tokenizer.encode(self._between)
         except TokenizerError:
             self._between = ""
 
     def run(self) -> int:
-        """Read lines until there are no more; the exit status.
+        """Read lines until there are no more; returns the exit status.
 
-        Ctrl-C stops what is being generated, or drops what is being typed.
+        Ctrl-C stops the generation, or drops the line that is being typed.
         """
         typed = sys.stdin.isatty()
         if typed:
             importlib.import_module("readline")  # gives input() a history
             print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text become an unknown character
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not text become an unknown character
         while True:
             try:
                 line = input("> " if typed else "")
@@ -142,10 +142,10 @@ class Conversation:
                 print(f"error: {error}", file=sys.stderr)
 
     def answer(self, line: str) -> None:
-        """Do what one line asks for.
+        """Carry out one line: a command, or a part of the text.
 
         Raises:
-            UserError: no such command, or a value or character that cannot be.
+            UserError: an unknown command, a value out of bounds, or text without a token.
         """
         if not line.startswith("/"):
             self._turn(line)
@@ -154,45 +154,45 @@ class Conversation:
         if name == "/help":
             print(fact_lines(self._help()).plain)
         elif name == "/reset":
-            self.text, self._turns, self._told_of_length = "", 0, False
-        elif name in SETTINGS:
+            self.text, self._turns, self._length_noted = "", 0, False
+        elif name in OPTIONS:
             self._set(name, value)
         else:
-            raise UserError(f"unknown command {name}{nearest(name, [*SETTINGS, *ACTIONS])}; /help lists all")
+            raise UserError(f"unknown command {name}{nearest(name, [*OPTIONS, *ACTIONS])}; /help lists all")
 
     def _set(self, name: str, value: str) -> None:
-        setting, tokenizer = SETTINGS[name], self.generator.tokenizer
+        option, tokenizer = OPTIONS[name], self.generator.tokenizer
         if value:
             try:
-                self.request = setting.apply(self.request, value, tokenizer)
+                self.request = option.apply(self.request, value, tokenizer)
             except UserError:
                 raise
             except ValueError:
-                raise UserError(f"{name}: expected {setting.expected}, got {value!r}") from None
+                raise UserError(f"{name}: expected {option.expected}, got {value!r}") from None
             if name == "/seed":
                 self._turns = 0
-        print(f"{name[1:]} {setting.show(self.request, tokenizer)}")
+        print(f"{name[1:]} {option.show(self.request, tokenizer)}")
 
     def _help(self) -> list[tuple[str, str]]:
         tokenizer = self.generator.tokenizer
         values = [
-            (name, f"{setting.show(self.request, tokenizer)}  (takes {setting.expected})")
-            for name, setting in SETTINGS.items()
+            (name, f"{option.show(self.request, tokenizer)}  (takes {option.expected})")
+            for name, option in OPTIONS.items()
         ]
         return [*values, *ACTIONS.items(), ("an empty line", "let the model go on")]
 
     def _turn(self, line: str) -> None:
-        """What is typed, and then the model's continuation, become part of the text."""
+        """Append the line and then the model's continuation to the text."""
         generator = self.generator
         if self.asks and not line:
             return
-        generator.tokenizer.encode(line)  # its mistakes have their places in the line
+        generator.tokenizer.encode(line)  # so that an error gives the position in the line
         new = generator.qa_prompt(line) if self.asks else line
         text = self.text + (self._between if self.text and line else "") + new
         request = replace(self.request, seed=(self.request.seed + self._turns) % SEEDS)
         if self.asks:
             request = generator.qa_request(request)
-        self._tell_of_length(text)
+        self._note_length(text)
         self.text, self._turns = text, self._turns + 1
         generator.stats = GenerationStats()
         for piece in generator.stream(text, request):
@@ -202,10 +202,10 @@ class Conversation:
         if self.report is not None:
             self.report(request)
 
-    def _tell_of_length(self, text: str) -> None:
-        """Once, for most models see little."""
+    def _note_length(self, text: str) -> None:
+        """Print a note when the text first becomes longer than the context."""
         length = len(start_tokens(self.generator.tokenizer, text))
         block_size = self.generator.model.config.block_size
-        if length > block_size and not self._told_of_length:
-            self._told_of_length = True
-            print(f"note: of the {length} tokens of the text the model sees the last {block_size}", file=sys.stderr)
+        if length > block_size and not self._length_noted:
+            self._length_noted = True
+            print(f"note: the model sees only the last {block_size} of the text's {length} tokens", file=sys.stderr)

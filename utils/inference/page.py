@@ -27,7 +27,7 @@ def completion_page(runs: Sequence[RunCompletions], settings: str = "") -> str:
     """The page: a table of the runs, then for each prompt a column for each run.
 
     Args:
-        settings: how the texts were sampled, for people.
+        settings: how the texts were sampled, in words.
     """
     described = [
         {
@@ -77,10 +77,10 @@ def _cell(tokenizer: Tokenizer, completion: Completion) -> dict[str, Any]:
 
 
 def level(logprob: float) -> int:
-    """The place of a probability in LEGEND."""
+    """The index in LEGEND of a log-probability."""
     return bisect.bisect_right(BOUNDS, math.exp(logprob))
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
-    """(CSS class, characters): white space, each alone, and what is between; what cannot be printed is an escape."""
+    """(CSS class, characters) of each white-space character and of the text between; control characters are escaped."""
     return [(WHITE_SPACE.get(part, ""), printable(part)) for part in re.findall(r"[ \n\t]|[^ \n\t]+", text)]

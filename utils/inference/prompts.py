@@ -1,4 +1,4 @@
-"""Texts to read for inference, files of prompts, and files of what became of them."""
+"""What goes into generation and comes out of it: prompt files, stop strings and banned tokens, completion files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from utils.inference.generator import Completion
 
 @dataclass(frozen=True)
 class FilePrompt:
-    """A prompt of a file.
+    """A prompt from a file.
 
     place: FILE:LINE, for messages.
-    record: what stood beside it; in a text file only {"prompt": ...}.
+    record: the whole JSON object of its line; for a text file {"prompt": ...}.
     """
 
     place: str
@@ -33,7 +33,7 @@ def read_prompts(path: Path) -> list[FilePrompt]:
     """One prompt a line; in a file named .jsonl one object a line, {"prompt": "...", ...}. Empty lines are left out.
 
     Raises:
-        UserError: no such file, no UTF-8, no JSON, no prompt.
+        UserError: the file is missing, not UTF-8, not JSON, or has no prompt.
     """
     prompts, is_json = [], path.suffix.lower() == ".jsonl"
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -49,7 +49,7 @@ def read_prompts(path: Path) -> list[FilePrompt]:
 
 
 def read_text(path: Path) -> str:
-    """A file as it is, but for a byte order mark.
+    """The text of a file, without a byte order mark.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -78,18 +78,15 @@ def _record(text: str, place: str) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    """json reads NaN and Infinity, which are no JSON and could not be written again."""
-    raise ValueError(f"{name} is no number")
+    """Refuses NaN and Infinity, which Python reads although they are not JSON."""
+    raise ValueError(f"{name} is not a number")
 
 
 def check_out(path: Path, source: Path | None = None) -> None:
-    """Before hours of work: can a file stand there?
+    """Raises UserError unless a file can be written at `path`; called before hours of work.
 
     Args:
-        source: what is read and must not be overwritten.
-
-    Raises:
-        UserError: it cannot.
+        source: a file that is read and must not be overwritten.
     """
     try:
         if path.exists() and not path.is_file():
@@ -102,9 +99,9 @@ def check_out(path: Path, source: Path | None = None) -> None:
 
 
 def completion_line(prompt: FilePrompt, completion: Completion) -> str:
-    """What stood beside the prompt, and what became of it, as JSON.
+    """The record of the prompt and its completion, as one line of JSON.
 
-    tokens: their number, those of a stop string too. logprob: the sum of theirs, in nats, before any filter.
+    tokens: their number, including those of a stop string. logprob: the sum of theirs, in nats, before any filter.
     """
     record = {
         **prompt.record,
@@ -114,12 +111,12 @@ def completion_line(prompt: FilePrompt, completion: Completion) -> str:
         "finish": completion.finish,
         "seed": completion.seed,
     }
-    # Half a surrogate pair, which JSON allows and UTF-8 does not, stays the escape that it was.
+    # JSON may hold half a surrogate pair, which UTF-8 cannot: it stays an escape.
     return json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace").decode()
 
 
 def write_out(path: Path, text: str) -> None:
-    """All of it or, where that fails, what was there before.
+    """Replace the file at `path` by `text`; if that fails, the old file stays.
 
     Raises:
         UserError: it cannot be written.
@@ -134,15 +131,15 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def unescape(text: str) -> str:
-    r"""A shell cannot easily give a line break: \n, \t, \r and \\ stand for what they do in Python."""
+    r"""Replaces \n, \t, \r and \\ as Python does: a line break is hard to type in a shell."""
     return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
 def stop_strings(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings with escapes.
+    """Stop strings, from texts with escapes.
 
     Raises:
-        UserError: empty, or a character that the model cannot write.
+        UserError: a text is empty, or has a part that the model cannot write.
     """
     stops = tuple(unescape(text) for text in texts)
     for stop in stops:
@@ -151,10 +148,10 @@ def stop_strings(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def banned_tokens(tokenizer: Tokenizer, texts: Sequence[str], before: Sequence[int] = ()) -> tuple[int, ...]:
-    """The ids of all tokens of texts with escapes, and those banned before.
+    """The ids in `before` and of all tokens of `texts`, which may have escapes.
 
     Raises:
-        UserError: empty, a character without a token, or nothing is left to draw.
+        UserError: a text is empty or has a part without a token, or no token is left to draw.
     """
     banned = sorted({*before, *(token for text in texts for token in _encode(tokenizer, unescape(text), "ban"))})
     if len(banned) == tokenizer.vocab_size:
@@ -164,7 +161,7 @@ def banned_tokens(tokenizer: Tokenizer, texts: Sequence[str], before: Sequence[i
 
 def _encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
     if not text:
-        raise UserError(f"{name}: expected text, got an empty one")
+        raise UserError(f"{name}: expected text, got an empty string")
     try:
         return tokenizer.encode(text)
     except TokenizerError as error:

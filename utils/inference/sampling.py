@@ -11,15 +11,15 @@ import torch
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 
-GREEDY_BELOW = 1e-6  # temperatures under it differ from greedy only in ties
+GREEDY_BELOW = 1e-6  # lower temperatures differ from greedy only in ties
 HIGHEST_TEMPERATURE = 1e6
 PENALTIES = (1e-3, 1e3)  # beyond, logits leave the range of numbers
 SMALLEST = torch.finfo(torch.float32).tiny
-AHEAD = 256  # random numbers that a stream makes at once
+AHEAD = 256  # random numbers that a stream draws at once
 
 
 class SamplingError(UserError):
-    """Sampling options that make no sense."""
+    """Sampling options out of bounds."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class SamplingOptions:
     """How the next token is drawn, in the order in which the options act.
 
     banned: token ids that are never drawn.
-    repetition_penalty: positive logits of tokens that stood in the text are divided by it, negative ones multiplied
-        [Keskar et al. 2019, CTRL].
+    repetition_penalty: for tokens that the text already has, positive logits are divided by it and negative ones
+        multiplied [Keskar et al. 2019, CTRL].
     temperature: logits are divided by it; 0 is greedy.
-    top_k: the k most likely tokens, and what ties with the last of them.
+    top_k: the k most likely tokens, and those that tie with the last of them.
     top_p: the smallest set of most likely tokens whose probabilities reach p [Holtzman et al. 2020].
     min_p: tokens at least min_p times as likely as the most likely one [Nguyen et al. 2024].
 
@@ -69,10 +69,10 @@ class SamplingOptions:
 
 
 class RandomStreams:
-    """Uniform random numbers, a stream for each sequence: they do not depend on the others of its batch.
+    """Uniform random numbers, a stream for each sequence, whatever else is in its batch.
 
-    They are made on the CPU, so that every device draws the same ones, and many at once. MPS, which knows no double
-    precision, draws there, too.
+    They are drawn on the CPU, many at once, so that every device gets the same ones. On MPS, which has no double
+    precision, they stay on the CPU.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -91,10 +91,10 @@ class RandomStreams:
 
 
 def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits (B, V) of what may be drawn, as the softmax wants them; -inf for all else.
+    """Logits (B, V) for the softmax, with -inf for tokens that must not be drawn.
 
     Args:
-        seen: (B, V), the tokens that stood in the text; needed with a repetition penalty.
+        seen: (B, V) bool, tokens that the text already has; needed with a repetition penalty.
     """
     logits = logits.float()
     if options.banned:
@@ -105,7 +105,7 @@ def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Te
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if options.temperature < GREEDY_BELOW:
         return logits
-    # At most 0: then a small temperature cannot overflow to inf - inf.
+    # Logits of at most 0 cannot overflow with a small temperature, which would give inf - inf.
     logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     if options.top_k is not None and options.top_k < logits.size(-1):
         smallest_kept = logits.topk(options.top_k).values[:, -1:]  # (B, 1)
@@ -125,12 +125,12 @@ def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Te
 def sample(
     logits: torch.Tensor, options: SamplingOptions, uniform: torch.Tensor, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Draw one token a row, by the inverse of the distribution function.
+    """Draw one token for each row by inverting the cumulative distribution function.
 
     Args:
-        logits: (B, V), of the model.
+        logits: (B, V), as the model gives them.
         uniform: (B,) random numbers from 0 to below 1, float64.
-        seen: see filter_logits.
+        seen: see `filter_logits`.
 
     Returns:
         (B,) token ids, on the device of the logits.
@@ -140,4 +140,4 @@ def sample(
         return filtered.argmax(-1)
     reached = filtered.to(uniform.device).double().softmax(-1).cumsum(-1)  # (B, V)
     tokens = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
-    return tokens.clamp_(max=logits.size(-1) - 1).to(logits.device)  # of NaN it makes V
+    return tokens.clamp_(max=logits.size(-1) - 1).to(logits.device)  # searchsorted gives V for NaN

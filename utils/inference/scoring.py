@@ -19,8 +19,8 @@ from tokenizer import Tokenizer
 from utils.errors import UserError
 from utils.terminal.words import duration, fact_lines
 
-TOKENS_AT_ONCE = 2048  # that pass through the model: with GPT-2's vocabulary their logits take 0.4 GB
-NOTHING = -1  # a target that is not counted
+TOKENS_AT_ONCE = 2048  # in one pass through the model: with GPT-2's vocabulary their logits take 0.4 GB
+NOT_COUNTED = -1  # a target without a loss
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Score:
     """How well a text is predicted.
 
     loss: nats per predicted token.
-    tokens: predicted ones, all but the first; bytes: these in UTF-8.
-    seconds: what it took.
+    tokens: number of predicted tokens, all but the first.
+    bytes: size of the predicted text in UTF-8.
+    seconds: duration of the passes.
     """
 
     loss: float
@@ -43,12 +44,12 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Loss in bits per byte of text, which is comparable between tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.bytes
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats per token: among so many tokens a fair die would choose as well."""
+    """exp(loss) of a loss in nats per token: the number of equally likely tokens with the same loss."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -57,36 +58,36 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
-    """The loss over a text, in windows of block_size that move on by half: each token counts once.
+    """The loss over a text, in windows of block_size tokens that advance by half; each token counts once.
 
-    In the first window every token counts, with what stands before it; in each later one those of the newer half (of an
-    odd block_size the smaller), so that each sees at least the older half and at most block_size tokens.
+    In the first window every token counts, in each later one those of the newer half (the smaller one, if block_size is
+    odd). So each of these attends to at least the older half and at most block_size tokens.
 
     Args:
         model: in eval mode.
 
     Raises:
-        TokenizerError: a character without a token.
+        TokenizerError: part of the text has no token.
         UserError: fewer than two tokens.
     """
     ids = tokenizer.encode(text)
     if len(ids) < 2:
-        raise UserError(f"a text of {len(ids)} tokens has nothing to predict: at least 2 are needed")
+        raise UserError(f"a text of {len(ids)} tokens has nothing to predict: expected at least 2")
     assert not model.training
     began = time.perf_counter()
     device, T = next(model.parameters()).device, model.config.block_size
     tokens = torch.tensor(ids, device=device)
     stride = max(T // 2, 1)
-    older = T - stride  # tokens of a window that the one before it has counted
+    older = T - stride  # tokens of a window that the previous one has counted
     windows = [tokens[start : start + T + 1] for start in range(0, max(len(ids) - 1 - older, 1), stride)]
     at_once = max(TOKENS_AT_ONCE // T, 1)
     total = 0.0
     for first in range(0, len(windows), at_once):
         part = windows[first : first + at_once]
         inputs = pad_sequence([window[:-1] for window in part], batch_first=True)  # (W, T)
-        targets = pad_sequence([window[1:] for window in part], batch_first=True, padding_value=NOTHING)  # (W, T)
-        targets[int(first == 0) :, :older] = NOTHING
-        counted = targets != NOTHING
+        targets = pad_sequence([window[1:] for window in part], batch_first=True, padding_value=NOT_COUNTED)  # (W, T)
+        targets[int(first == 0) :, :older] = NOT_COUNTED
+        counted = targets != NOT_COUNTED
         logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
         losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
         total += float(losses.cpu().double().sum())
@@ -95,12 +96,11 @@ def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
 
 
 def score_report(name: str, scores: Sequence[tuple[str, Score]]) -> RenderableType:
-    """What the terminal shows of a scored text.
+    """A table of the scores of a text.
 
     Args:
-        name: of the text.
-        scores: (weights, score): the one asked for, or float32 first and then smaller weights, each told with what
-            it costs.
+        name: name of the text.
+        scores: (weights, score). The first is the reference; each other one gets a column of differences.
     """
     (weights, first), *others = scores
     if not others:
@@ -122,7 +122,7 @@ QUANTITIES = ("loss", "perplexity", "bits per byte", "tokens", "time")
 
 
 def _words(score: Score) -> list[str]:
-    """The QUANTITIES of a score."""
+    """The QUANTITIES of a score as text."""
     return [
         f"{score.loss:.4f}",
         f"{score.perplexity:.4f}",

@@ -16,15 +16,15 @@ from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
 from utils.terminal.words import printable
 
-NARROWEST = 36  # characters of a column; with less, runs stand one below the other
-GAP = 3  # between columns
-TITLE_LENGTH = 80  # of a prompt
+NARROWEST = 36  # characters in a column; narrower ones are put below each other
+GAP = 3  # characters between columns
+TITLE_LENGTH = 80  # characters shown of a prompt
 
 
 class RunCompletions(NamedTuple):
-    """What one run made of the prompts, in their order, which is the same for all runs that are compared.
+    """The completions of one run, in the order of the prompts, which is the same for all runs that are compared.
 
-    val_loss: nats per token, None if it is not known.
+    val_loss: nats per token; None if it is not known.
     """
 
     name: str
@@ -34,23 +34,23 @@ class RunCompletions(NamedTuple):
 
 
 def mean_logprob(completions: Sequence[Completion]) -> float:
-    """Nats per generated token, over all of them; nan if there is none."""
+    """Mean log-probability of all generated tokens, in nats; nan if there are none."""
     logprobs = [logprob for completion in completions for logprob in completion.logprobs]
     return math.fsum(logprobs) / len(logprobs) if logprobs else math.nan
 
 
 def probability(logprob: float) -> str:
-    """In percent; a very small one as a power of ten."""
+    """A probability in percent; below 0.01% as a power of ten."""
     chance = math.exp(logprob)
     return f"{chance:.2%}" if not chance < 1e-4 else f"{chance:.1e}"
 
 
 def completion_tables(runs: Sequence[RunCompletions], width: int, logprobs: bool = False) -> Iterator[RenderableType]:
-    """A part for each prompt: the runs' completions next to each other where they fit, else one below the other.
+    """For each prompt, the completions of the runs: next to each other where they fit, else below each other.
 
     Args:
-        width: so many characters there are.
-        logprobs: whether each token is told with its log-probability.
+        width: characters in a line of the terminal.
+        logprobs: whether to list each token with its log-probability.
     """
     side_by_side = (width + GAP) // len(runs) >= NARROWEST + GAP
     for of_prompt in zip(*(run.completions for run in runs), strict=True):
@@ -69,7 +69,7 @@ def completion_tables(runs: Sequence[RunCompletions], width: int, logprobs: bool
 
 
 def prompt_title(completion: Completion) -> str:
-    """The prompt as a heading; a long one is cut."""
+    """The prompt as a heading, shortened if it is long."""
     title = repr(completion.prompt) if completion.prompt else "no prompt"
     return title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 3]}..."
 
@@ -86,7 +86,7 @@ def _cell(run: RunCompletions, completion: Completion, logprobs: bool) -> Render
 
 
 def summary(completion: Completion) -> str:
-    """How sure the model was of what it wrote, in one line."""
+    """The mean log-probability, perplexity and length of a completion, in one line."""
     mean, count = mean_logprob([completion]), len(completion.tokens)
     end = ", ended by a stop string" if completion.finish == "stop" else ""
     return f"mean logprob {mean:.4f}, perplexity {perplexity(-mean):.2f}, {count:,} tokens{end}"

@@ -1,4 +1,4 @@
-"""How fast text was generated, against the limit that memory sets."""
+"""The speed of generation, compared with the limit that reading from memory sets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from model import LanguageModel
 from utils.inference.quantization import weight_bytes
 from utils.machine.limits import measure_read
 
-read_limit = functools.cache(measure_read)  # it takes a second
+read_limit = functools.cache(measure_read)  # the measurement takes a second
 
 
 @dataclass
 class GenerationStats:
-    """What was generated so far, added up.
+    """Totals over everything generated so far.
 
-    prompt_tokens: that the model saw. prefill_seconds: from these to the first new token.
-    steps: of decoding, each of one token of every sequence of a batch. decoded: tokens that came of them.
-    attended: tokens in the caches, summed over the steps and their sequences.
+    prompt_tokens: tokens of the prompts that the model saw.
+    prefill_seconds: time from the prompts to the first new tokens.
+    steps: decoding steps, each of one token for every sequence of a batch.
+    decoded: tokens that they gave.
+    decode_seconds: their duration.
+    attended: tokens in the caches, summed over steps and sequences.
     """
 
     prompt_tokens: int = 0
@@ -39,10 +42,10 @@ class GenerationStats:
         self.decode_seconds += seconds
 
     def rows(self, model: LanguageModel, cached: bool = True) -> list[tuple[str, str]]:
-        """What and how much, for people.
+        """(name, value) of each quantity, for people.
 
         Args:
-            cached: each step read the weights and the cache once, so the bytes it read are known.
+            cached: whether each step read the weights and the cache once, so that the bytes it read are known.
         """
         rows = [("prompt", f"{self.prompt_tokens:,} tokens")]
         if self.prefill_seconds:
@@ -58,7 +61,7 @@ class GenerationStats:
         return rows
 
     def bytes_read(self, model: LanguageModel) -> float:
-        """By decoding: the weights once a step, and the keys and values of what was attended to."""
+        """Bytes read by decoding: the weights once a step, and the keys and values of the attended tokens."""
         config, itemsize = model.config, next(model.parameters()).element_size()
         per_token = 2 * config.n_layer * config.kv_heads * config.head_width * itemsize
         return self.steps * weight_bytes(model) + self.attended * per_token

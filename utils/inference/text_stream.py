@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, nothing of a stop string."""
+"""Decodes tokens to text one by one, in whole characters and without any part of a stop string."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Sequence
 
 from tokenizer import Tokenizer
 
-INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
-MOST_PENDING = 64  # tokens in a row that end within a character; a model that writes more writes no text
+INCOMPLETE = "\ufffd"  # decoders give this for the first bytes of a character
+MOST_PENDING = 64  # tokens in a row that may end within a character; more are not text
 
 
 class TextStream:
-    """The text of one sequence. What could still become something else is held back.
+    """The text of one sequence; holds back what a later token could still change.
 
     Args:
-        stops: strings that end the text; they may lie across tokens, and are not part of it.
+        stops: strings that end the text and are not part of it; they may span several tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
-        self._tokens: list[int] = []  # the last of which ends within a character
-        self._taken = 0  # characters of their text
-        self._held = ""  # that a stop string may begin with
+        self._tokens: list[int] = []  # of which the last ends within a character
+        self._taken = 0  # characters of their text that were returned
+        self._held = ""  # may be the beginning of a stop string
 
     def add(self, token: int) -> str:
-        """The text that is certain with one more token; after a stop string nothing is."""
+        """Append a token; returns the text that this makes certain, nothing after a stop string."""
         if self.stopped:
             return ""
         self._held += self._characters(token)
@@ -36,7 +36,7 @@ class TextStream:
         return self._take(len(self._held) - max(map(self._overlap, self._stops), default=0))
 
     def rest(self) -> str:
-        """What was held back when no more tokens come; bytes that are no character stand as U+FFFD."""
+        """Finish; returns the text that was held back, with U+FFFD for bytes that are not a whole character."""
         if self.stopped:
             return ""
         text = self._held + self._tokenizer.decode(self._tokens)[self._taken :]
@@ -44,7 +44,7 @@ class TextStream:
         return text
 
     def _characters(self, token: int) -> str:
-        """What one more token completes."""
+        """The characters that one more token completes."""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         if text.endswith(INCOMPLETE) and len(self._tokens) < MOST_PENDING:
@@ -58,6 +58,6 @@ class TextStream:
         return text
 
     def _overlap(self, stop: str) -> int:
-        """How many characters at the end of what is held could be the beginning of `stop`."""
+        """How many characters at the end of the held text could be the beginning of `stop`."""
         lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
         return next((length for length in lengths if self._held.endswith(stop[:length])), 0)

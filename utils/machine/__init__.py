@@ -1,1 +1,1 @@
-"""The machine: devices, processes, signals, and what they can do."""
+"""The machine: devices, the process, signals, system metrics, and the limits of the hardware."""

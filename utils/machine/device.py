@@ -1,4 +1,4 @@
-"""The machine: device choice, precision, seeds, determinism, threads, and facts for the record."""
+"""Device, precision, seeds, determinism and threads of a run, and facts about the machine for its record."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from utils.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CGROUPS = Path("/sys/fs/cgroup")  # as a container sees it
-CGROUP_FILES = (  # limit, use, statistics: of version 2 and 1
+CGROUP_FILES = (  # limit, use and statistics, in version 2 and in version 1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
 
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # of /proc/cpuinfo: x86, x86, ARM
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # in /proc/cpuinfo: x86, x86, ARM
 
 # Vendor and family in /proc/cpuinfo -> ranges of models, both ends included, as arch/x86 of Linux names them.
 CPU_GENERATIONS: Mapping[tuple[str, str], Sequence[tuple[int, int, str]]] = {
@@ -51,7 +51,7 @@ CPU_GENERATIONS: Mapping[tuple[str, str], Sequence[tuple[int, int, str]]] = {
 
 
 class DeviceError(UserError):
-    """A device or precision that this machine does not have."""
+    """This machine does not have the device or precision asked for."""
 
 
 def available_devices() -> list[str]:
@@ -65,10 +65,10 @@ def available_devices() -> list[str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is MPS, then CUDA, then CPU.
+    """The device of that name; `auto` is MPS if there is one, else CUDA, else the CPU.
 
     Raises:
-        DeviceError: a named device that is not there, with what is.
+        DeviceError: there is no such device here; the message lists those that there are.
     """
     available = available_devices()
     if name == "auto":
@@ -88,13 +88,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of matrix products; `auto` is bfloat16 on CUDA that has it, else float32.
+    """The precision of matrix products; `auto` is bfloat16 on a CUDA device that supports it, else float32.
 
-    On a CPU bfloat16 is taken only when asked for: small models gain nothing even where there are units for it, and
-    without such units it is emulated, 3 times slower than float32 (docs/LOG.md).
+    A CPU uses bfloat16 only on request: small models gain nothing even where there are units for it, and without
+    such units it is emulated, 3 times slower than float32 (docs/LOG.md).
 
     Raises:
-        DeviceError: the device cannot compute in it.
+        DeviceError: the device does not support it.
     """
     bf16_on_cuda = device.type == "cuda" and has_bf16_units(device)
     if name == "auto":
@@ -105,27 +105,27 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are computed as such, several times as fast as in float32."""
+    """Whether the device multiplies bfloat16 matrices natively, several times as fast as float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and not BF16_FLAGS.isdisjoint(_cpu_flags())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Mixed precision for a forward pass; nothing for float32."""
+    """Mixed precision for a forward pass; does nothing for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def is_deterministic(config: TrainConfig, device: torch.device) -> bool:
-    """Whether only operations that repeat bit for bit are used: on the CPU they cost nothing, so by default there."""
+    """Whether to use only operations that repeat bit for bit: the default on the CPU, where they cost nothing."""
     return device.type == "cpu" if config.deterministic is None else config.deterministic
 
 
 @contextlib.contextmanager
 def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Seeds, determinism and threads of a run; those of before when it is over (a notebook goes on)."""
+    """Seeds, determinism and threads of a run; restores all but the seed on exit, because a notebook goes on."""
     deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     products = torch.backends.cuda.matmul
@@ -133,9 +133,9 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     if config.compile:
-        torch.use_deterministic_algorithms(deterministic)  # tells the compiler, too, and imports it
+        torch.use_deterministic_algorithms(deterministic)  # also tells the compiler, and imports it
     else:
         torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Nothing here reads memory that was not written, so it need not be filled.
@@ -154,7 +154,7 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 def processor_name(device: torch.device) -> str:
-    """Of the GPU or CPU that computes: numbers repeat bit for bit only on the same kind."""
+    """The name of the GPU or CPU that computes: results repeat bit for bit only on the same kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
@@ -172,7 +172,7 @@ def cpu_generation() -> str:
 
 
 def device_facts(device: torch.device) -> Mapping[str, str]:
-    """What env.txt says of the devices."""
+    """The devices, for env.txt."""
     facts = {"device": str(device), "torch threads": str(torch.get_num_threads()), "cpu": _cpu_name()}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -202,7 +202,7 @@ def _cpuinfo(field: str) -> str:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: what tensors hold on a GPU, what the process holds otherwise (its peak where /proc is missing)."""
+    """Bytes held by tensors on a GPU, else by the process (its peak where there is no /proc)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if (statm := _statm(os.getpid())) is None:
@@ -211,7 +211,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that the process can still take: on a GPU those that are free, else the machine's or its container's."""
+    """Bytes that the process can still allocate: those free on the GPU, in the machine or in its container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = [psutil.virtual_memory().available]
@@ -220,16 +220,15 @@ def available_memory(device: torch.device) -> int:
     for names in CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # not this version of cgroups, or no limit ("max")
             limit, used, statistics = ((CGROUPS / name).read_text() for name in names)
-            caches = re.findall(
-                r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE
-            )  # of files, dropped at need
+            # Cached files are dropped when memory is needed.
+            caches = re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE)
             available.append(int(limit) - int(used) + max(map(int, caches), default=0))
     return max(0, min(available))
 
 
 @functools.cache
 def _statm(pid: int) -> int | None:
-    """The file that tells the memory of this process, kept open: it is read at every write of the log."""
+    """A descriptor of the file with the memory use of this process; open, as it is read at every write of the log."""
     try:
         return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -237,7 +236,7 @@ def _statm(pid: int) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock read next means something."""
+    """Wait until the device has done its work, so that the clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""What this machine reaches: the fastest matrix product and the fastest copy, measured."""
+"""The limits of this machine, measured: its fastest matrix product, copy and read."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from utils.machine.device import synchronize
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 REPEATS = 5
-SECONDS = 0.25  # for one size; what would take longer is not tried
+SECONDS = 0.25  # per size; larger matrices are not tried if one product would take longer
 GEMM_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192), "mps": (1024, 2048, 4096)}
 COPY_MIB = {"cpu": (32, 64), "cuda": (128, 256), "mps": (64, 128)}  # beyond the caches
-CALLS = {"cpu": 1, "cuda": 10, "mps": 10}  # between two looks at the clock: a launch is not waited for
+CALLS = {"cpu": 1, "cuda": 10, "mps": 10}  # between two readings of the clock: a GPU works asynchronously
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, product: Product = F.linear) -> float:
-    """Floating-point operations per second of a square matrix product; a multiply-add counts as two.
+    """Floating-point operations per second of the fastest square matrix product; a multiply-add counts as two.
 
     Args:
         product: multiplies a (n, n) with the transpose of b (n, n), as the layers of the model do.
     """
-    generator = torch.Generator(device).manual_seed(0)  # a GPU multiplies zeros or ones faster than numbers
+    generator = torch.Generator(device).manual_seed(0)  # a GPU multiplies zeros or ones faster than random numbers
     best = 0.0
     for n in GEMM_SIZES[device.type]:
         flops = 2.0 * n**3
@@ -37,7 +37,7 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, product: Product = F.
 
 
 def measure_copy(device: torch.device) -> float:
-    """Bytes a second of a copy on the device, those read and those written."""
+    """Bytes per second of a copy on the device, reads and writes added up."""
     best = 0.0
     for mebibytes in COPY_MIB[device.type]:
         source = torch.ones(mebibytes * 2**18, device=device)
@@ -48,7 +48,7 @@ def measure_copy(device: torch.device) -> float:
 
 
 def measure_read(device: torch.device) -> float:
-    """Bytes a second that a sum over a large tensor reads: what decoding cannot exceed."""
+    """Bytes per second that a sum over a large tensor reads: decoding cannot be faster."""
     best = 0.0
     for mebibytes in COPY_MIB[device.type]:
         source = torch.ones(4 * mebibytes * 2**18, device=device)
@@ -57,7 +57,7 @@ def measure_read(device: torch.device) -> float:
 
 
 def _least_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest time of one call, after one that is not counted; within SECONDS, but at least two are."""
+    """Seconds of the fastest call, after a warmup; as many of REPEATS as fit into SECONDS, but at least two."""
     calls = CALLS[device.type]
     call()
     synchronize(device)

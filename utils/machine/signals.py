@@ -1,4 +1,4 @@
-"""Signals and the time limit as requests that the training loop honours at the next step."""
+"""Signals and the time limit, as requests that the training loop checks between steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SAVE_SIGNAL = signal.SIGUSR1
 
 @dataclass
 class StopRequest:
-    """Set by the first stop signal, or by `stop`; the second signal raises KeyboardInterrupt where it strikes.
+    """Set by the first stop signal, or by `stop`; a second signal raises KeyboardInterrupt at once.
 
-    reason: why to stop; None: go on.
-    signum: the signal that asked for it.
-    save: a checkpoint was asked for (SIGUSR1), and training goes on; the loop clears it.
-    patient: False once there is no step left to finish: then the first signal raises, too.
+    reason: why to stop; None: training continues.
+    signum: the signal that asked to stop.
+    save: a checkpoint is requested (SIGUSR1) while training continues; the loop clears it.
+    patient: False once there is no step left to finish: from then on even the first signal raises.
     """
 
     reason: str | None = None
@@ -38,7 +38,7 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def handle(self, signum: int, _frame: FrameType | None) -> None:
-        # os.write: a handler may interrupt any code, also one that holds the locks of a stream
+        # os.write, because a handler may interrupt code that holds the lock of a stream
         name = signal.Signals(signum).name
         if signum == SAVE_SIGNAL:
             self.save = True
@@ -48,14 +48,14 @@ class StopRequest:
         self.stop(name)
         if not (first and self.patient):
             raise KeyboardInterrupt
-        os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
+        os.write(2, f"\n{name}: stopping after this step; a second signal stops at once\n".encode())
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Handle STOP_SIGNALS and SAVE_SIGNAL inside; the handlers of before afterwards.
+    """Handle STOP_SIGNALS and SAVE_SIGNAL inside the block; restores the previous handlers on exit.
 
-    Only the main thread may handle signals; in another one the request is never set.
+    Only the main thread can handle signals; in another thread the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""GPT-2's GELU, without the tanh that makes it slow on a CPU."""
+"""GPT-2's GELU by a sigmoid instead of a tanh, which is slow on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.nn.linear import first_order
 from utils.nn.private import private_operator
 
 CUBIC = 0.044715
-FEW = 1 << 13  # numbers; below, the calls take longer than a tanh
+FEW = 1 << 13  # numbers; with fewer, the calls take longer than a tanh
 SCALE = 2 * math.sqrt(2 / math.pi)
 SIGMOID_BACKWARD = private_operator("ops.aten.sigmoid_backward.grad_input")
 
@@ -32,11 +32,11 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 class SigmoidGELU(torch.autograd.Function):
-    """The same as x sigmoid(z), z = 2 sqrt(2 / pi) (x + 0.044715 x^3), for (1 + tanh(y)) / 2 = sigmoid(2 y).
+    """x sigmoid(z) with z = 2 sqrt(2 / pi) (x + 0.044715 x^3): the same, since (1 + tanh(y)) / 2 = sigmoid(2 y).
 
-    torch's sigmoid takes a tenth of the time of its tanh. The derivative is made along with the value, while both are
-    in the cache, and nothing else is kept; most of the time goes into new memory, so what can be is done in place. No
-    gradients of gradients.
+    torch's sigmoid takes a tenth of the time of its tanh. The derivative is computed along with the value, while both
+    are in the cache, and only it is kept for the backward pass. Most of the time goes into new memory, so operations
+    are in place where they can be. It has no second derivative.
     """
 
     @staticmethod

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from utils.config.settings import ModelConfig
 from utils.nn.attention import causal_attention
 
-NO_TOKEN = -1  # stands before the first token of a sequence
+NO_TOKEN = -1  # the id of what precedes the first token of a sequence
 
 
 class KVCache:
-    """Buffers for `capacity` tokens of each sequence, made once; token p of a sequence stands in slot p % capacity.
+    """Buffers for `capacity` tokens of each sequence, allocated once; slot p % capacity holds token p.
 
-    So a sequence that goes on past the capacity overwrites its oldest token: a window slides over it. Sequences may
-    have different lengths. A GPU always attends to all slots, under a mask, so that shapes never change; a CPU only to
-    those in use.
+    So a sequence longer than the capacity overwrites its oldest tokens: a window slides over it. Sequences may have
+    different lengths. On a GPU, attention always covers all slots, under a mask, so that shapes never change; on a CPU
+    it covers those in use.
 
     A forward pass calls `begin` with its tokens, `attend` once in each layer, and `end`.
 
@@ -31,8 +31,8 @@ class KVCache:
         self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (2 * config.n_layer, batch_size, capacity, config.kv_heads, config.head_width)
-        self._by_slot = torch.zeros(shape, device=device, dtype=dtype)  # as they come
-        self._by_head = self._by_slot.transpose(2, 3)  # as they are read
+        self._by_slot = torch.zeros(shape, device=device, dtype=dtype)  # in the order of writing
+        self._by_head = self._by_slot.transpose(2, 3)  # in the order of reading
         self.keys, self.values = self._by_head.chunk(2)
         self._n_layer = config.n_layer
         self.tokens = torch.full((batch_size, capacity), NO_TOKEN, device=device)
@@ -58,13 +58,13 @@ class KVCache:
         self.lengths = [0] * len(self.lengths)
 
     def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> slice | torch.Tensor:
-        """Make room for tokens idx (B, T): several only where no window slides yet.
+        """Make room for tokens idx (B, T); T > 1 only before a window slides.
 
         Args:
-            lengths: how many of the T tokens each sequence has, into an empty cache; the others pad it at its end.
+            lengths: the number of tokens of each sequence, if they differ; the rest is padding. For an empty cache.
 
         Returns:
-            their positions, (B, T), or the same for all sequences.
+            The positions of the tokens, (B, T), or as a slice if all sequences have the same.
         """
         T, longest = idx.size(1), max(self.lengths)
         assert T == 1 or longest + T <= self.capacity, f"{longest + T} tokens exceed the {self.capacity} of the cache"
@@ -90,11 +90,11 @@ class KVCache:
         return positions
 
     def _visible_to(self, positions: torch.Tensor) -> torch.Tensor:
-        """(B, 1, T, visible): which slots tokens at these positions (B, T) see."""
+        """The mask (B, 1, T, visible) of the slots that tokens at these positions (B, T) attend to."""
         return (self._numbers[: self._visible] <= positions[:, :, None])[:, None]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Store the new keys and values; each new token attends to all of its sequence up to itself.
+        """Store new keys and values, and attend: each new token to its whole sequence up to itself.
 
         Args:
             q: (B, T, H, D).
@@ -120,7 +120,7 @@ class KVCache:
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def end(self) -> None:
-        """The tokens of `begin` are stored in all layers."""
+        """Count the tokens of `begin`, which all layers have stored."""
         if len(set(self._counts)) == 1:
             self._ahead += self._counts[0]
         else:
@@ -128,14 +128,14 @@ class KVCache:
         self.lengths = [length + new for length, new in zip(self.lengths, self._counts, strict=True)]
 
     def tokens_before(self, count: int) -> torch.Tensor:
-        """(B, count): the last tokens of each sequence, NO_TOKEN before its first one and what is overwritten."""
+        """The last tokens of each sequence, (B, count): NO_TOKEN where there are none, or they were overwritten."""
         back = torch.arange(count, 0, -1, device=self.tokens.device)
         positions = self.positions[:, None] - back  # (B, count)
         unknown = (positions < 0) | (back > self.capacity)
         return self.tokens[self._rows, positions % self.capacity].masked_fill(unknown, NO_TOKEN)
 
     def replace(self, row: int, other: KVCache) -> None:
-        """Replace sequence `row` by the one sequence of another cache."""
+        """Replace sequence `row` with the only sequence of another cache."""
         count = other.lengths[0]
         self.keys[:, row, :, :count] = other.keys[:, 0, :, :count]
         self.values[:, row, :, :count] = other.values[:, 0, :, :count]

@@ -1,6 +1,7 @@
-"""Linear layers. On a CPU in float32 their matrix products are oneDNN's, which knows AVX-512 on every processor.
+"""Linear layers. On a CPU in float32, oneDNN computes their matrix products: it uses AVX-512 on every processor.
 
-torch takes MKL for float32, which on AMD's processors stays with AVX2 and so with half of the speed (docs/LOG.md).
+torch uses MKL for float32, which stays with AVX2 on AMD's processors: half the speed where there is AVX-512. Where
+there is none, MKL is the faster one (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         weight: (out, in).
         bias: (out,), or None.
     """
-    by_onednn = (  # asked dozens of times a step: a device as a string alone takes a quarter of a microsecond
+    by_onednn = (  # evaluated dozens of times a step: comparing a device's name alone takes a quarter of a microsecond
         x.is_cpu
         and x.dtype is torch.float32 is weight.dtype
         and ONEDNN is not None
-        and x.numel() * weight.shape[0] > SMALL  # also where nothing is to be multiplied
-        and x.shape[-1] == weight.shape[1]  # torch says better what is wrong
+        and x.numel() * weight.shape[0] > SMALL  # false for empty tensors, too
+        and x.shape[-1] == weight.shape[1]  # if not, torch's message is the better one
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
@@ -67,23 +68,22 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 def first_order(backward: Callable[..., R]) -> Callable[..., R]:
-    """Refuse gradients of gradients at once; torch's once_differentiable takes 10 microseconds a call.
+    """Mark the backward pass of an autograd function that has no second derivative.
 
-    Raises:
-        RuntimeError: when called with create_graph.
+    With create_graph it raises a RuntimeError. torch's once_differentiable does the same in 10 microseconds a call.
     """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: torch.Tensor) -> R:
         if torch.is_grad_enabled():  # autograd turns it off but for create_graph
-            raise RuntimeError(f"{type(ctx).__name__} has no gradient of its gradient: no create_graph here")
+            raise RuntimeError(f"{type(ctx).__name__} has no second derivative: create_graph is not supported")
         return backward(ctx, *gradients)
 
     return checked
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """A linear layer and its gradients, each one matrix product of oneDNN. Gradients of gradients it has none."""
+    """A linear layer and its gradients, each one matrix product of oneDNN; it has no second derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, and schedules (pure functions of the step)."""
+"""Parameter groups, and the optimizers that update them."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
 
 
 def muon(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Muon for the hidden matrices (q, k and v each by itself), AdamW for all else."""
+    """Muon for the matrices (q, k and v separately), AdamW for the other groups."""
     of_muon = {"momentum": config.momentum}
     return Muon(group | (of_muon if group["name"] == "matrices" else _of_adamw(config)) for group in groups)
 
 
 def _of_adamw(config: OptimizerConfig) -> dict[str, Any]:
-    """`fused` tells torch to keep the step on the device when a state is loaded."""
+    """The settings of a group. With `fused`, torch keeps the count of steps on the device when it loads a state."""
     return {"betas": (config.beta1, config.beta2), "eps": config.adam_eps, "fused": True}
 
 
@@ -89,7 +89,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.op
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over the parameter groups of `model`, as in its first step."""
+    """The optimizer that `config` names for the parameters of `model`, with the peak learning rate and weight decay."""
     optimizer = OPTIMIZERS[config.optimizer_name](parameter_groups(model, config), config)
     set_learning_rate(optimizer, config.learning_rate)
     set_weight_decay(optimizer, config.weight_decay)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before they change the weights."""
+"""Muon: updates of matrices by their momentum, made orthogonal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def newton_schulz(matrices: torch.Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> torch.Tensor:
-    """Each matrix with its singular values moved towards 1 (they end between about 0.7 and 1.2).
+    """Move the singular values of each matrix towards 1; they end between about 0.7 and 1.2 [Jordan et al. 2024].
 
     Args:
-        matrices: (N, rows, columns) with rows <= columns, of one shape so that they share each matrix product; in the
-            precision to compute in. bfloat16 is enough.
+        matrices: (N, rows, columns) with rows <= columns, in the precision to compute in; bfloat16 is enough.
 
     Returns:
         (N, rows, columns), float32.
@@ -38,13 +37,13 @@ def newton_schulz(matrices: torch.Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> t
 class Muon(EagerOptimizer):
     """Muon [Jordan et al. 2024] for the groups that have a momentum, AdamW for the others.
 
-    An update of Muon is Nesterov momentum, orthogonalised, times 0.2 sqrt(max(rows, columns)): the size that updates
-    of AdamW have, so that one learning rate suits both [Liu et al. 2025, Muon is Scalable for LLM Training].
+    An update is the Nesterov momentum, made orthogonal, times 0.2 sqrt(max(rows, columns)). This is about the size of
+    AdamW's updates, so one learning rate suits both [Liu et al. 2025, Muon is Scalable for LLM Training].
 
     Args:
-        groups: with lr and weight_decay. With Muon: momentum, and blocks, for each parameter the number of rows of
-            the matrices that it is made of (q, k and v, say): each is made orthogonal by itself.
-            With AdamW: what AdamW needs (utils/optim/adamw.py).
+        groups: with lr and weight_decay. Those for Muon also have momentum, and blocks: for each parameter, the numbers
+            of rows of the matrices that are stacked in it (q, k and v, say), each of which is made orthogonal by
+            itself. Those for AdamW have what AdamW needs (utils/optim/adamw.py).
 
     `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
     """
@@ -95,11 +94,11 @@ class Muon(EagerOptimizer):
 
 
 def _stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
-    """In bfloat16 where there are units for it, else in float32: emulated bfloat16 is 3 times slower."""
+    """One tensor (N, rows, columns), in bfloat16 if the device has units for it: emulated, it is 3 times slower."""
     stacked = torch.stack(matrices)
     return stacked.bfloat16() if has_bf16_units(stacked.device) else stacked
 
 
 def update_scale(shape: Sequence[int]) -> float:
-    """What an orthogonal matrix is multiplied with to have numbers as large as an update of AdamW."""
+    """The factor that gives an orthogonal matrix the root mean square of an update of AdamW, about 0.2."""
     return 0.2 * math.sqrt(max(shape))

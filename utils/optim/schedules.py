@@ -22,9 +22,8 @@ FIRST_MOMENTUM = 0.85  # of Muon, at the start of its warm-up
 def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
     """The learning rate of update `step` (0-based) in a run of `max_iters` updates.
 
-    Linear warmup to `learning_rate` (update 0 has a rate above zero), then the schedule, which is at
-    its end at `lr_decay_iters` (default: the end of the run) and stays there: cosine and linear at
-    `final_lr`, constant at `learning_rate`.
+    A linear warmup to `learning_rate` (update 0 has a rate above zero), then the schedule, which ends at
+    `lr_decay_iters` (default: the end of the run): cosine and linear at `final_lr`, constant at `learning_rate`.
     """
     warmup = warmup_steps(config, max_iters)
     if step < warmup:
@@ -35,12 +34,12 @@ def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> floa
 
 
 def weight_decay_at(step: int, config: OptimizerConfig, max_iters: int) -> float:
-    """The weight decay of update `step`: its schedule runs over the whole run and ends at zero, or is constant."""
+    """The weight decay of update `step`: constant, or falling to zero at the end of the run."""
     return config.weight_decay * SCHEDULES[config.weight_decay_schedule](min(step / max_iters, 1.0))
 
 
 def momentum_at(step: int, config: OptimizerConfig) -> float:
-    """Muon's momentum of update `step`: it rises linearly from 0.85, for the first gradients are soon outdated."""
+    """Muon's momentum at update `step`: it rises linearly from 0.85, since the first gradients soon become outdated."""
     if step >= config.momentum_warmup_iters:
         return config.momentum
     first = min(FIRST_MOMENTUM, config.momentum)
@@ -59,12 +58,12 @@ def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: Optimiz
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the schedule: each group has its own share of it."""
+    """Set the learning rate of each group, its own multiple of the schedule's."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Set it in the groups that decay."""
+    """Set the weight decay of the groups that decay."""
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay if group["decays"] else 0.0

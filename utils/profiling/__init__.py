@@ -1,1 +1,1 @@
-"""What profile_model.py does: where the time and memory of a step go."""
+"""Profiling, for profile_model.py and `train.py --profile-step`: where a step's time and memory go."""

@@ -1,4 +1,4 @@
-"""A profile from what was measured of a training state."""
+"""Building a Profile: from a configuration, or from measurements of a training state."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from utils.training.state import TrainState, build_state
 from utils.training.step import no_phase
 from utils.training.step_buffer import StepBuffer
 
-MODEL_SHARE = {"forward": 1 / 3, "backward": 2 / 3}  # of the operations of training
+MODEL_SHARE = {"forward": 1 / 3, "backward": 2 / 3}  # of the floating-point operations of a step
 
 
 def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) -> tuple[Profile, StepTimes]:
-    """Build a training state, and measure its steps and its generation; the trace is in the StepTimes."""
+    """Build a training state and measure its steps and its generation; the StepTimes hold the trace."""
     device, before = setup.device, memory_in_use(setup.device)
     state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
     tracking = state.config.tracking
@@ -55,7 +55,7 @@ def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) 
 
 
 def limits_of(state: TrainState) -> Limits | None:
-    """The machine's limits for training and for generation, or None where too little memory is left to measure them."""
+    """The machine's limits in the precisions of training and generation; None if there is too little memory left."""
     with contextlib.suppress(torch.OutOfMemoryError):
         weights = next(state.model.parameters()).dtype
         return measure_limits(state.device, sorted({state.dtype, weights}, key=str))
@@ -63,7 +63,7 @@ def limits_of(state: TrainState) -> Limits | None:
 
 
 def measure_limits(device: torch.device, dtypes: Sequence[torch.dtype]) -> Limits:
-    """The best rates over several sizes, in about a second; the global random state is left alone.
+    """The best rates over several sizes, measured in about a second without touching the global random state.
 
     Raises:
         torch.OutOfMemoryError: a few hundred megabytes cannot be allocated.
@@ -85,7 +85,12 @@ def build_profile(
     run: str | None = None,
     step: int | None = None,
 ) -> Profile:
-    """Everything that profile.json says."""
+    """The contents of profile.json.
+
+    Args:
+        activations, peak: bytes, for MemoryBytes; None: not measured.
+        run, step: of the training run that was profiled, if it was one.
+    """
     config, device = state.config, state.device
     gflop = training_flops(state.model, config.train.sequences, config.model.block_size) / 1e9
     return Profile(
@@ -118,7 +123,7 @@ def build_profile(
 
 
 def with_operations(phases: Sequence[PhaseTime], operators: Sequence[OperatorTime], gflop: float) -> list[PhaseTime]:
-    """Phases with what the model needs in its two passes, and with the matrix products that were seen elsewhere."""
+    """Phases with their operations: what the model needs in its two passes, and what operators did in other phases."""
     seen = {phase.name: sum(o.gflop for o in operators if o.phase == phase.name) for phase in phases}
     needed = {name: gflop * share for name, share in MODEL_SHARE.items()}
     return [phase.model_copy(update={"gflop": needed.get(phase.name, seen[phase.name])}) for phase in phases]

@@ -1,4 +1,4 @@
-"""How fast a model generates: prefill of one block, and decoding one token at a time."""
+"""How fast a model generates: prefill of one block, then decoding one token at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from utils.nn.kv_cache import KVCache
 from utils.profiling.record import Generation
 
 REPEATS = 5
-DECODED = 64  # tokens, or what is left of half a block
+DECODED = 64  # tokens; fewer if the second half of a block is shorter
 
 
 def measure_generation(model: LanguageModel) -> Generation:
-    """Medians for one sequence, as inference.py generates it: in the precision of the weights, without a compiler.
+    """Median times for one sequence, generated as inference.py does: in the precision of the weights, not compiled.
 
-    Decoding begins after half a block.
+    Decoding starts when half a block is in the cache.
     """
     parameter, T = next(model.parameters()), model.config.block_size
     tokens = torch.zeros(1, T, dtype=torch.int64, device=parameter.device)
@@ -60,7 +60,7 @@ def measure_generation(model: LanguageModel) -> Generation:
 
 
 def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:
-    """Read for one token of each sequence of the cache: all weights, and `context` keys and values."""
+    """Bytes read to decode one token of each cached sequence: all weights, and `context` keys and values."""
     return weight_bytes(model) + 2 * cache.keys[:, :, :, 0].numel() * cache.keys.element_size() * context
 
 
@@ -73,4 +73,4 @@ def _median_ms(call: Callable[[], None], device: torch.device, before: Callable[
         call()
         synchronize(device)
         times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times[1:])  # the first one warms up
+    return statistics.median(times[1:])  # without the warmup

@@ -1,4 +1,4 @@
-"""`profile_step`: one step of a real run, profiled into its artifacts/profile/. It changes no number of the run."""
+"""`profile_step`: profiles one step of a real run into its artifacts/profile/, without changing the run's results."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from utils.terminal.console import Terminal
 from utils.training.state import TrainState
 from utils.training.step import MarkedClock, Phase, PhaseClock, no_phase
 
-# Steps before the profiled one: in the first what autograd keeps is counted, some are timed as a whole, some by phases.
+# Before the profiled step come one whose activations are counted, TIMED steps that are timed as a whole, and CLOCKED
+# steps whose phases are timed.
 TIMED, CLOCKED = 4, 4
 FIRST = TIMED + CLOCKED + 1
 
 
 class RunProfiler:
-    """Watches the steps up to `profile_step` of a run. Whatever fails in here is one warning, and training goes on.
+    """Measures the steps up to `profile_step`. A failure in here becomes one warning, and training goes on.
 
     Args:
-        state: that is trained.
+        state: the training state.
         path: the run directory.
-        terminal: that tells how it went.
+        terminal: for the warning, or for the place of the result.
     """
 
     def __init__(self, state: TrainState, path: Path, terminal: Terminal) -> None:
         self.state, self.path, self.terminal = state, path, terminal
         self.step = state.config.train.profile_step
-        self.ready = False  # the step is profiled, and nothing is written yet
+        self.ready = False  # the step has been profiled; `save` is to be called
         self._activations = activation_phase(state)
         self._timed: list[float] = []
         self._clock = PhaseClock(state.device)
@@ -47,7 +48,7 @@ class RunProfiler:
         self._profiler: profile | None = None
 
     def watch(self, step: int) -> AbstractContextManager[Phase]:
-        """Around an update; what it gives names the update's phases."""
+        """A context for update `step`; it yields the function that marks the phases of the update."""
         if self.step is None or not 0 <= self.step - step <= FIRST:
             return contextlib.nullcontext(no_phase)
         return self._watch(self.step - step)
@@ -73,7 +74,7 @@ class RunProfiler:
         if steps_left == FIRST:
             return self._activations or no_phase
         if steps_left > CLOCKED:
-            if not self._timed and self.state.device.type == "cuda":  # a process has more than a step
+            if not self._timed and self.state.device.type == "cuda":  # the peak of a process is not that of a step
                 reset_peak(self.state.device)
             return no_phase
         if steps_left > 0:
@@ -89,11 +90,11 @@ class RunProfiler:
             self._timed.append(seconds)
         elif steps_left == 0 and self._profiler is not None:
             self.ready = True
-            if not self._clocked:  # the run began, or went on, here
+            if not self._clocked:  # the run has started, or was resumed, at this step
                 self._clock, self._clocked = self._marks, [seconds]
 
     def save(self) -> None:
-        """Measure the machine's limits, and write what was seen; takes a second or two."""
+        """Measure the machine's limits and write the profile, which takes a second or two."""
         self.ready = False
         with self._harmless():
             assert self._profiler is not None
@@ -118,13 +119,13 @@ class RunProfiler:
                 step=self.step,
             )
             save_profile(self.path / FOLDER, measured, read_trace(self._profiler), draw_profile)
-            self.terminal.print(f"step {self.step:,} is profiled: {FOLDER / PICTURE}")
-        self._profiler = None  # the events take memory
+            self.terminal.print(f"profiled step {self.step:,}: {FOLDER / PICTURE}")
+        self._profiler = None  # frees the memory of its events
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a profile is worth no run
+        except Exception as error:  # no profile is worth a lost run
             self.step, self.ready = None, False
-            self.terminal.warn(f"profile_step: nothing is written: {type(error).__name__}: {error}")
+            self.terminal.warn(f"profile_step: no profile was written: {type(error).__name__}: {error}")

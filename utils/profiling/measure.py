@@ -1,4 +1,4 @@
-"""Where the time of a step goes: measured without the profiler, then operator by operator with torch.profiler."""
+"""Where the time of a step goes: measured as a whole, by phases, and by operators with torch.profiler."""
 
 from __future__ import annotations
 
@@ -43,17 +43,20 @@ from utils.training.step import (
 from utils.training.step_buffer import StepBuffer
 
 STEP = "step"
-STRETCHES = 5  # of steps that are timed together; their median is not moved by one disturbance
-COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph")  # what the profiler calls the code that a compiler made
+STRETCHES = 5  # of consecutive steps, each timed as one; a single disturbance does not move their median
+COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph")  # the names that the profiler gives to compiled code
 
-StepFunction = Callable[[Phase], None]  # one training step
+StepFunction = Callable[[Phase], None]  # makes one training step, in phases
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Of one step, in milliseconds: by itself, by phases with a pause after each, and by operators under the profiler.
+    """The time of one step: as a whole, by phases, and by operators.
 
-    step_ms: none if it was not measured. profiler: has the trace.
+    step_ms: milliseconds of an undisturbed step; None: not measured.
+    phases: timed with a wait for the device after each.
+    profiled_ms, operators: timed under the profiler.
+    profiler: holds the trace.
     """
 
     steps: int
@@ -69,10 +72,10 @@ class StepTimes:
 
 
 def training_step(state: TrainState, buffer: StepBuffer | None = None) -> StepFunction:
-    """The training loop's update of `state`, in its phases, as a function to call again and again.
+    """A function that makes the training loop's update of `state` each time it is called.
 
     Args:
-        buffer: gets the numbers of each step, and is flushed after it; None: nothing is logged.
+        buffer: receives the numbers of each step and is flushed after it; None: nothing is logged.
     """
 
     def step(phase: Phase) -> None:
@@ -91,7 +94,7 @@ def training_step(state: TrainState, buffer: StepBuffer | None = None) -> StepFu
 
 
 def measure_steps(step: StepFunction, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
-    """Call `step` `warmup` times without a clock, then `steps` times for each of the three measurements."""
+    """Call `step` `warmup` times without measuring it, then `steps` times for each of the three measurements."""
     for _ in range(warmup):
         step(no_phase)
     step_ms = time_steps(step, device, steps)
@@ -110,7 +113,7 @@ def measure_steps(step: StepFunction, device: torch.device, *, steps: int, warmu
 
 
 def time_steps(step: StepFunction, device: torch.device, steps: int) -> float:
-    """Milliseconds of a step, the median over stretches; the device is waited for at the end of each stretch only."""
+    """Milliseconds of a step: the median over stretches, at whose end alone the device is waited for."""
     times = []
     for index in range(min(steps, STRETCHES)):
         count = len(range(index, steps, STRETCHES))
@@ -124,23 +127,23 @@ def time_steps(step: StepFunction, device: torch.device, steps: int) -> float:
 
 
 def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime]:
-    """What the clock saw in `steps` steps that took `seconds`; what is in no phase is `other`."""
+    """The phases per step, from the clock of `steps` steps that took `seconds`; time outside of phases is `other`."""
     rows = [(name, clock.calls[name], clock.seconds[name]) for name in PHASES]
     rows.append((OTHER_PHASE, steps, max(0.0, seconds - sum(clock.seconds.values()))))
     return [PhaseTime(name=n, calls=calls / steps, ms=1000 * s / steps, gflop=0.0) for n, calls, s in rows]
 
 
 def new_profiler(device: torch.device) -> profile:
-    """A profiler, to be entered; shapes of arguments are recorded."""
+    """A profiler that records the shapes of arguments; to be entered as a context."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     return profile(activities=activities, record_shapes=True)
 
 
 def read_operators(profiler: profile, device: torch.device) -> tuple[float, list[OperatorTime]]:
-    """Milliseconds of a step, and the operators in each phase by their time.
+    """Milliseconds of a step, and the operators of each phase, the longest first.
 
-    An operator is what the model or autograd calls, with everything that it calls itself. On CUDA it has the time of
-    the kernels that it launched; code that a compiler made counts as one operator.
+    An operator is what the model or autograd calls, and includes what it calls itself. On CUDA its time is that of
+    the kernels that it launches. Compiled code counts as one operator.
     """
     events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
     total_us, steps = _length(events, STEP)
@@ -178,10 +181,10 @@ def read_operators(profiler: profile, device: torch.device) -> tuple[float, list
 
 
 def read_trace(profiler: profile) -> bytes:
-    """The Chrome trace. The profiler writes it into a file and does not say when the disk is full.
+    """The Chrome trace, by way of a temporary file: the profiler does not report that a disk is full.
 
     Raises:
-        OSError: there was no room for it in the folder of temporary files.
+        OSError: the folder of temporary files has no room for the trace.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -193,13 +196,13 @@ def read_trace(profiler: profile) -> bytes:
 
 
 def _length(events: list[FunctionEvent], name: str) -> tuple[float, int]:
-    """Microseconds and number of the events of that name."""
+    """The total microseconds and the number of the events of that name."""
     spans = [event.time_range.elapsed_us() for event in events if event.name == name]
     return sum(spans), len(spans)
 
 
 def _outermost(events: list[FunctionEvent], on_device: bool) -> Iterator[tuple[str, FunctionEvent, float]]:
-    """Name, event and microseconds of each operator that no other operator has called."""
+    """Name, event and microseconds of each operator that is not called by another operator."""
     waiting = [event for event in events if event.cpu_parent is None]
     while waiting:
         event = waiting.pop()
@@ -209,13 +212,13 @@ def _outermost(events: list[FunctionEvent], on_device: bool) -> Iterator[tuple[s
         own = event.self_device_time_total if on_device else event.self_cpu_time_total
         if event.name.startswith(COMPILED):
             yield "compiled code", event, own
-        elif on_device and own > 0:  # a kernel that no operator of torch has launched
+        elif on_device and own > 0:  # a kernel that was not launched by an operator
             yield event.name, event, own
         waiting += event.cpu_children
 
 
 def _cost(event: FunctionEvent) -> tuple[float, float]:
-    """Floating-point operations and bytes of an operator; of one that only calls others, theirs."""
+    """Floating-point operations and bytes of an operator; the sum over its callees if it only calls others."""
     shapes, dtypes = _arguments(event)
     flops = operator_flops(event.name, shapes, event.concrete_inputs)
     if flops is None:

@@ -1,4 +1,4 @@
-"""Memory of training by category: weights, gradients, state of the optimizer, activations."""
+"""Memory of training by category: weights, gradients, optimizer state, activations."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from utils.training.state import TrainState
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of the memory behind `tensors`; what several share counts once."""
+    """Bytes of the storages of `tensors`; a storage that several share counts once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
-    """Weights (with buffers), gradients as they are after a backward pass, and state of the optimizer."""
+    """Bytes of weights (with buffers), of gradients as after a backward pass, and of the optimizer's state."""
     parameters = list(state.model.parameters())
     in_optimizer = (t for entry in state.optimizer.state.values() for t in entry.values() if torch.is_tensor(t))
     return {
@@ -30,9 +30,9 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 
 
 class ActivationMeter:
-    """A phase that sees what autograd keeps of a forward pass for the backward pass; it changes no number.
+    """A phase function that counts what autograd keeps of a forward pass for the backward pass.
 
-    bytes: of the largest micro-step; weights, which are there anyway, do not count.
+    bytes: of the largest micro-step, without the weights, which exist anyway.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -59,12 +59,12 @@ class ActivationMeter:
 
 
 def activation_phase(state: TrainState) -> ActivationMeter | None:
-    """A meter, but none for a compiled model: it would be compiled anew for it."""
+    """A meter; None for a compiled model, which would have to be compiled again."""
     return None if state.compiled else ActivationMeter(state.model)
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Count the most memory in use from here on; False where that cannot be told (anywhere but CUDA and Linux)."""
+    """Reset the peak of the memory in use; returns False where it cannot be known (anywhere but CUDA and Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -76,7 +76,7 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes, the most since `reset_peak`: of tensors on a GPU, else of the process."""
+    """The most bytes in use since `reset_peak`: by tensors on a GPU, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What an operator computes and moves, estimated from the shapes that the profiler saw. No torch here."""
+"""The cost of an operator, in operations and bytes, estimated from the shapes that the profiler recorded."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-Argument = Sequence[Any]  # the shape of a tensor, or a list of shapes; empty: a scalar, or no tensor
+Argument = Sequence[Any]  # the shape of a tensor, or a list of shapes; empty for a scalar or a non-tensor
 
 ONEDNN = "mkldnn::_linear_pointwise"
-FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0}  # where the first matrix stands
-TRANSPOSED = ("linear", ONEDNN)  # multiply with the transposed second matrix
+# Operator -> the position of its first matrix among the arguments; the second one follows.
+FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0}
+TRANSPOSED = ("linear", ONEDNN)  # multiply by the transpose of the second matrix
 ATTENTION_NAME = "scaled_dot_product"
 SMALL_RESULT = ("sum", "mean", "linalg_vector_norm", "_foreach_norm", "nll_loss", "cross_entropy_loss", "item")
 VIEWS = "view _unsafe_view reshape t transpose permute expand slice select narrow split split_with_sizes chunk unbind"
-MORE_VIEWS = "squeeze unsqueeze as_strided alias detach resolve_conj dropout to"  # the last two of a tensor as it is
+MORE_VIEWS = "squeeze unsqueeze as_strided alias detach resolve_conj dropout to"  # the last two if they do nothing
 RESERVED = "empty empty_like empty_strided resize_"
-WITHOUT_MOVING = frozenset(f"{VIEWS} {MORE_VIEWS} {RESERVED}".split())  # what copies nevertheless, its children tell
-LOOKUPS = ("embedding", "index_select", "gather")  # read what they return, not the whole table
+WITHOUT_MOVING = frozenset(f"{VIEWS} {MORE_VIEWS} {RESERVED}".split())  # if one copies after all, its callees show it
+LOOKUPS = ("embedding", "index_select", "gather")  # read only what they return, not the whole table
 OPTIMIZERS = ("_fused_adamw_", "_fused_adam_")  # read weight, gradient, two moments; write all but the gradient
 BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
-UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # of lists of tensors the profiler reports the shapes only
+UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # of lists of tensors, the profiler reports only the shapes
 
 
 def is_operator(name: str) -> bool:
-    """Of torch or a library; not an annotation, a node of autograd or a call of the driver."""
+    """Whether it is an operator of torch or a library; not an annotation, an autograd node or a driver call."""
     return "::" in name and not name.startswith(("autograd::", "torch::autograd"))
 
 
@@ -37,12 +38,12 @@ def is_attention(name: str) -> bool:
 
 
 def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any]) -> float | None:
-    """Floating-point operations of a matrix product or attention, as a model needs them; None: neither.
+    """Floating-point operations of a matrix product or attention; None for any other operator.
 
     Args:
-        name: as torch says it, "aten::mm".
+        name: torch's name, such as "aten::mm".
         shapes: of the arguments.
-        values: of the arguments that are no tensors; the first flag of attention is whether it is causal.
+        values: of the arguments that are not tensors; attention's first flag is whether it is causal.
     """
     short = short_name(name)
     if short in FIRST_FACTOR:
@@ -62,7 +63,7 @@ def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any])
 
 
 def operator_bytes(name: str, shapes: Sequence[Argument], dtypes: Sequence[str]) -> float:
-    """Bytes read and written if each argument is read once, and a result as large as the largest of them written."""
+    """Bytes read and written, assuming that each argument is read once and the result is as large as the largest."""
     short = short_name(name)
     sizes = [_numbers(shape) * _itemsize(dtype) for shape, dtype in zip(shapes, dtypes, strict=True) if shape]
     if short in WITHOUT_MOVING or not sizes:
@@ -87,14 +88,14 @@ def operator_bytes(name: str, shapes: Sequence[Argument], dtypes: Sequence[str])
 
 
 def _matrices(short: str, shapes: Sequence[Argument]) -> tuple[Argument, Argument, int]:
-    """Both factors and the columns of the product."""
+    """The shapes of both factors, and the number of columns of their product."""
     first = FIRST_FACTOR[short]
     left, right = shapes[first], shapes[first + 1]
     return left, right, (right[0] if short in TRANSPOSED else right[-1]) if right else 0
 
 
 def _numbers(argument: Argument) -> float:
-    """In a tensor or a list of tensors."""
+    """The number of elements of a tensor or a list of tensors."""
     if any(isinstance(part, Sequence) for part in argument):
         return sum(_numbers(part) for part in argument)
     return float(math.prod(argument))

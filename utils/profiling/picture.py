@@ -1,4 +1,4 @@
-"""The picture of a profile: step, phases and operators on one time axis; rates and memory below. No torch here."""
+"""The picture of a profile: step, phases and operators on one time axis; rates and memory below."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ COLORS = {
     OTHER_OPERATORS: "#e0a458",
     NO_OPERATOR: "#e3e6ea",
 }
-PHASE_COLORS = ("#54627a", "#71809a")  # in turn
+PHASE_COLORS = ("#54627a", "#71809a")  # alternating
 STEP_COLOR, TEXT, QUIET = "#2b3446", "#1c2430", "#667080"
 MEMORY_COLORS = ("#3b6fb6", "#7fa3d4", "#8a63c4", "#e0a458")
 SMALLEST = 0.004  # of a step; narrower operators of one kind are drawn as one
-LONGEST_UPRIGHT = 28  # characters of a name that is written from bottom to top
-CHARACTER = 0.0062  # of the picture's width, at the size of the labels
+LONGEST_UPRIGHT = 28  # characters of a name written from bottom to top
+CHARACTER = 0.0062  # width of a label's character, as a share of the picture's
 SIZE = (13, 7.2)  # inches
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A rectangle of the icicle; left and width in milliseconds."""
+    """A rectangle of the icicle chart; left and width are in milliseconds."""
 
     label: str
     left: float
@@ -41,7 +41,7 @@ class Slice:
 
 
 def phase_slices(profile: Profile) -> list[Slice]:
-    """Phases one after the other, each as long as it takes."""
+    """The phases side by side, each as wide as it is long."""
     slices, left = [], 0.0
     for index, phase in enumerate(profile.phases):
         slices.append(Slice(phase.name, left, phase.ms, PHASE_COLORS[index % 2]))
@@ -50,9 +50,9 @@ def phase_slices(profile: Profile) -> list[Slice]:
 
 
 def operator_slices(profile: Profile) -> Iterator[Slice]:
-    """Below each phase its operators, the longest first; what was too short for a slice, and the time of no operator.
+    """The operators of each phase, the longest first, then those too short for a slice, then the rest of the phase.
 
-    They are as long as under the profiler, or shorter where they would not fit into the phase as it is without it.
+    They are as long as under the profiler, scaled down where they exceed the phase as measured without it.
     """
     least = SMALLEST * profile.phases_ms
     for phase in phase_slices(profile):
@@ -64,7 +64,7 @@ def operator_slices(profile: Profile) -> Iterator[Slice]:
             if row.ms * scale < least:
                 small[row.kind] += row.ms * scale
                 continue
-            label = "attention" if row.kind == ATTENTION else row.name  # its names are long
+            label = "attention" if row.kind == ATTENTION else row.name  # the operators' names are long
             yield Slice(label, left, row.ms * scale, COLORS[row.kind])
             left += row.ms * scale
         small[NO_OPERATOR] = phase.left + phase.width - left - sum(small.values())
@@ -75,13 +75,13 @@ def operator_slices(profile: Profile) -> Iterator[Slice]:
 
 
 def draw_profile(profile: Profile, path: Path) -> None:
-    """Write the picture, a PNG.
+    """Write the picture as PNG.
 
     Raises:
         OSError: it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
+    from matplotlib.figure import Figure  # pyplot would look for a display and keep figures alive
 
     figure = Figure(figsize=SIZE, dpi=120)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
@@ -112,7 +112,7 @@ def _title(axes: Axes, profile: Profile) -> None:
 
 
 def _icicle(axes: Axes, profile: Profile) -> None:
-    """Time from left to right; below each part what it is made of."""
+    """An icicle chart: time runs from left to right, and each slice is divided in the row below it."""
     from matplotlib.patches import Patch
 
     total = profile.phases_ms
@@ -152,7 +152,7 @@ def _icicle(axes: Axes, profile: Profile) -> None:
 
 
 def _label(axes: Axes, part: Slice, share: float, y: float, upright: bool) -> None:
-    """The name where there is room for it, with the time where there is more; upright in a narrow slice."""
+    """The name and the time if there is room, else the name alone, upright in a narrow slice."""
     dark = part.color in (COLORS[OTHER_OPERATORS], COLORS[NO_OPERATOR])
     longer = f"{part.label}\n{part.width:.2f} ms" if upright else f"{part.label}  {part.width:.2f} ms"
     room = share / CHARACTER
@@ -166,7 +166,7 @@ def _label(axes: Axes, part: Slice, share: float, y: float, upright: bool) -> No
 
 
 def _rates(axes: Axes, profile: Profile) -> None:
-    """What is reached of the machine's limits."""
+    """The rates reached, as shares of the machine's limits."""
     limits = profile.limits
     if limits is None or profile.gemm is None:
         axes.axis("off")
@@ -185,7 +185,7 @@ def _rates(axes: Axes, profile: Profile) -> None:
     for index, (_, value, _, unit) in enumerate(rows):
         axes.text(102, index, f"{rate(value)} {unit}, {shares[index]:.0f}%", va="center", size=9.5, color=TEXT)
     best = f"matrix product {rate(profile.gemm)} GFLOP/s, copy {rate(limits.copy_gbytes)} GB/s"
-    axes.set_title(f"Of the limits measured here: {best}", loc="left", size=10.5, color=TEXT)
+    axes.set_title(f"Share of the limits measured here: {best}", loc="left", size=10.5, color=TEXT)
     axes.set(xlim=(0, 140), xticks=[])
     axes.invert_yaxis()
     axes.tick_params(length=0)
@@ -193,7 +193,7 @@ def _rates(axes: Axes, profile: Profile) -> None:
 
 
 def _memory(axes: Axes, profile: Profile) -> None:
-    """The categories as one bar, with a legend that has the sizes."""
+    """The categories as one bar, with their sizes in the legend."""
     sizes = [(name, getattr(profile.memory, name) or 0) for name in MEMORY_CATEGORIES]
     total, left = sum(size for _, size in sizes), 0.0
     for (name, size), color in zip(sizes, MEMORY_COLORS, strict=True):

@@ -1,4 +1,4 @@
-"""A profile on disk: profile.json, trace.json and a picture, written together or not at all. No torch here."""
+"""A profile on disk: profile.json, trace.json and a picture, written together or not at all."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SCHEMA_VERSION: Literal[1] = 1
 PROFILE, TRACE, PICTURE = "profile.json", "trace.json", "profile.png"
 FOLDER = layout.PROFILE  # in a run directory
 MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS = "matrix products", "attention", "other operators"
-OTHER_PHASE = "other"  # the phase of what is in no phase
+OTHER_PHASE = "other"  # the phase of what runs outside of the named ones
 NO_OPERATOR = "no operator"  # the kind of the time in which no operator runs
 
 
 class Record(BaseModel):
-    """Unknown keys are left out: a later version may add some."""
+    """A part of profile.json; unknown keys are ignored, because a later version may add some."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class Machine(Record):
-    """Where it was measured. dtype: of the matrix products of training; compile: whether the model was compiled."""
+    """Where it was measured. dtype: of training's matrix products. compile: whether the model was compiled."""
 
     device: str
     processor: str
@@ -41,14 +41,14 @@ class Machine(Record):
 
 
 class Limits(Record):
-    """What the machine reaches: GFLOP/s in a matrix product, by dtype; GB/s of a copy, reading and writing counted."""
+    """What the machine reaches. gemm: GFLOP/s of a matrix product, by dtype; copy_gbytes: GB/s read plus written."""
 
     gemm: dict[str, float]
     copy_gbytes: float
 
 
 class PhaseTime(Record):
-    """A part of a step. ms, calls: per step; gflop: of its matrix products, per step."""
+    """A phase of a step. calls, ms, gflop (of its matrix products): per step."""
 
     name: str
     calls: float
@@ -57,7 +57,7 @@ class PhaseTime(Record):
 
 
 class OperatorTime(Record):
-    """Calls of one operator in one phase, with the operators that it calls, per step under the profiler.
+    """One operator in one phase, including the operators that it calls; numbers are per step under the profiler.
 
     kind: matrix products, attention or other operators. gbyte: estimated from shapes.
     """
@@ -72,9 +72,10 @@ class OperatorTime(Record):
 
 
 class MemoryBytes(Record):
-    """Bytes. activations: what autograd keeps of one micro-step's forward pass; none: not measured.
+    """Memory of training by category, in bytes; None: not measured.
 
-    peak: the most in a step: of all tensors on a GPU, else of what the process has grown by for model and training.
+    activations: what autograd keeps of one micro-step's forward pass.
+    peak: the most in use during a step, by tensors on a GPU, else the growth of the process since before training.
     """
 
     weights: int
@@ -85,9 +86,10 @@ class MemoryBytes(Record):
 
 
 class Generation(Record):
-    """One sequence. prefill: of `prompt` tokens in one pass; decode: one token, the mean of `decoded` of them.
+    """Generation of one sequence.
 
-    gbyte: weights and cached keys and values that one token must read.
+    prefill: one pass over `prompt` tokens. decode: one token, the mean over `decoded` of them.
+    decode_gbyte: the weights and the cached keys and values that one token must read.
     """
 
     dtype: str
@@ -110,11 +112,12 @@ class Generation(Record):
 
 
 class Profile(Record):
-    """What one looks at. run, step: of a profile that was made in a run.
+    """The contents of profile.json.
 
-    step_ms: one step, without the profiler; phases_ms: with a pause for the device after each phase;
-    profiled_ms: under the profiler. gflop: what the model needs for a step. operator_times: whether operators
-    have the time of their work (on MPS the profiler sees only the time of their launch).
+    run, step: where a training run was profiled; None: by profile_model.py.
+    step_ms: an undisturbed step; phases_ms: with a wait for the device after each phase; profiled_ms: under the
+    profiler. gflop: what the model needs for a step.
+    operator_times: whether the times of operators are those of their work (on MPS: of their launch only).
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -139,7 +142,7 @@ class Profile(Record):
 
     @property
     def best_ms(self) -> float:
-        """A step as it is without being watched, as far as that is known."""
+        """Milliseconds of an undisturbed step if that was measured, else of one timed by phases."""
         return self.step_ms if self.step_ms is not None else self.phases_ms
 
     @computed_field  # type: ignore[prop-decorator]
@@ -149,7 +152,7 @@ class Profile(Record):
 
     @property
     def gflops(self) -> float:
-        """Of a step, GFLOP/s."""
+        """The rate of a whole step, GFLOP/s."""
         return 1000 * self.gflop / self.best_ms
 
     @property
@@ -160,12 +163,12 @@ class Profile(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def mfu(self) -> float | None:
-        """Model FLOP/s utilisation [Chowdhery et al. 2022], of the matrix product measured here."""
+        """Model FLOP/s utilisation [Chowdhery et al. 2022], relative to the measured matrix product."""
         return None if self.gemm is None else self.gflops / self.gemm
 
     @property
     def operators_ms(self) -> dict[str, float]:
-        """Time of each kind of operator, and of no operator, in a step under the profiler."""
+        """Milliseconds of each kind of operator, and without any operator, in a step under the profiler."""
         times = dict.fromkeys((MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS), 0.0)
         for operator in self.operators:
             times[operator.kind] += operator.ms
@@ -173,7 +176,7 @@ class Profile(Record):
 
 
 def read_profile(path: Path) -> Profile:
-    """The profile in a file, a folder that --out wrote, or a run directory.
+    """Read the profile in a file, in a folder written by --out, or in a run directory.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -190,20 +193,20 @@ def read_profile(path: Path) -> Profile:
         return Profile.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{found}: no profile: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{found}: not a profile: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{found}: no profile: {type(error).__name__}: {error}") from None
+        raise UserError(f"{found}: not a profile: {type(error).__name__}: {error}") from None
 
 
 def save_profile(folder: Path, profile: Profile, trace: bytes, draw: Callable[[Profile, Path], object]) -> list[Path]:
-    """Write the three files into `folder`, which is made; where one cannot be written, none is replaced.
+    """Write the three files into `folder`, creating it; if one cannot be written, none is replaced.
 
     Args:
         trace: a Chrome trace (open it in chrome://tracing or Perfetto).
-        draw: writes the picture.
+        draw: writes the picture of a profile to a path.
 
     Raises:
-        OSError: the folder cannot be made or written, or is full.
+        OSError: the folder cannot be created or written, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".profile.") as name:

@@ -1,4 +1,4 @@
-"""How the cost of a training step grows with batch and block size: steps without a profiler, shape after shape."""
+"""The cost of a training step by batch and block size: one shape after the other, without a profiler."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from utils.training.state import build_state
 from utils.training.step import no_phase
 
 SWEEP_FILE = "sweep.json"
-BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the configured sizes; a batch is that of a micro-step
+BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # times the configured sizes; the batch is that of a micro-step
 BLOCK_FACTORS = (0.5, 1, 2)
 
 
 @dataclass(frozen=True)
 class ShapeTiming:
-    """A training step of one shape.
+    """The training step of one shape.
 
     step_ms: the median over stretches of steps.
-    gflops: billions of operations a second, of those that the matrix products need (utils/nn/costs.py).
-    activation_mb: what the forward pass keeps for the backward pass; none for a compiled model.
+    gflops: GFLOP/s, counting the operations that the matrix products need (utils/nn/costs.py).
+    activation_mb: what the forward pass keeps for the backward pass; None for a compiled model.
     """
 
     batch_size: int
@@ -43,7 +43,7 @@ class ShapeTiming:
 
 
 def with_shape(config: Config, batch_size: int, block_size: int) -> Config:
-    """The same experiment with other sizes, each batch in one micro-step."""
+    """The same experiment with other sizes, and one micro-step per batch."""
     train = config.train.model_copy(update={"batch_size": batch_size, "gradient_accumulation_steps": 1})
     return config.model_copy(
         update={"train": train, "model": config.model.model_copy(update={"block_size": block_size})}
@@ -61,22 +61,21 @@ def default_block_sizes(config: Config) -> list[int]:
 
 
 def sizes_around(configured: int, factors: Sequence[float]) -> list[int]:
-    """Sizes around the configured one, ascending, each once."""
+    """The configured size times each factor, ascending and without duplicates."""
     return sorted({max(1, round(configured * factor)) for factor in factors})
 
 
 def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: Terminal) -> ShapeTiming:
-    """A step's time over `steps` training steps, after one in which activations are counted and `warmup` more.
+    """Time `steps` training steps, after one in which activations are counted and `warmup` more.
 
     Args:
-        setup: corpus, device and precision; torch's settings are those of the caller.
-        config: of the model that is timed, new and with random weights.
+        setup: corpus, device and precision; the caller has made torch's settings.
+        config: of a new model with random weights, which is timed.
 
     Raises:
         torch.OutOfMemoryError: the device cannot hold it.
     """
     state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
-    state.model.train()
     step = training_step(state)
     activations = activation_phase(state)
     step(activations or no_phase)
@@ -84,7 +83,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
         step(no_phase)
     step_ms = time_steps(step, state.device, steps)
     if config.train.compile:
-        torch.compiler.reset()  # it compiles the same code for so many models only
+        torch.compiler.reset()  # the compiler has a limit of models per code
     operations = training_flops(state.model, config.train.sequences, config.model.block_size)
     return ShapeTiming(
         batch_size=config.train.sequences,
@@ -99,7 +98,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
 def sweep_shapes(
     setup: Setup, batch_sizes: Sequence[int], block_sizes: Sequence[int], steps: int, warmup: int, terminal: Terminal
 ) -> list[ShapeTiming]:
-    """Every batch size at every block size; shapes that do not fit into the device's memory are told and left out.
+    """Time every batch size at every block size; warns of shapes that do not fit into memory, and skips them.
 
     Raises:
         UserError: the corpus is too short for a block.
@@ -118,7 +117,7 @@ def sweep_shapes(
 
 
 def sweep_table(timings: Sequence[ShapeTiming]) -> Table:
-    """One row a shape, a section a block size; the one with most tokens a second is marked."""
+    """One row per shape, one section per block size; the shape with the most tokens per second is marked."""
     table = Table(title="A training step by batch and block size", title_justify="left", title_style="bold")
     for header in ("block", "batch", "ms/step", "tokens/s", "GFLOP/s", "activations MB"):
         table.add_column(header, justify="right")

@@ -1,4 +1,4 @@
-"""What profile_model.py prints of a profile, and of two side by side. No torch here."""
+"""A profile as tables for the terminal, and two profiles side by side."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rich.text import Text
 from utils.profiling.record import MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
 from utils.terminal.words import fact_lines
 
-BAR_WIDTH = 20  # characters of 100%
+BAR_WIDTH = 20  # characters for 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
-NAME_WIDTH = 27  # of an operator: the table fits into 80 columns
-NOTHING = 0.005  # GB/s; what is slower works on single numbers
-OTHERS = "others"  # operators beyond those that are shown
+NAME_WIDTH = 27  # of an operator, so that the table fits into 80 columns
+NOTHING = 0.005  # GB/s; slower operators work on single numbers
+OTHERS = "others"  # the operators that are not shown by name
 
 
 @dataclass
 class OperatorTotal:
-    """An operator over all phases, per step."""
+    """An operator, summed over all phases; numbers are per step."""
 
     kind: str
     calls: float = 0.0
@@ -32,7 +32,7 @@ class OperatorTotal:
 
 
 def operators_by_name(profile: Profile) -> dict[str, OperatorTotal]:
-    """The longest first."""
+    """The operators by name, the longest first."""
     found: dict[str, OperatorTotal] = {}
     for row in profile.operators:
         operator = found.setdefault(row.name, OperatorTotal(row.kind))
@@ -51,7 +51,7 @@ def profile_tables(profile: Profile, top: int) -> list[RenderableType]:
     """Facts, phases, kinds of work, operators, memory, generation.
 
     Args:
-        top: operators shown by name.
+        top: number of operators shown by name.
     """
     parts = [head(profile), phase_table(profile), work_table(profile), operator_table(profile, top)]
     parts.append(memory_table(profile))
@@ -110,9 +110,9 @@ def phase_table(profile: Profile) -> RenderableType:
 
 
 def work_table(profile: Profile) -> RenderableType:
-    """What a step is made of, and what the matrix products alone would need."""
+    """The kinds of work in a step, and the time that its matrix products alone would need."""
     if not profile.operator_times:
-        return Text(f"The profiler does not see the work of {profile.machine.device}, only its launches.", style="dim")
+        return Text(f"On {profile.machine.device} the profiler sees only launches, not the work itself.", style="dim")
     table = _table("what", "share", "", "ms")
     for name, ms in profile.operators_ms.items():
         if ms or name == MATRIX_PRODUCTS:
@@ -138,7 +138,7 @@ def operator_table(profile: Profile, top: int) -> RenderableType:
         table.add_row(*_operator_cells(f"{len(found) - top} {OTHERS}", rest, profile), style="dim")
     if not profile.operator_times:
         return _titled("Operators, by the time of their launch", table)
-    note = "GB/s is estimated from shapes. Limit: the matrix product, or else the copy; more than 100%: from a cache."
+    note = "GB/s is estimated from shapes. Limit: the matrix product, or else the copy; above 100%: from a cache."
     return _titled("Operators", table, note)
 
 
@@ -156,7 +156,7 @@ def _operator_cells(name: str, row: OperatorTotal, profile: Profile) -> list[Ren
 
 
 def memory_table(profile: Profile) -> RenderableType:
-    """Categories, their sum, and the most that was in use."""
+    """The categories, their sum, and the peak."""
     memory = profile.memory
     sizes = {name: getattr(memory, name) for name in MEMORY_CATEGORIES}
     total = sum(size or 0 for size in sizes.values())
@@ -193,11 +193,11 @@ def generation_table(profile: Profile) -> RenderableType:
 
 
 def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) -> list[RenderableType]:
-    """A and B side by side: what differs, what came of it, phases and operators.
+    """A and B side by side: their differences in settings and machine, then totals, phases and operators.
 
     Args:
-        names: of the two, as they were given.
-        top: operators shown, those that differ most.
+        names: how the user named A and B.
+        top: number of operators shown: those that differ most.
     """
     phases_a, phases_b = ({row.name: row.ms for row in profile.phases} for profile in (a, b))
     operators_a, operators_b = (
@@ -207,7 +207,7 @@ def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) ->
     parts: list[RenderableType] = [
         fact_lines([("A", names[0]), ("B", names[1])]),
         difference_table(a, b),
-        _pairs("In all", summary(a), summary(b)),
+        _pairs("Totals", summary(a), summary(b)),
         _pairs("Phases (ms)", phases_a, phases_b),
         _pairs("Operators, the largest differences (ms)", operators_a, operators_b, top),
     ]
@@ -215,7 +215,7 @@ def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) ->
 
 
 def summary(profile: Profile) -> dict[str, float | None]:
-    """The numbers of a profile that one compares first."""
+    """The numbers of a profile that are compared first."""
     memory, generation, limits = profile.memory, profile.generation, profile.limits
     return {
         "step (ms)": profile.best_ms,
@@ -233,7 +233,7 @@ def summary(profile: Profile) -> dict[str, float | None]:
 
 
 def difference_table(a: Profile, b: Profile) -> RenderableType:
-    """Settings and facts of the machine that are not the same."""
+    """The settings and the facts about the machine that differ."""
     ours, theirs = _conditions(a), _conditions(b)
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if not differing:
@@ -247,7 +247,7 @@ def difference_table(a: Profile, b: Profile) -> RenderableType:
 
 
 def _conditions(profile: Profile) -> dict[str, Any]:
-    """Facts of the machine take the place of the settings that they come from."""
+    """Settings and facts about the machine; a fact replaces the setting of the same name."""
     settings = {key: value for section in profile.config.values() for key, value in section.items()}
     machine = profile.machine.model_dump()
     return {**machine, **settings, **machine}
@@ -256,7 +256,7 @@ def _conditions(profile: Profile) -> dict[str, Any]:
 def _pairs(
     title: str, a: Mapping[str, float | None], b: Mapping[str, float | None], top: int | None = None
 ) -> RenderableType:
-    """One row for each number that A or B has."""
+    """One row for each number that A or B has; at most `top` rows, those that differ most."""
     table = _table("", "A", "B", "B - A", "B / A")
 
     def difference(name: str) -> float:
@@ -282,7 +282,7 @@ def _pairs(
 
 
 def _table(*headers: str) -> Table:
-    """Names, then numbers; a column without a header is one of bars."""
+    """A column of names, then one for each header; a column without a header holds bars."""
     table = Table(header_style="dim", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(headers[0], style="cyan", no_wrap=True, overflow="ellipsis")
     for header in headers[1:]:

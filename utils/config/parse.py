@@ -1,0 +1,131 @@
+"""YAML and JSON files of settings -> their document, with the line of each key."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError, nearest
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+Lines = dict[int, dict[str, int]]  # id of a mapping -> key -> line
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
+    """The document of a file that ends in one of CONFIG_SUFFIXES, and the line of each key of its mappings.
+
+    Args:
+        name: its name in messages.
+
+    Raises:
+        ConfigError: it cannot be read, is malformed, or sets a key twice.
+    """
+    parse = _parse_json if path.suffix == ".json" else _parse_yaml
+    return parse(_read_text(path, name), name)
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
+        raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that records the line of each key and refuses a key that a mapping has twice."""
+
+    lines: Lines
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"expected a name, not {key!r}", key_node.start_mark
+                )
+            if key in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is set twice in this file (first in line {lines[key]})", key_node.start_mark
+                )
+            mapping[key] = self.construct_object(value_node, deep=True)
+            lines[key] = line
+        self.lines[id(mapping)] = lines
+        return mapping
+
+
+def _construct_text(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> str:
+    """A date stays text: no setting is a date, and a tag may look like one."""
+    return str(node.value)
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:timestamp", _construct_text)
+
+
+def _parse_yaml(text: str, name: str) -> tuple[Any, Lines]:
+    """The document and, per mapping, the line of each key."""
+    try:
+        loader = _UniqueKeyLoader(text)
+        loader.lines = {}
+        return loader.get_single_data(), loader.lines
+    except yaml.constructor.ConstructorError as error:
+        problem = (error.problem or "").replace("could not determine a constructor for the tag", "refused the YAML tag")
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: {problem}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{name}:{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that Python cannot hold
+        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _parse_json(text: str, name: str) -> tuple[Any, Lines]:
+    """Like `_parse_yaml`; the line of a key is the first one with its quoted name."""
+    lines: Lines = {}
+
+    def line_of(key: str) -> int:
+        match = re.search(re.escape(json.dumps(key)) + r"\s*:", text)
+        return text.count("\n", 0, match.start()) + 1 if match else 1
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ConfigError(f"{name}:{line_of(key)}: {key} is set twice in this file")
+            result[key] = value
+        lines[id(result)] = {key: line_of(key) for key in result}
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=mapping), lines
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # a number that Python cannot hold
+        raise ConfigError(f"{name}: not valid JSON: {error}") from None
