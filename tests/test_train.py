@@ -253,7 +253,7 @@ def test_train_from_a_notebook_is_quiet(
 def test_without_aim_there_is_one_visible_warning(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("utils.tracking.views.is_installed", lambda name: name != "aim")
+    monkeypatch.setattr("utils.training.session.is_installed", lambda name: name != "aim")
     assert train.main(tiny_argv("--aim-logging")) == 0
     assert capsys.readouterr().out.count("aim is not installed") == 1
     assert read_record(only_run())["views"]["aim"] == {"state": "off", "reason": "not installed"}

@@ -212,7 +212,7 @@ def test_without_the_package_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("utils.tracking.views.is_installed", lambda name: name != "wandb")
+    monkeypatch.setattr("utils.training.session.is_installed", lambda name: name != "wandb")
     assert train.main(tiny_argv("--wandb-mode", "offline")) == 0
     out = capsys.readouterr().out
     assert out.count("wandb is not installed: this run is not fed to it") == 1
