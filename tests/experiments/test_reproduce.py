@@ -240,7 +240,7 @@ def test_a_run_that_cannot_be_reproduced_is_refused_with_the_reason(run: Path) -
 def test_nothing_is_left_in_the_temporary_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduction.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(reproduction, "_run", lambda *words: (1, 0))
+    monkeypatch.setattr(reproduction, "_train", lambda *words: (1, 0))
     with pytest.raises(ReproductionError, match="made no run directory"):
         reproduce(read_run(run), ROOT, code="current")
     assert not list((tmp_path / "temporary").iterdir())
