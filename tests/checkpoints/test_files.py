@@ -487,9 +487,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(small_disk: Path) -> None:
         assert same(read_checkpoint(path).weights, weights)
 
 
-def test_a_read_only_folder_leaves_earlier_checkpoints(
-    small_disk: Path, make_read_only: Callable[[], None]
-) -> None:
+def test_a_read_only_folder_leaves_earlier_checkpoints(small_disk: Path, make_read_only: Callable[[], None]) -> None:
     good = write(small_disk / "step_000010")
     make_read_only()
     for path in (small_disk / "step_000020", good):
