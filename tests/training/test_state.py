@@ -61,19 +61,6 @@ def train_steps(state: TrainState, count: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("micro_steps", [1, 2])
-def test_training_without_the_modules_gives_the_same_bits(micro_steps: int, build: Build) -> None:
-    plain, modules = (build(train={"gradient_accumulation_steps": micro_steps}) for _ in range(2))
-    modules.forward = modules.model
-    assert type(plain.forward) is not type(modules.forward)
-    losses = []
-    for state in (plain, modules):
-        torch.manual_seed(3)  # of dropout
-        losses.append(train_steps(state, 5))
-    assert losses[0] == losses[1]
-    assert weights_of(plain) == weights_of(modules)
-
-
 def saved(state: TrainState, path: Path) -> Checkpoint:
     weights, tensors, facts = capture(state)
     write_checkpoint(path, weights, tensors, state.corpus.tokenizer.to_json(), facts)
