@@ -165,12 +165,12 @@ def _switched_monitor(
             if switch.kind in (ALL, LOG):
                 super().step(step, loss, grad_norms, lr)
             elif switch.kind == NAIVE:
-                self._naive = self._naive or NaiveTracking(self.log.metrics.path.parent.parent)
+                self._naive = self._naive or NaiveTracking(self._log.metrics.path.parent.parent)
                 self._naive.step(step, self.state.model, loss, grad_norms, lr)
             self._spent = time.perf_counter() - began
 
         def step_done(self) -> None:
-            kept = measured.flushing if self.buffer.due() else measured.plain
+            kept = measured.flushing if self._buffer.due() else measured.plain
             kept = measured.binning if (self.state.step - 1) % HISTOGRAM_STEPS == 0 else kept
             began = time.perf_counter()
             if switch.kind in (ALL, LOG):
@@ -190,14 +190,14 @@ def _switched_monitor(
                 mean_ms = 1000 * (time.perf_counter() - self._began) / block_steps
                 measured.blocks.setdefault(switch.kind, []).append(mean_ms)
             else:
-                wait_until_open(self.log.metrics.path.parent)
+                wait_until_open(self._log.metrics.path.parent)
                 for numbers in (measured.plain, measured.flushing, measured.binning, taken):
                     numbers.clear()
                 self._clock_began = switch.clock()
             kind = next(remaining, None)
             if kind is None:
                 measured.feeding = (sum(taken), switch.clock() - self._clock_began)
-                measured.fed.update(fed_shares(self.log.metrics.path))
+                measured.fed.update(fed_shares(self._log.metrics.path))
             switch.set(kind or ALL)
             self._left = block_steps if kind else -1
             self.pause_over()

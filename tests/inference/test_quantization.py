@@ -9,6 +9,7 @@ import torch
 
 from model import LanguageModel
 from utils.config.settings import ModelConfig
+from utils.inference import quantization
 from utils.inference.decode import generate_tokens
 from utils.inference.quantization import Int8Linear, Weights, with_weights
 from utils.inference.sampling import SamplingOptions
@@ -88,3 +89,12 @@ def test_the_weights_read_for_each_token_are_small() -> None:
 
 def test_rotary_factors_keep_their_precision() -> None:
     assert with_weights(model_of("llama"), "bfloat16").cos.dtype == torch.float32
+
+
+def test_without_torchs_kernel_int8_layers_use_public_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.randn(8, 32), None)
+    x = torch.randn(2, 32).bfloat16()
+    expected = layer(x)
+    monkeypatch.setattr(quantization, "INT8_PRODUCT", None)
+    torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.1)

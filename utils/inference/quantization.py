@@ -12,9 +12,11 @@ from torch import nn
 from model import LanguageModel
 from utils.nn.lean import may_be_plain
 from utils.nn.linear import Linear
+from utils.nn.private import private_operator
 
 Weights = Literal["float32", "bfloat16", "int8"]
 FEW_ROWS = 16
+INT8_PRODUCT = private_operator("_weight_int8pack_mm")
 
 
 @may_be_plain
@@ -38,9 +40,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        if x.numel() <= FEW_ROWS * x.size(-1):
+        if INT8_PRODUCT is not None and x.numel() <= FEW_ROWS * x.size(-1):
             rows = x.reshape(-1, x.size(-1))
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scales).view(*x.shape[:-1], -1)
+            y = INT8_PRODUCT(rows, self.weight, self.scales).view(*x.shape[:-1], -1)
         else:  # that kernel multiplies row by row
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales
         return y if self.bias is None else y + self.bias

@@ -16,7 +16,8 @@ from utils.profiling.assemble import build_profile, limits_of
 from utils.profiling.measure import STEP, StepTimes, new_profiler, phase_times, read_operators, read_trace
 from utils.profiling.memory import activation_phase, peak, reset_peak
 from utils.profiling.picture import draw_profile
-from utils.profiling.record import FOLDER, PICTURE, save_profile
+from utils.profiling.record import PICTURE, save_profile
+from utils.runs import layout
 from utils.terminal.console import Terminal
 from utils.training.state import TrainState
 from utils.training.step import MarkedClock, Phase, PhaseClock, no_phase
@@ -118,8 +119,8 @@ class RunProfiler:
                 run=self.path.name,
                 step=self.step,
             )
-            save_profile(self.path / FOLDER, measured, read_trace(self._profiler), draw_profile)
-            self.terminal.print(f"profiled step {self.step:,}: {FOLDER / PICTURE}")
+            save_profile(self.path / layout.PROFILE, measured, read_trace(self._profiler), draw_profile)
+            self.terminal.print(f"profiled step {self.step:,}: {layout.PROFILE / PICTURE}")
         self._profiler = None  # frees the memory of its events
 
     @contextlib.contextmanager

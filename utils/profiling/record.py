@@ -17,7 +17,6 @@ from utils.runs import layout
 
 SCHEMA_VERSION: Literal[1] = 1
 PROFILE, TRACE, PICTURE = "profile.json", "trace.json", "profile.png"
-FOLDER = layout.PROFILE  # in a run directory
 MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS = "matrix products", "attention", "other operators"
 OTHER_PHASE = "other"  # the phase of what runs outside of the named ones
 NO_OPERATOR = "no operator"  # the kind of the time in which no operator runs
@@ -181,7 +180,7 @@ def read_profile(path: Path) -> Profile:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    places = [path, path / PROFILE, path / FOLDER / PROFILE]
+    places = [path, path / PROFILE, path / layout.PROFILE / PROFILE]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(f"{path}: there is no {PROFILE}: python profile_model.py --out DIR writes one")

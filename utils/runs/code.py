@@ -7,6 +7,7 @@ like secrets are left out of the patch, and environment variables are not record
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -208,9 +209,15 @@ def _git_text(facts: GitFacts) -> str:
     return "\n".join(lines) + "\n"
 
 
+@functools.cache
+def package_versions() -> Mapping[str, str]:
+    """The version of each installed package; reading hundreds of files takes a second, so once a process."""
+    return {str(dist.metadata["Name"]): dist.version for dist in importlib_metadata.distributions()}
+
+
 def environment_text(devices: Mapping[str, str]) -> str:
     """Python, platform, devices and package versions, one fact a line."""
-    versions = {str(dist.metadata["Name"]): dist.version for dist in importlib_metadata.distributions()}
+    versions = package_versions()
     lines = [
         f"python: {sys.version.split()[0]} ({platform.python_implementation()})",
         f"platform: {platform.platform()}",
