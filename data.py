@@ -98,7 +98,8 @@ def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path, tokenize
             tokenizer = tokenizer.adjusted(config)
         except TokenizerError as error:
             raise CorpusError(str(error)) from None
-    wanted = f"{config.tokenizer} {config.unknown_token!r}" if tokenizer is None else tokenizer.hash()
+    of_tokenizer = config.model_dump_json(exclude={"dataset", "val_fraction", "corpora_dir"})
+    wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
     file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp)
     if file is None:

@@ -123,7 +123,7 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
         "--window",
         choices=("sliding", "exact"),
         default="sliding",
-        help="past the context, sliding: go on from the cached tokens (with learned positions their newer half is "
+        help="beyond the context, sliding: continue from the cached tokens (with learned positions their newer half is "
         "recomputed when the context is full); exact: recompute all for each token (default: sliding)",
     )
 

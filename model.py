@@ -31,6 +31,7 @@ from utils.nn.roles import (
     SCALE,
     TIED_EMBEDDING,
     ZERO_EMBEDDING,
+    Role,
     declare,
     declared_roles,
 )
@@ -239,6 +240,7 @@ class LanguageModel(nn.Module):
 
     cos: torch.Tensor
     sin: torch.Tensor
+    initialised: dict[nn.Parameter, Role]
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -350,7 +352,8 @@ def init_weights(model: LanguageModel) -> None:
     | bias                                       | 0                                   |
     | scale                                      | 1                                   |
 
-    A parameter without a role keeps the initialisation of its own module.
+    A parameter without a role keeps the initialisation of its own module. A subclass whose __init__ declares further
+    roles calls this once more at its end (`build_state` asserts that).
     """
     deviations = {
         "embedding": 0.02,
@@ -360,7 +363,8 @@ def init_weights(model: LanguageModel) -> None:
         "zero embedding": 0.0,  # drawn all the same: skipping it would change every other number of a seed
     }
     zeros = {"bias", "residual projection", "head"} if model.config.zero_init else {"bias"}
-    for parameter, role in declared_roles(model).items():
+    model.initialised = declared_roles(model)
+    for parameter, role in model.initialised.items():
         if role.name == "scale":
             nn.init.ones_(parameter)
         elif role.name in zeros:

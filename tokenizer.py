@@ -220,7 +220,7 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_json(cls, data: Any) -> Self:
         if len(set(data["vocabulary"])) != len(data["vocabulary"]):
-            raise ValueError("a character stands twice in the vocabulary")
+            raise ValueError("a character appears twice in the vocabulary")
         return cls(data["vocabulary"], data["unknown_token"])
 
 

@@ -87,8 +87,8 @@ def training_loop(session: Session, profiler: RunProfiler) -> None:
     Step k means k completed updates. The last thing done is a checkpoint of where it stopped.
 
     Raises:
-        NonFiniteError: a loss or gradient was not finite; the log is complete up to there, the weights are those of
-            the step before it, and no checkpoint has been saved since.
+        NonFiniteError: a loss or gradient was not finite; the log is complete up to where that was noticed, its
+            update was skipped, and no checkpoint has been saved since.
     """
     from utils.optim.schedules import apply_schedules
     from utils.training.step import clip_gradients, forward_backward, optimizer_step

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from utils.corpora.sources import read_corpus
+from utils.corpora.sources import find_source
 from utils.runs.log import read_metrics, read_records
 from utils.runs.run import read_record
 
@@ -22,7 +22,7 @@ def test_the_default_experiment_imitates_its_text(tmp_path: Path, runs_dir: Path
     (run,) = runs_dir.iterdir()
     assert read_metrics(run / "logs", "val/loss")[-1][1] < 1.8
     assert read_record(run)["views"]["aim"]["state"] == "complete"
-    vocabulary = set(re.findall(r"[a-z]{3,}", read_corpus("pydocs", tmp_path)))
+    vocabulary = set(re.findall(r"[a-z]{3,}", find_source("pydocs", tmp_path).read()))
     samples = [re.findall(r"[a-z]{3,}", record["text"]) for record in read_records(run / "logs" / "samples.jsonl")]
     known = [sum(word in vocabulary for word in words) for words in samples]
     assert known[-1] > known[0] + 5  # real words, where there was noise

@@ -160,7 +160,7 @@ def test_a_failing_compiler_falls_back_to_eager(
 
     monkeypatch.setattr(torch, "compile", broken)
     assert train.main(tiny_argv("--dropout", "0.1", "--run-tag", "fallback", "--compile")) == 0
-    assert capsys.readouterr().out.count("torch.compile (inductor) failed, going on in eager mode") == 1
+    assert capsys.readouterr().out.count("torch.compile (inductor) failed, continuing in eager mode") == 1
     eager, fallback = sorted(runs_dir.iterdir(), key=lambda path: path.name[16:])
     assert numbers(eager) == numbers(fallback)
     assert read_record(fallback)["resolved"]["compiled"] is False

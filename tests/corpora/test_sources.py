@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from utils.corpora import sources
-from utils.corpora.sources import CorpusError, read_corpus
+from utils.corpora.sources import CorpusError, find_source
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,16 +24,16 @@ PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 
 def test_pydocs_is_the_language_reference_of_this_python(tmp_path: Path) -> None:
-    text = read_corpus("pydocs", tmp_path)
+    text = find_source("pydocs", tmp_path).read()
     assert 300_000 < len(text) < 1_000_000
     assert topics["lambda"] in text
-    assert text == read_corpus("pydocs", tmp_path)
+    assert text == find_source("pydocs", tmp_path).read()
 
 
 def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("\ufeffZeile\r\nübergroß 😀".encode())
-    assert read_corpus(str(path), tmp_path) == "Zeile\r\nübergroß 😀"  # without the byte order mark
+    assert find_source(str(path), tmp_path).read() == "Zeile\r\nübergroß 😀"  # without the byte order mark
 
 
 def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
         (folder / name).write_text(f"[{name}]")
     (folder / "picture.png").write_bytes(b"\x89PNG\0")
     (folder / ".hidden.txt").write_text("hidden")
-    assert read_corpus(str(folder), tmp_path) == "[a/b.py]\n[a/z.md]\n[b.txt]\n[c]"
+    assert find_source(str(folder), tmp_path).read() == "[a/b.py]\n[a/z.md]\n[b.txt]\n[c]"
 
 
 @pytest.mark.parametrize("files", [[], ["picture.png"], [".hidden.txt"]])
@@ -53,7 +53,7 @@ def test_a_folder_without_text_files_is_an_error(files: list[str], tmp_path: Pat
     for name in files:
         (folder / name).write_text("x")
     with pytest.raises(CorpusError, match="texts: no text files"):
-        read_corpus(str(folder), tmp_path)
+        find_source(str(folder), tmp_path).read()
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\n", "\ufeff"])
@@ -61,21 +61,21 @@ def test_an_empty_corpus_is_an_error(content: str, tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(CorpusError, match=r"empty\.txt: the corpus is empty"):
-        read_corpus(str(path), tmp_path)
+        find_source(str(path), tmp_path).read()
 
 
 def test_a_binary_file_is_an_error_with_the_place(tmp_path: Path) -> None:
     path = tmp_path / "program"
     path.write_bytes(b"\x7fELF\x02\0\0")
     with pytest.raises(CorpusError, match=r"program: a binary file \(NUL at byte 5\)"):
-        read_corpus(str(path), tmp_path)
+        find_source(str(path), tmp_path).read()
 
 
 def test_a_file_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "latin1.txt"
     path.write_bytes(b"one\ntwo\nna\xefve\n")
     with pytest.raises(CorpusError, match=r"latin1\.txt:3: not UTF-8 text \(byte 10 is 0xef\)"):
-        read_corpus(str(path), tmp_path)
+        find_source(str(path), tmp_path).read()
 
 
 def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
     (folder / "good.txt").write_text("good")
     (folder / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(CorpusError, match=r"bad\.txt:1: not UTF-8"):
-        read_corpus(str(folder), tmp_path)
+        find_source(str(folder), tmp_path).read()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
 )
 def test_an_unknown_dataset_is_an_error_that_lists_the_datasets(dataset: str, hint: str, tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
-        read_corpus(dataset, tmp_path)
+        find_source(dataset, tmp_path).read()
     assert dataset in str(caught.value)
     assert hint in str(caught.value)
     assert isinstance(caught.value, UserError)
@@ -113,7 +113,7 @@ if os.geteuid() == 0:  # root may read everything: become nobody
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
 for dataset in sys.argv[1:]:
     try:
-        print(repr(sources.read_corpus(dataset, Path("corpora"))))
+        print(repr(sources.find_source(dataset, Path("corpora")).read()))
     except sources.CorpusError as error:
         print(error)
     except Exception as error:
@@ -123,7 +123,7 @@ for dataset in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def answers_without_rights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What read_corpus says of readable and unreadable places, in a process that is not root."""
+    """What reading a source says of readable and unreadable places, in a process that is not root."""
     folder = tmp_path_factory.mktemp("rights")
     folder.chmod(0o755)
     for name in ("readable.txt", "unreadable.txt", "closed/inside.txt", "open/unreadable/inside.txt"):
@@ -173,7 +173,7 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shakespeare_comes_from_the_folder_in_workbench_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
     monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
-    assert read_corpus("shakespeare", tmp_path / "corpora") == PLAY.decode()
+    assert find_source("shakespeare", tmp_path / "corpora").read() == PLAY.decode()
     assert not (tmp_path / "corpora").exists()
 
 
@@ -181,7 +181,7 @@ def test_shakespeare_comes_from_the_folder_in_workbench_data(monkeypatch: pytest
 def test_shakespeare_comes_from_the_corpora_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
     monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path / "nowhere"))
-    assert read_corpus("shakespeare", tmp_path) == PLAY.decode()
+    assert find_source("shakespeare", tmp_path).read() == PLAY.decode()
 
 
 @pytest.mark.usefixtures("no_download")
@@ -189,7 +189,7 @@ def test_shakespeare_with_another_sha256_is_an_error(monkeypatch: pytest.MonkeyP
     (tmp_path / "tinyshakespeare.txt").write_bytes(PLAY)
     monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
     with pytest.raises(CorpusError, match=r"tinyshakespeare\.txt: not Tiny Shakespeare: sha256 .* not 86c4e6aa9db7"):
-        read_corpus("shakespeare", tmp_path / "corpora")
+        find_source("shakespeare", tmp_path / "corpora").read()
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):
@@ -230,7 +230,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
 @pytest.mark.usefixtures("small_play")
 def test_shakespeare_is_downloaded_once(home: LocalServer, tmp_path: Path) -> None:
     corpora = tmp_path / "new" / "corpora"
-    assert [read_corpus("shakespeare", corpora) for _ in range(3)] == [PLAY.decode()] * 3
+    assert [find_source("shakespeare", corpora).read() for _ in range(3)] == [PLAY.decode()] * 3
     assert home.requests == 1
     assert [path.name for path in corpora.iterdir()] == ["tinyshakespeare.txt"]
 
@@ -238,7 +238,7 @@ def test_shakespeare_is_downloaded_once(home: LocalServer, tmp_path: Path) -> No
 def test_a_download_of_something_else_is_an_error_and_not_kept(home: LocalServer, tmp_path: Path) -> None:
     home.body = b"<html>Please log in</html>"
     with pytest.raises(CorpusError, match=r"127\.0\.0\.1.*not Tiny Shakespeare"):
-        read_corpus("shakespeare", tmp_path)
+        find_source("shakespeare", tmp_path).read()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,7 +247,7 @@ def test_a_download_of_something_else_is_an_error_and_not_kept(home: LocalServer
 def test_a_failed_download_says_what_to_do(home: LocalServer, status: int, missing: int, tmp_path: Path) -> None:
     home.status, home.missing = status, missing
     with pytest.raises(CorpusError, match=r"cannot be downloaded .*put tinyshakespeare\.txt into .*WORKBENCH_DATA"):
-        read_corpus("shakespeare", tmp_path)
+        find_source("shakespeare", tmp_path).read()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,11 +256,11 @@ def test_without_a_connection_the_error_says_what_to_do(monkeypatch: pytest.Monk
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(sources, "SHAKESPEARE_URL", "http://127.0.0.1:1/input.txt")  # nothing listens there
     with pytest.raises(CorpusError, match=r"cannot be downloaded \(.*refused.*\); put tinyshakespeare\.txt into"):
-        read_corpus("shakespeare", tmp_path)
+        find_source("shakespeare", tmp_path).read()
 
 
 @pytest.mark.usefixtures("small_play", "home")
 def test_a_download_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "corpora").write_text("a file where the folder should be")
     with pytest.raises(CorpusError, match="corpora"):
-        read_corpus("shakespeare", tmp_path / "corpora")
+        find_source("shakespeare", tmp_path / "corpora").read()

@@ -18,7 +18,6 @@ from utils.runs.index import (
     DAMAGED,
     FACTS,
     IndexedRun,
-    checkpoints_of,
     code_identity,
     differing_settings,
     non_default_settings,
@@ -38,7 +37,6 @@ def use(run: IndexedRun, good: IndexedRun) -> None:
     differing_settings([run, good])
     non_default_settings(run)
     code_identity(run)
-    checkpoints_of(run)
     database = RunDatabase([run, good])
     assert database.select("SELECT id FROM runs").rows == [(run.id,), (good.id,)]
     assert good.row()["val_loss"] == 2.0
@@ -460,9 +458,3 @@ def test_the_identity_of_the_code_is_commit_and_patch(runs_dir: Path) -> None:
     (plain.path / "meta" / "code.patch").unlink()
     assert code_identity(plain) == ("c" * 40, None)
     assert code_identity(indexed(runs_dir, "c", git=None)) == (None, None)
-
-
-def test_checkpoints_are_listed_oldest_first(runs_dir: Path) -> None:
-    run = indexed(runs_dir, checkpoints={500: 1, 1000: 1, 20: 1})
-    write(run.path / "artifacts" / "checkpoints" / "latest.json", "{}")
-    assert [path.name for path in checkpoints_of(run)] == ["step_000020", "step_000500", "step_001000"]

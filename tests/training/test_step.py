@@ -41,7 +41,7 @@ def update(state: TrainState, *, nan: bool = False, waits: bool = True) -> None:
     if nan:
         next(state.model.parameters()).grad[0, 0] = torch.nan  # type: ignore[index]
     norms, device = clip_gradients(state), state.device
-    state.device = device if waits else torch.device("mps")
+    state.device = device if waits else torch.device("cuda")
     optimizer_step(state, norms)
     state.device = device
 

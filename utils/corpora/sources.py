@@ -42,7 +42,7 @@ class Source:
     read: Callable[[], str]
 
     def stamp(self) -> str | None:
-        """A digest of the path, size and mtime of each file: equal while none has changed.
+        """A digest of the path, inode, size, mtime and ctime of each file: equal while none has changed.
 
         None if a file is missing, or so young that a later change might not show.
         """
@@ -52,7 +52,7 @@ class Source:
             return None
         if max(fact.st_mtime_ns for _, fact in facts) > time.time_ns() - SETTLED_NS:
             return None
-        text = json.dumps([(path, fact.st_size, fact.st_mtime_ns) for path, fact in facts])
+        text = json.dumps([(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in facts])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -78,15 +78,6 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
     if os.path.isdir(path) and not (files := _text_files(path)):
         raise CorpusError(f"{dataset}: no text files in this folder")
     return Source(os.path.abspath(path), files, partial(_read_files, dataset, files))
-
-
-def read_corpus(dataset: str, corpora_dir: Path) -> str:
-    """The whole text of a dataset.
-
-    Raises:
-        CorpusError: unknown, unreadable, binary, not UTF-8, or empty.
-    """
-    return find_source(dataset, corpora_dir).read()
 
 
 def _pydocs(corpora_dir: Path) -> Source:

@@ -46,8 +46,7 @@ def summarize_modules(model: LanguageModel) -> list[ModuleSummary]:
     parts: dict[str, ModuleSummary] = {}
     for name, parameter in model.named_parameters():
         found = PARAMETER.fullmatch(name)
-        assert found is not None, name
-        module, block = found["module"], found["block"]
+        module, block = (found["module"], found["block"]) if found else (name, None)  # of any other module
         part = parts.setdefault(
             module, ModuleSummary(_name(module, model.config), 0 if block is None else model.config.n_layer)
         )

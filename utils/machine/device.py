@@ -125,7 +125,7 @@ def is_deterministic(config: TrainConfig, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Seeds, determinism and threads of a run; restores all but the seed on exit, because a notebook goes on."""
+    """Set seeds, determinism and threads of a run; restores all but the seed on exit, for notebooks."""
     deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     products = torch.backends.cuda.matmul

@@ -62,21 +62,18 @@ def adamw_update(
     states: dict[torch.Tensor, dict[str, torch.Tensor]],
     found_inf: torch.Tensor | None = None,
 ) -> None:
-    """Update the parameters of a group that have a gradient, which are the same ones at every step.
-
-    So they share one count of updates. A parameter without a state gets one.
-    """
+    """Update the parameters of a group that have a gradient; each counts its own updates, as torch's does."""
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
     of_params = [states[p] for p in params]
-    step = next((state["step"] for state in of_params if state), None)
-    step = torch.ones((), device=params[0].device) if step is None else step.add_(1)
     for p, state in zip(params, of_params, strict=True):
         if not state:
+            state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-        state["step"] = step
+    steps = [state["step"] for state in of_params]
+    torch._foreach_add_(steps, 1)
     beta1, beta2 = group["betas"]
     (FUSED_ADAMW or _public_adamw)(
         params,
@@ -84,7 +81,7 @@ def adamw_update(
         [state["exp_avg"] for state in of_params],
         [state["exp_avg_sq"] for state in of_params],
         [],
-        [step] * len(params),
+        steps,
         lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
@@ -95,7 +92,7 @@ def adamw_update(
         found_inf=found_inf,
     )
     if found_inf is not None:
-        step.sub_(found_inf)
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
 
 
 def _public_adamw(

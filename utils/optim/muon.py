@@ -72,7 +72,7 @@ class Muon(EagerOptimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         finite = None if self.found_inf is None else self.found_inf == 0  # (), on the device
-        if finite is not None:  # a mean of gradients moves nowhere towards itself
+        if finite is not None:  # a buffer stays what it is if it is the gradient, too
             gradients = [torch.where(finite, g, buffer) for g, buffer in zip(gradients, buffers, strict=True)]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
@@ -81,7 +81,8 @@ class Muon(EagerOptimizer):
             torch._foreach_mul_(params, decay if finite is None else torch.where(finite, decay, 1.0))
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for (p, rows), direction in zip(trained, directions, strict=True):
-            matrix, direction = p.view(len(p), -1), direction.view(len(p), -1)  # (rows, all other dimensions)
+            assert p.is_contiguous(), "Muon updates a parameter in place as a matrix of its first dimension"
+            matrix, direction = p.view(len(p), -1), direction.reshape(len(p), -1)  # (rows, all other dimensions)
             for weight, block in zip(matrix.split(rows), direction.split(rows), strict=True):
                 if block.size(0) > block.size(1):
                     weight, block = weight.mT, block.mT

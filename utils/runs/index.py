@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
-from utils.runs.layout import CHECKPOINTS, CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD
+from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD
 from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
 from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, read_record, status_of
@@ -350,8 +350,3 @@ def code_identity(run: IndexedRun) -> tuple[str | None, str | None]:
         patch = b""
     commit = (run.record.get("git") or {}).get("commit")
     return commit, hashlib.sha256(patch).hexdigest() if patch else None
-
-
-def checkpoints_of(run: IndexedRun) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
-    return sorted((run.path / CHECKPOINTS).glob("step_[0-9]*"))

@@ -35,7 +35,7 @@ class Layout:
 
 
 class Memory:
-    """What binning needs besides the tensors; kept, since making it again costs more than the arithmetic."""
+    """Buffers that binning reuses from call to call: making them costs more than the arithmetic."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.values = torch.empty((rows, ROW), device=device)

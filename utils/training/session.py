@@ -156,32 +156,32 @@ class Session:
 
     # -------------------------------------------------------------------------------------- beginning and end
 
-    def begin(self, git: GitFacts, settling: ExitStack, closing: ExitStack) -> None:
+    def begin(self, git: GitFacts, before_status: ExitStack, after_status: ExitStack) -> None:
         """Write the record of the run and make everything that training needs.
 
         Args:
-            settling: gets what must be done before the status is written.
-            closing: gets what can be closed once it is.
+            before_status: gets what must be done before the status is written.
+            after_status: gets what can be closed once it is.
         """
         setup, run, terminal = self.setup, self.run, self.terminal
         terminal.attach(run.path / TRAIN_LOG)
         write_meta(setup, run, git)
         log = RunLog(run.path / LOGS)
-        closing.callback(self._close_log, log)
-        settling.callback(log.sync)
+        after_status.callback(self._close_log, log)
+        before_status.callback(log.sync)
         self.state = state = prepare_run(setup, run, self._start, terminal)
-        settling.callback(self.outcome.read, state)
+        before_status.callback(self.outcome.read, state)
         feeders = build_feeders(setup, run, terminal, state.step)
-        closing.callback(self._close_views, feeders)
+        after_status.callback(self._close_views, feeders)
         self.progress = TrainingProgress(terminal, setup.max_iters, state.step)
         self.monitor = Monitor(state, log, run.path, self.progress, feeders.watch)
-        settling.callback(self._dump_flight_recorder)
-        of_user = TrainingRun(run.path, state, self.monitor.log, self._stop)
-        self.callbacks = Callbacks(list(setup.callbacks.values()), of_user)
+        before_status.callback(self._dump_flight_recorder)
+        callback_run = TrainingRun(run.path, state, self.monitor.log, self._stop)
+        self.callbacks = Callbacks(list(setup.callbacks.values()), callback_run)
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         saved_step = state.step if self._start.own else None
         self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, terminal.warn, saved_step)
-        settling.callback(self._wait_for_checkpoint)
+        before_status.callback(self._wait_for_checkpoint)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -205,16 +205,16 @@ class Session:
             with contextlib.suppress(NonFiniteError):
                 self.monitor.flush()
             raise
-        except BaseException as error:  # callbacks and the log hear of it; the first failure is the one that counts
-            self.outcome.reason = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(Exception):
-                self._end("failed", self.outcome.reason)
-            raise
+        except BaseException as error:  # the first failure is the one that is reported
+            for last_call in (self.monitor.flush, lambda: self.callbacks.on_end("failed"), self.monitor.flush):
+                with contextlib.suppress(Exception, KeyboardInterrupt):
+                    last_call()
+            raise error
 
     def _end(self, status: Status, reason: str | None) -> None:
-        """Training is over; the last numbers go into the log."""
+        """Training is over; callbacks may log their last numbers."""
         self.outcome.status, self.outcome.reason = status, reason
-        with contextlib.suppress(NonFiniteError):  # what ended training counts
+        with contextlib.suppress(NonFiniteError):
             self.monitor.flush()
         self.callbacks.on_end(status)
         self.monitor.flush()
@@ -245,7 +245,7 @@ class Session:
         )
 
     def report(self) -> None:
-        """Make the result and print it."""
+        """Make the result, and print it unless an exception was reported."""
         outcome = self.outcome
         self.result = TrainResult(
             run_dir=self.run.path,
@@ -262,7 +262,8 @@ class Session:
             exported=outcome.exported,
             signum=self._stop.signum if outcome.status == "interrupted" else None,
         )
-        print_result(self.result, self.run, self.setup, self.terminal)
+        if outcome.status != "failed":
+            print_result(self.result, self.run, self.setup, self.terminal)
 
     def _dump_flight_recorder(self) -> None:
         if self.outcome.status in ("diverged", "failed"):
@@ -332,11 +333,11 @@ def open_session(
         terminal.print(settings_table(setup.loaded.non_default()))
         session = Session(setup, run, start, terminal, stop, deadline)
         stack.callback(session.report)
-        closing = stack.enter_context(ExitStack())
+        after_status = stack.enter_context(ExitStack())
         stack.callback(session.write_status)
-        settling = stack.enter_context(ExitStack())
+        before_status = stack.enter_context(ExitStack())
         try:
-            session.begin(git, settling, closing)
+            session.begin(git, before_status, after_status)
             with session.training():
                 yield session
         except KeyboardInterrupt:

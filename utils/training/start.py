@@ -99,10 +99,7 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
 
 
 def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
-    """
-    Raises:
-        UserError: the text or tokenizer is not the one that the run was started with.
-    """
+    """Raises UserError unless the text and tokenizer are those that the run was started with."""
     resolved, corpus = record.get("resolved") or {}, setup.corpus
     for key, now in (("corpus_hash", corpus.hash), ("tokenizer_hash", corpus.tokenizer.hash())):
         if (before := resolved.get(key, now)) != now:

@@ -24,7 +24,7 @@ def no_phase(_name: str) -> AbstractContextManager[None]:
 
 
 class PhaseClock:
-    """Wall time of each phase. Each phase ends by waiting for the device, so that its own work counts as its own."""
+    """Wall time of each phase; each ends by waiting for the device, so that it is charged for its own work only."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -88,9 +88,9 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
 def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) -> None:
     """Update the weights and clear the gradients; the step is done.
 
-    With a non-finite gradient, weights and optimizer stay as they are. On a CPU the norms are looked at. Another device
-    is not waited for: there the optimizer's own kernels read `found_inf`, torch's convention for its GradScaler, which
-    takes care of this itself under float16.
+    With a non-finite gradient, weights and optimizer stay as they are. On CUDA that needs no synchronisation: the
+    optimizer's kernels read `found_inf`, torch's convention for its GradScaler, which takes care of this itself under
+    float16. Where they do not (a CPU, MPS, an optimizer without this convention) the host reads the norms.
 
     Args:
         grad_norms: (groups,), of `clip_gradients`; None: the gradients are known to be finite.
@@ -101,7 +101,7 @@ def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) ->
         state.scaler.update()
     elif grad_norms is None:
         optimizer.step()
-    elif state.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+    elif state.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = (~torch.isfinite(grad_norms.norm())).float()
         optimizer.step()
         del optimizer.found_inf
