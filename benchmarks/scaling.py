@@ -23,11 +23,9 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import common
-from model import outline
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
 from utils.files import write_atomic
-from utils.nn.costs import training_flops
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
@@ -103,8 +101,10 @@ def measure(
     files: Sequence[Path], steps: int, warmup: int, repeats: int, folder: Path, terminal: Terminal
 ) -> tuple[list[Point], float]:
     """All points, axis by axis, and the rate of a large matrix product in GFLOP/s."""
+    from model import outline
     from utils.machine.device import torch_settings
     from utils.machine.limits import measure_gemm
+    from utils.nn.costs import training_flops
     from utils.profiling.shapes import time_shape
     from utils.training.setup import make_setup
 

@@ -97,7 +97,7 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
     """
     import train
     from utils.tracking import feeder
-    from utils.training import monitor
+    from utils.training import session
 
     switch, measured = Switch(), Measured()
     spend = feeder.Budget.spend
@@ -115,13 +115,13 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
     feeder_time = SimpleNamespace(
         monotonic=switch.clock, perf_counter=time.perf_counter, thread_time=time.thread_time, sleep=time.sleep
     )
-    switched = _switched_monitor(monitor.Monitor, switch, measured, kinds, block_steps, warmup, taken)
+    switched = _switched_monitor(session.Monitor, switch, measured, kinds, block_steps, warmup, taken)
     with ExitStack() as patches:
         for owner, name, new in (
             (feeder, "time", feeder_time),
             (feeder.Feeder, "rest", held_rest),
             (feeder.Budget, "spend", noted_spend),
-            (monitor, "Monitor", switched),
+            (session, "Monitor", switched),
         ):
             patches.enter_context(patch.object(owner, name, new))
         result = train.train(loaded, quiet=True)

@@ -53,11 +53,9 @@ from benchmarks.training_arms import (
     Result,
     Task,
 )
-from model import outline
 from utils.config.settings import Config, ModelConfig
 from utils.errors import UserError
 from utils.files import write_json
-from utils.nn.costs import training_flops
 from utils.terminal.cli import Parser, script
 from utils.terminal.console import Terminal
 from utils.terminal.words import fact_lines
@@ -300,6 +298,9 @@ def report(config: Config, measured: Mapping[str, Sequence[tuple[Result, float]]
 
 def gflop(config: Config, arm: str) -> float:
     """GFLOP that the matrix products of a step of this arm need."""
+    from model import outline
+    from utils.nn.costs import training_flops
+
     model = config.model if arm in (TRACKED, UNTRACKED) else gpt2_form(config.model)
     return training_flops(outline(model, len(common.ALPHABET)), config.train.sequences, model.block_size) / 1e9
 

@@ -219,7 +219,7 @@ def test_a_failure_before_training_ends_in_its_status_too(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.training.start.write_meta", full)
+    monkeypatch.setattr("utils.training.session.write_meta", full)
     with pytest.raises(OSError, match="No space left"):
         train.main(tiny_argv())
     assert read_status(only_run()) == "failed"

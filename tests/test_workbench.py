@@ -151,7 +151,7 @@ def test_a_mistake_leaves_nothing_behind(settings: dict[str, object], message: s
 def test_a_resume_refuses_what_the_command_line_refuses() -> None:
     with pytest.raises(UserError, match="unknown key max_iter; did you mean max_iters"):
         workbench.resume("baseline", max_iter=40)
-    with pytest.raises(UserError, match=r"baseline is complete \(20 steps\)"):
+    with pytest.raises(UserError, match=r"baseline(_\d)? is complete \(20 steps\)"):
         workbench.resume("baseline", quiet=True)
     with pytest.raises(UserError, match="learning_rate changes the numbers of a run"):
         workbench.resume(runs.find("baseline"), learning_rate=1.0, quiet=True)

@@ -53,7 +53,7 @@ def project(tmp_path: Path) -> Path:
     model.write_text(
         model.read_text()
         .replace("import math\n", "import math\n\nimport my_scale\n", 1)
-        .replace("residual_std = 0.02", "residual_std = my_scale.SCALE * 0.02")
+        .replace('"residual projection": 0.02', '"residual projection": my_scale.SCALE * 0.02')
     )
     (folder / "my_scale.py").write_text("import torch\nSCALE = 0.5\n")
     return folder

@@ -118,7 +118,7 @@ def test_a_full_disk_under_the_profile_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(in_run, "FOLDER", small_disk / "profile")
+    monkeypatch.setattr(in_run.layout, "PROFILE", small_disk / "profile")
     (small_disk / "full").write_bytes(bytes(1_048_576 - 30_000))
     assert train.main(tiny_argv("--profile-step", "3")) == 0
     assert "warning: profile_step: no profile was written: OSError: " in capsys.readouterr().out

@@ -185,8 +185,8 @@ def test_a_size_that_runs_out_of_cuda_memory_does_not_fit(monkeypatch: pytest.Mo
     trials = CudaTrials(Config(model=TINY), CORPUS, CPU, torch.float32)
     assert largest_fitting([2**n for n in range(10)], trials.fits) == 4
     assert len(emptied) == 4
-    assert trials.model is not None
-    assert all(p.grad is None for p in trials.model.model.parameters())
+    assert trials.trial is not None
+    assert all(p.grad is None for p in trials.trial.state.model.parameters())
 
     monkeypatch.setattr(Trial, "step", lambda self, sequences: small(self, 7))
     assert largest_fitting([1, 2], CudaTrials(Config(model=TINY), CORPUS, CPU, torch.float32).fits) is None

@@ -14,7 +14,7 @@ import torch
 
 from utils.training import flight_recorder
 from utils.training.flight_recorder import STEPS, FlightRecorder, fingerprint
-from utils.training.step_buffer import Step
+from utils.training.step_buffer import StepRecord
 
 CPU = torch.device("cpu")
 
@@ -23,8 +23,8 @@ def recorder() -> FlightRecorder:
     return FlightRecorder(CPU, ["matrices", "vectors"], lambda step: [step, 10 * step])
 
 
-def update(step: int, loss: torch.Tensor, grad_norms: torch.Tensor) -> Step:
-    return Step(step, time.time(), 1e-3, loss, grad_norms)
+def update(step: int, loss: torch.Tensor, grad_norms: torch.Tensor) -> StepRecord:
+    return StepRecord(step, time.time(), 1e-3, loss, grad_norms)
 
 
 def record(recorder: FlightRecorder, *steps: int, loss: float = 2.5) -> None:
