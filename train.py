@@ -68,7 +68,7 @@ def train(
 
     Raises:
         UserError: a mistake found before the run directory is made or changed.
-        Exception: whatever ended the run, after its status was written.
+        Exception: the failure that ended the run, after its status was written.
     """
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)

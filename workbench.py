@@ -156,7 +156,7 @@ def train(config: Settings | None = None, *, quiet: bool = False, strict: bool =
 
     Raises:
         UserError: a mistake; there is no run directory then.
-        Exception: whatever ended the run.
+        Exception: the failure that ended the run.
 
     >>> results = train(max_iters=20, learning_rate=3e-3, quiet=True)
     >>> results["status"], results["steps"]
@@ -178,7 +178,7 @@ def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **setting
 
     Raises:
         UserError: no such run; it is being trained, complete, or has no good checkpoint; or a setting is refused.
-        Exception: whatever ended the run.
+        Exception: the failure that ended the run.
 
     >>> results = train(max_iters=20, stop_at_step=10, run_tag="stopped", quiet=True)
     >>> results.status, results.steps
@@ -431,7 +431,7 @@ class _Fit:
 
         Raises:
             UserError: a mistake; a setting of another architecture; or the model's layers were changed by hand.
-            Exception: whatever ended the run.
+            Exception: the failure that ended the run.
         """
         from utils.inference.export import load_export
 

@@ -385,7 +385,7 @@ def test_a_record_that_is_a_folder_never_hides_the_good_runs(five_runs: Path) ->
 
 
 def ended(runs_dir: Path, status: Any = "interrupted", **facts: Any) -> Path:
-    """A run whose process has let go of it; with status `running` it crashed."""
+    """A run whose process has released its lock; with status `running` it crashed."""
     run = Run.create(runs_dir, "a", **facts)
     if status != "running":
         run.finish(status, "why", last_step=7)

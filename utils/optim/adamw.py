@@ -19,9 +19,16 @@ class EagerOptimizer(torch.optim.Optimizer):
     """An optimizer that is never part of a compiled graph.
 
     torch's own methods are guarded against that, and import its compiler to do so: 70 MB and a second at each start.
+
+    `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
     """
 
+    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
+    found_inf: torch.Tensor | None = None
     add_param_group = _ADD_PARAM_GROUP
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None.
@@ -39,17 +46,9 @@ class EagerOptimizer(torch.optim.Optimizer):
 class AdamW(EagerOptimizer):
     """AdamW [Loshchilov and Hutter 2019], one fused kernel a group. The state is that of torch.optim.AdamW.
 
-    `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
-
     Args:
         groups: with lr, betas, eps, weight_decay, and fused = True.
     """
-
-    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
-    found_inf: torch.Tensor | None = None
-
-    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

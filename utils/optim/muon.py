@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,15 +44,7 @@ class Muon(EagerOptimizer):
         groups: with lr and weight_decay. Those for Muon also have momentum, and blocks: for each parameter, the numbers
             of rows of the matrices that are stacked in it (q, k and v, say), each of which is made orthogonal by
             itself. Those for AdamW have what AdamW needs (utils/optim/adamw.py).
-
-    `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
     """
-
-    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
-    found_inf: torch.Tensor | None = None
-
-    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -56,8 +56,8 @@ class Callback:
     """Base class: override what you need. An exception ends the run as failed.
 
     on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes), on_step
-    after each update, on_eval after each evaluation, on_end once after the last step of a session, whatever ended
-    it, except for SIGKILL and a second Ctrl-C.
+    after each update, on_eval after each evaluation, on_end once when a session ends for
+    any reason but SIGKILL and a second Ctrl-C.
     """
 
     def on_start(self, run: TrainingRun) -> None: ...

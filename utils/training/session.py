@@ -205,11 +205,11 @@ class Session:
             with contextlib.suppress(NonFiniteError):
                 self.monitor.flush()
             raise
-        except BaseException as error:  # the first failure is the one that is reported
+        except BaseException:  # the first failure is the one that is reported
             for last_call in (self.monitor.flush, lambda: self.callbacks.on_end("failed"), self.monitor.flush):
                 with contextlib.suppress(Exception, KeyboardInterrupt):
                     last_call()
-            raise error
+            raise
 
     def _end(self, status: Status, reason: str | None) -> None:
         """Training is over; callbacks may log their last numbers."""
@@ -317,7 +317,7 @@ def open_session(
 
     Raises:
         UserError: a mistake found before the run directory is made or changed.
-        Exception: whatever ended the run, after its status was written.
+        Exception: the failure that ended the run, after its status was written.
     """
     terminal = Terminal(quiet)
     setup = make_setup(loaded, root, origin, terminal.warn, terminal.print)
