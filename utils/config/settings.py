@@ -307,6 +307,12 @@ class TrainConfig(Section):
     tf32: bool = setting(
         True, "CUDA: matrix products of float32 with 10 bits of mantissa, several times as fast", kind=TRAJECTORY
     )
+    cuda_graph: bool = setting(
+        True,
+        "CUDA: record a step once and launch it as a whole, which small models gain most from; what cannot be recorded "
+        "is launched kernel by kernel",
+        kind=MACHINE,
+    )
     compile: bool = setting(
         False, "torch.compile the model (inductor; aot_eager on mps); falls back to eager", kind=TRAJECTORY
     )
