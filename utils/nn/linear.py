@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.nn.lean import may_be_plain
+from utils.nn.lean import is_patched, may_be_plain
 from utils.nn.private import private_operator
 from utils.nn.roles import BIAS, MATRIX, declare
 
@@ -37,6 +37,11 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
         return linear(x, self.weight, self.bias)
+
+
+def matrix_of(layer: nn.Module) -> torch.Tensor | None:
+    """The weight (out, in) of a layer that multiplies by it and does nothing else; None for any other layer."""
+    return layer.weight if type(layer) is Linear and layer.bias is None and not is_patched(layer) else None
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

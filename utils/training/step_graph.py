@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from utils.machine.graphs import record
-from utils.nn.lean import has_hooks
+from utils.nn.lean import is_patched
 from utils.optim.adamw import EagerOptimizer
 from utils.training.feed import Feed
 from utils.training.state import TrainState
@@ -132,8 +132,8 @@ def obstacle(state: TrainState) -> str:
     """Why the updates of a state cannot be recorded; empty if nothing is known to be in the way."""
     if not isinstance(state.optimizer, EagerOptimizer):
         return f"{type(state.optimizer).__name__} is not made for it"
-    if any(map(has_hooks, state.model.modules())):
-        return "the model has hooks, which a recording would not call"
+    if any(map(is_patched, state.model.modules())):
+        return "a module has hooks or a patched forward, which a recording would not call"
     if state.device.type == "cuda":
         needed = torch.cuda.max_memory_allocated(state.device) - torch.cuda.memory_allocated(state.device)
         unused = torch.cuda.memory_reserved(state.device) - torch.cuda.memory_allocated(state.device)
