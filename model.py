@@ -316,6 +316,17 @@ class LanguageModel(nn.Module):
             cache: earlier tokens of the same sequences; `idx` follows them and is appended.
             lengths: of the sequences in idx, if they differ (see KVCache.begin).
         """
+        x, rope = self.embed(idx, cache, lengths)
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.end()
+        return self.final_norm(x)
+
+    def embed(
+        self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The input of the first block, (B, T, C), and the factors of rotary positions (see `rotate`); as `hidden`."""
         T = idx.size(1)
         x = self.token_embedding(idx)  # (B, T, C)
         if self.config.ngram_rows:
@@ -338,12 +349,7 @@ class LanguageModel(nn.Module):
                 positions = torch.arange(positions.start, positions.stop, device=idx.device)
             cos, sin = rope_factors(self.config, positions.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rope, cache)
-        if cache is not None:
-            cache.end()
-        return self.final_norm(x)
+        return self.dropout(x), rope
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V)."""

@@ -59,7 +59,10 @@ def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: Optimiz
 
 def scheduled_settings(config: OptimizerConfig) -> tuple[str, ...]:
     """The settings of a parameter group that `apply_schedules` changes from step to step."""
-    changing = {"weight_decay": config.weight_decay_schedule != "constant", "momentum": config.momentum_warmup_iters > 0}
+    changing = {
+        "weight_decay": config.weight_decay_schedule != "constant",
+        "momentum": config.momentum_warmup_iters > 0,
+    }
     return ("lr", *(name for name, changes in changing.items() if changes))
 
 

@@ -100,7 +100,7 @@ def forward_backward(
             else:
                 inputs, targets = batch(micro_step)
         with phase("forward"), autocast(state.device, state.dtype):
-            _, loss = state.forward(inputs, targets)
+            loss = state.loss(inputs, targets)
             loss = loss / micro_steps if micro_steps > 1 else loss
         with phase("backward"):
             state.scaler.scale(loss).backward()

@@ -67,6 +67,7 @@ class Recording:
 
     def apply(self) -> None:
         """Update the weights by these gradients."""
+        assert isinstance(self.state.optimizer, EagerOptimizer)
         self.state.optimizer.publish()
         self._launch_optimizer()
 
