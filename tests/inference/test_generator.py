@@ -202,7 +202,7 @@ def test_bytes_read_are_those_of_each_step(settings: dict[str, Any]) -> None:
     model = tiny_model(**settings)
     stats = GenerationStats()
     for context in (4, 5, 6):
-        stats.add_step(2, 2 * context, 0.5)
+        stats.add_steps(1, 2, 2 * context, 0.5)
     cache = new_cache(model, 2)
     assert stats.bytes_read(model) == sum(decode_bytes(model, cache, context) for context in (4, 5, 6))
 

@@ -24,6 +24,14 @@ class NewTokens(NamedTuple):
     context: int  # tokens attended to in the pass that gave the logits, summed over the sequences
 
 
+class Block(NamedTuple):
+    """n new tokens of each of B sequences, on the host."""
+
+    tokens: list[list[int]]  # (B, n)
+    logprobs: list[list[float]]  # (B, n), natural logarithms of the model's probabilities, before any filter
+    context: int  # tokens attended to in the n passes, summed over passes and sequences
+
+
 def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None) -> KVCache:
     """An empty cache for `batch_size` sequences of at most `capacity` tokens (default: block_size)."""
     parameter = next(model.parameters())
@@ -61,13 +69,15 @@ def make_room(model: LanguageModel, cache: KVCache) -> None:
 
     That takes one parallel pass over half a context for every half context of new tokens.
     """
+    full = [row for row, length in enumerate(cache.lengths) if length == cache.capacity]
+    if not full:
+        return
     half = cache.capacity // 2
-    for row, length in enumerate(cache.lengths):
-        if length == cache.capacity:
-            newest = new_cache(model, 1, half or 1)
-            if half:
-                model.hidden(cache.tokens[row : row + 1, -half:], newest)
-            cache.replace(row, newest)
+    newest = new_cache(model, len(full), half or 1)
+    if half:
+        idx = cache.tokens[:, -half:]  # (B, half)
+        model.hidden(idx if len(full) == len(idx) else idx[full], newest)
+    cache.replace(full, newest)
 
 
 @torch.inference_mode()
@@ -125,6 +135,22 @@ def generate(
                 make_room(model, cache)
             logits = decode_one_token(lean_model, tokens, cache)
             context = sum(min(length, cache.capacity) for length in cache.lengths)
+
+
+@torch.inference_mode()
+def generate_blocks(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    options: SamplingOptions,
+    seeds: Sequence[int],
+    window: Window = "sliding",
+) -> Iterator[Block]:
+    """The tokens of `generate`, each step read by the host at once."""
+    for step in generate(model, prompts, max_new_tokens, options, seeds, window):
+        tokens = step.tokens[:, None]
+        logprobs = step.logits.float().log_softmax(-1).gather(-1, tokens)  # (B, 1)
+        yield Block(tokens.tolist(), logprobs.tolist(), step.context)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:

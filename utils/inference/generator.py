@@ -14,11 +14,12 @@ from tokenizer import Tokenizer, TokenizerError
 from utils.config.loader import ConfigLoader
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
-from utils.inference.decode import Window, generate, start_tokens
+from utils.inference.decode import Block, Window, generate_blocks, start_tokens
 from utils.inference.export import load_export
 from utils.inference.quantization import Weights, with_weights
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scoring import Score, score
+from utils.inference.static import StaticDecoders
 from utils.inference.stats import GenerationStats
 from utils.inference.text_stream import TextStream
 from utils.machine.device import choose_device
@@ -88,13 +89,13 @@ class _Sequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def add(self, token: int, logprob: float) -> str:
-        """Append a token; returns the text that this makes certain."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        new = self.stream.add(token)
+    def extend(self, tokens: list[int], logprobs: list[float]) -> tuple[str, int]:
+        """Append tokens until a stop string; returns the text that this makes certain, and the number of tokens."""
+        new, count = self.stream.extend(tokens)
+        self.tokens += tokens[:count]
+        self.logprobs += logprobs[:count]
         self.text += new
-        return new
+        return new, count
 
     def end(self) -> str:
         """Finish the text; returns the part that was held back until now."""
@@ -130,6 +131,8 @@ class Generator:
         self.model, self.tokenizer, self.name, self.training = model, tokenizer, name, training or {}
         self.settings = settings or InferenceConfig()
         self.stats = GenerationStats()
+        self._decoders = StaticDecoders()
+        self._is_static = next(model.parameters()).device.type == "cuda"
 
     @classmethod
     def from_run(
@@ -235,28 +238,30 @@ class Generator:
             for index, prompt in enumerate(prompts)
         ]
 
-    def _grow(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[list[str]]:
-        """The new text of each sequence, step by step, until all have ended."""
+    def _blocks(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[Block]:
+        """The new tokens of the sequences."""
         prompts = [start_tokens(self.tokenizer, sequence.prompt) for sequence in sequences]
         seeds = [sequence.seed for sequence in sequences]
-        steps = generate(self.model, prompts, request.max_new_tokens, request.options, seeds, request.window)
-        for index in range(request.max_new_tokens):
-            began = time.perf_counter()
-            step = next(steps)
-            chances = step.logits.float().log_softmax(-1).gather(-1, step.tokens[:, None])[:, 0]  # (B,)
-            tokens, logprobs = step.tokens.tolist(), chances.tolist()
-            if any(map(math.isnan, logprobs)):
+        if request.window == "sliding" and self._is_static:
+            return self._decoders.generate(self.model, prompts, request.max_new_tokens, request.options, seeds)
+        return generate_blocks(self.model, prompts, request.max_new_tokens, request.options, seeds, request.window)
+
+    def _grow(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[list[str]]:
+        """The new text of each sequence, block by block, until all have ended."""
+        began = time.perf_counter()
+        is_first = True
+        for tokens, logprobs, context in self._blocks(sequences, request):
+            if any(math.isnan(sum(row)) for row in logprobs):
                 raise UserError("the model's logits are NaN: its training diverged")
+            news, counts = zip(*map(_Sequence.extend, sequences, tokens, logprobs), strict=True)
             seconds = time.perf_counter() - began  # without the time that the caller takes
-            growing = sum(not sequence.stream.stopped for sequence in sequences)
-            if index == 0:
-                self.stats.add_prefill(step.context, seconds)
+            if is_first:
+                self.stats.add_prefill(context, seconds)
             else:
-                self.stats.add_step(growing, step.context, seconds)
-            yield [
-                "" if sequence.stream.stopped else sequence.add(token, logprob)
-                for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True)
-            ]
+                self.stats.add_steps(len(tokens[0]), sum(counts), context, seconds)
+            is_first = False
+            yield list(news)
             if all(sequence.stream.stopped for sequence in sequences):
                 break
+            began = time.perf_counter()
         yield [sequence.end() for sequence in sequences]

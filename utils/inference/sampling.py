@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
@@ -80,14 +81,24 @@ class RandomStreams:
         self._device = torch.device("cpu") if device.type == "mps" else device
         self._next = AHEAD
 
+    def draw_ahead(self) -> torch.Tensor:
+        """(AHEAD, B): what the next AHEAD calls of `draw` would give."""
+        rows = [torch.rand(AHEAD, dtype=torch.float64, generator=generator) for generator in self._generators]
+        return torch.stack(rows, dim=1).to(self._device)
+
     def draw(self) -> torch.Tensor:
         """(B,) from 0 to below 1, float64."""
         if self._next == AHEAD:
-            rows = [torch.rand(AHEAD, dtype=torch.float64, generator=generator) for generator in self._generators]
-            self._numbers = torch.stack(rows, dim=1).to(self._device).unbind()  # AHEAD of (B,)
+            self._numbers = self.draw_ahead().unbind()  # AHEAD of (B,)
             self._next = 0
         self._next += 1
         return self._numbers[self._next - 1]
+
+
+@functools.lru_cache(maxsize=64)
+def banned_index(banned: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The banned tokens on the device; copied there once, as a CUDA graph holds no copy from the host."""
+    return torch.tensor(banned, device=device)
 
 
 def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None = None) -> torch.Tensor:
@@ -98,7 +109,7 @@ def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Te
     """
     logits = logits.float()
     if options.banned:
-        logits = logits.index_fill(-1, torch.tensor(options.banned, device=logits.device), float("-inf"))
+        logits = logits.index_fill(-1, banned_index(options.banned, logits.device), float("-inf"))
     if options.repetition_penalty != 1:
         assert seen is not None
         penalty = options.repetition_penalty
@@ -114,7 +125,7 @@ def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Te
         ordered, order = logits.sort(descending=True, stable=True)  # (B, V)
         probabilities = ordered.softmax(-1)
         reached_before = probabilities.cumsum(-1) - probabilities >= max(options.top_p, SMALLEST)  # never the first
-        logits = logits.masked_fill(reached_before.gather(-1, order.argsort(-1)), float("-inf"))
+        logits = logits.masked_fill(torch.empty_like(reached_before).scatter_(-1, order, reached_before), float("-inf"))
     if options.min_p is not None:
         probabilities = logits.softmax(-1)
         least = options.min_p * probabilities.amax(-1, keepdim=True)

@@ -35,8 +35,8 @@ class GenerationStats:
         self.prompt_tokens += tokens
         self.prefill_seconds += seconds
 
-    def add_step(self, decoded: int, attended: int, seconds: float) -> None:
-        self.steps += 1
+    def add_steps(self, steps: int, decoded: int, attended: int, seconds: float) -> None:
+        self.steps += steps
         self.decoded += decoded
         self.attended += attended
         self.decode_seconds += seconds

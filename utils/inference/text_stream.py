@@ -35,6 +35,23 @@ class TextStream:
             return self._take(min(places))
         return self._take(len(self._held) - max(map(self._overlap, self._stops), default=0))
 
+    def extend(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Append tokens, up to one that completes a stop string.
+
+        Returns:
+            The text that this makes certain, and the number of tokens that were appended.
+        """
+        if not self.stopped and not self._tokens and len(tokens) < MOST_PENDING:  # decode them together
+            held = self._held + self._tokenizer.decode(tokens)
+            if not held.endswith(INCOMPLETE) and not any(stop in held for stop in self._stops):
+                self._held = held
+                return self._take(len(held) - max(map(self._overlap, self._stops), default=0)), len(tokens)
+        text, count = "", 0
+        while count < len(tokens) and not self.stopped:
+            text += self.add(tokens[count])
+            count += 1
+        return text, count
+
     def rest(self) -> str:
         """Finish; returns the text that was held back, with U+FFFD for bytes that are not a whole character."""
         if self.stopped:

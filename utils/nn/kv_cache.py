@@ -134,11 +134,14 @@ class KVCache:
         unknown = (positions < 0) | (back > self.capacity)
         return self.tokens[self._rows, positions % self.capacity].masked_fill(unknown, NO_TOKEN)
 
-    def replace(self, row: int, other: KVCache) -> None:
-        """Replace sequence `row` with the only sequence of another cache."""
+    def replace(self, rows: Sequence[int], other: KVCache) -> None:
+        """Replace these sequences with those of another cache, which are all of the same length."""
         count = other.lengths[0]
-        self.keys[:, row, :, :count] = other.keys[:, 0, :, :count]
-        self.values[:, row, :, :count] = other.values[:, 0, :, :count]
-        self.tokens[row, :count] = other.tokens[0, :count]
-        self.positions[row] = count
-        self.lengths[row] = count
+        # A slice where it is all of them: a list of rows would have to be copied to the device.
+        chosen = slice(None) if len(rows) == len(self.lengths) else list(rows)
+        self.keys[:, chosen, :, :count] = other.keys[:, :, :, :count]
+        self.values[:, chosen, :, :count] = other.values[:, :, :, :count]
+        self.tokens[chosen, :count] = other.tokens[:, :count]
+        self.positions[chosen] = count
+        for row in rows:
+            self.lengths[row] = count

@@ -1,0 +1,83 @@
+"""A KVCache whose steps use no number of the host, so that a CUDA graph can repeat them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from utils.config.settings import ModelConfig
+from utils.nn.kv_cache import KVCache
+
+
+class StaticCache(KVCache):
+    """Within `static_pass`, positions, slots and the mask come from tensors that advance on the device.
+
+    Outside of it, for the prompt, it is a KVCache. The host counts along: after each static pass it calls `count`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, batch_size, capacity, device, dtype)
+        self._flat = self._by_slot.flatten(1, 2).unbind()  # 2 L of (B * S, K, D), the same memory
+        self._first = self._rows * capacity  # (B, 1), where each sequence begins in _flat
+        self._group = config.n_head // config.kv_heads
+        self._shown = torch.zeros((), device=device, dtype=dtype)  # added to the scores
+        self._hidden = torch.full((), -math.inf, device=device, dtype=dtype)
+        self._attended = 0
+
+    @contextlib.contextmanager
+    def static_pass(self, attended: int) -> Iterator[None]:
+        """Forward passes without a number of the host; each covers the first `attended` slots, under a mask."""
+        self._attended = attended
+        try:
+            yield
+        finally:
+            self._attended = 0
+
+    def count(self, tokens: int) -> None:
+        """Count the tokens that a static pass appended to each sequence; negative: that are forgotten."""
+        self.lengths = [length + tokens for length in self.lengths]
+
+    def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> slice | torch.Tensor:
+        """As KVCache.begin; in a static pass the positions are a tensor (B, T)."""
+        if not self._attended:
+            return super().begin(idx, lengths)
+        T = idx.size(1)
+        positions = self._positions[:, None]  # (B, 1)
+        if T > 1:
+            positions = positions + self._numbers[:T]  # (B, T)
+        self._places = (positions % self.capacity + self._first).flatten()  # (B * T,)
+        self.tokens.view(-1).index_copy_(0, self._places, idx.flatten())
+        visible = self._numbers[: self._attended] <= positions[:, :, None]  # (B, T, attended)
+        self._mask = torch.where(visible, self._shown, self._hidden)[:, None]  # (B, 1, T, attended)
+        if T > 1 and self._group > 1:
+            self._mask = self._mask.repeat(1, 1, self._group, 1)  # (B, 1, G * T, attended)
+        self._read = self._by_head[:, :, :, : self._attended].unbind()  # 2 L of (B, K, attended, D)
+        return positions
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """As KVCache.attend. Heads that share keys are rows of one product: the mask rules out a kernel for groups."""
+        if not self._attended:
+            return super().attend(layer, q, k, v)
+        B, T, H, D = q.shape
+        K, G, of_values = k.size(2), self._group, self._n_layer + layer
+        self._flat[layer].index_copy_(0, self._places, k.reshape(B * T, K, D))
+        self._flat[of_values].index_copy_(0, self._places, v.reshape(B * T, K, D))
+        q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+        mask = self._mask
+        assert mask is not None
+        y = F.scaled_dot_product_attention(q, self._read[layer], self._read[of_values], attn_mask=mask)
+        return y.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+    def end(self) -> None:
+        """As KVCache.end."""
+        if self._attended:
+            self._positions += self._places.numel() // len(self.lengths)
+            return
+        super().end()
+        _ = self.positions  # added up now: a graph would add it up each time
