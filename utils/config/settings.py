@@ -307,6 +307,16 @@ class TrainConfig(Section):
     tf32: bool = setting(
         True, "CUDA: matrix products of float32 with 10 bits of mantissa, several times as fast", kind=TRAJECTORY
     )
+    fp8: bool = setting(
+        False,
+        "CUDA from compute capability 8.9: matrix products of the blocks in 8 bits, which is faster with compile",
+        kind=TRAJECTORY,
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "keep only the input of each block for the backward pass, and compute the rest again: less memory, more time",
+        kind=MACHINE,
+    )
     compile: bool = setting(
         False, "torch.compile the model (inductor; aot_eager on mps); falls back to eager", kind=TRAJECTORY
     )
