@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from utils.nn.linear import first_order
+from utils.nn.linear import first_order, product_dtype
 
 IGNORED = -100  # a target without a loss, as torch has it
 ALIGNMENT = 128  # rows of the weight: matrix products of other sizes miss the fast kernels
@@ -151,12 +151,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             (of_weight[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
             *(None, None, None, None),
         )
-
-
-def product_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """The precision in which a linear layer multiplies `hidden` here."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def padded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

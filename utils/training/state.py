@@ -19,6 +19,8 @@ from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig
 from utils.machine.device import autocast
+from utils.nn.activation_checkpointing import checkpoint_activations
+from utils.nn.float8 import use_float8
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import decode_number, encode_number
@@ -77,6 +79,10 @@ def build_state(
 ) -> TrainState:
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
+    if config.train.fp8:
+        use_float8(model)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model.blocks)
     roles = declared_roles(model)
     assert roles.keys() <= model.initialised.keys(), "a subclass that declares roles calls init_weights at its end"
     sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)
