@@ -349,7 +349,7 @@ class LanguageModel(nn.Module):
                 positions = torch.arange(positions.start, positions.stop, device=idx.device)
             cos, sin = rope_factors(self.config, positions.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
-        return self.dropout(x), rope
+        return self.dropout(stream_type(x)), rope
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V)."""
@@ -361,6 +361,13 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         """The number of trainable parameters; a tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def stream_type(x: torch.Tensor) -> torch.Tensor:
+    """x as the blocks pass it on: on CUDA in the precision of autocast, which halves what most kernels read and write."""
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
 
 
 def outline(config: ModelConfig, vocab_size: int) -> LanguageModel:
