@@ -19,9 +19,7 @@ from utils.config.settings import ModelConfig
 from utils.nn.attention import causal_attention
 from utils.nn.costs import shapes_only
 from utils.nn.cross_entropy import (
-    LossesAndGradient,
     chunked_cross_entropy,
-    losses_and_gradient,
     plain_cross_entropy,
     rows_at_once,
 )
@@ -270,7 +268,6 @@ class LanguageModel(nn.Module):
         self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
             self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
-        self.losses_by_row: LossesAndGradient = losses_and_gradient  # or what torch.compile made of it
         init_weights(self)
 
     def forward(
@@ -303,9 +300,7 @@ class LanguageModel(nn.Module):
         rows = rows_at_once(hidden.device, targets.numel(), self.vocab_size)
         if not rows or weight is None or type(self).head_logits is not LanguageModel.head_logits:
             return plain_cross_entropy(self.head_logits(hidden), targets)
-        return chunked_cross_entropy(
-            hidden.flatten(0, 1), weight, targets.flatten(), rows, self.config.logit_softcap, self.losses_by_row
-        )
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), rows, self.config.logit_softcap)
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None

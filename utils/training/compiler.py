@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from model import LanguageModel
-from utils.nn.cross_entropy import losses_and_gradient, rows_at_once
+from utils.nn.cross_entropy import rows_at_once
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, (B, T) each -> ()
 
@@ -42,9 +42,8 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
     embed: Callable[..., Any] = torch.compile(model.embed, dynamic=False, **options)
     block: Callable[..., torch.Tensor] = torch.compile(_block, dynamic=False, **options)
     head: Callable[..., torch.Tensor] = torch.compile(_head, dynamic=False, **options)
-    if device.type == "cuda":  # the loop over the chunks of a large vocabulary stays as it is
-        model.losses_by_row = torch.compile(losses_and_gradient, dynamic=False, **options)
-        head = _head if rows_at_once(device, tokens, model.vocab_size) else head
+    if rows_at_once(device, tokens, model.vocab_size):  # the loop over the chunks of a large vocabulary stays as it is
+        head = _head
 
     def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         x, rope = embed(idx)
