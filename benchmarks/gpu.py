@@ -35,6 +35,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.gpu_figures import Figure, figures, table
 from benchmarks.gpu_jobs import PARTS, Job, chosen
+from benchmarks.gpu_measure import NO_CUDA
 from benchmarks.gpu_runs import fresh_caches
 from benchmarks.gpu_task import Task, read_report
 from utils.corpora.sources import find_source
@@ -48,6 +49,8 @@ SCHEMA_VERSION = 1
 RESERVE = 3.0  # seconds for the table and for what a killed process leaves
 LEAST = 15.0  # seconds that a job is worth starting for
 REPEATS, MINUTES_FOR_REPEATS = 2, 6
+POLL_SECONDS = 1.0  # between two looks at what a job has printed
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 VOCABULARY, FIRST_CHARACTER = 50304, 0x20000  # as nanoGPT pads GPT-2's 50,257; Chinese characters, one token each
 WIDTH = 132  # of the table where the output is no terminal
 
@@ -61,7 +64,7 @@ class StoppedError(Exception):
 
 
 @dataclass
-class Session:
+class Bench:
     """One run of the command: what is measured, how long it may take, and what there is so far."""
 
     parts: Sequence[str]
@@ -135,8 +138,8 @@ def main(argv: Sequence[str]) -> int:
     with stop_on_signals(), tempfile.TemporaryDirectory(prefix="gpu_benchmark_", ignore_cleanup_errors=True) as name:
         repeats = 1 if args.dry_run or args.minutes < MINUTES_FOR_REPEATS else REPEATS
         task = make_task(Path(name), args.nanogpt, repeats, args.dry_run)
-        session = Session(parts, args.minutes, args.out, task, terminal)
-        return measure(session, chosen(parts, with_nanogpt=task.nanogpt is not None, dry=task.dry))
+        bench = Bench(parts, args.minutes, args.out, task, terminal)
+        return measure(bench, chosen(parts, with_nanogpt=task.nanogpt is not None, dry=task.dry))
 
 
 @contextlib.contextmanager
@@ -146,7 +149,7 @@ def stop_on_signals() -> Iterator[None]:
     def handle(signum: int, _frame: FrameType | None) -> None:
         raise StoppedError(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, handle) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -176,39 +179,41 @@ def make_task(folder: Path, checkout: Path | None, repeats: int, dry: bool) -> T
     return Task(str(folder), str(text), str(words), copy, repeats, dry)
 
 
-def measure(session: Session, jobs: Sequence[Job]) -> int:
+def measure(bench: Bench, jobs: Sequence[Job]) -> int:
     """Run the jobs, print the table; returns the exit status."""
     status = 0
     try:
         for job in jobs:
-            seconds = min(job.seconds, session.seconds_left)
-            if seconds < min(LEAST, job.seconds):
-                session.jobs[job.name] = {"status": "skipped", "error": "no time left"}
+            seconds = min(job.seconds, bench.seconds_left)
+            if seconds < LEAST:
+                bench.jobs[job.name] = {"status": "skipped", "error": "no time left"}
             else:
-                session.jobs[job.name] = entry = {"status": "running", "limit": round(seconds, 1)}
-                run_job(job, session.task, entry)
-            session.write()
-            session.terminal.print(progress_line(session, job.name))
-        session.complete = True
+                run_job(job, bench, seconds)
+            bench.write()
+            bench.terminal.print(progress_line(bench, job.name))
+            if NO_CUDA in bench.jobs[job.name].get("error", ""):
+                raise UserError(NO_CUDA)
+        bench.complete = True
     except StoppedError as stopped:
         status = 128 + stopped.signum
-        session.terminal.print(f"stopped: {stopped}")
+        bench.terminal.print(f"stopped: {stopped}")
     with contextlib.ExitStack() as later:
-        for signum in (signal.SIGINT, signal.SIGTERM):  # the last lines are worth more than another signal
+        for signum in STOP_SIGNALS:  # the last lines are worth more than another signal
             later.callback(signal.signal, signum, signal.signal(signum, signal.SIG_IGN))
-        session.write()
-        title = "Dry run on the CPU: the numbers mean nothing" if session.task.dry else card(session)
-        session.terminal.print("", table(session.figures, title))
-        session.terminal.print(f"written: {session.out}, after {session.seconds:.0f} s")
+        bench.write()
+        title = "Dry run on the CPU: the numbers mean nothing" if bench.task.dry else card(bench)
+        bench.terminal.print("", table(bench.figures, title))
+        bench.terminal.print(f"written: {bench.out}, after {bench.seconds:.0f} s")
     return status
 
 
-def run_job(job: Job, task: Task, entry: dict[str, Any]) -> None:
-    """Run a job in a process group of its own, and put its results into `entry`, partial ones, too."""
-    folder = Path(task.folder)
-    (folder / "task.json").write_text(json.dumps(asdict(task)), encoding="utf-8")
+def run_job(job: Job, bench: Bench, limit: float) -> None:
+    """Run a job in a process group of its own for at most `limit` seconds; all that it reports is kept and written."""
+    folder = Path(bench.task.folder)
+    (folder / "task.json").write_text(json.dumps(asdict(bench.task)), encoding="utf-8")
     output, errors = folder / f"{job.name}.out", folder / f"{job.name}.err"
-    began = time.monotonic()
+    bench.jobs[job.name] = entry = {"status": "running", "limit": round(limit, 1), "results": {}}
+    began, status = time.monotonic(), "stopped"
     with output.open("wb") as stdout, errors.open("wb") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu_jobs", job.name, str(folder / "task.json")],
@@ -219,34 +224,43 @@ def run_job(job: Job, task: Task, entry: dict[str, Any]) -> None:
             start_new_session=True,
             env=fresh_caches(folder / "caches" / job.caches),
         )
-        status = "stopped"
-        try:
-            status = "failed" if process.wait(entry["limit"]) else "done"
-        except subprocess.TimeoutExpired:
+    try:
+        while (left := began + limit - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = "failed" if process.wait(min(POLL_SECONDS, left)) else "done"
+                break
+            if (results := last_report(output)) != entry["results"]:
+                entry["results"] = results
+                bench.write()
+        else:
             status = "timed out"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-            process.wait()
-            entry |= {"status": status, "seconds": round(time.monotonic() - began, 2)}
-            reports = filter(None, map(read_report, output.read_text(errors="replace").splitlines()))
-            entry["results"] = [{}, *reports][-1]
-            if status != "done":
-                entry["error"] = errors.read_text(errors="replace").strip()[-1500:]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        process.wait()
+        entry |= {"status": status, "seconds": round(time.monotonic() - began, 2), "results": last_report(output)}
+        if status != "done":
+            entry["error"] = errors.read_text(errors="replace").strip()[-1500:]
 
 
-def progress_line(session: Session, name: str) -> str:
+def last_report(output: Path) -> dict[str, Any]:
+    """The last results that a job has printed; empty if there are none."""
+    reports = map(read_report, reversed(output.read_text(errors="replace").splitlines()))
+    return next((report for report in reports if report is not None), {})
+
+
+def progress_line(bench: Bench, name: str) -> str:
     """What became of a job, in one line."""
-    job = session.jobs[name]
+    job = bench.jobs[name]
     seconds = f" {job['seconds']:.0f} s" if "seconds" in job else ""
     lines = job.get("error", "").splitlines()
     reason = f": {lines[-1][:200]}" if lines else ""
-    return f"{session.seconds:4.0f} s  {name}: {job['status']}{seconds}{reason}"
+    return f"{bench.seconds:4.0f} s  {name}: {job['status']}{seconds}{reason}"
 
 
-def card(session: Session) -> str:
+def card(bench: Bench) -> str:
     """The card and the versions in one line."""
-    facts = session.results.get("limits", {})
+    facts = bench.results.get("limits", {})
     names = [facts.get("cuda:0"), f"torch {facts['torch']}" if "torch" in facts else None]
     return ", ".join(filter(None, names)) or "GPU"
 

@@ -95,10 +95,10 @@ def limits(results: Results) -> list[Figure]:
         Figure("limits", "copy, reads and writes", "GB/s", ratio(copy, 1e9)),
         Figure("limits", "attention, torch's choice", "ms", attention("default")),
     ]
-    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+    backends = ("flash", "cudnn", "efficient")
     return [
         *rows,
-        *(Figure("limits", f"attention, {name.split('_')[0].lower()}", "ms", attention(name)) for name in names),
+        *(Figure("limits", f"attention, {name}", "ms", attention(f"{name.upper()}_ATTENTION")) for name in backends),
     ]
 
 
@@ -164,20 +164,19 @@ def decode(results: Results) -> list[Figure]:
 
     small = max((rate for w in ("bfloat16", "float32") if (rate := value(f"10.7M {w}"))), default=None)
     large, theirs = value("124M bfloat16"), value("124M transformers")
+    times = ratio(large, theirs)
     compiled = number(results, "decode_compiled", "124M transformers, compiled", "tokens_per_second")
     ratios = {size: value(f"{size} bfloat16", "batch_ratio") for size in ("10.7M", "124M")}
     first = value("124M bfloat16", "first_token_ms")
     return [
         Figure("decode", "10.7M, one sequence, faster weights", "tokens/s", small, None, small, at_least=3000.0),
         Figure("decode", "124M, one sequence, bf16", "tokens/s", large, None, large, at_least=1500.0),
-        Figure(
-            "decode", "the same against transformers", "tokens/s", large, theirs, ratio(large, theirs), at_least=5.0
-        ),
+        Figure("decode", "the same against transformers", "tokens/s", large, theirs, times, at_least=5.0),
         Figure("decode", "transformers, compiled", "tokens/s", None, compiled),
         Figure("decode", "124M float32", "tokens/s", value("124M float32")),
         *(
-            Figure("decode", f"{size}, 64 sequences against 1", "times", times, None, times, at_least=30.0)
-            for size, times in ratios.items()
+            Figure("decode", f"{size}, 64 sequences against 1", "times", batch, None, batch, at_least=30.0)
+            for size, batch in ratios.items()
         ),
         Figure("decode", "124M, first token after 200", "ms", first, None, first, at_most=30.0),
         Figure("decode", "10.7M, first token after 200", "ms", value("10.7M bfloat16", "first_token_ms")),

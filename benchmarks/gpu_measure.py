@@ -25,6 +25,7 @@ from utils.runs.run import read_record
 if TYPE_CHECKING:
     import torch
 
+NO_CUDA = "no CUDA device here; --dry-run shows whether everything works"
 HOST_STEPS = 3  # steps after a wait for the device, during which the host never waits
 UNTRACKED: Overrides = {"histogram_interval": "0", "system_interval": "0"}
 SEEDS = (1337, 1, 2)
@@ -40,6 +41,8 @@ def measure_limits(task: Task) -> None:
     from utils.machine.device import synchronize
     from utils.machine.limits import measure_copy, measure_read
 
+    if not (task.dry or torch.cuda.is_available()):
+        raise UserError(NO_CUDA)
     device = torch.device(task.device)
     results: dict[str, Any] = machine(device)
     report(results)
@@ -283,7 +286,7 @@ def time_gpt2(task: Task) -> None:
 
     def arm(more: Overrides) -> Callable[[], dict[str, Any]]:
         def measure() -> dict[str, Any]:
-            overrides = (QUIET, NO_CHECKPOINTS, UNTRACKED, sizes, more, {"warmup_iters": "700"})
+            overrides = (QUIET, NO_CHECKPOINTS, UNTRACKED, sizes, more)
             loaded = task.load("gpt2_124m", task.make_folder("gpt2"), *overrides, text=task.words)
             result = timed_training(loaded, StepClock(torch.device(task.device), *lengths))
             config = loaded.config

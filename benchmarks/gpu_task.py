@@ -17,6 +17,7 @@ from utils.terminal.cli import PROJECT_ROOT
 MARK = "measured:"  # begins each line with the results so far
 PRESETS = PROJECT_ROOT / "configs" / "presets"
 NEVER = str(10**9)  # steps
+NOT_YET = frozenset(("cuda_graph", "fp8", "activation_checkpointing"))  # settings that some versions do not have
 TARGET = 1.47  # nats per character: what nanoGPT reports for its GPU recipe
 
 Overrides = Mapping[str, str | bool]
@@ -65,7 +66,7 @@ class Task:
         return 100.0 if self.dry else TARGET
 
     def overrides(self, *more: Overrides, text: str | None = None) -> dict[str, str | bool]:
-        """The settings of a run that differ from its preset; what has a name that there is no setting for is dropped.
+        """The settings of a run that differ from its preset, without those of NOT_YET that there are not.
 
         Args:
             more: later ones win, except over the sizes of a dry run.
@@ -75,7 +76,7 @@ class Task:
         merged = {**places, "aim_logging": False, "device": self.device}
         for settings in (*more, TINY if self.dry else {}):
             merged |= settings
-        return {key: value for key, value in merged.items() if key in FIELDS}
+        return {key: value for key, value in merged.items() if key in FIELDS or key not in NOT_YET}
 
     def load(self, preset: str, folder: Path, *more: Overrides, text: str | None = None) -> LoadedConfig:
         """A preset with `overrides`; its runs go into `folder`."""
