@@ -216,7 +216,7 @@ def run_job(job: Job, bench: Bench, limit: float) -> None:
     began, status = time.monotonic(), "stopped"
     with output.open("wb") as stdout, errors.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_jobs", job.name, str(folder / "task.json")],
+            job_command(job.name, folder / "task.json"),
             cwd=PROJECT_ROOT,
             stdout=stdout,
             stderr=stderr,
@@ -241,6 +241,10 @@ def run_job(job: Job, bench: Bench, limit: float) -> None:
         entry |= {"status": status, "seconds": round(time.monotonic() - began, 2), "results": last_report(output)}
         if status != "done":
             entry["error"] = errors.read_text(errors="replace").strip()[-1500:]
+
+
+def job_command(name: str, task_file: Path) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_jobs", name, str(task_file)]
 
 
 def last_report(output: Path) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def time_gpt2(task: Task) -> None:
     variants: dict[str, Overrides] = {"bf16": {}}
     variants |= {name: {name: True} for name in ("fp8", "activation_checkpointing") if name in FIELDS}
     batch_size = 64
-    sizes: Overrides = {"batch_size": str(batch_size), "gradient_accumulation_steps": "1", "keep_best": False}
+    sizes: Overrides = {"batch_size": str(batch_size), "gradient_accumulation_steps": "1"}
     lengths = (2, 4, 2) if task.dry else (8, 24, 6)
     facts: dict[str, Any] = {}
 

@@ -35,7 +35,12 @@ TINY: Overrides = {
     "threads": "1",
 }
 QUIET: Overrides = {"eval_interval": NEVER, "eval_iters": "1", "sample_tokens": "0"}  # nothing but steps
-NO_CHECKPOINTS: Overrides = {"checkpoint_interval": "0", "checkpoint_minutes": "none"}
+NO_CHECKPOINTS: Overrides = {
+    "checkpoint_interval": "0",
+    "checkpoint_minutes": "none",
+    "keep_best": False,
+    "export_weights": "last",
+}
 
 
 @dataclass(frozen=True)
