@@ -239,8 +239,8 @@ def run_job(job: Job, bench: Bench, limit: float) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # and what it has started
         process.wait()
         entry |= {"status": status, "seconds": round(time.monotonic() - began, 2), "results": last_report(output)}
-        if status != "done":
-            entry["error"] = errors.read_text(errors="replace").strip()[-1500:]
+        if message := errors.read_text(errors="replace").strip()[-2000:]:
+            entry["stderr" if status == "done" else "error"] = message
 
 
 def job_command(name: str, task_file: Path) -> list[str]:

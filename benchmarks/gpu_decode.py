@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,10 +33,13 @@ def time_decode(task: Task) -> None:
         del arms["124M transformers"]
     results: dict[str, Any] = {}
     for name, arm in arms.items():
-        try:
-            results[name] = arm()
-        except Exception as error:  # torch and transformers can fail in any way
-            results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            try:
+                results[name] = arm()
+            except Exception as error:  # torch and transformers can fail in any way
+                results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        results[name]["warnings"] = [f"{warning.category.__name__}: {warning.message}"[:300] for warning in caught[:5]]
         forget()
         report(results)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks.gpu_task import NEVER, NO_CHECKPOINTS, QUIET, Overrides, Task, report
+from benchmarks.gpu_task import COMPILER_FACTS, NEVER, NO_CHECKPOINTS, QUIET, Overrides, Task, report, warnings_of
 from utils.config.fields import FIELDS
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
@@ -147,15 +147,16 @@ class StepClock:
     def step_done(self) -> None:
         """Raises KeyboardInterrupt after the last step: nothing is saved then, and no time is spent on closing."""
         self._done += 1
+        if self._done == 1 and self.device.type == "cuda":
+            # After the evaluation and before a CUDA graph is recorded: its launches allocate nothing.
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
         place = self._done - self.warmup
         if place < 0:
             return
         if place == 0:
             self._restart()
-            if self.device.type == "cuda":
-                import torch
-
-                torch.cuda.reset_peak_memory_stats()
         elif place % self.window == 0:
             began = self._began
             self._restart()
@@ -211,7 +212,7 @@ def timed_training(loaded: LoadedConfig, clock: StepClock, tracked: bool = True)
     if not clock.windows:
         raise UserError(f"the run ended as {result.status}: {result.exit_reason}")
     resolved = read_record(result.run_dir).get("resolved") or {}
-    facts = {key: value for key, value in resolved.items() if "compil" in key or "graph" in key}
+    facts = {**{key: resolved.get(key) for key in COMPILER_FACTS}, "warnings": warnings_of(result.run_dir)}
     peak = torch.cuda.max_memory_allocated() / 1e9 if clock.device.type == "cuda" else None
     return {**clock.results(), "peak_gb": peak, "seconds": time.perf_counter() - began, **facts}
 
@@ -225,6 +226,7 @@ def forget() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # a run decides by its peak whether to record CUDA graphs
 
 
 def repeated(
@@ -278,7 +280,8 @@ def time_gpt2(task: Task) -> None:
     from utils.nn.costs import training_flops
 
     variants: dict[str, Overrides] = {"bf16": {}}
-    variants |= {name: {name: True} for name in ("fp8", "activation_checkpointing") if name in FIELDS}
+    more = ("activation_checkpointing",) if task.dry else ("fp8", "activation_checkpointing")  # a CPU has no fp8
+    variants |= {name: {name: True} for name in more if name in FIELDS}
     batch_size = 64
     sizes: Overrides = {"batch_size": str(batch_size), "gradient_accumulation_steps": "1"}
     lengths = (2, 4, 2) if task.dry else (8, 24, 6)

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_task import NEVER, NO_CHECKPOINTS, QUIET, Overrides, Task, median, report
+from benchmarks.gpu_task import (
+    COMPILER_FACTS,
+    NEVER,
+    NO_CHECKPOINTS,
+    QUIET,
+    Overrides,
+    Task,
+    median,
+    report,
+    warnings_of,
+)
 from benchmarks.nanogpt import given_up
 from utils.config.fields import FIELDS
 from utils.errors import UserError
@@ -65,21 +75,14 @@ class Followed:
         return median([record["step_ms"] for record in steps[min(first, len(steps) // 2) :]])
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says about the compiler."""
+        """What run.json says about the compiler, and the warnings of the run."""
+        if self.run is None:
+            return {}
         try:
-            record = read_record(self.run) if self.run else {}
+            resolved = read_record(self.run).get("resolved") or {}
         except RunError:
             return {}
-        return {key: value for key, value in flattened(record) if "compil" in key or "graph" in key}
-
-
-def flattened(record: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of all plain values of nested dictionaries, by their innermost key."""
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from flattened(value)
-        elif isinstance(value, bool | int | float | str):
-            yield key, value
+        return {**{key: resolved.get(key) for key in COMPILER_FACTS}, "warnings": warnings_of(self.run)}
 
 
 @contextmanager
@@ -160,7 +163,8 @@ def time_loss(task: Task) -> None:
 def time_start(task: Task, kind: str) -> None:
     """Job: seconds from the start of a process to its first step, for GPT-2's shape, compiled; then tokens/s.
 
-    Batches of 12 x 1,024 tokens. The first step is done when the record of the second one is made.
+    Batches of 12 x 1,024 tokens. The first step is done when the record of the second one is made, which includes the
+    recording of a CUDA graph.
 
     Args:
         kind: cold or warm, for the name of the folder; the caches are those of the environment.
@@ -178,7 +182,7 @@ def time_start(task: Task, kind: str) -> None:
                 report(
                     {
                         "seconds": records[1]["time"] - followed.began,
-                        "loop_seconds": records[0]["time"] - followed.began,
+                        "first_gradients_seconds": records[0]["time"] - followed.began,
                         "step_ms": followed.step_ms(settled),
                         "tokens_per_second": median([r["tokens_per_second"] for r in records[settled:]]),
                         "kind": kind,

@@ -12,12 +12,14 @@ from typing import Any
 from benchmarks.common import load_config
 from utils.config.fields import FIELDS
 from utils.config.loader import LoadedConfig
+from utils.runs.layout import TRAIN_LOG
 from utils.terminal.cli import PROJECT_ROOT
 
 MARK = "measured:"  # begins each line with the results so far
 PRESETS = PROJECT_ROOT / "configs" / "presets"
 NEVER = str(10**9)  # steps
 NOT_YET = frozenset(("cuda_graph", "fp8", "activation_checkpointing"))  # settings that some versions do not have
+COMPILER_FACTS = ("compiled", "compile_seconds")  # of run.json
 TARGET = 1.47  # nats per character: what nanoGPT reports for its GPU recipe
 
 Overrides = Mapping[str, str | bool]
@@ -125,6 +127,15 @@ def read_report(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def warnings_of(run: Path) -> list[str]:
+    """The warnings that a run printed: what could not be compiled or recorded, say."""
+    try:
+        lines = (run / TRAIN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line[:300] for line in lines if line.startswith(("warning: ", "preflight: "))][:5]
 
 
 def median(values: Sequence[float]) -> float | None:
