@@ -222,7 +222,10 @@ def run_job(job: Job, bench: Bench, limit: float) -> None:
             stderr=stderr,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=fresh_caches(folder / "caches" / job.caches),
+            env={
+                **fresh_caches(folder / "caches" / job.caches),
+                **({"OMP_NUM_THREADS": "1"} if bench.task.dry else {}),
+            },
         )
     try:
         while (left := began + limit - time.monotonic()) > 0:
