@@ -364,7 +364,7 @@ class LanguageModel(nn.Module):
 
 
 def stream_type(x: torch.Tensor) -> torch.Tensor:
-    """x as the blocks pass it on: on CUDA in the precision of autocast, which halves what most kernels read and write."""
+    """x as the blocks pass it on: on CUDA in the precision of autocast, so that most kernels move half the bytes."""
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         return x.to(torch.get_autocast_dtype("cuda"))
     return x

@@ -151,16 +151,16 @@ def test_a_failing_compiler_falls_back_to_eager(
 ) -> None:
     train.main(tiny_argv("--dropout", "0.1", "--run-tag", "eager"))
 
-    def broken(model: torch.nn.Module, backend: str, mode: str | None) -> Callable[..., None]:
+    def broken(_part: object, **_options: object) -> Callable[..., None]:
         def call(*_args: object) -> None:
-            model(torch.zeros(1, 1, dtype=torch.long))  # consume random numbers before failing
+            torch.rand(3)  # consume random numbers before failing
             raise RuntimeError("no C++ compiler\ndetails")
 
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
     assert train.main(tiny_argv("--dropout", "0.1", "--run-tag", "fallback", "--compile")) == 0
-    assert capsys.readouterr().out.count("torch.compile (inductor) failed, continuing in eager mode") == 1
+    assert capsys.readouterr().out.count("torch.compile failed, continuing in eager mode") == 1
     eager, fallback = sorted(runs_dir.iterdir(), key=lambda path: path.name[16:])
     assert numbers(eager) == numbers(fallback)
     assert read_record(fallback)["resolved"]["compiled"] is False
