@@ -4,6 +4,7 @@ python inference.py baseline --prompt "The "
 python inference.py latest --max-new-tokens 500 --temperature 0.7 --top-k 40 --seed 1
 python inference.py runs/20260131_142501_baseline --temperature 0     # greedy
 python inference.py baseline --prompt-file prompts.txt --out completions.jsonl
+python inference.py wider --draft baseline --stats                    # a small run proposes, the large one judges
 python inference.py baseline --interactive
 python inference.py baseline wider --prompt "The " --html completions.html
 python inference.py baseline --score text.txt --quantize int8
@@ -55,9 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "--weights", choices=("float32", "bfloat16"), help="precision of the weights and activations (default: float32)"
+        "--weights",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="precision of the weights and activations; auto: bfloat16 on a GPU with units for it, else float32, and "
+        "always float32 with --score (default: auto)",
     )
-    weights.add_argument("--quantize", choices=("int8",), help="matrices of 8 bits, each row with a scale of its own")
+    weights.add_argument("--quantize", choices=("int8",), help="on a CPU: matrices of 8 bits, each row with a scale")
     add_mode_arguments(parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group())
     add_output_arguments(parser.add_argument_group("prompts and output"))
     add_sampling_arguments(parser.add_argument_group("sampling, besides the settings of section inference"))
@@ -93,10 +98,19 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         "--samples", type=count, default=1, metavar="N", help="completions of each prompt, each with the next seed"
     )
     group.add_argument(
-        "--batch-size", type=count, default=16, metavar="N", help="sequences generated together (default: 16)"
+        "--batch-size", type=count, metavar="N", help="sequences generated together (default: 16, with a draft 1)"
     )
     group.add_argument(
         "--out", type=Path, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
+    )
+    group.add_argument(
+        "--draft",
+        metavar="RUN",
+        help="generate faster, with the same distribution: this run of a smaller model proposes tokens and the model "
+        "judges several in one pass; ngram: what followed the last few tokens before is proposed",
+    )
+    group.add_argument(
+        "--draft-tokens", type=count, default=5, metavar="N", help="tokens to propose at a time (default: 5)"
     )
     group.add_argument("--stats", action="store_true", help="print the speed of generation on stderr afterwards")
     group.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows several RUNs side by side")
@@ -238,9 +252,9 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
     from utils.terminal.console import Terminal
 
     text, terminal = read_text(args.score), Terminal()
-    weights: Weights = args.quantize or args.weights or "float32"
+    weights: Weights = args.quantize or ("float32" if args.weights == "auto" else args.weights)
     for export in exports:
-        generator = Generator.from_export(export, args.device)
+        generator = Generator.from_export(export, args.device, "float32")
         try:
             scores = [("float32", generator.score(text))]
         except TokenizerError as error:
@@ -284,13 +298,14 @@ class Mode(NamedTuple):
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ban", "stop", "seed")
 WEIGHTS = frozenset({"weights", "quantize"})
 GENERATION = WEIGHTS | {*InferenceConfig.model_fields, *SAMPLING, "window", "mode"}
+DRAFT = frozenset({"draft", "draft_tokens"})
 MODES = {
-    "prompt": Mode("one RUN", complete_prompt, GENERATION | {"samples", "batch_size", "stats"}),
+    "prompt": Mode("one RUN", complete_prompt, GENERATION | DRAFT | {"samples", "batch_size", "stats"}),
     "compare": Mode(
         "several RUNs", compare_runs, GENERATION | {"samples", "batch_size", "html", "logprobs"}, several_runs=True
     ),
-    "prompt_file": Mode("--prompt-file", complete_file, GENERATION | {"samples", "batch_size", "stats", "out"}),
-    "interactive": Mode("--interactive", converse, GENERATION | {"stats"}),
+    "prompt_file": Mode("--prompt-file", complete_file, GENERATION | DRAFT | {"samples", "batch_size", "stats", "out"}),
+    "interactive": Mode("--interactive", converse, GENERATION | DRAFT | {"stats"}),
     "score": Mode("--score", score_text, WEIGHTS, several_runs=True),
     "show_info": Mode("--show-info", show_info, frozenset(), several_runs=True),
 }
@@ -327,6 +342,7 @@ def main(argv: Sequence[str]) -> int:
     config = parsed.load().config
     runs_dir = PROJECT_ROOT / (args.runs_dir or config.tracking.runs_dir)
     exports = [find_export(run, runs_dir) for run in args.runs or [None]]
+    args.runs_dir = runs_dir
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # characters that a terminal without UTF-8 cannot show
     return mode.run(args, exports, config.inference)
@@ -338,11 +354,15 @@ def load(args: argparse.Namespace, export: Path, settings: InferenceConfig) -> t
     Raises:
         UserError: a damaged export, no such device, options out of bounds, text without a token.
     """
-    from utils.inference.generator import Generator, Request
+    from utils.inference.generator import Generator, Request, find_draft
     from utils.inference.prompts import banned_tokens, stop_strings
 
     request = replace(Request.configured(settings), seed=args.seed, window=args.window)
-    generator = Generator.from_export(export, args.device, args.quantize or args.weights or "float32", settings)
+    if args.draft is not None and args.window != "sliding":
+        raise UserError(f"--draft needs --window sliding, not {args.window}")
+    draft = find_draft(args.draft, PROJECT_ROOT / args.runs_dir)
+    weights = args.quantize or args.weights
+    generator = Generator.from_export(export, args.device, weights, settings, draft, args.draft_tokens)
     options = replace(request.options, banned=banned_tokens(generator.tokenizer, args.ban))
     return generator, replace(request, options=options, stops=stop_strings(generator.tokenizer, args.stop))
 

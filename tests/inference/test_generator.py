@@ -12,7 +12,7 @@ from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_r
 from tokenizer import TokenizerError
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
-from utils.inference.decode import generate_tokens, new_cache
+from utils.inference.decode import Block, generate_tokens, new_cache
 from utils.inference.generator import Generator, Request
 from utils.inference.quantization import weight_bytes, with_weights
 from utils.inference.sampling import SamplingOptions
@@ -202,7 +202,7 @@ def test_bytes_read_are_those_of_each_step(settings: dict[str, Any]) -> None:
     model = tiny_model(**settings)
     stats = GenerationStats()
     for context in (4, 5, 6):
-        stats.add_steps(1, 2, 2 * context, 0.5)
+        stats.add_block(Block([], [], 1, 2 * context), 2, 0.5)
     cache = new_cache(model, 2)
     assert stats.bytes_read(model) == sum(decode_bytes(model, cache, context) for context in (4, 5, 6))
 

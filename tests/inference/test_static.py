@@ -10,7 +10,7 @@ import torch
 
 from model import LanguageModel
 from tests.inference.test_decode import BLOCK, GREEDY, PROMPTS, SETTINGS, lively_model
-from utils.inference import static
+from utils.inference import graphs, static
 from utils.inference.decode import generate_blocks
 from utils.inference.sampling import AHEAD, SamplingOptions
 from utils.inference.static import TOKENS_A_BLOCK, StaticDecoders, bucket
@@ -112,7 +112,7 @@ def test_a_decoder_serves_texts_of_its_batch_size_until_the_weights_move(monkeyp
     model.final_norm.weight = torch.nn.Parameter(-model.final_norm.weight)
     assert_same(model, [[1]], 5, GREEDY, decoders)
     assert made == [1, 2, 1]
-    for size in range(3, 3 + static.MOST_IDLE):
+    for size in range(3, 3 + graphs.MOST_IDLE):
         list(decoders.generate(model, [[1]] * size, 1, GREEDY, range(size)))
     list(decoders.generate(model, [[1]], 1, GREEDY, [0]))
     assert made[-1] == 1  # it was forgotten
@@ -161,7 +161,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(monkeypatch: pyt
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model = lively_model(position="rope").double()
-    monkeypatch.setattr(static, "record", refuse)
+    monkeypatch.setattr(graphs, "record", refuse)
     with pytest.warns(RuntimeWarning, match="not permitted") as caught:
         assert_same(model, [[1, 2]], 2 * BLOCK, SamplingOptions(1.0), StaticDecoders())
     assert len(caught) == 1
@@ -174,7 +174,7 @@ def test_what_is_recorded_ran_before_and_is_recorded_once(monkeypatch: pytest.Mo
         recorded.append(work)
         return work
 
-    monkeypatch.setattr(static, "record", note)
+    monkeypatch.setattr(graphs, "record", note)
     model, decoders = lively_model(position="rope"), StaticDecoders()
     for _ in range(2):
         list(decoders.generate(model, [[1]], 3 * BLOCK, GREEDY, [0]))

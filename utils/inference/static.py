@@ -7,24 +7,21 @@ all that changes from token to token is in tensors that advance on the device.
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from model import LanguageModel
 from utils.inference.decode import Block, decode_one_token, make_room, padded, prefill
+from utils.inference.graphs import Graphs, Reserve
 from utils.inference.sampling import AHEAD, RandomStreams, SamplingOptions, sample
-from utils.machine.graphs import record
 from utils.nn.lean import lean
 from utils.nn.static_cache import StaticCache
 
 TOKENS_A_BLOCK = 8  # of each sequence, read together
 SMALLEST_BUCKET = 256  # slots that attention covers at least
-MOST_GRAPHS = 16  # of one decoder; each keeps a few megabytes
-MOST_IDLE = 4  # decoders that wait for their batch size to come again
 
 
 def bucket(tokens: int, capacity: int) -> int:
@@ -33,41 +30,6 @@ def bucket(tokens: int, capacity: int) -> int:
     while slots < tokens:
         slots *= 2
     return min(slots, capacity)
-
-
-class Graphs:
-    """Functions that run as they are the first time, which prepares what they need, and as CUDA graphs from then on.
-
-    One that CUDA cannot record goes on as it is, with one warning.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._recorded: OrderedDict[Hashable, Callable[[], object] | None] = OrderedDict()
-        self._can_record = True
-
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do the work. What has the same key is the same work."""
-        if key not in self._recorded:
-            self._recorded[key] = None
-            while len(self._recorded) > MOST_GRAPHS:
-                self._recorded.popitem(last=False)
-            work()
-            return
-        self._recorded.move_to_end(key)
-        repeat = self._recorded[key]
-        if repeat is None:
-            repeat = self._recorded[key] = self._record(work)
-        repeat()
-
-    def _record(self, work: Callable[[], None]) -> Callable[[], object]:
-        if self._can_record:
-            try:
-                return record(work, self._device)
-            except RuntimeError as error:
-                self._can_record = False
-                warnings.warn(f"no CUDA graph, so decoding is slower: {error}", RuntimeWarning, stacklevel=2)
-        return work
 
 
 class Report(NamedTuple):
@@ -81,7 +43,7 @@ class Report(NamedTuple):
     def read(self) -> Block:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return Block(self.tokens.t().tolist(), self.chances.t().tolist(), self.context)
+        return Block(self.tokens.t().tolist(), self.chances.t().tolist(), len(self.tokens), self.context)
 
 
 class StaticDecoder:
@@ -190,10 +152,10 @@ class StaticDecoder:
 
 
 class StaticDecoders:
-    """The decoders of one model that wait for their batch size to come again."""
+    """The static decoders of a model, which serve one text after the other."""
 
     def __init__(self) -> None:
-        self._idle: OrderedDict[int, tuple[object, StaticDecoder]] = OrderedDict()
+        self._reserve: Reserve[StaticDecoder] = Reserve()
 
     @torch.inference_mode()
     def generate(
@@ -207,19 +169,7 @@ class StaticDecoders:
         """The tokens of `generate` with a sliding window. See there for the arguments."""
         assert all(prompts)
         assert not model.training
-        B, memory = len(prompts), _memory(model)
-        found, decoder = self._idle.pop(B, (None, None))  # so that no other text uses it meanwhile
-        if decoder is None or found != memory:
-            decoder = StaticDecoder(model, B)
-        try:
+        B = len(prompts)
+        with self._reserve.borrow(B, [model], lambda: StaticDecoder(model, B)) as decoder:
             decoder.start(prompts, options, seeds)
             yield from decoder.blocks(max_new_tokens)
-        finally:
-            self._idle[B] = memory, decoder
-            while len(self._idle) > MOST_IDLE:
-                self._idle.popitem(last=False)
-
-
-def _memory(model: LanguageModel) -> object:
-    """What a recorded graph knows of a model: the model, and where its weights are."""
-    return model, tuple(weight.data_ptr() for weight in model.parameters())
