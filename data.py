@@ -197,9 +197,14 @@ def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int
     return np.concatenate(parts)
 
 
+def sample_windows(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> np.ndarray:
+    """(B, T + 1): the samples that start at `offsets` (B,), each with the token that follows it."""
+    return tokens.take(offsets[:, None] + np.arange(block_size + 1))
+
+
 def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (B, T) int64: `targets` is `inputs` shifted by one token."""
-    windows = tokens.take(offsets[:, None] + np.arange(block_size + 1))  # (B, T + 1)
+    windows = sample_windows(tokens, offsets, block_size)
     return torch.from_numpy(windows[:, :-1].astype(np.int64)), torch.from_numpy(windows[:, 1:].astype(np.int64))
 
 

@@ -18,10 +18,17 @@ import torch.nn.functional as F
 from utils.config.settings import ModelConfig
 from utils.nn.attention import causal_attention
 from utils.nn.costs import shapes_only
+from utils.nn.cross_entropy import (
+    LossesAndGradient,
+    chunked_cross_entropy,
+    losses_and_gradient,
+    plain_cross_entropy,
+    rows_at_once,
+)
 from utils.nn.gelu import gelu_tanh
 from utils.nn.kv_cache import NO_TOKEN, KVCache
-from utils.nn.lean import may_be_plain
-from utils.nn.linear import Linear, linear
+from utils.nn.lean import is_patched, may_be_plain
+from utils.nn.linear import Linear, linear, matrix_of
 from utils.nn.roles import (
     BIAS,
     EMBEDDING,
@@ -263,6 +270,7 @@ class LanguageModel(nn.Module):
         self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
             self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
+        self.losses_by_row: LossesAndGradient = losses_and_gradient  # or what torch.compile made of it
         init_weights(self)
 
     def forward(
@@ -281,7 +289,23 @@ class LanguageModel(nn.Module):
         logits = self.head_logits(self.hidden(idx, cache))  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.view(-1, self.vocab_size).float(), targets.reshape(-1))
+        return logits, plain_cross_entropy(logits, targets)
+
+    def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of `forward`, (), without logits: on CUDA all of them never exist."""
+        if type(self).forward is not LanguageModel.forward or is_patched(self):
+            return self(idx, targets)[1]
+        return self.head_loss(self.hidden(idx), targets)
+
+    def head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy, (), of hidden (B, T, C), the input of the head, for targets (B, T)."""
+        weight = self.token_embedding.weight if self.head is None else matrix_of(self.head)
+        rows = rows_at_once(hidden.device, targets.numel(), self.vocab_size)
+        if not rows or weight is None or type(self).head_logits is not LanguageModel.head_logits:
+            return plain_cross_entropy(self.head_logits(hidden), targets)
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), weight, targets.flatten(), rows, self.config.logit_softcap, self.losses_by_row
+        )
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
@@ -292,6 +316,17 @@ class LanguageModel(nn.Module):
             cache: earlier tokens of the same sequences; `idx` follows them and is appended.
             lengths: of the sequences in idx, if they differ (see KVCache.begin).
         """
+        x, rope = self.embed(idx, cache, lengths)
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.end()
+        return self.final_norm(x)
+
+    def embed(
+        self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The input of the first block, (B, T, C), and the factors of rotary positions (see `rotate`); as `hidden`."""
         T = idx.size(1)
         x = self.token_embedding(idx)  # (B, T, C)
         if self.config.ngram_rows:
@@ -314,12 +349,7 @@ class LanguageModel(nn.Module):
                 positions = torch.arange(positions.start, positions.stop, device=idx.device)
             cos, sin = rope_factors(self.config, positions.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rope, cache)
-        if cache is not None:
-            cache.end()
-        return self.final_norm(x)
+        return self.dropout(x), rope
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V)."""

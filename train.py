@@ -91,9 +91,8 @@ def training_loop(session: Session, profiler: RunProfiler) -> None:
             update was skipped, and no checkpoint has been saved since.
     """
     from utils.optim.schedules import apply_schedules
-    from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
-    state = session.state
+    state, update = session.state, session.update
     while True:
         if session.evaluation_due:
             session.evaluate()
@@ -105,13 +104,11 @@ def training_loop(session: Session, profiler: RunProfiler) -> None:
 
         lr = apply_schedules(state.optimizer, state.step, state.config.optimizer, state.max_iters)
         with profiler.watch(state.step) as phase:
-            loss = forward_backward(state, phase)  # () over all micro-steps, on the device until a flush
-            with phase("optimizer"):
-                grad_norms = clip_gradients(state)  # (groups,)
+            loss, grad_norms = update.gradients(phase)  # () and (groups,), on the device until a flush
             with phase("logging"):
                 session.log_step(loss, grad_norms, lr)
             with phase("optimizer"):
-                optimizer_step(state, grad_norms)  # not with a non-finite gradient
+                update.apply(grad_norms)  # not with a non-finite gradient
         session.step_done(loss)
 
         if profiler.ready:

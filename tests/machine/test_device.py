@@ -16,6 +16,7 @@ from utils.machine.device import (
     DeviceError,
     autocast,
     available_devices,
+    check_fp8,
     choose_device,
     choose_dtype,
     device_facts,
@@ -24,6 +25,11 @@ from utils.machine.device import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
 
 
 @pytest.fixture
@@ -256,3 +262,33 @@ def test_a_field_of_the_processor_is_found_by_its_whole_name(monkeypatch: pytest
     lines = "processor\t: 0\nmodel name\t: A: B\nmodel\t\t: 17\n\nmodel\t\t: 18\n"
     monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(lines))
     assert [device._cpuinfo(field) for field in ("model", "model name", "flags")] == ["17", "A: B", ""]
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "message"),
+    [
+        (CPU, (9, 0), torch.bfloat16, "a CUDA device, not cpu"),
+        (torch.device("mps"), (9, 0), torch.bfloat16, "a CUDA device, not mps"),
+        (CUDA, (8, 6), torch.bfloat16, r"compute capability 8\.9: Imitation 9000 has 8\.6"),
+        (CUDA, (9, 0), torch.float32, "not float32"),
+    ],
+)
+def test_fp8_is_refused_where_there_are_no_units_for_it(
+    machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    message: str,
+) -> None:
+    machine(cuda=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    with pytest.raises(DeviceError, match=message):
+        check_fp8(device, dtype)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
+def test_fp8_is_accepted_where_there_are(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    check_fp8(CUDA, torch.bfloat16)
+    check_fp8(CUDA, torch.float16)

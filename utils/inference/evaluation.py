@@ -33,7 +33,7 @@ def mean_loss(
 ) -> float:
     """Mean loss over batches of equal size, in nats per token, with one transfer from the device."""
     with evaluating(model), precision():
-        losses = [model(inputs, targets)[1] for inputs, targets in batches]
+        losses = [model.loss(inputs, targets) for inputs, targets in batches]
     return torch.stack(losses).mean().item()
 
 

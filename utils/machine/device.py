@@ -17,6 +17,7 @@ import torch
 
 from utils.config.settings import TrainConfig
 from utils.errors import UserError
+from utils.machine.attention_kernels import attention_order
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +26,8 @@ CGROUP_FILES = (  # limit, use and statistics, in version 2 and in version 1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
+
+FP8_CAPABILITY = (8, 9)  # Ada, then Hopper
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # in /proc/cpuinfo: x86, x86, ARM
 
@@ -111,6 +114,19 @@ def has_bf16_units(device: torch.device) -> bool:
     return device.type == "cpu" and not BF16_FLAGS.isdisjoint(_cpu_flags())
 
 
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises DeviceError unless the device multiplies 8-bit matrices, and the rest is in 16 bits."""
+    if device.type != "cuda":
+        raise DeviceError(f"fp8 needs a CUDA device, not {device.type}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        needed = ".".join(map(str, FP8_CAPABILITY))
+        raise DeviceError(f"fp8 needs compute capability {needed}: {name} has {has} and no units for it")
+    if dtype == torch.float32:
+        raise DeviceError("fp8 needs dtype bfloat16 or float16 for all that is not in 8 bits, not float32")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Mixed precision for a forward pass; does nothing for float32."""
     if dtype == torch.float32:
@@ -125,7 +141,7 @@ def is_deterministic(config: TrainConfig, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Set seeds, determinism and threads of a run; restores all but the seed on exit, for notebooks."""
+    """Set seeds, determinism, kernels and threads of a run; restores all but the seed on exit, for notebooks."""
     deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     products = torch.backends.cuda.matmul
@@ -145,7 +161,8 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         products.fp32_precision = "tf32" if config.tf32 else "ieee"
     torch.manual_seed(config.seed)
     try:
-        yield
+        with attention_order(device):
+            yield
     finally:
         torch.set_deterministic_debug_mode(before[0])
         torch.set_num_threads(before[1])

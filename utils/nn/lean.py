@@ -35,10 +35,16 @@ def lean(model: M) -> M:
     return cast(M, _lean(model, {}))
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than the `forward` of its class: a hook, or a `forward` of its own."""
+    parts = vars(module)
+    return "forward" in parts or any(parts[kind] for kind in HOOKS)
+
+
 def _lean(module: nn.Module, classes: dict[type, type]) -> Any:
     """classes: the plain class of each class that was met before."""
     parts = vars(module)
-    if "forward" in parts or any(parts[kind] for kind in HOOKS):
+    if is_patched(module):
         return module
     if type(module) is nn.Dropout:
         return functools.partial(F.dropout, p=module.p) if module.training and module.p else _identity

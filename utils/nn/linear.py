@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.nn.lean import may_be_plain
+from utils.nn.lean import is_patched, may_be_plain
 from utils.nn.private import private_operator
 from utils.nn.roles import BIAS, MATRIX, declare
 
@@ -24,19 +24,6 @@ ONEDNN = private_operator("ops.mkldnn._linear_pointwise.default") if torch.backe
 R = TypeVar("R")
 
 SMALL = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
-
-
-@may_be_plain
-class Linear(nn.Linear):
-    """nn.Linear, by the fastest matrix product that the device has for its precision."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias)
-        declare(self, weight=MATRIX, bias=BIAS)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
-        return linear(x, self.weight, self.bias)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,10 +48,36 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
+@may_be_plain
+class Linear(nn.Linear):
+    """nn.Linear, by the fastest matrix product that the device has for its precision."""
+
+    multiply = staticmethod(linear)  # or a function like it, such as one in another precision
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        declare(self, weight=MATRIX, bias=BIAS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        return self.multiply(x, self.weight, self.bias)
+
+
+def matrix_of(layer: nn.Module) -> torch.Tensor | None:
+    """The weight (out, in) of a layer that multiplies by it and does nothing else; None for any other layer."""
+    return layer.weight if type(layer) is Linear and layer.bias is None and not is_patched(layer) else None
+
+
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a b^T + bias: (..., K) and (N, K) -> (..., N)."""
     assert ONEDNN is not None
     return ONEDNN(a, b, bias, "none", [], "")
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The precision in which a linear layer multiplies x here."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def first_order(backward: Callable[..., R]) -> Callable[..., R]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,14 +21,39 @@ class EagerOptimizer(torch.optim.Optimizer):
     torch's own methods are guarded against that, and import its compiler to do so: 70 MB and a second at each start.
 
     `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
+
+    On CUDA a step reads the settings that a schedule changes, those named in `scheduled`, from the device, so that a
+    recorded step (utils/machine/graphs.py) follows them: `publish` copies them there, as each step does by itself.
     """
 
     _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
     found_inf: torch.Tensor | None = None
+    scheduled: tuple[str, ...] = ("lr",)
     add_param_group = _ADD_PARAM_GROUP
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
+        self._published: list[dict[str, torch.Tensor]] = []  # of each group, if it is on CUDA
+
+    def publish(self) -> None:
+        """Copy the scheduled settings of all groups to the device, without waiting for it."""
+        if not self._published:
+            self._published = [
+                {name: torch.zeros((), device=group["params"][0].device) for name in self.scheduled if name in group}
+                if group["params"][0].is_cuda
+                else {}
+                for group in self.param_groups
+            ]
+        for group, published in zip(self.param_groups, self._published, strict=True):
+            for name, tensor in published.items():
+                tensor.fill_(group[name])
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """Each group with its present settings, the published ones as 0-dimensional tensors."""
+        if not (any(self._published) and torch.cuda.is_current_stream_capturing()):
+            self.publish()
+        for group, published in zip(self.param_groups, self._published, strict=True):
+            yield group | published
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None.
@@ -52,7 +77,7 @@ class AdamW(EagerOptimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
+        for group in self.settings():
             adamw_update(group, self.state, self.found_inf)
 
 
@@ -74,6 +99,10 @@ def adamw_update(
     steps = [state["step"] for state in of_params]
     torch._foreach_add_(steps, 1)
     beta1, beta2 = group["betas"]
+    decay = group["weight_decay"]
+    if isinstance(decay, torch.Tensor):  # the kernel takes a number only
+        torch._foreach_mul_(params, decay_factor(group, None if found_inf is None else found_inf == 0))
+        decay = 0.0
     (FUSED_ADAMW or _public_adamw)(
         params,
         [p.grad for p in params],
@@ -84,7 +113,7 @@ def adamw_update(
         lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
-        weight_decay=group["weight_decay"],
+        weight_decay=decay,
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
@@ -92,6 +121,12 @@ def adamw_update(
     )
     if found_inf is not None:
         torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+
+def decay_factor(group: dict[str, Any], finite: torch.Tensor | None) -> Any:
+    """What weight decay multiplies the parameters of a group by, a number or a tensor: 1 unless all is `finite`."""
+    factor = 1 - group["lr"] * group["weight_decay"]
+    return factor if finite is None else torch.where(finite, factor, 1.0)
 
 
 def _public_adamw(

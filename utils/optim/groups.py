@@ -10,9 +10,9 @@ from torch import nn
 
 from utils.config.settings import OptimizerConfig
 from utils.nn.roles import Group, Role, declared_roles
-from utils.optim.adamw import AdamW
+from utils.optim.adamw import AdamW, EagerOptimizer
 from utils.optim.muon import Muon
-from utils.optim.schedules import set_learning_rate, set_weight_decay
+from utils.optim.schedules import scheduled_settings, set_learning_rate, set_weight_decay
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -93,4 +93,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     optimizer = OPTIMIZERS[config.optimizer_name](parameter_groups(model, config), config)
     set_learning_rate(optimizer, config.learning_rate)
     set_weight_decay(optimizer, config.weight_decay)
+    if isinstance(optimizer, EagerOptimizer):
+        optimizer.scheduled = scheduled_settings(config)
     return optimizer

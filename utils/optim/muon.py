@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from utils.machine.device import has_bf16_units
-from utils.optim.adamw import EagerOptimizer, adamw_update
+from utils.optim.adamw import EagerOptimizer, adamw_update, decay_factor
 
 # Coefficients of the quintic iteration, chosen for a steep slope at zero [Jordan et al. 2024, Muon].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -48,7 +48,7 @@ class Muon(EagerOptimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
+        for group in self.settings():
             if "momentum" in group:
                 self._muon(group)
             else:
@@ -66,11 +66,10 @@ class Muon(EagerOptimizer):
         finite = None if self.found_inf is None else self.found_inf == 0  # (), on the device
         if finite is not None:  # a buffer stays what it is if it is the gradient, too
             gradients = [torch.where(finite, g, buffer) for g, buffer in zip(gradients, buffers, strict=True)]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        if group["weight_decay"]:
-            decay = 1 - group["lr"] * group["weight_decay"]
-            torch._foreach_mul_(params, decay if finite is None else torch.where(finite, decay, 1.0))
+        directions = _nesterov(buffers, gradients, group["momentum"])
+        decay = group["weight_decay"]
+        if isinstance(decay, torch.Tensor) or decay:
+            torch._foreach_mul_(params, decay_factor(group, finite))
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for (p, rows), direction in zip(trained, directions, strict=True):
             assert p.is_contiguous(), "Muon updates a parameter in place as a matrix of its first dimension"
@@ -83,7 +82,25 @@ class Muon(EagerOptimizer):
             updates = newton_schulz(_stacked([block for _, block in pairs]))
             if finite is not None:
                 updates *= finite
-            torch._foreach_add_([w for w, _ in pairs], updates.unbind(), alpha=-group["lr"] * update_scale(shape))
+            rate = -group["lr"] * update_scale(shape)
+            if isinstance(rate, torch.Tensor):
+                updates, rate = updates * rate, 1.0
+            torch._foreach_add_([w for w, _ in pairs], updates.unbind(), alpha=rate)
+
+
+def _nesterov(
+    buffers: list[torch.Tensor], gradients: list[torch.Tensor], momentum: float | torch.Tensor
+) -> list[torch.Tensor]:
+    """Move the buffers towards the gradients; returns the gradients, moved towards the buffers."""
+    if not isinstance(momentum, torch.Tensor):
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, buffers, momentum))
+    fresh = torch._foreach_mul(gradients, 1 - momentum)  # a lerp with a tensor would be a kernel for each buffer
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, fresh)
+    directions = torch._foreach_mul(buffers, momentum)
+    torch._foreach_add_(directions, fresh)
+    return list(directions)
 
 
 def _stacked(matrices: list[torch.Tensor]) -> torch.Tensor:

@@ -57,6 +57,15 @@ def apply_schedules(optimizer: torch.optim.Optimizer, step: int, config: Optimiz
     return lr
 
 
+def scheduled_settings(config: OptimizerConfig) -> tuple[str, ...]:
+    """The settings of a parameter group that `apply_schedules` changes from step to step."""
+    changing = {
+        "weight_decay": config.weight_decay_schedule != "constant",
+        "momentum": config.momentum_warmup_iters > 0,
+    }
+    return ("lr", *(name for name, changes in changing.items() if changes))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of each group, its own multiple of the schedule's."""
     for group in optimizer.param_groups:

@@ -146,7 +146,7 @@ class Trial:
             corpus=corpus,
             sampler=ZeroBatches(corpus, config.model.block_size, 1, config.train.seed, device),
             model=model,
-            forward=model,
+            loss=model.loss,
             optimizer=build_optimizer(model, config.optimizer),
             scaler=torch.amp.GradScaler(device.type, enabled=False),
         )

@@ -10,6 +10,7 @@ import torch
 from model import outline
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
+from utils.machine.attention_kernels import fused_attention
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, origin_of, read_index
 from utils.runs.layout import PATCH
@@ -44,7 +45,7 @@ assert WITHOUT_EFFECT.keys() <= FIELDS.keys()
 
 def preflight(setup: Setup, git: GitFacts) -> list[str]:
     """One line for each finding that the user may want to know. Call it once torch's threads are set."""
-    return [*_run_before(setup, git), *_code(git), *_disk(setup), *_without_effect(setup)]
+    return [*_run_before(setup, git), *_code(git), *_disk(setup), *_attention(setup), *_without_effect(setup)]
 
 
 def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
@@ -93,6 +94,18 @@ def _disk(setup: Setup) -> Iterator[str]:
             f"the disk cannot hold the planned checkpoints: {count} of {_megabytes(parameters * BYTES_OF_PARAMETER)} "
             f"are {_megabytes(needed)}, free are {_megabytes(free)} in {folder}"
         )
+
+
+def _attention(setup: Setup) -> Iterator[str]:
+    """A finding if the attention of a GPU is none that does without the scores of all pairs of tokens."""
+    if setup.device.type != "cuda":
+        return
+    model = setup.config.model
+    name, reasons = fused_attention(
+        setup.device, setup.dtype, model.n_head, model.kv_heads, model.head_width, model.block_size, model.dropout
+    )
+    if not name:
+        yield f"attention is neither FlashAttention nor cuDNN's, but slower: {reasons}"
 
 
 def _megabytes(count: int) -> str:

@@ -41,7 +41,9 @@ from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
 from utils.training.start import Start, open_run, prepare_run, read_git, write_meta
 from utils.training.state import TrainState
+from utils.training.step import Update
 from utils.training.step_buffer import NonFiniteError
+from utils.training.step_graph import make_update
 
 
 @dataclass
@@ -72,11 +74,12 @@ class Outcome:
 class Session:
     """What the training loop asks and does between its updates.
 
-    state: what training changes.
+    state: what training changes; update: how.
     result: how the session ended, once it has.
     """
 
     state: TrainState
+    update: Update
     monitor: Monitor
     callbacks: Callbacks
     checkpoints: Checkpointer
@@ -171,6 +174,7 @@ class Session:
         before_status.callback(log.sync)
         self.state = state = prepare_run(setup, run, self._start, terminal)
         before_status.callback(self.outcome.read, state)
+        self.update = make_update(state, terminal.warn)
         feeders = build_feeders(setup, run, terminal, state.step)
         after_status.callback(self._close_views, feeders)
         self.progress = TrainingProgress(terminal, setup.max_iters, state.step)

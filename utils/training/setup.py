@@ -22,7 +22,7 @@ from utils.config.settings import Config, RuleError, warmup_steps
 from utils.corpora.sources import CORPORA
 from utils.errors import UserError
 from utils.inference.decode import start_tokens
-from utils.machine.device import choose_device, choose_dtype, is_deterministic
+from utils.machine.device import check_fp8, choose_device, choose_dtype, is_deterministic
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
 from utils.runs.origin import Origin, check_model, pin, pinned_settings
 from utils.runs.run import read_record
@@ -93,6 +93,8 @@ def make_setup(
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.dtype, device)
+    if config.train.fp8:
+        check_fp8(device, dtype)
     if config.train.batch_size == "auto":
         loaded = find_batch(loaded, corpus, device, dtype, report)
         config = loaded.config

@@ -160,8 +160,6 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
     state.callbacks = dict(setup.callbacks)
-    if state.callbacks and not state.compiled:
-        state.forward = state.model  # they may hook into its modules, or change them
     write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
     read_registry(run.path / METRIC_REGISTRY)  # the logs of a resumed run may have metrics that nobody registers now
     write_registry(run.path / METRIC_REGISTRY)
@@ -176,6 +174,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
             "dataset": corpus.name,
             "device": str(setup.device),
             "compiled": state.compiled,
+            "compile_seconds": state.compile_seconds and round(state.compile_seconds, 1),
             "vocab_size": corpus.tokenizer.vocab_size,
             "train_tokens": corpus.n_train,
             "val_tokens": corpus.n_val,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,11 +19,15 @@ from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig
 from utils.machine.device import autocast
+from utils.nn.activation_checkpointing import checkpoint_activations
+from utils.nn.float8 import use_float8
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import decode_number, encode_number
 from utils.runs.origin import differing_model_settings
 from utils.terminal.console import Terminal
+from utils.terminal.words import duration
+from utils.training.compiler import Loss, compiled_loss
 from utils.training.early_stopping import EarlyStopping
 
 
@@ -45,10 +50,11 @@ class TrainState:
     corpus: Corpus
     sampler: BatchSampler
     model: LanguageModel
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # the model, or what torch.compile made of it
+    loss: Loss  # the model's, or what torch.compile made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compiled: bool = False
+    compile_seconds: float | None = None
     step: int = 0
     losses: dict[str, float] | None = None  # of the last evaluation,
     losses_step: int | None = None  # which was at this step
@@ -73,6 +79,10 @@ def build_state(
 ) -> TrainState:
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
+    if config.train.fp8:
+        use_float8(model)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model.blocks)
     roles = declared_roles(model)
     assert roles.keys() <= model.initialised.keys(), "a subclass that declares roles calls init_weights at its end"
     sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)
@@ -84,7 +94,7 @@ def build_state(
         corpus=corpus,
         sampler=sampler,
         model=model,
-        forward=model,
+        loss=model.loss,
         optimizer=build_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
@@ -95,25 +105,33 @@ def build_state(
 
 
 def compile_model(state: TrainState, terminal: Terminal) -> None:
-    """Compile the model; if the backend fails on a trial step, warn and stay in eager mode."""
-    backend = "aot_eager" if state.device.type == "mps" else "inductor"
-    mode = state.config.train.compile_mode if backend == "inductor" else None  # aot_eager has no modes
-    compiled = torch.compile(state.model, backend=backend, mode=mode)
+    """Compile the loss, by a trial forward and backward pass; if the backend fails, warn and stay in eager mode.
+
+    Random streams continue as if there had been no trial, on CPU and CUDA.
+    """
+    settings, began, own = state.config.train, time.perf_counter(), state.model.losses_by_row
+    micro_steps = settings.gradient_accumulation_steps
+    terminal.print("compiling: up to a minute the first time, seconds from then on")
     devices = [state.device] if state.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):  # on CPU and CUDA the trial does not shift the dropout of step 0
+        tokens = state.tokens_per_step // micro_steps
+        compiled = compiled_loss(state.model, state.device, settings.compile_mode, tokens)
+        with torch.random.fork_rng(devices=devices):
             with autocast(state.device, state.dtype):
-                _, loss = compiled(*state.sampler.train_batch(0, 0, state.config.train.gradient_accumulation_steps))
+                loss = compiled(*state.sampler.train_batch(0, 0, micro_steps))
             loss.backward()
     except torch.OutOfMemoryError:  # without the compiler it would not fit either
         raise
     except Exception as error:  # a compiler can fail in any way, and training works without it
+        state.model.losses_by_row = own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        terminal.warn(f"torch.compile ({backend}) failed, continuing in eager mode: {type(error).__name__}: {reason}")
+        terminal.warn(f"torch.compile failed, continuing in eager mode: {type(error).__name__}: {reason}")
         return
     finally:
         state.optimizer.zero_grad(set_to_none=True)
-    state.forward, state.compiled = compiled, True
+    state.loss, state.compiled = compiled, True
+    state.compile_seconds = time.perf_counter() - began
+    terminal.print(f"compiled in {duration(state.compile_seconds)}")
 
 
 # ------------------------------------------------------------------------------------- capture and restore

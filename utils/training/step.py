@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import record_function
@@ -48,19 +48,64 @@ class MarkedClock(PhaseClock):
             yield
 
 
-def forward_backward(state: TrainState, phase: Phase = no_phase) -> torch.Tensor:
-    """Add up the gradients of batch `state.step` over its micro-steps; returns its mean loss, (), on the device."""
+class Update(Protocol):
+    """One optimizer update in two parts, between which the gradients can be looked at."""
+
+    def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of batch `state.step`, clipped.
+
+        Returns:
+            The mean loss of the batch, (), and the norm of each parameter group before clipping, (groups,); both on
+            the device.
+        """
+        ...
+
+    def apply(self, grad_norms: torch.Tensor) -> None:
+        """Update the weights; the step is done. Not with a non-finite gradient: then all stays as it is."""
+        ...
+
+
+class EagerUpdate:
+    """An update whose kernels the host launches one by one."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+
+    def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = forward_backward(self.state, phase)
+        with phase("optimizer"):
+            return loss, clip_gradients(self.state)
+
+    def apply(self, grad_norms: torch.Tensor) -> None:
+        optimizer_step(self.state, grad_norms)
+
+
+def forward_backward(
+    state: TrainState, phase: Phase = no_phase, batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> torch.Tensor:
+    """Add up the gradients of an update over its micro-steps.
+
+    Args:
+        batch: inputs and targets, (B, T) each, of a micro-step; by default those of `state.step`.
+
+    Returns:
+        The mean loss of the batch, (), on the device.
+    """
     micro_steps = state.config.train.gradient_accumulation_steps
     total = torch.zeros((), device=state.device)
     for micro_step in range(micro_steps):
         with phase("data"):
-            inputs, targets = state.sampler.train_batch(state.step, micro_step, micro_steps)  # (B, T) each
+            if batch is None:
+                inputs, targets = state.sampler.train_batch(state.step, micro_step, micro_steps)
+            else:
+                inputs, targets = batch(micro_step)
         with phase("forward"), autocast(state.device, state.dtype):
-            _, loss = state.forward(inputs, targets)
+            loss = state.loss(inputs, targets)
             loss = loss / micro_steps if micro_steps > 1 else loss
         with phase("backward"):
             state.scaler.scale(loss).backward()
-            state.sampler.prefetch(*divmod(state.step * micro_steps + micro_step + 1, micro_steps), micro_steps)
+            if batch is None:
+                state.sampler.prefetch(*divmod(state.step * micro_steps + micro_step + 1, micro_steps), micro_steps)
         total += loss.detach()
     return total
 
@@ -95,6 +140,13 @@ def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) ->
     Args:
         grad_norms: (groups,), of `clip_gradients`; None: the gradients are known to be finite.
     """
+    step_if_finite(state, grad_norms)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+
+
+def step_if_finite(state: TrainState, grad_norms: torch.Tensor | None) -> None:
+    """The part of `optimizer_step` that the device does."""
     optimizer: Any = state.optimizer
     if state.scaler.is_enabled():
         state.scaler.step(optimizer)
@@ -107,5 +159,3 @@ def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) ->
         del optimizer.found_inf
     elif torch.isfinite(grad_norms.norm()):
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    state.step += 1

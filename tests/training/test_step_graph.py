@@ -1,0 +1,139 @@
+"""A recorded update is the update: here `record` gives back what it was given, so that all but CUDA's part runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import utils.training.feed as feed
+import utils.training.step_graph as step_graph
+from utils.optim.schedules import apply_schedules
+from utils.terminal.cli import Parser, parse_experiment
+from utils.terminal.console import Terminal
+from utils.training.feed import Feed
+from utils.training.setup import make_setup
+from utils.training.state import TrainState, build_state, capture
+from utils.training.step import EagerUpdate, PhaseClock, Update, no_phase
+from utils.training.step_graph import GraphUpdate, Recording, make_update
+
+NewState = Callable[..., TrainState]
+
+
+@pytest.fixture
+def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> NewState:
+    """A state before its first step."""
+
+    def make(*words: str) -> TrainState:
+        setup = make_setup(parse_experiment(tiny_argv(*words), Parser(prog="train.py")).load(), tmp_path)
+        torch.manual_seed(1)
+        state = build_state(setup.config, 20, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True))
+        state.model.train()
+        return state
+
+    return make
+
+
+def step(state: TrainState, update: Update, phase: Any = no_phase) -> tuple[float, list[float]]:
+    apply_schedules(state.optimizer, state.step, state.config.optimizer, state.max_iters)
+    loss, grad_norms = update.gradients(phase)
+    assert any(parameter.grad is not None for parameter in state.model.parameters())
+    update.apply(grad_norms)
+    return loss.item(), grad_norms.tolist()
+
+
+def contents(state: TrainState) -> dict[str, torch.Tensor]:
+    weights, optimizer, _ = capture(state)
+    return {name: tensor.clone() for name, tensor in (weights | optimizer).items()}
+
+
+def no_warning(message: str) -> None:
+    raise AssertionError(message)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--dropout", "0.2"),
+        ("--optimizer-name", "muon", "--weight-decay-schedule", "linear", "--momentum-warmup-iters", "4"),
+        ("--gradient-accumulation-steps", "2", "--grad-clip", "0.1"),
+    ],
+)
+def test_recorded_updates_are_those_without_a_recording(words: tuple[str, ...], new_state: NewState) -> None:
+    runs = []
+    for make in (EagerUpdate, lambda state: GraphUpdate(state, no_warning)):
+        state = new_state(*words)
+        update = make(state)
+        clock = PhaseClock(state.device)
+        numbers = [step(state, update, clock if index == 3 else no_phase) for index in range(6)]
+        runs.append((numbers, contents(state)))
+    (numbers, tensors), (recorded_numbers, recorded_tensors) = runs
+    assert recorded_numbers == numbers
+    for name, tensor in tensors.items():
+        assert torch.equal(recorded_tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_feed_gives_the_batches_of_the_sampler(
+    on_device: bool, new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "ON_DEVICE", 1 << 28 if on_device else 0)
+    sampler = new_state().sampler
+    batches = Feed(sampler, micro_steps=2)
+    for update in (0, 1, 2, 7, 3):
+        batches.load(update)
+        for micro_step in range(2):
+            expected = sampler.train_batch(update, micro_step, 2)
+            for own, other in zip(batches.batch(micro_step), expected, strict=True):
+                assert own.is_contiguous()
+                assert torch.equal(own, other)
+
+
+def test_a_setting_that_a_callback_changes_is_recorded_anew(
+    new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recording] = []
+    own = Recording.__init__
+    monkeypatch.setattr(Recording, "__init__", lambda self, state: (made.append(self), own(self, state))[1])
+    state = new_state()
+    update = GraphUpdate(state, no_warning)
+    for index in range(6):
+        if index == 4:
+            state.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+        step(state, update)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("obstacle", ["hook", "optimizer", "cuda"])
+def test_what_cannot_be_recorded_trains_on_after_one_warning(
+    obstacle: str, new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, reference, warnings = new_state(), new_state(), list[str]()
+    if obstacle == "hook":
+        state.model.blocks[0].register_forward_hook(lambda *_: None)
+    elif obstacle == "optimizer":
+        for each in (state, reference):
+            each.optimizer = torch.optim.AdamW(each.model.parameters(), lr=0.1)
+            each.optimizer.param_groups[0] |= {"lr_scale": 1.0, "decays": True}
+    else:
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
+
+        monkeypatch.setattr(step_graph, "record", refuse)
+    numbers = [step(state, GraphUpdate(state, warnings.append)) for _ in range(1)]
+    update = GraphUpdate(state, warnings.append)
+    numbers += [step(state, update) for _ in range(4)]
+    assert numbers == [step(reference, EagerUpdate(reference)) for _ in range(5)]
+    assert len(warnings) == 1
+    assert {"hook": "hooks", "optimizer": "AdamW", "cuda": "not permitted when stream is capturing"}[
+        obstacle
+    ] in warnings[0]
+    assert "\n" not in warnings[0]
+
+
+def test_only_cuda_records(new_state: NewState) -> None:
+    assert isinstance(make_update(new_state(), no_warning), EagerUpdate)

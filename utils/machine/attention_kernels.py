@@ -1,0 +1,88 @@
+"""Which of torch's attention kernels a GPU uses, in which order they are tried, and why one is not available."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+
+FUSED = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}  # neither keeps the scores of all pairs of tokens
+OTHERS = ("EFFICIENT_ATTENTION", "MATH")
+HOPPER = 9  # the major compute capability of H100 and H200
+
+# In training on Hopper. The backward pass of cuDNN does not repeat bit for bit, and torch does not use it with
+# deterministic algorithms; that of FlashAttention does then.
+ORDER = ("cudnn", "flash")
+
+
+def attention_order(device: torch.device) -> AbstractContextManager[None]:
+    """Try the fused kernels in the measured order; restores torch's own order on exit. Does nothing but on Hopper."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return contextlib.nullcontext()
+    return _only(*(FUSED[name] for name in ORDER), *OTHERS)
+
+
+def fused_attention(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_width: int, tokens: int, dropout: float
+) -> tuple[str, str]:
+    """The fused kernel that causal attention uses on a CUDA device, from a trial, and why the better ones are not.
+
+    Returns:
+        Its name, a key of FUSED, or "" if there is none; and torch's reasons against those before it.
+    """
+    reasons: list[str] = []
+    for name in ORDER:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            problem = _try(name, device, dtype, (heads, kv_heads), head_width, tokens, dropout)
+        if problem is None:
+            return name, "; ".join(reasons)
+        messages = [str(warning.message) for warning in caught]
+        reasons.append(f"{name}: {_reason(name, messages) or ' '.join(problem.split())}")
+    return "", "; ".join(reasons)
+
+
+def _try(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_width: int,
+    tokens: int,
+    dropout: float,
+) -> str | None:
+    """Run one kernel forward and backward on zeros; returns its error, if there is one."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _only(FUSED[name]):
+        q, k, v = (
+            torch.zeros(1, count, tokens, head_width, device=device, dtype=dtype, requires_grad=True)
+            for count in (heads[0], heads[1], heads[1])
+        )
+        try:
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=heads[0] != heads[1]
+            )
+            y.sum().backward()
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
+def _only(*backends: str) -> AbstractContextManager[None]:
+    """Only these kernels, the first one that can be used."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([getattr(SDPBackend, name) for name in backends], set_priority=True)
+
+
+def _reason(name: str, messages: Sequence[str]) -> str:
+    """What torch's warnings say of a kernel, on one line without the place in torch's source; empty if nothing."""
+    for heading, reason in itertools.pairwise(messages):
+        if heading.lower().startswith(f"{name} attention kernel not used"):
+            return " ".join(reason.split(" (Triggered internally at ")[0].split())
+    return ""

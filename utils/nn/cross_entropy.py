@@ -1,0 +1,200 @@
+"""The loss of the output head without its logits: cross-entropy in chunks of rows.
+
+With a large vocabulary the logits are the largest tensors of a training step: 65,536 rows of 50,304 are 6.6 GB in
+bfloat16, and cross-entropy in float32 keeps two more such tensors of twice the size. Here a chunk of rows goes from its
+logits to its loss, to the gradient of the logits and on to its part of the gradients of the hidden states and of the
+weight before the next chunk begins, so that one chunk of logits is all that exists [Wijmans et al. 2025, Cut Your
+Losses; Hsu et al. 2024, Liger Kernel]. The logits are not computed a second time either: what is left for the backward
+pass is to scale the gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from utils.nn.linear import first_order, product_dtype
+
+IGNORED = -100  # a target without a loss, as torch has it
+ALIGNMENT = 128  # rows of the weight: matrix products of other sizes miss the fast kernels
+SMALL_VOCABULARY = 4096  # below, the logits are small beside the rest, and one compiled kernel is faster than chunks
+AT_ONCE = 1 << 29  # logits of a chunk at most: 1 GB in bfloat16
+
+# Overwrites logits (n, V) with the gradient of the sum of their losses; returns the losses, (n,).
+LossesAndGradient = Callable[[torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+
+
+def rows_at_once(device: torch.device, rows: int, vocab_size: int) -> int:
+    """The rows of a chunk; 0: plain cross-entropy is faster there, or keeps the bits that a CPU has always given.
+
+    Chunks halve the rows, so that those of a batch whose size is a power of two are equal.
+    """
+    if device.type != "cuda" or vocab_size < SMALL_VOCABULARY:
+        return 0
+    while rows * vocab_size > AT_ONCE and rows > 1:
+        rows = -(-rows // 2)
+    return rows
+
+
+def plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy, () in nats per target, of logits (..., V) and targets (...)."""
+    return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1))
+
+
+def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """The loss of each row in nats; the logits are overwritten with the gradient of the sum of the losses.
+
+    torch.compile makes one kernel of it, which reads the logits from memory once.
+
+    Args:
+        logits: (n, V), before the soft cap. The gradient is not divided by a number of rows: it lies between -1 and 1,
+            which float16 can hold.
+        targets: (n,), IGNORED where there is no loss.
+        softcap: the logits count as softcap tanh(logits / softcap) [Gemma Team 2024, Gemma 2]; None: as they are.
+
+    Returns:
+        (n,), in float32 or the precision of the logits, whichever is higher.
+    """
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    counted = targets != IGNORED  # (n,)
+    columns = targets.where(counted, 0)[:, None]  # (n, 1)
+    if softcap is None:
+        log_probabilities = logits.log_softmax(-1, dtype=precision)  # (n, V)
+    else:
+        squashed = torch.tanh(logits.to(precision) / softcap)  # (n, V)
+        log_probabilities = (softcap * squashed).log_softmax(-1)
+    losses = -log_probabilities.gather(1, columns).squeeze(1)  # (n,)
+    is_target = torch.arange(logits.size(1), device=logits.device) == columns  # (n, V)
+    gradient = log_probabilities.exp_().sub_(is_target.to(precision))
+    if softcap is not None:
+        gradient = gradient.mul_(1 - squashed.square())
+    logits.copy_(gradient.mul_(counted[:, None]))
+    return losses.where(counted, 0.0)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int,
+    softcap: float | None = None,
+    by_row: LossesAndGradient = losses_and_gradient,
+) -> torch.Tensor:
+    """The mean cross-entropy of the logits `hidden weight^T`, in nats per target; it has no second derivative.
+
+    The products are in the precision of autocast, if that is on. The gradient of the weight is summed in float32.
+
+    Args:
+        hidden: (N, C).
+        weight: (V, C).
+        targets: (N,), int64; IGNORED where there is no loss.
+        rows: of a chunk, see `rows_at_once`.
+        softcap: of the logits, see `losses_and_gradient`.
+        by_row: `losses_and_gradient`, or what torch.compile made of it.
+
+    Returns:
+        (), in float32 or the precision of `hidden`, whichever is higher.
+    """
+    if torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, softcap, by_row)
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = product_dtype(hidden)
+        chunks = gradients_of_logits(
+            hidden.to(dtype), padded(weight, dtype), len(weight), targets, rows, softcap, by_row
+        )
+        return torch.cat([losses for _, losses, _ in chunks]).sum() / (targets != IGNORED).sum()
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`chunked_cross_entropy`, whose forward pass computes the gradients, too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        rows: int,
+        softcap: float | None,
+        by_row: LossesAndGradient,
+    ) -> torch.Tensor:
+        dtype = product_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = padded(weight, dtype)  # (V + padding, C)
+            of_hidden = torch.empty_like(hidden, dtype=dtype)
+            of_weight = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
+            all_losses, end = [], 0
+            chunks = gradients_of_logits(hidden.to(dtype), matrix, len(weight), targets, rows, softcap, by_row)
+            for part, losses, of_logits in chunks:
+                begin, end = end, end + len(part)
+                torch.mm(of_logits, matrix, out=of_hidden[begin:end])
+                if ctx.needs_input_grad[1]:
+                    add_product(of_weight, of_logits.t(), part)
+                all_losses.append(losses)
+            count = (targets != IGNORED).sum()
+            ctx.save_for_backward(of_hidden, of_weight, count)
+            ctx.dtypes, ctx.vocab_size = (hidden.dtype, weight.dtype), len(weight)
+            return torch.cat(all_losses).sum() / count
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, of_weight, count = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        scale = (gradient / count).reshape(1)  # with a dimension: as a scalar it would be rounded to 16 bits
+        return (
+            (of_hidden * scale).to(ctx.dtypes[0]) if needs_hidden else None,
+            (of_weight[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
+            *(None, None, None, None),
+        )
+
+
+def padded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (V, C) in another precision, with rows of zeros up to a multiple of ALIGNMENT."""
+    return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % ALIGNMENT)) if len(weight) % ALIGNMENT else weight.to(dtype)
+
+
+def gradients_of_logits(
+    hidden: torch.Tensor,
+    matrix: torch.Tensor,
+    vocab_size: int,
+    targets: torch.Tensor,
+    rows: int,
+    softcap: float | None,
+    by_row: LossesAndGradient,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each chunk of `hidden` (n, C), its losses (n,), and the gradient of its logits (n, V + padding).
+
+    The next chunk overwrites the gradient. A column of padding has a logit of zero, which no target and no sum sees:
+    that zero is its gradient.
+    """
+    logits = hidden.new_empty(min(rows, len(hidden)), len(matrix))
+    for part, targets_of_part in zip(hidden.split(rows), targets.split(rows), strict=True):
+        of_part = torch.mm(part, matrix.t(), out=logits[: len(part)])
+        losses = by_row(of_part[:, :vocab_size], targets_of_part, softcap)
+        yield part, losses, of_part
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, (M, K) and (K, N), where `total` may have a higher precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and not torch.compiler.is_compiling() and adds_to_float32(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@functools.cache
+def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's matrix product adds to a matrix in float32: older releases refuse."""
+    total, a = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, a, a, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True

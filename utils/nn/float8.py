@@ -1,0 +1,106 @@
+"""Linear layers that multiply in 8 bits: training in FP8 on GPUs with units for it [Micikevicius et al. 2022].
+
+Each tensor is scaled so that its largest element becomes the largest number of its format, and rounded [dynamic scaling
+per tensor]: activations and weights to e4m3 (3 bits of mantissa, up to 448), gradients to e5m2 (2 bits, up to 57,344).
+The products are summed in float32. Parameters, their gradients and all that is not a product keep their precision.
+
+Scaling and rounding are ordinary operators, so that torch.compile makes them part of the kernels before them. Without
+the compiler each is a kernel of its own, and FP8 is slower than bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.nn.linear import Linear, first_order, linear, product_dtype
+from utils.nn.private import private_operator
+
+SCALED_MM = private_operator("_scaled_mm")  # of column-major b; sizes are multiples of MULTIPLE
+MULTIPLE = 16
+VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def use_float8(model: nn.Module) -> None:
+    """Let the linear layers inside the blocks of `model` multiply in FP8 while they are trained.
+
+    Layers of other types and those whose sizes are no multiples of 16 stay as they are, and so do all parameters.
+    """
+    for name, layer in model.named_modules():
+        if type(layer) is Linear and "blocks." in name and not any(size % MULTIPLE for size in layer.weight.shape):
+            layer.multiply = float8_linear
+
+
+def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias, in FP8 where gradients are needed and the rows of x are a multiple of 16; else as `linear`.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,), or None.
+
+    Returns:
+        (..., out), in the precision of autocast, if that is on.
+    """
+    rows = x.numel() // x.size(-1)
+    if not torch.is_grad_enabled() or rows == 0 or rows % MULTIPLE:
+        return linear(x, weight, bias)
+    y = Float8Linear.apply(x.reshape(rows, -1), weight, product_dtype(x))  # (rows, out)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.view(*x.shape[:-1], -1)
+
+
+class Float8Linear(torch.autograd.Function):
+    """x weight^T and its gradients, each one product in FP8; it has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x8, x_scale = rounded(x, VALUES)  # (rows, in)
+        weight8, weight_scale = rounded(weight, VALUES)  # (out, in)
+        # Each operand's rows must be along the sum, so the backward pass needs the transposed ones.
+        ctx.save_for_backward(x8.t().contiguous(), x_scale, weight8.t().contiguous(), weight_scale)
+        ctx.dtypes = x.dtype, weight.dtype
+        return product(x8, weight8, x_scale, weight_scale, dtype, fast=True)  # (rows, out)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x8, x_scale, weight8, weight_scale = ctx.saved_tensors  # (in, rows), (), (in, out), ()
+        x_dtype, weight_dtype = ctx.dtypes
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        gradient8, scale = rounded(gradient, GRADIENTS)  # (rows, out)
+        of_x = product(gradient8, weight8, scale, weight_scale, gradient.dtype) if needs_x else None
+        of_weight = None
+        if needs_weight:
+            of_weight = product(gradient8.t().contiguous(), x8, scale, x_scale, weight_dtype)  # (out, in)
+        return of_x if of_x is None else of_x.to(x_dtype), of_weight, None
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x in an 8-bit format, and the scale by which that is to be multiplied, () in float32.
+
+    With an infinite or undefined element, the scale is infinite or undefined, and so is every product.
+    """
+    largest = x.abs().amax().float()
+    scale = largest.clamp(min=torch.finfo(torch.float32).tiny * 2**20) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    dtype: torch.dtype,
+    fast: bool = False,
+) -> torch.Tensor:
+    """a b^T in `dtype`: (M, K) and (N, K) in 8 bits -> (M, N).
+
+    Args:
+        fast: sum up in the tensor cores alone, with fewer bits than float32.
+    """
+    assert SCALED_MM is not None
+    return SCALED_MM(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)

@@ -1,0 +1,64 @@
+"""torch.compile for training: the block once for all layers, what precedes the blocks, and what follows them.
+
+A block is compiled once however deep the model is, which takes a fraction of the time that the whole model does
+[PyTorch tutorials, "Reducing torch.compile cold start compilation time with regional compilation"], and loses nothing
+that matters: between two blocks there is only the residual stream.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import LanguageModel
+from utils.nn.cross_entropy import losses_and_gradient, rows_at_once
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, (B, T) each -> ()
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "workbench" / "compiled"
+# The recordings of utils/training/step_graph.py take the place of the compiler's own CUDA graphs.
+MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens: int) -> Loss:
+    """`model.loss` of three compiled parts; of a model with a forward pass of its own, compiled as a whole.
+
+    The code is kept in CACHE (or TORCHINDUCTOR_CACHE_DIR): a second start of the same shape finds it there.
+
+    Args:
+        mode: setting compile_mode.
+        tokens: of a micro-step.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))  # read when the compiler is first used
+    options: dict[str, Any] = {"backend": "aot_eager"} if device.type == "mps" else {"mode": MODES[mode]}
+    parts = (LanguageModel.forward, LanguageModel.loss, LanguageModel.hidden, LanguageModel.embed)
+    if any(getattr(type(model), part.__name__) is not part for part in parts):
+        return torch.compile(model.loss, dynamic=False, **options)
+    embed: Callable[..., Any] = torch.compile(model.embed, dynamic=False, **options)
+    block: Callable[..., torch.Tensor] = torch.compile(_block, dynamic=False, **options)
+    head: Callable[..., torch.Tensor] = torch.compile(_head, dynamic=False, **options)
+    if device.type == "cuda":  # the loop over the chunks of a large vocabulary stays as it is
+        model.losses_by_row = torch.compile(losses_and_gradient, dynamic=False, **options)
+        head = _head if rows_at_once(device, tokens, model.vocab_size) else head
+
+    def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x, rope = embed(idx)
+        for layer in model.blocks:
+            x = block(layer, x, rope)
+        return head(model, x, targets)
+
+    return loss
+
+
+def _block(block: nn.Module, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """One function for all layers, so that one compiled code serves them."""
+    return block(x, rope, None)
+
+
+def _head(model: LanguageModel, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return model.head_loss(model.final_norm(x), targets)

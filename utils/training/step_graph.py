@@ -1,0 +1,144 @@
+"""Updates as CUDA graphs: the host launches two recordings instead of a thousand kernels.
+
+A small model's kernels take less time than their launches. One recording holds the batch, the forward and backward
+passes and clipping, the other the optimizer; between them the gradients can be looked at as ever. What changes from
+step to step is in tensors on the device: the places of the batch, the settings that schedules change, the random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from utils.machine.graphs import record
+from utils.nn.lean import is_patched
+from utils.optim.adamw import EagerOptimizer
+from utils.training.feed import Feed
+from utils.training.state import TrainState
+from utils.training.step import (
+    EagerUpdate,
+    Phase,
+    Update,
+    clip_gradients,
+    forward_backward,
+    no_phase,
+    step_if_finite,
+)
+
+
+def make_update(state: TrainState, warn: Callable[[str], None]) -> Update:
+    """The update that suits device and settings."""
+    wanted = state.config.train.cuda_graph and state.device.type == "cuda" and not state.scaler.is_enabled()
+    return GraphUpdate(state, warn) if wanted else EagerUpdate(state)
+
+
+class Recording:
+    """An update of a state, recorded as its model and the fixed settings of its optimizer are now.
+
+    loss, grad_norms: of the last launch, as `Update.gradients` returns them; the next launch overwrites them.
+
+    Raises:
+        RuntimeError: CUDA cannot record it (a part of the model waits for the device, say).
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self.state, self.settings = state, fixed_settings(state.optimizer)
+        self.loss = torch.zeros((), device=state.device)
+        self.grad_norms = torch.zeros(len(state.optimizer.param_groups), device=state.device)
+        self._feed = Feed(state.sampler, state.config.train.gradient_accumulation_steps)
+        self._feed.load(state.step)
+        self._launch_gradients = record(self._gradients, state.device)
+        self._grads = [(parameter, parameter.grad) for parameter in state.model.parameters()]
+        self._launch_optimizer = record(lambda: step_if_finite(state, self.grad_norms), state.device)
+
+    def _gradients(self) -> None:
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.loss.copy_(forward_backward(self.state, no_phase, self._feed.batch))
+        self.grad_norms.copy_(clip_gradients(self.state))
+
+    def gradients(self) -> None:
+        """Compute `loss`, `grad_norms` and the gradients of batch `state.step`."""
+        self._feed.load(self.state.step)
+        for parameter, grad in self._grads:
+            parameter.grad = grad  # an update without the recording has its own
+        self._launch_gradients()
+
+    def apply(self) -> None:
+        """Update the weights by these gradients."""
+        assert isinstance(self.state.optimizer, EagerOptimizer)
+        self.state.optimizer.publish()
+        self._launch_optimizer()
+
+
+class GraphUpdate:
+    """Updates that are recorded once one has been made without; what cannot be recorded goes on without.
+
+    An update that is watched in phases (by a profiler) is made without the recording.
+
+    Args:
+        warn: gets one line if updates cannot be recorded.
+    """
+
+    def __init__(self, state: TrainState, warn: Callable[[str], None]) -> None:
+        self.state, self._warn = state, warn
+        self._eager = EagerUpdate(state)
+        self._warm = self._refused = self._launched = False
+        self._recording: Recording | None = None
+
+    def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+        self._launched = self._warm and phase is no_phase and self._is_recorded()
+        self._warm = True
+        if not self._launched or self._recording is None:
+            self.state.optimizer.zero_grad(set_to_none=True)
+            return self._eager.gradients(phase)
+        self._recording.gradients()
+        return self._recording.loss.clone(), self._recording.grad_norms.clone()
+
+    def apply(self, grad_norms: torch.Tensor) -> None:
+        if not self._launched or self._recording is None:
+            self._eager.apply(grad_norms)
+            return
+        self._recording.apply()
+        self.state.step += 1
+
+    def _is_recorded(self) -> bool:
+        """Whether there is a recording of the state as it is; makes one if it can."""
+        if self._refused:
+            return False
+        if self._recording is not None and self._recording.settings == fixed_settings(self.state.optimizer):
+            return True
+        self._recording = None
+        reason = obstacle(self.state)
+        if not reason:
+            try:
+                self._recording = Recording(self.state)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+        if reason:
+            self._refused = True
+            self._warn(f"cuda_graph: steps are not recorded, each kernel is launched by itself: {reason}")
+        return self._recording is not None
+
+
+def fixed_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of the parameter groups that a recording keeps; a callback may have changed them."""
+    assert isinstance(optimizer, EagerOptimizer)
+    changing = {"params", *optimizer.scheduled}
+    return [{name: value for name, value in group.items() if name not in changing} for group in optimizer.param_groups]
+
+
+def obstacle(state: TrainState) -> str:
+    """Why the updates of a state cannot be recorded; empty if nothing is known to be in the way."""
+    if not isinstance(state.optimizer, EagerOptimizer):
+        return f"{type(state.optimizer).__name__} is not made for it"
+    if any(map(is_patched, state.model.modules())):
+        return "a module has hooks or a patched forward, which a recording would not call"
+    if state.device.type == "cuda":
+        needed = torch.cuda.max_memory_allocated(state.device) - torch.cuda.memory_allocated(state.device)
+        unused = torch.cuda.memory_reserved(state.device) - torch.cuda.memory_allocated(state.device)
+        free = torch.cuda.mem_get_info(state.device)[0] + unused
+        if 2 * needed > free:  # a recording keeps what it needs, and evaluations need as much again
+            return f"it would keep {needed / 1e9:.1f} GB, and evaluations need as much again of the {free / 1e9:.1f} GB"
+    return ""
