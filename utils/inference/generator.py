@@ -21,7 +21,7 @@ from utils.inference.quantization import WeightsChoice, choose_weights, with_wei
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scoring import Score, score
 from utils.inference.speculative import PROPOSED, Speculators
-from utils.inference.static import StaticDecoders
+from utils.inference.static import StaticDecoders, is_static
 from utils.inference.stats import GenerationStats
 from utils.inference.text_stream import TextStream
 from utils.machine.device import choose_device
@@ -143,7 +143,7 @@ class Generator:
         self.stats = GenerationStats()
         self._decoders = StaticDecoders()
         device = next(model.parameters()).device
-        self._is_static = device.type == "cuda"
+        self._is_static = is_static(device)
         self._exact = lambda: model  # for scores
         self._speculators: Speculators | None = None
         if draft is not None:
