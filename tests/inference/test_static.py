@@ -187,3 +187,12 @@ def test_attention_covers_a_power_of_two_of_slots(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(static, "SMALLEST_BUCKET", 256)
     assert [bucket(n, 1000) for n in (1, 256, 257, 512, 513, 1000, 5000)] == [256, 256, 512, 512, 1000, 1000, 1000]
     assert bucket(5, 8) == 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("options", [GREEDY, ALL_OPTIONS], ids=["greedy", "all options"])
+def test_graphs_give_the_tokens_of_the_loop(settings: str, options: SamplingOptions) -> None:
+    model, decoders = lively_model(**SETTINGS[settings]).double().cuda(), StaticDecoders()
+    for prompts in (PROMPTS, PROMPTS):  # recorded in the first text, launched from the first token on in the second
+        assert_same(model, prompts, 3 * BLOCK + 1, options, decoders)
