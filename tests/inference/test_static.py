@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import LanguageModel
 from tests.inference.test_decode import BLOCK, GREEDY, PROMPTS, SETTINGS, lively_model
@@ -154,6 +155,36 @@ def test_nothing_is_asked_of_the_device_within_a_block(monkeypatch: pytest.Monke
         report = decoder.report(2 * BLOCK, 5)
         monkeypatch.undo()
         assert len(report.read().tokens[0]) == 2 * BLOCK
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operator._schema.name.removeprefix("aten::"))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("options", EACH_OPTION, ids=str)
+def test_no_operator_of_a_graph_reads_the_device_or_copies_from_the_host(
+    settings: str, options: SamplingOptions
+) -> None:
+    with torch.inference_mode():
+        decoder = static.StaticDecoder(lively_model(**SETTINGS[settings]), 2)
+        decoder.start([[1], [2, 3]], options, [1, 2])
+        for _ in range(BLOCK + 1):  # what is prepared once, and beyond the context
+            decoder.draw()
+            decoder.decode()
+        with Operators() as operators:
+            decoder._draw()
+            decoder._decode(BLOCK)
+    assert {"index_copy_", "gather"} <= operators.names
+    assert not operators.names & {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "lift_fresh"}
 
 
 def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
