@@ -279,7 +279,11 @@ def test_the_peak_of_the_process_is_that_since_it_was_reset() -> None:
     assert peak(CPU) - before < 20_000_000
 
 
-def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cache() -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cache(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.profiling.decoding.is_static", lambda _: static)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16)
     model = LanguageModel(config, vocab_size=11)
     result = measure_generation(model)
