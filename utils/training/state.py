@@ -19,7 +19,7 @@ from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig
 from utils.machine.device import autocast
 from utils.nn.activation_checkpointing import checkpoint_activations
-from utils.nn.float8 import use_float8
+from utils.nn.float8 import MULTIPLE, use_float8
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import decode_number, encode_number
@@ -76,7 +76,8 @@ def build_state(
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
     if config.train.fp8:
-        use_float8(model)
+        use_float8(model.blocks)
+        model.fp8_logits = config.model.n_embd % MULTIPLE == 0
     if config.train.activation_checkpointing:
         checkpoint_activations(model.blocks)
     roles = declared_roles(model)
