@@ -271,6 +271,7 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
         self.losses_by_row: LossesAndGradient = losses_and_gradient  # or what torch.compile made of it
+        self.fp8_logits = False  # in training on CUDA
         init_weights(self)
 
     def forward(
@@ -303,9 +304,9 @@ class LanguageModel(nn.Module):
         rows = rows_at_once(hidden.device, targets.numel(), self.vocab_size)
         if not rows or weight is None or type(self).head_logits is not LanguageModel.head_logits:
             return plain_cross_entropy(self.head_logits(hidden), targets)
-        return chunked_cross_entropy(
-            hidden.flatten(0, 1), weight, targets.flatten(), rows, self.config.logit_softcap, self.losses_by_row
-        )
+        softcap, by_row = self.config.logit_softcap, self.losses_by_row
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
+        return chunked_cross_entropy(hidden, weight, targets, rows, softcap, by_row, self.fp8_logits)
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None

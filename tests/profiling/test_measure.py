@@ -214,6 +214,7 @@ def test_on_a_gpu_operators_have_the_time_of_their_kernels_in_the_phase_that_lau
         ("aten::view", [[2, 3]], None, 0),
         ("aten::_fused_adamw_", [[[2, 3], [4]]] * 4, None, 70),
         ("aten::linear", [[], []], None, 0),
+        ("aten::_scaled_mm", [[2, 3], [3, 4], [], []], 48, 6 + 12 + 8),
     ],
 )
 def test_the_cost_of_an_operator_follows_from_its_shapes(
