@@ -50,7 +50,7 @@ class Graphs:
                 return record(work, self._device)
             except RuntimeError as error:
                 self._can_record = False
-                warnings.warn(f"no CUDA graph, so decoding is slower: {error}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"no CUDA graph, so the host launches each kernel: {error}", RuntimeWarning, stacklevel=2)
         return work
 
 

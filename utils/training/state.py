@@ -18,6 +18,7 @@ from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig, TrainConfig
+from utils.inference.evaluation import BatchLoss
 from utils.machine.device import autocast
 from utils.nn.activation_checkpointing import checkpoint_activations
 from utils.nn.float8 import MULTIPLE, use_float8
@@ -53,6 +54,7 @@ class TrainState:
     loss: Loss  # the model's, or what torch.compile made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    evaluation: BatchLoss | None = None  # once there has been one
     compiled: bool = False
     compile_seconds: float | None = None
     step: int = 0
