@@ -4,6 +4,7 @@ python inference.py baseline --prompt "The "
 python inference.py latest --max-new-tokens 500 --temperature 0.7 --top-k 40 --seed 1
 python inference.py runs/20260131_142501_baseline --temperature 0     # greedy
 python inference.py baseline --prompt-file prompts.txt --out completions.jsonl
+python inference.py wider --draft baseline --stats                    # a small run proposes, the large one judges
 python inference.py baseline --interactive
 python inference.py baseline wider --prompt "The " --html completions.html
 python inference.py baseline --score text.txt --quantize int8
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from utils.config.loader import flag_name
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
+from utils.inference.flags import add_arguments
 from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
 
@@ -30,102 +32,6 @@ if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.inference.generator import Generator, Request
     from utils.inference.prompts import FilePrompt
     from utils.inference.quantization import Weights
-
-MOST = 1_000_000  # sequences
-
-
-def count(text: str) -> int:
-    """A number of sequences; what argparse calls for a flag."""
-    if not text.isdecimal() or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST:,}, got {text!r}")
-    return int(text)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All flags but those of the settings in section `inference`."""
-    parser.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="*",
-        help="path, id, tag, part of an id, or latest (default: the newest with an export); several: side by side",
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
-    )
-    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--weights", choices=("float32", "bfloat16"), help="precision of the weights and activations (default: float32)"
-    )
-    weights.add_argument("--quantize", choices=("int8",), help="matrices of 8 bits, each row with a scale of its own")
-    add_mode_arguments(parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group())
-    add_output_arguments(parser.add_argument_group("prompts and output"))
-    add_sampling_arguments(parser.add_argument_group("sampling, besides the settings of section inference"))
-
-
-def add_mode_arguments(group: argparse._MutuallyExclusiveGroup) -> None:
-    group.add_argument(
-        "--prompt", default="", metavar="TEXT", help="text to continue; empty: start from a line break (default: empty)"
-    )
-    group.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        help='one prompt a line, or .jsonl with {"prompt": ...} in each line; empty lines are left out',
-    )
-    group.add_argument("--interactive", action="store_true", help="a conversation; /help lists its commands")
-    group.add_argument(
-        "--score", type=Path, metavar="FILE", help="loss, perplexity and bits per byte of a text; nothing is generated"
-    )
-    group.add_argument(
-        "--show-info", action="store_true", help="parameters, vocabulary, training data and origin of the run"
-    )
-
-
-def add_output_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--mode",
-        choices=("text", "qa"),
-        default="text",
-        help="qa: a prompt is a question, put into the setting qa_template; the answer ends at qa_stop (default: text)",
-    )
-    group.add_argument(
-        "--samples", type=count, default=1, metavar="N", help="completions of each prompt, each with the next seed"
-    )
-    group.add_argument(
-        "--batch-size", type=count, default=16, metavar="N", help="sequences generated together (default: 16)"
-    )
-    group.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
-    )
-    group.add_argument("--stats", action="store_true", help="print the speed of generation on stderr afterwards")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows several RUNs side by side")
-    group.add_argument("--logprobs", action="store_true", help="of several RUNs, each token with its log-probability")
-
-
-def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", type=int, default=1337, metavar="N", help="of the random stream (default: 1337)")
-    group.add_argument(
-        "--ban",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=r"no token of TEXT is ever drawn; \n is a line break (repeatable)",
-    )
-    group.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=r"the completion ends before TEXT; \n is a line break (repeatable)",
-    )
-    group.add_argument(
-        "--window",
-        choices=("sliding", "exact"),
-        default="sliding",
-        help="beyond the context, sliding: continue from the cached tokens (with learned positions their newer half is "
-        "recomputed when the context is full); exact: recompute all for each token (default: sliding)",
-    )
 
 
 def complete_prompt(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
@@ -238,9 +144,9 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
     from utils.terminal.console import Terminal
 
     text, terminal = read_text(args.score), Terminal()
-    weights: Weights = args.quantize or args.weights or "float32"
+    weights: Weights = args.quantize or ("float32" if args.weights == "auto" else args.weights)
     for export in exports:
-        generator = Generator.from_export(export, args.device)
+        generator = Generator.from_export(export, args.device, "float32")
         try:
             scores = [("float32", generator.score(text))]
         except TokenizerError as error:
@@ -284,13 +190,14 @@ class Mode(NamedTuple):
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ban", "stop", "seed")
 WEIGHTS = frozenset({"weights", "quantize"})
 GENERATION = WEIGHTS | {*InferenceConfig.model_fields, *SAMPLING, "window", "mode"}
+DRAFT = frozenset({"draft", "draft_tokens"})
 MODES = {
-    "prompt": Mode("one RUN", complete_prompt, GENERATION | {"samples", "batch_size", "stats"}),
+    "prompt": Mode("one RUN", complete_prompt, GENERATION | DRAFT | {"samples", "batch_size", "stats"}),
     "compare": Mode(
         "several RUNs", compare_runs, GENERATION | {"samples", "batch_size", "html", "logprobs"}, several_runs=True
     ),
-    "prompt_file": Mode("--prompt-file", complete_file, GENERATION | {"samples", "batch_size", "stats", "out"}),
-    "interactive": Mode("--interactive", converse, GENERATION | {"stats"}),
+    "prompt_file": Mode("--prompt-file", complete_file, GENERATION | DRAFT | {"samples", "batch_size", "stats", "out"}),
+    "interactive": Mode("--interactive", converse, GENERATION | DRAFT | {"stats"}),
     "score": Mode("--score", score_text, WEIGHTS, several_runs=True),
     "show_info": Mode("--show-info", show_info, frozenset(), several_runs=True),
 }
@@ -327,6 +234,7 @@ def main(argv: Sequence[str]) -> int:
     config = parsed.load().config
     runs_dir = PROJECT_ROOT / (args.runs_dir or config.tracking.runs_dir)
     exports = [find_export(run, runs_dir) for run in args.runs or [None]]
+    args.runs_dir = runs_dir
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # characters that a terminal without UTF-8 cannot show
     return mode.run(args, exports, config.inference)
@@ -338,11 +246,15 @@ def load(args: argparse.Namespace, export: Path, settings: InferenceConfig) -> t
     Raises:
         UserError: a damaged export, no such device, options out of bounds, text without a token.
     """
-    from utils.inference.generator import Generator, Request
+    from utils.inference.generator import Generator, Request, find_draft
     from utils.inference.prompts import banned_tokens, stop_strings
 
     request = replace(Request.configured(settings), seed=args.seed, window=args.window)
-    generator = Generator.from_export(export, args.device, args.quantize or args.weights or "float32", settings)
+    if args.draft is not None and args.window != "sliding":
+        raise UserError(f"--draft needs --window sliding, not {args.window}")
+    draft = find_draft(args.draft, args.runs_dir)
+    weights = args.quantize or args.weights
+    generator = Generator.from_export(export, args.device, weights, settings, draft, args.draft_tokens)
     options = replace(request.options, banned=banned_tokens(generator.tokenizer, args.ban))
     return generator, replace(request, options=options, stops=stop_strings(generator.tokenizer, args.stop))
 

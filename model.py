@@ -268,6 +268,7 @@ class LanguageModel(nn.Module):
         self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
             self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
+        self.fp8_logits = False  # in training on CUDA
         init_weights(self)
 
     def forward(
@@ -300,7 +301,9 @@ class LanguageModel(nn.Module):
         rows = rows_at_once(hidden.device, targets.numel(), self.vocab_size)
         if not rows or weight is None or type(self).head_logits is not LanguageModel.head_logits:
             return plain_cross_entropy(self.head_logits(hidden), targets)
-        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), rows, self.config.logit_softcap)
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
+        softcap, fp8 = self.config.logit_softcap, self.fp8_logits
+        return chunked_cross_entropy(hidden, weight, targets, rows, softcap, fp8=fp8)
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
@@ -359,7 +362,7 @@ class LanguageModel(nn.Module):
 
 
 def stream_type(x: torch.Tensor) -> torch.Tensor:
-    """x as the blocks pass it on: on CUDA in the precision of autocast, which halves what most kernels read and write."""
+    """x as the blocks pass it on: on CUDA in the precision of autocast, so that most kernels move half the bytes."""
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         return x.to(torch.get_autocast_dtype("cuda"))
     return x

@@ -109,6 +109,19 @@ def test_weights_may_be_smaller(words: list[str], run_inference: Main, capsys: p
     assert len(capsys.readouterr().out) == len("ab") + 20 + 1
 
 
+@pytest.mark.parametrize("draft", ["ngram", "itself"])
+def test_a_draft_changes_the_speed_and_not_the_text(
+    draft: str, run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "ngram" if draft == "ngram" else generator.name
+    words = ["--temperature", "0", "--draft", name, "--draft-tokens", "3", "--stats", "--samples", "2"]
+    assert run_inference("--prompt", "ababab", *words) == 0
+    captured = capsys.readouterr()
+    text = generator.generate("ababab", Request(20, SamplingOptions(temperature=0))).text
+    assert captured.out.count(f"ababab{text}\n") == 2
+    assert " proposed tokens accepted, " in captured.err
+
+
 def test_a_prompt_longer_than_the_context_gives_a_note(run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_inference("--prompt", "a" * (BLOCK_SIZE + 1)) == 0
     assert capsys.readouterr().err == "note: the model sees only the last 16 of the prompt's 17 tokens\n"
@@ -574,6 +587,10 @@ def test_lines_from_a_pipe_that_are_not_text(
         (["--weights", "bfloat16", "--quantize", "int8"], "not allowed with argument"),
         (["--prompt", "a", "--interactive"], "not allowed with argument --prompt"),
         (["--prompt", "a", "--prompt-file", "x"], "not allowed with argument --prompt"),
+        (["--draft", "nobody"], "no run nobody"),
+        (["--draft", "ngram", "--window", "exact"], "--draft needs --window sliding, not exact"),
+        (["--draft", "ngram", "--samples", "2", "--batch-size", "2"], "one sequence at a time: batch_size must be 1"),
+        (["--draft-tokens", "0"], "--draft-tokens: expected a whole number from 1"),
         (["--out", "x"], "--out cannot go with one RUN; it goes with: --prompt-file"),
         (["--interactive", "--samples", "2"], "--samples cannot go with --interactive"),
         (["--html", "x.html"], "--html cannot go with one RUN; it goes with: several RUNs"),

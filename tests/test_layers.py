@@ -20,7 +20,7 @@ OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pa
 WITHOUT_TORCH = (
     *("errors", "files", "config", "terminal", "runs", "corpora", "experiments"),
     *("checkpoints.folder", "machine.process", "machine.signals", "training.early_stopping", "training.launch"),
-    *("profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
+    *("inference.flags", "profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
     *("inference.py", "train.py", "profile_model.py", "experiments.py", "workbench.py"),
 )
 HEAVY = {"torch", "numpy", "aim", "tensorboard", "safetensors"}

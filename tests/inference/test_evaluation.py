@@ -12,7 +12,8 @@ from data import BatchSampler, Corpus, sample_offsets
 from model import LanguageModel
 from tests.tiny_export import char_tokenizer
 from utils.config.settings import ModelConfig
-from utils.inference.evaluation import estimate_loss, evaluating, split_loss
+from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating, split_loss
+from utils.inference.graphs import Graphs
 
 VOCAB, BLOCK = 13, 8
 
@@ -50,7 +51,7 @@ def window_loss(model: LanguageModel, tokens: np.ndarray) -> torch.Tensor:
 def test_the_estimate_is_the_mean_over_the_fixed_windows(
     model: LanguageModel, sampler: BatchSampler, eval_iters: int
 ) -> None:
-    losses = estimate_loss(model, sampler, eval_iters, 1, contextlib.nullcontext)
+    losses = estimate_loss(BatchLoss(model, contextlib.nullcontext), sampler, eval_iters, 1)
     tokens = sampler.corpus.tokens
     expected = {}
     for name, stream, split in (("train/eval_loss", "train_eval", tokens[:200]), ("val/loss", "val", tokens[200:])):
@@ -67,7 +68,7 @@ def test_the_estimate_leaves_mode_gradients_and_random_state_alone(
 ) -> None:
     model.train(training)
     before = torch.get_rng_state()
-    estimate_loss(model, sampler, 2, 1, contextlib.nullcontext)
+    estimate_loss(BatchLoss(model, contextlib.nullcontext), sampler, 2, 1)
     assert model.training is training
     assert all(module.training is training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), before)
@@ -76,15 +77,28 @@ def test_the_estimate_leaves_mode_gradients_and_random_state_alone(
 
 
 def test_the_estimate_is_the_same_every_time(model: LanguageModel, sampler: BatchSampler) -> None:
-    first, second = (estimate_loss(model, sampler, 2, 1, contextlib.nullcontext) for _ in range(2))
+    first, second = (estimate_loss(BatchLoss(model, contextlib.nullcontext), sampler, 2, 1) for _ in range(2))
     assert first == second
 
 
 def test_the_estimate_runs_in_the_precision_that_is_asked_for(model: LanguageModel, sampler: BatchSampler) -> None:
-    full = estimate_loss(model, sampler, 2, 1, contextlib.nullcontext)
-    half = estimate_loss(model, sampler, 2, 1, lambda: torch.autocast("cpu", torch.bfloat16))
+    full = estimate_loss(BatchLoss(model, contextlib.nullcontext), sampler, 2, 1)
+    half = estimate_loss(BatchLoss(model, lambda: torch.autocast("cpu", torch.bfloat16)), sampler, 2, 1)
     assert half != full
     assert half == pytest.approx(full, rel=0.02)
+
+
+def test_a_recorded_loss_is_the_loss(
+    model: LanguageModel, sampler: BatchSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, recorded = BatchLoss(model, contextlib.nullcontext), BatchLoss(model, contextlib.nullcontext)
+    monkeypatch.setattr(recorded, "_graphs", Graphs(torch.device("cpu")))
+    for micro_steps in (1, 5):  # batches of another shape
+        expected = estimate_loss(plain, sampler, 3, micro_steps)
+        assert estimate_loss(recorded, sampler, 3, micro_steps) == expected
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(2)
+    assert estimate_loss(recorded, sampler, 3, 1) == estimate_loss(plain, sampler, 3, 1) != expected
 
 
 def test_evaluating_restores_the_mode_after_an_exception(model: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_r
 from tokenizer import TokenizerError
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
-from utils.inference.decode import generate_tokens, new_cache
+from utils.inference.decode import Block, generate_tokens, new_cache
 from utils.inference.generator import Generator, Request
 from utils.inference.quantization import weight_bytes, with_weights
 from utils.inference.sampling import SamplingOptions
+from utils.inference.static import TOKENS_A_BLOCK
 from utils.inference.stats import GenerationStats
 from utils.profiling.decoding import decode_bytes
 
@@ -44,6 +46,18 @@ def test_weights_may_be_smaller(tmp_path: Path) -> None:
     save_tiny_run(tmp_path, "a")
     model = Generator.from_run("a", tmp_path, weights="bfloat16").model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_on_a_gpu_weights_are_bfloat16_and_scores_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_run(tmp_path, "a")
+    float32 = Generator.from_run("a", tmp_path)
+    assert float32.model.token_embedding.weight.dtype == torch.float32
+    monkeypatch.setattr("utils.inference.generator.choose_weights", lambda weights, _: "bfloat16")  # as on a GPU
+    generator = Generator.from_run("a", tmp_path)
+    assert generator.model.token_embedding.weight.dtype == torch.bfloat16
+    assert generator.score("abcdef").loss == pytest.approx(float32.score("abcdef").loss, rel=1e-6)
+    chosen = Generator.from_run("a", tmp_path, weights="bfloat16")
+    assert chosen.score("abcdef").loss != float32.score("abcdef").loss
 
 
 @pytest.mark.parametrize("options", [GREEDY, HOT])
@@ -156,6 +170,60 @@ def test_a_text_is_scored(generator: Generator) -> None:
     assert generator.score("abcd").tokens == 3
 
 
+# ------------------------------------------------------------------------------ blocks, as on a GPU
+
+
+@pytest.fixture
+def by_blocks(generator: Generator) -> Generator:
+    """A generator that decodes as on a GPU."""
+    blocks = Generator(generator.model.double(), TOKENIZER)
+    blocks._is_static = True
+    return blocks
+
+
+def test_blocks_give_the_completions_of_single_steps(generator: Generator, by_blocks: Generator) -> None:
+    prompts = ["ab", "", "the quick brown fox jumps", "z", "ab"]
+    whole = generator.generate("ab", Request(60, HOT)).text
+    for stops in ((), (whole[10:13],), (whole[15:17], whole[3:5])):
+        request = Request(60, HOT, stops=stops)
+        for one, other in zip(
+            generator.generate_batch(prompts, request), by_blocks.generate_batch(prompts, request), strict=True
+        ):
+            assert (one.text, one.tokens, one.finish) == (other.text, other.tokens, other.finish)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert "".join(by_blocks.stream("ab", request)) == generator.generate("ab", request).text
+
+
+def test_a_stream_of_blocks_comes_in_few_pieces(by_blocks: Generator) -> None:
+    parts = list(by_blocks.stream("ab", Request(1 + 3 * TOKENS_A_BLOCK, HOT)))
+    assert [len(part) for part in parts] == [1, *[TOKENS_A_BLOCK] * 3]
+
+
+def test_tokens_of_blocks_are_counted_as_those_of_steps(generator: Generator, by_blocks: Generator) -> None:
+    for each in (generator, by_blocks):
+        each.generate_batch(["abc", "a" * 30], Request(20, HOT))
+    for name in ("prompt_tokens", "steps", "decoded", "attended", "proposed"):
+        assert getattr(by_blocks.stats, name) == getattr(generator.stats, name), name
+    by_blocks.stats = GenerationStats()
+    whole = by_blocks.generate("ab", Request(60, HOT))
+    by_blocks.stats = GenerationStats()
+    completion = by_blocks.generate("ab", Request(60, HOT, stops=[whole.text[19:21]]))
+    assert by_blocks.stats.decoded == len(completion.tokens) - 1  # what came after the stop is dropped
+    assert by_blocks.stats.steps == math.ceil(by_blocks.stats.decoded / TOKENS_A_BLOCK) * TOKENS_A_BLOCK
+
+
+def test_an_exact_window_is_not_static(by_blocks: Generator, generator: Generator) -> None:
+    request = Request(2 * BLOCK_SIZE, HOT, window="exact")
+    assert by_blocks.generate("ab", request).tokens == generator.generate("ab", request).tokens
+
+
+def test_a_model_that_diverged_is_an_error_in_blocks_too(by_blocks: Generator) -> None:
+    with torch.no_grad():
+        by_blocks.model.final_norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are NaN"):
+        by_blocks.generate("ab", Request(5, HOT))
+
+
 # ------------------------------------------------------------------------------ questions
 
 
@@ -202,7 +270,7 @@ def test_bytes_read_are_those_of_each_step(settings: dict[str, Any]) -> None:
     model = tiny_model(**settings)
     stats = GenerationStats()
     for context in (4, 5, 6):
-        stats.add_steps(1, 2, 2 * context, 0.5)
+        stats.add_block(Block([], [], 1, 2 * context), 2, 0.5)
     cache = new_cache(model, 2)
     assert stats.bytes_read(model) == sum(decode_bytes(model, cache, context) for context in (4, 5, 6))
 

@@ -9,9 +9,10 @@ import torch
 
 from model import LanguageModel
 from utils.config.settings import ModelConfig
+from utils.errors import UserError
 from utils.inference import quantization
 from utils.inference.decode import generate_tokens
-from utils.inference.quantization import Int8Linear, Weights, with_weights
+from utils.inference.quantization import Int8Linear, Weights, choose_weights, with_weights
 from utils.inference.sampling import SamplingOptions
 from utils.nn.linear import Linear
 
@@ -98,3 +99,18 @@ def test_without_torchs_kernel_int8_layers_use_public_operators(monkeypatch: pyt
     expected = layer(x)
     monkeypatch.setattr(quantization, "INT8_PRODUCT", None)
     torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.1)
+
+
+def test_automatic_weights_are_bfloat16_where_a_gpu_multiplies_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for has_units, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(quantization, "has_bf16_units", lambda _, has=has_units: has)
+        assert choose_weights("auto", cuda) == expected
+        assert choose_weights("auto", cpu) == "float32"
+        assert choose_weights("int8", cuda) == "int8"
+
+
+def test_int8_on_a_gpu_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    with pytest.raises(UserError, match="int8 weights are for CPUs: on a GPU torch's product of them is slower"):
+        with_weights(model_of("gpt2"), "int8")

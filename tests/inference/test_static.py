@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import LanguageModel
 from tests.inference.test_decode import BLOCK, GREEDY, PROMPTS, SETTINGS, lively_model
-from utils.inference import static
+from utils.inference import graphs, static
 from utils.inference.decode import generate_blocks
 from utils.inference.sampling import AHEAD, SamplingOptions
 from utils.inference.static import TOKENS_A_BLOCK, StaticDecoders, bucket
@@ -112,7 +113,7 @@ def test_a_decoder_serves_texts_of_its_batch_size_until_the_weights_move(monkeyp
     model.final_norm.weight = torch.nn.Parameter(-model.final_norm.weight)
     assert_same(model, [[1]], 5, GREEDY, decoders)
     assert made == [1, 2, 1]
-    for size in range(3, 3 + static.MOST_IDLE):
+    for size in range(3, 3 + graphs.MOST_IDLE):
         list(decoders.generate(model, [[1]] * size, 1, GREEDY, range(size)))
     list(decoders.generate(model, [[1]], 1, GREEDY, [0]))
     assert made[-1] == 1  # it was forgotten
@@ -156,12 +157,42 @@ def test_nothing_is_asked_of_the_device_within_a_block(monkeypatch: pytest.Monke
         assert len(report.read().tokens[0]) == 2 * BLOCK
 
 
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operator._schema.name.removeprefix("aten::"))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("options", EACH_OPTION, ids=str)
+def test_no_operator_of_a_graph_reads_the_device_or_copies_from_the_host(
+    settings: str, options: SamplingOptions
+) -> None:
+    with torch.inference_mode():
+        decoder = static.StaticDecoder(lively_model(**SETTINGS[settings]), 2)
+        decoder.start([[1], [2, 3]], options, [1, 2])
+        for _ in range(BLOCK + 1):  # what is prepared once, and beyond the context
+            decoder.draw()
+            decoder.decode()
+        with Operators() as operators:
+            decoder._draw()
+            decoder._decode(BLOCK)
+    assert {"index_copy_", "gather"} <= operators.names
+    assert not operators.names & {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "lift_fresh"}
+
+
 def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model = lively_model(position="rope").double()
-    monkeypatch.setattr(static, "record", refuse)
+    monkeypatch.setattr(graphs, "record", refuse)
     with pytest.warns(RuntimeWarning, match="not permitted") as caught:
         assert_same(model, [[1, 2]], 2 * BLOCK, SamplingOptions(1.0), StaticDecoders())
     assert len(caught) == 1
@@ -174,7 +205,7 @@ def test_what_is_recorded_ran_before_and_is_recorded_once(monkeypatch: pytest.Mo
         recorded.append(work)
         return work
 
-    monkeypatch.setattr(static, "record", note)
+    monkeypatch.setattr(graphs, "record", note)
     model, decoders = lively_model(position="rope"), StaticDecoders()
     for _ in range(2):
         list(decoders.generate(model, [[1]], 3 * BLOCK, GREEDY, [0]))
@@ -187,3 +218,12 @@ def test_attention_covers_a_power_of_two_of_slots(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(static, "SMALLEST_BUCKET", 256)
     assert [bucket(n, 1000) for n in (1, 256, 257, 512, 513, 1000, 5000)] == [256, 256, 512, 512, 1000, 1000, 1000]
     assert bucket(5, 8) == 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("options", [GREEDY, ALL_OPTIONS], ids=["greedy", "all options"])
+def test_graphs_give_the_tokens_of_the_loop(settings: str, options: SamplingOptions) -> None:
+    model, decoders = lively_model(**SETTINGS[settings]).double().cuda(), StaticDecoders()
+    for prompts in (PROMPTS, PROMPTS):  # recorded in the first text, launched from the first token on in the second
+        assert_same(model, prompts, 3 * BLOCK + 1, options, decoders)

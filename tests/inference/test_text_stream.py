@@ -142,3 +142,40 @@ def test_the_text_is_cut_where_a_search_in_all_of_it_would_cut(seed: int) -> Non
         return
     seen = text[: min(ends)]  # one token later the model is not asked any more
     assert ("".join(parts), stopped) == (seen[: min(seen.find(stop) for stop in stops if stop in seen)], True)
+
+
+# ------------------------------------------------------------------------------ blocks
+
+
+@pytest.mark.parametrize("stops", [(), ("b",), ("ab", "cdc"), ("\ufffd",), ("hhh\n",)], ids=str)
+def test_a_block_is_its_tokens_one_by_one(stops: Sequence[str]) -> None:
+    generator = random.Random(1)
+    pieces = [*b"abcdefgh\n", *"üß€😀".encode(), 0xFF]
+    tokenizer = Pieces([bytes([piece]) for piece in pieces])
+    for _ in range(200):
+        tokens = [generator.randrange(len(pieces)) for _ in range(40)]
+        one, blocks = stream_of(tokenizer, stops), stream_of(tokenizer, stops)
+        texts, used = "", 0
+        for token in tokens:
+            if not one.stopped:
+                texts += one.add(token)
+                used += 1
+        found, count = "", 0
+        while count < len(tokens) and not blocks.stopped:
+            new, taken = blocks.extend(tokens[count : count + generator.randrange(1, 9)])
+            found, count = found + new, count + taken
+        assert (found + blocks.rest(), count, blocks.stopped) == (texts + one.rest(), used, one.stopped)
+        if blocks.stopped:
+            assert blocks.extend([0]) == ("", 0)
+
+
+def test_a_block_without_half_a_character_is_decoded_at_once() -> None:
+    calls: list[int] = []
+
+    class Counted(Pieces):
+        def decode(self, ids: Iterable[int]) -> str:
+            calls.append(len(list(ids)))
+            return super().decode(ids)
+
+    assert stream_of(Counted([b"a", b"b"]), ["ba"]).extend([0] + [1] * 7) == ("abbbbbb", 8)
+    assert calls == [8]

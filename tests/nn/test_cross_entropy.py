@@ -110,6 +110,14 @@ def test_without_gradients_the_loss_is_the_same() -> None:
     assert torch.equal(loss, chunked_cross_entropy(hidden, weight, targets, 5).detach())
 
 
+def test_without_gradients_the_precision_is_that_of_autocast_too() -> None:
+    hidden, weight, targets = example(64, 32, 200, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, weight, targets, 16).detach()
+        with torch.no_grad():
+            assert torch.equal(chunked_cross_entropy(hidden, weight, targets, 16), loss)
+
+
 def test_a_frozen_weight_or_input_gets_no_gradient() -> None:
     hidden, weight, targets = example(8, 4, 9)
     chunked_cross_entropy(hidden, weight.detach(), targets, 3).backward()

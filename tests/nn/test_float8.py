@@ -9,6 +9,7 @@ from torch import nn
 
 from model import LanguageModel
 from utils.config.settings import ModelConfig
+from utils.nn.cross_entropy import chunked_cross_entropy
 from utils.nn.float8 import GRADIENTS, SCALED_MM, VALUES, float8_linear, rounded, use_float8
 from utils.nn.linear import Linear
 
@@ -33,7 +34,7 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> li
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 @pytest.mark.parametrize("dtype", [VALUES, GRADIENTS])
@@ -94,6 +95,20 @@ def test_the_compiler_traces_it() -> None:
         assert torch.equal(mine, reference)
 
 
+def test_logits_in_8_bits_have_the_error_of_the_format() -> None:
+    hidden, weight = tensors((64, 32), (200, 32))
+    targets = torch.arange(64)
+    loss = chunked_cross_entropy(hidden, weight, targets, 24, fp8=True)
+    exact = chunked_cross_entropy(hidden, weight, targets, 24)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert loss != exact
+    gradients = [torch.autograd.grad(value, (hidden, weight)) for value in (loss, exact)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert error(ours, theirs) < 0.15
+    with torch.no_grad():
+        assert torch.equal(chunked_cross_entropy(hidden, weight, targets, 24, fp8=True), exact.detach())
+
+
 class Own(nn.Linear):
     """A layer of the user's."""
 
@@ -107,7 +122,7 @@ def test_a_model_in_fp8_has_the_same_parameters_and_learns() -> None:
     before = list(model.state_dict())
     idx = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))
     expected = model.loss(idx[:, :-1], idx[:, 1:])
-    use_float8(model)
+    use_float8(model.blocks)
     assert list(model.state_dict()) == before
     in_8_bits = {
         name for name, layer in model.named_modules() if isinstance(layer, Linear) and "multiply" in vars(layer)

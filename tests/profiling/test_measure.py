@@ -214,6 +214,7 @@ def test_on_a_gpu_operators_have_the_time_of_their_kernels_in_the_phase_that_lau
         ("aten::view", [[2, 3]], None, 0),
         ("aten::_fused_adamw_", [[[2, 3], [4]]] * 4, None, 70),
         ("aten::linear", [[], []], None, 0),
+        ("aten::_scaled_mm", [[2, 3], [3, 4], [], []], 48, 6 + 12 + 8),
     ],
 )
 def test_the_cost_of_an_operator_follows_from_its_shapes(
@@ -279,7 +280,11 @@ def test_the_peak_of_the_process_is_that_since_it_was_reset() -> None:
     assert peak(CPU) - before < 20_000_000
 
 
-def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cache() -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cache(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.profiling.decoding.is_static", lambda _: static)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16)
     model = LanguageModel(config, vocab_size=11)
     result = measure_generation(model)

@@ -268,6 +268,8 @@ OTHER_VALUES = {  # valid, and not the default
     "compile": True,
     "compile_mode": "max-autotune",
     "tf32": False,
+    "fp8": True,
+    "activation_checkpointing": True,
     "ngram_rows": "64,32",
     "qkv_bias": False,
     "qk_norm": True,

@@ -164,6 +164,15 @@ def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
     assert 3 * weights <= kept < 3.3 * weights  # with the two moments of AdamW, and the table of rotations
 
 
+def test_activation_checkpointing_is_counted() -> None:
+    deep = TINY.model_copy(update={"n_layer": 8, "dropout": 0.1})
+    whole, less = (
+        bytes_of_training(Config(model=deep, train=TrainConfig(activation_checkpointing=on)), CORPUS, torch.float32, 64)
+        for on in (False, True)
+    )
+    assert less < whole / 2
+
+
 def test_memory_grows_with_the_batch_and_large_batches_cost_nothing_to_count() -> None:
     sizes = [bytes_of_training(Config(model=TINY), CORPUS, torch.float32, 2**n) for n in (0, 4, 20, 21)]
     assert sizes == sorted(sizes)

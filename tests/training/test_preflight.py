@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from utils.config.loader import ConfigLoader, LoadedConfig
@@ -63,6 +65,30 @@ def test_settings_without_effect_are_reported_with_their_place(
         "--experiment: experiment has no effect: neither Aim nor Weights & Biases is on",
     ]
     assert findings(load(rope_theta="500", position="rope", aim_logging=True), tmp_path, CLEAN) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernel", "count"),
+    [
+        ("cuda", torch.bfloat16, "", 1),
+        ("cuda", torch.bfloat16, "flash", 0),
+        ("cuda", torch.float32, "", 0),
+        ("cpu", torch.bfloat16, "", 0),
+    ],
+)
+def test_slow_attention_on_a_gpu_is_reported_with_the_reason(
+    load: Callable[..., LoadedConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    kernel: str,
+    count: int,
+) -> None:
+    monkeypatch.setattr(preflight_module, "fused_attention", lambda *_: (kernel, "flash: a head is too wide"))
+    setup = replace(make_setup(load(aim_logging=True), tmp_path), device=torch.device(device), dtype=dtype)
+    expected = "attention is neither FlashAttention nor cuDNN's, but slower: flash: a head is too wide"
+    assert preflight(setup, CLEAN) == [expected] * count
 
 
 def test_a_disk_that_is_too_small_is_told(

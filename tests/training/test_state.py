@@ -298,3 +298,24 @@ def test_early_stopping_finishes_a_run(build: Build) -> None:
         state.early_stopping.update(1.0)
     assert state.finished
     assert build().early_stopping.patience == 3
+
+
+def test_activation_checkpointing_may_change_within_a_run_and_keeps_its_bits(build: Build, tmp_path: Path) -> None:
+    without = build()
+    expected = train_steps(without, 6)
+    state = build(train={"activation_checkpointing": True})
+    first = train_steps(state, 3)
+    checkpoint = saved(state, tmp_path / "step_3")
+    resumed = build(seed=1)
+    restore(resumed, checkpoint)
+    assert [*first, *train_steps(resumed, 3)] == expected
+    assert weights_of(resumed) == weights_of(without)
+
+
+def test_with_fp8_blocks_and_logits_are_in_8_bits_and_parameters_are_not(build: Build) -> None:
+    state, usual = build(train={"fp8": True}), build()
+    assert state.model.fp8_logits
+    assert "multiply" in vars(state.model.blocks[0].mlp.up)
+    assert "multiply" not in vars(usual.model.blocks[0].mlp.up)
+    assert weights_of(state) == weights_of(usual)
+    assert not build(model={"n_embd": 18}, train={"fp8": True}).model.fp8_logits

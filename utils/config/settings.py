@@ -315,7 +315,7 @@ class TrainConfig(Section):
     )
     fp8: bool = setting(
         False,
-        "CUDA from compute capability 8.9: matrix products of the blocks in 8 bits, which is faster with compile",
+        "CUDA from compute capability 8.9: matrix products of blocks and logits in 8 bits; faster only with compile",
         kind=TRAJECTORY,
     )
     activation_checkpointing: bool = setting(

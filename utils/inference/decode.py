@@ -29,7 +29,10 @@ class Block(NamedTuple):
 
     tokens: list[list[int]]  # (B, n)
     logprobs: list[list[float]]  # (B, n), natural logarithms of the model's probabilities, before any filter
-    context: int  # tokens attended to in the n passes, summed over passes and sequences
+    passes: int  # of the model: n, but fewer if a draft proposes tokens
+    context: int  # tokens attended to in these passes, summed over passes and sequences
+    proposed: int = 0  # tokens, by a draft
+    accepted: int = 0  # of them, by the model
 
 
 def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None) -> KVCache:
@@ -150,7 +153,7 @@ def generate_blocks(
     for step in generate(model, prompts, max_new_tokens, options, seeds, window):
         tokens = step.tokens[:, None]
         logprobs = step.logits.float().log_softmax(-1).gather(-1, tokens)  # (B, 1)
-        yield Block(tokens.tolist(), logprobs.tolist(), step.context)
+        yield Block(tokens.tolist(), logprobs.tolist(), 1, step.context)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:

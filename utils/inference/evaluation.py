@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from data import BatchSampler
 from model import LanguageModel
+from utils.inference.graphs import Graphs
 
 Precision = Callable[[], AbstractContextManager[None]]  # autocast, or nothing
 
@@ -28,18 +29,48 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def mean_loss(
-    model: LanguageModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], precision: Precision
-) -> float:
+class BatchLoss:
+    """The loss of a batch, () in nats per token, on the device; on CUDA a graph that is kept (utils/machine/graphs.py).
+
+    Args:
+        model: called in eval mode, without gradients.
+        precision: of its products.
+        graph: whether to record it.
+    """
+
+    def __init__(self, model: LanguageModel, precision: Precision, *, graph: bool = False) -> None:
+        self.model, self.graph, self._precision = model, graph, precision
+        self._device = next(model.parameters()).device
+        self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
+        self._batch: torch.Tensor | None = None  # (2, B, T), inputs and targets, where the graph reads them
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self._graphs is None:
+            return self._loss(inputs, targets)
+        if self._batch is None or self._batch[0].shape != inputs.shape:
+            self._batch, self._result = torch.stack((inputs, targets)), torch.zeros((), device=self._device)
+        self._batch[0].copy_(inputs)
+        self._batch[1].copy_(targets)
+        self._graphs.run(inputs.shape, self._work)
+        return self._result.clone()
+
+    def _work(self) -> None:
+        assert self._batch is not None
+        self._result.copy_(self._loss(self._batch[0], self._batch[1]))
+
+    def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with self._precision():  # in here: autocast keeps its copies of the weights no longer than a batch
+            return self.model.loss(inputs, targets)
+
+
+def mean_loss(loss: BatchLoss, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Mean loss over batches of equal size, in nats per token, with one transfer from the device."""
-    with evaluating(model), precision():
-        losses = [model.loss(inputs, targets) for inputs, targets in batches]
+    with evaluating(loss.model):
+        losses = [loss(inputs, targets) for inputs, targets in batches]
     return torch.stack(losses).mean().item()
 
 
-def estimate_loss(
-    model: LanguageModel, sampler: BatchSampler, eval_iters: int, micro_steps: int, precision: Precision
-) -> dict[str, float]:
+def estimate_loss(loss: BatchLoss, sampler: BatchSampler, eval_iters: int, micro_steps: int) -> dict[str, float]:
     """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token.
 
     Args:
@@ -47,7 +78,7 @@ def estimate_loss(
         micro_steps: parts that each batch is split into, so that it needs no more memory than training does.
     """
     return {
-        name: mean_loss(model, sampler.evaluation_batches(stream, eval_iters, micro_steps), precision)
+        name: mean_loss(loss, sampler.evaluation_batches(stream, eval_iters, micro_steps))
         for name, stream in (("train/eval_loss", "train_eval"), ("val/loss", "val"))
     }
 

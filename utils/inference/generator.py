@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from model import LanguageModel
 from tokenizer import Tokenizer, TokenizerError
@@ -16,10 +17,11 @@ from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.inference.decode import Block, Window, generate_blocks, start_tokens
 from utils.inference.export import load_export
-from utils.inference.quantization import Weights, with_weights
+from utils.inference.quantization import WeightsChoice, choose_weights, with_weights
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scoring import Score, score
-from utils.inference.static import StaticDecoders
+from utils.inference.speculative import PROPOSED, Speculators
+from utils.inference.static import StaticDecoders, is_static
 from utils.inference.stats import GenerationStats
 from utils.inference.text_stream import TextStream
 from utils.machine.device import choose_device
@@ -118,6 +120,12 @@ class Generator:
         name: name of the run, for people.
         settings: how to generate where a call gives no request, and how a question is asked.
         training: what the export records of the training.
+        draft: proposes tokens that the model judges several at a time (utils/inference/speculative.py): a Generator of
+            a smaller model, or "ngram" for the text itself. Sequences are then generated one by one.
+        draft_tokens: how many it proposes at a time.
+
+    Raises:
+        UserError: the draft has another tokenizer, or the device is MPS.
     """
 
     def __init__(
@@ -127,44 +135,81 @@ class Generator:
         name: str = "",
         settings: InferenceConfig | None = None,
         training: Mapping[str, Any] | None = None,
+        draft: Generator | Literal["ngram"] | None = None,
+        draft_tokens: int = PROPOSED,
     ) -> None:
         self.model, self.tokenizer, self.name, self.training = model, tokenizer, name, training or {}
         self.settings = settings or InferenceConfig()
         self.stats = GenerationStats()
         self._decoders = StaticDecoders()
-        self._is_static = next(model.parameters()).device.type == "cuda"
+        device = next(model.parameters()).device
+        self._is_static = is_static(device)
+        self._exact = lambda: model  # for scores
+        self._speculators: Speculators | None = None
+        if draft is not None:
+            if device.type == "mps":
+                raise UserError("a draft needs double precision, which MPS does not have")
+            if draft != "ngram":
+                check_draft(self, draft)
+            self._speculators = Speculators(None if draft == "ngram" else draft.model, draft_tokens)
 
     @classmethod
     def from_run(
-        cls, run: str | None = None, runs_dir: Path | None = None, device: str = "auto", weights: Weights = "float32"
+        cls,
+        run: str | None = None,
+        runs_dir: Path | None = None,
+        device: str = "auto",
+        weights: WeightsChoice = "auto",
+        draft: str | None = None,
+        draft_tokens: int = PROPOSED,
     ) -> Generator:
         """The export of a run: path, id, tag, part of an id, latest; None: the newest with an export.
 
         Section `inference` of configs/ says how to generate and how a question is asked.
 
+        Args:
+            weights: auto: bfloat16 on a GPU with units for it, else float32. Scores are in float32 unless others are
+                asked for.
+            draft: a run, named like `run`, or "ngram": see `Generator`.
+
         Raises:
-            UserError: no such run, export or device, or a damaged export.
+            UserError: no such run, export or device, a damaged export, int8 on a GPU, or a draft that does not fit.
         """
         config = ConfigLoader(PROJECT_ROOT).load().config
-        folder = find_export(run, PROJECT_ROOT / (runs_dir or config.tracking.runs_dir))
-        return cls.from_export(folder, device, weights, config.inference)
+        folder = PROJECT_ROOT / (runs_dir or config.tracking.runs_dir)
+        return cls.from_export(
+            find_export(run, folder),
+            device,
+            weights,
+            config.inference,
+            find_draft(draft, folder),
+            draft_tokens,
+        )
 
     @classmethod
     def from_export(
         cls,
         folder: Path,
         device: str = "auto",
-        weights: Weights = "float32",
+        weights: WeightsChoice = "auto",
         settings: InferenceConfig | None = None,
+        draft: Path | Literal["ngram"] | None = None,
+        draft_tokens: int = PROPOSED,
     ) -> Generator:
-        """The export in `folder`.
+        """The export in `folder`, with a draft in a folder of that kind. See `from_run`.
 
         Raises:
-            UserError: no such device, or a damaged export.
+            UserError: no such device, a damaged export, int8 on a GPU, or a draft that does not fit.
         """
-        export = load_export(folder, choose_device(device))
+        place = choose_device(device)
+        export, chosen = load_export(folder, place), choose_weights(weights, place)
         name = str(export.training.get("run", folder))
-        return cls(with_weights(export.model, weights), export.tokenizer, name, settings, export.training)
+        helper = cls.from_export(draft, device, weights) if isinstance(draft, Path) else draft
+        model = with_weights(export.model, chosen)
+        generator = cls(model, export.tokenizer, name, settings, export.training, helper, draft_tokens)
+        if weights == "auto" and chosen != "float32":
+            generator._exact = functools.cache(lambda: load_export(folder, place).model)
+        return generator
 
     def generate(self, prompt: str, request: Request | None = None) -> Completion:
         """One completion."""
@@ -172,21 +217,29 @@ class Generator:
         return completion
 
     def generate_batch(
-        self, prompts: Sequence[str], request: Request | None = None, batch_size: int = BATCH_SIZE
+        self, prompts: Sequence[str], request: Request | None = None, batch_size: int | None = None
     ) -> list[Completion]:
         """A completion of each prompt, `batch_size` of them at a time; a batch ends when all of its sequences have.
 
+        Args:
+            batch_size: by default 16, and 1 with a draft.
+
         Raises:
-            UserError: part of a prompt has no token, batch_size is below 1, or the model's logits are NaN.
+            UserError: part of a prompt has no token, batch_size is below 1, or above 1 with a draft, or the model's
+                logits are NaN.
         """
         return list(self.completions(prompts, request, batch_size))
 
     def completions(
-        self, prompts: Sequence[str], request: Request | None = None, batch_size: int = BATCH_SIZE
+        self, prompts: Sequence[str], request: Request | None = None, batch_size: int | None = None
     ) -> Iterator[Completion]:
         """Like `generate_batch`, but yields the completions of each batch as soon as it is done."""
+        if batch_size is None:
+            batch_size = BATCH_SIZE if self._speculators is None else 1
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        if batch_size > 1 and self._speculators is not None:
+            raise UserError(f"a draft works on one sequence at a time: batch_size must be 1, not {batch_size}")
         request = request or Request.configured(self.settings)
         for first in range(0, len(prompts), batch_size):
             sequences = self._sequences(prompts[first : first + batch_size], request, first)
@@ -225,12 +278,12 @@ class Generator:
                 yield new[0]
 
     def score(self, text: str) -> Score:
-        """How well the model predicts a text.
+        """How well the model predicts a text: in the precision of its weights, but in float32 if that is a default.
 
         Raises:
             TokenizerError: part of the text has no token.
         """
-        return score(self.model, self.tokenizer, text)
+        return score(self._exact(), self.tokenizer, text)
 
     def _sequences(self, prompts: Sequence[str], request: Request, first: int) -> list[_Sequence]:
         return [
@@ -242,26 +295,51 @@ class Generator:
         """The new tokens of the sequences."""
         prompts = [start_tokens(self.tokenizer, sequence.prompt) for sequence in sequences]
         seeds = [sequence.seed for sequence in sequences]
+        count, options = request.max_new_tokens, request.options
+        if self._speculators is not None:
+            if request.window != "sliding":
+                raise UserError(f"a draft needs window sliding, not {request.window}")
+            return self._speculators.generate(self.model, prompts[0], count, options, seeds[0])
         if request.window == "sliding" and self._is_static:
-            return self._decoders.generate(self.model, prompts, request.max_new_tokens, request.options, seeds)
-        return generate_blocks(self.model, prompts, request.max_new_tokens, request.options, seeds, request.window)
+            return self._decoders.generate(self.model, prompts, count, options, seeds)
+        return generate_blocks(self.model, prompts, count, options, seeds, request.window)
 
     def _grow(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[list[str]]:
         """The new text of each sequence, block by block, until all have ended."""
         began = time.perf_counter()
         is_first = True
-        for tokens, logprobs, context in self._blocks(sequences, request):
-            if any(math.isnan(sum(row)) for row in logprobs):
+        for block in self._blocks(sequences, request):
+            if any(math.isnan(sum(row)) for row in block.logprobs):
                 raise UserError("the model's logits are NaN: its training diverged")
-            news, counts = zip(*map(_Sequence.extend, sequences, tokens, logprobs), strict=True)
+            news, counts = zip(*map(_Sequence.extend, sequences, block.tokens, block.logprobs), strict=True)
             seconds = time.perf_counter() - began  # without the time that the caller takes
             if is_first:
-                self.stats.add_prefill(context, seconds)
+                self.stats.add_prefill(block.context, seconds)
             else:
-                self.stats.add_steps(len(tokens[0]), sum(counts), context, seconds)
+                self.stats.add_block(block, sum(counts), seconds)
             is_first = False
             yield list(news)
             if all(sequence.stream.stopped for sequence in sequences):
                 break
             began = time.perf_counter()
         yield [sequence.end() for sequence in sequences]
+
+
+def find_draft(draft: str | None, runs_dir: Path) -> Path | Literal["ngram"] | None:
+    """The export of the run that --draft names, or "ngram".
+
+    Raises:
+        UserError: no such run or export.
+    """
+    if draft == "ngram":
+        return "ngram"
+    return None if draft is None else find_export(draft, runs_dir)
+
+
+def check_draft(generator: Generator, draft: Generator) -> None:
+    """Raises UserError unless the draft's tokens are those of the generator's model."""
+    ours, theirs = generator.tokenizer, draft.tokenizer
+    if ours.hash() != theirs.hash():
+        names = f"{draft.name or 'the draft'} cannot draft for {generator.name or 'the model'}"
+        kinds = f"({theirs.kind}, {theirs.vocab_size:,} tokens, not {ours.kind}, {ours.vocab_size:,} tokens)"
+        raise UserError(f"{names}: its tokenizer is another one {kinds}")

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import LanguageModel
+from utils.errors import UserError
+from utils.machine.device import has_bf16_units
 from utils.nn.lean import may_be_plain
 from utils.nn.linear import Linear
 from utils.nn.private import private_operator
 
 Weights = Literal["float32", "bfloat16", "int8"]
+WeightsChoice = Literal["auto", "float32", "bfloat16", "int8"]
 FEW_ROWS = 16
 INT8_PRODUCT = private_operator("_weight_int8pack_mm")
 
@@ -48,6 +51,16 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def choose_weights(weights: WeightsChoice, device: torch.device) -> Weights:
+    """The precision to generate in; `auto` is bfloat16 on a GPU with units for it, else float32.
+
+    A CPU gets smaller weights only on request: whether they are faster there depends on the model (docs/LOG.md).
+    """
+    if weights != "auto":
+        return weights
+    return "bfloat16" if device.type == "cuda" and has_bf16_units(device) else "float32"
+
+
 def with_weights(model: LanguageModel, weights: Weights) -> LanguageModel:
     """The model for generation, in eval mode: itself for float32, else a copy with smaller weights.
 
@@ -56,7 +69,14 @@ def with_weights(model: LanguageModel, weights: Weights) -> LanguageModel:
     bfloat16: all parameters, and so the activations.
     int8: the matrices of all linear layers and of the head, the rest bfloat16; the embedding that a tied head shares
         is kept, because a token reads only one row of it.
+
+    Raises:
+        UserError: int8 on a CUDA GPU.
     """
+    if weights == "int8" and next(model.parameters()).is_cuda:
+        raise UserError(
+            "int8 weights are for CPUs: on a GPU torch's product of them is slower than that of bfloat16 weights"
+        )
     if weights == "float32":
         for module in model.modules():
             if isinstance(module, Linear) and module.weight.is_cpu:

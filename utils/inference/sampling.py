@@ -149,6 +149,8 @@ def sample(
     filtered = filter_logits(logits, options, seen)
     if options.temperature < GREEDY_BELOW:
         return filtered.argmax(-1)
-    reached = filtered.to(uniform.device).double().softmax(-1).cumsum(-1)  # (B, V)
+    # CUDA has no fast softmax in double precision, and its float32 is exact to a rounding of the last bit.
+    exact = filtered if filtered.is_cuda else filtered.to(uniform.device).double()
+    reached = exact.softmax(-1).double().cumsum(-1)  # (B, V)
     tokens = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
     return tokens.clamp_(max=logits.size(-1) - 1).to(logits.device)  # searchsorted gives V for NaN

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from model import LanguageModel
+from utils.inference.decode import Block
 from utils.inference.quantization import weight_bytes
 from utils.machine.limits import measure_read
 
@@ -18,10 +19,11 @@ class GenerationStats:
 
     prompt_tokens: tokens of the prompts that the model saw.
     prefill_seconds: time from the prompts to the first new tokens.
-    steps: decoding steps, each of one token for every sequence of a batch.
+    steps: passes of the model, each of one token for every sequence of a batch, or with a draft of several.
     decoded: tokens that they gave.
     decode_seconds: their duration.
     attended: tokens in the caches, summed over steps and sequences.
+    proposed, accepted: tokens that a draft proposed, and those of them that the model accepted.
     """
 
     prompt_tokens: int = 0
@@ -30,15 +32,20 @@ class GenerationStats:
     decoded: int = 0
     decode_seconds: float = 0.0
     attended: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
     def add_prefill(self, tokens: int, seconds: float) -> None:
         self.prompt_tokens += tokens
         self.prefill_seconds += seconds
 
-    def add_steps(self, steps: int, decoded: int, attended: int, seconds: float) -> None:
-        self.steps += steps
+    def add_block(self, block: Block, decoded: int, seconds: float) -> None:
+        """Add a block, of which `decoded` tokens belong to sequences that had not ended."""
+        self.steps += block.passes
         self.decoded += decoded
-        self.attended += attended
+        self.attended += block.context
+        self.proposed += block.proposed
+        self.accepted += block.accepted
         self.decode_seconds += seconds
 
     def rows(self, model: LanguageModel, cached: bool = True) -> list[tuple[str, str]]:
@@ -53,7 +60,11 @@ class GenerationStats:
             rows.append(("prefill", f"{rate:,.0f} tokens/s, {1000 * self.prefill_seconds:.1f} ms"))
         if self.decode_seconds:
             rows.append(("decode", f"{self.decoded / self.decode_seconds:,.1f} tokens/s, {self.decoded:,} tokens"))
-        if self.decode_seconds and cached:
+        if self.proposed:
+            each = f"{self.decoded / self.steps:.2f} tokens a pass"
+            share = f"{self.accepted / self.proposed:.0%} of {self.proposed:,} proposed tokens accepted"
+            rows.append(("draft", f"{share}, {each}"))
+        if self.decode_seconds and cached and not self.proposed:  # a draft reads, too
             rate = self.bytes_read(model) / self.decode_seconds
             limit = read_limit(next(model.parameters()).device)
             share = f"{rate / limit:.0%} of the {limit / 1e9:.1f} GB/s that this machine reads"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ def record(work: Callable[[], R], device: torch.device) -> Callable[[], R]:
         return work
     graph = torch.cuda.CUDAGraph()
     # Other threads (a checkpoint being written, say) go on using the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
         result = work()
 
     def repeat() -> R:
@@ -35,3 +36,9 @@ def record(work: Callable[[], R], device: torch.device) -> Callable[[], R]:
         return result
 
     return repeat
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream to record on: torch's own is on the device that first recorded, so it sees no other device's work."""
+    return torch.cuda.Stream(device)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from utils.nn.float8 import VALUES, product, rounded
 from utils.nn.linear import first_order, product_dtype
 
 IGNORED = -100  # a target without a loss, as torch has it
@@ -29,6 +30,9 @@ AT_ONCE = 1 << 30
 
 # Overwrites logits (n, V) with the gradient of the sum of their losses; returns the losses, (n,).
 LossesAndGradient = Callable[[torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+
+# The logits of a chunk by its number, (n, V + padding).
+LogitsProduct = Callable[[int], torch.Tensor]
 
 
 def rows_at_once(device: torch.device, rows: int, vocab_size: int) -> int:
@@ -114,6 +118,7 @@ def chunked_cross_entropy(
     rows: int,
     softcap: float | None = None,
     by_row: LossesAndGradient | None = None,
+    fp8: bool = False,
 ) -> torch.Tensor:
     """The mean cross-entropy of the logits `hidden weight^T`, in nats per target; it has no second derivative.
 
@@ -126,19 +131,20 @@ def chunked_cross_entropy(
         rows: of a chunk, see `rows_at_once`.
         softcap: of the logits, see `losses_and_gradient`.
         by_row: `losses_and_gradient` or a function like it; None: `fastest_by_row`.
+        fp8: compute the logits in 8 bits (C a multiple of 16), the gradients as ever; only where gradients are needed.
 
     Returns:
         (), in float32 or the precision of `hidden`, whichever is higher.
     """
-    by_row = by_row or fastest_by_row(hidden.device, product_dtype(hidden))
+    dtype = product_dtype(hidden)
+    by_row = by_row or fastest_by_row(hidden.device, dtype)
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, softcap, by_row)
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, softcap, by_row, fp8)
     with torch.autocast(hidden.device.type, enabled=False):
-        dtype = product_dtype(hidden)
-        chunks = gradients_of_logits(
-            hidden.to(dtype), padded(weight, dtype), len(weight), targets, rows, softcap, by_row
-        )
-        return torch.cat([losses for _, losses, _ in chunks]).sum() / (targets != IGNORED).sum()
+        matrix = padded(weight, dtype)  # (V + padding, C)
+        multiply = logits_product(hidden.to(dtype), matrix, rows)
+        chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap, by_row)
+        return torch.cat([losses for losses, _ in chunks]).sum() / (targets != IGNORED).sum()
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -153,35 +159,37 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows: int,
         softcap: float | None,
         by_row: LossesAndGradient,
+        fp8: bool,
     ) -> torch.Tensor:
         dtype = product_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = padded(weight, dtype)  # (V + padding, C)
-            of_hidden = torch.empty_like(hidden, dtype=dtype)
-            of_weight = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
-            all_losses, end = [], 0
-            chunks = gradients_of_logits(hidden.to(dtype), matrix, len(weight), targets, rows, softcap, by_row)
-            for part, losses, of_logits in chunks:
-                begin, end = end, end + len(part)
-                torch.mm(of_logits, matrix, out=of_hidden[begin:end])
+            x = hidden.to(dtype)
+            of_x = torch.empty_like(x)
+            of_matrix = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
+            multiply = float8_logits_product(x, matrix, rows) if fp8 else logits_product(x, matrix, rows)
+            chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap, by_row)
+            all_losses = []
+            for (losses, of_logits), part, of_part in zip(chunks, x.split(rows), of_x.split(rows), strict=True):
+                torch.mm(of_logits, matrix, out=of_part)
                 if ctx.needs_input_grad[1]:
-                    add_product(of_weight, of_logits.t(), part)
+                    add_product(of_matrix, of_logits.t(), part)
                 all_losses.append(losses)
             count = (targets != IGNORED).sum()
-            ctx.save_for_backward(of_hidden, of_weight, count)
+            ctx.save_for_backward(of_x, of_matrix, count)
             ctx.dtypes, ctx.vocab_size = (hidden.dtype, weight.dtype), len(weight)
             return torch.cat(all_losses).sum() / count
 
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_hidden, of_weight, count = ctx.saved_tensors
+        of_x, of_matrix, count = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         scale = (gradient / count).reshape(1)  # with a dimension: as a scalar it would be rounded to 16 bits
         return (
-            (of_hidden * scale).to(ctx.dtypes[0]) if needs_hidden else None,
-            (of_weight[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
-            *(None, None, None, None),
+            (of_x * scale).to(ctx.dtypes[0]) if needs_hidden else None,
+            (of_matrix[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
+            *(None, None, None, None, None),
         )
 
 
@@ -190,25 +198,35 @@ def padded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % ALIGNMENT)) if len(weight) % ALIGNMENT else weight.to(dtype)
 
 
+def logits_product(x: torch.Tensor, matrix: torch.Tensor, rows: int) -> LogitsProduct:
+    """x matrix^T: (N, C) and (V + padding, C); each chunk overwrites the one before it."""
+    parts, logits = x.split(rows), x.new_empty(min(rows, len(x)), len(matrix))
+    return lambda chunk: torch.mm(parts[chunk], matrix.t(), out=logits[: len(parts[chunk])])
+
+
+def float8_logits_product(x: torch.Tensor, matrix: torch.Tensor, rows: int) -> LogitsProduct:
+    """As `logits_product`, in 8 bits with one scale for each of the two."""
+    (x8, x_scale), (matrix8, matrix_scale) = rounded(x, VALUES), rounded(matrix, VALUES)
+    parts = x8.split(rows)
+    return lambda chunk: product(parts[chunk], matrix8, x_scale, matrix_scale, x.dtype, fast=True)
+
+
 def gradients_of_logits(
-    hidden: torch.Tensor,
-    matrix: torch.Tensor,
+    multiply: LogitsProduct,
     vocab_size: int,
     targets: torch.Tensor,
     rows: int,
     softcap: float | None,
     by_row: LossesAndGradient,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each chunk of `hidden` (n, C), its losses (n,), and the gradient of its logits (n, V + padding).
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each chunk its losses (n,), and the gradient of its logits (n, V + padding), which the next may overwrite.
 
-    The next chunk overwrites the gradient. A column of padding has a logit of zero, which no target and no sum sees:
-    that zero is its gradient.
+    A column of padding has a logit of zero, which no target and no sum sees: that zero is its gradient.
     """
-    logits = hidden.new_empty(min(rows, len(hidden)), len(matrix))
-    for part, targets_of_part in zip(hidden.split(rows), targets.split(rows), strict=True):
-        of_part = torch.mm(part, matrix.t(), out=logits[: len(part)])
-        losses = by_row(of_part[:, :vocab_size], targets_of_part, softcap)
-        yield part, losses, of_part
+    for chunk, targets_of_chunk in enumerate(targets.split(rows)):
+        logits = multiply(chunk)
+        yield by_row(logits[:, :vocab_size], targets_of_chunk, softcap), logits
+        del logits
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

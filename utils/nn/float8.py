@@ -23,13 +23,13 @@ MULTIPLE = 16
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def use_float8(model: nn.Module) -> None:
-    """Let the linear layers inside the blocks of `model` multiply in FP8 while they are trained.
+def use_float8(layers: nn.Module) -> None:
+    """Let the linear layers inside of `layers` multiply in FP8 while they are trained.
 
     Layers of other types and those whose sizes are no multiples of 16 stay as they are, and so do all parameters.
     """
-    for name, layer in model.named_modules():
-        if type(layer) is Linear and "blocks." in name and not any(size % MULTIPLE for size in layer.weight.shape):
+    for layer in layers.modules():
+        if type(layer) is Linear and not any(size % MULTIPLE for size in layer.weight.shape):
             layer.multiply = float8_linear
 
 
@@ -86,7 +86,7 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     """
     largest = x.abs().amax().float()
     scale = largest.clamp(min=torch.finfo(torch.float32).tiny * 2**20) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
+    return (x / scale.reshape(1)).to(dtype), scale  # with a dimension it is not rounded to the precision of x
 
 
 def product(

@@ -57,6 +57,12 @@ class KVCache:
         self.positions.zero_()
         self.lengths = [0] * len(self.lengths)
 
+    def forget(self, count: int) -> None:
+        """Forget the last `count` tokens of each sequence, none of which may have overwritten an older one."""
+        assert max(self.lengths) <= self.capacity
+        self.positions.sub_(count)
+        self.lengths = [length - count for length in self.lengths]
+
     def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> slice | torch.Tensor:
         """Make room for tokens idx (B, T); T > 1 only before a window slides.
 

@@ -40,7 +40,7 @@ class StaticCache(KVCache):
             self._attended = 0
 
     def count(self, tokens: int) -> None:
-        """Count the tokens that a static pass appended to each sequence; negative: that are forgotten."""
+        """Count the tokens that a static pass appended to each sequence."""
         self.lengths = [length + tokens for length in self.lengths]
 
     def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> slice | torch.Tensor:

@@ -12,6 +12,8 @@ from model import LanguageModel
 from utils.inference.decode import decode_one_token, new_cache, prefill
 from utils.inference.evaluation import evaluating
 from utils.inference.quantization import weight_bytes
+from utils.inference.sampling import SamplingOptions
+from utils.inference.static import StaticDecoder, is_static
 from utils.machine.device import synchronize
 from utils.nn.costs import forward_flops
 from utils.nn.kv_cache import KVCache
@@ -24,7 +26,7 @@ DECODED = 64  # tokens; fewer if the second half of a block is shorter
 def measure_generation(model: LanguageModel) -> Generation:
     """Median times for one sequence, generated as inference.py does: in the precision of the weights, not compiled.
 
-    Decoding starts when half a block is in the cache.
+    Decoding starts when half a block is in the cache; on CUDA it is a graph.
     """
     parameter, T = next(model.parameters()), model.config.block_size
     tokens = torch.zeros(1, T, dtype=torch.int64, device=parameter.device)
@@ -36,18 +38,15 @@ def measure_generation(model: LanguageModel) -> Generation:
         cache.reset()
         prefill(model, tokens, cache)
 
-    def half_a_block() -> None:
-        cache.reset()
-        if begin:
-            prefill(model, tokens[:, :begin], cache)
-
-    def one_decode() -> None:
-        for _ in range(decoded):
-            decode_one_token(model, tokens[:, 0], cache)
-
     with evaluating(model):
         prefill_ms = _median_ms(one_prefill, parameter.device)
-        decode_ms = _median_ms(one_decode, parameter.device, half_a_block) / decoded
+        fill, decode = (_static_steps if is_static(parameter.device) else _steps)(model, tokens[:, :begin], cache)
+
+        def one_decode() -> None:
+            for _ in range(decoded):
+                decode()
+
+        decode_ms = _median_ms(one_decode, parameter.device, fill) / decoded
     return Generation(
         dtype=str(parameter.dtype).removeprefix("torch."),
         prompt=T,
@@ -57,6 +56,29 @@ def measure_generation(model: LanguageModel) -> Generation:
         decode_ms=decode_ms,
         decode_gbyte=decode_bytes(model, cache, begin + (decoded + 1) / 2) / 1e9,
     )
+
+
+def _steps(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What fills the cache with tokens (1, T), and what decodes one more."""
+    token = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+
+    def fill() -> None:
+        cache.reset()
+        if tokens.numel():
+            prefill(model, tokens, cache)
+
+    def decode() -> None:
+        decode_one_token(model, token, cache)
+
+    return fill, decode
+
+
+def _static_steps(
+    model: LanguageModel, tokens: torch.Tensor, _: KVCache
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """As `_steps`, by a static decoder with a cache of its own."""
+    decoder, prompt = StaticDecoder(model, 1), tokens[0].tolist() or [0]
+    return lambda: decoder.start([prompt], SamplingOptions(), [0]), decoder.decode
 
 
 def decode_bytes(model: LanguageModel, cache: KVCache, context: float) -> float:

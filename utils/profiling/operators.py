@@ -10,7 +10,7 @@ Argument = Sequence[Any]  # the shape of a tensor, or a list of shapes; empty fo
 
 ONEDNN = "mkldnn::_linear_pointwise"
 # Operator -> the position of its first matrix among the arguments; the second one follows.
-FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0}
+FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0, "_scaled_mm": 0}
 TRANSPOSED = ("linear", ONEDNN)  # multiply by the transpose of the second matrix
 ATTENTION_NAME = "scaled_dot_product"
 SMALL_RESULT = ("sum", "mean", "linalg_vector_norm", "_foreach_norm", "nll_loss", "cross_entropy_loss", "item")
@@ -21,6 +21,7 @@ WITHOUT_MOVING = frozenset(f"{VIEWS} {MORE_VIEWS} {RESERVED}".split())  # if one
 LOOKUPS = ("embedding", "index_select", "gather")  # read only what they return, not the whole table
 OPTIMIZERS = ("_fused_adamw_", "_fused_adam_")  # read weight, gradient, two moments; write all but the gradient
 BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
+BYTES |= {"c10::Float8_e4m3fn": 1, "c10::Float8_e5m2": 1}
 UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # of lists of tensors, the profiler reports only the shapes
 
 

@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.machine.device import available_memory, torch_settings
 from utils.optim.groups import build_optimizer
 from utils.runs.origin import FOUND, put_on_top
-from utils.training.state import TrainState
+from utils.training.state import TrainState, apply_layer_settings
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
 # Share of the free memory that stays free: for evaluation, histograms, fragmentation. The CPU's allocator takes 0.4% to
@@ -138,6 +138,7 @@ class Trial:
         config = config.model_copy(update={"train": train, "optimizer": optimizer})
         with device:
             model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
+        apply_layer_settings(model, config.train)
         self.state = TrainState(
             config=config,
             max_iters=1,

@@ -22,7 +22,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and target
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "workbench" / "compiled"
 # The recordings of utils/training/step_graph.py take the place of the compiler's own CUDA graphs.
-MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+MODES = {"default": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens: int) -> Loss:
@@ -35,7 +35,7 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
         tokens: of a micro-step.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))  # read when the compiler is first used
-    options: dict[str, Any] = {"backend": "aot_eager"} if device.type == "mps" else {"mode": MODES[mode]}
+    options = compiler_options(device, mode)
     parts = (LanguageModel.forward, LanguageModel.loss, LanguageModel.hidden, LanguageModel.embed)
     if any(getattr(type(model), part.__name__) is not part for part in parts):
         return torch.compile(model.loss, dynamic=False, **options)
@@ -52,6 +52,16 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
         return head(model, x, targets)
 
     return loss
+
+
+def compiler_options(device: torch.device, mode: str) -> dict[str, Any]:
+    """Arguments of torch.compile."""
+    if device.type == "mps":
+        return {"backend": "aot_eager"}
+    if device.type != "cuda":
+        return {"mode": MODES[mode]}
+    # torch's kernel for dropout makes four random numbers of one call of Philox, inductor's makes one.
+    return {"options": {**torch._inductor.list_mode_options(MODES[mode]), "fallback_random": True}}
 
 
 def _block(block: nn.Module, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
-from utils.inference.evaluation import estimate_loss, evaluating
+from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating
 from utils.machine.device import autocast
+from utils.nn.lean import is_patched
 from utils.training.callbacks import Callbacks
 from utils.training.monitor import Monitor
 from utils.training.state import TrainState
@@ -16,13 +18,11 @@ from utils.training.step_buffer import NonFiniteError
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks) -> None:
     """Losses of both splits and a sample text, to the log and the terminal; keeps the best."""
     settings = state.config.train
-    losses = estimate_loss(
-        state.model,
-        state.sampler,
-        settings.eval_iters,
-        settings.gradient_accumulation_steps,
-        lambda: autocast(state.device, state.dtype),
-    )
+    graph = settings.cuda_graph and not any(map(is_patched, state.model.modules()))  # it would call no hooks
+    if state.evaluation is None or state.evaluation.graph != graph:
+        precision = functools.partial(autocast, state.device, state.dtype)
+        state.evaluation = BatchLoss(state.model, precision, graph=graph)
+    losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
     monitor.losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):

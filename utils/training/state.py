@@ -17,10 +17,11 @@ from model import LanguageModel
 from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
-from utils.config.settings import Config, ModelConfig
+from utils.config.settings import Config, ModelConfig, TrainConfig
+from utils.inference.evaluation import BatchLoss
 from utils.machine.device import autocast
 from utils.nn.activation_checkpointing import checkpoint_activations
-from utils.nn.float8 import use_float8
+from utils.nn.float8 import MULTIPLE, use_float8
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import decode_number, encode_number
@@ -53,6 +54,7 @@ class TrainState:
     loss: Loss  # the model's, or what torch.compile made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    evaluation: BatchLoss | None = None  # once there has been one
     compiled: bool = False
     compile_seconds: float | None = None
     step: int = 0
@@ -79,10 +81,7 @@ def build_state(
 ) -> TrainState:
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
-    if config.train.fp8:
-        use_float8(model)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(model.blocks)
+    apply_layer_settings(model, config.train)
     roles = declared_roles(model)
     assert roles.keys() <= model.initialised.keys(), "a subclass that declares roles calls init_weights at its end"
     sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)
@@ -102,6 +101,15 @@ def build_state(
     if config.train.compile:
         compile_model(state, terminal)
     return state
+
+
+def apply_layer_settings(model: LanguageModel, config: TrainConfig) -> None:
+    """Let the layers compute in 8 bits, and keep less for the backward pass, as the settings of training say."""
+    if config.fp8:
+        use_float8(model.blocks)
+        model.fp8_logits = model.config.n_embd % MULTIPLE == 0
+    if config.activation_checkpointing:
+        checkpoint_activations(model.blocks)
 
 
 def compile_model(state: TrainState, terminal: Terminal) -> None:

@@ -1,0 +1,28 @@
+"""Recorded kernels: the function itself where there is no CUDA, and the same numbers where there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utils.machine.graphs import record
+
+
+def test_without_cuda_the_function_stays_as_it_is() -> None:
+    def work() -> int:
+        return 3
+
+    assert record(work, torch.device("cpu")) is work
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("index", range(max(torch.cuda.device_count(), 1)))
+def test_recording_computes_nothing_and_each_launch_repeats_the_work(index: int) -> None:
+    device = torch.device("cuda", index)
+    total = torch.zeros(3, device=device)
+    repeat = record(lambda: total.add_(1), device)
+    assert total.tolist() == [0, 0, 0]
+    for _ in range(2):
+        result = repeat()
+    assert result is total
+    assert total.tolist() == [2, 2, 2]

@@ -1,0 +1,119 @@
+"""The flags of inference.py, besides the settings of section `inference`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+MOST = 1_000_000  # sequences
+
+
+def count(text: str) -> int:
+    """A number of sequences; what argparse calls for a flag."""
+    if not text.isdecimal() or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST:,}, got {text!r}")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags but those of the settings in section `inference`."""
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        help="path, id, tag, part of an id, or latest (default: the newest with an export); several: side by side",
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="precision of the weights and activations; auto: bfloat16 on a GPU with units for it, else float32, and "
+        "always float32 with --score (default: auto)",
+    )
+    weights.add_argument("--quantize", choices=("int8",), help="on a CPU: matrices of 8 bits, each row with a scale")
+    add_mode_arguments(parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group())
+    add_output_arguments(parser.add_argument_group("prompts and output"))
+    add_draft_arguments(parser.add_argument_group("speculative decoding"))
+    add_sampling_arguments(parser.add_argument_group("sampling, besides the settings of section inference"))
+
+
+def add_mode_arguments(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "--prompt", default="", metavar="TEXT", help="text to continue; empty: start from a line break (default: empty)"
+    )
+    group.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help='one prompt a line, or .jsonl with {"prompt": ...} in each line; empty lines are left out',
+    )
+    group.add_argument("--interactive", action="store_true", help="a conversation; /help lists its commands")
+    group.add_argument(
+        "--score", type=Path, metavar="FILE", help="loss, perplexity and bits per byte of a text; nothing is generated"
+    )
+    group.add_argument(
+        "--show-info", action="store_true", help="parameters, vocabulary, training data and origin of the run"
+    )
+
+
+def add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--mode",
+        choices=("text", "qa"),
+        default="text",
+        help="qa: a prompt is a question, put into the setting qa_template; the answer ends at qa_stop (default: text)",
+    )
+    group.add_argument(
+        "--samples", type=count, default=1, metavar="N", help="completions of each prompt, each with the next seed"
+    )
+    group.add_argument(
+        "--batch-size", type=count, metavar="N", help="sequences generated together (default: 16, with a draft 1)"
+    )
+    group.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
+    )
+    group.add_argument("--stats", action="store_true", help="print the speed of generation on stderr afterwards")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows several RUNs side by side")
+    group.add_argument("--logprobs", action="store_true", help="of several RUNs, each token with its log-probability")
+
+
+def add_draft_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--draft",
+        metavar="RUN",
+        help="generate faster, with the same distribution: this run of a smaller model proposes tokens and the model "
+        "judges several in one pass; ngram: what followed the last few tokens before is proposed",
+    )
+    group.add_argument(
+        "--draft-tokens", type=count, default=5, metavar="N", help="tokens to propose at a time (default: 5)"
+    )
+
+
+def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--seed", type=int, default=1337, metavar="N", help="of the random stream (default: 1337)")
+    group.add_argument(
+        "--ban",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"no token of TEXT is ever drawn; \n is a line break (repeatable)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"the completion ends before TEXT; \n is a line break (repeatable)",
+    )
+    group.add_argument(
+        "--window",
+        choices=("sliding", "exact"),
+        default="sliding",
+        help="beyond the context, sliding: continue from the cached tokens (with learned positions their newer half is "
+        "recomputed when the context is full); exact: recompute all for each token (default: sliding)",
+    )
