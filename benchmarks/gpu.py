@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.gpu_figures import Figure, figures, table
-from benchmarks.gpu_jobs import PARTS, Job, chosen
+from benchmarks.gpu_jobs import JOBS, PARTS, Job, chosen
 from benchmarks.gpu_measure import NO_CUDA
 from benchmarks.gpu_runs import fresh_caches
 from benchmarks.gpu_task import Task, read_report
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
     args = parser.parse(argv)
     parts = [part.strip() for part in args.parts.split(",") if part.strip()]
-    if unknown := sorted(set(parts) - set(PARTS)):
+    if unknown := sorted(set(parts) - set(PARTS) - {job.name for job in JOBS}):
         raise UserError(f"--parts: unknown: {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
     if args.minutes <= 0:
         raise UserError(f"--minutes must be more than 0, not {args.minutes:g}")

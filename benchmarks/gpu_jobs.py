@@ -59,8 +59,8 @@ JOBS: Sequence[Job] = (
 
 
 def chosen(parts: Sequence[str], *, with_nanogpt: bool, dry: bool) -> list[Job]:
-    """The jobs that these parts need."""
-    needed = [job for job in JOBS if set(job.parts) & set(parts) and job.instead_of not in parts]
+    """The jobs that these parts need, or that they name."""
+    needed = [job for job in JOBS if {job.name, *job.parts} & set(parts) and job.instead_of not in parts]
     return [job for job in needed if (with_nanogpt or not job.nanogpt) and (job.dry or not dry)]
 
 
