@@ -324,7 +324,7 @@ def time_speedrun(task: Task) -> None:
     from utils.inference.evaluation import split_loss
     from utils.inference.export import load_export
 
-    sizes: Overrides = {"max_iters": "6"} if task.dry else {}
+    sizes: Overrides = {"max_iters": "6", "warmup_iters": "0"} if task.dry else {}
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         more = ({"eval_interval": NEVER, "sample_tokens": "0", "seed": str(seed)}, sizes)
