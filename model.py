@@ -16,10 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from utils.config.settings import ModelConfig
+from utils.nn.activation_checkpointing import recomputed
 from utils.nn.attention import causal_attention
 from utils.nn.costs import shapes_only
 from utils.nn.cross_entropy import (
+    LossesAndGradient,
     chunked_cross_entropy,
+    losses_and_gradient,
     plain_cross_entropy,
     rows_at_once,
 )
@@ -62,6 +65,10 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.n_embd, eps=config.norm_eps)
         declare(self, weight=SCALE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., C). The fused kernel wants both in one precision; it sums up in float32."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Norm(Protocol):
@@ -268,7 +275,9 @@ class LanguageModel(nn.Module):
         self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
             self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
+        self.losses_by_row: LossesAndGradient = losses_and_gradient  # or what torch.compile made of it
         self.fp8_logits = False  # in training on CUDA
+        self.recomputes = False  # blocks keep only their input for the backward pass
         init_weights(self)
 
     def forward(
@@ -301,9 +310,9 @@ class LanguageModel(nn.Module):
         rows = rows_at_once(hidden.device, targets.numel(), self.vocab_size)
         if not rows or weight is None or type(self).head_logits is not LanguageModel.head_logits:
             return plain_cross_entropy(self.head_logits(hidden), targets)
+        softcap, by_row = self.config.logit_softcap, self.losses_by_row
         hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
-        softcap, fp8 = self.config.logit_softcap, self.fp8_logits
-        return chunked_cross_entropy(hidden, weight, targets, rows, softcap, fp8=fp8)
+        return chunked_cross_entropy(hidden, weight, targets, rows, softcap, by_row, self.fp8_logits)
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
@@ -315,8 +324,9 @@ class LanguageModel(nn.Module):
             lengths: of the sequences in idx, if they differ (see KVCache.begin).
         """
         x, rope = self.embed(idx, cache, lengths)
+        run = recomputed(run_block, self.config.dropout) if self.recomputes else run_block
         for block in self.blocks:
-            x = block(x, rope, cache)
+            x = run(block, x, rope, cache)
         if cache is not None:
             cache.end()
         return self.final_norm(x)
@@ -359,6 +369,16 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         """The number of trainable parameters; a tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def run_block(
+    block: nn.Module,
+    x: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    cache: KVCache | None,
+) -> torch.Tensor:
+    """(B, T, C) -> (B, T, C). One function for all layers, so that its compiled code serves them all."""
+    return block(x, rope, cache)
 
 
 def stream_type(x: torch.Tensor) -> torch.Tensor:

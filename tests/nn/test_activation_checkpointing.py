@@ -9,7 +9,6 @@ import torch
 
 from model import LanguageModel
 from utils.config.settings import ModelConfig
-from utils.nn.activation_checkpointing import checkpoint_activations
 
 IDX = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
 SETTINGS = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16}
@@ -18,8 +17,7 @@ SETTINGS = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16}
 def loss_and_gradients(*, checkpointing: bool, compiled: bool = False, **settings: Any) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig.model_validate({**SETTINGS, **settings}), vocab_size=50)
-    if checkpointing:
-        checkpoint_activations(model.blocks)
+    model.recomputes = checkpointing
     function = torch.compile(model.loss, backend="aot_eager") if compiled else model.loss
     loss = function(IDX[:, :-1], IDX[:, 1:])
     loss.backward()
@@ -63,7 +61,7 @@ def test_less_is_kept_and_nothing_changes_without_gradients() -> None:
     names, before = list(model.state_dict()), kept(model)
     with torch.no_grad():
         expected = model.loss(IDX[:, :-1], IDX[:, 1:])
-    checkpoint_activations(model.blocks)
+    model.recomputes = True
     assert list(model.state_dict()) == names
     assert kept(model) < before / 2
     with torch.no_grad():

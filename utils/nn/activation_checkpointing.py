@@ -6,29 +6,26 @@ run draws the same random numbers and gives the same bits, and so do the gradien
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_activations(blocks: nn.ModuleList) -> None:
-    """Let each block keep only its input for the backward pass. What compiles a block's `forward` comes before this.
+def recomputed(function: Callable[..., torch.Tensor], dropout: float) -> Callable[..., torch.Tensor]:
+    """`function`, but what it computes is computed again in the backward pass, if there is to be one.
 
-    With dropout, the state of the random numbers is saved and restored on the host, which a CUDA graph cannot record.
+    Args:
+        dropout: in it. If there is any, the state of the random numbers is saved and restored on the host, which a
+            CUDA graph cannot record.
     """
-    for block in blocks:
-        has_dropout = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in block.modules())
-        block.forward = functools.partial(_recomputed, block.forward, has_dropout)
 
+    def call(*arguments: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return function(*arguments)
+        result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0)
+        assert isinstance(result, torch.Tensor)
+        return result
 
-def _recomputed(forward: Callable[..., torch.Tensor], has_dropout: bool, *arguments: Any) -> torch.Tensor:
-    """forward(*arguments), whose activations are computed again in the backward pass if there is to be one."""
-    if not torch.is_grad_enabled():
-        return forward(*arguments)
-    result = checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=has_dropout)
-    assert isinstance(result, torch.Tensor)
-    return result
+    return call

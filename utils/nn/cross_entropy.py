@@ -11,7 +11,6 @@ pass is to scale the gradients.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,9 +23,7 @@ from utils.nn.linear import first_order, product_dtype
 IGNORED = -100  # a target without a loss, as torch has it
 ALIGNMENT = 128  # rows of the weight: matrix products of other sizes miss the fast kernels
 SMALL_VOCABULARY = 4096  # below, the logits are small beside the rest, and one compiled kernel is faster than chunks
-# Logits of a chunk at most, 2 GB in bfloat16. On an H200, head and loss of 65,536 rows with 50,304 words take 31.65,
-# 31.58, 30.76 and 30.95 ms in chunks of 4,096, 8,192, 16,384 and 32,768 rows.
-AT_ONCE = 1 << 30
+AT_ONCE = 1 << 30  # logits of a chunk at most: 2 GB in bfloat16, 16,384 rows of GPT-2's words (docs/LOG.md)
 
 # Overwrites logits (n, V) with the gradient of the sum of their losses; returns the losses, (n,).
 LossesAndGradient = Callable[[torch.Tensor, torch.Tensor, float | None], torch.Tensor]
@@ -55,7 +52,7 @@ def plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """The loss of each row in nats; the logits are overwritten with the gradient of the sum of the losses.
 
-    On a GPU `utils.nn.cross_entropy_kernel` computes the same with one kernel, if it can: see `fastest_by_row`.
+    torch.compile makes one kernel of it, which reads the logits from memory once.
 
     Args:
         logits: (n, V), before the soft cap. The gradient is not divided by a number of rows: it lies between -1 and 1,
@@ -83,41 +80,13 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: fl
     return losses.where(counted, 0.0)
 
 
-def fastest_by_row(device: torch.device, dtype: torch.dtype) -> LossesAndGradient:
-    """The kernel that does what `losses_and_gradient` does, where it works; torch.compile makes one of its own."""
-    kernel = kernel_on(device, dtype) if device.type == "cuda" and not torch.compiler.is_compiling() else None
-    return kernel or losses_and_gradient
-
-
-@functools.cache
-def kernel_on(device: torch.device, dtype: torch.dtype) -> LossesAndGradient | None:
-    """The kernel for logits of this precision; None where it does not work, which is tried once.
-
-    Triton is a part of torch's builds for CUDA on Linux. It needs a C compiler.
-    """
-    if torch.finfo(dtype).bits > 32:
-        return None
-    try:
-        from utils.nn.cross_entropy_kernel import losses_and_gradient as kernel
-    except ImportError:
-        return None
-    try:
-        kernel(torch.zeros(1, ALIGNMENT, device=device, dtype=dtype), torch.zeros(1, device=device).long(), None)
-    except Exception as error:  # a compiler can fail in any way, and torch's own kernels do not need it
-        warnings.warn(
-            f"no Triton, so the loss is slower: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
-        )
-        return None
-    return kernel
-
-
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     rows: int,
     softcap: float | None = None,
-    by_row: LossesAndGradient | None = None,
+    by_row: LossesAndGradient = losses_and_gradient,
     fp8: bool = False,
 ) -> torch.Tensor:
     """The mean cross-entropy of the logits `hidden weight^T`, in nats per target; it has no second derivative.
@@ -130,16 +99,15 @@ def chunked_cross_entropy(
         targets: (N,), int64; IGNORED where there is no loss.
         rows: of a chunk, see `rows_at_once`.
         softcap: of the logits, see `losses_and_gradient`.
-        by_row: `losses_and_gradient` or a function like it; None: `fastest_by_row`.
+        by_row: `losses_and_gradient`, or what torch.compile made of it.
         fp8: compute the logits in 8 bits (C a multiple of 16), the gradients as ever; only where gradients are needed.
 
     Returns:
         (), in float32 or the precision of `hidden`, whichever is higher.
     """
-    dtype = product_dtype(hidden)
-    by_row = by_row or fastest_by_row(hidden.device, dtype)
     if torch.is_grad_enabled():
         return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, softcap, by_row, fp8)
+    dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         matrix = padded(weight, dtype)  # (V + padding, C)
         multiply = logits_product(hidden.to(dtype), matrix, rows)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from model import LanguageModel
-from utils.nn.cross_entropy import rows_at_once
+from model import LanguageModel, run_block
+from utils.nn.activation_checkpointing import recomputed
+from utils.nn.cross_entropy import losses_and_gradient, rows_at_once
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, (B, T) each -> ()
 
@@ -40,15 +40,18 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
     if any(getattr(type(model), part.__name__) is not part for part in parts):
         return torch.compile(model.loss, dynamic=False, **options)
     embed: Callable[..., Any] = torch.compile(model.embed, dynamic=False, **options)
-    block: Callable[..., torch.Tensor] = torch.compile(_block, dynamic=False, **options)
+    block: Callable[..., torch.Tensor] = torch.compile(run_block, dynamic=False, **options)
+    if model.recomputes:
+        block = recomputed(block, model.config.dropout)
     head: Callable[..., torch.Tensor] = torch.compile(_head, dynamic=False, **options)
-    if rows_at_once(device, tokens, model.vocab_size):  # the loop over the chunks of a large vocabulary stays as it is
-        head = _head
+    if device.type == "cuda":  # the loop over the chunks of a large vocabulary stays as it is
+        model.losses_by_row = torch.compile(losses_and_gradient, dynamic=False, **options)
+        head = _head if rows_at_once(device, tokens, model.vocab_size) else head
 
     def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         x, rope = embed(idx)
         for layer in model.blocks:
-            x = block(layer, x, rope)
+            x = block(layer, x, rope, None)
         return head(model, x, targets)
 
     return loss
@@ -62,11 +65,6 @@ def compiler_options(device: torch.device, mode: str) -> dict[str, Any]:
         return {"mode": MODES[mode]}
     # torch's kernel for dropout makes four random numbers of one call of Philox, inductor's makes one.
     return {"options": {**torch._inductor.list_mode_options(MODES[mode]), "fallback_random": True}}
-
-
-def _block(block: nn.Module, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """One function for all layers, so that one compiled code serves them."""
-    return block(x, rope, None)
 
 
 def _head(model: LanguageModel, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

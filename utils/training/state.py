@@ -20,7 +20,6 @@ from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig, TrainConfig
 from utils.inference.evaluation import BatchLoss
 from utils.machine.device import autocast
-from utils.nn.activation_checkpointing import checkpoint_activations
 from utils.nn.float8 import MULTIPLE, use_float8
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
@@ -108,8 +107,7 @@ def apply_layer_settings(model: LanguageModel, config: TrainConfig) -> None:
     if config.fp8:
         use_float8(model.blocks)
         model.fp8_logits = model.config.n_embd % MULTIPLE == 0
-    if config.activation_checkpointing:
-        checkpoint_activations(model.blocks)
+    model.recomputes = config.activation_checkpointing
 
 
 def compile_model(state: TrainState, terminal: Terminal) -> None:
@@ -117,7 +115,7 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
 
     Random streams continue as if there had been no trial, on CPU and CUDA.
     """
-    settings, began = state.config.train, time.perf_counter()
+    settings, began, own = state.config.train, time.perf_counter(), state.model.losses_by_row
     micro_steps = settings.gradient_accumulation_steps
     terminal.print("compiling: up to a minute the first time, seconds from then on")
     devices = [state.device] if state.device.type == "cuda" else []
@@ -131,6 +129,7 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
     except torch.OutOfMemoryError:  # without the compiler it would not fit either
         raise
     except Exception as error:  # a compiler can fail in any way, and training works without it
+        state.model.losses_by_row = own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         terminal.warn(f"torch.compile failed, continuing in eager mode: {type(error).__name__}: {reason}")
         return

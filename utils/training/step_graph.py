@@ -133,6 +133,8 @@ def obstacle(state: TrainState) -> str:
     """Why the updates of a state cannot be recorded; empty if nothing is known to be in the way."""
     if not isinstance(state.optimizer, EagerOptimizer):
         return f"{type(state.optimizer).__name__} is not made for it"
+    if state.model.recomputes and state.config.model.dropout:
+        return "activation_checkpointing saves the random state of dropout on the host"
     if any(map(is_patched, state.model.modules())):
         return "a module has hooks or a patched forward, which a recording would not call"
     if state.device.type == "cuda":
