@@ -11,9 +11,11 @@ import torch
 
 import utils.training.feed as feed
 import utils.training.step_graph as step_graph
+from utils.inference.static import StaticDecoders
 from utils.optim.schedules import apply_schedules
 from utils.terminal.cli import Parser, parse_experiment
 from utils.terminal.console import Terminal
+from utils.training.evaluate import sample_text
 from utils.training.feed import Feed
 from utils.training.setup import make_setup
 from utils.training.state import TrainState, build_state, capture
@@ -133,6 +135,19 @@ def test_what_cannot_be_recorded_trains_on_after_one_warning(
         obstacle
     ] in warnings[0]
     assert "\n" not in warnings[0]
+
+
+def test_the_sample_text_of_static_decoders_is_that_of_the_loop(new_state: NewState) -> None:
+    state = new_state("--sample-tokens", "40")
+    expected = sample_text(state)
+    state.decoders = StaticDecoders()
+    assert sample_text(state) == expected
+    with torch.no_grad():
+        state.model.token_embedding.weight.mul_(1.5)
+    changed = sample_text(state)
+    assert changed != expected
+    state.decoders = None
+    assert changed == sample_text(state)
 
 
 def test_only_cuda_records(new_state: NewState) -> None:

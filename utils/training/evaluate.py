@@ -7,6 +7,7 @@ import math
 
 from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
 from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating
+from utils.inference.static import StaticDecoders, is_static
 from utils.machine.device import autocast
 from utils.nn.lean import is_patched
 from utils.training.callbacks import Callbacks
@@ -22,6 +23,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks) -> None:
     if state.evaluation is None or state.evaluation.graph != graph:
         precision = functools.partial(autocast, state.device, state.dtype)
         state.evaluation = BatchLoss(state.model, precision, graph=graph)
+        state.decoders = StaticDecoders() if graph and is_static(state.device) else None
     losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
     monitor.losses(losses)
     for name, loss in losses.items():
@@ -41,6 +43,11 @@ def sample_text(state: TrainState) -> str:
     """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time."""
     tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
     prompt = start_tokens(tokenizer, tracking.sample_prompt)
+    options, seed = SamplingOptions(), state.config.train.seed
     with evaluating(state.model):
-        ids = generate_tokens(state.model, prompt, tracking.sample_tokens, SamplingOptions(), state.config.train.seed)
-        return tracking.sample_prompt + tokenizer.decode(ids)
+        if state.decoders is not None:
+            blocks = state.decoders.generate(state.model, [prompt], tracking.sample_tokens, options, [seed])
+            ids = [token for block in blocks for token in block.tokens[0]]
+        else:
+            ids = list(generate_tokens(state.model, prompt, tracking.sample_tokens, options, seed))
+    return tracking.sample_prompt + tokenizer.decode(ids)

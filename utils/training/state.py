@@ -19,6 +19,7 @@ from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig, TrainConfig
 from utils.inference.evaluation import BatchLoss
+from utils.inference.static import StaticDecoders
 from utils.machine.device import autocast
 from utils.nn.float8 import MULTIPLE, use_float8
 from utils.nn.roles import declared_roles
@@ -53,7 +54,8 @@ class TrainState:
     loss: Loss  # the model's, or what torch.compile made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    evaluation: BatchLoss | None = None  # once there has been one
+    evaluation: BatchLoss | None = None  # once there has been one,
+    decoders: StaticDecoders | None = None  # and its sample text, if a device has some
     compiled: bool = False
     compile_seconds: float | None = None
     step: int = 0
