@@ -20,6 +20,7 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> lis
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "FASTER", True)  # on every processor
 
 
 def test_this_build_of_torch_has_onednn() -> None:
@@ -86,9 +87,13 @@ def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch: pytest.Mon
         layer.float()(x)
 
 
-def test_without_onednn_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "value"), [("ONEDNN", None), ("FASTER", False)])
+def test_without_onednn_or_where_it_is_slower_torch_computes(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weight, bias = tensors((4, 8), (3, 8), (3,))
-    monkeypatch.setattr(module, "ONEDNN", None)
+    monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "product", None)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 

@@ -1,7 +1,7 @@
 """Linear layers. On a CPU in float32, oneDNN computes their matrix products: it uses AVX-512 on every processor.
 
 torch uses MKL for float32, which stays with AVX2 on AMD's processors: half the speed where there is AVX-512. Where
-there is none, MKL is the faster one (docs/LOG.md).
+there is none, MKL is faster by an eighth of a step, and computes them (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from utils.nn.roles import BIAS, MATRIX, declare
 # The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
 ONEDNN = private_operator("ops.mkldnn._linear_pointwise.default") if torch.backends.mkldnn.is_available() else None
 
+FASTER = torch.backends.cpu.get_cpu_capability() != "AVX2"  # than MKL
+
 R = TypeVar("R")
 
 SMALL = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
@@ -38,6 +40,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         x.is_cpu
         and x.dtype is torch.float32 is weight.dtype
         and ONEDNN is not None
+        and FASTER
         and x.numel() * weight.shape[0] > SMALL  # false for empty tensors, too
         and x.shape[-1] == weight.shape[1]  # if not, torch's message is the better one
         and not torch.is_autocast_enabled("cpu")
