@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,3 +242,27 @@ def test_messages_that_cannot_be_written_change_no_exit_status() -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, ROOT / "experiments.py", "show", "nothing", "--runs-dir", "nowhere"]
         assert subprocess.run(command, stderr=full, check=False).returncode == 2
+
+
+# ------------------------------------------------------------------------------------------------- the next commands
+
+
+def test_the_next_commands_work_as_pasted_from_another_folder(train_command: Command, tmp_path: Path) -> None:
+    here = tmp_path / "another folder"
+    here.mkdir()
+
+    def run(command: str | list[str]) -> dict[str, str]:
+        """Run it in the folder; returns the commands that it prints."""
+        shell = isinstance(command, str)
+        result = subprocess.run(command, shell=shell, cwd=here, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, ""), command
+        _, _, following = result.stdout.partition("\nNext\n")
+        return {line.split()[0]: line.split(maxsplit=1)[1] for line in following.splitlines()}
+
+    following = run(train_command("--runs-dir", str(tmp_path / "my runs"), "--run-tag", "x", "--stop-at-step", "3"))
+    following = run(following["continue"])
+    assert "--prompt" not in following["generate"]  # the text of this corpus has no T
+    run(following["generate"])
+    program, _, folder = shlex.split(following["curves"])  # it would serve until Ctrl-C
+    assert shutil.which(program)
+    assert Path(folder) == tmp_path / "my runs"
