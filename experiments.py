@@ -343,7 +343,7 @@ def reproduce(args: argparse.Namespace) -> Answer:
     lines = [f"not known: {unknown}" for unknown in found.unknown]
     lines.append(f"{found.repetition} against {found.run}: {found.verdict}")
     data = {"identical": found.identical, "verdict": found.verdict, **fields_of(found)}
-    stopped = found.exit_status in (130, 143)  # by a signal
+    stopped = found.exit_status in (129, 130, 143)  # by a signal
     return Answer(data, lambda console: lines, found.exit_status if stopped else 0 if found.identical else 1)
 
 

@@ -235,8 +235,6 @@ def main(argv: Sequence[str]) -> int:
     runs_dir = PROJECT_ROOT / (args.runs_dir or config.tracking.runs_dir)
     exports = [find_export(run, runs_dir) for run in args.runs or [None]]
     args.runs_dir = runs_dir
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # characters that a terminal without UTF-8 cannot show
     return mode.run(args, exports, config.inference)
 
 

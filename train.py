@@ -22,7 +22,8 @@ from utils.machine.signals import Deadline
 from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
 from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
-from utils.training.launch import add_origin_flags, launches
+from utils.terminal.streams import lasting_output
+from utils.training.launch import add_origin_flags, launches, note
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
@@ -38,9 +39,10 @@ def main(argv: Sequence[str]) -> int:
     for loaded, origin in launches(parsed):
         try:
             return train(loaded, origin=origin, argv=("train.py", *argv), strict=parsed.own.strict).exit_status
-        except RunLockedError:
+        except RunLockedError as error:
             if parsed.own.resume != "auto":
                 raise
+            note(str(error))
     raise AssertionError("--resume auto ends with a new run")
 
 
@@ -76,7 +78,10 @@ def train(
     from utils.profiling.in_run import RunProfiler
     from utils.training.session import open_session
 
-    with open_session(loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict) as session:
+    with (
+        lasting_output(),
+        open_session(loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict) as session,
+    ):
         training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
     return session.result
 

@@ -31,6 +31,17 @@ def test_the_second_signal_interrupts_at_once(second: signal.Signals) -> None:
         assert stop.reason == "SIGTERM"
 
 
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_sighup_is_never_impatience(first: signal.Signals) -> None:
+    """A terminal that is closed sends it twice: by its shell and by the kernel."""
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert (stop.signum, stop.reason) == (first, first.name)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_previous_handlers_are_restored_however_it_ends(error: type[BaseException] | None) -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]

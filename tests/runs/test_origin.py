@@ -144,11 +144,12 @@ def test_unfinished_runs_of_the_tag_are_found_newest_first(runs_dir: Path) -> No
     old = make(runs_dir, "20260101_000000_a", config, tag="a", status="interrupted")
     crashed = make(runs_dir, "20260102_000000_a", config, tag="a", status="running", host="gone", pid=1)
     new = make(runs_dir, "20260103_000000_a", config, tag="a", status="interrupted")
-    for day, status in enumerate(("completed", "failed", "diverged"), start=4):
+    failed = make(runs_dir, "20260104_000000_a", config, tag="a", status="failed")  # of a full disk, say
+    for day, status in enumerate(("completed", "diverged"), start=5):
         make(runs_dir, f"2026010{day}_000000_a", config, tag="a", status=status)
     make(runs_dir, "20260107_000000_b", config, tag="b")
     make(runs_dir, "20260108_000000", config)
-    assert resumable_runs(runs_dir, "a") == [new, crashed, old]
+    assert resumable_runs(runs_dir, "a") == [failed, new, crashed, old]
     assert resumable_runs(runs_dir, "c") == []
     assert resumable_runs(runs_dir / "nowhere", "a") == []
 
@@ -158,6 +159,27 @@ def test_damaged_records_and_runs_without_configuration_are_left_out(runs_dir: P
     make(runs_dir, "20260102_000000_a", None, tag="a")  # ended before its configuration was written
     (make(runs_dir, "20260103_000000_a", Config(), tag="a") / "run.json").write_text("{")
     assert resumable_runs(runs_dir, "a") == [good]
+
+
+def test_why_a_newer_run_is_not_resumed_is_reported(runs_dir: Path) -> None:
+    make(runs_dir, "20260101_000000_a", Config(), tag="a", status="diverged", exit_reason="not said: too old")
+    make(runs_dir, "20260102_000000_a", Config(), tag="a", status="completed")
+    make(runs_dir, "20260103_000000_a", Config(), tag="a", status="diverged", exit_reason="loss is nan")
+    make(runs_dir, "20260104_000000_a", None, tag="a")
+    (make(runs_dir, "20260105_000000_a", Config(), tag="a") / "run.json").write_text("{")
+    make(runs_dir, "20260106_000000_b", Config(), tag="b", status="diverged")
+    lines: list[str] = []
+    assert resumable_runs(runs_dir, "a", lines.append) == []
+    unwritten, diverged, complete, unreadable = lines
+    assert unreadable.startswith("20260105_000000_a is not resumed: ")
+    assert "run.json cannot be read" in unreadable
+    assert unwritten == "20260104_000000_a is not resumed: it ended before its configuration was written"
+    assert diverged == "20260103_000000_a is not resumed: it diverged: loss is nan"
+    assert complete == "20260102_000000_a is not resumed: it is complete"
+    make(runs_dir, "20260107_000000_a", Config(), tag="a", status="failed")
+    lines.clear()
+    assert len(resumable_runs(runs_dir, "a", lines.append)) == 1
+    assert lines == [unreadable]  # the others are not newer
 
 
 def test_a_run_that_is_being_trained_is_never_taken(runs_dir: Path) -> None:

@@ -129,7 +129,7 @@ def assert_only_view_failed(
         reported = [line for line in output.splitlines() if f"{view} is" in line]
         assert len(reported) == 1, reported
         assert reported[0].startswith(f"warning: {problem}: ")
-        assert reported[0].endswith(f"; later: python experiments.py rebuild {run} --{view}")
+        assert reported[0].endswith(f"experiments.py rebuild {run} --{view}")
         assert record["views"][view]["state"] == state
         assert record["views"][view]["reason"]
         shown = (run / "logs" / "train.log").read_text()

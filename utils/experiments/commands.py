@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from utils.runs.index import IndexedRun, read_run
 from utils.runs.run import RunError
 from utils.terminal.cli import PROJECT_ROOT, Parser
 from utils.terminal.console import Terminal, print_to
+from utils.terminal.streams import is_unicode
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -81,7 +83,7 @@ class Command:
         """
         answer = self.compute(args)
         if args.json:
-            print(json.dumps(_as_json(answer.data), indent=2, ensure_ascii=False))
+            print(json.dumps(_as_json(answer.data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
             return answer.status
         console = Terminal().console
         for part in answer.render(console):

@@ -230,26 +230,30 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
 
 
 def _train(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, int]:
-    """Run a training process and pass our signals on to it.
+    """Run a training process and pass our signals on to it. Losing our own output does not stop it.
 
     Returns:
         Its exit status and process id.
     """
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
     assert process.stdout is not None
-    previous = signal.getsignal(signal.SIGTERM)
+    passed_on = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    previous = {signum: signal.getsignal(signum) for signum in passed_on}
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        for signum in passed_on:
+            signal.signal(signum, lambda signum, _: process.send_signal(signum))
     try:
         while True:
             with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child too, which then stops in order
                 for line in process.stdout:
                     if line.startswith(FORWARDED):  # not the hint how to resume: the code is deleted at the end
-                        print(printable(line), end="", file=output, flush=True)
+                        with contextlib.suppress(OSError):  # lost, like the output of training itself
+                            print(printable(line), end="", file=output, flush=True)
                 return process.wait(), process.pid
     finally:
         with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
 
 
 def _new_run(runs_dir: Path, existing: set[str], pid: int) -> Path | None:

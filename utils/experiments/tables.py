@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -236,7 +237,7 @@ def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     yield "torch", f"{row['torch']}, {resolved.get('threads')} threads" if row["torch"] else ""
     known = (f"{name} {environment[name]}" for name in ("python", "platform") if name in environment)
     yield "environment", ", ".join(known)
-    yield "command", "python " + " ".join(record["argv"]) if record.get("argv") else ""
+    yield "command", "python " + shlex.join(map(str, record["argv"])) if record.get("argv") else ""
     yield "parent", f"{parent['run']} ({parent['relation']} at step {parent['step']:,})" if parent else ""
     yield "children", ", ".join(children)
     yield "promoted as", ", ".join(models)

@@ -1,4 +1,4 @@
-"""Settings that make a computing process fast, and fair to others; call tune_process before importing torch."""
+"""The process: settings that make it fast, and fair to others (before importing torch), and its first descriptors."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, GIB)
         mallopt(M_MMAP_THRESHOLD, GIB) or mallopt(M_MMAP_THRESHOLD, LARGEST_BEFORE_2_35)  # older glibc: 32 MiB
+
+
+def keep_standard_descriptors() -> None:
+    """Open the null device in place of stdin, stdout or stderr where the process was started without it (`2>&-`).
+
+    Otherwise the next file to be opened, a lock perhaps, becomes descriptor 2, and messages are written into it.
+    """
+    for standard in range(3):
+        try:
+            os.fstat(standard)
+        except OSError:
+            fd = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            assert fd == standard
+            os.set_inheritable(fd, True)  # for the programs that this process starts
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ SAVE_SIGNAL = signal.SIGUSR1
 
 @dataclass
 class StopRequest:
-    """Set by the first stop signal, or by `stop`; a second signal raises KeyboardInterrupt at once.
+    """Set by the first stop signal, or by `stop`; a second signal other than SIGHUP raises KeyboardInterrupt at once.
 
     reason: why to stop; None: training continues.
     signum: the signal that asked to stop.
@@ -38,17 +38,24 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def handle(self, signum: int, _frame: FrameType | None) -> None:
-        # os.write, because a handler may interrupt code that holds the lock of a stream
         name = signal.Signals(signum).name
         if signum == SAVE_SIGNAL:
             self.save = True
-            os.write(2, f"\n{name}: saving a checkpoint after this step\n".encode())
+            _tell(f"\n{name}: saving a checkpoint after this step\n")
             return
         first, self.signum = self.signum is None, self.signum or signum
         self.stop(name)
+        if signum == signal.SIGHUP and not first:
+            return  # a terminal that is closed sends it twice, by the shell and by the kernel: nobody is impatient
         if not (first and self.patient):
             raise KeyboardInterrupt
-        os.write(2, f"\n{name}: stopping after this step; a second signal stops at once\n".encode())
+        _tell(f"\n{name}: stopping after this step; a second signal stops at once\n")
+
+
+def _tell(message: str) -> None:
+    """Write to stderr by os.write, because a handler may interrupt code that holds the lock of a stream."""
+    with contextlib.suppress(OSError):  # the terminal or the pipe may be what has gone
+        os.write(2, message.encode())
 
 
 @contextlib.contextmanager

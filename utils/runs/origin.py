@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +21,12 @@ from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedC
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
 from utils.runs.find import list_run_paths, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
-from utils.runs.run import RunError, read_record, read_status
+from utils.runs.run import RunError, read_record, status_of
 from utils.terminal.words import setting_text
 
 Relation = Literal["resume", "fork", "init"]
 CHOICES = ("latest", "best")
-RESUMABLE = ("interrupted", "crashed")
+RESUMABLE = ("interrupted", "crashed", "failed")  # a failure may be over: a full disk, a mistake in a callback
 BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
 FOUND = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which a resume does not inherit
@@ -71,16 +71,42 @@ def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool =
     return Origin(relation, run.resolve(), which, strict)
 
 
-def resumable_runs(runs_dir: Path, tag: str) -> list[Path]:
-    """The runs with this tag that were interrupted or crashed after their configuration was written, newest first."""
-    found = []
+def resumable_runs(runs_dir: Path, tag: str, report: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """The runs with this tag that can go on, newest first: interrupted, crashed or failed ones with a configuration.
+
+    Args:
+        report: gets a line about each newer run that cannot, back to the newest that is complete; and about each that
+            has no readable record, if its id looks as if it had this tag.
+    """
+    found: list[Path] = []
+    complete = False
     for path in reversed(list_run_paths(runs_dir)):
         try:
-            if read_record(path).get("tag") == tag and read_status(path) in RESUMABLE and _config_path(path).is_file():
-                found.append(path)
-        except RunError:
+            record = read_record(path)
+        except RunError as error:
+            if f"_{tag}" in path.name:
+                report(f"{path.name} is not resumed: {error}")
             continue
+        if record.get("tag") != tag:
+            continue
+        if (reason := _why_not(path, record)) is None:
+            found.append(path)
+        elif not found and not complete:
+            report(f"{path.name} is not resumed: {reason}")
+            complete = record["status"] == "completed"
     return found
+
+
+def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
+    """Why `--resume auto` does not continue a run; None: it can."""
+    status = status_of(path, record)
+    if status == "completed":
+        return "it is complete"
+    if status == "running":
+        return f"it is being trained by process {record.get('pid')} on {record.get('host')}"
+    if status not in RESUMABLE:
+        return f"it {status}: {record.get('exit_reason')}"
+    return None if _config_path(path).is_file() else "it ended before its configuration was written"
 
 
 def _config_path(run: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import re
 import shutil
 import sys
@@ -18,6 +17,7 @@ from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_na
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.machine.process import tune_process
+from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import printable, setting_text
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,10 @@ class Parser(argparse.ArgumentParser):
         if message.endswith("expected one argument"):
             message += "; one that begins with a dash is given as --FLAG=VALUE"
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help; unlike argparse's own method, it does not hide that it could not."""
+        print(message, end="", file=file)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of `argv`; `--batch_size` is `--batch-size`.
@@ -196,50 +200,36 @@ class Main(Protocol):
 
 
 def script(main: Callable[[Sequence[str]], int]) -> Main:
-    """Decorator of a script's `main(argv)`: reports mistakes in one line on stderr, with exit status 2.
+    """Decorator of a script's `main(argv)`: prepares its streams, and reports mistakes in one line, with status 2.
 
     Other endings: 130 after Ctrl-C (outside the part that handles signals itself), 141 without a message after a
-    closed pipe (`... | head`), and 1 with one line if the disk behind stdout is full.
+    closed pipe (`... | head`), and 1 with one line if stdout cannot be written for another reason (a full disk).
     """
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
+        prepare_streams()
         tune_process()
         try:
-            status = main(sys.argv[1:] if argv is None else argv)
-            if sys.stdout is not None:
+            try:
+                return main(sys.argv[1:] if argv is None else argv)
+            except UserError as error:
+                for line in str(error).splitlines():
+                    print(f"error: {printable(line)}", file=sys.stderr)
+                return 2
+            finally:
                 sys.stdout.flush()  # at exit it would be too late to report an error
-            return status
-        except UserError as error:
-            for line in str(error).splitlines():
-                print(f"error: {printable(line)}", file=sys.stderr)
-            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            _drop_output()
+            drop(sys.stdout)
             return 141
         except OSError as error:
-            if not _output_fails():
+            if why_lost(sys.stdout) is None:
                 raise
-            _drop_output()
+            drop(sys.stdout)
             print(f"error: output: cannot be written: {error.strerror}", file=sys.stderr)
             return 1
 
     return wrapper
-
-
-def _output_fails() -> bool:
-    """True if stdout cannot be written: it still holds what it could not write, so a flush fails again."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        return True
-    return False
-
-
-def _drop_output() -> None:
-    """Redirect stdout to nowhere, so that the flush at exit does not fail too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

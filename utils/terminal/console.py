@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from utils.terminal.streams import Output, drop, why_lost
 from utils.terminal.words import printable, setting_text
 
 LOG_WIDTH = 110  # columns of logs/train.log
@@ -31,11 +31,11 @@ class PrintableConsole(Console):
 
 
 class _Stdout(PrintableConsole):
-    """A console on stdout that outlives its reader: after `train.py ... | head` training goes on without output."""
+    """A console on stdout that outlives its reader: after `profile_model.py ... | head` the work goes on unseen."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
 
 
 def print_to(console: Console, renderable: RenderableType) -> None:
@@ -61,7 +61,8 @@ class Terminal:
 
     def attach(self, path: Path) -> None:
         """Append everything that is printed from now on, and what was printed so far, to the file `path`."""
-        file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        binary = io.BufferedWriter(Output(path, lasting=True))  # the log serves people: losing it must not end a run
+        file = io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace", line_buffering=True)
         if isinstance(self._log, io.StringIO):
             file.write(self._log.getvalue())
         self._log = file
@@ -81,8 +82,11 @@ class Terminal:
 
     def close(self) -> None:
         """Close the log file; what is printed afterwards goes to the terminal only."""
+        lost = why_lost(self._log)
         self._log.close()
         self._log = io.StringIO()
+        if lost is not None:
+            self.warn(f"the log of what was printed is incomplete: {lost.strerror}")
 
 
 def settings_table(rows: Sequence[tuple[str, Any, str]]) -> RenderableType:

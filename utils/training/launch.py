@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from utils.runs.origin import (
 )
 from utils.runs.run import read_record, wait_until_free
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser
+from utils.terminal.words import printable
 
 WAIT_SECONDS = 60.0  # for a process that has stopped training to release its run directory
 
@@ -29,7 +31,7 @@ def add_origin_flags(parser: Parser) -> None:
     origin.add_argument(
         "--resume",
         metavar="RUN",
-        help="continue a run from its newest checkpoint; auto: the newest interrupted or crashed run of this "
+        help="continue a run from its newest checkpoint; auto: the newest interrupted, crashed or failed run of this "
         "--run-tag, or a new one",
     )
     origin.add_argument(
@@ -83,17 +85,24 @@ def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin
 
 
 def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool) -> Iterator[Origin]:
-    """The interrupted and crashed runs of a tag, newest first, once their processes have released them.
+    """The runs of a tag that can go on, newest first, once their processes have released them.
+
+    Prints a note about each newer run that cannot.
 
     Raises:
         UserError: there is no tag.
     """
     if tag is None:
         raise UserError("--resume auto needs --run-tag: it continues the newest unfinished run of that tag")
-    for path in resumable_runs(runs_dir, tag):
+    for path in resumable_runs(runs_dir, tag, note):
         if read_record(path)["status"] != "running":  # its process may still be feeding the views
             wait_until_free(path, WAIT_SECONDS)
         yield Origin("resume", path.resolve(), strict=strict)
+
+
+def note(line: str) -> None:
+    """Print one line about what `--resume auto` decides, on stderr."""
+    print(f"note: --resume auto: {printable(line)}", file=sys.stderr)
 
 
 def config_of_resume(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import ConfigError, ConfigLoader, relative_name
+from utils.errors import UserError
+from utils.runs.find import resolve_run
 from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
 from utils.terminal.cli import PROJECT_ROOT
@@ -19,6 +21,8 @@ from utils.terminal.words import duration, fact_lines
 
 if TYPE_CHECKING:
     from utils.training.setup import Setup
+
+PROMPT = "The "  # of the command that is printed
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class TrainResult(Mapping[str, Any]):
 
 def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal) -> None:
     """Print losses, time, where files are, and what to type next."""
-    where = relative_name(run.path, setup.root)
+    here = Path.cwd()
+    where = relative_name(run.path, here)
     rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
     if result.val_loss is not None:
         rows.append(
@@ -78,27 +83,35 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     if result.status == "completed":
         rows.append(("export", f"{where}/{EXPORT} ({result.exported})"))
     terminal.print("", fact_lines(rows))
-    runs_dir = relative_name(setup.runs_dir, setup.root)
-    commands = [("curves", f"{_program('tensorboard', setup.root)} --logdir {shlex.quote(runs_dir)}")]
+    runs_dir = shlex.quote(relative_name(setup.runs_dir, here))
+    commands = [("curves", f"{_program('tensorboard')} --logdir {runs_dir}")]
     if run.record["views"].get("aim", {}).get("state", "off") != "off":
-        commands.append(("compare runs", _program("aim", setup.root) + " up" + _aim_repo_flag(setup)))
-    name = short_name(run, where)
+        commands.append(("compare runs", f"{_program('aim')} up{_aim_repo_flag(setup)}"))
+    name = short_name(run)
     if result.status == "interrupted":
-        commands.append(("continue", f"{_program('python', setup.root)} train.py --resume {name}"))
+        commands.append(("continue", f"{script_command('train.py')} --resume {name}"))
     if result.status == "completed":
-        commands.append(("generate", f'{_program("python", setup.root)} inference.py {name} --prompt "The "'))
+        commands.append(("generate", f"{script_command('inference.py')} {name}{_prompt_flag(setup)}"))
     terminal.print("", fact_lines(commands, title="Next"))
 
 
-def short_name(run: Run, where: str) -> str:
+def short_name(run: Run) -> str:
     """How a command names the run: by its tag, or by its directory if scripts would not find it by its tag."""
-    return run.record["tag"] if run.record["tag"] and is_default_runs_dir(run.path.parent) else shlex.quote(where)
+    tag, runs_dir = run.record["tag"], run.path.parent
+    if tag and is_default_runs_dir(runs_dir) and resolve_run(tag, runs_dir).resolve() == run.path.resolve():
+        return str(tag)
+    return shlex.quote(relative_name(run.path, Path.cwd()))
 
 
 def rebuild_command(run: Run, view: str) -> str:
     """The command that rebuilds a view of the run from its log."""
     name = run.id if is_default_runs_dir(run.path.parent) else shlex.quote(str(run.path))
-    return f"python experiments.py rebuild {name} --{view}"
+    return f"{script_command('experiments.py')} rebuild {name} --{view}"
+
+
+def script_command(script: str) -> str:
+    """How to call a script of this project from the current folder, with this environment."""
+    return f"{_program('python')} {shlex.quote(relative_name(PROJECT_ROOT / script, Path.cwd()))}"
 
 
 def is_default_runs_dir(folder: Path) -> bool:
@@ -110,16 +123,26 @@ def is_default_runs_dir(folder: Path) -> bool:
     return (PROJECT_ROOT / runs_dir).resolve() == folder.resolve()
 
 
-def _program(name: str, root: Path) -> str:
-    """How to call a program of this environment: by name if PATH finds it, else by its path."""
-    path = Path(sys.executable).parent / name
+def _program(name: str) -> str:
+    """How to call a program of this environment: by name if PATH finds it, else by its path from the current folder."""
+    path, here = Path(sys.executable).parent / name, Path.cwd()
     if (found := shutil.which(name)) and Path(found).parent == path.parent:
         return name
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))  # not what it is a link to
 
 
 def _aim_repo_flag(setup: Setup) -> str:
     repo = setup.config.tracking.aim_repo
     if repo.startswith("aim://"):
         return "  (on the machine of the aim server)"
-    return "" if repo == "." else f" --repo {relative_name(setup.root / repo, setup.root)}"
+    name = relative_name(setup.root / repo, Path.cwd())
+    return "" if name == "." else f" --repo {shlex.quote(name)}"
+
+
+def _prompt_flag(setup: Setup) -> str:
+    """A prompt for the command that generates text, if the vocabulary has its characters."""
+    try:
+        setup.corpus.tokenizer.encode(PROMPT)
+    except UserError:
+        return ""
+    return f' --prompt "{PROMPT}"'

@@ -233,7 +233,7 @@ class Session:
         """Report the exception that ends the run."""
         self.outcome.status, self.outcome.reason = "failed", f"{type(error).__name__}: {error}"
         self.terminal.print(traceback.format_exc(), log_only=True)
-        where = relative_name(self.run.path, self.setup.root)
+        where = relative_name(self.run.path, Path.cwd())
         self.terminal.print(f"failed after {duration(time.monotonic() - self._began)}: {where}")
 
     def write_status(self) -> None:

@@ -1,0 +1,146 @@
+"""stdout and stderr of a script: always open, able to show any text, and never a reason for training to fail."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, BinaryIO, TextIO, cast
+
+from utils.machine.process import keep_standard_descriptors
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+LOOKALIKE = "lookalike"  # the name of `_lookalike` as an error handler of Python's codecs
+LOOKALIKES = str.maketrans("█…·–━─┄│┃┤├┼┴┬┌┐└┘╭╮╰╯␣", "#~.----||" + 13 * "+" + "_")
+
+
+class Output(io.FileIO):
+    """The file behind a text stream. It remembers that it could not be written.
+
+    Args:
+        file: a descriptor, which stays open, or a path to append to.
+        lasting: drop what cannot be written instead of raising OSError.
+
+    lost: the first error of a write.
+    original: the stream whose file this is, if there is one.
+    """
+
+    original: TextIO | None = None
+
+    def __init__(self, file: int | Path, lasting: bool) -> None:
+        opened = isinstance(file, int)
+        super().__init__(file, "w" if opened else "a", closefd=not opened)
+        self.lasting = lasting
+        self.lost: OSError | None = None
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write all of `data`, or drop the rest of it; returns its length."""
+        left = memoryview(data).cast("B")
+        while left:
+            try:
+                written: int | None = super().write(left)
+            except OSError as error:  # a closed pipe, a full disk, a terminal that is gone
+                self.lost = self.lost or error
+                if not self.lasting:
+                    raise
+                break
+            if written is None:  # another program made the pipe non-blocking, and it is full
+                select.select([], [self], [])
+            left = left[written or 0 :]
+        return memoryview(data).nbytes
+
+
+def text_output(stream: TextIO | None, lasting: bool) -> TextIO:
+    """A stream that writes through an `Output` to the same file as `stream`; `stream` itself if it has no file.
+
+    Whatever the encoding, it shows any text. Where `stream` is closed, it writes to nowhere.
+    """
+    if stream is None or stream.closed:
+        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if not isinstance(stream, io.TextIOWrapper):  # of a notebook
+        return stream
+    errors = LOOKALIKE if stream.errors in ("strict", "surrogateescape") else stream.errors
+    try:
+        fd = stream.fileno()
+    except OSError:  # in memory, of a test
+        stream.reconfigure(errors=errors)
+        return stream
+    with contextlib.suppress(OSError):
+        stream.flush()
+    output = Output(fd, lasting)
+    output.original = stream  # else it would be deleted, and close the file
+    unbuffered = isinstance(stream.buffer, io.RawIOBase)  # by PYTHONUNBUFFERED or `python -u`
+    return io.TextIOWrapper(
+        cast(BinaryIO, output if unbuffered else io.BufferedWriter(output)),
+        encoding=stream.encoding,
+        errors=errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def prepare_streams() -> None:
+    """Call it at the start of a script: opens the streams that are closed, and protects stdout and stderr.
+
+    Any text can be printed to both. A message on stderr that cannot be written is dropped.
+    """
+    keep_standard_descriptors()
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout, sys.stderr = text_output(sys.stdout, lasting=False), text_output(sys.stderr, lasting=True)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside the block, what cannot be written to stdout and stderr is dropped: no `print` anywhere fails."""
+    keep_standard_descriptors()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = lasting = text_output(sys.stdout, lasting=True), text_output(sys.stderr, lasting=True)
+    try:
+        yield
+    finally:
+        for stream in lasting:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def why_lost(stream: IO[str]) -> OSError | None:
+    """The error for which a stream on an `Output` lost some of what was printed."""
+    buffer = getattr(stream, "buffer", None)
+    output = getattr(buffer, "raw", buffer)
+    return output.lost if isinstance(output, Output) else None
+
+
+def drop(stream: TextIO) -> None:
+    """Redirect a stream to nowhere, so that the flush at exit does not fail too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def is_unicode(stream: TextIO | None) -> bool:
+    """Whether a stream can encode any character."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
+def _lookalike(error: UnicodeError) -> tuple[str, int]:
+    """One ASCII character for each that pictures are drawn with, an escape for any other."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_ascii, error.object[error.start : error.end])), error.end
+
+
+def _ascii(char: str) -> str:
+    if "\u2800" <= char <= "\u28ff":  # Braille: eight dots that may be set
+        return " " if char == "\u2800" else "*"
+    return ascii(char.translate(LOOKALIKES))[1:-1]
+
+
+codecs.register_error(LOOKALIKE, _lookalike)
