@@ -117,9 +117,13 @@ class Feeder(threading.Thread):
             self.close(self._end)
         except Exception as error:  # the tracker boundary: whatever fails there, training continues
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            self._record(self.view.name, state="off", reason=reason)
-            self._warn(f"{self.view.name} is off: {reason}; later: {self.rebuild_command}")
-            self.view.abandon()
+            message = f"{self.view.name} is off: {reason}; later: {self.rebuild_command}"
+            # The tracker first: what it keeps open can hold up the end of the process.
+            attempt_each(
+                self.view.abandon,
+                lambda: self._record(self.view.name, state="off", reason=reason),
+                lambda: self._warn(message),
+            )
 
     def _tail(self) -> None:
         """Feed what the logs hold and what is appended to them, until training has ended and everything is fed."""
@@ -267,6 +271,13 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def attempt_each(*actions: Callable[[], object]) -> None:
+    """Call each, whatever the others raise: what handles a failure may itself fail, on a full disk say."""
+    for action in actions:
+        with contextlib.suppress(Exception):  # the tracker boundary: the first failure is the one that is reported
+            action()
+
+
 class Feeders:
     """The feeders of one run, started, watched and finished together."""
 
@@ -293,8 +304,7 @@ class Feeders:
             if feeder not in self._reported and since is not None and time.monotonic() - since > HANGING_SECONDS:
                 self._reported.append(feeder)
                 reason = f"no answer for {HANGING_SECONDS:g} s"
-                self._warn(f"{feeder.view.name} hangs ({reason}); training continues without it")
-                self._record(feeder.view.name, state="hangs", reason=reason)
+                self._report(feeder, f"hangs ({reason}); training continues without it", state="hangs", reason=reason)
 
     def lift_budget(self) -> None:
         """Training has ended: feed without a limit from now on."""
@@ -318,15 +328,17 @@ class Feeders:
                 while feeder.is_alive() and (left := deadline - time.monotonic()) > 0:
                     feeder.join(timeout=min(PROGRESS_SECONDS, left))
                     if feeder.is_alive() and (backlog := feeder.backlog_bytes()):
-                        progress(
-                            f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left, "
-                            f"for at most {max(deadline - time.monotonic(), 0):.0f} s"
-                        )
+                        words = f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left, "
+                        words += f"for at most {max(deadline - time.monotonic(), 0):.0f} s"
+                        attempt_each(functools.partial(progress, words))
         for feeder in self.feeders:
             if feeder.is_alive():
-                self._warn(
-                    f"{feeder.view.name} is incomplete: {feeder.backlog_bytes():,} bytes of the log were not fed "
-                    f"within {seconds:g} s; the log itself is complete; later: {feeder.rebuild_command}"
-                )
-                self._record(feeder.view.name, state="incomplete", reason=f"not fed within {seconds:g} s")
-                feeder.view.abandon()
+                attempt_each(feeder.view.abandon)
+                words = f"is incomplete: {feeder.backlog_bytes():,} bytes of the log were not fed within {seconds:g} s"
+                words += f"; the log itself is complete; later: {feeder.rebuild_command}"
+                self._report(feeder, words, state="incomplete", reason=f"not fed within {seconds:g} s")
+
+    def _report(self, feeder: Feeder, words: str, **facts: Any) -> None:
+        """Say something about a view, and record it; a disk that is full must not stop the training thread."""
+        name = feeder.view.name
+        attempt_each(lambda: self._warn(f"{name} {words}"), lambda: self._record(name, **facts))
