@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.files import write_json
+from utils.files import put_aside, read_json, write_json
 from utils.runs.layout import fed_note
 from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines
 from utils.tracking import RunEnd, View
@@ -205,7 +205,7 @@ class Feeder(threading.Thread):
         if self.resumed_step is None:
             return 0
         try:
-            state = json.loads(self._state_path.read_text(encoding="utf-8"))
+            state = read_json(self._state_path)
             fed = {name: int(state["offsets"][name]) for name in LOG_FILES}
             self.last_step_before = int(state["last_step"])
         except (OSError, ValueError, KeyError, TypeError):  # nothing was fed, or it is unknown what: feed everything
@@ -260,11 +260,12 @@ def cut_progress(logs_dir: Path) -> None:
     """Limit the saved progress of each view to the lengths of the logs, after these were cut back to a checkpoint."""
     for path in logs_dir.glob(fed_note("*").name):
         try:
-            progress = json.loads(path.read_text(encoding="utf-8"))
+            progress = read_json(path)
             progress["offsets"] = {name: min(fed, _size(logs_dir / name)) for name, fed in progress["offsets"].items()}
             write_json(path, progress)
-        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: without it everything is fed again
-            path.unlink()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(OSError):  # damaged: without it everything is fed again
+                put_aside(path)
 
 
 def _size(path: Path) -> int:

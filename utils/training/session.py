@@ -69,6 +69,7 @@ class Session:
         self._start, self._stop, self._deadline = start, stop, deadline
         self._began = time.monotonic()
         self._warn = warn_anyway(terminal)
+        self._status_is_written = False
 
     # ------------------------------------------------------------------------------------------ the loop asks
 
