@@ -25,6 +25,7 @@ from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
 from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, is_held, read_record, status_of
 
+STARTING = "starting"  # the state of a tracker in run.json before it is open
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
 DERIVED = derived_settings(Config(), 1).keys()  # settings that are derived from others while they are none
@@ -211,7 +212,7 @@ def is_unfinished(path: Path, record: Mapping[str, Any], status: str) -> bool:
     views = record.get("views") or {}
     if status in ("running", "crashed") or not views:
         return False
-    open_views = any(facts.get("state") == "on" for facts in views.values())
+    open_views = any(facts.get("state") in (STARTING, "on", "hangs") for facts in views.values())
     return (open_views or not (path / SEAL).exists()) and not is_held(path, record)
 
 

@@ -20,6 +20,7 @@ from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
 from utils.runs.code import GitFacts
+from utils.runs.index import STARTING
 from utils.runs.layout import CHECKPOINTS, LOGS, TRAIN_LOG
 from utils.runs.log import RunLog
 from utils.runs.metrics import encode_number
@@ -173,6 +174,7 @@ class Session:
                 self.state.model.train()
                 self._deadline.step_done()  # the first evaluation counts as a step
                 self.callbacks.on_start()
+                self._stop.patient = True
                 yield
             self.checkpoints.wait()
             if self.state.finished:
@@ -330,6 +332,7 @@ def open_session(
     git = read_git(setup)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stop.patient = False  # until there are steps to finish
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
             report_preflight(preflight(setup, git), strict, terminal)
@@ -375,6 +378,7 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
     for name in wanted_views(setup.config):
         if is_installed(name):
             names.append(name)
+            run.update_view(name, state=STARTING, reason=None)
         else:
             terminal.warn(f"{name} is not installed: this run is not fed to it (later: {rebuild_command(run, name)})")
             run.update_view(name, state="off", reason="not installed")
