@@ -91,6 +91,8 @@ def sql(args: argparse.Namespace) -> Answer:
     from utils.experiments.tables import sql_screen
 
     found = RunDatabase(read_index(runs_folder(args))).select(args.query)
+    for problem in found.problems:
+        warn(problem)
     rows = [dict(zip(found.columns, row, strict=True)) for row in found.rows]
     return Answer(rows, lambda console: sql_screen(found.columns, found.rows, console))
 
@@ -102,7 +104,9 @@ def show(args: argparse.Namespace) -> Answer:
 
     run = named_run(args.run, runs_folder(args))
     children = [other.id for other in read_index(run.path.parent) if other.row()["parent"] == run.id]
-    names = names_of_run(run.path)
+    names, problem = names_of_run(run.path)
+    if problem:
+        warn(problem)
     data = {**run.row(), "record": run.record, "children": children, "promoted": names}
     return Answer(data, lambda console: show_screen(run, children, names))
 
@@ -354,20 +358,39 @@ def reproduce(args: argparse.Namespace) -> Answer:
     *(flag(f"--{name}", action="append_const", const=name, dest="views", help=TRACKERS[name]) for name in VIEWS),
 )
 def rebuild(args: argparse.Namespace) -> Answer:
+    from utils.tracking.rebuild import rebuild
+
+    return _feed(args, lambda path, report: rebuild(path, PROJECT_ROOT, args.views or (), report, warn), "rebuilt")
+
+
+@command("finish", "do what was left when a process was killed at the end of its run: trackers, curves, seal", RUN)
+def finish(args: argparse.Namespace) -> Answer:
+    from utils.tracking.rebuild import finish
+
+    return _feed(args, lambda path, report: finish(path, PROJECT_ROOT, report, warn), "finished")
+
+
+def _feed(args: argparse.Namespace, feed: Callable[..., list[str]], done: str) -> Answer:
+    """Feed the trackers of a run with a progress line; what went wrong with one is one line and the exit status 1."""
     from utils.terminal.console import Terminal
     from utils.terminal.progress import FeedingProgress
-    from utils.tracking.rebuild import RebuildError, rebuild
+    from utils.tracking.rebuild import RebuildError
 
     path = run_path(args)
     try:
         with FeedingProgress(Terminal()) as progress:
-            names = rebuild(path, PROJECT_ROOT, args.views or (), progress.update)
+            names = feed(path, progress.update)
     except RebuildError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return Answer({"run": path.name, "problem": str(error)}, lambda console: [], 1)
-    rebuilt = ", ".join(TRACKERS[name] for name in names)
-    data = {"run": path.name, "rebuilt": names}
-    return Answer(data, lambda console: [f"rebuilt from the logs of {path.name}: {rebuilt}"])
+    trackers = ", ".join(TRACKERS[name] for name in names)
+    words = f"rebuilt from the logs of {path.name}: {trackers}" if names else f"{path.name}: curves drawn, sealed"
+    return Answer({"run": path.name, done: names}, lambda console: [words])
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr."""
+    print(printable(f"warning: {message}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.config.settings import DataConfig
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import read_json, write_json
 
 VERSION = 1  # of the JSON form
 
@@ -263,7 +263,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         TokenizerError: missing, damaged, or of a kind or version that this workbench does not have.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         raise TokenizerError(f"{path}: no tokenizer file") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -23,7 +23,8 @@ def die() -> None:
 
 def kill_at(moment: str, step: int) -> None:
     """Patch the moment: the second micro-step, the end of an evaluation, a half-written checkpoint, one whose pointers
-    are not written, a step's end, or when the views show a step.
+    are not written, a step's end, when the views show a step, or when they
+    are closed.
     """
     import data
     import utils.checkpoints.files
@@ -56,6 +57,10 @@ def kill_at(moment: str, step: int) -> None:
         utils.training.checkpointer.prune = after(prune, lambda folder, *_: (folder / f"step_{step:06d}").is_dir())
     elif moment == "step":
         training.optimizer_step = after(training.optimizer_step, lambda state, *_: state.step == step)
+    elif moment == "closing":
+        from utils.tracking.feeder import Feeders
+
+        Feeders.finish = lambda *_: die()  # type: ignore[method-assign]
     elif moment == "fed":
         wait_until_fed(step)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record, read_status
 
+ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_SECONDS = 60.0
 
 
@@ -60,3 +63,26 @@ def test_sigkill_is_seen_as_crashed_at_once(training: tuple[subprocess.Popen[byt
     process.wait(timeout=DEADLINE_SECONDS)
     assert read_record(run)["status"] == "running"
     assert read_status(run) == "crashed"
+
+
+def test_sigterm_stops_a_start_that_waits(tiny_argv: Callable[..., list[str]], only_run: Callable[[], Path]) -> None:
+    """Before the first step there is nothing to finish: the first signal stops at once."""
+    reader, writer = os.pipe()
+    program = str(ROOT / "tests" / "troubled_training.py")
+    process = subprocess.Popen(
+        [sys.executable, program, "wait", "0", *tiny_argv()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[writer],
+        env={**os.environ, "PAUSE_FD": str(writer)},
+    )
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as paused:
+            assert paused.readline() == "paused\n"
+        process.terminate()
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert read_status(only_run()) == "interrupted"

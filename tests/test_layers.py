@@ -19,7 +19,8 @@ ORDER = (  # from the bottom up: packages of utils/, and the files beside it
 OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
     *("errors", "files", "config", "terminal", "runs", "corpora", "experiments"),
-    *("checkpoints.folder", "machine.process", "machine.signals", "training.early_stopping", "training.launch"),
+    *("checkpoints.folder", "machine.process", "machine.signals", "machine.watchdog"),
+    *("training.early_stopping", "training.launch"),
     *("inference.flags", "profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
     *("inference.py", "train.py", "profile_model.py", "experiments.py", "workbench.py"),
 )

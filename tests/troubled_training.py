@@ -1,6 +1,6 @@
 """train.py with trouble at a chosen step: `python tests/troubled_training.py MOMENT STEP [train.py's words]`.
 
-A script, not tests: test_tracking_faults.py starts it. MOMENT is pause or tear.
+A script, not tests: test_tracking_faults.py starts it. MOMENT is pause, tear or wait.
 """
 
 from __future__ import annotations
@@ -49,6 +49,18 @@ def pause_at(step: int) -> None:
     training.optimizer_step = hold
 
 
+def wait_at(_: int) -> None:
+    """Wait before the first step for as long as a pipe or a slow disk might, and say so on PAUSE_FD."""
+    from utils.training import session
+
+    def wait(*_: Any) -> None:
+        os.write(int(os.environ["PAUSE_FD"]), b"paused\n")
+        while True:
+            time.sleep(WAIT_SECONDS)
+
+    session.make_update = wait
+
+
 def tear_at(step: int) -> None:
     """Die by SIGKILL when a part of the metrics of `step` is written."""
     write: Callable[..., int] = os.write
@@ -66,5 +78,5 @@ def tear_at(step: int) -> None:
 if __name__ == "__main__":
     import train
 
-    {"pause": pause_at, "tear": tear_at}[sys.argv[1]](int(sys.argv[2]))
+    {"pause": pause_at, "tear": tear_at, "wait": wait_at}[sys.argv[1]](int(sys.argv[2]))
     sys.exit(train.main(sys.argv[3:]))

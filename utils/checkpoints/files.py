@@ -39,7 +39,7 @@ from utils.checkpoints.folder import (
     read_manifest,
     read_object,
 )
-from utils.files import sync_folder
+from utils.files import open_regular, sync_folder
 
 # https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -190,7 +190,7 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: it is not a safetensors file, or a tensor reaches beyond its end.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size < 8:
                 raise ValueError("the header is longer than the file")
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

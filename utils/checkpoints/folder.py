@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zlib
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import read_json, regular_fd
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
@@ -44,8 +44,8 @@ def best_path(folder: Path) -> Path | None:
 def read_pointer(path: Path) -> dict[str, Any]:
     """The contents of a pointer; empty if it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -60,7 +60,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        manifest = json.loads(place.read_text(encoding="utf-8"))
+        manifest = read_json(place)
         files = {name: (manifest["files"][name]["size"], manifest["files"][name]["crc32"]) for name in FILES}
         version = manifest["format_version"]
         if not all(isinstance(size, int) and size >= 0 for size, _ in files.values()):
@@ -84,7 +84,7 @@ def check_file(path: Path, size: int, crc32: str) -> None:
     """
     checksum = 0
     try:
-        with open(path, "rb", buffering=0) as file:
+        with os.fdopen(regular_fd(path), "rb", buffering=0) as file:
             found = os.fstat(file.fileno()).st_size
             if found != size:
                 raise CheckpointError(f"{path}: damaged: {found:,} bytes, the manifest says {size:,}")
@@ -106,10 +106,10 @@ def read_object(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected an object, got a {type(value).__name__}")

@@ -19,6 +19,7 @@ from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
 from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
 from utils.config.settings import Config, RuleError
 from utils.errors import nearest
+from utils.files import open_regular
 
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
 CODE = "code"  # the source of a setting that was given in Python
@@ -168,11 +169,17 @@ class ConfigLoader:
         return _merge(_default_layers(), [*self._file_layers(), *self._own_layers(files, overrides or {})])
 
     def load_only(self, path: Path) -> LoadedConfig:
-        """Load one file on top of the built-in defaults, without configs/.
+        """Load one regular file of a run on top of the built-in defaults, without configs/.
 
         Raises:
             ConfigError: as `load`.
         """
+        try:
+            open_regular(path, path.parent.parent).close()
+        except FileNotFoundError:
+            pass  # reported below
+        except OSError as error:
+            raise ConfigError(f"{relative_name(path, self.root)}: cannot be read: {error.strerror}") from None
         return _merge(_default_layers(), [read_config_file(path, relative_name(path, self.root))])
 
     def load_onto(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import statistics
 import warnings
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from utils.errors import UserError
 from utils.experiments.curve import AXES, Curve, read_curve
+from utils.files import read_json
 from utils.runs.index import (
     TRAJECTORY_KEYS,
     IndexedRun,
@@ -123,7 +123,7 @@ def metric_direction(name: str, runs: Sequence[IndexedRun]) -> str:
     """The direction in which the metric is better, as the runs have registered it."""
     for run in runs:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            for facts in json.loads((run.path / METRIC_REGISTRY).read_text(encoding="utf-8")):
+            for facts in read_json(run.path / METRIC_REGISTRY, run.path):
                 if facts["name"] == name:
                     return str(facts["direction"])
     return metric(name).direction if name in registered_metrics() else "none"

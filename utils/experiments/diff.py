@@ -13,6 +13,7 @@ from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
+from utils.files import read_text
 from utils.runs.index import IndexedRun, code_identity, differing_settings, origin_of, resolved_setting
 from utils.runs.layout import ENVIRONMENT, PATCH
 
@@ -129,7 +130,7 @@ def _code(run: IndexedRun) -> dict[str, Any]:
 def environment_of(run: IndexedRun) -> dict[str, str]:
     """The facts in env.txt of a run; empty if it is missing."""
     try:
-        return parse_environment((run.path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace"))
+        return parse_environment(read_text(run.path / ENVIRONMENT, run.path, "replace"))
     except OSError:
         return {}
 
@@ -179,7 +180,7 @@ def patch_difference(runs: Sequence[IndexedRun]) -> list[str]:
     patches = []
     for run in runs:
         try:
-            patches.append((run.path / PATCH).read_text(encoding="utf-8", errors="replace"))
+            patches.append(read_text(run.path / PATCH, run.path, "replace"))
         except OSError:
             patches.append("")
     index = next((i for i, patch in enumerate(patches) if patch != patches[0]), None)

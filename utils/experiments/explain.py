@@ -11,6 +11,7 @@ from utils.config.fields import FIELDS, SECTION_OF, expected, field_fact
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
+from utils.files import read_json
 from utils.runs.index import IndexedRun
 from utils.runs.layout import CONFIG_SOURCES
 
@@ -57,12 +58,15 @@ def explain_of_run(key: str, run: IndexedRun) -> Explanation:
     """
     path = run.path / CONFIG_SOURCES
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        name = known_key(key, recorded)
-        return _explanation(name, recorded[name], (run.record.get("resolved") or {}).get(name))
+        recorded = read_json(path, run.path)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    try:
+        name = known_key(key, recorded)
+        return _explanation(name, recorded[name], (run.record.get("resolved") or {}).get(name))
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
@@ -102,7 +106,7 @@ def settings_with_sources(run: IndexedRun) -> dict[str, str]:
     """Where each setting of a run was set; empty where that cannot be read."""
     path = run.path / CONFIG_SOURCES
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = read_json(path, run.path)
         return {key: str(facts["source"]) for key, facts in recorded.items() if "source" in facts}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from pydantic import ValidationError
 from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
 from utils.config.settings import check_tag
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import change_json, read_json
 from utils.runs.index import read_notes
-from utils.runs.layout import EXPORT, MODELS, NOTES, RECORD
+from utils.runs.layout import EXPORT, MODELS, NOTES
 from utils.runs.names import add_version
-from utils.runs.run import RunError, read_record, read_status, utc_now
+from utils.runs.run import RunError, change_record, read_record, read_status, utc_now
 from utils.runs.seal import file_sha256
 
 
@@ -40,11 +39,6 @@ def edit(
         UserError: the tag is not valid, the notes are damaged, or the run is being trained and its tag would change
             (only the training process writes run.json).
     """
-    try:
-        notes = read_notes(path)
-    except (OSError, ValueError) as error:
-        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
-        raise RunError(f"{path / NOTES} cannot be read: {reason}") from None
     record = read_record(path)
     if tag is not None:
         try:
@@ -53,16 +47,21 @@ def edit(
             raise UserError(f"--tag: {error}") from None
         if read_status(path) == "running":
             raise RunError(f"{path.name} is being trained: its tag can be changed once it has ended")
-    tags = [one for one in dict.fromkeys([*notes["tags"], *add_tags]) if one not in remove_tags]
-    notes |= {"tags": tags}
-    notes |= {"note": note} if note is not None else {}
-    notes |= {"pinned": pinned} if pinned is not None else {}
+
+    def change(notes: dict[str, Any]) -> dict[str, Any]:
+        tags = [one for one in dict.fromkeys([*notes["tags"], *add_tags]) if one not in remove_tags]
+        new = {"tags": tags, "note": note, "pinned": pinned}
+        return {**notes, **{key: value for key, value in new.items() if value is not None}}
+
     try:
-        if tag is not None:
-            write_json(path / RECORD, {**record, "tag": tag})
-        write_json(path / NOTES, notes)
+        notes = change_json(path / NOTES, change, lambda place: read_notes(place.parent))
+    except ValueError as error:
+        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
+        raise RunError(f"{path / NOTES} cannot be read: {reason}") from None
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+        raise RunError(f"{path / NOTES} cannot be changed: {error.strerror}") from None
+    if tag is not None:
+        change_record(path, tag=tag)
     return {"tag": record.get("tag") if tag is None else tag, **notes}
 
 
@@ -79,7 +78,7 @@ def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]
         raise RunError(f"{path} is not in {runs_dir}: {MODELS} there names only runs beside it")
     weights = path / EXPORT / WEIGHTS_FILE
     try:
-        training = json.loads((path / EXPORT / "config.json").read_text(encoding="utf-8"))["training"]
+        training = read_json(path / EXPORT / "config.json", path)["training"]
         version = {
             "run": path.resolve().name,
             "checkpoint": folder_name(training["step"]),

@@ -5,30 +5,33 @@ Runs that are being trained, pinned, promoted, the parent of another run, or tha
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import size_of
+from utils.files import folder_lock, regular_fd, size_of
 from utils.runs.index import IndexedRun, read_index
-from utils.runs.layout import CHECKPOINTS, LOCK
+from utils.runs.layout import ARTIFACTS, CHECKPOINTS, EXPORT, LOCK, LOGS, META
 from utils.runs.names import read_models
 from utils.runs.origin import RESUMABLE
 from utils.runs.run import lock_is_free
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
+RUNNING = "running"  # a reason not to touch a run
+TEMPORARY = ".*.tmp"  # files that were being written
 ASIDE = ".pruned"  # ending of a folder that is being deleted: after a crash nothing looks whole that is not
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One folder to delete. what: "checkpoints" or "run"."""
+    """One folder or file to delete. what: "checkpoints", "run", or "leftover" of a process that was killed."""
 
     run: str
     what: str
@@ -74,8 +77,12 @@ def plan_pruning(
     sizes = {run.id: size_of(run.path) for run in runs}
     kept = _kept(runs, runs_dir, keep_last, older_than, unfinished)
     candidates = [run for run in runs if run.id not in kept]
-    removals: list[Removal] = []
-    total = left = sum(sizes.values())
+    removals = list(_leftovers(runs_dir, [run for run in runs if kept.get(run.id) != RUNNING]))
+    total = sum(sizes.values()) + sum(removal.bytes for removal in removals if not removal.run)
+    left = total - sum(removal.bytes for removal in removals)
+    for removal in removals:
+        if removal.run:
+            sizes[removal.run] -= removal.bytes
 
     def enough() -> bool:
         return max_bytes is not None and left <= max_bytes
@@ -88,11 +95,29 @@ def plan_pruning(
     for run in candidates if whole_runs or max_bytes is not None else ():
         if enough():
             break
-        freed = [removal for removal in removals if removal.run == run.id]
-        removals = [removal for removal in removals if removal.run != run.id]
+        freed = [removal for removal in removals if removal.run == run.id and removal.what == "checkpoints"]
+        removals = [removal for removal in removals if removal not in freed]
         removals.append(Removal(run.id, "run", run.path, sizes[run.id]))
         left -= sizes[run.id] - sum(removal.bytes for removal in freed)
     return PrunePlan(total, removals, kept)
+
+
+def _leftovers(runs_dir: Path, runs: Sequence[IndexedRun]) -> Iterator[Removal]:
+    """What processes that were killed have left: half-deleted folders and half-written files.
+
+    Args:
+        runs: those that nobody trains.
+    """
+    places = [("", runs_dir, (f".*{ASIDE}", TEMPORARY))]
+    for run in runs:
+        if run.path.is_dir() and not run.path.is_symlink():
+            folders = [run.path, *(run.path / folder for folder in (META, LOGS, ARTIFACTS, EXPORT))]
+            places += [(run.id, folder, (f".*{ASIDE}", TEMPORARY)) for folder in folders]
+            places.append((run.id, run.path / CHECKPOINTS, (TEMPORARY, ".*.old")))
+    for run_id, folder, patterns in places:
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            size = size_of(path) if path.is_dir() else path.lstat().st_size
+            yield Removal(run_id, "leftover", path, size)
 
 
 def _kept(
@@ -105,7 +130,7 @@ def _kept(
     newest = {run.id for run in readable[max(0, len(readable) - keep_last) :]} if keep_last else set()
     reasons = {
         "cannot be read": lambda run: not run.readable or run.notes_are_lost,
-        "running": lambda run: run.status == "running" or not lock_is_free(run.path),
+        RUNNING: lambda run: run.status == "running" or not lock_is_free(run.path),
         "pinned": lambda run: run.notes["pinned"],
         "promoted": lambda run: run.id in promoted,
         "parent of another run": lambda run: run.id in parents,
@@ -135,9 +160,12 @@ def remove(removal: Removal) -> None:
         BlockingIOError: the run is being trained by now.
         OSError: the folder cannot be deleted.
     """
+    if removal.what == "leftover":
+        _remove_leftover(removal.path)
+        return
     aside = removal.path.with_name(f".{removal.path.name}{ASIDE}")
     run = removal.path if removal.what == "run" else removal.path.parents[len(CHECKPOINTS.parts) - 1]
-    handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = regular_fd(run / LOCK, run, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
@@ -145,6 +173,15 @@ def remove(removal: Removal) -> None:
         shutil.rmtree(aside)
     finally:
         os.close(handle)
+
+
+def _remove_leftover(path: Path) -> None:
+    """Delete a leftover, unless it is gone meanwhile; no JSON file beside it is being written at that time."""
+    with folder_lock(path.parent), contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def parse_size(text: str) -> int:

@@ -15,7 +15,7 @@ from utils.experiments.curve import AXES, Curve, read_curve
 from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.plot import names_of, thinned, x_scale, y_label
-from utils.files import write_atomic
+from utils.files import read_text, write_atomic
 from utils.runs.index import IndexedRun, non_default_settings
 from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
 from utils.runs.log import last_record
@@ -136,7 +136,7 @@ def _last_sample(run: IndexedRun) -> dict[str, Any] | None:
 
 def _environment(run: IndexedRun) -> str:
     try:
-        return (run.path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace")
+        return read_text(run.path / ENVIRONMENT, run.path, "replace")
     except FileNotFoundError:
         return ""
 

@@ -22,14 +22,15 @@ from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
 from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
-from utils.experiments.diff import parse_environment
-from utils.files import write_json
+from utils.experiments.diff import environment_of
+from utils.files import read_text
+from utils.machine.watchdog import watched
 from utils.runs.code import LEFT_OUT
 from utils.runs.index import IndexedRun, read_run, resolved_setting
-from utils.runs.layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
+from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
 from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED
-from utils.runs.run import REPRODUCTION, read_record
+from utils.runs.run import REPRODUCTION, change_record, read_record
 from utils.runs.seal import file_sha256, write_seal
 from utils.terminal.words import printable
 
@@ -127,7 +128,7 @@ def reproduce(
         command = [sys.executable, str(project / "train.py"), *_origin(run, first, parent, from_checkpoint)]
         command += _overrides(run, root, end)
         existing = {path.name for path in run.path.parent.iterdir()}
-        exit_status, pid = _train(command, project, progress)
+        exit_status, pid = _train(command, project, progress, Path(folder))
         path = _new_run(run.path.parent, existing, pid)
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
@@ -229,8 +230,10 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
             yield from (flag_name(key), "none" if value is None else str(value))
 
 
-def _train(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, int]:
-    """Run a training process and pass our signals on to it. Losing our own output does not stop it.
+def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Path) -> tuple[int, int]:
+    """Run a training process and pass our signals on to it; if we are killed, it stops and `temporary` is removed.
+
+    Losing our own output does not stop it.
 
     Returns:
         Its exit status and process id.
@@ -243,13 +246,14 @@ def _train(command: Sequence[str], folder: Path, output: IO[str]) -> tuple[int, 
         for signum in passed_on:
             signal.signal(signum, lambda signum, _: process.send_signal(signum))
     try:
-        while True:
-            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child too, which then stops in order
-                for line in process.stdout:
-                    if line.startswith(FORWARDED):  # not the hint how to resume: the code is deleted at the end
-                        with contextlib.suppress(OSError):  # lost, like the output of training itself
-                            print(printable(line), end="", file=output, flush=True)
-                return process.wait(), process.pid
+        with watched(process.pid, temporary):
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child too, which then stops in order
+                    for line in process.stdout:
+                        if line.startswith(FORWARDED):  # not the hint how to resume: the code is deleted at the end
+                            with contextlib.suppress(OSError):  # lost, like the output of training itself
+                                print(printable(line), end="", file=output, flush=True)
+                    return process.wait(), process.pid
     finally:
         with contextlib.suppress(ValueError):
             for signum, handler in previous.items():
@@ -266,22 +270,21 @@ def _new_run(runs_dir: Path, existing: set[str], pid: int) -> Path | None:
 
 def _adopt(run: IndexedRun, path: Path, keep_code: bool) -> None:
     """Make the repetition name its parent and the code that it was trained with, and renew its seal."""
-    record = read_record(path)
-    if record.get("parent") is None:
-        record["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
+    facts: dict[str, Any] = {}
+    if read_record(path).get("parent") is None:
+        facts["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
     if not keep_code:
-        record["git"] = run.record.get("git")
+        facts["git"] = run.record.get("git")
         for name in (GIT, PATCH):
             if (run.path / name).is_file():
                 shutil.copyfile(run.path / name, path / name)
-    write_json(path / RECORD, record)
+    change_record(path, **facts)
     write_seal(path)
 
 
 def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
     """Facts of the environment that differ, those that can change the numbers first."""
-    texts = [one.path / ENVIRONMENT for one in (run, other)]
-    old, new = (parse_environment(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in texts)
+    old, new = (environment_of(one) for one in (run, other))
     resolved: list[Mapping[str, Any]] = [one.record.get("resolved") or {} for one in (run, other)]
     for key in ("corpus_hash", "processor", *PINNED):
         old[key], new[key] = (str(of_run.get(key)) for of_run in resolved)
@@ -352,8 +355,8 @@ def apply_patch(patch: Path, tree: Path) -> None:
 def _left_out(run: IndexedRun) -> list[str]:
     """The files that git.txt names as left out of the patch."""
     try:
-        text = (run.path / GIT).read_text(encoding="utf-8")
-    except OSError:
+        text = read_text(run.path / GIT, run.path)
+    except (OSError, ValueError):
         return []
     _, heading, listing = text.partition(f"{LEFT_OUT}\n")
     return [line.strip() for line in listing.splitlines()] if heading else []

@@ -11,12 +11,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, nearest
+from utils.files import is_regular, read_json
 from utils.runs.index import FACTS, IndexedRun, seconds_of
 from utils.runs.layout import METRIC_REGISTRY, METRICS_LOG
 from utils.runs.metrics import registered_metrics
@@ -44,8 +45,11 @@ class SqlError(UserError):
 
 @dataclass(frozen=True)
 class QueryResult:
+    """problems: the logs that DuckDB cannot read; their records are missing."""
+
     columns: list[str]
     rows: list[tuple[Any, ...]]
+    problems: tuple[str, ...] = ()
 
 
 class RunDatabase:
@@ -58,7 +62,8 @@ class RunDatabase:
     def __init__(self, runs: Sequence[IndexedRun]) -> None:
         # DuckDB ignores case, and has no column without a name
         self._rows = [{key.lower(): value for key, value in run.row().items() if key} for run in runs]
-        self._logs = [run.path / METRICS_LOG for run in runs if run.readable]
+        logs = {run.path / METRICS_LOG: run.path for run in runs if run.readable}
+        self._logs = [log for log, run in logs.items() if is_regular(log, run)]
         self._settings = list(dict.fromkeys(key for row in self._rows for key in row if key not in FACTS))
 
     def select(self, query: str) -> QueryResult:
@@ -76,13 +81,35 @@ class RunDatabase:
         if not _is_unicode(query):
             raise SqlError("the query is not valid Unicode")
 
+        logs = self._logs if "metrics" in query.lower() else []
+        try:
+            return self._answer(query, allowed, logs)
+        except SqlError as error:
+            if not isinstance(error.__context__, duckdb.InvalidInputException | duckdb.IOException):
+                raise  # the query itself is wrong
+            bad = [log for log in logs if not self._can_be_read(log)]  # one must not hide the others
+            if not bad:
+                raise
+        problems = tuple(f"{log}: the log is damaged: DuckDB cannot read it" for log in bad)
+        return replace(self._answer(query, allowed, [log for log in logs if log not in bad]), problems=problems)
+
+    def _can_be_read(self, log: Path) -> bool:
+        try:
+            self._answer("SELECT count(run) FROM metrics", READING, [log])
+        except SqlError:
+            return False
+        return True
+
+    def _answer(self, query: str, allowed: Sequence[str], logs: Sequence[Path]) -> QueryResult:
+        import duckdb
+
         with _user_errors(), duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise SqlError("expected one SELECT: the views runs and metrics can be read, nothing can be written")
             if _check_sources(query, connection) not in allowed:
                 raise SqlError("expected a condition and an order, no further SELECT")
-            self._create_views(connection, with_metrics="metrics" in query.lower())
+            self._create_views(connection, logs)
             result = connection.execute(statements[0])
             names = [str(column[0]) for column in result.description or ()]
             unique = [
@@ -90,13 +117,12 @@ class RunDatabase:
             ]
             return QueryResult(unique, result.fetchall())
 
-    def _create_views(self, connection: duckdb.DuckDBPyConnection, with_metrics: bool) -> None:
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, logs: Sequence[Path]) -> None:
         """Create both views, then close the connection to everything else on this machine."""
         types = {**FACTS, **{key: _type(row.get(key) for row in self._rows) for key in self._settings}}
         columns = ", ".join(f"unnest(?::{kind}[]) AS {_quoted(name)}" for name, kind in types.items())
         values = [[_sql_value(row.get(name), kind) for row in self._rows] for name, kind in types.items()]
         connection.execute(f"CREATE TABLE runs AS SELECT {columns}", values)
-        logs = [path for path in self._logs if path.is_file() and os.access(path, os.R_OK)] if with_metrics else []
         connection.execute(_metrics_view(logs))
         connection.execute("SET default_null_order = 'nulls_last'")
         connection.execute("SET python_enable_replacements = false")
@@ -223,7 +249,7 @@ def _metric_names(logs: Sequence[Path]) -> list[str]:
     names = dict.fromkeys(registered_metrics())
     for log in logs:
         try:
-            registry = json.loads((log.parent.parent / METRIC_REGISTRY).read_text(encoding="utf-8"))
+            registry = read_json(log.parent.parent / METRIC_REGISTRY, log.parent.parent)
             names |= dict.fromkeys(str(entry["name"]) for entry in registry)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # an old or damaged run: its own metrics are left out

@@ -250,6 +250,10 @@ def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str])
 # --------------------------------------------------------------------------------------------------- prune and check
 
 
+WHAT = {"run": "the whole run", "checkpoints": "checkpoints"}
+LEFTOVER = "what a killed process left:"
+
+
 def prune_screen(plan: PrunePlan, freed: int, deleted: bool, unreached: str | None) -> Iterator[RenderableType]:
     """What was deleted, or would be.
 
@@ -260,8 +264,8 @@ def prune_screen(plan: PrunePlan, freed: int, deleted: bool, unreached: str | No
     if plan.removals:
         table = plain_table(left=("run", "what goes"), right=("frees",))
         for removal in plan.removals:
-            what = "the whole run" if removal.what == "run" else "checkpoints"
-            table.add_row(Text(removal.run), what, size(removal.bytes))
+            what = f"{LEFTOVER} {removal.path.name}" if removal.what == "leftover" else WHAT[removal.what]
+            table.add_row(Text(removal.run or "-"), Text(what), size(removal.bytes))
         yield table
         if any(removal.what == "checkpoints" for removal in plan.removals):
             yield Text("A run without checkpoints cannot be resumed or forked any more.", style="dim")

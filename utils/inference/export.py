@@ -6,7 +6,6 @@ and the origin of the weights, tokenizer.json the tokenizer.
 
 from __future__ import annotations
 
-import json
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from utils.checkpoints.files import weight_differences
 from utils.checkpoints.folder import TOKENIZER_FILE, WEIGHTS_FILE
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import is_regular, open_regular, read_json, write_json
 from utils.inference.evaluation import evaluating
 from utils.runs.metrics import decode_number
 
@@ -111,11 +110,11 @@ def load_export(folder: Path, device: torch.device) -> Export:
         ExportError: a file is missing or damaged, or the weights do not fit the configuration.
         TokenizerError: a damaged tokenizer file.
     """
-    if missing := [name for name in EXPORT_FILES if not (folder / name).is_file()]:
+    if missing := [name for name in EXPORT_FILES if not is_regular(folder / name)]:
         raise ExportError(f"{folder}: no complete export: {', '.join(missing)} missing")
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_json(config_path)
         version = config["format_version"]
         if version != FORMAT_VERSION:
             raise ExportError(f"{config_path}: format version {version}, this workbench reads {FORMAT_VERSION}")
@@ -161,7 +160,7 @@ def _training_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _crc32(path: Path) -> str:
     checksum = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             checksum = zlib.crc32(chunk, checksum)
     return f"{checksum:08x}"

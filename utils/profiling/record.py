@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from utils.errors import UserError
-from utils.files import sync_folder, write_atomic, write_json
+from utils.files import read_json, sync_folder, write_atomic, write_json
 from utils.runs import layout
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -185,7 +184,7 @@ def read_profile(path: Path) -> Profile:
     if found is None:
         raise UserError(f"{path}: there is no {PROFILE}: python profile_model.py --out DIR writes one")
     try:
-        record = json.loads(found.read_text(encoding="utf-8"))
+        record = read_json(found)
         version = record["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(f"{found}: schema_version is {version}; this program reads {SCHEMA_VERSION}")

@@ -11,19 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
-from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD
+from utils.files import open_regular, read_bytes, read_json
+from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD, SEAL
 from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
-from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, read_record, status_of
+from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, is_held, read_record, status_of
 
+STARTING = "starting"  # the state of a tracker in run.json before it is open
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
 DERIVED = derived_settings(Config(), 1).keys()  # settings that are derived from others while they are none
@@ -57,47 +59,6 @@ FACTS = {  # column -> type in SQL; the settings are further columns
     "path": "VARCHAR",
 }
 LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class _Git(BaseModel):
-    commit: str | None = None
-    branch: str | None = None
-    dirty: bool | None = None
-
-
-class _Parent(BaseModel):
-    run: str
-    path: str = ""
-    step: Whole = 0
-    relation: str = ""
-
-
-class _Resolved(BaseModel):
-    parameters: Whole | None = None
-    max_iters: Whole | None = None
-    corpus_hash: str | None = None
-    torch: str | None = None
-    processor: str | None = None
-
-
-class _Record(BaseModel, strict=True):
-    """The fields of run.json that the index uses, with their types."""
-
-    status: Literal["running", "completed", "interrupted", "failed", "diverged"]
-    git: _Git | None = None
-    parent: _Parent | None = None
-    resolved: _Resolved | None = None
-    summary: dict[str, float | Literal["nan", "inf", "-inf"]] | None = None
-    last_step: Whole | None = None
-    best_step: Whole | None = None
-    host: str | None = None
-    end: str | None = None
-    config_hash: str | None = None
-    exit_reason: str | None = None
-    argv: list[str] = []
-    resumes: list[dict[str, Any]] = []
-    views: dict[str, dict[str, Any]] = {}
 
 
 class _Notes(BaseModel, strict=True):
@@ -223,10 +184,6 @@ def read_run(path: Path) -> IndexedRun:
             return IndexedRun(path, problem="an empty folder" if empty else f"no {RECORD}")
         record = read_record(path)
         status = status_of(path, record)
-        _Record.model_validate(record)
-    except ValidationError as error:
-        wrong = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors(include_url=False, include_input=False))
-        return IndexedRun(path, problem=f"{RECORD}: not as this workbench writes it: {', '.join(wrong)}")
     except (RunError, OSError) as error:
         return IndexedRun(path, problem=str(error).replace(f"{path}{os.sep}", "").removeprefix(f"{path}: "))
     problems = []
@@ -245,13 +202,24 @@ def read_run(path: Path) -> IndexedRun:
         problems.append(f"notes.json cannot be read: {reason}")
     if status != "running" and (problem := _log_problem(path / METRICS_LOG)):
         problems.append(problem)
+    if is_unfinished(path, record, status):
+        problems.append(f"it was killed while it closed: python experiments.py finish {path.name}")
     return IndexedRun(path, status, "; ".join(problems) or None, record, settings, notes, notes_are_lost)
+
+
+def is_unfinished(path: Path, record: Mapping[str, Any], status: str) -> bool:
+    """Whether a run has ended, but its process was killed before its trackers were complete and its seal written."""
+    views = record.get("views") or {}
+    if status in ("running", "crashed") or not views:
+        return False
+    open_views = any(facts.get("state") in (STARTING, "on", "hangs") for facts in views.values())
+    return (open_views or not (path / SEAL).exists()) and not is_held(path, record)
 
 
 def _log_problem(path: Path) -> str | None:
     """What is wrong with the end of a log; None: nothing. Only its last bytes are read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, path.parent.parent) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END))
             *lines, torn = file.read().split(b"\n")
         if lines and not isinstance(orjson.loads(lines[-1]), dict):
@@ -271,7 +239,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: the file is missing or damaged.
     """
-    sections = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    sections = read_json(path / CONFIG, path)
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise ValueError("not a configuration")
     return {key: value for section in sections.values() for key, value in section.items()}
@@ -284,7 +252,7 @@ def read_notes(path: Path) -> dict[str, Any]:
         OSError, ValueError: the file is damaged.
     """
     try:
-        notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
+        notes = read_json(path / NOTES, path)
     except FileNotFoundError:
         return dict(NO_NOTES)
     return {**_Notes.model_validate(notes).model_dump(), **{key: notes[key] for key in notes if key not in NO_NOTES}}
@@ -345,7 +313,7 @@ def origin_of(run: IndexedRun) -> tuple[str, str, int] | None:
 def code_identity(run: IndexedRun) -> tuple[str | None, str | None]:
     """The commit (None if unknown) and the SHA-256 of the patch (None if there is none) of the code of a run."""
     try:
-        patch = (run.path / PATCH).read_bytes()
+        patch = read_bytes(run.path / PATCH, run.path)
     except OSError:
         patch = b""
     commit = (run.record.get("git") or {}).get("commit")

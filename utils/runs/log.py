@@ -14,16 +14,23 @@ from typing import Any
 import orjson
 
 from utils.errors import UserError
+from utils.files import open_regular, regular_fd
 from utils.runs.layout import HISTOGRAMS_LOG, METRICS_LOG, SAMPLES_LOG
 from utils.runs.metrics import decode_number
 
 METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE = METRICS_LOG.name, HISTOGRAMS_LOG.name, SAMPLES_LOG.name
 LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)  # checkpoints and trackers keep an offset for each name
 SCANNED_BYTES = 65_536
+MAX_LINE_BYTES = 16 << 20  # a record has some hundred bytes, a histogram some thousand
 
 
 class RunLogError(UserError):
-    """Logs that do not belong to the checkpoint."""
+    """Logs that are damaged, or do not belong to the checkpoint."""
+
+
+def _run_of(log: Path) -> Path:
+    """The run directory of a log: no link may lead out of it."""
+    return log.parent.parent
 
 
 class LogWriter:
@@ -31,7 +38,7 @@ class LogWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = regular_fd(path, _run_of(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append one line for each record. Numbers that are not finite must be encoded before (encode_number).
@@ -96,10 +103,41 @@ def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[li
 
     Raises:
         FileNotFoundError: the log does not exist.
-        ValueError: a complete line is not JSON.
+        RunLogError: a complete line is no record.
     """
     lines = read_lines(path, offset, max_bytes)
-    return [orjson.loads(line) for line in lines], offset + sum(map(len, lines))
+    records: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            records.append(_record(path, line))
+        except RunLogError:
+            number = _lines_before(path, offset) + len(records) + 1
+            raise RunLogError(f"{path}:{number}: the log is damaged: this line is no record") from None
+    return records, offset + sum(map(len, lines))
+
+
+def _record(path: Path, line: bytes) -> dict[str, Any]:
+    """The record in a line of the log `path`.
+
+    Raises:
+        RunLogError: it is something else.
+    """
+    try:
+        record = orjson.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
+            raise ValueError
+    except ValueError:
+        raise RunLogError(f"{path}: the log is damaged: its last line is no record") from None
+    return record
+
+
+def _lines_before(path: Path, offset: int) -> int:
+    """The number of lines in the first `offset` bytes of a file."""
+    count = 0
+    with open_regular(path, _run_of(path)) as file:
+        while offset > 0 and (data := file.read(min(offset, 1 << 20))):
+            count, offset = count + data.count(b"\n"), offset - len(data)
+    return count
 
 
 def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[bytes]:
@@ -107,12 +145,16 @@ def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[by
 
     Raises:
         FileNotFoundError: the log does not exist.
+        OSError: it is no regular file.
+        RunLogError: a line is longer than any record.
     """
-    with path.open("rb") as file:
+    with open_regular(path, _run_of(path)) as file:
         file.seek(offset)
         data = file.read(max_bytes)
         if b"\n" not in data and len(data) == max_bytes:  # one line longer than a chunk
-            data += file.readline()
+            data += file.readline(MAX_LINE_BYTES)
+            if len(data) >= max_bytes + MAX_LINE_BYTES:
+                raise RunLogError(f"{path}: the log is damaged: a line of more than {MAX_LINE_BYTES >> 20} MiB")
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
@@ -132,12 +174,14 @@ def last_record(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     size, length = path.stat().st_size, SCANNED_BYTES
-    with path.open("rb") as file:
+    with open_regular(path, _run_of(path)) as file:
         while True:
             file.seek(max(0, size - length))
             lines = file.read(min(length, size)).split(b"\n")[:-1]
             if len(lines) > 1 or length >= size:  # the first may be only a part of a line
-                return orjson.loads(lines[-1]) if lines else None
+                return _record(path, lines[-1]) if lines else None
+            if length > MAX_LINE_BYTES:
+                raise RunLogError(f"{path}: the log is damaged: a line of more than {MAX_LINE_BYTES >> 20} MiB")
             length *= 4
 
 
@@ -157,7 +201,7 @@ def offset_of_step(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    with path.open("rb") as file:
+    with open_regular(path, _run_of(path)) as file:
         low, high = 0, path.stat().st_size  # a line of an earlier step begins at low, unless it is 0
         while high - low > SCANNED_BYTES:
             middle = (low + high) // 2
@@ -186,13 +230,23 @@ def truncate(path: Path, offset: int | None = None) -> None:
         return
     if offset is not None and offset > path.stat().st_size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, fewer than the {offset} to keep")
-    with path.open("r+b") as file:
-        if offset is None:
-            data = file.read()
-            offset = data.rfind(b"\n") + 1
-        file.truncate(offset)
-        file.flush()
-        os.fsync(file.fileno())
+    fd = regular_fd(path, _run_of(path), os.O_RDWR)
+    try:
+        os.ftruncate(fd, _end_of_lines(fd) if offset is None else offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _end_of_lines(fd: int) -> int:
+    """The offset after the last line break of a file."""
+    end = os.fstat(fd).st_size
+    while end > 0:
+        start = max(0, end - SCANNED_BYTES)
+        if (found := os.pread(fd, end - start, start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def cut_logs(logs_dir: Path, offsets: Mapping[str, int]) -> None:
@@ -210,4 +264,7 @@ def cut_logs(logs_dir: Path, offsets: Mapping[str, int]) -> None:
         if size < offset:
             raise RunLogError(f"{path}: has {size:,} bytes, but had {offset:,} when the checkpoint was saved")
     for name in LOG_FILES:
-        truncate(logs_dir / name, offsets.get(name, 0))
+        try:
+            truncate(logs_dir / name, offsets.get(name, 0))
+        except OSError as error:
+            raise RunLogError(f"{logs_dir / name}: cannot be cut back to the checkpoint: {error.strerror}") from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from utils.files import write_json
+from utils.files import read_json, write_json
 
 Direction = Literal["lower", "higher", "none"]  # which way is better
 
@@ -123,7 +122,7 @@ def write_registry(path: Path) -> None:
 def read_registry(path: Path) -> None:
     """Register the metrics of a file that `write_registry` wrote, unless their names are known; none without a file."""
     if path.exists():
-        for facts in json.loads(path.read_text(encoding="utf-8")):
+        for facts in read_json(path):
             _REGISTRY.setdefault(facts["name"], Metric(**{**facts, "views": tuple(facts["views"])}))
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.config.settings import TAG_PATTERN
 from utils.errors import UserError, nearest
-from utils.files import write_json
+from utils.files import change_json, read_json
 from utils.runs.layout import MODELS
 
 VERSIONED = re.compile(r"(.+)@v(\d+)")
@@ -31,26 +26,46 @@ def read_models(runs_dir: Path) -> Models:
     Raises:
         PromotionError: models.json is damaged.
     """
+    models, problem = good_models(runs_dir)
+    if problem:
+        raise PromotionError(problem)
+    return models
+
+
+def good_models(runs_dir: Path) -> tuple[Models, str | None]:
+    """The promoted runs that models.json names as this workbench writes it, and what is wrong with it otherwise."""
+    path = runs_dir / MODELS
     try:
-        models = json.loads((runs_dir / MODELS).read_text(encoding="utf-8"))
-        lists = all(isinstance(versions, list) for versions in models.values())
-        if lists and all(isinstance(version["run"], str) for versions in models.values() for version in versions):
-            return dict(models)
-        raise ValueError("not a list of versions for each name")
+        content = read_json(path)
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise PromotionError(f"{runs_dir / MODELS} cannot be read: {error}") from None
+        return {}, None
+    except OSError as error:
+        return {}, f"{path} cannot be read: {error.strerror}"
+    except ValueError as error:
+        return {}, f"{path} cannot be read: {error}"
+    if not isinstance(content, dict):
+        return {}, f"{path} cannot be read: not a list of versions for each name"
+    good = {name: versions for name, versions in content.items() if _are_versions(versions)}
+    bad = ", ".join(name for name in content if name not in good)
+    return good, f"{path} cannot be read: not a list of versions: {bad}" if bad else None
 
 
-def names_of_run(run: Path) -> list[str]:
-    """The names NAME@vN of the run directory `run`.
+def _are_versions(versions: Any) -> bool:
+    return isinstance(versions, list) and all(
+        isinstance(version, dict) and isinstance(version.get("run"), str) for version in versions
+    )
 
-    Raises:
-        PromotionError: models.json is damaged.
-    """
-    models = read_models(run.parent).items()
-    return [f"{name}@v{entry['version']}" for name, entries in models for entry in entries if entry["run"] == run.name]
+
+def names_of_run(run: Path) -> tuple[list[str], str | None]:
+    """The names NAME@vN of the run directory `run`, and what is wrong with models.json, if anything is."""
+    models, problem = good_models(run.parent)
+    names = [
+        f"{name}@v{number}"
+        for name, versions in models.items()
+        for number, version in enumerate(versions, start=1)
+        if version["run"] == run.name
+    ]
+    return names, problem
 
 
 def promoted_run(text: str, runs_dir: Path) -> Path | None:
@@ -63,7 +78,9 @@ def promoted_run(text: str, runs_dir: Path) -> Path | None:
     if match is None:
         return None
     name, number = match.group(1), int(match.group(2)[:18])
-    models = read_models(runs_dir)
+    models, problem = good_models(runs_dir)
+    if name not in models and problem:
+        raise PromotionError(problem)
     if name not in models:
         raise PromotionError(f"no model {name} in {runs_dir / MODELS}{nearest(name, models)}")
     if not 1 <= number <= len(models[name]):
@@ -89,25 +106,15 @@ def add_version(runs_dir: Path, name: str, facts: dict[str, Any]) -> int:
     assert isinstance(facts.get("run"), str), "a version without a run would damage the file"
     if not TAG_PATTERN.fullmatch(name):
         raise PromotionError(f"{name!r} is not a name: expected letters, digits, '.', '_' and '-', at most 64")
-    try:
-        with _locked(runs_dir):
-            models = read_models(runs_dir)
-            versions = models.setdefault(name, [])
-            if versions and all(versions[-1].get(key) == facts.get(key) for key in ("run", "sha256")):
-                return len(versions)
+
+    def change(models: Models) -> Models:
+        versions = models.setdefault(name, [])
+        if not (versions and all(versions[-1].get(key) == facts.get(key) for key in ("run", "sha256"))):
             versions.append({"version": len(versions) + 1, **facts})
-            write_json(runs_dir / MODELS, models)
-            return len(versions)
+        return models
+
+    try:
+        models = change_json(runs_dir / MODELS, change, lambda place: read_models(place.parent))
     except OSError as error:
         raise PromotionError(f"{runs_dir / MODELS} cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _locked(runs_dir: Path) -> Iterator[None]:
-    """Hold a lock, so that no other process changes models.json at the same time."""
-    handle = os.open(runs_dir / f".{MODELS}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    return len(models[name])

@@ -9,7 +9,6 @@ A run has one of three relations to an earlier one:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact, flat, get_value
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
+from utils.files import read_json
 from utils.runs.find import list_run_paths, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.run import RunError, read_record, status_of
@@ -125,7 +125,7 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
         raise ConfigError(f"{run.name} ended before its configuration was written: nothing can be resumed")
     config, current = loader.load_only(_config_path(run)).config, loader.load()
     try:
-        sources = json.loads((run / CONFIG_SOURCES).read_text(encoding="utf-8"))
+        sources = read_json(run / CONFIG_SOURCES, run)
     except (OSError, ValueError):  # the values count; where they came from is only reported
         sources = {}
     place = f"{run.name}/{CONFIG}"
@@ -203,7 +203,7 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
         )
     decisive = ("warmup_iters",) if config.optimizer.schedule == "constant" else ("warmup_iters", "lr_decay_iters")
     for key in decisive:
-        if old[key] != new[key]:
+        if old.get(key, new[key]) != new[key]:
             raise ConfigError(
                 f"--max-iters: {max_iters:,} steps would change {key} from {old[key]:,} to {new[key]:,} and so the "
                 f"learning rates that {run.name} was trained with; --fork starts a new run from its checkpoint"

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.config.settings import check_tag
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import change_json, read_json, read_text, regular_fd, write_json
 from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD
+from utils.runs.record import wrong_fields
 
 SCHEMA_VERSION = 1
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
@@ -30,6 +32,7 @@ NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run on another host that was silent for this long has crashed
 
+Change = Callable[[dict[str, Any]], dict[str, Any]]  # of run.json
 Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
 
 
@@ -107,6 +110,7 @@ class Run:
         self._record = record
         self._lock_fd = lock_fd
         self._mutex = threading.Lock()
+        self._unwritten: list[Change] = []  # what a full disk, say, has kept out of run.json
         self._ended = threading.Event()
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
 
@@ -124,7 +128,7 @@ class Run:
         """
         path = RunDirectoryCreator(runs_dir).create(tag)
         try:
-            lock_fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock_fd = regular_fd(path / LOCK, path, os.O_RDWR | os.O_CREAT)
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _sign(lock_fd)
             record = {
@@ -171,7 +175,7 @@ class Run:
         if not here and read_status(path) == "running":
             raise being_trained
         try:
-            lock_fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock_fd = regular_fd(path / LOCK, path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
         try:
@@ -214,20 +218,40 @@ class Run:
             return json.loads(json.dumps(self._record))
 
     def update(self, **facts: Any) -> None:
-        """Replace fields of run.json atomically; does nothing once the lock is released."""
-        with self._mutex:
-            self._record.update(facts)
-            self._write()
+        """Replace fields of run.json atomically; does nothing once the lock is released.
 
-    def _write(self) -> None:
-        if not self._ended.is_set():  # a view that hung may return when the directory has another owner
-            write_json(self.path / RECORD, self._record)
+        Raises:
+            OSError: run.json cannot be written; the next call tries again.
+        """
+        self._change(lambda record: {**record, **facts})
 
     def update_view(self, name: str, **facts: Any) -> None:
         """Merge facts about one view (its state, its id in the tracker) into run.json."""
+
+        def change(record: dict[str, Any]) -> dict[str, Any]:
+            views = record.get("views") or {}
+            return {**record, "views": {**views, name: {**views.get(name, {}), **facts}}}
+
+        self._change(change)
+
+    def _change(self, change: Change) -> None:
+        """Change run.json as it is on the disk: a person may have given the run another tag meanwhile."""
         with self._mutex:
-            self._record["views"].setdefault(name, {}).update(facts)
-            self._write()
+            self._record = change(self._record)
+            if self._ended.is_set():  # a view that hung may return when the directory has another owner
+                return
+            self._unwritten.append(change)
+            self._record = change_json(self.path / RECORD, self._with_unwritten, self._on_disk)
+            self._unwritten.clear()
+
+    def _with_unwritten(self, record: dict[str, Any] | None) -> dict[str, Any]:
+        return functools.reduce(lambda changed, change: change(changed), self._unwritten, record or self._record)
+
+    def _on_disk(self, path: Path) -> dict[str, Any] | None:
+        try:
+            return read_record(path.parent)
+        except RunError:  # deleted or damaged while it trains: what this process knows is written again
+            return None
 
     def _heartbeat(self) -> None:
         """Touch the lock file at intervals: a sign of life for readers on other hosts, which cannot see the lock."""
@@ -255,7 +279,7 @@ def _sign(lock_fd: int) -> None:
 def _holder(path: Path) -> str | None:
     """The process that holds or last held the lock of a run directory; None if the lock file does not say."""
     try:
-        pid, host = (path / LOCK).read_text(encoding="utf-8").split()
+        pid, host = read_text(path / LOCK, path).split()
     except (OSError, ValueError):
         return None
     return f"process {pid} on {host}"
@@ -268,10 +292,12 @@ def read_record(path: Path) -> dict[str, Any]:
         RunError: it is missing, damaged, or of another schema version.
     """
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = read_json(path / RECORD, path)
     except FileNotFoundError:
         raise RunError(f"{path} is not a run directory: it has no {RECORD}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise RunError(f"{path / RECORD} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise RunError(f"{path / RECORD} cannot be read: {error}") from None
     if (
         not isinstance(record, dict)
@@ -283,14 +309,28 @@ def read_record(path: Path) -> dict[str, Any]:
     if record.get("schema_version") != SCHEMA_VERSION:
         version = record.get("schema_version")
         raise RunError(f"{path / RECORD} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
+    if wrong := wrong_fields(record):
+        raise RunError(f"{path / RECORD}: not as this workbench writes it: {', '.join(wrong)}")
     return record
+
+
+def change_record(path: Path, **facts: Any) -> None:
+    """Replace fields of run.json in the run directory `path`, whoever else changes other ones.
+
+    Raises:
+        RunError: it is missing, damaged, or cannot be written.
+    """
+    try:
+        change_json(path / RECORD, lambda record: {**record, **facts}, lambda place: read_record(place.parent))
+    except OSError as error:
+        raise RunError(f"{path / RECORD} cannot be written: {error.strerror}") from None
 
 
 def lock_is_free(path: Path) -> bool:
     """True if no process of this host holds the lock of the run directory `path`."""
     try:
-        fd = os.open(path / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
+        fd = regular_fd(path / LOCK, path)
+    except OSError:  # there is none, or something else under its name, which no process holds
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -322,10 +362,14 @@ def status_of(path: Path, record: Mapping[str, Any]) -> str:
     """As `read_status`, for a run.json that was read already."""
     if record["status"] != "running":
         return str(record["status"])
+    return "running" if is_held(path, record) else "crashed"
+
+
+def is_held(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a process trains the run directory `path`, or closes it: on this host, or on another by its heartbeat."""
     if record.get("host") == socket.gethostname():
-        return "crashed" if lock_is_free(path) else "running"
+        return not lock_is_free(path)
     try:
-        silence = time.time() - (path / LOCK).stat().st_mtime
+        return time.time() - (path / LOCK).stat().st_mtime <= STALE_HEARTBEAT_SECONDS
     except OSError:
-        return "crashed"
-    return "crashed" if silence > STALE_HEARTBEAT_SECONDS else "running"
+        return False

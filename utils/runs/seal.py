@@ -7,7 +7,6 @@ changes the files and the seal.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.checkpoints.folder import CheckpointError, check_file, list_checkpoints, read_manifest
-from utils.files import write_json
+from utils.files import is_regular, open_regular, read_json, write_json
 from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS, META, SEAL, TENSORBOARD, WANDB, fed_note
 from utils.runs.run import RunError, utc_now
 
@@ -55,7 +54,7 @@ def sealed_files(run: Path) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if relative / name not in NOT_SEALED)
             for name in sorted(names):
                 path = (relative / name).as_posix()
-                regular = (run / path).is_file()  # reading a pipe would block; a broken link is missing
+                regular = is_regular(run / path, run)  # reading a pipe would block; a broken link is missing
                 if regular and not Path(path).match(fed_notes) and not name.endswith(".tmp"):
                     yield path
 
@@ -73,7 +72,7 @@ def file_sha256(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -100,7 +99,7 @@ def verify_seal(run: Path) -> SealCheck:
         RunError: the run has no seal, or a damaged one.
     """
     try:
-        recorded = json.loads((run / SEAL).read_text(encoding="utf-8"))
+        recorded = read_json(run / SEAL, run)
         if not isinstance(recorded["files"], dict):
             raise ValueError("no files")
         old: Mapping[str, str] = recorded["files"]

@@ -7,16 +7,19 @@ missing can be fed again later. A new tracker is one file with one class, like t
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.runs.layout import CONFIG, METRICS_LOG, MODEL_SUMMARY, NOTES
-from utils.runs.log import read_records
+from utils.files import read_json
+from utils.runs.index import read_notes
+from utils.runs.layout import CONFIG, METRICS_LOG, MODEL_SUMMARY
+from utils.runs.log import last_record
+from utils.runs.mend import read_modules
 from utils.runs.metrics import decode_number
-from utils.runs.run import read_record, read_status
+from utils.runs.run import NO_NOTES, read_record, read_status
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,16 @@ class RunFacts:
 
         Raises:
             RunError: run.json is missing or damaged.
-            OSError, ValueError: another file of the run is missing or damaged.
+            OSError, ValueError: the configuration is missing or damaged.
         """
         record = read_record(path)
-        hparams = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
-        summary = path / MODEL_SUMMARY
+        hparams = read_json(path / CONFIG, path)
+        notes: dict[str, Any] = dict(NO_NOTES)
+        modules: tuple[dict[str, Any], ...] = ()
+        with contextlib.suppress(OSError, ValueError):  # what people and trackers read never stops a run
+            notes = read_notes(path)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            modules = read_modules(path / MODEL_SUMMARY)
         git = record.get("git") or {}
         return cls(
             id=path.name,
@@ -63,7 +70,7 @@ class RunFacts:
             hparams=hparams,
             git={key: git.get(key) for key in ("commit", "branch", "dirty")},
             resolved=record.get("resolved") or {},
-            modules=tuple(json.loads(summary.read_text(encoding="utf-8"))) if summary.exists() else (),
+            modules=modules,
         )
 
 
@@ -90,7 +97,7 @@ class RunEnd:
         record = read_record(path)
         status, step = read_status(path), record.get("last_step") or 0
         if status == "crashed":  # it had no chance to record its last step
-            step = max((logged["step"] for logged in read_records(path / METRICS_LOG)), default=0)
+            step = (last_record(path / METRICS_LOG) or {}).get("step", 0)
         summary = {name: decode_number(value) for name, value in (record.get("summary") or {}).items()}
         return cls(status, summary, step)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.files import write_json
+from utils.files import put_aside, read_json, write_json
 from utils.runs.layout import fed_note
 from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines
 from utils.tracking import RunEnd, View
@@ -117,9 +117,13 @@ class Feeder(threading.Thread):
             self.close(self._end)
         except Exception as error:  # the tracker boundary: whatever fails there, training continues
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            self._record(self.view.name, state="off", reason=reason)
-            self._warn(f"{self.view.name} is off: {reason}; later: {self.rebuild_command}")
-            self.view.abandon()
+            message = f"{self.view.name} is off: {reason}; later: {self.rebuild_command}"
+            # The tracker first: what it keeps open can hold up the end of the process.
+            attempt_each(
+                self.view.abandon,
+                lambda: self._record(self.view.name, state="off", reason=reason),
+                lambda: self._warn(message),
+            )
 
     def _tail(self) -> None:
         """Feed what the logs hold and what is appended to them, until training has ended and everything is fed."""
@@ -201,7 +205,7 @@ class Feeder(threading.Thread):
         if self.resumed_step is None:
             return 0
         try:
-            state = json.loads(self._state_path.read_text(encoding="utf-8"))
+            state = read_json(self._state_path)
             fed = {name: int(state["offsets"][name]) for name in LOG_FILES}
             self.last_step_before = int(state["last_step"])
         except (OSError, ValueError, KeyError, TypeError):  # nothing was fed, or it is unknown what: feed everything
@@ -256,15 +260,23 @@ def cut_progress(logs_dir: Path) -> None:
     """Limit the saved progress of each view to the lengths of the logs, after these were cut back to a checkpoint."""
     for path in logs_dir.glob(fed_note("*").name):
         try:
-            progress = json.loads(path.read_text(encoding="utf-8"))
+            progress = read_json(path)
             progress["offsets"] = {name: min(fed, _size(logs_dir / name)) for name, fed in progress["offsets"].items()}
             write_json(path, progress)
-        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: without it everything is fed again
-            path.unlink()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(OSError):  # damaged: without it everything is fed again
+                put_aside(path)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def attempt_each(*actions: Callable[[], object]) -> None:
+    """Call each, whatever the others raise: what handles a failure may itself fail, on a full disk say."""
+    for action in actions:
+        with contextlib.suppress(Exception):  # the tracker boundary: the first failure is the one that is reported
+            action()
 
 
 class Feeders:
@@ -293,8 +305,7 @@ class Feeders:
             if feeder not in self._reported and since is not None and time.monotonic() - since > HANGING_SECONDS:
                 self._reported.append(feeder)
                 reason = f"no answer for {HANGING_SECONDS:g} s"
-                self._warn(f"{feeder.view.name} hangs ({reason}); training continues without it")
-                self._record(feeder.view.name, state="hangs", reason=reason)
+                self._report(feeder, f"hangs ({reason}); training continues without it", state="hangs", reason=reason)
 
     def lift_budget(self) -> None:
         """Training has ended: feed without a limit from now on."""
@@ -318,15 +329,17 @@ class Feeders:
                 while feeder.is_alive() and (left := deadline - time.monotonic()) > 0:
                     feeder.join(timeout=min(PROGRESS_SECONDS, left))
                     if feeder.is_alive() and (backlog := feeder.backlog_bytes()):
-                        progress(
-                            f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left, "
-                            f"for at most {max(deadline - time.monotonic(), 0):.0f} s"
-                        )
+                        words = f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left, "
+                        words += f"for at most {max(deadline - time.monotonic(), 0):.0f} s"
+                        attempt_each(functools.partial(progress, words))
         for feeder in self.feeders:
             if feeder.is_alive():
-                self._warn(
-                    f"{feeder.view.name} is incomplete: {feeder.backlog_bytes():,} bytes of the log were not fed "
-                    f"within {seconds:g} s; the log itself is complete; later: {feeder.rebuild_command}"
-                )
-                self._record(feeder.view.name, state="incomplete", reason=f"not fed within {seconds:g} s")
-                feeder.view.abandon()
+                attempt_each(feeder.view.abandon)
+                words = f"is incomplete: {feeder.backlog_bytes():,} bytes of the log were not fed within {seconds:g} s"
+                words += f"; the log itself is complete; later: {feeder.rebuild_command}"
+                self._report(feeder, words, state="incomplete", reason=f"not fed within {seconds:g} s")
+
+    def _report(self, feeder: Feeder, words: str, **facts: Any) -> None:
+        """Say something about a view, and record it; a disk that is full must not stop the training thread."""
+        name = feeder.view.name
+        attempt_each(lambda: self._warn(f"{name} {words}"), lambda: self._record(name, **facts))

@@ -9,13 +9,16 @@ from pathlib import Path
 from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.errors import UserError
+from utils.files import is_regular
 from utils.runs.curves import draw_curves
-from utils.runs.layout import CONFIG, LOGS, METRIC_REGISTRY
+from utils.runs.layout import CONFIG, LOGS, METRIC_REGISTRY, SEAL
 from utils.runs.log import LOG_FILES
-from utils.runs.metrics import read_registry
-from utils.runs.run import Run, read_record
+from utils.runs.mend import mend
+from utils.runs.metrics import VIEWS, read_registry
+from utils.runs.run import Run, RunError, read_record, read_status
+from utils.runs.seal import write_seal
 from utils.tracking import RunEnd, View
-from utils.tracking.feeder import Budget, Feeder
+from utils.tracking.feeder import Budget, Feeder, attempt_each
 from utils.tracking.views import build_views, is_installed, wanted_views
 
 Report = Callable[[str, int, int], None]  # name of the view, bytes fed, bytes in total
@@ -26,7 +29,11 @@ class RebuildError(Exception):
 
 
 def rebuild(
-    path: Path, root: Path, names: Sequence[str] = (), report: Report = lambda name, fed, total: None
+    path: Path,
+    root: Path,
+    names: Sequence[str] = (),
+    report: Report = lambda name, fed, total: None,
+    warn: Callable[[str], None] = print,
 ) -> list[str]:
     """Empty views of the run in the directory `path`, and feed them the whole logs.
 
@@ -34,6 +41,7 @@ def rebuild(
         root: the folder that relative paths start from.
         names: of the views; empty: those that the run feeds by its configuration, and those it has fed.
         report: called a few times a second while a view is fed.
+        warn: prints a warning: a damaged file was put aside, say.
 
     Returns:
         The names of the views, all of them complete.
@@ -45,18 +53,19 @@ def rebuild(
     """
     config = recorded_settings(path, root)
     fed = read_record(path).get("views", {})
-    names = list(names) or list(dict.fromkeys([*wanted_views(config), *fed]))
+    names = list(names) or list(dict.fromkeys([*wanted_views(config), *(name for name in fed if name in VIEWS)]))
     for name in names:
         if not is_installed(name):
             raise UserError(f"{name} is not installed: pip install {name}")
     for log_file in LOG_FILES:
-        if not (path / LOGS / log_file).is_file():
-            raise UserError(f"{path / LOGS / log_file} is missing: {path.name} cannot be fed from its logs")
+        if not is_regular(path / LOGS / log_file, path):
+            raise UserError(f"{path / LOGS / log_file} is missing or no file: {path.name} cannot be fed from its logs")
     end = RunEnd.read(path)  # before the lock is taken: a crashed run with a lock would look like a running one
     run = Run.resume(path)
     try:
+        mend(path, warn)
         read_registry(path / METRIC_REGISTRY)
-        with contextlib.suppress(OSError, ImportError):  # the old picture will do
+        with contextlib.suppress(Exception):  # the old picture will do
             draw_curves(path)
         total = sum((path / LOGS / name).stat().st_size for name in LOG_FILES)
         for view in build_views(names, path, config, root):
@@ -64,6 +73,46 @@ def rebuild(
     finally:
         run.release()
     return names
+
+
+def finish(
+    path: Path,
+    root: Path,
+    report: Report = lambda name, fed, total: None,
+    warn: Callable[[str], None] = print,
+) -> list[str]:
+    """Do what a process that was killed at the end of a run had left: feed its views, draw its curves, seal it.
+
+    Returns:
+        The names of the views that were fed; those that were complete are left alone.
+
+    Raises:
+        UserError: the run has not ended, or as `rebuild`.
+        RebuildError: a view failed; the run is sealed nevertheless.
+    """
+    status = read_status(path)
+    if status == "running":
+        raise RunError(f"{path.name} is being trained, and is finished when it ends")
+    if status == "crashed":
+        raise RunError(f"{path.name} crashed while it trained: --resume continues it, rebuild feeds its trackers")
+    views = read_record(path).get("views", {})
+    names = [name for name in VIEWS if name in views and views[name].get("state") != "complete" and is_installed(name)]
+    try:
+        if names:
+            return rebuild(path, root, names, report, warn)
+        run = Run.resume(path)
+        try:
+            mend(path, warn)
+            with contextlib.suppress(Exception):  # a picture
+                draw_curves(path)
+        finally:
+            run.release()
+        return names
+    finally:
+        try:
+            write_seal(path)
+        except OSError as error:
+            warn(f"{path / SEAL} was not written: {error.strerror}")
 
 
 def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int], None]) -> None:
@@ -78,8 +127,7 @@ def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int],
     except Exception as error:  # the tracker boundary
         message = next(filter(None, str(error).splitlines()), "no message")
         reason = f"{type(error).__name__}: {message}"
-        run.update_view(view.name, state="off", reason=reason)
-        view.abandon()
+        attempt_each(view.abandon, lambda: run.update_view(view.name, state="off", reason=reason))
         raise RebuildError(f"{view.name} was not rebuilt: {reason}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from utils.config.fields import FIELDS, field_fact
 from utils.config.settings import TRAJECTORY
+from utils.files import regular_fd
 from utils.runs.layout import TENSORBOARD
 from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
 from utils.runs.metrics import shown_metrics
@@ -241,12 +242,15 @@ def cut_session_end(path: Path) -> None:
     Format of a record: https://www.tensorflow.org/tutorials/load_data/tfrecord
     """
     end = 0
-    with path.open("r+b") as file:
-        for length, data in _event_records(file.fileno()):
+    fd = regular_fd(path, flags=os.O_RDWR)
+    try:
+        for length, data in _event_records(fd):
             if SESSION_END_TAG in data:
                 break
             end += length
-        file.truncate(end)
+        os.ftruncate(fd, end)
+    finally:
+        os.close(fd)
 
 
 def _event_records(fd: int) -> Iterator[tuple[int, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -150,12 +151,17 @@ class Checkpointer:
             self._written_step = step
             prune(self.folder, self.settings.keep_last, facts["best_step"] if self.settings.keep_best else None)
         except Exception as error:  # the boundary of the thread: training continues with the earlier checkpoints
-            kept = [found for found, _ in list_checkpoints(self.folder)]
-            newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
-            self._warn(f"the checkpoint of step {step:,} was not written: {_reason(error)}; {newest}")
+            with contextlib.suppress(OSError):
+                self._report_failure(step, error)
         else:
             self._point(step, facts["best_step"], decode_number(facts["best_val_loss"]))
         self._write_seconds = time.monotonic() - began
+
+    def _report_failure(self, step: int, error: Exception) -> None:
+        """Say that a checkpoint was not written, and which is the newest one."""
+        kept = [found for found, _ in list_checkpoints(self.folder)]
+        newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
+        self._warn(f"the checkpoint of step {step:,} was not written: {_reason(error)}; {newest}")
 
     def _point(self, step: int, best_step: int | None, best_val_loss: float) -> None:
         """Bring latest.json and best.json up to date; they are only written if they change."""

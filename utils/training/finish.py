@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from utils.checkpoints.files import read_checkpoint
@@ -15,6 +17,16 @@ from utils.runs.seal import write_seal
 from utils.terminal.console import Terminal
 from utils.training.flight_recorder import FlightRecorder
 from utils.training.state import TrainState, load_weights
+
+
+def warn_anyway(terminal: Terminal) -> Callable[[str], None]:
+    """Prints a warning if that is possible: where a failure is handled, a full disk must not cause another one."""
+
+    def warn(message: str) -> None:
+        with contextlib.suppress(OSError):  # logs/train.log cannot be written
+            terminal.warn(message)
+
+    return warn
 
 
 def export(state: TrainState, run: Run, terminal: Terminal) -> str:
@@ -47,7 +59,7 @@ def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, termin
     try:
         recorder.dump(path, reason)
     except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed returns no numbers
-        terminal.warn(f"{path.name} was not written: {error}")
+        warn_anyway(terminal)(f"{path.name} was not written: {error}")
 
 
 def draw(run: Run, terminal: Terminal) -> None:
@@ -55,13 +67,14 @@ def draw(run: Run, terminal: Terminal) -> None:
     try:
         draw_curves(run.path)
     except Exception as error:  # a picture must not end a run
-        terminal.warn(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
+        warn_anyway(terminal)(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
 
 
 def seal_run(run: Run, terminal: Terminal) -> None:
     """Write the checksums of the run's record, after the last line of logs/train.log."""
-    terminal.close()
     try:
+        terminal.close()
         write_seal(run.path)
     except OSError as error:
-        terminal.warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")
+        warn = warn_anyway(terminal)
+        warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")

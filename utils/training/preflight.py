@@ -10,6 +10,7 @@ import torch
 from model import outline
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
+from utils.files import read_bytes
 from utils.machine.attention_kernels import fused_attention
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, origin_of, read_index
@@ -67,8 +68,11 @@ def _same_code(run: IndexedRun, git: GitFacts) -> bool:
     commit = (run.record.get("git") or {}).get("commit")
     if commit is None:
         return False
-    path = run.path / PATCH
-    return bool(commit == git.commit) and (path.read_bytes() if path.is_file() else b"") == git.patch
+    try:
+        patch = read_bytes(run.path / PATCH, run.path)
+    except OSError:
+        patch = b""
+    return bool(commit == git.commit) and patch == git.patch
 
 
 def _code(git: GitFacts) -> Iterator[str]:

@@ -6,10 +6,10 @@ import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.text import Text
@@ -20,6 +20,7 @@ from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
 from utils.runs.code import GitFacts
+from utils.runs.index import STARTING
 from utils.runs.layout import CHECKPOINTS, LOGS, TRAIN_LOG
 from utils.runs.log import RunLog
 from utils.runs.metrics import encode_number
@@ -34,8 +35,9 @@ from utils.tracking.views import build_views, is_installed, wanted_views
 from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
 from utils.training.evaluate import evaluate
-from utils.training.finish import draw, dump_flight_recorder, export, seal_run
+from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
+from utils.training.outcome import Outcome
 from utils.training.preflight import preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
@@ -44,31 +46,6 @@ from utils.training.state import TrainState
 from utils.training.step import Update
 from utils.training.step_buffer import NonFiniteError
 from utils.training.step_graph import make_update
-
-
-@dataclass
-class Outcome:
-    """How a session ends, as far as is known: a failure, until something better is.
-
-    at_once: a second signal asked not to wait for anything.
-    """
-
-    status: Status = "failed"
-    reason: str | None = None
-    at_once: bool = False
-    exported: str | None = None
-    last_step: int | None = None
-    losses: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and best_val_loss
-    losses_step: int | None = None
-    best_step: int | None = None
-    parameters: int = 0
-
-    def read(self, state: TrainState) -> None:
-        """Copy the step, the losses and the size of the model."""
-        self.last_step, self.losses_step, self.best_step = state.step, state.losses_step, state.best_step
-        self.parameters = state.model.num_parameters()
-        if state.losses is not None:
-            self.losses = {**state.losses, "best_val_loss": state.best_val_loss}
 
 
 class Session:
@@ -92,6 +69,8 @@ class Session:
         self.outcome = Outcome()
         self._start, self._stop, self._deadline = start, stop, deadline
         self._began = time.monotonic()
+        self._warn = warn_anyway(terminal)
+        self._status_is_written = False
 
     # ------------------------------------------------------------------------------------------ the loop asks
 
@@ -170,13 +149,13 @@ class Session:
         terminal.attach(run.path / TRAIN_LOG)
         write_meta(setup, run, git)
         log = RunLog(run.path / LOGS)
-        after_status.callback(self._close_log, log)
-        before_status.callback(log.sync)
+        after_status.callback(self._attempt, self._close_log, log)
+        before_status.callback(self._attempt, log.sync)
         self.state = state = prepare_run(setup, run, self._start, terminal)
         before_status.callback(self.outcome.read, state)
         self.update = make_update(state, terminal.warn)
         feeders = build_feeders(setup, run, terminal, state.step)
-        after_status.callback(self._close_views, feeders)
+        after_status.callback(self._attempt, self._close_views, feeders)
         self.progress = TrainingProgress(terminal, setup.max_iters, state.step)
         self.monitor = Monitor(state, log, run.path, self.progress, feeders.watch)
         before_status.callback(self._dump_flight_recorder)
@@ -184,7 +163,7 @@ class Session:
         self.callbacks = Callbacks(list(setup.callbacks.values()), callback_run)
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         saved_step = state.step if self._start.own else None
-        self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, terminal.warn, saved_step)
+        self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, self._warn, saved_step)
         before_status.callback(self._wait_for_checkpoint)
 
     @contextlib.contextmanager
@@ -195,6 +174,7 @@ class Session:
                 self.state.model.train()
                 self._deadline.step_done()  # the first evaluation counts as a step
                 self.callbacks.on_start()
+                self._stop.patient = True
                 yield
             self.checkpoints.wait()
             if self.state.finished:
@@ -232,13 +212,21 @@ class Session:
     def fail(self, error: BaseException) -> None:
         """Report the exception that ends the run."""
         self.outcome.status, self.outcome.reason = "failed", f"{type(error).__name__}: {error}"
-        self.terminal.print(traceback.format_exc(), log_only=True)
         where = relative_name(self.run.path, Path.cwd())
-        self.terminal.print(f"failed after {duration(time.monotonic() - self._began)}: {where}")
+        words = f"failed after {duration(time.monotonic() - self._began)}: {where}"
+        self._attempt(self.terminal.print, words)
+        with contextlib.suppress(OSError):
+            self.terminal.print("".join(traceback.format_exception(error)), log_only=True)
 
     def write_status(self) -> None:
-        """Write how the run ended into run.json, before views are closed: a kill during that leaves the true status."""
+        """Write how the run ended into run.json, before views are closed: a kill during that leaves the true status.
+
+        Where that fails, it is tried again once the views are closed, and until it succeeds the run counts as crashed.
+        """
         self._stop.patient = False  # from here on the first signal ends the waiting
+        self._status_is_written = self._attempt(self._finish)
+
+    def _finish(self) -> None:
         outcome = self.outcome
         self.run.finish(
             outcome.status,
@@ -248,9 +236,25 @@ class Session:
             best_step=outcome.best_step,
         )
 
+    def _attempt(self, action: Callable[..., object], *args: Any) -> bool:
+        """Call `action` at the end of a run; False after a failure of a disk, which must not hide how the run ended."""
+        try:
+            action(*args)
+        except OSError as error:
+            self._warn(f"{error.filename or self.run.path.name}: cannot be written: {error.strerror or error}")
+            return False
+        return True
+
     def report(self) -> None:
         """Make the result, and print it unless an exception was reported."""
         outcome = self.outcome
+        if not self._status_is_written:
+            try:
+                self._finish()
+            except OSError as error:
+                if outcome.status != "failed":  # else the first failure is the one that is reported
+                    raise
+                self._warn(f"{self.run.id}: its status was not written: {error.strerror}; it counts as crashed")
         self.result = TrainResult(
             run_dir=self.run.path,
             status=outcome.status,
@@ -267,7 +271,7 @@ class Session:
             signum=self._stop.signum if outcome.status == "interrupted" else None,
         )
         if outcome.status != "failed":
-            print_result(self.result, self.run, self.setup, self.terminal)
+            self._attempt(print_result, self.result, self.run, self.setup, self.terminal)
 
     def _dump_flight_recorder(self) -> None:
         if self.outcome.status in ("diverged", "failed"):
@@ -328,6 +332,7 @@ def open_session(
     git = read_git(setup)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stop.patient = False  # until there are steps to finish
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
             report_preflight(preflight(setup, git), strict, terminal)
@@ -373,6 +378,7 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
     for name in wanted_views(setup.config):
         if is_installed(name):
             names.append(name)
+            run.update_view(name, state=STARTING, reason=None)
         else:
             terminal.warn(f"{name} is not installed: this run is not fed to it (later: {rebuild_command(run, name)})")
             run.update_view(name, state="off", reason="not installed")
@@ -383,10 +389,10 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             run.path / LOGS,
             budget,
             run.update_view,
-            terminal.warn,
+            warn_anyway(terminal),
             rebuild_command(run, view.name),
             step if setup.resumes else None,
         )
         for view in build_views(names, run.path, setup.config, setup.root)
     ]
-    return Feeders(feeders, terminal.warn, run.update_view)
+    return Feeders(feeders, warn_anyway(terminal), run.update_view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from utils.checkpoints.choose import choose_checkpoint, newest_good, put_aside
 from utils.checkpoints.files import Checkpoint
 from utils.config.fields import config_hash
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import change_json, write_json
 from utils.machine.device import device_facts, processor_name
 from utils.runs.code import GitFacts, MetadataCapture
+from utils.runs.index import read_settings
 from utils.runs.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -31,9 +33,10 @@ from utils.runs.layout import (
     TOKENIZER,
 )
 from utils.runs.log import cut_logs
+from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
 from utils.runs.origin import Relation, check_longer, parent_facts
-from utils.runs.run import REPRODUCTION, Run
+from utils.runs.run import NO_NOTES, REPRODUCTION, Run
 from utils.terminal.console import Terminal
 from utils.terminal.words import fact_lines
 from utils.tracking.feeder import cut_progress
@@ -76,7 +79,8 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
 
     run = Run.resume(origin.run)
     try:
-        record = run.record
+        mend(run.path, terminal.warn)
+        record, recorded_tag = run.record, read_settings(run.path).get("run_tag")
         check_longer(run.path, record, setup.config, setup.max_iters)
         check_corpus(run, record, setup)
         folder = run.path / CHECKPOINTS
@@ -89,9 +93,11 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         cut_progress(run.path / LOGS)
         put_aside(unusable)
         for name in (FLIGHT_RECORDER, SEAL):  # of the previous session
-            (run.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # reported by `mend`
+                (run.path / name).unlink(missing_ok=True)
         run.restart(argv, start.step, git=git.summary())
-        run.update(tag=setup.config.tracking.run_tag)
+        if (tag := setup.config.tracking.run_tag) != recorded_tag:  # else a person may have changed it since
+            run.update(tag=tag)
     except BaseException:
         run.release()
         raise
@@ -149,7 +155,8 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
         setup.corpus.tokenizer.save(run.path / TOKENIZER)
         MetadataCapture.write(meta, git, device_facts(setup.device))
         if tracking.tags or tracking.note:
-            write_json(run.path / NOTES, {"tags": list(tracking.tags), "note": tracking.note, "pinned": False})
+            said = {"tags": list(tracking.tags), "note": tracking.note}
+            change_json(run.path / NOTES, lambda notes: {**NO_NOTES, **notes, **said})
     write_json(run.path / CONFIG_SOURCES, setup.loaded.sources_json())
     # Last: once it exists, the run can be resumed.
     write_json(run.path / CONFIG, setup.loaded.config.model_dump(mode="json"))
@@ -160,9 +167,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
     state.callbacks = dict(setup.callbacks)
-    write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
-    read_registry(run.path / METRIC_REGISTRY)  # the logs of a resumed run may have metrics that nobody registers now
-    write_registry(run.path / METRIC_REGISTRY)
+    write_for_readers(run, state, terminal)
     if start.checkpoint is not None:
         take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
         take_over(state, start.checkpoint)
@@ -199,6 +204,16 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         )
     )
     return state
+
+
+def write_for_readers(run: Run, state: TrainState, terminal: Terminal) -> None:
+    """Write the files in meta/ that serve trackers and readers of the log; a failure is one warning."""
+    try:
+        write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
+        read_registry(run.path / METRIC_REGISTRY)  # the logs of a resumed run may have metrics nobody registers now
+        write_registry(run.path / METRIC_REGISTRY)
+    except OSError as error:
+        terminal.warn(f"{error.filename}: cannot be written: {error.strerror}")
 
 
 def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:

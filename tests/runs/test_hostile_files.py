@@ -1,0 +1,133 @@
+"""Names of a run that are pipes, devices, links, folders or nonsense: nothing hangs, and the good runs stay visible."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_runs import make_run, training_records, write
+
+import experiments
+from utils.files import is_regular, open_regular, read_json
+from utils.runs.log import RunLogError, read_lines, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWER_SECONDS = 20.0
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def nested(path: Path) -> None:
+    path.write_text("[" * 200_000)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 36)
+
+
+HOSTILE: list[Callable[[Path], None]] = [pipe, endless, loop, folder, nested, sparse]
+NAMES = ("run.json", "notes.json", "lock", "meta/full_config.json", "logs/metrics.jsonl", "meta/metrics.json")
+
+
+@pytest.mark.parametrize("make", HOSTILE)
+def test_a_hostile_json_file_is_an_error_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "a.json")
+    with pytest.raises((OSError, ValueError)):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_link_may_lead_to_a_file_of_the_run_but_not_out_of_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write(run / "logs" / "real.json", 1)
+    write(tmp_path / "outside.json", 2)
+    (run / "inside.json").symlink_to(run / "logs" / "real.json")
+    (run / "out.json").symlink_to(tmp_path / "outside.json")
+    (run / "meta").symlink_to(tmp_path)
+    assert read_json(run / "inside.json", run) == 1
+    for name in ("out.json", "meta/outside.json"):
+        with pytest.raises(PermissionError, match="leads out of"):
+            open_regular(run / name, run)
+    (tmp_path / "moved").symlink_to(run)  # a run on another disk, say
+    assert is_regular(tmp_path / "moved" / "logs" / "real.json", tmp_path / "moved")
+
+
+def test_a_line_without_an_end_is_not_read_into_memory(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "metrics.jsonl"
+    log.parent.mkdir()
+    sparse(log)
+    with pytest.raises(RunLogError, match="a line of more than 16 MiB"):
+        read_lines(log)
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "metrics.jsonl"
+    write(log, '{"step":0}\n{"step":1}\n[]\n')
+    with pytest.raises(RunLogError, match=r"metrics\.jsonl:3: the log is damaged"):
+        list(read_records(log))
+
+
+@pytest.mark.parametrize("make", HOSTILE)
+def test_no_hostile_file_hides_the_good_runs(make: Callable[[Path], None], tmp_path: Path) -> None:
+    for number, name in enumerate(NAMES):
+        run = make_run(tmp_path, f"bad_{number}", metrics=training_records([3.0, 2.0]))
+        (run / name).unlink(missing_ok=True)
+        make(run / name)
+    make_run(tmp_path, "good", metrics=training_records([3.0, 2.0]))
+    words = ("--runs-dir", str(tmp_path), "--json")
+    for command, status in (
+        (("list",), 0),
+        (("show", "good"), 0),
+        (("sql", "SELECT run, count(*) AS n FROM metrics WHERE run = 'good' GROUP BY run"), 0),
+        (("prune", "--keep-last", "1"), 0),
+    ):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "experiments.py"), *command, *words],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+        )
+        assert result.returncode == status, (command, result.stderr)
+        assert "good" in result.stdout or command[0] == "prune"
+        assert "Traceback" not in result.stderr
+
+
+def test_one_log_that_is_no_json_leaves_sql_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = make_run(tmp_path, "bad")
+    write(bad / "logs" / "metrics.jsonl", bytes(17 << 20))
+    make_run(tmp_path, "good", metrics=training_records([3.0, 2.0]))
+    query = "SELECT DISTINCT run FROM metrics"
+    assert experiments.main(["sql", query, "--runs-dir", str(tmp_path), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == [{"run": "good"}]
+    assert "bad" in captured.err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"m": [{"run": 1}], "fine": [{"version": 1, "run": "good"}]}'])
+def test_a_damaged_registry_of_models_hides_no_run(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, "good", metrics=training_records([3.0]))
+    write(tmp_path / "models.json", content)
+    assert experiments.main(["show", "good", "--runs-dir", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["promoted"] == (["fine@v1"] if "fine" in content else [])

@@ -1,0 +1,33 @@
+"""How a session ends, as far as is known while it lasts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from utils.runs.run import Status
+from utils.training.state import TrainState
+
+
+@dataclass
+class Outcome:
+    """How a session ends, as far as is known: a failure, until something better is.
+
+    at_once: a second signal asked not to wait for anything.
+    """
+
+    status: Status = "failed"
+    reason: str | None = None
+    at_once: bool = False
+    exported: str | None = None
+    last_step: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and best_val_loss
+    losses_step: int | None = None
+    best_step: int | None = None
+    parameters: int = 0
+
+    def read(self, state: TrainState) -> None:
+        """Copy the step, the losses and the size of the model."""
+        self.last_step, self.losses_step, self.best_step = state.step, state.losses_step, state.best_step
+        self.parameters = state.model.num_parameters()
+        if state.losses is not None:
+            self.losses = {**state.losses, "best_val_loss": state.best_val_loss}
