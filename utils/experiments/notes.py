@@ -37,8 +37,8 @@ def edit(
         All of these values after the change.
 
     Raises:
-        UserError: the tag is not valid, a text is no Unicode, the notes are damaged, or the run is being trained and its
-            tag would change (only the training process writes run.json).
+        UserError: the tag is not valid, a text is no Unicode, the notes are damaged, or the run is being trained and
+            its tag would change (only the training process writes run.json).
     """
     for flag, texts in (("--note", [note or ""]), ("--add-tag", add_tags)):
         for text in texts:
