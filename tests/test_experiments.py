@@ -199,6 +199,8 @@ def test_edit_changes_tag_note_tags_and_pin(ask: Ask, runs: Path) -> None:
     assert "the <best> one" in ask("show", "quick")
     assert "--tag: " in ask("edit", "quick", "--tag", "a b", status=2)
     assert "expected --tag, --note" in ask("edit", "quick", status=2)
+    for flag in ("--note", "--add-tag"):  # what a shell makes of bytes that are no UTF-8
+        assert f"{flag}: expected Unicode text" in ask("edit", "quick", flag, "caf\udce9", status=2)
 
 
 def exported(run: Path, weights: bytes = b"weights") -> None:

@@ -176,6 +176,35 @@ def test_text_of_a_flag_becomes_a_value(project: Path, key: str, text: str, valu
     assert flat(ConfigLoader(project).load(overrides={key: text}).config)[key] == value
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("max_iters: 0100", "max_iters", 100),  # in YAML 1.1: 64
+        ("max_iters: +0_100", "max_iters", 100),
+        ("max_iters: 0x40", "max_iters", 64),
+        ("max_minutes: 07.5", "max_minutes", 7.5),
+        ("max_minutes: none", "max_minutes", None),
+        ("max_minutes: NONE", "max_minutes", None),
+        ("note: none", "note", "none"),  # a text
+        ("note: 1:30:00", "note", "1:30:00"),
+    ],
+)
+def test_yaml_means_what_flags_and_help_mean(project: Path, write: Write, text: str, key: str, value: Any) -> None:
+    below = write("below.yaml", "max_minutes: 3\n")
+    assert flat(ConfigLoader(project).load([below, write("a.yaml", text)]).config)[key] == value
+
+
+@pytest.mark.parametrize("text", ["max_iters: 1:30:00", "max_iters: 0b11", "max_minutes: 1:30.5"])
+def test_a_number_that_only_yaml_1_1_has_is_refused(project: Path, write: Write, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml:1: max_\w+: expected"):
+        ConfigLoader(project).load([write("a.yaml", text)])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", "seed: 5"), ("a.json", '{"seed": 5}')])
+def test_a_file_may_begin_with_a_byte_order_mark(project: Path, write: Write, name: str, text: str) -> None:
+    assert ConfigLoader(project).load([write(name, f"\ufeff{text}")]).config.train.seed == 5
+
+
 def test_yaml_reads_scientific_notation_without_a_dot(project: Path, write: Write) -> None:
     loaded = ConfigLoader(project).load([write("a.yaml", "learning_rate: 1e-4\n")])
     assert loaded.config.optimizer.learning_rate == 1e-4

@@ -23,7 +23,7 @@ from utils.files import open_regular
 
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
 CODE = "code"  # the source of a setting that was given in Python
-NONE_WORDS = ("none", "null")  # how a flag says "no value"
+NONE_WORDS = ("none", "null")  # how a text says "no value"
 RECORDED = "full_config.json"  # in which a run keeps its configuration, perhaps with the sections of an older version
 MOVED_FROM = {"qa_template": "tracking", "qa_stop": "tracking"}  # setting -> the section that it was in
 
@@ -105,7 +105,8 @@ def read_config_file(path: Path, name: str) -> dict[str, Setting]:
             raise ConfigError(f"{name}:{line}: {key} is set twice in this file (also at {settings[key].source})")
         if not isinstance(value, str | int | float | list | None):  # YAML has dates, bytes and sets as well
             raise ConfigError(f"{name}:{line}: {key}: expected {expected(key)}, got a {type(value).__name__}")
-        settings[key] = Setting(value, f"{name}:{line}")
+        none = _is_none(key, value) and path.name != RECORDED  # in which a value is what it is
+        settings[key] = Setting(None if none else value, f"{name}:{line}")
 
     for key, value in document.items():
         line = lines[id(document)][key]
@@ -132,12 +133,17 @@ def _unknown(key: str, section: str | None = None) -> str:
     return f"unknown key {key}{nearest(key, [*FIELDS, *SECTIONS])}"
 
 
+def _is_none(key: str, value: Any) -> bool:
+    """Whether the text of a setting says that it has no value."""
+    optional = type(None) in getattr(FIELDS[key].annotation, "__args__", ())
+    return optional and isinstance(value, str) and value.lower() in NONE_WORDS
+
+
 def _from_flag(key: str, text: str) -> Any:
     """The text after a flag as a value that pydantic can validate."""
-    annotation = FIELDS[key].annotation
-    if text.lower() in NONE_WORDS and type(None) in getattr(annotation, "__args__", ()):
+    if _is_none(key, text):
         return None
-    if get_origin(annotation) is tuple:
+    if get_origin(FIELDS[key].annotation) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 

@@ -34,7 +34,7 @@ def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
         raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None
@@ -74,12 +74,27 @@ def _construct_text(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> str:
     return str(node.value)
 
 
+def _construct_number(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> int | float | str:
+    """A number as YAML 1.2 and flags read it: 0100 is not octal, and 1:30 is text, not a count of seconds."""
+    text = str(node.value).replace("_", "")
+    if ":" in text or text.lstrip("+-").startswith("0b"):
+        return str(node.value)
+    if text.lstrip("+-").startswith("0x"):
+        return int(text, 16)
+    try:
+        return int(text)
+    except ValueError:
+        return float(loader.construct_yaml_float(node))
+
+
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:timestamp", _construct_text)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _construct_number)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _construct_number)
 
 
 def _parse_yaml(text: str, name: str) -> tuple[Any, Lines]:

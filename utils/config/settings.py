@@ -47,6 +47,11 @@ def setting(default: Any, meaning: str, *, kind: Kind, unit: str = "", **bounds:
     return Field(default, description=meaning, json_schema_extra={"kind": kind, "unit": unit}, **bounds)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which stand for the bytes of a command line that are not text."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class Section(BaseModel):
     """A frozen model that refuses unknown keys, NaN and infinity."""
 
@@ -59,7 +64,7 @@ class Section(BaseModel):
     def _is_unicode(cls, value: Any) -> Any:
         """Refuses lone surrogates: bytes that are not text, which a command line can hold but no log or tracker can."""
         for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            if isinstance(text, str) and not is_unicode(text):
                 raise PydanticCustomError("unicode", "expected Unicode text")
         return value
 

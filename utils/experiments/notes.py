@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
-from utils.config.settings import check_tag
+from utils.config.settings import check_tag, is_unicode
 from utils.errors import UserError
 from utils.files import change_json, read_json
 from utils.runs.index import read_notes
@@ -36,9 +36,13 @@ def edit(
         All of these values after the change.
 
     Raises:
-        UserError: the tag is not valid, the notes are damaged, or the run is being trained and its tag would change
-            (only the training process writes run.json).
+        UserError: the tag is not valid, a text is no Unicode, the notes are damaged, or the run is being trained and
+            its tag would change (only the training process writes run.json).
     """
+    for flag, texts in (("--note", [note or ""]), ("--add-tag", add_tags)):
+        for text in texts:
+            if not is_unicode(text):
+                raise UserError(f"{flag}: expected Unicode text, got {text!r}")
     record = read_record(path)
     if tag is not None:
         try:
