@@ -86,13 +86,16 @@ def train(
     deadline = Deadline(loaded.config.train.max_minutes)
     tune_process()  # before torch is imported
     from utils.profiling.in_run import RunProfiler
-    from utils.training.session import open_session
+    from utils.training.session import StartInterruptedError, open_session
 
-    with (
-        lasting_output(),
-        open_session(loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict) as session,
-    ):
-        training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
+    try:
+        with (
+            lasting_output(),
+            open_session(loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict) as session,
+        ):
+            training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
+    except StartInterruptedError as interruption:
+        return interruption.result
     return session.result
 
 

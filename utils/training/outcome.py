@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from utils.runs.run import Status
+from utils.training.result import TrainResult
 from utils.training.state import TrainState
 
 
@@ -31,3 +32,14 @@ class Outcome:
         self.parameters = state.model.num_parameters()
         if state.losses is not None:
             self.losses = {**state.losses, "best_val_loss": state.best_val_loss}
+
+
+class StartInterruptedError(Exception):
+    """A signal ended a session before its first step; the run is closed.
+
+    result: how it ended.
+    """
+
+    def __init__(self, result: TrainResult) -> None:
+        super().__init__(f"{result.run_dir.name} was interrupted before its first step")
+        self.result = result

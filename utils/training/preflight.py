@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from rich.text import Text
 
 from model import outline
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
+from utils.errors import UserError
 from utils.files import read_bytes
 from utils.machine.attention_kernels import fused_attention
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, origin_of, read_index
 from utils.runs.layout import PATCH
+from utils.terminal.console import Terminal
 from utils.training.setup import Setup, decisive_settings
 
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
@@ -121,3 +124,15 @@ def _without_effect(setup: Setup) -> Iterator[str]:
     for key, (holds, reason) in WITHOUT_EFFECT.items():
         if get_value(setup.config, key) != get_value(default, key) and holds(setup):
             yield f"{setup.loaded.source(key)}: {key} has no effect: {reason}"
+
+
+def report_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) -> None:
+    """Print what the preflight found.
+
+    Raises:
+        UserError: there is something, and `strict`.
+    """
+    if findings and strict:
+        raise UserError("\n".join(f"--strict: {finding}" for finding in findings))
+    for finding in findings:
+        terminal.print(Text.assemble(("preflight: ", "yellow"), finding))

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.text import Text
 
 from utils.config.loader import LoadedConfig, relative_name
-from utils.errors import UserError
 from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
@@ -37,8 +35,8 @@ from utils.training.checkpointer import Checkpointer
 from utils.training.evaluate import evaluate
 from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
-from utils.training.outcome import Outcome
-from utils.training.preflight import preflight
+from utils.training.outcome import Outcome, StartInterruptedError
+from utils.training.preflight import preflight, report_preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
 from utils.training.start import Start, open_run, prepare_run, read_git, write_meta
@@ -325,9 +323,10 @@ def open_session(
 
     Raises:
         UserError: a mistake found before the run directory is made or changed.
+        StartInterruptedError: a signal came before the first step.
         Exception: the failure that ended the run, after its status was written.
     """
-    terminal = Terminal(quiet)
+    terminal, begun = Terminal(quiet), False
     setup = make_setup(loaded, root, origin, terminal.warn, terminal.print)
     git = read_git(setup)
     with ExitStack() as stack:
@@ -347,6 +346,7 @@ def open_session(
         before_status = stack.enter_context(ExitStack())
         try:
             session.begin(git, before_status, after_status)
+            begun = True
             with session.training():
                 yield session
         except KeyboardInterrupt:
@@ -354,18 +354,8 @@ def open_session(
         except BaseException as error:
             session.fail(error)
             raise
-
-
-def report_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) -> None:
-    """Print what the preflight found.
-
-    Raises:
-        UserError: there is something, and `strict`.
-    """
-    if findings and strict:
-        raise UserError("\n".join(f"--strict: {finding}" for finding in findings))
-    for finding in findings:
-        terminal.print(Text.assemble(("preflight: ", "yellow"), finding))
+    if not begun:
+        raise StartInterruptedError(session.result)
 
 
 def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feeders:
