@@ -70,7 +70,7 @@ class DataConfig(Section):
     dataset: str = setting(
         "pydocs",
         "a registered corpus (pydocs, shakespeare), or the path of a UTF-8 text file or a folder of them",
-        kind=TRAJECTORY,
+        kind=MACHINE,  # the text decides, wherever it is: corpus_hash takes its place
         min_length=1,
     )
     tokenizer: Literal["char"] = setting("char", "how text becomes token ids", kind=TRAJECTORY)

@@ -25,11 +25,12 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import parse_environment
 from utils.files import write_json
 from utils.runs.code import LEFT_OUT
+from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
 from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED
-from utils.runs.run import REPRODUCTION, read_record
+from utils.runs.run import REPRODUCTION, RunError, read_record
 from utils.runs.seal import file_sha256, write_seal
 from utils.terminal.words import printable
 
@@ -192,20 +193,21 @@ def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
     parent = run.record.get("parent")
     if parent is None or parent["relation"] == REPRODUCTION:
         return None
-    if not Path(parent["path"]).is_dir():
-        raise ReproductionError(f"{run.id} began with weights of {parent['run']}, but {parent['path']} does not exist")
-    return dict(parent)
+    try:
+        return {**parent, "path": os.path.abspath(parent_path(run.path, parent))}
+    except RunError as error:
+        raise ReproductionError(str(error)) from None
 
 
 def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
     """Flags for the start of the repetition: a checkpoint of the run, one of its parent, or the configuration alone."""
     if from_checkpoint:
-        yield from ("--resume", f"{run.path.resolve()}:{first}", "--fork")
+        yield from ("--resume", f"{os.path.abspath(run.path)}:{first}", "--fork")
         return
     if parent is not None:
-        weights = f"{parent['path']}:{parent['step']}"
+        weights = parent["path"] if "export" in parent else f"{parent['path']}:{parent['step']}"
         yield from ("--resume", weights, "--fork") if parent["relation"] == "fork" else ("--init-from", weights)
-    yield from ("--config", str(run.path.resolve() / CONFIG))
+    yield from ("--config", os.path.join(os.path.abspath(run.path), CONFIG))
 
 
 def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
@@ -216,7 +218,8 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
         **UNTRACKED,
         **dict.fromkeys(PER_SESSION),
         "runs_dir": run.path.parent.resolve(),
-        "corpora_dir": root / run.settings.get("corpora_dir", "corpora"),
+        "dataset": moved_path(run.settings.get("dataset", ""), root),
+        "corpora_dir": root / moved_path(run.settings.get("corpora_dir", "corpora"), root),
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
     }

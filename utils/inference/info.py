@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
         folder: folder of the export; in a run directory the screen also shows facts from run.json.
     """
     config, training = export.model.config, export.training
-    run_path = folder.resolve().parent.parent
+    run_path = Path(os.path.abspath(folder)).parent.parent
     run = read_run(run_path) if (run_path / RECORD).is_file() else IndexedRun(run_path)
     name = column_text("run", training.get("run"))
     rows = [

@@ -148,8 +148,8 @@ class MetadataCapture:
                 facts.left_out.append(f"{name} (cannot be read)")
 
     def _is_excluded(self, path: Path) -> bool:
-        resolved = path.resolve()
-        return any(place == resolved or place in resolved.parents for place in self.excluded)
+        found = (path.resolve(), path.parent.resolve() / path.name)  # a link, too, is in the folder that it lies in
+        return any(place == one or place in one.parents for place in self.excluded for one in found)
 
     def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
         """True if the file belongs in the patch; otherwise its name and the reason are added to `left_out`."""

@@ -309,18 +309,30 @@ def read_index(runs_dir: Path) -> list[IndexedRun]:
 def differing_settings(runs: Sequence[IndexedRun], kinds: Sequence[str] = (TRAJECTORY,)) -> list[str]:
     """Settings of these kinds that differ between the readable runs, in the order of the configuration.
 
-    A setting that is none in all runs, and so derived from another one (head_dim, say), is left out.
+    A setting that is none in all runs, and so derived from another one (head_dim, say), is left out. `dataset` counts
+    as a setting that changes the numbers if the texts differ, otherwise as a path.
     """
     readable = [run for run in runs if run.settings]
-    keys = dict.fromkeys([*(k for k in FIELDS if field_fact(k, "kind") in kinds), *_unknown_settings(readable)])
+    kind_of = {key: field_fact(key, "kind") for key in FIELDS}
+    if other_texts := len({corpus_of(run) for run in readable}) > 1:
+        kind_of["dataset"] = TRAJECTORY
+    keys = dict.fromkeys([*(key for key, kind in kind_of.items() if kind in kinds), *_unknown_settings(readable)])
 
     def differs(key: str) -> bool:
         knowing = [run for run in readable if key in run.settings]  # an older run may not have it
         if key in DERIVED and all(run.settings[key] is None for run in knowing):
             return False
+        if key == "dataset" and other_texts:  # perhaps one path, with another text in time
+            return True
         return len({repr(resolved_setting(run, key)) for run in knowing}) > 1
 
     return [key for key in keys if differs(key)]
+
+
+def corpus_of(run: IndexedRun) -> str:
+    """The hash of the text that a run was trained on; of one that ended before it was known, the setting."""
+    corpus_hash = (run.record.get("resolved") or {}).get("corpus_hash")
+    return str(corpus_hash or run.settings.get("dataset"))
 
 
 def _unknown_settings(runs: Sequence[IndexedRun]) -> Iterator[str]:

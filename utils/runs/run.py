@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -22,11 +23,12 @@ from typing import Any, Literal
 from utils.config.settings import check_tag
 from utils.errors import UserError
 from utils.files import write_json
-from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD
+from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, fed_note
 
 SCHEMA_VERSION = 1
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
 NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
+IN_TRACKERS = {"aim", "wandb"}  # views whose data is not in the run directory
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run on another host that was silent for this long has crashed
 
@@ -142,6 +144,7 @@ class Run:
                 "parent": None,
                 "resumes": [],
                 "views": {},
+                "place": _place(path),
                 **facts,
             }
             for folder in (META, LOGS, ARTIFACTS):
@@ -203,6 +206,24 @@ class Run:
             resumes=[*record.get("resumes", []), session],
         )
 
+    def settle(self) -> str | None:
+        """Record where this run directory is, and its id there. A copy forgets what the trackers have of the original.
+
+        Returns:
+            The id of the run that this one is a copy of; None if it is not one.
+        """
+        record = self.record
+        original = str(record.get("id")) if is_copy(self.path, record) else None
+        views: dict[str, Any] = record.get("views") or {}
+        if original is not None:
+            for name in IN_TRACKERS & views.keys():
+                (self.path / fed_note(name)).unlink(missing_ok=True)  # its own entry is fed from the start
+                # W&B finds a run by an id that we choose: the copy may have the name of the original.
+                views[name] = {"id": f"{self.id}-{secrets.token_hex(3)}"} if name == "wandb" else {}
+        copied = {"copied_from": original} if original is not None else {}
+        self.update(id=self.id, place=_place(self.path), views=views, **copied)
+        return original
+
     @property
     def id(self) -> str:
         return self.path.name
@@ -244,6 +265,32 @@ class Run:
         with self._mutex:
             self._ended.set()
         os.close(self._lock_fd)
+
+
+def _place(path: Path) -> dict[str, Any]:
+    """Where a run directory is: only to recognise a copy of it, so another place is no mistake."""
+    return {"path": os.path.abspath(path), "inode": (path / LOCK).stat().st_ino, "host": socket.gethostname()}
+
+
+def is_copy(path: Path, record: Mapping[str, Any]) -> bool:
+    """True if the run directory `path` was copied from another one, which may still exist.
+
+    A run that was moved, or is reached through a link, is none: its old place is empty, or leads to it. On another
+    host, where the old place cannot be seen, the file that holds the lock tells: it moves along, a copy has a new one.
+    """
+    place = record.get("place")
+    if not isinstance(place, dict) or not isinstance(place.get("path"), str):  # older records have the id only
+        original = path.parent / str(record.get("id") or path.name)
+    elif place["path"] == os.path.abspath(path):
+        return False
+    else:
+        original = Path(place["path"])
+        if place.get("host") != socket.gethostname() and place.get("inode") != (path / LOCK).stat().st_ino:
+            return True
+    try:
+        return (original / RECORD).is_file() and not original.samefile(path)
+    except OSError:  # it cannot be seen
+        return False
 
 
 def _sign(lock_fd: int) -> None:

@@ -55,6 +55,7 @@ def rebuild(
     end = RunEnd.read(path)  # before the lock is taken: a crashed run with a lock would look like a running one
     run = Run.resume(path)
     try:
+        run.settle()
         read_registry(path / METRIC_REGISTRY)
         with contextlib.suppress(OSError, ImportError):  # the old picture will do
             draw_curves(path)

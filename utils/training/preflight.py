@@ -14,6 +14,7 @@ from utils.machine.attention_kernels import fused_attention
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, origin_of, read_index
 from utils.runs.layout import PATCH
+from utils.runs.origin import parent_facts
 from utils.training.setup import Setup, decisive_settings
 
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
@@ -53,7 +54,8 @@ def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
     own = config_hash(setup.config, decisive_settings(setup))
     origin = None
     if setup.origin is not None and setup.checkpoint is not None:  # its numbers depend on another run's weights
-        origin = (setup.origin.relation, setup.origin.run.name, setup.checkpoint.step)
+        parent = parent_facts(setup.origin, setup.checkpoint.step, setup.checkpoint.state)
+        origin = (parent["relation"], parent["run"], parent["step"])
     candidates = (run for run in read_index(setup.runs_dir) if run.record.get("config_hash") == own)
     same = [run for run in candidates if origin_of(run) == origin and _same_code(run, git)]
     if same:

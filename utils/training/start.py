@@ -15,8 +15,10 @@ from utils.checkpoints.files import Checkpoint
 from utils.config.fields import config_hash
 from utils.errors import UserError
 from utils.files import write_json
+from utils.inference.export import export_as_checkpoint
 from utils.machine.device import device_facts, processor_name
 from utils.runs.code import GitFacts, MetadataCapture
+from utils.runs.find import parent_path
 from utils.runs.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -70,7 +72,7 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
     if origin is None or not setup.resumes:
         record: dict[str, Any] = {"argv": list(argv), "git": git.summary()}
         if origin is not None and setup.checkpoint is not None:
-            record["parent"] = parent_facts(origin, setup.checkpoint.step)
+            record["parent"] = parent_facts(origin, setup.checkpoint.step, setup.checkpoint.state)
         start = Start(setup.checkpoint, origin.relation) if origin else Start()
         return Run.create(setup.runs_dir, setup.config.tracking.run_tag, **record), start
 
@@ -82,9 +84,11 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         folder = run.path / CHECKPOINTS
         problem = functools.partial(foreign, model=setup.config.model, corpus=setup.corpus)
         checkpoint, unusable = newest_good(folder, strict=origin.strict, warn=terminal.warn, problem=problem)
-        start = Start(checkpoint, "resume") if checkpoint else start_of_parent(record, terminal.warn)
+        start = Start(checkpoint, "resume") if checkpoint else start_of_parent(run.path, record, terminal.warn)
         for what, before, now in changed_facts(record, setup, git):
             terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
+        if (original := run.settle()) is not None:
+            terminal.warn(f"{run.id} is a copy of {original}: trackers show it as a run of its own")
         cut_logs(run.path / LOGS, checkpoint.state["log_offsets"] if checkpoint else {})
         cut_progress(run.path / LOGS)
         put_aside(unusable)
@@ -109,7 +113,7 @@ def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
             )
 
 
-def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:
+def start_of_parent(run: Path, record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:
     """Where a run without a checkpoint of its own starts again: at step 0, or from its parent's checkpoint.
 
     Raises:
@@ -118,8 +122,10 @@ def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> S
     parent = record.get("parent")
     if parent is None or parent["relation"] == REPRODUCTION:
         return Start()
-    folder = Path(parent["path"]) / CHECKPOINTS
-    return Start(choose_checkpoint(folder, str(parent["step"]), strict=True, warn=warn), parent["relation"])
+    path = parent_path(run, parent)
+    if "export" in parent:
+        return Start(export_as_checkpoint(path), parent["relation"])
+    return Start(choose_checkpoint(path / CHECKPOINTS, str(parent["step"]), strict=True, warn=warn), parent["relation"])
 
 
 def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Iterator[tuple[str, Any, Any]]:
@@ -215,7 +221,8 @@ def start_words(setup: Setup, start: Start) -> str:
         return "again at step 0: there is no checkpoint yet"
     if start.own:
         return f"resumed at step {start.step:,}"
-    parent, step = start.checkpoint.path.parent.parent.parent.name, start.checkpoint.step
+    path, step = start.checkpoint.path, start.checkpoint.step
+    parent = start.checkpoint.state["run"] if "export" in start.checkpoint.state else path.parent.parent.parent.name
     words = (
         f"forked from {parent} at step" if start.relation == "fork" else f"step 0 with the weights of {parent} at step"
     )
