@@ -24,9 +24,9 @@ from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import parse_environment
 from utils.files import write_json
-from utils.runs.code import LEFT_OUT
+from utils.runs.code import LEFT_OUT, git_environment, open_repo
 from utils.runs.find import moved_path, parent_path
-from utils.runs.index import IndexedRun, read_run, resolved_setting
+from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
 from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED
@@ -309,7 +309,7 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
 
     archive = folder / "code.tar"
     try:
-        with git.Repo(root, search_parent_directories=True) as repo, archive.open("wb") as file:
+        with open_repo(root) as repo, archive.open("wb") as file:
             repo.archive(file, facts["commit"], format="tar")
             top = Path(str(repo.working_tree_dir))
     except (git.GitError, OSError, ValueError) as error:
@@ -329,6 +329,10 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
         apply_patch(run.path / PATCH, tree)
     left_out = _left_out(run)
     unknown = [f"the content of files that were left out of the patch: {', '.join(left_out)}"] if left_out else []
+    unknown += [
+        f"the code from step {step:,} on: it was changed between two sessions, and the first is repeated"
+        for step, *_ in later_code(run.path, run.record)
+    ]
     return tree / root.resolve().relative_to(top.resolve()), unknown
 
 
@@ -338,9 +342,7 @@ def apply_patch(patch: Path, tree: Path) -> None:
     Raises:
         ReproductionError: it does not apply, or would write outside `tree`.
     """
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": os.fspath(tree.resolve().parent)}
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
-        environment.pop(name, None)
+    environment = {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(tree.resolve().parent)}
     command = ["git", "apply", "--whitespace=nowarn", os.fspath(patch.resolve())]
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
     if result.returncode:

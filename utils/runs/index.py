@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from utils.errors import UserError
 from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD
 from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
-from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, read_record, status_of
+from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, duration_of, read_record, seconds_of, status_of
 
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
@@ -93,6 +92,7 @@ class _Record(BaseModel, strict=True):
     best_step: Whole | None = None
     host: str | None = None
     end: str | None = None
+    seconds: float | None = None
     config_hash: str | None = None
     exit_reason: str | None = None
     argv: list[str] = []
@@ -138,9 +138,7 @@ class IndexedRun:
     def row(self) -> dict[str, Any]:
         """The run by column: FACTS, then the settings with the values that none and "auto" resolved to."""
         record, resolved, git = self.record, self.record.get("resolved") or {}, self.record.get("git") or {}
-        start, end = seconds_of(record.get("start")), seconds_of(record.get("end"))
-        if end is None and self.status == "running":
-            end = time.time()
+        start = seconds_of(record.get("start"))
         summary = self.summary()
         facts = {
             "id": self.id,
@@ -148,8 +146,8 @@ class IndexedRun:
             "status": self.status,
             "problem": self.problem,
             "start": record.get("start"),
-            "age": None if start is None else round(time.time() - start, 1),
-            "duration": None if start is None or end is None else round(end - start, 1),
+            "age": None if start is None else max(0.0, round(time.time() - start, 1)),
+            "duration": self.duration(),
             "val_loss": summary.get("best_val_loss"),
             "last_val_loss": summary.get("val/loss"),
             "train_loss": summary.get("train/eval_loss"),
@@ -169,6 +167,13 @@ class IndexedRun:
         }
         columns = {column: facts[column] for column in FACTS}
         return {**columns, **{key: resolved_setting(self, key) for key in self.settings if key not in columns}}
+
+    def duration(self) -> float | None:
+        """Seconds that all sessions took together; None where that is not known."""
+        ended, alive = seconds_of(self.record.get("end")) is not None, self.status == "running"
+        if seconds_of(self.record.get("start")) is None or not (ended or alive or "seconds" in self.record):
+            return None
+        return round(duration_of(self.path, self.record, alive=alive), 1)
 
     def summary(self) -> dict[str, float]:
         """Losses and steps at the end of the run; from its log while it runs and after a crash."""
@@ -203,14 +208,6 @@ def summary_of_log(path: Path) -> dict[str, float]:
             summary |= {**losses, "best_val_loss": losses["val/loss"] if losses["val/loss"] < best else best}
     last = last_record(path)
     return {**summary, **({"steps": int(last["step"])} if last else {})}
-
-
-def seconds_of(moment: Any) -> float | None:
-    """A time of run.json in seconds since the epoch; None if it is not a time."""
-    try:
-        return datetime.fromisoformat(moment).timestamp()
-    except (TypeError, ValueError):
-        return None
 
 
 def read_run(path: Path) -> IndexedRun:
@@ -355,10 +352,44 @@ def origin_of(run: IndexedRun) -> tuple[str, str, int] | None:
 
 
 def code_identity(run: IndexedRun) -> tuple[str | None, str | None]:
-    """The commit (None if unknown) and the SHA-256 of the patch (None if there is none) of the code of a run."""
+    """The commit (None if unknown) and a hash of patch and callbacks (None if there are none) of the code of a run.
+
+    Where a later session had other code, the hash is of the code of all sessions.
+    """
+    commit, patch = _code_of(run.record.get("git") or {}, run.path)
+    if later := later_code(run.path, run.record):
+        patch = hashlib.sha256(repr((patch, [code for _, *code in later])).encode()).hexdigest()
+    return commit, patch
+
+
+def patch_hash(path: Path) -> str | None:
+    """The SHA-256 of meta/code.patch; None if there is none."""
     try:
-        patch = (run.path / PATCH).read_bytes()
+        patch = (path / PATCH).read_bytes()
     except OSError:
         patch = b""
-    commit = (run.record.get("git") or {}).get("commit")
-    return commit, hashlib.sha256(patch).hexdigest() if patch else None
+    return hashlib.sha256(patch).hexdigest() if patch else None
+
+
+def later_code(path: Path, record: Mapping[str, Any]) -> list[tuple[int, str | None, str | None]]:
+    """(step, commit, hash of what is not committed) of each later session whose code was not that of the one before."""
+    before, found = _code_of(record.get("git") or {}, path), []
+    for session in record.get("resumes") or []:
+        git = session.get("git")
+        if not isinstance(git, dict):
+            continue
+        now = _code_of(git, path) if "code" in git else (git.get("commit"), before[1])
+        if now != before:
+            found.append((int(session.get("step") or 0), *now))
+        before = now
+    return found
+
+
+def git_of_last_session(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts about the code of the newest session; older records have no `code`."""
+    sessions = (session.get("git") for session in reversed(record.get("resumes") or []))
+    return dict(next((git for git in sessions if isinstance(git, dict)), None) or record.get("git") or {})
+
+
+def _code_of(git: Mapping[str, Any], path: Path) -> tuple[str | None, str | None]:
+    return git.get("commit"), git["code"] if "code" in git else patch_hash(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import secrets
 import shutil
@@ -110,6 +111,7 @@ class Run:
         self._lock_fd = lock_fd
         self._mutex = threading.Lock()
         self._ended = threading.Event()
+        self._began = time.monotonic()
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
 
     @classmethod
@@ -145,6 +147,7 @@ class Run:
                 "resumes": [],
                 "views": {},
                 "place": _place(path),
+                "seconds": 0.0,
                 **facts,
             }
             for folder in (META, LOGS, ARTIFACTS):
@@ -192,6 +195,7 @@ class Run:
             facts: further facts about the new session (git, say).
         """
         record = self.record
+        seconds = duration_of(self.path, record, alive=False)
         previous = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
         if previous["status"] == "running":
             previous["status"] = "crashed"
@@ -201,6 +205,7 @@ class Run:
             status="running",
             exit_reason=None,
             end=None,
+            seconds=round(seconds, 3),
             pid=os.getpid(),
             host=socket.gethostname(),
             resumes=[*record.get("resumes", []), session],
@@ -258,7 +263,8 @@ class Run:
 
     def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
         """Record how the run ended; the lock is held until `release`."""
-        self.update(status=status, exit_reason=reason, end=utc_now(), **facts)
+        seconds = self.record.get("seconds", 0.0) + time.monotonic() - self._began
+        self.update(status=status, exit_reason=reason, end=utc_now(), seconds=round(seconds, 3), **facts)
 
     def release(self) -> None:
         """Release the lock; this process no longer uses the directory."""
@@ -354,6 +360,36 @@ def wait_until_free(path: Path, seconds: float) -> bool:
     while not (free := lock_is_free(path)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return free
+
+
+def seconds_of(moment: Any) -> float | None:
+    """A time of run.json in seconds since the epoch; None if it is not a time."""
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def duration_of(path: Path, record: Mapping[str, Any], *, alive: bool) -> float:
+    """Seconds that all sessions of a run took together; a session that is alive counts until now.
+
+    A session adds what a monotonic clock says when it ends. Where that is missing (it was killed, or the record is
+    older), the clock of the wall gives it, from its start to its end or last sign of life, and never less than zero.
+    """
+    resumes = [session for session in record.get("resumes") or [] if isinstance(session, dict)]
+    starts = [seconds_of(record.get("start")), *(seconds_of(session.get("time")) for session in resumes)]
+    befores = (session.get("before") or {} for session in resumes)
+    ends = [*(seconds_of(before.get("end")) for before in befores), seconds_of(record.get("end"))]
+    total, recorded = 0.0, record.get("seconds")
+    if isinstance(recorded, int | float) and math.isfinite(recorded):
+        if record.get("status") != "running":
+            return float(recorded)
+        total, starts, ends = float(recorded), starts[-1:], ends[-1:]
+    if ends[-1] is None and record.get("status") == "running":
+        with contextlib.suppress(OSError):
+            ends[-1] = time.time() if alive else (path / LOCK).stat().st_mtime
+    spans = (end - start for start, end in zip(starts, ends, strict=True) if start is not None and end is not None)
+    return total + sum(max(0.0, span) for span in spans)
 
 
 def read_status(path: Path) -> str:

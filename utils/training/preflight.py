@@ -12,8 +12,7 @@ from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
 from utils.machine.attention_kernels import fused_attention
 from utils.runs.code import GitFacts
-from utils.runs.index import IndexedRun, origin_of, read_index
-from utils.runs.layout import PATCH
+from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
 from utils.runs.origin import parent_facts
 from utils.training.setup import Setup, decisive_settings
 
@@ -69,8 +68,7 @@ def _same_code(run: IndexedRun, git: GitFacts) -> bool:
     commit = (run.record.get("git") or {}).get("commit")
     if commit is None:
         return False
-    path = run.path / PATCH
-    return bool(commit == git.commit) and (path.read_bytes() if path.is_file() else b"") == git.patch
+    return code_identity(run) == (git.commit, git.fingerprint())
 
 
 def _code(git: GitFacts) -> Iterator[str]:
