@@ -110,7 +110,7 @@ class Session:
         """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
         settings, state = self.state.config.train, self.state
         if self._deadline.is_near(reserve=self.checkpoints.seconds_to_save(state)):
-            self._stop.stop(f"max_minutes ({number_text(settings.max_minutes)}) are almost over")
+            self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) are almost over")
         if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
         return state.finished or bool(self._stop)
