@@ -8,9 +8,11 @@ the step, and the global batch does not depend on how it is divided.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 
 from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_from_json
 from utils.config.settings import DataConfig
-from utils.corpora.records import TokenRecord, read_record, record_path, write_record
+from utils.corpora.records import TokenRecord, file_state, read_record, record_path, write_record
 from utils.corpora.sources import CorpusError, find_source
 from utils.files import write_atomic
 
@@ -74,20 +76,40 @@ class TokenFile:
     def is_whole(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size == self.n_tokens * self.dtype.itemsize
 
-    def write(self, ids: np.ndarray) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, ids.astype(self.dtype).tobytes())
+    def crc32(self) -> int:
+        """Checksum of the file, at more than a gigabyte a second."""
+        checksum = 0
+        with self.path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                checksum = zlib.crc32(chunk, checksum)
+        return checksum
+
+    def write(self, ids: np.ndarray) -> int:
+        """Make the file hold `ids`; returns its checksum."""
+        content = ids.astype(self.dtype).tobytes()
+        checksum = zlib.crc32(content)
+        if not self.is_whole() or self.crc32() != checksum:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, content)
+        return checksum
 
     def tokens(self) -> np.ndarray:
         """(n_tokens,), memory-mapped; as a plain array, which is quicker to cut."""
         return np.asarray(np.memmap(self.path, dtype=self.dtype, mode="r"))
 
 
-def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path, tokenizer: Tokenizer | None = None) -> Corpus:
+def load_corpus(
+    config: DataConfig,
+    block_size: int,
+    corpora_dir: Path,
+    tokenizer: Tokenizer | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Corpus:
     """A corpus, encoded and split. While its files do not change, its text is read and encoded once only.
 
     Args:
         tokenizer: of the model that is trained further; None: one is made from the corpus.
+        warn: prints one line to the user.
 
     Raises:
         CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
@@ -101,12 +123,13 @@ def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path, tokenize
     of_tokenizer = config.model_dump_json(exclude={"dataset", "val_fraction", "corpora_dir"})
     wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
-    file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp)
+    file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp, warn)
     if file is None:
-        file = _encode(source.read(), config, block_size, folder, tokenizer)
+        file, crc32 = _encode(source.read(), config, block_size, folder, tokenizer)
         if stamp is not None:
-            record = TokenRecord(stamp, file.corpus_hash, file.tokenizer.to_json(), file.n_tokens)
             with contextlib.suppress(OSError):  # without a record the text is read again
+                state = file_state(file.path)
+                record = TokenRecord(stamp, file.corpus_hash, file.tokenizer.to_json(), file.n_tokens, crc32, state)
                 for name in {wanted, file.tokenizer.hash()}:
                     write_record(record_path(folder, source.name, name), record)
     n_train = _split(config, file.n_tokens, block_size)
@@ -116,8 +139,10 @@ def load_corpus(config: DataConfig, block_size: int, corpora_dir: Path, tokenize
         raise CorpusError(f"{file.path}: the token file cannot be read: {error.strerror}") from None
 
 
-def _encode(text: str, config: DataConfig, block_size: int, folder: Path, tokenizer: Tokenizer | None) -> TokenFile:
-    """The token file of `text`, written unless it is there already.
+def _encode(
+    text: str, config: DataConfig, block_size: int, folder: Path, tokenizer: Tokenizer | None
+) -> tuple[TokenFile, int]:
+    """The token file of `text`, written unless it is there already, and its checksum.
 
     Raises:
         CorpusError: `tokenizer` cannot encode the text, a split is too short, or the file cannot be written.
@@ -132,22 +157,36 @@ def _encode(text: str, config: DataConfig, block_size: int, folder: Path, tokeni
     ids = tokenizer.encode_array(text)
     _split(config, len(ids), block_size)
     file = TokenFile(folder, hashlib.sha256(text.encode("utf-8")).hexdigest(), tokenizer, len(ids))
+    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+        raise CorpusError(
+            f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
+        )
     try:
-        if not file.is_whole():
-            file.write(ids)
+        return file, file.write(ids)
     except OSError as error:
         raise CorpusError(f"{file.path}: the token file cannot be written: {error.strerror}") from None
-    return file
 
 
-def _recorded_file(folder: Path, path: Path, stamp: str | None) -> TokenFile | None:
-    """The token file that the record at `path` describes, if both are whole and the text has not changed since."""
+def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[str], None]) -> TokenFile | None:
+    """The token file that the record at `path` describes, if both are whole and the text has not changed since.
+
+    Its checksum is compared whenever the file has been written to. Ids below vocab_size were checked before that.
+    """
     if stamp is None or (record := read_record(path, stamp)) is None:
         return None
     try:
         tokenizer = tokenizer_from_json(record.tokenizer, str(path))
         file = TokenFile(folder, record.corpus_hash, tokenizer, record.n_tokens)
-        return file if file.is_whole() else None
+        if record.crc32 is None or not file.is_whole():
+            return None
+        state = file_state(file.path)
+        if state != record.verified:
+            if file.crc32() != record.crc32:
+                warn(f"{file.path}: damaged: its CRC-32 is not the one in its record; the text is encoded again")
+                return None
+            with contextlib.suppress(OSError):
+                write_record(path, dataclasses.replace(record, verified=state))
+        return file
     except (TokenizerError, OSError):
         return None
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig, flag_name
-from utils.errors import UserError
+from utils.errors import UserError, number_text
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, numbers, parse_experiment, script
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
@@ -98,7 +98,9 @@ def lr_range(
     from utils.training.state import build_state
 
     if not 0 < lr_min < lr_max < math.inf:
-        raise UserError(f"--lr-min and --lr-max: expected 0 < min < max, got {lr_min:g} and {lr_max:g}")
+        raise UserError(
+            f"--lr-min and --lr-max: expected 0 < min < max, got {number_text(lr_min)} and {number_text(lr_max)}"
+        )
     if lr_steps < LEAST_STEPS:
         raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {lr_steps}")
     setup, terminal = prepare(loaded, out)

@@ -10,6 +10,16 @@ class UserError(ValueError):
     """What is wrong, where, and what was expected, in words for the person at the terminal."""
 
 
+def number_text(value: float) -> str:
+    """A number in as few digits as tell it from all others: read again, it is the same.
+
+    >>> [number_text(value) for value in (3e-4, 0.00123456789, 64.0)]
+    ['0.0003', '0.00123456789', '64']
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else str(value)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint naming the closest valid spelling of `name`, or an empty string.
 

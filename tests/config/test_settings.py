@@ -65,7 +65,7 @@ def test_leaf_names_are_unique_and_differ_from_section_names() -> None:
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        *((key, "trajectory") for key in ("seed", "n_embd", "learning_rate", "dataset", "dtype", "device", "threads")),
+        *((key, "trajectory") for key in ("seed", "n_embd", "learning_rate", "dtype", "device", "threads")),
         *((key, "trajectory") for key in ("eval_interval", "eval_iters", "batch_size", "dropout", "deterministic")),
         *((key, "observation") for key in ("log_interval", "histogram_interval", "run_tag", "aim_logging", "note")),
         *((key, "observation") for key in InferenceConfig.model_fields),

@@ -14,7 +14,7 @@ import pytest
 from fake_runs import PARENT, held_lock, make_run, record_of, write
 
 from utils.errors import UserError
-from utils.experiments.prune import PrunePlan, Removal, parse_age, parse_size, plan_pruning, remove
+from utils.experiments.prune import PrunePlan, Removal, parse_age, parse_size, plan_pruning, remove, remove_all
 from utils.files import size_of
 from utils.runs.layout import MODELS
 from utils.runs.names import PromotionError, add_version
@@ -300,3 +300,48 @@ def test_a_plan_for_many_runs_is_quick(runs_dir: Path) -> None:
     began = time.perf_counter()
     assert len(plan_pruning(runs_dir, max_bytes=0).removals) == 100
     assert time.perf_counter() - began < 2
+
+
+# ---------------------------------------------------------------------------------- runs on another disk
+
+
+def test_a_run_that_is_a_link_goes_with_what_it_leads_to(tmp_path: Path) -> None:
+    runs_dir = tmp_path / "runs"
+    big = tmp_path / "big"
+    make_run(runs_dir, "moved", checkpoints={1: 100}).rename(big)
+    (runs_dir / "moved").symlink_to(big)
+    plan = plan_pruning(runs_dir, whole_runs=True)
+    assert plan.freed >= 100
+    assert remove_all(plan.removals) == {}
+    assert not big.exists()
+    assert list(runs_dir.iterdir()) == []
+
+
+def test_a_second_link_to_a_run_that_is_kept_is_kept_and_one_to_another_run_goes_alone(tmp_path: Path) -> None:
+    runs_dir = tmp_path / "runs"
+    pinned = make_run(runs_dir, "pinned", notes={"pinned": True})
+    (runs_dir / "alias").symlink_to(pinned)
+    assert plan_pruning(runs_dir, whole_runs=True).kept == {"pinned": "pinned", "alias": "pinned"}
+    other = make_run(runs_dir, "other")
+    (runs_dir / "second").symlink_to(other)
+    (removal,) = (one for one in plan_pruning(runs_dir, whole_runs=True).removals if one.run == "second")
+    remove_all([removal])
+    assert other.is_dir()
+    assert not (runs_dir / "second").is_symlink()
+
+
+def test_a_run_that_is_a_link_is_promoted_by_its_name_there(tmp_path: Path) -> None:
+    from utils.experiments.notes import promote
+    from utils.runs.names import promoted_run
+
+    runs_dir = tmp_path / "runs"
+    big = tmp_path / "big"
+    path = make_run(runs_dir, "moved")
+    (path / "artifacts" / "export").mkdir(parents=True)
+    (path / "artifacts" / "export" / "model.safetensors").write_bytes(b"weights")
+    (path / "artifacts" / "export" / "config.json").write_text('{"training": {"step": 1}}')
+    path.rename(big)
+    (runs_dir / "moved").symlink_to(big)
+    name, version = promote(runs_dir / "moved", "best", runs_dir)
+    assert (name, version["run"]) == ("best@v1", "moved")
+    assert promoted_run("best@v1", runs_dir) == runs_dir / "moved"

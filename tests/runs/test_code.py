@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from utils.runs.code import MAX_PATCH_FILE_BYTES, GitFacts, MetadataCapture, clean_url, environment_text
+from utils.runs.code import (
+    MAX_PATCH_FILE_BYTES,
+    GitFacts,
+    MetadataCapture,
+    clean_url,
+    environment_text,
+    git_environment,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 USER_CONFIGS = {
@@ -105,7 +112,7 @@ def rebuilt(repo: Path, facts: GitFacts, tmp_path: Path) -> dict[str, tuple[byte
 def test_no_repository(tmp_path: Path) -> None:
     facts = facts_of(tmp_path)
     assert facts == GitFacts(problem="not a git repository")
-    assert facts.summary() == {"commit": None, "branch": None, "dirty": False, "remote": None}
+    assert facts.summary() == {"commit": None, "branch": None, "dirty": False, "remote": None, "code": None}
 
 
 def test_a_clean_tree_has_commit_branch_and_no_patch(repo: Path) -> None:
@@ -388,3 +395,102 @@ def test_reading_git_leaves_the_repository_as_it_was(repo: Path) -> None:
     before = git(repo, "status", "--porcelain")
     facts_of(repo)
     assert git(repo, "status", "--porcelain") == before
+
+
+# ---------------------------------------------------------------------------------- what git does not look at
+
+
+@pytest.mark.parametrize("flag", ["--assume-unchanged", "--skip-worktree"])
+def test_changes_that_git_was_told_to_ignore_are_named(repo: Path, flag: str) -> None:
+    write(repo, {"hidden.py": "x = 1\n", "same.py": "x = 1\n", "absent.py": "x = 1\n"})
+    commit(repo)
+    git(repo, "update-index", flag, "hidden.py", "same.py", "absent.py")
+    write(repo, {"hidden.py": "x = 2\n"})
+    (repo / "absent.py").unlink()
+    facts = MetadataCapture(repo).git_facts()
+    assert [item for item in facts.left_out if "assume" in item] == [
+        "hidden.py (changed, but git was told to assume that it is not)"
+    ]
+    assert facts.dirty
+
+
+def test_changes_inside_a_submodule_are_named_and_leave_the_patch_alone(repo: Path, tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    git(library, "init", "--quiet")
+    write(library, {"lib.py": "x = 1\n"})
+    commit(library)
+    git(repo, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), "lib")
+    commit(repo)
+    assert not MetadataCapture(repo).git_facts().dirty
+    write(repo, {"lib/lib.py": "x = 2\n"})
+    git(repo, "config", "diff.ignoreSubmodules", "all")
+    facts = MetadataCapture(repo).git_facts()
+    assert facts.left_out == ["lib (uncommitted changes of a submodule)"]
+    assert facts.dirty
+    assert facts.patch == b""
+
+
+def test_sources_of_callbacks_are_kept_wherever_they_come_from(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    write(repo, {".gitignore": "*_ignored.py\n", "callback_ignored.py": "import helper_ignored\n"})
+    write(repo, {"helper_ignored.py": "y = 1\n"})
+    write(elsewhere, {"callback_from_path.py": "x = 1\n"})
+    commit(repo)
+    for place in (repo, elsewhere):
+        monkeypatch.syspath_prepend(str(place))
+    names = ["callback_ignored", "callback_from_path"]
+    for name in names:
+        __import__(name)
+    capture = MetadataCapture(repo, callbacks=names)
+    facts = capture.git_facts()
+    for name in (*names, "helper_ignored"):
+        del sys.modules[name]
+    assert facts.callbacks == {names[0]: b"import helper_ignored\n", names[1]: b"x = 1\n"}
+    assert facts.left_out == [
+        f"callback_from_path.py (of the callback callback_from_path, from {elsewhere}; kept in meta/callbacks)",
+        "callback_ignored.py (imported, but git ignores it; kept in meta/callbacks)",
+        "helper_ignored.py (imported, but git ignores it)",
+    ]
+    capture.write(tmp_path / "meta", facts, {})
+    assert (tmp_path / "meta" / "callbacks" / "callback_from_path.py").read_text() == "x = 1\n"
+    without = GitFacts(commit=facts.commit)
+    assert facts.fingerprint() != without.fingerprint()
+
+
+def test_variables_that_point_git_elsewhere_are_not_heard(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(repo, {"changed.py": "x = 1\n"})
+    expected = MetadataCapture(repo).git_facts()
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "--quiet")
+    write(other, {"other.py": "x = 1\n"})
+    commit(other)
+    misleading = {
+        "GIT_DIR": str(other / ".git"),
+        "GIT_WORK_TREE": str(other),
+        "GIT_INDEX_FILE": str(other / ".git" / "index"),
+        "GIT_OBJECT_DIRECTORY": str(other / ".git" / "objects"),
+        "GIT_COMMON_DIR": str(other / ".git"),
+        "GIT_NAMESPACE": "another",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "core.worktree",
+        "GIT_CONFIG_VALUE_0": str(other),
+        "GIT_LITERAL_PATHSPECS": "1",
+        "GIT_EXTERNAL_DIFF": "/bin/echo",
+    }
+    for names in ([name] for name in misleading if not name.startswith("GIT_CONFIG")):
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setenv(name, misleading[name])
+            assert MetadataCapture(repo).git_facts() == expected, names
+            assert names[0] in os.environ
+    for name, value in misleading.items():
+        monkeypatch.setenv(name, value)
+    assert MetadataCapture(repo).git_facts() == expected
+    assert not set(misleading) & git_environment().keys()
+    assert "GIT_CONFIG_GLOBAL" in git_environment()

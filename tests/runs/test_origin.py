@@ -132,7 +132,7 @@ def test_a_run_that_is_not_there_is_told(run: Path, runs_dir: Path) -> None:
 
 
 def test_what_run_json_says_of_a_parent(run: Path) -> None:
-    facts = parent_facts(Origin("fork", run, "best"), 500)
+    facts = parent_facts(Origin("fork", run, "best"), 500, {"run": "of a checkpoint"})
     assert facts == {"run": "20260101_000000_base", "path": str(run), "step": 500, "relation": "fork"}
 
 

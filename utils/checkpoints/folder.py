@@ -14,6 +14,7 @@ from utils.files import read_json, regular_fd
 FORMAT_VERSION = 1
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE = "tokenizer.json", "state.json", "manifest.json"
+EXPORT_CONFIG_FILE = "config.json"  # of an export: weights and tokenizer as in a checkpoint, and this
 FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
 CHUNK_BYTES = 1 << 24  # of one read or write: between two of them other threads have their turn
 FOLDER_PATTERN = re.compile(r"step_(\d{6,})")

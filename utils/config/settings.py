@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from utils.errors import number_text
+
 Kind = Literal["trajectory", "observation", "machine"]
 TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
 OBSERVATION: Kind = "observation"  # what is recorded of a run, how often, and how its model is used
@@ -75,7 +77,7 @@ class DataConfig(Section):
     dataset: str = setting(
         "pydocs",
         "a registered corpus (pydocs, shakespeare), or the path of a UTF-8 text file or a folder of them",
-        kind=TRAJECTORY,
+        kind=MACHINE,  # the text decides, wherever it is: corpus_hash takes its place
         min_length=1,
     )
     tokenizer: Literal["char"] = setting("char", "how text becomes token ids", kind=TRAJECTORY)
@@ -242,8 +244,9 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _rules(self) -> OptimizerConfig:
         if self.final_lr > self.learning_rate:
+            least, peak = number_text(self.final_lr), number_text(self.learning_rate)
             raise RuleError(
-                f"min_lr ({self.min_lr:g}) must not exceed learning_rate ({self.learning_rate:g})",
+                f"min_lr ({least}) must not exceed learning_rate ({peak})",
                 "min_lr",
                 "learning_rate",
             )
@@ -286,6 +289,12 @@ class TrainConfig(Section):
         1, "micro-steps that an update is split into, to save memory", kind=TRAJECTORY, unit="micro-steps", ge=1
     )
     eval_interval: Int = setting(250, "steps between evaluations", kind=TRAJECTORY, unit="steps", ge=1)
+    eval_at: tuple[Annotated[Int, Field(ge=1)], ...] = setting(
+        (),
+        "further steps with an evaluation; a run that grows by max_iters adds the end that it had",
+        kind=OBSERVATION,
+        unit="steps",
+    )
     eval_iters: Int = setting(
         20, "batches of each split that an evaluation averages", kind=TRAJECTORY, unit="batches", ge=1
     )

@@ -20,12 +20,26 @@ class TokenRecord:
     corpus_hash: sha256 of the text.
     tokenizer: its JSON form.
     n_tokens: number of tokens in the token file.
+    crc32: checksum of the token file; None in an older record, whose file is not trusted.
+    verified: state of the token file when its checksum was last found right (`file_state`).
     """
 
     stamp: str
     corpus_hash: str
     tokenizer: Mapping[str, Any]
     n_tokens: int
+    crc32: int | None = None
+    verified: str | None = None
+
+
+def file_state(path: Path) -> str:
+    """Equal while a file has not been written to.
+
+    Raises:
+        OSError: it cannot be accessed.
+    """
+    facts = path.stat()
+    return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
 
 
 def record_path(folder: Path, source: str, tokenizer: str) -> Path:

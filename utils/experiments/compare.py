@@ -18,6 +18,7 @@ from utils.runs.index import (
     TRAJECTORY_KEYS,
     IndexedRun,
     code_identity,
+    corpus_of,
     differing_settings,
     origin_of,
     resolved_setting,
@@ -161,8 +162,7 @@ def judge(first: SeedGroup, second: SeedGroup, lower_is_better: bool | None = Tr
 def _identity(run: IndexedRun) -> str:
     """Everything that decides the numbers of a run, except the seed: equal for all runs of a group."""
     decisive = {key: resolved_setting(run, key) for key in sorted(run.settings) if key in TRAJECTORY_KEYS - {"seed"}}
-    resolved = run.record.get("resolved") or {}
-    data = (resolved.get("corpus_hash"), resolved.get("tokenizer_hash"))
+    data = (corpus_of(run), (run.record.get("resolved") or {}).get("tokenizer_hash"))
     return repr((decisive, data, code_identity(run), origin_of(run)))
 
 

@@ -14,7 +14,8 @@ from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.files import read_text
-from utils.runs.index import IndexedRun, code_identity, differing_settings, origin_of, resolved_setting
+from utils.runs.code import open_repo
+from utils.runs.index import IndexedRun, code_identity, differing_settings, later_code, origin_of, resolved_setting
 from utils.runs.layout import ENVIRONMENT, PATCH
 
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
@@ -124,7 +125,11 @@ def _most_important(rows: list[Row]) -> list[Row]:
 
 def _code(run: IndexedRun) -> dict[str, Any]:
     commit, patch = code_identity(run)
-    return {"commit": commit, "branch": (run.record.get("git") or {}).get("branch"), "patch (sha256)": patch}
+    later = [
+        f"{(commit or 'no commit')[:10]} from step {step:,}" for step, commit, _ in later_code(run.path, run.record)
+    ]
+    facts = {"commit": commit, "branch": (run.record.get("git") or {}).get("branch"), "patch (sha256)": patch}
+    return {**facts, "changed on the way": ", ".join(later) or None}
 
 
 def environment_of(run: IndexedRun) -> dict[str, str]:
@@ -154,7 +159,7 @@ def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
     import git
 
     try:
-        with git.Repo(root, search_parent_directories=True) as repo:
+        with open_repo(root) as repo:
             lines = repo.git.log("--oneline", "--no-decorate", f"{commits[0]}...{other}", "--left-right").splitlines()
     except (git.GitError, OSError, ValueError):
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,14 @@ def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]
     Raises:
         UserError: the run has no export or is not in `runs_dir`, or the name is not valid.
     """
-    if path.resolve().parent != runs_dir.resolve():
+    path = Path(os.path.abspath(path))  # not resolved: a run that was moved away and linked is still one of them
+    if path.parent.resolve() != runs_dir.resolve():
         raise RunError(f"{path} is not in {runs_dir}: {MODELS} there names only runs beside it")
     weights = path / EXPORT / WEIGHTS_FILE
     try:
         training = read_json(path / EXPORT / "config.json", path)["training"]
         version = {
-            "run": path.resolve().name,
+            "run": path.name,
             "checkpoint": folder_name(training["step"]),
             "weights": training.get("weights", "last"),
             "val/loss": training.get("val/loss"),

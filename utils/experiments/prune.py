@@ -139,7 +139,10 @@ def _kept(
         "not old enough": lambda run: (run.row()["age"] or 0.0) < older_than,
     }
     found = ((run, next((why for why, holds in reasons.items() if holds(run)), None)) for run in runs)
-    return {run.id: why for run, why in found if why}
+    kept = {run.id: why for run, why in found if why}
+    places = {os.path.realpath(run.path): kept[run.id] for run in runs if run.id in kept}
+    aliases = ((run, places.get(os.path.realpath(run.path))) for run in runs)  # a second link to a run that is kept
+    return {run.id: kept.get(run.id, why) for run, why in aliases if why}
 
 
 def remove_all(removals: Sequence[Removal]) -> dict[Removal, str]:
@@ -149,7 +152,7 @@ def remove_all(removals: Sequence[Removal]) -> dict[Removal, str]:
         try:
             remove(removal)
         except OSError as error:
-            failed[removal] = str(error.strerror)
+            failed[removal] = error.strerror or str(error)
     return failed
 
 
@@ -168,9 +171,10 @@ def remove(removal: Removal) -> None:
     handle = regular_fd(run / LOCK, run, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
+        with contextlib.suppress(OSError):  # left by a process that was killed
+            _delete(aside)
         removal.path.rename(aside)
-        shutil.rmtree(aside)
+        _delete(aside)
     finally:
         os.close(handle)
 
@@ -182,6 +186,21 @@ def _remove_leftover(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder; of one that was moved to another disk, the link and what it leads to.
+
+    If another link in the same place leads there too, only this link is deleted.
+    """
+    if not folder.is_symlink():
+        shutil.rmtree(folder)
+        return
+    target = folder.resolve()
+    others = (path for path in folder.parent.iterdir() if path != folder)
+    if target.is_dir() and not any(target == path.resolve() or target in path.resolve().parents for path in others):
+        shutil.rmtree(target)
+    folder.unlink()
 
 
 def parse_size(text: str) -> int:

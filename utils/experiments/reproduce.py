@@ -25,12 +25,13 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import environment_of
 from utils.files import read_text
 from utils.machine.watchdog import watched
-from utils.runs.code import LEFT_OUT
-from utils.runs.index import IndexedRun, read_run, resolved_setting
+from utils.runs.code import LEFT_OUT, git_environment, open_repo
+from utils.runs.find import moved_path, parent_path
+from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
 from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED
-from utils.runs.run import REPRODUCTION, change_record, read_record
+from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
 from utils.runs.seal import file_sha256, write_seal
 from utils.terminal.words import printable
 
@@ -193,20 +194,21 @@ def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
     parent = run.record.get("parent")
     if parent is None or parent["relation"] == REPRODUCTION:
         return None
-    if not Path(parent["path"]).is_dir():
-        raise ReproductionError(f"{run.id} began with weights of {parent['run']}, but {parent['path']} does not exist")
-    return dict(parent)
+    try:
+        return {**parent, "path": os.path.abspath(parent_path(run.path, parent))}
+    except RunError as error:
+        raise ReproductionError(str(error)) from None
 
 
 def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
     """Flags for the start of the repetition: a checkpoint of the run, one of its parent, or the configuration alone."""
     if from_checkpoint:
-        yield from ("--resume", f"{run.path.resolve()}:{first}", "--fork")
+        yield from ("--resume", f"{os.path.abspath(run.path)}:{first}", "--fork")
         return
     if parent is not None:
-        weights = f"{parent['path']}:{parent['step']}"
+        weights = parent["path"] if "export" in parent else f"{parent['path']}:{parent['step']}"
         yield from ("--resume", weights, "--fork") if parent["relation"] == "fork" else ("--init-from", weights)
-    yield from ("--config", str(run.path.resolve() / CONFIG))
+    yield from ("--config", os.path.join(os.path.abspath(run.path), CONFIG))
 
 
 def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
@@ -217,7 +219,8 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
         **UNTRACKED,
         **dict.fromkeys(PER_SESSION),
         "runs_dir": run.path.parent.resolve(),
-        "corpora_dir": root / run.settings.get("corpora_dir", "corpora"),
+        "dataset": moved_path(run.settings.get("dataset", ""), root),
+        "corpora_dir": root / moved_path(run.settings.get("corpora_dir", "corpora"), root),
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
     }
@@ -313,7 +316,7 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
 
     archive = folder / "code.tar"
     try:
-        with git.Repo(root, search_parent_directories=True) as repo, archive.open("wb") as file:
+        with open_repo(root) as repo, archive.open("wb") as file:
             repo.archive(file, facts["commit"], format="tar")
             top = Path(str(repo.working_tree_dir))
     except (git.GitError, OSError, ValueError) as error:
@@ -333,6 +336,10 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
         apply_patch(run.path / PATCH, tree)
     left_out = _left_out(run)
     unknown = [f"the content of files that were left out of the patch: {', '.join(left_out)}"] if left_out else []
+    unknown += [
+        f"the code from step {step:,} on: it was changed between two sessions, and the first is repeated"
+        for step, *_ in later_code(run.path, run.record)
+    ]
     return tree / root.resolve().relative_to(top.resolve()), unknown
 
 
@@ -342,9 +349,7 @@ def apply_patch(patch: Path, tree: Path) -> None:
     Raises:
         ReproductionError: it does not apply, or would write outside `tree`.
     """
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": os.fspath(tree.resolve().parent)}
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
-        environment.pop(name, None)
+    environment = {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(tree.resolve().parent)}
     command = ["git", "apply", "--whitespace=nowarn", os.fspath(patch.resolve())]
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
     if result.returncode:

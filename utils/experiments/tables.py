@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.checkpoints.folder import list_checkpoints
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, number_text
 from utils.experiments.diff import environment_of
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.prune import PrunePlan
@@ -175,7 +175,7 @@ def sql_screen(columns: Sequence[str], rows: Sequence[Sequence[Any]], console: C
 
 
 def _sql_text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else one_line(str(value))
+    return "" if value is None else number_text(value) if isinstance(value, float) else one_line(str(value))
 
 
 def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> Iterator[RenderableType]:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from model import LanguageModel, outline
 from tokenizer import Tokenizer, load_tokenizer
-from utils.checkpoints.files import weight_differences
-from utils.checkpoints.folder import TOKENIZER_FILE, WEIGHTS_FILE
+from utils.checkpoints.files import Checkpoint, weight_differences
+from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import is_regular, open_regular, read_json, write_json
@@ -30,7 +30,7 @@ from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
 LOSSES = {"val/loss", "train/eval_loss"}
-EXPORT_FILES = (WEIGHTS_FILE, "config.json", TOKENIZER_FILE)
+EXPORT_FILES = (WEIGHTS_FILE, EXPORT_CONFIG_FILE, TOKENIZER_FILE)
 
 
 class ExportError(UserError):
@@ -62,15 +62,15 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, traini
     temporary.mkdir(parents=True)
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         config = {
             "format_version": FORMAT_VERSION,
             "model": model.config.model_dump(mode="json"),
             "vocab_size": model.vocab_size,
-            "weights_crc32": _crc32(temporary / "model.safetensors"),
+            "weights_crc32": _crc32(temporary / WEIGHTS_FILE),
             "training": dict(training),
         }
-        write_json(temporary / "config.json", config)
+        write_json(temporary / EXPORT_CONFIG_FILE, config)
         tokenizer.save(temporary / TOKENIZER_FILE)
         _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
         _replace_folder(folder, temporary)
@@ -112,7 +112,7 @@ def load_export(folder: Path, device: torch.device) -> Export:
     """
     if missing := [name for name in EXPORT_FILES if not is_regular(folder / name)]:
         raise ExportError(f"{folder}: no complete export: {', '.join(missing)} missing")
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    config_path, weights_path = folder / EXPORT_CONFIG_FILE, folder / WEIGHTS_FILE
     try:
         config = read_json(config_path)
         version = config["format_version"]
@@ -149,6 +149,23 @@ def load_export(folder: Path, device: torch.device) -> Export:
             "they are not from the same run"
         )
     return Export(model.to(device).eval(), tokenizer, training)
+
+
+def export_as_checkpoint(folder: Path) -> Checkpoint:
+    """The weights of an export for training that starts from them, in the form of a checkpoint.
+
+    Raises:
+        ExportError, TokenizerError: as `load_export`.
+    """
+    export = load_export(folder, torch.device("cpu"))
+    step = export.training.get("step")
+    state = {
+        "model": export.model.config.model_dump(mode="json"),
+        "run": str(export.training.get("run") or folder.name),
+        "export": _crc32(folder / WEIGHTS_FILE),
+    }
+    step = step if isinstance(step, int) and step >= 0 else 0
+    return Checkpoint(folder, step, export.model.state_dict(), {}, export.tokenizer.to_json(), state)
 
 
 def _training_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:

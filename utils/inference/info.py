@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from rich.text import Text
 from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.config.settings import ModelConfig
+from utils.errors import number_text
 from utils.files import size_of
 from utils.inference.export import Export
 from utils.runs.index import IndexedRun, read_run
@@ -67,7 +69,7 @@ def architecture(config: ModelConfig) -> str:
     heads = f"{config.n_head} heads of {config.head_width}"
     if config.kv_heads != config.n_head:
         heads += f" on {config.kv_heads} key/value heads"
-    theta = f"rope (theta {config.rope_theta:g})" if config.position == "rope" else "learned positions"
+    theta = f"rope (theta {number_text(config.rope_theta)})" if config.position == "rope" else "learned positions"
     words = [
         f"{config.n_layer} blocks",
         f"width {config.n_embd}",
@@ -79,7 +81,7 @@ def architecture(config: ModelConfig) -> str:
         "query/key norm" if config.qk_norm else "",
         "biases" if config.bias else "q, k, v biases" if config.has_qkv_bias else "no biases",
         "tied head" if config.tie_embeddings else "untied head",
-        f"logits capped at {config.logit_softcap:g}" if config.logit_softcap is not None else "",
+        f"logits capped at {number_text(config.logit_softcap)}" if config.logit_softcap is not None else "",
     ]
     return ", ".join(word for word in words if word)
 
@@ -103,7 +105,7 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
         folder: folder of the export; in a run directory the screen also shows facts from run.json.
     """
     config, training = export.model.config, export.training
-    run_path = folder.resolve().parent.parent
+    run_path = Path(os.path.abspath(folder)).parent.parent
     run = read_run(run_path) if (run_path / RECORD).is_file() else IndexedRun(run_path)
     name = column_text("run", training.get("run"))
     rows = [

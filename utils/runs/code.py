@@ -7,12 +7,16 @@ like secrets are left out of the patch, and environment variables are not record
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 import platform
 import re
+import site
 import sys
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata as importlib_metadata
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from utils.files import write_atomic
-from utils.runs.layout import ENVIRONMENT, GIT, PATCH
+from utils.runs.layout import CALLBACKS, ENVIRONMENT, GIT, PATCH
 
 if TYPE_CHECKING:
     import git
@@ -40,8 +44,22 @@ SECRET_NAME = re.compile(
     r"|^\.(netrc|npmrc|pypirc|htpasswd)$",
     re.IGNORECASE,
 )
+# Variables of git that say how it works and whom it trusts; the others (GIT_DIR, GIT_INDEX_FILE, ...) can make it read
+# another repository than the one asked for.
+GIT_VARIABLES = re.compile(
+    r"GIT_(PYTHON_|SSL_|SSH|HTTP_|CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)$|EXEC_PATH$|ASKPASS$|TERMINAL_)"
+)
 LEFT_OUT = f"left out of {PATCH.name}:"  # heading of a list in git.txt
-DIFF_FLAGS = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--no-renames", "--unified=3")
+DIFF_FLAGS = (
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--binary",
+    "--full-index",
+    "--no-renames",
+    "--unified=3",
+    "--ignore-submodules=dirty",
+)
 PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
 
@@ -55,11 +73,22 @@ class GitFacts:
     dirty: bool = False
     patch: bytes = b""
     left_out: list[str] = field(default_factory=list)  # "path (reason)"
+    callbacks: dict[str, bytes] = field(default_factory=dict)  # module -> its source
     problem: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """The facts that run.json and trackers show."""
-        return {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "remote": self.remote}
+        facts = {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "remote": self.remote}
+        return {**facts, "code": self.fingerprint()}
+
+    def fingerprint(self) -> str | None:
+        """A hash of the uncommitted changes and of the callbacks; None if there are neither."""
+        if not self.patch and not self.callbacks:
+            return None
+        digest = hashlib.sha256(self.patch)
+        for name, source in sorted(self.callbacks.items()) if self.callbacks else ():
+            digest.update(b"\0%s\0%s" % (name.encode(), source))
+        return digest.hexdigest()
 
 
 def clean_url(url: str) -> str:
@@ -76,33 +105,65 @@ def clean_url(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
+def git_environment() -> dict[str, str]:
+    """The environment for a git process: without the variables that would make it read another repository."""
+    return {name: value for name, value in os.environ.items() if not _misleads_git(name)}
+
+
+def _misleads_git(name: str) -> bool:
+    return name.startswith("GIT_") and GIT_VARIABLES.match(name) is None
+
+
+@contextlib.contextmanager
+def open_repo(folder: Path) -> Iterator[git.Repo]:
+    """The git repository that contains `folder`. Every use of git goes through here or takes `git_environment`.
+
+    Meanwhile the variables that would make git read another repository are not in the environment.
+
+    Raises:
+        git.GitError, OSError, ValueError: there is none, or it cannot be read.
+    """
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no exception at import where git is missing
+    misleading = {name: value for name, value in os.environ.items() if _misleads_git(name)}
+    for name in misleading:
+        del os.environ[name]
+    try:
+        import git
+
+        with git.Repo(folder, search_parent_directories=True) as repo:
+            yield repo
+    finally:
+        os.environ.update(misleading)
+
+
 class MetadataCapture:
     """Reads the state of the code once, before training, and writes it into a run directory.
 
     Args:
         root: the project folder.
         excluded: files and folders that are not code (the runs, the corpora).
+        callbacks: names of the modules of callbacks, which are imported already: their sources are always kept.
     """
 
-    def __init__(self, root: Path, excluded: tuple[Path, ...] = ()) -> None:
+    def __init__(self, root: Path, excluded: tuple[Path, ...] = (), callbacks: Iterable[str] = ()) -> None:
         self.root = root
+        self.callbacks = {name: path for name in callbacks if (path := source_of(name)) is not None}
         self.excluded = tuple(path.resolve() for path in excluded)
 
     def git_facts(self) -> GitFacts:
         """Commit, branch, remote, and the patch that turns the commit into the working tree."""
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no exception at import where git is missing
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         import git
 
-        try:
-            repo = git.Repo(self.root, search_parent_directories=True)
-        except git.InvalidGitRepositoryError:
-            return GitFacts(problem="not a git repository")
-        except (git.GitError, OSError) as error:
-            return GitFacts(problem=f"git cannot be read: {error}")
         facts = GitFacts()
+        for name, path in self.callbacks.items():
+            with contextlib.suppress(OSError):
+                facts.callbacks[name] = path.read_bytes()
         try:
-            with repo:
+            with open_repo(self.root) as repo:
                 self._read(repo, facts)
+        except git.InvalidGitRepositoryError:
+            facts.problem = "not a git repository"
         except git.GitCommandNotFound:
             facts.problem = "the git program is not installed"
         except git.GitCommandError as error:
@@ -123,11 +184,17 @@ class MetadataCapture:
             remote = next((r for r in repo.remotes if r.name == "origin"), repo.remotes[0])
             facts.remote = clean_url(next(iter(remote.urls), ""))
         base = facts.commit or repo.git.hash_object("-t", "tree", os.devnull)
-        changed = _paths(repo.git.diff("--name-only", "--no-renames", "-z", base))
+        changed = _paths(repo.git.diff("--name-only", "--no-renames", "--ignore-submodules=dirty", "-z", base))
         untracked = _paths(repo.git.ls_files("--others", "--exclude-standard", "--full-name", "-z", "--", ":/"))
         top = Path(repo.working_tree_dir)
         changed, untracked = ([n for n in names if not self._is_excluded(top / n)] for names in (changed, untracked))
-        facts.dirty = bool(changed or untracked)
+        hidden = [name for name in hidden_changes(repo) if not self._is_excluded(top / name)]
+        submodules = list(dirty_submodules(repo))
+        facts.dirty = bool(changed or untracked or hidden or submodules)
+        facts.left_out += [f"{name} (changed, but git was told to assume that it is not)" for name in hidden]
+        facts.left_out += [f"{name} (uncommitted changes of a submodule)" for name in submodules]
+        known = {*_paths(repo.git.ls_files("-z")), *untracked}
+        facts.left_out += list(unknown_modules(top, known, self.callbacks))
         recorded = [name for name in changed if self._keep(top, name, facts.left_out, any_suffix=True)]
         if recorded:
             facts.patch += repo.git.diff(
@@ -148,8 +215,8 @@ class MetadataCapture:
                 facts.left_out.append(f"{name} (cannot be read)")
 
     def _is_excluded(self, path: Path) -> bool:
-        resolved = path.resolve()
-        return any(place == resolved or place in resolved.parents for place in self.excluded)
+        found = (path.resolve(), path.parent.resolve() / path.name)  # a link, too, is in the folder that it lies in
+        return any(place == one or place in one.parents for place in self.excluded for one in found)
 
     def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
         """True if the file belongs in the patch; otherwise its name and the reason are added to `left_out`."""
@@ -169,11 +236,67 @@ class MetadataCapture:
 
     @staticmethod
     def write(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
-        """Write git.txt, code.patch and env.txt into `meta_dir`, the folder meta/ of a run."""
+        """Write git.txt, code.patch, callbacks/ and env.txt into `meta_dir`: meta/ of a run, or of a later session."""
+        meta_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(meta_dir / GIT.name, _git_text(facts))
         if facts.patch:
             write_atomic(meta_dir / PATCH.name, facts.patch)
+        for name, source in facts.callbacks.items():
+            (meta_dir / CALLBACKS.name).mkdir(exist_ok=True)
+            write_atomic(meta_dir / CALLBACKS.name / f"{name}.py", source)
         write_atomic(meta_dir / ENVIRONMENT.name, environment_text(devices))
+
+
+def source_of(module: str) -> Path | None:
+    """The file of Python source that a module was imported from; None if it was not."""
+    path = getattr(sys.modules.get(module), "__file__", None)
+    return Path(os.path.abspath(path)) if path and path.endswith(".py") else None
+
+
+def hidden_changes(repo: git.Repo) -> Iterator[str]:
+    """Files that git does not look at (assume-unchanged, skip-worktree) although they are not as committed."""
+    flagged = [line[2:] for line in _paths(repo.git.ls_files("-v", "-z")) if line[0] == "S" or line[0].islower()]
+    if not flagged:
+        return
+    staged = (line.partition("\t") for line in _paths(repo.git.ls_files("--stage", "-z")))
+    blobs = {name: facts.split()[1] for facts, _, name in staged}
+    for name in flagged:
+        path = Path(str(repo.working_tree_dir), name)
+        if path.is_file() and repo.git.hash_object("--", name) != blobs.get(name):
+            yield name
+
+
+def dirty_submodules(repo: git.Repo) -> Iterator[str]:
+    """Submodules with changes that their own commit does not contain."""
+    listing = _paths(repo.git.status("--porcelain=v2", "--ignore-submodules=none", "--untracked-files=no", "-z"))
+    for line in listing:  # 1 XY S<commit><modified><untracked> mH mI mW hH hI path
+        parts = line.split(" ", 8)
+        if parts[0] == "1" and len(parts) == 9 and parts[2][0] == "S" and parts[2][2:] != "..":
+            yield parts[8]
+
+
+def unknown_modules(top: Path, known: Collection[str], callbacks: Mapping[str, Path]) -> Iterator[str]:
+    """Imported modules that git does not know: files in the project that it ignores, callbacks from elsewhere.
+
+    Args:
+        known: the files that git tracks or would track, relative to `top`.
+        callbacks: module -> file.
+    """
+    libraries = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    libraries |= {os.path.realpath(sys.prefix), *(os.path.realpath(place) for place in site.getsitepackages())}
+    root = os.path.realpath(top)
+    files = {name: path for name in list(sys.modules) if (path := source_of(name)) is not None}
+    for name, path in sorted(files.items()):
+        real = os.path.realpath(path)
+        if any(real.startswith(place + os.sep) for place in libraries) or "site-packages" in real.split(os.sep):
+            continue
+        kept = f"; kept in {CALLBACKS}" if name in callbacks else ""
+        if real.startswith(root + os.sep):
+            relative = os.path.relpath(real, root)
+            if relative not in known and os.path.relpath(path, root) not in known:
+                yield f"{relative} (imported, but git ignores it{kept})"
+        elif name in callbacks:
+            yield f"{path.name} (of the callback {name}, from {path.parent}{kept})"
 
 
 _RAW: dict[str, Any] = {"strip_newline_in_stdout": False, "stdout_as_string": False}  # a patch is bytes

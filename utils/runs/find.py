@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from utils.checkpoints.folder import EXPORT_CONFIG_FILE, STATE_FILE, WEIGHTS_FILE
 from utils.errors import nearest
 from utils.runs.layout import EXPORT, RECORD
 from utils.runs.names import promoted_run
@@ -63,8 +67,63 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
     raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *by_id])}")
 
 
+def parent_path(run: Path, parent: Mapping[str, Any]) -> Path:
+    """The directory of a run's parent: beside the run, by its id; only then where it was when the run started.
+
+    Of a run that began with the weights of an export alone, the export with these weights.
+
+    Args:
+        parent: as run.json names it. Its `path` is a hint: both runs may have moved since.
+
+    Raises:
+        RunError: it is in neither place.
+    """
+    beside = [run.parent / parent["run"], Path(os.path.realpath(run)).parent / parent["run"]]
+    if (weights := parent.get("export")) is not None:
+        for place in (*(run / EXPORT for run in beside), Path(parent["path"])):
+            if export_checksum(place) == weights:
+                return place
+    else:
+        for place in (*beside, Path(parent["path"])):
+            if (place / RECORD).is_file():
+                return place
+    raise RunError(
+        f"{run.name} began with weights of {parent['run']}, which is neither beside it in {run.parent} "
+        f"nor at {parent['path']}"
+    )
+
+
+def moved_path(path: str, root: Path) -> str:
+    """Where a recorded absolute path is now: as recorded, or below `root` if the project moved with it.
+
+    >>> moved_path("/no/such/project/utils/runs", Path.cwd()) == str(Path.cwd() / "utils" / "runs")
+    True
+    """
+    if not os.path.isabs(path) or os.path.lexists(path):
+        return path
+    parts = Path(path).parts
+    endings = (root.joinpath(*parts[first:]) for first in range(1, len(parts)))  # the longest first
+    return next((os.path.abspath(place) for place in endings if place.exists()), path)
+
+
+def is_export(path: Path) -> bool:
+    """True for a folder that is an export, perhaps a damaged one, and not a run directory."""
+    found = any((path / name).is_file() for name in (EXPORT_CONFIG_FILE, WEIGHTS_FILE))
+    return found and not any((path / name).is_file() for name in (RECORD, STATE_FILE))  # a run, a checkpoint
+
+
+def export_checksum(folder: Path) -> str | None:
+    """The checksum of the weights that the configuration of an export names; None if there is no such export."""
+    try:
+        return str(json.loads((folder / EXPORT_CONFIG_FILE).read_text(encoding="utf-8"))["weights_crc32"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def find_export(name: str | None, runs_dir: Path) -> Path:
-    """The export folder of the run that `name` names; without a name, of the newest run that has an export.
+    """The export folder of the run that `name` names, or the one at that path, which may have been copied alone.
+
+    Without a name, the export of the newest run that has one.
 
     Raises:
         RunError: there is no such run, or it has no export.
@@ -74,6 +133,8 @@ def find_export(name: str | None, runs_dir: Path) -> Path:
             if (path / EXPORT).is_dir():
                 return path / EXPORT
         raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
+    if name and is_export(Path(name)):
+        return Path(name)
     path = resolve_run(name, runs_dir)
     export = path / EXPORT
     if not export.is_dir():

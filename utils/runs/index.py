@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from utils.files import open_regular, read_bytes, read_json
 from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD, SEAL
 from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
-from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, is_held, read_record, status_of
+from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, duration_of, is_held, read_record, seconds_of, status_of
 
 STARTING = "starting"  # the state of a tracker in run.json before it is open
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run
@@ -99,9 +98,7 @@ class IndexedRun:
     def row(self) -> dict[str, Any]:
         """The run by column: FACTS, then the settings with the values that none and "auto" resolved to."""
         record, resolved, git = self.record, self.record.get("resolved") or {}, self.record.get("git") or {}
-        start, end = seconds_of(record.get("start")), seconds_of(record.get("end"))
-        if end is None and self.status == "running":
-            end = time.time()
+        start = seconds_of(record.get("start"))
         summary = self.summary()
         facts = {
             "id": self.id,
@@ -109,8 +106,8 @@ class IndexedRun:
             "status": self.status,
             "problem": self.problem,
             "start": record.get("start"),
-            "age": None if start is None else round(time.time() - start, 1),
-            "duration": None if start is None or end is None else round(end - start, 1),
+            "age": None if start is None else max(0.0, round(time.time() - start, 1)),
+            "duration": self.duration(),
             "val_loss": summary.get("best_val_loss"),
             "last_val_loss": summary.get("val/loss"),
             "train_loss": summary.get("train/eval_loss"),
@@ -130,6 +127,13 @@ class IndexedRun:
         }
         columns = {column: facts[column] for column in FACTS}
         return {**columns, **{key: resolved_setting(self, key) for key in self.settings if key not in columns}}
+
+    def duration(self) -> float | None:
+        """Seconds that all sessions took together; None where that is not known."""
+        ended, alive = seconds_of(self.record.get("end")) is not None, self.status == "running"
+        if seconds_of(self.record.get("start")) is None or not (ended or alive or "seconds" in self.record):
+            return None
+        return round(duration_of(self.path, self.record, alive=alive), 1)
 
     def summary(self) -> dict[str, float]:
         """Losses and steps at the end of the run; from its log while it runs and after a crash."""
@@ -164,14 +168,6 @@ def summary_of_log(path: Path) -> dict[str, float]:
             summary |= {**losses, "best_val_loss": losses["val/loss"] if losses["val/loss"] < best else best}
     last = last_record(path)
     return {**summary, **({"steps": int(last["step"])} if last else {})}
-
-
-def seconds_of(moment: Any) -> float | None:
-    """A time of run.json in seconds since the epoch; None if it is not a time."""
-    try:
-        return datetime.fromisoformat(moment).timestamp()
-    except (TypeError, ValueError):
-        return None
 
 
 def read_run(path: Path) -> IndexedRun:
@@ -277,18 +273,30 @@ def read_index(runs_dir: Path) -> list[IndexedRun]:
 def differing_settings(runs: Sequence[IndexedRun], kinds: Sequence[str] = (TRAJECTORY,)) -> list[str]:
     """Settings of these kinds that differ between the readable runs, in the order of the configuration.
 
-    A setting that is none in all runs, and so derived from another one (head_dim, say), is left out.
+    A setting that is none in all runs, and so derived from another one (head_dim, say), is left out. `dataset` counts
+    as a setting that changes the numbers if the texts differ, otherwise as a path.
     """
     readable = [run for run in runs if run.settings]
-    keys = dict.fromkeys([*(k for k in FIELDS if field_fact(k, "kind") in kinds), *_unknown_settings(readable)])
+    kind_of = {key: field_fact(key, "kind") for key in FIELDS}
+    if other_texts := len({corpus_of(run) for run in readable}) > 1:
+        kind_of["dataset"] = TRAJECTORY
+    keys = dict.fromkeys([*(key for key, kind in kind_of.items() if kind in kinds), *_unknown_settings(readable)])
 
     def differs(key: str) -> bool:
         knowing = [run for run in readable if key in run.settings]  # an older run may not have it
         if key in DERIVED and all(run.settings[key] is None for run in knowing):
             return False
+        if key == "dataset" and other_texts:  # perhaps one path, with another text in time
+            return True
         return len({repr(resolved_setting(run, key)) for run in knowing}) > 1
 
     return [key for key in keys if differs(key)]
+
+
+def corpus_of(run: IndexedRun) -> str:
+    """The hash of the text that a run was trained on; of one that ended before it was known, the setting."""
+    corpus_hash = (run.record.get("resolved") or {}).get("corpus_hash")
+    return str(corpus_hash or run.settings.get("dataset"))
 
 
 def _unknown_settings(runs: Sequence[IndexedRun]) -> Iterator[str]:
@@ -311,10 +319,44 @@ def origin_of(run: IndexedRun) -> tuple[str, str, int] | None:
 
 
 def code_identity(run: IndexedRun) -> tuple[str | None, str | None]:
-    """The commit (None if unknown) and the SHA-256 of the patch (None if there is none) of the code of a run."""
+    """The commit (None if unknown) and a hash of patch and callbacks (None if there are none) of the code of a run.
+
+    Where a later session had other code, the hash is of the code of all sessions.
+    """
+    commit, patch = _code_of(run.record.get("git") or {}, run.path)
+    if later := later_code(run.path, run.record):
+        patch = hashlib.sha256(repr((patch, [code for _, *code in later])).encode()).hexdigest()
+    return commit, patch
+
+
+def patch_hash(path: Path) -> str | None:
+    """The SHA-256 of meta/code.patch; None if there is none."""
     try:
-        patch = read_bytes(run.path / PATCH, run.path)
+        patch = read_bytes(path / PATCH, path)
     except OSError:
         patch = b""
-    commit = (run.record.get("git") or {}).get("commit")
-    return commit, hashlib.sha256(patch).hexdigest() if patch else None
+    return hashlib.sha256(patch).hexdigest() if patch else None
+
+
+def later_code(path: Path, record: Mapping[str, Any]) -> list[tuple[int, str | None, str | None]]:
+    """(step, commit, hash of what is not committed) of each later session whose code was not that of the one before."""
+    before, found = _code_of(record.get("git") or {}, path), []
+    for session in record.get("resumes") or []:
+        git = session.get("git")
+        if not isinstance(git, dict):
+            continue
+        now = _code_of(git, path) if "code" in git else (git.get("commit"), before[1])
+        if now != before:
+            found.append((int(session.get("step") or 0), *now))
+        before = now
+    return found
+
+
+def git_of_last_session(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts about the code of the newest session; older records have no `code`."""
+    sessions = (session.get("git") for session in reversed(record.get("resumes") or []))
+    return dict(next((git for git in sessions if isinstance(git, dict)), None) or record.get("git") or {})
+
+
+def _code_of(git: Mapping[str, Any], path: Path) -> tuple[str | None, str | None]:
+    return git.get("commit"), git["code"] if "code" in git else patch_hash(path)

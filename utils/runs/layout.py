@@ -19,10 +19,17 @@ CONFIG = META / "full_config.json"  # every setting, by section
 CONFIG_SOURCES = META / "config_sources.json"  # where each setting was set, and what that shadows
 GIT = META / "git.txt"  # commit, branch, remote, files left out of the patch
 PATCH = META / "code.patch"  # turns the commit into the code that ran; absent where nothing was changed
+CALLBACKS = META / "callbacks"  # the source of each callback's module
 ENVIRONMENT = META / "env.txt"  # Python, platform, devices, versions of all packages
 TOKENIZER = META / "tokenizer.json"
 MODEL_SUMMARY = META / "model.json"  # parameters by layer
 METRIC_REGISTRY = META / "metrics.json"  # name, unit and direction of each metric in the log
+
+
+def session_meta(number: int) -> Path:
+    """The folder that describes the code and environment of a later session: 2 is the first resume."""
+    return META / f"session_{number}"
+
 
 # What happened: append-only logs, and the views made from them.
 LOGS = Path("logs")

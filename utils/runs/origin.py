@@ -19,7 +19,7 @@ from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
 from utils.files import read_json
-from utils.runs.find import list_run_paths, resolve_run
+from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.run import RunError, read_record, status_of
 from utils.terminal.words import setting_text
@@ -30,6 +30,8 @@ RESUMABLE = ("interrupted", "crashed", "failed")  # a failure may be over: a ful
 BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
 FOUND = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which a resume does not inherit
+PLACES = ("dataset", "corpora_dir", "runs_dir", "aim_repo")  # paths, unless they are names or addresses
+MOVED = "found in this project"  # the source of a path that is no longer where it was
 PINNED = ("device", "dtype", "threads", "deterministic")  # a resume keeps the values that "auto" resolved to
 
 
@@ -37,7 +39,7 @@ PINNED = ("device", "dtype", "threads", "deterministic")  # a resume keeps the v
 class Origin:
     """The checkpoint that training starts from.
 
-    run: directory of the earlier run.
+    run: directory of the earlier run; for `init` it may be an export alone.
     which: the checkpoint: `latest`, `best` or a step.
     strict: True if a damaged newest checkpoint is an error; otherwise the one before it is used.
     """
@@ -63,12 +65,17 @@ def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool =
         RunError: there is no such run, or a resume asks for another checkpoint than the newest.
     """
     name, which = split_choice(text)
+    if name and is_export(Path(name)):
+        if relation != "init" or which not in CHOICES:
+            raise RunError(f"{text} is an export, which has nothing but weights: --init-from {name} starts with them")
+        return Origin(relation, Path(os.path.abspath(name)))
     run = resolve_run(name, runs_dir)
     if relation == "resume" and which != "latest":
         raise RunError(
             f"--resume {text}: a run continues from its newest checkpoint; --fork starts a new run from any checkpoint"
         )
-    return Origin(relation, run.resolve(), which, strict)
+    path = Path(os.path.abspath(run))  # not resolved: a run that was moved away and linked stays beside the others
+    return Origin(relation, path, which, strict)
 
 
 def resumable_runs(runs_dir: Path, tag: str, report: Callable[[str], None] = lambda line: None) -> list[Path]:
@@ -116,7 +123,8 @@ def _config_path(run: Path) -> Path:
 def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     """The configuration that a run was started with, with the recorded source of each value.
 
-    The settings in PER_SESSION are taken from the current configuration files instead.
+    The settings in PER_SESSION are taken from the current configuration files instead, and a path that no longer
+    exists is looked for in this project: it may have moved.
 
     Raises:
         ConfigError: the recorded configuration is missing or damaged.
@@ -131,7 +139,9 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     place = f"{run.name}/{CONFIG}"
     layers = {key: _recorded_layers(sources, key, value, place) for key, value in flat(config).items()}
     layers |= {key: current.layers[key] for key in PER_SESSION}
-    return LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
+    recorded = LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
+    now = {key: moved_path(get_value(config, key), loader.root) for key in PLACES}
+    return put_on_top(recorded, {key: path for key, path in now.items() if path != get_value(config, key)}, MOVED)
 
 
 def _recorded_layers(sources: Any, key: str, value: Any, place: str) -> list[Setting]:
@@ -298,6 +308,13 @@ def _flag(key: str, value: Any) -> str:
     return flag_name(key, value) if isinstance(value, bool) else f"{flag_name(key)} {setting_text(value)}"
 
 
-def parent_facts(origin: Origin, step: int) -> dict[str, Any]:
-    """The entry `parent` in run.json of a run that starts from `origin` at `step`."""
-    return {"run": origin.run.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}
+def parent_facts(origin: Origin, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry `parent` in run.json of a run that starts from `origin` at `step`.
+
+    The id finds the parent again; `path` is only a hint, for runs in different folders.
+
+    Args:
+        state: of the checkpoint; of an export alone it names the run and the checksum of the weights.
+    """
+    facts = {"run": origin.run.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}
+    return facts | {key: state[key] for key in ("run", "export") if "export" in state}

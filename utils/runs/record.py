@@ -43,6 +43,7 @@ class _Record(BaseModel, strict=True):
     best_step: Whole | None = None
     host: str | None = None
     end: str | None = None
+    seconds: float | None = None
     config_hash: str | None = None
     exit_reason: str | None = None
     argv: list[str] = []

@@ -10,7 +10,9 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -23,12 +25,13 @@ from typing import Any, Literal
 from utils.config.settings import check_tag
 from utils.errors import UserError
 from utils.files import change_json, read_json, read_text, regular_fd, write_json
-from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD
+from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, fed_note
 from utils.runs.record import wrong_fields
 
 SCHEMA_VERSION = 1
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
 NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
+IN_TRACKERS = {"aim", "wandb"}  # views whose data is not in the run directory
 HEARTBEAT_SECONDS = 15.0
 STALE_HEARTBEAT_SECONDS = 60.0  # a run on another host that was silent for this long has crashed
 
@@ -112,6 +115,7 @@ class Run:
         self._mutex = threading.Lock()
         self._unwritten: list[Change] = []  # what a full disk, say, has kept out of run.json
         self._ended = threading.Event()
+        self._began = time.monotonic()
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
 
     @classmethod
@@ -146,6 +150,8 @@ class Run:
                 "parent": None,
                 "resumes": [],
                 "views": {},
+                "place": _place(path),
+                "seconds": 0.0,
                 **facts,
             }
             for folder in (META, LOGS, ARTIFACTS):
@@ -193,6 +199,7 @@ class Run:
             facts: further facts about the new session (git, say).
         """
         record = self.record
+        seconds = duration_of(self.path, record, alive=False)
         previous = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
         if previous["status"] == "running":
             previous["status"] = "crashed"
@@ -202,10 +209,29 @@ class Run:
             status="running",
             exit_reason=None,
             end=None,
+            seconds=round(seconds, 3),
             pid=os.getpid(),
             host=socket.gethostname(),
             resumes=[*record.get("resumes", []), session],
         )
+
+    def settle(self) -> str | None:
+        """Record where this run directory is, and its id there. A copy forgets what the trackers have of the original.
+
+        Returns:
+            The id of the run that this one is a copy of; None if it is not one.
+        """
+        record = self.record
+        original = str(record.get("id")) if is_copy(self.path, record) else None
+        views: dict[str, Any] = record.get("views") or {}
+        if original is not None:
+            for name in IN_TRACKERS & views.keys():
+                (self.path / fed_note(name)).unlink(missing_ok=True)  # its own entry is fed from the start
+                # W&B finds a run by an id that we choose: the copy may have the name of the original.
+                views[name] = {"id": f"{self.id}-{secrets.token_hex(3)}"} if name == "wandb" else {}
+        copied = {"copied_from": original} if original is not None else {}
+        self.update(id=self.id, place=_place(self.path), views=views, **copied)
+        return original
 
     @property
     def id(self) -> str:
@@ -261,13 +287,40 @@ class Run:
 
     def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
         """Record how the run ended; the lock is held until `release`."""
-        self.update(status=status, exit_reason=reason, end=utc_now(), **facts)
+        seconds = self.record.get("seconds", 0.0) + time.monotonic() - self._began
+        self.update(status=status, exit_reason=reason, end=utc_now(), seconds=round(seconds, 3), **facts)
 
     def release(self) -> None:
         """Release the lock; this process no longer uses the directory."""
         with self._mutex:
             self._ended.set()
         os.close(self._lock_fd)
+
+
+def _place(path: Path) -> dict[str, Any]:
+    """Where a run directory is: only to recognise a copy of it, so another place is no mistake."""
+    return {"path": os.path.abspath(path), "inode": (path / LOCK).stat().st_ino, "host": socket.gethostname()}
+
+
+def is_copy(path: Path, record: Mapping[str, Any]) -> bool:
+    """True if the run directory `path` was copied from another one, which may still exist.
+
+    A run that was moved, or is reached through a link, is none: its old place is empty, or leads to it. On another
+    host, where the old place cannot be seen, the file that holds the lock tells: it moves along, a copy has a new one.
+    """
+    place = record.get("place")
+    if not isinstance(place, dict) or not isinstance(place.get("path"), str):  # older records have the id only
+        original = path.parent / str(record.get("id") or path.name)
+    elif place["path"] == os.path.abspath(path):
+        return False
+    else:
+        original = Path(place["path"])
+        if place.get("host") != socket.gethostname() and place.get("inode") != (path / LOCK).stat().st_ino:
+            return True
+    try:
+        return (original / RECORD).is_file() and not original.samefile(path)
+    except OSError:  # it cannot be seen
+        return False
 
 
 def _sign(lock_fd: int) -> None:
@@ -347,6 +400,36 @@ def wait_until_free(path: Path, seconds: float) -> bool:
     while not (free := lock_is_free(path)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return free
+
+
+def seconds_of(moment: Any) -> float | None:
+    """A time of run.json in seconds since the epoch; None if it is not a time."""
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def duration_of(path: Path, record: Mapping[str, Any], *, alive: bool) -> float:
+    """Seconds that all sessions of a run took together; a session that is alive counts until now.
+
+    A session adds what a monotonic clock says when it ends. Where that is missing (it was killed, or the record is
+    older), the clock of the wall gives it, from its start to its end or last sign of life, and never less than zero.
+    """
+    resumes = [session for session in record.get("resumes") or [] if isinstance(session, dict)]
+    starts = [seconds_of(record.get("start")), *(seconds_of(session.get("time")) for session in resumes)]
+    befores = (session.get("before") or {} for session in resumes)
+    ends = [*(seconds_of(before.get("end")) for before in befores), seconds_of(record.get("end"))]
+    total, recorded = 0.0, record.get("seconds")
+    if isinstance(recorded, int | float) and math.isfinite(recorded):
+        if record.get("status") != "running":
+            return float(recorded)
+        total, starts, ends = float(recorded), starts[-1:], ends[-1:]
+    if ends[-1] is None and record.get("status") == "running":
+        with contextlib.suppress(OSError):
+            ends[-1] = time.time() if alive else (path / LOCK).stat().st_mtime
+    spans = (end - start for start, end in zip(starts, ends, strict=True) if start is not None and end is not None)
+    return total + sum(max(0.0, span) for span in spans)
 
 
 def read_status(path: Path) -> str:

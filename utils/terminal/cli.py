@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_orig
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, number_text
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import printable, setting_text
@@ -83,7 +83,7 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
     except ValueError:
         values = []
     if not values or min(values) < least:
-        raise UserError(f"{flag}: expected numbers >= {least:g}, separated by commas, got {text!r}")
+        raise UserError(f"{flag}: expected numbers >= {number_text(least)}, separated by commas, got {text!r}")
     return values
 
 

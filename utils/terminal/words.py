@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from utils.errors import number_text
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -39,8 +41,7 @@ def setting_text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else str(value)
+        return number_text(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -57,7 +58,7 @@ def column_text(column: str, value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if column in ("steps", "parameters", "best_step") else str(value)
     if isinstance(value, float):
-        return loss_text(value) if column.endswith("loss") else f"{value:.6g}"
+        return loss_text(value) if column.endswith("loss") else number_text(value)
     return one_line(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 
 

@@ -63,6 +63,7 @@ def rebuild(
     end = RunEnd.read(path)  # before the lock is taken: a crashed run with a lock would look like a running one
     run = Run.resume(path)
     try:
+        run.settle()
         mend(path, warn)
         read_registry(path / METRIC_REGISTRY)
         with contextlib.suppress(Exception):  # the old picture will do

@@ -93,7 +93,7 @@ class TensorBoardView:
             f"{section}.{key}": value if type(value) in (int, float, str) else str(value)  # bools are shown as 1.0000
             for section, values in self.facts.hparams.items()
             for key, value in values.items()
-            if field_fact(key, "kind") == TRAJECTORY or key in SESSION_COLUMNS
+            if field_fact(key, "kind") == TRAJECTORY or key in SESSION_COLUMNS or key == "dataset"
         }
         experiment, *session = hparams(flat, dict.fromkeys(SESSION_METRICS, 0.0))
         return _with_columns(experiment), *session

@@ -39,14 +39,22 @@ def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> 
     Raises:
         RunError, OSError, ValueError: a file of the run is missing or damaged.
     """
-    facts, known = RunFacts.read(run), read_record(run)["views"].get("aim", {})
+    facts, views = RunFacts.read(run), read_record(run)["views"]
+    known = views.get("aim", {})
     repo = config.tracking.aim_repo
     if not repo.startswith(REMOTE):
         repo = str(root / repo)
     mode: Literal["offline", "online"] = "online" if config.tracking.wandb_mode == "online" else "offline"
     makers: dict[str, Callable[[], View]] = {
         "tensorboard": lambda: TensorBoardView(facts, run / TENSORBOARD),
-        "aim": lambda: AimView(facts, repo, known.get("hash") if known.get("repo") == repo else None),
-        "wandb": lambda: WandbView(facts, mode),
+        "aim": lambda: AimView(facts, repo, known.get("hash") if _same_repo(known.get("repo"), repo) else None),
+        "wandb": lambda: WandbView(facts, mode, views.get("wandb", {}).get("id")),
     }
     return [makers[name]() for name in names]
+
+
+def _same_repo(before: str | None, now: str) -> bool:
+    """Whether an Aim repository is the one that a run was fed to, perhaps in a project that has moved since."""
+    if before is None or before == now:
+        return before == now
+    return not before.startswith(REMOTE) and not now.startswith(REMOTE) and not Path(before, ".aim").exists()

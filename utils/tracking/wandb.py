@@ -26,13 +26,15 @@ class WandbView:
 
     Args:
         mode: offline (`wandb sync` uploads the files in logs/wandb later) or online.
+        run_id: of the W&B run that a resumed run continues; None: the id of the run.
     """
 
     name = "wandb"
     rolls_back = False
 
-    def __init__(self, facts: RunFacts, mode: Literal["offline", "online"]) -> None:
+    def __init__(self, facts: RunFacts, mode: Literal["offline", "online"], run_id: str | None = None) -> None:
         self.facts = facts
+        self.run_id = run_id or facts.id
         self.mode = mode
         self._run: wandb.Run | None = None
 
@@ -56,7 +58,7 @@ class WandbView:
         run = wandb.init(
             mode=self.mode,
             project=self.facts.experiment,
-            id=self.facts.id,
+            id=self.run_id,
             name=self.facts.id,
             notes=self.facts.note,
             tags=self.facts.tags,

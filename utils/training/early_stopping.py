@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from utils.errors import number_text
 from utils.runs.metrics import decode_number, encode_number
 
 
@@ -36,7 +37,7 @@ class EarlyStopping:
     @property
     def reason(self) -> str:
         return (
-            f"early stopping: val/loss did not improve by more than {self.min_delta:g} "
+            f"early stopping: val/loss did not improve by more than {number_text(self.min_delta)} "
             f"in {self.without_improvement} evaluations"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -97,7 +98,7 @@ def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool) -> Itera
     for path in resumable_runs(runs_dir, tag, note):
         if read_record(path)["status"] != "running":  # its process may still be feeding the views
             wait_until_free(path, WAIT_SECONDS)
-        yield Origin("resume", path.resolve(), strict=strict)
+        yield Origin("resume", Path(os.path.abspath(path)), strict=strict)
 
 
 def note(line: str) -> None:

@@ -12,11 +12,10 @@ from model import outline
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
 from utils.errors import UserError
-from utils.files import read_bytes
 from utils.machine.attention_kernels import fused_attention
 from utils.runs.code import GitFacts
-from utils.runs.index import IndexedRun, origin_of, read_index
-from utils.runs.layout import PATCH
+from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
+from utils.runs.origin import parent_facts
 from utils.terminal.console import Terminal
 from utils.training.setup import Setup, decisive_settings
 
@@ -57,7 +56,8 @@ def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
     own = config_hash(setup.config, decisive_settings(setup))
     origin = None
     if setup.origin is not None and setup.checkpoint is not None:  # its numbers depend on another run's weights
-        origin = (setup.origin.relation, setup.origin.run.name, setup.checkpoint.step)
+        parent = parent_facts(setup.origin, setup.checkpoint.step, setup.checkpoint.state)
+        origin = (parent["relation"], parent["run"], parent["step"])
     candidates = (run for run in read_index(setup.runs_dir) if run.record.get("config_hash") == own)
     same = [run for run in candidates if origin_of(run) == origin and _same_code(run, git)]
     if same:
@@ -71,11 +71,7 @@ def _same_code(run: IndexedRun, git: GitFacts) -> bool:
     commit = (run.record.get("git") or {}).get("commit")
     if commit is None:
         return False
-    try:
-        patch = read_bytes(run.path / PATCH, run.path)
-    except OSError:
-        patch = b""
-    return bool(commit == git.commit) and patch == git.patch
+    return code_identity(run) == (git.commit, git.fingerprint())
 
 
 def _code(git: GitFacts) -> Iterator[str]:

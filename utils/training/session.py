@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from utils.config.loader import LoadedConfig, relative_name
+from utils.errors import number_text
 from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
@@ -39,7 +40,7 @@ from utils.training.outcome import Outcome, StartInterruptedError
 from utils.training.preflight import preflight, report_preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
-from utils.training.start import Start, open_run, prepare_run, read_git, write_meta
+from utils.training.start import Start, open_run, prepare_run, read_git, with_old_end, write_meta
 from utils.training.state import TrainState
 from utils.training.step import Update
 from utils.training.step_buffer import NonFiniteError
@@ -75,7 +76,8 @@ class Session:
     @property
     def evaluation_due(self) -> bool:
         state = self.state
-        due = state.step % state.config.train.eval_interval == 0 or state.step == state.max_iters
+        settings = state.config.train
+        due = state.step % settings.eval_interval == 0 or state.step in (state.max_iters, *settings.eval_at)
         return due and state.losses_step != state.step
 
     @property
@@ -86,7 +88,7 @@ class Session:
         """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
         settings, state = self.state.config.train, self.state
         if self._deadline.is_near(reserve=self.checkpoints.seconds_to_save(state)):
-            self._stop.stop(f"max_minutes ({settings.max_minutes:g}) are almost over")
+            self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) are almost over")
         if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
         return state.finished or bool(self._stop)
@@ -337,6 +339,7 @@ def open_session(
             report_preflight(preflight(setup, git), strict, terminal)
         run, start = open_run(setup, git, argv, terminal)
         stack.callback(run.release)
+        setup = with_old_end(setup, run, start)
         stack.callback(seal_run, run, terminal)
         terminal.print(settings_table(setup.loaded.non_default()))
         session = Session(setup, run, start, terminal, stop, deadline)

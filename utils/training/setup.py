@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -19,10 +20,13 @@ from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
-from utils.corpora.sources import CORPORA
+from utils.corpora.sources import CORPORA, CorpusError
 from utils.errors import UserError
 from utils.inference.decode import start_tokens
+from utils.inference.export import export_as_checkpoint
 from utils.machine.device import check_fp8, choose_device, choose_dtype, is_deterministic
+from utils.runs.find import is_export, moved_path
+from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
 from utils.runs.origin import Origin, check_model, pin, pinned_settings
 from utils.runs.run import read_record
@@ -84,12 +88,21 @@ def make_setup(
     loaded = absolute_dataset(loaded, root)
     config = loaded.config
     checkpoint, tokenizer = None, None
-    if origin is not None and origin.relation == "resume":
+    resumes = origin is not None and origin.relation == "resume"
+    if origin is not None and resumes:
         config = pin(config, pinned_settings(config, read_record(origin.run)))
         tokenizer = load_tokenizer(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
         checkpoint, tokenizer = read_parent(origin, config, warn)
-    corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer)
+    try:
+        corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer, warn)
+    except CorpusError as error:
+        if resumes and not os.path.exists(config.data.dataset):
+            raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
+        raise
+    if origin is not None and origin.relation == "fork":
+        assert checkpoint is not None
+        _warn_of_other_text(origin, checkpoint, corpus, root, warn)
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.dtype, device)
@@ -141,9 +154,22 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
     Raises:
         UserError: there is none, it is damaged, or it is of another model.
     """
-    checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
+    if is_export(origin.run):
+        checkpoint = export_as_checkpoint(origin.run)
+    else:
+        checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
     check_model(config.model, checkpoint.state["model"], origin.run.name)
     return checkpoint, tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
+
+
+def _warn_of_other_text(
+    origin: Origin, checkpoint: Checkpoint, corpus: Corpus, root: Path, warn: Callable[[str], None]
+) -> None:
+    """Warn if a fork keeps the dataset of its parent by name while the text behind the name is another one."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = moved_path(str(read_settings(origin.run).get("dataset")), root) == corpus.name
+        if kept and checkpoint.state.get("corpus_hash", corpus.hash) != corpus.hash:
+            warn(f"{corpus.name}: the text is not the one that {origin.run.name} was trained on")
 
 
 def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:

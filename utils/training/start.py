@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from utils.checkpoints.files import Checkpoint
 from utils.config.fields import config_hash
 from utils.errors import UserError
 from utils.files import change_json, write_json
+from utils.inference.export import export_as_checkpoint
 from utils.machine.device import device_facts, processor_name
 from utils.runs.code import GitFacts, MetadataCapture
-from utils.runs.index import read_settings
+from utils.runs.find import parent_path
+from utils.runs.index import git_of_last_session, patch_hash, read_settings
 from utils.runs.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -31,14 +34,15 @@ from utils.runs.layout import (
     NOTES,
     SEAL,
     TOKENIZER,
+    session_meta,
 )
 from utils.runs.log import cut_logs
 from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
-from utils.runs.origin import Relation, check_longer, parent_facts
+from utils.runs.origin import Relation, check_longer, parent_facts, pin, put_on_top
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run
 from utils.terminal.console import Terminal
-from utils.terminal.words import fact_lines
+from utils.terminal.words import HASH_LENGTH, fact_lines
 from utils.tracking.feeder import cut_progress
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, branch, build_state, foreign, load_weights, restore
@@ -73,7 +77,7 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
     if origin is None or not setup.resumes:
         record: dict[str, Any] = {"argv": list(argv), "git": git.summary()}
         if origin is not None and setup.checkpoint is not None:
-            record["parent"] = parent_facts(origin, setup.checkpoint.step)
+            record["parent"] = parent_facts(origin, setup.checkpoint.step, setup.checkpoint.state)
         start = Start(setup.checkpoint, origin.relation) if origin else Start()
         return Run.create(setup.runs_dir, setup.config.tracking.run_tag, **record), start
 
@@ -86,9 +90,13 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         folder = run.path / CHECKPOINTS
         problem = functools.partial(foreign, model=setup.config.model, corpus=setup.corpus)
         checkpoint, unusable = newest_good(folder, strict=origin.strict, warn=terminal.warn, problem=problem)
-        start = Start(checkpoint, "resume") if checkpoint else start_of_parent(record, terminal.warn)
-        for what, before, now in changed_facts(record, setup, git):
-            terminal.warn(f"{what} was {before} when {run.id} was started and is {now} now: numbers may differ")
+        start = Start(checkpoint, "resume") if checkpoint else start_of_parent(run.path, record, terminal.warn)
+        for what, before, now in changed_facts(run.path, record, setup, git):
+            terminal.warn(
+                f"{what} was {before} in the previous session of {run.id} and is {now} now: numbers may differ"
+            )
+        if (original := run.settle()) is not None:
+            terminal.warn(f"{run.id} is a copy of {original}: trackers show it as a run of its own")
         cut_logs(run.path / LOGS, checkpoint.state["log_offsets"] if checkpoint else {})
         cut_progress(run.path / LOGS)
         put_aside(unusable)
@@ -104,6 +112,21 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
     return run, start
 
 
+def with_old_end(setup: Setup, run: Run, start: Start) -> Setup:
+    """`setup`, with the evaluation that a run had at its end before it grows: a repetition must make it, too.
+
+    It counts for the best weights and for early stopping, like any other.
+    """
+    old = (run.record.get("resolved") or {}).get("max_iters", setup.max_iters)
+    settings = setup.config.train
+    planned = old % settings.eval_interval == 0 or old in (setup.max_iters, *settings.eval_at)
+    if not start.own or start.step != old or planned:
+        return setup
+    values = {"eval_at": (*settings.eval_at, old)}
+    loaded = put_on_top(setup.loaded, values, "--max-iters (the previous end)")
+    return dataclasses.replace(setup, loaded=loaded, config=pin(setup.config, values))
+
+
 def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
     """Raises UserError unless the text and tokenizer are those that the run was started with."""
     resolved, corpus = record.get("resolved") or {}, setup.corpus
@@ -115,7 +138,7 @@ def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
             )
 
 
-def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:
+def start_of_parent(run: Path, record: Mapping[str, Any], warn: Callable[[str], None]) -> Start:
     """Where a run without a checkpoint of its own starts again: at step 0, or from its parent's checkpoint.
 
     Raises:
@@ -124,19 +147,27 @@ def start_of_parent(record: Mapping[str, Any], warn: Callable[[str], None]) -> S
     parent = record.get("parent")
     if parent is None or parent["relation"] == REPRODUCTION:
         return Start()
-    folder = Path(parent["path"]) / CHECKPOINTS
-    return Start(choose_checkpoint(folder, str(parent["step"]), strict=True, warn=warn), parent["relation"])
+    path = parent_path(run, parent)
+    if "export" in parent:
+        return Start(export_as_checkpoint(path), parent["relation"])
+    return Start(choose_checkpoint(path / CHECKPOINTS, str(parent["step"]), strict=True, warn=warn), parent["relation"])
 
 
-def changed_facts(record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Iterator[tuple[str, Any, Any]]:
-    """(what, before, now) of each fact that has changed since the run was started and may change its numbers."""
-    resolved, git_before, git_now = record.get("resolved") or {}, record.get("git") or {}, git.summary()
+def changed_facts(run: Path, record: Mapping[str, Any], setup: Setup, git: GitFacts) -> Iterator[tuple[str, Any, Any]]:
+    """(what, before, now) of each fact that has changed since the previous session and may change the numbers."""
+    resolved, git_before, git_now = record.get("resolved") or {}, git_of_last_session(record), git.summary()
     now = {"torch": torch.__version__, "processor": processor_name(setup.device)}
     for key, value in now.items():
         if resolved.get(key, value) != value:
             yield key, resolved[key], value
-    if git_before.get("commit") != git_now.get("commit"):
-        yield "the commit", git_before.get("commit"), git_now.get("commit")
+    if git_before.get("commit") != git_now["commit"]:
+        yield "the commit", git_before.get("commit"), git_now["commit"]
+    if "code" not in git_before:  # an older record knows the first patch only, and no callbacks
+        git_now["code"] = dataclasses.replace(git, callbacks={}).fingerprint()
+        git_before["code"] = patch_hash(run)
+    if git_before["code"] != git_now["code"]:
+        code = [hash and f"changes {hash[:HASH_LENGTH]}" for hash in (git_before.get("code"), git_now["code"])]
+        yield "the uncommitted code", code[0] or "as committed", code[1] or "as committed"
 
 
 def read_git(setup: Setup) -> GitFacts:
@@ -145,7 +176,9 @@ def read_git(setup: Setup) -> GitFacts:
     kept = [setup.runs_dir, setup.root / data.corpora_dir, Path(data.dataset)]
     if not tracking.aim_repo.startswith("aim://"):
         kept.append(setup.root / tracking.aim_repo / ".aim")
-    return MetadataCapture(setup.root, excluded=tuple(kept)).git_facts()
+    callbacks = {type(callback).__module__: None for callback in setup.callbacks.values()}
+    modules = dict.fromkeys([*(name.partition(":")[0] for name in setup.callbacks), *callbacks])
+    return MetadataCapture(setup.root, excluded=tuple(kept), callbacks=modules).git_facts()
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
@@ -157,6 +190,9 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
         if tracking.tags or tracking.note:
             said = {"tags": list(tracking.tags), "note": tracking.note}
             change_json(run.path / NOTES, lambda notes: {**NO_NOTES, **notes, **said})
+    else:
+        number = len(run.record["resumes"]) + 1
+        MetadataCapture.write(run.path / session_meta(number), git, device_facts(setup.device))
     write_json(run.path / CONFIG_SOURCES, setup.loaded.sources_json())
     # Last: once it exists, the run can be resumed.
     write_json(run.path / CONFIG, setup.loaded.config.model_dump(mode="json"))
@@ -230,7 +266,8 @@ def start_words(setup: Setup, start: Start) -> str:
         return "again at step 0: there is no checkpoint yet"
     if start.own:
         return f"resumed at step {start.step:,}"
-    parent, step = start.checkpoint.path.parent.parent.parent.name, start.checkpoint.step
+    path, step = start.checkpoint.path, start.checkpoint.step
+    parent = start.checkpoint.state["run"] if "export" in start.checkpoint.state else path.parent.parent.parent.name
     words = (
         f"forked from {parent} at step" if start.relation == "fork" else f"step 0 with the weights of {parent} at step"
     )
