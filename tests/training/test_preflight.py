@@ -111,8 +111,8 @@ def test_the_same_configuration_and_code_were_run_before(
     assert f"preflight: this configuration and code were run already: {run.name} (completed, best val/loss " in printed
     assert train.main(tiny_argv("--seed", "2")) == 0
     assert "were run already" not in capsys.readouterr().out
-    patch = run / "meta" / "code.patch"
-    patch.write_bytes((patch.read_bytes() if patch.exists() else b"") + b"\n")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "git": {**record["git"], "code": "another"}}))
     other = next(path for path in run.parent.iterdir() if path.name.endswith("two"))
     record = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps({**record, "git": {"commit": "0" * 40}}))

@@ -250,7 +250,7 @@ class MetadataCapture:
 def source_of(module: str) -> Path | None:
     """The file of Python source that a module was imported from; None if it was not."""
     path = getattr(sys.modules.get(module), "__file__", None)
-    return Path(os.path.abspath(path)) if path and path.endswith(".py") else None
+    return Path(path) if path and path.endswith(".py") and os.path.isabs(path) else None
 
 
 def hidden_changes(repo: git.Repo) -> Iterator[str]:
