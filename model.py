@@ -29,7 +29,7 @@ from utils.nn.cross_entropy import (
 from utils.nn.gelu import gelu_tanh
 from utils.nn.kv_cache import NO_TOKEN, KVCache
 from utils.nn.lean import is_patched, may_be_plain
-from utils.nn.linear import Linear, linear, matrix_of
+from utils.nn.linear import Linear, linear, matrix_of, product_dtype
 from utils.nn.roles import (
     BIAS,
     EMBEDDING,
@@ -43,6 +43,7 @@ from utils.nn.roles import (
     declare,
     declared_roles,
 )
+from utils.nn.rotary import rope_factors, rotate
 
 
 @may_be_plain
@@ -118,26 +119,6 @@ class NgramEmbedding(nn.Module):
             ngrams = ngrams * self.FACTOR + tokens[:, reach - back : reach - back + T]  # int64 wraps around
             vectors.append(table((ngrams ^ (ngrams >> 29)) % rows))
         return functools.reduce(torch.add, vectors)
-
-
-def rope_factors(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cosines and sines for `rotate`, each (..., 1, D) for positions (...) [Su et al. 2021, RoFormer].
-
-    Both channels of a pair have the cosine of its angle; the first has minus its sine, the second its sine.
-    """
-    channels = torch.arange(0, config.head_width, 2, dtype=positions.dtype, device=positions.device)
-    angles = positions[..., None, None] * config.rope_theta ** -(channels / config.head_width)  # (..., 1, D / 2)
-    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs of channels i and i + D / 2 (the half-split layout of GPT-NeoX and Llama).
-
-    Args:
-        x: (B, T, H, D).
-        cos, sin: (T, 1, D) or (B, T, 1, D), from `rope_factors`.
-    """
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)  # (B, T, H, D)
 
 
 @may_be_plain
@@ -357,7 +338,9 @@ class LanguageModel(nn.Module):
                 positions = torch.arange(positions.start, positions.stop, device=idx.device)
             cos, sin = rope_factors(self.config, positions.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
-        return self.dropout(stream_type(x)), rope
+        if x.is_cuda:  # in the precision of autocast, so that most kernels move half the bytes
+            x = x.to(product_dtype(x))
+        return self.dropout(x), rope
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V)."""
@@ -379,13 +362,6 @@ def run_block(
 ) -> torch.Tensor:
     """(B, T, C) -> (B, T, C). One function for all layers, so that its compiled code serves them all."""
     return block(x, rope, cache)
-
-
-def stream_type(x: torch.Tensor) -> torch.Tensor:
-    """x as the blocks pass it on: on CUDA in the precision of autocast, so that most kernels move half the bytes."""
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        return x.to(torch.get_autocast_dtype("cuda"))
-    return x
 
 
 def outline(config: ModelConfig, vocab_size: int) -> LanguageModel:
