@@ -214,20 +214,21 @@ def run_job(job: Job, bench: Bench, limit: float) -> None:
     output, errors = folder / f"{job.name}.out", folder / f"{job.name}.err"
     bench.jobs[job.name] = entry = {"status": "running", "limit": round(limit, 1), "results": {}}
     began, status = time.monotonic(), "stopped"
-    with output.open("wb") as stdout, errors.open("wb") as stderr:
-        process = subprocess.Popen(
-            job_command(job.name, folder / "task.json"),
-            cwd=PROJECT_ROOT,
-            stdout=stdout,
-            stderr=stderr,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env={
-                **fresh_caches(folder / "caches" / job.caches),
-                **({"OMP_NUM_THREADS": "1"} if bench.task.dry else {}),
-            },
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with output.open("wb") as stdout, errors.open("wb") as stderr:
+            process = subprocess.Popen(
+                job_command(job.name, folder / "task.json"),
+                cwd=PROJECT_ROOT,
+                stdout=stdout,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={
+                    **fresh_caches(folder / "caches" / job.caches),
+                    **({"OMP_NUM_THREADS": "1"} if bench.task.dry else {}),
+                },
+            )
         while (left := began + limit - time.monotonic()) > 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = "failed" if process.wait(min(POLL_SECONDS, left)) else "done"
@@ -238,9 +239,10 @@ def run_job(job: Job, bench: Bench, limit: float) -> None:
         else:
             status = "timed out"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-        process.wait()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            process.wait()
         entry |= {"status": status, "seconds": round(time.monotonic() - began, 2), "results": last_report(output)}
         if message := errors.read_text(errors="replace").strip()[-2000:]:
             entry["stderr" if status == "done" else "error"] = message

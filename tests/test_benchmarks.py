@@ -241,7 +241,7 @@ def test_help_does_not_import_torch(name: str) -> None:
         ("tracking", ["--parts", "stps"], "--parts: unknown: stps; expected steps, records, closing"),
         ("checkpoints", ["--parts", "tape"], "unknown: tape; expected loop, disk"),
         ("crash_test", ["--kills", "0"], "--kills must be at least 1"),
-        ("gpu", ["--parts", "steps"], "--parts: unknown: steps; expected some of limits, step, loss, gpt2, decode"),
+        ("gpu", ["--parts", "paces"], "--parts: unknown: paces; expected some of limits, step, loss, gpt2, decode"),
         ("gpu", ["--minutes", "0"], "--minutes must be more than 0, not 0"),
         ("gpu", ["--out", "/no/such/folder/a.json"], "--out /no/such/folder/a.json: there is no folder"),
         ("gpu", ["--dry-run", "--nanogpt", "/no/such/folder"], "--nanogpt /no/such/folder: no checkout of nanoGPT"),

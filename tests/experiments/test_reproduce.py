@@ -224,7 +224,7 @@ def test_files_left_out_of_the_patch_are_named(run: Path, tmp_path: Path) -> Non
 
 def test_a_run_that_cannot_be_reproduced_is_refused_with_the_reason(run: Path) -> None:
     parent = {"run": "gone", "path": str(run.parent / "gone"), "step": 4, "relation": "fork"}
-    with pytest.raises(ReproductionError, match=r"began with weights of gone, but .* does not exist"):
+    with pytest.raises(ReproductionError, match=r"began with weights of gone, which is neither beside it in .* nor at"):
         reproduce(read_run(edited_record(run, parent=parent)), ROOT)
     shutil.rmtree(run / "artifacts" / "checkpoints")
     with pytest.raises(ReproductionError, match="has no checkpoint before step 12"):

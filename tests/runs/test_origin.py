@@ -321,6 +321,8 @@ def other_value(key: str) -> str | bool:
     default = flat(Config())[key]
     if key in OTHER_VALUES:
         return OTHER_VALUES[key]
+    if isinstance(default, bool):
+        return not default
     return f"{default}x" if isinstance(default, str) else f"{(default or 1) * 2:g}"
 
 
