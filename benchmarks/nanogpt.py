@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import re
 import shutil
 import statistics
@@ -26,6 +25,7 @@ from benchmarks.gpu_task import Task, median, report
 from utils.errors import UserError
 
 FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")
+VOCABULARY = "meta_vocab_size = None"  # a line of its train.py
 EVALUATION = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
 ITERATION = re.compile(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms")
 TINY = {"device": "cpu", "dtype": "float32", "compile": False, "n_layer": 1, "n_head": 2, "n_embd": 16}
@@ -38,7 +38,7 @@ def prepare(checkout: Path, folder: Path, text: str) -> Path:
     """A copy of the files that are needed, with `text` as its corpus shakespeare_char; returns its folder.
 
     Raises:
-        UserError: `checkout` is not one of nanoGPT.
+        UserError: `checkout` is not one of nanoGPT, or of another version.
     """
     copy = folder / "nanoGPT"
     try:
@@ -55,8 +55,12 @@ def prepare(checkout: Path, folder: Path, text: str) -> Path:
     n_train = int(0.9 * len(tokens))  # as its data/shakespeare_char/prepare.py splits
     tokens[:n_train].tofile(data / "train.bin")
     tokens[n_train:].tofile(data / "val.bin")
-    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": ids}
-    (data / "meta.pkl").write_bytes(pickle.dumps(meta))  # the format that its train.py reads
+    # Its train.py reads the size of the vocabulary from a pickle; here it stands in the script.
+    script = (copy / "train.py").read_text(encoding="utf-8")
+    if VOCABULARY not in script:
+        raise UserError(f"--nanogpt {checkout}: train.py has no line {VOCABULARY!r}: of another version")
+    script = script.replace(VOCABULARY, VOCABULARY.replace("None", str(len(characters))), 1)
+    (copy / "train.py").write_text(script, encoding="utf-8")
     return copy
 
 

@@ -28,6 +28,7 @@ from utils.runs.layout import CHECKPOINTS
 
 DRY = ["--dry-run", "--minutes", "4"]
 FAKE_TRAIN = """
+meta_vocab_size = None
 import sys
 assert "config/train_shakespeare_char.py" in sys.argv and "--device=cpu" in sys.argv
 print("step 0: train loss 4.2, val loss 4.3")
@@ -267,7 +268,11 @@ def test_the_copy_of_nanogpt_has_the_corpus_and_the_checkout_is_unchanged(tmp_pa
     data = copy / "data" / "shakespeare_char"
     assert np.fromfile(data / "train.bin", np.uint16).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2]
     assert np.fromfile(data / "val.bin", np.uint16).tolist() == [0]
-    assert b"vocab_size" in (data / "meta.pkl").read_bytes()
+    assert not list(data.glob("*.pkl"))
+    assert "meta_vocab_size = 3\n" in (copy / "train.py").read_text()
+    (checkout / "train.py").write_text("meta_vocab_size = find()\n")
+    with pytest.raises(UserError, match="of another version"):
+        nanogpt.prepare(checkout, tmp_path / "again", "abc")
 
 
 def test_nanogpts_lines_become_times_and_losses() -> None:
