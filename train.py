@@ -10,7 +10,6 @@ From a notebook: `from workbench import Config, train; result = train(Config(...
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +23,12 @@ from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
 from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
 from utils.terminal.streams import lasting_output
-from utils.terminal.words import printable
 from utils.training.launch import add_origin_flags, launches, note
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
     from utils.profiling.in_run import RunProfiler
     from utils.training.session import Session
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # of the machine, not of the program: one line
 
 
 @script
@@ -47,12 +43,6 @@ def main(argv: Sequence[str]) -> int:
             if parsed.own.resume != "auto":
                 raise
             note(str(error))
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            print(printable(f"error: {where}{error.strerror}; the run can be resumed"), file=sys.stderr)
-            return 1
     raise AssertionError("--resume auto ends with a new run")
 
 

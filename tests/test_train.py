@@ -238,7 +238,7 @@ def test_a_failure_before_training_ends_in_its_status_too(
 
     monkeypatch.setattr("utils.training.session.write_meta", full)
     assert train.main(tiny_argv()) == 1
-    assert capsys.readouterr().err == "error: No space left on device; the run can be resumed\n"
+    assert capsys.readouterr().err == "error: No space left on device\n"
     assert read_status(only_run()) == "failed"
     assert "No space left on device" in (only_run() / "logs" / "train.log").read_text()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import re
 import shutil
@@ -199,11 +200,14 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # of the machine, not of the program: one line
+
+
 def script(main: Callable[[Sequence[str]], int]) -> Main:
     """Decorator of a script's `main(argv)`: prepares its streams, and reports mistakes in one line, with status 2.
 
     Other endings: 130 after Ctrl-C (outside the part that handles signals itself), 141 without a message after a
-    closed pipe (`... | head`), and 1 with one line if stdout cannot be written for another reason (a full disk).
+    closed pipe (`... | head`), and 1 with one line if the disk lets stdout or a file not be written.
     """
 
     @functools.wraps(main)
@@ -227,7 +231,11 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
             return 141
         except OSError as error:
             if why_lost(sys.stdout) is None:
-                raise
+                if error.errno not in DISK_ERRORS:
+                    raise
+                where = f"{error.filename}: " if error.filename else ""
+                print(f"error: {printable(f'{where}{error.strerror}')}", file=sys.stderr)
+                return 1
             drop(sys.stdout)
             print(f"error: output: cannot be written: {error.strerror}", file=sys.stderr)
             return 1
