@@ -55,7 +55,8 @@ lock: $(VENV)/.installed-dev
 	(echo "# Compiled from requirements.in by make lock."; $(UV_COMPILE) requirements.in \
 	  | sed -E -e '/^(nvidia|cuda)-/d; /^triton==/d; s/^(torch==[0-9.]+).*/\1/' | uniq) > requirements.new
 	mv requirements.new requirements.txt
-	(echo "# Compiled from requirements-dev.in by make lock."; $(UV_COMPILE) requirements-dev.in) > requirements-dev.new
+	(echo "# Compiled from requirements-dev.in by make lock."; $(UV_COMPILE) requirements-dev.in | sed -E 's/^triton==[0-9.]+/triton/') \
+	  > requirements-dev.new
 	mv requirements-dev.new requirements-dev.txt
 
 $(BIN)/python:

@@ -19,13 +19,7 @@ from utils.config.settings import ModelConfig
 from utils.nn.activation_checkpointing import recomputed
 from utils.nn.attention import causal_attention
 from utils.nn.costs import shapes_only
-from utils.nn.cross_entropy import (
-    LossesAndGradient,
-    chunked_cross_entropy,
-    losses_and_gradient,
-    plain_cross_entropy,
-    rows_at_once,
-)
+from utils.nn.cross_entropy import chunked_cross_entropy, plain_cross_entropy, rows_at_once
 from utils.nn.gelu import gelu_tanh
 from utils.nn.kv_cache import NO_TOKEN, KVCache
 from utils.nn.lean import is_patched, may_be_plain
@@ -256,7 +250,6 @@ class LanguageModel(nn.Module):
         self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
             self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
-        self.losses_by_row: LossesAndGradient = losses_and_gradient  # or what torch.compile made of it
         self.fp8_logits = False  # in training on CUDA
         self.recomputes = False  # blocks keep only their input for the backward pass
         init_weights(self)
@@ -291,9 +284,8 @@ class LanguageModel(nn.Module):
         rows = rows_at_once(hidden.device, targets.numel(), self.vocab_size)
         if not rows or weight is None or type(self).head_logits is not LanguageModel.head_logits:
             return plain_cross_entropy(self.head_logits(hidden), targets)
-        softcap, by_row = self.config.logit_softcap, self.losses_by_row
         hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
-        return chunked_cross_entropy(hidden, weight, targets, rows, softcap, by_row, self.fp8_logits)
+        return chunked_cross_entropy(hidden, weight, targets, rows, self.config.logit_softcap, self.fp8_logits)
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks.gpu_task import COMPILER_FACTS, NEVER, NO_CHECKPOINTS, QUIET, Overrides, Task, report, warnings_of
+from benchmarks.gpu_task import (
+    AS_NANOGPT,
+    COMPILER_FACTS,
+    NEVER,
+    NO_CHECKPOINTS,
+    QUIET,
+    Overrides,
+    Task,
+    report,
+    warnings_of,
+)
 from utils.config.fields import FIELDS
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
@@ -289,7 +299,7 @@ def time_gpt2(task: Task) -> None:
 
     def arm(more: Overrides) -> Callable[[], dict[str, Any]]:
         def measure() -> dict[str, Any]:
-            overrides = (QUIET, NO_CHECKPOINTS, UNTRACKED, sizes, more)
+            overrides = (QUIET, NO_CHECKPOINTS, UNTRACKED, AS_NANOGPT, sizes, more)
             loaded = task.load("gpt2_124m", task.make_folder("gpt2"), *overrides, text=task.words)
             result = timed_training(loaded, StepClock(torch.device(task.device), *lengths))
             config = loaded.config

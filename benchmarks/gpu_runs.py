@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_task import (
+    AS_NANOGPT,
     COMPILER_FACTS,
     NEVER,
     NO_CHECKPOINTS,
@@ -172,7 +173,7 @@ def time_start(task: Task, kind: str) -> None:
     settled, steps = (2, 6) if task.dry else (20, 80 if kind == "cold" else 60)
     sizes: Overrides = {"batch_size": "12", "gradient_accumulation_steps": "1", "max_iters": "20000"}
     tracking: Overrides = {"histogram_interval": "0", "flush_interval": "2" if task.dry else "10"}
-    more = (QUIET, NO_CHECKPOINTS, sizes, tracking)
+    more = (QUIET, NO_CHECKPOINTS, AS_NANOGPT, sizes, tracking)
     folder = task.make_folder(f"start_{kind}")
     with training(task.command("gpt2_124m", folder, *more, text=task.words), folder) as followed:
 

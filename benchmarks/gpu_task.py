@@ -37,6 +37,7 @@ TINY: Overrides = {
     "threads": "1",
 }
 QUIET: Overrides = {"eval_interval": NEVER, "eval_iters": "1", "sample_tokens": "0"}  # nothing but steps
+AS_NANOGPT: Overrides = {"bias": False, "mlp": "gelu"}  # of gpt2_124m: the model that nanoGPT's bench.py times
 NO_CHECKPOINTS: Overrides = {
     "checkpoint_interval": "0",
     "checkpoint_minutes": "none",

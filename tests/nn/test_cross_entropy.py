@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from utils.nn.cross_entropy import (
     IGNORED,
     SMALL_VOCABULARY,
     chunked_cross_entropy,
+    fastest_by_row,
+    kernel_on,
     losses_and_gradient,
     rows_at_once,
 )
@@ -158,23 +162,6 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(softcap: float | None) -> No
     assert largest.elements == 512 * 256
 
 
-def test_the_part_by_row_can_be_compiled() -> None:
-    hidden, weight, targets = example(23, 16, 77, torch.float32)
-    calls = []
-
-    def count_calls(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        calls.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(losses_and_gradient, backend=count_calls, dynamic=False, fullgraph=True)
-    loss = chunked_cross_entropy(hidden, weight, targets, 5, 3.0, compiled)
-    gradients = torch.autograd.grad(loss, (hidden, weight))
-    expected = chunked_cross_entropy(hidden, weight, targets, 5, 3.0)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (hidden, weight)))
-    assert len(calls) == 2  # the last chunk is smaller
-
-
 def test_all_of_it_can_be_compiled() -> None:
     hidden, weight, targets = example(23, 16, 77, torch.float32)
     compiled = torch.compile(chunked_cross_entropy, backend="aot_eager")
@@ -192,6 +179,61 @@ def test_a_small_vocabulary_has_no_chunks() -> None:
     assert rows_at_once(gpu, 65536, 50304) == 16384
     assert rows_at_once(gpu, 3, AT_ONCE) == 1
     assert rows_at_once(torch.device("cpu"), 65536, 50304) == 0
+
+
+# ----------------------------------------------------------------------------------------------- the kernel
+
+KERNEL = "utils.nn.cross_entropy_kernel"
+
+
+@pytest.fixture
+def no_kernel_yet() -> Iterator[None]:
+    """What was found out about the kernel is forgotten before and after the test."""
+    kernel_on.cache_clear()
+    yield
+    kernel_on.cache_clear()
+
+
+@pytest.mark.usefixtures("no_kernel_yet")
+def test_a_gpu_has_the_kernel_except_in_float64_and_where_torch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=reversed_losses))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype=None: torch.ones(size, dtype=dtype))
+    gpu = torch.device("cuda")
+    assert fastest_by_row(gpu, torch.bfloat16) is fastest_by_row(gpu, torch.float32) is reversed_losses
+    assert fastest_by_row(gpu, torch.float64) is fastest_by_row(torch.device("cpu"), torch.float32)
+    assert fastest_by_row(gpu, torch.float64) is losses_and_gradient
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert fastest_by_row(gpu, torch.bfloat16) is losses_and_gradient
+
+
+def reversed_losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return -losses_and_gradient(logits, targets, softcap)
+
+
+@pytest.mark.usefixtures("no_kernel_yet")
+def test_without_triton_torch_computes_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, KERNEL, raising=False)
+    monkeypatch.delattr("utils.nn.cross_entropy_kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert fastest_by_row(torch.device("cuda"), torch.bfloat16) is losses_and_gradient
+
+
+@pytest.mark.usefixtures("no_kernel_yet")
+def test_where_triton_cannot_compile_torch_computes_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=fails))
+    with pytest.warns(RuntimeWarning, match="RuntimeError: Failed to find C compiler"):
+        assert kernel_on(torch.device("cpu"), torch.float32) is None
+    assert kernel_on(torch.device("cpu"), torch.float32) is None  # says so once
+
+
+def test_the_fastest_is_what_the_loss_is_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = example(23, 16, 77, torch.float32)
+    expected = chunked_cross_entropy(hidden, weight, targets, 5)
+    monkeypatch.setattr("utils.nn.cross_entropy.fastest_by_row", lambda _device, _dtype: reversed_losses)
+    assert torch.equal(chunked_cross_entropy(hidden, weight, targets, 5), -expected)
 
 
 # ------------------------------------------------------------------------------------------------ the model

@@ -69,3 +69,10 @@ def test_each_device_has_its_options(mode: str) -> None:
     of_cuda = compiler_options(torch.device("cuda"), mode)["options"]
     assert of_cuda["fallback_random"]
     assert not of_cuda.get("triton.cudagraphs")
+
+
+def test_options_that_this_torch_does_not_have_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = torch._inductor.list_options()
+    assert compiler_options(torch.device("cuda"), "default") == {"options": compiler.FASTER_ON_CUDA}
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: [name for name in known if "mix_order" not in name])
+    assert compiler_options(torch.device("cuda"), "default") == {"options": {"fallback_random": True}}

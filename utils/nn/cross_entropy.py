@@ -11,6 +11,7 @@ pass is to scale the gradients.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,7 +53,7 @@ def plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """The loss of each row in nats; the logits are overwritten with the gradient of the sum of the losses.
 
-    torch.compile makes one kernel of it, which reads the logits from memory once.
+    On a GPU `utils.nn.cross_entropy_kernel` computes the same with one kernel, if it can: see `fastest_by_row`.
 
     Args:
         logits: (n, V), before the soft cap. The gradient is not divided by a number of rows: it lies between -1 and 1,
@@ -80,13 +81,40 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: fl
     return losses.where(counted, 0.0)
 
 
+def fastest_by_row(device: torch.device, dtype: torch.dtype) -> LossesAndGradient:
+    """The kernel that does what `losses_and_gradient` does, where it works; torch.compile makes one of its own."""
+    kernel = kernel_on(device, dtype) if device.type == "cuda" and not torch.compiler.is_compiling() else None
+    return kernel or losses_and_gradient
+
+
+@functools.cache
+def kernel_on(device: torch.device, dtype: torch.dtype) -> LossesAndGradient | None:
+    """The kernel for logits of this precision; None where it does not work, which is tried once.
+
+    Triton is a part of torch's builds for CUDA on Linux. It needs a C compiler.
+    """
+    if torch.finfo(dtype).bits > 32:
+        return None
+    try:
+        from utils.nn.cross_entropy_kernel import losses_and_gradient as kernel
+    except ImportError:
+        return None
+    try:
+        kernel(torch.zeros(1, ALIGNMENT, device=device, dtype=dtype), torch.zeros(1, device=device).long(), None)
+    except Exception as error:  # a compiler can fail in any way, and torch's own kernels do not need it
+        warnings.warn(
+            f"no Triton, so the loss is slower: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+        )
+        return None
+    return kernel
+
+
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     rows: int,
     softcap: float | None = None,
-    by_row: LossesAndGradient = losses_and_gradient,
     fp8: bool = False,
 ) -> torch.Tensor:
     """The mean cross-entropy of the logits `hidden weight^T`, in nats per target; it has no second derivative.
@@ -99,19 +127,18 @@ def chunked_cross_entropy(
         targets: (N,), int64; IGNORED where there is no loss.
         rows: of a chunk, see `rows_at_once`.
         softcap: of the logits, see `losses_and_gradient`.
-        by_row: `losses_and_gradient`, or what torch.compile made of it.
         fp8: compute the logits in 8 bits (C a multiple of 16), the gradients as ever; only where gradients are needed.
 
     Returns:
         (), in float32 or the precision of `hidden`, whichever is higher.
     """
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, softcap, by_row, fp8)
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, softcap, fp8)
     dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         matrix = padded(weight, dtype)  # (V + padding, C)
         multiply = logits_product(hidden.to(dtype), matrix, rows)
-        chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap, by_row)
+        chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap)
         return torch.cat([losses for losses, _ in chunks]).sum() / (targets != IGNORED).sum()
 
 
@@ -126,7 +153,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         rows: int,
         softcap: float | None,
-        by_row: LossesAndGradient,
         fp8: bool,
     ) -> torch.Tensor:
         dtype = product_dtype(hidden)
@@ -136,7 +162,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             of_x = torch.empty_like(x)
             of_matrix = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
             multiply = float8_logits_product(x, matrix, rows) if fp8 else logits_product(x, matrix, rows)
-            chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap, by_row)
+            chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap)
             all_losses = []
             for (losses, of_logits), part, of_part in zip(chunks, x.split(rows), of_x.split(rows), strict=True):
                 torch.mm(of_logits, matrix, out=of_part)
@@ -157,7 +183,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (
             (of_x * scale).to(ctx.dtypes[0]) if needs_hidden else None,
             (of_matrix[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
-            *(None, None, None, None, None),
+            *(None, None, None, None),
         )
 
 
@@ -185,14 +211,15 @@ def gradients_of_logits(
     targets: torch.Tensor,
     rows: int,
     softcap: float | None,
-    by_row: LossesAndGradient,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For each chunk its losses (n,), and the gradient of its logits (n, V + padding), which the next may overwrite.
 
     A column of padding has a logit of zero, which no target and no sum sees: that zero is its gradient.
     """
+    by_row: LossesAndGradient | None = None
     for chunk, targets_of_chunk in enumerate(targets.split(rows)):
         logits = multiply(chunk)
+        by_row = by_row or fastest_by_row(logits.device, logits.dtype)
         yield by_row(logits[:, :vocab_size], targets_of_chunk, softcap), logits
         del logits
 

@@ -16,13 +16,21 @@ import torch
 
 from model import LanguageModel, run_block
 from utils.nn.activation_checkpointing import recomputed
-from utils.nn.cross_entropy import losses_and_gradient, rows_at_once
+from utils.nn.cross_entropy import rows_at_once
+from utils.nn.linear import product_dtype
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, (B, T) each -> ()
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "workbench" / "compiled"
 # The recordings of utils/training/step_graph.py take the place of the compiler's own CUDA graphs.
 MODES = {"default": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+FASTER_ON_CUDA = {  # docs/LOG.md has the times
+    # torch's kernel for dropout makes four random numbers of one call of Philox, inductor's makes one.
+    "fallback_random": True,
+    # One kernel for the gradients of a norm's input and weight is slower than two, beside dropout. Since torch 2.10.
+    "triton.mix_order_reduction": False,
+}
 
 
 def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens: int) -> Loss:
@@ -43,16 +51,14 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
     block: Callable[..., torch.Tensor] = torch.compile(run_block, dynamic=False, **options)
     if model.recomputes:
         block = recomputed(block, model.config.dropout)
-    head: Callable[..., torch.Tensor] = torch.compile(_head, dynamic=False, **options)
-    if device.type == "cuda":  # the loop over the chunks of a large vocabulary stays as it is
-        model.losses_by_row = torch.compile(losses_and_gradient, dynamic=False, **options)
-        head = _head if rows_at_once(device, tokens, model.vocab_size) else head
+    in_chunks = rows_at_once(device, tokens, model.vocab_size)  # their loop stays as it is
+    end: Callable[..., torch.Tensor] = torch.compile(_final_norm if in_chunks else _head, dynamic=False, **options)
 
     def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         x, rope = embed(idx)
         for layer in model.blocks:
             x = block(layer, x, rope, None)
-        return head(model, x, targets)
+        return model.head_loss(end(model, x), targets) if in_chunks else end(model, x, targets)
 
     return loss
 
@@ -63,8 +69,13 @@ def compiler_options(device: torch.device, mode: str) -> dict[str, Any]:
         return {"backend": "aot_eager"}
     if device.type != "cuda":
         return {"mode": MODES[mode]}
-    # torch's kernel for dropout makes four random numbers of one call of Philox, inductor's makes one.
-    return {"options": {**torch._inductor.list_mode_options(MODES[mode]), "fallback_random": True}}
+    options = {**torch._inductor.list_mode_options(MODES[mode]), **FASTER_ON_CUDA}
+    return {"options": {name: value for name, value in options.items() if name in torch._inductor.list_options()}}
+
+
+def _final_norm(model: LanguageModel, x: torch.Tensor) -> torch.Tensor:
+    x = model.final_norm(x)
+    return x.to(product_dtype(x))
 
 
 def _head(model: LanguageModel, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

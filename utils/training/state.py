@@ -117,7 +117,7 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
 
     Random streams continue as if there had been no trial, on CPU and CUDA.
     """
-    settings, began, own = state.config.train, time.perf_counter(), state.model.losses_by_row
+    settings, began = state.config.train, time.perf_counter()
     micro_steps = settings.gradient_accumulation_steps
     terminal.print("compiling: up to a minute the first time, seconds from then on")
     devices = [state.device] if state.device.type == "cuda" else []
@@ -131,7 +131,6 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
     except torch.OutOfMemoryError:  # without the compiler it would not fit either
         raise
     except Exception as error:  # a compiler can fail in any way, and training works without it
-        state.model.losses_by_row = own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         terminal.warn(f"torch.compile failed, continuing in eager mode: {type(error).__name__}: {reason}")
         return
