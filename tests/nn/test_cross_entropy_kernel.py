@@ -1,19 +1,14 @@
-"""The kernel does what `losses_and_gradient` does: on a GPU, or on a CPU in Triton's interpreter."""
+"""It does what `losses_and_gradient` does: on a GPU, or on a CPU in Triton's interpreter (tests/conftest.py)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from utils.nn import cross_entropy_kernel as kernel
 from utils.nn.cross_entropy import IGNORED, chunked_cross_entropy, losses_and_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRET = "1" if DEVICE.type == "cpu" else "0"
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TRITON_INTERPRET", INTERPRET)  # Triton reads it when it is imported, too
-    from utils.nn import cross_entropy_kernel as kernel
-
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of a gradient: half its last bit at 1
 UNTOUCHED = 7.0
 
@@ -25,7 +20,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 columns: the vocabularies of these tests have several."""
     monkeypatch.setattr(kernel, "GROUPS", 8)
     monkeypatch.setattr(kernel, "WARPS", 1)
-    monkeypatch.setenv("TRITON_INTERPRET", INTERPRET)
 
 
 def example(vocab_size: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
