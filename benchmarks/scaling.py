@@ -25,8 +25,8 @@ from rich.table import Table
 from benchmarks import common
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
-from utils.files import write_atomic
-from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.files import write_output
+from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.console import Terminal
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12}
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="timed steps of a measurement (default: 9)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (default: 3)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of a shape (default: 7)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write a picture there (PNG)")
+    parser.add_argument("--out", type=place, metavar="FILE", help="also write a picture there (PNG)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, steps=args.steps, repeats=args.repeats)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.out is not None:
         try:
-            write_atomic(args.out, picture(points, gflops))
+            write_output(args.out, picture(points, gflops))
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
         terminal.print(f"written: {args.out}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, nearest
 from utils.experiments.curve import Axis, logged_metrics, read_curve
-from utils.files import write_atomic
+from utils.files import write_output
 from utils.runs.index import IndexedRun
 from utils.runs.metrics import metric
 from utils.terminal.words import HEX_COLORS, one_line
@@ -226,4 +226,4 @@ def save_plot(curves: Sequence[PlottedCurve], metric: str, axis: Axis, out: Path
     picture = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "curves"}):  # the same curves give the same bytes
         figure.savefig(picture, format="svg" if svg else "png", metadata={"Date": None} if svg else {"Software": None})
-    write_atomic(out, picture.getvalue())
+    write_output(out, picture.getvalue())

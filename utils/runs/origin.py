@@ -18,7 +18,7 @@ from typing import Any, Literal
 from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact, flat, get_value
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
-from utils.files import read_json
+from utils.files import expand_home, read_json
 from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.run import RunError, read_record, status_of
@@ -65,6 +65,7 @@ def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool =
         RunError: there is no such run, or a resume asks for another checkpoint than the newest.
     """
     name, which = split_choice(text)
+    name = expand_home(name)
     if name and is_export(Path(name)):
         if relation != "init" or which not in CHOICES:
             raise RunError(f"{text} is an export, which has nothing but weights: --init-from {name} starts with them")

@@ -19,7 +19,7 @@ from rich.console import RenderableType
 
 from utils.config.loader import flag_name
 from utils.errors import UserError
-from utils.files import write_atomic, write_json
+from utils.files import json_text, write_output
 from utils.optim.schedules import set_learning_rate
 from utils.terminal.console import Terminal
 from utils.terminal.words import fact_lines
@@ -218,8 +218,8 @@ def save(result: LrRange, folder: Path) -> list[Path]:
         OSError: they cannot be written.
     """
     facts_file, picture = folder / "lr_range.json", folder / "lr_range.png"
-    write_json(facts_file, {**asdict(result), "rule": RULE})
-    write_atomic(picture, draw(result))
+    write_output(facts_file, json_text({**asdict(result), "rule": RULE}))
+    write_output(picture, draw(result))
     return [facts_file, picture]
 
 
