@@ -21,6 +21,7 @@ from utils.config.settings import TRAJECTORY, Config, ModelConfig
 from utils.files import expand_home, read_json
 from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
+from utils.runs.lock import is_elsewhere
 from utils.runs.run import RunError, read_record, status_of
 from utils.terminal.words import setting_text
 
@@ -110,9 +111,9 @@ def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
     status = status_of(path, record)
     if status == "completed":
         return "it is complete"
-    if status == "running":
+    if status == "running" and not is_elsewhere(path, record):  # else it may have died a moment ago: `Run.resume` waits
         return f"it is being trained by process {record.get('pid')} on {record.get('host')}"
-    if status not in RESUMABLE:
+    if status not in (*RESUMABLE, "running"):
         return f"it {status}: {record.get('exit_reason')}"
     return None if _config_path(path).is_file() else "it ended before its configuration was written"
 
