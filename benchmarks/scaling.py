@@ -12,7 +12,6 @@ is work which the count leaves out.
 from __future__ import annotations
 
 import functools
-import io
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from utils.errors import UserError
 from utils.files import write_output
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.console import Terminal
+from utils.terminal.pictures import new_figure, picture_of
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12}
 VARIED = {  # setting -> its values, while the others stay the same
@@ -165,39 +165,40 @@ def scaling_table(points: Sequence[Point], gflops: float) -> Table:
 
 def picture(points: Sequence[Point], gflops: float) -> bytes:
     """A PNG of four panels: measured, predicted, and the time that matrix products alone would take."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # pyplot would look for a display and keep figures alive
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    with new_figure(9, 6.2, dpi=150) as figure:
+        from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(9, 6.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharey=True)
-    for axes, (axis, name) in zip(panels.flat, NAMES.items(), strict=True):
-        here = [point for point in points if point.axis == axis]
-        values = [point.value for point in here]
-        least = [point.gflop / gflops * 1000 for point in here]
-        axes.plot(values, least, ":", color=LEAST, linewidth=1.4, label="matrix products at full speed")
-        predicted = [point.predicted_ms for point in here]
-        axes.plot(values, predicted, "--", color=PREDICTED, linewidth=1.4, label="as the operations grow")
-        axes.plot(values, [point.measured_ms for point in here], "o-", color=MEASURED, markersize=4, label="measured")
-        (base,) = (point for point in here if point.value == BASE[axis])
-        axes.plot([base.value], [base.measured_ms], "o", color=MEASURED, markersize=10, fillstyle="none", label="base")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(values, [f"{value:,}" for value in values])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
-        axes.set_xlabel(name)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("ms per step")
-    others = f"{BASE['n_layer']} layers, width {BASE['n_embd']}, block {BASE['block_size']}, batch {BASE['batch_size']}"
-    figure.suptitle(f"Time of a training step; one size varies, the others stay: {others}", fontsize=11)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", metadata={"Software": None})
-    return image.getvalue()
+        panels = figure.subplots(2, 2, sharey=True)
+        for axes, (axis, name) in zip(panels.flat, NAMES.items(), strict=True):
+            here = [point for point in points if point.axis == axis]
+            values = [point.value for point in here]
+            least = [point.gflop / gflops * 1000 for point in here]
+            axes.plot(values, least, ":", color=LEAST, linewidth=1.4, label="matrix products at full speed")
+            predicted = [point.predicted_ms for point in here]
+            axes.plot(values, predicted, "--", color=PREDICTED, linewidth=1.4, label="as the operations grow")
+            axes.plot(
+                values, [point.measured_ms for point in here], "o-", color=MEASURED, markersize=4, label="measured"
+            )
+            (base,) = (point for point in here if point.value == BASE[axis])
+            axes.plot(
+                [base.value], [base.measured_ms], "o", color=MEASURED, markersize=10, fillstyle="none", label="base"
+            )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+            axes.set_xlabel(name)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("ms per step")
+        others = (
+            f"{BASE['n_layer']} layers, width {BASE['n_embd']}, block {BASE['block_size']}, batch {BASE['batch_size']}"
+        )
+        figure.suptitle(f"Time of a training step; one size varies, the others stay: {others}", fontsize=11)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        return picture_of(figure)
 
 
 if __name__ == "__main__":
