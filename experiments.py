@@ -35,7 +35,7 @@ from utils.runs.index import read_index
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
 from utils.runs.run import RunError
-from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.words import printable
 
 TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Biases"}
@@ -163,7 +163,7 @@ def explain(args: argparse.Namespace) -> Answer:
     METRIC,
     flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
     flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
-    flag("--out", type=Path, metavar="FILE", help="write a .png or .svg instead of drawing in the terminal"),
+    flag("--out", type=place, metavar="FILE", help="write a .png or .svg instead of drawing in the terminal"),
 )
 def plot(args: argparse.Namespace) -> Answer:
     from utils.experiments.plot import load_curves, plot_screen, save_plot
@@ -183,7 +183,7 @@ def plot(args: argparse.Namespace) -> Answer:
     "report",
     "one HTML page about runs that needs no other file and no network",
     RUNS,
-    flag("--out", type=Path, metavar="FILE", default=Path("report.html"), help="(default: report.html)"),
+    flag("--out", type=place, metavar="FILE", default=Path("report.html"), help="(default: report.html)"),
 )
 def report(args: argparse.Namespace) -> Answer:
     from utils.experiments.report import write_report

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig, flag_name
 from utils.errors import UserError, number_text
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, numbers, parse_experiment, script
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, numbers, parse_experiment, place, script
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.terminal.console import Terminal
@@ -172,12 +172,12 @@ def add_flags(parser: Parser) -> None:
     mode = functools.partial(group.add_mutually_exclusive_group().add_argument, default=argparse.SUPPRESS)
     mode("--sweep", action="store_true", help="time steps of several batch and block sizes")
     mode("--lr-range", action="store_true", help="train with rising learning rates and suggest one")
-    mode("--compare", type=Path, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side")
+    mode("--compare", type=place, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side")
     flag = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     flag("--steps", type=at_least(1), metavar="N", help="steps of each measurement (default: 20)")
     flag("--warmup", type=at_least(0), metavar="N", help="steps before them (default: 5)")
     flag("--top", type=at_least(1), metavar="N", help="operators shown by name (default: 12)")
-    flag("--out", type=Path, metavar="DIR", help="also write the result there: JSON, picture, trace")
+    flag("--out", type=place, metavar="DIR", help="also write the result there: JSON, picture, trace")
     flag("--batch-sizes", metavar="A,B", help="with --sweep (default: 1/4 to 4 times batch_size)")
     flag("--block-sizes", metavar="A,B", help="with --sweep (default: 1/2 to 2 times block_size)")
     flag("--lr-min", type=float, metavar="X", help="with --lr-range: the first learning rate (default: 1e-5)")

@@ -77,7 +77,7 @@ from utils.config.settings import (
     TrainConfig,
 )
 from utils.errors import UserError, nearest
-from utils.files import write_atomic
+from utils.files import expand_home, write_atomic
 from utils.machine.process import tune_process
 from utils.runs.find import find_export, resolve_run
 from utils.runs.index import read_index, read_run
@@ -268,7 +268,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(expand_home(os.fspath(path)))
         self._read = read_run(self.path)
         self.status, self.problem = self._read.status, self._read.problem
 
@@ -362,7 +362,8 @@ runs = _Runs()
 
 
 def _runs_dir(runs_dir: str | Path | None = None) -> Path:
-    return PROJECT_ROOT / (runs_dir or ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir)
+    configured = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir if runs_dir is None else os.fspath(runs_dir)
+    return PROJECT_ROOT / expand_home(configured)
 
 
 def _path(run: RunName) -> str | Path:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks import common
 from utils.errors import UserError
-from utils.terminal.cli import Parser, script
+from utils.terminal.cli import Parser, place, script
 from utils.terminal.console import Terminal
 
 INTERVAL = 50  # steps between checkpoints
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (default: 3)")
     parser.add_argument("--saves", type=int, default=4, metavar="N", help="checkpoints of a measured loop (default: 4)")
     parser.add_argument("--megabytes", type=int, default=500, metavar="N", help="weights on the disk (default: 500)")
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="on the disk to measure (default: for temporary files)")
+    parser.add_argument("--dir", type=place, metavar="DIR", help="on the disk to measure (default: temporary)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats, saves=args.saves, megabytes=args.megabytes)

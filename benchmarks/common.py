@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
-from utils.terminal.cli import PROJECT_ROOT, Parser
+from utils.terminal.cli import PROJECT_ROOT, Parser, place
 
 T = TypeVar("T")
 RESAMPLES = 2000
@@ -41,7 +41,7 @@ class Launched:
 
 def add_config_flag(parser: Parser) -> None:
     parser.add_argument(
-        "--config", metavar="FILE", action="append", default=[], type=Path, help="further settings (repeatable)"
+        "--config", metavar="FILE", action="append", default=[], type=place, help="further settings (repeatable)"
     )
 
 

@@ -40,9 +40,9 @@ from benchmarks.gpu_runs import fresh_caches
 from benchmarks.gpu_task import Task, read_report
 from utils.corpora.sources import find_source
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import json_text, write_output
 from utils.runs.run import utc_now
-from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.console import Terminal
 
 SCHEMA_VERSION = 1
@@ -97,31 +97,29 @@ class Bench:
 
     def write(self) -> None:
         """Replace the JSON by what there is now."""
-        write_json(
-            self.out,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "command": sys.argv,
-                "commit": commit(),
-                "began": self.began_at,
-                "seconds": round(self.seconds, 2),
-                "minutes": self.minutes,
-                "parts": list(self.parts),
-                "dry_run": self.task.dry,
-                "repeats": self.task.repeats,
-                "complete": self.complete,
-                "jobs": self.jobs,
-                "figures": [figure.json() for figure in self.figures],
-            },
-        )
+        results = {
+            "schema_version": SCHEMA_VERSION,
+            "command": sys.argv,
+            "commit": commit(),
+            "began": self.began_at,
+            "seconds": round(self.seconds, 2),
+            "minutes": self.minutes,
+            "parts": list(self.parts),
+            "dry_run": self.task.dry,
+            "repeats": self.task.repeats,
+            "complete": self.complete,
+            "jobs": self.jobs,
+            "figures": [figure.json() for figure in self.figures],
+        }
+        write_output(self.out, json_text(results))
 
 
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, metavar="X", help="for everything (default: 8)")
-    parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="a checkout of nanoGPT, which is not changed")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), metavar="FILE", help="JSON (default: gpu.json)")
+    parser.add_argument("--nanogpt", type=place, metavar="FOLDER", help="a checkout of nanoGPT, which is not changed")
+    parser.add_argument("--out", type=place, default=Path("gpu.json"), metavar="FILE", help="JSON (default: gpu.json)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, less than a minute")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
     args = parser.parse(argv)

@@ -12,7 +12,6 @@ is work which the count leaves out.
 from __future__ import annotations
 
 import functools
-import io
 import statistics
 import sys
 import tempfile
@@ -25,9 +24,10 @@ from rich.table import Table
 from benchmarks import common
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
-from utils.files import write_atomic
-from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.files import write_output
+from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.console import Terminal
+from utils.terminal.pictures import new_figure, picture_of
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12}
 VARIED = {  # setting -> its values, while the others stay the same
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="timed steps of a measurement (default: 9)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (default: 3)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of a shape (default: 7)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write a picture there (PNG)")
+    parser.add_argument("--out", type=place, metavar="FILE", help="also write a picture there (PNG)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, steps=args.steps, repeats=args.repeats)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.out is not None:
         try:
-            write_atomic(args.out, picture(points, gflops))
+            write_output(args.out, picture(points, gflops))
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
         terminal.print(f"written: {args.out}")
@@ -165,39 +165,40 @@ def scaling_table(points: Sequence[Point], gflops: float) -> Table:
 
 def picture(points: Sequence[Point], gflops: float) -> bytes:
     """A PNG of four panels: measured, predicted, and the time that matrix products alone would take."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # pyplot would look for a display and keep figures alive
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    with new_figure(9, 6.2, dpi=150) as figure:
+        from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(9, 6.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharey=True)
-    for axes, (axis, name) in zip(panels.flat, NAMES.items(), strict=True):
-        here = [point for point in points if point.axis == axis]
-        values = [point.value for point in here]
-        least = [point.gflop / gflops * 1000 for point in here]
-        axes.plot(values, least, ":", color=LEAST, linewidth=1.4, label="matrix products at full speed")
-        predicted = [point.predicted_ms for point in here]
-        axes.plot(values, predicted, "--", color=PREDICTED, linewidth=1.4, label="as the operations grow")
-        axes.plot(values, [point.measured_ms for point in here], "o-", color=MEASURED, markersize=4, label="measured")
-        (base,) = (point for point in here if point.value == BASE[axis])
-        axes.plot([base.value], [base.measured_ms], "o", color=MEASURED, markersize=10, fillstyle="none", label="base")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(values, [f"{value:,}" for value in values])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
-        axes.set_xlabel(name)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("ms per step")
-    others = f"{BASE['n_layer']} layers, width {BASE['n_embd']}, block {BASE['block_size']}, batch {BASE['batch_size']}"
-    figure.suptitle(f"Time of a training step; one size varies, the others stay: {others}", fontsize=11)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", metadata={"Software": None})
-    return image.getvalue()
+        panels = figure.subplots(2, 2, sharey=True)
+        for axes, (axis, name) in zip(panels.flat, NAMES.items(), strict=True):
+            here = [point for point in points if point.axis == axis]
+            values = [point.value for point in here]
+            least = [point.gflop / gflops * 1000 for point in here]
+            axes.plot(values, least, ":", color=LEAST, linewidth=1.4, label="matrix products at full speed")
+            predicted = [point.predicted_ms for point in here]
+            axes.plot(values, predicted, "--", color=PREDICTED, linewidth=1.4, label="as the operations grow")
+            axes.plot(
+                values, [point.measured_ms for point in here], "o-", color=MEASURED, markersize=4, label="measured"
+            )
+            (base,) = (point for point in here if point.value == BASE[axis])
+            axes.plot(
+                [base.value], [base.measured_ms], "o", color=MEASURED, markersize=10, fillstyle="none", label="base"
+            )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+            axes.set_xlabel(name)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("ms per step")
+        others = (
+            f"{BASE['n_layer']} layers, width {BASE['n_embd']}, block {BASE['block_size']}, batch {BASE['batch_size']}"
+        )
+        figure.suptitle(f"Time of a training step; one size varies, the others stay: {others}", fontsize=11)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        return picture_of(figure)
 
 
 if __name__ == "__main__":

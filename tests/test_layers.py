@@ -11,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (  # from the bottom up: packages of utils/, and the files beside it
-    *("errors", "files", "config", "tokenizer.py"),
+    *("errors", "locks", "files", "config", "tokenizer.py"),
     *("machine", "checkpoints", "nn", "terminal", "runs", "corpora"),
     *("model.py", "data.py", "tracking", "optim", "inference", "training", "profiling", "experiments"),
     *("inference.py", "train.py", "profile_model.py", "experiments.py", "workbench.py"),
 )
 OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
-    *("errors", "files", "config", "terminal", "runs", "corpora", "experiments"),
+    *("errors", "locks", "files", "config", "terminal", "runs", "corpora", "experiments"),
     *("checkpoints.folder", "machine.process", "machine.signals", "machine.watchdog"),
     *("training.early_stopping", "training.launch"),
     *("inference.flags", "profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),

@@ -1,26 +1,26 @@
 """Files that are complete or absent, and files that can be opened without harm.
 
 Writing: beside the place, synced, renamed into it. Reading: regular files only, and none that a link takes elsewhere.
+Modes are those that the umask leaves, as for any program, so a group can share a folder of runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
+import secrets
 import stat
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+from utils.locks import folder_lock
+
 JSON_BYTES = 64 << 20  # of a JSON file: the largest that are written, about a model of a million layers, have less
-LOCK_SECONDS = 10.0  # to wait for another writer of a JSON file, which holds the lock for milliseconds
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)  # of file systems without flock
+MODE = 0o666  # of a new file, less what the umask takes away
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -43,7 +43,7 @@ def regular_fd(path: Path, inside: Path | None = None, flags: int = os.O_RDONLY)
         folder = os.path.realpath(inside or path.parent)
         if not Path(os.path.realpath(path)).is_relative_to(folder):
             raise OSError(errno.EPERM, f"leads out of {inside or path.parent}", str(path))
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, MODE)
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         if kind == stat.S_IFDIR:
@@ -106,30 +106,110 @@ def read_json(path: Path, inside: Path | None = None) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def expand_home(text: str) -> str:
+    """A path as a person wrote it, with their home folder in place of a leading `~`, as a shell does.
+
+    A shell leaves the `~` of `--flag=~/runs` as it is, and nothing expands the one in a configuration file.
+
+    Raises:
+        UserError: it names the home of an unknown user, and not a file that exists.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~") and not os.path.lexists(path):
+        raise UserError(f"{text}: there is no home folder {path.split(os.sep)[0]} (./{text} for a file of that name)")
+    return path
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data`; a crash leaves the old content or the new, never a part.
+
+    For files of ours: a link at `path` is replaced, not followed. An older file keeps its mode.
 
     Raises:
         OSError: the folder is missing, read-only or full; `path` is unchanged.
     """
-    if isinstance(data, str):
-        data = data.encode("utf-8", errors="backslashreplace")  # a file name or argument may be no valid text
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            _keep_mode(handle, path)
+            file.write(_encoded(data))
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+            os.fsync(handle)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _keep_mode(handle: int, path: Path) -> None:
+    """Give an open file the permissions of the regular file at `path`, if there is one."""
+    try:
+        old = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(old) and stat.S_IMODE(old) != stat.S_IMODE(os.fstat(handle).st_mode):
+        os.chmod(handle, stat.S_IMODE(old))
+
+
+def _encoded(data: bytes | str) -> bytes:
+    """The bytes of a text; a file name or an argument in it may be no valid text."""
+    return data.encode("utf-8", errors="backslashreplace") if isinstance(data, str) else data
+
+
+def write_output(path: Path, data: bytes | str) -> None:
+    """Write a file that a person named: through a link into its target, into a device or a pipe as it is.
+
+    A regular file is replaced by `write_atomic`.
+
+    Raises:
+        OSError: it cannot be written, or is a pipe without a reader, a socket or a disk; `strerror` says which.
+    """
+    if (target := output_target(path)) is not None:
+        write_atomic(target, data)
+        return
+    # Without O_NONBLOCK, opening a pipe would wait for a reader.
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(error.errno, "no process reads this pipe", str(path)) from None
+        raise
+    os.set_blocking(handle, True)
+    with os.fdopen(handle, "wb") as file:
+        file.write(_encoded(data))
+
+
+def output_target(path: Path) -> Path | None:
+    """The regular file that writing to `path` makes or replaces; None for a device or a pipe, which has to stay.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:  # a new file, or the target of a link
+        return Path(os.path.realpath(path))
+    if stat.S_ISREG(mode):
+        return Path(os.path.realpath(path))
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if stat.S_ISCHR(mode):
+        return None
+    if not stat.S_ISFIFO(mode):
+        kind = "a disk" if stat.S_ISBLK(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"is {kind}, not a file", str(path))
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON (see `write_atomic`)."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def change_json(path: Path, change: Callable[[Any], Any], read: Callable[[Path], Any] = read_json) -> Any:
@@ -154,37 +234,6 @@ def change_json(path: Path, change: Callable[[Any], Any], read: Callable[[Path],
         new = change(old)
         write_json(path, new)
         return new
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock that writers of the JSON files in `folder` take; it ends with the process, and leaves no file.
-
-    Raises:
-        TimeoutError: another process holds it for too long.
-        OSError: the folder cannot be opened.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    deadline = time.monotonic() + LOCK_SECONDS
-    try:
-        while not _locked(handle):
-            if time.monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "another process holds its lock", str(folder))
-            time.sleep(0.01)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:  # without locks, a change of another process in the same moment may be lost
-            raise
-    return True
 
 
 def put_aside(path: Path) -> Path:

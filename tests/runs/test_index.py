@@ -25,7 +25,8 @@ from utils.runs.index import (
     read_run,
     resolved_setting,
 )
-from utils.runs.run import STALE_HEARTBEAT_SECONDS, read_status, status_of
+from utils.runs.lock import STALE_HEARTBEAT_SECONDS
+from utils.runs.run import read_status, status_of
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 

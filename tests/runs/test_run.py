@@ -25,14 +25,13 @@ from conftest import FORK, in_child
 
 from utils.runs import run as run_manager
 from utils.runs.find import list_run_paths, resolve_run
+from utils.runs.lock import STALE_HEARTBEAT_SECONDS, lock_is_free
 from utils.runs.run import (
-    STALE_HEARTBEAT_SECONDS,
     Run,
     RunDirectoryCreator,
     RunError,
     RunIDGenerator,
     RunLockedError,
-    lock_is_free,
     read_record,
     read_status,
 )
@@ -217,7 +216,7 @@ def test_others_may_read_the_status_of_a_run(public_dir: Path) -> None:
     run = Run.create(public_dir / "runs", "a")
     assert as_nobody(lambda: read_status(run.path)) == "running"
     assert as_nobody(lambda: resolve_run("a", public_dir / "runs")) == run.path
-    os.close(run._lock_fd)
+    os.close(run._lock.fd)
     assert as_nobody(lambda: read_status(run.path)) == "crashed"
 
 
@@ -225,7 +224,7 @@ def test_a_run_whose_process_let_go_of_the_lock_has_crashed(runs_dir: Path) -> N
     run = Run.create(runs_dir)
     assert not lock_is_free(run.path)
     assert read_status(run.path) == "running"
-    os.close(run._lock_fd)
+    os.close(run._lock.fd)
     assert lock_is_free(run.path)
     assert read_status(run.path) == "crashed"
     (run.path / "lock").unlink()

@@ -13,7 +13,8 @@ from fake_runs import make_run
 
 import utils.files
 from utils.experiments.notes import edit
-from utils.files import change_json, folder_lock, put_aside
+from utils.files import change_json, put_aside
+from utils.locks import folder_lock
 from utils.runs.layout import MODELS, NOTES, RECORD
 from utils.runs.run import Run, RunError, read_record
 
@@ -84,7 +85,7 @@ def test_a_record_that_was_deleted_while_it_trained_is_written_again(tmp_path: P
 
 
 def test_a_lock_that_is_never_released_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.files, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("utils.locks.LOCK_SECONDS", 0.05)
     run = make_run(tmp_path, "run")
     with folder_lock(run), pytest.raises(RunError, match="another process holds its lock"):
         edit(run, note="text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import in_child
 
 import profile_model
 import train
@@ -213,6 +215,52 @@ def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, t
     assert available_memory(CPU) == 400
     (tmp_path / "memory.max").write_text("500\n")
     assert available_memory(CPU) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "limited"),
+    [
+        ("0::/system.slice/train.scope\n", "system.slice/train.scope"),  # a unit of systemd
+        ("0::/system.slice/slurmd/job_1/step_0/task_2\n", "system.slice/slurmd/job_1"),  # a level above it
+        ("4:memory:/slurm/uid_1/job_1/step_0\n0::/\n", "memory/slurm/uid_1/job_1"),  # version 1
+        ("9:cpu,memory:/a\n", "memory/a"),
+        ("0::/user.slice/a\n", "unified/user.slice"),  # version 2 beside version 1
+        ("0::/kubepods/pod1/container/child\n", "container"),  # seen from inside, without its first folders
+        ("0::/../../elsewhere\n", ""),
+    ],
+)
+def test_a_limit_of_memory_on_any_level_is_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, limited: str
+) -> None:
+    cgroups, names = tmp_path / "fs" / "cgroup", ("memory.max", "memory.current")
+    if limited.startswith("memory"):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for path in (cgroups / "memory", cgroups / limited / "below" / "below"):
+        path.mkdir(parents=True, exist_ok=True)
+    for line in own.splitlines():
+        tree = cgroups / ("memory" if "memory" in line else "unified" if limited.startswith("unified") else "")
+        if limited != "container" and ".." not in line:
+            (tree / line.split(":")[2].lstrip("/")).mkdir(parents=True, exist_ok=True)
+    for name, content in zip(names, ("1000", "700"), strict=True):
+        (cgroups / limited / name).write_text(content)
+    (cgroups / limited / "memory.stat").write_text("inactive_file 50\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(utils.machine.device, "CGROUPS", cgroups)
+    monkeypatch.setattr(utils.machine.device, "OWN_CGROUPS", tmp_path / "own")
+    assert available_memory(CPU) == 350
+    (cgroups / limited / names[0]).write_text("max")
+    assert available_memory(CPU) > 2**20
+    (cgroups / limited / "memory.high").write_text("900")  # above it the kernel slows the process down
+    assert (available_memory(CPU) == 250) == (names[0] == "memory.max")
+
+
+@pytest.mark.parametrize(("kind", "field"), [("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)])
+def test_a_limit_of_the_process_is_seen(kind: str, field: int) -> None:
+    def restrict() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[field]) * resource.getpagesize()
+        resource.setrlimit(getattr(resource, kind), (used + 2**28, used + 2**28))
+
+    assert 2**27 < in_child(restrict, lambda: available_memory(CPU)) <= 2**28
 
 
 # ---------------------------------------------------------------------------------------- runs

@@ -7,6 +7,7 @@ import torch.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from utils.errors import number_text
+from utils.files import expand_home
 
 Kind = Literal["trajectory", "observation", "machine"]
 TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
@@ -42,6 +44,7 @@ def _refuse_bool(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool)]
+Place = Annotated[str, AfterValidator(expand_home)]  # a path; `~` is the home folder
 
 
 def setting(default: Any, meaning: str, *, kind: Kind, unit: str = "", **bounds: Any) -> Any:
@@ -74,7 +77,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """The text that the model learns."""
 
-    dataset: str = setting(
+    dataset: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
         "pydocs",
         "a registered corpus (pydocs, shakespeare), or the path of a UTF-8 text file or a folder of them",
         kind=MACHINE,  # the text decides, wherever it is: corpus_hash takes its place
@@ -91,7 +94,7 @@ class DataConfig(Section):
     val_fraction: Float = setting(
         0.1, "share of the tokens, at the end of the corpus, kept for validation", kind=TRAJECTORY, gt=0, lt=1
     )
-    corpora_dir: str = setting(
+    corpora_dir: Place = setting(
         "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
     )
 
@@ -471,7 +474,7 @@ class TrackingConfig(Section):
     run_tag: Tag | None = setting(None, "name of the run, part of its directory's name", kind=OBSERVATION)
     tags: tuple[str, ...] = setting((), "labels for finding the run again", kind=OBSERVATION)
     note: str = setting("", "purpose of the run", kind=OBSERVATION)
-    runs_dir: str = setting("runs", "folder of the run directories", kind=MACHINE, min_length=1)
+    runs_dir: Place = setting("runs", "folder of the run directories", kind=MACHINE, min_length=1)
     log_interval: Int = setting(1, "steps between training records", kind=OBSERVATION, unit="steps", ge=1)
     flush_interval: Int = setting(
         50,
@@ -491,7 +494,7 @@ class TrackingConfig(Section):
         "", "beginning of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
     )
     aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
-    aim_repo: Annotated[str, AfterValidator(check_aim_repo)] = setting(
+    aim_repo: Annotated[Place, AfterValidator(check_aim_repo)] = setting(
         ".", "folder that holds the .aim repository, or aim://HOST:PORT of an `aim server`", kind=MACHINE, min_length=1
     )
     wandb_mode: Literal["offline", "online", "disabled"] = setting(

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.errors import UserError, nearest
-from utils.files import write_atomic
+from utils.files import expand_home, write_output
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -64,7 +64,7 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
     """
     if dataset in CORPORA:
         return CORPORA[dataset](corpora_dir)
-    path = Path(os.path.expanduser(dataset))
+    path = Path(dataset)
     try:
         path.stat()
     except PermissionError as error:
@@ -95,7 +95,7 @@ def _read_pydocs() -> str:
 
 def _shakespeare(corpora_dir: Path) -> Source:
     """Tiny Shakespeare: in $WORKBENCH_DATA or corpora/, else downloaded once; its sha256 is checked."""
-    folders = [Path(folder) for folder in (os.environ.get("WORKBENCH_DATA"),) if folder] + [corpora_dir]
+    folders = [Path(expand_home(folder)) for folder in (os.environ.get("WORKBENCH_DATA"),) if folder] + [corpora_dir]
     paths = [folder / "tinyshakespeare.txt" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[-1])
     return Source("shakespeare", [path], partial(_read_shakespeare, path))
@@ -114,7 +114,7 @@ def _read_shakespeare(path: Path) -> str:
         ) from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
+        write_output(path, data)
     except OSError as error:
         raise CorpusError(f"{path.parent}: the download cannot be kept: {error.strerror}") from None
     return data.decode()

@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.runs.find import resolve_run
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.run import RunError
-from utils.terminal.cli import PROJECT_ROOT, Parser
+from utils.terminal.cli import PROJECT_ROOT, Parser, place
 from utils.terminal.console import Terminal, print_to
 from utils.terminal.streams import is_unicode
 
@@ -71,7 +71,7 @@ class Command:
         parser = commands.add_parser(self.name, help=self.help, description=description, epilog=self.note)
         for names, options in self.flags:
             parser.add_argument(*names, **options)
-        parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
+        parser.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.set_defaults(command=self)
 

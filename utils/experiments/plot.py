@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, nearest
 from utils.experiments.curve import Axis, logged_metrics, read_curve
-from utils.files import write_atomic
+from utils.files import write_output
 from utils.runs.index import IndexedRun
 from utils.runs.metrics import metric
+from utils.terminal.pictures import new_figure, picture_of
 from utils.terminal.words import HEX_COLORS, one_line
 
 if TYPE_CHECKING:
@@ -202,28 +202,18 @@ def save_plot(curves: Sequence[PlottedCurve], metric: str, axis: Axis, out: Path
     """
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"{out}: expected a file that ends in {' or '.join(PICTURES)}")
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    svg = out.suffix.lower() == ".svg"
-    (FigureCanvasSVG if svg else FigureCanvasAgg)(figure)
-    axes = figure.add_subplot()
     divisor, x_label = x_scale(axis, max(curve.x[-1] for curve in curves))
-    for index, curve in enumerate(curves):
-        dots = "o" if len(curve.x) < 50 else ""
-        color = HEX_COLORS[index % len(HEX_COLORS)]
-        axes.plot([x / divisor for x in curve.x], curve.y, dots + "-", color=color, markersize=3, linewidth=1.4)
-    axes.set(xlabel=x_label)
-    axes.set_ylabel(y_label(metric), parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    legend = axes.legend(axes.lines, [str(index) for index in range(len(curves))], frameon=False)
-    for text, curve in zip(legend.get_texts(), curves, strict=True):
-        text.set(text=curve.name, parse_math=False)  # a label that begins with _ would be hidden
-    picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "curves"}):  # the same curves give the same bytes
-        figure.savefig(picture, format="svg" if svg else "png", metadata={"Date": None} if svg else {"Software": None})
-    write_atomic(out, picture.getvalue())
+    with new_figure(8, 4.5, dpi=150) as figure:
+        axes = figure.add_subplot()
+        for index, curve in enumerate(curves):
+            dots = "o" if len(curve.x) < 50 else ""
+            color = HEX_COLORS[index % len(HEX_COLORS)]
+            axes.plot([x / divisor for x in curve.x], curve.y, dots + "-", color=color, markersize=3, linewidth=1.4)
+        axes.set(xlabel=x_label)
+        axes.set_ylabel(y_label(metric), parse_math=False)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        legend = axes.legend(axes.lines, [str(index) for index in range(len(curves))], frameon=False)
+        for text, curve in zip(legend.get_texts(), curves, strict=True):
+            text.set(text=curve.name, parse_math=False)  # a label that begins with _ would be hidden
+        write_output(out, picture_of(figure, out.suffix.lower()[1:]))

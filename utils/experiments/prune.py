@@ -6,7 +6,6 @@ Runs that are being trained, pinned, promoted, the parent of another run, or tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -15,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import folder_lock, regular_fd, size_of
+from utils.files import size_of
+from utils.locks import folder_lock
 from utils.runs.index import IndexedRun, read_index
-from utils.runs.layout import ARTIFACTS, CHECKPOINTS, EXPORT, LOCK, LOGS, META
+from utils.runs.layout import ARTIFACTS, CHECKPOINTS, EXPORT, LOGS, META
+from utils.runs.lock import RunLock, is_held
 from utils.runs.names import read_models
 from utils.runs.origin import RESUMABLE
-from utils.runs.run import lock_is_free
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
@@ -130,7 +130,7 @@ def _kept(
     newest = {run.id for run in readable[max(0, len(readable) - keep_last) :]} if keep_last else set()
     reasons = {
         "cannot be read": lambda run: not run.readable or run.notes_are_lost,
-        RUNNING: lambda run: run.status == "running" or not lock_is_free(run.path),
+        RUNNING: lambda run: run.status == "running" or is_held(run.path, run.record),
         "pinned": lambda run: run.notes["pinned"],
         "promoted": lambda run: run.id in promoted,
         "parent of another run": lambda run: run.id in parents,
@@ -168,15 +168,14 @@ def remove(removal: Removal) -> None:
         return
     aside = removal.path.with_name(f".{removal.path.name}{ASIDE}")
     run = removal.path if removal.what == "run" else removal.path.parents[len(CHECKPOINTS.parts) - 1]
-    handle = regular_fd(run / LOCK, run, os.O_RDWR | os.O_CREAT)
+    lock = RunLock(run)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.suppress(OSError):  # left by a process that was killed
             _delete(aside)
         removal.path.rename(aside)
         _delete(aside)
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def _remove_leftover(path: Path) -> None:

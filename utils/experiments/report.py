@@ -15,7 +15,7 @@ from utils.experiments.curve import AXES, Curve, read_curve
 from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.plot import names_of, thinned, x_scale, y_label
-from utils.files import read_text, write_atomic
+from utils.files import read_text, write_output
 from utils.runs.index import IndexedRun, non_default_settings
 from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
 from utils.runs.log import last_record
@@ -79,7 +79,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
         difference_problem=difference_problem,
         divergences=[(run, _divergence(logs)) for run, logs in differences.curves] if differences else [],
     )
-    write_atomic(out, page)
+    write_output(out, page)
 
 
 def _plotly() -> str:

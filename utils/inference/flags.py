@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from utils.terminal.cli import place
 
 MOST = 1_000_000  # sequences
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
-    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: as configured)")
+    parser.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights",
@@ -48,13 +49,13 @@ def add_mode_arguments(group: argparse._MutuallyExclusiveGroup) -> None:
     )
     group.add_argument(
         "--prompt-file",
-        type=Path,
+        type=place,
         metavar="FILE",
         help='one prompt a line, or .jsonl with {"prompt": ...} in each line; empty lines are left out',
     )
     group.add_argument("--interactive", action="store_true", help="a conversation; /help lists its commands")
     group.add_argument(
-        "--score", type=Path, metavar="FILE", help="loss, perplexity and bits per byte of a text; nothing is generated"
+        "--score", type=place, metavar="FILE", help="loss, perplexity and bits per byte of a text; nothing is generated"
     )
     group.add_argument(
         "--show-info", action="store_true", help="parameters, vocabulary, training data and origin of the run"
@@ -75,10 +76,10 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         "--batch-size", type=count, metavar="N", help="sequences generated together (default: 16, with a draft 1)"
     )
     group.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
+        "--out", type=place, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
     )
     group.add_argument("--stats", action="store_true", help="print the speed of generation on stderr afterwards")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows several RUNs side by side")
+    group.add_argument("--html", type=place, metavar="FILE", help="write a page that shows several RUNs side by side")
     group.add_argument("--logprobs", action="store_true", help="of several RUNs, each token with its log-probability")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from tokenizer import Tokenizer, TokenizerError
 from utils.config.loader import ConfigLoader
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
+from utils.files import expand_home
 from utils.inference.decode import Block, Window, generate_blocks, start_tokens
 from utils.inference.export import load_export
 from utils.inference.quantization import WeightsChoice, choose_weights, with_weights
@@ -176,7 +178,7 @@ class Generator:
             UserError: no such run, export or device, a damaged export, int8 on a GPU, or a draft that does not fit.
         """
         config = ConfigLoader(PROJECT_ROOT).load().config
-        folder = PROJECT_ROOT / (runs_dir or config.tracking.runs_dir)
+        folder = PROJECT_ROOT / expand_home(os.fspath(runs_dir or config.tracking.runs_dir))
         return cls.from_export(
             find_export(run, folder),
             device,

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizer import Tokenizer, TokenizerError
 from utils.errors import UserError
-from utils.files import write_atomic
+from utils.files import output_target, write_output
 from utils.inference.generator import Completion
 
 
@@ -89,11 +89,11 @@ def check_out(path: Path, source: Path | None = None) -> None:
         source: a file that is read and must not be overwritten.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: cannot be written: not a regular file")
-        if source is not None and path.exists() and path.samefile(source):
+        if (target := output_target(path)) is None:  # a device or a pipe
+            return
+        if source is not None and target.exists() and target.samefile(source):
             raise UserError(f"{path}: cannot be written: the prompts are read from it")
-        tempfile.TemporaryFile(dir=path.parent).close()
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -116,13 +116,13 @@ def completion_line(prompt: FilePrompt, completion: Completion) -> str:
 
 
 def write_out(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; if that fails, the old file stays.
+    """Write `text` into the file at `path` (see `write_output`); if that fails, an old file stays.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        write_atomic(path, text)
+        write_output(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import platform
 import re
@@ -21,11 +22,15 @@ from utils.machine.attention_kernels import attention_order
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-CGROUPS = Path("/sys/fs/cgroup")  # as a container sees it
-CGROUP_FILES = (  # limit, use and statistics, in version 2 and in version 1
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_TREES = ("", "unified", "memory")  # below it: version 2, version 2 beside version 1, version 1
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUP_FILES = (  # limit, use and statistics, in version 2 and in version 1; above memory.high a process crawls
     ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ("memory.high", "memory.current", "memory.stat"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
 )
+ULIMITS = ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5))  # and what counts for each, as a field of statm
 
 FP8_CAPABILITY = (8, 9)  # Ada, then Hopper
 
@@ -234,13 +239,33 @@ def available_memory(device: torch.device) -> int:
     available = [psutil.virtual_memory().available]
     if device.type == "mps":  # the same memory, but the GPU may not have all of it
         available.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    for names in CGROUP_FILES:
+    for folder, names in itertools.product(_memory_cgroups(), CGROUP_FILES):
         with contextlib.suppress(OSError, ValueError):  # not this version of cgroups, or no limit ("max")
-            limit, used, statistics = ((CGROUPS / name).read_text() for name in names)
+            limit, used, statistics = ((folder / name).read_text() for name in names)
             # Cached files are dropped when memory is needed.
             caches = re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE)
             available.append(int(limit) - int(used) + max(map(int, caches), default=0))
+    for kind, field in ULIMITS:
+        limit_of_process, _ = resource.getrlimit(kind)
+        if limit_of_process != resource.RLIM_INFINITY and (statm := _statm(os.getpid())) is not None:
+            pages = os.pread(statm, 128, 0).split()[field]
+            available.append(limit_of_process - int(pages) * resource.getpagesize())
     return max(0, min(available))
+
+
+def _memory_cgroups() -> Iterator[Path]:
+    """The folders of the cgroups that limit the memory of this process: its own, and every one above it."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    paths = [path for _, controllers, path in lines if controllers == "" or "memory" in controllers.split(",")]
+    parts = [[part for part in path.split("/") if part not in ("", "..")] for path in paths]
+    for tree, own in itertools.product(CGROUP_TREES, [[], *parts]):
+        root = CGROUPS / tree
+        # A container may see a part of the tree only, without the first folders of the path.
+        seen = next((own[first:] for first in range(len(own)) if (root / own[first]).is_dir()), [])
+        yield from (root.joinpath(*seen[:count]) for count in range(len(seen) + 1))
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from utils.files import write_atomic
 from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
 from utils.profiling.tables import MEMORY_CATEGORIES, megabytes, percent, rate
+from utils.terminal.pictures import new_figure, picture_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,20 +80,13 @@ def draw_profile(profile: Profile, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # pyplot would look for a display and keep figures alive
-
-    figure = Figure(figsize=SIZE, dpi=120)
-    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(3, 2, height_ratios=(0.62, 3.1, 1.55))
-    _title(figure.add_subplot(grid[0, :]), profile)
-    _icicle(figure.add_subplot(grid[1, :]), profile)
-    _rates(figure.add_subplot(grid[2, 0]), profile)
-    _memory(figure.add_subplot(grid[2, 1]), profile)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    write_atomic(path, picture.getvalue())
+    with new_figure(*SIZE, dpi=120, h_pad=0.12, w_pad=0.12) as figure:
+        grid = figure.add_gridspec(3, 2, height_ratios=(0.62, 3.1, 1.55))
+        _title(figure.add_subplot(grid[0, :]), profile)
+        _icicle(figure.add_subplot(grid[1, :]), profile)
+        _rates(figure.add_subplot(grid[2, 0]), profile)
+        _memory(figure.add_subplot(grid[2, 1]), profile)
+        write_atomic(path, picture_of(figure))
 
 
 def _title(axes: Axes, profile: Profile) -> None:

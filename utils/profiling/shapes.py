@@ -11,7 +11,7 @@ from rich.table import Table
 
 from utils.config.settings import Config
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import json_text, write_output
 from utils.nn.costs import training_flops
 from utils.profiling.measure import time_steps, training_step
 from utils.profiling.memory import activation_phase
@@ -147,5 +147,5 @@ def save_sweep(timings: Sequence[ShapeTiming], folder: Path) -> list[Path]:
     Raises:
         OSError: it cannot be written.
     """
-    write_json(folder / SWEEP_FILE, {"shapes": [asdict(timing) for timing in timings]})
+    write_output(folder / SWEEP_FILE, json_text({"shapes": [asdict(timing) for timing in timings]}))
     return [folder / SWEEP_FILE]

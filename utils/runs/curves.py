@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from utils.files import write_atomic
 from utils.runs.layout import CURVES, METRICS_LOG
 from utils.runs.log import read_lines
 from utils.runs.metrics import decode_number
+from utils.terminal.pictures import new_figure, picture_of
 
 CURVE_NAMES = {"train/loss": "train/loss, each step", "train/eval_loss": "train/eval_loss", "val/loss": "val/loss"}
 POINTS = 20_000  # of a curve
@@ -46,24 +46,17 @@ def draw_curves(run: Path) -> bool:
             curves[name].append((record["step"], decode_number(record[name])))
     if not any(curves.values()):
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        if points:
-            steps, values = zip(*points, strict=True)
-            dots = "o" if name != "train/loss" and len(points) < 50 else ""
-            axes.plot(
-                steps, values, dots + "-", color=COLORS[name], label=CURVE_NAMES[name], markersize=3, linewidth=1.2
-            )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    write_atomic(run / CURVES, picture.getvalue())
+    with new_figure(8, 4.5, dpi=120) as figure:
+        axes = figure.add_subplot()
+        for name, points in curves.items():
+            if points:
+                steps, values = zip(*points, strict=True)
+                dots = "o" if name != "train/loss" and len(points) < 50 else ""
+                style = {"color": COLORS[name], "label": CURVE_NAMES[name], "markersize": 3, "linewidth": 1.2}
+                axes.plot(steps, values, dots + "-", **style)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        write_atomic(run / CURVES, picture_of(figure))
     return True

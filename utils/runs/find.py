@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.checkpoints.folder import EXPORT_CONFIG_FILE, STATE_FILE, WEIGHTS_FILE
 from utils.errors import nearest
+from utils.files import expand_home
 from utils.runs.layout import EXPORT, RECORD
 from utils.runs.names import promoted_run
 from utils.runs.run import RunError, read_record, read_status
@@ -35,6 +36,7 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
     Raises:
         RunError: there is no such run, or several ids contain the part.
     """
+    name = expand_home(name)
     if os.path.isfile(os.path.join(name, RECORD)):
         return Path(name)
     if os.sep in name and os.path.isdir(name):
@@ -133,8 +135,8 @@ def find_export(name: str | None, runs_dir: Path) -> Path:
             if (path / EXPORT).is_dir():
                 return path / EXPORT
         raise RunError(f"no run in {runs_dir} has an export yet: python train.py --run-tag baseline makes one")
-    if name and is_export(Path(name)):
-        return Path(name)
+    if name and is_export(Path(expand_home(name))):
+        return Path(expand_home(name))
     path = resolve_run(name, runs_dir)
     export = path / EXPORT
     if not export.is_dir():

@@ -20,9 +20,10 @@ from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
 from utils.files import open_regular, read_bytes, read_json
 from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD, SEAL
+from utils.runs.lock import is_held
 from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
-from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, duration_of, is_held, read_record, seconds_of, status_of
+from utils.runs.run import NO_NOTES, REPRODUCTION, RunError, duration_of, read_record, seconds_of, status_of
 
 STARTING = "starting"  # the state of a tracker in run.json before it is open
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run

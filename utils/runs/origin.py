@@ -18,9 +18,10 @@ from typing import Any, Literal
 from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact, flat, get_value
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
-from utils.files import read_json
+from utils.files import expand_home, read_json
 from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
+from utils.runs.lock import is_elsewhere
 from utils.runs.run import RunError, read_record, status_of
 from utils.terminal.words import setting_text
 
@@ -65,6 +66,7 @@ def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool =
         RunError: there is no such run, or a resume asks for another checkpoint than the newest.
     """
     name, which = split_choice(text)
+    name = expand_home(name)
     if name and is_export(Path(name)):
         if relation != "init" or which not in CHOICES:
             raise RunError(f"{text} is an export, which has nothing but weights: --init-from {name} starts with them")
@@ -109,9 +111,9 @@ def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
     status = status_of(path, record)
     if status == "completed":
         return "it is complete"
-    if status == "running":
+    if status == "running" and not is_elsewhere(path, record):  # else it may have died a moment ago: `Run.resume` waits
         return f"it is being trained by process {record.get('pid')} on {record.get('host')}"
-    if status not in RESUMABLE:
+    if status not in (*RESUMABLE, "running"):
         return f"it {status}: {record.get('exit_reason')}"
     return None if _config_path(path).is_file() else "it ended before its configuration was written"
 

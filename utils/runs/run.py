@@ -1,13 +1,12 @@
 """A run directory in use: its id, its creation, run.json, its status and its lock.
 
-The training process holds a lock (flock) for as long as it lives, so that a reader can tell `running` from `crashed`
-without any help from a process that died. utils/runs/layout.py lists what a run directory contains.
+The training process holds a lock for as long as it lives (utils/runs/lock.py), so that a reader can tell `running` from
+`crashed` without any help from a process that died. utils/runs/layout.py lists what a run directory contains.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import math
@@ -24,16 +23,24 @@ from typing import Any, Literal
 
 from utils.config.settings import check_tag
 from utils.errors import UserError
-from utils.files import change_json, read_json, read_text, regular_fd, write_json
+from utils.files import change_json, read_json, write_json
 from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, fed_note
+from utils.runs.lock import (
+    HEARTBEAT_SECONDS,
+    STALE_HEARTBEAT_SECONDS,
+    RunLock,
+    heart_beats,
+    holder_words,
+    is_elsewhere,
+    is_held,
+    wait_until_silent,
+)
 from utils.runs.record import wrong_fields
 
 SCHEMA_VERSION = 1
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
 NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
 IN_TRACKERS = {"aim", "wandb"}  # views whose data is not in the run directory
-HEARTBEAT_SECONDS = 15.0
-STALE_HEARTBEAT_SECONDS = 60.0  # a run on another host that was silent for this long has crashed
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]  # of run.json
 Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
@@ -104,14 +111,18 @@ class RunDirectoryCreator:
 class Run:
     """A run directory whose lock this process holds. Safe to use from several threads.
 
+    has_flock: False on a file system without it, where the lock file alone says who trains the run.
+
     Use: `run = Run.create(...)` or `Run.resume(...)`; then `run.update(...)` any number of times; at the end
     `run.finish(status, reason)` and `run.release()`, once each.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any], lock_fd: int) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], lock: RunLock, seconds_before: float = 0.0) -> None:
         self.path = path
+        self.seconds_before = seconds_before
+        self.has_flock = lock.has_flock
         self._record = record
-        self._lock_fd = lock_fd
+        self._lock = lock
         self._mutex = threading.Lock()
         self._unwritten: list[Change] = []  # what a full disk, say, has kept out of run.json
         self._ended = threading.Event()
@@ -132,9 +143,8 @@ class Run:
         """
         path = RunDirectoryCreator(runs_dir).create(tag)
         try:
-            lock_fd = regular_fd(path / LOCK, path, os.O_RDWR | os.O_CREAT)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _sign(lock_fd)
+            lock = RunLock(path)
+            lock.sign()
             record = {
                 "schema_version": SCHEMA_VERSION,
                 "id": path.name,
@@ -163,34 +173,28 @@ class Run:
             if isinstance(error, OSError):
                 raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
             raise
-        return cls(path, record, lock_fd)
+        return cls(path, record, lock)
 
     @classmethod
-    def resume(cls, path: Path) -> Run:
+    def resume(cls, path: Path, report: Callable[[str], None] | None = None) -> Run:
         """Take over a run directory whose process has ended; run.json does not change yet.
+
+        Args:
+            report: gets one line before this call waits, up to a minute, for a process of another machine that may
+                have died a moment ago; None: it does not wait.
 
         Raises:
             RunLockedError: the run is being trained; the message names process and host.
             RunError: `path` is not a run directory, or cannot be written.
         """
-        record = read_record(path)
-        here = record.get("host") == socket.gethostname()
-        holder = _holder(path) if here else None
-        holder = holder or f"process {record.get('pid')} on {record.get('host')}"
-        being_trained = RunLockedError(f"run {path.name} is being trained by {holder}")
-        if not here and read_status(path) == "running":
-            raise being_trained
-        try:
-            lock_fd = regular_fd(path / LOCK, path, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock_fd)
-            raise being_trained from None
-        _sign(lock_fd)
-        return cls(path, {**record, **read_record(path)}, lock_fd)
+        record, patience = read_record(path), 0.0
+        seconds = duration_of(path, record, alive=False)  # before the lock file gets another sign of life
+        if is_elsewhere(path, record) and heart_beats(path):
+            if report is None or not wait_until_silent(path, lambda: read_record(path), report):
+                raise _being_trained(path, record)
+            patience = STALE_HEARTBEAT_SECONDS  # for the server of a network disk to free the lock of a dead machine
+        lock = _take_lock(path, record, patience)
+        return cls(path, {**record, **read_record(path)}, lock, seconds)
 
     def restart(self, argv: Sequence[str], step: int, **facts: Any) -> None:
         """Record in run.json that this process continues training at `step`, and how the previous session ended.
@@ -199,7 +203,6 @@ class Run:
             facts: further facts about the new session (git, say).
         """
         record = self.record
-        seconds = duration_of(self.path, record, alive=False)
         previous = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
         if previous["status"] == "running":
             previous["status"] = "crashed"
@@ -209,7 +212,7 @@ class Run:
             status="running",
             exit_reason=None,
             end=None,
-            seconds=round(seconds, 3),
+            seconds=round(self.seconds_before, 3),
             pid=os.getpid(),
             host=socket.gethostname(),
             resumes=[*record.get("resumes", []), session],
@@ -294,7 +297,7 @@ class Run:
         """Release the lock; this process no longer uses the directory."""
         with self._mutex:
             self._ended.set()
-        os.close(self._lock_fd)
+        self._lock.release()
 
 
 def _place(path: Path) -> dict[str, Any]:
@@ -323,19 +326,31 @@ def is_copy(path: Path, record: Mapping[str, Any]) -> bool:
         return False
 
 
-def _sign(lock_fd: int) -> None:
-    """Write this process and host into the lock file, which is also its first heartbeat."""
-    os.ftruncate(lock_fd, 0)
-    os.pwrite(lock_fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+def _take_lock(path: Path, record: Mapping[str, Any], patience: float) -> RunLock:
+    """Take and sign the lock of a run directory; while another process holds it, try again for `patience` seconds.
 
-
-def _holder(path: Path) -> str | None:
-    """The process that holds or last held the lock of a run directory; None if the lock file does not say."""
+    Raises:
+        RunLockedError: another process holds it.
+        RunError: it cannot be written.
+    """
+    deadline = time.monotonic() + patience
     try:
-        pid, host = read_text(path / LOCK, path).split()
-    except (OSError, ValueError):
-        return None
-    return f"process {pid} on {host}"
+        while True:
+            try:
+                lock = RunLock(path)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise _being_trained(path, record) from None
+                time.sleep(0.5)
+        lock.sign()
+    except OSError as error:
+        raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
+    return lock
+
+
+def _being_trained(path: Path, record: Mapping[str, Any]) -> RunLockedError:
+    return RunLockedError(f"run {path.name} is being trained by {holder_words(path, record)}")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -377,29 +392,6 @@ def change_record(path: Path, **facts: Any) -> None:
         change_json(path / RECORD, lambda record: {**record, **facts}, lambda place: read_record(place.parent))
     except OSError as error:
         raise RunError(f"{path / RECORD} cannot be written: {error.strerror}") from None
-
-
-def lock_is_free(path: Path) -> bool:
-    """True if no process of this host holds the lock of the run directory `path`."""
-    try:
-        fd = regular_fd(path / LOCK, path)
-    except OSError:  # there is none, or something else under its name, which no process holds
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
-
-
-def wait_until_free(path: Path, seconds: float) -> bool:
-    """Wait at most `seconds` for the lock of the run directory `path`; True if it is free."""
-    deadline = time.monotonic() + seconds
-    while not (free := lock_is_free(path)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return free
 
 
 def seconds_of(moment: Any) -> float | None:
@@ -446,13 +438,3 @@ def status_of(path: Path, record: Mapping[str, Any]) -> str:
     if record["status"] != "running":
         return str(record["status"])
     return "running" if is_held(path, record) else "crashed"
-
-
-def is_held(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a process trains the run directory `path`, or closes it: on this host, or on another by its heartbeat."""
-    if record.get("host") == socket.gethostname():
-        return not lock_is_free(path)
-    try:
-        return time.time() - (path / LOCK).stat().st_mtime <= STALE_HEARTBEAT_SECONDS
-    except OSError:
-        return False

@@ -17,6 +17,7 @@ from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fa
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
 from utils.errors import UserError, nearest, number_text
+from utils.files import expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import printable, setting_text
@@ -71,6 +72,14 @@ def _dashed(word: str, flags: Sequence[str]) -> str:
     name, equals, value = word.partition("=")
     dashed = name.replace("_", "-")
     return dashed + equals + value if dashed in flags else word
+
+
+def place(text: str) -> Path:
+    """The type of a flag that takes a path; `~` is the home folder, which a shell leaves as it is in `--flag=~/x`."""
+    try:
+        return Path(expand_home(text))
+    except UserError as error:  # of a ValueError argparse would hide the words
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
@@ -167,10 +176,10 @@ def parse_experiment(
         metavar="FILE",
         action="append",
         default=[],
-        type=Path,
+        type=place,
         help="settings on top of configs/ (repeatable)",
     )
-    files.add_argument("--config-dir", metavar="DIR", type=Path, help="folder of the shared files (default: configs)")
+    files.add_argument("--config-dir", metavar="DIR", type=place, help="folder of the shared files (default: configs)")
     parser.usage = parser.usage or f"python {parser.prog} [--config FILE ...] [--FLAG VALUE ...]"
     wants_help = "-h" in argv or "--help" in argv
     defaults, broken = _merged_defaults(argv, root) if wants_help else (Config(), None)
@@ -185,8 +194,8 @@ def parse_experiment(
 def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | None]:
     """The configuration in the files, for the help; the built-in defaults and the reason if they cannot be merged."""
     files_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files_only.add_argument("--config", action="append", default=[], type=Path)
-    files_only.add_argument("--config-dir", type=Path)
+    files_only.add_argument("--config", action="append", default=[], type=place)
+    files_only.add_argument("--config-dir", type=place)
     try:
         args, _ = files_only.parse_known_args([_dashed(word, ["--config-dir"]) for word in argv])
         return ConfigLoader(root, args.config_dir).load(args.config).config, None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
+from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
     Origin,
     check_overrides,
@@ -18,7 +19,7 @@ from utils.runs.origin import (
     recorded_config,
     resumable_runs,
 )
-from utils.runs.run import read_record, wait_until_free
+from utils.runs.run import read_record
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser
 from utils.terminal.words import printable
 

@@ -8,7 +8,6 @@ recommendations for gradient-based training of deep architectures; cited by Smit
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +18,10 @@ from rich.console import RenderableType
 
 from utils.config.loader import flag_name
 from utils.errors import UserError
-from utils.files import write_atomic, write_json
+from utils.files import json_text, write_output
 from utils.optim.schedules import set_learning_rate
 from utils.terminal.console import Terminal
+from utils.terminal.pictures import new_figure, picture_of
 from utils.terminal.words import fact_lines
 from utils.training.state import TrainState
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
@@ -218,29 +218,23 @@ def save(result: LrRange, folder: Path) -> list[Path]:
         OSError: they cannot be written.
     """
     facts_file, picture = folder / "lr_range.json", folder / "lr_range.png"
-    write_json(facts_file, {**asdict(result), "rule": RULE})
-    write_atomic(picture, draw(result))
+    write_output(facts_file, json_text({**asdict(result), "rule": RULE}))
+    write_output(picture, draw(result))
     return [facts_file, picture]
 
 
 def draw(result: LrRange) -> bytes:
     """The picture, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.semilogx(result.rates, result.losses, color=COLORS["raw"], linewidth=1, label="loss of each step")
-    axes.semilogx(result.rates, result.smoothed, color=COLORS["smoothed"], linewidth=1.6, label="smoothed")
-    marks = {"falls fastest": result.steepest, "suggestion": result.suggestion, "stops falling": result.edge}
-    for name, rate in marks.items():
-        if rate is not None:
-            axes.axvline(rate, color=COLORS[name], linestyle="--", linewidth=1.2, label=f"{name}: {rate:.2g}")
-    axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_ends(result))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
+    with new_figure(8, 4.5, dpi=120) as figure:
+        axes = figure.add_subplot()
+        axes.semilogx(result.rates, result.losses, color=COLORS["raw"], linewidth=1, label="loss of each step")
+        axes.semilogx(result.rates, result.smoothed, color=COLORS["smoothed"], linewidth=1.6, label="smoothed")
+        marks = {"falls fastest": result.steepest, "suggestion": result.suggestion, "stops falling": result.edge}
+        for name, rate in marks.items():
+            if rate is not None:
+                axes.axvline(rate, color=COLORS[name], linestyle="--", linewidth=1.2, label=f"{name}: {rate:.2g}")
+        axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_ends(result))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        return picture_of(figure)

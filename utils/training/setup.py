@@ -181,7 +181,7 @@ def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
     if data.dataset in CORPORA:
         return loaded
     start = Path.cwd() if source.startswith("--") or source == "code" else root
-    path = Path(os.path.abspath(start / os.path.expanduser(data.dataset)))
+    path = Path(os.path.abspath(start / data.dataset))
     if not path.exists():
         return loaded  # load_corpus names what was written
     config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})

@@ -27,6 +27,7 @@ from utils.runs.layout import (
     CONFIG,
     CONFIG_SOURCES,
     FLIGHT_RECORDER,
+    LOCK,
     LOGS,
     META,
     METRIC_REGISTRY,
@@ -36,6 +37,7 @@ from utils.runs.layout import (
     TOKENIZER,
     session_meta,
 )
+from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.runs.log import cut_logs
 from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
@@ -79,9 +81,12 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         if origin is not None and setup.checkpoint is not None:
             record["parent"] = parent_facts(origin, setup.checkpoint.step, setup.checkpoint.state)
         start = Start(setup.checkpoint, origin.relation) if origin else Start()
-        return Run.create(setup.runs_dir, setup.config.tracking.run_tag, **record), start
+        run = Run.create(setup.runs_dir, setup.config.tracking.run_tag, **record)
+        _warn_without_flock(run, terminal)
+        return run, start
 
-    run = Run.resume(origin.run)
+    run = Run.resume(origin.run, terminal.print)
+    _warn_without_flock(run, terminal)
     try:
         mend(run.path, terminal.warn)
         record, recorded_tag = run.record, read_settings(run.path).get("run_tag")
@@ -110,6 +115,14 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
         run.release()
         raise
     return run, start
+
+
+def _warn_without_flock(run: Run, terminal: Terminal) -> None:
+    if not run.has_flock:
+        terminal.warn(
+            f"{run.path.parent}: this file system has no flock: the file {LOCK} in the run directory, touched every "
+            f"{HEARTBEAT_SECONDS:.0f} s, says who trains it"
+        )
 
 
 def with_old_end(setup: Setup, run: Run, start: Start) -> Setup:
