@@ -11,8 +11,8 @@ Train, look at runs, generate:
 
 Settings are those of the command line, with the same names and the same checks. They are given as keywords
 (`learning_rate=3e-3`), as a mapping, flat or by section, or as a Config. What keywords and mappings leave out comes
-from the files in configs/, as on the command line; `load_config` gives the same as a Config. A Config made by hand has the built-in defaults for what
-it leaves out. It ignores configs/, and is taken as it is:
+from the files in configs/, as on the command line; `load_config` gives the same as a Config. A Config made by hand has
+the built-in defaults for what it leaves out. It ignores configs/, and is taken as it is:
 
     >>> from workbench import Config, DataConfig, InferenceConfig, ModelConfig
     >>> from workbench import OptimizerConfig, TrackingConfig, TrainConfig
@@ -62,7 +62,7 @@ import functools
 import hashlib
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -178,7 +178,7 @@ def train(config: Settings | None = None, *, quiet: bool = False, strict: bool =
     """Run one experiment: a run directory, the training loop, the export.
 
     Args:
-        config: a Config, taken as it is (see `load_config`); or settings by name, flat or by section, on top of configs/.
+        config: a Config, which is taken as it is; or settings by name, flat or by section, on top of configs/.
         quiet: print warnings only.
         strict: what the preflight would report is an error.
         settings: by name, on top of `config`.

@@ -16,7 +16,9 @@ def executed(folder: Path, *cells: str) -> list[str]:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
-    return ["".join(output.get("text") or str(output.get("data")) for output in cell.outputs) for cell in notebook.cells]
+    return [
+        "".join(output.get("text") or str(output.get("data")) for output in cell.outputs) for cell in notebook.cells
+    ]
 
 
 def test_quiet_training_shows_nothing_and_other_training_each_line_once(tmp_path: Path, tiny_corpus: Path) -> None:
