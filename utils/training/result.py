@@ -65,10 +65,8 @@ class TrainResult(Mapping[str, Any]):
         if last is None or best is None or last <= FAR_WORSE * best or (self.exported or "").startswith("best"):
             return None
         of_export = ", and the export has the last weights" if self.exported else ""
-        return (
-            f"the last val/loss, {last:.4f}, is far worse than the best, {best:.4f} at step {self.best_step:,}{of_export}"
-            " (--export-weights best exports the best ones)"
-        )
+        found = f"the last val/loss, {last:.4f}, is far worse than the best, {best:.4f} at step {self.best_step:,}"
+        return f"{found}{of_export} (--export-weights best exports the best ones)"
 
     @property
     def exit_status(self) -> int:
