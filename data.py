@@ -219,6 +219,11 @@ def _epoch_order(seed: int, stream: str, epoch: int, n_windows: int, n_phases: i
     return int(words[0] % np.uint64(n_phases)), np.argsort(words[1:], kind="stable")
 
 
+def windows_of_pass(n_tokens: int, block_size: int) -> int:
+    """How many windows a pass over a split visits."""
+    return max(n_tokens // block_size - 1, 1)
+
+
 def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int, block_size: int) -> np.ndarray:
     """Start offsets of samples first .. first + count - 1 of a stream, shape (count,), int64.
 
@@ -226,7 +231,7 @@ def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int
     random order. Offsets drawn independently would leave a third of the text unseen after as many samples as
     a pass has; the effect on the loss is within the noise of seeds (docs/LOG.md).
     """
-    n_windows = max(n_tokens // block_size - 1, 1)
+    n_windows = windows_of_pass(n_tokens, block_size)
     n_phases = n_tokens - n_windows * block_size
     parts = []
     for epoch in range(first // n_windows, (first + count - 1) // n_windows + 1):
@@ -291,11 +296,16 @@ class BatchSampler:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`count` fixed batches of `train_eval` or `val`, each in `micro_steps` parts: the same at every evaluation.
 
-        They depend on the number and length of the sequences, not on the seed.
+        They depend on the number and length of the sequences, not on the seed. Where the split has fewer windows, they
+        are all of these, once, and the last part is smaller.
         """
-        share = self.batch_size // micro_steps
-        for index in range(count * micro_steps):
-            yield self._batch(stream, EVALUATION_SEED, index * share, share)
+        share, end = self.batch_size // micro_steps, self.evaluation_windows(stream, count)
+        for first in range(0, end, share):
+            yield self._batch(stream, EVALUATION_SEED, first, min(share, end - first))
+
+    def evaluation_windows(self, stream: str, count: int) -> int:
+        """How many sequences `count` evaluation batches have: those of the split at most."""
+        return min(count * self.batch_size, windows_of_pass(len(self.corpus.split(stream)), self.block_size))
 
     def _batch(self, stream: str, seed: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.corpus.split(stream)

@@ -4,7 +4,8 @@ python experiments.py list --sort val_loss
 python experiments.py diff baseline wider
 python experiments.py reproduce baseline --steps 200
 
-RUN is a path, an id, a tag (the newest run wins), latest, NAME@vN of a promoted run, or a part of an id.
+RUN is a path, an id, a tag, latest, NAME@vN of a promoted run, or a part of an id. A tag names its newest run; for
+compare, plot and report it names all its runs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pathlib import Path
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
 from utils.experiments.commands import (
+    ALL_RUNS,
     COMMANDS,
     METRIC,
     RUN,
     RUNS,
+    WHERE,
     Answer,
+    all_named_runs,
     command,
     fields_of,
     flag,
@@ -57,10 +61,11 @@ def main(argv: Sequence[str]) -> int:
 @command(
     "list",
     "a table of the runs, oldest first",
-    flag("--where", metavar="SQL", help="condition: \"status = 'completed' and learning_rate > 1e-3\""),
+    WHERE,
     flag("--sort", metavar="SQL", help='column to sort by: val_loss, "steps desc"'),
     flag("--columns", metavar="A,B", help="columns to show: facts (--columns all) and settings"),
-    flag("--limit", type=int, metavar="N", help="show the first N (without --sort: the newest N)"),
+    flag("--limit", type=int, metavar="N", help="show the first N (without --sort: the newest N; default: 20)"),
+    flag("--all", action="store_true", help="show all; --json always does, unless --limit is given"),
 )
 def list_runs(args: argparse.Namespace) -> Answer:
     from utils.experiments.sql import choose_runs
@@ -70,14 +75,18 @@ def list_runs(args: argparse.Namespace) -> Answer:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     folder = runs_folder(args)
     everything = read_index(folder)
-    runs = choose_runs(everything, args.where, args.sort, args.limit)
+    fitting = choose_runs(everything, args.where, args.sort)
+    limit = args.limit or (len(fitting) if args.all or args.json else SHOWN)
+    runs = fitting[:limit] if args.sort else fitting[-limit:]
+    others = fitting[limit:] if args.sort else fitting[:-limit]
     columns = chosen_columns(args.columns, runs)
     rows = [run.row() for run in runs] if args.json else []
     rows = [{column: row.get(column) for column in columns} for row in rows] if columns else rows
     none = f"none of {len(everything):,} runs fits" if everything else f"{folder} has no runs yet: {FIRST_RUN}"
-    return Answer(rows, lambda console: list_screen(runs, columns, console) if runs else [none])
+    return Answer(rows, lambda console: list_screen(runs, columns, console, others) if runs else [none])
 
 
+SHOWN = 20  # runs of a list, unless more are asked for
 FIRST_RUN = "python train.py --run-tag baseline makes one"
 
 
@@ -126,14 +135,14 @@ def diff(args: argparse.Namespace) -> Answer:
 @command(
     "compare",
     "which runs are better, and is it more than noise? Runs that differ only in seed are one group",
-    RUNS,
+    *ALL_RUNS,
     METRIC,
 )
 def compare(args: argparse.Namespace) -> Answer:
     from utils.experiments.compare import compare
     from utils.experiments.comparison_tables import comparison_screen
 
-    found = compare(named_runs(args, least=2), args.metric)
+    found = compare(all_named_runs(args, least=2), args.metric)
     return Answer(found, lambda console: comparison_screen(found))
 
 
@@ -159,7 +168,7 @@ def explain(args: argparse.Namespace) -> Answer:
 @command(
     "plot",
     "curves of runs, in the terminal or as a picture",
-    RUNS,
+    *ALL_RUNS,
     METRIC,
     flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
     flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
@@ -170,7 +179,7 @@ def plot(args: argparse.Namespace) -> Answer:
 
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
-    curves = load_curves(named_runs(args), args.metric, args.x, args.smooth)
+    curves = load_curves(all_named_runs(args), args.metric, args.x, args.smooth)
     if args.out:
         write_out(args.out, lambda: save_plot(curves, args.metric, args.x, args.out))
     data = {"metric": args.metric, "x": args.x, "curves": curves, "out": args.out}
@@ -182,13 +191,13 @@ def plot(args: argparse.Namespace) -> Answer:
 @command(
     "report",
     "one HTML page about runs that needs no other file and no network",
-    RUNS,
+    *ALL_RUNS,
     flag("--out", type=place, metavar="FILE", default=Path("report.html"), help="(default: report.html)"),
 )
 def report(args: argparse.Namespace) -> Answer:
     from utils.experiments.report import write_report
 
-    runs = named_runs(args)
+    runs = all_named_runs(args)
     write_out(args.out, lambda: write_report(runs, args.out, PROJECT_ROOT))
     return Answer({"runs": [run.id for run in runs], "out": args.out}, lambda console: [str(args.out)])
 

@@ -11,7 +11,8 @@ Train, look at runs, generate:
 
 Settings are those of the command line, with the same names and the same checks. They are given as keywords
 (`learning_rate=3e-3`), as a mapping, flat or by section, or as a Config. What keywords and mappings leave out comes
-from the files in configs/, as on the command line; a Config is complete, and is taken as it is:
+from the files in configs/, as on the command line; `load_config` gives the same as a Config. A Config made by hand has
+the built-in defaults for what it leaves out. It ignores configs/, and is taken as it is:
 
     >>> from workbench import Config, DataConfig, InferenceConfig, ModelConfig
     >>> from workbench import OptimizerConfig, TrackingConfig, TrainConfig
@@ -116,6 +117,7 @@ __all__ = [
     "UserError",
     "create_model",
     "get_model_info",
+    "load_config",
     "load_model",
     "register_metric",
     "resume",
@@ -139,6 +141,36 @@ def __dir__() -> list[str]:
     return __all__
 
 
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+def load_config(*layers: Mapping[str, Any] | str | Path, **settings: Any) -> Config:
+    """The configuration that the command line would train with: the defaults, then configs/, then what is given here.
+
+    `Config()` is not that: it has the built-in defaults only.
+
+    Args:
+        layers: files like those of `--config`, from the current folder, or settings by name, flat or by section; the
+            later ones win.
+        settings: by name, on top of all.
+
+    Raises:
+        UserError: a mistake in the settings or in a file.
+
+    >>> config = load_config({"model": {"n_layer": 2}}, learning_rate=3e-3)
+    >>> config.model.n_layer, config.train.max_iters, Config().train.max_iters
+    (2, 6, 2000)
+    """
+    loader = ConfigLoader(PROJECT_ROOT)
+    loaded = loader.load()
+    for layer in (*layers, settings):
+        if isinstance(layer, Mapping):
+            loaded = loader.load_code(layer, loaded)
+        else:
+            loaded = loader.load_onto(loaded, [Path(layer)])
+    return loaded.config
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -146,7 +178,7 @@ def train(config: Settings | None = None, *, quiet: bool = False, strict: bool =
     """Run one experiment: a run directory, the training loop, the export.
 
     Args:
-        config: a Config, or settings by name, flat or by section.
+        config: a Config, which is taken as it is; or settings by name, flat or by section, on top of configs/.
         quiet: print warnings only.
         strict: what the preflight would report is an error.
         settings: by name, on top of `config`.

@@ -21,9 +21,10 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import common
-from utils.runs.layout import CHECKPOINTS, CONFIG, RECORD, TENSORBOARD
+from utils.runs.layout import CHECKPOINTS, CONFIG, RECORD
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
+from utils.tracking.tensorboard import event_files
 
 WHERE = "status = 'completed' and learning_rate > 1e-3"
 GROUP_BY = "SELECT run, min(train_loss), avg(grad_norm), count(*) FROM metrics GROUP BY run ORDER BY 2 LIMIT 10"
@@ -89,7 +90,8 @@ def make_runs(folder: Path, count: int, steps: int, files: Sequence[Path]) -> li
     }
     template = train.train(common.load_config(files, folder, {**sizes, **rare, **fixed}), quiet=True).run_dir
     shutil.rmtree(template / CHECKPOINTS)
-    shutil.rmtree(template / TENSORBOARD)
+    for path in event_files(template):
+        path.unlink()
     record = json.loads((template / RECORD).read_text())
     config = json.loads((template / CONFIG).read_text())
     for number in range(1, count):

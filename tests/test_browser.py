@@ -326,7 +326,7 @@ def test_tensorboard_scalars_draws_a_curve_a_run(
 ) -> None:
     page.goto(f"{tensorboard_url}/#scalars&tagFilter=loss")
     for run in runs:
-        expect(page.locator("tf-multi-checkbox").get_by_text(f"{run.id}/logs/tensorboard")).to_be_visible()
+        expect(page.locator("tf-multi-checkbox").get_by_text(run.id)).to_be_visible()
     for tag in ("train/eval_loss", "train/loss", "val/loss"):
         expect(page.locator("tf-card-heading").get_by_text(f"tag: {tag}", exact=True).first).to_be_attached()
     lines = page.locator("tf-scalar-card vz-line-chart2 path.line[d^=M]")
@@ -376,13 +376,13 @@ def test_tensorboard_hparams_compares_the_sessions(
     page.goto(f"{tensorboard_url}/#hparams")
     cells = page.locator("tf-hparams-table-view vaadin-grid-cell-content:visible")
     for run in runs:
-        expect(cells.get_by_text(f"{run.id}/logs/tensorboard")).to_be_visible()
+        expect(cells.get_by_text(run.id)).to_be_visible()
     shot("tensorboard_hparams")
     texts = [text.strip() for text in cells.all_inner_texts()]
     for name in ("optimizer.learning_rate", "tracking.run_tag", "val/loss"):  # visible without a click
         assert name in texts
     for run in runs:
-        row = texts[texts.index(f"{run.id}/logs/tensorboard") :][:8]
+        row = texts[texts.index(run.id) :][:8]
         assert run.id.rpartition("_")[2] in row
         assert float(run.learning_rate) in [float(text) for text in row if text.replace(".", "").isdigit()]
         assert f"{run.val_loss:#.5g}" in row
@@ -403,7 +403,7 @@ def test_tensorboard_custom_scalars_has_our_layout(
         expect(card.locator("path.line[d^=M]").nth(curves - 1)).to_be_attached()
     card = cards.filter(has_text="train and val").first
     card.locator(".toggle-matches-button").click()
-    curves = [f"{tag} ({run.id}/logs/tensorboard)" for run in runs for tag in ("train/eval_loss", "val/loss")]
+    curves = [f"{tag} ({run.id})" for run in runs for tag in ("train/eval_loss", "val/loss")]
     for curve in curves:
         expect(card.locator(".match-list-entry").filter(has_text=curve)).to_be_visible()
     shot("tensorboard_custom_scalars")

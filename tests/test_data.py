@@ -404,7 +404,8 @@ def test_train_batches_depend_on_the_seed_and_evaluation_batches_do_not() -> Non
 
 
 def test_evaluation_batches_differ_from_each_other() -> None:
-    batches = [inputs for inputs, _ in sampler().evaluation_batches("val", 3)]
+    one = BatchSampler(counting_corpus(1000, 500), 8, 12, 0, CPU)
+    batches = [inputs for inputs, _ in one.evaluation_batches("val", 3)]
     assert [batch.shape for batch in batches] == [(12, 8)] * 3
     assert len({tuple(batch.flatten().tolist()) for batch in batches}) == 3
 
@@ -415,14 +416,26 @@ def test_samples_stay_inside_their_split_and_reach_all_of_it() -> None:
     assert (train.min(), train.max()) == (0, 79)
     for stream, low, high in (("train_eval", 0, 79), ("val", 80, 99)):
         tokens = torch.cat([torch.cat(pair) for pair in one.evaluation_batches(stream, 100)])
-        assert (tokens.min(), tokens.max()) == (low, high)
+        assert low <= tokens.min() < tokens.max() <= high
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_an_evaluation_reads_a_split_at_most_once(micro_steps: int) -> None:
+    one = BatchSampler(counting_corpus(1000, 500), 8, 12, 0, CPU)
+    for stream in ("train_eval", "val"):
+        batches = [inputs for inputs, _ in one.evaluation_batches(stream, 1000, micro_steps)]
+        assert one.evaluation_windows(stream, 1000) == 500 // 8 - 1 == sum(map(len, batches))
+        tokens = torch.cat(batches).flatten()
+        assert len(tokens.unique()) == len(tokens)
+        assert {len(batch) for batch in batches[:-1]} == {12 // micro_steps}
+        assert len(list(one.evaluation_batches(stream, 2, micro_steps))) == 2 * micro_steps
 
 
 def test_a_split_of_one_window_gives_that_window() -> None:
     one = BatchSampler(counting_corpus(100, 91), 8, 2, 0, CPU)
     ((inputs, targets),) = one.evaluation_batches("val", 1)
-    assert inputs.tolist() == [list(range(91, 99))] * 2
-    assert targets.tolist() == [list(range(92, 100))] * 2
+    assert inputs.tolist() == [list(range(91, 99))]
+    assert targets.tolist() == [list(range(92, 100))]
 
 
 # ------------------------------------------------------------------------ the tokenizer of a model

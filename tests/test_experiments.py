@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from fake_runs import make_run, training_records, write
+from fake_runs import indexed, make_run, training_records, write
+from rich.console import Console
 
 import experiments
 import inference
+from utils.experiments.tables import columns_of, list_table
 
 Ask = Callable[..., Any]
 
@@ -71,8 +75,7 @@ def test_list_shows_settings_that_differ_and_marks_damaged_runs(ask: Ask) -> Non
         "age",
         "duration",
         "steps",
-        "val",
-        "loss",
+        *("best", "val", "last", "val"),
         "learning_rate",
         "seed",
         "commit",
@@ -82,6 +85,55 @@ def test_list_shows_settings_that_differ_and_marks_damaged_runs(ask: Ask) -> Non
     assert "! 20260101_000000_half: an empty folder" in text
     assert "! a_file: a file, where a run directory was expected" in text
     assert "has schema_version 99, this workbench reads 1" in text
+
+
+def test_list_shows_the_newest_twenty_and_says_how_many_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").mkdir()
+    for i in range(22):
+        make_run(tmp_path, f"run_{i:02d}", start=f"2026-01-{i + 1:02d}T12:00:00.000+00:00")
+
+    def listed(*words: str) -> str:
+        assert experiments.main(["list", "--runs-dir", str(tmp_path), *words]) == 0
+        return capsys.readouterr().out
+
+    newest = listed()
+    assert re.findall(r"^run_\d\d", newest, re.MULTILINE) == [f"run_{i:02d}" for i in range(2, 22)]
+    assert newest.endswith("20 of 23 runs (--all shows all); 1 of the others cannot be read\n")
+    assert "20 of 22 runs (--all shows all)\n" in listed("--where", "status = 'completed'", "--sort", "id")
+    assert listed("--all").count("run_") == 22
+    assert len(json.loads(listed("--json"))) == 23
+    assert len(json.loads(listed("--json", "--limit", "3"))) == 3
+
+
+def test_a_tag_means_all_its_runs_where_several_runs_are_compared(ask: Ask) -> None:
+    groups = [("slow", 3), ("fast", 3)]
+    for words in (("slow", "fast"), ("--where", "learning_rate > 0"), ("slow", "fast", "--where", "seed < 9")):
+        found = ask("compare", *words, "--json")
+        assert [(group["name"], len(group["runs"])) for group in found["groups"]] == groups
+        assert [verdict["verdict"] for verdict in found["verdicts"]] == ["worse"]
+    assert len(ask("plot", "fast", "--where", "seed > 1", "--json")["curves"]) == 2
+    assert len(ask("diff", "slow", "fast", "--json")["runs"]) == 2
+    assert "compare: expected RUN or --where SQL" in ask("compare", status=2)
+    assert "expected a run, got 0: --where seed > 9" in ask("report", "--where", "seed > 9", status=2)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_setting_takes_the_place_of_what_matters_most(runs_dir: Path, width: int) -> None:
+    runs = [
+        indexed(runs_dir, f"20260131_14250{i}_a_long_tag_for_a_run", tag="a_long_tag_for_a_run", settings=settings)
+        for i, settings in enumerate(({"n_embd": 64}, {"n_embd": 32, "learning_rate": 0.00123456789, "seed": 3}))
+    ]
+    console = Console(width=width, file=io.StringIO())
+    console.print(list_table(runs, columns_of(runs), width))
+    lines = console.file.getvalue().splitlines()
+    text = " ".join(" ".join(lines[:3]).split())
+    for word in ("id", "tag", "status", "best", "last", "completed", "2.0000", "2.5000"):
+        assert word in text, lines
+    assert "learning_rate" not in lines[0]
+    assert max(map(len, lines)) <= width
+    assert "".join(line[:12].strip() for line in lines).count("a_long_tag_for_a_run") >= (1 if width < 80 else 0)
 
 
 def test_list_where_sort_columns_and_limit(ask: Ask) -> None:
@@ -195,7 +247,7 @@ def test_edit_changes_tag_note_tags_and_pin(ask: Ask, runs: Path) -> None:
     answer = ask("edit", "fast", "--note", "the <best> one", "--pin", "--add-tag", "keep", "--tag", "quick", "--json")
     assert answer == {"tag": "quick", "tags": ["keep"], "note": "the <best> one", "pinned": True}
     (row,) = ask("list", "--where", "pinned", "--json")
-    assert (row["tag"], row["tags"], row["note"]) == ("quick", "keep", "the <best> one")
+    assert (row["tag"], row["tags"], row["note"]) == ("quick", ["keep"], "the <best> one")
     assert "the <best> one" in ask("show", "quick")
     assert "--tag: " in ask("edit", "quick", "--tag", "a b", status=2)
     assert "expected --tag, --note" in ask("edit", "quick", status=2)

@@ -53,7 +53,7 @@ def test_a_signal_ends_after_the_step(
     assert (record["status"], record["exit_reason"]) == ("interrupted", signum.name)
     losses = read_metrics(run / "logs", "train/loss")
     assert [step for step, _ in losses] == list(range(record["last_step"]))
-    events = EventAccumulator(str(run / "logs" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(s, pytest.approx(v)) for s, v in losses]
 
 

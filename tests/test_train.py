@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.io_wrapper import GetLogdirSubdirectories
 
 import train
 import utils.training.step
@@ -54,7 +55,8 @@ def test_a_run_directory_explains_itself(tiny_argv: Argv, only_run: Callable[[],
         "artifacts/export/tokenizer.json",
     ]
     assert [name for name in expected if not (run / name).is_file()] == []
-    assert len(list((run / "logs" / "tensorboard").glob("events.*"))) == 1
+    assert len(list(run.glob("events.*"))) == 1
+    assert list(GetLogdirSubdirectories(str(run.parent))) == [str(run)]  # TensorBoard calls the run by its id
     record = read_record(run)
     assert (record["status"], record["tag"], record["last_step"]) == ("completed", "first", 6)
     assert record["argv"][0] == "train.py"

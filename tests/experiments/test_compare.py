@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runs import indexed, make_run, training_records, write
+from fake_runs import RESOLVED, indexed, make_run, training_records, write
 
 from utils.errors import UserError
 from utils.experiments.compare import SeedGroup, compare, judge, metric_direction
@@ -133,27 +133,34 @@ def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        {"patch": "a change"},
-        {"git": {"commit": "d" * 40}},
-        {"resolved": {"corpus_hash": "another", "tokenizer_hash": "tokenizer"}},
-        {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "another"}},
-        {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "tokenizer", "dtype": "bfloat16"}},
-        {"settings": {"dropout": 0.1}},
+        ({"patch": "diff --git a/model.py b/model.py\n+1\n"}, "uncommitted code in model.py"),
+        ({"git": {"commit": "d" * 40}}, "commit dddddddddd, not cccccccccc"),
+        ({"resolved": {**RESOLVED, "corpus_hash": "another"}}, "corpus another, not corpus"),
+        ({"resolved": {**RESOLVED, "tokenizer_hash": "another"}}, "tokenizer another, not tokenizer"),
+        ({"resolved": {**RESOLVED, "dtype": "bfloat16"}}, "dtype bfloat16, not float32"),
+        ({"settings": {"dropout": 0.1, "n_layer": 2}}, "dropout 0.1, not 0; n_layer 2, not 4"),
+        (
+            {"parent": {"run": "mother", "path": "/runs/mother", "step": 1000, "relation": "fork"}},
+            "first weights of mother at step 1,000 (fork), not none",
+        ),
     ],
     ids=str,
 )
-def test_other_code_corpus_or_settings_are_another_group(runs_dir: Path, change: dict[str, Any]) -> None:
-    same = {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "tokenizer", "dtype": "float32"}}
+def test_other_code_corpus_or_settings_are_another_group_and_it_says_which(
+    runs_dir: Path, change: dict[str, Any], words: str
+) -> None:
     runs = [
-        indexed(runs_dir, "a", tag="x", metrics=training_records([1.0]), **same),
-        indexed(runs_dir, "b", tag="x", metrics=training_records([2.0]), **{**same, **change}),
+        indexed(runs_dir, "a", tag="x", metrics=training_records([1.0])),
+        indexed(runs_dir, "b", tag="x", metrics=training_records([2.0]), **change),
     ]
     comparison = compare(runs)
     assert [group.runs for group in comparison.groups] == [("a",), ("b",)]
     assert len({group.name for group in comparison.groups}) == 2
     assert [verdict.verdict for verdict in comparison.verdicts] == ["too few seeds"]
+    first, second = (group.name for group in comparison.groups)
+    assert comparison.splits == [f"{second} is not {first}: {words}"]
 
 
 def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fake_runs import make_run, training_records, write
 
 from utils.errors import UserError
-from utils.experiments.sql import RunDatabase
+from utils.experiments.sql import RunDatabase, choose_runs
 from utils.runs.index import read_index
 
 SECRET = "TOPSECRET"
@@ -39,6 +39,17 @@ def database(runs_dir: Path) -> RunDatabase:
     return RunDatabase(read_index(runs_dir))
 
 
+def test_a_list_is_a_list_in_sql(runs_dir: Path) -> None:
+    settings = {"callbacks": ["a:A", "b:B"], "eval_at": [3, 5]}
+    make_run(runs_dir, "one", notes={"tags": ["mine", "old"]}, settings=settings)
+    make_run(runs_dir, "two", notes={"tags": ["not mine"]})
+    (runs_dir / "bad").mkdir()
+    runs = read_index(runs_dir)
+    for condition in ("'mine' in tags", "list_contains(tags, 'old')", "'b:B' in callbacks", "5 in eval_at"):
+        assert [run.id for run in choose_runs(runs, condition)] == ["one"], condition
+    assert RunDatabase(runs).select("SELECT unnest(tags) FROM runs").rows == [("mine",), ("old",), ("not mine",)]
+
+
 def metrics_of(runs_dir: Path, log: str | bytes, columns: str = "step", registry: Any = None) -> list[tuple[Any, ...]]:
     """Rows of `metrics` of one run with this log."""
     run = make_run(runs_dir, "run")
@@ -55,9 +66,9 @@ def test_runs_has_one_row_a_run_with_typed_columns(database: RunDatabase) -> Non
     assert table.columns == ["id", "status", "start", "seed", "val_loss", "dirty", "steps", "n_layer", "tags"]
     start = datetime(2026, 1, 31, 14, 25, 1)
     assert table.rows == [
-        ("bad", "damaged", None, None, None, None, None, None, ""),
-        ("one", "completed", start, 1, 2.0, False, 100, 4, ""),
-        ("two", "completed", start, 2, 1.0, False, 100, 4, ""),
+        ("bad", "damaged", None, None, None, None, None, None, []),
+        ("one", "completed", start, 1, 2.0, False, 100, 4, []),
+        ("two", "completed", start, 2, 1.0, False, 100, 4, []),
     ]
 
 

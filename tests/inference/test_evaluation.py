@@ -12,7 +12,7 @@ from data import BatchSampler, Corpus, sample_offsets
 from model import LanguageModel
 from tests.tiny_export import char_tokenizer
 from utils.config.settings import ModelConfig
-from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating, split_loss
+from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating, split_loss
 from utils.inference.graphs import Graphs
 
 VOCAB, BLOCK = 13, 8
@@ -55,11 +55,24 @@ def test_the_estimate_is_the_mean_over_the_fixed_windows(
     tokens = sampler.corpus.tokens
     expected = {}
     for name, stream, split in (("train/eval_loss", "train_eval", tokens[:200]), ("val/loss", "val", tokens[200:])):
-        offsets = sample_offsets(0, stream, 0, 5 * eval_iters, len(split), BLOCK)
+        count = min(5 * eval_iters, len(split) // BLOCK - 1)  # once at most
+        offsets = sample_offsets(0, stream, 0, count, len(split), BLOCK)
         windows = [window_loss(model, split[start : start + BLOCK + 1]) for start in offsets]
         expected[name] = torch.cat(windows).mean().item()
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses["val/loss"] != pytest.approx(losses["train/eval_loss"], rel=1e-4)
+
+
+def test_the_estimate_can_be_stopped_between_batches(model: LanguageModel, sampler: BatchSampler) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(done: int, total: int) -> bool:
+        seen.append((done, total))
+        return len(seen) < 3
+
+    with pytest.raises(EvaluationStoppedError):
+        estimate_loss(BatchLoss(model, contextlib.nullcontext), sampler, 2, 1, watch)
+    assert seen == [(0, 20), (5, 20), (10, 20)]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -93,7 +106,7 @@ def test_a_recorded_loss_is_the_loss(
 ) -> None:
     plain, recorded = BatchLoss(model, contextlib.nullcontext), BatchLoss(model, contextlib.nullcontext)
     monkeypatch.setattr(recorded, "_graphs", Graphs(torch.device("cpu")))
-    for micro_steps in (1, 5):  # batches of another shape
+    for micro_steps in (1, 5, 1):  # batches of another shape
         expected = estimate_loss(plain, sampler, 3, micro_steps)
         assert estimate_loss(recorded, sampler, 3, micro_steps) == expected
     with torch.no_grad():

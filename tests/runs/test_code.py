@@ -7,17 +7,21 @@ import os
 import stat
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from utils.runs.code import (
     MAX_PATCH_FILE_BYTES,
+    UNREAD,
     GitFacts,
     MetadataCapture,
     clean_url,
     environment_text,
     git_environment,
+    listed_files,
+    patched_files,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +217,7 @@ def test_odd_file_names_are_in_the_patch(repo: Path, tmp_path: Path, tracked: bo
     facts = facts_of(repo)
     assert facts.left_out == []
     assert rebuilt(repo, facts, tmp_path) == tree(repo)
+    assert sorted(patched_files(facts.patch.decode())) == sorted(ODD_NAMES)
 
 
 @pytest.mark.parametrize("suffix", [".py", ".bin"])
@@ -311,6 +316,35 @@ def test_what_is_left_out_is_listed_with_the_reason(repo: Path, tmp_path: Path) 
     text = (tmp_path / "git.txt").read_text()
     assert "left out of code.patch:\n" in text
     assert all(f"  {item}\n" in text for item in facts.left_out)
+
+
+@pytest.mark.parametrize("name", ["ideas.md", "a.txt", "report.json", "my.yaml", "b/report.html", "x.ipynb", "plot.py"])
+def test_an_untracked_file_that_training_cannot_read_is_kept_but_is_no_code(
+    repo: Path, tmp_path: Path, name: str
+) -> None:
+    write(repo, {name: "notes\n"})
+    facts = facts_of(repo)
+    assert b"+notes" in facts.patch
+    assert facts.fingerprint() is None
+    MetadataCapture.write(tmp_path / "run" / "meta", facts, {})
+    assert listed_files(tmp_path / "run", UNREAD) == [name]
+    assert rebuilt(repo, facts, tmp_path)[name] == (b"notes\n", False)
+
+
+def test_imported_modules_and_what_git_tracks_are_code(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(repo, {"mine.py": "m = 1\n", "ideas.md": "notes\n"})
+    module = types.ModuleType("mine")
+    module.__file__ = str(repo / "mine.py")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    imported = facts_of(repo)
+    write(repo, {"mine.py": "m = 2\n"})
+    changed = facts_of(repo)
+    write(repo, {"a.py": "a = 2\n", "ideas.md": "other notes\n"})
+    tracked = facts_of(repo)
+    assert list(tracked.unread) == ["ideas.md"]
+    assert len({None, imported.fingerprint(), changed.fingerprint(), tracked.fingerprint()}) == 4
+    git(repo, "add", "ideas.md")
+    assert facts_of(repo).fingerprint() != tracked.fingerprint()
 
 
 def test_ignored_files_are_neither_in_the_patch_nor_listed(repo: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_row_holds_the_facts_and_the_settings(runs_dir: Path) -> None:
         *("run", "wide", "completed", 100, 2.0, 2.5, 2.25)
     ]
     assert [row[key] for key in ("parent", "tags", "note", "pinned", "duration", "best_step", "parameters")] == [
-        *("mother", "a, b", "why", True, 10.5, 50, 7)
+        *("mother", ["a", "b"], "why", True, 10.5, 50, 7)
     ]
     assert [row[key] for key in ("commit", "dirty", "branch", "corpus_hash")] == ["c" * 40, False, "main", "k"]
     assert row["path"] == str(run.path)
@@ -306,7 +306,7 @@ def test_a_run_without_notes_has_empty_ones(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run")
     (run / "notes.json").unlink()
     row = read_run(run).row()
-    assert (row["tags"], row["note"], row["pinned"], row["problem"]) == ("", "", False, None)
+    assert (row["tags"], row["note"], row["pinned"], row["problem"]) == ([], "", False, None)
 
 
 TORN_LOGS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -41,6 +42,45 @@ def test_fields_with_values_are_shown(terminal: Terminal, monkeypatch: pytest.Mo
     with TrainingProgress(terminal, total=100, start=40) as display:
         display.update(60, loss=1.25, tokens_per_second=1234.0)
     assert all(word in shown(terminal) for word in ("step 60/100", "loss 1.2500", "1,234 tok/s", "left"))
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40])
+def test_the_progress_is_one_line_of_any_width(terminal: Terminal, width: int) -> None:
+    terminal.console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False)
+    display = TrainingProgress(terminal, total=2_000_000)
+    fields = {**display.fields, "loss": 1.25, "val_loss": 2.5, "tokens_per_second": 1e6, "evaluating": "evaluating 5%"}
+    with display:
+        display._progress.update(  # type: ignore[union-attr]
+            display._task, completed=1_000_000, **fields, elapsed="12:10:00 h", remaining="12:10:00 h"
+        )
+        lines = terminal.console.render_lines(display._progress.get_renderable())  # type: ignore[union-attr]
+    (line,) = ["".join(segment.text for segment in of_line).rstrip() for of_line in lines]
+    assert "1,000,000/2,000,000" in line
+    assert "evaluating 5%" in line
+    assert ("left" in line) == (width >= 60)
+    assert ("elapsed" in line) == (width >= 120)
+
+
+def test_the_remaining_time_counts_evaluations_apart_from_steps(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    clock = {"monotonic": lambda: now[0], "time": int, "localtime": int, "strftime": lambda *_: "12:00"}
+    monkeypatch.setattr(progress, "time", SimpleNamespace(**clock))
+    display = TrainingProgress(terminal, total=100, eval_interval=50)
+    for step in range(1, 41):
+        if step == 1:
+            for done in range(5):  # 20 seconds
+                display.evaluating(0, done, 5)
+                now[0] += 4
+            display.evaluation(0, {"val/loss": 4.0, "train/eval_loss": 4.0})
+        now[0] += 3.0 if step == 1 else 0.5  # the first step is slow
+        display.update(step)
+        if step == 10:
+            assert display._seconds_left(step) is None
+        elif step >= 11:
+            assert display._seconds_left(step) == pytest.approx(0.5 * (100 - step) + 2 * 20)
+    assert "estimated: 1:24 min for the 89 steps left" in shown(terminal)
 
 
 def test_control_characters_of_others_reach_neither_the_terminal_nor_the_log(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from utils.runs import metrics
 from utils.runs.log import LOG_FILES, read_metrics
 from utils.runs.run import Run, read_record, read_status
 from utils.tracking import feeder
+from utils.tracking.tensorboard import event_files
 from utils.training.callbacks import Callbacks
 
 Argv = Callable[..., list[str]]
@@ -57,7 +58,7 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 def shown_by_tensorboard(run: Path) -> dict[str, Any]:
     """Everything that TensorBoard reads of a run; texts that describe it have no time of their own."""
     sizes = dict.fromkeys(("scalars", "tensors", "histograms", "images"), 0)
-    events = EventAccumulator(os.fspath(run / "logs" / "tensorboard"), size_guidance=sizes).Reload()
+    events = EventAccumulator(os.fspath(run), size_guidance=sizes).Reload()
     tags = events.Tags()
     described = {f"{name}/text_summary" for name in ("config", "model", "git", "note", "status")}
     start, end = (
@@ -186,7 +187,7 @@ def test_a_rebuild_shows_what_live_feeding_showed(
     record = read_record(run)
     assert {view["state"] for view in record["views"].values()} == {"complete"}
     assert record["views"]["aim"]["hash"] != first["aim"]["hash"]
-    assert len(list((run / "logs" / "tensorboard").iterdir())) == 1
+    assert len(event_files(run)) == 1
     assert (record["status"], record["last_step"]) == ("completed", 30)
     Run.resume(run).release()  # the lock is free
 
@@ -195,7 +196,7 @@ def test_a_rebuild_shows_what_live_feeding_showed(
 def test_only_the_named_view_is_fed(flag: str, tracked: tuple[Path, Path]) -> None:
     run, _ = tracked
     before = read_record(run)["views"]["aim"]["hash"]
-    (event_file,) = (run / "logs" / "tensorboard").iterdir()
+    (event_file,) = event_files(run)
     assert rebuild(run, flag) == 0
     assert (read_record(run)["views"]["aim"]["hash"] != before) == (flag == "--aim")
     assert event_file.exists() == (flag == "--aim")
@@ -203,7 +204,7 @@ def test_only_the_named_view_is_fed(flag: str, tracked: tuple[Path, Path]) -> No
 
 def test_a_rebuild_restores_what_trackers_have_lost(made: Path, tracked: tuple[Path, Path]) -> None:
     run, folder = tracked
-    shutil.rmtree(run / "logs" / "tensorboard")
+    event_files(run)[0].unlink()
     shutil.rmtree(folder / ".aim")
     (run / "artifacts" / "curves.png").unlink()
     assert rebuild(run) == 0
@@ -341,11 +342,11 @@ def test_a_damaged_run_is_refused_before_anything_is_emptied(
 ) -> None:
     run, _ = tracked
     (run / missing).unlink()
-    events = sorted((run / "logs" / "tensorboard").iterdir())
+    events = event_files(run)
     assert rebuild(run) == 2
     err = capsys.readouterr().err
     assert (err.startswith("error: "), err.count("\n")) == (True, 1)
-    assert sorted((run / "logs" / "tensorboard").iterdir()) == events
+    assert event_files(run) == events
 
 
 def test_a_view_that_fails_prints_one_line_and_run_json_has_the_reason(

@@ -187,7 +187,7 @@ def test_the_example_logs_its_metric_to_all_views(
     assert logged == expected
     assert len(logged) == 40
 
-    events = EventAccumulator(str(logs / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(logs.parent), size_guidance={"scalars": 0}).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/smooth_loss")] == logged
     repo = Repo(str(tmp_path))
     RepoIndexManager.get_index_manager(repo).index(read_record(only_run())["views"]["aim"]["hash"])

@@ -587,7 +587,7 @@ def test_a_resumed_run_is_one_continuous_curve_and_one_aim_run(
     assert train.main(["--resume", str(run)]) == 0
     assert differences(run_of("straight"), run) == SAME
 
-    events = EventAccumulator(str(run / "logs" / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     for tag in ("train/loss", "val/loss", "grad_norm"):
         expected = [(step, pytest.approx(value, rel=1e-6)) for step, value in read_metrics(run / "logs", tag)]

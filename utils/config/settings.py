@@ -561,7 +561,7 @@ class InferenceConfig(Section):
 
 
 class Config(Section):
-    """One experiment."""
+    """One experiment. What is left out has its built-in default: `workbench.load_config` reads configs/, too."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
-from utils.runs.find import resolve_run
-from utils.runs.index import IndexedRun, read_run
+from utils.runs.find import resolve_run, resolve_runs
+from utils.runs.index import IndexedRun, read_index, read_run
 from utils.runs.run import RunError
 from utils.terminal.cli import PROJECT_ROOT, Parser, place
 from utils.terminal.console import Terminal, print_to
@@ -114,6 +114,11 @@ def command(
 RUN_HELP = "path, id, tag, NAME@vN, part of an id, or latest"
 RUN = flag("run", metavar="RUN", help=RUN_HELP)
 RUNS = flag("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+WHERE = flag("--where", metavar="SQL", help="condition: \"status = 'completed' and learning_rate > 1e-3\"")
+ALL_RUNS = (  # several runs, of which a tag or a condition can name many at once
+    flag("runs", metavar="RUN", nargs="*", help="path, id, tag (all its runs), NAME@vN, part of an id, or latest"),
+    flag("--where", metavar="SQL", help="of the named runs, or of all, those that fulfil a condition, as for list"),
+)
 METRIC = flag("--metric", default="val/loss", metavar="NAME", help="name in the log (default: val/loss)")
 
 
@@ -133,13 +138,18 @@ def run_path(args: argparse.Namespace) -> Path:
 
 
 def named_run(text: str, runs_dir: Path) -> IndexedRun:
-    """What is known about the run that RUN names.
+    """What is known about the run that RUN names; of a tag, about its newest run.
 
     Raises:
         UserError: there is no such run, or a folder of that name that is not a run, with the reason.
     """
+    return _named(text, runs_dir)[-1]
+
+
+def _named(text: str, runs_dir: Path) -> list[IndexedRun]:
+    """What is known about each run that RUN names."""
     try:
-        return read_run(Path(os.path.abspath(resolve_run(text, runs_dir))))
+        return [read_run(Path(os.path.abspath(path))) for path in resolve_runs(text, runs_dir)]
     except RunError:
         if text and (runs_dir / text).exists():
             raise UserError(f"{text} is not a run: {read_run(runs_dir / text).problem}") from None
@@ -147,16 +157,38 @@ def named_run(text: str, runs_dir: Path) -> IndexedRun:
 
 
 def named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
-    """The runs that are named, each once.
+    """The runs that are named, each once; of a tag, its newest run.
 
     Raises:
         UserError: there is no such run, or fewer than `least`.
     """
     folder = runs_folder(args)
-    runs = {run.path: run for run in (named_run(text, folder) for text in args.runs)}
-    if len(runs) < least:
-        raise UserError(f"expected {least} different runs, got {len(runs)}: {', '.join(args.runs)}")
-    return list(runs.values())
+    return _at_least(least, [named_run(text, folder) for text in args.runs], args.runs)
+
+
+def all_named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
+    """The runs that the flags ALL_RUNS name, each once: all of a tag, those that fulfil a condition.
+
+    Raises:
+        UserError: there is no such run, or fewer than `least`; or the condition is not valid SQL.
+    """
+    if not args.runs and args.where is None:
+        raise UserError(f"{args.command.name}: expected RUN or --where SQL (see experiments.py {args.command.name} -h)")
+    folder = runs_folder(args)
+    runs = [run for text in args.runs for run in _named(text, folder)]
+    if args.where is not None:
+        from utils.experiments.sql import choose_runs
+
+        runs = choose_runs(runs if args.runs else read_index(folder), args.where)
+    return _at_least(least, runs, [*args.runs, *([f"--where {args.where}"] if args.where is not None else [])])
+
+
+def _at_least(least: int, runs: Iterable[IndexedRun], words: Iterable[str]) -> list[IndexedRun]:
+    different = {run.path: run for run in runs}
+    if len(different) < least:
+        expected = f"{least} different runs" if least > 1 else "a run"
+        raise UserError(f"expected {expected}, got {len(different)}: {', '.join(words)}")
+    return list(different.values())
 
 
 def _as_json(value: Any) -> Any:

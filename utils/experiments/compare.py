@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from utils.errors import UserError
 from utils.experiments.curve import AXES, Curve, read_curve
+from utils.experiments.diff import differing_files, uncommitted_code
 from utils.files import read_json
 from utils.runs.index import (
     TRAJECTORY_KEYS,
@@ -25,9 +26,12 @@ from utils.runs.index import (
 )
 from utils.runs.layout import METRIC_REGISTRY
 from utils.runs.metrics import metric, registered_metrics
+from utils.terminal.words import HASH_LENGTH, setting_text
 
 SEEDS_NEEDED = 3  # in each group, for a verdict
 LEVEL = 0.05  # probability of a false alarm in one verdict
+UNCOMMITTED = "uncommitted code"
+FILES_SHOWN = 3  # of those in which the code of two groups differs
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the place that all runs have reached: there their values are compared
 Rows = list[tuple[float, list[float | None]]]  # (place, one value for each group)
 Verdict = Literal["better", "worse", "different", "within noise", "too few seeds"]
@@ -71,6 +75,7 @@ class Comparison:
 
     at: axis -> rows of (place, one value for each group: the mean over its runs, None where one is not that far).
     left_out: "run: reason" of each run, or last value, that does not count.
+    splits: in words, what sets each group but the first apart from the one that differs least from it.
     """
 
     metric: str
@@ -78,6 +83,7 @@ class Comparison:
     verdicts: list[PairVerdict]
     at: dict[str, Rows]
     left_out: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
 
 
 def compare(runs: Sequence[IndexedRun], name: str = "val/loss") -> Comparison:
@@ -106,7 +112,7 @@ def compare(runs: Sequence[IndexedRun], name: str = "val/loss") -> Comparison:
         raise UserError(f"a comparison needs two runs with {name}" + "".join(f"; {line}" for line in left_out))
     by_experiment: dict[str, list[IndexedRun]] = {}
     for run in runs:
-        by_experiment.setdefault(_identity(run), []).append(run)
+        by_experiment.setdefault(repr(_identity(run)), []).append(run)
     names = _names(list(by_experiment.values()))
     groups = [_group(name, members, curves) for name, members in zip(names, by_experiment.values(), strict=True)]
     unfinished = (run for run in runs if run.status != "completed")
@@ -117,7 +123,8 @@ def compare(runs: Sequence[IndexedRun], name: str = "val/loss") -> Comparison:
         left_out += [f"{run.id}: repeats a seed of its group, so it does not count again" for run in repeated]
     lower = {"lower": True, "higher": False}.get(metric_direction(name, runs))
     verdicts = [judge(a, b, lower) for a, b in itertools.combinations(groups, 2)]
-    return Comparison(name, groups, verdicts, _at_equal(groups, curves), left_out)
+    splits = _splits(names, [members[0] for members in by_experiment.values()])
+    return Comparison(name, groups, verdicts, _at_equal(groups, curves), left_out, splits)
 
 
 def metric_direction(name: str, runs: Sequence[IndexedRun]) -> str:
@@ -159,11 +166,53 @@ def judge(first: SeedGroup, second: SeedGroup, lower_is_better: bool | None = Tr
     return PairVerdict(first.name, second.name, verdict, difference, p)
 
 
-def _identity(run: IndexedRun) -> str:
+def _identity(run: IndexedRun) -> dict[str, Any]:
     """Everything that decides the numbers of a run, except the seed: equal for all runs of a group."""
-    decisive = {key: resolved_setting(run, key) for key in sorted(run.settings) if key in TRAJECTORY_KEYS - {"seed"}}
-    data = (corpus_of(run), (run.record.get("resolved") or {}).get("tokenizer_hash"))
-    return repr((decisive, data, code_identity(run), origin_of(run)))
+    commit, code = code_identity(run)
+    return {
+        **{key: resolved_setting(run, key) for key in sorted(run.settings) if key in TRAJECTORY_KEYS - {"seed"}},
+        "corpus": corpus_of(run),
+        "tokenizer": (run.record.get("resolved") or {}).get("tokenizer_hash"),
+        "commit": commit,
+        UNCOMMITTED: code,
+        "first weights": origin_of(run),
+    }
+
+
+def _splits(names: Sequence[str], firsts: Sequence[IndexedRun]) -> list[str]:
+    """What sets each group but the first apart from the earlier one that differs least from it.
+
+    Args:
+        firsts: a run of each group.
+    """
+    facts = [_identity(run) for run in firsts]
+    lines = []
+    for index in range(1, len(facts)):
+        differing = [[key for key in {**of, **facts[index]} if of.get(key) != facts[index].get(key)] for of in facts]
+        nearest = min(range(index), key=lambda other: len(differing[other]))
+        words = [
+            _difference(key, facts[nearest].get(key), facts[index].get(key), firsts[nearest], firsts[index])
+            for key in differing[nearest]
+        ]
+        lines.append(f"{names[index]} is not {names[nearest]}: {'; '.join(words)}")
+    return lines
+
+
+def _difference(key: str, before: Any, after: Any, first: IndexedRun, second: IndexedRun) -> str:
+    """One fact that two groups differ in, in words."""
+    if key == UNCOMMITTED:
+        files = differing_files(uncommitted_code(first), uncommitted_code(second))
+        more = f" and {len(files) - FILES_SHOWN} more" if len(files) > FILES_SHOWN else ""
+        return f"{key} in {', '.join(files[:FILES_SHOWN])}{more}" if files else key
+    return f"{key} {_fact_text(key, after)}, not {_fact_text(key, before)}"
+
+
+def _fact_text(key: str, value: Any) -> str:
+    if key in ("commit", "corpus", "tokenizer"):
+        return str(value or "unknown")[:HASH_LENGTH]
+    if key == "first weights" and value is not None:
+        return "of {1} at step {2:,} ({0})".format(*value)
+    return setting_text(value)
 
 
 def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:

@@ -92,6 +92,8 @@ def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
     for group in comparison.groups:
         groups.add_row(Text(group.name, style="cyan"), *_group_cells(group))
     yield Group(title(f"{comparison.metric} at the end"), groups)
+    for line in comparison.splits:
+        yield Text(line, style="dim")
     verdicts = plain_table(show_header=False)
     for pair in comparison.verdicts:
         word: str = "too few seeds to say" if pair.verdict == "too few seeds" else pair.verdict

@@ -14,9 +14,10 @@ from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.files import read_text
-from utils.runs.code import open_repo
+from utils.runs.code import UNREAD, listed_files, open_repo, patched_files
 from utils.runs.index import IndexedRun, code_identity, differing_settings, later_code, origin_of, resolved_setting
 from utils.runs.layout import ENVIRONMENT, PATCH
+from utils.terminal.words import one_line
 
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 COMMITS_SHOWN = 20
@@ -168,34 +169,28 @@ def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
     )
 
 
-def _files_of(patch: str) -> dict[str, list[str]]:
-    """The changed lines of a patch and their context, by file; without the lines that only name blobs and places."""
-    files: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in patch.splitlines():
-        if line.startswith("diff --git "):
-            lines = files.setdefault(line.rpartition(" b/")[2], [])
-        elif line.startswith(("+", "-", " ")) and not line.startswith(("+++ ", "--- ")):
-            lines.append(line)
-    return files
+def uncommitted_code(run: IndexedRun) -> dict[str, list[str]]:
+    """The changed lines of each file in the patch of a run that its training could read."""
+    try:
+        files = patched_files(read_text(run.path / PATCH, run.path, "replace"))
+    except OSError:
+        return {}
+    unread = listed_files(run.path, UNREAD)
+    return {one_line(name): lines for name, lines in files.items() if one_line(name) not in unread}
+
+
+def differing_files(first: Mapping[str, list[str]], second: Mapping[str, list[str]]) -> list[str]:
+    """The files whose changed lines differ."""
+    return [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
 
 
 def patch_difference(runs: Sequence[IndexedRun]) -> list[str]:
-    """A diff between the patches of the first two runs that differ in it; [] if there are none."""
-    patches = []
-    for run in runs:
-        try:
-            patches.append(read_text(run.path / PATCH, run.path, "replace"))
-        except OSError:
-            patches.append("")
-    index = next((i for i, patch in enumerate(patches) if patch != patches[0]), None)
-    if index is None:
-        return []
-    files = [_files_of(patch) for patch in (patches[0], patches[index])]
+    """A diff between the uncommitted code of the first two runs that differ in it; [] if there are none."""
+    first, *others = map(uncommitted_code, runs)
+    other = next((files for files in others if files != first), first)
     lines: list[str] = []
-    for name in sorted(files[0].keys() | files[1].keys()):
-        before, after = (of_patch.get(name, []) for of_patch in files)
-        if before != after:
-            lines += [f"@@ {name}", *list(difflib.unified_diff(before, after, lineterm="", n=1))[2:]]
+    for name in differing_files(first, other):
+        before, after = first.get(name, []), other.get(name, [])
+        lines += [f"@@ {name}", *list(difflib.unified_diff(before, after, lineterm="", n=1))[2:]]
     more = len(lines) - PATCH_LINES_SHOWN
     return lines[:PATCH_LINES_SHOWN] + ([f"... and {more} more lines"] if more > 0 else [])

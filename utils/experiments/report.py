@@ -123,7 +123,7 @@ def _results(run: IndexedRun) -> dict[str, Any]:
         "duration": "" if row["duration"] is None else duration(row["duration"]),
         "commit": column_text("commit", row["commit"]),
         "dirty": bool(row["dirty"]),
-        "tags": row["tags"],
+        "tags": ", ".join(row["tags"]),
         "note": row["note"],
         "reason": run.record.get("exit_reason") or "",
     }

@@ -23,9 +23,8 @@ from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import environment_of
-from utils.files import read_text
 from utils.machine.watchdog import watched
-from utils.runs.code import LEFT_OUT, git_environment, open_repo
+from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
@@ -334,7 +333,7 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
     archive.unlink()
     if (run.path / PATCH).is_file():
         apply_patch(run.path / PATCH, tree)
-    left_out = _left_out(run)
+    left_out = listed_files(run.path, LEFT_OUT)
     unknown = [f"the content of files that were left out of the patch: {', '.join(left_out)}"] if left_out else []
     unknown += [
         f"the code from step {step:,} on: it was changed between two sessions, and the first is repeated"
@@ -355,13 +354,3 @@ def apply_patch(patch: Path, tree: Path) -> None:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
         raise ReproductionError(f"{patch}: the patch cannot be applied: {reason.removeprefix('error: ')}")
-
-
-def _left_out(run: IndexedRun) -> list[str]:
-    """The files that git.txt names as left out of the patch."""
-    try:
-        text = read_text(run.path / GIT, run.path)
-    except (OSError, ValueError):
-        return []
-    _, heading, listing = text.partition(f"{LEFT_OUT}\n")
-    return [line.strip() for line in listing.splitlines()] if heading else []

@@ -277,6 +277,8 @@ def _type(values: Iterator[Any]) -> str:
     """The SQL type that holds all values of a setting."""
     given = [value for value in values if value is not None]
     kinds = {type(value) for value in given}
+    if kinds == {list}:
+        return f"{_type(item for value in given for item in value)}[]"
     if kinds <= {bool} and kinds:
         return "BOOLEAN"
     if kinds <= {int} and kinds:
@@ -286,6 +288,8 @@ def _type(values: Iterator[Any]) -> str:
 
 def _sql_value(value: Any, kind: str) -> Any:
     """`value` for a column of this SQL type: invalid Unicode is escaped, a TIMESTAMP that is not a time is None."""
+    if kind.endswith("[]") and value is not None:
+        return [_sql_value(item, kind.removesuffix("[]")) for item in value]
     if value is None or kind not in ("VARCHAR", "TIMESTAMP"):
         return value
     if kind == "TIMESTAMP":

@@ -41,9 +41,12 @@ STATUS_STYLES = {
     "diverged": "red",
     DAMAGED: "red",
 }
-LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", "val_loss")  # then what differs, commit, note
-MOST_WANTED = ("id", "status", "val_loss")  # where there is little room; then settings that differ, then these:
-LESS_WANTED = ("steps", "commit", "note", "tag", "duration", "age")
+RESULTS = ("val_loss", "last_val_loss")
+LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", *RESULTS)  # then what differs, commit, note
+ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then settings that differ, then these:
+LESS_WANTED = ("steps", "commit", "note", "duration", "age")
+HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns whose name alone would say too little
+NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
 NOTE_WIDTH = 40
 
 
@@ -91,11 +94,21 @@ def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
     return [*LIST_COLUMNS, *differing, "commit", *(["note"] if any(run.notes["note"] for run in runs) else [])]
 
 
-def list_screen(runs: Sequence[IndexedRun], columns: Sequence[str], console: Console) -> Iterator[RenderableType]:
-    """The list of runs: all of `columns`; or, without them, the default ones that fit in the terminal."""
+def list_screen(
+    runs: Sequence[IndexedRun], columns: Sequence[str], console: Console, others: Sequence[IndexedRun] = ()
+) -> Iterator[RenderableType]:
+    """The list of runs: all of `columns`; or, without them, the default ones that fit in the terminal.
+
+    Args:
+        others: further runs, which are not shown.
+    """
     if columns or not console.is_terminal:
         console.width = UNLIMITED
     yield list_table(runs, columns or columns_of(runs), console.width)
+    if others:
+        damaged = sum(not run.readable for run in others)
+        words = f"; {damaged:,} of the others cannot be read" if damaged else ""
+        yield Text(f"{len(runs):,} of {len(runs) + len(others):,} runs (--all shows all){words}", style="dim")
 
 
 def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -> RenderableType:
@@ -108,6 +121,9 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
     widths = {name: _width(name, texts) for name, texts in cells.items()}
     kept = _fitting(widths, width)
+    for column in ("id", "tag"):
+        if column in kept and (excess := sum(widths[name] for name in kept) - width - 2) > 0:
+            widths[column] = max(NAME_WIDTH, widths[column] - excess)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in kept:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
@@ -115,7 +131,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
         if column == "note":
             table.add_column(_header(column), justify=justify)
         else:  # its width is known: rich would measure each cell again
-            table.add_column(_header(column), justify=justify, no_wrap=True, width=widths[column] - 2)
+            table.add_column(_header(column), justify=justify, overflow="fold", width=widths[column] - 2)
     for index in range(len(runs)):
         table.add_row(*(cells[column][index] for column in kept))
     problems = [Text.assemble(("! ", "red"), (run.id, "cyan"), f": {run.problem}") for run in runs if run.problem]
@@ -136,7 +152,7 @@ def _cell(column: str, row: Mapping[str, Any], run: IndexedRun) -> Text:
 
 
 def _header(column: str) -> str:
-    return column.replace("_", " ") if column in FACTS else column
+    return HEADERS.get(column, column.replace("_", " ")) if column in FACTS else column
 
 
 def _width(column: str, cells: Sequence[Text]) -> int:
@@ -146,11 +162,10 @@ def _width(column: str, cells: Sequence[Text]) -> int:
 
 
 def _fitting(widths: Mapping[str, int], width: int) -> list[str]:
-    """The columns that fit side by side: those of MOST_WANTED first, those of LESS_WANTED last."""
-    settings = (column for column in widths if column not in LESS_WANTED)
-    wanted = [column for column in (*MOST_WANTED, *settings, *LESS_WANTED) if column in widths]
-    kept: set[str] = set()
-    for column in dict.fromkeys(wanted):
+    """The columns that fit side by side: ALWAYS, then settings, those of LESS_WANTED last."""
+    kept = {column for column in ALWAYS if column in widths}
+    settings = (column for column in widths if column not in {*kept, *LESS_WANTED})
+    for column in (*settings, *(column for column in LESS_WANTED if column in widths)):
         if sum(widths[name] for name in kept) + widths[column] <= width + 2:
             kept.add(column)
     return [column for column in widths if column in kept]
@@ -244,7 +259,7 @@ def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     yield "resumed", f"{len(record['resumes'])} times" if record.get("resumes") else ""
     views = (record.get("views") or {}).items()
     yield "trackers", ", ".join(f"{name} {view.get('state')}" for name, view in views)
-    yield "directory", str(run.path)
+    yield "directory", shlex.quote(str(run.path))
 
 
 # --------------------------------------------------------------------------------------------------- prune and check

@@ -42,45 +42,75 @@ class BatchLoss:
         self.model, self.graph, self._precision = model, graph, precision
         self._device = next(model.parameters()).device
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
-        self._batch: torch.Tensor | None = None  # (2, B, T), inputs and targets, where the graph reads them
+        self._batches: dict[torch.Size, torch.Tensor] = {}  # (2, B, T), inputs and targets, where a graph reads them
+        self._result = torch.zeros((), device=self._device)
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._graphs is None:
             return self._loss(inputs, targets)
-        if self._batch is None or self._batch[0].shape != inputs.shape:
-            self._batch, self._result = torch.stack((inputs, targets)), torch.zeros((), device=self._device)
-        self._batch[0].copy_(inputs)
-        self._batch[1].copy_(targets)
-        self._graphs.run(inputs.shape, self._work)
+        if inputs.shape not in self._batches:
+            self._batches[inputs.shape] = torch.stack((inputs, targets))
+        batch = self._batches[inputs.shape]
+        batch[0].copy_(inputs)
+        batch[1].copy_(targets)
+        self._graphs.run(inputs.shape, lambda: self._work(batch))
         return self._result.clone()
 
-    def _work(self) -> None:
-        assert self._batch is not None
-        self._result.copy_(self._loss(self._batch[0], self._batch[1]))
+    def _work(self, batch: torch.Tensor) -> None:
+        self._result.copy_(self._loss(batch[0], batch[1]))
 
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with self._precision():  # in here: autocast keeps its copies of the weights no longer than a batch
             return self.model.loss(inputs, targets)
 
 
+class EvaluationStoppedError(Exception):
+    """An evaluation ended before its last batch, because it was asked to."""
+
+
 def mean_loss(loss: BatchLoss, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean loss over batches of equal size, in nats per token, with one transfer from the device."""
+    """Mean loss over batches, in nats per token, with one transfer from the device."""
+    losses, sizes = [], []
     with evaluating(loss.model):
-        losses = [loss(inputs, targets) for inputs, targets in batches]
-    return torch.stack(losses).mean().item()
+        for inputs, targets in batches:
+            losses.append(loss(inputs, targets))
+            sizes.append(len(inputs))
+    of_batches = torch.stack(losses)
+    if sizes[-1] == sizes[0]:
+        return of_batches.mean().item()
+    shares = torch.tensor(sizes, dtype=of_batches.dtype, device=of_batches.device) / sum(sizes)
+    return (of_batches * shares).sum().item()
 
 
-def estimate_loss(loss: BatchLoss, sampler: BatchSampler, eval_iters: int, micro_steps: int) -> dict[str, float]:
+def estimate_loss(
+    loss: BatchLoss,
+    sampler: BatchSampler,
+    eval_iters: int,
+    micro_steps: int,
+    watch: Callable[[int, int], bool] = lambda done, total: True,
+) -> dict[str, float]:
     """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token.
 
     Args:
-        eval_iters: batches of each split.
+        eval_iters: batches of each split, which is read at most once.
         micro_steps: parts that each batch is split into, so that it needs no more memory than training does.
+        watch: called before each part with the number of sequences done and of all; False ends the evaluation.
+
+    Raises:
+        EvaluationStoppedError: `watch` returned False.
     """
-    return {
-        name: mean_loss(loss, sampler.evaluation_batches(stream, eval_iters, micro_steps))
-        for name, stream in (("train/eval_loss", "train_eval"), ("val/loss", "val"))
-    }
+    streams = {"train/eval_loss": "train_eval", "val/loss": "val"}
+    done, total = 0, sum(sampler.evaluation_windows(stream, eval_iters) for stream in streams.values())
+
+    def watched(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        nonlocal done
+        for inputs, targets in sampler.evaluation_batches(stream, eval_iters, micro_steps):
+            if not watch(done, total):
+                raise EvaluationStoppedError
+            yield inputs, targets
+            done += len(inputs)
+
+    return {name: mean_loss(loss, watched(stream)) for name, stream in streams.items()}
 
 
 def split_loss(model: LanguageModel, tokens: np.ndarray, batch_size: int = 64) -> float:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from utils.files import write_atomic
+from utils.files import read_text, write_atomic
 from utils.runs.layout import CALLBACKS, ENVIRONMENT, GIT, PATCH
+from utils.terminal.words import one_line
 
 if TYPE_CHECKING:
     import git
@@ -49,7 +50,8 @@ SECRET_NAME = re.compile(
 GIT_VARIABLES = re.compile(
     r"GIT_(PYTHON_|SSL_|SSH|HTTP_|CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)$|EXEC_PATH$|ASKPASS$|TERMINAL_)"
 )
-LEFT_OUT = f"left out of {PATCH.name}:"  # heading of a list in git.txt
+LEFT_OUT = f"left out of {PATCH.name}:"  # headings of lists in git.txt
+UNREAD = f"in {PATCH.name}, but no code that was trained with:"
 DIFF_FLAGS = (
     "--no-color",
     "--no-ext-diff",
@@ -65,13 +67,18 @@ PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
 @dataclass
 class GitFacts:
-    """State of the working tree. `problem` says why it, or the rest of it, is not known."""
+    """State of the working tree. `problem` says why it, or the rest of it, is not known.
+
+    patch: turns the commit into the working tree; at its end what is `unread`.
+    unread: the patch of each untracked file that is no imported module: notes, reports, other programs.
+    """
 
     commit: str | None = None
     branch: str | None = None
     remote: str | None = None
     dirty: bool = False
     patch: bytes = b""
+    unread: dict[str, bytes] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # "path (reason)"
     callbacks: dict[str, bytes] = field(default_factory=dict)  # module -> its source
     problem: str | None = None
@@ -82,10 +89,14 @@ class GitFacts:
         return {**facts, "code": self.fingerprint()}
 
     def fingerprint(self) -> str | None:
-        """A hash of the uncommitted changes and of the callbacks; None if there are neither."""
-        if not self.patch and not self.callbacks:
+        """A hash of the uncommitted code that training can read, callbacks included; None if there is none.
+
+        That is what git tracks, and the modules that are imported.
+        """
+        code = self.patch.removesuffix(b"".join(self.unread.values()))
+        if not code and not self.callbacks:
             return None
-        digest = hashlib.sha256(self.patch)
+        digest = hashlib.sha256(code)
         for name, source in sorted(self.callbacks.items()) if self.callbacks else ():
             digest.update(b"\0%s\0%s" % (name.encode(), source))
         return digest.hexdigest()
@@ -202,6 +213,7 @@ class MetadataCapture:
             )
         kept = [name for name in untracked if self._keep(top, name, facts.left_out, any_suffix=False)]
         facts.left_out += [f"{name} (one of more than {MAX_UNTRACKED_FILES})" for name in kept[MAX_UNTRACKED_FILES:]]
+        imported = {os.path.realpath(path) for name in list(sys.modules) if (path := source_of(name)) is not None}
         for name in kept[:MAX_UNTRACKED_FILES]:
             status, patch, _ = repo.git.diff(
                 *(*DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name),
@@ -209,10 +221,13 @@ class MetadataCapture:
                 with_exceptions=False,
                 with_extended_output=True,
             )
-            if status <= 1:  # 1 means only that the files differ
+            if status > 1:  # 1 means only that the files differ
+                facts.left_out.append(f"{name} (cannot be read)")
+            elif os.path.realpath(top / name) in imported:
                 facts.patch += patch
             else:
-                facts.left_out.append(f"{name} (cannot be read)")
+                facts.unread[name] = patch
+        facts.patch += b"".join(facts.unread.values())
 
     def _is_excluded(self, path: Path) -> bool:
         found = (path.resolve(), path.parent.resolve() / path.name)  # a link, too, is in the folder that it lies in
@@ -327,9 +342,41 @@ def _git_text(facts: GitFacts) -> str:
     ]
     if facts.problem:
         lines.append(f"problem: {facts.problem}")
-    if facts.left_out:
-        lines += ["", LEFT_OUT, *(f"  {item}" for item in facts.left_out)]
+    for heading, items in ((UNREAD, facts.unread), (LEFT_OUT, facts.left_out)):
+        if items:
+            lines += ["", heading, *(f"  {one_line(item)}" for item in items)]
     return "\n".join(lines) + "\n"
+
+
+def listed_files(run: Path, heading: str) -> list[str]:
+    """The list below a heading of git.txt: "path" or "path (reason)"; empty where it has none."""
+    try:
+        text = read_text(run / GIT, run)
+    except (OSError, ValueError):
+        return []
+    listing = text.partition(f"{heading}\n")[2].partition("\n\n")[0]
+    return [line.strip() for line in listing.splitlines()]
+
+
+def patched_files(patch: str) -> dict[str, list[str]]:
+    """The changed lines of a patch and their context, by file; without the lines that only name blobs and places."""
+    files: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in patch.splitlines():
+        if line.startswith("diff --git "):
+            lines = files.setdefault(_patched_file(line), [])
+        elif line.startswith(("+", "-", " ")) and not line.startswith(("+++ ", "--- ")):
+            lines.append(line)
+    return files
+
+
+def _patched_file(line: str) -> str:
+    """The file that a line `diff --git a/NAME b/NAME` names; git escapes the bytes of a name in quotes."""
+    names = line.removeprefix("diff --git ")
+    name = names[: len(names) // 2]
+    if name.startswith('"'):
+        name = name.strip('"').encode().decode("unicode_escape").encode("latin-1").decode("utf-8", "surrogateescape")
+    return name.removeprefix("a/")
 
 
 @functools.cache

@@ -28,41 +28,49 @@ def list_run_paths(runs_dir: Path) -> list[Path]:
 
 
 def resolve_run(name: str, runs_dir: Path) -> Path:
-    """The run directory that RUN on a command line names.
+    """The run directory that RUN on a command line names; of a tag, its newest run.
 
-    The first that exists of: a path, NAME@vN of a promoted run, an id, `latest`, a tag (the newest run wins), a part
-    of exactly one id.
+    Raises:
+        RunError: as `resolve_runs`.
+    """
+    return resolve_runs(name, runs_dir)[-1]
+
+
+def resolve_runs(name: str, runs_dir: Path) -> list[Path]:
+    """The run directories that RUN on a command line names, oldest first: several if it is a tag.
+
+    The first that exists of: a path, NAME@vN of a promoted run, an id, `latest`, a tag, a part of exactly one id.
 
     Raises:
         RunError: there is no such run, or several ids contain the part.
     """
     name = expand_home(name)
     if os.path.isfile(os.path.join(name, RECORD)):
-        return Path(name)
+        return [Path(name)]
     if os.sep in name and os.path.isdir(name):
         raise RunError(f"{name} is not a run directory: it has no {RECORD}")
     if promoted := promoted_run(name, runs_dir):
-        return promoted
+        return [promoted]
     paths = list_run_paths(runs_dir)
     if not paths:
         raise RunError(f"no run {name}: {runs_dir} has no runs yet")
     by_id = {path.name: path for path in paths}
     if name in by_id:
-        return by_id[name]
+        return [by_id[name]]
     if name == "latest":
-        return paths[-1]
-    tags: dict[str, Path] = {}
+        return paths[-1:]
+    tags: dict[str, list[Path]] = {}
     for path in paths:
         try:
             if tag := read_record(path).get("tag"):
-                tags[tag] = path
+                tags.setdefault(tag, []).append(path)
         except RunError:
             continue
     if name in tags:
         return tags[name]
     matches = [run_id for run_id in by_id if name and name in run_id]
     if len(matches) == 1:
-        return by_id[matches[0]]
+        return [by_id[matches[0]]]
     if matches:
         ids = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
         raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {ids}")

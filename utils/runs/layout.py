@@ -37,7 +37,6 @@ METRICS_LOG = LOGS / "metrics.jsonl"
 HISTOGRAMS_LOG = LOGS / "histograms.jsonl"
 SAMPLES_LOG = LOGS / "samples.jsonl"  # generated texts
 TRAIN_LOG = LOGS / "train.log"  # what the terminal showed
-TENSORBOARD = LOGS / "tensorboard"
 WANDB = LOGS / "wandb"
 
 
@@ -54,6 +53,9 @@ PROFILE = ARTIFACTS / "profile"
 CURVES = ARTIFACTS / "curves.png"
 FLIGHT_RECORDER = ARTIFACTS / "flight_recorder.json"  # the last steps before a loss that was not finite
 SEAL = ARTIFACTS / "seal.json"  # checksums of meta/, logs/ and the export; the last file of a run
+
+# TensorBoard's event files lie beside run.json: it names a run by the folder of its event files.
+OLD_TENSORBOARD = LOGS / "tensorboard"  # where they lie in older runs
 
 # Beside the run directories, in the folder that holds them.
 MODELS = Path("models.json")  # promoted runs: NAME -> its versions

@@ -18,8 +18,8 @@ from utils.runs.layout import (
     METRIC_REGISTRY,
     MODEL_SUMMARY,
     NOTES,
+    OLD_TENSORBOARD,
     SEAL,
-    TENSORBOARD,
     TRAIN_LOG,
     fed_note,
 )
@@ -35,7 +35,7 @@ def mend(run: Path, warn: Warn) -> None:
 
     The rest is made anew by what writes it: training, a rebuild, the seal. Call with the lock of the run held.
     """
-    for folder in (ARTIFACTS, TENSORBOARD):
+    for folder in (ARTIFACTS, OLD_TENSORBOARD):
         if os.path.lexists(run / folder) and not (run / folder).is_dir():
             _put_aside(run / folder, "not a folder", warn)
     (run / ARTIFACTS).mkdir(exist_ok=True)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from utils.checkpoints.folder import CheckpointError, check_file, list_checkpoints, read_manifest
 from utils.files import is_regular, open_regular, read_json, write_json
-from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS, META, SEAL, TENSORBOARD, WANDB, fed_note
+from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS, META, OLD_TENSORBOARD, SEAL, WANDB, fed_note
 from utils.runs.run import RunError, utc_now
 
 SEALED = (META, LOGS, EXPORT)  # folders, without what is made from the logs and can be made again:
-NOT_SEALED = (TENSORBOARD, WANDB)
+NOT_SEALED = (OLD_TENSORBOARD, WANDB)
 
 
 @dataclass(frozen=True)

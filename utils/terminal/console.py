@@ -23,7 +23,11 @@ class PrintableConsole(Console):
     """A Console that escapes the control characters in a text (`printable`) and still obeys its own.
 
     Tags, notes and generated text come from anywhere: printed as they are, they could move the cursor or hide a line.
+    In a notebook, too, it prints to its file; rich alone would show everything as the output of the cell.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(force_jupyter=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -9,7 +9,9 @@ import sys
 import time
 from typing import Any, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from utils.terminal.console import PrintableConsole, Terminal
@@ -17,7 +19,9 @@ from utils.terminal.words import duration, loss_text
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
 REFRESH_SECONDS = 0.1  # between updates of a bar
-STEPS_BEFORE_ESTIMATE = 10  # the first steps are slower and say little about the rest
+STEPS_BEFORE_ESTIMATE = 10  # fewer say little about the rest
+BAR_WIDTH = 24  # characters
+FIELD_STYLES = {"loss": "bold", "val": "bold green", "speed": "magenta", "elapsed": "dim", "left": "dim"}
 
 
 class _Field(ProgressColumn):
@@ -35,18 +39,62 @@ class _Field(ProgressColumn):
             return Text("")
 
 
+class _TrainingLine(ProgressColumn):
+    """The bar and the fields of training on one line of any width.
+
+    A second line would be wrong: the display moves up by its height before it is drawn again, over what a signal
+    handler has printed meanwhile.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True, overflow="crop"))
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        fields = {name: text for name, text in _field_texts(task).items() if text}
+        for dispensable in ("elapsed", "speed", "loss", "val", "left"):
+            if len("  ".join(fields.values())) > self._console.width:
+                fields.pop(dispensable, None)
+        line = Text("  ").join(Text(text, style=FIELD_STYLES.get(name, "")) for name, text in fields.items())
+        if self._console.width - len(line) - 2 >= BAR_WIDTH:
+            filled = round(BAR_WIDTH * min(1.0, task.completed / task.total)) if task.total else 0
+            bar = Text("━" * filled, style="bar.complete").append("━" * (BAR_WIDTH - filled), style="bar.back")
+            line = bar.append("  ").append_text(line)
+        return line
+
+
+def _field_texts(task: Task) -> dict[str, str]:
+    """What the line of training shows, by name; empty while it is not known."""
+    fields = task.fields
+    return {
+        "step": f"step {task.completed:,.0f}/{task.total:,.0f}",
+        "evaluating": fields["evaluating"] or "",
+        "loss": "" if fields["loss"] is None else f"loss {fields['loss']:.4f}",
+        "val": "" if fields["val_loss"] is None else f"val {fields['val_loss']:.4f}",
+        "speed": "" if fields["tokens_per_second"] is None else f"{fields['tokens_per_second']:,.0f} tok/s",
+        "elapsed": f"{fields['elapsed']} elapsed",
+        "left": "" if fields["remaining"] is None else f"{fields['remaining']} left",
+    }
+
+
 class TrainingProgress:
     """Step, losses, tokens per second, elapsed and remaining time of a training run.
 
     Args:
         total: the last step.
         start: the step that training starts from.
+        eval_interval: steps between evaluations, whose time is estimated apart from that of the steps; None: unknown.
     """
 
-    def __init__(self, terminal: Terminal, total: int, start: int = 0) -> None:
+    def __init__(self, terminal: Terminal, total: int, start: int = 0, *, eval_interval: int | None = None) -> None:
         self.terminal = terminal
         self.total, self.start = total, start
-        self.fields: dict[str, Any] = {"loss": None, "val_loss": None, "tokens_per_second": None}
+        self.fields: dict[str, Any] = {"loss": None, "val_loss": None, "tokens_per_second": None, "evaluating": None}
+        self._eval_interval = eval_interval
+        self._evaluation_began: float | None = None  # of the one that is going on
+        self._evaluation_seconds = 0.0  # of the last one,
+        self._all_evaluations = 0.0  # and of all
+        self._first: tuple[int, float] | None = None  # a step, and the time of training by then
         self._began = time.monotonic()
         self._next_update = 0.0
         self._next_line = self._began + PLAIN_LINE_SECONDS
@@ -60,17 +108,8 @@ class TrainingProgress:
 
     def __enter__(self) -> Self:
         if self.terminal.live:
-            self._progress = Progress(
-                BarColumn(bar_width=24),
-                TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-                _Field("loss {loss:.4f}", "bold"),
-                _Field("val {val_loss:.4f}", "bold green"),
-                _Field("{tokens_per_second:,.0f} tok/s", "magenta"),
-                _Field("{elapsed} elapsed", "dim"),
-                _Field("{remaining} left", "dim"),
-                console=self.terminal.console,
-                transient=True,
-            )
+            console = self.terminal.console
+            self._progress = Progress(_TrainingLine(console), console=console, transient=True)
             self._task = self._progress.add_task(
                 "train", total=self.total, completed=self.start, **self._times(self.start)
             )
@@ -85,34 +124,68 @@ class TrainingProgress:
         """Show `step` and new values of the fields, if enough time has passed; cheap enough for every step."""
         self.fields.update(fields)
         now = time.monotonic()
+        if self._first is None and step > self.start:
+            few = step - self.start < STEPS_BEFORE_ESTIMATE
+            self._first = (step, self._training_seconds(now)) if few else (self.start, 0.0)
         if self._progress and now >= self._next_update:
             self._next_update = now + REFRESH_SECONDS
             self._progress.update(self._task, completed=step, **self._times(step))
-        if not self._estimated and step - self.start >= STEPS_BEFORE_ESTIMATE:
-            self._estimate(step)
+        if not self._estimated and (left := self._seconds_left(step)) is not None:
+            self._estimate(step, left)
+        if now >= self._next_line:
+            self._line(step)
+
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """An evaluation after `step` updates has read `done` of `total` sequences."""
+        now = time.monotonic()
+        if not done:
+            self._evaluation_began = now
+        self.fields["evaluating"] = f"evaluating {done / total:.0%}"
+        if self._progress and now >= self._next_update:
+            self._next_update = now + REFRESH_SECONDS
+            self._progress.update(self._task, completed=step, **self._times(step))
         if now >= self._next_line:
             self._line(step)
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Print the losses of an evaluation on a line of its own."""
-        self.fields["val_loss"] = losses["val/loss"]
+        """Print the losses of an evaluation, which is over, on a line of its own."""
+        if self._evaluation_began is not None:
+            self._evaluation_seconds = time.monotonic() - self._evaluation_began
+            self._all_evaluations += self._evaluation_seconds
+            self._evaluation_began = None
+        self.fields.update(val_loss=losses["val/loss"], evaluating=None)
         self._line(step, losses)
+
+    def _training_seconds(self, now: float) -> float:
+        """Seconds since the start without those of evaluations."""
+        evaluating = now - self._evaluation_began if self._evaluation_began is not None else 0.0
+        return now - self._began - self._all_evaluations - evaluating
+
+    def _seconds_left(self, step: int) -> float | None:
+        """Seconds that the remaining steps and evaluations will take; None until that can be said.
+
+        The first step does not count, unless it is one of many: it is slower than the others.
+        """
+        if self._first is None or step - self._first[0] < STEPS_BEFORE_ESTIMATE:
+            return None
+        seconds = (self._training_seconds(time.monotonic()) - self._first[1]) / (step - self._first[0])
+        evaluations = 0
+        if self._eval_interval is not None:
+            evaluations = -(-self.total // self._eval_interval) - step // self._eval_interval
+        return seconds * (self.total - step) + evaluations * self._evaluation_seconds
 
     def _times(self, step: int) -> dict[str, Any]:
         """The fields with the elapsed and the remaining time."""
-        elapsed = time.monotonic() - self._began
-        done = step - self.start
-        remaining = elapsed / done * (self.total - step) if done >= STEPS_BEFORE_ESTIMATE else None
+        left = self._seconds_left(step)
         return {
             **self.fields,
-            "elapsed": duration(elapsed),
-            "remaining": duration(remaining) if remaining is not None else None,
+            "elapsed": duration(time.monotonic() - self._began),
+            "remaining": duration(left) if left is not None else None,
         }
 
-    def _estimate(self, step: int) -> None:
+    def _estimate(self, step: int, left: float) -> None:
         """Print, once, how long the run will take."""
         self._estimated = True
-        left = (time.monotonic() - self._began) / (step - self.start) * (self.total - step)
         if left >= PLAIN_LINE_SECONDS:
             end = time.strftime("%H:%M", time.localtime(time.time() + left))
             self.terminal.print(f"estimated: {duration(left)} for the {self.total - step:,} steps left, until {end}")
@@ -124,6 +197,8 @@ class TrainingProgress:
         parts = [f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}"]
         if losses:
             parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}")
+        elif self.fields["evaluating"]:
+            parts.append(self.fields["evaluating"])
         elif self.fields["loss"] is not None:
             parts.append(f"loss {loss_text(self.fields['loss'])}")
         if self.fields["tokens_per_second"]:

@@ -1,4 +1,4 @@
-"""The TensorBoard view: event files in logs/tensorboard/ of the run directory."""
+"""The TensorBoard view: event files in the run directory, by whose name TensorBoard calls the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 from utils.config.fields import FIELDS, field_fact
 from utils.config.settings import TRAJECTORY
 from utils.files import regular_fd
-from utils.runs.layout import TENSORBOARD
 from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
 from utils.runs.metrics import shown_metrics
 from utils.tracking import RunEnd, RunFacts
@@ -60,7 +59,7 @@ class TensorBoardView:
             self._events = EventFile(self.log_dir, purge_step=first_step)
         if first_step == 0:
             self._describe()
-        return {"path": TENSORBOARD.as_posix()}
+        return {"path": self.events.path.name}
 
     def _describe(self) -> None:
         """Write the texts of step 0, the hyperparameters of a running session, and the layout of the custom scalars."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.config.settings import Config
-from utils.runs.layout import TENSORBOARD
+from utils.runs.layout import OLD_TENSORBOARD
 from utils.runs.run import read_record
 from utils.tracking import RunFacts, View
 from utils.tracking.aim import REMOTE, AimView
@@ -46,7 +46,7 @@ def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> 
         repo = str(root / repo)
     mode: Literal["offline", "online"] = "online" if config.tracking.wandb_mode == "online" else "offline"
     makers: dict[str, Callable[[], View]] = {
-        "tensorboard": lambda: TensorBoardView(facts, run / TENSORBOARD),
+        "tensorboard": lambda: TensorBoardView(facts, old if (old := run / OLD_TENSORBOARD).is_dir() else run),
         "aim": lambda: AimView(facts, repo, known.get("hash") if _same_repo(known.get("repo"), repo) else None),
         "wandb": lambda: WandbView(facts, mode, views.get("wandb", {}).get("id")),
     }

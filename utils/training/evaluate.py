@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
-from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating
+from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating
 from utils.inference.static import StaticDecoders, is_static
 from utils.machine.device import autocast
 from utils.nn.lean import is_patched
@@ -16,15 +17,27 @@ from utils.training.state import TrainState
 from utils.training.step_buffer import NonFiniteError
 
 
-def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks) -> None:
-    """Losses of both splits and a sample text, to the log and the terminal; keeps the best."""
+def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
+    """Losses of both splits and a sample text, to the log and the terminal; keeps the best.
+
+    Where `must_stop` says so between two batches, there are none: a resume makes this evaluation.
+    """
     settings = state.config.train
     graph = settings.cuda_graph and not any(map(is_patched, state.model.modules()))  # it would call no hooks
     if state.evaluation is None or state.evaluation.graph != graph:
         precision = functools.partial(autocast, state.device, state.dtype)
         state.evaluation = BatchLoss(state.model, precision, graph=graph)
         state.decoders = StaticDecoders() if graph and is_static(state.device) else None
-    losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
+
+    def watch(done: int, total: int) -> bool:
+        monitor.progress.evaluating(state.step, done, total)
+        return not must_stop()
+
+    micro_steps = settings.gradient_accumulation_steps
+    try:
+        losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, micro_steps, watch)
+    except EvaluationStoppedError:
+        return
     monitor.losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):

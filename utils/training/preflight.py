@@ -13,10 +13,12 @@ from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.machine.attention_kernels import fused_attention
-from utils.runs.code import GitFacts
+from utils.runs.code import GitFacts, patched_files
 from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
+from utils.runs.layout import PATCH
 from utils.runs.origin import parent_facts
 from utils.terminal.console import Terminal
+from utils.terminal.words import one_line
 from utils.training.setup import Setup, decisive_settings
 
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
@@ -78,11 +80,15 @@ def _code(git: GitFacts) -> Iterator[str]:
     if git.problem and git.commit is None:
         yield f"the code is not recorded: {git.problem}"
     if git.patch:
-        files = git.patch.count(b"\ndiff --git ") + git.patch.startswith(b"diff --git ")
-        yield f"uncommitted code: changes of {files} files go into meta/code.patch"
+        yield f"uncommitted, kept in {PATCH}: {_listed([*patched_files(git.patch.decode(errors='replace'))])}"
     if git.left_out:
-        more = f" and {len(git.left_out) - FILES_SHOWN} more" if len(git.left_out) > FILES_SHOWN else ""
-        yield f"not recorded: {', '.join(git.left_out[:FILES_SHOWN])}{more}"
+        yield f"not recorded: {_listed(git.left_out)}"
+
+
+def _listed(files: Sequence[str]) -> str:
+    """The first FILES_SHOWN of `files`, and how many more there are."""
+    more = f" and {len(files) - FILES_SHOWN} more" if len(files) > FILES_SHOWN else ""
+    return f"{', '.join(map(one_line, files[:FILES_SHOWN]))}{more}"
 
 
 def _disk(setup: Setup) -> Iterator[str]:

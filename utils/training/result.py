@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from utils.training.setup import Setup
 
 PROMPT = "The "  # of the command that is printed
+FAR_WORSE = 1.1  # times the best val/loss
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class TrainResult(Mapping[str, Any]):
         return len(fields(self))
 
     @property
+    def warning(self) -> str | None:
+        """What to say if the last weights are far worse than the best ones, which are not those of the export."""
+        last, best = self.val_loss, self.best_val_loss
+        if last is None or best is None or last <= FAR_WORSE * best or (self.exported or "").startswith("best"):
+            return None
+        of_export = ", and the export has the last weights" if self.exported else ""
+        found = f"the last val/loss, {last:.4f}, is far worse than the best, {best:.4f} at step {self.best_step:,}"
+        return f"{found}{of_export} (--export-weights best exports the best ones)"
+
+    @property
     def exit_status(self) -> int:
         """0 completed or stopped by max_minutes, 1 failed or diverged, 128 + signal number after a signal."""
         if self.signum is not None:
@@ -68,7 +79,8 @@ class TrainResult(Mapping[str, Any]):
 def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal) -> None:
     """Print losses, time, where files are, and what to type next."""
     here = Path.cwd()
-    where = relative_name(run.path, here)
+    where = shlex.quote(relative_name(run.path, here))
+    export = shlex.quote(relative_name(run.path / EXPORT, here))
     rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
     if result.val_loss is not None:
         rows.append(
@@ -81,8 +93,10 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         ("run directory", where),
     ]
     if result.status == "completed":
-        rows.append(("export", f"{where}/{EXPORT} ({result.exported})"))
+        rows.append(("export", f"{export} ({result.exported})"))
     terminal.print("", fact_lines(rows))
+    if result.warning:
+        terminal.warn(result.warning)
     runs_dir = shlex.quote(relative_name(setup.runs_dir, here))
     commands = [("curves", f"{_program('tensorboard')} --logdir {runs_dir}")]
     if run.record["views"].get("aim", {}).get("state", "off") != "off":

@@ -93,6 +93,12 @@ class Session:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
         return state.finished or bool(self._stop)
 
+    def _must_stop(self) -> bool:
+        """Whether an evaluation may not go on: a signal came, or the time is over."""
+        left = self._deadline.seconds_left
+        is_over = left is not None and left < self.checkpoints.seconds_to_save(self.state)
+        return is_over or self._stop.signum is not None
+
     # ------------------------------------------------------------------------------------------ the loop acts
 
     @contextlib.contextmanager
@@ -110,7 +116,7 @@ class Session:
         """Losses of both splits after `state.step` updates; saves a checkpoint if they are the best so far."""
         state, settings = self.state, self.state.config.train
         with self.pause():
-            evaluate(state, self.monitor, self.callbacks)
+            evaluate(state, self.monitor, self.callbacks, self._must_stop)
         # Step 0 needs one only where the export may be made from it: weights that were trained before.
         if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
             self.save()
@@ -156,7 +162,9 @@ class Session:
         self.update = make_update(state, terminal.warn)
         feeders = build_feeders(setup, run, terminal, state.step)
         after_status.callback(self._attempt, self._close_views, feeders)
-        self.progress = TrainingProgress(terminal, setup.max_iters, state.step)
+        self.progress = TrainingProgress(
+            terminal, setup.max_iters, state.step, eval_interval=setup.config.train.eval_interval
+        )
         self.monitor = Monitor(state, log, run.path, self.progress, feeders.watch)
         before_status.callback(self._dump_flight_recorder)
         callback_run = TrainingRun(run.path, state, self.monitor.log, self._stop)
@@ -177,7 +185,7 @@ class Session:
                 self._stop.patient = True
                 yield
             self.checkpoints.wait()
-            if self.state.finished:
+            if self.state.finished and not self.evaluation_due:  # else a signal ended the last evaluation
                 self.outcome.exported = export(self.state, self.run, self.terminal)
                 stopped_early = self.state.early_stopping
                 self._end("completed", stopped_early.reason if stopped_early.stopped else None)

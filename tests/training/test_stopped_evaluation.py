@@ -1,0 +1,53 @@
+"""A signal during an evaluation: the run stops between two batches, and a resume makes that evaluation."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import train
+from utils.checkpoints.folder import list_checkpoints
+from utils.runs.layout import CHECKPOINTS, EXPORT, METRICS_LOG
+from utils.runs.log import read_records
+from utils.runs.run import read_record
+from utils.terminal.progress import TrainingProgress
+
+Argv = Callable[..., list[str]]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["val/loss"]) for record in read_records(run / METRICS_LOG) if "val/loss" in record]
+
+
+def test_a_signal_ends_an_evaluation_and_a_resume_makes_it(
+    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert train.main(tiny_argv("--run-tag", "whole")) == 0
+    (whole,) = runs_dir.iterdir()
+    for step in (0, 6):
+        seen: list[tuple[int, int]] = []
+
+        def evaluating(_display: TrainingProgress, now: int, done: int, _total: int) -> None:
+            seen.append((now, done))  # noqa: B023
+            if (now, done) == (step, 4):  # noqa: B023
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingProgress, "evaluating", evaluating)
+            assert train.main(tiny_argv("--run-tag", f"stopped-{step}")) == 143
+        assert seen[-1] == (step, 4)
+        (run,) = runs_dir.glob(f"*_stopped-{step}")
+        record = read_record(run)
+        assert (record["status"], record["last_step"]) == ("interrupted", step)
+        assert step in dict(list_checkpoints(run / CHECKPOINTS))
+        assert not (run / EXPORT).exists()
+        assert step not in dict(losses(run))
+        assert train.main(["--resume", str(run)]) == 0
+        assert losses(run) == losses(whole)
+        assert (run / EXPORT / "model.safetensors").read_bytes() == (whole / EXPORT / "model.safetensors").read_bytes()
