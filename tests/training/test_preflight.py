@@ -46,7 +46,7 @@ def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfi
     patch = b"diff --git a/a b/a\n+1\ndiff --git a/b b/b\n+2\n"
     git = GitFacts(commit="c", dirty=True, patch=patch, left_out=[f"f{i}.bin (not a source file)" for i in range(7)])
     first, second = findings(load(aim_logging=True), tmp_path, git)
-    assert first == "uncommitted code: changes of 2 files go into meta/code.patch"
+    assert first == "uncommitted code: changes of 2 files go into meta/code.patch: a, b"
     assert second.startswith("not recorded: f0.bin (not a source file), ")
     assert second.endswith(" and 2 more")
     assert findings(load(aim_logging=True), tmp_path, GitFacts(problem="not a git repository")) == [

@@ -73,6 +73,12 @@ class LoadedConfig:
         }
 
 
+def config_files(loaded: LoadedConfig) -> set[str]:
+    """The files that settings come from, as `relative_name` writes them."""
+    sources = (setting.source for layers in loaded.layers.values() for setting in layers)
+    return {name for name in (source.rpartition(":")[0] for source in sources) if name.endswith(CONFIG_SUFFIXES)}
+
+
 def relative_name(path: Path, root: Path) -> str:
     """`path` as a person would type it from `root`."""
     try:

@@ -17,7 +17,7 @@ def is_source(path: str | PurePath, named: Collection[str] = ()) -> bool:
         path: relative to the project folder.
         named: the files that the command line names as configurations, relative to the project folder, too.
 
-    >>> [is_source(path) for path in ("my_callback.py", "configs/wide.yaml", "ideas.md", "venv/lib/a.py", "kaggle.json")]
+    >>> [is_source(path) for path in ("my_loss.py", "configs/wide.yaml", "ideas.md", "venv/lib/a.py", "a.json")]
     [True, True, False, False, False]
     """
     path = PurePath(path)

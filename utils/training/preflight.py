@@ -78,11 +78,15 @@ def _code(git: GitFacts) -> Iterator[str]:
     if git.problem and git.commit is None:
         yield f"the code is not recorded: {git.problem}"
     if git.patch:
-        files = git.patch.count(b"\ndiff --git ") + git.patch.startswith(b"diff --git ")
-        yield f"uncommitted code: changes of {files} files go into meta/code.patch"
+        count = "1 file goes" if len(git.files) == 1 else f"{len(git.files)} files go"
+        yield f"uncommitted code: changes of {count} into meta/code.patch: {_listed(git.files)}"
     if git.left_out:
-        more = f" and {len(git.left_out) - FILES_SHOWN} more" if len(git.left_out) > FILES_SHOWN else ""
-        yield f"not recorded: {', '.join(git.left_out[:FILES_SHOWN])}{more}"
+        yield f"not recorded: {_listed(git.left_out)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - FILES_SHOWN} more" if len(names) > FILES_SHOWN else ""
+    return ", ".join(names[:FILES_SHOWN]) + more
 
 
 def _disk(setup: Setup) -> Iterator[str]:
