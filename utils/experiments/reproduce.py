@@ -128,7 +128,7 @@ def reproduce(
         if code == "recorded":
             project, unknown = recorded_code(run, root, Path(folder))
         which = "the current code" if project == root else "the recorded code"
-        print(f"training {run.id} again from step {first:,}, with {which}", file=progress, flush=True)
+        print(printable(f"training {run.id} again from step {first:,}, with {which}"), file=progress, flush=True)
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
         command = [sys.executable, str(project / "train.py"), *_origin(run, first, parent, from_checkpoint)]

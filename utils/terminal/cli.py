@@ -8,9 +8,11 @@ import functools
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
@@ -200,6 +202,11 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does at the end of a script, but `printable`: the message may be text of a run."""
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # of the machine, not of the program: one line
 
 
@@ -213,6 +220,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
         prepare_streams()
+        sys.excepthook = _print_traceback
         tune_process()
         try:
             try:
