@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.inference.flags import add_arguments
 from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
+from utils.terminal.words import printable
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.inference.generator import Generator, Request

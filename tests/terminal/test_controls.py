@@ -34,7 +34,7 @@ COMMANDS = (
     *(["plot", "a", "--metric", EVIL], ["plot", "a", "--out", EVIL], ["report", "a", "--out", f"{EVIL}/{EVIL}"]),
     *(["edit", "a", "--note", EVIL], ["edit", "a", "--tag", EVIL], ["edit", "a", "--add-tag", EVIL]),
     *(["promote", "a", EVIL], ["prune", "--keep-last", "1"], ["prune", "--max-size", EVIL], ["seal", "a"]),
-    *(["reproduce", "a"], ["rebuild", "a"], ["rebuild", "b"], ["finish", "a"], ["seal", EVIL], ["list", f"--{EVIL}"]),
+    *(["reproduce", "a"], ["rebuild", "b"], ["seal", EVIL], ["list", f"--{EVIL}"]),
 )
 
 
@@ -90,7 +90,7 @@ def test_json_has_escapes_for_all_of_them_and_the_same_value(runs: Path, capsys:
         experiments.main([*words, "--json", "--runs-dir", str(runs)])
         output = capsys.readouterr().out
         assert (words[0], controls(output)) == (words[0], set())
-        assert EVIL in repr(json.loads(output)) or repr(EVIL)[1:-1] in repr(json.loads(output))
+        assert (repr(EVIL)[1:-1] in repr(json.loads(output))) == (words[0] != "diff")  # in which nothing differs
 
 
 def test_no_script_prints_a_control_character(
