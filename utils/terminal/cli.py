@@ -18,12 +18,13 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_orig
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
-from utils.errors import UserError, nearest, number_text
+from utils.errors import UserError, cut, nearest, number_text
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import printable, setting_text
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+ERROR_LENGTH = 3000  # characters of a message
 Number = TypeVar("Number", int, float)
 
 
@@ -227,7 +228,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
                 return main(sys.argv[1:] if argv is None else argv)
             except UserError as error:
                 for line in str(error).splitlines():
-                    print(f"error: {printable(line)}", file=sys.stderr)
+                    print(f"error: {cut(printable(line), ERROR_LENGTH)}", file=sys.stderr)
                 return 2
             finally:
                 sys.stdout.flush()  # at exit it would be too late to report an error
