@@ -339,6 +339,7 @@ def check(args: argparse.Namespace) -> Answer:
         default="recorded",
         help="current: does the code of today give the same numbers? (default: recorded)",
     ),
+    flag("--trust", action="store_true", help="run the code that a run made elsewhere brings along or names"),
 )
 def reproduce(args: argparse.Namespace) -> Answer:
     from utils.experiments.reproduce import reproduce
@@ -351,6 +352,7 @@ def reproduce(args: argparse.Namespace) -> Answer:
         steps=args.steps,
         from_checkpoint=args.from_checkpoint,
         code=args.code,
+        trusted=args.trust,
         progress=sys.stderr if args.json else sys.stdout,
     )
     lines = [f"not known: {unknown}" for unknown in found.unknown]

@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.inference.flags import add_arguments
 from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
+from utils.terminal.words import printable
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.inference.generator import Generator, Request
@@ -86,7 +87,7 @@ def compare_runs(args: argparse.Namespace, exports: Sequence[Path], settings: In
         values = settings.model_dump() | vars(args)
         chosen = [f"{flag_name(key)[2:]} {values[key]}" for key in SAMPLING if values[key]]
         write_out(args.html, completion_page(runs, ", ".join(chosen)))
-        print(f"wrote {args.html}", file=sys.stderr)
+        print(printable(f"wrote {args.html}"), file=sys.stderr)
     return 0
 
 
@@ -115,7 +116,7 @@ def complete_file(args: argparse.Namespace, exports: Sequence[Path], settings: I
             progress.advance(len(completion.tokens))
     if args.out is not None:
         write_out(args.out, "".join(f"{line}\n" for line in lines))
-        print(f"wrote {len(lines):,} completions to {args.out}", file=sys.stderr)
+        print(printable(f"wrote {len(lines):,} completions to {args.out}"), file=sys.stderr)
     if args.stats:
         print_stats(generator, request)
     return 0
@@ -299,7 +300,7 @@ def print_stats(generator: Generator, request: Request) -> None:
     from utils.terminal.words import fact_lines
 
     rows = generator.stats.rows(generator.model, cached=request.window == "sliding")
-    print(fact_lines(rows).plain, file=sys.stderr)
+    print(printable(fact_lines(rows).plain), file=sys.stderr)
 
 
 if __name__ == "__main__":

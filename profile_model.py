@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig, flag_name
 from utils.errors import UserError, number_text
+from utils.runs.origin import check_config_files
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, numbers, parse_experiment, place, script
+from utils.training.launch import add_trust_flag
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.terminal.console import Terminal
@@ -183,6 +185,7 @@ def add_flags(parser: Parser) -> None:
     flag("--lr-min", type=float, metavar="X", help="with --lr-range: the first learning rate (default: 1e-5)")
     flag("--lr-max", type=float, metavar="X", help="with --lr-range: the last one (default: 1)")
     flag("--lr-steps", type=int, metavar="N", help="with --lr-range: steps from one to the other (default: 100)")
+    add_trust_flag(parser)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -210,7 +213,9 @@ def arguments_of(mode: str, parsed: ExperimentArguments) -> dict[str, Any]:
             owners = [flag_name(of) if of != "profile" else "a profile" for of, names in taken.items() if name in names]
             raise UserError(f"{flag_name(name)} belongs to {' or '.join(owners)}")
     if "loaded" in taken[mode]:
-        return {**given, "loaded": parsed.load()}
+        loaded = parsed.load()
+        check_config_files(loaded, parsed.files, PROJECT_ROOT, parsed.own.trust)
+        return {**given, "loaded": loaded}
     if parsed.files or parsed.overrides or parsed.own.config_dir:
         raise UserError(f"{flag_name(mode)} takes no settings")
     return given

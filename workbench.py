@@ -199,13 +199,16 @@ def train(config: Settings | None = None, *, quiet: bool = False, strict: bool =
     return _train(_load(config, settings), quiet=quiet, strict=strict)
 
 
-def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **settings: Any) -> TrainResult:
+def resume(
+    run: RunName, *, quiet: bool = False, strict: bool = False, trust: bool = False, **settings: Any
+) -> TrainResult:
     """Continue a run that was interrupted or has crashed, bit for bit, from its newest checkpoint.
 
     Args:
         run: a path, id, tag, part of an id, `latest`, or a Run.
         quiet: print warnings only.
         strict: a damaged newest checkpoint is an error; otherwise the one before it is used.
+        trust: let the callbacks of a run that was made elsewhere run (docs/security.md).
         settings: what a resume may change, such as `max_iters` where the schedule does not depend on it.
 
     Raises:
@@ -223,7 +226,7 @@ def resume(run: RunName, *, quiet: bool = False, strict: bool = False, **setting
 
     for key in settings.keys() - FIELDS.keys():
         raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
-    origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict)
+    origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict, trusted=trust)
     loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=settings)
     return _train(loaded, quiet=quiet, origin=origin)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 200  # characters of a value in a message
+
 
 class UserError(ValueError):
     """What is wrong, where, and what was expected, in words for the person at the terminal."""
@@ -20,11 +22,31 @@ def number_text(value: float) -> str:
     return short if float(short) == value else str(value)
 
 
+def shown(value: object) -> str:
+    """A value as a message quotes it: as Python writes it, and the beginning of a long one.
+
+    >>> shown("x" * 1000)[197:]
+    'xxx... (1,002 characters)'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        text = "a number that is too long to show"
+    return cut(text, SHOWN)
+
+
+def cut(text: str, length: int) -> str:
+    """The beginning of a text that is longer than `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint naming the closest valid spelling of `name`, or an empty string.
 
     >>> nearest("batch_sise", ["batch_size", "seed"])
     '; did you mean batch_size?'
     """
+    if len(name) > SHOWN:  # comparing takes the square of its length
+        return ""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -587,3 +588,53 @@ def test_mistakes_on_top_of_a_base_are_reported_with_their_place(project: Path, 
         ConfigLoader(project).load_onto(base, (), {"n_head": "5"})
     with pytest.raises(ConfigError, match=r"^--seed: expected integer"):
         ConfigLoader(project).load_onto(base, (), {"seed": "x"})
+
+
+# ------------------------------------------------------------------------------------- files that are too much
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOMB, "x.yaml: more than 10,000 values, each alias in full"),
+        (f"note: &a [{'x,' * 200}]\ntags: [{'*a,' * 200}]", "x.yaml: more than 10,000 values, each alias in full"),
+        ("a: &a {<<: *a}", "x.yaml:1: an alias of what it is in"),
+        ("tags: &a [*a]", "x.yaml:1: an alias of what it is in"),
+        (f"? {'k' * 9000}\n: 1", f"x.yaml:1: unknown key {'k' * 200}... (9,000 characters)"),
+        (f"data: {'k' * 9000}", f"x.yaml:1: section data: expected a mapping, got '{'k' * 199}... (9,002 characters)"),
+        (f"seed: 0x{'f' * 9000}", "x.yaml:1: seed: expected integer >= 0 and < 9223372036854775808, got a number that"),
+        (f"note: {'x' * (1 << 20)}", "x.yaml: cannot be read: is larger than 1 MiB"),
+        *(
+            (f"{key}: {'k' * 9000}", f"x.yaml:1: {key}: ")
+            for key in ("run_tag", "seed", "dtype", "callbacks", "qa_template", "compile")
+        ),
+    ],
+)
+def test_what_a_file_builds_and_what_a_message_shows_is_bounded(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        ConfigLoader(tmp_path).load([path])
+    assert str(caught.value).startswith(expected)
+    assert len(str(caught.value)) < 500
+
+
+def test_an_alias_may_be_used_and_a_link_may_lead_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.yaml").write_text("tags: &a [x, y]\ncallbacks: []\nnote: &n text\nexperiment: *n\n")
+    path = tmp_path / "x.yaml"
+    path.symlink_to(tmp_path / "elsewhere" / "x.yaml")
+    tracking = ConfigLoader(tmp_path).load([path]).config.tracking
+    assert (tracking.tags, tracking.note, tracking.experiment) == (("x", "y"), "text", "text")
+
+
+def test_a_pipe_or_device_is_no_configuration_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.yaml")
+    (tmp_path / "y.yaml").symlink_to("/dev/zero")
+    for name, kind in (("x", "a pipe"), ("y", "a device")):
+        with pytest.raises(ConfigError, match=f"{name}.yaml: cannot be read: is {kind}, not a file"):
+            ConfigLoader(tmp_path).load([tmp_path / f"{name}.yaml"])

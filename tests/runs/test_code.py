@@ -188,12 +188,12 @@ def test_the_patch_turns_a_clone_into_the_working_tree(repo: Path, tmp_path: Pat
             "new/untracked.py": "u = 1",
             "new/empty.py": "",
             "latin.py": b"# caf\xe9\n",
-            "run.sh": "#!/bin/sh\n",
-            "Makefile": "all:\n",
+            "run.py": "#!/usr/bin/env python\n",
+            "configs/wide.yaml": "n_embd: 256\n",
         },
     )
     (repo / "gone.py").unlink()
-    (repo / "run.sh").chmod(0o755)
+    (repo / "run.py").chmod(0o755)
     git(repo, "add", "staged.py")
     facts = facts_of(repo)
     assert facts.dirty
@@ -289,7 +289,7 @@ def test_a_file_name_that_looks_like_a_pattern_brings_no_secret_along(repo: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.py", "keyboard.py", "environment.py", "secretary.py", "env.yaml", "a.env.py"]
+    "name", ["tokenizer.py", "keyboard.py", "environment.py", "secretary.py", "configs/env.yaml", "a.env.py"]
 )
 def test_what_only_sounds_like_a_secret_is_code(repo: Path, name: str) -> None:
     write(repo, {name: "harmless = 1\n"})
@@ -528,3 +528,59 @@ def test_variables_that_point_git_elsewhere_are_not_heard(
     assert MetadataCapture(repo).git_facts() == expected
     assert not set(misleading) & git_environment().keys()
     assert "GIT_CONFIG_GLOBAL" in git_environment()
+
+
+# ------------------------------------------------------------------------------- what untracked files are recorded
+
+
+def test_of_untracked_files_only_code_is_recorded(repo: Path) -> None:
+    code = {
+        "mine.py": "m",
+        "package/deep.py": "d",
+        "configs/wide.yaml": "n_embd: 8\n",
+        "presets/named.yaml": "seed: 1\n",
+    }
+    other = dict.fromkeys(
+        ("ideas.md", "kaggle.json", "notes.ipynb", "kubeconfig.yaml", ".docker/config.json", "venv/a.py", "Makefile",
+         "runs/a.py", ".hidden/a.py", "lib/python3/site-packages/a.py", "configs/run.sh"), "x"
+    )  # fmt: skip
+    write(repo, code | other)
+    facts = MetadataCapture(repo, named={"presets/named.yaml"}).git_facts()
+    assert sorted(facts.files) == sorted(code)
+    assert sorted(item.partition(" (")[0] for item in facts.left_out) == sorted(other)
+
+
+def test_the_names_in_a_patch_are_those_of_its_files(repo: Path) -> None:
+    names = ["a.py", "b/c.py", "data.bin", "gone.py", "new b/x.py", "ü.py"]
+    write(repo, {"a.py": "diff --git a/x b/x\n", "b/c.py": "new", "data.bin": b"\0\1", names[4]: "n", "ü.py": "u"})
+    (repo / "gone.py").unlink()
+    assert sorted(facts_of(repo).files) == sorted([*names[:5], '"\\303\\274.py"'])
+
+
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+def test_a_file_whose_content_looks_like_a_secret_is_left_out_with_the_reason(repo: Path, tracked: bool) -> None:
+    if tracked:
+        write(repo, {"mine.py": "x = 1\n"})
+        commit(repo)
+    write(repo, {"mine.py": "x = 1\npassword = 'hunter2hunter2'\n", "a.py": "a = 2\n", "configs/a.yaml": "seed: 1\n"})
+    facts = facts_of(repo)
+    assert b"hunter2" not in facts.patch
+    assert facts.files == ["a.py", "configs/a.yaml"]
+    (left_out,) = facts.left_out
+    assert left_out.startswith("mine.py (looks like a secret: the value of password")
+
+
+def test_a_secret_that_is_committed_already_keeps_no_change_out(repo: Path) -> None:
+    write(repo, {"mine.py": "password = 'hunter2hunter2'\nx = 1\n"})
+    commit(repo)
+    write(repo, {"mine.py": "password = 'hunter2hunter2'\nx = 2\n"})
+    assert facts_of(repo).files == ["mine.py"]
+
+
+def test_the_source_of_a_callback_is_kept_without_its_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "my_reporter.py"
+    module.write_text("TOKEN = 'AbCdEf0123456789xyzT'\nx = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("my_reporter")
+    source = MetadataCapture(tmp_path, callbacks=["my_reporter"]).git_facts().callbacks["my_reporter"]
+    assert source == b"TOKEN = '***'\nx = 1\n"

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
 from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
 from utils.config.settings import Config, RuleError
-from utils.errors import nearest
+from utils.errors import SHOWN, cut, nearest, shown
 from utils.files import open_regular
 
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
@@ -73,6 +73,12 @@ class LoadedConfig:
         }
 
 
+def config_files(loaded: LoadedConfig) -> set[str]:
+    """The files that settings come from, as `relative_name` writes them."""
+    sources = (setting.source for layers in loaded.layers.values() for setting in layers)
+    return {name for name in (source.rpartition(":")[0] for source in sources) if name.endswith(CONFIG_SUFFIXES)}
+
+
 def relative_name(path: Path, root: Path) -> str:
     """`path` as a person would type it from `root`."""
     try:
@@ -112,7 +118,7 @@ def read_config_file(path: Path, name: str) -> dict[str, Setting]:
         line = lines[id(document)][key]
         if key in SECTIONS:
             if value is not None and not isinstance(value, dict):
-                raise ConfigError(f"{name}:{line}: section {key}: expected a mapping, got {value!r}")
+                raise ConfigError(f"{name}:{line}: section {key}: expected a mapping, got {shown(value)}")
             for leaf, leaf_value in (value or {}).items():
                 leaf_line = lines[id(value)][leaf]
                 if SECTION_OF.get(leaf) != key and not (path.name == RECORDED and MOVED_FROM.get(leaf) == key):
@@ -129,8 +135,8 @@ def _unknown(key: str, section: str | None = None) -> str:
     if section and key in SECTION_OF:
         return f"{key} belongs to section {SECTION_OF[key]}, not {section}"
     if section:
-        return f"unknown key {key} in section {section}{nearest(key, SECTIONS[section].model_fields)}"
-    return f"unknown key {key}{nearest(key, [*FIELDS, *SECTIONS])}"
+        return f"unknown key {cut(key, SHOWN)} in section {section}{nearest(key, SECTIONS[section].model_fields)}"
+    return f"unknown key {cut(key, SHOWN)}{nearest(key, [*FIELDS, *SECTIONS])}"
 
 
 def _is_none(key: str, value: Any) -> bool:
@@ -325,7 +331,7 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
     if detail["type"] == "value_error":
         return f"{named}: {cause}"
     hint = nearest(str(setting.value), get_args(FIELDS[key].annotation)) if detail["type"] == "literal_error" else ""
-    return f"{named}: expected {expected(key)}, got {setting.value!r}{hint}"
+    return f"{named}: expected {expected(key)}, got {shown(setting.value)}{hint}"
 
 
 def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:

@@ -9,9 +9,12 @@ from typing import Any
 
 import yaml
 
-from utils.errors import UserError, nearest
+from utils.errors import SHOWN, UserError, cut, nearest, shown
+from utils.files import read_bytes
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+CONFIG_BYTES = 1 << 20
+CONFIG_VALUES = 10_000  # with every alias of YAML in full: a few lines of aliases can stand for billions
 Lines = dict[int, dict[str, int]]  # id of a mapping -> key -> line
 
 
@@ -34,7 +37,8 @@ def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        content = read_bytes(path, inside=Path("/"), limit=CONFIG_BYTES)  # a link may lead anywhere
+        return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
         raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None
@@ -57,11 +61,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"expected a name, not {key!r}", key_node.start_mark
+                    None, None, f"expected a name, not {shown(key)}", key_node.start_mark
                 )
             if key in lines:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} is set twice in this file (first in line {lines[key]})", key_node.start_mark
+                    None,
+                    None,
+                    f"{cut(key, SHOWN)} is set twice in this file (first in line {lines[key]})",
+                    key_node.start_mark,
                 )
             mapping[key] = self.construct_object(value_node, deep=True)
             lines[key] = line
@@ -97,12 +104,39 @@ _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _construct_number)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _construct_number)
 
 
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The number of values in a node, where an alias counts as all that it stands for.
+
+    Args:
+        counts: id of a node -> its number of values, of those that were counted before.
+
+    Raises:
+        ConstructorError: a node contains itself.
+    """
+    known = counts.get(id(node))
+    if known == 0:
+        raise yaml.constructor.ConstructorError(None, None, "an alias of what it is in", node.start_mark)
+    if known is None:
+        counts[id(node)] = 0  # until it is counted
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known = counts[id(node)] = 1 + sum(_count(part, counts) for part in parts)
+    return known
+
+
 def _parse_yaml(text: str, name: str) -> tuple[Any, Lines]:
     """The document and, per mapping, the line of each key."""
     try:
         loader = _UniqueKeyLoader(text)
         loader.lines = {}
-        return loader.get_single_data(), loader.lines
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        if _count(node, {}) > CONFIG_VALUES:
+            raise ConfigError(f"{name}: more than {CONFIG_VALUES:,} values, each alias in full")
+        return loader.construct_document(node), loader.lines
+    except ConfigError:
+        raise
     except yaml.constructor.ConstructorError as error:
         problem = (error.problem or "").replace("could not determine a constructor for the tag", "refused the YAML tag")
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -129,7 +163,7 @@ def _parse_json(text: str, name: str) -> tuple[Any, Lines]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise ConfigError(f"{name}:{line_of(key)}: {key} is set twice in this file")
+                raise ConfigError(f"{name}:{line_of(key)}: {cut(key, SHOWN)} is set twice in this file")
             result[key] = value
         lines[id(result)] = {key: line_of(key) for key in result}
         return result

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from utils.errors import number_text
+from utils.errors import number_text, shown
 from utils.files import expand_home
 
 Kind = Literal["trajectory", "observation", "machine"]
@@ -260,7 +260,7 @@ def check_callback(name: str) -> str:
     """Returns `name`; raises ValueError unless it has the form module:Class."""
     module, colon, attribute = name.partition(":")
     if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise ValueError(f"a callback is named module:Class, not {name!r}")
+        raise ValueError(f"a callback is named module:Class, not {shown(name)}")
     return name
 
 
@@ -452,9 +452,9 @@ class TrainConfig(Section):
 def check_tag(tag: str) -> str:
     """Returns `tag`; raises ValueError unless it can be part of a folder name and of a command line."""
     if not TAG_PATTERN.fullmatch(tag) or not tag.strip("."):
-        raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {tag!r}")
+        raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {shown(tag)}")
     if tag in RESERVED_TAGS:
-        raise ValueError(f"the tag {tag!r} is reserved")
+        raise ValueError(f"the tag {shown(tag)} is reserved")
     return tag
 
 
@@ -464,7 +464,7 @@ Tag = Annotated[str, AfterValidator(check_tag)]
 def check_aim_repo(repo: str) -> str:
     """Returns `repo`, or for a folder named .aim its parent; raises ValueError unless it is a folder or aim://HOST:PORT."""
     if "://" in repo and not re.fullmatch(r"aim://[^/:@\s]+:\d{1,5}", repo):
-        raise ValueError(f"expected a folder or aim://HOST:PORT, got {repo!r}")
+        raise ValueError(f"expected a folder or aim://HOST:PORT, got {shown(repo)}")
     return re.sub(r"(^|/)\.aim/?$", "", repo) or ("/" if repo.startswith("/") else ".")
 
 
@@ -523,7 +523,7 @@ class TrackingConfig(Section):
 def check_qa_template(template: str) -> str:
     """Returns `template`; raises ValueError unless it contains {question}."""
     if "{question}" not in template:
-        raise ValueError(f"expected text that contains {{question}}, got {template!r}")
+        raise ValueError(f"expected text that contains {{question}}, got {shown(template)}")
     return template
 
 

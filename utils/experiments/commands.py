@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -25,6 +24,7 @@ from utils.runs.run import RunError
 from utils.terminal.cli import PROJECT_ROOT, Parser, place
 from utils.terminal.console import Terminal, print_to
 from utils.terminal.streams import is_unicode
+from utils.terminal.words import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -83,7 +83,7 @@ class Command:
         """
         answer = self.compute(args)
         if args.json:
-            print(json.dumps(_as_json(answer.data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+            print(json_text(_as_json(answer.data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
             return answer.status
         console = Terminal().console
         for part in answer.render(console):

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
-from utils.config.loader import flag_name
+from utils.config.loader import ConfigLoader, flag_name
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
-from utils.experiments.diff import environment_of
+from utils.experiments.diff import COMMIT, environment_of
+from utils.files import read_bytes
 from utils.machine.watchdog import watched
-from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo
+from utils.runs.code import LEFT_OUT, files_of_patch, git_environment, listed_files, open_repo
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
@@ -32,6 +33,7 @@ from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED
 from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
 from utils.runs.seal import file_sha256, write_seal
+from utils.runs.trust import callback_words, made_elsewhere, made_here, require_trust
 from utils.terminal.words import printable
 
 WEIGHTS = EXPORT / WEIGHTS_FILE
@@ -96,6 +98,7 @@ def reproduce(
     steps: int | None = None,
     from_checkpoint: bool = False,
     code: Code = "recorded",
+    trusted: bool = False,
     progress: IO[str] | None = None,
 ) -> Reproduction:
     """Train a run again into a new run directory beside it, whose parent it becomes, and compare their logs.
@@ -105,15 +108,18 @@ def reproduce(
         steps: number of steps to train; None: all.
         from_checkpoint: begin with a checkpoint of the run instead of step 0: the newest with enough steps after it.
         code: "recorded": the commit with its patch, in a temporary folder; "current": the project folder as it is.
+        trusted: let the code of a run that was made elsewhere run.
         progress: where the progress of training is printed; stdout by default.
 
     Raises:
+        UserError: the run was made elsewhere, and its code may not run.
         ReproductionError: the run has no log or no checkpoint to begin with, or its code is not available.
     """
     progress = progress or sys.stdout
     if not run.settings or not run.record.get("resolved"):
         why = run.problem or "it ended before its first step"
         raise ReproductionError(f"{run.id}: {why}: there is nothing to reproduce")
+    require_trust(run.path, root, code_of_its_own(run, root, code), trusted)
     parent = _parent(run)
     first, end, expected = _part(run, parent, steps, from_checkpoint)
     with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
@@ -122,7 +128,7 @@ def reproduce(
         if code == "recorded":
             project, unknown = recorded_code(run, root, Path(folder))
         which = "the current code" if project == root else "the recorded code"
-        print(f"training {run.id} again from step {first:,}, with {which}", file=progress, flush=True)
+        print(printable(f"training {run.id} again from step {first:,}, with {which}"), file=progress, flush=True)
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
         command = [sys.executable, str(project / "train.py"), *_origin(run, first, parent, from_checkpoint)]
@@ -132,7 +138,7 @@ def reproduce(
         path = _new_run(run.path.parent, existing, pid)
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
-    _adopt(run, path, keep_code=project == root)
+    _adopt(run, path, root, keep_code=project == root)
     repetition = read_run(path)
     logs = compare_logs(run.path, path, first)
     both = all((one / WEIGHTS).is_file() for one in (run.path, path)) and end is None and not from_checkpoint
@@ -140,6 +146,18 @@ def reproduce(
     environment = environment_differences(run, repetition)
     status = repetition.status
     return Reproduction(run.id, path.name, status, exit_status, first, expected, logs, weights, environment, unknown)
+
+
+def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
+    """What a repetition runs that this project does not have already, in words."""
+    known = ConfigLoader(root).load().config.train.callbacks
+    words = callback_words(name for name in run.settings.get("callbacks") or () if name not in known)
+    if code == "recorded" and os.path.lexists(run.path / PATCH):
+        with contextlib.suppress(OSError):  # reported when it is applied
+            if patch := read_bytes(run.path / PATCH, run.path):
+                files = ", ".join(files_of_patch(patch)) or "no file"
+                words.append(f"{PATCH}, which changes {files}")
+    return words
 
 
 def _part(
@@ -219,17 +237,25 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
         **dict.fromkeys(PER_SESSION),
         "runs_dir": run.path.parent.resolve(),
         "dataset": moved_path(run.settings.get("dataset", ""), root),
-        "corpora_dir": root / moved_path(run.settings.get("corpora_dir", "corpora"), root),
+        "corpora_dir": root / _corpora_dir(run, root),
+        "callbacks": ",".join(run.settings.get("callbacks") or ()),  # named here, so that no --trust is needed again
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
     }
     for key, value in overrides.items():
-        if key not in run.settings:  # older code may not have this setting
+        if key not in run.settings or (key == "callbacks" and not value):  # older code may not have this setting
             continue
         if isinstance(value, bool):
             yield flag_name(key, value)
         else:
             yield from (flag_name(key), "none" if value is None else str(value))
+
+
+def _corpora_dir(run: IndexedRun, root: Path) -> str:
+    """Where the repetition keeps its encoded corpus; a run that was made elsewhere does not say where to write."""
+    if made_elsewhere(run.path, root):
+        return ConfigLoader(root).load().config.data.corpora_dir
+    return moved_path(run.settings.get("corpora_dir", "corpora"), root)
 
 
 def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Path) -> tuple[int, int]:
@@ -270,9 +296,9 @@ def _new_run(runs_dir: Path, existing: set[str], pid: int) -> Path | None:
     return None
 
 
-def _adopt(run: IndexedRun, path: Path, keep_code: bool) -> None:
+def _adopt(run: IndexedRun, path: Path, root: Path, keep_code: bool) -> None:
     """Make the repetition name its parent and the code that it was trained with, and renew its seal."""
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"made": made_here(root)}
     if read_record(path).get("parent") is None:
         facts["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
     if not keep_code:
@@ -311,6 +337,8 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
     facts = run.record.get("git") or {}
     if facts.get("commit") is None:
         return root, ["the code of the run: it was started without git, so the current code was used"]
+    if not COMMIT.fullmatch(str(facts["commit"])):  # git would read "--output=..." as an option
+        raise ReproductionError(f"{run.id}: {facts['commit']!r} is not a commit")
     import git
 
     archive = folder / "code.tar"

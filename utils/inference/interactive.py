@@ -16,7 +16,7 @@ from utils.inference.generator import SEEDS, Generator, Request
 from utils.inference.prompts import banned_tokens, stop_strings
 from utils.inference.stats import GenerationStats
 from utils.terminal.console import say
-from utils.terminal.words import fact_lines
+from utils.terminal.words import fact_lines, printable
 
 OFF = "none"
 ACTIONS = {"/reset": "forget the text so far", "/help": "show this list", "/quit": "leave, as Ctrl-D does"}
@@ -139,7 +139,7 @@ class Conversation:
             except KeyboardInterrupt:
                 print()
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(printable(f"error: {error}"), file=sys.stderr)
 
     def answer(self, line: str) -> None:
         """Carry out one line: a command, or a part of the text.
@@ -152,7 +152,7 @@ class Conversation:
             return
         name, _, value = line.partition(" ")
         if name == "/help":
-            print(fact_lines(self._help()).plain)
+            print(printable(fact_lines(self._help()).plain))
         elif name == "/reset":
             self.text, self._turns, self._length_noted = "", 0, False
         elif name in OPTIONS:
@@ -171,7 +171,7 @@ class Conversation:
                 raise UserError(f"{name}: expected {option.expected}, got {value!r}") from None
             if name == "/seed":
                 self._turns = 0
-        print(f"{name[1:]} {option.show(self.request, tokenizer)}")
+        print(printable(f"{name[1:]} {option.show(self.request, tokenizer)}"))
 
     def _help(self) -> list[tuple[str, str]]:
         tokenizer = self.generator.tokenizer

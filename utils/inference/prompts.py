@@ -14,6 +14,7 @@ from tokenizer import Tokenizer, TokenizerError
 from utils.errors import UserError
 from utils.files import output_target, write_output
 from utils.inference.generator import Completion
+from utils.terminal.words import json_text
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ def completion_line(prompt: FilePrompt, completion: Completion) -> str:
         "finish": completion.finish,
         "seed": completion.seed,
     }
-    # JSON may hold half a surrogate pair, which UTF-8 cannot: it stays an escape.
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace").decode()
+    return json_text(record)
 
 
 def write_out(path: Path, text: str) -> None:

@@ -1,8 +1,9 @@
 """The code of a run (commit, remote, patch) and its environment, as files in meta/.
 
 Git is read through GitPython. Where it is missing, broken, without commits or detached, the files say so and training
-continues. Credentials never reach a run directory: user and password are removed from remote URLs, files that look
-like secrets are left out of the patch, and environment variables are not recorded at all.
+continues. Credentials never reach a run directory: they are removed from remote URLs, files that look like secrets by
+name or content are left out of the patch, and environment variables are not recorded at all. Of untracked files only
+code is recorded (utils/runs/source.py).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from dataclasses import dataclass, field
 from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
-from utils.files import read_text, write_atomic
+from utils.files import read_bytes, read_text, write_atomic
 from utils.runs.layout import CALLBACKS, ENVIRONMENT, GIT, PATCH
+from utils.runs.secrets import clean_url, find_secret, without_secrets
+from utils.runs.source import is_source
 from utils.terminal.words import one_line
 
 if TYPE_CHECKING:
@@ -32,13 +34,6 @@ if TYPE_CHECKING:
 
 MAX_PATCH_FILE_BYTES = 1_000_000
 MAX_UNTRACKED_FILES = 500  # each takes a call of git
-SOURCE_SUFFIXES = frozenset(
-    (
-        *(".py", ".pyi", ".ipynb", ".sh", ".c", ".h", ".cc", ".cpp", ".cu", ".cuh", ".rs", ".js", ".html", ".css"),
-        *(".yaml", ".yml", ".json", ".toml", ".j2", ".cfg", ".ini", ".txt", ".in", ".md", ".rst"),
-    )
-)
-SOURCE_NAMES = frozenset(("Makefile", "Dockerfile", ".gitignore"))
 SECRET_NAME = re.compile(
     r"^\.env|\.(env|pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
     r"|secrets?([._-]|$)|credential|passw(or)?d|(api|access|private)[._-]?key|(^|[._-])(auth|tokens?)([._-]|$)"
@@ -83,6 +78,11 @@ class GitFacts:
     callbacks: dict[str, bytes] = field(default_factory=dict)  # module -> its source
     problem: str | None = None
 
+    @property
+    def files(self) -> list[str]:
+        """The files that the patch changes."""
+        return files_of_patch(self.patch)
+
     def summary(self) -> dict[str, Any]:
         """The facts that run.json and trackers show."""
         facts = {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "remote": self.remote}
@@ -102,18 +102,26 @@ class GitFacts:
         return digest.hexdigest()
 
 
-def clean_url(url: str) -> str:
-    """`url` without user, password, query and fragment; scp-like `git@host:path` keeps its user.
+def files_of_patch(patch: bytes) -> list[str]:
+    """The names of the files that a patch changes, as git writes them: those with unusual characters are quoted."""
+    return list(dict.fromkeys(_file_of(part) for part in parts_of_patch(patch)))
 
-    >>> clean_url("https://me:secret@example.org/repo.git")
-    'https://example.org/repo.git'
-    """
-    if "://" not in url:
-        user, at, place = url.rpartition("@")
-        return place if ":" in user else user + at + place
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+def parts_of_patch(patch: bytes) -> list[bytes]:
+    """A patch cut before the line `diff --git` of each file: lines of content begin with another character."""
+    return [part for part in re.split(rb"^(?=diff --git )", patch, flags=re.MULTILINE) if part]
+
+
+def _file_of(part: bytes) -> str:
+    """The name in `diff --git a/NAME b/NAME`: without renames both halves of the line name the same file."""
+    names = part.partition(b"\n")[0].removeprefix(b"diff --git ")
+    name = names[len(names) // 2 + 1 :].decode("utf-8", "backslashreplace")
+    return '"' + name[3:] if name.startswith('"b/') else name.removeprefix("b/")
+
+
+def added_lines(part: bytes) -> bytes:
+    """The lines that one file of a patch adds, each without its mark."""
+    return b"\n".join(line[1:] for line in part.split(b"\n") if line.startswith(b"+") and not line.startswith(b"+++ "))
 
 
 def git_environment() -> dict[str, str]:
@@ -154,10 +162,17 @@ class MetadataCapture:
         root: the project folder.
         excluded: files and folders that are not code (the runs, the corpora).
         callbacks: names of the modules of callbacks, which are imported already: their sources are always kept.
+        named: configuration files that the command line names, relative to `root`: they count as code.
     """
 
-    def __init__(self, root: Path, excluded: tuple[Path, ...] = (), callbacks: Iterable[str] = ()) -> None:
-        self.root = root
+    def __init__(
+        self,
+        root: Path,
+        excluded: tuple[Path, ...] = (),
+        callbacks: Iterable[str] = (),
+        named: Collection[str] = (),
+    ) -> None:
+        self.root, self.named = root, named
         self.callbacks = {name: path for name in callbacks if (path := source_of(name)) is not None}
         self.excluded = tuple(path.resolve() for path in excluded)
 
@@ -169,7 +184,7 @@ class MetadataCapture:
         facts = GitFacts()
         for name, path in self.callbacks.items():
             with contextlib.suppress(OSError):
-                facts.callbacks[name] = path.read_bytes()
+                facts.callbacks[name] = without_secrets(path.read_bytes())
         try:
             with open_repo(self.root) as repo:
                 self._read(repo, facts)
@@ -206,12 +221,13 @@ class MetadataCapture:
         facts.left_out += [f"{name} (uncommitted changes of a submodule)" for name in submodules]
         known = {*_paths(repo.git.ls_files("-z")), *untracked}
         facts.left_out += list(unknown_modules(top, known, self.callbacks))
-        recorded = [name for name in changed if self._keep(top, name, facts.left_out, any_suffix=True)]
+        recorded = [name for name in changed if self._keep(top, name, facts.left_out)]
         if recorded:
-            facts.patch += repo.git.diff(
+            patch = repo.git.diff(
                 *DIFF_FLAGS, *PREFIX_FLAGS, base, "--", *(f":(top,literal){name}" for name in recorded), **_RAW
             )
-        kept = [name for name in untracked if self._keep(top, name, facts.left_out, any_suffix=False)]
+            facts.patch += b"".join(part for part in parts_of_patch(patch) if _is_harmless(part, top, facts.left_out))
+        kept = [name for name in untracked if self._is_code(top, name, facts.left_out)]
         facts.left_out += [f"{name} (one of more than {MAX_UNTRACKED_FILES})" for name in kept[MAX_UNTRACKED_FILES:]]
         imported = {os.path.realpath(path) for name in list(sys.modules) if (path := source_of(name)) is not None}
         for name in kept[:MAX_UNTRACKED_FILES]:
@@ -233,21 +249,39 @@ class MetadataCapture:
         found = (path.resolve(), path.parent.resolve() / path.name)  # a link, too, is in the folder that it lies in
         return any(place == one or place in one.parents for place in self.excluded for one in found)
 
-    def _keep(self, top: Path, name: str, left_out: list[str], *, any_suffix: bool) -> bool:
-        """True if the file belongs in the patch; otherwise its name and the reason are added to `left_out`."""
+    def _is_code(self, top: Path, name: str, left_out: list[str]) -> bool:
+        """True if an untracked file belongs in the patch; otherwise its name and the reason are added to `left_out`."""
         path = top / name
-        reason = None
-        if any(SECRET_NAME.search(part) for part in Path(name).parts):
-            reason = "looks like a secret"
-        elif not any_suffix and path.suffix not in SOURCE_SUFFIXES and path.name not in SOURCE_NAMES:
-            reason = "not a source file"
-        elif path.is_symlink() and not any_suffix:
+        place = path.relative_to(self.root) if path.is_relative_to(self.root) else name
+        if not is_source(place, self.named):
+            reason = "looks like a secret" if _has_secret_name(name) else "not a source file"
+        elif path.is_symlink():
             reason = "a symbolic link"
-        elif path.is_file() and path.stat().st_size > MAX_PATCH_FILE_BYTES:
-            reason = "larger than 1 MB"
-        if reason:
-            left_out.append(f"{name} ({reason})")
-        return reason is None
+        elif not self._keep(top, name, left_out):
+            return False
+        else:
+            try:
+                secret = find_secret(read_bytes(path, limit=MAX_PATCH_FILE_BYTES))
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}"
+            else:
+                if secret is None:
+                    return True
+                reason = f"looks like a secret: {secret}"
+        left_out.append(f"{name} ({reason})")
+        return False
+
+    @staticmethod
+    def _keep(top: Path, name: str, left_out: list[str]) -> bool:
+        """False for a file that is not recorded by its name or size, which are added to `left_out`."""
+        path = top / name
+        if _has_secret_name(name):
+            left_out.append(f"{name} (looks like a secret)")
+            return False
+        if path.is_file() and path.stat().st_size > MAX_PATCH_FILE_BYTES:
+            left_out.append(f"{name} (larger than 1 MB)")
+            return False
+        return True
 
     @staticmethod
     def write(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
@@ -312,6 +346,22 @@ def unknown_modules(top: Path, known: Collection[str], callbacks: Mapping[str, P
                 yield f"{relative} (imported, but git ignores it{kept})"
         elif name in callbacks:
             yield f"{path.name} (of the callback {name}, from {path.parent}{kept})"
+
+
+def _has_secret_name(name: str) -> bool:
+    return any(SECRET_NAME.search(part) for part in Path(name).parts)
+
+
+def _is_harmless(part: bytes, top: Path, left_out: list[str]) -> bool:
+    """True unless the change of one file looks like a secret; then its name and the reason are added to `left_out`."""
+    name = _file_of(part)
+    content = added_lines(part)
+    if b"\nGIT binary patch\n" in part:
+        with contextlib.suppress(OSError):
+            content = read_bytes(top / name, limit=MAX_PATCH_FILE_BYTES)
+    if secret := find_secret(content):
+        left_out.append(f"{name} (looks like a secret: {secret.rpartition(' in line ')[0]})")
+    return secret is None
 
 
 _RAW: dict[str, Any] = {"strip_newline_in_stdout": False, "stdout_as_string": False}  # a patch is bytes

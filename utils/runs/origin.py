@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact, flat, get_value
-from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, Setting, flag_name
+from utils.config.loader import (
+    ALTERNATIVES,
+    ConfigError,
+    ConfigLoader,
+    LoadedConfig,
+    Setting,
+    flag_name,
+    relative_name,
+)
 from utils.config.settings import TRAJECTORY, Config, ModelConfig
 from utils.files import expand_home, read_json
 from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.lock import is_elsewhere
 from utils.runs.run import RunError, read_record, status_of
+from utils.runs.trust import callback_words, enclosing_run, made_elsewhere, require_trust
 from utils.terminal.words import setting_text
 
 Relation = Literal["resume", "fork", "init"]
@@ -32,7 +41,9 @@ BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
 FOUND = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which a resume does not inherit
 PLACES = ("dataset", "corpora_dir", "runs_dir", "aim_repo")  # paths, unless they are names or addresses
+WRITTEN = ("corpora_dir", "runs_dir", "aim_repo")  # those that training writes to
 MOVED = "found in this project"  # the source of a path that is no longer where it was
+OWN = "of this project, as the run was made elsewhere"  # the source of a path that was not taken over
 PINNED = ("device", "dtype", "threads", "deterministic")  # a resume keeps the values that "auto" resolved to
 
 
@@ -43,12 +54,14 @@ class Origin:
     run: directory of the earlier run; for `init` it may be an export alone.
     which: the checkpoint: `latest`, `best` or a step.
     strict: True if a damaged newest checkpoint is an error; otherwise the one before it is used.
+    trusted: True if its code may run although it was made elsewhere (--trust).
     """
 
     relation: Relation
     run: Path
     which: str = "latest"
     strict: bool = False
+    trusted: bool = False
 
 
 def split_choice(text: str) -> tuple[str, str]:
@@ -59,7 +72,9 @@ def split_choice(text: str) -> tuple[str, str]:
     return text, "latest"
 
 
-def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool = False) -> Origin:
+def find_origin(
+    relation: Relation, text: str, runs_dir: Path, *, strict: bool = False, trusted: bool = False
+) -> Origin:
     """The origin that RUN[:which] on a command line names.
 
     Raises:
@@ -77,7 +92,7 @@ def find_origin(relation: Relation, text: str, runs_dir: Path, *, strict: bool =
             f"--resume {text}: a run continues from its newest checkpoint; --fork starts a new run from any checkpoint"
         )
     path = Path(os.path.abspath(run))  # not resolved: a run that was moved away and linked stays beside the others
-    return Origin(relation, path, which, strict)
+    return Origin(relation, path, which, strict, trusted)
 
 
 def resumable_runs(runs_dir: Path, tag: str, report: Callable[[str], None] = lambda line: None) -> list[Path]:
@@ -126,7 +141,7 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     """The configuration that a run was started with, with the recorded source of each value.
 
     The settings in PER_SESSION are taken from the current configuration files instead, and a path that no longer
-    exists is looked for in this project: it may have moved.
+    exists is looked for in this project: it may have moved. A run that was made elsewhere does not say where to write.
 
     Raises:
         ConfigError: the recorded configuration is missing or damaged.
@@ -142,8 +157,10 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     layers = {key: _recorded_layers(sources, key, value, place) for key, value in flat(config).items()}
     layers |= {key: current.layers[key] for key in PER_SESSION}
     recorded = LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
-    now = {key: moved_path(get_value(config, key), loader.root) for key in PLACES}
-    return put_on_top(recorded, {key: path for key, path in now.items() if path != get_value(config, key)}, MOVED)
+    now, source = {key: moved_path(get_value(config, key), loader.root) for key in PLACES}, MOVED
+    if made_elsewhere(run, loader.root):
+        now, source = {"dataset": now["dataset"], **{key: get_value(current.config, key) for key in WRITTEN}}, OWN
+    return put_on_top(recorded, {key: path for key, path in now.items() if path != get_value(config, key)}, source)
 
 
 def _recorded_layers(sources: Any, key: str, value: Any, place: str) -> list[Setting]:
@@ -181,6 +198,35 @@ def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, res
 
 def _device_type(device: str) -> str:
     return device.split(":")[0]
+
+
+def check_callbacks(origin: Origin, loaded: LoadedConfig, loader: ConfigLoader) -> None:
+    """Raises UserError if a resume or fork would run callbacks that only a run made elsewhere names, unless trusted.
+
+    Those that the command line or the files of this project name are the user's own choice.
+
+    Args:
+        loaded: the configuration of the resume or fork.
+    """
+    recorded = recorded_config(origin.run, loader)
+    if len(loaded.layers["callbacks"]) > len(recorded.layers["callbacks"]):  # given now, on top of what is recorded
+        return
+    known = loader.load().config.train.callbacks
+    named = [name for name in loaded.config.train.callbacks if name not in known]
+    require_trust(origin.run, loader.root, callback_words(named), origin.trusted)
+
+
+def check_config_files(loaded: LoadedConfig, files: Iterable[Path], root: Path, trusted: bool) -> None:
+    """Raises UserError if the callbacks of `loaded` come from a file in a run that was made elsewhere, unless trusted.
+
+    Args:
+        files: the configuration files of --config.
+        root: the project folder.
+    """
+    place = loaded.source("callbacks").rpartition(":")[0]
+    for path in files:
+        if relative_name(path, root) == place and (run := enclosing_run(path)) is not None:
+            require_trust(run, root, callback_words(loaded.config.train.callbacks), trusted)
 
 
 def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:

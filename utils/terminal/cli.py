@@ -8,21 +8,24 @@ import functools
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
-from utils.errors import UserError, nearest, number_text
+from utils.errors import UserError, cut, nearest, number_text
 from utils.files import expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import printable, setting_text
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+ERROR_LENGTH = 3000  # characters of a message
 Number = TypeVar("Number", int, float)
 
 
@@ -209,6 +212,11 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does at the end of a script, but `printable`: the message may be text of a run."""
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # of the machine, not of the program: one line
 
 
@@ -222,13 +230,14 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
         prepare_streams()
+        sys.excepthook = _print_traceback
         tune_process()
         try:
             try:
                 return main(sys.argv[1:] if argv is None else argv)
             except UserError as error:
                 for line in str(error).splitlines():
-                    print(f"error: {printable(line)}", file=sys.stderr)
+                    print(f"error: {cut(printable(line), ERROR_LENGTH)}", file=sys.stderr)
                 return 2
             finally:
                 sys.stdout.flush()  # at exit it would be too late to report an error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,18 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` as `printable` writes it, with line breaks and tabs escaped too."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def json_text(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    """`value` as JSON that no terminal obeys: an escape for each character that `printable` would escape.
+
+    >>> json_text("\\x9b31m ü")
+    '"\\\\u009b31m ü"'
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def setting_text(value: Any) -> str:

@@ -15,8 +15,10 @@ from utils.runs.layout import CONFIG, LOGS, METRIC_REGISTRY, SEAL
 from utils.runs.log import LOG_FILES
 from utils.runs.mend import mend
 from utils.runs.metrics import VIEWS, read_registry
+from utils.runs.origin import pin
 from utils.runs.run import Run, RunError, read_record, read_status
 from utils.runs.seal import write_seal
+from utils.runs.trust import made_elsewhere
 from utils.tracking import RunEnd, View
 from utils.tracking.feeder import Budget, Feeder, attempt_each
 from utils.tracking.views import build_views, is_installed, wanted_views
@@ -133,9 +135,13 @@ def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int],
 
 
 def recorded_settings(path: Path, root: Path) -> Config:
-    """The configuration that the run in the directory `path` was started with.
+    """The configuration that the run in the directory `path` was started with; it is fed to trackers of this project.
 
     Raises:
         ConfigError: it is missing or damaged.
     """
-    return ConfigLoader(root).load_only(path / CONFIG).config
+    loader = ConfigLoader(root)
+    config = loader.load_only(path / CONFIG).config
+    if made_elsewhere(path, root):
+        config = pin(config, {"aim_repo": loader.load().config.tracking.aim_repo})
+    return config

@@ -14,6 +14,7 @@ import torch
 
 from utils.errors import UserError
 from utils.machine.signals import StopRequest
+from utils.runs.trust import check_callback_place
 from utils.training.state import TrainState
 
 Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step and its numbers
@@ -116,17 +117,22 @@ class Callbacks:
             raise failure
 
 
-def load_callbacks(names: Sequence[str]) -> dict[str, Callback]:
+def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str, Callback]:
     """Import and make each callback, by its name module:Class.
 
+    Args:
+        runs_dir: the folder of the runs, from which nothing is imported.
+        root: the project folder.
+
     Raises:
-        UserError: it cannot be imported or made, or is no Callback.
+        UserError: it is inside a run directory, cannot be imported or made, or is no Callback.
     """
     callbacks: dict[str, Callback] = {}
     for name in names:
         module, _, attribute = name.partition(":")
         if name in callbacks:
             raise UserError(f"callbacks: {name} is listed twice")
+        check_callback_place(name, runs_dir, root)
         try:
             found = getattr(importlib.import_module(module), attribute)
             if not (isinstance(found, type) and issubclass(found, Callback)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ from utils.errors import UserError
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
     Origin,
+    check_callbacks,
+    check_config_files,
     check_overrides,
     config_of_fork,
     find_origin,
@@ -46,12 +49,18 @@ def add_origin_flags(parser: Parser) -> None:
         action="store_true",
         help="with --resume RUN[:WHICH]: continue from that checkpoint in a new run, with any other setting",
     )
+    add_trust_flag(group)
     group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
     group.add_argument(
         "--strict-resume",
         action="store_true",
         help="refuse a damaged newest checkpoint instead of using the one before it",
     )
+
+
+def add_trust_flag(parser: argparse._ActionsContainer) -> None:
+    """Add --trust."""
+    parser.add_argument("--trust", action="store_true", help="run the code that a run made elsewhere names")
 
 
 def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin | None]]:
@@ -69,16 +78,20 @@ def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin
     if own.strict_resume and own.resume is None:
         raise UserError("--strict-resume needs --resume RUN")
     loaded = parsed.load()
+    check_config_files(loaded, parsed.files, PROJECT_ROOT, own.trust)
     runs_dir = PROJECT_ROOT / loaded.config.tracking.runs_dir
+    options = {"strict": own.strict_resume, "trusted": own.trust}
     if own.resume == "auto":
-        for origin in automatic_origins(loaded.config.tracking.run_tag, runs_dir, strict=own.strict_resume):
+        for origin in automatic_origins(loaded.config.tracking.run_tag, runs_dir, **options):
             yield config_of_resume(origin, parsed.loader, parsed.files, parsed.overrides), origin
         yield loaded, None
     elif own.fork:
-        origin = find_origin("fork", own.resume, runs_dir, strict=own.strict_resume)
-        yield config_of_fork(origin.run, parsed.loader, parsed.files, parsed.overrides), origin
+        origin = find_origin("fork", own.resume, runs_dir, **options)
+        forked = config_of_fork(origin.run, parsed.loader, parsed.files, parsed.overrides)
+        check_callbacks(origin, forked, parsed.loader)
+        yield forked, origin
     elif own.resume is not None:
-        origin = find_origin("resume", own.resume, runs_dir, strict=own.strict_resume)
+        origin = find_origin("resume", own.resume, runs_dir, **options)
         yield config_of_resume(origin, parsed.loader, parsed.files, parsed.overrides), origin
     elif own.init_from is not None:
         yield loaded, find_origin("init", own.init_from, runs_dir)
@@ -86,7 +99,7 @@ def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin
         yield loaded, None
 
 
-def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool) -> Iterator[Origin]:
+def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool, trusted: bool) -> Iterator[Origin]:
     """The runs of a tag that can go on, newest first, once their processes have released them.
 
     Prints a note about each newer run that cannot.
@@ -99,7 +112,7 @@ def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool) -> Itera
     for path in resumable_runs(runs_dir, tag, note):
         if read_record(path)["status"] != "running":  # its process may still be feeding the views
             wait_until_free(path, WAIT_SECONDS)
-        yield Origin("resume", Path(os.path.abspath(path)), strict=strict)
+        yield Origin("resume", Path(os.path.abspath(path)), strict=strict, trusted=trusted)
 
 
 def note(line: str) -> None:
@@ -116,7 +129,8 @@ def config_of_resume(
     """The configuration that a run was started with, and the overrides that a resume allows on top.
 
     Raises:
-        UserError: the recorded configuration cannot be read, or an override is refused.
+        UserError: the recorded configuration cannot be read, an override is refused, or code of a run that was made
+            elsewhere would run.
     """
     from utils.training.setup import absolute_dataset  # imports torch
 
@@ -124,4 +138,5 @@ def config_of_resume(
     loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))
     loaded = absolute_dataset(loaded, PROJECT_ROOT)
     check_overrides(origin.run, recorded, loaded, read_record(origin.run).get("resolved") or {})
+    check_callbacks(origin, loaded, loader)
     return loaded

@@ -13,7 +13,7 @@ from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.machine.attention_kernels import fused_attention
-from utils.runs.code import GitFacts, patched_files
+from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
 from utils.runs.layout import PATCH
 from utils.runs.origin import parent_facts
@@ -80,7 +80,7 @@ def _code(git: GitFacts) -> Iterator[str]:
     if git.problem and git.commit is None:
         yield f"the code is not recorded: {git.problem}"
     if git.patch:
-        yield f"uncommitted, kept in {PATCH}: {_listed([*patched_files(git.patch.decode(errors='replace'))])}"
+        yield f"uncommitted, kept in {PATCH}: {_listed(git.files)}"
     if git.left_out:
         yield f"not recorded: {_listed(git.left_out)}"
 

@@ -126,7 +126,7 @@ def make_setup(
                 f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
                 f"that, not {max_iters:,}"
             )
-    callbacks = load_callbacks(config.train.callbacks)
+    callbacks = load_callbacks(config.train.callbacks, root / config.tracking.runs_dir, root)
     return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint)
 
 

@@ -15,6 +15,7 @@ import torch
 from utils.checkpoints.choose import choose_checkpoint, newest_good, put_aside
 from utils.checkpoints.files import Checkpoint
 from utils.config.fields import config_hash
+from utils.config.loader import config_files
 from utils.errors import UserError
 from utils.files import change_json, write_json
 from utils.inference.export import export_as_checkpoint
@@ -43,6 +44,7 @@ from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
 from utils.runs.origin import Relation, check_longer, parent_facts, pin, put_on_top
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run
+from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
 from utils.terminal.words import HASH_LENGTH, fact_lines
 from utils.tracking.feeder import cut_progress
@@ -77,7 +79,7 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
     """
     origin = setup.origin
     if origin is None or not setup.resumes:
-        record: dict[str, Any] = {"argv": list(argv), "git": git.summary()}
+        record: dict[str, Any] = {"argv": list(argv), "git": git.summary(), "made": made_here(setup.root)}
         if origin is not None and setup.checkpoint is not None:
             record["parent"] = parent_facts(origin, setup.checkpoint.step, setup.checkpoint.state)
         start = Start(setup.checkpoint, origin.relation) if origin else Start()
@@ -109,6 +111,8 @@ def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Termina
             with contextlib.suppress(OSError):  # reported by `mend`
                 (run.path / name).unlink(missing_ok=True)
         run.restart(argv, start.step, git=git.summary())
+        if origin.trusted:
+            run.update(made=made_here(setup.root))
         if (tag := setup.config.tracking.run_tag) != recorded_tag:  # else a person may have changed it since
             run.update(tag=tag)
     except BaseException:
@@ -191,7 +195,8 @@ def read_git(setup: Setup) -> GitFacts:
         kept.append(setup.root / tracking.aim_repo / ".aim")
     callbacks = {type(callback).__module__: None for callback in setup.callbacks.values()}
     modules = dict.fromkeys([*(name.partition(":")[0] for name in setup.callbacks), *callbacks])
-    return MetadataCapture(setup.root, excluded=tuple(kept), callbacks=modules).git_facts()
+    named = config_files(setup.loaded) if setup.origin is None or setup.origin.relation == "init" else ()
+    return MetadataCapture(setup.root, excluded=tuple(kept), callbacks=modules, named=named).git_facts()
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:

@@ -1,0 +1,115 @@
+"""What looks like a credential, what only sounds like one, and URLs without them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from utils.runs.secrets import clean_url, find_secret, without_secrets
+
+HEX = "0af3b2c4d5e6f708192a3b4c5d6e7f80"
+SECRETS = (
+    "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "-----BEGIN PGP PRIVATE KEY BLOCK-----",
+    r'"private_key": "-----BEGIN PRIVATE KEY-----\nMIIE"',
+    "client-key-data: LS0tLS1CRUdJTiBSU0EgUFJJVkFURSBLRVktLS0tLQo=",
+    '"auths": {"https://index.docker.io/v1/": {"auth": "YWRhOmh1bnRlcjI="}}',
+    f'{{"username":"ada","key":"{HEX}"}}',
+    "aws_access_key_id = AKIAIOSFODNN7EXAMPLE",
+    "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYzEXAMPLEKEY",
+    'login("hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")',
+    "token: ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+    'client = OpenAI("sk-proj-abcdefghijk_lmnop-qrstu4")',
+    "xoxb-123456789012-abcdefghijklm",
+    "https://hooks.slack.com/services/T00000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
+    'headers = {"Authorization": "Bearer abcdEFGH1234ijklMNOP"}',
+    f'os.environ["WANDB_API_KEY"] = "{HEX}01234567"',
+    f'os.environ.setdefault("WANDB_API_KEY", "{HEX}01234567")',
+    f'wandb.login(key="{HEX}01234567")',
+    'password = "hunter2hunter2"',
+    "db_password: s3cretpw9",
+    'self.passphrase = "Tr0ub4dor&3"',
+    "postgres://ada:s3cret@db/x",
+    "machine github.com login ada password hunter2",
+    f"# secret: {HEX}",
+    "token = 'AbCdEf0123456789xyzT'".encode("utf-16").decode("latin-1"),
+)
+HARMLESS = (
+    'token = tokenizer.encode("x")[0]',
+    'end_token = "<|endoftext|>"',
+    "unknown_token: '~'",
+    "tokenizer: char",
+    "max_new_tokens: 300",
+    'password = os.environ["PASSWORD"]',
+    'password = getpass("password: ")',
+    "password: ${DB_PASSWORD}",
+    'api_key="your-api-key"',
+    'API_KEY = ""',
+    "key = jax.random.PRNGKey(0)",
+    f'SHA256 = "{HEX}{HEX}"',
+    f'corpus_hash: "{HEX}"',
+    "token_file = 'corpora/encoded/tokens_2024.bin'",
+    'keys = ["TokenClassification2Model", "AnotherTokenModelName3"]',
+    "git@github.com:a/b.git",
+    "https://example.org:8080/a@b",
+    "# the secret of a good loss is its gradient",
+)
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_a_credential_is_found_and_removed(text: str) -> None:
+    content = f"first = 1\n{text}\nlast = 2\n".encode("latin-1")
+    found = find_secret(content)
+    assert found is not None
+    assert found.endswith(" in line 2")
+    cleaned = without_secrets(content)
+    assert find_secret(cleaned) is None
+    assert cleaned.startswith(b"first = 1\n")
+    assert cleaned.endswith(b"\nlast = 2\n")
+
+
+def test_of_a_private_key_nothing_is_left_and_what_overlaps_is_removed_once() -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkq\n-----END PRIVATE KEY-----"
+    assert without_secrets(f"a\n{key}\nb".encode()) == b"a\n***\nb"
+    assert without_secrets(b"token = 'ghp_abcdefghijklmnopqrstuvwxyz0123456789'; x") == b"token = '***'; x"
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_only_sounds_like_a_credential_is_none(text: str) -> None:
+    assert find_secret(text.encode()) is None
+    assert without_secrets(text.encode()) == text.encode()
+
+
+@pytest.mark.parametrize("word", ["a", "a.", "key", "token = ", "://", '"', "password:", "-----BEGIN "])
+def test_the_longest_line_takes_no_time(word: str) -> None:
+    start = time.monotonic()
+    find_secret((word * (100_000 // len(word))).encode())
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https::https://u:p@h", "https::https://h"),
+        ("transport::u:p@h/x", "transport::"),
+        ("ext::sh -c 'connect s3cret'", "ext::"),
+        ("https://h/r.git;token=abc", "https://h/r.git"),
+        ("https://h/r%3Btoken=abc/x", "https://h/r/x"),
+        ("https://h/token=abc/r.git", "https://h/***/r.git"),
+        ("https://h/oauth2:glpat-xxxxxxxxxxxxxxxxxxxx/r.git", "https://h/***/r.git"),
+        (f"https://h/{HEX}/r.git", "https://h/***/r.git"),
+        (f"https://h/{HEX}.git", "https://h/***"),
+        ("https://h/ghp_abcdefghijklmnopqrstuvwxyz0123456789/r", "https://h/***/r"),
+        ("https://proxy/https://u:p@h/r", "https://proxy/https://h/r"),
+        ("https://u%40x:p@h/r?token=1#2", "https://h/r"),
+        ("u:p@h:a/b", "h:a/b"),
+        ("https://[u:p@h", ""),
+        ("git@github.com:a/my_project.git", "git@github.com:a/my_project.git"),
+        ("https://dev.azure.com/org/My%20Project/_git/r", "https://dev.azure.com/org/My%20Project/_git/r"),
+        ("/srv/git/a_rather_long_project_name", "/srv/git/a_rather_long_project_name"),
+    ],
+)
+def test_the_url_of_a_remote_is_recorded_without_credentials(url: str, expected: str) -> None:
+    assert clean_url(url) == expected

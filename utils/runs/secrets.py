@@ -1,0 +1,199 @@
+"""Credentials in a text: private keys, tokens of known shapes, and random values beside a telling name.
+
+The shapes are those that the services document. What is found is left out of the record of a run; a finding too many
+costs a file in code.patch, which git.txt names, and a finding too few publishes a password.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+LEAST_ENTROPY = 3.0  # bits a character: random hexadecimal digits have up to 4, English words in a row about 2.5 to 3
+LEFT_OUT = "***"
+
+PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----(?:[^-]{0,4000}-----END [A-Z0-9 ]{0,40}-----)?"
+    r"|PuTTY-User-Key-File-\d|AGE-SECRET-KEY-1[A-Z0-9]{20,}"
+    r"|LS0tLS1CRUdJTi[A-Za-z0-9+/]{0,40}(?:UFJJVkFURS|QUklWQVRF|BSSVZBVE)"  # base64 of the same
+)
+TOKEN = re.compile(
+    "|".join(
+        (
+            r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b",  # AWS
+            r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{22,}",
+            r"\bgl(?:pat|ptt|dt|rt|cbt|soat|ft|oas|agent|imt|ffct)-[\w-]{20,}|\bglsa_\w{20,}",  # GitLab, Grafana
+            r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",  # Hugging Face
+            r"\bsk-(?=[\w-]{0,60}\d)[\w-]{20,}",  # OpenAI, Anthropic, DeepSeek, OpenRouter
+            r"\b(?:gsk|r8|npm|xai|pplx|nvapi|tvly|fw|fc|tgp_v1|wandb_v1|lin_api|dop_v1|doo_v1|rpa)[_-][\w-]{30,}",
+            r"\bpypi-[\w-]{40,}",
+            r"\bxox[a-z]-[\w-]{10,}|\bxapp-\d-[\w-]{10,}",  # Slack
+            r"hooks\.slack\.com/services/[\w/]{20,}|discord(?:app)?\.com/api/webhooks/\d{10,}/[\w-]{30,}",
+            r"\bAIza[\w-]{35}|\bGOCSPX-[\w-]{20,}|\bya29\.[\w-]{20,}|\b1//0[\w-]{30,}",  # Google
+            r"\b[rsp]k_(?:live|test)_[A-Za-z0-9]{16,}|\bwhsec_[A-Za-z0-9+/=]{20,}",  # Stripe
+            r"\bSG\.[\w-]{16,}\.[\w-]{16,}|\bSK[0-9a-f]{32}\b|\bkey-[0-9a-z]{32}\b",  # SendGrid, Twilio, Mailgun
+            r"\bdapi[0-9a-f]{32}|\bshp(?:at|ss|ca|pa)_[0-9a-fA-F]{32}|\bhv[sbr]\.[\w-]{24,}|\bATATT3[\w=-]{50,}",
+            r"\b\d{8,10}:AA[\w-]{32,}",  # Telegram
+            r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",  # JSON web token
+            r"(?i:\b(?:AccountKey|SharedAccessKey)=)[A-Za-z0-9+/]{40,}={0,2}",  # Azure
+            r"(?i:\bauthorization['\"]?\s{0,3}[:=]\s{0,3}['\"]?(?:bearer|basic|token)\s)[\w+/=.~-]{12,}",
+            r"(?i:\bbearer\s)[\w+/=.~-]{24,}",
+        )
+    ),
+    re.ASCII,
+)
+URL_PASSWORD = re.compile(
+    r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/:@'\"{}<>$]{0,100}:(?!\*\*\*@)([^\s/@'\"{}<>$]{3,200})@[^\s@]"
+)
+NETRC = re.compile(r"\bmachine\s+\S{1,100}\s+login\s+\S{1,100}\s+password\s+(\S{4,200})")
+NAMED = re.compile(
+    r"""(?<![\w.-])(?P<name>[\w.-]{0,40}?(?i:
+            passw(?:or)?d | passwd | \bpwd | _pwd | passphrase | secret | token(?!iz|is|ed) | api[_.-]?key | credential
+          | (?:access|private|auth|account|client|encryption|signing|session|license|master|storage)[_.-]?key
+          | \bauth | _auth | webhook | \bkey\b | cookie
+        )[\w.-]{0,40})
+        ["'\])\s]{0,6} (?: [:=]{1,2}>? | (?P<comma>,) ) \s{0,8}
+        (?: [rbuf]{0,2}(?P<quote>["'])(?P<quoted>[^"'\n]{4,500})(?P=quote)
+          | (?P<bare>[^\s"'#,;(){}\[\]<>$&|]{8,500})(?=\s|$|["',;}]) )""",
+    re.VERBOSE | re.ASCII,
+)
+SECRET_WORD = re.compile(r"token|passw|secret|key|auth|oauth|credential|pwd", re.IGNORECASE)
+SECRET_WORD = re.compile(r"token|passw|secret|key|auth|credential|pwd", re.IGNORECASE)
+PASSWORD = re.compile(r"passw(or)?d|passwd|pwd|passphrase", re.IGNORECASE)
+NOT_OF_A_SECRET = re.compile(
+    r"(path|file|dir|folder|name|url|uri|env|type|format|count|len|length|id|ids)$", re.IGNORECASE
+)
+PLACEHOLDER = re.compile(
+    r"[{<$%]|^(.)\1*$|\.\.\.|^(your|my|the|some|an?)[ _-]"
+    r"|^(none|null|true|false|password|passwd|secret|token|change.?me|example|dummy|placeholder|required|optional|default|prompt|hidden|unknown|string|str|int|redacted|env|getpass)$",
+    re.IGNORECASE,
+)
+
+
+class Secret(NamedTuple):
+    """What looks like a credential, and where in the text it is."""
+
+    what: str
+    start: int
+    end: int
+
+
+def secrets_in(text: str) -> Iterator[Secret]:
+    """Everything in a text that looks like a credential, by kind."""
+    for what, pattern in (("a private key", PRIVATE_KEY), ("a token", TOKEN)):
+        yield from (Secret(what, *match.span()) for match in pattern.finditer(text))
+    for what, pattern in (("a password in a URL", URL_PASSWORD), ("a password", NETRC)):
+        yield from (Secret(what, *match.span(1)) for match in pattern.finditer(text))
+    for match in NAMED.finditer(text):
+        kind = "quoted" if match["quoted"] else "bare"
+        if match["comma"] and not (match["name"].isupper() and kind == "quoted"):  # getenv("API_KEY", "...")
+            continue
+        if _is_random(match["name"], match[kind], bare=kind == "bare"):
+            yield Secret(f"the value of {match['name']}", *match.span(kind))
+
+
+def _is_random(name: str, value: str, *, bare: bool) -> bool:
+    """Whether a value beside a telling name is one that somebody or some service made up."""
+    if PLACEHOLDER.search(value) or NOT_OF_A_SECRET.search(name) or any(char.isspace() for char in value):
+        return False
+    if PASSWORD.search(name):
+        return not bare or not _is_code(value)
+    if re.search(r"auth$", name, re.IGNORECASE) and _is_user_and_password(value):
+        return True
+    kinds = sum(any(map(is_kind, value)) for is_kind in (str.isdigit, str.islower, str.isupper))
+    if len(value) < 16 or kinds < 2 or entropy(value) < LEAST_ENTROPY or _is_code(value):
+        return False
+    return not bare or kinds == 3 or bool(re.fullmatch(r"[0-9a-f-]{24,}", value))
+
+
+def _is_code(value: str) -> bool:
+    """Whether a value is the name of a file or of something in a program."""
+    return bool(re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|[\w./~-]+\.[a-z]{1,5}|[a-z_]+\d{0,2}", value))
+
+
+def _is_user_and_password(value: str) -> bool:
+    try:
+        return b":" in base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+
+
+def entropy(text: str) -> float:
+    """Bits a character, by how often each occurs.
+
+    >>> entropy("0123456789abcdef"), entropy("aaaa")
+    (4.0, 0.0)
+    """
+    shares = (count / len(text) for count in Counter(text).values())
+    return sum(-share * math.log2(share) for share in shares)
+
+
+def find_secret(content: bytes) -> str | None:
+    """What in a file looks like a credential, with its line; None if nothing does."""
+    text = _text(content)
+    found = min(secrets_in(text), key=lambda secret: secret.start, default=None)
+    return None if found is None else f"{found.what} in line {text.count(chr(10), 0, found.start) + 1}"
+
+
+def without_secrets(content: bytes) -> bytes:
+    """The content of a file, with *** in place of each credential."""
+    text, parts, done = _text(content), [], 0
+    for secret in sorted(secrets_in(text), key=lambda secret: secret.start):
+        if secret.start >= done:
+            parts += [text[done : secret.start], LEFT_OUT]
+        done = max(done, secret.end)  # they may overlap
+    return "".join((*parts, text[done:])).encode("latin-1") if parts else content
+
+
+def clean_url(url: str) -> str:
+    """The URL of a git remote without what may be a credential; scp-like `git@host:path` keeps its user.
+
+    User, password, query, fragment and parameters are removed, and in the path what looks like a token. Of the address
+    of a remote helper (`codecommit::...`), which may be anything, only a URL is kept.
+
+    >>> clean_url("https://me:secret@example.org/repo.git")
+    'https://example.org/repo.git'
+    """
+    helper, colons, address = url.partition("::")
+    if colons and re.fullmatch(r"[A-Za-z0-9+.-]+", helper):
+        return f"{helper}::{clean_url(address) if '://' in address else ''}"
+    if "://" not in url:
+        user, at, place = url.rpartition("@")
+        return _clean_path(place if ":" in user else user + at + place)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # not a URL
+        return ""
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, _clean_path(parts.path), "", ""))
+
+
+def _clean_path(path: str) -> str:
+    """The path of a URL, with *** for each part that may be a credential."""
+    path = re.sub(r"[^/@]*:[^/@]*@", "", re.split(r"[?#]", path)[0])
+    return "/".join(_clean_segment(unquote(segment), segment) for segment in path.split("/"))
+
+
+def _clean_segment(text: str, segment: str) -> str:
+    """A part of a path without parameters (`;token=...`); *** if it may be a credential.
+
+    Args:
+        text: the part as it is meant; segment: as it is written.
+    """
+    if ";" in text:
+        return _clean_segment(text.partition(";")[0], re.split(r";|%3[Bb]", segment)[0])
+    text = text.removesuffix(".git")
+    kinds = sum(any(map(is_kind, text)) for is_kind in (str.isdigit, str.islower, str.isupper))
+    random = len(text) >= 20 and kinds >= 2 and entropy(text) > 3.5 and "-" not in text
+    named = re.search(r"[=:@]", text) and (SECRET_WORD.search(text) or random)
+    return "***" if named or random or TOKEN.search(text) else segment
+
+
+def _text(content: bytes) -> str:
+    return content.replace(b"\0", b"").decode("latin-1")  # any bytes; UTF-16 without its NULs is readable
