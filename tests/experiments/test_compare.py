@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runs import indexed, make_run, training_records, write
+from fake_runs import PARENT, RESOLVED, indexed, make_run, training_records, write
 
 from utils.errors import UserError
 from utils.experiments.compare import SeedGroup, compare, judge, metric_direction
 from utils.experiments.curve import Curve, read_curve
 from utils.runs.index import IndexedRun, read_run
+
+FORK = PARENT | {"run": "mother"}
 
 
 def group(values: Iterable[float], name: str = "a") -> SeedGroup:
@@ -92,9 +94,13 @@ def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> N
 
 
 def test_values_that_do_not_vary_differ_if_they_are_different() -> None:
-    assert judge(group([1, 1, 1]), group([1, 1, 1])).verdict == "within noise"
-    assert judge(group([1, 1, 1]), group([2, 2, 2])).verdict == "better"
-    assert judge(group([2, 2, 2]), group([1, 1, 1])).verdict == "worse"
+    same, less, more = (
+        judge(group([1, 1, 1]), group([other] * 3))
+        for other in (1, 2, 0)  # scipy's p would be NaN for the first
+    )
+    assert (same.verdict, same.p) == ("within noise", 1.0)
+    assert (less.verdict, less.p) == ("better", 0.0)
+    assert (more.verdict, more.p) == ("worse", 0.0)
 
 
 @pytest.mark.parametrize("others", [[1.0, 1.1, 1.2], [2.0, 2.1, 2.2]])
@@ -137,23 +143,36 @@ def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> No
     [
         {"patch": "a change"},
         {"git": {"commit": "d" * 40}},
-        {"resolved": {"corpus_hash": "another", "tokenizer_hash": "tokenizer"}},
-        {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "another"}},
-        {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "tokenizer", "dtype": "bfloat16"}},
+        {"resolved": RESOLVED | {"corpus_hash": "another"}},
+        {"resolved": RESOLVED | {"tokenizer_hash": "another"}},
+        {"resolved": RESOLVED | {"dtype": "bfloat16"}},
+        {"parent": None},
+        {"parent": FORK | {"run": "father"}},
+        {"parent": FORK | {"step": 2}},
+        {"parent": FORK | {"relation": "init"}},
         {"settings": {"dropout": 0.1}},
     ],
     ids=str,
 )
 def test_other_code_corpus_or_settings_are_another_group(runs_dir: Path, change: dict[str, Any]) -> None:
-    same = {"resolved": {"corpus_hash": "corpus", "tokenizer_hash": "tokenizer", "dtype": "float32"}}
     runs = [
-        indexed(runs_dir, "a", tag="x", metrics=training_records([1.0]), **same),
-        indexed(runs_dir, "b", tag="x", metrics=training_records([2.0]), **{**same, **change}),
+        indexed(runs_dir, "a", tag="x", metrics=training_records([1.0]), parent=FORK),
+        indexed(runs_dir, "b", tag="x", metrics=training_records([2.0]), **{"parent": FORK, **change}),
     ]
+    assert len(compare([runs[0], indexed(runs_dir, "c", metrics=training_records([1.0]), parent=FORK)]).groups) == 1
     comparison = compare(runs)
     assert [group.runs for group in comparison.groups] == [("a",), ("b",)]
     assert len({group.name for group in comparison.groups}) == 2
     assert [verdict.verdict for verdict in comparison.verdicts] == ["too few seeds"]
+
+
+def test_a_reproduction_is_in_the_group_of_the_run_that_it_repeats(runs_dir: Path) -> None:
+    again = {"run": "a", "path": "/a", "step": 0, "relation": "reproduction"}
+    runs = [
+        indexed(runs_dir, "a", metrics=training_records([1.0])),
+        indexed(runs_dir, "b", metrics=training_records([1.0]), parent=again),
+    ]
+    assert [group.runs for group in compare(runs).groups] == [("a", "b")]
 
 
 def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> None:
@@ -279,6 +298,12 @@ def test_a_curve_leaves_pauses_between_sessions_out(runs_dir: Path) -> None:
     resumed = [{"time": datetime.fromtimestamp(records[2]["time"] - 5, UTC).isoformat()}]
     run = make_run(runs_dir, "run", metrics=records, resumes=resumed)
     assert read_curve(run, "val/loss") == Curve([0, 10, 20], [0, 1000, 2000], [0.0, 10.0, 10.0], [3.0, 2.0, 1.0])
+
+
+def test_a_clock_that_is_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> None:
+    times = (1000.0, 1010.0, 500.0, 520.0)
+    metrics = [{"step": i, "time": time, "val/loss": 3.0} for i, time in enumerate(times)]
+    assert read_curve(make_run(runs_dir, "run", metrics=metrics), "val/loss").time == [0.0, 10.0, 10.0, 30.0]
 
 
 def test_slow_steps_of_one_session_are_no_pauses(runs_dir: Path) -> None:

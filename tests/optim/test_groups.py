@@ -37,6 +37,14 @@ def test_schedules_at_points_worked_out_by_hand(schedule: str, points: dict[int,
     assert {step: rate(step, schedule=schedule) for step in points} == pytest.approx(points)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_warmup_ends_one_step_before_its_number_of_steps(schedule: str) -> None:
+    """Bit for bit: the rate of the next step is the schedule's, rounded, and not the peak."""
+    settings = {"schedule": schedule, "learning_rate": 0.9, "min_lr": 0.3}
+    assert rate(3, **settings) == 0.9 * 4 / 5
+    assert rate(4, **settings) == 0.3 + (0.9 - 0.3) != 0.9
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("step", [20, 21, 1000])
 def test_the_decay_ends_at_min_lr_and_stays_there(schedule: str, step: int) -> None:
