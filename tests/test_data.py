@@ -390,6 +390,7 @@ def test_on_a_cpu_nothing_is_made_ahead() -> None:
 def test_batches_start_at_the_offsets_of_their_step() -> None:
     inputs, _ = sampler().train_batch(3)
     assert inputs[:, 0].tolist() == sample_offsets(5, "train", 3 * 12, 12, 80, 8).tolist()
+    assert sampler().train_offsets(3) == inputs[:, 0].tolist()
 
 
 @pytest.mark.parametrize(("micro_steps", "world_size"), [(1, 1), (3, 1), (1, 4), (2, 2), (3, 4)])

@@ -16,7 +16,7 @@ from fake_runs import PARENT, RESOLVED, indexed, make_run, training_records, wri
 
 from utils.errors import UserError
 from utils.experiments.compare import SeedGroup, compare, judge, metric_direction
-from utils.experiments.curve import Curve, read_curve
+from utils.experiments.curve import Curve, logged_metrics, read_curve
 from utils.runs.index import IndexedRun, read_run
 
 FORK = PARENT | {"run": "mother"}
@@ -315,6 +315,11 @@ def test_a_curve_may_be_empty_and_knows_nothing_before_its_start(runs_dir: Path)
     assert read_curve(runs_dir / "nowhere", "val/loss").values == []
     curve = Curve([10], [100], [1.0], [3.0])
     assert (curve.at("step", 9), curve.at("step", 10), curve.at("step", 99)) == (None, 3.0, 3.0)
+
+
+def test_the_metrics_of_a_log_are_its_names_without_step_and_time(runs_dir: Path) -> None:
+    records = [{"step": 1, "time": 1.0, "tokens": 3, "lr": 0.1}, {"step": 2, "time": 2.0, "val/loss": 1.0}]
+    assert logged_metrics(make_run(runs_dir, "run", metrics=records)) == {"tokens", "lr", "val/loss"}
 
 
 def test_more_of_a_metric_that_should_be_high_is_better(runs_dir: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
+from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.inference.sampling import (
     AHEAD,
@@ -224,6 +225,11 @@ def test_a_stream_is_that_of_torch_in_double_precision() -> None:
     assert drawn[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize(("device", "numbers"), [("cpu", "cpu"), ("mps", "cpu"), ("meta", "meta")])
+def test_numbers_are_on_the_device_if_it_has_double_precision(device: str, numbers: str) -> None:
+    assert RandomStreams([7], torch.device(device)).draw().device.type == numbers
+
+
 def test_streams_are_uniform_and_differ() -> None:
     streams = RandomStreams([0, 1], CPU)
     numbers = torch.stack([streams.draw() for _ in range(4000)])
@@ -280,3 +286,9 @@ def test_an_option_out_of_bounds_is_an_error_that_names_it(settings: dict[str, A
 def test_options_at_their_bounds_are_accepted(settings: dict[str, Any]) -> None:
     token = sample(LOGITS, SamplingOptions(**settings), uniform(1), torch.ones(1, 5, dtype=torch.bool))
     assert 0 <= int(token) < 5
+
+
+def test_the_configured_options_are_the_settings_of_inference() -> None:
+    settings = InferenceConfig(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.5)
+    assert SamplingOptions.configured(settings) == SamplingOptions(0.5, 7, 0.9, 0.1, 1.5)
+    assert SamplingOptions.configured(InferenceConfig()) == SamplingOptions()
