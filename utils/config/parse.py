@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError, nearest
+from utils.files import open_named
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 Lines = dict[int, dict[str, int]]  # id of a mapping -> key -> line
@@ -34,7 +36,8 @@ def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        with io.TextIOWrapper(open_named(path), encoding="utf-8-sig") as file:  # with or without a byte order mark
+            return file.read()
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
         raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None
