@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import data
-from data import BatchSampler, Corpus, load_corpus, sample_offsets
+from data import BatchSampler, Corpus, TokenFile, load_corpus, sample_offsets
 from tests.tiny_export import char_tokenizer
 from tokenizer import Tokenizer
 from utils.config.settings import DataConfig
@@ -82,6 +83,24 @@ def test_another_text_or_tokenizer_has_another_token_file(tiny_corpus: Path, tin
     tiny_corpus.write_text(tiny_text.swapcase(), encoding="utf-8")
     load(tiny_corpus, corpora)
     assert len(list((corpora / "encoded").glob("*.uint16"))) == 3
+
+
+def test_texts_of_the_same_characters_and_length_have_token_files_of_their_own(
+    tiny_corpus: Path, tiny_text: str, tmp_path: Path
+) -> None:
+    first = load(tiny_corpus, tmp_path / "corpora")
+    tiny_corpus.write_text(tiny_text[::-1], encoding="utf-8")
+    second = load(tiny_corpus, tmp_path / "corpora")
+    assert first.tokenizer.hash() == second.tokenizer.hash()
+    names = sorted(path.name for path in (tmp_path / "corpora" / "encoded").glob("*.uint16"))
+    assert names == sorted(f"{one.hash[:16]}-{one.tokenizer.hash()[:16]}.uint16" for one in (first, second))
+    assert load(tiny_corpus, tmp_path / "corpora").tokenizer.decode(second.tokens) == tiny_text[::-1]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_ids_take_the_smallest_type_that_holds_them(vocab_size: int, dtype: type) -> None:
+    tokenizer: Any = SimpleNamespace(vocab_size=vocab_size)  # the largest id is vocab_size - 1
+    assert TokenFile(Path(), "", tokenizer, 0).dtype == dtype
 
 
 def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
@@ -371,6 +390,7 @@ def test_on_a_cpu_nothing_is_made_ahead() -> None:
 def test_batches_start_at_the_offsets_of_their_step() -> None:
     inputs, _ = sampler().train_batch(3)
     assert inputs[:, 0].tolist() == sample_offsets(5, "train", 3 * 12, 12, 80, 8).tolist()
+    assert sampler().train_offsets(3) == inputs[:, 0].tolist()
 
 
 @pytest.mark.parametrize(("micro_steps", "world_size"), [(1, 1), (3, 1), (1, 4), (2, 2), (3, 4)])
@@ -401,6 +421,12 @@ def test_train_batches_depend_on_the_seed_and_evaluation_batches_do_not() -> Non
         for a, b in zip(one.evaluation_batches(stream, 3), other.evaluation_batches(stream, 3), strict=True):
             assert torch.equal(a[0], b[0])
             assert torch.equal(a[1], b[1])
+
+
+def test_evaluation_batches_are_those_of_seed_0_in_every_version() -> None:
+    ((inputs, _),) = sampler(seed=9).evaluation_batches("val", 1)  # another seed would make losses incomparable
+    assert inputs[:, 0].tolist() == (80 + sample_offsets(0, "val", 0, 12, 20, 8)).tolist()
+    assert sample_offsets(0, "val", 0, 12, 20, 8).tolist() == [8, 2, 6, 9, 10, 6, 7, 6, 11, 6, 7, 7]
 
 
 def test_evaluation_batches_differ_from_each_other() -> None:

@@ -15,7 +15,11 @@ from typing import NoReturn
 
 import pytest
 
-from utils.files import write_atomic, write_json
+from utils.config.loader import ConfigLoader
+from utils.corpora.sources import find_source
+from utils.errors import UserError
+from utils.files import open_named, write_atomic, write_json
+from utils.inference.prompts import read_prompts, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,3 +105,32 @@ def test_json_has_no_nan(tmp_path: Path, value: object) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "a.json", value)
     assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_a_file_that_a_person_names_is_a_regular_one_wherever_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.txt").write_bytes(b"text")
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "text.txt")
+    with open_named(tmp_path / "folder" / "link") as file:
+        assert file.read() == b"text"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("pipe", "is a pipe, not a file"), ("zeros", "is a device, not a file"), ("loop", "Too many")):
+        with pytest.raises(OSError, match=reason):  # at once
+            open_named(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["pipe.yaml", "zeros.yaml"])
+def test_no_script_waits_for_a_pipe_or_reads_a_device(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zeros.yaml").symlink_to("/dev/zero")
+    path = tmp_path / name
+    for read in (
+        lambda: find_source(str(path), tmp_path).read(),
+        lambda: ConfigLoader(tmp_path).load([path]),
+        lambda: read_prompts(path),
+        lambda: read_text(path),  # of --score
+    ):
+        with pytest.raises(UserError, match=r"\.yaml: cannot be read: is a (pipe|device), not a file"):
+            read()

@@ -43,6 +43,11 @@ def regular_fd(path: Path, inside: Path | None = None, flags: int = os.O_RDONLY)
         folder = os.path.realpath(inside or path.parent)
         if not Path(os.path.realpath(path)).is_relative_to(folder):
             raise OSError(errno.EPERM, f"leads out of {inside or path.parent}", str(path))
+    return _regular_fd(path, flags)
+
+
+def _regular_fd(path: Path, flags: int) -> int:
+    """As `regular_fd`, wherever links lead."""
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, MODE)
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
@@ -59,6 +64,11 @@ def regular_fd(path: Path, inside: Path | None = None, flags: int = os.O_RDONLY)
 def open_regular(path: Path, inside: Path | None = None) -> io.BufferedReader:
     """A regular file for reading (see `regular_fd`)."""
     return os.fdopen(regular_fd(path, inside), "rb")
+
+
+def open_named(path: Path) -> io.BufferedReader:
+    """A regular file that a person named, for reading: unlike `open_regular`, wherever links lead."""
+    return os.fdopen(_regular_fd(path, os.O_RDONLY), "rb")
 
 
 def is_regular(path: Path, inside: Path | None = None) -> bool:

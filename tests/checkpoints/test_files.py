@@ -176,6 +176,33 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, header: bytes
         map_tensors(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("first", "end", "body"),
+    [(-4, 0, 4), (-4, 4, 4), (-4, -4, 4), (4, 0, 4), (0, 8, 4), (4, 8, 4), (8, 8, 4), (0, 4, 3), (0, 4, 0)],
+)
+def test_a_tensor_outside_the_file_is_named(tmp_path: Path, first: int, end: int, body: int) -> None:
+    shape = [max(end - first, 0) // 4]  # so that nothing else is wrong
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [first, end]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(body))
+    with pytest.raises(CheckpointError, match=r"not a safetensors file: a lies outside the file$"):
+        map_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"1234567", "the header is longer than the file"),
+        (bytes(8), "Expecting value"),  # a header of no bytes
+        (bytes([3]) + bytes(7) + b"{}", "the header is longer than the file"),  # JSON, but of a byte less
+        (bytes([10]) + bytes(7) + b"{}", "the header is longer than the file"),
+    ],
+)
+def test_a_header_beyond_the_end_of_the_file_is_refused(tmp_path: Path, data: bytes, problem: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"not a safetensors file: {problem}"):
+        map_tensors(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("data", [b"", b"1234567", b"\xff" * 8, b"\xff" * 100])
 def test_a_file_without_a_header_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
@@ -442,7 +469,7 @@ def test_differences_of_weights_are_named_three_at_a_time() -> None:
     assert weight_differences(weights, model) == (
         "1.bias is missing; extra is unexpected; 0.bias has shape (4,), expected (3,)"
     )
-    assert weight_differences({}, model).endswith(" is missing (and 1 more)")
+    assert weight_differences({}, model) == ("0.weight is missing; 0.bias is missing; 1.weight is missing (and 1 more)")
 
 
 # ------------------------------------------------------------------------------------- disks that refuse

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from utils.config.fields import FIELDS, flat
-from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, read_config_file
-from utils.config.settings import Config, ModelConfig, TrainConfig
+from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, read_config_file, rule_error
+from utils.config.settings import Config, ModelConfig, RuleError, TrainConfig
 from utils.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -638,3 +638,48 @@ def test_a_pipe_or_device_is_no_configuration_file(tmp_path: Path) -> None:
     for name, kind in (("x", "a pipe"), ("y", "a device")):
         with pytest.raises(ConfigError, match=f"{name}.yaml: cannot be read: is {kind}, not a file"):
             ConfigLoader(tmp_path).load([tmp_path / f"{name}.yaml"])
+
+
+# ------------------------------------------------------------------------------- settings in Python
+
+
+def test_settings_in_python_are_a_layer_of_their_own(project: Path, write: Write) -> None:
+    write("configs/a.yaml", "seed: 4\nn_layer: 4\neval_iters: 4\n")
+    loader = ConfigLoader(project)
+    loaded = loader.load_code({"seed": 5, "model": {"n_layer": 6}})
+    assert [flat(loaded.config)[key] for key in ("seed", "n_layer", "eval_iters")] == [5, 6, 4]
+    assert [loaded.source(key) for key in ("seed", "n_layer", "eval_iters")] == ["code", "code", "configs/a.yaml:3"]
+    onto = loader.load_code({"n_layer": 7}, loaded)
+    assert [flat(onto.config)[key] for key in ("seed", "n_layer", "eval_iters")] == [5, 7, 4]
+    assert [setting.value for setting in onto.layers["n_layer"]] == [4, 4, 6, 7]
+    assert [setting.value for setting in loaded.layers["n_layer"]] == [4, 4, 6]  # the base is not changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_layers": 2}, "unknown key n_layers; did you mean n_layer?"),
+        ({"modell": 2}, "unknown key modell; did you mean model?"),
+        ({"model": {"n_layers": 2}}, "unknown key n_layers in section model; did you mean n_layer?"),
+        ({"model": {"seed": 2}}, "seed belongs to section train, not model"),
+        ({"seed": 1, "train": {"seed": 1}}, "seed is set twice"),
+        ({"model": 3}, "unknown key model"),
+        ({"seed": "x"}, "code: seed: expected integer >= 0 "),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_python_is_named(project: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ConfigLoader(project).load_code(settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_rule_that_is_broken_later_has_the_place_of_its_first_setting(project: Path, write: Write) -> None:
+    write("configs/a.yaml", "warmup_iters: 5\n")
+    loaded = ConfigLoader(project).load((), {"max_iters": "100"})
+    for keys, place in (
+        (("warmup_iters", "max_iters"), "configs/a.yaml:1"),
+        (("lr_decay_iters", "max_iters"), "--max-iters"),
+        (("lr_decay_iters",), "default"),
+    ):
+        assert str(rule_error(RuleError("too long", *keys), loaded)) == f"{place}: too long"

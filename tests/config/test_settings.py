@@ -15,13 +15,14 @@ from utils.config.fields import (
     SECTION_OF,
     SECTIONS,
     config_hash,
+    derived_settings,
     expected,
     field_fact,
     flat,
     iter_fields,
     json_schema,
 )
-from utils.config.settings import Config, InferenceConfig, OptimizerConfig, check_tag, warmup_steps
+from utils.config.settings import Config, InferenceConfig, OptimizerConfig, TrainConfig, check_tag, warmup_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -312,3 +313,31 @@ def test_the_schema_has_every_key_flat_and_in_its_section() -> None:
     assert schema["additionalProperties"] is False
     assert schema["properties"]["n_layer"]["maximum"] == 1024
     assert schema["properties"]["n_layer"]["kind"] == "trajectory"
+
+
+@pytest.mark.parametrize("name", ["a:B", "my.module:Class", "examples.callbacks:Sampler_2"])
+def test_a_callback_is_named_by_module_and_class(name: str) -> None:
+    assert TrainConfig(callbacks=(name,)).callbacks == (name,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ":", "a", "a:", ":B", "a:B:C", "a..b:C", ".a:B", "a.:B", "a b:C", "a:B.c", "1a:B", "a:1B", "a-b:C", "a/b:C"],
+)
+def test_another_form_of_a_callback_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="a callback is named module:Class, not"):
+        TrainConfig(callbacks=(name,))
+
+
+def test_derived_settings_are_those_of_the_run() -> None:
+    config = Config(
+        model={"n_embd": 24, "n_head": 3, "block_size": 10},
+        optimizer={"learning_rate": 0.5, "min_lr": 0.125, "warmup_iters": 7},
+        train={"batch_size": 4, "max_iters": 300},
+    )
+    assert derived_settings(config, 200) == {
+        **{"n_kv_head": 3, "head_dim": 8, "ffn_dim": 96, "qkv_bias": config.model.has_qkv_bias},
+        **{"min_lr": 0.125, "warmup_iters": 7, "lr_decay_iters": 200, "max_iters": 200},
+        **{"epochs": None, "tokens_per_step": 4 * 10},
+    }
+    assert derived_settings(Config(optimizer={"lr_decay_iters": 150}), 200)["lr_decay_iters"] == 150

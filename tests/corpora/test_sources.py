@@ -38,7 +38,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
-    for name in ("b.txt", "a/z.md", "a/b.py", "c"):
+    for name in ("b.txt", "a/z.md", "a/b.py", "c", ".git/config.txt", "a/.cache/deep/x.py", "a/.env"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"[{name}]")
     (folder / "picture.png").write_bytes(b"\x89PNG\0")

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runs import RESOLVED, indexed, make_run, training_records, write
+from fake_runs import PARENT, RESOLVED, indexed, make_run, training_records, write
 
 from utils.errors import UserError
 from utils.experiments.compare import SeedGroup, compare, judge, metric_direction
-from utils.experiments.curve import Curve, read_curve
+from utils.experiments.curve import Curve, logged_metrics, read_curve
 from utils.runs.index import IndexedRun, read_run
+
+FORK = PARENT | {"run": "mother"}
 
 
 def group(values: Iterable[float], name: str = "a") -> SeedGroup:
@@ -92,9 +94,13 @@ def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> N
 
 
 def test_values_that_do_not_vary_differ_if_they_are_different() -> None:
-    assert judge(group([1, 1, 1]), group([1, 1, 1])).verdict == "within noise"
-    assert judge(group([1, 1, 1]), group([2, 2, 2])).verdict == "better"
-    assert judge(group([2, 2, 2]), group([1, 1, 1])).verdict == "worse"
+    same, less, more = (
+        judge(group([1, 1, 1]), group([other] * 3))
+        for other in (1, 2, 0)  # scipy's p would be NaN for the first
+    )
+    assert (same.verdict, same.p) == ("within noise", 1.0)
+    assert (less.verdict, less.p) == ("better", 0.0)
+    assert (more.verdict, more.p) == ("worse", 0.0)
 
 
 @pytest.mark.parametrize("others", [[1.0, 1.1, 1.2], [2.0, 2.1, 2.2]])
@@ -141,9 +147,15 @@ def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> No
         ({"resolved": {**RESOLVED, "tokenizer_hash": "another"}}, "tokenizer another, not tokenizer"),
         ({"resolved": {**RESOLVED, "dtype": "bfloat16"}}, "dtype bfloat16, not float32"),
         ({"settings": {"dropout": 0.1, "n_layer": 2}}, "dropout 0.1, not 0; n_layer 2, not 4"),
+        ({"parent": None}, "first weights none, not of mother at step 1 (fork)"),
         (
-            {"parent": {"run": "mother", "path": "/runs/mother", "step": 1000, "relation": "fork"}},
-            "first weights of mother at step 1,000 (fork), not none",
+            {"parent": FORK | {"run": "father"}},
+            "first weights of father at step 1 (fork), not of mother at step 1 (fork)",
+        ),
+        ({"parent": FORK | {"step": 2}}, "first weights of mother at step 2 (fork), not of mother at step 1 (fork)"),
+        (
+            {"parent": FORK | {"relation": "init"}},
+            "first weights of mother at step 1 (init), not of mother at step 1 (fork)",
         ),
     ],
     ids=str,
@@ -152,15 +164,25 @@ def test_other_code_corpus_or_settings_are_another_group_and_it_says_which(
     runs_dir: Path, change: dict[str, Any], words: str
 ) -> None:
     runs = [
-        indexed(runs_dir, "a", tag="x", metrics=training_records([1.0])),
-        indexed(runs_dir, "b", tag="x", metrics=training_records([2.0]), **change),
+        indexed(runs_dir, "a", tag="x", metrics=training_records([1.0]), parent=FORK),
+        indexed(runs_dir, "b", tag="x", metrics=training_records([2.0]), **{"parent": FORK, **change}),
     ]
+    assert len(compare([runs[0], indexed(runs_dir, "c", metrics=training_records([1.0]), parent=FORK)]).groups) == 1
     comparison = compare(runs)
     assert [group.runs for group in comparison.groups] == [("a",), ("b",)]
     assert len({group.name for group in comparison.groups}) == 2
     assert [verdict.verdict for verdict in comparison.verdicts] == ["too few seeds"]
     first, second = (group.name for group in comparison.groups)
     assert comparison.splits == [f"{second} is not {first}: {words}"]
+
+
+def test_a_reproduction_is_in_the_group_of_the_run_that_it_repeats(runs_dir: Path) -> None:
+    again = {"run": "a", "path": "/a", "step": 0, "relation": "reproduction"}
+    runs = [
+        indexed(runs_dir, "a", metrics=training_records([1.0])),
+        indexed(runs_dir, "b", metrics=training_records([1.0]), parent=again),
+    ]
+    assert [group.runs for group in compare(runs).groups] == [("a", "b")]
 
 
 def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> None:
@@ -288,6 +310,12 @@ def test_a_curve_leaves_pauses_between_sessions_out(runs_dir: Path) -> None:
     assert read_curve(run, "val/loss") == Curve([0, 10, 20], [0, 1000, 2000], [0.0, 10.0, 10.0], [3.0, 2.0, 1.0])
 
 
+def test_a_clock_that_is_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> None:
+    times = (1000.0, 1010.0, 500.0, 520.0)
+    metrics = [{"step": i, "time": time, "val/loss": 3.0} for i, time in enumerate(times)]
+    assert read_curve(make_run(runs_dir, "run", metrics=metrics), "val/loss").time == [0.0, 10.0, 10.0, 30.0]
+
+
 def test_slow_steps_of_one_session_are_no_pauses(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", metrics=[{**r, "time": 9.0 * r["time"]} for r in training_records([3, 2, 1])])
     assert read_curve(run, "val/loss").time == [0.0, 90.0, 180.0]
@@ -297,6 +325,11 @@ def test_a_curve_may_be_empty_and_knows_nothing_before_its_start(runs_dir: Path)
     assert read_curve(runs_dir / "nowhere", "val/loss").values == []
     curve = Curve([10], [100], [1.0], [3.0])
     assert (curve.at("step", 9), curve.at("step", 10), curve.at("step", 99)) == (None, 3.0, 3.0)
+
+
+def test_the_metrics_of_a_log_are_its_names_without_step_and_time(runs_dir: Path) -> None:
+    records = [{"step": 1, "time": 1.0, "tokens": 3, "lr": 0.1}, {"step": 2, "time": 2.0, "val/loss": 1.0}]
+    assert logged_metrics(make_run(runs_dir, "run", metrics=records)) == {"tokens", "lr", "val/loss"}
 
 
 def test_more_of_a_metric_that_should_be_high_is_better(runs_dir: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chi2
 
+from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.inference.sampling import (
     AHEAD,
@@ -114,6 +116,43 @@ def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
     assert sample(LOGITS.repeat(20, 1), SamplingOptions(temperature), uniform(20)).tolist() == [1] * 20
 
 
+def test_from_a_millionth_on_a_temperature_draws_among_ties() -> None:
+    ties, numbers = torch.zeros(64, 2), uniform(64)
+    assert set(sample(ties, SamplingOptions(1e-6), numbers).tolist()) == {0, 1}
+    assert set(sample(ties, SamplingOptions(0.99e-6), numbers).tolist()) == {0}
+
+
+def test_large_logits_over_a_small_temperature_do_not_overflow() -> None:
+    logits = torch.tensor([[1e37, 3e37, 2e37, 0.0]])
+    assert filter_logits(logits, SamplingOptions(1e-3)).isfinite().tolist() == [[False, True, False, False]]
+    assert sample(logits, SamplingOptions(1e-3), uniform(1)).tolist() == [1]
+
+
+def test_a_token_that_begins_where_top_p_is_reached_is_left_out() -> None:
+    for options, count in ((SamplingOptions(1.0, top_p=0.5), 2), (SamplingOptions(1.0, top_p=0.25), 1)):
+        assert (filter_logits(torch.zeros(1, 4), options) > -INF).sum() == count  # a quarter each, exactly
+
+
+def test_draws_are_exact_to_double_precision() -> None:
+    """Random numbers a billionth beside the borders of tokens: in single precision a border lies farther off."""
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1))
+    weights = [math.exp(logit) for logit in (logits - logits.max())[0].tolist()]
+    total = math.fsum(weights)
+    borders = [math.fsum(weights[: i + 1]) / total for i in range(0, 999, 9)]
+    for shift in (-1e-9, 1e-9):
+        numbers = torch.tensor([border + shift for border in borders], dtype=torch.float64)
+        tokens = sample(logits.expand(len(borders), -1), SamplingOptions(1.0), numbers).tolist()
+        assert tokens == [i + (shift > 0) for i in range(0, 999, 9)]
+
+
+def test_the_largest_random_number_draws_nothing_that_is_banned() -> None:
+    """Rounded probabilities may add up to less than it; without care it would give the last token."""
+    logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(2))
+    largest = torch.full((2000,), 1 - 2**-53, dtype=torch.float64)
+    tokens = sample(logits, SamplingOptions(1.0, banned=(48, 49)), largest)
+    assert tokens.max() < 48
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -177,6 +216,20 @@ def test_a_stream_does_not_depend_on_the_others() -> None:
         assert alone.draw()[0] == third.draw()[2]
 
 
+def test_a_stream_is_that_of_torch_in_double_precision() -> None:
+    streams = RandomStreams([7], CPU)
+    drawn = [streams.draw() for _ in range(AHEAD + 1)]
+    generator = torch.Generator().manual_seed(7)
+    expected = [torch.rand(AHEAD, dtype=torch.float64, generator=generator) for _ in range(2)]
+    assert torch.equal(torch.cat(drawn), torch.cat(expected)[: AHEAD + 1])
+    assert drawn[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(("device", "numbers"), [("cpu", "cpu"), ("mps", "cpu"), ("meta", "meta")])
+def test_numbers_are_on_the_device_if_it_has_double_precision(device: str, numbers: str) -> None:
+    assert RandomStreams([7], torch.device(device)).draw().device.type == numbers
+
+
 def test_streams_are_uniform_and_differ() -> None:
     streams = RandomStreams([0, 1], CPU)
     numbers = torch.stack([streams.draw() for _ in range(4000)])
@@ -233,3 +286,9 @@ def test_an_option_out_of_bounds_is_an_error_that_names_it(settings: dict[str, A
 def test_options_at_their_bounds_are_accepted(settings: dict[str, Any]) -> None:
     token = sample(LOGITS, SamplingOptions(**settings), uniform(1), torch.ones(1, 5, dtype=torch.bool))
     assert 0 <= int(token) < 5
+
+
+def test_the_configured_options_are_the_settings_of_inference() -> None:
+    settings = InferenceConfig(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.5)
+    assert SamplingOptions.configured(settings) == SamplingOptions(0.5, 7, 0.9, 0.1, 1.5)
+    assert SamplingOptions.configured(InferenceConfig()) == SamplingOptions()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from utils.optim import adamw
-from utils.optim.adamw import AdamW
+from utils.optim.adamw import AdamW, adamw_update, decay_factor
 
 
 def train(optimizer_class: Any, steps: int = 4, **settings: Any) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
@@ -63,3 +63,42 @@ def test_gradients_are_never_filled_with_zeros() -> None:
     assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
     with pytest.raises(ValueError, match="never filled with zeros"):
         optimizer.zero_grad(set_to_none=False)
+
+
+def test_weight_decay_waits_for_finite_gradients() -> None:
+    group = {"lr": 0.5, "weight_decay": 0.1}
+    assert decay_factor(group, None) == 0.95
+    assert decay_factor(group, torch.tensor(True)).item() == pytest.approx(0.95)
+    assert decay_factor(group, torch.tensor(False)).item() == 1.0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_with_finite_gradients_found_inf_changes_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(adamw, "FUSED_ADAMW", None)
+    expected, reference = train(AdamW)
+    monkeypatch.setattr(AdamW, "found_inf", torch.zeros(()))
+    found, optimizer = train(AdamW)
+    assert all(map(torch.equal, found, expected))
+    for state, other in zip(optimizer.state.values(), reference.state.values(), strict=True):
+        assert all(torch.equal(state[key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize("finite", [None, True, False])
+def test_a_weight_decay_on_the_device_decays_as_a_number_does(finite: bool | None) -> None:
+    """As in a recorded step: the kernel takes a number only, so the parameters are multiplied before it."""
+    start, gradient = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25])
+    found_inf = None if finite is None else torch.tensor(0.0 if finite else 1.0)
+    results = []
+    for decay in (0.1, torch.tensor(0.1)):
+        parameter = torch.nn.Parameter(start.clone())
+        parameter.grad = gradient.clone()
+        group = {"params": [parameter], "lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": decay}
+        states: dict[torch.Tensor, dict[str, torch.Tensor]] = {parameter: {}}
+        with torch.no_grad():
+            adamw_update(group, states, found_inf)
+        results.append((parameter.detach(), states[parameter]["step"]))
+    (number, step), (tensor, same_step) = results
+    torch.testing.assert_close(tensor, number)
+    assert step == same_step == (0 if finite is False else 1)
+    assert torch.equal(tensor, start) == (finite is False)

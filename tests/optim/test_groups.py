@@ -12,7 +12,14 @@ import torch
 from model import LanguageModel
 from utils.config.settings import ModelConfig, OptimizerConfig
 from utils.optim.groups import build_optimizer
-from utils.optim.schedules import apply_schedules, learning_rate_at, momentum_at, set_learning_rate, weight_decay_at
+from utils.optim.schedules import (
+    apply_schedules,
+    learning_rate_at,
+    momentum_at,
+    scheduled_settings,
+    set_learning_rate,
+    weight_decay_at,
+)
 
 
 def rate(step: int, max_iters: int = 20, **settings: Any) -> float:
@@ -35,6 +42,14 @@ def test_warmup_rises_linearly_from_above_zero(schedule: str) -> None:
 )
 def test_schedules_at_points_worked_out_by_hand(schedule: str, points: dict[int, float]) -> None:
     assert {step: rate(step, schedule=schedule) for step in points} == pytest.approx(points)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_warmup_ends_one_step_before_its_number_of_steps(schedule: str) -> None:
+    """Bit for bit: the rate of the next step is the schedule's, rounded, and not the peak."""
+    settings = {"schedule": schedule, "learning_rate": 0.9, "min_lr": 0.3}
+    assert rate(3, **settings) == 0.9 * 4 / 5
+    assert rate(4, **settings) == 0.3 + (0.9 - 0.3) != 0.9
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -195,3 +210,28 @@ def test_a_loaded_state_lies_on_the_device_of_the_parameters(name: str) -> None:
     tensors = [tensor for state in optimizers[1].state.values() for tensor in state.values()]
     assert tensors
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_which_settings_of_a_group_change_from_step_to_step() -> None:
+    def scheduled(**settings: Any) -> tuple[str, ...]:
+        return scheduled_settings(OptimizerConfig(**settings))
+
+    assert scheduled(momentum_warmup_iters=0) == ("lr",)
+    assert scheduled(momentum_warmup_iters=1) == ("lr", "momentum")
+    assert scheduled(momentum_warmup_iters=0, weight_decay_schedule="linear") == ("lr", "weight_decay")
+    assert scheduled(momentum_warmup_iters=9, weight_decay_schedule="cosine") == ("lr", "weight_decay", "momentum")
+
+
+def test_a_decay_of_one_step_ends_after_it() -> None:
+    assert rate(5, schedule="linear", lr_decay_iters=5) == pytest.approx(0.1)
+    assert [rate(step, schedule="linear", lr_decay_iters=4) for step in (4, 5)] == pytest.approx([1.0, 0.1])
+
+
+def test_the_weight_decay_stays_zero_after_the_end() -> None:
+    config = OptimizerConfig(weight_decay=0.1, weight_decay_schedule="linear")
+    assert [weight_decay_at(step, config, 10) for step in (5, 10, 11, 30)] == pytest.approx([0.05, 0, 0, 0])
+
+
+def test_the_momentum_is_exact_once_its_warm_up_has_ended() -> None:
+    config = OptimizerConfig(momentum=0.95, momentum_warmup_iters=10)
+    assert [momentum_at(step, config) for step in (10, 11)] == [0.95, 0.95]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from utils.optim import muon
-from utils.optim.muon import Muon, newton_schulz, update_scale
+from utils.optim.muon import Muon, _nesterov, newton_schulz, update_scale
 
 
 def matrices(n: int, rows: int, columns: int) -> torch.Tensor:
@@ -140,3 +140,16 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     assert weight.tolist() == [[1, 1], [1, 1]]
     assert vector.tolist() == [1, 1]
     assert not optimizer.state
+
+
+def test_a_momentum_on_the_device_moves_buffers_as_a_number_does() -> None:
+    gradients = [matrices(1, 3, 4)[0], matrices(2, 2, 5)[1]]
+    results = []
+    for momentum in (0.9, torch.tensor(0.9)):
+        buffers = [gradient.flip(0).clone() for gradient in gradients]
+        results.append((buffers, _nesterov(buffers, gradients, momentum)))
+    (buffers, directions), (same_buffers, same_directions) = results
+    for one, other in zip([*buffers, *directions], [*same_buffers, *same_directions], strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(buffers[0], 0.9 * gradients[0].flip(0) + 0.1 * gradients[0])
+    torch.testing.assert_close(directions[0], 0.1 * gradients[0] + 0.9 * buffers[0])

@@ -377,6 +377,14 @@ def test_nonfinite_losses_of_the_summary_are_numbers(runs_dir: Path) -> None:
     assert row["train_loss"] is None
 
 
+def test_a_clock_that_is_set_back_gives_no_negative_times(runs_dir: Path) -> None:
+    row = indexed(runs_dir, "a", start="2126-01-31T14:25:01+00:00", end="2126-01-31T14:00:00+00:00").row()
+    assert (row["age"], row["duration"]) == (0.0, 0.0)
+    sessions = [{"time": "2026-01-31T15:00:00+00:00", "before": {"end": "2026-01-31T14:25:11+00:00"}}]
+    resumed = indexed(runs_dir, "b", end="2026-01-31T14:59:00+00:00", resumes=sessions)
+    assert resumed.row()["duration"] == 10.0  # the second session counts as none, and takes nothing from the first
+
+
 def test_the_duration_of_a_running_run_grows(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", status="running", end=None, last_step=None)
     with held_lock(run):

@@ -19,7 +19,9 @@ from utils.runs.log import (
     LogWriter,
     RunLog,
     RunLogError,
+    _lines_before,
     cut_logs,
+    last_record,
     offset_of_step,
     read_from,
     read_metrics,
@@ -133,6 +135,29 @@ def test_a_complete_line_that_is_not_json_is_an_error(log: Path) -> None:
     log.write_bytes(b'{"step": 0}\nnonsense\n')
     with pytest.raises(ValueError, match="is no record"):
         read_from(log)
+
+
+@pytest.mark.parametrize("good_lines", [0, 1, 2, 70_000])  # the last ones are more than a chunk
+def test_a_damaged_line_is_named_by_its_number_in_the_file(log: Path, good_lines: int) -> None:
+    good = b'{"step": 0, "x": "..."}\n'
+    log.write_bytes(good * good_lines + b"[]\n")
+    for offset in {0, len(good) * (good_lines // 2), len(good) * good_lines}:
+        with pytest.raises(RunLogError, match=rf"metrics\.jsonl:{good_lines + 1}: the log is damaged: this line is no"):
+            read_from(log, offset, 1 << 24)
+
+
+def test_a_link_out_of_the_run_is_followed_by_no_reader(tmp_path: Path) -> None:
+    outside, log = tmp_path / "outside.jsonl", tmp_path / "run" / "logs" / "metrics.jsonl"
+    outside.write_bytes(b'{"step": 1}\n[]\n')
+    log.parent.mkdir(parents=True)
+    log.symlink_to(outside)
+    for read in (read_from, last_record, _lines_before, offset_of_step, truncate, LogWriter):
+        with pytest.raises(PermissionError, match="leads out of"):
+            read(log) if read not in (_lines_before, offset_of_step) else read(log, 1)
+    log.unlink()
+    log.symlink_to(tmp_path / "run" / "real.jsonl")  # elsewhere in the run
+    append(log, {"step": 3})
+    assert last_record(log) == {"step": 3}
 
 
 def test_truncate_to_an_offset_forgets_exactly_what_came_after(log: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +136,19 @@ def test_a_run_that_is_not_there_is_told(run: Path, runs_dir: Path) -> None:
 def test_what_run_json_says_of_a_parent(run: Path) -> None:
     facts = parent_facts(Origin("fork", run, "best"), 500, {"run": "of a checkpoint"})
     assert facts == {"run": "20260101_000000_base", "path": str(run), "step": 500, "relation": "fork"}
+    of_export = parent_facts(Origin("init", run), 0, {"run": "its run", "export": "sha", "other": 1})
+    assert of_export == {"run": "its run", "path": str(run), "step": 0, "relation": "init", "export": "sha"}
+
+
+def test_an_export_alone_gives_weights_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    for text in ("weights", "weights:latest", "weights:best"):
+        assert find_origin("init", text, tmp_path / "runs") == Origin("init", tmp_path / "weights")
+    for relation, text in (("init", "weights:5"), ("fork", "weights"), ("resume", "weights"), ("fork", "weights:5")):
+        with pytest.raises(RunError, match=f"^{text} is an export, which has nothing but weights: --init-from weights"):
+            find_origin(relation, text, tmp_path / "runs")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------- --resume auto
@@ -177,6 +192,7 @@ def test_why_a_newer_run_is_not_resumed_is_reported(runs_dir: Path) -> None:
     assert diverged == "20260103_000000_a is not resumed: it diverged: loss is nan"
     assert complete == "20260102_000000_a is not resumed: it is complete"
     make(runs_dir, "20260107_000000_a", Config(), tag="a", status="failed")
+    (make(runs_dir, "20260108_000000_c", Config()) / "run.json").write_text("{")  # by its id of another tag
     lines.clear()
     assert len(resumable_runs(runs_dir, "a", lines.append)) == 1
     assert lines == [unreadable]  # the others are not newer
@@ -185,7 +201,10 @@ def test_why_a_newer_run_is_not_resumed_is_reported(runs_dir: Path) -> None:
 def test_a_run_that_is_being_trained_is_never_taken(runs_dir: Path) -> None:
     run = Run.create(runs_dir, "a")
     (run.path / "meta" / "full_config.json").write_text(json.dumps(Config().model_dump(mode="json")))
-    assert resumable_runs(runs_dir, "a") == []
+    lines: list[str] = []
+    assert resumable_runs(runs_dir, "a", lines.append) == []
+    place = f"process {os.getpid()} on {socket.gethostname()}"
+    assert lines == [f"{run.path.name} is not resumed: it is being trained by {place}"]
     run.release()  # its process died
     assert resumable_runs(runs_dir, "a") == [run.path]
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.errors import UserError, nearest
-from utils.files import expand_home, write_output
+from utils.files import expand_home, open_named, write_output
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -163,6 +163,7 @@ def _read_text(path: Path) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_named(path) as file:
+            return file.read()
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None

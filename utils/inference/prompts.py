@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizer import Tokenizer, TokenizerError
 from utils.errors import UserError
-from utils.files import output_target, write_output
+from utils.files import open_named, output_target, write_output
 from utils.inference.generator import Completion
 from utils.terminal.words import json_text
 
@@ -56,8 +56,8 @@ def read_text(path: Path) -> str:
         UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        data = path.read_bytes()
-        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        with open_named(path) as file:
+            return file.read().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
