@@ -145,6 +145,7 @@ class Checkpointer:
     ) -> None:
         began = time.monotonic()
         try:
+            self.log.metrics.check_place()  # else a run directory that was deleted would be made again
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / folder_name(step)
             write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)

@@ -68,7 +68,7 @@ class Session:
         self.outcome = Outcome()
         self._start, self._stop, self._deadline = start, stop, deadline
         self._began = time.monotonic()
-        self._warn = warn_anyway(terminal)
+        self._warn = warn_anyway(terminal, run)
         self._status_is_written = False
 
     # ------------------------------------------------------------------------------------------ the loop asks
@@ -382,10 +382,10 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             run.path / LOGS,
             budget,
             run.update_view,
-            warn_anyway(terminal),
+            warn_anyway(terminal, run),
             rebuild_command(run, view.name),
             step if setup.resumes else None,
         )
         for view in build_views(names, run.path, setup.config, setup.root)
     ]
-    return Feeders(feeders, warn_anyway(terminal), run.update_view)
+    return Feeders(feeders, warn_anyway(terminal, run), run.update_view)
