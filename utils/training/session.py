@@ -164,6 +164,7 @@ class Session:
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         saved_step = state.step if self._start.own else None
         self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, self._warn, saved_step)
+        self._stop.on_continue.append(self.checkpoints.continued)
         before_status.callback(self._wait_for_checkpoint)
 
     @contextlib.contextmanager
@@ -333,6 +334,7 @@ def open_session(
     git = read_git(setup)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stop.on_continue.append(deadline.continued)
         stop.patient = False  # until there are steps to finish
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
