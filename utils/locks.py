@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 LOCK_SECONDS = 10.0  # to wait for another writer of a JSON file, which holds the lock for milliseconds
 LOCK_FILE = ".lock.tmp"  # of a folder, without flock; a process that was killed may leave it, and prune removes it
+RELEASED = "released"  # the last word of a signature whose process has let go of the lock
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # What flock raises on NFS without a lock manager, Lustre without the flock option, and the like.
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
@@ -60,16 +61,18 @@ class Holder(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """The holder whose signature is `text`; None if it is none."""
+        """The holder whose signature is `text`; None if it is none, or says that the lock was released."""
         try:
             pid, host, *boot = text.split()
+            if boot[-1:] == [RELEASED]:
+                return None
             return cls(int(pid), host, *boot)
         except (ValueError, TypeError):
             return None
 
     @property
     def signature(self) -> str:
-        return " ".join(map(str, self)).rstrip() + "\n"
+        return " ".join(filter(None, map(str, self)))
 
     @property
     def is_here(self) -> bool:
@@ -149,7 +152,7 @@ def _lock_file(path: Path, deadline: float) -> Iterator[None]:
         time.sleep(0.01)
     try:
         with os.fdopen(handle, "w") as file:
-            file.write(Holder.this().signature)
+            file.write(f"{Holder.this().signature}\n")
         yield
     finally:
         path.unlink(missing_ok=True)

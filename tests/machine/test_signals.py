@@ -123,6 +123,27 @@ def test_asking_whether_the_deadline_is_near_changes_no_later_answer(clock: list
     assert deadline.is_near(reserve=21)
 
 
+def test_time_in_which_the_process_was_stopped_is_no_step(clock: list[float]) -> None:
+    deadline, calls = Deadline(minutes=2.0), []
+    with stop_on_signals() as stop:
+        stop.on_continue += [deadline.continued, lambda: calls.append(1)]
+        os.kill(os.getpid(), signal.SIGCONT)  # before the first step there is nothing to correct
+        deadline.step_done()
+        clock[0] += 1
+        deadline.step_done()
+        clock[0] += 45  # of SIGSTOP, in the middle of a step
+        os.kill(os.getpid(), signal.SIGCONT)
+        assert not deadline.is_near(reserve=70)
+        clock[0] += 2
+        deadline.step_done()
+    assert not deadline.is_near(reserve=69)  # 72 s are left, and a step takes 2
+    assert deadline.is_near(reserve=71)
+    assert len(calls) == 2
+    assert not stop
+    os.kill(os.getpid(), signal.SIGCONT)  # not handled any more
+    assert len(calls) == 2
+
+
 def test_without_a_limit_no_deadline_is_near(clock: list[float]) -> None:
     deadline = Deadline(None)
     deadline.step_done()

@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.experiments.notes import edit
 from utils.experiments.prune import plan_pruning, remove_all
 from utils.files import change_json
-from utils.locks import LOCK_FILE, Holder, boot_id, folder_lock
+from utils.locks import LOCK_FILE, RELEASED, Holder, boot_id, folder_lock
 from utils.runs import lock
 from utils.runs.layout import LOCK, METRICS_LOG, RECORD
 from utils.runs.lock import holder_of, lock_is_free
@@ -102,7 +102,10 @@ def test_a_process_that_closes_its_trackers_elsewhere_is_waited_for(runs_dir: Pa
     with pytest.raises(RunLockedError):
         Run.resume(path)
     assert plan_pruning(runs_dir, unfinished=True).kept == {"run": "running"}
-    timers = [threading.Timer(0.1, os.utime, [path / LOCK]), threading.Timer(0.2, (path / LOCK).write_text, [""])]
+    timers = [
+        threading.Timer(0.1, os.utime, [path / LOCK]),
+        threading.Timer(0.2, (path / LOCK).write_text, [f"5 elsewhere {RELEASED}\n"]),
+    ]
     for timer in timers:
         timer.start()
     Run.resume(path, lambda line: None).release()
@@ -111,9 +114,9 @@ def test_a_process_that_closes_its_trackers_elsewhere_is_waited_for(runs_dir: Pa
 
 def test_a_run_that_was_released_elsewhere_is_free_at_once(runs_dir: Path) -> None:
     path = make_run(runs_dir, "run", status="interrupted", host="elsewhere")
-    (path / LOCK).write_text("")
+    (path / LOCK).write_text(f"5 elsewhere another-boot {RELEASED}\n")
     Run.resume(path).release()
-    assert (path / LOCK).read_text() == ""
+    assert (path / LOCK).read_text() == f"{os.getpid()} {HOST} {boot_id()} released\n"
 
 
 def test_a_machine_that_was_started_anew_under_its_old_name_is_another_one(
@@ -223,7 +226,7 @@ def test_without_flock_another_machine_is_judged_by_its_heartbeat(runs_dir: Path
 def test_without_flock_prune_deletes_what_nobody_holds(runs_dir: Path) -> None:
     path = make_run(runs_dir, "run", checkpoints={1: 10})
     (removal,) = plan_pruning(runs_dir, whole_runs=True).removals
-    (path / LOCK).write_text(Holder.this().signature)
+    (path / LOCK).write_text(f"{Holder.this().signature}\n")
     assert remove_all([removal]) == {removal: "another process holds its lock"}
     (path / LOCK).write_text("")
     assert remove_all([removal]) == {}
@@ -238,7 +241,7 @@ def test_without_flock_training_warns_once(
     path = only_run()
     assert capsys.readouterr().out.count("this file system has no flock") == 1
     assert (path / METRICS_LOG).stat().st_size
-    assert (path / LOCK).read_text() == ""
+    assert holder_of(path) is None
 
 
 def count_to(path: Path, times: int) -> None:

@@ -300,6 +300,10 @@ def test_seconds_to_save_grow_with_what_saving_took(
     monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: next(ticks), time=lambda: 0.0))
     save(checkpoints, state, 1)
     assert checkpoints.seconds_to_save(state) == 7.0
+    ticks = iter((20.0, 30.0, 75.0))
+    monkeypatch.setattr(log, "sync", checkpoints.continued)  # SIGSTOP and SIGCONT during the write
+    save(checkpoints, state, 2)
+    assert checkpoints.seconds_to_save(state) == 7.0
 
 
 # ------------------------------------------------------------------------------------- what

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -23,12 +23,15 @@ class StopRequest:
     signum: the signal that asked to stop.
     save: a checkpoint is requested (SIGUSR1) while training continues; the loop clears it.
     patient: False once there is no step left to finish: from then on even the first signal raises.
+    on_continue: called when the process goes on after it was stopped (SIGSTOP, Ctrl-Z, a batch system): what they
+        measure must not count that time as work.
     """
 
     reason: str | None = None
     signum: int | None = None
     save: bool = False
     patient: bool = True
+    on_continue: list[Callable[[], None]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return self.reason is not None
@@ -51,6 +54,10 @@ class StopRequest:
             raise KeyboardInterrupt
         _tell(f"\n{name}: stopping after this step; a second signal stops at once\n")
 
+    def handle_continue(self, _signum: int, _frame: FrameType | None) -> None:
+        for call in self.on_continue:
+            call()
+
 
 def _tell(message: str) -> None:
     """Write to stderr by os.write, because a handler may interrupt code that holds the lock of a stream."""
@@ -60,7 +67,7 @@ def _tell(message: str) -> None:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Handle STOP_SIGNALS and SAVE_SIGNAL inside the block; restores the previous handlers on exit.
+    """Handle STOP_SIGNALS, SAVE_SIGNAL and SIGCONT inside the block; restores the previous handlers on exit.
 
     Only the main thread can handle signals; in another thread the request is never set.
     """
@@ -70,6 +77,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
     wanted = [s for s in (*STOP_SIGNALS, SAVE_SIGNAL) if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP
     previous = {signum: signal.signal(signum, request.handle) for signum in wanted}
+    previous[signal.SIGCONT] = signal.signal(signal.SIGCONT, request.handle_continue)
     try:
         yield request
     finally:
@@ -99,6 +107,11 @@ class Deadline:
         if self._last is not None:
             self._longest_step = max(self._longest_step, now - self._last)
         self._last = now
+
+    def continued(self) -> None:
+        """The process was stopped for a while: the step that it is in begins anew, as far as its length counts."""
+        if self._last is not None:
+            self._last = time.monotonic()
 
     def is_near(self, reserve: float) -> bool:
         """Whether another step, as long as the longest so far, would leave less than `reserve` seconds."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import read_text, regular_fd
-from utils.locks import Holder, folder_lock, try_flock
+from utils.locks import RELEASED, Holder, folder_lock, try_flock
 from utils.runs.layout import LOCK
 
 HEARTBEAT_SECONDS = 15.0
@@ -50,17 +50,20 @@ class RunLock:
 
     def sign(self) -> None:
         """Write this process into the lock file, which is also its first heartbeat."""
-        signature = Holder.this().signature.encode()
-        os.pwrite(self.fd, signature, 0)  # before the file is cut: a full disk has no room for a longer one
-        os.ftruncate(self.fd, len(signature))
+        self._write(Holder.this().signature)
         self._signed = True
 
     def release(self) -> None:
         """Others may take the lock at once, on other machines too."""
         if self._signed:
             with contextlib.suppress(OSError):  # a read-only disk: after a minute of silence it is free, too
-                os.ftruncate(self.fd, 0)
+                self._write(f"{Holder.this().signature} {RELEASED}")
         os.close(self.fd)
+
+    def _write(self, text: str) -> None:
+        line = f"{text}\n".encode()
+        os.pwrite(self.fd, line, 0)  # before it is cut to its length: a full disk may have no room for another block
+        os.ftruncate(self.fd, len(line))
 
 
 def holder_of(run: Path) -> Holder | None:

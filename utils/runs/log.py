@@ -6,6 +6,7 @@ One JSON object on each line. A line counts once its newline is written: a reade
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -45,16 +46,22 @@ class LogWriter:
 
         Raises:
             TypeError: a value cannot be written as JSON; nothing is written.
-            OSError: the disk is full or gone; the file is unchanged.
+            OSError: the disk is full or gone, or the run directory is no longer in its place; the file is unchanged.
         """
         data = memoryview(b"".join([orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records]))
         start = self.offset
+        self.check_place()
         try:
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError:
             os.ftruncate(self._fd, start)  # a torn line would spoil the next one
             raise
+
+    def check_place(self) -> None:
+        """Raises OSError if the run directory is no longer in its place: what is written would be lost, or astray."""
+        if os.fstat(self._fd).st_nlink == 0 or not self.path.exists():
+            raise OSError(errno.ESTALE, "was deleted or moved while it was trained", str(_run_of(self.path)))
 
     @property
     def offset(self) -> int:

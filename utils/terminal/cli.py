@@ -217,7 +217,8 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # of the machine, not of the program: one line
+# Of the machine, not of the program: one line.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def script(main: Callable[[Sequence[str]], int]) -> Main:

@@ -88,6 +88,7 @@ class Checkpointer:
         self._last_time = time.monotonic()
         self._thread: threading.Thread | None = None
         self._write_seconds: float | None = None
+        self._was_stopped = False
 
     def due(self, step: int) -> bool:
         """Whether checkpoint_interval or checkpoint_minutes asks for one now and none is being written."""
@@ -135,6 +136,10 @@ class Checkpointer:
             self._write_seconds = 1.5 * weights / FIRST_GUESS_BYTES_PER_SECOND
         return 1.0 + 2 * self._write_seconds
 
+    def continued(self) -> None:
+        """The process was stopped for a while: how long a checkpoint took that was being written says nothing."""
+        self._was_stopped = True
+
     def _write(
         self,
         step: int,
@@ -143,8 +148,9 @@ class Checkpointer:
         tokenizer: Mapping[str, Any],
         facts: Mapping[str, Any],
     ) -> None:
-        began = time.monotonic()
+        began, self._was_stopped = time.monotonic(), False
         try:
+            self.log.metrics.check_place()  # else a run directory that was deleted would be made again
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / folder_name(step)
             write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)
@@ -155,7 +161,8 @@ class Checkpointer:
                 self._report_failure(step, error)
         else:
             self._point(step, facts["best_step"], decode_number(facts["best_val_loss"]))
-        self._write_seconds = time.monotonic() - began
+        if not self._was_stopped:
+            self._write_seconds = time.monotonic() - began
 
     def _report_failure(self, step: int, error: Exception) -> None:
         """Say that a checkpoint was not written, and which is the newest one."""

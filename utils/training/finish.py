@@ -19,12 +19,16 @@ from utils.training.flight_recorder import FlightRecorder
 from utils.training.state import TrainState, load_weights
 
 
-def warn_anyway(terminal: Terminal) -> Callable[[str], None]:
-    """Prints a warning if that is possible: where a failure is handled, a full disk must not cause another one."""
+def warn_anyway(terminal: Terminal, run: Run) -> Callable[[str], None]:
+    """Prints a warning if that is possible: where a failure is handled, a full disk must not cause another one.
+
+    Of a run directory that was deleted, no warning says what cannot be written there.
+    """
 
     def warn(message: str) -> None:
         with contextlib.suppress(OSError):  # logs/train.log cannot be written
-            terminal.warn(message)
+            if run.path.exists():
+                terminal.warn(message)
 
     return warn
 
@@ -59,7 +63,7 @@ def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, termin
     try:
         recorder.dump(path, reason)
     except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed returns no numbers
-        warn_anyway(terminal)(f"{path.name} was not written: {error}")
+        warn_anyway(terminal, run)(f"{path.name} was not written: {error}")
 
 
 def draw(run: Run, terminal: Terminal) -> None:
@@ -67,7 +71,7 @@ def draw(run: Run, terminal: Terminal) -> None:
     try:
         draw_curves(run.path)
     except Exception as error:  # a picture must not end a run
-        warn_anyway(terminal)(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
+        warn_anyway(terminal, run)(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
 
 
 def seal_run(run: Run, terminal: Terminal) -> None:
@@ -76,5 +80,5 @@ def seal_run(run: Run, terminal: Terminal) -> None:
         terminal.close()
         write_seal(run.path)
     except OSError as error:
-        warn = warn_anyway(terminal)
+        warn = warn_anyway(terminal, run)
         warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")

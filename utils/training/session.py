@@ -68,7 +68,7 @@ class Session:
         self.outcome = Outcome()
         self._start, self._stop, self._deadline = start, stop, deadline
         self._began = time.monotonic()
-        self._warn = warn_anyway(terminal)
+        self._warn = warn_anyway(terminal, run)
         self._status_is_written = False
 
     # ------------------------------------------------------------------------------------------ the loop asks
@@ -172,6 +172,7 @@ class Session:
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         saved_step = state.step if self._start.own else None
         self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, self._warn, saved_step)
+        self._stop.on_continue.append(self.checkpoints.continued)
         before_status.callback(self._wait_for_checkpoint)
 
     @contextlib.contextmanager
@@ -341,6 +342,7 @@ def open_session(
     git = read_git(setup)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stop.on_continue.append(deadline.continued)
         stop.patient = False  # until there are steps to finish
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
@@ -390,10 +392,10 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             run.path / LOGS,
             budget,
             run.update_view,
-            warn_anyway(terminal),
+            warn_anyway(terminal, run),
             rebuild_command(run, view.name),
             step if setup.resumes else None,
         )
         for view in build_views(names, run.path, setup.config, setup.root)
     ]
-    return Feeders(feeders, warn_anyway(terminal), run.update_view)
+    return Feeders(feeders, warn_anyway(terminal, run), run.update_view)
