@@ -104,12 +104,13 @@ def load_corpus(
     corpora_dir: Path,
     tokenizer: Tokenizer | None = None,
     warn: Callable[[str], None] = lambda message: None,
+    report: Callable[[str], None] = lambda message: None,
 ) -> Corpus:
     """A corpus, encoded and split. While its files do not change, its text is read and encoded once only.
 
     Args:
         tokenizer: of the model that is trained further; None: one is made from the corpus.
-        warn: prints one line to the user.
+        warn, report: print one line to the user.
 
     Raises:
         CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
@@ -133,6 +134,8 @@ def load_corpus(
                 for name in {wanted, file.tokenizer.hash()}:
                     write_record(record_path(folder, source.name, name), record)
     n_train = _split(config, file.n_tokens, block_size)
+    for note in source.notes(config.val_fraction):
+        report(note)
     try:
         return Corpus(config.dataset, file.corpus_hash, file.tokenizer, file.tokens(), n_train)
     except OSError as error:

@@ -53,9 +53,10 @@ def profile(loaded: LoadedConfig, *, steps: int = 20, warmup: int = 5, top: int 
     from utils.profiling.picture import draw_profile
     from utils.profiling.record import save_profile
     from utils.profiling.tables import profile_tables
+    from utils.training.batch_size import memory_explained
 
     setup, terminal = prepare(loaded, out)
-    with torch_settings(setup.config.train, setup.device):
+    with torch_settings(setup.config.train, setup.device), memory_explained(setup.config, setup.device):
         measured, times = profile_training(setup, steps, warmup, terminal)
     terminal.print(*profile_tables(measured, top))
     write(out, lambda folder: save_profile(folder, measured, read_trace(times.profiler), draw_profile), terminal)
@@ -96,6 +97,7 @@ def lr_range(
 ) -> None:
     """Run the learning-rate range test of a configuration: its curve and a suggestion."""
     from utils.machine.device import torch_settings
+    from utils.training.batch_size import memory_explained
     from utils.training.lr_range import LEAST_STEPS, lr_range_test, report, save
     from utils.training.state import build_state
 
@@ -106,7 +108,7 @@ def lr_range(
     if lr_steps < LEAST_STEPS:
         raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {lr_steps}")
     setup, terminal = prepare(loaded, out)
-    with torch_settings(setup.config.train, setup.device):
+    with torch_settings(setup.config.train, setup.device), memory_explained(setup.config, setup.device):
         state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
         result = lr_range_test(state, lr_min, lr_max, lr_steps)
     report(result, terminal)

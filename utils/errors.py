@@ -12,6 +12,17 @@ class UserError(ValueError):
     """What is wrong, where, and what was expected, in words for the person at the terminal."""
 
 
+class OutOfMemoryError(RuntimeError):
+    """Memory is too small, in words for the person at the terminal: printed as one line, exit status 1."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed; torch raises a RuntimeError of its own for each kind of device."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    named = type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and named)
+
+
 def number_text(value: float) -> str:
     """A number in as few digits as tell it from all others: read again, it is the same.
 

@@ -13,6 +13,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from data import load_corpus
+from utils.config.settings import DataConfig
 from utils.corpora import sources
 from utils.corpora.sources import CorpusError, find_source
 from utils.errors import UserError
@@ -34,6 +36,37 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("\ufeffZeile\r\nübergroß 😀".encode())
     assert find_source(str(path), tmp_path).read() == "Zeile\r\nübergroß 😀"  # without the byte order mark
+
+
+def test_a_folder_says_what_is_read_what_is_skipped_and_how_it_is_cut(tmp_path: Path) -> None:
+    names = ["a.py", "b.py", "c/d.md", "e.js", "f.c", "g.C", "h.rs", "i.bin", "y.html", ".hidden.c", "z"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x" * 99)
+    source = find_source(str(tmp_path), tmp_path)
+    read, cut, other = source.notes(0.3)
+    assert read == (
+        f"{tmp_path}: 5 files read (2 .py, 1 .md, 1 .html, 1 without a suffix), "
+        "5 files skipped, of other kinds (2 .c, 1 .js, 1 .rs, 1 .bin)"
+    )
+    assert cut == (
+        "the validation split is the last 30% of this text, in the order of paths: about from y.html on "
+        "(1 .html, 1 without a suffix)"
+    )
+    assert other == ("no file of the training split is without a suffix: val/loss is about another kind of text")
+    assert list(find_source(str(tmp_path / "a.py"), tmp_path).notes(0.3)) == []
+    assert list(find_source("pydocs", tmp_path).notes(0.3)) == []
+
+
+def test_what_a_folder_skips_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("to be or not to be\n" * 20)
+    (tmp_path / "texts" / "two.go").write_text("package main")
+    said: list[str] = []
+    for _ in range(2):  # also of a corpus that is encoded already
+        load_corpus(DataConfig(dataset=str(tmp_path / "texts")), 8, tmp_path, report=said.append)
+    assert said[:2] == said[2:]
+    assert "1 file read (1 .txt), 1 file skipped, of other kinds (1 .go)" in said[0]
 
 
 def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
@@ -108,6 +141,8 @@ def test_an_unknown_dataset_is_an_error_that_lists_the_datasets(dataset: str, hi
 READ_WITHOUT_RIGHTS = """
 import encodings.utf_8_sig, os, sys
 from pathlib import Path
+from data import load_corpus
+from utils.config.settings import DataConfig
 from utils.corpora import sources
 if os.geteuid() == 0:  # root may read everything: become nobody
     os.setgroups([]), os.setgid(65534), os.setuid(65534)

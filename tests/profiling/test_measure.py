@@ -23,7 +23,7 @@ import profile_model
 from model import LanguageModel
 from utils.config.settings import ModelConfig
 from utils.machine import limits
-from utils.nn.attention import SHORT
+from utils.nn.attention import SHORT, ShortAttention
 from utils.nn.costs import training_flops
 from utils.profiling import picture
 from utils.profiling.assemble import measure_limits
@@ -117,6 +117,27 @@ def test_the_operators_of_both_passes_add_up_to_the_count_from_the_shapes() -> N
     counted = {name: sum(row.gflop for row in operators if row.phase == name) for name in ("forward", "backward")}
     needed = training_flops(model, 3, config.block_size) / 1e9
     assert counted == pytest.approx({"forward": needed / 3, "backward": needed * 2 / 3})
+
+
+def test_the_attention_of_short_sequences_is_attention() -> None:
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=SHORT // 2)
+    model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, SHORT // 2, dtype=torch.int64)
+
+    def step(phase: Phase) -> None:
+        with phase("forward"):
+            _, loss = model(idx, idx)
+        with phase("backward"):
+            loss.backward()
+
+    operators = measure_steps(step, CPU, steps=1, warmup=1).operators
+    rows = {row.phase: row for row in operators if row.kind == "attention"}
+    assert {phase: row.name for phase, row in rows.items()} == {
+        "forward": ShortAttention.__name__,
+        "backward": f"{ShortAttention.__name__}Backward",
+    }
+    product = 2 * 3 * (SHORT // 2) ** 2 * 32 / 1e9  # of all heads
+    assert [rows[phase].gflop for phase in ("forward", "backward")] == pytest.approx([2 * 2 * product, 2 * 4 * product])
+    assert not any(row.name in ("bmm", "baddbmm") for row in operators)
 
 
 def test_before_torch_2_12_the_cost_of_an_operator_follows_from_what_events_have_there() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import hashlib
 import http.client
 import importlib.util
+import itertools
 import json
 import os
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +26,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 TEXT_SUFFIXES = frozenset(
     (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
 )
+KINDS_SHOWN = 6  # suffixes
 SETTLED_NS = 2_000_000_000  # a younger file may change once more without another mtime (FAT counts in 2 s)
 
 
@@ -35,11 +40,51 @@ class Source:
 
     name: a registered name or an absolute path.
     read: the whole text; raises CorpusError if it is unreadable, binary, not UTF-8 or empty.
+    skipped: files of a folder that are not read, because of their suffix.
     """
 
     name: str
     files: Sequence[Path]
     read: Callable[[], str]
+    skipped: Sequence[Path] = ()
+
+    @property
+    def is_folder(self) -> bool:
+        return os.path.isdir(self.name)
+
+    def files_text(self) -> str:
+        """Which files of a folder are read and which are not, in words."""
+        words = f"{_count(self.files)} read ({_kinds_text(self.files)})"
+        if self.skipped:
+            words += f", {_count(self.skipped)} skipped, of other kinds ({_kinds_text(self.skipped)})"
+        return words
+
+    def split_files(self, val_fraction: float) -> tuple[Sequence[Path], Sequence[Path]]:
+        """The files of a folder in the training and in the validation split, by their sizes in bytes; one is in both.
+
+        Raises:
+            OSError: a file is gone.
+        """
+        sizes = [path.stat().st_size + 1 for path in self.files]  # a line break follows
+        ends = list(itertools.accumulate(sizes))
+        cut = min(bisect.bisect_right(ends, ends[-1] * (1 - val_fraction)), len(ends) - 1)
+        return self.files[: cut + 1], self.files[cut:]
+
+    def notes(self, val_fraction: float) -> Iterator[str]:
+        """What a person should know of a folder: the files that are read, and where the validation split begins."""
+        if not self.is_folder:
+            return
+        yield f"{self.name}: {self.files_text()}"
+        with contextlib.suppress(OSError):
+            training, validation = self.split_files(val_fraction)
+            first = os.path.relpath(validation[0], self.name)
+            yield (
+                f"the validation split is the last {val_fraction:.0%} of this text, in the order of paths: about from "
+                f"{first} on ({_kinds_text(validation)})"
+            )
+            alone = [kind for kind in kinds(validation) if kind not in kinds(training)]
+            if alone:
+                yield f"no file of the training split is {' or '.join(alone)}: val/loss is about another kind of text"
 
     def stamp(self) -> str | None:
         """A digest of the path, inode, size, mtime and ctime of each file: equal while none has changed.
@@ -74,10 +119,15 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
             f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
             f"{nearest(dataset, CORPORA)}"
         ) from None
-    files = [path]
-    if os.path.isdir(path) and not (files := _text_files(path)):
-        raise CorpusError(f"{dataset}: no text files in this folder")
-    return Source(os.path.abspath(path), files, partial(_read_files, dataset, files))
+    files, skipped = [path], []
+    if os.path.isdir(path):
+        found = _visible_files(path)
+        files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
+        skipped = [file for file in found if file.suffix.lower() not in TEXT_SUFFIXES]
+        if not files:
+            others = f", only {_kinds_text(skipped)}" if skipped else ""
+            raise CorpusError(f"{dataset}: no text files in this folder{others}")
+    return Source(os.path.abspath(path), files, partial(_read_files, dataset, files), skipped)
 
 
 def _pydocs(corpora_dir: Path) -> Source:
@@ -130,8 +180,24 @@ def _checked_shakespeare(data: bytes, place: str) -> bytes:
 CORPORA: dict[str, Callable[[Path], Source]] = {"pydocs": _pydocs, "shakespeare": _shakespeare}
 
 
-def _text_files(folder: Path) -> list[Path]:
-    """Files with a suffix of text, by path; hidden files and folders are left out."""
+def kinds(files: Iterable[Path]) -> Counter[str]:
+    """How many files have each suffix, the most frequent first."""
+    return Counter(dict(Counter(path.suffix.lower() or "without a suffix" for path in files).most_common()))
+
+
+def _kinds_text(files: Iterable[Path]) -> str:
+    found = kinds(files)
+    shown = [f"{count:,} {kind}" for kind, count in list(found.items())[:KINDS_SHOWN]]
+    more = len(found) - KINDS_SHOWN
+    return ", ".join([*shown, *([f"{more} more kinds"] if more > 0 else [])])
+
+
+def _count(files: Sequence[Path]) -> str:
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """All files by path; hidden files and folders are left out."""
 
     def fail(error: OSError) -> None:
         raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
@@ -140,7 +206,7 @@ def _text_files(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in TEXT_SUFFIXES)
+    return sorted(found)
 
 
 def _read_files(dataset: str, files: Sequence[Path]) -> str:

@@ -12,7 +12,7 @@ ONEDNN = "mkldnn::_linear_pointwise"
 # Operator -> the position of its first matrix among the arguments; the second one follows.
 FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, ONEDNN: 0, "_scaled_mm": 0}
 TRANSPOSED = ("linear", ONEDNN)  # multiply by the transpose of the second matrix
-ATTENTION_NAME = "scaled_dot_product"
+TORCH_ATTENTION, OUR_ATTENTION = "scaled_dot_product", "ShortAttention"  # parts of names; ours: utils/nn/attention.py
 SMALL_RESULT = ("sum", "mean", "linalg_vector_norm", "_foreach_norm", "nll_loss", "cross_entropy_loss", "item")
 VIEWS = "view _unsafe_view reshape t transpose permute expand slice select narrow split split_with_sizes chunk unbind"
 MORE_VIEWS = "squeeze unsqueeze as_strided alias detach resolve_conj dropout to"  # the last two if they do nothing
@@ -26,8 +26,8 @@ UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # of lists of tensors, the profiler reports
 
 
 def is_operator(name: str) -> bool:
-    """Whether it is an operator of torch or a library; not an annotation, an autograd node or a driver call."""
-    return "::" in name and not name.startswith(("autograd::", "torch::autograd"))
+    """Whether it is an operator of torch, a library or ours; not an annotation, an autograd node or a driver call."""
+    return ("::" in name or is_our_attention(name)) and not name.startswith(("autograd::", "torch::autograd"))
 
 
 def short_name(name: str) -> str:
@@ -35,11 +35,16 @@ def short_name(name: str) -> str:
 
 
 def is_attention(name: str) -> bool:
-    return ATTENTION_NAME in name
+    return TORCH_ATTENTION in name or is_our_attention(name)
+
+
+def is_our_attention(name: str) -> bool:
+    """Whether it is the forward or backward pass of our attention, which consists of operators of torch."""
+    return name.startswith(OUR_ATTENTION)
 
 
 def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any]) -> float | None:
-    """Floating-point operations of a matrix product or attention; None for any other operator.
+    """Floating-point operations of a matrix product or torch's attention; None for any other operator.
 
     Args:
         name: torch's name, such as "aten::mm".
@@ -50,7 +55,7 @@ def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any])
     if short in FIRST_FACTOR:
         left, right, columns = _matrices(short, shapes)
         return 2.0 * math.prod(left) * columns if left and right else None
-    if not is_attention(name):
+    if not is_attention(name) or is_our_attention(name):
         return None
     backward = name.endswith("_backward")
     q, k, v = shapes[backward : backward + 3]  # (B, H, T, D), (B, K, S, D), (B, K, S, D)

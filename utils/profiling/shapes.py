@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from utils.config.settings import Config
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 from utils.files import json_text, write_output
 from utils.nn.costs import training_flops
 from utils.profiling.measure import time_steps, training_step
@@ -73,7 +73,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
         config: of a new model with random weights, which is timed.
 
     Raises:
-        torch.OutOfMemoryError: the device cannot hold it.
+        RuntimeError, MemoryError: the device cannot hold it.
     """
     state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
     step = training_step(state)
@@ -111,7 +111,9 @@ def sweep_shapes(
             config = with_shape(setup.config, batch_size, block_size)
             try:
                 timings.append(time_shape(setup, config, steps, warmup, terminal))
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 terminal.warn(f"batch {batch_size:,} x block {block_size:,}: does not fit into the device's memory")
     return timings
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_orig
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
-from utils.errors import UserError, cut, nearest, number_text
+from utils.errors import OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text
 from utils.files import expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
@@ -225,7 +225,8 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
     """Decorator of a script's `main(argv)`: prepares its streams, and reports mistakes in one line, with status 2.
 
     Other endings: 130 after Ctrl-C (outside the part that handles signals itself), 141 without a message after a
-    closed pipe (`... | head`), and 1 with one line if the disk lets stdout or a file not be written.
+    closed pipe (`... | head`), and 1 with one line if memory is too small, or the disk lets stdout or a file not be
+    written.
     """
 
     @functools.wraps(main)
@@ -245,6 +246,13 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            words = [] if isinstance(error, OutOfMemoryError) else ["out of memory"]
+            words += [printable(line) for line in str(error).strip().splitlines()[:1]]
+            print(f"error: {': '.join(words)}", file=sys.stderr)
+            return 1
         except BrokenPipeError:
             drop(sys.stdout)
             return 141

@@ -25,7 +25,7 @@ from data import BatchSampler, Corpus
 from model import LanguageModel
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
-from utils.errors import UserError
+from utils.errors import OutOfMemoryError, UserError, is_out_of_memory
 from utils.machine.device import available_memory, torch_settings
 from utils.optim.groups import build_optimizer
 from utils.runs.origin import FOUND, put_on_top
@@ -77,6 +77,22 @@ def find_batch(
     report(words)
     found = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps, "tokens_per_step": None}
     return put_on_top(loaded, found, FOUND)
+
+
+@contextlib.contextmanager
+def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
+    """Around training: where memory is too small for a micro-step, an OutOfMemoryError says what to do about it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+            raise
+        sequences = config.train.sequences // config.train.gradient_accumulation_steps
+        micro_step = f"{sequences:,} x {config.model.block_size:,} tokens"
+        raise OutOfMemoryError(
+            f"out of memory: a micro-step of {micro_step} does not fit on {device}: "
+            "--batch-size auto finds what fits; --gradient-accumulation-steps N splits an update into N micro-steps"
+        ) from error
 
 
 def largest_fitting(sizes: Sequence[int], fits: Fits) -> int | None:

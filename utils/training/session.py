@@ -31,6 +31,7 @@ from utils.terminal.words import duration
 from utils.tracking import RunEnd
 from utils.tracking.feeder import Budget, Feeder, Feeders
 from utils.tracking.views import build_views, is_installed, wanted_views
+from utils.training.batch_size import memory_explained
 from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
 from utils.training.evaluate import evaluate
@@ -360,7 +361,7 @@ def open_session(
         try:
             session.begin(git, before_status, after_status)
             begun = True
-            with session.training():
+            with memory_explained(setup.config, setup.device), session.training():
                 yield session
         except KeyboardInterrupt:
             session.interrupt()

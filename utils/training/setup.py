@@ -95,7 +95,9 @@ def make_setup(
     elif origin is not None:
         checkpoint, tokenizer = read_parent(origin, config, warn)
     try:
-        corpus = load_corpus(config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer, warn)
+        corpus = load_corpus(
+            config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer, warn, report
+        )
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
             raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
