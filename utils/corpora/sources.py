@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from utils.errors import UserError, nearest
+from utils.errors import SHOWN, UserError, cut, nearest
 from utils.files import write_atomic
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -69,9 +69,9 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
         path.stat()
     except PermissionError as error:
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL
         raise CorpusError(
-            f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
+            f"unknown dataset {cut(dataset, SHOWN)}: expected {', '.join(CORPORA)} or the path of a text file or folder"
             f"{nearest(dataset, CORPORA)}"
         ) from None
     files = [path]
