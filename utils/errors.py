@@ -9,14 +9,7 @@ SHOWN = 200  # characters of a value in a message
 
 
 class UserError(ValueError):
-    """What is wrong, where, and what was expected, in words for the person at the terminal.
-
-    lines: one for each mistake. A name in one may contain a line break.
-    """
-
-    def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
+    """What is wrong, where, and what was expected, in words for the person at the terminal; a line for each mistake."""
 
 
 def number_text(value: float) -> str:

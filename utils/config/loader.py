@@ -298,7 +298,7 @@ def _validate_alone(layer: dict[str, Setting]) -> None:
             details = [d for d in error.errors(include_url=False) if d["loc"]][:1]
             mistakes += [_explain({**d, "loc": (SECTION_OF[key], key)}, {key: [setting]}) for d in details]
     if mistakes:
-        raise ConfigError(*mistakes)
+        raise ConfigError("\n".join(mistakes))
 
 
 def _validate(layers: dict[str, list[Setting]]) -> Config:
@@ -308,7 +308,7 @@ def _validate(layers: dict[str, list[Setting]]) -> Config:
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(*(_explain(detail, layers) for detail in _by_key(error))) from None
+        raise ConfigError("\n".join(_explain(detail, layers) for detail in _by_key(error))) from None
 
 
 def _by_key(error: ValidationError) -> list[ErrorDetails]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from utils.errors import SHOWN, UserError, cut, nearest
+from utils.errors import UserError, nearest
 from utils.files import write_atomic
+from utils.terminal.words import one_line
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -71,7 +72,7 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
     except (OSError, ValueError):  # ValueError: a NUL
         raise CorpusError(
-            f"unknown dataset {cut(dataset, SHOWN)}: expected {', '.join(CORPORA)} or the path of a text file or folder"
+            f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
             f"{nearest(dataset, CORPORA)}"
         ) from None
     files = [path]
@@ -153,16 +154,18 @@ def _read_files(dataset: str, files: Sequence[Path]) -> str:
 def _read_text(path: Path) -> str:
     data = _read_bytes(path)
     if (position := data.find(b"\0")) >= 0:
-        raise CorpusError(f"{path}: a binary file (NUL at byte {position}), expected UTF-8 text")
+        raise CorpusError(f"{one_line(str(path))}: a binary file (NUL at byte {position}), expected UTF-8 text")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise CorpusError(f"{path}:{line}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from None
+        raise CorpusError(
+            f"{one_line(str(path))}:{line}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})"
+        ) from None
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CorpusError(f"{one_line(str(path))}: cannot be read: {error.strerror}") from None

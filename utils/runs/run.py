@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from utils.config.settings import check_tag
 from utils.errors import UserError
-from utils.files import change_json, read_json, read_text, regular_fd, write_json
-from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, fed_note
+from utils.files import change_json, links_out, read_json, read_text, regular_fd, write_json
+from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, WANDB, fed_note
 from utils.runs.record import wrong_fields
 
 SCHEMA_VERSION = 1
@@ -171,7 +171,7 @@ class Run:
 
         Raises:
             RunLockedError: the run is being trained; the message names process and host.
-            RunError: `path` is not a run directory, or cannot be written.
+            RunError: `path` is not a run directory, cannot be written, or has a link that leads out of it.
         """
         record = read_record(path)
         here = record.get("host") == socket.gethostname()
@@ -180,6 +180,7 @@ class Run:
         being_trained = RunLockedError(f"run {path.name} is being trained by {holder}")
         if not here and read_status(path) == "running":
             raise being_trained
+        check_links(path)
         try:
             lock_fd = regular_fd(path / LOCK, path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
@@ -295,6 +296,19 @@ class Run:
         with self._mutex:
             self._ended.set()
         os.close(self._lock_fd)
+
+
+def check_links(path: Path) -> None:
+    """Raises RunError if a link in the run directory `path` leads out of it: what is written there would go elsewhere.
+
+    The directory itself may be one. Weights & Biases looks after the links in its own folder.
+    """
+    if links := [link for link in links_out(path) if path / WANDB not in link.parents]:
+        more = f" and {len(links) - 1} more" if len(links) > 1 else ""
+        raise RunError(
+            f"{links[0]} is a link that leads out of the run, to {os.path.realpath(links[0])}{more}: nothing is "
+            "written through it; put the file or folder itself there"
+        )
 
 
 def _place(path: Path) -> dict[str, Any]:

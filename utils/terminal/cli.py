@@ -203,6 +203,15 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
+def _lines(message: str, argv: Sequence[str]) -> list[str]:
+    """The lines of a message; a line break in a name from the command line ends none."""
+    for word in argv:
+        for part in (word, word.partition("=")[2]):
+            if "\n" in part:
+                message = message.replace(part, one_line(part))
+    return message.splitlines()
+
+
 def _bounded(line: str) -> str:
     """A message without the middle of a long one: its place is at the beginning, the reason often at the end."""
     if len(line) <= ERROR_LENGTH:
@@ -241,7 +250,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
             try:
                 return main(sys.argv[1:] if argv is None else argv)
             except UserError as error:
-                for line in error.lines:
+                for line in _lines(str(error), sys.argv[1:] if argv is None else argv):
                     print(f"error: {_bounded(one_line(line))}", file=sys.stderr)
                 return 2
             except (OSError, ValueError) as error:

@@ -133,6 +133,6 @@ def report_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) 
         UserError: there is something, and `strict`.
     """
     if findings and strict:
-        raise UserError(*(f"--strict: {finding}" for finding in findings))
+        raise UserError("\n".join(f"--strict: {finding}" for finding in findings))
     for finding in findings:
         terminal.print(Text.assemble(("preflight: ", "yellow"), finding))
