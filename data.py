@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losse
 class Corpus:
     """Encoded text: memory-mapped tokens, split into train and val.
 
-    tokens: shape (n,), uint16 or uint32, on disk. hash: sha256 of the text.
+    tokens: shape (n,), uint16 or uint32, on disk once the corpus is stored. hash: sha256 of the text.
     """
 
     name: str
@@ -43,6 +43,15 @@ class Corpus:
     tokenizer: Tokenizer
     tokens: np.ndarray
     n_train: int
+    store: Callable[[], np.ndarray] | None = None  # writes the tokens; returns those on disk
+
+    def stored(self) -> Corpus:
+        """This corpus with its tokens on disk, where they need no memory and later runs find them.
+
+        Raises:
+            CorpusError: they cannot be written.
+        """
+        return self if self.store is None else dataclasses.replace(self, tokens=self.store(), store=None)
 
     def split(self, name: str) -> np.ndarray:
         """Tokens of `train` (the first part, also for `train_eval`) or `val` (the rest)."""
@@ -105,12 +114,14 @@ def load_corpus(
     tokenizer: Tokenizer | None = None,
     warn: Callable[[str], None] = lambda message: None,
     report: Callable[[str], None] = lambda message: None,
+    keep: bool = True,
 ) -> Corpus:
     """A corpus, encoded and split. While its files do not change, its text is read and encoded once only.
 
     Args:
         tokenizer: of the model that is trained further; None: one is made from the corpus.
         warn, report: print one line to the user.
+        keep: write what is encoded now; otherwise only `stored` does, so that a mistake found meanwhile leaves nothing.
 
     Raises:
         CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
@@ -125,30 +136,49 @@ def load_corpus(
     wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
     file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp, warn)
-    if file is None:
-        file, crc32 = _encode(source.read(), config, block_size, folder, tokenizer)
-        if stamp is not None:
-            with contextlib.suppress(OSError):  # without a record the text is read again
-                state = file_state(file.path)
-                record = TokenRecord(stamp, file.corpus_hash, file.tokenizer.to_json(), file.n_tokens, crc32, state)
-                for name in {wanted, file.tokenizer.hash()}:
-                    write_record(record_path(folder, source.name, name), record)
-    n_train = _split(config, file.n_tokens, block_size)
+    if file is not None:
+        n_train = _split(config, file.n_tokens, block_size)
+        corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, _mapped(file), n_train)
+    else:
+        file, ids = _encode(source.read(), config, block_size, folder, tokenizer)
+        names = [record_path(folder, source.name, name) for name in {wanted, file.tokenizer.hash()}]
+        store, n_train = functools.partial(_store, file, ids, stamp, names), _split(config, len(ids), block_size)
+        corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, ids, n_train, store)
+        corpus = corpus.stored() if keep else corpus
     for note in source.notes(config.val_fraction):
         report(note)
+    return corpus
+
+
+def _mapped(file: TokenFile) -> np.ndarray:
     try:
-        return Corpus(config.dataset, file.corpus_hash, file.tokenizer, file.tokens(), n_train)
+        return file.tokens()
     except OSError as error:
         raise CorpusError(f"{file.path}: the token file cannot be read: {error.strerror}") from None
 
 
+def _store(file: TokenFile, ids: np.ndarray, stamp: str | None, records: Sequence[Path]) -> np.ndarray:
+    """Write a token file unless it is there already, and what is known of its text; returns the tokens on disk."""
+    try:
+        crc32 = file.write(ids)
+    except OSError as error:
+        raise CorpusError(f"{file.path}: the token file cannot be written: {error.strerror}") from None
+    if stamp is not None:
+        with contextlib.suppress(OSError):  # without a record the text is read again
+            state = file_state(file.path)
+            record = TokenRecord(stamp, file.corpus_hash, file.tokenizer.to_json(), file.n_tokens, crc32, state)
+            for path in records:
+                write_record(path, record)
+    return _mapped(file)
+
+
 def _encode(
     text: str, config: DataConfig, block_size: int, folder: Path, tokenizer: Tokenizer | None
-) -> tuple[TokenFile, int]:
-    """The token file of `text`, written unless it is there already, and its checksum.
+) -> tuple[TokenFile, np.ndarray]:
+    """The token file of `text`, which is not written yet, and its tokens.
 
     Raises:
-        CorpusError: `tokenizer` cannot encode the text, a split is too short, or the file cannot be written.
+        CorpusError: `tokenizer` cannot encode the text, or a split is too short.
     """
     try:
         if tokenizer is None:
@@ -164,10 +194,7 @@ def _encode(
         raise CorpusError(
             f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
         )
-    try:
-        return file, file.write(ids)
-    except OSError as error:
-        raise CorpusError(f"{file.path}: the token file cannot be written: {error.strerror}") from None
+    return file, ids.astype(file.dtype)
 
 
 def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[str], None]) -> TokenFile | None:

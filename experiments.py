@@ -38,7 +38,7 @@ from utils.experiments.curve import AXES
 from utils.runs.index import read_index
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
-from utils.runs.run import RunError
+from utils.runs.run import RunError, check_links
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.words import printable
 
@@ -304,6 +304,7 @@ def seal(args: argparse.Namespace) -> Answer:
     run = named_run(args.run, runs_folder(args))
     if not run.readable or run.status == "running":
         raise RunError(f"{run.id}: {run.problem or 'it is being trained, and is sealed when it ends'}")
+    check_links(run.path)
     try:
         write_seal(run.path)
     except OSError as error:

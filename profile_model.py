@@ -13,6 +13,7 @@ python profile_model.py --compare before/ after/ # two profiles side by side: fo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import math
@@ -150,7 +151,7 @@ def prepare(loaded: LoadedConfig, out: Path | None) -> tuple[Setup, Terminal]:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-    return setup, terminal
+    return dataclasses.replace(setup, corpus=setup.corpus.stored()), terminal
 
 
 def write(out: Path | None, save: Callable[[Path], Sequence[Path]], terminal: Terminal) -> None:

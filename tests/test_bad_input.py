@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import experiments
 import inference
 import profile_model
 import train
@@ -154,3 +155,87 @@ def test_a_mistake_in_profiling(
 ) -> None:
     assert profile_model.main(tiny_argv(*words)) == 2
     assert expected in one_error(capsys)
+
+
+# ------------------------------------------------------------------------------------- a mistake leaves nothing
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--device", "cuda:7"], "cuda:7"),
+        (["--callbacks", "no_such:Thing"], "no_such:Thing cannot be used"),
+        (["--fp8"], "fp8 needs a CUDA device"),
+        (["--sample-prompt", "€"], "character '€'"),
+        (["--max-iters", "none", "--epochs", "0.01", "--warmup-iters", "900"], "warmup"),
+        (["--n-embd", "65536", "--n-layer", "16", "--n-head", "1"], "parameters, which do not fit into the"),
+        (["--ffn-dim", str(10**15)], "parameters, which do not fit into the"),
+        (["--ffn-dim", str(10**18)], "more parameters than can be counted, which do not fit"),
+        (["--init-from", LONG], "File name too long"),
+        (["--resume", LONG], "File name too long"),
+        (["--dataset", LONG], "unknown dataset xxx"),
+        (["--dataset", "a\nb"], r"unknown dataset a\nb"),
+        (["--runs-dir", LONG], "File name too long"),
+        (["--runs-dir", "/dev/null"], "runs_dir: '/dev/null': Not a directory"),
+        (["--runs-dir", "/dev/null/x"], "Not a directory"),
+        (["--corpora-dir", LONG], "File name too long"),
+        (["--aim-logging", "--aim-repo", LONG], "File name too long"),
+        (["--config", LONG + ".yaml"], "File name too long"),
+        (["--config", "a\nb.yaml"], r"a\nb.yaml: no such configuration file"),
+        (["--config-dir", LONG], "File name too long"),
+        (["--run-tag", "a\nb"], "a tag is 1 to 64 letters"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    words: list[str],
+    expected: str,
+    tiny_argv: Argv,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("utils.training.setup.available_memory", lambda device: 8 << 30)
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main(tiny_argv(*words)) == 2
+    message = one_error(capsys)
+    assert expected in message
+    assert len(message) < 3500
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("key", ["dataset", "runs_dir", "corpora_dir", "aim_repo"])
+def test_a_nul_in_a_path_is_one_line(
+    key: str, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.yaml").write_text(f'{key}: "a\\0b"\naim_logging: true\n')
+    flags = [word for word in tiny_argv() if word != "--no-aim-logging"]
+    position = flags.index(f"--{key.replace('_', '-')}")
+    assert train.main([*flags[:position], *flags[position + 2 :], "--config", str(tmp_path / "x.yaml")]) == 2
+    assert "a\\x00b" in one_error(capsys)
+    assert not (tmp_path / "corpora").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (experiments.main, ["show", LONG]),
+        (experiments.main, ["list", "--runs-dir", LONG]),
+        (experiments.main, ["plot", "x", "--out", f"{LONG}.png", "--runs-dir", LONG]),
+        (experiments.main, ["explain", LONG]),
+        (experiments.main, ["show", "a\nb", "--runs-dir", "c\nd"]),
+        (inference.main, [LONG]),
+        (inference.main, ["--prompt-file", LONG, "x"]),
+        (profile_model.main, ["--compare", LONG, LONG]),
+        (profile_model.main, ["--out", LONG, "--n-layer", "1"]),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(
+    main: Callable[[list[str]], int], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(words) in ([0, 2] if words[0] == "list" else [2])
+    if words[0] != "list":
+        one_error(capsys)

@@ -9,7 +9,7 @@ SHOWN = 200  # characters of a value in a message
 
 
 class UserError(ValueError):
-    """What is wrong, where, and what was expected, in words for the person at the terminal."""
+    """What is wrong, where, and what was expected, in words for the person at the terminal; a line for each mistake."""
 
 
 class OutOfMemoryError(RuntimeError):

@@ -61,6 +61,17 @@ def _regular_fd(path: Path, flags: int) -> int:
     return fd
 
 
+def links_out(folder: Path) -> list[Path]:
+    """The links in a folder that lead out of it, sorted: whoever writes to these names writes elsewhere."""
+    real, found = Path(os.path.realpath(folder)), []
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place, name)
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real):
+                found.append(path)
+    return sorted(found)
+
+
 def open_regular(path: Path, inside: Path | None = None) -> io.BufferedReader:
     """A regular file for reading (see `regular_fd`)."""
     return os.fdopen(regular_fd(path, inside), "rb")

@@ -15,6 +15,7 @@ from fake_runs import make_run, training_records, write
 import experiments
 from utils.files import is_regular, open_regular, read_json
 from utils.runs.log import RunLogError, read_lines, read_records
+from utils.runs.run import Run, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_SECONDS = 20.0
@@ -131,3 +132,37 @@ def test_a_damaged_registry_of_models_hides_no_run(
     assert experiments.main(["show", "good", "--runs-dir", str(tmp_path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["promoted"] == (["fine@v1"] if "fine" in content else [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lock", "logs", "logs/train.log", "logs/metrics.jsonl", "meta", "artifacts", "artifacts/checkpoints", "x/y"],
+)
+def test_nothing_is_written_through_a_link_that_leads_out_of_a_run(tmp_path: Path, name: str) -> None:
+    run = Run.create(tmp_path / "runs")
+    run.finish("interrupted")
+    run.release()
+    place = run.path / name
+    outside = tmp_path / "outside"
+    if place.exists():
+        place.rename(outside)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(outside)
+    before = run.path.joinpath("run.json").read_bytes()
+    with pytest.raises(RunError, match=f"{name} is a link that leads out of the run, to {outside}"):
+        Run.resume(run.path)
+    assert run.path.joinpath("run.json").read_bytes() == before
+    assert not outside.is_file() or not outside.read_bytes().count(b"\n") > 1
+
+
+def test_links_within_a_run_and_a_run_that_is_a_link_may_be_resumed(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "runs")
+    run.finish("interrupted")
+    run.release()
+    big = tmp_path / "big"
+    run.path.rename(big)
+    run.path.symlink_to(big)
+    (big / "inside").symlink_to("meta")
+    (big / "logs" / "wandb").mkdir()
+    (big / "logs" / "wandb" / "latest-run").symlink_to("/where/it/was")
+    Run.resume(run.path).release()

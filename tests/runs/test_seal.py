@@ -107,7 +107,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "another checkpoint": lambda run: make_checkpoint(run / CHECKPOINTS / "step_000010"),
     "heartbeat": lambda run: os.utime(run / "lock", (0, 0)),
     "times": lambda run: os.utime(run / "meta" / "code.patch", (0, 0)),
-    "a temporary file": lambda run: write(run / "meta" / ".model.json.abc.tmp", ""),
+    "a note that is being written": lambda run: write(run / "logs" / ".fed_aim.json.abc.tmp", ""),
     "Weights & Biases": lambda run: write(run / "logs" / "wandb" / "run-1.wandb", "new"),
 }
 
@@ -130,6 +130,34 @@ def test_a_damaged_checkpoint_is_named(run: Path, name: str) -> None:
     assert (result.changed, result.missing, result.added) == ([], [], [])
     assert len(result.damaged) == 1
     assert f"step_000005/{name}" in result.damaged[0]
+
+
+def test_an_edited_manifest_and_a_file_that_it_lacks_are_named(run: Path) -> None:
+    place = run / CHECKPOINTS / "step_000005"
+    write(place / "extra.tmp", "x")
+    manifest = json.loads((place / "manifest.json").read_text())
+    write(place / "manifest.json", {**manifest, "edited": True})
+    assert verify_seal(run).damaged == [
+        "artifacts/checkpoints/step_000005/extra.tmp: not in its manifest",
+        "artifacts/checkpoints/step_000005/manifest.json: not as sealed",
+    ]
+    sealed = json.loads((run / SEAL).read_text())
+    del sealed["manifests"]
+    write(run / SEAL, sealed)  # an older one
+    assert len(verify_seal(run).damaged) == 1
+
+
+@pytest.mark.parametrize("name", ["meta/x.tmp", "logs/.train.log.abc.tmp", "artifacts/export/new", "logs/folder/new"])
+def test_whatever_is_added_is_named(run: Path, name: str) -> None:
+    write(run / name, "")
+    assert verify_seal(run).added == [name]
+
+
+def test_an_added_link_or_pipe_is_named(run: Path) -> None:
+    (run / "meta" / "link").symlink_to("/etc")
+    (run / "logs" / "file").symlink_to("/etc/passwd")
+    os.mkfifo(run / "meta" / "pipe")
+    assert verify_seal(run).added == ["meta/link", "meta/pipe", "logs/file"]
 
 
 def test_a_checkpoint_that_lacks_a_file_is_named(run: Path) -> None:

@@ -173,7 +173,6 @@ def test_the_example_logs_its_metric_to_all_views(
     example: None, tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path]
 ) -> None:
     from aim import Repo
-    from aim.sdk.index_manager import RepoIndexManager
     from aim.storage.context import Context
 
     assert train.main(tiny_argv(*EXAMPLE, "--max-iters", "40", "--aim-logging", "--flush-interval", "7")) == 0
@@ -190,7 +189,6 @@ def test_the_example_logs_its_metric_to_all_views(
     events = EventAccumulator(str(logs.parent), size_guidance={"scalars": 0}).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/smooth_loss")] == logged
     repo = Repo(str(tmp_path))
-    RepoIndexManager.get_index_manager(repo).index(read_record(only_run())["views"]["aim"]["hash"])
     (run,) = repo.iter_runs()
     steps, (values, *_) = run.get_metric("smooth_loss", Context({"subset": "train"})).data.items_list()
     assert list(zip(steps, values, strict=True)) == logged

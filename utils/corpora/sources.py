@@ -20,6 +20,7 @@ from pathlib import Path
 
 from utils.errors import UserError, nearest
 from utils.files import expand_home, open_named, write_output
+from utils.terminal.words import one_line
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -114,7 +115,7 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
         path.stat()
     except PermissionError as error:
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL
         raise CorpusError(
             f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
             f"{nearest(dataset, CORPORA)}"
@@ -219,12 +220,14 @@ def _read_files(dataset: str, files: Sequence[Path]) -> str:
 def _read_text(path: Path) -> str:
     data = _read_bytes(path)
     if (position := data.find(b"\0")) >= 0:
-        raise CorpusError(f"{path}: a binary file (NUL at byte {position}), expected UTF-8 text")
+        raise CorpusError(f"{one_line(str(path))}: a binary file (NUL at byte {position}), expected UTF-8 text")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise CorpusError(f"{path}:{line}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from None
+        raise CorpusError(
+            f"{one_line(str(path))}:{line}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})"
+        ) from None
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -232,4 +235,4 @@ def _read_bytes(path: Path) -> bytes:
         with open_named(path) as file:
             return file.read()
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CorpusError(f"{one_line(str(path))}: cannot be read: {error.strerror}") from None

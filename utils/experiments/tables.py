@@ -134,7 +134,11 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
             table.add_column(_header(column), justify=justify, overflow="fold", width=widths[column] - 2)
     for index in range(len(runs)):
         table.add_row(*(cells[column][index] for column in kept))
-    problems = [Text.assemble(("! ", "red"), (run.id, "cyan"), f": {run.problem}") for run in runs if run.problem]
+    problems = [
+        Text.assemble(("! ", "red"), (one_line(run.id), "cyan"), f": {one_line(run.problem)}")
+        for run in runs
+        if run.problem
+    ]
     left_out = [column for column in columns if column not in kept]
     hint = [Text(f"no room for {', '.join(left_out)} (--columns A,B)", style="dim")] if left_out else []
     return Group(table, *hint, *problems)
@@ -200,7 +204,7 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
         children: ids of the runs that continue this one or start from its weights.
         models: the names NAME@vN that it was promoted to.
     """
-    yield title(run.id)
+    yield title(one_line(run.id))
     yield fact_lines([line for line in (*_results(run), *_provenance(run, children, models)) if line[1]])
     if settings := non_default_settings(run):
         sources = settings_with_sources(run)
@@ -214,8 +218,8 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
         files.add_row(f"checkpoint of step {step:,}", size(size_of(path)))
     for path in sorted((run.path / ARTIFACTS).glob("[!.]*")):
         if path.name != CHECKPOINTS.name:
-            file_size = size_of(path) if path.is_dir() else path.stat().st_size
-            files.add_row(Text(str(ARTIFACTS / path.name)), size(file_size))
+            file_size = size_of(path) if path.is_dir() else path.lstat().st_size
+            files.add_row(Text(one_line(str(ARTIFACTS / path.name))), size(file_size))
     files.add_row(LOGS.name, size(size_of(run.path / LOGS)))
     yield Group("", title("Files"), files)
 
@@ -279,8 +283,8 @@ def prune_screen(plan: PrunePlan, freed: int, deleted: bool, unreached: str | No
     if plan.removals:
         table = plain_table(left=("run", "what goes"), right=("frees",))
         for removal in plan.removals:
-            what = f"{LEFTOVER} {removal.path.name}" if removal.what == "leftover" else WHAT[removal.what]
-            table.add_row(Text(removal.run or "-"), Text(what), size(removal.bytes))
+            what = f"{LEFTOVER} {one_line(removal.path.name)}" if removal.what == "leftover" else WHAT[removal.what]
+            table.add_row(Text(one_line(removal.run or "-")), Text(what), size(removal.bytes))
         yield table
         if any(removal.what == "checkpoints" for removal in plan.removals):
             yield Text("A run without checkpoints cannot be resumed or forked any more.", style="dim")
@@ -297,7 +301,7 @@ def check_screen(run: str, found: SealCheck) -> Iterator[RenderableType]:
     """The files of a run that differ from its seal."""
     for what in ("changed", "missing", "added", "damaged"):
         for name in getattr(found, what):
-            yield f"{what:<8} {name}"
+            yield f"{what:<8} {one_line(name)}"
     sealed = f"{found.files} files sealed at {found.sealed[:19].replace('T', ' ')} UTC, {found.checkpoints} checkpoints"
     yield f"{run}: {'as sealed' if found.good else 'not as sealed'}: {sealed}"
     yield "(a seal detects accidents; it does not protect against somebody who changes the files and the seal)"

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from utils.config.settings import check_tag
 from utils.errors import UserError
-from utils.files import change_json, read_json, write_json
-from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, fed_note
+from utils.files import change_json, links_out, read_json, write_json
+from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, WANDB, fed_note
 from utils.runs.lock import (
     HEARTBEAT_SECONDS,
     STALE_HEARTBEAT_SECONDS,
@@ -185,7 +185,7 @@ class Run:
 
         Raises:
             RunLockedError: the run is being trained; the message names process and host.
-            RunError: `path` is not a run directory, or cannot be written.
+            RunError: `path` is not a run directory, cannot be written, or has a link that leads out of it.
         """
         record, patience = read_record(path), 0.0
         seconds = duration_of(path, record, alive=False)  # before the lock file gets another sign of life
@@ -193,6 +193,7 @@ class Run:
             if report is None or not wait_until_silent(path, lambda: read_record(path), report):
                 raise _being_trained(path, record)
             patience = STALE_HEARTBEAT_SECONDS  # for the server of a network disk to free the lock of a dead machine
+        check_links(path)
         lock = _take_lock(path, record, patience)
         return cls(path, {**record, **read_record(path)}, lock, seconds)
 
@@ -298,6 +299,19 @@ class Run:
         with self._mutex:
             self._ended.set()
         self._lock.release()
+
+
+def check_links(path: Path) -> None:
+    """Raises RunError if a link in the run directory `path` leads out of it: what is written there would go elsewhere.
+
+    The directory itself may be one. Weights & Biases looks after the links in its own folder.
+    """
+    if links := [link for link in links_out(path) if path / WANDB not in link.parents]:
+        more = f" and {len(links) - 1} more" if len(links) > 1 else ""
+        raise RunError(
+            f"{links[0]} is a link that leads out of the run, to {os.path.realpath(links[0])}{more}: nothing is "
+            "written through it; put the file or folder itself there"
+        )
 
 
 def _place(path: Path) -> dict[str, Any]:

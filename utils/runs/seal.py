@@ -13,7 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.checkpoints.folder import CheckpointError, check_file, list_checkpoints, read_manifest
+from utils.checkpoints.folder import (
+    FILES,
+    MANIFEST_FILE,
+    CheckpointError,
+    check_file,
+    list_checkpoints,
+    read_manifest,
+)
 from utils.files import is_regular, open_regular, read_json, write_json
 from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS, META, OLD_TENSORBOARD, SEAL, WANDB, fed_note
 from utils.runs.run import RunError, utc_now
@@ -46,17 +53,25 @@ class SealCheck:
 
 
 def sealed_files(run: Path) -> Iterator[str]:
-    """The files that a seal covers, sorted, as paths relative to the run directory."""
-    fed_notes = fed_note("*").as_posix()
+    """The files that a seal covers, sorted, as paths relative to the run directory.
+
+    Reading a pipe would block, and a link may lead elsewhere: only regular files of the run are covered.
+    """
+    return (name for name, regular in _entries(run) if regular)
+
+
+def _entries(run: Path) -> Iterator[tuple[str, bool]]:
+    """Each file in the folders that a seal covers, and whether it is a regular one of this run."""
+    fed_notes = [fed_note("*").as_posix(), fed_note("*").with_name(f".{fed_note('*').name}.*.tmp").as_posix()]
     for folder in SEALED:
         for root, folders, names in os.walk(run / folder):
             relative = Path(root).relative_to(run)
             folders[:] = sorted(name for name in folders if relative / name not in NOT_SEALED)
-            for name in sorted(names):
+            links = [name for name in folders if os.path.islink(os.path.join(root, name))]  # not followed
+            for name in sorted([*names, *links]):
                 path = (relative / name).as_posix()
-                regular = is_regular(run / path, run)  # reading a pipe would block; a broken link is missing
-                if regular and not Path(path).match(fed_notes) and not name.endswith(".tmp"):
-                    yield path
+                if not any(Path(path).match(pattern) for pattern in fed_notes):
+                    yield path, is_regular(run / path, run)
 
 
 def checksums(run: Path, checksum: Callable[[Path], str]) -> dict[str, str]:
@@ -89,7 +104,9 @@ def write_seal(run: Path) -> None:
     Raises:
         OSError: a file cannot be read, or the seal cannot be written.
     """
-    write_json(run / SEAL, {"time": utc_now(), "files": checksums(run, file_sha256)})
+    files = checksums(run, file_sha256)
+    manifests = {path.name: _sha256_or_reason(path / MANIFEST_FILE) for _, path in list_checkpoints(run / CHECKPOINTS)}
+    write_json(run / SEAL, {"time": utc_now(), "files": files, "manifests": manifests})
 
 
 def verify_seal(run: Path) -> SealCheck:
@@ -103,6 +120,7 @@ def verify_seal(run: Path) -> SealCheck:
         if not isinstance(recorded["files"], dict):
             raise ValueError("no files")
         old: Mapping[str, str] = recorded["files"]
+        manifests = dict(recorded.get("manifests", {}))  # an older seal has none
         sealed = str(recorded["time"])
     except FileNotFoundError:
         raise RunError(f"{run.name} has no seal: it has not ended yet, or was killed") from None
@@ -115,16 +133,25 @@ def verify_seal(run: Path) -> SealCheck:
         files=len(old),
         changed=[name for name in old if name in new and new[name] != old[name]],
         missing=[name for name in old if name not in new],
-        added=[name for name in new if name not in old],
+        added=[name for name, _ in _entries(run) if name not in old],
         checkpoints=len(checkpoints),
-        damaged=[damage for path in checkpoints for damage in _damages(path)],
+        damaged=[damage for path in checkpoints for damage in _damages(path, manifests.get(path.name))],
     )
 
 
-def _damages(checkpoint: Path) -> Iterator[str]:
-    """What is wrong with the files of a checkpoint, according to its manifest."""
+def _damages(checkpoint: Path, sealed: str | None) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, according to its manifest and to the checksum of that in the seal.
+
+    A checkpoint that the seal does not have is of an older seal, or of a process that was killed after it.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        if path.name not in (*FILES, MANIFEST_FILE):
+            yield f"{_name(checkpoint)}/{path.name}: not in its manifest"
     try:
-        for name, (size, crc32) in read_manifest(checkpoint).items():
+        manifest = read_manifest(checkpoint)
+        if sealed is not None and _sha256_or_reason(checkpoint / MANIFEST_FILE) != sealed:
+            yield f"{_name(checkpoint)}/{MANIFEST_FILE}: not as sealed"
+        for name, (size, crc32) in manifest.items():
             try:
                 check_file(checkpoint / name, size, crc32)
             except CheckpointError as error:
@@ -134,4 +161,8 @@ def _damages(checkpoint: Path) -> Iterator[str]:
 
 
 def _relative(error: CheckpointError, checkpoint: Path) -> str:
-    return str(error).replace(str(checkpoint), f"{CHECKPOINTS.as_posix()}/{checkpoint.name}")
+    return str(error).replace(str(checkpoint), _name(checkpoint))
+
+
+def _name(checkpoint: Path) -> str:
+    return f"{CHECKPOINTS.as_posix()}/{checkpoint.name}"

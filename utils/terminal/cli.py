@@ -18,11 +18,11 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_orig
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
-from utils.errors import OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text
+from utils.errors import SHOWN, OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text
 from utils.files import expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
-from utils.terminal.words import printable, setting_text
+from utils.terminal.words import one_line, printable, setting_text
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 ERROR_LENGTH = 3000  # characters of a message
@@ -212,6 +212,29 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
+def _lines(message: str, argv: Sequence[str]) -> list[str]:
+    """The lines of a message; a line break in a name from the command line ends none."""
+    for word in argv:
+        for part in (word, word.partition("=")[2]):
+            if "\n" in part:
+                message = message.replace(part, one_line(part))
+    return message.splitlines()
+
+
+def _bounded(line: str) -> str:
+    """A message without the middle of a long one: its place is at the beginning, the reason often at the end."""
+    if len(line) <= ERROR_LENGTH:
+        return line
+    return f"{line[: ERROR_LENGTH // 2]}... ({len(line):,} characters) ...{line[-ERROR_LENGTH // 2 :]}"
+
+
+def _path_mistake(error: OSError | ValueError) -> str:
+    """What is wrong with a path that no system call takes, as one line; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{cut(one_line(str(error.filename)), SHOWN)}: {error.strerror}"
+    return "a path contains a NUL character" if "embedded null" in str(error) else ""
+
+
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As Python does at the end of a script, but `printable`: the message may be text of a run."""
     print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
@@ -238,8 +261,13 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
             try:
                 return main(sys.argv[1:] if argv is None else argv)
             except UserError as error:
-                for line in str(error).splitlines():
-                    print(f"error: {cut(printable(line), ERROR_LENGTH)}", file=sys.stderr)
+                for line in _lines(str(error), sys.argv[1:] if argv is None else argv):
+                    print(f"error: {_bounded(one_line(line))}", file=sys.stderr)
+                return 2
+            except (OSError, ValueError) as error:
+                if not (mistake := _path_mistake(error)):
+                    raise
+                print(f"error: {mistake}", file=sys.stderr)
                 return 2
             finally:
                 sys.stdout.flush()  # at exit it would be too late to report an error
@@ -261,7 +289,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
                 if error.errno not in DISK_ERRORS:
                     raise
                 where = f"{error.filename}: " if error.filename else ""
-                print(f"error: {printable(f'{where}{error.strerror}')}", file=sys.stderr)
+                print(f"error: {one_line(f'{where}{error.strerror}')}", file=sys.stderr)
                 return 1
             drop(sys.stdout)
             print(f"error: output: cannot be written: {error.strerror}", file=sys.stderr)

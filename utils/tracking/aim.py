@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import logging
 import os
+import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 REMOTE = "aim://"
 FREE_BYTES = 4_000_000  # on a full disk Aim leaves partial runs behind, and its database (RocksDB) may wait forever
+INDEX_ATTEMPTS = 3  # another run that ends may have the index open for a moment
 ANSWER_SECONDS = 10.0  # in which an `aim server` must accept what it was sent
 
 
@@ -70,6 +74,7 @@ class AimView:
         # Its log would appear between the lines of training; the feeder reports failures, in one line each.
         logging.getLogger("aim").setLevel(logging.CRITICAL)
         threading.excepthook = _not_of_aim
+        importlib.import_module("aim.storage.structured.db").upgrade_database = _upgrade_database
         if not self.is_remote:
             Path(self.repo).mkdir(parents=True, exist_ok=True)
             self._check_disk()
@@ -205,8 +210,23 @@ class AimView:
         self.run["status"] = end.status
         self.run["summary"] = {name: encode_number(value) for name, value in end.summary.items()}
         self.flush()
+        run_hash = self.run.hash
         self.run.close()
         self._run = None
+        if not self.is_remote:
+            self._index(run_hash)
+
+    def _index(self, run_hash: str) -> None:
+        """Put a run that has ended into Aim's index, without which its SDK does not find it; `aim up` does so, too."""
+        import aim
+        from aim.sdk.index_manager import RepoIndexManager
+
+        for _ in range(INDEX_ATTEMPTS):
+            try:
+                RepoIndexManager(aim.Repo(self.repo)).index(run_hash)
+                return
+            except Exception:  # the tracker boundary: `aim up`, say, has the index open, and will do it
+                time.sleep(0.2)
 
     def abandon(self) -> None:
         """Stop Aim from closing its files when the process ends: where that fails or waits, the process would hang."""
@@ -226,6 +246,25 @@ class AimView:
         if client is not None:
             return REMOTE + client.remote_path == self.repo
         return Path(getattr(holder, "path", "")).is_relative_to(os.path.abspath(self.repo))
+
+
+def _upgrade_database(db_url: str) -> None:
+    """As Aim's own function, which runs alembic, but its traceback is not printed and a `%` in its path does no harm.
+
+    Raises:
+        OSError: the database cannot be upgraded; with the last line that alembic printed.
+    """
+    from aim.storage.migrations.utils import create_migration_cmd
+
+    command = create_migration_cmd()
+    place = command.index("-c") + 1
+    with TemporaryDirectory() as folder:  # alembic reads `%` in the path of its configuration as its own syntax
+        command[place] = shutil.copy(command[place], folder)
+        environment = {**os.environ, "AIM_RUN_META_DATA_DB_URL": db_url}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", result.stderr, re.MULTILINE)
+        raise OSError(f"its database cannot be upgraded: {errors[-1] if errors else result.returncode}")
 
 
 def _is_of_rocksdb(task: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import time
 import traceback
@@ -348,6 +349,7 @@ def open_session(
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
             report_preflight(preflight(setup, git), strict, terminal)
+        setup = dataclasses.replace(setup, corpus=setup.corpus.stored())
         run, start = open_run(setup, git, argv, terminal)
         stack.callback(run.release)
         setup = with_old_end(setup, run, start)

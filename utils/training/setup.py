@@ -5,33 +5,38 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from data import Corpus, load_corpus
+from model import outline
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import Checkpoint
 from utils.checkpoints.folder import TOKENIZER_FILE
-from utils.config.fields import derived_settings
+from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
 from utils.corpora.sources import CORPORA, CorpusError
-from utils.errors import UserError
+from utils.errors import UserError, shown
 from utils.inference.decode import start_tokens
 from utils.inference.export import export_as_checkpoint
-from utils.machine.device import check_fp8, choose_device, choose_dtype, is_deterministic
+from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
-from utils.runs.origin import Origin, check_model, pin, pinned_settings
+from utils.runs.origin import WRITTEN, Origin, check_model, pin, pinned_settings
 from utils.runs.run import read_record
 from utils.training.batch_size import find_batch
 from utils.training.callbacks import Callback, load_callbacks
+
+BYTES_OF_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, two moments or one
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def make_setup(
     """
     loaded = absolute_dataset(loaded, root)
     config = loaded.config
+    check_places(loaded, root)
     checkpoint, tokenizer = None, None
     resumes = origin is not None and origin.relation == "resume"
     if origin is not None and resumes:
@@ -94,10 +100,15 @@ def make_setup(
         tokenizer = load_tokenizer(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
         checkpoint, tokenizer = read_parent(origin, config, warn)
+    device = choose_device(config.train.device)  # first what takes no time: reading a corpus may
+    dtype = choose_dtype(config.train.dtype, device)
+    if config.train.fp8:
+        check_fp8(device, dtype)
+    callbacks = load_callbacks(config.train.callbacks, root / config.tracking.runs_dir, root)
+    folder = root / config.data.corpora_dir
     try:
-        corpus = load_corpus(
-            config.data, config.model.block_size, root / config.data.corpora_dir, tokenizer, warn, report
-        )
+        block_size = config.model.block_size
+        corpus = load_corpus(config.data, block_size, folder, tokenizer, warn, report, keep=False)
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
             raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
@@ -106,10 +117,7 @@ def make_setup(
         assert checkpoint is not None
         _warn_of_other_text(origin, checkpoint, corpus, root, warn)
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
-    device = choose_device(config.train.device)
-    dtype = choose_dtype(config.train.dtype, device)
-    if config.train.fp8:
-        check_fp8(device, dtype)
+    check_memory(loaded, corpus.tokenizer.vocab_size, device)
     if config.train.batch_size == "auto":
         loaded = find_batch(loaded, corpus, device, dtype, report)
         config = loaded.config
@@ -128,8 +136,46 @@ def make_setup(
                 f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
                 f"that, not {max_iters:,}"
             )
-    callbacks = load_callbacks(config.train.callbacks, root / config.tracking.runs_dir, root)
     return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint)
+
+
+def check_places(loaded: LoadedConfig, root: Path) -> None:
+    """Raises UserError if a folder that training writes to has a name that no folder can have.
+
+    Args:
+        root: the folder that relative paths start from.
+    """
+    for key in WRITTEN:
+        name = str(get_value(loaded.config, key))
+        if key == "aim_repo" and ("://" in name or not loaded.config.tracking.aim_logging):
+            continue
+        try:
+            if stat.S_ISDIR(os.stat(root / name).st_mode):
+                continue
+            reason = "Not a directory"
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            reason = "a path has no NUL character"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        raise UserError(f"{loaded.source(key)}: {key}: {shown(name)}: {reason}")
+
+
+def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device) -> None:
+    """Raises UserError if the weights, gradients and moments of the model alone do not fit into the free memory."""
+    config = loaded.config
+    try:
+        parameters = outline(config.model, vocab_size).num_parameters()
+    except RuntimeError:  # more bytes than 64 bits can count
+        parameters = None
+    free = available_memory(device) + (psutil.swap_memory().free if device.type == "cpu" else 0)
+    if parameters is None or parameters * BYTES_OF_PARAMETER[config.optimizer.optimizer_name] > free:
+        has = f"{parameters:,} parameters" if parameters is not None else "more parameters than can be counted"
+        raise UserError(
+            f"the model has {has}, which do not fit into the {free / 2**30:.1f} GiB that are free on {device} with "
+            "their gradients and the state of the optimizer: make n_layer, n_embd or ffn_dim smaller"
+        )
 
 
 def decisive_settings(setup: Setup) -> dict[str, Any]:
@@ -184,7 +230,7 @@ def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
         return loaded
     start = Path.cwd() if source.startswith("--") or source == "code" else root
     path = Path(os.path.abspath(start / data.dataset))
-    if not path.exists():
+    if not os.path.exists(path):
         return loaded  # load_corpus names what was written
     config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})
     return LoadedConfig(config, loaded.layers)
