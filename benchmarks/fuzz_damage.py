@@ -11,7 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WRONG = (None, True, -1, 1e308, 2**70, "", "x\n\x1b[31m\x9b", [], {}, [[1]], {"a": {"b": 1}}, "9" * 5000, ["x"] * 3)
+WRONG: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    1e308,
+    2**70,
+    "",
+    "x\n\x1b[31m\x9b",
+    [],
+    {},
+    [[1]],
+    {"a": {"b": 1}},
+    "9" * 5000,
+    ["x"] * 3,
+)
 GOOD, BAD = "good", "bad"  # the tags of the two runs
 
 
