@@ -246,10 +246,10 @@ def snapshot(folder: Path) -> Snapshot:
     return found
 
 
-def shown(words: Sequence[str], work: Path) -> str:
-    """A command line, short enough for one line."""
+def shown(words: Sequence[str], fuzzer: Fuzzer) -> str:
+    """A command line, short enough for one line; TINY stands for the flags of the tiny training."""
     text = " ".join(word if len(word) < 80 else f"{word[:70]}...({len(word)})" for word in words)
-    return printable(text.replace(f"{work}/", ""))
+    return printable(text.replace(" ".join(fuzzer.training()), "TINY").replace(f"{fuzzer.work}/", ""))
 
 
 @script
@@ -274,10 +274,10 @@ def main(argv: Sequence[str]) -> int:
             case, ended, found = fuzzer.try_case(index)
             for kind, what in found:
                 faults[kind] += 1
-                words = shown([case.script, *case.argv], fuzzer.work)
+                words = shown([case.script, *case.argv], fuzzer)
                 terminal.print(f"{kind:<10} case {index}, {case.name}: {words}: {printable(what)}")
             if args.only is not None:
-                terminal.print(shown([case.script, *case.argv], fuzzer.work), ended.out, ended.err, f"{ended.status}")
+                terminal.print(shown([case.script, *case.argv], fuzzer), ended.out, ended.err, f"{ended.status}")
         if new := sorted(set(os.listdir(PROJECT_ROOT)) - before):
             faults["leftover"] += len(new)
             terminal.print(f"leftover   in the project's folder: {', '.join(new)}")

@@ -94,7 +94,7 @@ def training_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
     kind = rng.randrange(6)
     if kind == 0:
         flag = misspelled(flag_name(rng.choice(list(FIELDS))), rng)
-        return [flag, rng.choice(ODD)], TRUE_MISTAKE if flag[2:].replace("-", "_") not in FIELDS else PERHAPS
+        return [flag, "1"], TRUE_MISTAKE if flag[2:].replace("-", "_") not in FIELDS else PERHAPS
     if kind == 1:
         return [rng.choice(("stray", "--n-layer", "--", "-x", "--config", "--fork", "--resume"))], PERHAPS
     if kind == 2:
