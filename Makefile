@@ -2,6 +2,8 @@
 # make test         the tests; make test-slow: the long ones; make lint: style and types
 # make docs         the documentation as a site in site/; a broken link is an error
 # make bench        the measured comparisons; make schema, make lock: the generated files
+# make mutants      would the tests notice? small mutations of the core modules; of every tenth with ARGS="'*7'"
+# make fuzz         odd command lines, files and run directories, by the thousand
 # Each target sets up what it needs first; what is there already is not done again.
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup baseline test test-slow lint docs bench bench-training schema lock clean
+.PHONY: setup baseline test test-slow lint docs bench bench-training mutants fuzz schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +45,13 @@ bench: $(VENV)/.installed
 bench-training: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.training $(ARGS)
 
+mutants: $(VENV)/.installed-mutants  # hours: all of them on all cores
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m mutmut run $(ARGS)
+	$(BIN)/python -m mutmut results  # those that lived
+
+fuzz: $(VENV)/.installed
+	nice $(BIN)/python -m benchmarks.fuzz $(ARGS)
+
 schema: $(VENV)/.installed
 	$(BIN)/python -m utils.config.fields > docs/config.schema.json
 
@@ -74,5 +83,9 @@ $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
 	$(BIN)/pip install -q -r requirements-bench.txt
 	touch $@
 
+$(VENV)/.installed-mutants: requirements-mutants.txt $(VENV)/.installed-dev
+	$(BIN)/pip install -q -r requirements-mutants.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) mutants site .pytest_cache .mypy_cache .ruff_cache
