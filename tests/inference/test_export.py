@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,16 @@ def test_loading_gives_the_same_logits_to_the_bit(variant: str, tmp_path: Path) 
 def test_the_export_is_three_files(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == set(EXPORT_FILES)
     assert [path.name for path in folder.parent.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_the_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_export(tmp_path / "export", make_model(), TOKENIZER, {"run": "a"})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "export").iterdir()} == {mode}
 
 
 def test_the_tied_weight_is_stored_once(folder: Path) -> None:

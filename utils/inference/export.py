@@ -71,6 +71,8 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, traini
             "training": dict(training),
         }
         write_json(temporary / EXPORT_CONFIG_FILE, config)
+        # safetensors closes its file to all others, whatever the umask
+        shutil.copymode(temporary / EXPORT_CONFIG_FILE, temporary / WEIGHTS_FILE)
         tokenizer.save(temporary / TOKENIZER_FILE)
         _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
         _replace_folder(folder, temporary)

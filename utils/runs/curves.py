@@ -52,7 +52,12 @@ def draw_curves(run: Path) -> bool:
             if points:
                 steps, values = zip(*points, strict=True)
                 dots = "o" if name != "train/loss" and len(points) < 50 else ""
-                style = {"color": COLORS[name], "label": CURVE_NAMES[name], "markersize": 3, "linewidth": 1.2}
+                style: dict[str, Any] = {
+                    "color": COLORS[name],
+                    "label": CURVE_NAMES[name],
+                    "markersize": 3,
+                    "linewidth": 1.2,
+                }
                 axes.plot(steps, values, dots + "-", **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
         axes.grid(alpha=0.3)

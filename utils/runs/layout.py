@@ -11,7 +11,7 @@ from pathlib import Path
 # What the run is and how it stands.
 RECORD = Path("run.json")  # id, status, command, resolved values, results, resumes
 NOTES = Path("notes.json")  # tags, note and pin: what people say about the run
-LOCK = Path("lock")  # held (flock) by the training process for as long as it lives
+LOCK = Path("lock")  # held by the training process for as long as it lives (utils/runs/lock.py)
 
 # Where it came from: written when training starts.
 META = Path("meta")

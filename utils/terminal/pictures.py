@@ -31,7 +31,7 @@ def new_figure(width: float, height: float, dpi: int, **layout: Any) -> Iterator
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
 
-    style = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    style: dict[Any, Any] = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     with matplotlib.rc_context({**style, "svg.hashsalt": "curves"}):
         figure = Figure(figsize=(width, height), dpi=dpi)
         figure.set_layout_engine("constrained", **layout)
