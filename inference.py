@@ -148,6 +148,7 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
     weights: Weights = args.quantize or ("float32" if args.weights == "auto" else args.weights)
     for export in exports:
         generator = Generator.from_export(export, args.device, "float32")
+        read_unknown(args, generator)
         try:
             scores = [("float32", generator.score(text))]
         except TokenizerError as error:
@@ -254,8 +255,17 @@ def load(args: argparse.Namespace, export: Path, settings: InferenceConfig) -> t
     draft = find_draft(args.draft, args.runs_dir)
     weights = args.quantize or args.weights
     generator = Generator.from_export(export, args.device, weights, settings, draft, args.draft_tokens)
+    read_unknown(args, generator)
     options = replace(request.options, banned=banned_tokens(generator.tokenizer, args.ban))
     return generator, replace(request, options=options, stops=stop_strings(generator.tokenizer, args.stop))
+
+
+def read_unknown(args: argparse.Namespace, generator: Generator) -> None:
+    """With --unknown-token, let that character stand for those that are not in the vocabulary."""
+    if args.unknown_token is not None:
+        from utils.config.settings import DataConfig
+
+        generator.tokenizer = generator.tokenizer.adjusted(DataConfig(unknown_token=args.unknown_token))
 
 
 def with_template(args: argparse.Namespace, generator: Generator, request: Request) -> tuple[str, Request]:

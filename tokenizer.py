@@ -170,7 +170,7 @@ class CharTokenizer(Tokenizer):
             position = int(missing[0])
             error = TokenizerError(
                 f"character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} "
-                f"is not among the {self.vocab_size} characters of the vocabulary"
+                f"is not among the {self.vocab_size} characters of the vocabulary; {self._remedy('it')}"
             )
             error.position = position
             raise error
@@ -202,12 +202,15 @@ class CharTokenizer(Tokenizer):
         if not strangers or self.unknown_token is not None:
             return
         shown = ", ".join(repr(c) for c in strangers[:8]) + (", ..." if len(strangers) > 8 else "")
-        stand_in = " " if " " in self.vocabulary else self.vocabulary[0]
         count = "1 character" if len(strangers) == 1 else f"{len(strangers)} characters"
         raise TokenizerError(
             f"has {count} that the vocabulary of the model ({self.vocab_size} characters) lacks: {shown}; "
-            f"--unknown-token {stand_in!r} reads each of them as {stand_in!r}"
+            f"{self._remedy('each of them')}"
         )
+
+    def _remedy(self, what: str) -> str:
+        stand_in = " " if " " in self.vocabulary else self.vocabulary[0]
+        return f"--unknown-token {stand_in!r} reads {what} as {stand_in!r}"
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -1,1 +1,30 @@
-"""The workshop behind the scripts: one idea a file, layers as in docs/architecture.md."""
+"""The workshop behind the scripts: one idea a file, layers as in docs/architecture.md.
+
+Each script imports from here first, so this is where a Python without the packages, or too old, is noticed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+NEEDED = ("numpy", "orjson", "pydantic", "rich", "safetensors", "torch", "yaml")  # looked for, not imported
+
+
+def environment_problem() -> str | None:
+    """Why this Python cannot run the workbench, and what to do; None if it can."""
+    missing = [name for name in NEEDED if name not in sys.modules and importlib.util.find_spec(name) is None]
+    if sys.version_info[:2] >= (3, 11) and not missing:
+        return None
+    what = f"{missing[0]} is not installed" if missing else "3.11 or newer is needed"
+    activate = os.path.join(os.path.relpath(os.path.dirname(os.path.dirname(__file__))), ".venv", "bin", "activate")
+    remedy = "activate the environment" if os.path.exists(activate) else "make the environment (make setup), then"
+    return f"Python {sys.version.split()[0]} in {sys.prefix}: {what}; {remedy}: . {os.path.normpath(activate)}"
+
+
+if (_problem := environment_problem()) is not None:
+    if not hasattr(sys.modules.get("__main__"), "__file__"):  # a notebook or a prompt, which must not end
+        raise ImportError(_problem)
+    print(f"error: {_problem}", file=sys.stderr)
+    sys.exit(2)

@@ -116,6 +116,41 @@ def test_names_of_runs_do_not_end_the_script(tmp_path: Path) -> None:
     assert "</script><b>" not in page
 
 
+def test_several_seeds_are_groups_with_mean_band_and_verdict(tmp_path: Path) -> None:
+    runs = [
+        indexed(
+            tmp_path,
+            f"{tag}-{seed}",
+            tag=tag,
+            settings={"seed": seed, "n_embd": width},
+            metrics=training_records([4.0, last + seed / 100]),
+        )
+        for tag, width, last in (("small", 32, 3.0), ("wide", 64, 2.0))
+        for seed in (1, 2, 3)
+    ]
+    text = report(runs, tmp_path)
+    groups = text[text.index('id="groups"') : text.index('id="curves"')]
+    for words in (
+        "small",
+        "wide",
+        "3.0200",
+        "2.0200",
+        "0.0100",
+        "worse by 1.0000",
+        "wide is not small: n_embd 64, not 32",
+    ):
+        assert words in groups
+    data = json.loads(re.search(r"const data = (.*);\n", text).group(1))  # type: ignore[union-attr]
+    assert [(one["name"], one["row"], one["members"]) for one in data["bands"]] == [
+        ("small: mean of 3", 0, [0, 1, 2]),
+        ("wide: mean of 3", 0, [3, 4, 5]),
+    ]
+    of_steps = data["bands"][0]["axes"]["step"]
+    assert of_steps["x"] == [0, 10]
+    assert [of_steps[key][1] for key in ("mean", "low", "high")] == pytest.approx([3.02, 3.01, 3.03])
+    assert 'id="groups"' not in report(runs[::3], tmp_path)  # one seed each
+
+
 def test_differences_come_with_their_places(tmp_path: Path) -> None:
     page = without_scripts(report(two_runs(tmp_path), tmp_path))
     for text in ("learning_rate", "n_embd", "0.003", "192", "code", "commit", "d" * 40, "patch (sha256)"):

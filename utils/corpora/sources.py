@@ -20,7 +20,7 @@ from pathlib import Path
 
 from utils.errors import UserError, nearest
 from utils.files import expand_home, open_named, write_output
-from utils.terminal.words import one_line
+from utils.terminal.words import counted, one_line
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -55,9 +55,9 @@ class Source:
 
     def files_text(self) -> str:
         """Which files of a folder are read and which are not, in words."""
-        words = f"{_count(self.files)} read ({_kinds_text(self.files)})"
+        words = f"{counted(len(self.files), 'file')} read ({_kinds_text(self.files)})"
         if self.skipped:
-            words += f", {_count(self.skipped)} skipped, of other kinds ({_kinds_text(self.skipped)})"
+            words += f", {counted(len(self.skipped), 'file')} skipped, of other kinds ({_kinds_text(self.skipped)})"
         return words
 
     def split_files(self, val_fraction: float) -> tuple[Sequence[Path], Sequence[Path]]:
@@ -191,10 +191,6 @@ def _kinds_text(files: Iterable[Path]) -> str:
     shown = [f"{count:,} {kind}" for kind, count in list(found.items())[:KINDS_SHOWN]]
     more = len(found) - KINDS_SHOWN
     return ", ".join([*shown, *([f"{more} more kinds"] if more > 0 else [])])
-
-
-def _count(files: Sequence[Path]) -> str:
-    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
 
 
 def _visible_files(folder: Path) -> list[Path]:

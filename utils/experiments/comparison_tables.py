@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
-from utils.experiments.compare import SEEDS_NEEDED, Comparison, SeedGroup
+from utils.experiments.compare import SEEDS_NEEDED, Comparison, PairVerdict, SeedGroup
 from utils.experiments.diff import RunDiff
 from utils.experiments.explain import Explanation
 from utils.experiments.tables import plain_table, title
@@ -90,16 +90,13 @@ def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
     """Groups of runs, verdicts, and the metric at equal steps, tokens and time."""
     groups = plain_table(left=["group"], right=["runs", "mean", "std", "95% of the mean"])
     for group in comparison.groups:
-        groups.add_row(Text(group.name, style="cyan"), *_group_cells(group))
+        groups.add_row(Text(group.name, style="cyan"), *group_cells(group))
     yield Group(title(f"{comparison.metric} at the end"), groups)
     for line in comparison.splits:
         yield Text(line, style="dim")
     verdicts = plain_table(show_header=False)
     for pair in comparison.verdicts:
-        word: str = "too few seeds to say" if pair.verdict == "too few seeds" else pair.verdict
-        if pair.difference is not None and pair.verdict in ("better", "worse", "different"):
-            word += f" by {loss_text(abs(pair.difference))}"
-        why = f"p = {pair.p:.2g}" if pair.p is not None else f"needs {SEEDS_NEEDED} complete seeds each"
+        word, why = verdict_words(pair)
         pair_name = f"{pair.first} against {pair.second}"
         verdicts.add_row(Text(pair_name), Text(word, style=VERDICT_STYLES[pair.verdict]), Text(why, style="dim"))
     if comparison.verdicts:
@@ -115,7 +112,16 @@ def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
         yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in comparison.left_out))
 
 
-def _group_cells(group: SeedGroup) -> list[str]:
+def verdict_words(pair: PairVerdict) -> tuple[str, str]:
+    """The verdict on two groups, and what it rests on."""
+    word: str = "too few seeds to say" if pair.verdict == "too few seeds" else pair.verdict
+    if pair.difference is not None and pair.verdict in ("better", "worse", "different"):
+        word += f" by {loss_text(abs(pair.difference))}"
+    return word, f"p = {pair.p:.2g}" if pair.p is not None else f"needs {SEEDS_NEEDED} complete seeds each"
+
+
+def group_cells(group: SeedGroup) -> list[str]:
+    """Runs, mean, standard deviation and interval of a group, as text."""
     counted, runs = len(group.finals), len(group.runs)
     interval = f"{loss_text(group.interval[0])} to {loss_text(group.interval[1])}" if group.interval else ""
     number = f"{counted} of {runs}" if counted < runs else f"{runs}"

@@ -5,13 +5,17 @@ from __future__ import annotations
 import html
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+from utils.experiments.bands import band
 from utils.experiments.bits import LogComparison
-from utils.experiments.curve import AXES, Curve, read_curve
+from utils.experiments.compare import Comparison, compare
+from utils.experiments.comparison_tables import group_cells, verdict_words
+from utils.experiments.curve import AXES, Axis, Curve, read_curve
 from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.plot import names_of, thinned, x_scale, y_label
@@ -67,7 +71,9 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
         }
         for index, (run, name) in enumerate(zip(runs, names_of(runs), strict=True))
     ]
+    comparison = _comparison(sound)
     data = _chart(described, curves)
+    data["bands"] = _bands(comparison, described, curves, data["axes"]) if comparison else []
     page = render(
         TEMPLATE,
         {"setting": _value_text},
@@ -75,6 +81,12 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         chart=data,
         plotly=_plotly() if data["traces"] else "",
+        groups=_group_rows(comparison) if comparison else [],
+        verdicts=[(f"{pair.first} against {pair.second}", *verdict_words(pair)) for pair in comparison.verdicts]
+        if comparison
+        else [],
+        splits=comparison.splits if comparison else [],
+        left_out=comparison.left_out if comparison else [],
         differences=differences,
         difference_problem=difference_problem,
         divergences=[(run, _divergence(logs)) for run, logs in differences.curves] if differences else [],
@@ -169,10 +181,58 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
     return rows
 
 
+def _comparison(runs: Sequence[IndexedRun]) -> Comparison | None:
+    """The runs in groups of seeds; None unless a group has several."""
+    try:
+        found = compare(runs, CHARTS[0])
+    except UserError:  # fewer than two have logged it
+        return None
+    return found if any(len(group.runs) > 1 for group in found.groups) else None
+
+
+def _group_rows(comparison: Comparison) -> list[list[str]]:
+    return [[group.name, *group_cells(group)] for group in comparison.groups]
+
+
+def _bands(
+    comparison: Comparison, runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]], axes: Iterable[Axis]
+) -> list[dict[str, Any]]:
+    """The mean and the band of each group of several runs, for each chart, on each axis."""
+    index = {run["id"]: number for number, run in enumerate(runs)}
+    scales = {axis: x_scale(axis, _longest(curves, axis))[0] for axis in axes}
+    found = []
+    for group in comparison.groups:
+        members = [index[run] for run in group.runs]
+        for row, name in enumerate(CHARTS):
+            of_group = [curves[number][name] for number in members]
+            bands = {axis: band(of_group, axis) for axis in scales}
+            if all(one.places for one in bands.values()):
+                found.append(
+                    {
+                        "name": html.escape(f"{group.name}: mean of {len(members)}", quote=False),
+                        "color": runs[members[0]]["color"],
+                        "row": row,
+                        "members": members,
+                        "axes": {
+                            axis: {
+                                "x": [_rounded(place / scales[axis]) for place in one.places],
+                                **{key: [_rounded(v) for v in getattr(one, key)] for key in ("mean", "low", "high")},
+                            }
+                            for axis, one in bands.items()
+                        },
+                    }
+                )
+    return found
+
+
+def _longest(curves: Sequence[dict[str, Curve]], axis: Axis) -> float:
+    found = [curve for of_run in curves for curve in of_run.values() if curve.values]
+    return max((curve.places(axis)[-1] for curve in found), default=0.0)
+
+
 def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -> dict[str, Any]:
     """The data that the script of the page draws: the axes, and one trace for each curve with its x on every axis."""
-    found = [curve for of_run in curves for curve in of_run.values() if curve.values]
-    scales = {axis: x_scale(axis, max((c.places(axis)[-1] for c in found), default=0.0)) for axis in AXES}
+    scales = {axis: x_scale(axis, _longest(curves, axis)) for axis in AXES}
     traces = []
     for index, (run, of_run) in enumerate(zip(runs, curves, strict=True)):
         for name, curve in of_run.items():

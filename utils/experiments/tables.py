@@ -23,6 +23,7 @@ from utils.runs.seal import SealCheck
 from utils.terminal.words import (
     HASH_LENGTH,
     column_text,
+    counted,
     fact_lines,
     loss_text,
     one_line,
@@ -260,7 +261,7 @@ def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     yield "parent", f"{parent['run']} ({parent['relation']} at step {parent['step']:,})" if parent else ""
     yield "children", ", ".join(children)
     yield "promoted as", ", ".join(models)
-    yield "resumed", f"{len(record['resumes'])} times" if record.get("resumes") else ""
+    yield "resumed", counted(len(record["resumes"]), "time") if record.get("resumes") else ""
     views = (record.get("views") or {}).items()
     yield "trackers", ", ".join(f"{name} {view.get('state')}" for name, view in views)
     yield "directory", shlex.quote(str(run.path))
@@ -302,6 +303,7 @@ def check_screen(run: str, found: SealCheck) -> Iterator[RenderableType]:
     for what in ("changed", "missing", "added", "damaged"):
         for name in getattr(found, what):
             yield f"{what:<8} {one_line(name)}"
-    sealed = f"{found.files} files sealed at {found.sealed[:19].replace('T', ' ')} UTC, {found.checkpoints} checkpoints"
+    sealed = f"{counted(found.files, 'file')} sealed at {found.sealed[:19].replace('T', ' ')} UTC"
+    sealed += f", {counted(found.checkpoints, 'checkpoint')}"
     yield f"{run}: {'as sealed' if found.good else 'not as sealed'}: {sealed}"
     yield "(a seal detects accidents; it does not protect against somebody who changes the files and the seal)"

@@ -16,6 +16,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def one_character(text: str) -> str:
+    """A character; what argparse calls for a flag."""
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(f"expected one character, got {text!r}")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags but those of the settings in section `inference`."""
     parser.add_argument(
@@ -26,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    parser.add_argument(
+        "--unknown-token",
+        type=one_character,
+        metavar="C",
+        help="character of the vocabulary that stands for those outside it (default: as trained)",
     )
     parser.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
     weights = parser.add_mutually_exclusive_group()

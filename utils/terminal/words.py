@@ -107,6 +107,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 file", "2,000 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def fact_lines(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
     """One line for each (name, value), the values aligned; long values are not wrapped, so that they can be copied."""
     from rich.text import Text

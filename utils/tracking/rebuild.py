@@ -21,7 +21,7 @@ from utils.runs.seal import write_seal
 from utils.runs.trust import made_elsewhere
 from utils.tracking import RunEnd, View
 from utils.tracking.feeder import Budget, Feeder, attempt_each
-from utils.tracking.views import build_views, is_installed, wanted_views
+from utils.tracking.views import build_views, is_installed, wanted_views, without_builds
 
 Report = Callable[[str, int, int], None]  # name of the view, bytes fed, bytes in total
 
@@ -58,7 +58,7 @@ def rebuild(
     names = list(names) or list(dict.fromkeys([*wanted_views(config), *(name for name in fed if name in VIEWS)]))
     for name in names:
         if not is_installed(name):
-            raise UserError(f"{name} is not installed: pip install {name}")
+            raise UserError(without_builds(name) or f"{name} is not installed: pip install {name}")
     for log_file in LOG_FILES:
         if not is_regular(path / LOGS / log_file, path):
             raise UserError(f"{path / LOGS / log_file} is missing or no file: {path.name} cannot be fed from its logs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,8 @@ from utils.tracking import RunFacts, View
 from utils.tracking.aim import REMOTE, AimView
 from utils.tracking.tensorboard import TensorBoardView
 from utils.tracking.wandb import WandbView
+
+AIM_ENDS = (3, 13)  # the first Python that Aim has no builds for, as in requirements.in
 
 
 def wanted_views(config: Config) -> Iterator[str]:
@@ -28,6 +31,14 @@ def wanted_views(config: Config) -> Iterator[str]:
 def is_installed(name: str) -> bool:
     """Whether the package of a view is installed, found without importing it."""
     return importlib.util.find_spec(name) is not None
+
+
+def without_builds(name: str) -> str | None:
+    """Why a view cannot be installed in this Python, in words; None if it can."""
+    if name == "aim" and (sys.version_info[:2] >= AIM_ENDS or sys.platform == "win32"):
+        version = ".".join(map(str, sys.version_info[:2]))
+        return f"aim has no builds for Python {version} on {sys.platform}"
+    return None
 
 
 def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> list[View]:

@@ -31,7 +31,7 @@ from utils.terminal.progress import TrainingProgress
 from utils.terminal.words import duration
 from utils.tracking import RunEnd
 from utils.tracking.feeder import Budget, Feeder, Feeders
-from utils.tracking.views import build_views, is_installed, wanted_views
+from utils.tracking.views import build_views, is_installed, wanted_views, without_builds
 from utils.training.batch_size import memory_explained
 from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
@@ -386,7 +386,8 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             names.append(name)
             run.update_view(name, state=STARTING, reason=None)
         else:
-            terminal.warn(f"{name} is not installed: this run is not fed to it (later: {rebuild_command(run, name)})")
+            why, later = without_builds(name), f" (later: {rebuild_command(run, name)})"
+            terminal.warn(f"{why or f'{name} is not installed'}: this run is not fed to it{'' if why else later}")
             run.update_view(name, state="off", reason="not installed")
     budget = Budget(setup.config.tracking.tracking_budget)
     feeders = [

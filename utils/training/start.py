@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data import Corpus
 from utils.checkpoints.choose import choose_checkpoint, newest_good, put_aside
 from utils.checkpoints.files import Checkpoint
 from utils.config.fields import config_hash
@@ -150,8 +152,8 @@ def check_corpus(run: Run, record: Mapping[str, Any], setup: Setup) -> None:
     for key, now in (("corpus_hash", corpus.hash), ("tokenizer_hash", corpus.tokenizer.hash())):
         if (before := resolved.get(key, now)) != now:
             raise UserError(
-                f"{corpus.name}: the corpus is not the one that {run.id} was trained on ({key} was {before[:12]}..., "
-                f"is {now[:12]}...); --fork starts a new run from its checkpoint"
+                f"{corpus_name(corpus)}: the corpus is not the one that {run.id} was trained on ({key} was "
+                f"{before[:12]}..., is {now[:12]}...); --fork starts a new run from its checkpoint"
             )
 
 
@@ -250,7 +252,10 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
             [
                 ("run", run.id),
                 ("device", f"{setup.device}, {decisive['dtype']}, {decisive['threads']} CPU threads"),
-                ("corpus", f"{corpus.name}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens"),
+                (
+                    "corpus",
+                    f"{corpus_name(corpus)}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens",
+                ),
                 ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
                 ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
                 *([("start", start_words(setup, start))] if setup.origin else []),
@@ -258,6 +263,11 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         )
     )
     return state
+
+
+def corpus_name(corpus: Corpus) -> str:
+    """The name of the corpus; pydocs is another text with each version of Python."""
+    return f"{corpus.name} of Python {platform.python_version()}" if corpus.name == "pydocs" else corpus.name
 
 
 def write_for_readers(run: Run, state: TrainState, terminal: Terminal) -> None:
