@@ -108,6 +108,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "heartbeat": lambda run: os.utime(run / "lock", (0, 0)),
     "times": lambda run: os.utime(run / "meta" / "code.patch", (0, 0)),
     "a note that is being written": lambda run: write(run / "logs" / ".fed_aim.json.abc.tmp", ""),
+    "a note that was being written": lambda run: write(run / "logs" / "fed_aim.tmp", ""),
     "Weights & Biases": lambda run: write(run / "logs" / "wandb" / "run-1.wandb", "new"),
 }
 

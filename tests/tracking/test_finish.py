@@ -109,3 +109,13 @@ def test_no_file_for_trackers_and_people_stops_a_rebuild(
         spoil(run / name)
     assert experiments.main(["rebuild", str(run)]) == 0
     assert "notes.json.damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["not json", '{"step": 1}', '{"time": 1.0}', "[1]", '{"step": "x", "time": 1}'])
+def test_a_damaged_line_of_a_log_is_named_by_a_rebuild(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, "run", settings={"aim_logging": False})
+    (run / LOGS / "metrics.jsonl").write_text(f'{{"step":0,"time":1.0,"val/loss":3.0}}\n{line}\n')
+    assert experiments.main(["rebuild", "run", "--tensorboard", "--runs-dir", str(tmp_path)]) == 1
+    assert "logs/metrics.jsonl:2: the log is damaged: this line is no record" in capsys.readouterr().err

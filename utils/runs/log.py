@@ -123,6 +123,22 @@ def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[li
     return records, offset + sum(map(len, lines))
 
 
+def record_at(path: Path, offset: int, line: bytes) -> dict[str, Any]:
+    """The record in the line of a log that begins at byte `offset`: it has a step and a time.
+
+    Raises:
+        RunLogError: it is something else; the message names the line.
+    """
+    try:
+        record = _record(path, line)
+        if isinstance(record["step"], int) and isinstance(record["time"], int | float):
+            return record
+    except (RunLogError, KeyError):
+        pass
+    number = _lines_before(path, offset) + 1
+    raise RunLogError(f"{path}:{number}: the log is damaged: this line is no record")
+
+
 def _record(path: Path, line: bytes) -> dict[str, Any]:
     """The record in a line of the log `path`.
 

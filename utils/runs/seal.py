@@ -62,7 +62,8 @@ def sealed_files(run: Path) -> Iterator[str]:
 
 def _entries(run: Path) -> Iterator[tuple[str, bool]]:
     """Each file in the folders that a seal covers, and whether it is a regular one of this run."""
-    fed_notes = [fed_note("*").as_posix(), fed_note("*").with_name(f".{fed_note('*').name}.*.tmp").as_posix()]
+    note = fed_note("*")
+    fed_notes = [note.as_posix(), note.with_suffix(".tmp").as_posix(), f"{LOGS}/.{note.name}.*.tmp"]  # or in writing
     for folder in SEALED:
         for root, folders, names in os.walk(run / folder):
             relative = Path(root).relative_to(run)

@@ -74,7 +74,7 @@ class AimView:
         # Its log would appear between the lines of training; the feeder reports failures, in one line each.
         logging.getLogger("aim").setLevel(logging.CRITICAL)
         threading.excepthook = _not_of_aim
-        importlib.import_module("aim.storage.structured.db").upgrade_database = _upgrade_database
+        setattr(importlib.import_module("aim.storage.structured.db"), "upgrade_database", _upgrade_database)  # noqa: B010
         if not self.is_remote:
             Path(self.repo).mkdir(parents=True, exist_ok=True)
             self._check_disk()

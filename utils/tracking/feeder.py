@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.files import put_aside, read_json, write_json
 from utils.runs.layout import fed_note
-from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines
+from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines, record_at
 from utils.tracking import RunEnd, View
 
 POLL_SECONDS = 0.5
@@ -157,7 +157,7 @@ class Feeder(threading.Thread):
             ready = [name for name, lines in self._waiting.items() if lines]
             if not ready:
                 return True
-            records = {name: json.loads(self._waiting[name][0]) for name in ready}
+            records = {name: self._next_record(name) for name in ready}
             while ready:
                 # In the order of steps across all logs, as they were written.
                 name = min(ready, key=lambda name: records[name]["step"])
@@ -169,7 +169,10 @@ class Feeder(threading.Thread):
                     break
                 if time.perf_counter() >= end:
                     return False
-                records[name] = json.loads(self._waiting[name][0])
+                records[name] = self._next_record(name)
+
+    def _next_record(self, name: str) -> dict[str, Any]:
+        return record_at(self.logs_dir / name, self.offsets[name], self._waiting[name][0])
 
     def feed_from_start(self, report: Callable[[], None] = lambda: None) -> None:
         """Empty the view and feed it the whole logs; `report` is called every REPORT_SECONDS."""
