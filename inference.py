@@ -191,7 +191,7 @@ class Mode(NamedTuple):
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ban", "stop", "seed")
 WEIGHTS = frozenset({"weights", "quantize"})
-GENERATION = WEIGHTS | {*InferenceConfig.model_fields, *SAMPLING, "window", "mode"}
+GENERATION = WEIGHTS | {"unknown_token", *InferenceConfig.model_fields, *SAMPLING, "window", "mode"}
 DRAFT = frozenset({"draft", "draft_tokens"})
 MODES = {
     "prompt": Mode("one RUN", complete_prompt, GENERATION | DRAFT | {"samples", "batch_size", "stats"}),
@@ -200,7 +200,7 @@ MODES = {
     ),
     "prompt_file": Mode("--prompt-file", complete_file, GENERATION | DRAFT | {"samples", "batch_size", "stats", "out"}),
     "interactive": Mode("--interactive", converse, GENERATION | DRAFT | {"stats"}),
-    "score": Mode("--score", score_text, WEIGHTS, several_runs=True),
+    "score": Mode("--score", score_text, WEIGHTS | {"unknown_token"}, several_runs=True),
     "show_info": Mode("--show-info", show_info, frozenset(), several_runs=True),
 }
 OPTIONS = frozenset().union(*(mode.options for mode in MODES.values()))

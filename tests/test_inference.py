@@ -715,3 +715,15 @@ def test_every_option_is_of_some_mode_or_of_all() -> None:
     inference.add_arguments(parser)
     flags = {action.dest for action in parser._actions} | InferenceConfig.model_fields.keys()
     assert flags == inference.OPTIONS | {"help", "runs", "device", "runs_dir"} | inference.MODES.keys() - {"compare"}
+
+
+def test_an_unknown_character_can_be_read_as_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save_tiny_run(tmp_path / "runs", "tiny")
+    text = tmp_path / "text.txt"
+    text.write_text("☃" * 20)
+    for words in (("--prompt", "☃"), ("--score", str(text))):
+        assert inference.main([str(run), *words]) == 2
+        assert "--unknown-token" in capsys.readouterr().err
+        stand_in = TOKENIZER.decode([1])
+        assert inference.main([str(run), *words, f"--unknown-token={stand_in}"]) == 0
+        capsys.readouterr()

@@ -1,0 +1,44 @@
+"""What is said at the end of a run, and of a tracker that cannot be installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.tiny_export import char_tokenizer
+from tokenizer import TokenizerError
+from utils.tracking import views
+from utils.training.result import TrainResult
+
+
+def result(last: float | None, best: float | None, exported: str | None) -> TrainResult:
+    return TrainResult(Path("runs/x"), "completed", None, 10, 1.0, last, 10, best, 5, 1.0, 100, exported)
+
+
+def test_last_weights_that_are_far_worse_than_the_best_are_reported() -> None:
+    warning = result(422.0, 4.55, "last weights, of step 10").warning
+    assert warning is not None
+    for words in ("422.0000", "4.5500 at step 5", "the export has the last weights", "--export-weights best"):
+        assert words in warning
+    assert "export has" not in str(result(422.0, 4.55, None).warning)
+    assert result(422.0, 4.55, "best weights, of step 5").warning is None
+    assert result(4.6, 4.55, "last weights, of step 10").warning is None
+    assert result(None, None, None).warning is None
+
+
+def test_where_aim_has_no_builds_no_rebuild_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, platform, words in (
+        ((3, 12), "linux", None),
+        ((3, 13), "linux", "aim has no builds for Python 3.13 on linux"),
+        ((3, 11), "win32", "aim has no builds for Python 3.11 on win32"),
+    ):
+        monkeypatch.setattr(views, "sys", SimpleNamespace(version_info=(*version, 0), platform=platform))
+        assert views.without_builds("aim") == words
+        assert views.without_builds("wandb") is None
+
+
+def test_an_unknown_character_names_the_remedy() -> None:
+    with pytest.raises(TokenizerError, match=r"'ü' .* of the vocabulary; --unknown-token ' ' reads it as ' '"):
+        char_tokenizer("ab ").encode("aü")
