@@ -36,7 +36,7 @@ from utils.runs.run import read_record
 from utils.training.batch_size import find_batch
 from utils.training.callbacks import Callback, load_callbacks
 
-BYTES_OF_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, two moments or one
+BYTES_OF_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, moments; another: 8
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device) ->
     except RuntimeError:  # more bytes than 64 bits can count
         parameters = None
     free = available_memory(device) + (psutil.swap_memory().free if device.type == "cpu" else 0)
-    if parameters is None or parameters * BYTES_OF_PARAMETER[config.optimizer.optimizer_name] > free:
+    if parameters is None or parameters * BYTES_OF_PARAMETER.get(config.optimizer.optimizer_name, 8) > free:
         has = f"{parameters:,} parameters" if parameters is not None else "more parameters than can be counted"
         raise UserError(
             f"the model has {has}, which do not fit into the {free / 2**30:.1f} GiB that are free on {device} with "
