@@ -36,10 +36,11 @@ import inference
 import profile_model
 import train
 from benchmarks import common, fuzz_damage, fuzz_words
-from benchmarks.fuzz_damage import BAD, COMMANDS, GOOD, READS, SERVING, TRAIN
+from benchmarks.fuzz_damage import BAD, COMMANDS, CORPUS, GOOD, READS, SERVING, TRAIN
 from benchmarks.fuzz_process import Ended, Main, import_all, run
 from utils.errors import UserError
 from utils.runs.find import list_run_paths
+from utils.runs.layout import MODELS
 from utils.runs.run import read_record
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
@@ -64,7 +65,7 @@ class Case:
 
     statuses: exit statuses that are right.
     reads: it must not change anything.
-    damage: (path in the bad run, what is wrong with it).
+    damage: (path from the bad run, what is wrong with it).
     """
 
     name: str
@@ -81,7 +82,7 @@ class Fuzzer:
 
     good: the row of the good run in `list --json`.
     ids: tag -> id of the two runs.
-    wrong: (path in the bad run, damage), each once, in random order.
+    wrong: (path from the bad run, damage), each once, in random order.
     """
 
     folder: Path
@@ -153,6 +154,8 @@ class Fuzzer:
                 argv += self.places(script)
             if words[:2] == ("--resume", BAD) and len(words) == 2 and name in SERVING:
                 statuses = (0,)
+            if name.startswith(CORPUS) or (name == f"../{MODELS}" and words[0] == "prune"):
+                statuses = (*statuses, 2)  # the text cannot be encoded there; a promoted run must not be deleted
             return Case(f"{name}: {damage}", script, argv, statuses, kind == READS, (name, damage))
         kind = rng.choice(
             ("training", "training", "experiments", "experiments", "inference", "profiling", "file", "file")

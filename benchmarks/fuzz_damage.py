@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from utils.runs.layout import MODELS
+
 WRONG: tuple[Any, ...] = (
     None,
     True,
@@ -26,6 +28,7 @@ WRONG: tuple[Any, ...] = (
     "9" * 5000,
     ["x"] * 3,
 )
+CORPUS = "../../corpora/"  # begins the path of what is damaged there
 GOOD, BAD = "good", "bad"  # the tags of the two runs
 
 
@@ -139,10 +142,14 @@ SERVING = (  # a damaged one of these is never a reason to fail training: see ut
 
 
 def targets(run: Path) -> list[tuple[str, str]]:
-    """(path in the run, damage) of everything that can be wrong with one entry, always in the same order."""
-    paths = sorted(path for path in run.rglob("*"))
+    """(path from the run, damage) of everything that can be wrong with one entry, always in the same order.
+
+    The entries are those of the run, the names of promoted runs beside it, and the encoded corpus.
+    """
+    encoded = run.parent.parent / "corpora" / "encoded"
+    paths = sorted([*run.rglob("*"), run.parent / MODELS, *encoded.rglob("*")])
     found = [(path, damage) for path in paths for damage in (*OF_ANY, *(OF_FILE if path.is_file() else ()))]
-    return [(path.relative_to(run).as_posix(), damage) for path, damage in found]
+    return [(os.path.relpath(path, run), damage) for path, damage in found]
 
 
 def apply(run: Path, name: str, damage: str, rng: random.Random) -> None:

@@ -254,6 +254,23 @@ def test_with_a_damaged_record_the_corpus_is_read(
     assert (corpus.hash, corpus.tokenizer.decode(corpus.tokens)) == (first.hash, tiny_text)
 
 
+@pytest.mark.parametrize("place", ["a pipe", "/dev/zero", "too large", "nested"])
+def test_a_record_that_is_no_file_of_ours_is_not_read(place: str, settled_corpus: Path, tmp_path: Path) -> None:
+    first = load(settled_corpus, tmp_path / "corpora")
+    for path in records(tmp_path / "corpora"):
+        path.unlink()
+        if place == "a pipe":
+            os.mkfifo(path)
+        elif place == "/dev/zero":
+            path.symlink_to(place)
+        elif place == "nested":
+            path.write_text("[" * 100_000)
+        else:
+            with path.open("wb") as file:
+                file.truncate(1 << 40)
+    assert load(settled_corpus, tmp_path / "corpora").hash == first.hash
+
+
 @pytest.mark.parametrize("content", [None, b"\0\0"])
 def test_without_a_whole_token_file_the_corpus_is_read(
     content: bytes | None, reads: list[Path], settled_corpus: Path, tiny_text: str, tmp_path: Path

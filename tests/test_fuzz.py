@@ -36,8 +36,9 @@ def test_a_few_cases_have_no_fault(fuzzer: Fuzzer) -> None:
 
 
 def test_every_entry_of_a_run_is_damaged_in_every_way(fuzzer: Fuzzer) -> None:
-    run = fuzzer.folder / "template" / "runs" / fuzzer.ids[BAD]
-    entries = [path for path in run.rglob("*")]
+    template = fuzzer.folder / "template"
+    run = template / "runs" / fuzzer.ids[BAD]
+    entries = [*run.rglob("*"), template / "runs" / "models.json", *(template / "corpora" / "encoded").iterdir()]
     wanted = sum(len(OF_ANY) + (len(OF_FILE) if path.is_file() else 0) for path in entries)
     damages = [fuzzer.case(index).damage for index in range(0, 2 * wanted, 2)]
     assert len(set(damages)) == wanted > 400

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.files import write_json
+from utils.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def record_path(folder: Path, source: str, tokenizer: str) -> Path:
 def read_record(path: Path, stamp: str | None) -> TokenRecord | None:
     """The record at `path`; None if it is missing, damaged, or of another state of the files than `stamp`."""
     try:
-        record = TokenRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        record = TokenRecord(**read_json(path))
+    except (OSError, ValueError, TypeError):
         return None
     whole = isinstance(record.corpus_hash, str) and len(record.corpus_hash) == 64 and isinstance(record.n_tokens, int)
     return record if whole and record.stamp == stamp else None
