@@ -100,7 +100,8 @@ def test_training_goes_on_when_the_disk_behind_stdout_fills_up(
     train_command: Command, only_run: Callable[[], Path], small_disk: Path
 ) -> None:
     (small_disk / "filler").write_bytes(bytes(2**20 - 4096))
-    with (small_disk / "out").open("wb") as out:
+    with (small_disk / "out").open("wb", buffering=0) as out:
+        out.write(bytes(3000))
         assert subprocess.run(train_command(), stdout=out, stderr=out, check=False).returncode == 0
     assert (small_disk / "out").stat().st_size == 4096
     assert read_record(only_run())["status"] == "completed"
