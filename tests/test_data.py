@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,15 @@ def test_texts_of_the_same_characters_and_length_have_token_files_of_their_own(
 def test_ids_take_the_smallest_type_that_holds_them(vocab_size: int, dtype: type) -> None:
     tokenizer: Any = SimpleNamespace(vocab_size=vocab_size)  # the largest id is vocab_size - 1
     assert TokenFile(Path(), "", tokenizer, 0).dtype == dtype
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5 << 19])
+def test_the_checksum_is_of_the_whole_file(size: int, tmp_path: Path) -> None:
+    tokenizer: Any = SimpleNamespace(vocab_size=5, hash=lambda: "h")
+    file = TokenFile(tmp_path, "c", tokenizer, 0)
+    content = np.arange(size, dtype=np.uint32).astype(np.uint8).tobytes()
+    file.path.write_bytes(content)
+    assert file.crc32() == zlib.crc32(content)
 
 
 def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
@@ -396,6 +406,11 @@ def test_on_a_gpu_the_next_batch_is_made_ahead_and_taken_once(monkeypatch: pytes
     assert len(made) == 3
     ahead.prefetch(4)
     assert torch.equal(ahead.train_batch(5)[0], sampler().train_batch(5)[0])  # another than was expected
+
+
+def test_a_batch_is_on_the_device_of_the_sampler() -> None:
+    inputs, targets = replace(sampler(), device=torch.device("meta")).train_batch(0)
+    assert (inputs.device.type, targets.device.type) == ("meta", "meta")
 
 
 def test_on_a_cpu_nothing_is_made_ahead() -> None:

@@ -361,3 +361,13 @@ def test_a_metric_of_a_callback_has_the_direction_that_its_run_recorded(runs_dir
 def test_three_groups_have_three_verdicts(runs_dir: Path) -> None:
     runs = [run for i in range(3) for run in seeds(runs_dir, "abc"[i], [i, i], settings={"n_layer": i + 1})]
     assert [(v.first, v.second) for v in compare(runs).verdicts] == [("a", "b"), ("a", "c"), ("b", "c")]
+
+
+@pytest.mark.parametrize(
+    "registry", ["{", 7, [7], [{"direction": "higher"}], [{"name": "val/loss"}], {"name": "val/loss"}]
+)
+def test_a_damaged_registry_leaves_the_direction_that_is_known(runs_dir: Path, registry: Any) -> None:
+    path = make_run(runs_dir, "run")
+    write(path / "meta" / "metrics.json", registry)
+    assert metric_direction("val/loss", [read_run(path)]) == "lower"
+    assert metric_direction("of_a_callback", [read_run(path)]) == "none"

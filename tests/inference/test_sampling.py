@@ -74,6 +74,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, tokens: set[i
 
 def test_top_p_takes_no_more_than_needed_of_equal_tokens() -> None:
     assert len(kept(top_p=0.6, logits=torch.zeros(1, 4))) == 3
+    assert kept(top_p=0.25, logits=torch.zeros(1, 4096)) == set(range(1024))  # the first ones
     assert len(kept(top_p=0.9, logits=LOGITS)) == 4
 
 

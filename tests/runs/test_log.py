@@ -178,6 +178,13 @@ def test_truncate_without_an_offset_cuts_the_torn_line(log: Path, torn: bytes) -
     assert log.stat().st_size == offset
 
 
+@pytest.mark.parametrize(("content", "kept"), [(b"", 0), (b"\n", 1), (b"x", 0), (b"\nx", 1), (b"\n\n", 2), (b"x\n", 2)])
+def test_the_shortest_lines_are_kept(log: Path, content: bytes, kept: int) -> None:
+    log.write_bytes(content)
+    truncate(log)
+    assert log.read_bytes() == content[:kept]
+
+
 def test_truncate_of_a_log_without_a_complete_line_empties_it(log: Path) -> None:
     log.write_bytes(b"{")
     truncate(log)
