@@ -318,10 +318,16 @@ def test_what_is_left_out_is_listed_with_the_reason(repo: Path, tmp_path: Path) 
     assert all(f"  {item}\n" in text for item in facts.left_out)
 
 
-@pytest.mark.parametrize("name", ["ideas.md", "a.txt", "report.json", "my.yaml", "b/report.html", "x.ipynb", "plot.py"])
-def test_an_untracked_file_that_training_cannot_read_is_kept_but_is_no_code(
-    repo: Path, tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["ideas.md", "a.txt", "report.json", "my.yaml", "b/report.html", "x.ipynb"])
+def test_an_untracked_file_that_training_cannot_read_is_no_code(repo: Path, name: str) -> None:
+    write(repo, {name: "notes\n"})
+    facts = facts_of(repo)
+    assert (facts.patch, facts.fingerprint()) == (b"", None)
+    assert facts.left_out == [f"{name} (not a source file)"]
+
+
+def test_an_untracked_module_that_is_not_imported_is_kept_but_is_no_code(repo: Path, tmp_path: Path) -> None:
+    name = "plot.py"
     write(repo, {name: "notes\n"})
     facts = facts_of(repo)
     assert b"+notes" in facts.patch
@@ -332,18 +338,18 @@ def test_an_untracked_file_that_training_cannot_read_is_kept_but_is_no_code(
 
 
 def test_imported_modules_and_what_git_tracks_are_code(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(repo, {"mine.py": "m = 1\n", "ideas.md": "notes\n"})
+    write(repo, {"mine.py": "m = 1\n", "plot.py": "notes\n"})
     module = types.ModuleType("mine")
     module.__file__ = str(repo / "mine.py")
     monkeypatch.setitem(sys.modules, "mine", module)
     imported = facts_of(repo)
     write(repo, {"mine.py": "m = 2\n"})
     changed = facts_of(repo)
-    write(repo, {"a.py": "a = 2\n", "ideas.md": "other notes\n"})
+    write(repo, {"a.py": "a = 2\n", "plot.py": "other notes\n"})
     tracked = facts_of(repo)
-    assert list(tracked.unread) == ["ideas.md"]
+    assert list(tracked.unread) == ["plot.py"]
     assert len({None, imported.fingerprint(), changed.fingerprint(), tracked.fingerprint()}) == 4
-    git(repo, "add", "ideas.md")
+    git(repo, "add", "plot.py")
     assert facts_of(repo).fingerprint() != tracked.fingerprint()
 
 
