@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.runs.layout import MODELS
+from utils.runs.layout import (
+    CONFIG_SOURCES,
+    CURVES,
+    METRIC_REGISTRY,
+    MODEL_SUMMARY,
+    MODELS,
+    NOTES,
+    SEAL,
+    TRAIN_LOG,
+    fed_note,
+)
 
 WRONG: tuple[Any, ...] = (
     None,
@@ -135,9 +145,8 @@ OF_FILE: dict[str, Damage] = {
     "3 GiB": _instead(_sparse),
     "a long line": _instead(_long_line),
 }
-SERVING = (  # a damaged one of these is never a reason to fail training: see utils/runs/mend.py
-    *("notes.json", "meta/metrics.json", "meta/model.json", "meta/config_sources.json", "artifacts/seal.json"),
-    *("artifacts/curves.png", "logs/train.log", "logs/fed_tensorboard.json"),
+SERVING = tuple(  # a damaged one of these is never a reason to fail training: see utils/runs/mend.py
+    map(str, (NOTES, METRIC_REGISTRY, MODEL_SUMMARY, CONFIG_SOURCES, SEAL, CURVES, TRAIN_LOG, fed_note("tensorboard")))
 )
 
 
