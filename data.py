@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_from_json
+from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_class, tokenizer_from_json
 from utils.config.settings import DataConfig
 from utils.corpora.records import TokenRecord, file_state, read_record, record_path, write_record
 from utils.corpora.sources import CorpusError, find_source
@@ -85,8 +85,8 @@ class TokenFile:
         return checksum
 
     def write(self, ids: np.ndarray) -> int:
-        """Make the file hold `ids`; returns its checksum."""
-        content = ids.astype(self.dtype).tobytes()
+        """Make the file hold `ids`, which are of its dtype; returns its checksum."""
+        content = ids.data
         checksum = zlib.crc32(content)
         if not self.is_whole() or self.crc32() != checksum:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,11 +115,13 @@ def load_corpus(
         CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
     """
     source, folder = find_source(config.dataset, corpora_dir), corpora_dir / "encoded"
-    if tokenizer is not None:
-        try:
+    try:
+        if tokenizer is not None:
             tokenizer = tokenizer.adjusted(config)
-        except TokenizerError as error:
-            raise CorpusError(str(error)) from None
+        elif not tokenizer_class(config).learns:
+            tokenizer = build_tokenizer(config.model_copy(update={"corpora_dir": str(corpora_dir)}), ())
+    except TokenizerError as error:
+        raise CorpusError(str(error)) from None
     of_tokenizer = config.model_dump_json(exclude={"dataset", "val_fraction", "corpora_dir"})
     wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
@@ -154,13 +156,17 @@ def _encode(
             tokenizer.check(text)  # the vocabulary of a trained model does not grow
     except TokenizerError as error:
         raise CorpusError(f"{config.dataset}: {error}") from None
-    ids = tokenizer.encode_array(text)
+    file = TokenFile(folder, hashlib.sha256(text.encode("utf-8")).hexdigest(), tokenizer, n_tokens=0)
+    parts = []
+    for part in tokenizer.encode_parts(text):
+        if part.size and (part.min() < 0 or part.max() >= tokenizer.vocab_size):
+            raise CorpusError(
+                f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
+            )
+        parts.append(part.astype(file.dtype))  # a quarter of the memory
+    ids = np.concatenate(parts)
     _split(config, len(ids), block_size)
-    file = TokenFile(folder, hashlib.sha256(text.encode("utf-8")).hexdigest(), tokenizer, len(ids))
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-        raise CorpusError(
-            f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
-        )
+    file = dataclasses.replace(file, n_tokens=len(ids))
     try:
         return file, file.write(ids)
     except OSError as error:

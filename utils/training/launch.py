@@ -117,10 +117,10 @@ def config_of_resume(
     Raises:
         UserError: the recorded configuration cannot be read, or an override is refused.
     """
-    from utils.training.setup import absolute_dataset  # imports torch
+    from utils.training.setup import with_absolute_paths  # imports torch
 
     recorded = recorded_config(origin.run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))
-    loaded = absolute_dataset(loaded, PROJECT_ROOT)
+    loaded = with_absolute_paths(loaded, PROJECT_ROOT)
     check_overrides(origin.run, recorded, loaded, read_record(origin.run).get("resolved") or {})
     return loaded
