@@ -28,6 +28,7 @@ from utils.files import write_atomic
 
 # Streams of random numbers: one for each use, so that they are independent.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}
+SAMPLED_TOKENS = 1 << 20
 EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losses are comparable
 
 
@@ -47,6 +48,17 @@ class Corpus:
     def split(self, name: str) -> np.ndarray:
         """Tokens of `train` (the first part, also for `train_eval`) or `val` (the rest)."""
         return self.tokens[self.n_train :] if name == "val" else self.tokens[: self.n_train]
+
+    @functools.cached_property
+    def byte_counts(self) -> np.ndarray:
+        """Bytes of text that each token stands for, by id."""
+        return self.tokenizer.byte_counts()
+
+    @functools.cached_property
+    def bytes_per_token(self) -> float:
+        """Mean over the training tokens; over SAMPLED_TOKENS at equal distances, if there are more."""
+        tokens = self.split("train")
+        return float(self.byte_counts[tokens[:: -(-len(tokens) // SAMPLED_TOKENS)]].mean())
 
     @property
     def n_val(self) -> int:
@@ -302,6 +314,17 @@ class BatchSampler:
         share = self.batch_size // micro_steps
         for index in range(count * micro_steps):
             yield self._batch(stream, EVALUATION_SEED, index * share, share)
+
+    def evaluation_bytes(self, stream: str, count: int) -> float:
+        """Bytes of text per token that is predicted in `count` evaluation batches of `train_eval` or `val`."""
+        tokens = self.corpus.split(stream)
+        n_bytes = 0
+        for index in range(count):
+            offsets = sample_offsets(
+                EVALUATION_SEED, stream, index * self.batch_size, self.batch_size, len(tokens), self.block_size
+            )
+            n_bytes += int(self.corpus.byte_counts[sample_windows(tokens, offsets, self.block_size)[:, 1:]].sum())
+        return n_bytes / (count * self.batch_size * self.block_size)
 
     def _batch(self, stream: str, seed: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.corpus.split(stream)

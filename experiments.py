@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     "list",
     "a table of the runs, oldest first",
     flag("--where", metavar="SQL", help="condition: \"status = 'completed' and learning_rate > 1e-3\""),
-    flag("--sort", metavar="SQL", help='column to sort by: val_loss, "steps desc"'),
+    flag("--sort", metavar="SQL", help='column to sort by: val_loss, bits_per_byte, "steps desc"'),
     flag("--columns", metavar="A,B", help="columns to show: facts (--columns all) and settings"),
     flag("--limit", type=int, metavar="N", help="show the first N (without --sort: the newest N)"),
 )
@@ -127,7 +127,7 @@ def diff(args: argparse.Namespace) -> Answer:
     "compare",
     "which runs are better, and is it more than noise? Runs that differ only in seed are one group",
     RUNS,
-    METRIC,
+    flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)"),
 )
 def compare(args: argparse.Namespace) -> Answer:
     from utils.experiments.compare import compare

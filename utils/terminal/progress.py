@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from utils.terminal.console import PrintableConsole, Terminal
-from utils.terminal.words import duration, loss_text
+from utils.terminal.words import bits_text, duration, loss_text
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
 REFRESH_SECONDS = 0.1  # between updates of a bar
@@ -94,7 +94,7 @@ class TrainingProgress:
             self._line(step)
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Print the losses of an evaluation on a line of its own."""
+        """Print the losses of an evaluation on a line of their own."""
         self.fields["val_loss"] = losses["val/loss"]
         self._line(step, losses)
 
@@ -123,7 +123,8 @@ class TrainingProgress:
         times = self._times(step)
         parts = [f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}"]
         if losses:
-            parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}")
+            bits = bits_text(losses["val/loss"], losses.get("val/bits_per_byte"))
+            parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}{bits}")
         elif self.fields["loss"] is not None:
             parts.append(f"loss {loss_text(self.fields['loss'])}")
         if self.fields["tokens_per_second"]:
