@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_from_json
+from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_class, tokenizer_from_json
 from utils.config.settings import DataConfig
 from utils.corpora.records import TokenRecord, file_state, read_record, record_path, write_record
 from utils.corpora.sources import CorpusError, find_source
@@ -28,6 +28,7 @@ from utils.files import write_atomic
 
 # Streams of random numbers: one for each use, so that they are independent.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}
+SAMPLED_TOKENS = 1 << 20
 EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losses are comparable
 
 
@@ -56,6 +57,17 @@ class Corpus:
     def split(self, name: str) -> np.ndarray:
         """Tokens of `train` (the first part, also for `train_eval`) or `val` (the rest)."""
         return self.tokens[self.n_train :] if name == "val" else self.tokens[: self.n_train]
+
+    @functools.cached_property
+    def byte_counts(self) -> np.ndarray:
+        """Bytes of text that each token stands for, by id."""
+        return self.tokenizer.byte_counts()
+
+    @functools.cached_property
+    def bytes_per_token(self) -> float:
+        """Mean over the training tokens; over SAMPLED_TOKENS at equal distances, if there are more."""
+        tokens = self.split("train")
+        return float(self.byte_counts[tokens[:: -(-len(tokens) // SAMPLED_TOKENS)]].mean())
 
     @property
     def n_val(self) -> int:
@@ -94,8 +106,8 @@ class TokenFile:
         return checksum
 
     def write(self, ids: np.ndarray) -> int:
-        """Make the file hold `ids`; returns its checksum."""
-        content = ids.astype(self.dtype).tobytes()
+        """Make the file hold `ids`, which are of its dtype; returns its checksum."""
+        content = ids.data
         checksum = zlib.crc32(content)
         if not self.is_whole() or self.crc32() != checksum:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,11 +139,13 @@ def load_corpus(
         CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
     """
     source, folder = find_source(config.dataset, corpora_dir), corpora_dir / "encoded"
-    if tokenizer is not None:
-        try:
+    try:
+        if tokenizer is not None:
             tokenizer = tokenizer.adjusted(config)
-        except TokenizerError as error:
-            raise CorpusError(str(error)) from None
+        elif not tokenizer_class(config).learns:
+            tokenizer = build_tokenizer(config.model_copy(update={"corpora_dir": str(corpora_dir)}), ())
+    except TokenizerError as error:
+        raise CorpusError(str(error)) from None
     of_tokenizer = config.model_dump_json(exclude={"dataset", "val_fraction", "corpora_dir"})
     wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
@@ -187,14 +201,17 @@ def _encode(
             tokenizer.check(text)  # the vocabulary of a trained model does not grow
     except TokenizerError as error:
         raise CorpusError(f"{config.dataset}: {error}") from None
-    ids = tokenizer.encode_array(text)
+    file = TokenFile(folder, hashlib.sha256(text.encode("utf-8")).hexdigest(), tokenizer, n_tokens=0)
+    parts = []
+    for part in tokenizer.encode_parts(text):
+        if part.size and (part.min() < 0 or part.max() >= tokenizer.vocab_size):
+            raise CorpusError(
+                f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
+            )
+        parts.append(part.astype(file.dtype))  # a quarter of the memory
+    ids = np.concatenate(parts)
     _split(config, len(ids), block_size)
-    file = TokenFile(folder, hashlib.sha256(text.encode("utf-8")).hexdigest(), tokenizer, len(ids))
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-        raise CorpusError(
-            f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
-        )
-    return file, ids.astype(file.dtype)
+    return dataclasses.replace(file, n_tokens=len(ids)), ids
 
 
 def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[str], None]) -> TokenFile | None:
@@ -336,6 +353,15 @@ class BatchSampler:
     def evaluation_windows(self, stream: str, count: int) -> int:
         """How many sequences `count` evaluation batches have: those of the split at most."""
         return min(count * self.batch_size, windows_of_pass(len(self.corpus.split(stream)), self.block_size))
+
+    def evaluation_bytes(self, stream: str, count: int) -> float:
+        """Bytes of text per token that is predicted in `count` evaluation batches of `train_eval` or `val`."""
+        tokens, end, n_bytes = self.corpus.split(stream), self.evaluation_windows(stream, count), 0
+        for first in range(0, end, self.batch_size):
+            share = min(self.batch_size, end - first)
+            offsets = sample_offsets(EVALUATION_SEED, stream, first, share, len(tokens), self.block_size)
+            n_bytes += int(self.corpus.byte_counts[sample_windows(tokens, offsets, self.block_size)[:, 1:]].sum())
+        return n_bytes / (end * self.block_size)
 
     def _batch(self, stream: str, seed: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.corpus.split(stream)

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     "list",
     "a table of the runs, oldest first",
     WHERE,
-    flag("--sort", metavar="SQL", help='column to sort by: val_loss, "steps desc"'),
+    flag("--sort", metavar="SQL", help='column to sort by: val_loss, bits_per_byte, "steps desc"'),
     flag("--columns", metavar="A,B", help="columns to show: facts (--columns all) and settings"),
     flag("--limit", type=int, metavar="N", help="show the first N (without --sort: the newest N; default: 20)"),
     flag("--all", action="store_true", help="show all; --json always does, unless --limit is given"),
@@ -136,7 +136,7 @@ def diff(args: argparse.Namespace) -> Answer:
     "compare",
     "which runs are better, and is it more than noise? Runs that differ only in seed are one group",
     *ALL_RUNS,
-    METRIC,
+    flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)"),
 )
 def compare(args: argparse.Namespace) -> Answer:
     from utils.experiments.compare import compare

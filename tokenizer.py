@@ -1,4 +1,4 @@
-"""Text <-> token ids: what every tokenizer can do, and the kinds that there are.
+"""Text <-> token ids: the kinds of tokenizers that there are (`Tokenizer` says what every one can do).
 
 A kind is one class here, one entry in `KINDS` and one word in the setting `tokenizer`; no other module names it.
 Tokens are not characters: only a tokenizer knows how many tokens a text has.
@@ -6,118 +6,42 @@ Tokens are not characters: only a tokenizer knows how many tokens a text has.
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import itertools
 import json
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
 from utils.config.settings import DataConfig
-from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import read_json
+from utils.tokenization.chunks import GPT2_BOUNDARY, boundary_of, chunks
+from utils.tokenization.protocol import VERSION, Tokenizer, TokenizerError
+from utils.tokenization.vocabularies import (
+    END_OF_TEXT,
+    checked_merges,
+    checked_specification,
+    gpt2_merges,
+    gpt2_ranks,
+    optional_package,
+    read_specification,
+    sample,
+    special_tokens,
+    surrogate_error,
+    token_pieces,
+)
 
-VERSION = 1  # of the JSON form
-
-
-class TokenizerError(UserError):
-    """Text that has no token, or a tokenizer file that cannot be used.
-
-    position: index in the text of the first character that has no token, where that is known.
-    """
-
-    position: int | None = None
-
-
-class Tokenizer(Protocol):
-    """Converts text to token ids from 0 to vocab_size - 1, and back.
-
-    kind: its name in the setting `tokenizer` and in the JSON form.
-    """
-
-    kind: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def special_tokens(self) -> Mapping[str, int]:
-        """Ids of tokens with a role of their own, by the name of the role."""
-
-    @abstractmethod
-    def encode_array(self, text: str) -> np.ndarray:
-        """Token ids of `text`, shape (tokens,), int64.
-
-        Raises:
-            TokenizerError: part of the text has no token.
-        """
-
-    def encode(self, text: str) -> list[int]:
-        """Like `encode_array`, as a list."""
-        ids: list[int] = self.encode_array(text).tolist()
-        return ids
-
-    @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; U+FFFD stands for bytes that are not part of a whole character.
-
-        Raises:
-            TokenizerError: an id outside the vocabulary.
-        """
-
-    @abstractmethod
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The text of token ids as UTF-8; a token may end within a character.
-
-        Raises:
-            TokenizerError: an id outside the vocabulary.
-        """
-
-    @classmethod
-    @abstractmethod
-    def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
-        """A tokenizer for `texts`, as `config` says."""
-
-    def adjusted(self, config: DataConfig) -> Tokenizer:
-        """This tokenizer, for training a model further with the settings of `config`: the same ids for the same tokens.
-
-        Raises:
-            TokenizerError: `config` asks for a token that the vocabulary lacks.
-        """
-        return self
-
-    def check(self, text: str) -> None:
-        """Raises TokenizerError unless all of `text` can be encoded; the message says what is missing."""
-        self.encode_array(text)
-
-    @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """All that `from_json` needs, with `type` (the kind) and `version`."""
-
-    @classmethod
-    @abstractmethod
-    def from_json(cls, data: Any) -> Self:
-        """The tokenizer that `to_json` described.
-
-        Raises:
-            LookupError, TypeError, ValueError: damaged. `tokenizer_from_json` turns these into one TokenizerError.
-        """
-
-    def hash(self) -> str:
-        """sha256 of the JSON form: equal for tokenizers that give equal ids."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write the file that `load_tokenizer` reads.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        write_json(path, self.to_json())
+PART = 1 << 18  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
+WORDS_PART = 1 << 14  # of these, characters that one thread encodes into subwords
+WORDS_PARTS = 64  # and how many such parts at a time
+TRAINING_CHARACTERS = 1 << 25  # of a corpus from which subwords are learned
+# GPT-2's pattern of words. Its repetitions are possessive, which changes no match: they need no stack to go back.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 class CharTokenizer(Tokenizer):
@@ -146,8 +70,7 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
         """The characters of `texts` in code-point order, and the configured unknown token."""
-        points = [np.unique(_code_points(text)) for text in texts]
-        return cls([chr(point) for point in np.unique(np.concatenate(points))], config.unknown_token)
+        return cls(_characters(texts), config.unknown_token)
 
     @property
     def vocab_size(self) -> int:
@@ -164,17 +87,23 @@ class CharTokenizer(Tokenizer):
         Raises:
             TokenizerError: a character without a token, with its position, if there is no unknown token.
         """
-        points = _code_points(text)
-        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
-        if (missing := np.flatnonzero(ids < 0)).size:
-            position = int(missing[0])
-            error = TokenizerError(
-                f"character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} "
-                f"is not among the {self.vocab_size} characters of the vocabulary; {self._remedy('it')}"
-            )
-            error.position = position
-            raise error
-        return ids
+        return _joined(self.encode_parts(text))
+
+    def encode_parts(self, text: str) -> Iterator[np.ndarray]:
+        for start in range(0, len(text), PART):
+            points = _code_points(text[start : start + PART])
+            ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+            if (ids < 0).any():
+                raise self._missing(text, start + int(np.argmax(ids < 0)))
+            yield ids
+
+    def _missing(self, text: str, position: int) -> TokenizerError:
+        error = TokenizerError(
+            f"character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} "
+            f"is not among the {self.vocab_size} characters of the vocabulary; {self._remedy('it')}"
+        )
+        error.position = position
+        return error
 
     def decode(self, ids: Iterable[int]) -> str:
         characters = []
@@ -198,7 +127,7 @@ class CharTokenizer(Tokenizer):
         return CharTokenizer(self.vocabulary, unknown)
 
     def check(self, text: str) -> None:
-        strangers = sorted(set(text) - set(self.vocabulary))
+        strangers = sorted(set(_characters([text])) - set(self.vocabulary))
         if not strangers or self.unknown_token is not None:
             return
         shown = ", ".join(repr(c) for c in strangers[:8]) + (", ..." if len(strangers) > 8 else "")
@@ -232,12 +161,271 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
 
 
-KINDS: dict[str, type[Tokenizer]] = {CharTokenizer.kind: CharTokenizer}
+def _characters(texts: Iterable[str]) -> list[str]:
+    """The characters of `texts`, in the order of their code points."""
+    seen = np.zeros(0x110000, dtype=bool)
+    for text in texts:
+        for start in range(0, len(text), PART):
+            seen[_code_points(text[start : start + PART])] = True
+    return [chr(point) for point in np.flatnonzero(seen)]
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+class _BytesTokenizer(Tokenizer):
+    """A tokenizer whose tokens stand for bytes of UTF-8, so that every text has tokens."""
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of each token, by id."""
+        raise NotImplementedError
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return _joined(self.encode_parts(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        pieces, size = self._pieces, self.vocab_size
+        tokens = [int(token) for token in ids]
+        if beyond := [token for token in tokens if not 0 <= token < size]:
+            raise TokenizerError(f"token id {beyond[0]} is not below the vocabulary size {size}")
+        return b"".join([pieces[token] for token in tokens])
+
+    def byte_counts(self) -> np.ndarray:
+        counts = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        counts[list(self.special_tokens.values())] = 0
+        return counts
+
+    def check(self, text: str) -> None:
+        if error := surrogate_error(text):
+            raise error
+
+
+class ByteTokenizer(_BytesTokenizer):
+    """One token for each byte of UTF-8: 256 ids, for any language."""
+
+    kind = "byte"
+    learns = False
+    vocab_size = 256
+    special_tokens: Mapping[str, int] = {}
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)]
+
+    @classmethod
+    def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
+        return cls()
+
+    def encode_parts(self, text: str) -> Iterator[np.ndarray]:
+        self.check(text)
+        for start in range(0, len(text), PART):
+            yield np.frombuffer(text[start : start + PART].encode(), dtype=np.uint8).astype(np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.kind, "version": VERSION}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        return cls()
+
+
+class _SubwordTokenizer(_BytesTokenizer):
+    """A tokenizer of words and parts of words. Special tokens in a text are text."""
+
+    _boundary: re.Pattern[str] | None = GPT2_BOUNDARY  # where a text may be cut
+
+    def _encode_all(self, texts: Sequence[str]) -> Iterable[np.ndarray]:
+        """The ids of each text, on all cores."""
+        raise NotImplementedError
+
+    def encode_parts(self, text: str) -> Iterator[np.ndarray]:
+        parts = chunks(text, self._boundary, WORDS_PART)
+        while batch := list(itertools.islice(parts, WORDS_PARTS)):
+            try:
+                ids = _joined(self._encode_all(batch))
+            except (TypeError, UnicodeEncodeError):
+                raise surrogate_error(text) or AssertionError from None
+            yield ids
+
+    def hash(self) -> str:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        return super().hash()
+
+
+class HuggingFaceTokenizer(_SubwordTokenizer):
+    """Any tokenizer.json, of the package tokenizers.
+
+    Decoding gives what each token adds in the middle of a text: where the first word of a text has a token with a space
+    before it, the space stays.
+
+    Args:
+        specification: the content of the tokenizer.json.
+
+    Raises:
+        TokenizerError: the package is missing.
+        ValueError: the content is damaged.
+    """
+
+    kind = "hf"
+    learns = False
+    vocab_size = 0
+    special_tokens: Mapping[str, int] = {}
+
+    def __init__(self, specification: str) -> None:
+        package = optional_package("tokenizers", self.kind)
+        self.specification = specification
+        self._facts = json.loads(specification)
+        try:
+            self._tokenizer = package.Tokenizer.from_str(specification)
+        except Exception as error:  # the package has no type for it
+            raise ValueError(f"the package tokenizers cannot use it: {error}") from None
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not self.vocab_size:
+            raise ValueError("it has no tokens")
+        added = self._facts.get("added_tokens") or []
+        self.special_tokens = special_tokens({token["content"]: token["id"] for token in added if token["special"]})
+        self._boundary = boundary_of(self._facts)
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
+        return token_pieces(self._tokenizer, self._facts, self.vocab_size)
+
+    @classmethod
+    def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
+        path = Path(config.tokenizer.partition(":")[2]).expanduser()
+        specification = read_specification(path)
+        try:
+            return cls(specification)
+        except (LookupError, TypeError, ValueError) as error:
+            raise TokenizerError(f"{path}: not a tokenizer.json that can be used: {error}") from None
+
+    def _encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns whenever the process forks
+        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.kind, "version": VERSION, "tokenizer": self.specification}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        return cls(checked_specification(json.loads(data["tokenizer"])))
+
+
+class BpeTokenizer(HuggingFaceTokenizer):
+    """Byte-pair encoding [Sennrich et al. 2016] of bytes, as in GPT-2, learned from the corpus."""
+
+    kind = "bpe"
+    learns = True
+
+    @classmethod
+    def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
+        """Learn `bpe_vocab_size` tokens from the first TRAINING_CHARACTERS, or as many spread over longer texts."""
+        package = optional_package("tokenizers", cls.kind)
+        byte_level = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer = package.Tokenizer(package.models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, package.decoders.ByteLevel()
+        trainer = package.trainers.BpeTrainer(
+            vocab_size=config.bpe_vocab_size,
+            special_tokens=[END_OF_TEXT, *config.special_tokens],
+            initial_alphabet=byte_level.alphabet(),
+            show_progress=False,
+        )
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        parts = (chunks(text, GPT2_BOUNDARY, WORDS_PART) for text in sample(texts, TRAINING_CHARACTERS))
+        tokenizer.train_from_iterator(itertools.chain.from_iterable(parts), trainer)
+        return cls(checked_specification(json.loads(tokenizer.to_str())))
+
+
+class Gpt2Tokenizer(_SubwordTokenizer):
+    """The encoding of GPT-2, by the package tiktoken, from local files.
+
+    Args:
+        merges: the content of vocab.bpe.
+    """
+
+    kind = "gpt2"
+    learns = False
+    vocab_size = 50257
+    special_tokens: Mapping[str, int] = {"end_of_text": 50256}
+
+    def __init__(self, merges: str) -> None:
+        package = optional_package("tiktoken", self.kind)
+        self.merges = merges
+        self._encoding = package.Encoding(
+            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=gpt2_ranks(merges), special_tokens={END_OF_TEXT: 50256}
+        )
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
+        return [self._encoding.decode_single_token_bytes(token) for token in range(self.vocab_size)]
+
+    @classmethod
+    def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
+        bases = [Path(folder) for folder in (os.environ.get("WORKBENCH_DATA"), config.corpora_dir) if folder]
+        return cls(gpt2_merges([folder for base in bases for folder in (base, base / "gpt2")]))
+
+    def _encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        def encode(text: str) -> np.ndarray:
+            ids: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
+            return ids
+
+        if len(texts) == 1:
+            return map(encode, texts)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return iter(list(pool.map(encode, texts)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.kind, "version": VERSION, "merges": self.merges}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        return cls(checked_merges(data["merges"]))
+
+
+KINDS: dict[str, type[Tokenizer]] = {
+    kind.kind: kind for kind in (CharTokenizer, ByteTokenizer, BpeTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer)
+}
+
+
+def tokenizer_class(config: DataConfig) -> type[Tokenizer]:
+    """The kind in the setting `tokenizer`, which may have a path after a colon."""
+    return KINDS[config.tokenizer.partition(":")[0]]
+
+
+def check_tokenizer(config: DataConfig, tokenizer: Tokenizer, run: str, path: Path) -> None:
+    """Raises TokenizerError unless `config` asks for the tokenizer of a model that is trained further.
+
+    Args:
+        run: the name of the model.
+        path: the file of its tokenizer.
+    """
+    kind, _, file = config.tokenizer.partition(":")
+    fits = kind == tokenizer.kind
+    if fits and file and os.path.exists(os.path.expanduser(file)):  # else the run's own copy is the only one
+        fits = build_tokenizer(config, ()).hash() == tokenizer.hash()
+    theirs = f"the weights of {run} are of a model with tokenizer {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
+    if not fits:
+        named = f"hf:{path}" if tokenizer.kind == HuggingFaceTokenizer.kind else tokenizer.kind
+        raise TokenizerError(f"{theirs}, not {config.tokenizer}; fitting: --tokenizer {named}")
+    if kind == BpeTokenizer.kind and tokenizer.vocab_size > config.bpe_vocab_size:
+        raise TokenizerError(
+            f"{theirs}, not {config.bpe_vocab_size:,}; fitting: --bpe-vocab-size {tokenizer.vocab_size}"
+        )
 
 
 def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
     """A new tokenizer of the configured kind for `texts`."""
-    return KINDS[config.tokenizer].build(config, texts)
+    return tokenizer_class(config).build(config, texts)
 
 
 def tokenizer_from_json(data: Any, name: str) -> Tokenizer:

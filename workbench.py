@@ -298,8 +298,8 @@ class Run:
     >>> steps, losses = zip(*run.metrics("train/loss"))
     >>> len(losses)
     20
-    >>> sorted(run.summary)
-    ['best_val_loss', 'steps', 'train/eval_loss', 'val/loss']
+    >>> sorted(name for name in run.summary if "loss" in name)
+    ['best_val_loss', 'train/eval_loss', 'val/loss']
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -334,7 +334,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Steps done, last losses and best val/loss, in nats per token; what there is of them."""
+        """Steps done, last losses and best val/loss, in nats per token and bits per byte; what there is of them."""
         return self._read.summary()
 
     def metrics(self, name: str) -> list[tuple[int, float]]:

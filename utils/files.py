@@ -141,7 +141,7 @@ def expand_home(text: str) -> str:
     return path
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
     """Replace `path` by `data`; a crash leaves the old content or the new, never a part.
 
     For files of ours: a link at `path` is replaced, not followed. An older file keeps its mode.
@@ -173,7 +173,7 @@ def _keep_mode(handle: int, path: Path) -> None:
         os.chmod(handle, stat.S_IMODE(old))
 
 
-def _encoded(data: bytes | str) -> bytes:
+def _encoded(data: bytes | memoryview | str) -> bytes | memoryview:
     """The bytes of a text; a file name or an argument in it may be no valid text."""
     return data.encode("utf-8", errors="backslashreplace") if isinstance(data, str) else data
 

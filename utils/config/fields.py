@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from utils.config.settings import TRAJECTORY, Config, Section, warmup_steps
+from utils.config.settings import TOKENIZERS, TRAJECTORY, Config, Section, warmup_steps
 
 SECTIONS: dict[str, type[Section]] = {
     name: field.annotation
@@ -43,6 +43,8 @@ def expected(key: str) -> str:
     field = FIELDS[key]
     if key == "device":
         return "auto, cpu, cuda, cuda:N or mps"
+    if key == "tokenizer":
+        return f"{', '.join(TOKENIZERS)} or hf:PATH"
     members = [member for member in get_args(field.annotation) or (field.annotation,)]
     if get_origin(field.annotation) is Literal:
         return f"{', '.join(members[:-1])} or {members[-1]}" if len(members) > 1 else str(members[0])

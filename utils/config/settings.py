@@ -12,10 +12,19 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from utils.errors import number_text, shown
+from utils.errors import nearest, number_text, shown
 from utils.files import expand_home
 
 Kind = Literal["trajectory", "observation", "machine"]
@@ -74,6 +83,21 @@ class Section(BaseModel):
         return value
 
 
+TOKENIZERS = ("char", "byte", "bpe", "gpt2")  # and hf:PATH
+TOKENIZER_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"type": "string", "enum": [*TOKENIZERS]}, {"type": "string", "pattern": "^hf:."}]}
+)
+
+
+def check_tokenizer(name: str) -> str:
+    """Returns `name`; raises ValueError unless it is one of TOKENIZERS or hf:PATH."""
+    if name not in TOKENIZERS and not re.match(r"hf:.", name):
+        raise ValueError(
+            f"expected {', '.join(TOKENIZERS)} or hf:PATH of a tokenizer.json, got {name!r}{nearest(name, TOKENIZERS)}"
+        )
+    return name
+
+
 class DataConfig(Section):
     """The text that the model learns."""
 
@@ -83,10 +107,21 @@ class DataConfig(Section):
         kind=MACHINE,  # the text decides, wherever it is: corpus_hash takes its place
         min_length=1,
     )
-    tokenizer: Literal["char"] = setting("char", "how text becomes token ids", kind=TRAJECTORY)
+    tokenizer: Annotated[str, AfterValidator(check_tokenizer), TOKENIZER_SCHEMA] = setting(
+        "char",
+        "how text becomes token ids: characters, bytes of UTF-8, byte-pair encoding learned from the corpus, "
+        "the encoding of GPT-2, or any tokenizer.json",
+        kind=TRAJECTORY,
+    )
+    bpe_vocab_size: Int = setting(
+        4096, "tokens that `tokenizer: bpe` learns", kind=TRAJECTORY, unit="tokens", ge=257, le=1_000_000
+    )
+    special_tokens: tuple[str, ...] = setting(
+        (), "further tokens with a role of `tokenizer: bpe`, beside <|endoftext|>", kind=TRAJECTORY
+    )
     unknown_token: str | None = setting(
         None,
-        "one character that stands for characters outside the vocabulary; none: they are an error",
+        "one character that stands for characters outside the vocabulary of `tokenizer: char`; none: they are an error",
         kind=TRAJECTORY,
         min_length=1,
         max_length=1,
@@ -97,6 +132,26 @@ class DataConfig(Section):
     corpora_dir: Place = setting(
         "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
     )
+
+    @model_validator(mode="after")
+    def _rules(self) -> DataConfig:
+        needs = {"unknown_token": "char", "special_tokens": "bpe"}
+        for key, kind in needs.items():
+            if getattr(self, key) and self.tokenizer != kind:
+                raise RuleError(f"{key} is of tokenizer {kind}, not of {self.tokenizer}", key, "tokenizer")
+        texts = [*self.special_tokens]
+        if "" in texts or "<|endoftext|>" in texts or len(set(texts)) < len(texts):
+            raise RuleError(
+                f"special_tokens: expected different tokens beside <|endoftext|>, got {texts}", "special_tokens"
+            )
+        if 256 + 1 + len(texts) > self.bpe_vocab_size:
+            raise RuleError(
+                f"bpe_vocab_size ({self.bpe_vocab_size}) must be at least {257 + len(texts)}: 256 bytes, <|endoftext|> "
+                f"and {len(texts)} special tokens",
+                "bpe_vocab_size",
+                "special_tokens",
+            )
+        return self
 
 
 # The hidden width of each kind of MLP for which it is not 4 n_embd. A gated MLP has three matrices instead of two: with

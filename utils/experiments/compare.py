@@ -23,9 +23,10 @@ from utils.runs.index import (
     differing_settings,
     origin_of,
     resolved_setting,
+    tokenizers_differ,
 )
 from utils.runs.layout import METRIC_REGISTRY
-from utils.runs.metrics import metric, registered_metrics
+from utils.runs.metrics import BITS_PER_BYTE, metric, registered_metrics
 from utils.terminal.words import HASH_LENGTH, setting_text
 
 SEEDS_NEEDED = 3  # in each group, for a verdict
@@ -76,6 +77,7 @@ class Comparison:
     at: axis -> rows of (place, one value for each group: the mean over its runs, None where one is not that far).
     left_out: "run: reason" of each run, or last value, that does not count.
     splits: in words, what sets each group but the first apart from the one that differs least from it.
+    note: what the tokenizers of the runs mean for the metric, if they differ.
     """
 
     metric: str
@@ -84,17 +86,19 @@ class Comparison:
     at: dict[str, Rows]
     left_out: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
+    note: str | None = None
 
 
-def compare(runs: Sequence[IndexedRun], name: str = "val/loss") -> Comparison:
+def compare(runs: Sequence[IndexedRun], name: str | None = None) -> Comparison:
     """Group runs by experiment, judge each pair of groups, and compare the metric at equal steps, tokens and time.
 
     Args:
-        name: the metric.
+        name: the metric; by default val/loss, or bits per byte where the tokenizers differ.
 
     Raises:
         UserError: fewer than two runs have logged the metric.
     """
+    name, note = comparable_metric(runs, name)
     curves: dict[str, Curve] = {}
     left_out = []
     for run in {run.path: run for run in runs}.values():
@@ -124,7 +128,25 @@ def compare(runs: Sequence[IndexedRun], name: str = "val/loss") -> Comparison:
     lower = {"lower": True, "higher": False}.get(metric_direction(name, runs))
     verdicts = [judge(a, b, lower) for a, b in itertools.combinations(groups, 2)]
     splits = _splits(names, [members[0] for members in by_experiment.values()])
-    return Comparison(name, groups, verdicts, _at_equal(groups, curves), left_out, splits)
+    return Comparison(name, groups, verdicts, _at_equal(groups, curves), left_out, splits, note)
+
+
+def comparable_metric(runs: Sequence[IndexedRun], name: str | None) -> tuple[str, str | None]:
+    """The metric to compare runs by, and a note if their tokenizers differ: then a loss per token does not compare.
+
+    Args:
+        name: the metric that was asked for; it is used in any case.
+    """
+    loss = name or "val/loss"
+    if loss not in BITS_PER_BYTE or not tokenizers_differ(runs):
+        return loss, None
+    bits = BITS_PER_BYTE[loss]
+    if name is not None:
+        return loss, f"the tokenizers differ, and {loss} is per token: {bits} compares"
+    lacking = [run.id for run in runs if "val/loss" in run.summary() and bits not in run.summary()]
+    if lacking:
+        return loss, f"the tokenizers differ, and {loss} is per token, but {lacking[0]} has not logged {bits}"
+    return bits, f"the tokenizers differ, so the runs are compared by {bits}: {loss} is per token"
 
 
 def metric_direction(name: str, runs: Sequence[IndexedRun]) -> str:

@@ -80,7 +80,7 @@ def _diff_text(name: str, value: Any) -> str:
 def _against_first(name: str, value: Any, first: Any, index: int) -> Text:
     """A result of run number `index`; for a loss also its distance to that of the first run."""
     text = Text(column_text(name, value) or "-")
-    if index and isinstance(value, float) and isinstance(first, float) and name.endswith("loss"):
+    if index and isinstance(value, float) and isinstance(first, float) and name.endswith(("loss", "bits_per_byte")):
         delta = value - first
         text.append(f"  {delta:+.4f}", style="green" if delta < 0 else "red" if delta > 0 else "dim")
     return text
@@ -108,8 +108,8 @@ def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
             cells = [Text(loss_text(value) or "-", style="green" if value == best else "") for value in values]
             table.add_row(_place(axis, place), *cells)
         yield Group("", title(f"{comparison.metric} at equal {'steps' if axis == 'step' else axis}"), table)
-    if comparison.left_out:
-        yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in comparison.left_out))
+    if notes := [*([comparison.note] if comparison.note else []), *comparison.left_out]:
+        yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in notes))
 
 
 def verdict_words(pair: PairVerdict) -> tuple[str, str]:

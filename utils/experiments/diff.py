@@ -26,7 +26,7 @@ FACTS_SHOWN = 12  # lines about the environment
 CORPUS = ("corpus_hash", "tokenizer_hash", "vocab_size", "train_tokens", "val_tokens")
 HARDWARE = ("processor", "torch")
 FIRST_FACTS = ("torch", "processor", "cpu", "numpy", "python")  # of the environment: they can change the numbers
-RESULTS = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
+RESULTS = ("status", "steps", "val_loss", "bits_per_byte", "last_val_loss", "train_loss", "duration")
 
 
 @dataclass(frozen=True)

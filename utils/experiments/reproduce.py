@@ -28,7 +28,7 @@ from utils.machine.watchdog import watched
 from utils.runs.code import LEFT_OUT, files_of_patch, git_environment, listed_files, open_repo
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
-from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD
+from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD, TOKENIZER
 from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED
 from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
@@ -242,6 +242,8 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
     }
+    if str(run.settings.get("tokenizer")).startswith("hf:"):  # the run has a copy of that file
+        overrides["tokenizer"] = f"hf:{os.path.abspath(run.path / TOKENIZER)}"
     for key, value in overrides.items():
         if key not in run.settings or (key == "callbacks" and not value):  # older code may not have this setting
             continue

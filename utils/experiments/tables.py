@@ -17,7 +17,14 @@ from utils.experiments.diff import environment_of
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.prune import PrunePlan
 from utils.files import size_of
-from utils.runs.index import DAMAGED, FACTS, IndexedRun, differing_settings, non_default_settings
+from utils.runs.index import (
+    DAMAGED,
+    FACTS,
+    IndexedRun,
+    differing_settings,
+    non_default_settings,
+    tokenizers_differ,
+)
 from utils.runs.layout import ARTIFACTS, CHECKPOINTS, LOGS
 from utils.runs.seal import SealCheck
 from utils.terminal.words import (
@@ -92,7 +99,14 @@ def chosen_columns(text: str | None, runs: Sequence[IndexedRun]) -> list[str]:
 def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
     """The columns of a list by default: facts, settings that differ, commit, and the note if a run has one."""
     differing = [key for key in differing_settings(runs) if key not in FACTS]
-    return [*LIST_COLUMNS, *differing, "commit", *(["note"] if any(run.notes["note"] for run in runs) else [])]
+    comparable = ["bits_per_byte"] if tokenizers_differ(runs) else []
+    return [
+        *LIST_COLUMNS,
+        *comparable,
+        *differing,
+        "commit",
+        *(["note"] if any(run.notes["note"] for run in runs) else []),
+    ]
 
 
 def list_screen(
@@ -240,6 +254,7 @@ def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
     yield "steps", f"{row['steps']:,} of {resolved['max_iters']:,}" if row["steps"] and "max_iters" in resolved else ""
     best = loss_text(row["val_loss"])
     yield "best val/loss", best + (f" at step {row['best_step']:,}" if best and row["best_step"] is not None else "")
+    yield "bits per byte", loss_text(row["bits_per_byte"])
     yield "last val/loss", loss_text(row["last_val_loss"])
     yield "parameters", column_text("parameters", row["parameters"])
 

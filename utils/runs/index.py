@@ -40,6 +40,7 @@ FACTS = {  # column -> type in SQL; the settings are further columns
     "duration": "DOUBLE",
     "steps": "BIGINT",
     "val_loss": "DOUBLE",
+    "bits_per_byte": "DOUBLE",
     "best_step": "BIGINT",
     "last_val_loss": "DOUBLE",
     "train_loss": "DOUBLE",
@@ -58,6 +59,7 @@ FACTS = {  # column -> type in SQL; the settings are further columns
     "processor": "VARCHAR",
     "path": "VARCHAR",
 }
+LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte")  # of an evaluation
 LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
 
 
@@ -110,6 +112,7 @@ class IndexedRun:
             "age": None if start is None else max(0.0, round(time.time() - start, 1)),
             "duration": self.duration(),
             "val_loss": summary.get("best_val_loss"),
+            "bits_per_byte": summary.get("best_bits_per_byte"),
             "last_val_loss": summary.get("val/loss"),
             "train_loss": summary.get("train/eval_loss"),
             "steps": summary.get("steps"),
@@ -164,9 +167,12 @@ def summary_of_log(path: Path) -> dict[str, float]:
     while lines := read_lines(path, offset):
         offset += sum(map(len, lines))
         for record in (json.loads(line) for line in lines if b'"val/loss"' in line):
-            losses = {name: decode_number(record[name]) for name in ("val/loss", "train/eval_loss") if name in record}
-            best = summary.get("best_val_loss", math.inf)
-            summary |= {**losses, "best_val_loss": losses["val/loss"] if losses["val/loss"] < best else best}
+            losses = {name: decode_number(record[name]) for name in LOSSES if name in record}
+            summary |= losses
+            if losses["val/loss"] < summary.setdefault("best_val_loss", math.inf):
+                summary["best_val_loss"] = losses["val/loss"]
+                if (bits := losses.get("val/bits_per_byte")) is not None:
+                    summary["best_bits_per_byte"] = bits
     last = last_record(path)
     return {**summary, **({"steps": int(last["step"])} if last else {})}
 
@@ -292,6 +298,12 @@ def differing_settings(runs: Sequence[IndexedRun], kinds: Sequence[str] = (TRAJE
         return len({repr(resolved_setting(run, key)) for run in knowing}) > 1
 
     return [key for key in keys if differs(key)]
+
+
+def tokenizers_differ(runs: Sequence[IndexedRun]) -> bool:
+    """Whether the losses per token of these runs are of different tokens."""
+    hashes = {(run.record.get("resolved") or {}).get("tokenizer_hash") for run in runs}
+    return len(hashes - {None}) > 1
 
 
 def corpus_of(run: IndexedRun) -> str:

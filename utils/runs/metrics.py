@@ -14,6 +14,13 @@ Direction = Literal["lower", "higher", "none"]  # which way is better
 
 VIEWS = ("tensorboard", "aim", "wandb")  # the trackers that can be fed from the logs
 
+# The same loss per byte of text instead of per token, so that runs with different tokenizers compare.
+BITS_PER_BYTE = {
+    "train/loss": "train/bits_per_byte",
+    "train/eval_loss": "train/eval_bits_per_byte",
+    "val/loss": "val/bits_per_byte",
+}
+
 NOT_METRICS = frozenset(("step", "time"))  # fields that every record has
 
 
@@ -70,6 +77,9 @@ for _metric in (
     Metric("val/loss", "nats", "lower"),
     Metric("lr", "1"),
     Metric("grad_norm", "1"),
+    Metric("train/bits_per_byte", "bits/byte", "lower", views=()),  # train/loss in another unit
+    Metric("train/eval_bits_per_byte", "bits/byte", "lower"),
+    Metric("val/bits_per_byte", "bits/byte", "lower"),
     Metric("tokens", "tokens", views=()),
     Metric("tokens_per_second", "tokens/s", "higher", reproducible=False),
     Metric("step_ms", "ms", "lower", views=("tensorboard",), reproducible=False),  # 1 / tokens_per_second
@@ -124,6 +134,11 @@ def read_registry(path: Path) -> None:
     if path.exists():
         for facts in read_json(path):
             _REGISTRY.setdefault(facts["name"], Metric(**{**facts, "views": tuple(facts["views"])}))
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token, in bits per byte of the text of the tokens."""
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
 
 
 def encode_number(value: float) -> float | str:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_orig
 
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
-from utils.config.settings import Config
+from utils.config.settings import TOKENIZERS, Config
 from utils.errors import SHOWN, OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text
 from utils.files import expand_home
 from utils.machine.process import tune_process
@@ -128,6 +128,8 @@ def _limits(key: str, defaults: Config) -> str:
 
 def _metavar(key: str) -> str:
     annotation = FIELDS[key].annotation
+    if key == "tokenizer":
+        return "|".join((*TOKENIZERS, "hf:PATH"))
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     name = {"integer": "N", "number": "X", "list": "A,B"}.get(expected(key).split(" ")[0], "TEXT")

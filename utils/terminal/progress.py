@@ -15,7 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from utils.terminal.console import PrintableConsole, Terminal
-from utils.terminal.words import duration, loss_text
+from utils.terminal.words import bits_text, duration, loss_text
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
 REFRESH_SECONDS = 0.1  # between updates of a bar
@@ -196,7 +196,8 @@ class TrainingProgress:
         times = self._times(step)
         parts = [f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}"]
         if losses:
-            parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}")
+            bits = bits_text(losses["val/loss"], losses.get("val/bits_per_byte"))
+            parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}{bits}")
         elif self.fields["evaluating"]:
             parts.append(self.fields["evaluating"])
         elif self.fields["loss"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +72,20 @@ def column_text(column: str, value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if column in ("steps", "parameters", "best_step") else str(value)
     if isinstance(value, float):
-        return loss_text(value) if column.endswith("loss") else number_text(value)
+        return loss_text(value) if column.endswith(("loss", "bits_per_byte")) else number_text(value)
     return one_line(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 
 
 def loss_text(value: float | None) -> str:
     """A loss with four decimals; empty for None."""
     return "" if value is None else f"{value:.4f}"
+
+
+def bits_text(loss: float | None, bits: float | None) -> str:
+    """A loss in bits per byte, to stand after the loss in nats per token; empty where a token is about a byte."""
+    if loss is None or not bits or not math.isfinite(bits) or abs(loss / math.log(2) / bits - 1) < 0.1:
+        return ""
+    return f" ({bits:.4f} bits/byte)"
 
 
 def duration(seconds: float) -> str:

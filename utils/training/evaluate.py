@@ -48,7 +48,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     state.early_stopping.update(losses["val/loss"])
     if state.config.tracking.sample_tokens:
         monitor.sample(sample_text(state))
-    monitor.progress.evaluation(state.step, losses)
+    monitor.progress.evaluation(state.step, {**losses, **state.bits_per_byte(losses)})
     callbacks.on_eval(losses)
 
 

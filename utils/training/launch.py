@@ -132,11 +132,11 @@ def config_of_resume(
         UserError: the recorded configuration cannot be read, an override is refused, or code of a run that was made
             elsewhere would run.
     """
-    from utils.training.setup import absolute_dataset  # imports torch
+    from utils.training.setup import with_absolute_paths  # imports torch
 
     recorded = recorded_config(origin.run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))
-    loaded = absolute_dataset(loaded, PROJECT_ROOT)
+    loaded = with_absolute_paths(loaded, PROJECT_ROOT)
     check_overrides(origin.run, recorded, loaded, read_record(origin.run).get("resolved") or {})
     check_callbacks(origin, loaded, loader)
     return loaded

@@ -47,6 +47,7 @@ class Monitor:
             state.tokens_per_step,
             tolerance=settings.skip_nonfinite if state.scaler.is_enabled() else 0,
             nonfinite_in_a_row=state.nonfinite_in_a_row,
+            bytes_per_token=state.corpus.bytes_per_token,
         )
         groups = [group["name"] for group in state.optimizer.param_groups]
         draws = bool(state.config.model.dropout)
@@ -113,9 +114,9 @@ class Monitor:
         self._log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
 
     def losses(self, losses: Mapping[str, float]) -> None:
-        """Log an evaluation after `state.step` updates."""
-        tokens = self.state.step * self.state.tokens_per_step
-        self._log.metrics.write([metric_record(self.state.step, time.time(), {"tokens": tokens, **losses})])
+        """Log an evaluation after `state.step` updates, its losses also in bits per byte."""
+        values = {"tokens": self.state.step * self.state.tokens_per_step, **losses, **self.state.bits_per_byte(losses)}
+        self._log.metrics.write([metric_record(self.state.step, time.time(), values)])
 
     def sample(self, text: str) -> None:
         """Log a sample text of the model after `state.step` updates."""

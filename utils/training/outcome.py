@@ -21,7 +21,7 @@ class Outcome:
     at_once: bool = False
     exported: str | None = None
     last_step: int | None = None
-    losses: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and best_val_loss
+    losses: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the best one
     losses_step: int | None = None
     best_step: int | None = None
     parameters: int = 0
@@ -31,7 +31,9 @@ class Outcome:
         self.last_step, self.losses_step, self.best_step = state.step, state.losses_step, state.best_step
         self.parameters = state.model.num_parameters()
         if state.losses is not None:
-            self.losses = {**state.losses, "best_val_loss": state.best_val_loss}
+            best = state.bits_per_byte({"val/loss": state.best_val_loss})["val/bits_per_byte"]
+            bits = {**state.bits_per_byte(state.losses), "best_bits_per_byte": best}
+            self.losses = {**state.losses, "best_val_loss": state.best_val_loss, **bits}
 
 
 class StartInterruptedError(Exception):

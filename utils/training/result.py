@@ -17,7 +17,7 @@ from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
-from utils.terminal.words import duration, fact_lines
+from utils.terminal.words import bits_text, duration, fact_lines
 
 if TYPE_CHECKING:
     from utils.training.setup import Setup
@@ -46,6 +46,7 @@ class TrainResult(Mapping[str, Any]):
     parameters: int
     exported: str | None = None  # which weights
     signum: int | None = None
+    val_bits_per_byte: float | None = None  # val_loss per byte of the text instead of per token
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
@@ -84,7 +85,11 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     rows = [("status", result.status + (f": {result.exit_reason}" if result.exit_reason else ""))]
     if result.val_loss is not None:
         rows.append(
-            ("last losses", f"train {result.train_loss:.4f}, val {result.val_loss:.4f} at step {result.losses_step:,}")
+            (
+                "last losses",
+                f"train {result.train_loss:.4f}, val {result.val_loss:.4f}"
+                f"{bits_text(result.val_loss, result.val_bits_per_byte)} at step {result.losses_step:,}",
+            )
         )
         rows.append(("best val loss", f"{result.best_val_loss:.4f} at step {result.best_step:,}"))
     rows += [

@@ -274,6 +274,7 @@ class Session:
             train_loss=outcome.losses.get("train/eval_loss"),
             val_loss=outcome.losses.get("val/loss"),
             losses_step=outcome.losses_step,
+            val_bits_per_byte=outcome.losses.get("val/bits_per_byte"),
             best_val_loss=outcome.losses.get("best_val_loss"),
             best_step=outcome.best_step,
             seconds=time.monotonic() - self._began,

@@ -16,7 +16,7 @@ import torch
 
 from data import Corpus, load_corpus
 from model import outline
-from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
+from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, tokenizer_from_json
 from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import Checkpoint
 from utils.checkpoints.folder import TOKENIZER_FILE
@@ -90,7 +90,7 @@ def make_setup(
     Raises:
         UserError: the first mistake found.
     """
-    loaded = absolute_dataset(loaded, root)
+    loaded = with_absolute_paths(loaded, root)
     config = loaded.config
     check_places(loaded, root)
     checkpoint, tokenizer = None, None
@@ -192,6 +192,7 @@ def decisive_settings(setup: Setup) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dataset": corpus.hash,
         "corpus_hash": corpus.hash,
+        "tokenizer": corpus.tokenizer.kind,
         "tokenizer_hash": corpus.tokenizer.hash(),
     }
 
@@ -207,7 +208,9 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
     else:
         checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
     check_model(config.model, checkpoint.state["model"], origin.run.name)
-    return checkpoint, tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
+    tokenizer = tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
+    check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
+    return checkpoint, tokenizer
 
 
 def _warn_of_other_text(
@@ -220,17 +223,23 @@ def _warn_of_other_text(
             warn(f"{corpus.name}: the text is not the one that {origin.run.name} was trained on")
 
 
-def absolute_dataset(loaded: LoadedConfig, root: Path) -> LoadedConfig:
-    """`loaded` with an absolute path for its dataset: the recorded configuration means the same from every folder.
+def with_absolute_paths(loaded: LoadedConfig, root: Path) -> LoadedConfig:
+    """`loaded` with absolute paths for its dataset and tokenizer: the recorded configuration means the same everywhere.
 
     A path in a file of configs/ starts from `root`, a path in a flag or in code from the current folder.
     """
-    data, source = loaded.config.data, loaded.source("dataset")
-    if data.dataset in CORPORA:
-        return loaded
-    start = Path.cwd() if source.startswith("--") or source == "code" else root
-    path = Path(os.path.abspath(start / data.dataset))
-    if not os.path.exists(path):
-        return loaded  # load_corpus names what was written
-    config = loaded.config.model_copy(update={"data": data.model_copy(update={"dataset": str(path)})})
+    data = loaded.config.data
+
+    def absolute(key: str, path: str) -> str:
+        """`path` as it is where there is nothing: then the error names what was written."""
+        source = loaded.source(key)
+        start = Path.cwd() if source.startswith("--") or source == "code" else root
+        found = os.path.abspath(start / path)
+        return found if os.path.exists(found) else path
+
+    kind, colon, file = data.tokenizer.partition(":")
+    paths = {"tokenizer": kind + colon + absolute("tokenizer", file)} if colon else {}
+    if data.dataset not in CORPORA:
+        paths["dataset"] = absolute("dataset", data.dataset)
+    config = loaded.config.model_copy(update={"data": data.model_copy(update=paths)})
     return LoadedConfig(config, loaded.layers)

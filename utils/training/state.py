@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
 import time
@@ -24,7 +25,7 @@ from utils.machine.device import autocast
 from utils.nn.float8 import MULTIPLE, use_float8
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
-from utils.runs.metrics import decode_number, encode_number
+from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, decode_number, encode_number
 from utils.runs.origin import differing_model_settings
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
@@ -75,6 +76,21 @@ class TrainState:
     @property
     def tokens_per_step(self) -> int:
         return self.config.train.sequences * self.config.model.block_size
+
+    @functools.cached_property
+    def bytes_per_token(self) -> dict[str, float]:
+        """Bytes of text per token that each loss is a mean of: exact for evaluations, which have fixed batches."""
+        count = self.config.train.eval_iters
+        return {
+            "train/loss": self.corpus.bytes_per_token,
+            "train/eval_loss": self.sampler.evaluation_bytes("train_eval", count),
+            "val/loss": self.sampler.evaluation_bytes("val", count),
+        }
+
+    def bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """`losses` in bits per byte, by the names of these metrics."""
+        rates = self.bytes_per_token
+        return {BITS_PER_BYTE[name]: bits_per_byte(losses[name], rates[name]) for name in rates if name in losses}
 
 
 def build_state(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils.runs.log import LogWriter
-from utils.runs.metrics import metric, metric_record
+from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, metric, metric_record
 
 FLUSH_SECONDS = 2.0
 
@@ -58,6 +58,7 @@ class StepBuffer:
         tokens_per_step: tokens of one update.
         tolerance: steps in a row that may be non-finite (under float16 the scaler skips them).
         nonfinite_in_a_row: how many the last steps were, after a resume.
+        bytes_per_token: of the training text: the loss is logged in bits per byte, too; None: it is not.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class StepBuffer:
         tokens_per_step: int,
         tolerance: int = 0,
         nonfinite_in_a_row: int = 0,
+        bytes_per_token: float | None = None,
     ) -> None:
-        self.writer = writer
+        self.writer, self.bytes_per_token = writer, bytes_per_token
         self.tolerance, self.nonfinite_in_a_row = tolerance, nonfinite_in_a_row
         self.flush_interval, self.log_interval = flush_interval, log_interval
         self.tokens_per_step = tokens_per_step
@@ -145,6 +147,8 @@ class StepBuffer:
         if s.step % self.log_interval and math.isfinite(loss + grad_norm):
             return None
         numbers = {"train/loss": loss, "lr": s.lr, "grad_norm": grad_norm}
+        if self.bytes_per_token is not None:
+            numbers[BITS_PER_BYTE["train/loss"]] = bits_per_byte(loss, self.bytes_per_token)
         return metric_record(s.step, s.time, {"tokens": s.step * self.tokens_per_step, **numbers, **speed})
 
     def _check_finite(self, steps: list[StepRecord], losses: list[float], grad_norms: list[float]) -> None:
