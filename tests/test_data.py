@@ -195,6 +195,12 @@ def test_an_unchanged_corpus_is_neither_read_nor_hashed_again(
         assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
 
 
+def test_another_split_is_not_another_encoding(reads: list[Path], settled_corpus: Path, tmp_path: Path) -> None:
+    sizes = [load(settled_corpus, tmp_path / "corpora", val_fraction=part).n_val for part in (0.1, 0.5)]
+    assert sizes[0] < sizes[1]
+    assert len(reads) == 1
+
+
 def test_a_corpus_that_is_still_young_is_read_again(reads: list[Path], tiny_corpus: Path, tmp_path: Path) -> None:
     for _ in range(2):
         load(tiny_corpus, tmp_path / "corpora")
@@ -404,6 +410,10 @@ def test_on_a_gpu_the_next_batch_is_made_ahead_and_taken_once(monkeypatch: pytes
     assert made == [(42, 6)]  # that of the other sampler
     assert torch.equal(ahead.train_batch(3, 1, 2)[0], sampler().train_batch(3, 1, 2)[0])
     assert len(made) == 3
+    made.clear()
+    ahead.prefetch(4)
+    assert torch.equal(ahead.train_batch(4)[0], sampler().train_batch(4)[0])
+    assert made == [(48, 12), (48, 12)]  # ahead, and that of the other sampler
     ahead.prefetch(4)
     assert torch.equal(ahead.train_batch(5)[0], sampler().train_batch(5)[0])  # another than was expected
 

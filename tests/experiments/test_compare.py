@@ -234,8 +234,9 @@ def test_a_run_without_the_metric_is_left_out_with_the_reason(runs_dir: Path) ->
         indexed(runs_dir, "silent", metrics=[{"step": 1, "time": 1.0, "lr": 0.1}]),
     ]
     (runs_dir / "empty").mkdir()
-    comparison = compare([*runs, read_run(runs_dir / "empty")])
-    assert comparison.left_out == ["silent: no val/loss in its log", "empty: an empty folder"]
+    comparison = compare([read_run(runs_dir / "empty"), *runs])
+    assert comparison.groups[0].runs == ("a0", "a1")
+    assert sorted(comparison.left_out, reverse=True) == ["silent: no val/loss in its log", "empty: an empty folder"]
 
 
 def test_fewer_than_two_runs_with_the_metric_are_told(runs_dir: Path) -> None:
@@ -253,7 +254,7 @@ def test_a_damaged_log_spoils_no_comparison(runs_dir: Path, line: str | bytes) -
     runs = seeds(runs_dir, "a", [1.0, 2.0])
     bad = make_run(runs_dir, "bad")
     write(bad / "logs" / "metrics.jsonl", line)
-    comparison = compare([*runs, read_run(bad)])
+    comparison = compare([read_run(bad), *runs])
     assert comparison.groups[0].runs == ("a0", "a1")
     assert [text.partition(":")[0] for text in comparison.left_out] == ["bad"]
 

@@ -153,3 +153,29 @@ def test_a_momentum_on_the_device_moves_buffers_as_a_number_does() -> None:
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(buffers[0], 0.9 * gradients[0].flip(0) + 0.1 * gradients[0])
     torch.testing.assert_close(directions[0], 0.1 * gradients[0] + 0.9 * buffers[0])
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_muon_waits_for_finite_gradients(found: float) -> None:
+    """With found_inf 0 a step is what it is without, and with 1 it changes nothing."""
+    results = []
+    for found_inf in (None, torch.tensor(found)):
+        params = [torch.nn.Parameter(matrices(1, 4, 6)[0]), torch.nn.Parameter(matrices(1, 6, 4)[0])]
+        group = {"params": params, "lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "blocks": [[4], [6]]}
+        optimizer = Muon([group])
+        for step in range(2):
+            optimizer.found_inf = found_inf if step else None
+            for seed, parameter in enumerate(params):
+                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + step))
+                if step and found:
+                    parameter.grad[0, 0] = torch.nan
+            before = [parameter.detach().clone() for parameter in params]
+            optimizer.step()
+        buffers = [optimizer.state[parameter]["momentum_buffer"] for parameter in params]
+        results.append(([*(p.detach() for p in params), *buffers], before))
+    (plain, _), (guarded, before) = results
+    if found:
+        assert all(map(torch.equal, guarded[:2], before))
+        assert all(buffer.isfinite().all() and buffer.any() for buffer in guarded[2:])
+    else:
+        assert all(map(torch.equal, guarded, plain))

@@ -155,6 +155,10 @@ def test_a_link_out_of_the_run_is_followed_by_no_reader(tmp_path: Path) -> None:
         with pytest.raises(PermissionError, match="leads out of"):
             read(log) if read not in (_lines_before, offset_of_step) else read(log, 1)
     log.unlink()
+    (tmp_path / "run" / "linked").symlink_to(tmp_path)  # the folder of the logs leads out
+    for read in (read_from, _lines_before, LogWriter):
+        with pytest.raises(PermissionError, match="leads out of"):
+            (read(tmp_path / "run" / "linked" / "outside.jsonl", *((1,) if read is _lines_before else ())))
     log.symlink_to(tmp_path / "run" / "real.jsonl")  # elsewhere in the run
     append(log, {"step": 3})
     assert last_record(log) == {"step": 3}

@@ -264,6 +264,13 @@ def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Pat
     assert loaded.source("temperature") == "20260101_000000_base/meta/full_config.json"
 
 
+def test_a_configuration_outside_the_run_is_refused(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
+    (run / "meta").rename(tmp_path / "meta")
+    (run / "meta").symlink_to(tmp_path / "meta")
+    with pytest.raises(ConfigError, match=r"full_config\.json: cannot be read: leads out of"):
+        recorded_config(run, loader)
+
+
 def test_without_a_configuration_nothing_can_be_resumed(runs_dir: Path, loader: ConfigLoader) -> None:
     path = make(runs_dir, "20260102_000000", None)
     with pytest.raises(ConfigError, match="20260102_000000 ended before its configuration was written: nothing can"):
