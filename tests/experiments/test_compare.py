@@ -115,6 +115,7 @@ def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[fl
 def test_a_loss_that_is_not_finite_is_no_difference(broken: float) -> None:
     verdict = judge(group([1, 2, broken]), group([1, 2, 3]))
     assert (verdict.verdict, verdict.p) == ("within noise", None)
+    assert repr(verdict.difference) == repr(broken)
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_group(runs_dir: Path) -> None:
@@ -177,8 +178,8 @@ def test_a_reproduction_is_in_the_group_of_the_run_that_it_repeats(runs_dir: Pat
 
 def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> None:
     runs = [
-        indexed(runs_dir, "a", tag="x", settings={"n_layer": 1}, metrics=training_records([1.0])),
-        indexed(runs_dir, "b", tag="x", settings={"n_layer": 2}, metrics=training_records([2.0])),
+        indexed(runs_dir, "a", tag="x", settings={"n_layer": 1, "seed": 1}, metrics=training_records([1.0])),
+        indexed(runs_dir, "b", tag="x", settings={"n_layer": 2, "seed": 2}, metrics=training_records([2.0])),
     ]
     assert [group.name for group in compare(runs).groups] == ["x n_layer=1", "x n_layer=2"]
 

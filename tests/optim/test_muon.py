@@ -48,6 +48,12 @@ def test_updates_are_computed_in_bfloat16_where_there_are_units_for_it(
     assert units == (error > 1e-4)
 
 
+def test_newton_schulz_treats_each_matrix_as_if_alone() -> None:
+    together = torch.cat([1000 * matrices(1, 4, 6), matrices(2, 4, 6)])
+    for one, result in zip(together, newton_schulz(together), strict=True):
+        torch.testing.assert_close(newton_schulz(one[None])[0], result, rtol=1e-4, atol=1e-4)
+
+
 def test_newton_schulz_of_a_zero_gradient_is_zero() -> None:
     assert newton_schulz(torch.zeros(2, 3, 4)).tolist() == torch.zeros(2, 3, 4).tolist()
 
