@@ -427,6 +427,17 @@ def test_pruning_touches_nothing_else(folder: Path) -> None:
     prune(folder / "nowhere", 1, 10)
 
 
+def test_a_checkpoint_that_cannot_be_deleted_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    make(folder, 10, 20)
+    monkeypatch.setattr("utils.checkpoints.choose.shutil.rmtree", stuck)
+    prune(folder, 1, None)
+    assert [step for step, _ in list_checkpoints(folder)] == [20]
+
+
 def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, messages: Messages) -> None:
     make(folder, 10)
     for name in (".step_000020.tmp", ".step_000005.old"):
