@@ -348,6 +348,14 @@ def test_an_aim_repository_is_a_folder_or_a_server(repo: str) -> None:
     assert make(aim_repo=repo).tracking.aim_repo == repo
 
 
+@pytest.mark.parametrize(
+    ("repo", "folder"),
+    [(".aim", "."), (".aim/", "."), ("/.aim", "/"), ("a/.aim", "a"), ("/a/.aim/", "/a"), ("a.aim", "a.aim")],
+)
+def test_an_aim_repository_is_the_folder_of_its_dot_aim(repo: str, folder: str) -> None:
+    assert make(aim_repo=repo).tracking.aim_repo == folder
+
+
 @pytest.mark.parametrize("repo", ["http://host:53800", "aim://host", "aim://host:", "aim://u@host:1", "aim://host:1/x"])
 def test_another_address_is_no_aim_repository(repo: str) -> None:
     with pytest.raises(ValidationError, match="aim_repo"):

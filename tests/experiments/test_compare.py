@@ -300,6 +300,8 @@ def test_a_curve_leaves_pauses_between_sessions_out(runs_dir: Path) -> None:
     resumed = [{"time": datetime.fromtimestamp(records[2]["time"] - 5, UTC).isoformat()}]
     run = make_run(runs_dir, "run", metrics=records, resumes=resumed)
     assert read_curve(run, "val/loss") == Curve([0, 10, 20], [0, 1000, 2000], [0.0, 10.0, 10.0], [3.0, 2.0, 1.0])
+    at_once = [{"time": datetime.fromtimestamp(records[2]["time"], UTC).isoformat()}]  # with the first record after it
+    assert read_curve(make_run(runs_dir, "b", metrics=records, resumes=at_once), "val/loss").time == [0.0, 10.0, 10.0]
 
 
 def test_a_clock_that_is_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> None:

@@ -248,6 +248,7 @@ def test_without_sources_the_values_count(run: Path, loader: ConfigLoader, conte
     loaded = recorded_config(run, loader)
     assert loaded.config.model.n_layer == 2
     assert loaded.source("n_layer") == "20260101_000000_base/meta/full_config.json"
+    assert [setting.value for setting in loaded.layers["n_layer"]] == [2]
 
 
 def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Path, loader: ConfigLoader) -> None:
