@@ -211,6 +211,9 @@ def test_an_encoded_file_is_verified_once_after_it_was_touched(
     for _ in range(3):
         load(settled_corpus, tmp_path / "corpora")
     assert len(checked) == 1
+    os.utime(token_file(tmp_path / "corpora"), (LONG_AGO + 1, LONG_AGO + 1))
+    load(settled_corpus, tmp_path / "corpora")
+    assert len(checked) == 2
 
 
 @pytest.mark.parametrize(("shift", "accepted"), [(0, True), (1, False), (-1, False)])
@@ -229,6 +232,7 @@ def test_ids_outside_the_vocabulary_are_refused(
 def test_another_split_is_not_another_encoding(reads: list[Path], settled_corpus: Path, tmp_path: Path) -> None:
     sizes = [load(settled_corpus, tmp_path / "corpora", val_fraction=part).n_val for part in (0.1, 0.5)]
     assert sizes[0] < sizes[1]
+    load(settled_corpus, tmp_path / "corpora", corpora_dir="as it is called elsewhere")
     assert len(reads) == 1
 
 

@@ -365,3 +365,11 @@ def test_a_damaged_registry_leaves_the_direction_that_is_known(runs_dir: Path, r
     write(path / "meta" / "metrics.json", registry)
     assert metric_direction("val/loss", [read_run(path)]) == "lower"
     assert metric_direction("of_a_callback", [read_run(path)]) == "none"
+
+
+def test_a_group_of_several_tags_has_the_name_of_the_shortest(runs_dir: Path) -> None:
+    runs = [
+        indexed(runs_dir, tag, tag=tag, settings={"seed": i}, metrics=training_records([1.0]))
+        for i, tag in enumerate(("wide-seed2", "wide-seed10", "wide", "thin"))
+    ]
+    assert [group.name for group in compare(runs).groups] == ["thin"]

@@ -24,6 +24,7 @@ from utils.runs.log import (
     last_record,
     offset_of_step,
     read_from,
+    read_lines,
     read_metrics,
     read_records,
     truncate,
@@ -118,6 +119,12 @@ def test_lines_of_any_length_are_read_whole_across_chunk_borders(log: Path, max_
         offset = end
     assert read == records
     assert offset == log.stat().st_size
+
+
+def test_a_chunk_is_as_long_as_was_asked_for(log: Path) -> None:
+    log.write_bytes(b'{"step": 0}\n' * 1000)
+    assert len(read_from(log, 0, 120)[0]) == 10
+    assert read_lines(log) == read_lines(log, 0, 1 << 20) == [b'{"step": 0}\n'] * 1000
 
 
 def test_a_long_torn_line_is_left_for_later(log: Path) -> None:

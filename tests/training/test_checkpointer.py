@@ -677,3 +677,11 @@ def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, mess
     assert messages == []
     assert choose_checkpoint(folder, "latest", strict=False, warn=messages).step == 10
     assert len(messages) == 1
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_with_its_place(folder: Path) -> None:
+    make(folder, 10)
+    with pytest.raises(CheckpointError, match=r"the newest: .*step_000010: of another model$"):
+        newest_good(folder, strict=False, warn=lambda line: None, problem=lambda checkpoint: "of another model")
+    with pytest.raises(CheckpointError, match=r"^[^:]*step_000010: of another model$"):
+        newest_good(folder, strict=True, warn=lambda line: None, problem=lambda checkpoint: "of another model")
