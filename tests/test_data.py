@@ -18,7 +18,7 @@ import torch
 import data
 from data import BatchSampler, Corpus, TokenFile, load_corpus, sample_offsets
 from tests.tiny_export import char_tokenizer
-from tokenizer import Tokenizer
+from tokenizer import CharTokenizer, Tokenizer
 from utils.config.settings import DataConfig
 from utils.corpora import sources
 from utils.corpora.sources import CorpusError
@@ -193,6 +193,47 @@ def test_an_unchanged_corpus_is_neither_read_nor_hashed_again(
         assert (corpus.hash, corpus.n_train) == (first.hash, first.n_train)
         assert corpus.tokenizer.to_json() == first.tokenizer.to_json()
         assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
+
+
+def test_an_encoded_file_is_verified_once_after_it_was_touched(
+    settled_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(settled_corpus, tmp_path / "corpora")
+    os.utime(token_file(tmp_path / "corpora"), (LONG_AGO, LONG_AGO))
+    checked: list[Path] = []
+    original = TokenFile.crc32
+
+    def counted(self: TokenFile) -> int:
+        checked.append(self.path)
+        return original(self)
+
+    monkeypatch.setattr(TokenFile, "crc32", counted)
+    for _ in range(3):
+        load(settled_corpus, tmp_path / "corpora")
+    assert len(checked) == 1
+    os.utime(token_file(tmp_path / "corpora"), (LONG_AGO + 1, LONG_AGO + 1))
+    load(settled_corpus, tmp_path / "corpora")
+    assert len(checked) == 2
+
+
+@pytest.mark.parametrize(("shift", "accepted"), [(0, True), (1, False), (-1, False)])
+def test_ids_outside_the_vocabulary_are_refused(
+    shift: int, accepted: bool, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = CharTokenizer.encode_array
+    monkeypatch.setattr(CharTokenizer, "encode_array", lambda self, text: encode(self, text).astype(np.int64) + shift)
+    if accepted:
+        load(tiny_corpus, tmp_path)
+    else:
+        with pytest.raises(CorpusError, match="its tokenizer gives ids outside its vocabulary of"):
+            load(tiny_corpus, tmp_path)
+
+
+def test_another_split_is_not_another_encoding(reads: list[Path], settled_corpus: Path, tmp_path: Path) -> None:
+    sizes = [load(settled_corpus, tmp_path / "corpora", val_fraction=part).n_val for part in (0.1, 0.5)]
+    assert sizes[0] < sizes[1]
+    load(settled_corpus, tmp_path / "corpora", corpora_dir="as it is called elsewhere")
+    assert len(reads) == 1
 
 
 def test_a_corpus_that_is_still_young_is_read_again(reads: list[Path], tiny_corpus: Path, tmp_path: Path) -> None:
@@ -404,6 +445,10 @@ def test_on_a_gpu_the_next_batch_is_made_ahead_and_taken_once(monkeypatch: pytes
     assert made == [(42, 6)]  # that of the other sampler
     assert torch.equal(ahead.train_batch(3, 1, 2)[0], sampler().train_batch(3, 1, 2)[0])
     assert len(made) == 3
+    made.clear()
+    ahead.prefetch(4)
+    assert torch.equal(ahead.train_batch(4)[0], sampler().train_batch(4)[0])
+    assert made == [(48, 12), (48, 12)]  # ahead, and that of the other sampler
     ahead.prefetch(4)
     assert torch.equal(ahead.train_batch(5)[0], sampler().train_batch(5)[0])  # another than was expected
 

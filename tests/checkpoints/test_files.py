@@ -748,3 +748,12 @@ def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
         flatten_optimizer(model, optimizer)
     with pytest.raises(ValueError, match="a parameter that is not the model's"):
         flatten_optimizer(nn.Linear(1, 1), OPTIMIZERS["SGD"](model))
+
+
+@pytest.mark.parametrize("size", [-1, "7", 1.5, None, [7]])
+def test_a_size_that_is_no_number_of_bytes_is_a_damaged_manifest(tmp_path: Path, size: Any) -> None:
+    path = write(tmp_path / "step_000010")
+    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    manifest["files"][FILES[-1]]["size"] = size
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert refusal(path) == f"{path / MANIFEST_FILE}: damaged"

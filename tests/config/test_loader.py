@@ -409,6 +409,7 @@ def test_a_mistake_in_a_yaml_file_is_one_line_with_its_place(
     [
         ('{\n "n_layr": 2}', "bad.json:2: unknown key n_layr; did you mean n_layer?"),
         ('{"model":\n {"batch_size": 2}}', "bad.json:2: batch_size belongs to section train, not model"),
+        ('{\n "n_l\\u0061yr": 2}', "bad.json:1: unknown key n_layr"),  # not found as it is spelled
         ('{"n_layer": 0}', "bad.json:1: n_layer: expected integer >= 1 and <= 1024, got 0"),
         ('{"batch_size": NaN}', "bad.json:1: batch_size: expected integer >= 1 or auto, got nan"),
         ('{"grad_clip": Infinity}', "bad.json:1: grad_clip: expected number >= 0, got inf"),

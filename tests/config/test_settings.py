@@ -348,3 +348,22 @@ def test_derived_settings_are_those_of_the_run() -> None:
         **{"epochs": None, "tokens_per_step": 4 * 10},
     }
     assert derived_settings(Config(optimizer={"lr_decay_iters": 150}), 200)["lr_decay_iters"] == 150
+
+
+@pytest.mark.parametrize("repo", [".", "/runs", "a:b", "aim://host:53800", "aim://10.0.0.1:1"])
+def test_an_aim_repository_is_a_folder_or_a_server(repo: str) -> None:
+    assert make(aim_repo=repo).tracking.aim_repo == repo
+
+
+@pytest.mark.parametrize(
+    ("repo", "folder"),
+    [(".aim", "."), (".aim/", "."), ("/.aim", "/"), ("a/.aim", "a"), ("/a/.aim/", "/a"), ("a.aim", "a.aim")],
+)
+def test_an_aim_repository_is_the_folder_of_its_dot_aim(repo: str, folder: str) -> None:
+    assert make(aim_repo=repo).tracking.aim_repo == folder
+
+
+@pytest.mark.parametrize("repo", ["http://host:53800", "aim://host", "aim://host:", "aim://u@host:1", "aim://host:1/x"])
+def test_another_address_is_no_aim_repository(repo: str) -> None:
+    with pytest.raises(ValidationError, match="aim_repo"):
+        make(aim_repo=repo)

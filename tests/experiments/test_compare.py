@@ -115,6 +115,7 @@ def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[fl
 def test_a_loss_that_is_not_finite_is_no_difference(broken: float) -> None:
     verdict = judge(group([1, 2, broken]), group([1, 2, 3]))
     assert (verdict.verdict, verdict.p) == ("within noise", None)
+    assert repr(verdict.difference) == repr(broken)
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_group(runs_dir: Path) -> None:
@@ -187,8 +188,8 @@ def test_a_reproduction_is_in_the_group_of_the_run_that_it_repeats(runs_dir: Pat
 
 def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> None:
     runs = [
-        indexed(runs_dir, "a", tag="x", settings={"n_layer": 1}, metrics=training_records([1.0])),
-        indexed(runs_dir, "b", tag="x", settings={"n_layer": 2}, metrics=training_records([2.0])),
+        indexed(runs_dir, "a", tag="x", settings={"n_layer": 1, "seed": 1}, metrics=training_records([1.0])),
+        indexed(runs_dir, "b", tag="x", settings={"n_layer": 2, "seed": 2}, metrics=training_records([2.0])),
     ]
     assert [group.name for group in compare(runs).groups] == ["x n_layer=1", "x n_layer=2"]
 
@@ -244,8 +245,9 @@ def test_a_run_without_the_metric_is_left_out_with_the_reason(runs_dir: Path) ->
         indexed(runs_dir, "silent", metrics=[{"step": 1, "time": 1.0, "lr": 0.1}]),
     ]
     (runs_dir / "empty").mkdir()
-    comparison = compare([*runs, read_run(runs_dir / "empty")])
-    assert comparison.left_out == ["silent: no val/loss in its log", "empty: an empty folder"]
+    comparison = compare([read_run(runs_dir / "empty"), *runs])
+    assert comparison.groups[0].runs == ("a0", "a1")
+    assert sorted(comparison.left_out, reverse=True) == ["silent: no val/loss in its log", "empty: an empty folder"]
 
 
 def test_fewer_than_two_runs_with_the_metric_are_told(runs_dir: Path) -> None:
@@ -263,7 +265,7 @@ def test_a_damaged_log_spoils_no_comparison(runs_dir: Path, line: str | bytes) -
     runs = seeds(runs_dir, "a", [1.0, 2.0])
     bad = make_run(runs_dir, "bad")
     write(bad / "logs" / "metrics.jsonl", line)
-    comparison = compare([*runs, read_run(bad)])
+    comparison = compare([read_run(bad), *runs])
     assert comparison.groups[0].runs == ("a0", "a1")
     assert [text.partition(":")[0] for text in comparison.left_out] == ["bad"]
 
@@ -308,6 +310,8 @@ def test_a_curve_leaves_pauses_between_sessions_out(runs_dir: Path) -> None:
     resumed = [{"time": datetime.fromtimestamp(records[2]["time"] - 5, UTC).isoformat()}]
     run = make_run(runs_dir, "run", metrics=records, resumes=resumed)
     assert read_curve(run, "val/loss") == Curve([0, 10, 20], [0, 1000, 2000], [0.0, 10.0, 10.0], [3.0, 2.0, 1.0])
+    at_once = [{"time": datetime.fromtimestamp(records[2]["time"], UTC).isoformat()}]  # with the first record after it
+    assert read_curve(make_run(runs_dir, "b", metrics=records, resumes=at_once), "val/loss").time == [0.0, 10.0, 10.0]
 
 
 def test_a_clock_that_is_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> None:
@@ -371,3 +375,11 @@ def test_a_damaged_registry_leaves_the_direction_that_is_known(runs_dir: Path, r
     write(path / "meta" / "metrics.json", registry)
     assert metric_direction("val/loss", [read_run(path)]) == "lower"
     assert metric_direction("of_a_callback", [read_run(path)]) == "none"
+
+
+def test_a_group_of_several_tags_has_the_name_of_the_shortest(runs_dir: Path) -> None:
+    runs = [
+        indexed(runs_dir, tag, tag=tag, settings={"seed": i}, metrics=training_records([1.0]))
+        for i, tag in enumerate(("wide-seed2", "wide-seed10", "wide", "thin"))
+    ]
+    assert [group.name for group in compare(runs).groups] == ["thin"]

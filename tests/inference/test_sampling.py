@@ -127,6 +127,13 @@ def test_large_logits_over_a_small_temperature_do_not_overflow() -> None:
     logits = torch.tensor([[1e37, 3e37, 2e37, 0.0]])
     assert filter_logits(logits, SamplingOptions(1e-3)).isfinite().tolist() == [[False, True, False, False]]
     assert sample(logits, SamplingOptions(1e-3), uniform(1)).tolist() == [1]
+    far_apart = torch.tensor([[3e37, 2e37], [2.0, 1.0]])  # each row has a largest logit of its own
+    assert filter_logits(far_apart, SamplingOptions(1.0))[1].tolist() == [0.0, -1.0]
+
+
+def test_top_p_1_keeps_what_rounding_leaves_no_probability() -> None:
+    logits = torch.tensor([[0.0, *[-17.0] * 50_000, -40.0]])  # the sum before the last is 1, rounded
+    assert filter_logits(logits, SamplingOptions(1.0, top_p=1.0)).isfinite().all()
 
 
 def test_a_token_that_begins_where_top_p_is_reached_is_left_out() -> None:

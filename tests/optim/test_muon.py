@@ -48,6 +48,12 @@ def test_updates_are_computed_in_bfloat16_where_there_are_units_for_it(
     assert units == (error > 1e-4)
 
 
+def test_newton_schulz_treats_each_matrix_as_if_alone() -> None:
+    together = torch.cat([1000 * matrices(1, 4, 6), matrices(2, 4, 6)])
+    for one, result in zip(together, newton_schulz(together), strict=True):
+        torch.testing.assert_close(newton_schulz(one[None])[0], result, rtol=1e-4, atol=1e-4)
+
+
 def test_newton_schulz_of_a_zero_gradient_is_zero() -> None:
     assert newton_schulz(torch.zeros(2, 3, 4)).tolist() == torch.zeros(2, 3, 4).tolist()
 
@@ -153,3 +159,29 @@ def test_a_momentum_on_the_device_moves_buffers_as_a_number_does() -> None:
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(buffers[0], 0.9 * gradients[0].flip(0) + 0.1 * gradients[0])
     torch.testing.assert_close(directions[0], 0.1 * gradients[0] + 0.9 * buffers[0])
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_muon_waits_for_finite_gradients(found: float) -> None:
+    """With found_inf 0 a step is what it is without, and with 1 it changes nothing."""
+    results = []
+    for found_inf in (None, torch.tensor(found)):
+        params = [torch.nn.Parameter(matrices(1, 4, 6)[0]), torch.nn.Parameter(matrices(1, 6, 4)[0])]
+        group = {"params": params, "lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "blocks": [[4], [6]]}
+        optimizer = Muon([group])
+        for step in range(2):
+            optimizer.found_inf = found_inf if step else None
+            for seed, parameter in enumerate(params):
+                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + step))
+                if step and found:
+                    parameter.grad[0, 0] = torch.nan
+            before = [parameter.detach().clone() for parameter in params]
+            optimizer.step()
+        buffers = [optimizer.state[parameter]["momentum_buffer"] for parameter in params]
+        results.append(([*(p.detach() for p in params), *buffers], before))
+    (plain, _), (guarded, before) = results
+    if found:
+        assert all(map(torch.equal, guarded[:2], before))
+        assert all(buffer.isfinite().all() and buffer.any() for buffer in guarded[2:])
+    else:
+        assert all(map(torch.equal, guarded, plain))

@@ -14,7 +14,7 @@ from fake_runs import make_run, training_records, write
 
 import experiments
 from utils.files import is_regular, open_regular, read_json
-from utils.runs.log import RunLogError, read_lines, read_records
+from utils.runs.log import RunLogError, last_record, read_lines, read_records
 from utils.runs.run import Run, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,8 +76,9 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "metrics.jsonl"
     log.parent.mkdir()
     sparse(log)
-    with pytest.raises(RunLogError, match="a line of more than 16 MiB"):
-        read_lines(log)
+    for read in (read_lines, last_record):
+        with pytest.raises(RunLogError, match="a line of more than 16 MiB"):
+            read(log)
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

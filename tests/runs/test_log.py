@@ -24,6 +24,7 @@ from utils.runs.log import (
     last_record,
     offset_of_step,
     read_from,
+    read_lines,
     read_metrics,
     read_records,
     truncate,
@@ -120,6 +121,12 @@ def test_lines_of_any_length_are_read_whole_across_chunk_borders(log: Path, max_
     assert offset == log.stat().st_size
 
 
+def test_a_chunk_is_as_long_as_was_asked_for(log: Path) -> None:
+    log.write_bytes(b'{"step": 0}\n' * 1000)
+    assert len(read_from(log, 0, 120)[0]) == 10
+    assert read_lines(log) == read_lines(log, 0, 1 << 20) == [b'{"step": 0}\n'] * 1000
+
+
 def test_a_long_torn_line_is_left_for_later(log: Path) -> None:
     log.write_bytes(b'{"text": "' + b"x" * 100)
     assert read_from(log, 0, max_bytes=10) == ([], 0)
@@ -155,6 +162,10 @@ def test_a_link_out_of_the_run_is_followed_by_no_reader(tmp_path: Path) -> None:
         with pytest.raises(PermissionError, match="leads out of"):
             read(log) if read not in (_lines_before, offset_of_step) else read(log, 1)
     log.unlink()
+    (tmp_path / "run" / "linked").symlink_to(tmp_path)  # the folder of the logs leads out
+    for read in (read_from, _lines_before, LogWriter):
+        with pytest.raises(PermissionError, match="leads out of"):
+            (read(tmp_path / "run" / "linked" / "outside.jsonl", *((1,) if read is _lines_before else ())))
     log.symlink_to(tmp_path / "run" / "real.jsonl")  # elsewhere in the run
     append(log, {"step": 3})
     assert last_record(log) == {"step": 3}

@@ -248,6 +248,7 @@ def test_without_sources_the_values_count(run: Path, loader: ConfigLoader, conte
     loaded = recorded_config(run, loader)
     assert loaded.config.model.n_layer == 2
     assert loaded.source("n_layer") == "20260101_000000_base/meta/full_config.json"
+    assert [setting.value for setting in loaded.layers["n_layer"]] == [2]
 
 
 def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Path, loader: ConfigLoader) -> None:
@@ -262,6 +263,13 @@ def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Pat
     assert loaded.config.inference.temperature == InferenceConfig().temperature
     assert loaded.source("qa_stop") == "--qa-stop"
     assert loaded.source("temperature") == "20260101_000000_base/meta/full_config.json"
+
+
+def test_a_configuration_outside_the_run_is_refused(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
+    (run / "meta").rename(tmp_path / "meta")
+    (run / "meta").symlink_to(tmp_path / "meta")
+    with pytest.raises(ConfigError, match=r"full_config\.json: cannot be read: leads out of"):
+        recorded_config(run, loader)
 
 
 def test_without_a_configuration_nothing_can_be_resumed(runs_dir: Path, loader: ConfigLoader) -> None:

@@ -431,6 +431,17 @@ def test_pruning_touches_nothing_else(folder: Path) -> None:
     prune(folder / "nowhere", 1, 10)
 
 
+def test_a_checkpoint_that_cannot_be_deleted_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    make(folder, 10, 20)
+    monkeypatch.setattr("utils.checkpoints.choose.shutil.rmtree", stuck)
+    prune(folder, 1, None)
+    assert [step for step, _ in list_checkpoints(folder)] == [20]
+
+
 def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, messages: Messages) -> None:
     make(folder, 10)
     for name in (".step_000020.tmp", ".step_000005.old"):
@@ -670,3 +681,11 @@ def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, mess
     assert messages == []
     assert choose_checkpoint(folder, "latest", strict=False, warn=messages).step == 10
     assert len(messages) == 1
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_with_its_place(folder: Path) -> None:
+    make(folder, 10)
+    with pytest.raises(CheckpointError, match=r"the newest: .*step_000010: of another model$"):
+        newest_good(folder, strict=False, warn=lambda line: None, problem=lambda checkpoint: "of another model")
+    with pytest.raises(CheckpointError, match=r"^[^:]*step_000010: of another model$"):
+        newest_good(folder, strict=True, warn=lambda line: None, problem=lambda checkpoint: "of another model")
