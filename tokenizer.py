@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,8 +198,21 @@ class _BytesTokenizer(Tokenizer):
         return counts
 
     def check(self, text: str) -> None:
-        if error := surrogate_error(text):
-            raise error
+        for _ in _utf8(text):
+            pass
+
+
+def _utf8(text: str) -> Iterator[bytes]:
+    """A text in UTF-8, in parts.
+
+    Raises:
+        TokenizerError: it has half a surrogate pair, which has no UTF-8.
+    """
+    for start in range(0, len(text), PART):
+        try:
+            yield text[start : start + PART].encode()
+        except UnicodeEncodeError:
+            raise surrogate_error(text) or AssertionError from None
 
 
 class ByteTokenizer(_BytesTokenizer):
@@ -218,9 +232,8 @@ class ByteTokenizer(_BytesTokenizer):
         return cls()
 
     def encode_parts(self, text: str) -> Iterator[np.ndarray]:
-        self.check(text)
-        for start in range(0, len(text), PART):
-            yield np.frombuffer(text[start : start + PART].encode(), dtype=np.uint8).astype(np.int64)
+        for part in _utf8(text):
+            yield np.frombuffer(part, dtype=np.uint8).astype(np.int64)
 
     def to_json(self) -> dict[str, Any]:
         return {"type": self.kind, "version": VERSION}
@@ -233,7 +246,7 @@ class ByteTokenizer(_BytesTokenizer):
 class _SubwordTokenizer(_BytesTokenizer):
     """A tokenizer of words and parts of words. Special tokens in a text are text."""
 
-    _boundary = GPT2_BOUNDARY  # where a text may be cut
+    _boundary: re.Pattern[str] | None = GPT2_BOUNDARY  # where a text may be cut
 
     def _encode_all(self, texts: Sequence[str]) -> Iterable[np.ndarray]:
         """The ids of each text, on all cores."""

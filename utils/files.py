@@ -106,7 +106,7 @@ def read_json(path: Path, inside: Path | None = None) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
     """Replace `path` by `data`; a crash leaves the old content or the new, never a part.
 
     Raises:
