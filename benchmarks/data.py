@@ -155,7 +155,10 @@ def differing_ids(folder: Path, count: int) -> list[str]:
     files = [str(folder / name) for name in ("vocab.bpe", "encoder.json")]
     ours = build_tokenizer(DataConfig(tokenizer="gpt2"), [])
     theirs = tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=data_gym_to_mergeable_bpe_ranks(*files), special_tokens={}
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(files[0], files[1]),
+        special_tokens={},
     )
     library = Library(models.BPE.from_file(files[1], files[0]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
