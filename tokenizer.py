@@ -36,7 +36,7 @@ from utils.tokenization.vocabularies import (
     token_pieces,
 )
 
-PART = 1 << 18  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
+PART = 1 << 17  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
 WORDS_PART = 1 << 14  # of these, characters that one thread encodes into subwords
 WORDS_PARTS = 64  # and how many such parts at a time
 TRAINING_CHARACTERS = 1 << 25  # of a corpus from which subwords are learned
