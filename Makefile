@@ -37,6 +37,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.shakespeare
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.crash_test
 	$(BIN)/python -m benchmarks.scaling

@@ -36,7 +36,7 @@ from utils.tokenization.vocabularies import (
     token_pieces,
 )
 
-PART = 1 << 18  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
+PART = 1 << 17  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
 WORDS_PART = 1 << 14  # of these, characters that one thread encodes into subwords
 WORDS_PARTS = 64  # and how many such parts at a time
 TRAINING_CHARACTERS = 1 << 25  # of a corpus from which subwords are learned
@@ -201,8 +201,21 @@ class _BytesTokenizer(Tokenizer):
         return counts
 
     def check(self, text: str) -> None:
-        if error := surrogate_error(text):
-            raise error
+        for _ in _utf8(text):
+            pass
+
+
+def _utf8(text: str) -> Iterator[bytes]:
+    """A text in UTF-8, in parts.
+
+    Raises:
+        TokenizerError: it has half a surrogate pair, which has no UTF-8.
+    """
+    for start in range(0, len(text), PART):
+        try:
+            yield text[start : start + PART].encode()
+        except UnicodeEncodeError:
+            raise surrogate_error(text) or AssertionError from None
 
 
 class ByteTokenizer(_BytesTokenizer):
@@ -222,9 +235,8 @@ class ByteTokenizer(_BytesTokenizer):
         return cls()
 
     def encode_parts(self, text: str) -> Iterator[np.ndarray]:
-        self.check(text)
-        for start in range(0, len(text), PART):
-            yield np.frombuffer(text[start : start + PART].encode(), dtype=np.uint8).astype(np.int64)
+        for part in _utf8(text):
+            yield np.frombuffer(part, dtype=np.uint8).astype(np.int64)
 
     def to_json(self) -> dict[str, Any]:
         return {"type": self.kind, "version": VERSION}

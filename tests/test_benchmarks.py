@@ -33,6 +33,7 @@ from benchmarks import (
     tracking,
     training_arms,
 )
+from benchmarks import data as encoding
 from benchmarks import training as training_benchmark
 from benchmarks.callbacks import MARK
 from benchmarks.switched_run import ALL, LOG, NAIVE, OFF
@@ -58,6 +59,7 @@ from utils.runs.log import read_metrics
 COMMANDS = {
     "checkpoints": checkpoints.main,
     "crash_test": crash_test.main,
+    "data": encoding.main,
     "experiments": experiments.main,
     "gpu": gpu.main,
     "scaling": scaling.main,
@@ -239,6 +241,7 @@ def test_help_does_not_import_torch(name: str) -> None:
         ("tracking", ["--step-ms", ","], "--step-ms: expected numbers >= 0.1"),
         ("tracking", ["--warmup", "0"], "--warmup must be at least 1"),
         ("tracking", ["--parts", "stps"], "--parts: unknown: stps; expected steps, records, closing"),
+        ("data", ["--megabytes", "0"], "--megabytes must be at least 1, not 0"),
         ("checkpoints", ["--parts", "tape"], "unknown: tape; expected loop, disk"),
         ("crash_test", ["--kills", "0"], "--kills must be at least 1"),
         ("gpu", ["--parts", "paces"], "--parts: unknown: paces; expected some of limits, step, loss, gpt2, decode"),
@@ -254,6 +257,17 @@ def test_help_does_not_import_torch(name: str) -> None:
 def test_a_bad_flag_is_one_line(name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert COMMANDS[name](words) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_data_sets_each_tokenizer_against_its_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = encoding.generated_text(1)[:20_000]
+    monkeypatch.setattr(encoding, "generated_text", lambda size: text)
+    assert encoding.main(["--megabytes", "1", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"│ {kind} " in printed for kind in ("char", "byte", "bpe"))
+    assert "machine: " in printed
 
 
 def test_checkpoints_prints_the_share_of_plain_writing_and_reading(capsys: pytest.CaptureFixture[str]) -> None:

@@ -377,6 +377,19 @@ def test_words_that_follow_keep_their_space() -> None:
     assert pieces.decode(pieces.encode("the quick brown")).strip() == "the quick brown"
 
 
+def test_a_prompt_or_text_that_begins_within_a_character(gpt2: Gpt2Tokenizer) -> None:
+    from utils.inference.decode import start_tokens
+    from utils.inference.scoring import _first_bytes
+
+    text = "漢字"
+    assert len(gpt2.encode(text)) > 2
+    assert _first_bytes(gpt2, gpt2.encode(text)[0], text) == len(gpt2.decode_bytes(gpt2.encode(text)[:1]))
+    assert _first_bytes(gpt2, gpt2.encode("the")[0], "the") == 3
+    pieces = of_library(word_pieces())
+    assert pieces.encode(" ") == []
+    assert start_tokens(pieces, " ") == start_tokens(pieces, "") == [0]
+
+
 def test_bytes_of_a_vocabulary_with_byte_fallback() -> None:
     vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}, "▁": 257, "a": 258}
     library = Library(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))

@@ -88,6 +88,8 @@ def _against_first(name: str, value: Any, first: Any, index: int) -> Text:
 
 def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
     """Groups of runs, verdicts, and the metric at equal steps, tokens and time."""
+    if comparison.note:
+        yield Group(Text.assemble(("! ", "yellow"), comparison.note), "")
     groups = plain_table(left=["group"], right=["runs", "mean", "std", "95% of the mean"])
     for group in comparison.groups:
         groups.add_row(Text(group.name, style="cyan"), *group_cells(group))
@@ -108,8 +110,8 @@ def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
             cells = [Text(loss_text(value) or "-", style="green" if value == best else "") for value in values]
             table.add_row(_place(axis, place), *cells)
         yield Group("", title(f"{comparison.metric} at equal {'steps' if axis == 'step' else axis}"), table)
-    if notes := [*([comparison.note] if comparison.note else []), *comparison.left_out]:
-        yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in notes))
+    if comparison.left_out:
+        yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in comparison.left_out))
 
 
 def verdict_words(pair: PairVerdict) -> tuple[str, str]:

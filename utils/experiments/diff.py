@@ -15,7 +15,15 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.files import read_text
 from utils.runs.code import UNREAD, listed_files, open_repo, patched_files
-from utils.runs.index import IndexedRun, code_identity, differing_settings, later_code, origin_of, resolved_setting
+from utils.runs.index import (
+    IndexedRun,
+    code_identity,
+    differing_settings,
+    later_code,
+    origin_of,
+    resolved_setting,
+    tokenizers_differ,
+)
 from utils.runs.layout import ENVIRONMENT, PATCH
 from utils.terminal.words import one_line
 
@@ -26,7 +34,7 @@ FACTS_SHOWN = 12  # lines about the environment
 CORPUS = ("corpus_hash", "tokenizer_hash", "vocab_size", "train_tokens", "val_tokens")
 HARDWARE = ("processor", "torch")
 FIRST_FACTS = ("torch", "processor", "cpu", "numpy", "python")  # of the environment: they can change the numbers
-RESULTS = ("status", "steps", "val_loss", "bits_per_byte", "last_val_loss", "train_loss", "duration")
+RESULTS = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,10 @@ def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
         sections={title: facts for title, facts in sections.items() if facts},
         commits=commits_between(runs, root),
         patch=patch_difference(runs),
-        results=[Row(name, [row[name] for row in rows]) for name in RESULTS],
+        results=[
+            Row(name, [row[name] for row in rows])
+            for name in (*RESULTS, *(["bits_per_byte"] if tokenizers_differ(runs) else []))
+        ],
         curves=[(run.id, compare_logs(runs[0].path, run.path)) for run in runs[1:]],
     )
 

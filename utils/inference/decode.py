@@ -177,13 +177,13 @@ def generate_tokens(
 
 
 def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt; an empty prompt starts from a line break, or from token 0 where that has no token.
+    """Token ids of a prompt; a prompt without tokens starts from a line break, or from token 0 where that has no token.
 
     Raises:
         TokenizerError: part of the prompt has no token.
     """
-    if prompt:
-        return tokenizer.encode(prompt)
+    if ids := tokenizer.encode(prompt):
+        return ids
     try:
         ids = tokenizer.encode("\n")
     except TokenizerError:

@@ -91,8 +91,16 @@ def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
         logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
         losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
         total += float(losses.cpu().double().sum())
-    n_bytes = len(text[len(tokenizer.decode(ids[:1])) :].encode())  # the first token is not predicted
+    n_bytes = len(text.encode()) - _first_bytes(tokenizer, ids[0], text)  # the first token is not predicted
     return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
+
+
+def _first_bytes(tokenizer: Tokenizer, token: int, text: str) -> int:
+    """Bytes of `text` that its first token stands for; it may end within a character, or stand for an unknown one."""
+    piece = tokenizer.decode_bytes([token])
+    if text.encode().startswith(piece):
+        return len(piece)
+    return len(text[: len(tokenizer.decode([token]))].encode())
 
 
 def score_report(name: str, scores: Sequence[tuple[str, Score]]) -> RenderableType:

@@ -176,7 +176,7 @@ def token_pieces(tokenizer: Any, specification: Mapping[str, Any], size: int) ->
     if "ByteLevel" in kinds:
         return [added.get(place) or _byte_level(tokenizer.id_to_token(place) or "") for place in range(size)]
     # Any other decoder may treat the first token of a text in another way: here each follows another token.
-    first = next(place for place in range(size) if place not in added and tokenizer.decode([place, place]))
+    first = next((place for place in range(size) if place not in added and tokenizer.decode([place, place])), 0)
     before = tokenizer.decode([first], skip_special_tokens=False)
     pieces = []
     for place in range(size):
