@@ -121,6 +121,15 @@ def test_a_file_that_a_person_names_is_a_regular_one_wherever_a_link_leads(tmp_p
             open_named(tmp_path / name)
 
 
+def test_a_pipe_that_is_open_already_is_read_to_its_end() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"text")
+    os.close(writing)
+    with open_named(Path(f"/dev/fd/{reading}")) as file:  # what a shell's <(...) stands for
+        assert file.read() == b"text"
+    os.close(reading)
+
+
 @pytest.mark.parametrize("name", ["pipe.yaml", "zeros.yaml"])
 def test_no_script_waits_for_a_pipe_or_reads_a_device(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")

@@ -78,7 +78,12 @@ def open_regular(path: Path, inside: Path | None = None) -> io.BufferedReader:
 
 
 def open_named(path: Path) -> io.BufferedReader:
-    """A regular file that a person named, for reading: unlike `open_regular`, wherever links lead."""
+    """A regular file that a person named, for reading: unlike `open_regular`, wherever links lead.
+
+    A pipe is refused, because nothing says when it ends, unless it is open already, as that of a shell's `<(...)` is.
+    """
+    if path.parent == Path("/dev/fd"):
+        return path.open("rb")
     return os.fdopen(_regular_fd(path, os.O_RDONLY), "rb")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from utils.errors import SHOWN, UserError, cut, nearest, shown
-from utils.files import read_bytes
+from utils.files import open_named
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 CONFIG_BYTES = 1 << 20
@@ -37,7 +37,10 @@ def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        content = read_bytes(path, inside=Path("/"), limit=CONFIG_BYTES)  # a link may lead anywhere
+        with open_named(path) as file:
+            content = file.read(CONFIG_BYTES + 1)
+        if len(content) > CONFIG_BYTES:
+            raise ConfigError(f"{name}: cannot be read: is larger than {CONFIG_BYTES >> 20} MiB")
         return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
