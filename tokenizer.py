@@ -64,7 +64,7 @@ class CharTokenizer(Tokenizer):
         code_points = np.array([ord(c) for c in self.vocabulary], dtype=np.int64)
         unknown_id = -1 if unknown_token is None else self.vocabulary.index(unknown_token)
         # (largest code point + 2,): code point -> id; the last place is for everything beyond
-        self._ids = np.full(int(code_points.max(initial=0)) + 2, unknown_id, dtype=np.int64)
+        self._ids = np.full(int(code_points.max(initial=0)) + 2, unknown_id, dtype=np.int32)
         self._ids[code_points] = np.arange(len(self.vocabulary))
 
     @classmethod
@@ -236,7 +236,7 @@ class ByteTokenizer(_BytesTokenizer):
 
     def encode_parts(self, text: str) -> Iterator[np.ndarray]:
         for part in _utf8(text):
-            yield np.frombuffer(part, dtype=np.uint8).astype(np.int64)
+            yield np.frombuffer(part, dtype=np.uint8)
 
     def to_json(self) -> dict[str, Any]:
         return {"type": self.kind, "version": VERSION}

@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
         """
 
     def encode_parts(self, text: str) -> Iterator[np.ndarray]:
-        """The ids of `encode_array` in parts, so that a long text needs little memory."""
+        """The ids of `encode_array` in parts, of any integer type, so that a long text needs little memory."""
         yield self.encode_array(text)
 
     def encode(self, text: str) -> list[int]:
