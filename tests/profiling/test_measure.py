@@ -594,7 +594,7 @@ def test_every_flag_belongs_to_a_mode_and_every_parameter_of_a_mode_has_a_flag()
     profile_model.add_flags(parser)
     flags = {action.dest for action in parser._actions} - {"help"}
     parameters = {name for run in profile_model.MODES.values() for name in inspect.signature(run).parameters}
-    assert flags - {"sweep", "lr_range"} == parameters - {"loaded"}
+    assert flags - {"sweep", "lr_range", "trust"} == parameters - {"loaded"}
     assert flags >= profile_model.MODES.keys() - {"profile"}
 
 

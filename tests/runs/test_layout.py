@@ -15,8 +15,12 @@ PATHS = [value for value in vars(layout).values() if isinstance(value, Path)]
 FILES = {path.name for path in PATHS if path.suffix} | {layout.LOCK.name}
 FOLDERS = {path.name for path in PATHS} - FILES
 SPELLED = re.compile(rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$|^/?(?:meta|logs|artifacts)/")
-# config/ lies below runs/, and reads the settings of an old run by the name of the file.
-EXEMPT = ("utils/runs/layout.py", "utils/checkpoints/folder.py", "utils/config/loader.py")
+# config/ lies below runs/, and reads the settings of an old run by the name of the file; tokenization/ reads the
+# tokenizer.json of others.
+EXEMPT = (
+    *("utils/runs/layout.py", "utils/checkpoints/folder.py", "utils/config/loader.py"),
+    "utils/tokenization/vocabularies.py",
+)
 SOURCES = [
     path
     for path in (*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("benchmarks/**/*.py"))

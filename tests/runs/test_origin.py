@@ -341,7 +341,8 @@ OTHER_VALUES = {  # valid, and not the default
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
-OF_ANOTHER = ("tokens_per_step",)  # is reported as the batch_size that it changes
+# Reported as the batch_size that it changes, and refused for the tokenizer of the run.
+OF_ANOTHER = ("tokens_per_step", "special_tokens")
 
 
 def other_value(key: str) -> str | bool:

@@ -275,9 +275,7 @@ def test_saved_progress_is_cut_with_the_logs(log: RunLog, tmp_path: Path) -> Non
 def test_tensorboard_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv("--run-tag", "tb")) == 0
     logs = only_run() / "logs"
-    events = EventAccumulator(
-        str(logs / "tensorboard"), size_guidance=dict.fromkeys(("scalars", "tensors", "histograms"), 0)
-    )
+    events = EventAccumulator(str(only_run()), size_guidance=dict.fromkeys(("scalars", "tensors", "histograms"), 0))
     events.Reload()
     for name in ("train/loss", "val/loss", "train/eval_loss", "lr", "grad_norm", "tokens_per_second", "step_ms"):
         shown = [(event.step, event.value) for event in events.Scalars(name)]
@@ -289,7 +287,7 @@ def test_tensorboard_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path
     texts = events.Tensors("sample/text_summary")
     assert [event.step for event in texts] == [0, 3, 6]
     assert {"config/text_summary", "git/text_summary", "model/text_summary"} <= set(events.Tags()["tensors"])
-    assert len(list((logs / "tensorboard").rglob("events.*"))) == 1
+    assert len(list(only_run().rglob("events.*"))) == 1
 
 
 def test_aim_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path) -> None:

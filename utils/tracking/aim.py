@@ -219,11 +219,12 @@ class AimView:
     def _index(self, run_hash: str) -> None:
         """Put a run that has ended into Aim's index, without which its SDK does not find it; `aim up` does so, too."""
         import aim
-        from aim.sdk.index_manager import RepoIndexManager
+        from aim.sdk import index_manager
 
+        index_manager.Observer = index_manager.PollingObserver  # watchdog's starts a thread that stays
         for _ in range(INDEX_ATTEMPTS):
             try:
-                RepoIndexManager(aim.Repo(self.repo)).index(run_hash)
+                index_manager.RepoIndexManager(aim.Repo(self.repo)).index(run_hash)
                 return
             except Exception:  # the tracker boundary: `aim up`, say, has the index open, and will do it
                 time.sleep(0.2)
