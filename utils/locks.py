@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 LOCK_SECONDS = 10.0  # to wait for another writer of a JSON file, which holds the lock for milliseconds
 LOCK_FILE = ".lock.tmp"  # of a folder, without flock; a process that was killed may leave it, and prune removes it
-RELEASED = "released"  # the last word of a signature whose process has let go of the lock
+RELEASED = "released"  # the last word of a signature whose process has released the lock
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # What flock raises on NFS without a lock manager, Lustre without the flock option, and the like.
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)

@@ -166,4 +166,6 @@ def test_links_within_a_run_and_a_run_that_is_a_link_may_be_resumed(tmp_path: Pa
     (big / "inside").symlink_to("meta")
     (big / "logs" / "wandb").mkdir()
     (big / "logs" / "wandb" / "latest-run").symlink_to("/where/it/was")
-    Run.resume(run.path).release()
+    again = Run.resume(run.path)
+    assert again.path == run.path
+    again.release()

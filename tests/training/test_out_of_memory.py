@@ -51,6 +51,16 @@ def test_other_failures_are_not_about_memory() -> None:
     assert not is_out_of_memory(OSError(12, "Cannot allocate memory"))
 
 
+def test_a_batch_that_can_fit_nowhere_is_refused_before_there_is_a_run(
+    tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv("--batch-size", "100000000000")) == 2
+    assert capsys.readouterr().err == REMEDY.replace("out of memory", "--batch-size").replace(
+        "2 x", "100,000,000,000 x"
+    )
+    assert not runs_dir.exists()
+
+
 def test_a_batch_that_does_not_fit_names_the_remedies(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
-from utils.files import read_text
+from utils.files import read_bytes, read_text
 from utils.runs.code import UNREAD, listed_files, open_repo, patched_files
 from utils.runs.index import (
     IndexedRun,
@@ -183,7 +183,7 @@ def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
 def uncommitted_code(run: IndexedRun) -> dict[str, list[str]]:
     """The changed lines of each file in the patch of a run that its training could read."""
     try:
-        files = patched_files(read_text(run.path / PATCH, run.path, "replace"))
+        files = patched_files(read_bytes(run.path / PATCH, run.path))
     except OSError:
         return {}
     unread = listed_files(run.path, UNREAD)

@@ -25,7 +25,7 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import COMMIT, environment_of
 from utils.files import read_bytes
 from utils.machine.watchdog import watched
-from utils.runs.code import LEFT_OUT, files_of_patch, git_environment, listed_files, open_repo
+from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo, patched_files
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD, TOKENIZER
@@ -155,7 +155,7 @@ def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
     if code == "recorded" and os.path.lexists(run.path / PATCH):
         with contextlib.suppress(OSError):  # reported when it is applied
             if patch := read_bytes(run.path / PATCH, run.path):
-                files = ", ".join(files_of_patch(patch)) or "no file"
+                files = ", ".join(patched_files(patch)) or "no file"
                 words.append(f"{PATCH}, which changes {files}")
     return words
 

@@ -133,7 +133,7 @@ class NgramDraft:
         return True
 
     def keep(self, accepted: int) -> None:
-        pass
+        """Nothing is kept: `propose` reads the text itself."""
 
 
 class ModelDraft:

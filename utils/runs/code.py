@@ -81,7 +81,7 @@ class GitFacts:
     @property
     def files(self) -> list[str]:
         """The files that the patch changes."""
-        return files_of_patch(self.patch)
+        return list(patched_files(self.patch))
 
     def summary(self) -> dict[str, Any]:
         """The facts that run.json and trackers show."""
@@ -102,9 +102,15 @@ class GitFacts:
         return digest.hexdigest()
 
 
-def files_of_patch(patch: bytes) -> list[str]:
-    """The names of the files that a patch changes, as git writes them: those with unusual characters are quoted."""
-    return list(dict.fromkeys(_file_of(part) for part in parts_of_patch(patch)))
+def patched_files(patch: bytes) -> dict[str, list[str]]:
+    """The changed lines of each file in a patch, and their context, but not the lines that name blobs and places."""
+    return {_file_of(part): [*_lines_of(part.decode("utf-8", "replace"))] for part in parts_of_patch(patch)}
+
+
+def _lines_of(part: str) -> Iterator[str]:
+    for line in part.splitlines():
+        if line.startswith(("+", "-", " ")) and not line.startswith(("+++ ", "--- ")):
+            yield line
 
 
 def parts_of_patch(patch: bytes) -> list[bytes]:
@@ -113,10 +119,15 @@ def parts_of_patch(patch: bytes) -> list[bytes]:
 
 
 def _file_of(part: bytes) -> str:
-    """The name in `diff --git a/NAME b/NAME`: without renames both halves of the line name the same file."""
+    """The name in `diff --git a/NAME b/NAME`: without renames both halves of the line name the same file.
+
+    Git puts a name with unusual bytes in quotes, and escapes them.
+    """
     names = part.partition(b"\n")[0].removeprefix(b"diff --git ")
-    name = names[len(names) // 2 + 1 :].decode("utf-8", "backslashreplace")
-    return '"' + name[3:] if name.startswith('"b/') else name.removeprefix("b/")
+    name = names[: len(names) // 2]
+    if name.startswith(b'"'):
+        name = name[1:-1].decode("unicode_escape").encode("latin-1")
+    return name.removeprefix(b"a/").decode("utf-8", "surrogateescape")
 
 
 def added_lines(part: bytes) -> bytes:
@@ -229,7 +240,8 @@ class MetadataCapture:
             facts.patch += b"".join(part for part in parts_of_patch(patch) if _is_harmless(part, top, facts.left_out))
         kept = [name for name in untracked if self._is_code(top, name, facts.left_out)]
         facts.left_out += [f"{name} (one of more than {MAX_UNTRACKED_FILES})" for name in kept[MAX_UNTRACKED_FILES:]]
-        imported = {os.path.realpath(path) for name in list(sys.modules) if (path := source_of(name)) is not None}
+        modules = list(sys.modules) if kept else ()  # thousands of paths
+        imported = {os.path.realpath(path) for name in modules if (path := source_of(name)) is not None}
         for name in kept[:MAX_UNTRACKED_FILES]:
             status, patch, _ = repo.git.diff(
                 *(*DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name),
@@ -406,27 +418,6 @@ def listed_files(run: Path, heading: str) -> list[str]:
         return []
     listing = text.partition(f"{heading}\n")[2].partition("\n\n")[0]
     return [line.strip() for line in listing.splitlines()]
-
-
-def patched_files(patch: str) -> dict[str, list[str]]:
-    """The changed lines of a patch and their context, by file; without the lines that only name blobs and places."""
-    files: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in patch.splitlines():
-        if line.startswith("diff --git "):
-            lines = files.setdefault(_patched_file(line), [])
-        elif line.startswith(("+", "-", " ")) and not line.startswith(("+++ ", "--- ")):
-            lines.append(line)
-    return files
-
-
-def _patched_file(line: str) -> str:
-    """The file that a line `diff --git a/NAME b/NAME` names; git escapes the bytes of a name in quotes."""
-    names = line.removeprefix("diff --git ")
-    name = names[: len(names) // 2]
-    if name.startswith('"'):
-        name = name.strip('"').encode().decode("unicode_escape").encode("latin-1").decode("utf-8", "surrogateescape")
-    return name.removeprefix("a/")
 
 
 @functools.cache

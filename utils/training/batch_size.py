@@ -36,6 +36,7 @@ from utils.training.step import clip_gradients, forward_backward, optimizer_step
 # 42% more than the tensors (at most 16% from 1 GiB on), and a process that takes too much is killed.
 RESERVE = {"cuda": 0.1, "cpu": 0.25, "mps": 0.25}
 GIB = 2**30
+LEAST_BYTES = 2  # of a number
 
 Fits = Callable[[int], bool]  # whether a micro-step of that many sequences fits
 
@@ -87,12 +88,24 @@ def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise
-        sequences = config.train.sequences // config.train.gradient_accumulation_steps
-        micro_step = f"{sequences:,} x {config.model.block_size:,} tokens"
-        raise OutOfMemoryError(
-            f"out of memory: a micro-step of {micro_step} does not fit on {device}: "
-            "--batch-size auto finds what fits; --gradient-accumulation-steps N splits an update into N micro-steps"
-        ) from error
+        raise OutOfMemoryError(f"out of memory: {_does_not_fit(config, device)}") from error
+
+
+def check_micro_step(loaded: LoadedConfig, device: torch.device) -> None:
+    """Raises UserError if what the blocks get as input, which the backward pass needs, does not fit into memory."""
+    config = loaded.config
+    tokens = config.train.sequences // config.train.gradient_accumulation_steps * config.model.block_size
+    needed = tokens * config.model.n_layer * config.model.n_embd * LEAST_BYTES
+    if needed > available_memory(device):
+        raise UserError(f"{loaded.source('batch_size')}: {_does_not_fit(config, device)}")
+
+
+def _does_not_fit(config: Config, device: torch.device) -> str:
+    sequences = config.train.sequences // config.train.gradient_accumulation_steps
+    return (
+        f"a micro-step of {sequences:,} x {config.model.block_size:,} tokens does not fit on {device}: "
+        "--batch-size auto finds what fits; --gradient-accumulation-steps N splits an update into N micro-steps"
+    )
 
 
 def largest_fitting(sizes: Sequence[int], fits: Fits) -> int | None:

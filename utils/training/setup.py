@@ -33,7 +33,7 @@ from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
 from utils.runs.origin import WRITTEN, Origin, check_model, pin, pinned_settings
 from utils.runs.run import read_record
-from utils.training.batch_size import find_batch
+from utils.training.batch_size import check_micro_step, find_batch
 from utils.training.callbacks import Callback, load_callbacks
 
 BYTES_OF_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, moments; another: 8
@@ -121,6 +121,7 @@ def make_setup(
     if config.train.batch_size == "auto":
         loaded = find_batch(loaded, corpus, device, dtype, report)
         config = loaded.config
+    check_micro_step(loaded, device)
     max_iters = config.train.max_iters
     if max_iters is None:
         assert config.train.epochs is not None
