@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from utils.config.fields import FIELDS, SECTIONS, flat
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError
+from utils.machine.signals import StopSignal
 from utils.terminal.cli import Parser, add_config_flags, parse_experiment, script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +191,7 @@ def test_help_comes_although_a_file_is_broken_and_says_why(capsys: pytest.Captur
         (UserError("a.yaml:1: wrong"), 2, "error: a.yaml:1: wrong\n"),
         (UserError("one\ntwo"), 2, "error: one\nerror: two\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (StopSignal(signal.SIGTERM), 143, "interrupted\n"),
     ],
 )
 def test_script_turns_mistakes_into_lines_and_a_status(

@@ -15,9 +15,20 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE_SIGNAL = signal.SIGUSR1
 
 
+class StopSignal(KeyboardInterrupt):
+    """A signal that stops at once, wherever the program is.
+
+    signum: of the first signal, which decides the exit status.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
 @dataclass
 class StopRequest:
-    """Set by the first stop signal, or by `stop`; a second signal other than SIGHUP raises KeyboardInterrupt at once.
+    """Set by the first stop signal, or by `stop`; a second signal other than SIGHUP raises StopSignal at once.
 
     reason: why to stop; None: training continues.
     signum: the signal that asked to stop.
@@ -46,12 +57,13 @@ class StopRequest:
             self.save = True
             _tell(f"\n{name}: saving a checkpoint after this step\n")
             return
-        first, self.signum = self.signum is None, self.signum or signum
+        first = self.signum is None
+        self.signum = self.signum or signum
         self.stop(name)
         if signum == signal.SIGHUP and not first:
             return  # a terminal that is closed sends it twice, by the shell and by the kernel: nobody is impatient
         if not (first and self.patient):
-            raise KeyboardInterrupt
+            raise StopSignal(self.signum)
         _tell(f"\n{name}: stopping after this step; a second signal stops at once\n")
 
     def handle_continue(self, _signum: int, _frame: FrameType | None) -> None:

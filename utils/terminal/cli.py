@@ -7,6 +7,7 @@ import errno
 import functools
 import re
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -249,7 +250,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 def script(main: Callable[[Sequence[str]], int]) -> Main:
     """Decorator of a script's `main(argv)`: prepares its streams, and reports mistakes in one line, with status 2.
 
-    Other endings: 130 after Ctrl-C (outside the part that handles signals itself), 141 without a message after a
+    Other endings: 130 after Ctrl-C, 128 + its number after another stop signal, 141 without a message after a
     closed pipe (`... | head`), and 1 with one line if memory is too small, or the disk lets stdout or a file not be
     written.
     """
@@ -273,9 +274,9 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
                 return 2
             finally:
                 sys.stdout.flush()  # at exit it would be too late to report an error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             print("interrupted", file=sys.stderr)
-            return 130
+            return 128 + getattr(interruption, "signum", signal.SIGINT)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
