@@ -1,0 +1,258 @@
+"""Prepared datasets: folders of token shards, made by prepare.py and read in place by training.
+
+    datasets/NAME/
+        dataset.json           what the folder holds, written last: a folder without it is not a dataset
+        tokenizer.json
+        train_00000.bin ...    token ids, uint16 or uint32, little-endian; val_00000.bin ...
+        train_00000.ends       where each document of the shard ends, in tokens from the shard's start, uint64
+        train_00000.origins    where each document comes from: index in `sources` and line or row, two uint32
+        verified.json          state of each shard when its checksum was last found right; may be missing
+        report.json, CARD.md   what was removed, with examples; for people
+
+A document begins with the end-of-text token and lies in one shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.corpora.records import file_state
+from utils.errors import UserError
+from utils.files import open_regular, read_json, write_json
+
+SCHEMA_VERSION = 1
+DATASET_JSON, TOKENIZER_JSON, VERIFIED_JSON = "dataset.json", "tokenizer.json", "verified.json"
+TYPES = {"uint16": 2, "uint32": 4}  # of token ids, with their bytes
+CHUNK = 1 << 20  # bytes of a file that are read at a time
+
+
+class DatasetError(UserError):
+    """A folder that is not a whole prepared dataset."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file of a split.
+
+    crc32, sha256: of the token file. ends_crc32, origins_crc32: of the files beside it.
+    """
+
+    name: str
+    tokens: int
+    documents: int
+    crc32: int
+    sha256: str
+    ends_crc32: int
+    origins_crc32: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of `train` or `val`. bytes: of the documents' text in UTF-8."""
+
+    shards: Sequence[Shard]
+    bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset, as its dataset.json describes it.
+
+    end_of_text: the token that each document begins with.
+    dtype: of token ids: uint16 or uint32.
+    sources: one entry for each file that was read, with its `path` at least.
+    leaks: indices, in the order of the shards, of the documents of `val` that nearly equal one of `train`.
+    facts: all else in dataset.json: how it was made.
+    """
+
+    folder: Path
+    tokenizer_hash: str
+    end_of_text: int
+    dtype: str
+    splits: Mapping[str, Split]
+    sources: Sequence[Mapping[str, Any]] = ()
+    leaks: Sequence[int] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / TOKENIZER_JSON
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what training reads: equal for equal tokens of equal documents, however the folder is named."""
+        content = {
+            name: [(shard.sha256, shard.ends_crc32) for shard in split.shards] for name, split in self.splits.items()
+        }
+        text = json.dumps([self.tokenizer_hash, self.dtype, content], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def path(self, shard: Shard, suffix: str = "bin") -> Path:
+        """The `bin`, `ends` or `origins` file of a shard."""
+        return self.folder / f"{shard.name}.{suffix}"
+
+    def files(self) -> Iterator[tuple[Path, int, int]]:
+        """Path, size in bytes and CRC-32 of each file of the shards."""
+        for split in self.splits.values():
+            for shard in split.shards:
+                yield self.path(shard), shard.tokens * TYPES[self.dtype], shard.crc32
+                yield self.path(shard, "ends"), shard.documents * 8, shard.ends_crc32
+                yield self.path(shard, "origins"), shard.documents * 8, shard.origins_crc32
+
+    def save(self) -> None:
+        """Write dataset.json, which makes the folder a dataset.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = {key: value for key, value in asdict(self).items() if key not in ("folder", "facts")}
+        write_json(self.folder / DATASET_JSON, {"schema_version": SCHEMA_VERSION, **content, **self.facts})
+
+    def verify(self, thorough: bool = False) -> None:
+        """Compare the shards with their checksums: those written to since they were last compared, or all.
+
+        Raises:
+            DatasetError: a shard is missing or was edited; the message names it.
+        """
+        known = {} if thorough else self._verified()
+        found = {}
+        for path, size, crc32 in self.files():
+            try:
+                state = file_state(path)
+                if known.get(path.name) != state:
+                    if path.stat().st_size != size:
+                        raise DatasetError(
+                            f"{path}: {path.stat().st_size:,} bytes, not the {size:,} that were prepared"
+                        )
+                    if checksum(path) != crc32:
+                        raise DatasetError(f"{path}: edited or damaged since it was prepared: its CRC-32 differs")
+            except OSError as error:
+                raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+            found[path.name] = state
+        if found != known:
+            with contextlib.suppress(OSError):  # of a folder that is only readable, each start compares all
+                write_json(self.folder / VERIFIED_JSON, found)
+
+    def _verified(self) -> dict[str, str]:
+        try:
+            content = read_json(self.folder / VERIFIED_JSON)
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def is_dataset(folder: Path) -> bool:
+    return os.path.isfile(folder / DATASET_JSON)
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """The dataset in `folder`; its shards are not looked at (`Dataset.verify`).
+
+    Raises:
+        DatasetError: it is none, it is damaged, or a newer version of the workbench made it.
+    """
+    path = folder / DATASET_JSON
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DatasetError(f"{path}: damaged: {error}") from None
+    try:
+        version = content.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DatasetError(f"{path}: schema_version {version}, expected {SCHEMA_VERSION}")
+        splits = {
+            name: Split([Shard(**shard) for shard in split["shards"]], split["bytes"])
+            for name, split in content.pop("splits").items()
+        }
+        if content["dtype"] not in TYPES or not {"train", "val"} <= set(splits):
+            raise ValueError("its dtype or its splits are unknown")
+        keys = ("tokenizer_hash", "end_of_text", "dtype", "sources", "leaks")
+        return Dataset(folder, splits=splits, **{key: content.pop(key) for key in keys}, facts=content)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DatasetError(f"{path}: damaged: {error!r}") from None
+
+
+class ShardWriter:
+    """Writes one shard document by document. The folder becomes a dataset only when `Dataset.save` has run."""
+
+    def __init__(self, folder: Path, split: str, number: int) -> None:
+        self.name = f"{split}_{number:05d}"
+        self._folder = folder
+        self._file = open(folder / f"{self.name}.bin", "wb")  # noqa: SIM115 (closed by `close`)
+        self._crc32, self._sha256 = 0, hashlib.sha256()
+        self._ends, self._origins = array("Q"), array("I")
+
+    def add(self, ids: memoryview, source: int, record: int) -> None:
+        """Append one document.
+
+        Args:
+            ids: its tokens, the end-of-text token first, in the type of the dataset.
+            source: index of its file in `Dataset.sources`.
+            record: its line or row there, from 1.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._file.write(ids)
+        self._crc32 = zlib.crc32(ids, self._crc32)
+        self._sha256.update(ids)
+        self._ends.append(self.tokens + len(ids))
+        self._origins.extend((source, record))
+
+    @property
+    def tokens(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def close(self) -> Shard:
+        """Finish the files, synced to disk.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        checksums = []
+        for suffix, values in (("ends", self._ends), ("origins", self._origins)):
+            with open(self._folder / f"{self.name}.{suffix}", "wb") as file:
+                values.tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
+            checksums.append(zlib.crc32(values))
+        return Shard(self.name, self.tokens, len(self._ends), self._crc32, self._sha256.hexdigest(), *checksums)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    value = 0
+    with open_regular(path) as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
