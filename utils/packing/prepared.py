@@ -17,7 +17,7 @@ from utils.corpora.datasets import Dataset, DatasetError, read_dataset
 from utils.packing.documents import Documents, Marked
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
-from utils.packing.rows import Packed, Rows, Single
+from utils.packing.rows import Layout, Packed, Rows, Single
 from utils.terminal.words import counted
 
 AT_ONCE = 1 << 24  # ids of a shard that are looked at together
@@ -36,7 +36,8 @@ class Prepared:
     tokenizer: Tokenizer
     packing: str
     plans: Path
-    _made: dict[Path, Plan] = field(default_factory=dict)  # and not written yet
+    _rows: dict[tuple[str, int], Rows] = field(default_factory=dict)
+    _made: dict[Path, Plan] = field(default_factory=dict)  # plans that are not written yet
 
     @functools.cached_property
     def documents(self) -> Mapping[str, Documents]:
@@ -57,20 +58,26 @@ class Prepared:
         """The rows of `train` or `val`; None: packing is random."""
         if self.packing == "random":
             return None
+        if (split, block_size) not in self._rows:
+            layout = self._layout(split, block_size)
+            self._rows[split, block_size] = Rows(self.documents[split], layout, block_size, self.dataset.end_of_text)
+        return self._rows[split, block_size]
+
+    def _layout(self, split: str, block_size: int) -> Layout:
         documents = self.documents[split]
         if self.packing == "none":
-            return Rows(documents, Single(documents, block_size), block_size, self.dataset.end_of_text)
+            return Single(documents, block_size)
         path = self.plans / f"{self.dataset.hash[:16]}-{split}-{block_size}-v{VERSION}.plan"
-        if path not in self._made:
-            self._made[path] = load_plan(path) or best_fit(documents.lengths(), block_size)
-        return Rows(documents, Packed(self._made[path], block_size), block_size, self.dataset.end_of_text)
+        plan = load_plan(path)
+        if plan is None:
+            plan = self._made[path] = best_fit(documents.lengths(), block_size)
+        return Packed(plan, block_size)
 
     def save_plans(self) -> Joined:
         """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
         with contextlib.suppress(OSError):
             for path, plan in self._made.items():
-                if not path.exists():
-                    plan.save(path)
+                plan.save(path)
         return self.tokens
 
     def note(self) -> str:
