@@ -6,6 +6,8 @@ python -m benchmarks.data --megabytes 200 --repeats 3
 Each kind encodes a generated text into a token file's ids; NumPy alone (a table of code points, or the bytes) and the
 packages tokenizers and tiktoken alone do the same from the lines of the text, on the same cores. With --gpt2 FOLDER,
 which has GPT-2's vocab.bpe and encoder.json, 10,000 random texts must also have the ids that both packages give.
+
+A second table has what a start and a batch cost with a prepared dataset of generated tokens (--prepared-megabytes).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.common import at_least, interleaved, machine_facts, verdict
+from benchmarks.data_prepared import prepared_table
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.errors import UserError
@@ -44,8 +47,12 @@ def main(argv: Sequence[str]) -> int:
         help="encodings of each, of which the fastest counts (default: 3)",
     )
     parser.add_argument("--gpt2", type=Path, metavar="FOLDER", help="GPT-2's vocab.bpe and encoder.json")
+    parser.add_argument(
+        "--prepared-megabytes", type=int, default=20, metavar="N", help="size of the prepared dataset (default: 20)"
+    )
     args = parser.parse(argv)
     at_least(1, megabytes=args.megabytes, repeats=args.repeats)
+    at_least(1, **{"prepared-megabytes": args.prepared_megabytes})
     terminal = Terminal()
     if args.gpt2:
         os.environ["WORKBENCH_DATA"] = str(args.gpt2)
@@ -60,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
     for kind in ("char", "byte", "bpe", *(["gpt2"] if args.gpt2 else [])):
         tokenizer = build_tokenizer(DataConfig(tokenizer=kind), [text])
         table.add_row(kind, *measured(tokenizer, text, args.repeats, args.megabytes))
-    terminal.print(table, f"machine: {machine_facts()}, {os.cpu_count()} cores")
+    terminal.print(table, prepared_table(args.prepared_megabytes, args.repeats))
+    terminal.print(f"machine: {machine_facts()}, {os.cpu_count()} cores")
     return 0
 
 

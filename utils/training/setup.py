@@ -23,6 +23,7 @@ from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
+from utils.corpora.datasets import find_dataset, is_dataset
 from utils.corpora.sources import CORPORA, CorpusError
 from utils.errors import UserError, shown
 from utils.inference.decode import start_tokens
@@ -71,7 +72,7 @@ class Setup:
     def epochs(self) -> float:
         """Passes over the training tokens that the run will make."""
         tokens = self.max_iters * self.config.train.sequences * self.config.model.block_size
-        return tokens / self.corpus.n_train
+        return tokens / self.corpus.tokens_of_pass(self.config.model.block_size)
 
 
 def make_setup(
@@ -93,13 +94,13 @@ def make_setup(
     loaded = with_absolute_paths(loaded, root)
     config = loaded.config
     check_places(loaded, root)
-    checkpoint, tokenizer = None, None
+    checkpoint, tokenizer, datasets_dir = None, None, root / config.data.datasets_dir
     resumes = origin is not None and origin.relation == "resume"
     if origin is not None and resumes:
         config = pin(config, pinned_settings(config, read_record(origin.run)))
         tokenizer = load_tokenizer(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
-        checkpoint, tokenizer = read_parent(origin, config, warn)
+        checkpoint, tokenizer = read_parent(origin, config, datasets_dir, warn)
     device = choose_device(config.train.device)  # first what takes no time: reading a corpus may
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.fp8:
@@ -108,7 +109,7 @@ def make_setup(
     folder = root / config.data.corpora_dir
     try:
         block_size = config.model.block_size
-        corpus = load_corpus(config.data, block_size, folder, tokenizer, warn, report, keep=False)
+        corpus = load_corpus(config.data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
             raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
@@ -125,7 +126,8 @@ def make_setup(
     max_iters = config.train.max_iters
     if max_iters is None:
         assert config.train.epochs is not None
-        max_iters = math.ceil(config.train.epochs * corpus.n_train / config.train.sequences / config.model.block_size)
+        tokens = config.train.epochs * corpus.tokens_of_pass(block_size)
+        max_iters = math.ceil(tokens / config.train.sequences / block_size)
         try:
             warmup_steps(config.optimizer, max_iters)
         except RuleError as error:
@@ -198,8 +200,10 @@ def decisive_settings(setup: Setup) -> dict[str, Any]:
     }
 
 
-def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, Tokenizer]:
-    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer.
+def read_parent(
+    origin: Origin, config: Config, datasets_dir: Path, warn: Callable[[str], None]
+) -> tuple[Checkpoint, Tokenizer]:
+    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer. (A prepared dataset has its own.)
 
     Raises:
         UserError: there is none, it is damaged, or it is of another model.
@@ -210,7 +214,8 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
         checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
     check_model(config.model, checkpoint.state["model"], origin.run.name)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
-    check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
+    if config.data.dataset in CORPORA or find_dataset(config.data.dataset, datasets_dir) is None:
+        check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
     return checkpoint, tokenizer
 
 
@@ -240,7 +245,7 @@ def with_absolute_paths(loaded: LoadedConfig, root: Path) -> LoadedConfig:
 
     kind, colon, file = data.tokenizer.partition(":")
     paths = {"tokenizer": kind + colon + absolute("tokenizer", file)} if colon else {}
-    if data.dataset not in CORPORA:
+    if data.dataset not in CORPORA and not is_dataset(root / data.datasets_dir / data.dataset):
         paths["dataset"] = absolute("dataset", data.dataset)
     config = loaded.config.model_copy(update={"data": data.model_copy(update=paths)})
     return LoadedConfig(config, loaded.layers)

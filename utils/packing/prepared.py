@@ -1,0 +1,171 @@
+"""A prepared dataset as training reads it: in place, checked, and cut into rows as the setting `packing` says."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from utils.config.settings import DataConfig
+from utils.corpora.datasets import Dataset, DatasetError, read_dataset
+from utils.packing.documents import Documents, Marked
+from utils.packing.joined import Joined
+from utils.packing.plan import VERSION, Plan, best_fit, load_plan
+from utils.packing.rows import Layout, Packed, Rows, Single
+from utils.terminal.words import counted
+
+AT_ONCE = 1 << 24  # ids of a shard that are looked at together
+MANY_LEAKS = 0.01  # of the documents of validation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset whose shards are what was prepared.
+
+    packing: of the setting.
+    plans: folder of the plans of packing.
+    """
+
+    dataset: Dataset
+    tokenizer: Tokenizer
+    packing: str
+    plans: Path
+    _rows: dict[tuple[str, int], Rows] = field(default_factory=dict)
+    _made: dict[Path, Plan] = field(default_factory=dict)  # plans that are not written yet
+
+    @functools.cached_property
+    def documents(self) -> Mapping[str, Documents]:
+        """Those of `train` and `val`."""
+        return {name: Documents(self.dataset, self.dataset.splits[name]) for name in ("train", "val")}
+
+    @functools.cached_property
+    def tokens(self) -> Joined:
+        """Those of training, then those of validation."""
+        return Joined([*self.documents["train"].tokens.parts, *self.documents["val"].tokens.parts])
+
+    @functools.cached_property
+    def leaks(self) -> Marked:
+        """The documents of validation that nearly equal one of training."""
+        return Marked(self.documents["val"], self.dataset.leaks)
+
+    def rows(self, split: str, block_size: int) -> Rows | None:
+        """The rows of `train` or `val`; None: packing is random."""
+        if self.packing == "random":
+            return None
+        if (split, block_size) not in self._rows:
+            layout = self._layout(split, block_size)
+            self._rows[split, block_size] = Rows(self.documents[split], layout, block_size, self.dataset.end_of_text)
+        return self._rows[split, block_size]
+
+    def _layout(self, split: str, block_size: int) -> Layout:
+        documents = self.documents[split]
+        if self.packing == "none":
+            return Single(documents, block_size)
+        path = self.plans / f"{self.dataset.hash[:16]}-{split}-{block_size}-v{VERSION}.plan"
+        plan = load_plan(path)
+        if plan is None:
+            plan = self._made[path] = best_fit(documents.lengths(), block_size)
+        return Packed(plan, block_size)
+
+    def save_plans(self) -> Joined:
+        """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
+        with contextlib.suppress(OSError):
+            for path, plan in self._made.items():
+                plan.save(path)
+        return self.tokens
+
+    def note(self) -> str:
+        """What a person should know of the dataset before training on it."""
+        train, val = (self.dataset.splits[name].documents for name in ("train", "val"))
+        return (
+            f"{self.dataset.folder}: prepared with tokenizer {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} "
+            f"tokens; {counted(train, 'document')} for training and {val:,} for validation"
+        )
+
+    def leaks_note(self) -> str | None:
+        """What is wrong with the loss of validation, if there are more than a few leaks."""
+        leaks, documents = len(self.leaks), self.dataset.splits["val"].documents
+        if leaks <= MANY_LEAKS * documents:
+            return None
+        return (
+            f"{self.dataset.folder}: {leaks:,} of {documents:,} validation documents ({leaks / documents:.1%}) nearly "
+            "equal a training document: val/loss says too little about other texts; the last evaluation is also "
+            "made without them"
+        )
+
+    def packing_facts(self, block_size: int) -> Mapping[str, float]:
+        """Of the rows of training: how many there are, the share of cut or cropped tokens, and that of padding."""
+        rows = self.rows("train", block_size)
+        if rows is None:
+            return {}
+        return {"rows": len(rows), "cut_tokens": round(rows.layout.cut, 6), "padding": round(rows.padding, 6)}
+
+    def bytes_per_token(self) -> float:
+        """Mean over the training tokens."""
+        split = self.dataset.splits["train"]
+        return split.bytes / max(split.tokens, 1)
+
+
+def open_prepared(
+    folder: Path,
+    config: DataConfig,
+    block_size: int,
+    plans: Path,
+    tokenizer: Tokenizer | None,
+    warn: Callable[[str], None],
+    report: Callable[[str], None],
+) -> Prepared:
+    """The dataset in `folder`; shards that were written to since they were last compared are compared again.
+
+    Args:
+        plans: folder of the plans of packing.
+        tokenizer: of the model that is trained further; None: a new one.
+        warn, report: print one line to the user.
+
+    Raises:
+        UserError: it is no dataset, a shard was edited, it was made with another tokenizer than is asked for, or a
+            split is shorter than a sample.
+    """
+    dataset = read_dataset(folder)
+    own = load_tokenizer(dataset.tokenizer_path)
+    if own.hash() != dataset.tokenizer_hash:
+        raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was prepared with")
+    made = f"{folder}: it was prepared with tokenizer {own.kind}, {own.vocab_size:,} tokens"
+    if tokenizer is not None and tokenizer.hash() != dataset.tokenizer_hash:
+        raise DatasetError(f"{made}; the model has another one: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
+    kind, _, path = config.tokenizer.partition(":")
+    fits = kind in (own.kind, DataConfig().tokenizer)
+    if fits and path and os.path.exists(os.path.expanduser(path)):  # else the copy in the dataset is the only one
+        fits = build_tokenizer(config, ()).hash() == dataset.tokenizer_hash
+    if not fits:
+        raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
+    dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
+    prepared = Prepared(dataset, own, config.packing, plans)
+    for split, name in (("train", "training"), ("val", "validation")):
+        length, needed = len(prepared.documents[split].tokens), block_size + 1
+        if config.packing == "random" and length < needed:
+            raise DatasetError(
+                f"{folder}: too short: its {name} split has {length:,} of {len(prepared.tokens):,} tokens, block_size "
+                f"{block_size} needs at least {needed:,}"
+            )
+        if (rows := prepared.rows(split, block_size)) is not None and not len(rows):
+            raise DatasetError(f"{folder}: its {name} split has no documents")
+    report(prepared.note())
+    if (note := prepared.leaks_note()) is not None:
+        warn(note)
+    return prepared
+
+
+def _check_file(dataset: Dataset, vocab_size: int, path: Path) -> None:
+    """Raises DatasetError if a token file has ids beyond the vocabulary."""
+    if path.suffix == ".bin" and path.stat().st_size:
+        ids = np.memmap(path, dtype=np.dtype(dataset.dtype).newbyteorder("<"), mode="r")
+        largest = max(int(ids[first : first + AT_ONCE].max()) for first in range(0, len(ids), AT_ONCE))
+        if largest >= vocab_size:
+            raise DatasetError(f"{path}: token id {largest:,} is beyond the vocabulary of {vocab_size:,} tokens")
