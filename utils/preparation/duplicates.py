@@ -1,8 +1,8 @@
 """Documents that repeat an earlier one: equal texts, and texts that are nearly equal.
 
 Similarity is the Jaccard index of two texts' shingles: of the sets of all their runs of 9 characters, in lower case,
-with any white space as one space. MinHash and locality-sensitive hashing [Broder 1997; Leskovec et al., Mining of Massive
-Datasets, chapter 3] propose candidates, whose similarity is then computed exactly.
+with any white space as one space. MinHash and locality-sensitive hashing [Broder 1997; Leskovec et al., Mining of
+Massive Datasets, chapter 3] propose candidates, whose similarity is then computed exactly.
 """
 
 from __future__ import annotations
