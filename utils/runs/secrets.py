@@ -84,7 +84,7 @@ NAMED = re.compile(
     re.VERBOSE | re.ASCII,
 )
 MAY_BE_NAMED = re.compile(  # of a text in lower case: without it, NAMED finds nothing
-    r"(?:passw|pwd|passphrase|secret|token|key|credential|auth|webhook|cookie)[\w.-]{0,40}[\"'\])\s]{0,6}"
+    r"(?:passw|pwd|passphrase|secret|token|key|credential|auth|webhook|cookie)[\w.-]{0,44}[\"'\])\s]{0,6}"
     r"(?:[:=]|,\s{0,8}[rbuf]{0,2}[\"'])",
     re.ASCII,
 )
