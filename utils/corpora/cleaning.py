@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from utils.config.parse import ConfigError, parse_file
-from utils.corpora.steps import COMPARING, STEPS, ExactDuplicates, NearDuplicates, Step, example_text
+from utils.corpora.steps import COMPARING, STEPS, NearDuplicates, Step, example_text
 from utils.errors import SHOWN, cut, nearest, shown
 from utils.terminal.words import counted, setting_text
 
@@ -61,9 +61,9 @@ class Pipeline:
             if isinstance(step, COMPARING):
                 continue
             result = step.apply(text)
-            if result.count:
-                counts[step.name], examples[step.name] = result.count, example_text(result.example)
-            if result.text is None or (result.count and not result.text.strip()):
+            if result.changes:
+                counts[step.name], examples[step.name] = result.changes, example_text(result.example)
+            if result.text is None or (result.changes and not result.text.strip()):
                 return Cleaned(None, step.name, counts, examples)
             text = result.text
         return Cleaned(text, None, counts, examples)
@@ -157,18 +157,19 @@ class CleaningReport:
             (self._removed if step == cleaned.removed_by else self._changed)[step] += 1
             self._show(step, cleaned.examples[step])
 
-    def add_duplicate(self, text: str, *, equal: bool) -> None:
+    def add_removed(self, step: str, text: str = "") -> None:
         """Count a document, which was added before, as one that repeats an earlier one and is removed.
 
         Args:
-            text: its text. equal: whether the earlier text is the same.
+            step: exact_duplicates or near_duplicates; the other one, if the pipeline has only that.
+            text: the text of the document, for an example; it is needed for the first EXAMPLES of a step only.
         """
-        names = [step.name for step in self._pipeline.steps if isinstance(step, COMPARING)]
-        step = next((name for name in names if (name == ExactDuplicates.name) == equal), names[0])
+        comparing = [each.name for each in self._pipeline.steps if isinstance(each, COMPARING)]
+        step = step if step in comparing else comparing[0]
         self.kept -= 1
         self._removed[step] += 1
         self._counts[step] += 1
-        if len(self._examples[step]) < EXAMPLES:
+        if text:
             self._show(step, example_text(text))
 
     def _show(self, step: str, example: str) -> None:

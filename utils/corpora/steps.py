@@ -40,19 +40,19 @@ class Result(NamedTuple):
     """What a step made of a text.
 
     text: None if the document is removed.
-    count: how many things it removed or changed; for a step that removes documents, 1.
+    changes: how many things it removed or changed; for a step that removes documents, 1.
     example: one of them.
     """
 
     text: str | None
-    count: int = 0
+    changes: int = 0
     example: str = ""
 
 
 class Step(BaseModel):
     """A step with its thresholds.
 
-    unit: what `Result.count` counts.
+    unit: what `Result.changes` counts.
     expects: threshold -> what it must be, for messages.
     """
 
@@ -154,7 +154,8 @@ class BoilerplateLines(Step):
         phrases = [phrase for phrase in (phrase.lower() for phrase in self.phrases) if phrase in lowered]
         if not phrases:
             return Result(text)
-        kept, removed = [], []
+        kept: list[str] = []
+        removed: list[str] = []
         for line in text.split("\n"):
             short = len(line) <= self.max_characters and line.lower()
             (removed if short and any(phrase in short for phrase in phrases) else kept).append(line)
@@ -243,7 +244,7 @@ class ParagraphLength(Step):
 
     def apply(self, text: str) -> Result:
         good = paragraph_length_filter(text, self.min_paragraphs, self.min_characters)
-        return Result(text) if good else Result(None, 1, text[:WINDOW])
+        return Result(text) if good else Result(None, 1, f"fewer than {self.min_paragraphs}: {text[:WINDOW]}")
 
 
 class Repetition(Step):

@@ -149,8 +149,8 @@ def find_leaks(
     val_hashes, val_bands = _parts(val)
     shared = np.stack([np.isin(*bands) for bands in zip(train_bands.T, val_bands.T, strict=True)], axis=1)
     trained = _Candidates(train_text, threshold)
-    for number in np.flatnonzero(shared.any(axis=1)):
-        trained.add(int(number), _keys(train_bands[number], shared[number]))
+    for row in np.flatnonzero(shared.any(axis=1)):
+        trained.add(int(row), _keys(train_bands[row], shared[row]))
     wanted = set(val_hashes)
     equal = {text: number for number, text in reversed(list(enumerate(train_hashes))) if text in wanted}
     leaks = {}
