@@ -249,7 +249,7 @@ def test_norwegian_is_a_language(tmp_path: Path) -> None:
 MISTAKES = {
     "- emails\n- repetiton\n": "cleaning.yaml:2: unknown step repetiton; did you mean repetition?",
     "- emails\n- language:\n    language: [en]\n": (
-        "cleaning.yaml:3: unknown threshold language of language; did you mean languages? (languages, min_probability)"
+        "cleaning.yaml:3: unknown threshold language of language; did you mean languages?"
     ),
     "- language:\n    languages: [english]\n": "cleaning.yaml:2: language.languages: unknown language english",
     "- language:\n    languages: en\n": (
@@ -312,7 +312,7 @@ def test_a_report_counts_and_shows_the_first_three() -> None:
         "unit": "document",
         "examples": ["7 characters: short 0", "7 characters: short 1", "7 characters: short 2"],
     }
-    assert [found["emails"][key] for key in ("count", "unit", "documents_changed")] == [2, "address", 1]
+    assert [found["emails"][key] for key in ("count", "unit", "documents_changed")] == [2, "replacement", 1]
     assert found["exact_duplicates"]["documents_removed"] == 1
     assert "me@example.org" not in str(report.to_json())
     lines = report.lines()

@@ -123,7 +123,7 @@ def _step(kind: type[Step], thresholds: Any, name: str, line: int, lines: Mappin
             known = f" ({', '.join(kind.model_fields)})" if kind.model_fields else ", which has no thresholds"
             raise ConfigError(
                 f"{name}:{lines.get(key, line)}: unknown threshold {cut(key, SHOWN)} of {kind.name}"
-                f"{nearest(key, kind.model_fields)}{known}"
+                f"{nearest(key, kind.model_fields) or known}"
             )
     try:
         return kind(**given)
