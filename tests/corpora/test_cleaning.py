@@ -318,7 +318,7 @@ def test_a_report_counts_and_shows_the_first_three() -> None:
     lines = report.lines()
     assert "- document_length (min_characters 100, max_characters none): 5 documents removed" in lines
     assert "- boilerplate_lines" in " ".join(lines)
-    assert "3 lines in 1 document changed" in " ".join(lines)
+    assert "3 lines in 1 document" in " ".join(lines)
     assert "- near_duplicates (threshold 0.8): nothing found" in lines
 
 

@@ -99,9 +99,8 @@ def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
         if not isinstance(item, str):
             raise ConfigError(f"{name}:{line}: expected the name of a step, or a name with its thresholds")
         if item not in STEPS:
-            raise ConfigError(
-                f"{name}:{line}: unknown step {cut(item, 200)}{nearest(item, STEPS)} ({', '.join(STEPS)})"
-            )
+            known = nearest(item, STEPS) or f" ({', '.join(STEPS)})"
+            raise ConfigError(f"{name}:{line}: unknown step {cut(item, SHOWN)}{known}")
         if item in first:
             raise ConfigError(f"{name}:{line}: {item} is listed twice (first in line {first[item]})")
         first[item] = line
@@ -199,10 +198,10 @@ class CleaningReport:
             if step["documents_removed"]:
                 found.append(f"{counted(step['documents_removed'], 'document')} removed")
             if step["documents_changed"]:
-                things = f"{counted(step['count'], step['unit'])} in " if step["unit"] != "text" else ""
-                found.append(f"{things}{counted(step['documents_changed'], 'document')} changed")
-            lines.append(
-                f"- {step['step']}{f' ({settings})' if settings else ''}: {', '.join(found) or 'nothing found'}"
-            )
+                changed = counted(step["documents_changed"], "document")
+                things = f"{counted(step['count'], step['unit'])} in {changed}"
+                found.append(f"{changed} changed" if step["unit"] == "text" else things)
+            title = f"{step['step']} ({settings})" if settings else step["step"]
+            lines.append(f"- {title}: {', '.join(found) or 'nothing found'}")
             lines += [f"    - `{example.replace('`', chr(39))}`" for example in step["examples"]]
         return lines

@@ -86,7 +86,7 @@ def secret_spans(text: str, mask: str = "") -> list[tuple[int, int]]:
 
 
 def masked(text: str, spans: Iterable[tuple[int, int]], mask: str) -> tuple[str, int, int]:
-    """A text with a mask in place of each span (those that overlap are one), the number of masks, and the first place."""
+    """A text with a mask in place of each span (those that overlap are one), the number of masks, the first place."""
     parts: list[str] = []
     done = count = first = 0
     for start, end in spans:
