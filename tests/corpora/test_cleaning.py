@@ -17,6 +17,7 @@ from utils.corpora.cleaning import Cleaned, CleaningReport, Pipeline, load_pipel
 from utils.corpora.filters import paragraph_length_filter, paragraph_repetition_filter
 from utils.corpora.language import language_filter
 from utils.corpora.steps import COMPARING, STEPS, Step
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = load_pipeline(ROOT / "configs" / "cleaning.yaml")
@@ -177,6 +178,8 @@ def test_what_a_language_is() -> None:
     assert step("language", languages=("en", "zh"), min_probability=1.0).apply("Hello").text is None
     assert language_filter(STORY, ["de", "en"])
     assert not language_filter("", "en"), "nobody can tell"
+    with pytest.raises(UserError, match="unknown language eng; did you mean en"):
+        language_filter(STORY, "eng")
 
 
 def test_functions_take_records_of_a_data_set() -> None:
@@ -289,7 +292,10 @@ def test_a_mistake_is_one_line_with_its_place(text: str, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(ConfigError, match=r"cleaning.yaml:2: near_duplicates needs the package rensa: pip install"):
+        pipeline(tmp_path, "- exact_duplicates\n- near_duplicates\n")
     monkeypatch.setitem(sys.modules, "py3langid", None)
     with pytest.raises(ValueError, match="pip install py3langid"):
         language._identifier.__wrapped__()

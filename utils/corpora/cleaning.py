@@ -6,6 +6,7 @@ A pipeline is a file such as configs/cleaning.yaml. `Pipeline.apply` runs the st
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,10 @@ def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
             raise ConfigError(
                 f"{name}:{line}: {item} comes after {steps[-2].name}: steps that compare documents are the last ones"
             )
+    if NearDuplicates.name in first and importlib.util.find_spec("rensa") is None:
+        raise ConfigError(
+            f"{name}:{first[NearDuplicates.name]}: near_duplicates needs the package rensa: pip install rensa"
+        )
     return Pipeline(tuple(steps))
 
 

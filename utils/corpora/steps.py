@@ -24,8 +24,7 @@ from pydantic import (
 )
 
 from utils.corpora.filters import paragraph_length_filter, repetition
-from utils.corpora.language import known_languages, language_of
-from utils.errors import nearest
+from utils.corpora.language import check_languages, language_of
 from utils.runs.secrets import secrets_in
 from utils.terminal.words import counted, one_line
 
@@ -306,11 +305,8 @@ def _norwegian(languages: Any) -> Any:
     )
 
 
-def _check_languages(languages: tuple[str, ...]) -> tuple[str, ...]:
-    known = known_languages()
-    for language in languages:
-        if language not in known:
-            raise ValueError(f"unknown language {language}{nearest(language, known)} ({', '.join(known)})")
+def _known(languages: tuple[str, ...]) -> tuple[str, ...]:
+    check_languages(languages)
     return languages
 
 
@@ -319,9 +315,9 @@ class Language(Step):
 
     name = "language"
     expects = {"languages": "a list of codes such as [en, de]", "min_probability": "a number from 0 to 1"}
-    languages: Annotated[
-        tuple[str, ...], Field(min_length=1), BeforeValidator(_norwegian), AfterValidator(_check_languages)
-    ] = ("en",)
+    languages: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_norwegian), AfterValidator(_known)] = (
+        "en",
+    )
     min_probability: Share = 0.5
 
     def apply(self, text: str) -> Result:
