@@ -113,3 +113,9 @@ def test_the_longest_line_takes_no_time(word: str) -> None:
 )
 def test_the_url_of_a_remote_is_recorded_without_credentials(url: str, expected: str) -> None:
     assert clean_url(url) == expected
+
+
+def test_a_long_name_beside_a_value() -> None:
+    """The quick look for names sees all that the pattern for them matches."""
+    name = f"password{'-c2Bc55fEc0EB_Z-6aXf1b_D16f59Ef2e-abcde'}"
+    assert without_secrets(f"{name}: AF-AY5ebdFfF_f2d\n".encode()) == f"{name}: ***\n".encode()
