@@ -36,6 +36,7 @@ from utils.tokenization.vocabularies import (
     token_pieces,
 )
 
+NUL = "\0"  # no text has it
 PART = 1 << 17  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
 WORDS_PART = 1 << 14  # of these, characters that one thread encodes into subwords
 WORDS_PARTS = 64  # and how many such parts at a time
@@ -78,8 +79,9 @@ class CharTokenizer(Tokenizer):
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """`unknown`, if there is one."""
-        return {} if self.unknown_token is None else {"unknown": self.vocabulary.index(self.unknown_token)}
+        """`unknown` and `end_of_text` (NUL, which no text has), if there are such characters."""
+        roles = {"unknown": self.unknown_token, "end_of_text": NUL}
+        return {role: self.vocabulary.index(c) for role, c in roles.items() if c is not None and c in self.vocabulary}
 
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of `text`, shape (len(text),), int64.
@@ -115,6 +117,12 @@ class CharTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.decode(ids).encode("utf-8", errors="surrogatepass")
+
+    def byte_counts(self) -> np.ndarray:
+        counts = super().byte_counts()
+        if self.end_of_text is not None:
+            counts[self.end_of_text] = 0
+        return counts
 
     def adjusted(self, config: DataConfig) -> CharTokenizer:
         unknown = config.unknown_token
@@ -219,12 +227,12 @@ def _utf8(text: str) -> Iterator[bytes]:
 
 
 class ByteTokenizer(_BytesTokenizer):
-    """One token for each byte of UTF-8: 256 ids, for any language."""
+    """One token for each byte of UTF-8: 256 ids, for any language. No text has the byte 0."""
 
     kind = "byte"
     learns = False
     vocab_size = 256
-    special_tokens: Mapping[str, int] = {}
+    special_tokens: Mapping[str, int] = {"end_of_text": 0}
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:

@@ -154,9 +154,9 @@ def test_special_tokens_in_a_text_are_text(each: Tokenizer) -> None:
     assert each.decode(ids) == "a <|endoftext|> <|user|>"
 
 
-def test_a_special_token_has_a_text_of_its_own(each: Tokenizer) -> None:
-    if "end_of_text" in each.special_tokens:
-        assert each.decode([each.special_tokens["end_of_text"]]) == "<|endoftext|>"
+def test_the_end_of_a_text_has_a_token_that_no_text_has(each: Tokenizer) -> None:
+    assert each.end_of_text is not None
+    assert each.decode([each.end_of_text]) == ("\0" if each.kind == "byte" else "<|endoftext|>")
 
 
 def test_bytes_of_tokens_add_up_to_those_of_the_text(each: Tokenizer) -> None:

@@ -166,6 +166,13 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 def test_special_tokens_are_named() -> None:
     assert from_text("abc").special_tokens == {}
     assert from_text("abc", "?").special_tokens == {"unknown": 3}
+    assert from_text("a\0", "?").special_tokens == {"unknown": 2, "end_of_text": 0}
+
+
+def test_the_token_that_begins_a_document_has_no_bytes() -> None:
+    tokenizer = from_text("a\0ü")
+    assert (from_text("abc").end_of_text, tokenizer.end_of_text) == (None, 0)
+    assert tokenizer.byte_counts().tolist() == [0, 1, 2]
 
 
 def test_bytes_of_tokens_are_those_of_their_text() -> None:

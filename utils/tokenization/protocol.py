@@ -46,6 +46,11 @@ class Tokenizer(Protocol):
     def special_tokens(self) -> Mapping[str, int]:
         """Ids of tokens with a role of their own, by the name of the role."""
 
+    @property
+    def end_of_text(self) -> int | None:
+        """The token that each document of a prepared dataset begins with; None: the vocabulary has none."""
+        return self.special_tokens.get("end_of_text")
+
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of `text`, shape (tokens,), int64.

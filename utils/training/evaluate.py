@@ -53,9 +53,14 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
 
 
 def sample_text(state: TrainState) -> str:
-    """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time."""
+    """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time.
+
+    It begins as a document does, where the model is trained on whole documents.
+    """
     tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
     prompt = start_tokens(tokenizer, tracking.sample_prompt)
+    if (begin := state.model.document_token) is not None:
+        prompt = [begin, *tokenizer.encode(tracking.sample_prompt)]
     options, seed = SamplingOptions(), state.config.train.seed
     with evaluating(state.model):
         if state.decoders is not None:
