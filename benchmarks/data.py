@@ -1,7 +1,8 @@
-"""Does encoding a text cost more than the libraries that do the work? Characters, bytes and subwords.
+"""Does encoding a text cost more than the libraries that do the work? Are near duplicates found, and how fast?
 
 python -m benchmarks.data
 python -m benchmarks.data --megabytes 200 --repeats 3
+python -m benchmarks.data --parts duplicates --documents 100000
 
 Each kind encodes a generated text into a token file's ids; NumPy alone (a table of code points, or the bytes) and the
 packages tokenizers and tiktoken alone do the same from the lines of the text, on the same cores. With --gpt2 FOLDER,
