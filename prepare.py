@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return answer(argv)
     arguments = parse(argv)
-    return make(order_of(arguments))
+    return make(order_of(arguments), datasets_folder(arguments.load().config))
 
 
 def parse(argv: Sequence[str]) -> ExperimentArguments:
@@ -209,8 +209,8 @@ def target_of(name: str, folder: Path) -> Path:
     return Path(os.path.abspath(path)) if os.sep in name else folder / name
 
 
-def make(order: Preparation) -> int:
-    """Prepare the dataset and print what became of the documents."""
+def make(order: Preparation, folder: Path) -> int:
+    """Prepare the dataset and print what became of the documents; folder: of datasets."""
     from utils.preparation.pipeline import Outcome, prepare
 
     terminal = Terminal()
@@ -231,7 +231,7 @@ def make(order: Preparation) -> int:
     if isinstance(made, Outcome):
         print_dry_run(made, order, terminal)
     else:
-        print_result(made, order, terminal)
+        print_result(made, folder, terminal)
     return 0
 
 
@@ -249,7 +249,8 @@ def print_removed(report: dict[str, Any], terminal: Terminal) -> None:
         terminal.print(f"left out, {reason}: {facts['count']:,}{examples}")
 
 
-def print_result(dataset: Dataset, order: Preparation, terminal: Terminal) -> None:
+def print_result(dataset: Dataset, folder: Path, terminal: Terminal) -> None:
+    """What the dataset has; folder: of datasets, where a name is enough."""
     from utils.files import read_json
     from utils.preparation.report import LEAKS_WARNED, REPORT, leak_words
 
@@ -268,7 +269,7 @@ def print_result(dataset: Dataset, order: Preparation, terminal: Terminal) -> No
     elif leaks["looked_for"]:
         terminal.print(leak_words(leaks, report["splits"]["val"]["documents"]))
     terminal.print(f"{dataset.folder}: ready; its card is CARD.md")
-    name = dataset.name if dataset.folder.parent == datasets_folder(Config()) else str(dataset.folder)
+    name = dataset.name if dataset.folder.parent == folder else str(dataset.folder)
     terminal.print(f"python train.py --dataset {name}")
 
 
