@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from utils.terminal.words import one_line
 BLOCK = 1 << 20  # bytes of a file that are held at a time
 ZSTD_BLOCK = 1 << 14  # of these, compressed by zstd: a thousand times as many may come out
 COMPRESSED = (".gz", ".zst")
+
+
+def named(path: Path | str) -> str:
+    """A path as an error names it: from the current folder, if it lies there."""
+    folder = os.getcwd() + os.sep
+    return one_line(str(path).removeprefix(folder))
 
 
 def blocks(path: Path, start: int = 0, report: Callable[[int], None] = lambda count: None) -> Iterator[bytes]:
@@ -46,9 +53,9 @@ def blocks(path: Path, start: int = 0, report: Callable[[int], None] = lambda co
                 else:
                     report(len(block))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"{one_line(str(path))}: truncated or damaged gzip data: {error}") from None
+        raise CorpusError(f"{named(path)}: truncated or damaged gzip data: {error}") from None
     except OSError as error:
-        raise CorpusError(f"{one_line(str(path))}: cannot be read: {error.strerror or error}") from None
+        raise CorpusError(f"{named(path)}: cannot be read: {error.strerror or error}") from None
 
 
 def _gzip(raw: object) -> Iterator[bytes]:
@@ -61,7 +68,7 @@ def _zstd(path: Path, raw: object) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise CorpusError(f"{one_line(str(path))}: .zst needs the package zstandard: pip install zstandard") from None
+        raise CorpusError(f"{named(path)}: .zst needs the package zstandard: pip install zstandard") from None
     decompressor = zstandard.ZstdDecompressor()
     frame, data = None, b""
     try:
@@ -73,6 +80,6 @@ def _zstd(path: Path, raw: object) -> Iterator[bytes]:
             if frame.eof:
                 frame = None
     except zstandard.ZstdError as error:
-        raise CorpusError(f"{one_line(str(path))}: damaged zstd data: {error}") from None
+        raise CorpusError(f"{named(path)}: damaged zstd data: {error}") from None
     if frame is not None:
-        raise CorpusError(f"{one_line(str(path))}: truncated zstd data")
+        raise CorpusError(f"{named(path)}: truncated zstd data")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from utils.corpora import tables
-from utils.corpora.blocks import BLOCK, blocks
+from utils.corpora.blocks import BLOCK, blocks, named
 from utils.corpora.json_lines import RecordError, long_text_of, text_of
 from utils.corpora.source_files import SourceFile
 from utils.corpora.sources import find_source
@@ -357,9 +357,14 @@ def _decoded(parts: Iterable[bytes], errors: Errors) -> Iterator[str]:
             yield text.replace("\0", REPLACEMENT)
 
 
-def where(file: SourceFile, reading: Reading, record: int, lines: int = 0) -> str:
-    """The place of a document in words; lines: line breaks before the place in a whole file."""
-    path = one_line(file.path)
+def where(file: SourceFile, reading: Reading, record: int, lines: int = 0, short: bool = False) -> str:
+    """The place of a document in words.
+
+    Args:
+        lines: line breaks before the place in a whole file.
+        short: for an error, from the current folder.
+    """
+    path = named(file.path) if short else one_line(file.path)
     if file.kind == "json_lines":
         return f"{path}:{record}"
     if file.kind in ("parquet", "arrow"):

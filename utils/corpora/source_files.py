@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils.corpora.blocks import COMPRESSED
+from utils.corpora.blocks import COMPRESSED, named
 from utils.corpora.sources import CORPORA, TEXT_SUFFIXES, CorpusError, Source, find_source, visible_files
 from utils.errors import nearest
 from utils.files import expand_home
@@ -45,9 +45,9 @@ class SourceFile:
         try:
             now = state(Path(self.path)) if self.kind != "corpus" else (self.bytes, self.mtime_ns)
         except OSError as error:
-            raise CorpusError(f"{one_line(self.path)}: cannot be read: {error.strerror}") from None
+            raise CorpusError(f"{named(self.path)}: cannot be read: {error.strerror}") from None
         if now != (self.bytes, self.mtime_ns):
-            raise CorpusError(f"{one_line(self.path)}: changed while it was being prepared")
+            raise CorpusError(f"{named(self.path)}: changed while it was being prepared")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from utils.corpora.blocks import named
 from utils.corpora.json_lines import RecordError, fields_text
 from utils.corpora.sources import CorpusError
 from utils.terminal.words import one_line
@@ -96,10 +97,10 @@ def _check(path: Path, schema: Any, field: str) -> None:
     pyarrow = _package("pyarrow", path)
     if field not in schema.names:
         words = str(fields_text(schema.names, field)).replace("it has", "its columns are", 1)
-        raise CorpusError(f"{one_line(str(path))}: no column {field!r}: {words} (--field NAME)")
+        raise CorpusError(f"{named(path)}: no column {field!r}: {words} (--field NAME)")
     kind = schema.field(field).type
     if kind not in (pyarrow.string(), pyarrow.large_string()):
-        raise CorpusError(f"{one_line(str(path))}: column {field!r} is {kind}, expected text (string)")
+        raise CorpusError(f"{named(path)}: column {field!r} is {kind}, expected text (string)")
 
 
 def _parquet(path: Path) -> Any:
@@ -120,9 +121,7 @@ def _package(name: str, path: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise CorpusError(
-            f"{one_line(str(path))}: {path.suffix} needs the package pyarrow: pip install pyarrow"
-        ) from None
+        raise CorpusError(f"{named(path)}: {path.suffix} needs the package pyarrow: pip install pyarrow") from None
 
 
 @contextmanager
@@ -131,8 +130,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # pyarrow raises its own for damaged data, too
-        raise CorpusError(f"{one_line(str(path))}: cannot be read: {one_line(error.strerror or str(error))}") from None
+        raise CorpusError(f"{named(path)}: cannot be read: {one_line(error.strerror or str(error))}") from None
     except (ValueError, LookupError) as error:
         if isinstance(error, CorpusError):
             raise
-        raise CorpusError(f"{one_line(str(path))}: damaged: {one_line(str(error))}") from None
+        raise CorpusError(f"{named(path)}: damaged: {one_line(str(error))}") from None

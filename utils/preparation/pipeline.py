@@ -283,14 +283,13 @@ def read_all(
 def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> None:
     """Note what is left out of a part; raises CorpusError where that must not be."""
 
-    def place(found: Sequence[Any]) -> str:
+    def place(found: Sequence[Any], short: bool = False) -> str:
         source, record, lines, reason = found
-        return f"{where(outcome.files[source], order.reading, base + record, lines)}: {reason}"
+        return f"{where(outcome.files[source], order.reading, base + record, lines, short)}: {reason}"
 
     if part.mistake is not None:
-        raise CorpusError(
-            f"{place(part.mistake)}; --errors replace puts U+FFFD in its place, --errors skip leaves the document out"
-        )
+        remedy = "--errors replace puts U+FFFD in its place, --errors skip leaves the document out"
+        raise CorpusError(f"{place(part.mistake, short=True)}; {remedy}")
     for reason, count, examples in (
         ("not text", part.n_not_text, part.not_text),
         ("no text in the record", part.n_bad, part.bad),
@@ -298,14 +297,12 @@ def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> 
     ):
         if count:
             before, shown = outcome.left_out.get(reason, (0, []))
-            outcome.left_out[reason] = (before + count, [*shown, *map(place, examples)])
-    n_bad, places = outcome.left_out.get("no text in the record", (0, []))
+            outcome.left_out[reason] = (before + count, [*shown, *map(place, examples)][:EXAMPLES])
+    n_bad, _ = outcome.left_out.get("no text in the record", (0, []))
     if n_bad > order.tolerated:
         limit = f"; {order.tolerated:,} tolerated" if order.tolerated else ""
-        raise CorpusError(
-            f"{places[order.tolerated] if order.tolerated < len(places) else places[-1]}{limit} "
-            "(--tolerate N leaves out as many)"
-        )
+        last = part.bad[-1 if part.n_bad > order.tolerated else 0]
+        raise CorpusError(f"{place(last, short=True)}{limit} (--tolerate N leaves out as many)")
 
 
 def _reasons(parts: Sequence[Part]) -> str:

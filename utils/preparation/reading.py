@@ -66,7 +66,8 @@ class Part:
     records: lines or rows that were read, also those without a document.
     removed: documents that the cleaning removed.
     sizes: bytes of the files of the part, by suffix.
-    bad, not_text: the first places and reasons of records that have no text, or one that cannot be decoded.
+    bad, not_text: the first places and reasons of records that have no text, or one that cannot be decoded; and the
+        record that is one too many.
     mistake: the place of a document that makes the preparation fail: source, record, line breaks, reason.
     """
 
@@ -124,7 +125,8 @@ def read_unit(job: ReadJob, report: Report) -> Part:
             except RecordError as error:
                 writer.drop()
                 part.n_bad += 1
-                part.bad = [*part.bad, (document.source, document.record, 0, str(error))][: EXAMPLES + job.tolerated]
+                if len(part.bad) < EXAMPLES or part.n_bad > job.tolerated:
+                    part.bad.append((document.source, document.record, 0, str(error)))
                 if part.n_bad > job.tolerated:
                     return part
         part.records = reader.records
