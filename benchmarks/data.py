@@ -2,7 +2,7 @@
 
 python -m benchmarks.data
 python -m benchmarks.data --megabytes 200 --repeats 3
-python -m benchmarks.data --parts duplicates --documents 100000
+python -m benchmarks.data --documents 100000
 
 Each kind encodes a generated text into a token file's ids; NumPy alone (a table of code points, or the bytes) and the
 packages tokenizers and tiktoken alone do the same from the lines of the text, on the same cores. With --gpt2 FOLDER,
@@ -23,6 +23,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.common import at_least, interleaved, machine_facts, verdict
+from benchmarks.data_duplicates import duplicates_table
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.errors import UserError
@@ -44,9 +45,10 @@ def main(argv: Sequence[str]) -> int:
         metavar="N",
         help="encodings of each, of which the fastest counts (default: 3)",
     )
+    parser.add_argument("--documents", type=int, default=5000, metavar="N", help="with near duplicates (default: 5000)")
     parser.add_argument("--gpt2", type=Path, metavar="FOLDER", help="GPT-2's vocab.bpe and encoder.json")
     args = parser.parse(argv)
-    at_least(1, megabytes=args.megabytes, repeats=args.repeats)
+    at_least(1, megabytes=args.megabytes, repeats=args.repeats, documents=args.documents)
     terminal = Terminal()
     if args.gpt2:
         os.environ["WORKBENCH_DATA"] = str(args.gpt2)
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     for kind in ("char", "byte", "bpe", *(["gpt2"] if args.gpt2 else [])):
         tokenizer = build_tokenizer(DataConfig(tokenizer=kind), [text])
         table.add_row(kind, *measured(tokenizer, text, args.repeats, args.megabytes))
-    terminal.print(table, f"machine: {machine_facts()}, {os.cpu_count()} cores")
+    terminal.print(table, duplicates_table(args.documents), f"machine: {machine_facts()}, {os.cpu_count()} cores")
     return 0
 
 

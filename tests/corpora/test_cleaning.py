@@ -17,6 +17,7 @@ from utils.corpora.cleaning import Cleaned, CleaningReport, Pipeline, load_pipel
 from utils.corpora.filters import paragraph_length_filter, paragraph_repetition_filter
 from utils.corpora.language import language_filter
 from utils.corpora.steps import COMPARING, STEPS, Step
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = load_pipeline(ROOT / "configs" / "cleaning.yaml")
@@ -177,6 +178,8 @@ def test_what_a_language_is() -> None:
     assert step("language", languages=("en", "zh"), min_probability=1.0).apply("Hello").text is None
     assert language_filter(STORY, ["de", "en"])
     assert not language_filter("", "en"), "nobody can tell"
+    with pytest.raises(UserError, match="unknown language eng; did you mean en"):
+        language_filter(STORY, "eng")
 
 
 def test_functions_take_records_of_a_data_set() -> None:
@@ -249,7 +252,7 @@ def test_norwegian_is_a_language(tmp_path: Path) -> None:
 MISTAKES = {
     "- emails\n- repetiton\n": "cleaning.yaml:2: unknown step repetiton; did you mean repetition?",
     "- emails\n- language:\n    language: [en]\n": (
-        "cleaning.yaml:3: unknown threshold language of language; did you mean languages? (languages, min_probability)"
+        "cleaning.yaml:3: unknown threshold language of language; did you mean languages?"
     ),
     "- language:\n    languages: [english]\n": "cleaning.yaml:2: language.languages: unknown language english",
     "- language:\n    languages: en\n": (
@@ -289,7 +292,10 @@ def test_a_mistake_is_one_line_with_its_place(text: str, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(ConfigError, match=r"cleaning.yaml:2: near_duplicates needs the package rensa: pip install"):
+        pipeline(tmp_path, "- exact_duplicates\n- near_duplicates\n")
     monkeypatch.setitem(sys.modules, "py3langid", None)
     with pytest.raises(ValueError, match="pip install py3langid"):
         language._identifier.__wrapped__()
@@ -312,13 +318,13 @@ def test_a_report_counts_and_shows_the_first_three() -> None:
         "unit": "document",
         "examples": ["7 characters: short 0", "7 characters: short 1", "7 characters: short 2"],
     }
-    assert [found["emails"][key] for key in ("count", "unit", "documents_changed")] == [2, "address", 1]
+    assert [found["emails"][key] for key in ("count", "unit", "documents_changed")] == [2, "replacement", 1]
     assert found["exact_duplicates"]["documents_removed"] == 1
     assert "me@example.org" not in str(report.to_json())
     lines = report.lines()
     assert "- document_length (min_characters 100, max_characters none): 5 documents removed" in lines
     assert "- boilerplate_lines" in " ".join(lines)
-    assert "3 lines in 1 document changed" in " ".join(lines)
+    assert "3 lines in 1 document" in " ".join(lines)
     assert "- near_duplicates (threshold 0.8): nothing found" in lines
 
 

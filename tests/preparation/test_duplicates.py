@@ -113,6 +113,7 @@ def test_deduplication_keeps_documents_as_they_are() -> None:
     records = [{"text": "one and the same text", "id": 1}, {"text": "One and the same  text", "id": 2}]
     assert deduplication(records) == records[:1]
     assert deduplication(records, threshold=None) == records
+    assert deduplication(["b", "a", "b", "c", "a", "b"], threshold=None) == ["b", "a", "c"]
     assert deduplication([]) == []
     with pytest.raises(UserError, match=r"threshold must be from 0.7 to 1, not 0.5"):
         deduplication(["a"], threshold=0.5)

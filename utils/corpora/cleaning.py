@@ -6,6 +6,7 @@ A pipeline is a file such as configs/cleaning.yaml. `Pipeline.apply` runs the st
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,9 +100,8 @@ def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
         if not isinstance(item, str):
             raise ConfigError(f"{name}:{line}: expected the name of a step, or a name with its thresholds")
         if item not in STEPS:
-            raise ConfigError(
-                f"{name}:{line}: unknown step {cut(item, 200)}{nearest(item, STEPS)} ({', '.join(STEPS)})"
-            )
+            known = nearest(item, STEPS) or f" ({', '.join(STEPS)})"
+            raise ConfigError(f"{name}:{line}: unknown step {cut(item, SHOWN)}{known}")
         if item in first:
             raise ConfigError(f"{name}:{line}: {item} is listed twice (first in line {first[item]})")
         first[item] = line
@@ -110,6 +110,10 @@ def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
             raise ConfigError(
                 f"{name}:{line}: {item} comes after {steps[-2].name}: steps that compare documents are the last ones"
             )
+    if NearDuplicates.name in first and importlib.util.find_spec("rensa") is None:
+        raise ConfigError(
+            f"{name}:{first[NearDuplicates.name]}: near_duplicates needs the package rensa: pip install rensa"
+        )
     return Pipeline(tuple(steps))
 
 
@@ -123,7 +127,7 @@ def _step(kind: type[Step], thresholds: Any, name: str, line: int, lines: Mappin
             known = f" ({', '.join(kind.model_fields)})" if kind.model_fields else ", which has no thresholds"
             raise ConfigError(
                 f"{name}:{lines.get(key, line)}: unknown threshold {cut(key, SHOWN)} of {kind.name}"
-                f"{nearest(key, kind.model_fields)}{known}"
+                f"{nearest(key, kind.model_fields) or known}"
             )
     try:
         return kind(**given)
@@ -199,10 +203,10 @@ class CleaningReport:
             if step["documents_removed"]:
                 found.append(f"{counted(step['documents_removed'], 'document')} removed")
             if step["documents_changed"]:
-                things = f"{counted(step['count'], step['unit'])} in " if step["unit"] != "text" else ""
-                found.append(f"{things}{counted(step['documents_changed'], 'document')} changed")
-            lines.append(
-                f"- {step['step']}{f' ({settings})' if settings else ''}: {', '.join(found) or 'nothing found'}"
-            )
+                changed = counted(step["documents_changed"], "document")
+                things = f"{counted(step['count'], step['unit'])} in {changed}"
+                found.append(f"{changed} changed" if step["unit"] == "text" else things)
+            title = f"{step['step']} ({settings})" if settings else step["step"]
+            lines.append(f"- {title}: {', '.join(found) or 'nothing found'}")
             lines += [f"    - `{example.replace('`', chr(39))}`" for example in step["examples"]]
         return lines

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils.corpora.filters import Document, text_of
-from utils.errors import UserError
+from utils.errors import UserError, nearest
 
 LOOKED_AT = 1000  # characters
 
@@ -27,6 +27,15 @@ def _identifier() -> Any:
 def known_languages() -> Sequence[str]:
     """The codes (ISO 639) of all languages that can be recognised."""
     return sorted(_identifier().labels)
+
+
+@functools.cache
+def check_languages(languages: tuple[str, ...]) -> None:
+    """Raises UserError unless all of these languages can be recognised."""
+    known = known_languages()
+    for language in languages:
+        if language not in known:
+            raise UserError(f"unknown language {language}{nearest(language, known)} ({', '.join(known)})")
 
 
 def language_of(text: str) -> tuple[str, float]:
@@ -51,7 +60,9 @@ def language_filter(document: Document, languages: str | Sequence[str] = "en", m
     (True, False)
 
     Raises:
-        UserError: the package py3langid is not installed.
+        UserError: an unknown language; or the package py3langid is not installed.
     """
+    wanted = (languages,) if isinstance(languages, str) else tuple(languages)
+    check_languages(wanted)
     language, probability = language_of(text_of(document))
-    return language in ([languages] if isinstance(languages, str) else languages) and probability >= min_probability
+    return language in wanted and probability >= min_probability

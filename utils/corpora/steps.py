@@ -24,12 +24,12 @@ from pydantic import (
 )
 
 from utils.corpora.filters import paragraph_length_filter, repetition
-from utils.corpora.language import known_languages, language_of
-from utils.errors import nearest
+from utils.corpora.language import check_languages, language_of
 from utils.runs.secrets import secrets_in
-from utils.terminal.words import one_line
+from utils.terminal.words import counted, one_line
 
-WINDOW, SHOWN = 400, 120  # characters that are searched for what must not be shown, and that an example shows
+WINDOW, SHOWN, BEFORE = 400, 120, 30  # characters that are searched for what must not be shown; of an example; of
+# what stands before its place
 MASK = r"^<\w{1,30}>$"  # what no step takes for an address, a secret or a word
 
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
@@ -63,6 +63,56 @@ class Step(BaseModel):
 
     def apply(self, text: str) -> Result:
         raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+ADDRESS = re.compile(  # ASCII: text in Chinese may stand right beside an address
+    r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w-])",
+    re.ASCII,
+)
+
+
+def email_spans(text: str) -> list[tuple[int, int]]:
+    """Where the e-mail addresses of a text are."""
+    return [match.span() for match in ADDRESS.finditer(text)] if "@" in text else []
+
+
+def secret_spans(text: str, mask: str = "") -> list[tuple[int, int]]:
+    """Where the secrets of a text are; a mask is none."""
+    spans = sorted((secret.start, secret.end) for secret in secrets_in(text))
+    return [span for span in spans if text[slice(*span)] != mask]
+
+
+def masked(text: str, spans: Iterable[tuple[int, int]], mask: str) -> tuple[str, int, int]:
+    """A text with a mask in place of each span (those that overlap are one), the number of masks, the first place."""
+    parts: list[str] = []
+    done = count = first = 0
+    for start, end in spans:
+        if start >= done:
+            first = first if count else start
+            parts += [text[done:start], mask]
+            count += 1
+        done = max(done, end)
+    return "".join((*parts, text[done:])), count, first
+
+
+def example_text(text: str) -> str:
+    """An example as a report shows it: one line, cut, without addresses and secrets."""
+    line = one_line(_without_secrets(text[: WINDOW + SHOWN]).strip(" \n\t"))
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."
+
+
+def _without_secrets(text: str) -> str:
+    text, *_ = masked(text, secret_spans(text), "<SECRET>")
+    text, *_ = masked(text, email_spans(text), "<EMAIL>")
+    return text
+
+
+def _around(text: str, place: int) -> str:
+    """What stands around a place of a text."""
+    before = _without_secrets(text[max(place - WINDOW, 0) : place])
+    return f"{'...' if len(before) > BEFORE else ''}{before[-BEFORE:]}{text[place : place + WINDOW]}"
 
 
 # ------------------------------------------------------------------------------------------------ changing a text
@@ -119,7 +169,7 @@ class ControlCharacters(Step):
         first = self.CONTROL.search(text)
         if first is None:
             return Result(text, breaks, "a line break" if breaks else "")
-        example = text[first.start() : first.start() + WINDOW]
+        example = _around(text, first.start())
         text, escapes = self.ESCAPE.subn("", text)
         text, controls = self.CONTROL.subn("", text)
         return Result(text, breaks + escapes + controls, example)
@@ -166,48 +216,28 @@ class Emails(Step):
     """Puts a mask in place of each e-mail address."""
 
     name = "emails"
-    unit = "address"
+    unit = "replacement"
     expects = {"mask": "a name in angle brackets, such as <EMAIL>"}
     mask: Annotated[str, Field(pattern=MASK)] = "<EMAIL>"
-    ADDRESS: ClassVar[re.Pattern[str]] = re.compile(  # ASCII: text in Chinese may stand right beside an address
-        r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w-])",
-        re.ASCII,
-    )
 
     def apply(self, text: str) -> Result:
-        if "@" not in text:
-            return Result(text)
-        return _masked(text, [match.span() for match in self.ADDRESS.finditer(text)], self.mask)
+        return _changed(*masked(text, email_spans(text), self.mask))
 
 
 class Secrets(Step):
     """Puts a mask in place of each private key, token and password that `utils.runs.secrets` finds."""
 
     name = "secrets"
-    unit = "secret"
+    unit = "replacement"
     expects = {"mask": "a name in angle brackets, such as <SECRET>"}
     mask: Annotated[str, Field(pattern=MASK)] = "<SECRET>"
 
     def apply(self, text: str) -> Result:
-        spans = sorted((secret.start, secret.end) for secret in secrets_in(text))
-        return _masked(text, [span for span in spans if text[slice(*span)] != self.mask], self.mask)
+        return _changed(*masked(text, secret_spans(text, self.mask), self.mask))
 
 
-def _masked(text: str, spans: Iterable[tuple[int, int]], mask: str) -> Result:
-    """A text with a mask in place of each span; those that overlap are one."""
-    parts: list[str] = []
-    done = count = 0
-    first = None
-    for start, end in spans:
-        if start >= done:
-            parts += [text[done:start], mask]
-            count += 1
-            first = start if first is None else first
-        done = max(done, end)
-    if first is None:
-        return Result(text)
-    masked = "".join((*parts, text[done:]))
-    return Result(masked, count, masked[first : first + WINDOW])
+def _changed(text: str, changes: int, first: int) -> Result:
+    return Result(text, changes, _around(text, first) if changes else "")
 
 
 # ------------------------------------------------------------------------------------------------ removing a document
@@ -231,7 +261,7 @@ class DocumentLength(Step):
     def apply(self, text: str) -> Result:
         length = len(text.strip())
         good = self.min_characters <= length and (self.max_characters is None or length <= self.max_characters)
-        return Result(text) if good else Result(None, 1, f"{length:,} characters: {text[:WINDOW]}")
+        return Result(text) if good else Result(None, 1, f"{counted(length, 'character')}: {text[:WINDOW]}")
 
 
 class ParagraphLength(Step):
@@ -275,11 +305,8 @@ def _norwegian(languages: Any) -> Any:
     )
 
 
-def _check_languages(languages: tuple[str, ...]) -> tuple[str, ...]:
-    known = known_languages()
-    for language in languages:
-        if language not in known:
-            raise ValueError(f"unknown language {language}{nearest(language, known)} ({', '.join(known)})")
+def _known(languages: tuple[str, ...]) -> tuple[str, ...]:
+    check_languages(languages)
     return languages
 
 
@@ -288,9 +315,9 @@ class Language(Step):
 
     name = "language"
     expects = {"languages": "a list of codes such as [en, de]", "min_probability": "a number from 0 to 1"}
-    languages: Annotated[
-        tuple[str, ...], Field(min_length=1), BeforeValidator(_norwegian), AfterValidator(_check_languages)
-    ] = ("en",)
+    languages: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_norwegian), AfterValidator(_known)] = (
+        "en",
+    )
     min_probability: Share = 0.5
 
     def apply(self, text: str) -> Result:
@@ -325,11 +352,3 @@ STEPS: dict[str, type[Step]] = {
         *(DocumentLength, ParagraphLength, Repetition, Language, *COMPARING),
     )
 }
-
-
-def example_text(text: str) -> str:
-    """An example as a report shows it: one line, cut, without addresses and secrets."""
-    for mask in (Secrets(), Emails()):
-        text = mask.apply(text[: WINDOW + SHOWN]).text or ""
-    line = one_line(text.strip(" \n\t"))
-    return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."

@@ -73,11 +73,11 @@ def list_lines(rows: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
     for row in rows:
         kind = f"{row['tokenizer']} {row['vocab_size']:,}" if row.get("tokenizer") else ""
         counts = [f"{row[key]:,}" if key in row else "" for key in ("documents", "train_tokens", "val_tokens")]
-        status = row["status"]
-        if status == "interrupted":
-            status += ": the same command goes on with it"
-        table.add_row(row["name"], kind, *counts, size(row["disk"]) if "disk" in row else "", status)
+        table.add_row(row["name"], kind, *counts, size(row["disk"]) if "disk" in row else "", row["status"])
     yield table
+    if any(row["status"] == "interrupted" for row in rows):
+        yield "interrupted: the command that began it goes on with it"
+    yield from (row["problem"] for row in rows if "problem" in row)
 
 
 def named_dataset(name: str, folder: Path) -> Dataset:

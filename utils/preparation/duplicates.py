@@ -235,5 +235,8 @@ def deduplication(documents: Iterable[Document], threshold: float | None = THRES
         raise UserError(f"threshold must be from 0.7 to 1, not {threshold}")
     documents = list(documents)
     texts = [text_of(document) for document in documents]
+    if threshold is None:
+        first: dict[str, int] = {}
+        return [documents[number] for number, text in enumerate(texts) if first.setdefault(text, number) == number]
     repeated = find_duplicates(map(fingerprint, texts), texts.__getitem__, threshold)
     return [document for number, document in enumerate(documents) if number not in repeated]
