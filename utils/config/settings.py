@@ -154,6 +154,55 @@ class DataConfig(Section):
         return self
 
 
+OPERATORS = ("+", "-", "*", "//", "%")
+
+
+class ArithmeticConfig(Section):
+    """The problems of `dataset: arithmetic`; other datasets ignore these settings."""
+
+    arithmetic_operators: tuple[Literal["+", "-", "*", "//", "%"], ...] = setting(
+        ("+", "-"), "operators between the operands, with the meaning that they have in Python", kind=TRAJECTORY
+    )
+    arithmetic_digits: Int = setting(2, "most digits of an operand", kind=TRAJECTORY, unit="digits", ge=1, le=9)
+    arithmetic_terms: Int = setting(
+        2,
+        "most operands of a problem; with three or four, the order of operations matters",
+        kind=TRAJECTORY,
+        ge=2,
+        le=4,
+    )
+    arithmetic_negatives: bool = setting(False, "operands may be negative", kind=TRAJECTORY)
+    arithmetic_format: Literal["plain", "padded", "reversed"] = setting(
+        "plain",
+        "how a problem is written: 5+17=22; padded to equal widths, 05+17=022; or padded with the digits of the answer "
+        "reversed, 05+17=220",
+        kind=TRAJECTORY,
+    )
+    arithmetic_commute: bool = setting(
+        True, "train on each problem in all orders that the commutative law allows", kind=TRAJECTORY
+    )
+    arithmetic_problems: Int = setting(
+        20_000,
+        "problems, before they are written in several orders; all of them where there are fewer",
+        kind=TRAJECTORY,
+        unit="problems",
+        ge=100,
+        le=1_000_000,
+    )
+    arithmetic_held_out: Float = setting(
+        0.1, "share of the problems that is kept for validation, in no order trained on", kind=TRAJECTORY, gt=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> ArithmeticConfig:
+        operators = self.arithmetic_operators
+        if not operators or len(set(operators)) < len(operators):
+            raise RuleError(
+                f"arithmetic_operators: expected different operators, got {list(operators)}", "arithmetic_operators"
+            )
+        return self
+
+
 # The hidden width of each kind of MLP for which it is not 4 n_embd. A gated MLP has three matrices instead of two: with
 # 8/3 n_embd, rounded up to a multiple of 32, it has about as many parameters.
 FFN_WIDTHS: dict[str, Callable[[int], int]] = {
@@ -619,6 +668,7 @@ class Config(Section):
     """One experiment. What is left out has its built-in default: `workbench.load_config` reads configs/, too."""
 
     data: DataConfig = DataConfig()
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
