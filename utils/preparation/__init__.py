@@ -1,0 +1,1 @@
+"""Texts into prepared datasets: duplicates and packing, with numpy."""
