@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.errors import UserError
+from utils.files import write_atomic, write_output
 from utils.runs.evaluations import append_evaluation
 from utils.runs.find import find_export
+from utils.runs.layout import ARITHMETIC_PICTURE
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.streams import is_unicode
 from utils.terminal.words import json_text, printable
@@ -28,6 +30,7 @@ from utils.terminal.words import json_text, printable
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from rich.console import RenderableType
 
+    from utils.evaluation.arithmetic import Answer
     from utils.evaluation.weights import Trained
 
 
@@ -38,8 +41,13 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     if args.task is not None and (args.data is not None or args.stride is not None):
         raise UserError("--task has problems of its own: --data and --stride are for texts")
-    if args.task is None and args.picture is not None:
-        raise UserError("--picture is for --task")
+    if args.picture is not None:
+        if args.task is None:
+            raise UserError("--picture is for --task")
+        if len(args.runs) > 1:
+            raise UserError("--picture is for one RUN")
+        if args.picture.suffix.lower() not in (".png", ".svg"):
+            raise UserError(f"--picture {args.picture}: expected a name that ends in .png or .svg")
     config = ConfigLoader(PROJECT_ROOT).load().config
     args.runs_dir = PROJECT_ROOT / (args.runs_dir or config.tracking.runs_dir)
     args.runs = args.runs or [str(find_export(None, args.runs_dir).parents[1])]
@@ -115,7 +123,54 @@ def score_texts(args: argparse.Namespace, config: Config) -> int:
 
 
 def solve_task(args: argparse.Namespace, config: Config) -> int:
-    raise UserError("--task arithmetic: not yet")
+    """--task arithmetic: the held-out problems of each run's own dataset.
+
+    Raises:
+        UserError: no such run, it was not trained on arithmetic, or the picture cannot be written.
+    """
+    from utils.corpora.arithmetic import problem_set
+    from utils.evaluation.arithmetic import answer_problems, own_problems, task_record, task_screen
+    from utils.evaluation.report import evaluation_record
+    from utils.terminal.progress import CompletionProgress
+
+    names, records = [], []
+    for trained in load_all(args):
+        settings, data_hash = own_problems(trained, PROJECT_ROOT / config.data.corpora_dir)
+        problems = problem_set(settings).held_out
+        with CompletionProgress(len(problems), noun="problem") as progress:
+            answers = answer_problems(trained, settings, problems, lambda count: progress.advance(count, count))
+        record = evaluation_record(trained, args.task, data_hash) | task_record(answers)
+        keep(args, trained, record)
+        save_picture(args, trained, answers, record)
+        names.append(trained.name)
+        records.append(record)
+    show(args, names, records, (), task_screen(names, records))
+    return 0
+
+
+def save_picture(
+    args: argparse.Namespace, trained: Trained, answers: Sequence[Answer], record: Mapping[str, Any]
+) -> None:
+    """Write the picture of a task: to --picture, else beside what is recorded of the run.
+
+    Raises:
+        UserError: --picture cannot be written.
+    """
+    from utils.evaluation.picture import arithmetic_picture
+
+    path, write = args.picture, write_output
+    if path is None:
+        if args.no_record or trained.run is None:
+            return
+        path, write = trained.run / ARITHMETIC_PICTURE, write_atomic
+    try:
+        write(path, arithmetic_picture(trained.name, answers, record, path.suffix[1:].lower()))
+    except OSError as error:
+        if args.picture is not None:
+            raise UserError(f"--picture {path}: cannot be written: {error.strerror}") from None
+        note(f"warning: {path}: the picture is not written: {error.strerror}")
+        return
+    note(f"wrote {path}")
 
 
 def load_all(args: argparse.Namespace) -> Iterator[Trained]:

@@ -1,7 +1,7 @@
 """Problems of arithmetic with one right answer: which ones there are, how they are written, which are held out.
 
 Problems that the commutative law makes equal (3+4*5 and 5*4+3) are one problem in several forms. A problem is held out
-with all its forms, by the hash of the one that stands for them, so no form of it is ever trained on.
+with all its forms, by the hash of what they have in common, so no form of it is ever trained on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ EQUALS = "="  # what follows it is the answer
 ENUMERATED = 4  # all forms are listed where they are at most this many times the problems that are asked for
 TRIES = 20  # draws for each problem that is asked for, where they are drawn
 SEED = "arithmetic"
+
+Term = tuple[str, tuple[int, ...], tuple[str, ...]]  # a summand: its sign, operands and the operators between them
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ class Problem:
         operators = " ".join(dict.fromkeys(sorted(self.operators)))
         return operators if len(self.operands) == 2 else f"{operators} ({len(self.operands)} operands)"
 
-    def canonical(self) -> Problem:
-        """The form that stands for all forms of this problem."""
-        return min(self.forms(), key=lambda form: (form.operands, form.operators))
+    def canonical(self) -> tuple[Term, ...]:
+        """What all forms have in common: the sorted summands, each with the factors that begin it sorted."""
+        terms = []
+        for sign, factors, operators in self._terms():
+            begin = _first_factors(operators)
+            terms.append((sign, (*sorted(factors[:begin]), *factors[begin:]), operators))
+        return tuple(sorted(terms))
 
     def forms(self) -> set[Problem]:
         """This problem in all orders that the commutative law allows, of summands and of factors that begin one."""
@@ -65,7 +71,7 @@ class Problem:
         return found
 
     def _terms(self) -> list[Term]:
-        """The summands: sign, operands, operators between them."""
+        """The summands."""
         terms: list[Term] = []
         sign, begin = "+", 0
         for end, operator in enumerate((*self.operators, "+"), start=1):
@@ -88,15 +94,17 @@ class Problem:
         return ("-" if self.answer < 0 else "") + (number[::-1] if settings.arithmetic_format == "reversed" else number)
 
 
-Term = tuple[str, tuple[int, ...], tuple[str, ...]]
-
-
 def _orders(term: Term) -> Iterator[Term]:
     """A summand with the factors that begin it in every order: a*b//c is b*a//c, but a//b*c has one order only."""
     sign, factors, operators = term
-    begin = next((index for index, operator in enumerate(operators) if operator != "*"), len(operators)) + 1
+    begin = _first_factors(operators)
     for order in set(itertools.permutations(factors[:begin])):
         yield sign, (*order, *factors[begin:]), operators
+
+
+def _first_factors(operators: tuple[str, ...]) -> int:
+    """How many factors of a summand come before its first operator that is not a product."""
+    return next((index for index, operator in enumerate(operators) if operator != "*"), len(operators)) + 1
 
 
 def _number(value: int, width: int) -> str:
@@ -136,9 +144,9 @@ def problem_set(settings: ArithmeticConfig) -> ProblemSet:
     return ProblemSet(train, held_out)
 
 
-def _share(problem: Problem) -> float:
+def _share(canonical: tuple[Term, ...]) -> float:
     """A number from 0 to 1 that depends on the problem alone, so that other settings hold out the same problems."""
-    digest = hashlib.sha256(repr((problem.operands, problem.operators)).encode()).digest()
+    digest = hashlib.sha256(repr(canonical).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

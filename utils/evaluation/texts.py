@@ -13,13 +13,11 @@ import numpy as np
 from data import Corpus, load_corpus
 from tokenizer import Tokenizer, TokenizerError
 from utils.config.settings import DataConfig
-from utils.corpora.sources import CORPORA, find_source
+from utils.corpora.sources import NAMES, find_source
 from utils.errors import UserError
 from utils.evaluation.weights import Trained
 from utils.inference.scoring import Score, bytes_after_first, score_tokens
 from utils.runs.find import moved_path
-from utils.runs.index import read_settings
-from utils.runs.run import read_record
 
 AT_ONCE = 1 << 22  # tokens whose bytes are counted together
 
@@ -81,7 +79,7 @@ def named_text(data: str, corpora_dir: Path) -> Text:
     Raises:
         UserError: there is no such text, or it cannot be read.
     """
-    name = data if data in CORPORA else Path(data).name or data
+    name = data if data in NAMES else Path(data).name or data
     return Text(name, find_source(data, corpora_dir).read())
 
 
@@ -95,22 +93,12 @@ def own_split(trained: Trained, corpora_dir: Path, root: Path, report: Callable[
     Raises:
         UserError: it is not known, cannot be read, or is no longer the text that the run was trained on.
     """
-    if trained.run is None:
-        raise UserError(f"{trained.name}: an export without its run has no corpus of its own: expected --data")
-    try:
-        settings = read_settings(trained.run)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{trained.name}: its settings cannot be read ({error}): expected --data") from None
+    settings = trained.settings()
     known = {key: settings[key] for key in DataConfig.model_fields if key in settings}
     config = DataConfig.model_validate({**known, "dataset": moved_path(str(settings.get("dataset")), root)})
     corpus = load_corpus(config, trained.model.config.block_size, corpora_dir, trained.tokenizer, report, keep=False)
-    recorded = (read_record(trained.run).get("resolved") or {}).get("corpus_hash")
-    if recorded not in (None, corpus.hash):
-        raise UserError(
-            f"{config.dataset}: not the text that {trained.name} was trained on (sha256 {corpus.hash[:12]}..., not "
-            f"{recorded[:12]}...): --data {config.dataset} evaluates all of it"
-        )
-    name = config.dataset if config.dataset in CORPORA else Path(config.dataset).name
+    trained.check_corpus(corpus.hash, f"--data {config.dataset} evaluates all of it")
+    name = config.dataset if config.dataset in NAMES else Path(config.dataset).name
     return Split(f"{name} (validation)", corpus, "val")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +14,14 @@ from tokenizer import Tokenizer, tokenizer_from_json
 from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.folder import TOKENIZER_FILE, CheckpointError
 from utils.config.settings import ModelConfig
+from utils.errors import UserError
 from utils.files import expand_home
 from utils.inference.export import load_export
 from utils.inference.quantization import Weights, with_weights
 from utils.runs.find import is_export, resolve_run
+from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, EXPORT
+from utils.runs.run import read_record
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,27 @@ class Trained:
     name: str
     step: int | None
     weights: Weights
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run by leaf name.
+
+        Raises:
+            UserError: there are none, or they cannot be read.
+        """
+        if self.run is None:
+            raise UserError(f"{self.name}: an export without its run has no data of its own")
+        try:
+            return read_settings(self.run)
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.name}: its settings cannot be read: {error}") from None
+
+    def check_corpus(self, corpus_hash: str, remedy: str) -> None:
+        """Raises UserError unless the run was trained on the corpus of this hash."""
+        record = read_record(self.run) if self.run is not None else {}
+        recorded = (record.get("resolved") or {}).get("corpus_hash")
+        if recorded not in (None, corpus_hash):
+            found = f"sha256 {corpus_hash[:12]}..., not {str(recorded)[:12]}..."
+            raise UserError(f"{self.name}: its data is not what it was trained on any more ({found}); {remedy}")
 
 
 def load_trained(

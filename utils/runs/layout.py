@@ -52,6 +52,7 @@ EXPORT = ARTIFACTS / "export"  # the weights for inference, with configuration a
 PROFILE = ARTIFACTS / "profile"
 CURVES = ARTIFACTS / "curves.png"
 EVALUATIONS = ARTIFACTS / "evaluations.jsonl"  # what evaluate.py found; only appended to
+ARITHMETIC_PICTURE = ARTIFACTS / "arithmetic.png"  # which digits are taken for which
 FLIGHT_RECORDER = ARTIFACTS / "flight_recorder.json"  # the last steps before a loss that was not finite
 SEAL = ARTIFACTS / "seal.json"  # checksums of meta/, logs/ and the export; the last file of a run
 
