@@ -160,8 +160,8 @@ OPERATORS = ("+", "-", "*", "//", "%")
 class ArithmeticConfig(Section):
     """The problems of `dataset: arithmetic`; other datasets ignore these settings."""
 
-    arithmetic_operators: tuple[Literal["+", "-", "*", "//", "%"], ...] = setting(
-        ("+", "-"), "operators between the operands, with the meaning that they have in Python", kind=TRAJECTORY
+    arithmetic_operators: tuple[str, ...] = setting(
+        ("+", "-"), "operators between operands: +, -, *, // or %, as in Python", kind=TRAJECTORY
     )
     arithmetic_digits: Int = setting(2, "most digits of an operand", kind=TRAJECTORY, unit="digits", ge=1, le=9)
     arithmetic_terms: Int = setting(
@@ -196,9 +196,10 @@ class ArithmeticConfig(Section):
     @model_validator(mode="after")
     def _rules(self) -> ArithmeticConfig:
         operators = self.arithmetic_operators
-        if not operators or len(set(operators)) < len(operators):
+        if not operators or set(operators) - {*OPERATORS} or len(set(operators)) < len(operators):
             raise RuleError(
-                f"arithmetic_operators: expected different operators, got {list(operators)}", "arithmetic_operators"
+                f"arithmetic_operators: expected different ones of {', '.join(OPERATORS)}, got {', '.join(operators)}",
+                "arithmetic_operators",
             )
         return self
 
