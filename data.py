@@ -1,7 +1,7 @@
 """Corpora as token files, the train/val split, and batches.
 
-There is no data state to save: sample n of a split starts at an offset that is a pure function of
-(seed, split, n), and each step, micro-step and rank takes its slice of n. So a resume needs only
+There is no data state to save: sample n of a split starts at an offset, or is a row of documents (utils/packing), that
+is a pure function of (seed, split, n), and each step, micro-step and rank takes its slice of n. So a resume needs only
 the step, and the global batch does not depend on how it is divided.
 """
 
@@ -22,12 +22,16 @@ import torch
 
 from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_class, tokenizer_from_json
 from utils.config.settings import DataConfig
+from utils.corpora.datasets import find_dataset
 from utils.corpora.records import TokenRecord, file_state, read_record, record_path, write_record
-from utils.corpora.sources import CorpusError, find_source
+from utils.corpora.sources import CORPORA, CorpusError, find_source
 from utils.files import write_atomic
+from utils.packing.joined import Joined
+from utils.packing.prepared import Prepared, open_prepared
+from utils.packing.rows import IGNORED, Rows
+from utils.packing.shuffle import in_random_order
+from utils.packing.windows import STREAMS, sample_offsets, sample_windows, windows_of_pass
 
-# Streams of random numbers: one for each use, so that they are independent.
-STREAMS = {"train": 0, "train_eval": 1, "val": 2}
 SAMPLED_TOKENS = 1 << 20
 EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losses are comparable
 
@@ -37,14 +41,16 @@ class Corpus:
     """Encoded text: memory-mapped tokens, split into train and val.
 
     tokens: shape (n,), uint16 or uint32, on disk once the corpus is stored. hash: sha256 of the text.
+    prepared: the dataset that the tokens are of; None: they are those of one text.
     """
 
     name: str
     hash: str
     tokenizer: Tokenizer
-    tokens: np.ndarray
+    tokens: np.ndarray | Joined
     n_train: int
-    store: Callable[[], np.ndarray] | None = None  # writes the tokens; returns those on disk
+    store: Callable[[], np.ndarray | Joined] | None = None  # writes the tokens; returns those on disk
+    prepared: Prepared | None = None
 
     def stored(self) -> Corpus:
         """This corpus with its tokens on disk, where they need no memory and later runs find them.
@@ -54,8 +60,10 @@ class Corpus:
         """
         return self if self.store is None else dataclasses.replace(self, tokens=self.store(), store=None)
 
-    def split(self, name: str) -> np.ndarray:
+    def split(self, name: str) -> np.ndarray | Joined:
         """Tokens of `train` (the first part, also for `train_eval`) or `val` (the rest)."""
+        if self.prepared is not None:
+            return self.prepared.documents["val" if name == "val" else "train"].tokens
         return self.tokens[self.n_train :] if name == "val" else self.tokens[: self.n_train]
 
     @functools.cached_property
@@ -66,12 +74,31 @@ class Corpus:
     @functools.cached_property
     def bytes_per_token(self) -> float:
         """Mean over the training tokens; over SAMPLED_TOKENS at equal distances, if there are more."""
+        if self.prepared is not None:
+            return self.prepared.bytes_per_token()
         tokens = self.split("train")
         return float(self.byte_counts[tokens[:: -(-len(tokens) // SAMPLED_TOKENS)]].mean())
 
     @property
     def n_val(self) -> int:
         return len(self.tokens) - self.n_train
+
+    def rows(self, stream: str, block_size: int) -> Rows | None:
+        """The rows of documents that a stream's samples are; None: they are windows of the text."""
+        split = "val" if stream == "val" else "train"
+        return None if self.prepared is None else self.prepared.rows(split, block_size)
+
+    def tokens_of_pass(self, block_size: int) -> int:
+        """Tokens of the batches of one pass over the training split, with padding."""
+        rows = self.rows("train", block_size)
+        return self.n_train if rows is None else len(rows) * block_size
+
+    @property
+    def document_token(self) -> int | None:
+        """What each document of a row begins with, where rows consist of documents."""
+        if self.prepared is None or self.prepared.packing == "random":
+            return None
+        return self.prepared.dataset.end_of_text
 
 
 @dataclass(frozen=True)
@@ -127,6 +154,7 @@ def load_corpus(
     warn: Callable[[str], None] = lambda message: None,
     report: Callable[[str], None] = lambda message: None,
     keep: bool = True,
+    datasets_dir: Path | None = None,
 ) -> Corpus:
     """A corpus, encoded and split. While its files do not change, its text is read and encoded once only.
 
@@ -134,10 +162,23 @@ def load_corpus(
         tokenizer: of the model that is trained further; None: one is made from the corpus.
         warn, report: print one line to the user.
         keep: write what is encoded now; otherwise only `stored` does, so that a mistake found meanwhile leaves nothing.
+        datasets_dir: folder of prepared datasets; by default that of `config`.
 
     Raises:
         CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
     """
+    datasets_dir = Path(config.datasets_dir) if datasets_dir is None else datasets_dir
+    if config.dataset not in CORPORA and (found := find_dataset(config.dataset, datasets_dir)) is not None:
+        prepared = open_prepared(found, config, block_size, corpora_dir / "plans", tokenizer)
+        tokens, n_train = prepared.tokens, len(prepared.documents["train"].tokens)
+        facts = (prepared.dataset.hash, prepared.tokenizer, tokens, n_train, prepared.save_plans, prepared)
+        corpus = Corpus(config.dataset, *facts)
+        return corpus.stored() if keep else corpus
+    if config.packing != "random":
+        raise CorpusError(
+            f"{config.dataset}: packing {config.packing} needs documents, and this is one text: python prepare.py "
+            f"{config.dataset} --out NAME makes a dataset of it, --dataset NAME trains on that"
+        )
     source, folder = find_source(config.dataset, corpora_dir), corpora_dir / "encoded"
     try:
         if tokenizer is not None:
@@ -254,51 +295,6 @@ def _split(config: DataConfig, n_tokens: int, block_size: int) -> int:
     return n_train
 
 
-@functools.lru_cache(maxsize=8)
-def _epoch_order(seed: int, stream: str, epoch: int, n_windows: int, n_phases: int) -> tuple[int, np.ndarray]:
-    """The offset of the first window of a pass (0 .. n_phases - 1), and the order of its windows, a permutation.
-
-    Philox4x64-10 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011] with key
-    (seed, stream); the pass is the high word of its counter. Only raw words are used: numpy guarantees
-    that they never change, unlike the output of its distributions.
-    """
-    words = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, epoch]).random_raw(n_windows + 1)
-    return int(words[0] % np.uint64(n_phases)), np.argsort(words[1:], kind="stable")
-
-
-def windows_of_pass(n_tokens: int, block_size: int) -> int:
-    """How many windows a pass over a split visits."""
-    return max(n_tokens // block_size - 1, 1)
-
-
-def sample_offsets(seed: int, stream: str, first: int, count: int, n_tokens: int, block_size: int) -> np.ndarray:
-    """Start offsets of samples first .. first + count - 1 of a stream, shape (count,), int64.
-
-    A pass cuts the tokens into adjacent windows of block_size, from a random start, and visits each once, in
-    random order. Offsets drawn independently would leave a third of the text unseen after as many samples as
-    a pass has; the effect on the loss is within the noise of seeds (docs/LOG.md).
-    """
-    n_windows = windows_of_pass(n_tokens, block_size)
-    n_phases = n_tokens - n_windows * block_size
-    parts = []
-    for epoch in range(first // n_windows, (first + count - 1) // n_windows + 1):
-        phase, order = _epoch_order(seed, stream, epoch, n_windows, n_phases)
-        begin = epoch * n_windows  # the number of the epoch's first sample
-        parts.append(phase + order[max(first - begin, 0) : first + count - begin] * block_size)
-    return np.concatenate(parts)
-
-
-def sample_windows(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> np.ndarray:
-    """(B, T + 1): the samples that start at `offsets` (B,), each with the token that follows it."""
-    return tokens.take(offsets[:, None] + np.arange(block_size + 1))
-
-
-def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, each (B, T) int64: `targets` is `inputs` shifted by one token."""
-    windows = sample_windows(tokens, offsets, block_size)
-    return torch.from_numpy(windows[:, :-1].astype(np.int64)), torch.from_numpy(windows[:, 1:].astype(np.int64))
-
-
 @dataclass(frozen=True)
 class BatchSampler:
     """Batches of a corpus, as a pure function of the step.
@@ -312,6 +308,7 @@ class BatchSampler:
     seed: int
     device: torch.device
     _ahead: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _update: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of rows: the last, by its step
 
     def train_batch(
         self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world_size: int = 1
@@ -320,6 +317,30 @@ class BatchSampler:
         share = self.batch_size // (micro_steps * world_size)
         first = step * self.batch_size + (micro_step * world_size + rank) * share
         return self._ahead.pop((first, share), None) or self._batch("train", self.seed, first, share)
+
+    def target_share(self, step: int, micro_step: int, micro_steps: int) -> torch.Tensor | None:
+        """Of the targets of an update, the share in a micro-step, () on the device; None: all have the same."""
+        if (shares := self.target_shares(step, micro_steps)) is None:
+            return None
+        share = torch.tensor(shares[micro_step], dtype=torch.float32)
+        return (share.pin_memory() if self.device.type == "cuda" else share).to(self.device, non_blocking=True)
+
+    def target_shares(self, step: int, micro_steps: int) -> list[float] | None:
+        """Of the targets of an update, the share in each micro-step; None: all have the same."""
+        if self.corpus.rows("train", self.block_size) is None:
+            return None
+        _, targets = self.update(step)
+        counts = (targets != IGNORED).reshape(micro_steps, -1).sum(axis=1)
+        shares: list[float] = (counts / max(counts.sum(), 1)).tolist()
+        return shares
+
+    def update(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of an update, (batch_size, T) int64 each, on the host."""
+        if (made := self._update.get(step)) is None:
+            made = self._gather("train", self.seed, step * self.batch_size, self.batch_size)
+            self._update.clear()
+            self._update[step] = made
+        return made
 
     def prefetch(self, step: int, micro_step: int = 0, micro_steps: int = 1) -> None:
         """Prepare the batch of the next `train_batch` call while the device is busy with this one.
@@ -334,39 +355,72 @@ class BatchSampler:
 
     def train_offsets(self, step: int) -> list[int]:
         """Offsets in the training tokens at which the samples of update `step` start."""
-        n_tokens = len(self.corpus.split("train"))
-        first = step * self.batch_size
-        return sample_offsets(self.seed, "train", first, self.batch_size, n_tokens, self.block_size).tolist()
+        offsets: list[int] = self.places("train", self.seed, step * self.batch_size, self.batch_size)[:, 0].tolist()
+        return offsets
 
     def evaluation_batches(
-        self, stream: str, count: int, micro_steps: int = 1
+        self, stream: str, count: int, micro_steps: int = 1, leaks: bool = True
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`count` fixed batches of `train_eval` or `val`, each in `micro_steps` parts: the same at every evaluation.
 
-        They depend on the number and length of the sequences, not on the seed. Where the split has fewer windows, they
+        They depend on the number and length of the sequences, not on the seed. Where the split has fewer of them, they
         are all of these, once, and the last part is smaller.
+
+        Args:
+            leaks: whether documents of validation that nearly equal one of training have targets.
         """
         share, end = self.batch_size // micro_steps, self.evaluation_windows(stream, count)
         for first in range(0, end, share):
-            yield self._batch(stream, EVALUATION_SEED, first, min(share, end - first))
+            yield self._batch(stream, EVALUATION_SEED, first, min(share, end - first), leaks)
 
     def evaluation_windows(self, stream: str, count: int) -> int:
         """How many sequences `count` evaluation batches have: those of the split at most."""
-        return min(count * self.batch_size, windows_of_pass(len(self.corpus.split(stream)), self.block_size))
+        rows = self.corpus.rows(stream, self.block_size)
+        most = windows_of_pass(len(self.corpus.split(stream)), self.block_size) if rows is None else len(rows)
+        return min(count * self.batch_size, most)
 
     def evaluation_bytes(self, stream: str, count: int) -> float:
         """Bytes of text per token that is predicted in `count` evaluation batches of `train_eval` or `val`."""
-        tokens, end, n_bytes = self.corpus.split(stream), self.evaluation_windows(stream, count), 0
+        end, n_bytes, n_targets = self.evaluation_windows(stream, count), 0, 0
         for first in range(0, end, self.batch_size):
-            share = min(self.batch_size, end - first)
-            offsets = sample_offsets(EVALUATION_SEED, stream, first, share, len(tokens), self.block_size)
-            n_bytes += int(self.corpus.byte_counts[sample_windows(tokens, offsets, self.block_size)[:, 1:]].sum())
-        return n_bytes / (end * self.block_size)
+            _, targets = self._gather(stream, EVALUATION_SEED, first, min(self.batch_size, end - first))
+            counted = targets[targets != IGNORED]
+            n_bytes += int(self.corpus.byte_counts[counted].sum())
+            n_targets += len(counted)
+        return n_bytes / max(n_targets, 1)
 
-    def _batch(self, stream: str, seed: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.corpus.split(stream)
-        offsets = sample_offsets(seed, stream, first, count, len(tokens), self.block_size)
-        inputs, targets = gather(tokens, offsets, self.block_size)
+    def places(self, stream: str, seed: int, first: int, count: int) -> np.ndarray:
+        """Where the tokens of samples first .. first + count - 1 are in their split, (count, T); PADDING: nowhere."""
+        rows, n_tokens = self.corpus.rows(stream, self.block_size), len(self.corpus.split(stream))
+        if rows is not None:
+            return rows.places(in_random_order(seed, STREAMS[stream], first, count, len(rows)))
+        lazily = self.corpus.prepared is not None
+        offsets = sample_offsets(seed, stream, first, count, n_tokens, self.block_size, lazily)
+        return offsets[:, None] + np.arange(self.block_size)
+
+    def _gather(
+        self, stream: str, seed: int, first: int, count: int, leaks: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, each (count, T) int64: a target is the token that follows."""
+        places, rows = self.places(stream, seed, first, count), self.corpus.rows(stream, self.block_size)
+        if rows is not None:
+            inputs, targets = rows.batch(places)
+        else:
+            windows = sample_windows(self.corpus.split(stream), places[:, 0], self.block_size)  # (count, T + 1)
+            inputs, targets = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
+        if not leaks and self.corpus.prepared is not None:
+            targets[self.corpus.prepared.leaks.have(places)] = IGNORED
+        return inputs, targets
+
+    def _batch(
+        self, stream: str, seed: int, first: int, count: int, leaks: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if stream == "train" and self.corpus.document_token is not None:
+            begin = first % self.batch_size
+            pair = [part[begin : begin + count] for part in self.update(first // self.batch_size)]
+        else:
+            pair = [*self._gather(stream, seed, first, count, leaks)]
+        inputs, targets = map(torch.from_numpy, pair)
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)

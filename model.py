@@ -20,6 +20,7 @@ from utils.nn.activation_checkpointing import recomputed
 from utils.nn.attention import causal_attention
 from utils.nn.costs import shapes_only
 from utils.nn.cross_entropy import chunked_cross_entropy, plain_cross_entropy, rows_at_once
+from utils.nn.documents import Documents
 from utils.nn.gelu import gelu_tanh
 from utils.nn.kv_cache import NO_TOKEN, KVCache
 from utils.nn.lean import is_patched, may_be_plain
@@ -103,14 +104,21 @@ class NgramEmbedding(nn.Module):
             declare(nn.Embedding(rows, config.n_embd), weight=ZERO_EMBEDDING) for rows in config.ngram_rows
         )
 
-    def forward(self, idx: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) for the tokens idx (B, T), with the tokens (B, N - 1) that precede them."""
+    def forward(self, idx: torch.Tensor, before: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, C) for the tokens idx (B, T), with the tokens (B, N - 1) that precede them.
+
+        Args:
+            positions: (B, T), from the start of each document, where a row has several: what precedes it is no token.
+        """
         T, reach = idx.size(1), before.size(1)
         tokens = torch.cat((before, idx), dim=1) + 1  # (B, N - 1 + T)
         ngrams = tokens[:, reach:]  # (B, T)
         vectors = []
         for back, (rows, table) in enumerate(zip(self.rows, self.tables, strict=True), start=1):
-            ngrams = ngrams * self.FACTOR + tokens[:, reach - back : reach - back + T]  # int64 wraps around
+            earlier = tokens[:, reach - back : reach - back + T]  # (B, T)
+            if positions is not None:
+                earlier = earlier.where(positions >= back, NO_TOKEN + 1)
+            ngrams = ngrams * self.FACTOR + earlier  # int64 wraps around
             vectors.append(table((ngrams ^ (ngrams >> 29)) % rows))
         return functools.reduce(torch.add, vectors)
 
@@ -131,7 +139,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | Documents | None
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
@@ -207,7 +215,7 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | Documents | None
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attention(self.attention_norm(x), rope, cache)
@@ -223,6 +231,9 @@ class LanguageModel(nn.Module):
     Args:
         config: the architecture.
         vocab_size: V, from the tokenizer.
+
+    document_token: where it is set, each document of a row begins with this token, attention stays within documents
+        and positions start anew with each. A cache holds one document.
     """
 
     cos: torch.Tensor
@@ -252,6 +263,7 @@ class LanguageModel(nn.Module):
             self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
         self.fp8_logits = False  # in training on CUDA
         self.recomputes = False  # blocks keep only their input for the backward pass
+        self.document_token: int | None = None
         init_weights(self)
 
     def forward(
@@ -261,11 +273,11 @@ class LanguageModel(nn.Module):
 
         Args:
             idx: (B, T) token ids, int64.
-            targets: (B, T) the tokens to predict, or None.
+            targets: (B, T) the tokens to predict, IGNORED (-100) where there is none; or None.
             cache: earlier tokens of the same sequences; `idx` follows them and is appended.
 
         Returns:
-            The logits (B, T, V), and the loss in nats per token (None without targets).
+            The logits (B, T, V), and the mean loss in nats per target (None without targets).
         """
         logits = self.head_logits(self.hidden(idx, cache))  # (B, T, V)
         if targets is None:
@@ -288,7 +300,7 @@ class LanguageModel(nn.Module):
         return chunked_cross_entropy(hidden, weight, targets, rows, self.config.logit_softcap, self.fp8_logits)
 
     def hidden(
-        self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+        self, idx: torch.Tensor, cache: KVCache | Documents | None = None, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
         """The input of the head: (B, T, C) for tokens idx (B, T).
 
@@ -296,6 +308,8 @@ class LanguageModel(nn.Module):
             cache: earlier tokens of the same sequences; `idx` follows them and is appended.
             lengths: of the sequences in idx, if they differ (see KVCache.begin).
         """
+        if cache is None:
+            cache = self.documents(idx)
         x, rope = self.embed(idx, cache, lengths)
         run = recomputed(run_block, self.config.dropout) if self.recomputes else run_block
         for block in self.blocks:
@@ -304,16 +318,27 @@ class LanguageModel(nn.Module):
             cache.end()
         return self.final_norm(x)
 
+    def documents(self, idx: torch.Tensor) -> Documents | None:
+        """The documents in rows of tokens idx (B, T); None: each row is one text."""
+        if self.document_token is None:
+            return None
+        assert self.config.block_size >= idx.size(1)
+        weight = self.token_embedding.weight
+        dtype = product_dtype(weight) if weight.is_cuda else weight.dtype
+        return Documents(idx, self.document_token, dtype, self.config.dropout if self.training else 0.0)
+
     def embed(
-        self, idx: torch.Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+        self, idx: torch.Tensor, cache: KVCache | Documents | None = None, lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """The input of the first block, (B, T, C), and the factors of rotary positions (see `rotate`); as `hidden`."""
         T = idx.size(1)
         x = self.token_embedding(idx)  # (B, T, C)
         if self.config.ngram_rows:
             reach = len(self.config.ngram_rows)
-            before = idx.new_full((len(idx), reach), NO_TOKEN) if cache is None else cache.tokens_before(reach)
-            x = x + self.ngram_embedding(idx, before)
+            before = (
+                cache.tokens_before(reach) if isinstance(cache, KVCache) else idx.new_full((len(idx), reach), NO_TOKEN)
+            )
+            x = x + self.ngram_embedding(idx, before, cache.positions if isinstance(cache, Documents) else None)
         positions: slice | torch.Tensor  # (B, T), or the same slice for all sequences
         if cache is None:
             assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
@@ -322,7 +347,10 @@ class LanguageModel(nn.Module):
             positions, end = cache.begin(idx, lengths), max(cache.lengths) + T
         rope = None
         if self.config.position == "learned":
-            x = x + self.position_embedding.weight[positions]  # (T, C) or (B, T, C)
+            table = self.position_embedding
+            x = x + (
+                table.weight[positions] if isinstance(positions, slice) else table(positions)
+            )  # (T, C) or (B, T, C)
         elif end <= self.config.block_size:
             rope = self.cos[positions], self.sin[positions]
         else:  # a window slides, so positions have no limit; double precision, because the angles become large
@@ -350,7 +378,7 @@ def run_block(
     block: nn.Module,
     x: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor] | None,
-    cache: KVCache | None,
+    cache: KVCache | Documents | None,
 ) -> torch.Tensor:
     """(B, T, C) -> (B, T, C). One function for all layers, so that its compiled code serves them all."""
     return block(x, rope, cache)

@@ -435,8 +435,9 @@ def create_model(
     if vocab_size is None:
         from data import load_corpus
 
-        data, folder = loaded.config.data, PROJECT_ROOT / loaded.config.data.corpora_dir
-        tokenizer = load_corpus(data, loaded.config.model.block_size, folder).tokenizer
+        data, block_size = loaded.config.data, loaded.config.model.block_size
+        folder, datasets_dir = PROJECT_ROOT / data.corpora_dir, PROJECT_ROOT / data.datasets_dir
+        tokenizer = load_corpus(data, block_size, folder, datasets_dir=datasets_dir).tokenizer
         vocab_size = tokenizer.vocab_size
     elif vocab_size < 1:
         raise UserError(f"vocab_size must be at least 1, not {vocab_size}")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (  # from the bottom up: packages of utils/, and the files beside it
     *("errors", "locks", "files", "config", "tokenization", "tokenizer.py"),
-    *("machine", "checkpoints", "nn", "terminal", "runs", "corpora", "preparation"),
+    *("machine", "checkpoints", "nn", "terminal", "runs", "corpora", "packing", "preparation"),
     *("model.py", "data.py", "tracking", "optim", "inference", "evaluation", "training", "profiling", "experiments"),
     *("inference.py", "evaluate.py", "train.py", "profile_model.py", "experiments.py", "workbench.py"),
 )

@@ -36,13 +36,13 @@ def model_of(kind: dict[str, Any], model_class: type[LanguageModel] = LanguageMo
     return model_class(ModelConfig.model_validate({**SHAPE, **kind}), vocab_size=50)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(("recomputes", "document_token"), [(False, None), (True, None), (False, 7)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_layers_share_one_code(kind: dict[str, Any], recomputes: bool) -> None:
+def test_all_layers_share_one_code(kind: dict[str, Any], recomputes: bool, document_token: int | None) -> None:
     losses, gradients = [], []
     for compiled in (False, True):
         model = model_of(kind)
-        model.recomputes = recomputes
+        model.recomputes, model.document_token = recomputes, document_token
         loss = compiled_loss(model, CPU, "default", 32) if compiled else model.loss
         losses.append(loss(IDX[:, :-1], IDX[:, 1:]))
         losses[-1].backward()

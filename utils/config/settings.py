@@ -103,7 +103,8 @@ class DataConfig(Section):
 
     dataset: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
         "pydocs",
-        "a registered corpus (pydocs, shakespeare), or the path of a UTF-8 text file or a folder of them",
+        "a registered corpus (pydocs, shakespeare), the name or path of a prepared dataset (prepare.py), or the path "
+        "of a UTF-8 text file or a folder of them",
         kind=MACHINE,  # the text decides, wherever it is: corpus_hash takes its place
         min_length=1,
     )
@@ -129,9 +130,16 @@ class DataConfig(Section):
     val_fraction: Float = setting(
         0.1, "share of the tokens, at the end of the corpus, kept for validation", kind=TRAJECTORY, gt=0, lt=1
     )
+    packing: Literal["none", "random", "documents"] = setting(
+        "random",
+        "samples of a prepared dataset: one document in each row, windows at random offsets, or whole documents packed "
+        "into rows; attention and loss stay within documents except for random",
+        kind=TRAJECTORY,
+    )
     corpora_dir: Place = setting(
         "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
     )
+    datasets_dir: Place = setting("datasets", "folder of prepared datasets", kind=MACHINE, min_length=1)
 
     @model_validator(mode="after")
     def _rules(self) -> DataConfig:

@@ -20,7 +20,7 @@ import json
 import os
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,11 @@ class Dataset:
         content = {key: value for key, value in asdict(self).items() if key not in ("folder", "facts")}
         write_json(self.folder / DATASET_JSON, {"schema_version": SCHEMA_VERSION, **content, **self.facts})
 
-    def verify(self, thorough: bool = False) -> None:
+    def verify(self, thorough: bool = False, look: Callable[[Path], None] = lambda path: None) -> None:
         """Compare the shards with their checksums: those written to since they were last compared, or all.
+
+        Args:
+            look: called with each file whose checksum was compared and found right.
 
         Raises:
             DatasetError: a shard is missing or was edited; the message names it.
@@ -147,6 +150,7 @@ class Dataset:
                         )
                     if checksum(path) != crc32:
                         raise DatasetError(f"{path}: edited or damaged since it was prepared: its CRC-32 differs")
+                    look(path)
             except OSError as error:
                 raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
             found[path.name] = state
@@ -164,6 +168,11 @@ class Dataset:
 
 def is_dataset(folder: Path) -> bool:
     return os.path.isfile(folder / DATASET_JSON)
+
+
+def find_dataset(name: str, datasets_dir: Path) -> Path | None:
+    """The folder of a prepared dataset: `name` in datasets_dir, or at that path; None if neither is one."""
+    return next((folder for folder in (datasets_dir / name, Path(name)) if is_dataset(folder)), None)
 
 
 def read_dataset(folder: Path) -> Dataset:

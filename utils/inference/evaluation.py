@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from data import BatchSampler
 from model import LanguageModel
 from utils.inference.graphs import Graphs
+from utils.nn.cross_entropy import IGNORED
+from utils.packing.joined import Joined
 
 Precision = Callable[[], AbstractContextManager[None]]  # autocast, or nothing
 
@@ -69,15 +72,18 @@ class EvaluationStoppedError(Exception):
 
 
 def mean_loss(loss: BatchLoss, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean loss over batches, in nats per token, with one transfer from the device."""
-    losses, sizes = [], []
+    """Mean loss over the targets of batches, in nats; NaN without one. The device is waited for at the end only."""
+    losses, counts = [], []
     with evaluating(loss.model):
         for inputs, targets in batches:
             losses.append(loss(inputs, targets))
-            sizes.append(len(inputs))
-    of_batches = torch.stack(losses)
-    if sizes[-1] == sizes[0]:
+            counts.append((targets != IGNORED).sum())
+    numbers = [int(count) for count in torch.stack(counts).tolist()]
+    of_batches = torch.stack([each for each, number in zip(losses, numbers, strict=True) if number] or losses)
+    if len(set(numbers)) == 1:
         return of_batches.mean().item()
+    divisor = math.gcd(*numbers)  # small numbers are exact in float32
+    sizes = [number // divisor for number in numbers if number]
     shares = torch.tensor(sizes, dtype=of_batches.dtype, device=of_batches.device) / sum(sizes)
     return (of_batches * shares).sum().item()
 
@@ -113,7 +119,7 @@ def estimate_loss(
     return {name: mean_loss(loss, watched(stream)) for name, stream in streams.items()}
 
 
-def split_loss(model: LanguageModel, tokens: np.ndarray, batch_size: int = 64) -> float:
+def split_loss(model: LanguageModel, tokens: np.ndarray | Joined, batch_size: int = 64) -> float:
     """Mean loss over all tokens of a split except the first, in nats per token.
 
     The split is cut into adjacent windows of block_size tokens, and a token attends only to the tokens
@@ -121,7 +127,7 @@ def split_loss(model: LanguageModel, tokens: np.ndarray, batch_size: int = 64) -
     """
     block_size = model.config.block_size
     device = next(model.parameters()).device
-    ids = torch.from_numpy(tokens.astype(np.int64))
+    ids = torch.from_numpy(np.array(tokens, dtype=np.int64))
     n_windows = (len(ids) - 1) // block_size
     end = n_windows * block_size
     inputs = list(ids[:end].view(-1, block_size).split(batch_size)) if n_windows else []  # (n, T) each

@@ -20,13 +20,16 @@ SOFTMAX_BACKWARD = private_operator("_softmax_backward_data")
 SHORT = 128  # tokens; from about 192 on torch's kernel is as fast, and it needs no memory for the scores
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Each token attends to itself and the tokens before it.
 
     Args:
         q: (B, T, H, D); H / K query heads share a key/value head [Ainslie et al. 2023].
         k, v: (B, T, K, D).
         dropout: of attention weights.
+        mask: (B, 1, T, T), to add to the scores: a causal one that rules out more; None: nothing else is ruled out.
 
     Returns:
         (B, T, H * D).
@@ -42,11 +45,16 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
         and not torch.compiler.is_compiling()
     )
     if by_products:
-        return ShortAttention.apply(q, k, v)
+        return ShortAttention.apply(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H | K, T, D)
-    y = F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=T > 1, enable_gqa=k.size(1) != H
-    )  # (B, H, T, D)
+    if mask is None:
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=T > 1, enable_gqa=k.size(1) != H
+        )  # (B, H, T, D)
+    else:
+        if k.size(1) != H:  # the kernels that take a mask know no groups
+            k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
@@ -60,11 +68,16 @@ class ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v and its gradients as seven batched matrix products; it has no second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         B, T, H, D = q.shape
         q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
-        is_fake = type(q) is not torch.Tensor  # and so would be the mask, which must not be cached
-        mask = (causal_mask.__wrapped__ if is_fake else causal_mask)(T)
+        if mask is None:
+            is_fake = type(q) is not torch.Tensor  # and so would be the mask, which must not be cached
+            mask = (causal_mask.__wrapped__ if is_fake else causal_mask)(T)
+        else:
+            mask = mask.expand(B, H, T, T).reshape(B * H, T, T)
         scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
         weights = scores.softmax(dim=-1)
         ctx.save_for_backward(q, k, v, weights)
@@ -72,7 +85,7 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert SOFTMAX_BACKWARD is not None
         q, k, v, weights = ctx.saved_tensors
         B, (T, D) = gradient.size(0), v.shape[1:]
@@ -81,4 +94,4 @@ class ShortAttention(torch.autograd.Function):
         of_scores = SOFTMAX_BACKWARD(torch.bmm(rows, v.mT), weights, -1, torch.float32)
         of_q = torch.baddbmm(of_v, of_scores, k, beta=0, alpha=D**-0.5)  # with beta = 0 of_v is not read
         of_k = torch.baddbmm(of_v, of_scores.mT, q, beta=0, alpha=D**-0.5)
-        return tuple(x.view(B, -1, T, D).transpose(1, 2) for x in (of_q, of_k, of_v))
+        return *(x.view(B, -1, T, D).transpose(1, 2) for x in (of_q, of_k, of_v)), None

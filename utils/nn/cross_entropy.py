@@ -119,6 +119,8 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """The mean cross-entropy of the logits `hidden weight^T`, in nats per target; it has no second derivative.
 
+    Where no target has a loss, it is 0.
+
     The products are in the precision of autocast, if that is on. The gradient of the weight is summed in float32.
 
     Args:
@@ -139,7 +141,7 @@ def chunked_cross_entropy(
         matrix = padded(weight, dtype)  # (V + padding, C)
         multiply = logits_product(hidden.to(dtype), matrix, rows)
         chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap)
-        return torch.cat([losses for losses, _ in chunks]).sum() / (targets != IGNORED).sum()
+        return torch.cat([losses for losses, _ in chunks]).sum() / (targets != IGNORED).sum().clamp(min=1)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -169,7 +171,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if ctx.needs_input_grad[1]:
                     add_product(of_matrix, of_logits.t(), part)
                 all_losses.append(losses)
-            count = (targets != IGNORED).sum()
+            count = (targets != IGNORED).sum().clamp(min=1)
             ctx.save_for_backward(of_x, of_matrix, count)
             ctx.dtypes, ctx.vocab_size = (hidden.dtype, weight.dtype), len(weight)
             return torch.cat(all_losses).sum() / count

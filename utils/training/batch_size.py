@@ -56,7 +56,7 @@ def find_batch(
     """
     config = loaded.config
     length, tokens = config.model.block_size, config.train.tokens_per_step
-    most = max(1, corpus.n_train // length)  # an update should not see a token twice
+    most = max(1, corpus.tokens_of_pass(length) // length)  # an update should not see a token twice
     sizes = divisors(tokens // length) if tokens else [2**n for n in range(most.bit_length())]
     free = available_memory(device)
     with fitting(config, corpus, device, dtype, free) as fits:
@@ -154,6 +154,9 @@ class ZeroBatches(BatchSampler):
         ids = torch.zeros((self.batch_size, self.block_size), dtype=torch.int64, device=self.device)  # (B, T)
         return ids, ids
 
+    def target_share(self, *_place: int) -> None:
+        return None
+
     def prefetch(self, *_place: int) -> None: ...
 
 
@@ -168,6 +171,7 @@ class Trial:
         with device:
             model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
         apply_layer_settings(model, config.train)
+        model.document_token = None if config.data.packing == "random" else 0
         self.state = TrainState(
             config=config,
             max_iters=1,

@@ -55,9 +55,10 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
     end: Callable[..., torch.Tensor] = torch.compile(_final_norm if in_chunks else _head, dynamic=False, **options)
 
     def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x, rope = embed(idx)
+        documents = model.documents(idx)
+        x, rope = embed(idx, documents)
         for layer in model.blocks:
-            x = block(layer, x, rope, None)
+            x = block(layer, x, rope, documents)
         return model.head_loss(end(model, x), targets) if in_chunks else end(model, x, targets)
 
     return loss

@@ -16,7 +16,7 @@ class Feed:
     """The batches of a run's updates, one after the other, in the same tensors.
 
     A training split of up to ON_DEVICE tokens is copied to the device once; an update then needs only the places
-    where its sequences start. Of a longer one, a thread gathers the windows of the next update meanwhile.
+    where its sequences start. Of a longer one, and of rows of documents, a thread gathers the next update meanwhile.
 
     Args:
         sampler: whose batches these are.
@@ -24,39 +24,53 @@ class Feed:
     """
 
     def __init__(self, sampler: BatchSampler, micro_steps: int) -> None:
-        self.sampler = sampler
+        self.sampler, self._micro_steps = sampler, micro_steps
         tokens = sampler.corpus.split("train")
-        share, width = sampler.batch_size // micro_steps, sampler.block_size + 1
+        self._has_rows = sampler.corpus.rows("train", sampler.block_size) is not None
         self._tokens: torch.Tensor | None = None
-        if len(tokens) <= ON_DEVICE:
-            self._tokens = torch.from_numpy(tokens.astype(np.int32)).to(sampler.device)
-            self._steps_in_window = torch.arange(width, device=sampler.device)
-            self._next = torch.zeros((micro_steps, share, 1), dtype=torch.int64, device=sampler.device)  # offsets
-        else:
-            self._thread = ThreadPoolExecutor(1, "feed")
-            self._next = torch.zeros((micro_steps, share, width), dtype=torch.int64, device=sampler.device)  # windows
-        self._ahead: tuple[int, Future[torch.Tensor]] | None = None
+        if not self._has_rows and len(tokens) <= ON_DEVICE:
+            self._tokens = torch.from_numpy(np.array(tokens, dtype=np.int32)).to(sampler.device)
+            self._steps_in_window = torch.arange(sampler.block_size + 1, device=sampler.device)
+        self._thread = ThreadPoolExecutor(1, "feed")
+        self._next = [torch.zeros_like(part, device=sampler.device) for part in self._made(0)]
+        self._ahead: tuple[int, Future[list[torch.Tensor]]] | None = None
 
     def load(self, step: int) -> None:
         """Put the batches of update `step` in place; the device is not waited for."""
-        if self._tokens is not None:
-            self._next.copy_(torch.tensor(self.sampler.train_offsets(step)).view(self._next.shape), non_blocking=True)
-            return
         future = self._ahead[1] if self._ahead is not None and self._ahead[0] == step else None
-        windows = future.result() if future is not None else self._windows(step)
-        self._next.copy_(windows.view(self._next.shape), non_blocking=True)
-        self._ahead = step + 1, self._thread.submit(self._windows, step + 1)
+        made = future.result() if future is not None else self._made(step)
+        for part, new in zip(self._next, made, strict=True):
+            part.copy_(new, non_blocking=True)
+        if self._tokens is None:
+            self._ahead = step + 1, self._thread.submit(self._made, step + 1)
 
     def batch(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a micro-step of the update that was loaded, (batch_size / micro_steps, T) each."""
-        windows = self._next[micro_step]
+        if self._has_rows:
+            inputs, targets, _ = self._next
+            return inputs[micro_step], targets[micro_step]
+        windows = self._next[0][micro_step]
         if self._tokens is not None:
             windows = self._tokens[windows + self._steps_in_window].long()  # (share, T + 1)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
-    def _windows(self, step: int) -> torch.Tensor:
-        """(batch_size, T + 1) int64, where the device can copy it from while the host goes on."""
+    def target_share(self, micro_step: int) -> torch.Tensor | None:
+        """Of the targets of the update, the share in a micro-step, () on the device; None: all have the same."""
+        return self._next[2][micro_step] if self._has_rows else None
+
+    def _made(self, step: int) -> list[torch.Tensor]:
+        """What `load` copies, by micro-step: offsets (share, 1), windows (share, T + 1), or rows and target shares."""
+        if self._has_rows:
+            shares = torch.tensor(self.sampler.target_shares(step, self._micro_steps), dtype=torch.float32)
+            parts = [torch.from_numpy(part) for part in self.sampler.update(step)]
+            return [*map(self._by_micro_step, parts), self._by_micro_step(shares)[:, 0]]
         offsets = np.array(self.sampler.train_offsets(step))
+        if self._tokens is not None:
+            return [self._by_micro_step(torch.from_numpy(offsets[:, None]))]
         windows = sample_windows(self.sampler.corpus.split("train"), offsets, self.sampler.block_size)
-        on_host = torch.from_numpy(windows.astype(np.int64))
-        return on_host.pin_memory() if self.sampler.device.type == "cuda" else on_host
+        return [self._by_micro_step(torch.from_numpy(windows.astype(np.int64)))]
+
+    def _by_micro_step(self, part: torch.Tensor) -> torch.Tensor:
+        """(micro_steps, batch_size / micro_steps, ...), where the device can copy it from while the host goes on."""
+        part = part.unflatten(0, (self._micro_steps, -1))
+        return part.pin_memory() if self._tokens is None and self.sampler.device.type == "cuda" else part

@@ -72,7 +72,7 @@ class Setup:
     def epochs(self) -> float:
         """Passes over the training tokens that the run will make."""
         tokens = self.max_iters * self.config.train.sequences * self.config.model.block_size
-        return tokens / self.corpus.n_train
+        return tokens / self.corpus.tokens_of_pass(self.config.model.block_size)
 
 
 def make_setup(
@@ -106,11 +106,11 @@ def make_setup(
     if config.train.fp8:
         check_fp8(device, dtype)
     callbacks = load_callbacks(config.train.callbacks, root / config.tracking.runs_dir, root)
-    folder = root / config.data.corpora_dir
+    folder, datasets_dir = root / config.data.corpora_dir, root / config.data.datasets_dir
     try:
         block_size = config.model.block_size
         data = with_problems(config, folder)
-        corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, keep=False)
+        corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
         corpus = replace(corpus, name=config.data.dataset)
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
@@ -128,7 +128,8 @@ def make_setup(
     max_iters = config.train.max_iters
     if max_iters is None:
         assert config.train.epochs is not None
-        max_iters = math.ceil(config.train.epochs * corpus.n_train / config.train.sequences / config.model.block_size)
+        tokens = config.train.epochs * corpus.tokens_of_pass(block_size)
+        max_iters = math.ceil(tokens / config.train.sequences / block_size)
         try:
             warmup_steps(config.optimizer, max_iters)
         except RuleError as error:

@@ -99,6 +99,7 @@ def build_state(
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
     apply_layer_settings(model, config.train)
+    model.document_token = corpus.document_token
     roles = declared_roles(model)
     assert roles.keys() <= model.initialised.keys(), "a subclass that declares roles calls init_weights at its end"
     sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)

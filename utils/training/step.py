@@ -12,6 +12,7 @@ import torch
 from torch.profiler import record_function
 
 from utils.machine.device import autocast, synchronize
+from utils.training.feed import Feed
 from utils.training.state import TrainState
 
 PHASES = ("data", "forward", "backward", "optimizer", "logging")
@@ -80,31 +81,34 @@ class EagerUpdate:
         optimizer_step(self.state, grad_norms)
 
 
-def forward_backward(
-    state: TrainState, phase: Phase = no_phase, batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
-) -> torch.Tensor:
+def forward_backward(state: TrainState, phase: Phase = no_phase, feed: Feed | None = None) -> torch.Tensor:
     """Add up the gradients of an update over its micro-steps.
 
     Args:
-        batch: inputs and targets, (B, T) each, of a micro-step; by default those of `state.step`.
+        feed: has the batches; None: the sampler makes those of `state.step`.
 
     Returns:
-        The mean loss of the batch, (), on the device.
+        The mean loss of the batch over all its targets, (), on the device.
     """
     micro_steps = state.config.train.gradient_accumulation_steps
     total = torch.zeros((), device=state.device)
     for micro_step in range(micro_steps):
         with phase("data"):
-            if batch is None:
+            if feed is None:
                 inputs, targets = state.sampler.train_batch(state.step, micro_step, micro_steps)
+                share = state.sampler.target_share(state.step, micro_step, micro_steps)
             else:
-                inputs, targets = batch(micro_step)
+                inputs, targets = feed.batch(micro_step)
+                share = feed.target_share(micro_step)
         with phase("forward"), autocast(state.device, state.dtype):
             loss = state.loss(inputs, targets)
-            loss = loss / micro_steps if micro_steps > 1 else loss
+            if share is not None:  # where no target counts, the mean is not a number
+                loss = torch.where(share > 0, loss * share, 0.0)
+            elif micro_steps > 1:
+                loss = loss / micro_steps
         with phase("backward"):
             state.scaler.scale(loss).backward()
-            if batch is None:
+            if feed is None:
                 state.sampler.prefetch(*divmod(state.step * micro_steps + micro_step + 1, micro_steps), micro_steps)
         total += loss.detach()
     return total

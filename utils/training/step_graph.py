@@ -55,7 +55,7 @@ class Recording:
 
     def _gradients(self) -> None:
         self.state.optimizer.zero_grad(set_to_none=True)
-        self.loss.copy_(forward_backward(self.state, no_phase, self._feed.batch))
+        self.loss.copy_(forward_backward(self.state, no_phase, self._feed))
         self.grad_norms.copy_(clip_gradients(self.state))
 
     def gradients(self) -> None:

@@ -1,0 +1,48 @@
+"""Rows of several documents: attention and positions stay within each, as if it were alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from utils.nn.attention import causal_attention
+
+
+class Documents:
+    """The documents in a batch of rows, each of which begins with the same token; a row may begin within one.
+
+    A forward pass uses it in the place of a KVCache: `begin` gives the positions, each layer calls `attend`.
+
+    Args:
+        idx: (B, T) token ids.
+        token: that a document begins with.
+        dtype: of the model's numbers.
+        dropout: of attention weights.
+
+    positions: (B, T), from the start of the document.
+    mask: (B, 1, T, T), to add to the scores: zero where a token sees another one, else minus infinity.
+    """
+
+    def __init__(self, idx: torch.Tensor, token: int, dtype: torch.dtype, dropout: float = 0.0) -> None:
+        B, T = idx.shape
+        places = torch.arange(T, device=idx.device)
+        starts = torch.where(idx == token, places, 0).cummax(dim=1).values  # (B, T), of each token's document
+        self.positions = places - starts
+        # A token sees what precedes it, from the start of its document on.
+        seen = (places <= places[:, None]) & (places >= starts[:, :, None])  # (B, T, T)
+        shown = torch.zeros((), dtype=dtype, device=idx.device)
+        self.mask = torch.where(seen, shown, -math.inf)[:, None]
+        self.lengths = [0] * B
+        self._dropout = dropout
+
+    def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """The positions of the tokens, (B, T)."""
+        return self.positions
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Each token attends to itself and the tokens before it in its document (see `causal_attention`)."""
+        return causal_attention(q, k, v, self._dropout, self.mask)
+
+    def end(self) -> None: ...

@@ -1,0 +1,126 @@
+"""A prepared dataset as training reads it: in place, checked, and cut into rows as the setting `packing` says."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from utils.config.settings import DataConfig
+from utils.corpora.datasets import Dataset, DatasetError, read_dataset
+from utils.packing.documents import Documents, Marked
+from utils.packing.joined import Joined
+from utils.packing.plan import VERSION, Plan, best_fit, load_plan
+from utils.packing.rows import Packed, Rows, Single
+
+AT_ONCE = 1 << 24  # ids of a shard that are looked at together
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset whose shards are what was prepared.
+
+    packing: of the setting.
+    plans: folder of the plans of packing.
+    """
+
+    dataset: Dataset
+    tokenizer: Tokenizer
+    packing: str
+    plans: Path
+    _made: dict[Path, Plan] = field(default_factory=dict)  # and not written yet
+
+    @functools.cached_property
+    def documents(self) -> Mapping[str, Documents]:
+        """Those of `train` and `val`."""
+        return {name: Documents(self.dataset, self.dataset.splits[name]) for name in ("train", "val")}
+
+    @functools.cached_property
+    def tokens(self) -> Joined:
+        """Those of training, then those of validation."""
+        return Joined([*self.documents["train"].tokens.parts, *self.documents["val"].tokens.parts])
+
+    @functools.cached_property
+    def leaks(self) -> Marked:
+        """The documents of validation that nearly equal one of training."""
+        return Marked(self.documents["val"], self.dataset.leaks)
+
+    def rows(self, split: str, block_size: int) -> Rows | None:
+        """The rows of `train` or `val`; None: packing is random."""
+        if self.packing == "random":
+            return None
+        documents = self.documents[split]
+        if self.packing == "none":
+            return Rows(documents, Single(documents, block_size), block_size, self.dataset.end_of_text)
+        path = self.plans / f"{self.dataset.hash[:16]}-{split}-{block_size}-v{VERSION}.plan"
+        if path not in self._made:
+            self._made[path] = load_plan(path) or best_fit(documents.lengths(), block_size)
+        return Rows(documents, Packed(self._made[path], block_size), block_size, self.dataset.end_of_text)
+
+    def save_plans(self) -> Joined:
+        """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
+        with contextlib.suppress(OSError):
+            for path, plan in self._made.items():
+                if not path.exists():
+                    plan.save(path)
+        return self.tokens
+
+    def bytes_per_token(self) -> float:
+        """Mean over the training tokens."""
+        split = self.dataset.splits["train"]
+        return split.bytes / max(split.tokens, 1)
+
+
+def open_prepared(
+    folder: Path, config: DataConfig, block_size: int, plans: Path, tokenizer: Tokenizer | None
+) -> Prepared:
+    """The dataset in `folder`; shards that were written to since they were last compared are compared again.
+
+    Args:
+        plans: folder of the plans of packing.
+        tokenizer: of the model that is trained further; None: a new one.
+
+    Raises:
+        UserError: it is no dataset, a shard was edited, it was made with another tokenizer than is asked for, or a
+            split is shorter than a sample.
+    """
+    dataset = read_dataset(folder)
+    own = load_tokenizer(dataset.tokenizer_path)
+    if own.hash() != dataset.tokenizer_hash:
+        raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was prepared with")
+    made = f"{folder}: it was prepared with tokenizer {own.kind}, {own.vocab_size:,} tokens"
+    if tokenizer is not None and tokenizer.hash() != dataset.tokenizer_hash:
+        raise DatasetError(f"{made}; the model has another one: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
+    kind, _, path = config.tokenizer.partition(":")
+    fits = kind in (own.kind, DataConfig().tokenizer)
+    if fits and path and os.path.exists(os.path.expanduser(path)):  # else the copy in the dataset is the only one
+        fits = build_tokenizer(config, ()).hash() == dataset.tokenizer_hash
+    if not fits:
+        raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
+    dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
+    prepared = Prepared(dataset, own, config.packing, plans)
+    for split, name in (("train", "training"), ("val", "validation")):
+        length, needed = len(prepared.documents[split].tokens), block_size + 1
+        if config.packing == "random" and length < needed:
+            raise DatasetError(
+                f"{folder}: too short: its {name} split has {length:,} of {len(prepared.tokens):,} tokens, block_size "
+                f"{block_size} needs at least {needed:,}"
+            )
+        if (rows := prepared.rows(split, block_size)) is not None and not len(rows):
+            raise DatasetError(f"{folder}: its {name} split has no documents")
+    return prepared
+
+
+def _check_file(dataset: Dataset, vocab_size: int, path: Path) -> None:
+    """Raises DatasetError if a token file has ids beyond the vocabulary."""
+    if path.suffix == ".bin" and path.stat().st_size:
+        ids = np.memmap(path, dtype=np.dtype(dataset.dtype).newbyteorder("<"), mode="r")
+        largest = max(int(ids[first : first + AT_ONCE].max()) for first in range(0, len(ids), AT_ONCE))
+        if largest >= vocab_size:
+            raise DatasetError(f"{path}: token id {largest:,} is beyond the vocabulary of {vocab_size:,} tokens")

@@ -1,0 +1,165 @@
+"""Rows of whole documents for training: one in each row, or packed best-fit; what is left of a row is padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from utils.packing.documents import Documents
+from utils.packing.plan import Plan
+
+IGNORED = -100  # a target without a loss, as torch has it
+PADDING = -1  # in the place of a token
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Stretches of tokens in the rows of a batch, each array (segments,) int64.
+
+    rows: which row of the batch each is in; columns: where it begins there.
+    starts: where it begins in the tokens of the split; lengths: its tokens.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
+class Layout(Protocol):
+    """Which stretches of the tokens each row has."""
+
+    def __len__(self) -> int: ...
+
+    def segments(self, numbers: np.ndarray) -> Segments: ...
+
+    @property
+    def cut(self) -> float:
+        """Share of the tokens that are in documents longer than a row."""
+        ...
+
+    @property
+    def used(self) -> int:
+        """Tokens in all rows, without padding."""
+        ...
+
+
+class Single:
+    """A row for each document, cropped to `block_size` tokens."""
+
+    def __init__(self, documents: Documents, block_size: int) -> None:
+        self._documents, self._block_size = documents, block_size
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def segments(self, numbers: np.ndarray) -> Segments:
+        starts, lengths = self._documents.bounds(numbers)
+        none = np.zeros(len(numbers), dtype=np.int64)
+        return Segments(np.arange(len(numbers)), none, starts, np.minimum(lengths, self._block_size))
+
+    @property
+    def cut(self) -> float:
+        """Share of the tokens that are in no row."""
+        return 1 - self.used / max(len(self._documents.tokens), 1)
+
+    @property
+    def used(self) -> int:
+        return int(np.minimum(self._documents.lengths(), self._block_size).sum())
+
+
+class Packed:
+    """The rows of a plan."""
+
+    def __init__(self, plan: Plan, block_size: int) -> None:
+        self._plan, self._block_size = plan, block_size
+        self._n_cut = int(plan.cut_rows[-1])
+
+    def __len__(self) -> int:
+        return self._n_cut + len(self._plan.rows) - 1
+
+    def segments(self, numbers: np.ndarray) -> Segments:
+        plan, is_cut = self._plan, numbers < self._n_cut
+        cut = numbers[is_cut]
+        document = np.searchsorted(plan.cut_rows, cut, side="right") - 1
+        of_cut = plan.cut_starts[document] + (cut - plan.cut_rows[document]) * self._block_size
+
+        packed = numbers[~is_cut] - self._n_cut
+        firsts = plan.rows[packed]
+        counts = plan.rows[packed + 1] - firsts
+        chosen = np.repeat(firsts, counts) + ramps(counts)
+        lengths = plan.lengths[chosen]
+        before = np.cumsum(lengths) - lengths
+        columns = before - np.repeat(before[np.cumsum(counts) - counts], counts)
+        return Segments(
+            np.concatenate([np.flatnonzero(is_cut), np.repeat(np.flatnonzero(~is_cut), counts)]),
+            np.concatenate([np.zeros(len(cut), dtype=np.int64), columns]),
+            np.concatenate([of_cut, plan.starts[chosen]]),
+            np.concatenate([np.full(len(cut), self._block_size), lengths]),
+        )
+
+    @property
+    def cut(self) -> float:
+        return self._plan.cut
+
+    @property
+    def used(self) -> int:
+        return self._plan.used
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a split, as batches.
+
+    end_of_text: the token that each document begins with, and that pads a row.
+    """
+
+    documents: Documents
+    layout: Layout
+    block_size: int
+    end_of_text: int
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @property
+    def padding(self) -> float:
+        """Share of all rows that is padding."""
+        return 1 - self.layout.used / max(len(self) * self.block_size, 1)
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Where each token of these rows is in the split, (B, T) int64; PADDING where there is none."""
+        found = np.full(len(numbers) * self.block_size, PADDING)
+        segments = self.layout.segments(numbers)
+        within = ramps(segments.lengths)
+        in_batch = np.repeat(segments.rows * self.block_size + segments.columns, segments.lengths) + within
+        found[in_batch] = np.repeat(segments.starts, segments.lengths) + within
+        return found.reshape(len(numbers), self.block_size)
+
+    def batch(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of rows by their `places`, (B, T) int64 each: IGNORED is the target of padding.
+
+        The last token of a document predicts the end-of-text token.
+        """
+        tokens = self.documents.tokens
+        is_padding = places == PADDING
+        inputs = tokens.take(np.maximum(places, 0)).astype(np.int64)
+        inputs[is_padding] = self.end_of_text
+        following = places + 1  # the next document begins with the end-of-text token
+        is_last = following == len(tokens)
+        targets = tokens.take(np.where(is_last, 0, following)).astype(np.int64)
+        targets[is_last] = self.end_of_text
+        targets[is_padding] = IGNORED
+        return inputs, targets
+
+
+def ramps(lengths: np.ndarray) -> np.ndarray:
+    """0 .. length - 1 for each of `lengths`, one after the other.
+
+    >>> ramps(np.array([2, 0, 3])).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

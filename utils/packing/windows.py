@@ -1,0 +1,62 @@
+"""Windows of a text as samples, in an order that is a pure function of (seed, stream, n)."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from utils.packing.joined import Joined
+from utils.packing.shuffle import Shuffle, shuffled
+
+# Streams of random numbers: one for each use, so that they are independent.
+STREAMS = {"train": 0, "train_eval": 1, "val": 2}
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_order(seed: int, stream: str, epoch: int, n_windows: int, n_phases: int) -> tuple[int, np.ndarray]:
+    """The offset of the first window of a pass (0 .. n_phases - 1), and the order of its windows, a permutation.
+
+    Philox4x64-10 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011] with key
+    (seed, stream); the pass is the high word of its counter. Only raw words are used: numpy guarantees
+    that they never change, unlike the output of its distributions.
+    """
+    words = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, epoch]).random_raw(n_windows + 1)
+    return int(words[0] % np.uint64(n_phases)), np.argsort(words[1:], kind="stable")
+
+
+def windows_of_pass(n_tokens: int, block_size: int) -> int:
+    """How many windows a pass over a split visits."""
+    return max(n_tokens // block_size - 1, 1)
+
+
+def sample_offsets(
+    seed: int, stream: str, first: int, count: int, n_tokens: int, block_size: int, lazily: bool = False
+) -> np.ndarray:
+    """Start offsets of samples first .. first + count - 1 of a stream, shape (count,), int64.
+
+    A pass cuts the tokens into adjacent windows of block_size, from a random start, and visits each once, in
+    random order. Offsets drawn independently would leave a third of the text unseen after as many samples as
+    a pass has; the effect on the loss is within the noise of seeds (docs/LOG.md).
+
+    Args:
+        lazily: the order is a function that stores nothing, for a dataset of any size; another one than without.
+    """
+    n_windows = windows_of_pass(n_tokens, block_size)
+    n_phases = n_tokens - n_windows * block_size
+    parts = []
+    for epoch in range(first // n_windows, (first + count - 1) // n_windows + 1):
+        order: np.ndarray | Shuffle
+        if lazily:
+            word, order = shuffled(seed, STREAMS[stream], epoch, n_windows)
+            phase = word % n_phases
+        else:
+            phase, order = _epoch_order(seed, stream, epoch, n_windows, n_phases)
+        begin = epoch * n_windows  # the number of the epoch's first sample
+        parts.append(phase + order[max(first - begin, 0) : first + count - begin] * block_size)
+    return np.concatenate(parts)
+
+
+def sample_windows(tokens: np.ndarray | Joined, offsets: np.ndarray, block_size: int) -> np.ndarray:
+    """(B, T + 1): the samples that start at `offsets` (B,), each with the token that follows it."""
+    return tokens.take(offsets[:, None] + np.arange(block_size + 1))
