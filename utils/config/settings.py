@@ -136,6 +136,13 @@ class DataConfig(Section):
         "into rows; attention and loss stay within documents except for random",
         kind=TRAJECTORY,
     )
+    loss_after: str | None = setting(
+        None,
+        "with rows of documents: only what follows this text in a document counts, an answer after its question say; "
+        "none: all of it",
+        kind=TRAJECTORY,
+        min_length=1,
+    )
     corpora_dir: Place = setting(
         "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
     )
@@ -147,6 +154,8 @@ class DataConfig(Section):
         for key, kind in needs.items():
             if getattr(self, key) and self.tokenizer != kind:
                 raise RuleError(f"{key} is of tokenizer {kind}, not of {self.tokenizer}", key, "tokenizer")
+        if self.loss_after is not None and self.packing == "random":
+            raise RuleError("loss_after needs rows of documents: packing none or documents", "loss_after", "packing")
         texts = [*self.special_tokens]
         if "" in texts or "<|endoftext|>" in texts or len(set(texts)) < len(texts):
             raise RuleError(

@@ -53,10 +53,10 @@ def _draw_accuracy(axes: Axes, by: Mapping[str, Mapping[str, Sequence[int]]]) ->
             right, count = cells.get(str(number), (0, 0))
             if count:
                 shares[row, column] = right / count
-                color = "black" if shares[row, column] > 0.4 else "white"
+                color = "white" if shares[row, column] > 0.5 else "black"
                 words = f"{right / count:.1%}\n{right:,} of {count:,}"
                 axes.text(column, row, words, ha="center", va="center", fontsize=8, color=color)
-    axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(shares, cmap="Greens", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(digits)), [str(number) for number in digits])
     axes.set_yticks(range(len(by)), list(by))
     axes.set(xlabel="digits of the longest operand", title="right answers")

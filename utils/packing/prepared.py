@@ -17,8 +17,9 @@ from utils.corpora.datasets import Dataset, DatasetError, read_dataset
 from utils.packing.documents import Documents, Marked
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
-from utils.packing.rows import Packed, Rows, Single
+from utils.packing.rows import IGNORED, Layout, Packed, Rows, Single
 
+LOOKED_AT = 256  # rows in which loss_after is looked for
 AT_ONCE = 1 << 24  # ids of a shard that are looked at together
 
 
@@ -28,12 +29,14 @@ class Prepared:
 
     packing: of the setting.
     plans: folder of the plans of packing.
+    loss_after: tokens of the text in a document after which its targets begin; empty: all count.
     """
 
     dataset: Dataset
     tokenizer: Tokenizer
     packing: str
     plans: Path
+    loss_after: tuple[int, ...] = ()
     _made: dict[Path, Plan] = field(default_factory=dict)  # and not written yet
 
     @functools.cached_property
@@ -57,11 +60,14 @@ class Prepared:
             return None
         documents = self.documents[split]
         if self.packing == "none":
-            return Rows(documents, Single(documents, block_size), block_size, self.dataset.end_of_text)
+            return self._rows(documents, Single(documents, block_size), block_size)
         path = self.plans / f"{self.dataset.hash[:16]}-{split}-{block_size}-v{VERSION}.plan"
         if path not in self._made:
             self._made[path] = load_plan(path) or best_fit(documents.lengths(), block_size)
-        return Rows(documents, Packed(self._made[path], block_size), block_size, self.dataset.end_of_text)
+        return self._rows(documents, Packed(self._made[path], block_size), block_size)
+
+    def _rows(self, documents: Documents, layout: Layout, block_size: int) -> Rows:
+        return Rows(documents, layout, block_size, self.dataset.end_of_text, self.loss_after)
 
     def save_plans(self) -> Joined:
         """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
@@ -104,7 +110,8 @@ def open_prepared(
     if not fits:
         raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
     dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
-    prepared = Prepared(dataset, own, config.packing, plans)
+    loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
+    prepared = Prepared(dataset, own, config.packing, plans, loss_after)
     for split, name in (("train", "training"), ("val", "validation")):
         length, needed = len(prepared.documents[split].tokens), block_size + 1
         if config.packing == "random" and length < needed:
@@ -114,7 +121,18 @@ def open_prepared(
             )
         if (rows := prepared.rows(split, block_size)) is not None and not len(rows):
             raise DatasetError(f"{folder}: its {name} split has no documents")
+        if rows is not None and loss_after and not _has_targets(rows):
+            raise DatasetError(
+                f"{folder}: loss_after {config.loss_after!r} is in none of the first rows of its {name} split, so that "
+                f"nothing would be learned: expected a text of its documents, within block_size {block_size}"
+            )
     return prepared
+
+
+def _has_targets(rows: Rows) -> bool:
+    """Whether a target counts in the first rows."""
+    _, targets = rows.batch(rows.places(np.arange(min(len(rows), LOOKED_AT))))
+    return bool((targets != IGNORED).any())
 
 
 def _check_file(dataset: Dataset, vocab_size: int, path: Path) -> None:

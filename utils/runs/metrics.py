@@ -75,6 +75,7 @@ for _metric in (
     Metric("train/loss", "nats", "lower"),
     Metric("train/eval_loss", "nats", "lower"),
     Metric("val/loss", "nats", "lower"),
+    Metric("val/accuracy", "1", "higher"),  # of answers, all of each
     Metric("lr", "1"),
     Metric("grad_norm", "1"),
     Metric("train/bits_per_byte", "bits/byte", "lower", views=()),  # train/loss in another unit

@@ -198,6 +198,8 @@ class TrainingProgress:
         if losses:
             bits = bits_text(losses["val/loss"], losses.get("val/bits_per_byte"))
             parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}{bits}")
+            if (accuracy := losses.get("val/accuracy")) is not None:
+                parts.append(f"accuracy {accuracy:.1%}")
         elif self.fields["evaluating"]:
             parts.append(self.fields["evaluating"])
         elif self.fields["loss"] is not None:
