@@ -103,8 +103,11 @@ class Source:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def find_source(dataset: str, corpora_dir: Path) -> Source:
+def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -> Source:
     """The source of a registered corpus, a UTF-8 file, or a folder of them (in path order).
+
+    Args:
+        prepared: names of prepared datasets, for the error.
 
     Raises:
         CorpusError: there is no such dataset, it cannot be accessed, or the folder has no text files.
@@ -118,8 +121,8 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
     except (OSError, ValueError):  # ValueError: a NUL
         raise CorpusError(
-            f"unknown dataset {dataset}: expected {', '.join(NAMES)} or the path of a text file or folder"
-            f"{nearest(dataset, NAMES)}"
+            f"unknown dataset {dataset}: expected {', '.join([*NAMES, *prepared])} or the path of a text file or "
+            f"folder{nearest(dataset, [*NAMES, *prepared])}"
         ) from None
     files, skipped = [path], []
     if os.path.isdir(path):

@@ -45,6 +45,12 @@ class Export:
     tokenizer: Tokenizer
     training: Mapping[str, Any]  # run id, step, losses, corpus
 
+    @property
+    def document_token(self) -> int | None:
+        """`LanguageModel.document_token` in training, for evaluations of rows of documents; not set in `model`."""
+        packing = self.training.get("packing", "random")
+        return self.tokenizer.end_of_text if packing != "random" else None
+
 
 def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, training: Mapping[str, Any]) -> None:
     """Write an export, reload it, compare its logits with those of `model`, then move it into place.
@@ -74,7 +80,9 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, traini
         # safetensors closes its file to all others, whatever the umask
         shutil.copymode(temporary / EXPORT_CONFIG_FILE, temporary / WEIGHTS_FILE)
         tokenizer.save(temporary / TOKENIZER_FILE)
-        _check_logits(model, load_export(temporary, next(model.parameters()).device).model)
+        reopened = load_export(temporary, next(model.parameters()).device).model
+        reopened.document_token = model.document_token
+        _check_logits(model, reopened)
         _replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from utils.packing.documents import Documents, Marked
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
 from utils.packing.rows import IGNORED, Layout, Packed, Rows, Single
+from utils.terminal.words import counted
 
 LOOKED_AT = 256  # rows in which loss_after is looked for
 AT_ONCE = 1 << 24  # ids of a shard that are looked at together
+MANY_LEAKS = 0.01  # of the documents of validation
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,32 @@ class Prepared:
                     plan.save(path)
         return self.tokens
 
+    def note(self) -> str:
+        """What a person should know of the dataset before training on it."""
+        train, val = (self.dataset.splits[name].documents for name in ("train", "val"))
+        return (
+            f"{self.dataset.folder}: prepared with tokenizer {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} "
+            f"tokens; {counted(train, 'document')} for training and {val:,} for validation"
+        )
+
+    def leaks_note(self) -> str | None:
+        """What is wrong with the loss of validation, if there are more than a few leaks."""
+        leaks, documents = len(self.leaks), self.dataset.splits["val"].documents
+        if leaks <= MANY_LEAKS * documents:
+            return None
+        return (
+            f"{self.dataset.folder}: {leaks:,} of {documents:,} validation documents ({leaks / documents:.1%}) nearly "
+            "equal a training document: val/loss says too little about other texts; the last evaluation is also "
+            "made without them"
+        )
+
+    def packing_facts(self, block_size: int) -> Mapping[str, float]:
+        """Of the rows of training: how many there are, the share of cut or cropped tokens, and that of padding."""
+        rows = self.rows("train", block_size)
+        if rows is None:
+            return {}
+        return {"rows": len(rows), "cut_tokens": round(rows.layout.cut, 6), "padding": round(rows.padding, 6)}
+
     def bytes_per_token(self) -> float:
         """Mean over the training tokens."""
         split = self.dataset.splits["train"]
@@ -84,13 +112,20 @@ class Prepared:
 
 
 def open_prepared(
-    folder: Path, config: DataConfig, block_size: int, plans: Path, tokenizer: Tokenizer | None
+    folder: Path,
+    config: DataConfig,
+    block_size: int,
+    plans: Path,
+    tokenizer: Tokenizer | None,
+    warn: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Prepared:
     """The dataset in `folder`; shards that were written to since they were last compared are compared again.
 
     Args:
         plans: folder of the plans of packing.
         tokenizer: of the model that is trained further; None: a new one.
+        warn, report: print one line to the user.
 
     Raises:
         UserError: it is no dataset, a shard was edited, it was made with another tokenizer than is asked for, or a
@@ -126,6 +161,9 @@ def open_prepared(
                 f"{folder}: loss_after {config.loss_after!r} is in none of the first rows of its {name} split, so that "
                 f"nothing would be learned: expected a text of its documents, within block_size {block_size}"
             )
+    report(prepared.note())
+    if (note := prepared.leaks_note()) is not None:
+        warn(note)
     return prepared
 
 

@@ -7,7 +7,13 @@ import math
 from collections.abc import Callable
 
 from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
-from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating
+from utils.inference.evaluation import (
+    BatchLoss,
+    EvaluationStoppedError,
+    estimate_loss,
+    evaluating,
+    loss_without_leaks,
+)
 from utils.inference.exact_match import exact_match
 from utils.inference.static import StaticDecoders, is_static
 from utils.machine.device import autocast
@@ -50,6 +56,11 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     if losses["val/loss"] < state.best_val_loss:
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
     state.early_stopping.update(losses["val/loss"])
+    if state.finished:
+        without = loss_without_leaks(state.evaluation, state.sampler, settings.eval_iters, micro_steps)
+        if without is not None:
+            state.losses = {**losses, "val/loss_without_leaks": without}
+            monitor.log(state.step, {"val/loss_without_leaks": without})
     if state.config.tracking.sample_tokens:
         monitor.sample(sample_text(state))
     monitor.progress.evaluation(state.step, {**losses, **state.bits_per_byte(losses)})
@@ -57,9 +68,14 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
 
 
 def sample_text(state: TrainState) -> str:
-    """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time."""
+    """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time.
+
+    It begins as a document does, where the model is trained on whole documents.
+    """
     tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
     prompt = start_tokens(tokenizer, tracking.sample_prompt)
+    if (begin := state.model.document_token) is not None:
+        prompt = [begin, *tokenizer.encode(tracking.sample_prompt)]
     options, seed = SamplingOptions(), state.config.train.seed
     with evaluating(state.model):
         if state.decoders is not None:

@@ -53,6 +53,8 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
         "dataset": state.corpus.name,
         "corpus_hash": state.corpus.hash,
     }
+    if state.config.data.packing != "random":
+        training["packing"] = state.config.data.packing
     save_export(run.path / EXPORT, state.model, state.corpus.tokenizer, training)
     return f"{which} weights, of step {step:,}"
 

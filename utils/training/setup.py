@@ -23,6 +23,7 @@ from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
+from utils.corpora.datasets import find_dataset, is_dataset
 from utils.corpora.sources import NAMES, CorpusError
 from utils.errors import UserError, shown
 from utils.inference.decode import start_tokens
@@ -94,19 +95,19 @@ def make_setup(
     loaded = with_absolute_paths(loaded, root)
     config = loaded.config
     check_places(loaded, root)
-    checkpoint, tokenizer = None, None
+    checkpoint, tokenizer, datasets_dir = None, None, root / config.data.datasets_dir
     resumes = origin is not None and origin.relation == "resume"
     if origin is not None and resumes:
         config = pin(config, pinned_settings(config, read_record(origin.run)))
         tokenizer = load_tokenizer(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
-        checkpoint, tokenizer = read_parent(origin, config, warn)
+        checkpoint, tokenizer = read_parent(origin, config, datasets_dir, warn)
     device = choose_device(config.train.device)  # first what takes no time: reading a corpus may
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.fp8:
         check_fp8(device, dtype)
     callbacks = load_callbacks(config.train.callbacks, root / config.tracking.runs_dir, root)
-    folder, datasets_dir = root / config.data.corpora_dir, root / config.data.datasets_dir
+    folder = root / config.data.corpora_dir
     try:
         block_size = config.model.block_size
         data = with_problems(config, folder)
@@ -202,8 +203,10 @@ def decisive_settings(setup: Setup) -> dict[str, Any]:
     }
 
 
-def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, Tokenizer]:
-    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer.
+def read_parent(
+    origin: Origin, config: Config, datasets_dir: Path, warn: Callable[[str], None]
+) -> tuple[Checkpoint, Tokenizer]:
+    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer. (A prepared dataset has its own.)
 
     Raises:
         UserError: there is none, it is damaged, or it is of another model.
@@ -214,7 +217,8 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
         checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
     check_model(config.model, checkpoint.state["model"], origin.run.name)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
-    check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
+    if config.data.dataset in NAMES or find_dataset(config.data.dataset, datasets_dir) is None:
+        check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
     return checkpoint, tokenizer
 
 
@@ -244,7 +248,7 @@ def with_absolute_paths(loaded: LoadedConfig, root: Path) -> LoadedConfig:
 
     kind, colon, file = data.tokenizer.partition(":")
     paths = {"tokenizer": kind + colon + absolute("tokenizer", file)} if colon else {}
-    if data.dataset not in NAMES:
+    if data.dataset not in NAMES and not is_dataset(root / data.datasets_dir / data.dataset):
         paths["dataset"] = absolute("dataset", data.dataset)
     config = loaded.config.model_copy(update={"data": data.model_copy(update=paths)})
     return LoadedConfig(config, loaded.layers)
