@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="TEXT",
-        help="a text file, a folder of them, or a registered corpus (default: the validation split of the run's own)",
+        help="a text file or a folder of them, a registered corpus, or a prepared dataset, whose validation is read "
+        "(default: the validation split of the run's own)",
     )
     parser.add_argument(
         "--stride",
@@ -98,23 +99,22 @@ def score_texts(args: argparse.Namespace, config: Config) -> int:
         UserError: no such run or text, text without a token, or nothing to predict.
     """
     from utils.evaluation.report import comparison_notes, evaluation_record, score_record, scores_screen
-    from utils.evaluation.texts import named_text, own_split, score_of
+    from utils.evaluation.texts import named_data, own_data, score_data
     from utils.terminal.progress import CompletionProgress
 
-    corpora_dir = PROJECT_ROOT / config.data.corpora_dir
-    text = None if args.data is None else named_text(args.data, corpora_dir)
+    named = None if args.data is None else named_data(args.data, config.data, PROJECT_ROOT)
     names, records = [], []
     for trained in load_all(args):
         stride = window_stride(args.stride, trained)
-        data = text or own_split(trained, corpora_dir, PROJECT_ROOT, note)
+        data = named or own_data(trained, config.data, PROJECT_ROOT, note)
         tokens = data.tokens(trained.tokenizer)
         try:
             with CompletionProgress(len(tokens.ids) - 1, noun="token") as progress:
-                score = score_of(trained, tokens, stride, lambda count: progress.advance(count, count))
+                scores = score_data(trained, tokens, stride, lambda count: progress.advance(count, count))
         except UserError as error:
             raise UserError(f"{data.name}: {error}") from None
         record = evaluation_record(trained, data.name, data.hash)
-        record |= score_record(score, trained.model.config.block_size, stride)
+        record |= score_record(*scores, trained.model.config.block_size, stride)
         keep(args, trained, record)
         names.append(trained.name)
         records.append(record)

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_runs import held_lock, make_run
 
 import evaluate
 import experiments
 from data import load_corpus
+from tests.small_dataset import write_dataset
 from tests.tiny_export import TOKENIZER, tiny_model
 from tokenizer import build_tokenizer
 from utils.config.settings import Config, DataConfig
+from utils.corpora.datasets import Dataset
 from utils.inference.export import save_export
-from utils.inference.scoring import score
+from utils.inference.scoring import score, token_losses
 from utils.runs.evaluations import append_evaluation, read_evaluations
 from utils.runs.layout import EVALUATIONS, EXPORT
 
@@ -204,3 +207,58 @@ def test_bad_lines_and_links_hide_nothing_and_are_named(tmp_path: Path) -> None:
         append_evaluation(run, good)
     found, problem = read_evaluations(run)
     assert (found, problem) == ([], f"{EVALUATIONS} cannot be read: leads out of {run}")
+
+
+DOCUMENTS = ["the lazy dog", "ab", "the quick brown fox jumps over the lazy dog", "over it", "a fox. and a dog"]
+
+
+@pytest.fixture
+def dataset(runs: Path) -> Dataset:
+    return write_dataset(runs.parent / "animals", ["a"] * 3, DOCUMENTS, leaks=[1, 2])
+
+
+def test_of_a_dataset_the_validation_documents_are_scored_with_and_without_leaks(
+    run_evaluate: Callable[..., int], runs: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_evaluate("bytes", "chars", "--data", dataset.folder, "--json") == 0
+    by_run = {record["run"]: record for record in json.loads(capsys.readouterr().out)["evaluations"]}
+    texts = {"bytes": "".join("\0" + document for document in DOCUMENTS), "chars": "".join(DOCUMENTS)}
+    for name, tokenizer in (("bytes", BYTES), ("chars", TOKENIZER)):
+        text, found = texts[name], by_run[name]
+        ids = tokenizer.encode_array(text)
+        losses = np.concatenate([*token_losses(tiny_model(tokenizer), ids)])
+        assert found["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+        assert found["bytes"] == len("".join(DOCUMENTS)) - (name == "chars")  # its first token is of the text
+        is_leak = np.concatenate(
+            [np.full(len(text) + (name == "bytes"), place in (1, 2)) for place, text in enumerate(DOCUMENTS)]
+        )[1:]
+        kept = losses[~is_leak]
+        assert found["loss_without_leaks"] == pytest.approx(kept.mean(), rel=1e-6)
+        n_bytes = len(DOCUMENTS[0] + DOCUMENTS[3] + DOCUMENTS[4]) - (name == "chars")
+        bits = kept.sum() / math.log(2) / n_bytes
+        assert found["bits_per_byte_without_leaks"] == pytest.approx(bits, rel=1e-6)
+        assert (found["data"], found["data_hash"]) == ("val of animals", dataset.hash)
+    run_evaluate("bytes", "--data", dataset.folder)
+    assert "without leaks" in capsys.readouterr().out
+
+
+def test_a_model_of_rows_of_documents_sees_each_document_alone(
+    runs: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the windows of the text; within them, each document as if it were alone."""
+    run = make_run(runs, "rows")
+    save_export(run / EXPORT, tiny_model(BYTES), BYTES, {"run": "rows", "step": 3, "packing": "documents"})
+    words = ["rows", "--runs-dir", str(runs), "--device", "cpu", "--data", str(dataset.folder), "--json"]
+    assert evaluate.main(words) == 0
+    (found,) = json.loads(capsys.readouterr().out)["evaluations"]
+    model = tiny_model(BYTES)
+    plain = np.concatenate([*token_losses(model, BYTES.encode_array("".join("\0" + d for d in DOCUMENTS)))]).mean()
+    assert found["loss"] != pytest.approx(plain, rel=1e-3)
+    first = np.concatenate([*token_losses(model, BYTES.encode_array("\0" + DOCUMENTS[0] + "\0"))])
+    second = np.concatenate([*token_losses(model, BYTES.encode_array("\0" + DOCUMENTS[1] + "\0"))])
+    short = write_dataset(runs.parent / "short", ["a"] * 3, DOCUMENTS[:2])
+    words[-2] = str(short.folder)
+    assert evaluate.main(words) == 0
+    (found,) = json.loads(capsys.readouterr().out)["evaluations"]
+    expected = np.concatenate([first, second[:-1]])  # nothing follows the last document
+    assert found["loss"] == pytest.approx(expected.mean(), rel=1e-5)

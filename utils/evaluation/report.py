@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.evaluation.weights import Trained
-from utils.inference.scoring import Score
+from utils.inference.scoring import Score, perplexity
 from utils.runs.run import utc_now
 from utils.terminal.words import one_line
 
@@ -34,12 +34,20 @@ def evaluation_record(trained: Trained, data: str, data_hash: str) -> dict[str, 
     }
 
 
-def score_record(score: Score, block_size: int, stride: int) -> dict[str, Any]:
-    """The results of a score, and the windows that it was made with."""
+def score_record(score: Score, without: Score | None, block_size: int, stride: int) -> dict[str, Any]:
+    """The results of a score, and the windows that it was made with.
+
+    Args:
+        without: the score without leaked documents; None: there are none.
+    """
+    leaks = {}
+    if without is not None:
+        leaks = {"loss_without_leaks": without.loss, "bits_per_byte_without_leaks": without.bits_per_byte}
     return {
         "loss": score.loss,
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
+        **leaks,
         "tokens": score.tokens,
         "bytes": score.bytes,
         "block_size": block_size,
@@ -80,6 +88,9 @@ def scores_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) ->
             Text(f"{record['bits_per_byte']:.4f}", style="bold green" if is_best else ""),
             f"{record['tokens']:,}",
         )
+        if (loss := record.get("loss_without_leaks")) is not None:
+            bits = f"{record['bits_per_byte_without_leaks']:.4f}"
+            table.add_row(Text("  without leaks", style="dim"), "", "", f"{loss:.4f}", f"{perplexity(loss):.4f}", bits)
     yield table
     windows = dict.fromkeys(f"{record['block_size']:,} tokens, advancing by {record['stride']:,}" for record in records)
     yield Text(f"each token is predicted once, in windows of {'; '.join(windows)}", style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Trained:
     name: of the run, for people.
     step: updates that the weights have seen, where that is known.
     weights: float32, bfloat16 or int8.
+    document_token: `LanguageModel.document_token` in training.
     """
 
     model: LanguageModel
@@ -40,6 +42,7 @@ class Trained:
     name: str
     step: int | None
     weights: Weights
+    document_token: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """The settings of the run by leaf name.
@@ -90,10 +93,11 @@ def load_trained(
         found = load_export(export, device)
         step = found.training.get("step")
         title = run.name if run else str(found.training.get("run", place))
-        model, tokenizer = found.model, found.tokenizer
+        model, tokenizer, document_token = found.model, found.tokenizer, found.document_token
     else:
         if run is None:
             raise CheckpointError(f"{name}: an export has no checkpoints")
+        packed = False
         chosen = choose_checkpoint(run / CHECKPOINTS, checkpoint or "latest", strict=False, warn=report)
         if checkpoint is None:
             report(f"{run.name} has no export yet: these are the weights of step {chosen.step:,}")
@@ -101,6 +105,9 @@ def load_trained(
         model = LanguageModel(ModelConfig.model_validate(chosen.state["model"]), tokenizer.vocab_size)
         model.load_state_dict(chosen.weights)
         model, step, title = model.to(device).eval(), chosen.step, run.name
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # without its settings, as by default
+            packed = read_settings(run).get("packing", "random") != "random"
+        document_token = tokenizer.end_of_text if packed else None
     return Trained(
         model if weights == "float32" else with_weights(model, weights),
         tokenizer,
@@ -108,4 +115,5 @@ def load_trained(
         title,
         step if isinstance(step, int) else None,
         weights,
+        document_token,
     )

@@ -251,16 +251,17 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
 def evaluations_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each: what was evaluated, by which weights, and the result."""
     results = [name for name in NUMBERS if any(evaluation.get(name) is not None for evaluation in evaluations)]
-    headers = ["step", *(name.replace("bits_per_byte", "bits/byte") for name in results), "time"]
-    table = plain_table(left=("data", "weights"), right=headers)
+    headers = ["step", *(name.replace("bits_per_byte", "bits/byte") for name in results), "date"]
+    smaller = any(evaluation.get("weights") != "float32" for evaluation in evaluations)
+    table = plain_table(left=["data", *(["weights"] if smaller else [])], right=headers)
     for evaluation in evaluations:
-        step = evaluation.get("step")
+        step, weights = evaluation.get("step"), one_line(str(evaluation.get("weights") or ""))
         table.add_row(
             Text(one_line(evaluation["data"])),
-            Text(one_line(str(evaluation.get("weights") or ""))),
+            *([Text(weights)] if smaller else []),
             f"{step:,}" if isinstance(step, int) else "",
             *(number_cell(name, evaluation.get(name)) for name in results),
-            Text(one_line(evaluation["time"][:16].replace("T", " "))),
+            Text(one_line(evaluation["time"][:10])),
         )
     return table
 
@@ -287,6 +288,8 @@ def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
     yield "best val/loss", best + (f" at step {row['best_step']:,}" if best and row["best_step"] is not None else "")
     yield "bits per byte", loss_text(row["bits_per_byte"])
     yield "last val/loss", loss_text(row["last_val_loss"])
+    accuracy = run.summary().get("val/accuracy")
+    yield "last val/accuracy", "" if accuracy is None else f"{accuracy:.2%}"
     yield "parameters", column_text("parameters", row["parameters"])
 
 

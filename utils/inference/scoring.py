@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.errors import UserError
+from utils.packing.joined import Joined
 from utils.terminal.words import duration, fact_lines
 
 TOKENS_AT_ONCE = 2048  # in one pass through the model
@@ -75,10 +76,10 @@ def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
 
 def score_tokens(
     model: LanguageModel,
-    ids: np.ndarray,
+    ids: np.ndarray | Joined,
     n_bytes: int,
     stride: int | None = None,
-    watch: Callable[[int], None] = lambda tokens: None,
+    watch: Callable[[int, np.ndarray], None] = lambda first, losses: None,
 ) -> Score:
     """The loss over token ids (n,), of any integer type; they may be memory-mapped.
 
@@ -86,21 +87,22 @@ def score_tokens(
         model: in eval mode.
         n_bytes: of the text that all but the first token stand for.
         stride: as for `token_losses`.
-        watch: called after each pass with the number of tokens that it has scored.
+        watch: called after each pass with the place of its first token and the losses of its tokens.
 
     Raises:
         UserError: fewer than two tokens.
     """
     if len(ids) < 2:
         raise UserError(f"a text of {len(ids)} tokens has nothing to predict: expected at least 2")
-    began, total = time.perf_counter(), 0.0
+    began, total, place = time.perf_counter(), 0.0, 1
     for losses in token_losses(model, ids, stride):
         total += float(losses.sum())
-        watch(len(losses))
+        watch(place, losses)
+        place += len(losses)
     return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
 
 
-def token_losses(model: LanguageModel, ids: np.ndarray, stride: int | None = None) -> Iterator[torch.Tensor]:
+def token_losses(model: LanguageModel, ids: np.ndarray | Joined, stride: int | None = None) -> Iterator[np.ndarray]:
     """The loss of each token but the first, in order: nats, float64, in parts (n,) on the host.
 
     Windows of block_size tokens advance by `stride`. In the first window every token counts, in each later one those
@@ -119,7 +121,7 @@ def token_losses(model: LanguageModel, ids: np.ndarray, stride: int | None = Non
     at_once = max(tokens_at_once(device, model.vocab_size) // T, 1)
     for first in range(0, len(starts), at_once):
         begin, end = starts[first], starts[min(first + at_once, len(starts)) - 1] + T + 1
-        tokens = torch.from_numpy(ids[begin:end].astype(np.int64)).to(device)
+        tokens = torch.from_numpy(np.array(ids[begin:end], dtype=np.int64)).to(device)
         part = [tokens[start - begin : start - begin + T + 1] for start in starts[first : first + at_once]]
         inputs = pad_sequence([window[:-1] for window in part], batch_first=True)  # (W, T)
         targets = pad_sequence([window[1:] for window in part], batch_first=True, padding_value=NOT_COUNTED)  # (W, T)
@@ -128,7 +130,7 @@ def token_losses(model: LanguageModel, ids: np.ndarray, stride: int | None = Non
         with torch.no_grad():
             logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
             losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
-        yield losses.cpu().double()
+        yield losses.cpu().double().numpy()
 
 
 def tokens_at_once(device: torch.device, vocab_size: int) -> int:

@@ -61,7 +61,8 @@ FACTS = {  # column -> type in SQL; the settings are further columns
     "processor": "VARCHAR",
     "path": "VARCHAR",
 }
-LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte")  # of an evaluation
+# Of an evaluation.
+LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte", "val/accuracy")
 LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
 
 
