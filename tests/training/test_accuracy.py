@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,6 @@ def test_a_run_on_arithmetic_logs_its_accuracy_and_can_be_evaluated_and_resumed(
     assert "last val/accuracy" in shown
     assert f"{found['accuracy']:.2%}" in shown
     assert "val of arithmetic" in shown
+    assert experiments.main(["seen", run.name, "--step", "1", "--json"]) == 0
+    passages = json.loads(capsys.readouterr().out)["passages"]
+    assert all(re.fullmatch(r"\d[+-]\d=-?\d\d", passage["text"]) for passage in passages)
