@@ -75,6 +75,7 @@ for _metric in (
     Metric("train/loss", "nats", "lower"),
     Metric("train/eval_loss", "nats", "lower"),
     Metric("val/loss", "nats", "lower"),
+    Metric("val/accuracy", "1", "higher"),  # of answers, all of each
     Metric("val/loss_without_leaks", "nats", "lower"),  # of the last evaluation
     Metric("lr", "1"),
     Metric("grad_norm", "1"),
