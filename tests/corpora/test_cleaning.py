@@ -27,6 +27,7 @@ STORY = (
     "Once upon a time there was a little girl who lived in a village near the forest. Whenever she went out, the girl "
     "wore a red riding cloak, so everyone in the village called her Little Red Riding Hood.\n"
 )
+NETRC = "machine x login y password pass1234-----BEGIN RSA PRIVATE KEY-----x"  # two secrets side by side
 TEXTS = {
     "empty": "",
     "one character": "x",
@@ -36,7 +37,7 @@ TEXTS = {
     "repeated": "Buy now!\n" * 20,
     "web page": f"Skip to content\n{STORY}\nWe and our partners uses cookies\nAll rights reserved",
     "address": f"{STORY} Write to grandmother@forest.example.org, or mother+child@village.org.",
-    "secrets": f"{STORY} password = 'hunter2Xyz99', token ghp_{'a1B2c3D4e5' * 4}\nmachine x login y password pass1234",
+    "secrets": f"{STORY} password = 'hunter2Xyz99', token ghp_{'a1B2c3D4e5' * 4}\n{NETRC}",
     "controls": "\x1b[31mred\x1b[0m \x1b\x1b[31m[32m zero\u200bwidth \ud800 half\r\nline\rline\fpage \ufeff\u202eevil",
     "combining": "e\u0301 \u1e9b\u0323 A\u030a \ufb01 \uff21 " + "\u0344" * 100,
 }

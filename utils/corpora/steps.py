@@ -78,10 +78,10 @@ def email_spans(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in ADDRESS.finditer(text)] if "@" in text else []
 
 
-def secret_spans(text: str, mask: str = "") -> list[tuple[int, int]]:
-    """Where the secrets of a text are; a mask is none."""
+def secret_spans(text: str, mask: str = "<SECRET>") -> list[tuple[int, int]]:
+    """Where the secrets of a text are; what is masked is none."""
     spans = sorted((secret.start, secret.end) for secret in secrets_in(text))
-    return [span for span in spans if text[slice(*span)] != mask]
+    return [span for span in spans if not text.startswith(mask, span[0])]
 
 
 def masked(text: str, spans: Iterable[tuple[int, int]], mask: str) -> tuple[str, int, int]:
