@@ -1,0 +1,1 @@
+"""Texts into prepared datasets, with numpy: documents that repeat others."""
