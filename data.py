@@ -196,7 +196,8 @@ def load_corpus(
             tokenizer = build_tokenizer(config.model_copy(update={"corpora_dir": str(corpora_dir)}), ())
     except TokenizerError as error:
         raise CorpusError(str(error)) from None
-    of_tokenizer = config.model_dump_json(exclude={"dataset", "val_fraction", "corpora_dir"})
+    others = {"dataset", "val_fraction", "corpora_dir", "datasets_dir", "packing", "loss_after"}
+    of_tokenizer = config.model_dump_json(exclude=others)
     wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
     file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp, warn)
