@@ -117,7 +117,7 @@ def show(args: argparse.Namespace) -> Answer:
     names, problem = names_of_run(run.path)
     if problem:
         warn(problem)
-    data = {**run.row(), "record": run.record, "children": children, "promoted": names}
+    data = {**run.row(), "evaluations": run.evaluations, "record": run.record, "children": children, "promoted": names}
     return Answer(data, lambda console: show_screen(run, children, names))
 
 

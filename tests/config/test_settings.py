@@ -60,7 +60,7 @@ def test_leaf_names_are_unique_and_differ_from_section_names() -> None:
     keys = [key for _, key, _ in iter_fields()]
     assert len(keys) == len(set(keys)) == len(FIELDS)
     assert not set(keys) & set(SECTIONS)
-    assert list(SECTIONS) == ["data", "model", "optimizer", "train", "tracking", "inference"]
+    assert list(SECTIONS) == ["data", "arithmetic", "model", "optimizer", "train", "tracking", "inference"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 TEXT_SUFFIXES = frozenset(
     (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
 )
+ARITHMETIC = "arithmetic"  # a dataset that is generated (utils/preparation/arithmetic.py)
 KINDS_SHOWN = 6  # suffixes
 SETTLED_NS = 2_000_000_000  # a younger file may change once more without another mtime (FAT counts in 2 s)
 
@@ -120,8 +121,8 @@ def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
     except (OSError, ValueError):  # ValueError: a NUL
         raise CorpusError(
-            f"unknown dataset {dataset}: expected {', '.join([*CORPORA, *prepared])} or the path of a text file or "
-            f"folder{nearest(dataset, [*CORPORA, *prepared])}"
+            f"unknown dataset {dataset}: expected {', '.join([*NAMES, *prepared])} or the path of a text file or "
+            f"folder{nearest(dataset, [*NAMES, *prepared])}"
         ) from None
     files, skipped = [path], []
     if os.path.isdir(path):
@@ -182,6 +183,7 @@ def _checked_shakespeare(data: bytes, place: str) -> bytes:
 
 
 CORPORA: dict[str, Callable[[Path], Source]] = {"pydocs": _pydocs, "shakespeare": _shakespeare}
+NAMES = (*CORPORA, ARITHMETIC)
 
 
 def kinds(files: Iterable[Path]) -> Counter[str]:

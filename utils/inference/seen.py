@@ -27,6 +27,7 @@ from utils.files import read_bytes
 from utils.inference.evaluation import evaluating
 from utils.nn.cross_entropy import IGNORED
 from utils.packing.rows import PADDING
+from utils.preparation.arithmetic import with_problems
 from utils.runs.index import IndexedRun
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
 from utils.runs.origin import recorded_config
@@ -121,6 +122,7 @@ def _corpus(run: IndexedRun, config: Config, root: Path) -> Corpus:
     path, data = run.path / TOKENIZER, config.data
     tokenizer = load_tokenizer(path) if path.is_file() else None
     places = root / data.corpora_dir, root / data.datasets_dir
+    data = with_problems(config, places[0])
     return load_corpus(data, config.model.block_size, places[0], tokenizer, keep=False, datasets_dir=places[1])
 
 

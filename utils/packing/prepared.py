@@ -17,9 +17,10 @@ from utils.corpora.datasets import Dataset, DatasetError, read_dataset
 from utils.packing.documents import Documents, Marked
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
-from utils.packing.rows import Layout, Packed, Rows, Single
+from utils.packing.rows import IGNORED, Layout, Packed, Rows, Single
 from utils.terminal.words import counted
 
+LOOKED_AT = 256  # rows in which loss_after is looked for
 AT_ONCE = 1 << 24  # ids of a shard that are looked at together
 MANY_LEAKS = 0.01  # of the documents of validation
 
@@ -30,12 +31,14 @@ class Prepared:
 
     packing: of the setting.
     plans: folder of the plans of packing.
+    loss_after: tokens of the text in a document after which its targets begin; empty: all count.
     """
 
     dataset: Dataset
     tokenizer: Tokenizer
     packing: str
     plans: Path
+    loss_after: tuple[int, ...] = ()
     _rows: dict[tuple[str, int], Rows] = field(default_factory=dict)
     _made: dict[Path, Plan] = field(default_factory=dict)  # plans that are not written yet
 
@@ -59,8 +62,9 @@ class Prepared:
         if self.packing == "random":
             return None
         if (split, block_size) not in self._rows:
-            layout = self._layout(split, block_size)
-            self._rows[split, block_size] = Rows(self.documents[split], layout, block_size, self.dataset.end_of_text)
+            documents, layout = self.documents[split], self._layout(split, block_size)
+            rows = Rows(documents, layout, block_size, self.dataset.end_of_text, self.loss_after)
+            self._rows[split, block_size] = rows
         return self._rows[split, block_size]
 
     def _layout(self, split: str, block_size: int) -> Layout:
@@ -146,7 +150,8 @@ def open_prepared(
     if not fits:
         raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
     dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
-    prepared = Prepared(dataset, own, config.packing, plans)
+    loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
+    prepared = Prepared(dataset, own, config.packing, plans, loss_after)
     for split, name in (("train", "training"), ("val", "validation")):
         length, needed = len(prepared.documents[split].tokens), block_size + 1
         if config.packing == "random" and length < needed:
@@ -156,10 +161,21 @@ def open_prepared(
             )
         if (rows := prepared.rows(split, block_size)) is not None and not len(rows):
             raise DatasetError(f"{folder}: its {name} split has no documents")
+        if rows is not None and loss_after and not _has_targets(rows):
+            raise DatasetError(
+                f"{folder}: loss_after {config.loss_after!r} is in none of the first rows of its {name} split, so that "
+                f"nothing would be learned: expected a text of its documents, within block_size {block_size}"
+            )
     report(prepared.note())
     if (note := prepared.leaks_note()) is not None:
         warn(note)
     return prepared
+
+
+def _has_targets(rows: Rows) -> bool:
+    """Whether a target counts in the first rows."""
+    _, targets = rows.batch(rows.places(np.arange(min(len(rows), LOOKED_AT))))
+    return bool((targets != IGNORED).any())
 
 
 def _check_file(dataset: Dataset, vocab_size: int, path: Path) -> None:

@@ -14,6 +14,7 @@ from utils.inference.evaluation import (
     evaluating,
     loss_without_leaks,
 )
+from utils.inference.exact_match import exact_match
 from utils.inference.static import StaticDecoders, is_static
 from utils.machine.device import autocast
 from utils.nn.lean import is_patched
@@ -24,7 +25,7 @@ from utils.training.step_buffer import NonFiniteError
 
 
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
-    """Losses of both splits and a sample text, to the log and the terminal; keeps the best.
+    """Losses of both splits, the accuracy of answers and a sample text, to the log and the terminal; keeps the best.
 
     Where `must_stop` says so between two batches, there are none: a resume makes this evaluation.
     """
@@ -44,6 +45,9 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
         losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, micro_steps, watch)
     except EvaluationStoppedError:
         return
+    if state.questions:
+        with evaluating(state.model):
+            losses["val/accuracy"] = exact_match(state.model, state.questions)
     monitor.losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):
