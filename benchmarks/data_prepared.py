@@ -16,7 +16,7 @@ from benchmarks.common import load_config, verdict
 from data import BatchSampler, Corpus, load_corpus
 from tokenizer import build_tokenizer
 from utils.config.settings import Config, DataConfig
-from utils.corpora.datasets import Dataset, ShardWriter, Split
+from utils.corpora.datasets import Dataset, Shard, ShardWriter, Split
 from utils.machine.device import torch_settings
 from utils.packing.shuffle import _block, epoch_words
 from utils.packing.windows import _epoch_order
@@ -125,7 +125,7 @@ def parts(n_tokens: int) -> Iterator[tuple[str, int]]:
 
 
 def generated_split(folder: Path, name: str, n_tokens: int, generator: np.random.Generator) -> Split:
-    shards = []
+    shards: list[Shard] = []
     for first in range(0, n_tokens, TOKENS_OF_SHARD):
         writer, left = ShardWriter(folder, name, len(shards)), min(TOKENS_OF_SHARD, n_tokens - first)
         while left > 0:
