@@ -54,6 +54,7 @@ class CharTokenizer(Tokenizer):
     """
 
     kind = "char"
+    learns_characters = True
 
     def __init__(self, vocabulary: Iterable[str], unknown_token: str | None = None) -> None:
         self.vocabulary = list(dict.fromkeys(vocabulary))
@@ -98,6 +99,10 @@ class CharTokenizer(Tokenizer):
             if (ids < 0).any():
                 raise self._missing(text, start + int(np.argmax(ids < 0)))
             yield ids
+
+    def encode_many(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        ids = np.concatenate([np.zeros(0, dtype=np.int32), *self.encode_parts("".join(texts))])
+        return iter(np.split(ids, np.cumsum([len(text) for text in texts])[:-1]))
 
     def _missing(self, text: str, position: int) -> TokenizerError:
         error = TokenizerError(
@@ -246,6 +251,9 @@ class ByteTokenizer(_BytesTokenizer):
         for part in _utf8(text):
             yield np.frombuffer(part, dtype=np.uint8)
 
+    def encode_many(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        return (np.frombuffer(text.encode(), dtype=np.uint8) for text in texts)
+
     def to_json(self) -> dict[str, Any]:
         return {"type": self.kind, "version": VERSION}
 
@@ -271,6 +279,26 @@ class _SubwordTokenizer(_BytesTokenizer):
             except (TypeError, UnicodeEncodeError):
                 raise surrogate_error(text) or AssertionError from None
             yield ids
+
+    def encode_many(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        counts: list[int] = []  # of the parts of each text
+
+        def parts() -> Iterator[str]:
+            for text in texts:
+                found = list(chunks(text, self._boundary, WORDS_PART)) or [""]
+                counts.append(len(found))
+                yield from found
+
+        every = parts()
+        batches = iter(lambda: list(itertools.islice(every, WORDS_PARTS)), [])
+        ids = itertools.chain.from_iterable(map(self._encode_all, batches))
+        for number in range(len(texts)):
+            first = next(ids)  # then the count is known
+            yield _joined([first, *itertools.islice(ids, counts[number] - 1)])
+
+    def first_cut(self, text: str) -> int | None:
+        found = self._boundary.search(text) if self._boundary else None
+        return found.start() + 1 if found else None
 
     def hash(self) -> str:
         return self._hash

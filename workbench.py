@@ -53,6 +53,18 @@ is named by the setting `callbacks`: `train(callbacks=["perplexity:Perplexity"])
     ...     def on_eval(self, run: TrainingRun, losses):
     ...         run.log({"val/perplexity": 2.718281828 ** losses["val/loss"]})
 
+Filters for texts, and packing of token ids. docs/data.md has the whole pipeline, which prepare.py runs:
+
+    >>> from workbench import deduplication, language_filter, paragraph_length_filter, paragraph_repetition_filter
+    >>> texts = ["Once upon a time there was a dog.", "Once upon a time there was a dog!", "Es war einmal ein Hund."]
+    >>> [text for text in deduplication(texts) if language_filter(text, "en")]
+    ['Once upon a time there was a dog.']
+    >>> paragraph_length_filter("Too short."), paragraph_repetition_filter("Buy now!\\n" * 9)
+    (False, False)
+    >>> from workbench import add_special_tokens, pack_sequences
+    >>> pack_sequences(add_special_tokens([[5, 6, 7], [8], [9, 9]], end_of_text=0), block_size=6)
+    [[0, 5, 6, 7, 0, 8], [0, 9, 9]]
+
 Importing this module does not import torch; the first name that needs it does.
 """
 
@@ -90,8 +102,12 @@ from utils.terminal.cli import PROJECT_ROOT
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
     from model import LanguageModel
     from tokenizer import Tokenizer
+    from utils.corpora.filters import paragraph_length_filter, paragraph_repetition_filter
+    from utils.corpora.language import language_filter
     from utils.inference.generator import Generator, Request
     from utils.inference.sampling import SamplingOptions
+    from utils.packing.sequences import add_special_tokens, pack_sequences
+    from utils.preparation.duplicates import deduplication
     from utils.runs.origin import Origin
     from utils.training.callbacks import Callback, TrainingRun
     from utils.training.result import TrainResult
@@ -115,10 +131,16 @@ __all__ = [
     "Trainer",
     "TrainingRun",
     "UserError",
+    "add_special_tokens",
     "create_model",
+    "deduplication",
     "get_model_info",
+    "language_filter",
     "load_config",
     "load_model",
+    "pack_sequences",
+    "paragraph_length_filter",
+    "paragraph_repetition_filter",
     "register_metric",
     "resume",
     "runs",
@@ -132,6 +154,12 @@ IMPORTED_LATER = {
     "SamplingOptions": "utils.inference.sampling",
     "TrainResult": "utils.training.result",
     "TrainingRun": "utils.training.callbacks",
+    "add_special_tokens": "utils.packing.sequences",
+    "deduplication": "utils.preparation.duplicates",
+    "language_filter": "utils.corpora.language",
+    "pack_sequences": "utils.packing.sequences",
+    "paragraph_length_filter": "utils.corpora.filters",
+    "paragraph_repetition_filter": "utils.corpora.filters",
 }
 
 Settings: TypeAlias = Config | Mapping[str, Any]

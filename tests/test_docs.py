@@ -122,6 +122,8 @@ def shrink(folder: Path) -> None:
     """Gives the files of configs/ and the presets tiny values; what else they set stays."""
     for path in folder.rglob("*.yaml"):
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(sections, dict):  # cleaning.yaml, a list of steps
+            continue
         for name, values in TINY.items():
             if path.parent == folder and path.stem == name:
                 sections.setdefault(name, {}).update(values)

@@ -329,6 +329,7 @@ OTHER_VALUES = {  # valid, and not the default
     "momentum": "0.9",
     "patience": "5",
     "export_weights": "best",
+    "packing": "documents",
     "run_tag": "other",
     "tags": "a,b",
     "note": "text",

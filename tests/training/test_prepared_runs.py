@@ -138,6 +138,7 @@ def test_the_documents_of_an_update_are_named_without_its_log(
         assert passage["source"] == "train.txt"
         assert passage["text"] in TEXTS[passage["line"] - 1]
         assert passage["document"] == passage["line"] - 1
+        assert (passage["begin"] == 0) == TEXTS[passage["document"]].startswith(passage["text"])
     assert len({passage["line"] for passage in passages}) > 1
 
 

@@ -201,6 +201,7 @@ def test_resume_auto_never_takes_a_run_that_is_being_trained(
     assert train.main(command) == 143
     (first,) = runs_dir.iterdir()
     other = Run.resume(first)
+    monkeypatch.setattr("utils.training.launch.WAIT_SECONDS", 1.0)
     try:
         assert train.main(command) == 0
     finally:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
+
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look for some in every installed package
 
 MOVED = ("Config", "DataConfig", "ModelConfig", "OptimizerConfig", "TrackingConfig", "TrainConfig")
 

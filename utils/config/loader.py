@@ -22,6 +22,7 @@ from utils.errors import SHOWN, cut, nearest, shown
 from utils.files import open_regular
 
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
+NO_SETTINGS = "cleaning"  # how the names of files in configs/ begin that are for prepare.py
 CODE = "code"  # the source of a setting that was given in Python
 NONE_WORDS = ("none", "null")  # how a text says "no value"
 RECORDED = "full_config.json"  # in which a run keeps its configuration, perhaps with the sections of an older version
@@ -242,7 +243,8 @@ class ConfigLoader:
         """All files of the configuration folder; they are one layer, so no key may be set in two of them."""
         folder = self.config_dir or self.root / "configs"
         layer: dict[str, Setting] = {}
-        for path in sorted(p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES):
+        files = [p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES and not p.name.startswith(NO_SETTINGS)]
+        for path in sorted(files):
             for key, setting in read_config_file(path, relative_name(path, self.root)).items():
                 if key in layer:
                     raise ConfigError(f"{setting.source}: {key} is also set in {layer[key].source}: keep one of them")

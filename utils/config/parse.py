@@ -15,7 +15,7 @@ from utils.files import open_named
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 CONFIG_BYTES = 1 << 20
 CONFIG_VALUES = 10_000  # with every alias of YAML in full: a few lines of aliases can stand for billions
-Lines = dict[int, dict[str, int]]  # id of a mapping -> key -> line
+Lines = dict[int, dict[str, int]]  # id of a mapping -> key -> line; in YAML also id of a list -> number of item -> line
 
 
 class ConfigError(UserError):
@@ -79,6 +79,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return mapping
 
 
+def _construct_sequence(loader: _UniqueKeyLoader, node: yaml.SequenceNode) -> list[Any]:
+    """A list, with the line of each item under its number."""
+    items = loader.construct_sequence(node, deep=True)
+    loader.lines[id(items)] = {str(number): item.start_mark.line + 1 for number, item in enumerate(node.value)}
+    return items
+
+
 def _construct_text(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> str:
     """A date stays text: no setting is a date, and a tag may look like one."""
     return str(node.value)
@@ -102,6 +109,7 @@ def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict
 
 
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:seq", _construct_sequence)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:timestamp", _construct_text)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _construct_number)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _construct_number)

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,12 +227,13 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, number: int) -> None:
         self.name = f"{split}_{number:05d}"
         self._folder = folder
-        self._file = open(folder / f"{self.name}.bin", "wb")  # noqa: SIM115 (closed by `close`)
+        self._file = open(folder / f"{self.name}.bin", "wb", CHUNK)  # noqa: SIM115 (closed by `close`)
+        self.tokens = 0
         self._crc32, self._sha256 = 0, hashlib.sha256()
         self._ends, self._origins = array("Q"), array("I")
 
     def add(self, ids: memoryview, source: int, record: int) -> None:
-        """Append one document.
+        """Append one document, or the last part of one.
 
         Args:
             ids: its tokens, the end-of-text token first, in the type of the dataset.
@@ -241,15 +243,32 @@ class ShardWriter:
         Raises:
             OSError: it cannot be written.
         """
+        self.add_part(ids)
+        self._ends.append(self.tokens)
+        self._origins.extend((source, record))
+
+    def add_all(self, ids: memoryview, lengths: Iterable[int], origins: Iterable[int]) -> None:
+        """Append many documents: the tokens of all, the number of tokens of each, and source and record of each.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        ends = itertools.accumulate(lengths, initial=self.tokens)
+        next(ends)
+        self._ends.extend(ends)
+        self._origins.extend(origins)
+        self.add_part(ids)
+
+    def add_part(self, ids: memoryview) -> None:
+        """Append the first tokens of a document, which `add` ends.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self._file.write(ids)
         self._crc32 = zlib.crc32(ids, self._crc32)
         self._sha256.update(ids)
-        self._ends.append(self.tokens + len(ids))
-        self._origins.extend((source, record))
-
-    @property
-    def tokens(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        self.tokens += len(ids)
 
     def close(self) -> Shard:
         """Finish the files, synced to disk.

@@ -126,7 +126,7 @@ def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -
         ) from None
     files, skipped = [path], []
     if os.path.isdir(path):
-        found = _visible_files(path)
+        found = visible_files(path)
         files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
         skipped = [file for file in found if file.suffix.lower() not in TEXT_SUFFIXES]
         if not files:
@@ -198,7 +198,7 @@ def _kinds_text(files: Iterable[Path]) -> str:
     return ", ".join([*shown, *([f"{more} more kinds"] if more > 0 else [])])
 
 
-def _visible_files(folder: Path) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
     """All files by path; hidden files and folders are left out."""
 
     def fail(error: OSError) -> None:

@@ -39,7 +39,8 @@ class Prepared:
     packing: str
     plans: Path
     loss_after: tuple[int, ...] = ()
-    _made: dict[Path, Plan] = field(default_factory=dict)  # and not written yet
+    _rows: dict[tuple[str, int], Rows] = field(default_factory=dict)
+    _made: dict[Path, Plan] = field(default_factory=dict)  # plans that are not written yet
 
     @functools.cached_property
     def documents(self) -> Mapping[str, Documents]:
@@ -60,23 +61,27 @@ class Prepared:
         """The rows of `train` or `val`; None: packing is random."""
         if self.packing == "random":
             return None
+        if (split, block_size) not in self._rows:
+            documents, layout = self.documents[split], self._layout(split, block_size)
+            rows = Rows(documents, layout, block_size, self.dataset.end_of_text, self.loss_after)
+            self._rows[split, block_size] = rows
+        return self._rows[split, block_size]
+
+    def _layout(self, split: str, block_size: int) -> Layout:
         documents = self.documents[split]
         if self.packing == "none":
-            return self._rows(documents, Single(documents, block_size), block_size)
+            return Single(documents, block_size)
         path = self.plans / f"{self.dataset.hash[:16]}-{split}-{block_size}-v{VERSION}.plan"
-        if path not in self._made:
-            self._made[path] = load_plan(path) or best_fit(documents.lengths(), block_size)
-        return self._rows(documents, Packed(self._made[path], block_size), block_size)
-
-    def _rows(self, documents: Documents, layout: Layout, block_size: int) -> Rows:
-        return Rows(documents, layout, block_size, self.dataset.end_of_text, self.loss_after)
+        plan = load_plan(path)
+        if plan is None:
+            plan = self._made[path] = best_fit(documents.lengths(), block_size)
+        return Packed(plan, block_size)
 
     def save_plans(self) -> Joined:
         """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
         with contextlib.suppress(OSError):
             for path, plan in self._made.items():
-                if not path.exists():
-                    plan.save(path)
+                plan.save(path)
         return self.tokens
 
     def note(self) -> str:

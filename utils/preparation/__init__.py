@@ -1,1 +1,1 @@
-"""Texts into prepared datasets: duplicates and packing, with numpy."""
+"""Texts into prepared datasets, with numpy: documents that repeat others."""

@@ -1,26 +1,95 @@
 """Documents that repeat an earlier one: equal texts, and texts that are nearly equal.
 
-Similarity is the Jaccard index of two texts' shingles: of the sets of all their runs of 9 characters, in lower case,
-with any white space as one space. MinHash and locality-sensitive hashing [Broder 1997; Leskovec et al., Mining of Massive
-Datasets, chapter 3] propose candidates, whose similarity is then computed exactly.
+The similarity of two texts is the Jaccard index of their shingles: of the sets of all runs of 9 characters, in lower
+case and with any white space as one space. MinHash and locality-sensitive hashing [Broder 1997; Leskovec et al., Mining
+of Massive Datasets, chapter 3] propose candidates, whose similarity is then computed exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from utils.corpora.filters import text_of
+from utils.errors import UserError
 
 THRESHOLD = 0.8
+SHINGLE = 9  # characters: so many that long texts that have nothing to do with each other share few
+BANDS, ROWS = 25, 5  # a pair of similarity 0.8 is found with probability 0.9999, of 0.7 with 0.990, of 0.5 with 0.55
+SEED = 1
+HASH_BYTES = 16
+PART = 1 << 18  # characters that are hashed at a time
+BUCKET = 100  # documents with one hash of a band that later ones are compared with
+CHECKED = 50  # candidates whose similarity to a document is computed
+KEPT_BYTES = 1 << 26  # of shingles, for further comparisons
+Document = TypeVar("Document", str, Mapping[str, Any])
 
 
 def fingerprint(text: str) -> bytes:
-    """What is kept of a text to find its duplicates: a hash of the whole text, and hashes of the bands of its MinHash.
+    """What finding duplicates needs to keep of a text: a hash of it all, and a hash for each band of its MinHash.
 
-    All fingerprints have the same length, about 100 bytes.
+    All fingerprints are 116 bytes long.
 
     Raises:
         UserError: the package rensa is not installed.
     """
-    raise NotImplementedError
+    try:
+        from rensa import RMinHash
+    except ImportError:
+        raise UserError("near duplicates are found with the package rensa: pip install rensa") from None
+    least = np.full(BANDS * ROWS, 0xFFFFFFFF, dtype=np.uint32)
+    for hashes in _shingle_hashes(text):
+        digest = RMinHash.digest_matrix_from_flat_token_hashes(hashes, [0, len(hashes)], len(least), SEED)
+        least = np.minimum(least, np.array(digest.to_rows()[0], dtype=np.uint32))
+    bands = _mixed(_joined(least.reshape(BANDS, ROWS).astype(np.uint64), ROWS)[:, 0]).astype("<u4")
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() + bands.tobytes()
+
+
+def jaccard(a: str, b: str) -> float:
+    """The similarity of two texts, from 0 to 1.
+
+    >>> jaccard("It was the best of times, it was the worst of times", "It was the BEST of  times, it was the worst!")
+    0.8157894736842105
+    """
+    return _jaccard(_shingles(a), _shingles(b))
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common)
+
+
+def _shingles(text: str) -> np.ndarray:
+    """The set of hashes of a text's shingles, of 64 bits each: that two of a corpus are equal by chance is unlikely."""
+    return np.unique(np.concatenate(list(_shingle_hashes(text))))
+
+
+def _shingle_hashes(text: str) -> Iterator[np.ndarray]:
+    """The hashes of all shingles of a text, part by part; a text that is too short is one shingle."""
+    text = " ".join(text.lower().split()).ljust(SHINGLE, "\0")
+    for start in range(0, len(text) - SHINGLE + 1, PART):
+        part = text[start : start + PART + SHINGLE - 1].encode("utf-32-le", "surrogatepass")
+        yield _mixed(_joined(np.frombuffer(part, dtype="<u4").astype(np.uint64), SHINGLE))
+
+
+def _joined(values: np.ndarray, size: int) -> np.ndarray:
+    """A polynomial modulo 2**64 of each run of `size` values along the last dimension."""
+    total = np.zeros((*values.shape[:-1], values.shape[-1] - size + 1), dtype=np.uint64)
+    for offset in range(size):
+        total *= np.uint64(0x9E3779B97F4A7C15)
+        total += values[..., offset : offset + total.shape[-1]]
+    return total
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """Every bit depends on all bits (the finalizer of SplitMix64)."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
 
 
 def find_duplicates(
@@ -34,12 +103,29 @@ def find_duplicates(
     Args:
         fingerprints: of all documents, in order, from 0.
         text_of: the text of a document; it is asked for candidates only.
-        threshold: the similarity from which a text repeats another; None: only equal texts do.
+        threshold: the similarity from which a text repeats another, at least 0.7; None: only equal texts do.
 
     Returns:
         document -> the earlier document that it repeats.
     """
-    raise NotImplementedError
+    hashes, bands = _parts(fingerprints)
+    first: dict[bytes, int] = {}
+    equal = {number: first.setdefault(text, number) for number, text in enumerate(hashes)}
+    similar: dict[int, int] = {}
+    if threshold is not None:
+        unique = np.array(list(first.values()), dtype=np.int64)
+        bands = bands[unique]
+        shared = np.stack([_occurs_twice(band) for band in bands.T], axis=1)
+        earlier = _Candidates(text_of, threshold)
+        for row in np.flatnonzero(shared.any(axis=1)):
+            number, keys = int(unique[row]), _keys(bands[row], shared[row])
+            found = earlier.find(text_of(number), keys)
+            if found is None:
+                earlier.add(number, keys)
+            else:
+                similar[number] = found
+    kept = {number: similar.get(same, same) for number, same in equal.items()}
+    return {number: other for number, other in kept.items() if number != other}
 
 
 def find_leaks(
@@ -49,18 +135,108 @@ def find_leaks(
     val_text: Callable[[int], str],
     threshold: float = THRESHOLD,
 ) -> dict[int, int]:
-    """Documents of the validation split that nearly equal one of the training split.
+    """Documents of the validation split that equal or nearly equal one of the training split.
 
     Args:
         train, val: fingerprints of the documents, in order.
-        train_text, val_text: the text of a document, asked for candidates only.
+        train_text, val_text: the text of a document; asked for candidates only.
+        threshold: the similarity from which a text nearly equals another, at least 0.7.
 
     Returns:
-        document of the validation split -> a document of the training split that is similar, equal ones first.
+        document of the validation split -> a document of the training split.
     """
-    raise NotImplementedError
+    train_hashes, train_bands = _parts(train)
+    val_hashes, val_bands = _parts(val)
+    shared = np.stack([np.isin(*bands) for bands in zip(train_bands.T, val_bands.T, strict=True)], axis=1)
+    trained = _Candidates(train_text, threshold)
+    for row in np.flatnonzero(shared.any(axis=1)):
+        trained.add(int(row), _keys(train_bands[row], shared[row]))
+    wanted = set(val_hashes)
+    equal = {text: number for number, text in reversed(list(enumerate(train_hashes))) if text in wanted}
+    leaks = {}
+    for number, text in enumerate(val_hashes):
+        found = equal.get(text)
+        if found is None and (keys := [key for key in _keys(val_bands[number]) if key in trained]):
+            found = trained.find(val_text(number), keys)
+        if found is not None:
+            leaks[number] = found
+    return leaks
 
 
-def jaccard(a: str, b: str) -> float:
-    """The similarity of two texts, from 0 to 1."""
-    raise NotImplementedError
+def _parts(fingerprints: Iterable[bytes]) -> tuple[list[bytes], np.ndarray]:
+    """The hash of each text, and the hashes of its bands (documents, BANDS)."""
+    table = np.frombuffer(b"".join(fingerprints), dtype=np.uint8).reshape(-1, HASH_BYTES + 4 * BANDS)
+    hashes = table[:, :HASH_BYTES].tobytes()
+    bands = np.ascontiguousarray(table[:, HASH_BYTES:]).view("<u4")
+    return [hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)], bands
+
+
+def _occurs_twice(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _keys(bands: np.ndarray, chosen: np.ndarray | None = None) -> list[tuple[int, int]]:
+    """The chosen bands with their hashes."""
+    numbers = range(BANDS) if chosen is None else np.flatnonzero(chosen).tolist()
+    return [(band, int(bands[band])) for band in numbers]
+
+
+class _Candidates:
+    """Documents by the hashes of their bands, and their similarity to others."""
+
+    def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
+        self._text_of, self._threshold = text_of, threshold
+        self._buckets: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        self._kept: dict[int, np.ndarray] = {}
+        self._kept_bytes = 0
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        return key in self._buckets
+
+    def add(self, number: int, keys: Iterable[tuple[int, int]]) -> None:
+        for key in keys:
+            if len(self._buckets[key]) < BUCKET:
+                self._buckets[key].append(number)
+
+    def find(self, text: str, keys: Iterable[tuple[int, int]]) -> int | None:
+        """A document that is similar to a text; those that share most bands with it are compared first."""
+        shared = Counter(number for key in keys for number in self._buckets.get(key, ()))
+        if not shared:
+            return None
+        shingles = _shingles(text)
+        candidates = sorted(shared, key=lambda number: (-shared[number], number))[:CHECKED]
+        return next((n for n in candidates if _jaccard(shingles, self._shingles(n)) >= self._threshold), None)
+
+    def _shingles(self, number: int) -> np.ndarray:
+        if number not in self._kept:
+            shingles = _shingles(self._text_of(number))
+            if self._kept_bytes + shingles.nbytes > KEPT_BYTES:
+                self._kept, self._kept_bytes = {}, 0
+            self._kept[number] = shingles
+            self._kept_bytes += shingles.nbytes
+        return self._kept[number]
+
+
+def deduplication(documents: Iterable[Document], threshold: float | None = THRESHOLD) -> list[Document]:
+    """Documents without those that repeat an earlier one.
+
+    Args:
+        documents: texts, or mappings with a `text`.
+        threshold: the similarity from which a document repeats another, at least 0.7; None: only equal texts do.
+
+    >>> deduplication(["The cat sat on the mat.", "A dog.", "the cat sat  on the mat!", "A dog."])
+    ['The cat sat on the mat.', 'A dog.']
+
+    Raises:
+        UserError: a threshold below 0.7 or above 1; or the package rensa is not installed.
+    """
+    if threshold is not None and not 0.7 <= threshold <= 1:
+        raise UserError(f"threshold must be from 0.7 to 1, not {threshold}")
+    documents = list(documents)
+    texts = [text_of(document) for document in documents]
+    if threshold is None:
+        first: dict[str, int] = {}
+        return [documents[number] for number, text in enumerate(texts) if first.setdefault(text, number) == number]
+    repeated = find_duplicates(map(fingerprint, texts), texts.__getitem__, threshold)
+    return [document for number, document in enumerate(documents) if number not in repeated]

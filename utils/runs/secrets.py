@@ -23,30 +23,50 @@ PRIVATE_KEY = re.compile(
     r"|PuTTY-User-Key-File-\d|AGE-SECRET-KEY-1[A-Z0-9]{20,}"
     r"|LS0tLS1CRUdJTi[A-Za-z0-9+/]{0,40}(?:UFJJVkFURS|QUklWQVRF|BSSVZBVE)"  # base64 of the same
 )
-TOKEN = re.compile(
-    "|".join(
+TOKENS = tuple(  # a shape, and what every text that has it contains in lower case, for a quick look
+    (re.compile(shape, re.ASCII), hints.split())
+    for shape, hints in (
+        (r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b", "akia asia abia acca"),  # AWS
+        (r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{22,}", "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_"),
         (
-            r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b",  # AWS
-            r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{22,}",
             r"\bgl(?:pat|ptt|dt|rt|cbt|soat|ft|oas|agent|imt|ffct)-[\w-]{20,}|\bglsa_\w{20,}",  # GitLab, Grafana
-            r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",  # Hugging Face
-            r"\bsk-(?=[\w-]{0,60}\d)[\w-]{20,}",  # OpenAI, Anthropic, DeepSeek, OpenRouter
+            "glpat- glptt- gldt- glrt- glcbt- glsoat- glft- gloas- glagent- glimt- glffct- glsa_",
+        ),
+        (r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}", "hf_ api_org_"),  # Hugging Face
+        (r"\bsk-(?=[\w-]{0,60}\d)[\w-]{20,}", "sk-"),  # OpenAI, Anthropic, DeepSeek, OpenRouter
+        (
             r"\b(?:gsk|r8|npm|xai|pplx|nvapi|tvly|fw|fc|tgp_v1|wandb_v1|lin_api|dop_v1|doo_v1|rpa)[_-][\w-]{30,}",
-            r"\bpypi-[\w-]{40,}",
-            r"\bxox[a-z]-[\w-]{10,}|\bxapp-\d-[\w-]{10,}",  # Slack
+            "gsk_ gsk- r8_ r8- npm_ npm- xai_ xai- pplx nvapi tvly fw_ fw- fc_ fc- tgp_v1 wandb_v1 lin_api "
+            "dop_v1 doo_v1 rpa_ rpa-",
+        ),
+        (r"\bpypi-[\w-]{40,}", "pypi-"),
+        (r"\bxox[a-z]-[\w-]{10,}|\bxapp-\d-[\w-]{10,}", "xox xapp-"),  # Slack
+        (
             r"hooks\.slack\.com/services/[\w/]{20,}|discord(?:app)?\.com/api/webhooks/\d{10,}/[\w-]{30,}",
+            "hooks.slack.com discord",
+        ),
+        (
             r"\bAIza[\w-]{35}|\bGOCSPX-[\w-]{20,}|\bya29\.[\w-]{20,}|\b1//0[\w-]{30,}",  # Google
-            r"\b[rsp]k_(?:live|test)_[A-Za-z0-9]{16,}|\bwhsec_[A-Za-z0-9+/=]{20,}",  # Stripe
+            "aiza gocspx- ya29. 1//0",
+        ),
+        (r"\b[rsp]k_(?:live|test)_[A-Za-z0-9]{16,}|\bwhsec_[A-Za-z0-9+/=]{20,}", "k_live_ k_test_ whsec_"),  # Stripe
+        (
             r"\bSG\.[\w-]{16,}\.[\w-]{16,}|\bSK[0-9a-f]{32}\b|\bkey-[0-9a-z]{32}\b",  # SendGrid, Twilio, Mailgun
+            "sg. sk key-",
+        ),
+        (
             r"\bdapi[0-9a-f]{32}|\bshp(?:at|ss|ca|pa)_[0-9a-fA-F]{32}|\bhv[sbr]\.[\w-]{24,}|\bATATT3[\w=-]{50,}",
-            r"\b\d{8,10}:AA[\w-]{32,}",  # Telegram
-            r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",  # JSON web token
-            r"(?i:\b(?:AccountKey|SharedAccessKey)=)[A-Za-z0-9+/]{40,}={0,2}",  # Azure
+            "dapi shp hvs. hvb. hvr. atatt3",
+        ),
+        (r"\b\d{8,10}:AA[\w-]{32,}", ":aa"),  # Telegram
+        (r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}", ".eyj"),  # JSON web token
+        (r"(?i:\b(?:AccountKey|SharedAccessKey)=)[A-Za-z0-9+/]{40,}={0,2}", "key="),  # Azure
+        (
             r"(?i:\bauthorization['\"]?\s{0,3}[:=]\s{0,3}['\"]?(?:bearer|basic|token)\s)[\w+/=.~-]{12,}",
-            r"(?i:\bbearer\s)[\w+/=.~-]{24,}",
-        )
-    ),
-    re.ASCII,
+            "authorization",
+        ),
+        (r"(?i:\bbearer\s)[\w+/=.~-]{24,}", "bearer"),
+    )
 )
 URL_PASSWORD = re.compile(
     r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/:@'\"{}<>$]{0,100}:(?!\*\*\*@)([^\s/@'\"{}<>$]{3,200})@[^\s@]"
@@ -60,10 +80,14 @@ NAMED = re.compile(
         )[\w.-]{0,40})
         ["'\])\s]{0,6} (?: [:=]{1,2}>? | (?P<comma>,) ) \s{0,8}
         (?: [rbuf]{0,2}(?P<quote>["'])(?P<quoted>[^"'\n]{4,500})(?P=quote)
-          | (?P<bare>[^\s"'#,;(){}\[\]<>$&|]{8,500})(?=\s|$|["',;}]) )""",
+          | (?P<bare>[^\s"'#,;(){}\[\]<>$&|]{8,500}+)(?=\s|$|["',;}]) )""",
     re.VERBOSE | re.ASCII,
 )
-SECRET_WORD = re.compile(r"token|passw|secret|key|auth|oauth|credential|pwd", re.IGNORECASE)
+MAY_BE_NAMED = re.compile(  # of a text in lower case: without it, NAMED finds nothing
+    r"(?:passw|pwd|passphrase|secret|token|key|credential|auth|webhook|cookie)[\w.-]{0,44}[\"'\])\s]{0,6}"
+    r"(?:[:=]|,\s{0,8}[rbuf]{0,2}[\"'])",
+    re.ASCII,
+)
 SECRET_WORD = re.compile(r"token|passw|secret|key|auth|credential|pwd", re.IGNORECASE)
 PASSWORD = re.compile(r"passw(or)?d|passwd|pwd|passphrase", re.IGNORECASE)
 NOT_OF_A_SECRET = re.compile(
@@ -86,10 +110,17 @@ class Secret(NamedTuple):
 
 def secrets_in(text: str) -> Iterator[Secret]:
     """Everything in a text that looks like a credential, by kind."""
-    for what, pattern in (("a private key", PRIVATE_KEY), ("a token", TOKEN)):
-        yield from (Secret(what, *match.span()) for match in pattern.finditer(text))
-    for what, pattern in (("a password in a URL", URL_PASSWORD), ("a password", NETRC)):
-        yield from (Secret(what, *match.span(1)) for match in pattern.finditer(text))
+    lowered = text.lower()
+    yield from (Secret("a private key", *match.span()) for match in PRIVATE_KEY.finditer(text))
+    for pattern, hints in TOKENS:
+        if any(hint in lowered for hint in hints):
+            yield from (Secret("a token", *match.span()) for match in pattern.finditer(text))
+    if "://" in text and "@" in text:
+        yield from (Secret("a password in a URL", *match.span(1)) for match in URL_PASSWORD.finditer(text))
+    if "machine" in text and "password" in text:
+        yield from (Secret("a password", *match.span(1)) for match in NETRC.finditer(text))
+    if not MAY_BE_NAMED.search(lowered):
+        return
     for match in NAMED.finditer(text):
         kind = "quoted" if match["quoted"] else "bare"
         if match["comma"] and not (match["name"].isupper() and kind == "quoted"):  # getenv("API_KEY", "...")
@@ -192,7 +223,7 @@ def _clean_segment(text: str, segment: str) -> str:
     kinds = sum(any(map(is_kind, text)) for is_kind in (str.isdigit, str.islower, str.isupper))
     random = len(text) >= 20 and kinds >= 2 and entropy(text) > 3.5 and "-" not in text
     named = re.search(r"[=:@]", text) and (SECRET_WORD.search(text) or random)
-    return "***" if named or random or TOKEN.search(text) else segment
+    return "***" if named or random or any(token.search(text) for token, _ in TOKENS) else segment
 
 
 def _text(content: bytes) -> str:

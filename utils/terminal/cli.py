@@ -101,12 +101,17 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
     return values
 
 
-def add_config_flags(parser: argparse.ArgumentParser, defaults: Config, sections: Iterable[str] = SECTIONS) -> None:
-    """One flag for every setting, grouped by section; the help shows the value in `defaults`."""
+def add_config_flags(
+    parser: argparse.ArgumentParser,
+    defaults: Config,
+    sections: Iterable[str] = SECTIONS,
+    keys: Collection[str] = FIELDS,
+) -> None:
+    """One flag for every setting among `keys`, grouped by section; the help shows the value in `defaults`."""
     for section in sections:
         model = SECTIONS[section]
         group = parser.add_argument_group(section, model.__doc__)
-        for key in model.model_fields:
+        for key in filter(keys.__contains__, model.model_fields):
             help_text = f"{FIELDS[key].description} ({_limits(key, defaults)})".replace("%", "%%")
             if FIELDS[key].annotation in (bool, bool | None):
                 group.add_argument(
@@ -162,7 +167,11 @@ class ExperimentArguments:
 
 
 def parse_experiment(
-    argv: Sequence[str], parser: Parser, root: Path = PROJECT_ROOT, sections: Collection[str] = SECTIONS
+    argv: Sequence[str],
+    parser: Parser,
+    root: Path = PROJECT_ROOT,
+    sections: Collection[str] = SECTIONS,
+    keys: Collection[str] = FIELDS,
 ) -> ExperimentArguments:
     """Parse the command line of a script that takes a whole configuration, or sections of it.
 
@@ -170,7 +179,7 @@ def parse_experiment(
         argv: the arguments of the script.
         parser: has the script's own flags already.
         root: the project folder.
-        sections: whose settings become flags.
+        sections: whose settings become flags, if they are among `keys`.
 
     Raises:
         UserError: a mistake on the command line.
@@ -191,9 +200,9 @@ def parse_experiment(
     defaults, broken = _merged_defaults(argv, root) if wants_help else (Config(), None)
     if broken:
         parser.epilog = f"The defaults shown are the built-in ones, because the files cannot be merged: {broken}"
-    add_config_flags(parser, defaults, sections)
+    add_config_flags(parser, defaults, sections, keys)
     args = parser.parse(argv)
-    overrides = {key: value for key, value in vars(args).items() if SECTION_OF.get(key) in sections}
+    overrides = {k: v for k, v in vars(args).items() if SECTION_OF.get(k) in sections and k in keys}
     return ExperimentArguments(ConfigLoader(root, args.config_dir), args.config, overrides, args)
 
 

@@ -1,6 +1,6 @@
-"""Progress displays: of training, of feeding trackers, of completing the prompts of a file.
+"""Progress displays: of training, of feeding trackers, of preparing a dataset, of completing the prompts of a file.
 
-On a terminal each is a bar that moves; elsewhere training and completing print a plain line now and then.
+On a terminal each is a bar that moves; elsewhere all but feeding print a plain line now and then.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from utils.terminal.console import PrintableConsole, Terminal
-from utils.terminal.words import bits_text, duration, loss_text
+from utils.terminal.words import bits_text, duration, loss_text, size
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
 REFRESH_SECONDS = 0.1  # between updates of a bar
@@ -239,6 +239,55 @@ class FeedingProgress:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
         self._progress.update(self._tasks[name], completed=done)
+
+
+class PreparationProgress:
+    """How many bytes a pass of a preparation has worked through.
+
+    Args:
+        name: of the pass.
+        total: bytes.
+    """
+
+    def __init__(self, terminal: Terminal, name: str, total: int) -> None:
+        self._terminal, self._name, self._total, self._done = terminal, name, total, 0
+        self._began = time.monotonic()
+        self._next_line = self._began + PLAIN_LINE_SECONDS
+        self._progress = Progress(
+            TextColumn(name, style="cyan"),
+            BarColumn(bar_width=BAR_WIDTH),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _Field("{speed}", "magenta"),
+            TimeRemainingColumn(),
+            console=terminal.console,
+            transient=True,
+            disable=not terminal.live,
+        )
+        self._task = self._progress.add_task(name, total=max(total, 1), speed=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._progress.stop()
+
+    def skip(self, count: int) -> None:
+        """So many bytes were done by an earlier process."""
+        self._total -= count
+        self._progress.update(self._task, total=max(self._total, 1))
+
+    def advance(self, count: int) -> None:
+        """So many more bytes are done."""
+        self._done += count
+        now = time.monotonic()
+        rate = self._done / max(now - self._began, 1e-9)
+        self._progress.update(self._task, completed=min(self._done, self._total), speed=f"{size(rate)}/s")
+        if now >= self._next_line and not self._terminal.live:
+            self._next_line = now + PLAIN_LINE_SECONDS
+            left = duration(max(self._total - self._done, 0) / max(rate, 1e-9))
+            share = min(self._done / max(self._total, 1), 1.0)
+            self._terminal.print(f"{self._name} {share:.0%}  {size(rate)}/s  {left} left")
 
 
 class CompletionProgress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -32,10 +32,12 @@ class Tokenizer(Protocol):
 
     kind: its name in the setting `tokenizer` and in the JSON form.
     learns: whether `build` reads the texts; otherwise the vocabulary is known before them.
+    learns_characters: whether it needs the characters of the texts only, each once.
     """
 
     kind: ClassVar[str]
     learns: ClassVar[bool] = True
+    learns_characters: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -62,6 +64,17 @@ class Tokenizer(Protocol):
     def encode_parts(self, text: str) -> Iterator[np.ndarray]:
         """The ids of `encode_array` in parts, of any integer type, so that a long text needs little memory."""
         yield self.encode_array(text)
+
+    def encode_many(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """The ids of each text, of any integer type."""
+        return map(self.encode_array, texts)
+
+    def first_cut(self, text: str) -> int | None:
+        """The first place at which `text` may be cut so that the tokens of its parts are those of the whole.
+
+        None if there is none, or if it is not known.
+        """
+        return 0
 
     def encode(self, text: str) -> list[int]:
         """Like `encode_array`, as a list."""

@@ -1,0 +1,277 @@
+"""Prepared datasets: texts are read, cleaned, split and tokenised once; training reads the tokens in place.
+
+python prepare.py notes/ --out notes --tokenizer bpe
+python prepare.py 'dumps/*.jsonl.zst' --field content --clean --out web --licence "CC BY 4.0"
+python prepare.py list                        # also: show NAME, verify NAME
+
+SOURCE is a text file (also .gz and .zst), a folder, a glob in quotes, a file of JSON lines or a Parquet file, pydocs or
+shakespeare, a data set that the package datasets saved, or OWNER/NAME on the Hugging Face hub. The same command goes
+on with a preparation that was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from utils.config.loader import ConfigLoader
+from utils.config.settings import Config
+from utils.errors import UserError
+from utils.files import expand_home
+from utils.machine.signals import StopSignal
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, place, script
+from utils.terminal.console import Terminal, print_to
+from utils.terminal.streams import is_unicode
+from utils.terminal.words import counted, json_text, size
+
+if TYPE_CHECKING:  # arguments are parsed before numpy is imported
+    from utils.corpora.datasets import Dataset
+    from utils.preparation.pipeline import Outcome, Preparation
+
+COMMANDS = {
+    "list": "the datasets that there are",
+    "show": "one dataset: its size, what was removed, where it comes from",
+    "verify": "read every byte of a dataset and compare it with its checksums",
+}
+SETTINGS = (
+    *("tokenizer", "bpe_vocab_size", "special_tokens", "unknown_token"),
+    *("val_fraction", "corpora_dir", "datasets_dir"),
+)
+CLEANING = "configs/cleaning.yaml"
+DRY_RUN = "dry_run"  # the name of a dataset that is not made
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return answer(argv)
+    arguments = parse(argv)
+    return make(order_of(arguments), datasets_folder(arguments.load().config))
+
+
+def parse(argv: Sequence[str]) -> ExperimentArguments:
+    parser = Parser(prog="prepare.py", description=__doc__)
+    parser.usage = (
+        "python prepare.py SOURCE ... --out NAME [--FLAG VALUE ...]\n       python prepare.py list|show|verify"
+    )
+    add = parser.add_argument
+    add("sources", metavar="SOURCE", nargs="+", help="what to read (above)")
+    add("--out", metavar="NAME", help="name of the dataset, in the folder of datasets; or a path")
+    add(
+        "--field",
+        metavar="NAME",
+        help="of JSON lines, or column of a table, that has the text (default: text); "
+        "given, .json files are JSON lines too",
+    )
+    add(
+        "--separator",
+        metavar="TEXT",
+        default="",
+        help="what stands between the documents of a text file, such as "
+        r"'<|endoftext|>' or '\n\n' (default: each file is one document)",
+    )
+    add(
+        "--clean",
+        metavar="FILE",
+        nargs="?",
+        const=CLEANING,
+        help=f"clean the texts by the steps in a file (default: {CLEANING}); without it, nothing is changed or removed",
+    )
+    add(
+        "--errors",
+        choices=("strict", "replace", "skip"),
+        default="strict",
+        help="what becomes of bytes that are not "
+        "UTF-8, and of NUL: an error, U+FFFD in their place, or the document is left out (default: strict)",
+    )
+    add(
+        "--tolerate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many records that are not JSON, or lack the field, may be left out (default: 0)",
+    )
+    add(
+        "--leaks",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look for documents for validation that nearly equal one for training (default: on)",
+    )
+    add("--workers", type=int, metavar="N", help="processes (default: one for each core); the dataset is the same")
+    add("--licence", "--license", metavar="TEXT", default="", help="of the texts, for CARD.md")
+    add("--origin", metavar="TEXT", default="", help="where the texts come from, for CARD.md")
+    add("--replace", action="store_true", help="replace a dataset of this name")
+    add("--dry-run", action="store_true", help="read and clean everything, show what would be removed, make nothing")
+    return parse_experiment(argv, parser, sections=("data",), keys=SETTINGS)
+
+
+def answer(argv: Sequence[str]) -> int:
+    """list, show, verify."""
+    name = argv[0]
+    parser = Parser(prog=f"prepare.py {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.")
+    if name != "list":
+        parser.add_argument("name", metavar="NAME", help="of a dataset, or its path")
+    parser.add_argument("--datasets-dir", type=place, metavar="DIR", help="folder of datasets (default: as configured)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse(argv[1:])
+
+    from utils.preparation import commands
+
+    folder = args.datasets_dir or datasets_folder(ConfigLoader(PROJECT_ROOT).load().config)
+    if name == "list":
+        rows = commands.list_datasets(folder)
+        return shown(args.json, rows, lambda: commands.list_lines(rows, folder))
+    dataset = commands.named_dataset(args.name, folder)
+    if name == "show":
+        return shown(args.json, commands.show_dataset(dataset), lambda: commands.show_lines(dataset))
+    lines = commands.verify_dataset(dataset)
+    return shown(args.json, {"name": dataset.name, "good": True, "found": lines}, lambda: lines)
+
+
+def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
+    if as_json:
+        print(json_text(data, indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+    else:
+        console = Terminal().console
+        for line in lines():
+            print_to(console, line)
+    return 0
+
+
+def datasets_folder(config: Config) -> Path:
+    return PROJECT_ROOT / config.data.datasets_dir
+
+
+def order_of(arguments: ExperimentArguments) -> Preparation:
+    """What the command line asks for.
+
+    Raises:
+        UserError: a mistake in it, or in the configuration.
+    """
+    args, config = arguments.own, arguments.load().config
+    if args.out is None and not args.dry_run:
+        raise UserError("--out NAME is missing: the name of the dataset (see prepare.py --help)")
+    workers = available_cores() if args.workers is None else args.workers
+    for flag, value, least in (("--workers", workers, 1), ("--tolerate", args.tolerate, 0)):
+        if value < least:
+            raise UserError(f"{flag} must be at least {least}, not {value}")
+    try:
+        separator = args.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--separator {args.separator!r}: {error.reason}") from None
+
+    from utils.corpora.cleaning import load_pipeline
+    from utils.corpora.readers import Reading
+    from utils.preparation.pipeline import Preparation
+
+    corpora_dir = str(PROJECT_ROOT / config.data.corpora_dir)
+    return Preparation(
+        sources=args.sources,
+        target=target_of(args.out or DRY_RUN, datasets_folder(config)),
+        config=config.data.model_copy(update={"corpora_dir": corpora_dir}),
+        reading=Reading(args.field or "text", separator, args.errors, args.field is not None, corpora_dir),
+        tolerated=args.tolerate,
+        pipeline=load_pipeline(cleaning_file(args.clean)) if args.clean else None,
+        leaks=args.leaks,
+        workers=workers,
+        notes={key: value for key, value in (("licence", args.licence), ("origin", args.origin)) if value},
+        replace=args.replace,
+        dry_run=args.dry_run,
+    )
+
+
+def cleaning_file(name: str) -> Path:
+    """The file of --clean; without a value the one in configs/."""
+    return PROJECT_ROOT / CLEANING if name == CLEANING else Path(expand_home(name))
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def target_of(name: str, folder: Path) -> Path:
+    """The folder that becomes the dataset.
+
+    Raises:
+        UserError: no folder can have this name.
+    """
+    path = Path(expand_home(name))
+    if not path.name or path.name.startswith(".") or "\0" in name:
+        raise UserError(f"--out {name!r}: expected a name that does not begin with a dot, or a path")
+    if len(os.fsencode(path.name)) > 200:
+        raise UserError(f"--out {name[:20]}...: a name of {len(path.name)} characters is too long")
+    return Path(os.path.abspath(path)) if os.sep in name else folder / name
+
+
+def make(order: Preparation, folder: Path) -> int:
+    """Prepare the dataset and print what became of the documents; folder: of datasets."""
+    from utils.preparation.pipeline import Outcome, prepare
+
+    terminal = Terminal()
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise StopSignal(signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        made = prepare(order, terminal)
+    except KeyboardInterrupt:
+        if not order.dry_run:
+            terminal.print("what is done is kept; the same command goes on with it")
+        raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if isinstance(made, Outcome):
+        print_dry_run(made, order, terminal)
+    else:
+        print_result(made, folder, terminal)
+    return 0
+
+
+def print_dry_run(outcome: Outcome, order: Preparation, terminal: Terminal) -> None:
+    summary = outcome.summary(order)
+    terminal.print(f"{counted(summary['documents_read'], 'document')} read, {summary['documents_kept']:,} would stay")
+    print_removed(summary, terminal)
+    if outcome.cleaning is not None:
+        terminal.print(*outcome.cleaning.lines())
+
+
+def print_removed(report: dict[str, Any], terminal: Terminal) -> None:
+    for reason, facts in report["left_out"].items():
+        examples = f", such as {facts['examples'][0]}" if facts["examples"] else ""
+        terminal.print(f"left out, {reason}: {facts['count']:,}{examples}")
+
+
+def print_result(dataset: Dataset, folder: Path, terminal: Terminal) -> None:
+    """What the dataset has; folder: of datasets, where a name is enough."""
+    from utils.files import read_json
+    from utils.preparation.report import LEAKS_WARNED, REPORT, leak_words
+
+    report = read_json(dataset.folder / REPORT)
+    print_removed(report, terminal)
+    for step in report["cleaning"]:
+        if step["documents_removed"] or step["documents_changed"]:
+            removed, changed = step["documents_removed"], step["documents_changed"]
+            terminal.print(f"cleaning, {step['step']}: {removed:,} documents removed, {changed:,} changed")
+    for name, facts in report["splits"].items():
+        words = f"{counted(facts['documents'], 'document')}, {facts['tokens']:,} tokens, {size(facts['bytes'])} of text"
+        terminal.print(f"{name:<5} {words}")
+    leaks = report["leaks"]
+    if leaks["share"] > LEAKS_WARNED:
+        terminal.warn(f"{leak_words(leaks, report['splits']['val']['documents'])}: val/loss looks better than it is")
+    elif leaks["looked_for"]:
+        terminal.print(leak_words(leaks, report["splits"]["val"]["documents"]))
+    terminal.print(f"{dataset.folder}: ready; its card is CARD.md")
+    name = dataset.name if dataset.folder.parent == folder else str(dataset.folder)
+    terminal.print(f"python train.py --dataset {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

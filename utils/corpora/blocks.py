@@ -1,0 +1,85 @@
+"""The bytes of a file block by block, decompressed if it ends in .gz or .zst."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from utils.corpora.sources import CorpusError
+from utils.files import open_named
+from utils.terminal.words import one_line
+
+BLOCK = 1 << 20  # bytes of a file that are held at a time
+ZSTD_BLOCK = 1 << 14  # of these, compressed by zstd: a thousand times as many may come out
+COMPRESSED = (".gz", ".zst")
+
+
+def named(path: Path | str) -> str:
+    """A path as an error names it: from the current folder, if it lies there."""
+    folder = os.getcwd() + os.sep
+    return one_line(str(path).removeprefix(folder))
+
+
+def blocks(path: Path, start: int = 0, report: Callable[[int], None] = lambda count: None) -> Iterator[bytes]:
+    """The content of a file from byte `start` on.
+
+    Args:
+        start: 0 for a compressed file.
+        report: called with the number of bytes on disk that were read since the last call.
+
+    Raises:
+        CorpusError: it cannot be read, or its compressed data is truncated or damaged.
+    """
+    kind = path.suffix.lower()
+    done = start
+    try:
+        with open_named(path) as raw:
+            if kind == ".gz":
+                found = _gzip(raw)
+            elif kind == ".zst":
+                found = _zstd(path, raw)
+            else:
+                if start:  # a pipe cannot seek
+                    raw.seek(start)
+                found = iter(lambda: raw.read(BLOCK), b"")
+            for block in found:
+                yield block
+                if kind in COMPRESSED:
+                    report(raw.tell() - done)
+                    done = raw.tell()
+                else:
+                    report(len(block))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"{named(path)}: truncated or damaged gzip data: {error}") from None
+    except OSError as error:
+        raise CorpusError(f"{named(path)}: cannot be read: {error.strerror or error}") from None
+
+
+def _gzip(raw: object) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=raw) as file:  # type: ignore[call-overload]
+        while block := file.read(BLOCK):
+            yield block
+
+
+def _zstd(path: Path, raw: object) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise CorpusError(f"{named(path)}: .zst needs the package zstandard: pip install zstandard") from None
+    decompressor = zstandard.ZstdDecompressor()
+    frame, data = None, b""
+    try:
+        while data or (data := raw.read(ZSTD_BLOCK)):  # type: ignore[attr-defined]
+            frame = frame or decompressor.decompressobj()
+            if block := frame.decompress(data):
+                yield block
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    except zstandard.ZstdError as error:
+        raise CorpusError(f"{named(path)}: damaged zstd data: {error}") from None
+    if frame is not None:
+        raise CorpusError(f"{named(path)}: truncated zstd data")

@@ -1,0 +1,120 @@
+"""The text in a JSON object, also in one of hundreds of megabytes, which is never in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from utils.errors import nearest
+
+PIECE = 1 << 20  # bytes of a long text that are decoded at a time
+SHOWN_FIELDS = 8
+# Strings with the colon after a key, and brackets. Possessive: nothing is tried again, so no stack grows.
+TOKEN = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")(\s*+:)?+|[{}\[\]]', re.DOTALL)
+# Whole characters and escapes; both halves of a surrogate pair are one.
+ESCAPES = re.compile(
+    rb"(?:[^\\]++|\\u[dD][89abAB]..\\u....|\\u[dD][89abAB]..(?=[^\\]|\\[^u])|\\u(?![dD][89abAB])....|\\[^u])*+",
+    re.DOTALL,
+)
+KEY = 1000  # bytes of a key that may be the field
+
+
+class RecordError(ValueError):
+    """A record without usable text; the message says why, and not where."""
+
+
+def text_of(line: bytes, field: str) -> str:
+    """The string in `field` of a JSON object.
+
+    Raises:
+        RecordError: it is not JSON, no object, or has no such field with a text.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    import orjson
+
+    try:
+        value = orjson.loads(line)
+    except ValueError:  # or what only Python's own writer writes: NaN, half a surrogate pair
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RecordError(f"expected a JSON object, got {kind_of(value)}")
+    return checked_text(value.get(field, value), value, field)
+
+
+def checked_text(text: Any, fields: Any, field: str) -> str:
+    """`text`; raises RecordError if it is none. `fields` itself as the text says that the field is missing."""
+    if text is fields:
+        raise RecordError(f"no field {field!r}: {fields_text(fields, field)}")
+    if not isinstance(text, str):
+        raise RecordError(f"field {field!r} is {kind_of(text)}, expected a text")
+    return text
+
+
+def fields_text(names: Any, field: str) -> str:
+    """Which fields there are instead."""
+    names = list(map(str, names))
+    more = ", ..." if len(names) > SHOWN_FIELDS else ""
+    return f"it has {', '.join(names[:SHOWN_FIELDS]) or 'none'}{more}{nearest(field, names)}"
+
+
+def kind_of(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def long_text_of(line: Any, field: str) -> Iterator[str]:
+    """As `text_of`, in pieces, of a line that is a memory map."""
+    start, end = _span(line, field)
+    place = start
+    while place < end:
+        stop = min(place + PIECE, end)
+        found = ESCAPES.match(line, place, stop)
+        reached = found.end() if found and stop < end else end
+        while place < reached < end and 0x80 <= line[reached] < 0xC0:  # in the middle of a character
+            reached -= 1
+        reached = reached if reached > place else end
+        try:
+            yield json.loads(b'"' + line[place:reached] + b'"', strict=False)
+        except UnicodeDecodeError:
+            raise
+        except ValueError as error:
+            raise RecordError(f"not JSON: {error}") from None
+        place = reached
+
+
+def _span(line: Any, field: str) -> tuple[int, int]:
+    """Where the text of the field begins and ends."""
+    depth, key, span, names = 0, None, None, []
+    first = re.match(rb"\s*+", line)
+    assert first is not None
+    if line[first.end() : first.end() + 1] != b"{":
+        raise RecordError("not a JSON object")
+    for found in TOKEN.finditer(line):
+        token = line[found.start()]
+        if token in b"{[":
+            depth += 1
+        elif token in b"}]":
+            depth -= 1
+        elif depth == 1 and found[2] is not None:
+            key = json.loads(found[1]) if found.end(1) - found.start(1) < KEY else None
+            names.append(str(key))
+            if key == field:
+                span = found.end(), found.end()  # a value that is no text, unless a text follows
+            continue
+        elif depth == 1 and key == field:
+            span = found.start(1) + 1, found.end(1) - 1
+        key = None
+    if depth:
+        raise RecordError("not JSON: it ends within an object")
+    if span is None:
+        raise RecordError(f"no field {field!r}: {fields_text(names, field)}")
+    if line[span[0] - 1] != ord('"'):
+        raise RecordError(f"field {field!r} is not a text")
+    return span

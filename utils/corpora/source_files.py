@@ -1,0 +1,174 @@
+"""The files that the sources of a dataset name: paths, folders, globs, registered corpora, Hugging Face data sets."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils.corpora.blocks import COMPRESSED, named
+from utils.corpora.sources import CORPORA, TEXT_SUFFIXES, CorpusError, Source, find_source, visible_files
+from utils.errors import nearest
+from utils.files import expand_home
+from utils.terminal.words import one_line
+
+Kind = Literal["text", "json_lines", "parquet", "arrow", "corpus"]
+KINDS: dict[str, Kind] = {".jsonl": "json_lines", ".ndjson": "json_lines", ".parquet": "parquet", ".arrow": "arrow"}
+SAVED = "dataset_dict.json"  # of a data set with splits that the package datasets saved,
+SAVED_SPLIT = "state.json"  # and of one without
+HUB_ID = re.compile(r"(?:hf:)?([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file that is read.
+
+    path: absolute; the name of a registered corpus.
+    bytes, mtime_ns: its state when it was found.
+    """
+
+    path: str
+    kind: Kind
+    bytes: int
+    mtime_ns: int = 0
+
+    @property
+    def compressed(self) -> bool:
+        return self.kind != "corpus" and self.path.lower().endswith(COMPRESSED)
+
+    def check(self) -> None:
+        """Raises CorpusError if the file has changed since it was found."""
+        try:
+            now = state(Path(self.path)) if self.kind != "corpus" else (self.bytes, self.mtime_ns)
+        except OSError as error:
+            raise CorpusError(f"{named(self.path)}: cannot be read: {error.strerror}") from None
+        if now != (self.bytes, self.mtime_ns):
+            raise CorpusError(f"{named(self.path)}: changed while it was being prepared")
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """What SOURCE... names. notes: what a person should know about it."""
+
+    files: Sequence[SourceFile]
+    notes: Sequence[str] = ()
+
+
+def find_files(sources: Sequence[str], corpora_dir: Path, json_suffix: bool = False) -> FoundFiles:
+    """The files of all sources, each once, in the order of the sources.
+
+    Args:
+        json_suffix: whether .json, too, is a file of JSON lines.
+
+    Raises:
+        CorpusError: a source is missing or has no file that can be read.
+    """
+    kinds: dict[str, Kind] = {**KINDS, **({".json": "json_lines"} if json_suffix else {})}
+    found: dict[str, SourceFile] = {}
+    notes: list[str] = []
+    for source in sources:
+        for path in _paths(source, corpora_dir, kinds, notes):
+            file = _registered(path) if isinstance(path, Source) else _source_file(path, kinds)
+            found.setdefault(file.path, file)
+    return FoundFiles(list(found.values()), notes)
+
+
+def state(path: Path) -> tuple[int, int]:
+    """Size and mtime of a file.
+
+    Raises:
+        OSError: it cannot be accessed.
+    """
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _registered(source: Source) -> SourceFile:
+    return SourceFile(source.name, "corpus", sum(path.stat().st_size for path in source.files if path.is_file()))
+
+
+def _source_file(path: Path, kinds: dict[str, Kind]) -> SourceFile:
+    kind = _kind(path, kinds)
+    if kind in ("parquet", "arrow") and path.suffix.lower() in COMPRESSED:
+        raise CorpusError(f"{one_line(str(path))}: decompress it first: {kind} files are read at many places")
+    try:
+        return SourceFile(os.path.abspath(path), kind, *state(path))
+    except OSError as error:
+        raise CorpusError(f"{one_line(str(path))}: cannot be read: {error.strerror}") from None
+
+
+def _suffix(path: Path) -> str:
+    """The last suffix without that of the compression, in lower case."""
+    name = path.name.lower()
+    return Path(name.removesuffix(path.suffix.lower()) if name.endswith(COMPRESSED) else name).suffix
+
+
+def _kind(path: Path, kinds: dict[str, Kind]) -> Kind:
+    return kinds.get(_suffix(path), "text")
+
+
+def _paths(source: str, corpora_dir: Path, kinds: dict[str, Kind], notes: list[str]) -> Iterator[Path | Source]:
+    """The files that one source names."""
+    if source in CORPORA:
+        yield find_source(source, corpora_dir)
+        return
+    path = Path(expand_home(source))
+    if os.path.isdir(path):
+        yield from _folder(path, kinds, notes)
+    elif os.path.lexists(path):
+        yield path
+    elif glob.has_magic(source):
+        paths = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if not os.path.isdir(name)]
+        if not paths:
+            raise CorpusError(f"{one_line(source)}: no file fits")
+        yield from paths
+    elif found := HUB_ID.fullmatch(source):
+        yield from _downloaded(source, found[1], found[2])
+    else:
+        raise CorpusError(
+            f"{one_line(source)}: no such file or folder; expected a path, a glob, "
+            f"{' or '.join(CORPORA)}{nearest(source, CORPORA)}"
+        )
+
+
+def _folder(folder: Path, kinds: dict[str, Kind], notes: list[str]) -> list[Path]:
+    """The files below a folder that can be read; of a data set with splits, those for training."""
+    if (folder / SAVED).is_file() or (folder / SAVED_SPLIT).is_file():
+        place = folder
+        if (folder / SAVED).is_file() and (folder / "train").is_dir():
+            place = folder / "train"
+            notes.append(f"{folder}: a saved data set with splits, of which only train is read")
+        return _some([path for path in visible_files(place) if _suffix(path) == ".arrow"], folder)
+    everything = visible_files(folder)
+    chosen = [path for path in everything if _suffix(path) in kinds or _suffix(path) in TEXT_SUFFIXES]
+    files = _some(chosen, folder)
+    if len(everything) > len(files):
+        notes.append(Source(str(folder), files, str, sorted({*everything} - {*files})).files_text())
+    return files
+
+
+def _some(files: list[Path], folder: Path) -> list[Path]:
+    if not files:
+        raise CorpusError(f"{one_line(str(folder))}: no files in this folder that can be read")
+    return files
+
+
+def _downloaded(source: str, name: str, config: str | None) -> list[Path]:
+    """The files of a data set of the Hugging Face hub, which the package datasets downloads and keeps."""
+    try:
+        import datasets  # type: ignore[import-not-found]
+    except ImportError:
+        raise CorpusError(
+            f"{source}: no such file or folder; to download the Hugging Face data set of that name: "
+            "pip install datasets (or download its files and name their folder)"
+        ) from None
+    try:
+        loaded = datasets.load_dataset(name, config, split="train")
+    except Exception as error:  # whatever the network, the hub and the package raise
+        first = one_line(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+        raise CorpusError(f"{source}: cannot be downloaded: {first}") from None
+    return [Path(entry["filename"]) for entry in loaded.cache_files]

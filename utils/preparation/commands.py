@@ -1,0 +1,146 @@
+"""prepare.py list, show and verify: the datasets that there are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenizer import load_tokenizer
+from utils.corpora.datasets import TYPES, Dataset, DatasetError, find_dataset, is_dataset, read_dataset
+from utils.errors import UserError, nearest
+from utils.files import read_json, read_text, size_of
+from utils.preparation.report import CARD, REPORT
+from utils.preparation.work import is_being_prepared
+from utils.terminal.words import counted, size
+
+CHUNK = 1 << 22  # token ids that are looked at together
+
+
+def work_folders(folder: Path) -> list[tuple[str, Path]]:
+    """Name and work folder of each dataset that is not finished."""
+    found = sorted(folder.glob(".*.preparing"))
+    return [(path.name.removeprefix(".").removesuffix(".preparing"), path) for path in found]
+
+
+def list_datasets(folder: Path) -> list[dict[str, Any]]:
+    """One row for each dataset in a folder, and for each that is not finished."""
+    rows = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if is_dataset(path):
+            try:
+                rows.append(_row(read_dataset(path)))
+            except DatasetError as error:
+                rows.append({"name": path.name, "status": "damaged", "problem": str(error)})
+    for name, path in work_folders(folder):
+        status = "being prepared" if is_being_prepared(path) else "interrupted"
+        rows.append({"name": name, "status": status, "disk": size_of(path), "folder": str(path)})
+    return rows
+
+
+def _row(dataset: Dataset) -> dict[str, Any]:
+    train, val = dataset.splits["train"], dataset.splits["val"]
+    tokenizer = dataset.facts.get("tokenizer", {})
+    return {
+        "name": dataset.name,
+        "status": "ready",
+        "tokenizer": tokenizer.get("kind"),
+        "vocab_size": tokenizer.get("vocab_size"),
+        "documents": train.documents + val.documents,
+        "train_tokens": train.tokens,
+        "val_tokens": val.tokens,
+        "leaks": len(dataset.leaks),
+        "disk": size_of(dataset.folder),
+        "hash": dataset.hash,
+    }
+
+
+def list_lines(rows: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
+    """The rows as a table."""
+    from rich.table import Table
+
+    if not rows:
+        yield f"{folder} has no datasets yet: python prepare.py SOURCE --out NAME makes one"
+        return
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("name", "left"), ("tokenizer", "left"), ("documents", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("train tokens", "val tokens", "disk", "status"):
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for row in rows:
+        kind = f"{row['tokenizer']} {row['vocab_size']:,}" if row.get("tokenizer") else ""
+        counts = [f"{row[key]:,}" if key in row else "" for key in ("documents", "train_tokens", "val_tokens")]
+        table.add_row(row["name"], kind, *counts, size(row["disk"]) if "disk" in row else "", row["status"])
+    yield table
+    if any(row["status"] == "interrupted" for row in rows):
+        yield "interrupted: the command that began it goes on with it"
+    yield from (row["problem"] for row in rows if "problem" in row)
+
+
+def named_dataset(name: str, folder: Path) -> Dataset:
+    """The dataset in `folder` of a name, or at a path.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path := find_dataset(name, folder)) is not None:
+        return read_dataset(Path(os.path.abspath(path)))
+    names = [row["name"] for row in list_datasets(folder)]
+    if name in (unfinished for unfinished, _ in work_folders(folder)):
+        raise UserError(f"{name}: not finished; the command that began it goes on with it")
+    raise UserError(f"no dataset {name} in {folder}: there is {', '.join(names) or 'none'}{nearest(name, names)}")
+
+
+def show_dataset(dataset: Dataset) -> dict[str, Any]:
+    """All that is known of a dataset: a row of the list, its report, and where it is."""
+    try:
+        report = read_json(dataset.folder / REPORT, dataset.folder)
+    except (OSError, ValueError):
+        report = None
+    return {**_row(dataset), "folder": str(dataset.folder), "report": report}
+
+
+def show_lines(dataset: Dataset) -> Iterator[str]:
+    yield str(dataset.folder)
+    try:
+        yield read_text(dataset.folder / CARD, dataset.folder)
+    except (OSError, ValueError) as error:
+        yield f"{CARD} cannot be read: {error}"
+
+
+def verify_dataset(dataset: Dataset) -> list[str]:
+    """Read every byte of a dataset.
+
+    Returns:
+        What was found right, a line each.
+
+    Raises:
+        DatasetError: what is wrong with it.
+    """
+    dataset.verify(thorough=True)
+    count, total = sum(1 for _ in dataset.files()), sum(size for _, size, _ in dataset.files())
+    tokenizer = load_tokenizer(dataset.tokenizer_path)
+    if tokenizer.hash() != dataset.tokenizer_hash:
+        raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was made with")
+    for split in dataset.splits.values():
+        for shard in split.shards:
+            ids = np.memmap(dataset.path(shard), dtype=f"<u{TYPES[dataset.dtype]}", mode="r")
+            ends = np.fromfile(dataset.path(shard, "ends"), dtype="<u8").astype(np.int64)
+            begins = np.concatenate([[0], ends[:-1]])
+            if len(ends) == 0 or ends[-1] != len(ids) or (ends <= begins).any():
+                raise DatasetError(f"{dataset.path(shard, 'ends')}: the documents do not cover the shard")
+            if (ids[begins] != dataset.end_of_text).any():
+                raise DatasetError(f"{dataset.path(shard)}: a document does not begin with the end-of-text token")
+            for start in range(0, len(ids), CHUNK):
+                if (largest := int(ids[start : start + CHUNK].max())) >= tokenizer.vocab_size:
+                    raise DatasetError(
+                        f"{dataset.path(shard)}: token {largest} is outside the vocabulary of {tokenizer.vocab_size:,}"
+                    )
+    return [
+        f"{dataset.name}: {counted(count, 'file')} of shards, {size(total)}: all checksums are right",
+        f"tokenizer.json is the one that the dataset was made with ({dataset.tokenizer_hash[:16]})",
+        "every document begins with the end-of-text token, and every token is in the vocabulary",
+    ]

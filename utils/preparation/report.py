@@ -1,0 +1,127 @@
+"""report.json and CARD.md of a dataset: what it is, what was removed from it, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from utils.corpora.cleaning import CleaningReport
+from utils.corpora.datasets import Dataset, Split
+from utils.files import write_atomic, write_json
+from utils.terminal.words import counted, one_line, setting_text, size
+
+REPORT, CARD = "report.json", "CARD.md"
+SOURCES_SHOWN = 20
+LEAKS_WARNED = 0.01  # share of the documents for validation
+
+
+def write_report(dataset: Dataset, summary: dict[str, Any], name: str, cleaning: CleaningReport | None) -> None:
+    """Write report.json and CARD.md.
+
+    Args:
+        summary: what became of the documents (`Outcome.summary`).
+        name: of the dataset, which may still be in another folder.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    report = {"name": name, "splits": {key: split_facts(dataset, key) for key in dataset.splits}, **summary}
+    write_json(dataset.folder / REPORT, report)
+    write_atomic(dataset.folder / CARD, "\n".join(card_lines(dataset, report, cleaning)) + "\n")
+
+
+def split_facts(dataset: Dataset, name: str) -> dict[str, Any]:
+    """The size of a split, and how long its documents are."""
+    split = dataset.splits[name]
+    lengths = np.concatenate([np.zeros(0, np.uint64), *_lengths(dataset, split)])
+    return {
+        "documents": split.documents,
+        "tokens": split.tokens,
+        "bytes": split.bytes,
+        "tokens_per_document": {
+            "median": int(np.median(lengths)) if len(lengths) else 0,
+            "longest": int(lengths.max()) if len(lengths) else 0,
+        },
+    }
+
+
+def _lengths(dataset: Dataset, split: Split) -> Iterator[np.ndarray]:
+    """How many tokens each document of a shard has."""
+    for shard in split.shards:
+        yield np.diff(np.fromfile(dataset.path(shard, "ends"), dtype="<u8"), prepend=np.uint64(0))
+
+
+def card_lines(dataset: Dataset, report: Mapping[str, Any], cleaning: CleaningReport | None) -> Iterator[str]:
+    """CARD.md, which people read."""
+    tokenizer = dataset.facts["tokenizer"]
+    yield f"# {one_line(report['name'])}"
+    yield ""
+    yield f"A dataset for training, made by prepare.py; split {report['split']}."
+    yield ""
+    yield "| split | documents | tokens | text | bytes a token | tokens a document: median, longest |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for name, facts in report["splits"].items():
+        lengths = facts["tokens_per_document"]
+        per_token = facts["bytes"] / max(facts["tokens"] - facts["documents"], 1)
+        yield (
+            f"| {name} | {facts['documents']:,} | {facts['tokens']:,} | {size(facts['bytes'])} | {per_token:.2f} | "
+            f"{lengths['median']:,}, {lengths['longest']:,} |"
+        )
+    yield ""
+    yield (
+        f"Tokenizer: {tokenizer['kind']} with {tokenizer['vocab_size']:,} tokens, sha256 "
+        f"{dataset.tokenizer_hash[:16]}. Each document begins with token {dataset.end_of_text}."
+    )
+    yield from _origin(report)
+    yield from _left_out(report, cleaning)
+    yield from _leaks(report)
+    yield from ("", "## Settings", "", "| setting | value |", "|---|---|")
+    for key, value in dataset.facts["settings"].items():
+        yield f"| {key} | {one_line(setting_text(value)) or '(empty)'} |"
+
+
+def _origin(report: Mapping[str, Any]) -> Iterator[str]:
+    notes, sources = report["notes"], report["sources"]
+    yield from ("", "## Origin and licence", "")
+    yield f"- Licence: {one_line(notes.get('licence', '')) or 'not stated (prepare.py --licence TEXT)'}"
+    yield f"- Origin: {one_line(notes.get('origin', '')) or 'not stated (prepare.py --origin TEXT)'}"
+    yield f"- {counted(len(sources), 'file')}, {size(sum(source['bytes'] for source in sources))}:"
+    for source in sources[:SOURCES_SHOWN]:
+        yield f"    - `{one_line(source['path'])}` ({source['kind'].replace('_', ' ')}, {size(source['bytes'])})"
+    if len(sources) > SOURCES_SHOWN:
+        yield f"    - and {len(sources) - SOURCES_SHOWN:,} more, in report.json"
+
+
+def _left_out(report: Mapping[str, Any], cleaning: CleaningReport | None) -> Iterator[str]:
+    yield from ("", "## What was left out", "")
+    if not report["left_out"]:
+        yield "Nothing that was read."
+    for reason, facts in report["left_out"].items():
+        yield f"- {reason}: {facts['count']:,}"
+        for example in facts["examples"]:
+            yield f"    - {one_line(example)}"
+    yield from ("", "## Cleaning", "")
+    if cleaning is None:
+        yield "None: the texts are as they were (prepare.py --clean)."
+    else:
+        yield from cleaning.lines()
+
+
+def leak_words(leaks: Mapping[str, Any], val_documents: int) -> str:
+    """How many documents for validation are known from training."""
+    if not leaks["looked_for"]:
+        return "not looked for"
+    return (
+        f"{leaks['documents']:,} of {val_documents:,} documents for validation ({leaks['share']:.1%}) nearly equal one "
+        "for training"
+    )
+
+
+def _leaks(report: Mapping[str, Any]) -> Iterator[str]:
+    leaks = report["leaks"]
+    yield from ("", "## Near-duplicates between training and validation", "")
+    yield f"{leak_words(leaks, report['splits']['val']['documents']).capitalize()}."
+    for example in leaks["examples"]:
+        yield f"- {one_line(example['val'])} is like {one_line(example['train'])}"
