@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from utils.config.settings import TOKENIZERS, TRAJECTORY, Config, Section, warmup_steps
+from utils.config.settings import TOKENIZERS, TRAJECTORY, ArithmeticConfig, Config, Section, warmup_steps
 
 SECTIONS: dict[str, type[Section]] = {
     name: field.annotation
@@ -32,7 +32,11 @@ assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()
 assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 
 # Settings that older runs do not have, with the values that leave a run as it was: such runs keep their hash.
-ADDED: dict[str, Any] = {"packing": "random"}
+ADDED: dict[str, Any] = {
+    "packing": "random",
+    "loss_after": None,
+    **{key: field.default for key, field in ArithmeticConfig.model_fields.items()},
+}
 
 
 def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
