@@ -22,6 +22,7 @@ from tokenizer import build_tokenizer
 from utils.config.settings import Config, DataConfig
 from utils.corpora.datasets import Dataset
 from utils.inference.export import save_export
+from utils.inference.generator import Generator
 from utils.inference.scoring import score, token_losses
 from utils.runs.evaluations import append_evaluation, read_evaluations
 from utils.runs.layout import EVALUATIONS, EXPORT
@@ -256,6 +257,13 @@ def test_a_model_of_rows_of_documents_sees_each_document_alone(
     assert found["loss"] != pytest.approx(plain, rel=1e-3)
     first = np.concatenate([*token_losses(model, BYTES.encode_array("\0" + DOCUMENTS[0] + "\0"))])
     second = np.concatenate([*token_losses(model, BYTES.encode_array("\0" + DOCUMENTS[1] + "\0"))])
+    words[-2] = str(runs.parent / "notes.txt")  # a text begins as a document does
+    assert evaluate.main(words) == 0
+    (found,) = json.loads(capsys.readouterr().out)["evaluations"]
+    text = (runs.parent / "notes.txt").read_text(encoding="utf-8")
+    assert found["loss"] == pytest.approx(score(tiny_model(BYTES), BYTES, "\0" + text).loss, rel=1e-6)
+    assert found["loss"] == pytest.approx(Generator.from_run("rows", runs, "cpu").score(text).loss, rel=1e-6)
+    assert found["bytes"] == len(text.encode())
     short = write_dataset(runs.parent / "short", ["a"] * 3, DOCUMENTS[:2])
     words[-2] = str(short.folder)
     assert evaluate.main(words) == 0
