@@ -273,6 +273,10 @@ def test_hash_depends_on_trajectory_settings_only(key: str) -> None:
     assert differs == (field_fact(key, "kind") == "trajectory")
 
 
+def test_the_hash_of_the_defaults_is_that_of_runs_before_packing_and_arithmetic() -> None:
+    assert config_hash(Config(), {}) == "e31d42b3ba382f034835a5b5f2b9d9a4233eb72fdf474fc1e73d4958e23c2c8d"
+
+
 def test_hash_sees_resolved_values_in_place_of_settings() -> None:
     auto, cpu = make(device="auto"), make(device="cpu")
     assert config_hash(auto, {}) != config_hash(cpu, {})

@@ -285,7 +285,7 @@ class Generator:
         Raises:
             TokenizerError: part of the text has no token.
         """
-        return score(self._exact(), self.tokenizer, text)
+        return score(self._exact(), self.tokenizer, text, document_token(self.tokenizer, self.training))
 
     def _sequences(self, prompts: Sequence[str], request: Request, first: int) -> list[_Sequence]:
         return [
