@@ -27,7 +27,6 @@ from rich.table import Table
 
 from benchmarks.common import at_least, interleaved, machine_facts, verdict
 from benchmarks.data_duplicates import duplicates_table
-from benchmarks.data_prepared import prepared_table
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.errors import UserError
@@ -57,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     at_least(1, megabytes=args.megabytes, repeats=args.repeats, documents=args.documents)
     at_least(1, **{"prepared-megabytes": args.prepared_megabytes})
+    from benchmarks.data_prepared import prepared_table  # imports torch: not for --help
+
     terminal = Terminal()
     if args.gpt2:
         os.environ["WORKBENCH_DATA"] = str(args.gpt2)
