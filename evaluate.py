@@ -107,7 +107,7 @@ def score_texts(args: argparse.Namespace, config: Config) -> int:
     for trained in load_all(args):
         stride = window_stride(args.stride, trained)
         data = named or own_data(trained, config.data, PROJECT_ROOT, note)
-        tokens = data.tokens(trained.tokenizer)
+        tokens = data.tokens(trained)
         try:
             with CompletionProgress(len(tokens.ids) - 1, noun="token") as progress:
                 scores = score_data(trained, tokens, stride, lambda count: progress.advance(count, count))

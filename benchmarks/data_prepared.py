@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -85,7 +84,7 @@ def start_seconds(config: Config) -> float:
 
 
 def seconds_of_step(config: Config, steps: int) -> tuple[float, float]:
-    """Median seconds of a batch, and of a whole step of the model of the shipped configuration."""
+    """Seconds of a batch, and of a whole step of the model of the shipped configuration; of each the fastest counts."""
     device = torch.device("cpu")
     with torch_settings(config.train, device):
         state = build_state(config, steps, load(config), device, torch.float32, Terminal(quiet=True))
@@ -96,7 +95,7 @@ def seconds_of_step(config: Config, steps: int) -> tuple[float, float]:
             _, norms = update.gradients(no_phase)
             update.apply(norms)
             times.append(time.perf_counter() - began)
-        return statistics.median(batch_times(state, steps)), statistics.median(times)
+        return min(batch_times(state, 3 * steps)), min(times)
 
 
 def batch_times(state: TrainState, steps: int) -> Iterator[float]:

@@ -22,6 +22,7 @@ from tokenizer import build_tokenizer
 from utils.config.settings import Config, DataConfig
 from utils.corpora.datasets import Dataset
 from utils.inference.export import save_export
+from utils.inference.generator import Generator
 from utils.inference.scoring import score, token_losses
 from utils.runs.evaluations import append_evaluation, read_evaluations
 from utils.runs.layout import EVALUATIONS, EXPORT
@@ -81,7 +82,7 @@ def test_a_text_is_scored_by_several_runs_recorded_and_shown(
     assert "Evaluations" in shown
     assert f"{by_run['chars']['perplexity']:.4f}" in shown
     experiments.main(["list", "--columns", "id,evaluated", "--runs-dir", str(runs)])
-    assert f"notes.txt {by_run['chars']['bits_per_byte']:.4f} bits/byte" in capsys.readouterr().out
+    assert f"notes.txt {by_run['chars']['bits_per_byte']:.4f}" in capsys.readouterr().out
 
 
 def test_the_list_has_a_column_of_evaluations_only_where_there_are_any(
@@ -95,7 +96,7 @@ def test_the_list_has_a_column_of_evaluations_only_where_there_are_any(
     experiments.main(["list", "--runs-dir", str(tmp_path)])
     output = capsys.readouterr().out
     assert "evaluated" in output
-    assert "sums 99.50%, a.txt 1.5000 bits/byte" in output
+    assert "sums 99.50%, a.txt 1.5000" in output
 
 
 def test_without_data_each_run_reads_all_of_its_own_validation_split(
@@ -256,6 +257,13 @@ def test_a_model_of_rows_of_documents_sees_each_document_alone(
     assert found["loss"] != pytest.approx(plain, rel=1e-3)
     first = np.concatenate([*token_losses(model, BYTES.encode_array("\0" + DOCUMENTS[0] + "\0"))])
     second = np.concatenate([*token_losses(model, BYTES.encode_array("\0" + DOCUMENTS[1] + "\0"))])
+    words[-2] = str(runs.parent / "notes.txt")  # a text begins as a document does
+    assert evaluate.main(words) == 0
+    (found,) = json.loads(capsys.readouterr().out)["evaluations"]
+    text = (runs.parent / "notes.txt").read_text(encoding="utf-8")
+    assert found["loss"] == pytest.approx(score(tiny_model(BYTES), BYTES, "\0" + text).loss, rel=1e-6)
+    assert found["loss"] == pytest.approx(Generator.from_run("rows", runs, "cpu").score(text).loss, rel=1e-6)
+    assert found["bytes"] == len(text.encode())
     short = write_dataset(runs.parent / "short", ["a"] * 3, DOCUMENTS[:2])
     words[-2] = str(short.folder)
     assert evaluate.main(words) == 0

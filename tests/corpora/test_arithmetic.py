@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from utils.config.settings import ArithmeticConfig
+from utils.config.settings import ArithmeticConfig, Config, DataConfig
 from utils.corpora.arithmetic import Problem, ProblemSet, problem_set
 from utils.corpora.datasets import DatasetError, read_dataset
 from utils.corpora.sources import CorpusError
-from utils.preparation.arithmetic import arithmetic_dataset, arithmetic_tokenizer
+from utils.preparation.arithmetic import arithmetic_dataset, arithmetic_tokenizer, check_block_size, with_problems
 
 EVERYTHING: dict[str, Any] = {
     "arithmetic_operators": ("+", "-", "*", "//", "%"),
@@ -138,6 +138,19 @@ def test_a_dataset_that_cannot_be_written_is_one_error_and_leaves_nothing(tmp_pa
     (folder / "dataset.json").write_text("{")
     with pytest.raises(DatasetError, match="damaged"):
         read_dataset(arithmetic_dataset(ArithmeticConfig(**SMALL), tmp_path / "corpora"))
+
+
+def test_a_row_that_is_too_short_for_a_problem_is_an_error(tmp_path: Path) -> None:
+    config = Config(
+        data=DataConfig(dataset="arithmetic", packing="none"),
+        arithmetic=ArithmeticConfig(**SMALL, arithmetic_format="padded"),
+    )
+    data = with_problems(config, tmp_path)
+    check_block_size(data, len("0-9=-99") + 1)
+    with pytest.raises(CorpusError, match="up to 8 tokens: block_size must be at least that, not 7"):
+        check_block_size(data, 7)
+    check_block_size(data.model_copy(update={"packing": "random"}), 4)
+    assert with_problems(Config(), tmp_path) == DataConfig()
 
 
 def test_settings_out_of_bounds_are_refused() -> None:

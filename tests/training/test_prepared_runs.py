@@ -138,6 +138,7 @@ def test_the_documents_of_an_update_are_named_without_its_log(
         assert passage["source"] == "train.txt"
         assert passage["text"] in TEXTS[passage["line"] - 1]
         assert passage["document"] == passage["line"] - 1
+        assert (passage["begin"] == 0) == TEXTS[passage["document"]].startswith(passage["text"])
     assert len({passage["line"] for passage in passages}) > 1
 
 
@@ -206,3 +207,15 @@ def test_a_window_of_plain_text_has_a_file_and_a_line(
         first = passage["text"].split("\n")[0]
         assert first in lines[passage["line"] - 1]
     assert len({passage["source"] for passage in passages}) > 1
+
+
+def test_a_text_begins_as_documents_did_in_training(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import utils.inference.generator as generation
+    from workbench import Generator, Request
+
+    prompts: list[list[int]] = []
+    own = generation.generate_blocks
+    monkeypatch.setattr(generation, "generate_blocks", lambda m, p, *rest: (prompts.extend(p), own(m, p, *rest))[1])
+    generator = Generator.from_export(run_of(trained, "whole") / "artifacts" / "export")
+    generator.generate_batch(["brown", ""], Request(max_new_tokens=2))
+    assert prompts == [[0, *generator.tokenizer.encode("brown")], [0]]

@@ -114,6 +114,8 @@ def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -
     """
     if dataset in CORPORA:
         return CORPORA[dataset](corpora_dir)
+    if dataset == ARITHMETIC:
+        raise CorpusError(f"{ARITHMETIC} is not a text: its problems are made for training, by section {ARITHMETIC}")
     path = Path(dataset)
     try:
         path.stat()

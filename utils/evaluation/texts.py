@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,13 +12,13 @@ from typing import Protocol
 import numpy as np
 
 from data import Corpus, load_corpus
-from tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from tokenizer import TokenizerError, load_tokenizer
 from utils.config.settings import ArithmeticConfig, Config, DataConfig
 from utils.corpora.datasets import dataset_names, find_dataset, read_dataset
 from utils.corpora.sources import NAMES, find_source
 from utils.errors import UserError
 from utils.evaluation.weights import Trained
-from utils.inference.scoring import Score, bytes_after_first, score_tokens
+from utils.inference.scoring import Score, score_tokens, text_tokens
 from utils.packing.joined import Joined
 from utils.packing.prepared import Prepared
 from utils.preparation.arithmetic import with_problems
@@ -52,8 +52,12 @@ class Data(Protocol):
     @property
     def hash(self) -> str: ...
 
-    def tokens(self, tokenizer: Tokenizer) -> Tokens:
-        """Raises UserError if part of the text has no token; the message names the place."""
+    def tokens(self, trained: Trained) -> Tokens:
+        """Those of a model's tokenizer.
+
+        Raises:
+            UserError: part of the text has no token; the message names the place.
+        """
         ...
 
 
@@ -68,13 +72,12 @@ class Text:
     def hash(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def tokens(self, tokenizer: Tokenizer) -> Tokens:
+    def tokens(self, trained: Trained) -> Tokens:
         try:
-            ids = _joined(tokenizer, tokenizer.encode_parts(self.text))
+            return Tokens(*text_tokens(trained.tokenizer, self.text, trained.document_token))
         except TokenizerError as error:
             line = "" if error.position is None else f":{self.text.count(chr(10), 0, error.position) + 1}"
             raise UserError(f"{self.name}{line}: {error}") from None
-        return Tokens(ids, bytes_after_first(tokenizer, ids, self.text))
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class EndOfCorpus:
     def hash(self) -> str:
         return self.corpus.hash
 
-    def tokens(self, tokenizer: Tokenizer) -> Tokens:
+    def tokens(self, trained: Trained) -> Tokens:
         ids = self.corpus.split("val")
         return Tokens(ids, _bytes_of(ids, self.corpus.byte_counts))
 
@@ -104,32 +107,25 @@ class ValidationDocuments:
     def hash(self) -> str:
         return self.prepared.dataset.hash
 
-    def tokens(self, tokenizer: Tokenizer) -> Tokens:
-        documents, leaks = self.prepared.documents["val"], self.prepared.leaks
+    def tokens(self, trained: Trained) -> Tokens:
+        documents, leaks, tokenizer = self.prepared.documents["val"], self.prepared.leaks, trained.tokenizer
         if tokenizer.hash() == self.prepared.dataset.tokenizer_hash:
             n_bytes = _bytes_of(documents.tokens, tokenizer.byte_counts())
             return Tokens(documents.tokens, n_bytes, True, leaks.have if len(leaks) else None)
-        begin = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-        parts, ends, first = [], [], ""
+        parts, n_bytes = [], 0
         for number, (start, length) in enumerate(zip(*documents.bounds(np.arange(len(documents))), strict=True)):
             text = self.prepared.tokenizer.decode(np.asarray(documents.tokens[start + 1 : start + length]))
             try:
-                parts.append(np.array([*begin, *tokenizer.encode_array(text)], dtype=np.int64))
+                ids, size = text_tokens(tokenizer, text, tokenizer.end_of_text)
             except TokenizerError as error:
                 raise UserError(f"{self.name}: document {number + 1:,}: {error}") from None
-            first = text if number == 0 else first
-            ends.append(len(parts[-1]))
-        ids, is_leak = _joined(tokenizer, parts), np.zeros(len(ends), dtype=bool)
+            parts.append(ids)
+            n_bytes += size if number == 0 else len(text.encode())
+        is_leak = np.zeros(len(parts), dtype=bool)
         is_leak[list(self.prepared.dataset.leaks)] = True
-        of_first = 0 if begin else len(first.encode()) - bytes_after_first(tokenizer, ids, first)
-        leaked = np.repeat(is_leak, ends)
-        n_bytes = self.prepared.dataset.splits["val"].bytes - of_first
-        return Tokens(ids, n_bytes, bool(begin), leaked.take if is_leak.any() else None)
-
-
-def _joined(tokenizer: Tokenizer, parts: Iterable[np.ndarray]) -> np.ndarray:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    return np.concatenate([np.zeros(0, dtype), *(part.astype(dtype) for part in parts)])
+        leaked = np.repeat(is_leak, [len(part) for part in parts])
+        has_documents = tokenizer.end_of_text is not None
+        return Tokens(np.concatenate(parts), n_bytes, has_documents, leaked.take if is_leak.any() else None)
 
 
 def _bytes_of(ids: np.ndarray | Joined, byte_counts: np.ndarray) -> int:

@@ -33,7 +33,7 @@ class Trained:
     name: of the run, for people.
     step: updates that the weights have seen, where that is known.
     weights: float32, bfloat16 or int8.
-    document_token: `LanguageModel.document_token` in training.
+    document_token: `LanguageModel.document_token` in training, with which each text began.
     """
 
     model: LanguageModel

@@ -53,11 +53,10 @@ STATUS_STYLES = {
 RESULTS = ("val_loss", "last_val_loss")
 LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", *RESULTS)  # then what differs, commit, note
 ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then settings that differ, then these:
-LESS_WANTED = ("steps", "commit", "note", "duration", "age")
+LESS_WANTED = ("evaluated", "steps", "commit", "note", "duration", "age")
 HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns whose name alone would say too little
 NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
-LONG = ("note", "evaluated")  # columns whose texts are folded to
-NOTE_WIDTH = 40
+LONG = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
 EVALUATIONS_SHOWN = 12  # of a run, on its screen
 
 
@@ -182,7 +181,7 @@ def _header(column: str) -> str:
 def _width(column: str, cells: Sequence[Text]) -> int:
     """Characters that a column takes, with the space after it."""
     longest = max((cell.cell_len for cell in cells), default=0)
-    return 2 + max(len(_header(column)), min(longest, NOTE_WIDTH) if column in LONG else longest)
+    return 2 + max(len(_header(column)), min(longest, LONG.get(column, longest)))
 
 
 def _fitting(widths: Mapping[str, int], width: int) -> list[str]:

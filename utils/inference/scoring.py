@@ -60,18 +60,18 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
+def score(model: LanguageModel, tokenizer: Tokenizer, text: str, begin: int | None = None) -> Score:
     """The loss over a text, each token once, in the windows of `token_losses`.
 
     Args:
         model: in eval mode.
+        begin: what each text began with in training, if anything.
 
     Raises:
         TokenizerError: part of the text has no token.
         UserError: fewer than two tokens.
     """
-    ids = np.array(tokenizer.encode(text), dtype=np.int64)
-    return score_tokens(model, ids, bytes_after_first(tokenizer, ids, text))
+    return score_tokens(model, *text_tokens(tokenizer, text, begin))
 
 
 def score_tokens(
@@ -139,9 +139,20 @@ def tokens_at_once(device: torch.device, vocab_size: int) -> int:
     return min(most, LOGITS_AT_ONCE // vocab_size)
 
 
-def bytes_after_first(tokenizer: Tokenizer, ids: np.ndarray, text: str) -> int:
-    """Bytes of `text`, whose tokens are `ids`, without those of the first one, which is not predicted."""
-    return len(text.encode()) - (_first_bytes(tokenizer, int(ids[0]), text) if len(ids) else 0)
+def text_tokens(tokenizer: Tokenizer, text: str, begin: int | None = None) -> tuple[np.ndarray, int]:
+    """Token ids (n,) of a text, in a narrow type, and the bytes of what is predicted: all tokens but the first.
+
+    Args:
+        begin: a token before the text; None: its own first token is not predicted.
+
+    Raises:
+        TokenizerError: part of the text has no token.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    before = np.array([] if begin is None else [begin], dtype)
+    ids = np.concatenate([before, *(part.astype(dtype) for part in tokenizer.encode_parts(text))])
+    of_first = _first_bytes(tokenizer, int(ids[0]), text) if begin is None and len(ids) else 0
+    return ids, len(text.encode()) - of_first
 
 
 def _first_bytes(tokenizer: Tokenizer, token: int, text: str) -> int:

@@ -42,8 +42,9 @@ class Passage:
     """A stretch of text in a batch: a document or a part of it, or a window of a text.
 
     sample: which sequence of the batch it is in, from 0.
-    source: the file it comes from; line: where it begins there (in Parquet: its row), from 1.
-    document: its number in the training split of a prepared dataset.
+    source: the file it comes from; line: where the document or window begins there, from 1 (its row in Parquet, its
+        number in a text of several documents).
+    document: its number in the training split of a prepared dataset; begin: tokens of it before this stretch.
     tokens: how many of it are in the batch; text: what they say.
     loss: mean over its targets, in nats, under the checkpoint; None: it was not asked for, or nothing of it counts.
     """
@@ -52,6 +53,7 @@ class Passage:
     source: str
     line: int
     document: int | None
+    begin: int
     tokens: int
     text: str
     loss: float | None = None
@@ -153,7 +155,8 @@ def _of_documents(corpus: Corpus, places: np.ndarray) -> list[tuple[Passage, Col
             ids = documents.tokens.take(row[begin:end])
             text = corpus.tokenizer.decode(ids[ids != dataset.end_of_text])
             path = str(dataset.sources[source].get("path", source))
-            found.append((Passage(sample, path, line, number, end - begin, text), slice(begin, end)))
+            before = int(row[begin] - documents.bounds(numbers[begin : begin + 1])[0][0])
+            found.append((Passage(sample, path, line, number, before, end - begin, text), slice(begin, end)))
     return found
 
 
@@ -166,7 +169,7 @@ def _of_text(corpus: Corpus, config: Config, root: Path, places: np.ndarray) -> 
     for sample, (row, line) in enumerate(zip(places, lines, strict=True)):
         path, before = next((path, before) for path, before in reversed(files) if before < line)
         text = corpus.tokenizer.decode(tokens[row])
-        found.append((Passage(sample, path, line - before, None, len(row), text), slice(len(row))))
+        found.append((Passage(sample, path, line - before, None, 0, len(row), text), slice(len(row))))
     return found
 
 
@@ -209,7 +212,8 @@ def seen_screen(found: Seen, width: int) -> list[RenderableType]:
         )
         for passage in found.passages
     ]
-    names = ("sample", *(["loss"] if ranked else []), "file", "line", "tokens")
+    place = "line" if all(passage.document is None for passage in found.passages) else "record"
+    names = ("sample", *(["loss"] if ranked else []), "file", place, "tokens")
     widths = [min(max(map(len, column)), LONGEST_PATH) for column in zip(names, *rows, strict=True)]
     for name, size in zip(names, widths, strict=True):
         table.add_column(name, justify="left" if name == "file" else "right", min_width=size, max_width=size)

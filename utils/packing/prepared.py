@@ -62,10 +62,9 @@ class Prepared:
         if self.packing == "random":
             return None
         if (split, block_size) not in self._rows:
-            layout = self._layout(split, block_size)
-            self._rows[split, block_size] = Rows(
-                self.documents[split], layout, block_size, self.dataset.end_of_text, self.loss_after
-            )
+            documents, layout = self.documents[split], self._layout(split, block_size)
+            rows = Rows(documents, layout, block_size, self.dataset.end_of_text, self.loss_after)
+            self._rows[split, block_size] = rows
         return self._rows[split, block_size]
 
     def _layout(self, split: str, block_size: int) -> Layout:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import OPERATORS, ArithmeticConfig, Config, DataConfig
 from utils.corpora.arithmetic import EQUALS, Problem, problem_set
-from utils.corpora.datasets import Dataset, ShardWriter, Split, is_dataset
+from utils.corpora.datasets import Dataset, ShardWriter, Split, is_dataset, read_dataset
 from utils.corpora.sources import ARITHMETIC, CorpusError
 
 VERSION = 1  # of the problems that settings give; part of a dataset's name
@@ -64,6 +64,20 @@ def with_problems(config: Config, corpora_dir: Path) -> DataConfig:
     return config.data.model_copy(update={"dataset": str(arithmetic_dataset(config.arithmetic, corpora_dir))})
 
 
+def check_block_size(data: DataConfig, block_size: int) -> None:
+    """Raises CorpusError if a row is too short for the longest problem with its answer, which would be cropped.
+
+    Args:
+        data: of `with_problems`.
+    """
+    longest = read_dataset(Path(data.dataset)).facts.get("longest", 0)
+    if data.packing != "random" and longest > block_size:
+        raise CorpusError(
+            f"arithmetic: a problem with its answer has up to {longest} tokens: block_size must be at least that, not "
+            f"{block_size}"
+        )
+
+
 def _write(folder: Path, settings: ArithmeticConfig) -> None:
     """Make `folder` the dataset."""
     problems, tokenizer = problem_set(settings), arithmetic_tokenizer()
@@ -75,7 +89,8 @@ def _write(folder: Path, settings: ArithmeticConfig) -> None:
     assert end_of_text is not None
     written = {name: _write_split(folder, name, of, settings, tokenizer) for name, of in splits.items()}
     sources = [{"path": "arithmetic", "settings": settings.model_dump(mode="json")}]
-    Dataset(folder, tokenizer.hash(), end_of_text, DTYPE, written, sources).save()
+    longest = 1 + max(len(p.prompt(settings) + p.solution(settings)) for of in splits.values() for p in of)
+    Dataset(folder, tokenizer.hash(), end_of_text, DTYPE, written, sources, facts={"longest": longest}).save()
 
 
 def _write_split(

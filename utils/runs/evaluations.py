@@ -12,7 +12,6 @@ Every evaluation has
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,13 +101,11 @@ def newest_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping
 def result_text(evaluation: Mapping[str, Any]) -> str:
     """The result that compares with other runs: bits per byte of a text, or the share of right answers."""
     accuracy, bits = evaluation.get("accuracy"), evaluation.get("bits_per_byte")
-    if accuracy is not None:
-        return f"{accuracy:.2%}"
-    return f"{loss_text(bits)} bits/byte" if bits is not None and math.isfinite(bits) else "not a number"
+    return f"{accuracy:.2%}" if accuracy is not None else loss_text(bits)
 
 
 def evaluations_text(evaluations: Sequence[Mapping[str, Any]], most: int = 3) -> str:
-    """The newest results in a few words, each text once: "notes.txt 2.0145 bits/byte, arithmetic 99.40%"."""
+    """The newest results in a few words, each text once: "notes.txt 2.0145, arithmetic 99.40%"."""
     by_data: dict[str, str] = {}
     for evaluation in newest_evaluations(evaluations):
         by_data.setdefault(str(evaluation["data"]), result_text(evaluation))

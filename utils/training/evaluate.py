@@ -73,9 +73,7 @@ def sample_text(state: TrainState) -> str:
     It begins as a document does, where the model is trained on whole documents.
     """
     tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
-    prompt = start_tokens(tokenizer, tracking.sample_prompt)
-    if (begin := state.model.document_token) is not None:
-        prompt = [begin, *tokenizer.encode(tracking.sample_prompt)]
+    prompt = start_tokens(tokenizer, tracking.sample_prompt, state.model.document_token)
     options, seed = SamplingOptions(), state.config.train.seed
     with evaluating(state.model):
         if state.decoders is not None:

@@ -24,12 +24,12 @@ from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
 from utils.corpora.datasets import find_dataset, is_dataset
-from utils.corpora.sources import NAMES, CorpusError
+from utils.corpora.sources import ARITHMETIC, NAMES, CorpusError
 from utils.errors import UserError, shown
 from utils.inference.decode import start_tokens
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
-from utils.preparation.arithmetic import with_problems
+from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
@@ -111,6 +111,8 @@ def make_setup(
     try:
         block_size = config.model.block_size
         data = with_problems(config, folder)
+        if config.data.dataset == ARITHMETIC:
+            check_block_size(data, block_size)
         corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
         corpus = replace(corpus, name=config.data.dataset)
     except CorpusError as error:
