@@ -2,11 +2,11 @@
 
 python -m benchmarks.data_prepare                        # a small size, a few kills
 python -m benchmarks.data_prepare --megabytes 50 200 1000 --cases json_lines one_text one_line
-python -m benchmarks.data_prepare --kills 20
+python -m benchmarks.data_prepare --kills 20 --repeats 0
 
 The texts are generated. Memory is the anonymous memory of all processes together at its peak, above that of as many
-processes that have only imported what prepare.py imports. The speed is that of the second pass, and of the whole
-command, against the packages alone on as many cores (`benchmarks.data`).
+processes that have only imported what prepare.py imports. The second pass, from text on disk to token files on disk, is
+timed in turns with NumPy or the package tokenizers alone on the same text, which is in memory and stays there.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ from pathlib import Path
 import psutil
 from rich.table import Table
 
-from benchmarks.common import at_least, machine_facts, verdict
-from benchmarks.data import generated_text
+from benchmarks.common import at_least, interleaved, machine_facts, verdict
+from benchmarks.data import ALONE, LEAST, generated_text, timed
+from tokenizer import build_tokenizer, tokenizer_class
+from utils.config.settings import DataConfig
+from utils.corpora.readers import units
+from utils.corpora.source_files import find_files
 from utils.errors import UserError
+from utils.preparation.pipeline import Preparation, decide, encode_all, learned, read_all
+from utils.preparation.work import work_folder
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
 MEMORY_MB = 500  # at most
 CASES = ("json_lines", "one_text", "one_line")
-PATTERN_MB = 20  # of generated text, which is repeated with other words at the beginning of each document
+PATTERN_MB = 4  # of generated text, which is repeated with other words at the beginning of each document
 IMPORTS = "import sys; sys.argv = ['prepare.py']; import prepare, utils.preparation.pipeline, tokenizers; input()"
 
 
@@ -45,11 +51,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[4], metavar="N", help="of text (default: 4)")
     parser.add_argument("--cases", nargs="+", default=["json_lines"], choices=CASES, help="(default: json_lines)")
     parser.add_argument("--tokenizers", nargs="+", default=["bpe"], metavar="KIND", help="(default: bpe)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="timings of the second pass, of the first size (default: 1)"
+    )
     parser.add_argument("--kills", type=int, default=3, metavar="N", help="random moments of SIGKILL (default: 3)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
     args = parser.parse(argv)
-    at_least(0, kills=args.kills)
+    at_least(0, kills=args.kills, repeats=args.repeats)
     at_least(1, megabytes=min(args.megabytes), workers=args.workers)
     terminal = Terminal()
     good = True
@@ -73,6 +82,13 @@ def main(argv: Sequence[str]) -> int:
                     )
                 source.unlink()
         terminal.print(table)
+        if args.repeats:
+            source = write_source(folder, args.cases[0], args.megabytes[0])
+            for kind in args.tokenizers:
+                ours, alone = second_pass(source, folder, kind, args.workers, args.repeats)
+                speeds = " and ".join(f"{args.megabytes[0] / seconds:.1f} MB/s" for seconds in (ours, alone))
+                words = f"{alone / ours:.2f} {verdict(alone / ours >= LEAST)}"
+                terminal.print(f"{kind}: the second pass and the package alone: {speeds}: {words}")
         if args.kills:
             different = killed(folder, args.kills, args.seed, args.workers, min(args.megabytes), terminal)
             good = good and not different
@@ -169,6 +185,34 @@ def imports_memory() -> float:
         time.sleep(0.3)
     process.communicate(b"\n")
     return now
+
+
+def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: int) -> tuple[float, float]:
+    """The fastest seconds of encoding with worker processes, and of the library alone."""
+    quiet = Terminal(quiet=True)
+    config = DataConfig(tokenizer=kind)
+    order = Preparation([str(source)], folder / "timed", config, leaks=False, workers=workers)
+    files = find_files(order.sources, folder).files
+    with work_folder(order.target) as work:
+        work.begin("timed")
+        outcome = read_all(order, work, units(files, order.reading), files, quiet)
+        decide(order, outcome, work, quiet)
+        fixed = build_tokenizer(config, ()) if not tokenizer_class(config).learns else None
+        tokenizer = learned(order, work, outcome, fixed, quiet)
+        assert outcome.documents is not None
+        text = "".join(part.text.read_text(encoding="utf-8") for part in outcome.documents.parts)
+        alone = ALONE[kind](tokenizer)
+
+        def ours() -> float:
+            shutil.rmtree(work.dataset)
+            shutil.rmtree(work.tokens)
+            work.dataset.mkdir()
+            work.tokens.mkdir()
+            return timed(lambda: encode_all(order, work, outcome, tokenizer, quiet))
+
+        seconds = interleaved({"ours": ours, "alone": lambda: timed(lambda: alone(text))}, repeats)
+        work.delete()
+    return min(seconds["ours"]), min(seconds["alone"])
 
 
 def killed(folder: Path, kills: int, seed: int, workers: int, megabytes: int, terminal: Terminal) -> int:
