@@ -6,13 +6,15 @@ python -m benchmarks.data_prepare --kills 20 --repeats 0
 
 The texts are generated. Memory is the anonymous memory of all processes together at its peak, above that of as many
 processes that have only imported what prepare.py imports. The second pass, from text on disk to token files on disk, is
-timed in turns with NumPy or the package tokenizers alone on the same text, which is in memory and stays there.
+compared with NumPy or the package tokenizers alone on the same text, which is in memory and stays there: in seconds of
+the processors, all processes together, so that what else the machine does matters little.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -21,14 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 from rich.table import Table
 
 from benchmarks.common import at_least, interleaved, machine_facts, verdict
-from benchmarks.data import ALONE, LEAST, generated_text, timed
+from benchmarks.data import ALONE, LEAST, generated_text
 from tokenizer import build_tokenizer, tokenizer_class
 from utils.config.settings import DataConfig
 from utils.corpora.readers import units
@@ -42,6 +44,10 @@ from utils.terminal.console import Terminal
 MEMORY_MB = 500  # at most
 CASES = ("json_lines", "one_text", "one_line")
 PATTERN_MB = 4  # of generated text, which is repeated with other words at the beginning of each document
+SMALL_PARTS = (  # prepare.py with so many parts that a kill leaves some done and some not, also of a small text
+    "import sys, prepare; from utils.corpora import readers; from utils.preparation import encoding; "
+    "readers.UNIT_BYTES, encoding.JOB_BYTES = 50_000, 50_000; sys.exit(prepare.main(sys.argv[1:]))"
+)
 IMPORTS = "import sys; sys.argv = ['prepare.py']; import prepare, utils.preparation.pipeline, tokenizers; input()"
 
 
@@ -86,9 +92,9 @@ def main(argv: Sequence[str]) -> int:
             source = write_source(folder, args.cases[0], args.megabytes[0])
             for kind in args.tokenizers:
                 ours, alone = second_pass(source, folder, kind, args.workers, args.repeats)
-                speeds = " and ".join(f"{args.megabytes[0] / seconds:.1f} MB/s" for seconds in (ours, alone))
-                words = f"{alone / ours:.2f} {verdict(alone / ours >= LEAST)}"
-                terminal.print(f"{kind}: the second pass and the package alone: {speeds}: {words}")
+                words = f"{ours:.2f} and {alone:.2f} s of the processors: {alone / ours:.2f} "
+                words += verdict(alone / ours >= LEAST)
+                terminal.print(f"{kind}, {args.megabytes[0]} MB, the second pass and the package alone: {words}")
         if args.kills:
             different = killed(folder, args.kills, args.seed, args.workers, min(args.megabytes), terminal)
             good = good and not different
@@ -128,8 +134,9 @@ def documents(prefix: str, words: str, size: int) -> Iterator[str]:
         place += length
 
 
-def command(source: Path, target: Path, kind: str, workers: int) -> list[str]:
-    words = [sys.executable, "prepare.py", str(source), "--out", str(target), "--tokenizer", kind, "--no-leaks"]
+def command(source: Path, target: Path, kind: str, workers: int, small_parts: bool = False) -> list[str]:
+    script_words = ["-c", SMALL_PARTS] if small_parts else ["prepare.py"]
+    words = [sys.executable, *script_words, str(source), "--out", str(target), "--tokenizer", kind, "--no-leaks"]
     return [*words, "--workers", str(workers)]
 
 
@@ -188,7 +195,7 @@ def imports_memory() -> float:
 
 
 def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: int) -> tuple[float, float]:
-    """The fastest seconds of encoding with worker processes, and of the library alone."""
+    """Seconds of the processors for encoding with worker processes, and by the library alone; the least of each."""
     quiet = Terminal(quiet=True)
     config = DataConfig(tokenizer=kind)
     order = Preparation([str(source)], folder / "timed", config, leaks=False, workers=workers)
@@ -208,36 +215,45 @@ def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: in
             shutil.rmtree(work.tokens)
             work.dataset.mkdir()
             work.tokens.mkdir()
-            return timed(lambda: encode_all(order, work, outcome, tokenizer, quiet))
+            return processor_seconds(lambda: encode_all(order, work, outcome, tokenizer, quiet))
 
-        seconds = interleaved({"ours": ours, "alone": lambda: timed(lambda: alone(text))}, repeats)
+        seconds = interleaved({"ours": ours, "alone": lambda: processor_seconds(lambda: alone(text))}, repeats)
         work.delete()
     return min(seconds["ours"]), min(seconds["alone"])
+
+
+def processor_seconds(action: Callable[[], object]) -> float:
+    """Of this process and those that it started and has waited for."""
+    before = os.times()
+    action()
+    return sum(os.times()[:4]) - sum(before[:4])
 
 
 def killed(folder: Path, kills: int, seed: int, workers: int, megabytes: int, terminal: Terminal) -> int:
     """Kill preparations at random moments, go on, and count those whose files differ from an undisturbed one's."""
     source, target = write_source(folder, "json_lines", megabytes), folder / "out"
-    seconds, _, _ = measured(source, target, "bpe", workers)
+    words = command(source, target, "bpe", workers, small_parts=True)
+    shutil.rmtree(target, ignore_errors=True)
+    began = time.perf_counter()
+    subprocess.run(words, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, check=True)
+    seconds = time.perf_counter() - began
     expected = contents(target)
-    generator, different = random.Random(seed), 0
+    generator, different, interrupted = random.Random(seed), 0, 0
     for _ in range(kills):
         shutil.rmtree(target)
-        delay = generator.uniform(0.2, seconds)
-        process = subprocess.Popen(
-            command(source, target, "bpe", workers), cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen(words, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
         try:
-            process.wait(delay)
+            process.wait(generator.uniform(0.2, seconds))
         except subprocess.TimeoutExpired:
+            interrupted += 1
             process.send_signal(signal.SIGKILL)  # only the first process: its workers must end by themselves
             process.wait()
-        done = subprocess.run(command(source, target, "bpe", workers), cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
+        done = subprocess.run(words, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
         left = [entry.name for entry in target.parent.iterdir() if entry.name.startswith(f".{target.name}")]
         different += bool(done.returncode or contents(target) != expected or left)
     terminal.print(
-        f"killed at {kills} random moments of {seconds:.1f} s: {kills - different} of {kills} give the files of an "
-        f"undisturbed run: {verdict(not different)}"
+        f"killed at {kills} random moments of {seconds:.1f} s, {interrupted} before the end: {kills - different} of "
+        f"{kills} give the files of an undisturbed run: {verdict(not different)}"
     )
     return different
 

@@ -348,11 +348,21 @@ def test_the_same_command_again_has_nothing_to_do(tmp_path: Path, run: Run, caps
     assert run(source) == 0
     assert "prepared already" in capsys.readouterr().out
     assert run(source, "--tokenizer", "byte") == 2
-    assert "exists already, a dataset made from other files or with other settings" in error_of(capsys)
+    assert "exists already, made from other files or with other settings" in error_of(capsys)
     assert contents(tmp_path / "sets" / "mine") == before
     assert run(source, "--tokenizer", "byte", "--replace") == 0
     assert read_json(tmp_path / "sets" / "mine" / "tokenizer.json")["type"] == "byte"
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["mine"]
+
+
+def test_a_folder_that_is_no_dataset_is_never_replaced(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sets" / "mine").mkdir(parents=True)
+    (tmp_path / "sets" / "mine" / "letters.txt").write_text("dear")
+    assert run(json_lines(tmp_path / "a.jsonl"), "--replace") == 2
+    assert "exists already and is no dataset" in error_of(capsys)
+    assert contents(tmp_path / "sets" / "mine") == {"letters.txt": b"dear"}
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
