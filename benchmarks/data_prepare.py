@@ -159,7 +159,7 @@ def measured(source: Path, target: Path, kind: str, workers: int) -> tuple[float
         phase = "reading" if not (work / "tokenizer.json").exists() else "encoding"
         phases[phase] = phases.get(phase, 0.0) + now - last
         last = now
-        time.sleep(0.02)
+        time.sleep(0.05)
     seconds = time.perf_counter() - began
     output = process.stdout.read().decode() if process.stdout else ""
     if process.returncode:

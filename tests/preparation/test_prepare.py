@@ -464,7 +464,9 @@ def test_some_records_without_text_are_tolerated(tmp_path: Path, run: Run, small
     assert f"a.jsonl:{len(TEXTS) + 1}: no field 'text'" in card
 
 
-def test_a_long_record_is_read_in_pieces(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_record_is_read_in_pieces(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Lines that do not fit into memory, here of thousands of bytes, give the same texts."""
     monkeypatch.setattr(readers, "LONG", 1000)
     monkeypatch.setattr(readers, "BLOCK", 700)
@@ -478,6 +480,13 @@ def test_a_long_record_is_read_in_pieces(tmp_path: Path, run: Run, monkeypatch: 
     assert run(json_lines(tmp_path / "a.jsonl", texts), "--tokenizer", "byte", "--no-leaks") == 0
     dataset = dataset_of(tmp_path)
     assert sorted(texts_of(dataset, "train") + texts_of(dataset, "val")) == sorted(texts)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + b"y" * 1500 + b"\xff" + b"y" * 1500 + b'"}\n{"text": "z"}\n')
+    assert run(tmp_path / "b.jsonl", "--errors", "replace", "--tokenizer", "byte", out="b") == 0
+    dataset = dataset_of(tmp_path, "b")
+    found = sorted(texts_of(dataset, "train") + texts_of(dataset, "val"))
+    assert found == ["y" * 1500 + "\ufffd" + "y" * 1500, "z"]
+    assert run(tmp_path / "b.jsonl", "--tokenizer", "byte", out="c") == 2
+    assert "b.jsonl:1: not UTF-8 text (0xff)" in error_of(capsys)
     long = "x" * 3000
     for line, expected in (
         (f'{{"a": {{"text": "no"}}, "b": "{long}"}}', "no field 'text': it has a, b"),
