@@ -283,18 +283,24 @@ class _SubwordTokenizer(_BytesTokenizer):
     def encode_many(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         counts: list[int] = []  # of the parts of each text
 
-        def parts() -> Iterator[str]:
+        def batches() -> Iterator[list[str]]:
+            batch: list[str] = []
+            length = 0
             for text in texts:
-                found = list(chunks(text, self._boundary, WORDS_PART)) or [""]
-                counts.append(len(found))
-                yield from found
+                parts = list(chunks(text, self._boundary, WORDS_PART)) or [""]
+                counts.append(len(parts))
+                for part in parts:
+                    batch.append(part)
+                    length += len(part)
+                    if length >= WORDS_PART * WORDS_PARTS:
+                        yield batch
+                        batch, length = [], 0
+            yield batch
 
-        every = parts()
-        batches = iter(lambda: list(itertools.islice(every, WORDS_PARTS)), [])
-        ids = itertools.chain.from_iterable(map(self._encode_all, batches))
+        ids = itertools.chain.from_iterable(map(self._encode_all, batches()))
         for number in range(len(texts)):
             first = next(ids)  # then the count is known
-            yield _joined([first, *itertools.islice(ids, counts[number] - 1)])
+            yield first if counts[number] == 1 else _joined([first, *itertools.islice(ids, counts[number] - 1)])
 
     def first_cut(self, text: str) -> int | None:
         found = self._boundary.search(text) if self._boundary else None

@@ -4,6 +4,7 @@ python -m benchmarks.data
 python -m benchmarks.data --megabytes 200 --repeats 3
 python -m benchmarks.data --documents 100000
 python -m benchmarks.data_arithmetic           # what the arithmetic preset learns, in which time
+python -m benchmarks.data_prepare              # speed and memory of prepare.py, and kills
 
 Each kind encodes a generated text into a token file's ids; NumPy alone (a table of code points, or the bytes) and the
 packages tokenizers and tiktoken alone do the same from the lines of the text, on the same cores. With --gpt2 FOLDER,

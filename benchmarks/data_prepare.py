@@ -2,17 +2,19 @@
 
 python -m benchmarks.data_prepare                        # a small size, a few kills
 python -m benchmarks.data_prepare --megabytes 50 200 1000 --cases json_lines one_text one_line
-python -m benchmarks.data_prepare --kills 20
+python -m benchmarks.data_prepare --kills 20 --repeats 0
 
 The texts are generated. Memory is the anonymous memory of all processes together at its peak, above that of as many
-processes that have only imported what prepare.py imports. The speed is that of the second pass, and of the whole
-command, against the packages alone on as many cores (`benchmarks.data`).
+processes that have only imported what prepare.py imports. The second pass, from text on disk to token files on disk, is
+compared with NumPy or the package tokenizers alone on the same text, which is in memory and stays there: in seconds of
+the processors, all processes together, so that what else the machine does matters little.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -21,21 +23,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 from rich.table import Table
 
-from benchmarks.common import at_least, machine_facts, verdict
-from benchmarks.data import generated_text
+from benchmarks.common import at_least, interleaved, machine_facts, verdict
+from benchmarks.data import ALONE, LEAST, generated_text
+from tokenizer import build_tokenizer, tokenizer_class
+from utils.config.settings import DataConfig
+from utils.corpora.readers import units
+from utils.corpora.source_files import find_files
 from utils.errors import UserError
+from utils.preparation.pipeline import Preparation, decide, encode_all, learned, read_all
+from utils.preparation.work import work_folder
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
 MEMORY_MB = 500  # at most
 CASES = ("json_lines", "one_text", "one_line")
-PATTERN_MB = 20  # of generated text, which is repeated with other words at the beginning of each document
+PATTERN_MB = 4  # of generated text, which is repeated with other words at the beginning of each document
+SMALL_PARTS = (  # prepare.py with so many parts that a kill leaves some done and some not, also of a small text
+    "import sys, prepare; from utils.corpora import readers; from utils.preparation import encoding; "
+    "readers.UNIT_BYTES, encoding.JOB_BYTES = 50_000, 50_000; sys.exit(prepare.main(sys.argv[1:]))"
+)
 IMPORTS = "import sys; sys.argv = ['prepare.py']; import prepare, utils.preparation.pipeline, tokenizers; input()"
 
 
@@ -45,11 +57,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[4], metavar="N", help="of text (default: 4)")
     parser.add_argument("--cases", nargs="+", default=["json_lines"], choices=CASES, help="(default: json_lines)")
     parser.add_argument("--tokenizers", nargs="+", default=["bpe"], metavar="KIND", help="(default: bpe)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="timings of the second pass, of the first size (default: 1)"
+    )
     parser.add_argument("--kills", type=int, default=3, metavar="N", help="random moments of SIGKILL (default: 3)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
     args = parser.parse(argv)
-    at_least(0, kills=args.kills)
+    at_least(0, kills=args.kills, repeats=args.repeats)
     at_least(1, megabytes=min(args.megabytes), workers=args.workers)
     terminal = Terminal()
     good = True
@@ -73,6 +88,13 @@ def main(argv: Sequence[str]) -> int:
                     )
                 source.unlink()
         terminal.print(table)
+        if args.repeats:
+            source = write_source(folder, args.cases[0], args.megabytes[0])
+            for kind in args.tokenizers:
+                ours, alone = second_pass(source, folder, kind, args.workers, args.repeats)
+                words = f"{ours:.2f} and {alone:.2f} s of the processors: {alone / ours:.2f} "
+                words += verdict(alone / ours >= LEAST)
+                terminal.print(f"{kind}, {args.megabytes[0]} MB, the second pass and the package alone: {words}")
         if args.kills:
             different = killed(folder, args.kills, args.seed, args.workers, min(args.megabytes), terminal)
             good = good and not different
@@ -112,8 +134,9 @@ def documents(prefix: str, words: str, size: int) -> Iterator[str]:
         place += length
 
 
-def command(source: Path, target: Path, kind: str, workers: int) -> list[str]:
-    words = [sys.executable, "prepare.py", str(source), "--out", str(target), "--tokenizer", kind, "--no-leaks"]
+def command(source: Path, target: Path, kind: str, workers: int, small_parts: bool = False) -> list[str]:
+    script_words = ["-c", SMALL_PARTS] if small_parts else ["prepare.py"]
+    words = [sys.executable, *script_words, str(source), "--out", str(target), "--tokenizer", kind, "--no-leaks"]
     return [*words, "--workers", str(workers)]
 
 
@@ -136,7 +159,7 @@ def measured(source: Path, target: Path, kind: str, workers: int) -> tuple[float
         phase = "reading" if not (work / "tokenizer.json").exists() else "encoding"
         phases[phase] = phases.get(phase, 0.0) + now - last
         last = now
-        time.sleep(0.02)
+        time.sleep(0.05)
     seconds = time.perf_counter() - began
     output = process.stdout.read().decode() if process.stdout else ""
     if process.returncode:
@@ -171,29 +194,66 @@ def imports_memory() -> float:
     return now
 
 
+def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: int) -> tuple[float, float]:
+    """Seconds of the processors for encoding with worker processes, and by the library alone; the least of each."""
+    quiet = Terminal(quiet=True)
+    config = DataConfig(tokenizer=kind)
+    order = Preparation([str(source)], folder / "timed", config, leaks=False, workers=workers)
+    files = find_files(order.sources, folder).files
+    with work_folder(order.target) as work:
+        work.begin("timed")
+        outcome = read_all(order, work, units(files, order.reading), files, quiet)
+        decide(order, outcome, work, quiet)
+        fixed = build_tokenizer(config, ()) if not tokenizer_class(config).learns else None
+        tokenizer = learned(order, work, outcome, fixed, quiet)
+        assert outcome.documents is not None
+        text = "".join(part.text.read_text(encoding="utf-8") for part in outcome.documents.parts)
+        alone = ALONE[kind](tokenizer)
+
+        def ours() -> float:
+            shutil.rmtree(work.dataset)
+            shutil.rmtree(work.tokens)
+            work.dataset.mkdir()
+            work.tokens.mkdir()
+            return processor_seconds(lambda: encode_all(order, work, outcome, tokenizer, quiet))
+
+        seconds = interleaved({"ours": ours, "alone": lambda: processor_seconds(lambda: alone(text))}, repeats)
+        work.delete()
+    return min(seconds["ours"]), min(seconds["alone"])
+
+
+def processor_seconds(action: Callable[[], object]) -> float:
+    """Of this process and those that it started and has waited for."""
+    before = os.times()
+    action()
+    return sum(os.times()[:4]) - sum(before[:4])
+
+
 def killed(folder: Path, kills: int, seed: int, workers: int, megabytes: int, terminal: Terminal) -> int:
     """Kill preparations at random moments, go on, and count those whose files differ from an undisturbed one's."""
     source, target = write_source(folder, "json_lines", megabytes), folder / "out"
-    seconds, _, _ = measured(source, target, "bpe", workers)
+    words = command(source, target, "bpe", workers, small_parts=True)
+    shutil.rmtree(target, ignore_errors=True)
+    began = time.perf_counter()
+    subprocess.run(words, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, check=True)
+    seconds = time.perf_counter() - began
     expected = contents(target)
-    generator, different = random.Random(seed), 0
+    generator, different, interrupted = random.Random(seed), 0, 0
     for _ in range(kills):
         shutil.rmtree(target)
-        delay = generator.uniform(0.2, seconds)
-        process = subprocess.Popen(
-            command(source, target, "bpe", workers), cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen(words, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
         try:
-            process.wait(delay)
+            process.wait(generator.uniform(0.2, seconds))
         except subprocess.TimeoutExpired:
+            interrupted += 1
             process.send_signal(signal.SIGKILL)  # only the first process: its workers must end by themselves
             process.wait()
-        done = subprocess.run(command(source, target, "bpe", workers), cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
+        done = subprocess.run(words, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
         left = [entry.name for entry in target.parent.iterdir() if entry.name.startswith(f".{target.name}")]
         different += bool(done.returncode or contents(target) != expected or left)
     terminal.print(
-        f"killed at {kills} random moments of {seconds:.1f} s: {kills - different} of {kills} give the files of an "
-        f"undisturbed run: {verdict(not different)}"
+        f"killed at {kills} random moments of {seconds:.1f} s, {interrupted} before the end: {kills - different} of "
+        f"{kills} give the files of an undisturbed run: {verdict(not different)}"
     )
     return different
 

@@ -348,11 +348,21 @@ def test_the_same_command_again_has_nothing_to_do(tmp_path: Path, run: Run, caps
     assert run(source) == 0
     assert "prepared already" in capsys.readouterr().out
     assert run(source, "--tokenizer", "byte") == 2
-    assert "exists already, a dataset made from other files or with other settings" in error_of(capsys)
+    assert "exists already, made from other files or with other settings" in error_of(capsys)
     assert contents(tmp_path / "sets" / "mine") == before
     assert run(source, "--tokenizer", "byte", "--replace") == 0
     assert read_json(tmp_path / "sets" / "mine" / "tokenizer.json")["type"] == "byte"
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["mine"]
+
+
+def test_a_folder_that_is_no_dataset_is_never_replaced(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sets" / "mine").mkdir(parents=True)
+    (tmp_path / "sets" / "mine" / "letters.txt").write_text("dear")
+    assert run(json_lines(tmp_path / "a.jsonl"), "--replace") == 2
+    assert "exists already and is no dataset" in error_of(capsys)
+    assert contents(tmp_path / "sets" / "mine") == {"letters.txt": b"dear"}
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -454,7 +464,9 @@ def test_some_records_without_text_are_tolerated(tmp_path: Path, run: Run, small
     assert f"a.jsonl:{len(TEXTS) + 1}: no field 'text'" in card
 
 
-def test_a_long_record_is_read_in_pieces(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_record_is_read_in_pieces(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Lines that do not fit into memory, here of thousands of bytes, give the same texts."""
     monkeypatch.setattr(readers, "LONG", 1000)
     monkeypatch.setattr(readers, "BLOCK", 700)
@@ -468,6 +480,13 @@ def test_a_long_record_is_read_in_pieces(tmp_path: Path, run: Run, monkeypatch: 
     assert run(json_lines(tmp_path / "a.jsonl", texts), "--tokenizer", "byte", "--no-leaks") == 0
     dataset = dataset_of(tmp_path)
     assert sorted(texts_of(dataset, "train") + texts_of(dataset, "val")) == sorted(texts)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + b"y" * 1500 + b"\xff" + b"y" * 1500 + b'"}\n{"text": "z"}\n')
+    assert run(tmp_path / "b.jsonl", "--errors", "replace", "--tokenizer", "byte", out="b") == 0
+    dataset = dataset_of(tmp_path, "b")
+    found = sorted(texts_of(dataset, "train") + texts_of(dataset, "val"))
+    assert found == ["y" * 1500 + "\ufffd" + "y" * 1500, "z"]
+    assert run(tmp_path / "b.jsonl", "--tokenizer", "byte", out="c") == 2
+    assert "b.jsonl:1: not UTF-8 text (0xff)" in error_of(capsys)
     long = "x" * 3000
     for line, expected in (
         (f'{{"a": {{"text": "no"}}, "b": "{long}"}}', "no field 'text': it has a, b"),

@@ -69,8 +69,12 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def long_text_of(line: Any, field: str) -> Iterator[str]:
-    """As `text_of`, in pieces, of a line that is a memory map."""
+def long_text_of(line: Any, field: str, replace: bool = False) -> Iterator[str]:
+    """As `text_of`, in pieces, of a line that is a memory map.
+
+    Args:
+        replace: put U+FFFD in place of bytes that are not UTF-8.
+    """
     start, end = _span(line, field)
     place = start
     while place < end:
@@ -81,7 +85,8 @@ def long_text_of(line: Any, field: str) -> Iterator[str]:
             reached -= 1
         reached = reached if reached > place else end
         try:
-            yield json.loads(b'"' + line[place:reached] + b'"', strict=False)
+            text = line[place:reached].decode(errors="replace" if replace else "strict")
+            yield json.loads(f'"{text}"', strict=False)
         except UnicodeDecodeError:
             raise
         except ValueError as error:

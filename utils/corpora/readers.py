@@ -197,7 +197,7 @@ class UnitReader:
 
     def _json(self, line: bytes | mmap.mmap) -> Data | RecordError | None:
         if isinstance(line, mmap.mmap):
-            return long_text_of(line, self.reading.field)
+            return self._long_json(line)
         line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             return None
@@ -212,6 +212,12 @@ class UnitReader:
                 except RecordError as other:
                     return other
             return _raising(NotTextError(f"not UTF-8 text (byte {error.start} is 0x{line[error.start]:02x})"))
+
+    def _long_json(self, line: mmap.mmap) -> Iterator[str]:
+        try:
+            yield from long_text_of(line, self.reading.field, self.reading.errors == "replace")
+        except UnicodeDecodeError as error:
+            raise NotTextError(f"not UTF-8 text (0x{error.object[error.start]:02x})") from None
 
 
 def _raising(error: Exception) -> Iterator[str]:

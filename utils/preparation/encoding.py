@@ -20,7 +20,7 @@ from tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from utils.preparation.documents import Documents, TextPart
 from utils.preparation.workers import Report
 
-JOB_BYTES = 1 << 23  # of text that a worker encodes at a time
+JOB_BYTES = 1 << 22  # of text that a worker encodes at a time
 BATCH = 1 << 20  # bytes of text that are encoded together
 CUT_WINDOW = 1 << 20  # bytes in which a safe place for a cut is looked for
 SAMPLE_PIECES = 64
@@ -152,10 +152,13 @@ def _batches(job: EncodeJob, file: object, tokenizer: Tokenizer) -> Iterator[lis
         start = start if job.begins else _safe(file, start, tokenizer)
         yield [read(start, end if job.ends else _safe(file, end, tokenizer))]
         return
+    begin, after = int(job.spans[:, 0].min()), int(job.spans[:, 1].max())
+    file.seek(begin)  # type: ignore[attr-defined]
+    data = memoryview(file.read(after - begin))  # type: ignore[attr-defined]
     texts: list[str] = []
     size = 0
-    for start, end in job.spans.tolist():
-        texts.append(read(start, end))
+    for start, end in (job.spans - begin).tolist():
+        texts.append(str(data[start:end], "utf-8"))
         size += end - start
         if size >= BATCH:
             yield texts

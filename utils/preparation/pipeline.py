@@ -231,11 +231,15 @@ def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work:
         made_ns = (order.target / "dataset.json").stat().st_mtime_ns
         if dataset.facts.get("plan") == digest and all(file.mtime_ns < made_ns for file in files):
             return dataset
-    if order.replace:
-        return None
+        if order.replace:
+            return None
     work.delete_if_new()
-    what = "a dataset made from other files or with other settings" if is_dataset(order.target) else "no dataset"
-    raise UserError(f"{order.target}: exists already, {what}; choose another name, or --replace it")
+    if not is_dataset(order.target):
+        raise UserError(f"{order.target}: exists already and is no dataset; choose another name")
+    raise UserError(
+        f"{order.target}: exists already, made from other files or with other settings; "
+        "choose another name, or --replace it"
+    )
 
 
 def check_end_of_text(tokenizer: Tokenizer, config: DataConfig) -> None:
