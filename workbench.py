@@ -81,6 +81,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from utils.config.fields import FIELDS
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
 from utils.config.settings import (
+    ArithmeticConfig,
     Config,
     DataConfig,
     InferenceConfig,
@@ -113,6 +114,7 @@ if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports
     from utils.training.result import TrainResult
 
 __all__ = [
+    "ArithmeticConfig",
     "Callback",
     "Config",
     "DataConfig",
