@@ -63,7 +63,6 @@ NAMED = re.compile(
           | (?P<bare>[^\s"'#,;(){}\[\]<>$&|]{8,500})(?=\s|$|["',;}]) )""",
     re.VERBOSE | re.ASCII,
 )
-SECRET_WORD = re.compile(r"token|passw|secret|key|auth|oauth|credential|pwd", re.IGNORECASE)
 SECRET_WORD = re.compile(r"token|passw|secret|key|auth|credential|pwd", re.IGNORECASE)
 PASSWORD = re.compile(r"passw(or)?d|passwd|pwd|passphrase", re.IGNORECASE)
 NOT_OF_A_SECRET = re.compile(
