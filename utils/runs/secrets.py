@@ -42,6 +42,8 @@ TOKEN = re.compile(
             r"\b\d{8,10}:AA[\w-]{32,}",  # Telegram
             r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",  # JSON web token
             r"(?i:\b(?:AccountKey|SharedAccessKey)=)[A-Za-z0-9+/]{40,}={0,2}",  # Azure
+            r"[?&;]sig=[A-Za-z0-9%+/]{40,}|(?i:\bX-(?:Amz|Goog)-Signature=)[0-9a-f]{64,}",  # signed URLs
+            r"://[0-9a-f]{32,40}@",  # a key in place of the user, as in Sentry's addresses
             r"(?i:\bauthorization['\"]?\s{0,3}[:=]\s{0,3}['\"]?(?:bearer|basic|token)\s)[\w+/=.~-]{12,}",
             r"(?i:\bbearer\s)[\w+/=.~-]{24,}",
         )
@@ -51,15 +53,20 @@ TOKEN = re.compile(
 URL_PASSWORD = re.compile(
     r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/:@'\"{}<>$]{0,100}:(?!\*\*\*@)([^\s/@'\"{}<>$]{3,200})@[^\s@]"
 )
+BASIC_AUTH = re.compile(r"""\bauth\s?=\s?\w{0,30}\(\s*["'][^"'\n]{1,100}["']\s*,\s*["']([^"'\s]{4,200})["']""")
 NETRC = re.compile(r"\bmachine\s+\S{1,100}\s+login\s+\S{1,100}\s+password\s+(\S{4,200})")
 NAMED = re.compile(
     r"""(?<![\w.-])(?P<name>[\w.-]{0,40}?(?i:
             passw(?:or)?d | passwd | \bpwd | _pwd | passphrase | secret | token(?!iz|is|ed) | api[_.-]?key | credential
           | (?:access|private|auth|account|client|encryption|signing|session|license|master|storage)[_.-]?key
-          | \bauth | _auth | webhook | \bkey\b | cookie
+          | \bauth | _auth | webhook | \bkey\b | cookie | \bpass\b | _pass\b
         )[\w.-]{0,40})
-        ["'\])\s]{0,6} (?: [:=]{1,2}>? | (?P<comma>,) ) \s{0,8}
-        (?: [rbuf]{0,2}(?P<quote>["'])(?P<quoted>[^"'\n]{4,500})(?P=quote)
+        [\\"'\])\s]{0,6}
+        (?: : [\w.\[\]|\s]{1,40} =                                        # api_key: str = ...
+          | , (?: \s{0,40} \w{1,20} = [^,()]{1,60} , ){0,4} \s{0,40} default \s? =  # "--api-key", default=...
+          | [:=]{1,2}>? | (?P<comma>,) )
+        \s{0,8} \(? \s{0,40}
+        (?: [rbufRBUF]{0,2}(?P<quote>"{3}|'{3}|\\?["'])(?P<quoted>[^"'\n]{4,500}?)(?P=quote)
           | (?P<bare>[^\s"'#,;(){}\[\]<>$&|]{8,500})(?=\s|$|["',;}]) )""",
     re.VERBOSE | re.ASCII,
 )
@@ -87,7 +94,7 @@ def secrets_in(text: str) -> Iterator[Secret]:
     """Everything in a text that looks like a credential, by kind."""
     for what, pattern in (("a private key", PRIVATE_KEY), ("a token", TOKEN)):
         yield from (Secret(what, *match.span()) for match in pattern.finditer(text))
-    for what, pattern in (("a password in a URL", URL_PASSWORD), ("a password", NETRC)):
+    for what, pattern in (("a password in a URL", URL_PASSWORD), ("a password", NETRC), ("a password", BASIC_AUTH)):
         yield from (Secret(what, *match.span(1)) for match in pattern.finditer(text))
     for match in NAMED.finditer(text):
         kind = "quoted" if match["quoted"] else "bare"
