@@ -98,6 +98,7 @@ from utils.runs.index import read_index, read_run
 from utils.runs.layout import CONFIG, EXPORT, LOGS, METRICS_LOG
 from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
+from utils.runs.origin import check_config_files
 from utils.terminal.cli import PROJECT_ROOT
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
@@ -174,7 +175,7 @@ def __dir__() -> list[str]:
 # ------------------------------------------------------------------------------------------------ configuration
 
 
-def load_config(*layers: Mapping[str, Any] | str | Path, **settings: Any) -> Config:
+def load_config(*layers: Mapping[str, Any] | str | Path, trust: bool = False, **settings: Any) -> Config:
     """The configuration that the command line would train with: the defaults, then configs/, then what is given here.
 
     `Config()` is not that: it has the built-in defaults only.
@@ -182,10 +183,11 @@ def load_config(*layers: Mapping[str, Any] | str | Path, **settings: Any) -> Con
     Args:
         layers: files like those of `--config`, from the current folder, or settings by name, flat or by section; the
             later ones win.
+        trust: take the callbacks that a file in a run made elsewhere names (`--trust`).
         settings: by name, on top of all.
 
     Raises:
-        UserError: a mistake in the settings or in a file.
+        UserError: a mistake in the settings or in a file, or callbacks that are not trusted.
 
     >>> config = load_config({"model": {"n_layer": 2}}, learning_rate=3e-3)
     >>> config.model.n_layer, config.train.max_iters, Config().train.max_iters
@@ -198,6 +200,8 @@ def load_config(*layers: Mapping[str, Any] | str | Path, **settings: Any) -> Con
             loaded = loader.load_code(layer, loaded)
         else:
             loaded = loader.load_onto(loaded, [Path(layer)])
+    files = [Path(layer) for layer in layers if not isinstance(layer, Mapping)]
+    check_config_files(loaded, files, PROJECT_ROOT, trust)
     return loaded.config
 
 

@@ -305,6 +305,8 @@ def test_check_names_one_changed_byte(ask: Ask, runs: Path) -> None:
     assert "changed  artifacts/export/model.safetensors\n" in text
     assert "not as sealed" in text
     assert ask("check", "fast", "--json", status=1)["good"] is False
+    assert "fast: " in ask("finish", "fast")  # which seals what has no seal, and excuses no damage
+    assert "changed  meta/code.patch\n" in ask("check", "fast", status=1)
 
 
 # ------------------------------------------------------------------------------------------------- the whole

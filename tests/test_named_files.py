@@ -7,10 +7,13 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from utils.config.settings import Config, DataConfig, TrackingConfig
 from utils.errors import UserError
 from utils.files import change_json, expand_home, regular_fd, write_atomic, write_json, write_output
 from utils.inference.prompts import check_out
+from utils.profiling.record import save_profile
 from utils.runs.find import find_export, resolve_run
 from utils.runs.log import RunLog
 from utils.runs.origin import find_origin
@@ -87,6 +91,36 @@ def test_a_pipe_gets_the_text_if_somebody_reads_it(tmp_path: Path, capsys: pytes
     reader.join()
     assert content == ["text " * 50_000]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "log", "/dev/stderr"])
+def test_a_file_that_stdout_goes_to_is_written_not_replaced(tmp_path: Path, name: str, append: bool) -> None:
+    program = "import sys; from utils.files import write_output; from pathlib import Path\nprint('before', flush=True)"
+    program += "\nwrite_output(Path(sys.argv[1]), 'text\\n')\nprint('after')"
+    log = tmp_path / "log"
+    log.write_text("old\n")
+    with log.open("a" if append else "w") as file:
+        command = [sys.executable, "-c", program, name if name != "log" else str(log)]
+        subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=Path(experiments.__file__).parent, check=True
+        )
+    assert log.read_text() == ("old\n" if append else "") + "before\ntext\nafter\n"
+    assert os.listdir(tmp_path) == ["log"]
+
+
+def test_a_profile_is_written_through_links_and_into_devices(tmp_path: Path) -> None:
+    folder, target = tmp_path / "profile", tmp_path / "elsewhere.json"
+    folder.mkdir()
+    target.write_text("old")
+    (folder / "profile.json").symlink_to(target)
+    device = make_device(folder / "trace.json")
+    profile: Any = SimpleNamespace(model_dump=lambda mode: {})
+    save_profile(folder, profile, b"trace", lambda profile, path: path.write_bytes(b"picture"))
+    assert (folder / "profile.json").is_symlink()
+    assert target.read_text().startswith("{")
+    assert stat.S_ISCHR(device.stat().st_mode)
+    assert (folder / "profile.png").read_bytes() == b"picture"
 
 
 def test_disks_sockets_and_folders_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,8 @@ def _encoded(data: bytes | memoryview | str) -> bytes | memoryview:
 def write_output(path: Path, data: bytes | str) -> None:
     """Write a file that a person named: through a link into its target, into a device or a pipe as it is.
 
-    A regular file is replaced by `write_atomic`.
+    A regular file is replaced by `write_atomic`, unless it is where stdout or stderr goes (`--out /dev/stdout > log`):
+    there `data` follows what is in it already.
 
     Raises:
         OSError: it cannot be written, or is a pipe without a reader, a socket or a disk; `strerror` says which.
@@ -194,20 +196,33 @@ def write_output(path: Path, data: bytes | str) -> None:
     if (target := output_target(path)) is not None:
         write_atomic(target, data)
         return
-    # Without O_NONBLOCK, opening a pipe would wait for a reader.
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise OSError(error.errno, "no process reads this pipe", str(path)) from None
-        raise
-    os.set_blocking(handle, True)
+    if (stream := _stream_at(path)) is not None:
+        handle = os.dup(stream)
+    else:
+        # Without O_NONBLOCK, opening a pipe would wait for a reader.
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise OSError(error.errno, "no process reads this pipe", str(path)) from None
+            raise
+        os.set_blocking(handle, True)
     with os.fdopen(handle, "wb") as file:
         file.write(_encoded(data))
 
 
+def _stream_at(path: Path) -> int | None:
+    """The descriptor of this process's stdout or stderr, if that is the file at `path`."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it is closed
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+    return None
+
+
 def output_target(path: Path) -> Path | None:
-    """The regular file that writing to `path` makes or replaces; None for a device or a pipe, which has to stay.
+    """The regular file that writing to `path` makes or replaces; None for what has to stay: a device, a pipe, the file
+    that stdout or stderr goes to.
 
     Raises:
         OSError: nothing can be written there.
@@ -217,7 +232,7 @@ def output_target(path: Path) -> Path | None:
     except FileNotFoundError:  # a new file, or the target of a link
         return Path(os.path.realpath(path))
     if stat.S_ISREG(mode):
-        return Path(os.path.realpath(path))
+        return Path(os.path.realpath(path)) if _stream_at(path) is None else None
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if stat.S_ISCHR(mode):

@@ -34,6 +34,17 @@ SECRETS = (
     "postgres://ada:s3cret@db/x",
     "machine github.com login ada password hunter2",
     f"# secret: {HEX}",
+    f'api_key: str = "{HEX}abcd"',
+    f'def fetch(api_token: str | None = "{HEX}abcd") -> None: ...',
+    f'parser.add_argument("--api-key", type=str, default="{HEX}abcd")',
+    f'TOKEN = ("{HEX}abcd")',
+    f'api_key = """{HEX}abcd"""',
+    rf'"source": ["api_key = \"{HEX}abcd\"\n"]',
+    f"SMTP_PASS={HEX}abcd",
+    'requests.get(url, auth=("ada", "s3cretPw9"))',
+    f"https://x.blob.core.windows.net/c?sp=rwdl&se=2030&sig={HEX}{HEX}%3D",
+    f"https://bucket.s3.amazonaws.com/k?X-Amz-Signature={HEX}{HEX}",
+    f"https://{HEX}@o1.ingest.sentry.io/1",
     "token = 'AbCdEf0123456789xyzT'".encode("utf-16").decode("latin-1"),
 )
 HARMLESS = (
@@ -55,6 +66,10 @@ HARMLESS = (
     "git@github.com:a/b.git",
     "https://example.org:8080/a@b",
     "# the secret of a good loss is its gradient",
+    'key: str = "train/loss"',
+    'parser.add_argument("--tokens", type=int, default="300")',
+    'forward_pass = "validation_of_layer_12"',
+    'auth=("ada", getpass())',
 )
 
 
@@ -68,6 +83,12 @@ def test_a_credential_is_found_and_removed(text: str) -> None:
     assert find_secret(cleaned) is None
     assert cleaned.startswith(b"first = 1\n")
     assert cleaned.endswith(b"\nlast = 2\n")
+
+
+def test_a_credential_on_the_line_after_its_name_is_found() -> None:
+    content = f'TOKEN = (\n    "{HEX}abcd"\n)\n'.encode()
+    assert find_secret(content) is not None
+    assert without_secrets(content) == b'TOKEN = (\n    "***"\n)\n'
 
 
 def test_of_a_private_key_nothing_is_left_and_what_overlaps_is_removed_once() -> None:

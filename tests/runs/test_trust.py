@@ -15,6 +15,7 @@ from fake_runs import config_of, make_run
 import experiments
 import profile_model
 import train
+import workbench
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
 from utils.experiments.reproduce import recorded_code, reproduce
@@ -139,6 +140,21 @@ def test_the_code_of_a_foreign_run_is_reproduced_with_trust_only(runs_dir: Path,
         reproduce(run, ROOT, code="current")
     with pytest.raises(UserError, match="has logged nothing"):  # the next check
         reproduce(run, ROOT, trusted=True)
+
+
+def test_what_a_patch_changes_is_what_git_would_change(runs_dir: Path) -> None:
+    hidden = "--- a/train.py\n+++ b/train.py\n@@ -0,0 +1 @@\n+evil()\n"  # git applies it without a line `diff --git`
+    run = read_run(make_run(runs_dir, "x", host="eve", patch=hidden + PATCH))
+    with pytest.raises(UserError, match=r"meta/code.patch, which changes train.py, model.py; --trust"):
+        reproduce(run, ROOT)
+
+
+def test_the_configuration_of_a_foreign_run_needs_trust_in_a_notebook_too(runs_dir: Path) -> None:
+    run = make_run(runs_dir, "x", host="eve", settings={"callbacks": ["evil:Evil"]})
+    with pytest.raises(UserError, match=r"callback evil:Evil \(not found\); --trust"):
+        workbench.load_config(run / "meta" / "full_config.json")
+    assert workbench.load_config(run / "meta" / "full_config.json", trust=True).train.callbacks == ("evil:Evil",)
+    assert workbench.load_config(run / "meta" / "full_config.json", callbacks=[]).train.callbacks == ()
 
 
 def test_a_commit_is_no_option_of_git(runs_dir: Path, tmp_path: Path) -> None:

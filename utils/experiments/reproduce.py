@@ -25,7 +25,7 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import COMMIT, environment_of
 from utils.files import read_bytes
 from utils.machine.watchdog import watched
-from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo, patched_files
+from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD, TOKENIZER
@@ -154,10 +154,22 @@ def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
     words = callback_words(name for name in run.settings.get("callbacks") or () if name not in known)
     if code == "recorded" and os.path.lexists(run.path / PATCH):
         with contextlib.suppress(OSError):  # reported when it is applied
-            if patch := read_bytes(run.path / PATCH, run.path):
-                files = ", ".join(patched_files(patch)) or "no file"
-                words.append(f"{PATCH}, which changes {files}")
+            if read_bytes(run.path / PATCH, run.path):
+                words.append(f"{PATCH}, which changes {', '.join(_changed_by(run.path / PATCH)) or 'no file'}")
     return words
+
+
+def _changed_by(patch: Path) -> list[str]:
+    """The files that `apply_patch` would change, as git reads the patch: parts of it may lack the line `diff --git`."""
+    command = ["git", "apply", "--numstat", "-z", os.fspath(patch.resolve())]
+    with tempfile.TemporaryDirectory() as folder:  # in a repository, git would leave out what is not below the folder
+        listing = subprocess.run(command, cwd=folder, env=_outside(folder), capture_output=True).stdout
+    return [os.fsdecode(entry.split(b"\t", 2)[-1]) for entry in listing.split(b"\0") if entry]
+
+
+def _outside(folder: str | Path) -> dict[str, str]:
+    """The environment for a git process that works in `folder`, whatever repository that is in."""
+    return {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(Path(folder).resolve().parent)}
 
 
 def _part(
@@ -378,9 +390,8 @@ def apply_patch(patch: Path, tree: Path) -> None:
     Raises:
         ReproductionError: it does not apply, or would write outside `tree`.
     """
-    environment = {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(tree.resolve().parent)}
     command = ["git", "apply", "--whitespace=nowarn", os.fspath(patch.resolve())]
-    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
+    result = subprocess.run(command, cwd=tree, env=_outside(tree), capture_output=True, text=True, errors="replace")
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
         raise ReproductionError(f"{patch}: the patch cannot be applied: {reason.removeprefix('error: ')}")

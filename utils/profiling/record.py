@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from utils.errors import UserError
-from utils.files import read_json, sync_folder, write_atomic, write_json
+from utils.files import output_target, read_json, sync_folder, write_atomic, write_json, write_output
 from utils.runs import layout
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -214,6 +214,9 @@ def save_profile(folder: Path, profile: Profile, trace: bytes, draw: Callable[[P
         write_json(new / PROFILE, profile.model_dump(mode="json"))
         names = (TRACE, PICTURE, PROFILE)
         for file in names:
-            os.replace(new / file, folder / file)
+            if output_target(folder / file) == Path(os.path.realpath(folder)) / file:
+                os.replace(new / file, folder / file)
+            else:  # a link or a device, which has to stay
+                write_output(folder / file, (new / file).read_bytes())
     sync_folder(folder)
     return [folder / file for file in reversed(names)]

@@ -110,8 +110,8 @@ def write_seal(run: Path) -> None:
     write_json(run / SEAL, {"time": utc_now(), "files": files, "manifests": manifests})
 
 
-def verify_seal(run: Path) -> SealCheck:
-    """Compare the files of the run directory `run` with its seal; a file that cannot be read counts as changed.
+def read_seal(run: Path) -> tuple[Mapping[str, str], Mapping[str, str], str]:
+    """The checksums in the seal of a run, of its files and of the manifests of its checkpoints, and its time.
 
     Raises:
         RunError: the run has no seal, or a damaged one.
@@ -120,13 +120,20 @@ def verify_seal(run: Path) -> SealCheck:
         recorded = read_json(run / SEAL, run)
         if not isinstance(recorded["files"], dict):
             raise ValueError("no files")
-        old: Mapping[str, str] = recorded["files"]
-        manifests = dict(recorded.get("manifests", {}))  # an older seal has none
-        sealed = str(recorded["time"])
+        return recorded["files"], dict(recorded.get("manifests", {})), str(recorded["time"])  # an older one has none
     except FileNotFoundError:
         raise RunError(f"{run.name} has no seal: it has not ended yet, or was killed") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{run / SEAL} cannot be read: {error}") from None
+
+
+def verify_seal(run: Path) -> SealCheck:
+    """Compare the files of the run directory `run` with its seal; a file that cannot be read counts as changed.
+
+    Raises:
+        RunError: the run has no seal, or a damaged one.
+    """
+    old, manifests, sealed = read_seal(run)
     new = checksums(run, _sha256_or_reason)
     checkpoints = [path for _, path in list_checkpoints(run / CHECKPOINTS)]
     return SealCheck(

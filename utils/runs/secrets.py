@@ -62,6 +62,11 @@ TOKENS = tuple(  # a shape, and what every text that has it contains in lower ca
         (r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}", ".eyj"),  # JSON web token
         (r"(?i:\b(?:AccountKey|SharedAccessKey)=)[A-Za-z0-9+/]{40,}={0,2}", "key="),  # Azure
         (
+            r"[?&;]sig=[A-Za-z0-9%+/]{40,}|(?i:\bX-(?:Amz|Goog)-Signature=)[0-9a-f]{64,}",  # signed URLs
+            "sig= -signature=",
+        ),
+        (r"://[0-9a-f]{32,40}@", "://"),  # a key in place of the user, as in Sentry's addresses
+        (
             r"(?i:\bauthorization['\"]?\s{0,3}[:=]\s{0,3}['\"]?(?:bearer|basic|token)\s)[\w+/=.~-]{12,}",
             "authorization",
         ),
@@ -71,21 +76,26 @@ TOKENS = tuple(  # a shape, and what every text that has it contains in lower ca
 URL_PASSWORD = re.compile(
     r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/:@'\"{}<>$]{0,100}:(?!\*\*\*@)([^\s/@'\"{}<>$]{3,200})@[^\s@]"
 )
+BASIC_AUTH = re.compile(r"""\bauth\s?=\s?\w{0,30}\(\s*["'][^"'\n]{1,100}["']\s*,\s*["']([^"'\s]{4,200})["']""")
 NETRC = re.compile(r"\bmachine\s+\S{1,100}\s+login\s+\S{1,100}\s+password\s+(\S{4,200})")
 NAMED = re.compile(
     r"""(?<![\w.-])(?P<name>[\w.-]{0,40}?(?i:
             passw(?:or)?d | passwd | \bpwd | _pwd | passphrase | secret | token(?!iz|is|ed) | api[_.-]?key | credential
           | (?:access|private|auth|account|client|encryption|signing|session|license|master|storage)[_.-]?key
-          | \bauth | _auth | webhook | \bkey\b | cookie
+          | \bauth | _auth | webhook | \bkey\b | cookie | \bpass\b | _pass\b
         )[\w.-]{0,40})
-        ["'\])\s]{0,6} (?: [:=]{1,2}>? | (?P<comma>,) ) \s{0,8}
-        (?: [rbuf]{0,2}(?P<quote>["'])(?P<quoted>[^"'\n]{4,500})(?P=quote)
+        [\\"'\])\s]{0,6}
+        (?: : [\w.\[\]|\s]{1,40} =                                        # api_key: str = ...
+          | , (?: \s{0,40} \w{1,20} = [^,()]{1,60} , ){0,4} \s{0,40} default \s? =  # "--api-key", default=...
+          | [:=]{1,2}>? | (?P<comma>,) )
+        \s{0,8} \(? \s{0,40}
+        (?: [rbufRBUF]{0,2}(?P<quote>"{3}|'{3}|\\?["'])(?P<quoted>[^"'\n]{4,500}?)(?P=quote)
           | (?P<bare>[^\s"'#,;(){}\[\]<>$&|]{8,500}+)(?=\s|$|["',;}]) )""",
     re.VERBOSE | re.ASCII,
 )
 MAY_BE_NAMED = re.compile(  # of a text in lower case: without it, NAMED finds nothing
-    r"(?:passw|pwd|passphrase|secret|token|key|credential|auth|webhook|cookie)[\w.-]{0,44}[\"'\])\s]{0,6}"
-    r"(?:[:=]|,\s{0,8}[rbuf]{0,2}[\"'])",
+    r"(?:pass|pwd|secret|token|key|credential|auth|webhook|cookie)[\w.-]{0,44}[\\\"'\])\s]{0,6}"
+    r"(?:[:=]|,\s{0,8}\(?\s{0,40}[rbuf]{0,2}\\?[\"']|,[^()]{0,400}default)",
     re.ASCII,
 )
 SECRET_WORD = re.compile(r"token|passw|secret|key|auth|credential|pwd", re.IGNORECASE)
@@ -119,6 +129,8 @@ def secrets_in(text: str) -> Iterator[Secret]:
         yield from (Secret("a password in a URL", *match.span(1)) for match in URL_PASSWORD.finditer(text))
     if "machine" in text and "password" in text:
         yield from (Secret("a password", *match.span(1)) for match in NETRC.finditer(text))
+    if "auth" in text:
+        yield from (Secret("a password", *match.span(1)) for match in BASIC_AUTH.finditer(text))
     if not MAY_BE_NAMED.search(lowered):
         return
     for match in NAMED.finditer(text):

@@ -17,7 +17,7 @@ from utils.runs.mend import mend
 from utils.runs.metrics import VIEWS, read_registry
 from utils.runs.origin import pin
 from utils.runs.run import Run, RunError, read_record, read_status
-from utils.runs.seal import write_seal
+from utils.runs.seal import read_seal, write_seal
 from utils.runs.trust import made_elsewhere
 from utils.tracking import RunEnd, View
 from utils.tracking.feeder import Budget, Feeder, attempt_each
@@ -112,6 +112,14 @@ def finish(
             run.release()
         return names
     finally:
+        _seal_once(path, warn)
+
+
+def _seal_once(path: Path, warn: Callable[[str], None]) -> None:
+    """Seal a run that has no readable seal: a new one would call files good that were damaged since."""
+    try:
+        read_seal(path)
+    except RunError:
         try:
             write_seal(path)
         except OSError as error:
