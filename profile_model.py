@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig, flag_name
 from utils.errors import UserError, number_text
-from utils.runs.origin import check_config_files
+from utils.runs.origin import without_foreign_places
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, numbers, parse_experiment, place, script
 from utils.training.launch import add_trust_flag
 
@@ -216,8 +216,7 @@ def arguments_of(mode: str, parsed: ExperimentArguments) -> dict[str, Any]:
             owners = [flag_name(of) if of != "profile" else "a profile" for of, names in taken.items() if name in names]
             raise UserError(f"{flag_name(name)} belongs to {' or '.join(owners)}")
     if "loaded" in taken[mode]:
-        loaded = parsed.load()
-        check_config_files(loaded, parsed.files, PROJECT_ROOT, parsed.own.trust)
+        loaded = without_foreign_places(parsed.load(), parsed.files, PROJECT_ROOT, parsed.own.trust)
         return {**given, "loaded": loaded}
     if parsed.files or parsed.overrides or parsed.own.config_dir:
         raise UserError(f"{flag_name(mode)} takes no settings")

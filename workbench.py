@@ -98,7 +98,7 @@ from utils.runs.index import read_index, read_run
 from utils.runs.layout import CONFIG, EXPORT, LOGS, METRICS_LOG
 from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
-from utils.runs.origin import check_config_files
+from utils.runs.origin import without_foreign_places
 from utils.terminal.cli import PROJECT_ROOT
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
@@ -183,7 +183,7 @@ def load_config(*layers: Mapping[str, Any] | str | Path, trust: bool = False, **
     Args:
         layers: files like those of `--config`, from the current folder, or settings by name, flat or by section; the
             later ones win.
-        trust: take the callbacks that a file in a run made elsewhere names (`--trust`).
+        trust: take the callbacks, and the folders to write to, that a file in a run made elsewhere names (`--trust`).
         settings: by name, on top of all.
 
     Raises:
@@ -201,8 +201,7 @@ def load_config(*layers: Mapping[str, Any] | str | Path, trust: bool = False, **
         else:
             loaded = loader.load_onto(loaded, [Path(layer)])
     files = [Path(layer) for layer in layers if not isinstance(layer, Mapping)]
-    check_config_files(loaded, files, PROJECT_ROOT, trust)
-    return loaded.config
+    return without_foreign_places(loaded, files, PROJECT_ROOT, trust).config
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -157,6 +157,15 @@ def test_the_configuration_of_a_foreign_run_needs_trust_in_a_notebook_too(runs_d
     assert workbench.load_config(run / "meta" / "full_config.json", callbacks=[]).train.callbacks == ()
 
 
+def test_the_configuration_of_a_foreign_run_does_not_say_where_to_write(runs_dir: Path) -> None:
+    settings = {"runs_dir": "/home/eve/runs", "aim_repo": "aim://eve:53800", "n_layer": 3}
+    file = make_run(runs_dir, "x", host="eve", settings=settings) / "meta" / "full_config.json"
+    config = workbench.load_config(file)
+    assert (config.model.n_layer, config.tracking.runs_dir, config.tracking.aim_repo) == (3, "runs", ".")
+    assert workbench.load_config(file, trust=True).tracking.runs_dir == "/home/eve/runs"
+    assert workbench.load_config(file, runs_dir="mine").tracking.runs_dir == "mine"
+
+
 def test_a_commit_is_no_option_of_git(runs_dir: Path, tmp_path: Path) -> None:
     run = read_run(make_run(runs_dir, "x", git={"commit": f"--output={tmp_path}/written"}))
     with pytest.raises(UserError, match="is not a commit"):

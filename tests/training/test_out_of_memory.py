@@ -51,6 +51,15 @@ def test_other_failures_are_not_about_memory() -> None:
     assert not is_out_of_memory(OSError(12, "Cannot allocate memory"))
 
 
+def test_a_batch_whose_inputs_alone_fit_is_refused_too(
+    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("utils.training.batch_size.available_memory", lambda device: 2_000_000)
+    assert train.main(tiny_argv("--batch-size", "1000")) == 2  # what the blocks get as input takes 256 kB
+    assert "a micro-step of 1,000 x 8 tokens does not fit on cpu" in capsys.readouterr().err
+    assert not runs_dir.exists()
+
+
 def test_a_batch_that_can_fit_nowhere_is_refused_before_there_is_a_run(
     tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

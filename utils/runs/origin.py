@@ -216,17 +216,28 @@ def check_callbacks(origin: Origin, loaded: LoadedConfig, loader: ConfigLoader) 
     require_trust(origin.run, loader.root, callback_words(named), origin.trusted)
 
 
-def check_config_files(loaded: LoadedConfig, files: Iterable[Path], root: Path, trusted: bool) -> None:
-    """Raises UserError if the callbacks of `loaded` come from a file in a run that was made elsewhere, unless trusted.
+def without_foreign_places(loaded: LoadedConfig, files: Iterable[Path], root: Path, trusted: bool) -> LoadedConfig:
+    """`loaded`, without the folders to write to that a file in a run made elsewhere names, unless that is trusted.
 
     Args:
         files: the configuration files of --config.
         root: the project folder.
+
+    Raises:
+        UserError: callbacks come from such a file.
     """
-    place = loaded.source("callbacks").rpartition(":")[0]
+    layers, values = dict(loaded.layers), {}
     for path in files:
-        if relative_name(path, root) == place and (run := enclosing_run(path)) is not None:
+        name, run = relative_name(path, root), enclosing_run(path)
+        if trusted or run is None or made_elsewhere(run, root) is None:
+            continue
+        if loaded.source("callbacks").rpartition(":")[0] == name:
             require_trust(run, root, callback_words(loaded.config.train.callbacks), trusted)
+        for key in WRITTEN:
+            kept = [layer for layer in layers[key] if layer.source.rpartition(":")[0] != name]
+            if len(kept) < len(layers[key]):
+                layers[key], values[key] = kept, kept[-1].value
+    return LoadedConfig(pin(loaded.config, values), layers)
 
 
 def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:

@@ -37,6 +37,7 @@ from utils.training.step import clip_gradients, forward_backward, optimizer_step
 RESERVE = {"cuda": 0.1, "cpu": 0.25, "mps": 0.25}
 GIB = 2**30
 LEAST_BYTES = 2  # of a number
+LARGE_PART = 100  # of the free memory; a step takes 20 to 70 times what its blocks get as input
 
 Fits = Callable[[int], bool]  # whether a micro-step of that many sequences fits
 
@@ -91,12 +92,19 @@ def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
         raise OutOfMemoryError(f"out of memory: {_does_not_fit(config, device)}") from error
 
 
-def check_micro_step(loaded: LoadedConfig, device: torch.device) -> None:
-    """Raises UserError if what the blocks get as input, which the backward pass needs, does not fit into memory."""
-    config = loaded.config
-    tokens = config.train.sequences // config.train.gradient_accumulation_steps * config.model.block_size
-    needed = tokens * config.model.n_layer * config.model.n_embd * LEAST_BYTES
-    if needed > available_memory(device):
+def check_micro_step(loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError if a micro-step does not fit into memory, where that is certain.
+
+    At first only what the blocks get as input, which the backward pass needs, is counted: that takes no time. Where it
+    is a large part, and the system would end a process that takes too much, all of a step is counted.
+    """
+    config, free = loaded.config, available_memory(device)
+    sequences = config.train.sequences // config.train.gradient_accumulation_steps
+    needed = sequences * config.model.block_size * config.model.n_layer * config.model.n_embd * LEAST_BYTES
+    if device.type != "cuda" and free / LARGE_PART < needed <= free:
+        with torch.random.fork_rng(devices=[]), torch_settings(config.train, device):
+            needed = bytes_of_training(config, corpus, dtype, sequences)
+    if needed > free:
         raise UserError(f"{loaded.source('batch_size')}: {_does_not_fit(config, device)}")
 
 

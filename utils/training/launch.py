@@ -14,13 +14,13 @@ from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
     Origin,
     check_callbacks,
-    check_config_files,
     check_overrides,
     config_of_fork,
     find_origin,
     keep_batch,
     recorded_config,
     resumable_runs,
+    without_foreign_places,
 )
 from utils.runs.run import read_record
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser
@@ -77,8 +77,7 @@ def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin
         raise UserError("--fork needs --resume RUN: the run that the new one continues from")
     if own.strict_resume and own.resume is None:
         raise UserError("--strict-resume needs --resume RUN")
-    loaded = parsed.load()
-    check_config_files(loaded, parsed.files, PROJECT_ROOT, own.trust)
+    loaded = without_foreign_places(parsed.load(), parsed.files, PROJECT_ROOT, own.trust)
     runs_dir = PROJECT_ROOT / loaded.config.tracking.runs_dir
     options = {"strict": own.strict_resume, "trusted": own.trust}
     if own.resume == "auto":

@@ -127,7 +127,7 @@ def make_setup(
     if config.train.batch_size == "auto":
         loaded = find_batch(loaded, corpus, device, dtype, report)
         config = loaded.config
-    check_micro_step(loaded, device)
+    check_micro_step(loaded, corpus, device, dtype)
     max_iters = config.train.max_iters
     if max_iters is None:
         assert config.train.epochs is not None
