@@ -22,7 +22,7 @@ import torch
 
 from tokenizer import Tokenizer, TokenizerError, build_tokenizer, tokenizer_class, tokenizer_from_json
 from utils.config.settings import DataConfig
-from utils.corpora.datasets import find_dataset
+from utils.corpora.datasets import dataset_names, find_dataset
 from utils.corpora.records import TokenRecord, file_state, read_record, record_path, write_record
 from utils.corpora.sources import CORPORA, CorpusError, find_source
 from utils.files import write_atomic
@@ -92,6 +92,14 @@ class Corpus:
         """Tokens of the batches of one pass over the training split, with padding."""
         rows = self.rows("train", block_size)
         return self.n_train if rows is None else len(rows) * block_size
+
+    def facts(self, block_size: int) -> dict[str, float]:
+        """Numbers of documents and rows, for the record of a run."""
+        if self.prepared is None:
+            return {}
+        splits = self.prepared.dataset.splits
+        documents = {f"{name}_documents": splits[name].documents for name in ("train", "val")}
+        return {**documents, **self.prepared.packing_facts(block_size)}
 
     @property
     def document_token(self) -> int | None:
@@ -169,7 +177,7 @@ def load_corpus(
     """
     datasets_dir = Path(config.datasets_dir) if datasets_dir is None else datasets_dir
     if config.dataset not in CORPORA and (found := find_dataset(config.dataset, datasets_dir)) is not None:
-        prepared = open_prepared(found, config, block_size, corpora_dir / "plans", tokenizer)
+        prepared = open_prepared(found, config, block_size, corpora_dir / "plans", tokenizer, warn, report)
         tokens, n_train = prepared.tokens, len(prepared.documents["train"].tokens)
         facts = (prepared.dataset.hash, prepared.tokenizer, tokens, n_train, prepared.save_plans, prepared)
         corpus = Corpus(config.dataset, *facts)
@@ -179,7 +187,8 @@ def load_corpus(
             f"{config.dataset}: packing {config.packing} needs documents, and this is one text: python prepare.py "
             f"{config.dataset} --out NAME makes a dataset of it, --dataset NAME trains on that"
         )
-    source, folder = find_source(config.dataset, corpora_dir), corpora_dir / "encoded"
+    source = find_source(config.dataset, corpora_dir, dataset_names(datasets_dir))
+    folder = corpora_dir / "encoded"
     try:
         if tokenizer is not None:
             tokenizer = tokenizer.adjusted(config)
@@ -187,7 +196,8 @@ def load_corpus(
             tokenizer = build_tokenizer(config.model_copy(update={"corpora_dir": str(corpora_dir)}), ())
     except TokenizerError as error:
         raise CorpusError(str(error)) from None
-    of_tokenizer = config.model_dump_json(exclude={"dataset", "val_fraction", "corpora_dir"})
+    others = {"dataset", "val_fraction", "corpora_dir", "datasets_dir", "packing", "loss_after"}
+    of_tokenizer = config.model_dump_json(exclude=others)
     wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
     file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp, warn)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from utils.config.loader import ConfigLoader
-from utils.errors import UserError
+from utils.errors import UserError, nearest
 from utils.experiments.commands import (
     ALL_RUNS,
     COMMANDS,
@@ -38,6 +38,7 @@ from utils.experiments.curve import AXES
 from utils.runs.index import read_index
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
+from utils.runs.origin import CHOICES
 from utils.runs.run import RunError, check_links
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.words import printable
@@ -116,7 +117,7 @@ def show(args: argparse.Namespace) -> Answer:
     names, problem = names_of_run(run.path)
     if problem:
         warn(problem)
-    data = {**run.row(), "record": run.record, "children": children, "promoted": names}
+    data = {**run.row(), "evaluations": run.evaluations, "record": run.record, "children": children, "promoted": names}
     return Answer(data, lambda console: show_screen(run, children, names))
 
 
@@ -288,6 +289,30 @@ def prune(args: argparse.Namespace) -> Answer:
     data = {"deleted": args.yes, "bytes": freed, **fields_of(plan)}
     unreached = args.max_size if max_bytes is not None and plan.total - freed > max_bytes else None
     return Answer(data, lambda console: prune_screen(plan, freed, args.yes, unreached), 1 if failed else 0)
+
+
+@command(
+    "seen",
+    "the documents (or the file and line) that an update was made from",
+    RUN,
+    flag("--step", type=int, required=True, metavar="N", help="number of the update, from 0"),
+    flag("--top", type=int, metavar="N", help="only the N with the highest loss under a checkpoint of the run"),
+    flag("--checkpoint", metavar="WHICH", help="latest, best or a step (default: latest)"),
+    note="It is computed from the configuration and the corpus of the run: no log is needed.",
+)
+def seen(args: argparse.Namespace) -> Answer:
+    if args.top is not None and args.top < 1:
+        raise UserError(f"--top must be at least 1, not {args.top}")
+    which = args.checkpoint or CHOICES[0]
+    if which not in CHOICES and not (which.isascii() and which.isdigit()):
+        raise UserError(f"--checkpoint: expected {', '.join(CHOICES)} or a step, got {which}{nearest(which, CHOICES)}")
+    if args.checkpoint and args.top is None:
+        raise UserError("--checkpoint ranks by its losses: expected --top N, too")
+    run = named_run(args.run, runs_folder(args))
+    from utils.inference.seen import seen, seen_screen
+
+    found = seen(run, PROJECT_ROOT, args.step, args.top, which, warn)
+    return Answer(found, lambda console: seen_screen(found, console.width))
 
 
 # --------------------------------------------------------------------------------------- checksums, again, and anew

@@ -138,6 +138,7 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
         UserError: the file cannot be read, is not UTF-8, has text without a token or nothing to predict.
     """
     from tokenizer import TokenizerError
+    from utils.inference.export import document_token
     from utils.inference.generator import Generator
     from utils.inference.prompts import read_text
     from utils.inference.quantization import with_weights
@@ -158,7 +159,8 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
             raise UserError(f"{args.score}: {error}") from None
         if weights != "float32":
             smaller = with_weights(generator.model, weights)
-            scores.append((weights, score(smaller, generator.tokenizer, text)))
+            begin = document_token(generator.tokenizer, generator.training)
+            scores.append((weights, score(smaller, generator.tokenizer, text, begin)))
         terminal.print(score_report(f"{args.score}, by {generator.name}", scores))
     return 0
 

@@ -81,6 +81,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from utils.config.fields import FIELDS
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
 from utils.config.settings import (
+    ArithmeticConfig,
     Config,
     DataConfig,
     InferenceConfig,
@@ -113,6 +114,7 @@ if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports
     from utils.training.result import TrainResult
 
 __all__ = [
+    "ArithmeticConfig",
     "Callback",
     "Config",
     "DataConfig",
@@ -462,9 +464,11 @@ def create_model(
     tokenizer = None
     if vocab_size is None:
         from data import load_corpus
+        from utils.preparation.arithmetic import with_problems
 
         data, block_size = loaded.config.data, loaded.config.model.block_size
         folder, datasets_dir = PROJECT_ROOT / data.corpora_dir, PROJECT_ROOT / data.datasets_dir
+        data = with_problems(loaded.config, folder)
         tokenizer = load_corpus(data, block_size, folder, datasets_dir=datasets_dir).tokenizer
         vocab_size = tokenizer.vocab_size
     elif vocab_size < 1:

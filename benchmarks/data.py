@@ -4,10 +4,13 @@ python -m benchmarks.data
 python -m benchmarks.data --megabytes 200 --repeats 3
 python -m benchmarks.data --documents 100000
 python -m benchmarks.data_prepare              # speed and memory of prepare.py, and kills
+python -m benchmarks.data_arithmetic           # what the arithmetic preset learns, in which time
 
 Each kind encodes a generated text into a token file's ids; NumPy alone (a table of code points, or the bytes) and the
 packages tokenizers and tiktoken alone do the same from the lines of the text, on the same cores. With --gpt2 FOLDER,
 which has GPT-2's vocab.bpe and encoder.json, 10,000 random texts must also have the ids that both packages give.
+
+A second table has what a start and a batch cost with a prepared dataset of generated tokens (--prepared-megabytes).
 """
 
 from __future__ import annotations
@@ -48,8 +51,14 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--documents", type=int, default=5000, metavar="N", help="with near duplicates (default: 5000)")
     parser.add_argument("--gpt2", type=Path, metavar="FOLDER", help="GPT-2's vocab.bpe and encoder.json")
+    parser.add_argument(
+        "--prepared-megabytes", type=int, default=20, metavar="N", help="size of the prepared dataset (default: 20)"
+    )
     args = parser.parse(argv)
     at_least(1, megabytes=args.megabytes, repeats=args.repeats, documents=args.documents)
+    at_least(1, **{"prepared-megabytes": args.prepared_megabytes})
+    from benchmarks.data_prepared import prepared_table  # imports torch: not for --help
+
     terminal = Terminal()
     if args.gpt2:
         os.environ["WORKBENCH_DATA"] = str(args.gpt2)
@@ -64,7 +73,8 @@ def main(argv: Sequence[str]) -> int:
     for kind in ("char", "byte", "bpe", *(["gpt2"] if args.gpt2 else [])):
         tokenizer = build_tokenizer(DataConfig(tokenizer=kind), [text])
         table.add_row(kind, *measured(tokenizer, text, args.repeats, args.megabytes))
-    terminal.print(table, duplicates_table(args.documents), f"machine: {machine_facts()}, {os.cpu_count()} cores")
+    terminal.print(table, duplicates_table(args.documents), prepared_table(args.prepared_megabytes, args.repeats))
+    terminal.print(f"machine: {machine_facts()}, {os.cpu_count()} cores")
     return 0
 
 

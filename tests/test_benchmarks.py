@@ -23,6 +23,7 @@ from benchmarks import (
     checkpoints,
     common,
     crash_test,
+    data_arithmetic,
     data_prepare,
     experiments,
     gpu,
@@ -62,6 +63,7 @@ COMMANDS = {
     "crash_test": crash_test.main,
     "data": encoding.main,
     "data_prepare": data_prepare.main,
+    "data_arithmetic": data_arithmetic.main,
     "experiments": experiments.main,
     "gpu": gpu.main,
     "scaling": scaling.main,
@@ -271,6 +273,12 @@ def test_data_sets_each_tokenizer_against_its_library(
     printed = capsys.readouterr().out
     assert all(f"│ {kind} " in printed for kind in ("char", "byte", "bpe"))
     assert "machine: " in printed
+
+
+def test_data_arithmetic_asks_the_held_out_problems_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_arithmetic.main(["--steps", "1", "--digits", "1", "--problems", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"│ 1337 │ 22\d,\d{3} reached │ +1 │ +\d+ reached │ +\d+\.\d\d% of \d+ missed │", printed)
 
 
 def test_checkpoints_prints_the_share_of_plain_writing_and_reading(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from utils.config.fields import (
+    ADDED,
     FIELDS,
     SECTION_OF,
     SECTIONS,
@@ -60,7 +62,7 @@ def test_leaf_names_are_unique_and_differ_from_section_names() -> None:
     keys = [key for _, key, _ in iter_fields()]
     assert len(keys) == len(set(keys)) == len(FIELDS)
     assert not set(keys) & set(SECTIONS)
-    assert list(SECTIONS) == ["data", "model", "optimizer", "train", "tracking", "inference"]
+    assert list(SECTIONS) == ["data", "arithmetic", "model", "optimizer", "train", "tracking", "inference"]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +273,10 @@ def test_hash_depends_on_trajectory_settings_only(key: str) -> None:
     assert differs == (field_fact(key, "kind") == "trajectory")
 
 
+def test_the_hash_of_the_defaults_is_that_of_runs_before_packing_and_arithmetic() -> None:
+    assert config_hash(Config(), {}) == "e31d42b3ba382f034835a5b5f2b9d9a4233eb72fdf474fc1e73d4958e23c2c8d"
+
+
 def test_hash_sees_resolved_values_in_place_of_settings() -> None:
     auto, cpu = make(device="auto"), make(device="cpu")
     assert config_hash(auto, {}) != config_hash(cpu, {})
@@ -278,6 +284,16 @@ def test_hash_sees_resolved_values_in_place_of_settings() -> None:
     assert config_hash(auto, {"device": "cpu"}) != config_hash(auto, {"device": "cuda"})
     assert config_hash(auto, {"corpus_hash": "1"}) != config_hash(auto, {"corpus_hash": "2"})
     assert config_hash(auto, {"a": 1, "b": 2}) == config_hash(auto, {"b": 2, "a": 1})
+
+
+def test_the_hash_of_a_run_does_not_change_when_settings_are_added() -> None:
+    config = Config()
+    older = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == "trajectory"}
+    older = {key: value for key, value in older.items() if key not in ADDED}
+    text = json.dumps(older, sort_keys=True, default=str)
+    assert config_hash(config, {}) == hashlib.sha256(text.encode()).hexdigest()
+    packed = config.model_copy(update={"data": config.data.model_copy(update={"packing": "documents"})})
+    assert config_hash(packed, {}) != config_hash(config, {})
 
 
 @pytest.mark.parametrize(

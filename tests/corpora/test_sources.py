@@ -125,9 +125,10 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
     [
         ("shakespere", "did you mean shakespeare?"),
         ("pydoc", "did you mean pydocs?"),
-        ("no/such/file.txt", "expected pydocs, shakespeare or the path"),
-        ("x" * 300, "expected pydocs, shakespeare or the path"),  # longer than a file name may be
+        ("no/such/file.txt", "expected pydocs, shakespeare, arithmetic or the path"),
+        ("x" * 300, "expected pydocs, shakespeare, arithmetic or the path"),  # longer than a file name may be
         ("~no-such-user-here/text.txt", "no-such-user-here"),
+        ("arithmetic", "its problems are made for training"),
     ],
 )
 def test_an_unknown_dataset_is_an_error_that_lists_the_datasets(dataset: str, hint: str, tmp_path: Path) -> None:

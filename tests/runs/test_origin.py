@@ -329,6 +329,9 @@ OTHER_VALUES = {  # valid, and not the default
     "momentum": "0.9",
     "patience": "5",
     "export_weights": "best",
+    "packing": "documents",
+    "arithmetic_operators": "*",
+    "arithmetic_format": "padded",
     "run_tag": "other",
     "tags": "a,b",
     "note": "text",
@@ -341,8 +344,8 @@ OTHER_VALUES = {  # valid, and not the default
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
-# Reported as the batch_size that it changes, and refused for the tokenizer of the run.
-OF_ANOTHER = ("tokens_per_step", "special_tokens")
+# Reported as the batch_size that it changes, and refused for the tokenizer and the packing of the run.
+OF_ANOTHER = ("tokens_per_step", "special_tokens", "loss_after")
 
 
 def other_value(key: str) -> str | bool:

@@ -31,6 +31,9 @@ SECTION_OF: dict[str, str] = {key: section for section, key, _ in iter_fields()}
 assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()), "leaf names are unique"
 assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 
+# Settings that older runs do not have. Their defaults leave a run as it was, and its hash, too.
+ADDED = {"packing", "loss_after", *(key for key, section in SECTION_OF.items() if section == "arithmetic")}
+
 
 def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
     extra = FIELDS[key].json_schema_extra
@@ -103,6 +106,7 @@ def config_hash(config: Config, resolved: dict[str, Any]) -> str:
             settings, hashes of corpus and tokenizer); each replaces the setting of the same name.
     """
     values = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == TRAJECTORY}
+    values = {key: value for key, value in values.items() if key not in ADDED or value != FIELDS[key].default}
     text = json.dumps(values | resolved, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

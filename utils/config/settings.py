@@ -136,6 +136,13 @@ class DataConfig(Section):
         "into rows; attention and loss stay within documents except for random",
         kind=TRAJECTORY,
     )
+    loss_after: str | None = setting(
+        None,
+        "with rows of documents: only what follows this text in a document counts, an answer after its question say; "
+        "none: all of it",
+        kind=TRAJECTORY,
+        min_length=1,
+    )
     corpora_dir: Place = setting(
         "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
     )
@@ -147,6 +154,8 @@ class DataConfig(Section):
         for key, kind in needs.items():
             if getattr(self, key) and self.tokenizer != kind:
                 raise RuleError(f"{key} is of tokenizer {kind}, not of {self.tokenizer}", key, "tokenizer")
+        if self.loss_after is not None and self.packing == "random":
+            raise RuleError("loss_after needs rows of documents: packing none or documents", "loss_after", "packing")
         texts = [*self.special_tokens]
         if "" in texts or "<|endoftext|>" in texts or len(set(texts)) < len(texts):
             raise RuleError(
@@ -158,6 +167,56 @@ class DataConfig(Section):
                 f"and {len(texts)} special tokens",
                 "bpe_vocab_size",
                 "special_tokens",
+            )
+        return self
+
+
+OPERATORS = ("+", "-", "*", "//", "%")
+
+
+class ArithmeticConfig(Section):
+    """The problems of `dataset: arithmetic`; other datasets ignore these settings."""
+
+    arithmetic_operators: tuple[str, ...] = setting(
+        ("+", "-"), "operators between operands: +, -, *, // or %, as in Python", kind=TRAJECTORY
+    )
+    arithmetic_digits: Int = setting(2, "most digits of an operand", kind=TRAJECTORY, unit="digits", ge=1, le=9)
+    arithmetic_terms: Int = setting(
+        2,
+        "most operands of a problem; with three or four, the order of operations matters",
+        kind=TRAJECTORY,
+        ge=2,
+        le=4,
+    )
+    arithmetic_negatives: bool = setting(False, "operands may be negative", kind=TRAJECTORY)
+    arithmetic_format: Literal["plain", "padded", "reversed"] = setting(
+        "plain",
+        "how a problem is written: 5+17=22; padded to equal widths, 05+17=022; or padded with the digits of the answer "
+        "reversed, 05+17=220",
+        kind=TRAJECTORY,
+    )
+    arithmetic_commute: bool = setting(
+        True, "train on each problem in all orders that the commutative law allows", kind=TRAJECTORY
+    )
+    arithmetic_problems: Int = setting(
+        20_000,
+        "problems, before they are written in several orders; all of them where there are fewer",
+        kind=TRAJECTORY,
+        unit="problems",
+        ge=100,
+        le=1_000_000,
+    )
+    arithmetic_held_out: Float = setting(
+        0.1, "share of the problems that is kept for validation, in no order trained on", kind=TRAJECTORY, gt=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> ArithmeticConfig:
+        operators = self.arithmetic_operators
+        if not operators or set(operators) - {*OPERATORS} or len(set(operators)) < len(operators):
+            raise RuleError(
+                f"arithmetic_operators: expected different ones of {', '.join(OPERATORS)}, got {', '.join(operators)}",
+                "arithmetic_operators",
             )
         return self
 
@@ -627,6 +686,7 @@ class Config(Section):
     """One experiment. What is left out has its built-in default: `workbench.load_config` reads configs/, too."""
 
     data: DataConfig = DataConfig()
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

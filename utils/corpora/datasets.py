@@ -172,8 +172,24 @@ def is_dataset(folder: Path) -> bool:
 
 
 def find_dataset(name: str, datasets_dir: Path) -> Path | None:
-    """The folder of a prepared dataset: `name` in datasets_dir, or at that path; None if neither is one."""
-    return next((folder for folder in (datasets_dir / name, Path(name)) if is_dataset(folder)), None)
+    """The folder of a prepared dataset: `name` in datasets_dir, or at that path; None if neither is one.
+
+    Raises:
+        DatasetError: nothing has this name but a folder in datasets_dir that is not finished.
+    """
+    folder = datasets_dir / name
+    if found := next((place for place in (folder, Path(name)) if is_dataset(place)), None):
+        return found
+    if os.path.isdir(folder) and not os.path.lexists(name):
+        raise DatasetError(f"{folder}: no {DATASET_JSON}: the dataset was not prepared to its end; prepare.py goes on")
+    return None
+
+
+def dataset_names(datasets_dir: Path) -> list[str]:
+    """The datasets in a folder."""
+    with contextlib.suppress(OSError):
+        return sorted(entry.name for entry in os.scandir(datasets_dir) if is_dataset(Path(entry)))
+    return []
 
 
 def read_dataset(folder: Path) -> Dataset:

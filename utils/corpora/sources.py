@@ -27,6 +27,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 TEXT_SUFFIXES = frozenset(
     (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
 )
+ARITHMETIC = "arithmetic"  # a dataset that is generated (utils/preparation/arithmetic.py)
 KINDS_SHOWN = 6  # suffixes
 SETTLED_NS = 2_000_000_000  # a younger file may change once more without another mtime (FAT counts in 2 s)
 
@@ -102,14 +103,19 @@ class Source:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def find_source(dataset: str, corpora_dir: Path) -> Source:
+def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -> Source:
     """The source of a registered corpus, a UTF-8 file, or a folder of them (in path order).
+
+    Args:
+        prepared: names of prepared datasets, for the error.
 
     Raises:
         CorpusError: there is no such dataset, it cannot be accessed, or the folder has no text files.
     """
     if dataset in CORPORA:
         return CORPORA[dataset](corpora_dir)
+    if dataset == ARITHMETIC:
+        raise CorpusError(f"{ARITHMETIC} is not a text: its problems are made for training, by section {ARITHMETIC}")
     path = Path(dataset)
     try:
         path.stat()
@@ -117,8 +123,8 @@ def find_source(dataset: str, corpora_dir: Path) -> Source:
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
     except (OSError, ValueError):  # ValueError: a NUL
         raise CorpusError(
-            f"unknown dataset {dataset}: expected {', '.join(CORPORA)} or the path of a text file or folder"
-            f"{nearest(dataset, CORPORA)}"
+            f"unknown dataset {dataset}: expected {', '.join([*NAMES, *prepared])} or the path of a text file or "
+            f"folder{nearest(dataset, [*NAMES, *prepared])}"
         ) from None
     files, skipped = [path], []
     if os.path.isdir(path):
@@ -179,6 +185,7 @@ def _checked_shakespeare(data: bytes, place: str) -> bytes:
 
 
 CORPORA: dict[str, Callable[[Path], Source]] = {"pydocs": _pydocs, "shakespeare": _shakespeare}
+NAMES = (*CORPORA, ARITHMETIC)
 
 
 def kinds(files: Iterable[Path]) -> Counter[str]:

@@ -237,7 +237,7 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
         **dict.fromkeys(PER_SESSION),
         "runs_dir": run.path.parent.resolve(),
         "dataset": moved_path(run.settings.get("dataset", ""), root),
-        "corpora_dir": root / _corpora_dir(run, root),
+        **{key: root / _folder(key, run, root) for key in ("corpora_dir", "datasets_dir")},
         "callbacks": ",".join(run.settings.get("callbacks") or ()),  # named here, so that no --trust is needed again
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
@@ -253,11 +253,11 @@ def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
             yield from (flag_name(key), "none" if value is None else str(value))
 
 
-def _corpora_dir(run: IndexedRun, root: Path) -> str:
-    """Where the repetition keeps its encoded corpus; a run that was made elsewhere does not say where to write."""
+def _folder(key: str, run: IndexedRun, root: Path) -> str:
+    """Where the repetition writes or finds its corpus; a run that was made elsewhere does not say where to write."""
     if made_elsewhere(run.path, root):
-        return ConfigLoader(root).load().config.data.corpora_dir
-    return moved_path(run.settings.get("corpora_dir", "corpora"), root)
+        return str(getattr(ConfigLoader(root).load().config.data, key))
+    return moved_path(run.settings.get(key, ""), root)
 
 
 def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Path) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from utils.experiments.diff import environment_of
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.prune import PrunePlan
 from utils.files import size_of
+from utils.runs.evaluations import NUMBERS, newest_evaluations
 from utils.runs.index import (
     DAMAGED,
     FACTS,
@@ -52,10 +53,11 @@ STATUS_STYLES = {
 RESULTS = ("val_loss", "last_val_loss")
 LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", *RESULTS)  # then what differs, commit, note
 ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then settings that differ, then these:
-LESS_WANTED = ("steps", "commit", "note", "duration", "age")
+LESS_WANTED = ("evaluated", "steps", "commit", "note", "duration", "age")
 HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns whose name alone would say too little
 NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
-NOTE_WIDTH = 40
+LONG = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
+EVALUATIONS_SHOWN = 12  # of a run, on its screen
 
 
 def title(text: str) -> Text:
@@ -100,9 +102,11 @@ def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
     """The columns of a list by default: facts, settings that differ, commit, and the note if a run has one."""
     differing = [key for key in differing_settings(runs) if key not in FACTS]
     comparable = ["bits_per_byte"] if tokenizers_differ(runs) else []
+    evaluated = ["evaluated"] if any(run.evaluations for run in runs) else []
     return [
         *LIST_COLUMNS,
         *comparable,
+        *evaluated,
         *differing,
         "commit",
         *(["note"] if any(run.notes["note"] for run in runs) else []),
@@ -143,7 +147,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     for column in kept:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         justify: JustifyMethod = "right" if numbers else "left"
-        if column == "note":
+        if column in LONG:
             table.add_column(_header(column), justify=justify)
         else:  # its width is known: rich would measure each cell again
             table.add_column(_header(column), justify=justify, overflow="fold", width=widths[column] - 2)
@@ -177,7 +181,7 @@ def _header(column: str) -> str:
 def _width(column: str, cells: Sequence[Text]) -> int:
     """Characters that a column takes, with the space after it."""
     longest = max((cell.cell_len for cell in cells), default=0)
-    return 2 + max(len(_header(column)), min(longest, NOTE_WIDTH) if column == "note" else longest)
+    return 2 + max(len(_header(column)), min(longest, LONG.get(column, longest)))
 
 
 def _fitting(widths: Mapping[str, int], width: int) -> list[str]:
@@ -221,6 +225,10 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     """
     yield title(one_line(run.id))
     yield fact_lines([line for line in (*_results(run), *_provenance(run, children, models)) if line[1]])
+    if run.evaluations:
+        yield Group(
+            "", title("Evaluations"), evaluations_table(newest_evaluations(run.evaluations)[:EVALUATIONS_SHOWN])
+        )
     if settings := non_default_settings(run):
         sources = settings_with_sources(run)
         table = plain_table(show_header=False)
@@ -237,6 +245,29 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
             files.add_row(Text(one_line(str(ARTIFACTS / path.name))), size(file_size))
     files.add_row(LOGS.name, size(size_of(run.path / LOGS)))
     yield Group("", title("Files"), files)
+
+
+def evaluations_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each: what was evaluated, by which weights, and the result."""
+    results = [name for name in NUMBERS if any(evaluation.get(name) is not None for evaluation in evaluations)]
+    headers = ["step", *(name.replace("bits_per_byte", "bits/byte") for name in results), "date"]
+    smaller = any(evaluation.get("weights") != "float32" for evaluation in evaluations)
+    table = plain_table(left=["data", *(["weights"] if smaller else [])], right=headers)
+    for evaluation in evaluations:
+        step, weights = evaluation.get("step"), one_line(str(evaluation.get("weights") or ""))
+        table.add_row(
+            Text(one_line(evaluation["data"])),
+            *([Text(weights)] if smaller else []),
+            f"{step:,}" if isinstance(step, int) else "",
+            *(number_cell(name, evaluation.get(name)) for name in results),
+            Text(one_line(evaluation["time"][:10])),
+        )
+    return table
+
+
+def number_cell(name: str, value: float | None) -> str:
+    """A result of an evaluation; empty for None."""
+    return f"{value:.2%}" if name == "accuracy" and value is not None else loss_text(value)
 
 
 def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
@@ -256,6 +287,8 @@ def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
     yield "best val/loss", best + (f" at step {row['best_step']:,}" if best and row["best_step"] is not None else "")
     yield "bits per byte", loss_text(row["bits_per_byte"])
     yield "last val/loss", loss_text(row["last_val_loss"])
+    accuracy = run.summary().get("val/accuracy")
+    yield "last val/accuracy", "" if accuracy is None else f"{accuracy:.2%}"
     yield "parameters", column_text("parameters", row["parameters"])
 
 

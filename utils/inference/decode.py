@@ -176,12 +176,17 @@ def generate_tokens(
         yield int(step.tokens)
 
 
-def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def start_tokens(tokenizer: Tokenizer, prompt: str, begin: int | None = None) -> list[int]:
     """Token ids of a prompt; a prompt without tokens starts from a line break, or from token 0 where that has no token.
+
+    Args:
+        begin: what a text begins with, where the model was trained on whole documents.
 
     Raises:
         TokenizerError: part of the prompt has no token.
     """
+    if begin is not None:
+        return [begin, *tokenizer.encode(prompt)]
     if ids := tokenizer.encode(prompt):
         return ids
     try:

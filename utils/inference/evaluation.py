@@ -119,6 +119,18 @@ def estimate_loss(
     return {name: mean_loss(loss, watched(stream)) for name, stream in streams.items()}
 
 
+def loss_without_leaks(loss: BatchLoss, sampler: BatchSampler, eval_iters: int, micro_steps: int) -> float | None:
+    """`val/loss` of `estimate_loss` without the documents that nearly equal one of the training split.
+
+    None if the dataset knows of no such documents, or the batches have no others.
+    """
+    prepared = sampler.corpus.prepared
+    if prepared is None or not len(prepared.leaks):
+        return None
+    found = mean_loss(loss, sampler.evaluation_batches("val", eval_iters, micro_steps, leaks=False))
+    return None if math.isnan(found) else found
+
+
 def split_loss(model: LanguageModel, tokens: np.ndarray | Joined, batch_size: int = 64) -> float:
     """Mean loss over all tokens of a split except the first, in nats per token.
 

@@ -48,8 +48,12 @@ class Export:
     @property
     def document_token(self) -> int | None:
         """`LanguageModel.document_token` in training, for evaluations of rows of documents; not set in `model`."""
-        packing = self.training.get("packing", "random")
-        return self.tokenizer.end_of_text if packing != "random" else None
+        return document_token(self.tokenizer, self.training)
+
+
+def document_token(tokenizer: Tokenizer, training: Mapping[str, Any]) -> int | None:
+    """What each text began with in training on whole documents; None: it was another kind of training."""
+    return tokenizer.end_of_text if training.get("packing", "random") != "random" else None
 
 
 def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, training: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.files import expand_home
 from utils.inference.decode import Block, Window, generate_blocks, start_tokens
-from utils.inference.export import load_export
+from utils.inference.export import document_token, load_export
 from utils.inference.quantization import WeightsChoice, choose_weights, with_weights
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scoring import Score, score
@@ -285,7 +285,7 @@ class Generator:
         Raises:
             TokenizerError: part of the text has no token.
         """
-        return score(self._exact(), self.tokenizer, text)
+        return score(self._exact(), self.tokenizer, text, document_token(self.tokenizer, self.training))
 
     def _sequences(self, prompts: Sequence[str], request: Request, first: int) -> list[_Sequence]:
         return [
@@ -295,7 +295,8 @@ class Generator:
 
     def _blocks(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[Block]:
         """The new tokens of the sequences."""
-        prompts = [start_tokens(self.tokenizer, sequence.prompt) for sequence in sequences]
+        begin = document_token(self.tokenizer, self.training)
+        prompts = [start_tokens(self.tokenizer, sequence.prompt, begin) for sequence in sequences]
         seeds = [sequence.seed for sequence in sequences]
         count, options = request.max_new_tokens, request.options
         if self._speculators is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Group, RenderableType
@@ -17,9 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.errors import UserError
+from utils.packing.joined import Joined
 from utils.terminal.words import duration, fact_lines
 
-TOKENS_AT_ONCE = 2048  # in one pass through the model: with GPT-2's vocabulary their logits take 0.4 GB
+TOKENS_AT_ONCE = 2048  # in one pass through the model
+TOKENS_AT_ONCE_GPU = 1 << 16
+LOGITS_AT_ONCE = 1 << 27  # 2,670 tokens with GPT-2's vocabulary
 NOT_COUNTED = -1  # a target without a loss
 
 
@@ -56,43 +60,99 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-@torch.no_grad()
-def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
-    """The loss over a text, in windows of block_size tokens that advance by half; each token counts once.
-
-    In the first window every token counts, in each later one those of the newer half (the smaller one, if block_size is
-    odd). So each of these attends to at least the older half and at most block_size tokens.
+def score(model: LanguageModel, tokenizer: Tokenizer, text: str, begin: int | None = None) -> Score:
+    """The loss over a text, each token once, in the windows of `token_losses`.
 
     Args:
         model: in eval mode.
+        begin: what each text began with in training, if anything.
 
     Raises:
         TokenizerError: part of the text has no token.
         UserError: fewer than two tokens.
     """
-    ids = tokenizer.encode(text)
+    return score_tokens(model, *text_tokens(tokenizer, text, begin))
+
+
+def score_tokens(
+    model: LanguageModel,
+    ids: np.ndarray | Joined,
+    n_bytes: int,
+    stride: int | None = None,
+    watch: Callable[[int, np.ndarray], None] = lambda first, losses: None,
+) -> Score:
+    """The loss over token ids (n,), of any integer type; they may be memory-mapped.
+
+    Args:
+        model: in eval mode.
+        n_bytes: of the text that all but the first token stand for.
+        stride: as for `token_losses`.
+        watch: called after each pass with the place of its first token and the losses of its tokens.
+
+    Raises:
+        UserError: fewer than two tokens.
+    """
     if len(ids) < 2:
         raise UserError(f"a text of {len(ids)} tokens has nothing to predict: expected at least 2")
+    began, total, place = time.perf_counter(), 0.0, 1
+    for losses in token_losses(model, ids, stride):
+        total += float(losses.sum())
+        watch(place, losses)
+        place += len(losses)
+    return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
+
+
+def token_losses(model: LanguageModel, ids: np.ndarray | Joined, stride: int | None = None) -> Iterator[np.ndarray]:
+    """The loss of each token but the first, in order: nats, float64, in parts (n,) on the host.
+
+    Windows of block_size tokens advance by `stride`. In the first window every token counts, in each later one those
+    of the last `stride`. So each of these attends to at least the other block_size - stride tokens of its window.
+
+    Args:
+        model: in eval mode.
+        ids: (n,), at least two.
+        stride: 1 to block_size; None: half of block_size. Smaller: more context for each token, in more passes.
+    """
     assert not model.training
-    began = time.perf_counter()
     device, T = next(model.parameters()).device, model.config.block_size
-    tokens = torch.tensor(ids, device=device)
-    stride = max(T // 2, 1)
+    stride = stride or max(T // 2, 1)
     older = T - stride  # tokens of a window that the previous one has counted
-    windows = [tokens[start : start + T + 1] for start in range(0, max(len(ids) - 1 - older, 1), stride)]
-    at_once = max(TOKENS_AT_ONCE // T, 1)
-    total = 0.0
-    for first in range(0, len(windows), at_once):
-        part = windows[first : first + at_once]
+    starts = range(0, max(len(ids) - 1 - older, 1), stride)
+    at_once = max(tokens_at_once(device, model.vocab_size) // T, 1)
+    for first in range(0, len(starts), at_once):
+        begin, end = starts[first], starts[min(first + at_once, len(starts)) - 1] + T + 1
+        tokens = torch.from_numpy(np.array(ids[begin:end], dtype=np.int64)).to(device)
+        part = [tokens[start - begin : start - begin + T + 1] for start in starts[first : first + at_once]]
         inputs = pad_sequence([window[:-1] for window in part], batch_first=True)  # (W, T)
         targets = pad_sequence([window[1:] for window in part], batch_first=True, padding_value=NOT_COUNTED)  # (W, T)
         targets[int(first == 0) :, :older] = NOT_COUNTED
         counted = targets != NOT_COUNTED
-        logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
-        losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
-        total += float(losses.cpu().double().sum())
-    n_bytes = len(text.encode()) - _first_bytes(tokenizer, ids[0], text)  # the first token is not predicted
-    return Score(total / (len(ids) - 1), len(ids) - 1, n_bytes, time.perf_counter() - began)
+        with torch.no_grad():
+            logits = model.head_logits(model.hidden(inputs)[counted])  # (n, V)
+            losses = F.cross_entropy(logits.float(), targets[counted], reduction="none")
+        yield losses.cpu().double().numpy()
+
+
+def tokens_at_once(device: torch.device, vocab_size: int) -> int:
+    """Tokens of one pass: as many as keep a processor busy, with logits that take 0.5 GB at most."""
+    most = TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_GPU
+    return min(most, LOGITS_AT_ONCE // vocab_size)
+
+
+def text_tokens(tokenizer: Tokenizer, text: str, begin: int | None = None) -> tuple[np.ndarray, int]:
+    """Token ids (n,) of a text, in a narrow type, and the bytes of what is predicted: all tokens but the first.
+
+    Args:
+        begin: a token before the text; None: its own first token is not predicted.
+
+    Raises:
+        TokenizerError: part of the text has no token.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    before = np.array([] if begin is None else [begin], dtype)
+    ids = np.concatenate([before, *(part.astype(dtype) for part in tokenizer.encode_parts(text))])
+    of_first = _first_bytes(tokenizer, int(ids[0]), text) if begin is None and len(ids) else 0
+    return ids, len(text.encode()) - of_first
 
 
 def _first_bytes(tokenizer: Tokenizer, token: int, text: str) -> int:

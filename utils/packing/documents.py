@@ -70,6 +70,9 @@ class Marked:
         self.starts, lengths = documents.bounds(chosen)
         self.ends = self.starts + lengths
 
+    def __len__(self) -> int:
+        return len(self.starts)
+
     def have(self, places: np.ndarray) -> np.ndarray:
         """Whether the token at each place is in one of them, bool."""
         if not len(self.starts):

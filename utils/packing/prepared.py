@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +17,12 @@ from utils.corpora.datasets import Dataset, DatasetError, read_dataset
 from utils.packing.documents import Documents, Marked
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
-from utils.packing.rows import Packed, Rows, Single
+from utils.packing.rows import IGNORED, Layout, Packed, Rows, Single
+from utils.terminal.words import counted
 
+LOOKED_AT = 256  # rows in which loss_after is looked for
 AT_ONCE = 1 << 24  # ids of a shard that are looked at together
+MANY_LEAKS = 0.01  # of the documents of validation
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,16 @@ class Prepared:
 
     packing: of the setting.
     plans: folder of the plans of packing.
+    loss_after: tokens of the text in a document after which its targets begin; empty: all count.
     """
 
     dataset: Dataset
     tokenizer: Tokenizer
     packing: str
     plans: Path
-    _made: dict[Path, Plan] = field(default_factory=dict)  # and not written yet
+    loss_after: tuple[int, ...] = ()
+    _rows: dict[tuple[str, int], Rows] = field(default_factory=dict)
+    _made: dict[Path, Plan] = field(default_factory=dict)  # plans that are not written yet
 
     @functools.cached_property
     def documents(self) -> Mapping[str, Documents]:
@@ -55,21 +61,54 @@ class Prepared:
         """The rows of `train` or `val`; None: packing is random."""
         if self.packing == "random":
             return None
+        if (split, block_size) not in self._rows:
+            documents, layout = self.documents[split], self._layout(split, block_size)
+            rows = Rows(documents, layout, block_size, self.dataset.end_of_text, self.loss_after)
+            self._rows[split, block_size] = rows
+        return self._rows[split, block_size]
+
+    def _layout(self, split: str, block_size: int) -> Layout:
         documents = self.documents[split]
         if self.packing == "none":
-            return Rows(documents, Single(documents, block_size), block_size, self.dataset.end_of_text)
+            return Single(documents, block_size)
         path = self.plans / f"{self.dataset.hash[:16]}-{split}-{block_size}-v{VERSION}.plan"
-        if path not in self._made:
-            self._made[path] = load_plan(path) or best_fit(documents.lengths(), block_size)
-        return Rows(documents, Packed(self._made[path], block_size), block_size, self.dataset.end_of_text)
+        plan = load_plan(path)
+        if plan is None:
+            plan = self._made[path] = best_fit(documents.lengths(), block_size)
+        return Packed(plan, block_size)
 
     def save_plans(self) -> Joined:
         """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
         with contextlib.suppress(OSError):
             for path, plan in self._made.items():
-                if not path.exists():
-                    plan.save(path)
+                plan.save(path)
         return self.tokens
+
+    def note(self) -> str:
+        """What a person should know of the dataset before training on it."""
+        train, val = (self.dataset.splits[name].documents for name in ("train", "val"))
+        return (
+            f"{self.dataset.folder}: prepared with tokenizer {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} "
+            f"tokens; {counted(train, 'document')} for training and {val:,} for validation"
+        )
+
+    def leaks_note(self) -> str | None:
+        """What is wrong with the loss of validation, if there are more than a few leaks."""
+        leaks, documents = len(self.leaks), self.dataset.splits["val"].documents
+        if leaks <= MANY_LEAKS * documents:
+            return None
+        return (
+            f"{self.dataset.folder}: {leaks:,} of {documents:,} validation documents ({leaks / documents:.1%}) nearly "
+            "equal a training document: val/loss says too little about other texts; the last evaluation is also "
+            "made without them"
+        )
+
+    def packing_facts(self, block_size: int) -> Mapping[str, float]:
+        """Of the rows of training: how many there are, the share of cut or cropped tokens, and that of padding."""
+        rows = self.rows("train", block_size)
+        if rows is None:
+            return {}
+        return {"rows": len(rows), "cut_tokens": round(rows.layout.cut, 6), "padding": round(rows.padding, 6)}
 
     def bytes_per_token(self) -> float:
         """Mean over the training tokens."""
@@ -78,13 +117,20 @@ class Prepared:
 
 
 def open_prepared(
-    folder: Path, config: DataConfig, block_size: int, plans: Path, tokenizer: Tokenizer | None
+    folder: Path,
+    config: DataConfig,
+    block_size: int,
+    plans: Path,
+    tokenizer: Tokenizer | None,
+    warn: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Prepared:
     """The dataset in `folder`; shards that were written to since they were last compared are compared again.
 
     Args:
         plans: folder of the plans of packing.
         tokenizer: of the model that is trained further; None: a new one.
+        warn, report: print one line to the user.
 
     Raises:
         UserError: it is no dataset, a shard was edited, it was made with another tokenizer than is asked for, or a
@@ -104,7 +150,8 @@ def open_prepared(
     if not fits:
         raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
     dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
-    prepared = Prepared(dataset, own, config.packing, plans)
+    loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
+    prepared = Prepared(dataset, own, config.packing, plans, loss_after)
     for split, name in (("train", "training"), ("val", "validation")):
         length, needed = len(prepared.documents[split].tokens), block_size + 1
         if config.packing == "random" and length < needed:
@@ -114,7 +161,21 @@ def open_prepared(
             )
         if (rows := prepared.rows(split, block_size)) is not None and not len(rows):
             raise DatasetError(f"{folder}: its {name} split has no documents")
+        if rows is not None and loss_after and not _has_targets(rows):
+            raise DatasetError(
+                f"{folder}: loss_after {config.loss_after!r} is in none of the first rows of its {name} split, so that "
+                f"nothing would be learned: expected a text of its documents, within block_size {block_size}"
+            )
+    report(prepared.note())
+    if (note := prepared.leaks_note()) is not None:
+        warn(note)
     return prepared
+
+
+def _has_targets(rows: Rows) -> bool:
+    """Whether a target counts in the first rows."""
+    _, targets = rows.batch(rows.places(np.arange(min(len(rows), LOOKED_AT))))
+    return bool((targets != IGNORED).any())
 
 
 def _check_file(dataset: Dataset, vocab_size: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,12 +115,14 @@ class Rows:
     """The rows of a split, as batches.
 
     end_of_text: the token that each document begins with, and that pads a row.
+    loss_after: tokens after which the targets of a document begin; empty: all count.
     """
 
     documents: Documents
     layout: Layout
     block_size: int
     end_of_text: int
+    loss_after: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -141,7 +144,8 @@ class Rows:
     def batch(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of rows by their `places`, (B, T) int64 each: IGNORED is the target of padding.
 
-        The last token of a document predicts the end-of-text token.
+        The last token of a document predicts the end-of-text token. With `loss_after`, what precedes the end of that
+        text in its document and row is IGNORED, too.
         """
         tokens = self.documents.tokens
         is_padding = places == PADDING
@@ -152,7 +156,25 @@ class Rows:
         targets = tokens.take(np.where(is_last, 0, following)).astype(np.int64)
         targets[is_last] = self.end_of_text
         targets[is_padding] = IGNORED
+        if self.loss_after:
+            targets[~follows(inputs, self.loss_after, self.end_of_text)] = IGNORED
         return inputs, targets
+
+
+def follows(rows: np.ndarray, text: Sequence[int], start: int) -> np.ndarray:
+    """Whether `text` ends in a row at or before each token, in the same document; bool, as `rows` (B, T).
+
+    Args:
+        start: the token that documents begin with, which `text` does not have.
+    """
+    columns = np.arange(rows.shape[1])
+    ends = np.ones(rows.shape, dtype=bool)
+    for back, token in enumerate(reversed(text)):
+        ends[:, back:] &= rows[:, : len(columns) - back] == token
+        ends[:, :back] = False
+    starts = np.maximum.accumulate(np.where(rows == start, columns, 0), axis=1)
+    last_ends = np.maximum.accumulate(np.where(ends, columns, -1), axis=1)
+    return last_ends >= starts
 
 
 def ramps(lengths: np.ndarray) -> np.ndarray:

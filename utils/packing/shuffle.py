@@ -7,56 +7,68 @@ import functools
 import numpy as np
 
 ROUNDS = 6
+BLOCK = 4096  # places that are permuted together
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 _MIXER = np.uint64(0xBF58476D1CE4E5B9)  # of splitmix64 [Steele et al. 2014]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def epoch_words(seed: int, stream: int, epoch: int, count: int) -> np.ndarray:
     """(count,) raw words of Philox4x64-10 for a pass of a stream, uint64: numpy guarantees that they never change."""
     return np.random.Philox(key=[seed, stream], counter=[0, 0, 0, epoch]).random_raw(count)
 
 
-class Shuffle:
-    """A permutation of 0 .. n - 1: a Feistel network [Luby and Rackoff 1988] on the next power of two.
+def permuted(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """What stands at `places` (uint64, each below n) in a random order of 0 .. n - 1, int64.
 
-    A number that it takes beyond n - 1 goes through it again until it is below [Black and Rogaway 2002].
+    A Feistel network [Luby and Rackoff 1988] permutes the numbers below the next power of two; one that it takes beyond
+    n - 1 goes through it again until it is below [Black and Rogaway 2002].
 
     Args:
-        n: at least 1.
         keys: (ROUNDS,) random words, uint64.
     """
+    found = _network(places, n, keys)
+    while (beyond := found >= n).any():
+        found[beyond] = _network(found[beyond], n, keys)
+    return found.astype(np.int64)
 
-    def __init__(self, n: int, keys: np.ndarray) -> None:
-        bits = max((n - 1).bit_length(), 2)
-        self.n, self._keys = n, keys
-        self._low = np.uint64(bits // 2)  # bits of the lower half
-        self._masks = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << bits // 2) - 1)
+
+def _network(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    bits = max((n - 1).bit_length(), 2)
+    low = np.uint64(bits // 2)
+    masks = [np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << bits // 2) - 1)]
+    halves = [numbers >> low, numbers & masks[1]]
+    for number, key in enumerate(keys):
+        mixed = (halves[1 - number % 2] + key) * _ODD
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIXER
+        halves[number % 2] = halves[number % 2] ^ ((mixed ^ (mixed >> np.uint64(32))) & masks[number % 2])
+    return (halves[0] << low) | halves[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _block(seed: int, stream: int, epoch: int, n: int, block: int) -> np.ndarray:
+    """The places block * BLOCK .. of the order of a pass: many at once take hardly longer than a few."""
+    places = np.arange(block * BLOCK, min((block + 1) * BLOCK, n), dtype=np.uint64)
+    return permuted(places, n, epoch_words(seed, stream, epoch, ROUNDS + 1)[1:])
+
+
+class Order:
+    """The random order of n samples in a pass of a stream.
+
+    word: a further random word of this pass.
+    """
+
+    def __init__(self, seed: int, stream: int, epoch: int, n: int) -> None:
+        self._key, self.n = (seed, stream, epoch, n), n
+        self.word = int(epoch_words(seed, stream, epoch, ROUNDS + 1)[0])
 
     def __getitem__(self, chosen: slice) -> np.ndarray:
-        """What stands at these places of the permuted order, int64."""
-        return self.take(np.arange(*chosen.indices(self.n), dtype=np.uint64))
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """What stands at `places` (uint64), int64."""
-        found = self._once(places)
-        while (beyond := found >= self.n).any():
-            found[beyond] = self._once(found[beyond])
-        return found.astype(np.int64)
-
-    def _once(self, numbers: np.ndarray) -> np.ndarray:
-        halves = [numbers >> self._low, numbers & self._masks[1]]
-        for number, key in enumerate(self._keys):
-            mixed = (halves[1 - number % 2] + key) * _ODD
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIXER
-            halves[number % 2] = halves[number % 2] ^ ((mixed ^ (mixed >> np.uint64(32))) & self._masks[number % 2])
-        return (halves[0] << self._low) | halves[1]
-
-
-def shuffled(seed: int, stream: int, epoch: int, n: int) -> tuple[int, Shuffle]:
-    """A further random word, and the order of n samples in a pass of a stream."""
-    words = epoch_words(seed, stream, epoch, ROUNDS + 1)
-    return int(words[0]), Shuffle(n, words[1:])
+        """What stands at these places of the order, int64."""
+        start, stop, _ = chosen.indices(self.n)
+        blocks = range(start // BLOCK, max(stop - 1, start) // BLOCK + 1)
+        parts = [_block(*self._key, block) for block in blocks]
+        parts = parts if len(parts) == 1 else [np.concatenate(parts)]
+        return parts[0][start - blocks[0] * BLOCK : stop - blocks[0] * BLOCK]
 
 
 def in_random_order(seed: int, stream: int, first: int, count: int, n: int) -> np.ndarray:
@@ -64,5 +76,5 @@ def in_random_order(seed: int, stream: int, first: int, count: int, n: int) -> n
     parts = []
     for epoch in range(first // n, (first + count - 1) // n + 1):
         begin = epoch * n
-        parts.append(shuffled(seed, stream, epoch, n)[1][max(first - begin, 0) : first + count - begin])
+        parts.append(Order(seed, stream, epoch, n)[max(first - begin, 0) : first + count - begin])
     return np.concatenate(parts)

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from utils.packing.joined import Joined
-from utils.packing.shuffle import Shuffle, shuffled
+from utils.packing.shuffle import Order
 
 # Streams of random numbers: one for each use, so that they are independent.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}
@@ -46,10 +46,10 @@ def sample_offsets(
     n_phases = n_tokens - n_windows * block_size
     parts = []
     for epoch in range(first // n_windows, (first + count - 1) // n_windows + 1):
-        order: np.ndarray | Shuffle
+        order: np.ndarray | Order
         if lazily:
-            word, order = shuffled(seed, STREAMS[stream], epoch, n_windows)
-            phase = word % n_phases
+            order = Order(seed, STREAMS[stream], epoch, n_windows)
+            phase = order.word % n_phases
         else:
             phase, order = _epoch_order(seed, stream, epoch, n_windows, n_phases)
         begin = epoch * n_windows  # the number of the epoch's first sample

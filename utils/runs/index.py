@@ -19,6 +19,7 @@ from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
 from utils.files import open_regular, read_bytes, read_json
+from utils.runs.evaluations import evaluations_text, read_evaluations
 from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD, SEAL
 from utils.runs.lock import is_held
 from utils.runs.log import last_record, read_lines
@@ -44,6 +45,7 @@ FACTS = {  # column -> type in SQL; the settings are further columns
     "best_step": "BIGINT",
     "last_val_loss": "DOUBLE",
     "train_loss": "DOUBLE",
+    "evaluated": "VARCHAR",
     "parameters": "BIGINT",
     "commit": "VARCHAR",
     "dirty": "BOOLEAN",
@@ -59,7 +61,8 @@ FACTS = {  # column -> type in SQL; the settings are further columns
     "processor": "VARCHAR",
     "path": "VARCHAR",
 }
-LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte")  # of an evaluation
+# Of an evaluation.
+LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte", "val/accuracy")
 LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
 
 
@@ -80,6 +83,7 @@ class IndexedRun:
     settings: meta/full_config.json by leaf name.
     notes: notes.json.
     notes_are_lost: notes.json is damaged, so it is unknown whether the run was pinned.
+    evaluations: what evaluate.py has found, oldest first.
     """
 
     path: Path
@@ -89,6 +93,7 @@ class IndexedRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=lambda: NO_NOTES)
     notes_are_lost: bool = False
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
     @property
     def id(self) -> str:
@@ -116,6 +121,7 @@ class IndexedRun:
             "last_val_loss": summary.get("val/loss"),
             "train_loss": summary.get("train/eval_loss"),
             "steps": summary.get("steps"),
+            "evaluated": evaluations_text(self.evaluations) or None,
             "best_step": record.get("best_step"),
             "commit": git.get("commit"),
             "dirty": git.get("dirty"),
@@ -203,11 +209,13 @@ def read_run(path: Path) -> IndexedRun:
         notes_are_lost = True
         reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
         problems.append(f"notes.json cannot be read: {reason}")
+    evaluations, problem = read_evaluations(path)
+    problems += [problem] if problem else []
     if status != "running" and (problem := _log_problem(path / METRICS_LOG)):
         problems.append(problem)
     if is_unfinished(path, record, status):
         problems.append(f"it was killed while it closed: python experiments.py finish {path.name}")
-    return IndexedRun(path, status, "; ".join(problems) or None, record, settings, notes, notes_are_lost)
+    return IndexedRun(path, status, "; ".join(problems) or None, record, settings, notes, notes_are_lost, evaluations)
 
 
 def is_unfinished(path: Path, record: Mapping[str, Any], status: str) -> bool:

@@ -51,6 +51,8 @@ CHECKPOINTS = ARTIFACTS / "checkpoints"
 EXPORT = ARTIFACTS / "export"  # the weights for inference, with configuration and tokenizer
 PROFILE = ARTIFACTS / "profile"
 CURVES = ARTIFACTS / "curves.png"
+EVALUATIONS = ARTIFACTS / "evaluations.jsonl"  # what evaluate.py found; only appended to
+ARITHMETIC_PICTURE = ARTIFACTS / "arithmetic.png"  # which digits are taken for which
 FLIGHT_RECORDER = ARTIFACTS / "flight_recorder.json"  # the last steps before a loss that was not finite
 SEAL = ARTIFACTS / "seal.json"  # checksums of meta/, logs/ and the export; the last file of a run
 

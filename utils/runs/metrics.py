@@ -80,6 +80,8 @@ for _metric in (
     Metric("train/bits_per_byte", "bits/byte", "lower", views=()),  # train/loss in another unit
     Metric("train/eval_bits_per_byte", "bits/byte", "lower"),
     Metric("val/bits_per_byte", "bits/byte", "lower"),
+    Metric("val/loss_without_leaks", "nats", "lower"),  # of the last evaluation
+    Metric("val/accuracy", "1", "higher"),  # share of answers that are right to their ends
     Metric("tokens", "tokens", views=()),
     Metric("tokens_per_second", "tokens/s", "higher", reproducible=False),
     Metric("step_ms", "ms", "lower", views=("tensorboard",), reproducible=False),  # 1 / tokens_per_second

@@ -198,6 +198,8 @@ class TrainingProgress:
         if losses:
             bits = bits_text(losses["val/loss"], losses.get("val/bits_per_byte"))
             parts.append(f"train {loss_text(losses['train/eval_loss'])}  val {loss_text(losses['val/loss'])}{bits}")
+            if (accuracy := losses.get("val/accuracy")) is not None:
+                parts.append(f"accuracy {accuracy:.1%}")
         elif self.fields["evaluating"]:
             parts.append(self.fields["evaluating"])
         elif self.fields["loss"] is not None:
@@ -289,21 +291,22 @@ class PreparationProgress:
 
 
 class CompletionProgress:
-    """How many prompts of a file are completed, on stderr.
+    """How many prompts of a file are completed, or how much of a text is scored, on stderr.
 
     Args:
         total: the number of prompts.
         quiet: show nothing, because the completions themselves are shown.
+        noun: what is counted.
     """
 
-    def __init__(self, total: int, quiet: bool = False) -> None:
+    def __init__(self, total: int, quiet: bool = False, noun: str = "prompt") -> None:
         console = PrintableConsole(stderr=True, highlight=False)
-        self._total, self._done, self._tokens = total, 0, 0
+        self._total, self._done, self._tokens, self._noun = total, 0, 0, noun
         self._began = time.monotonic()
         self._next_line = float("inf") if console.is_terminal or quiet else self._began + PLAIN_LINE_SECONDS
         self._progress = Progress(
             BarColumn(bar_width=24),
-            TextColumn("prompt {task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn(f"{noun} {{task.completed:,.0f}}/{{task.total:,.0f}}"),
             _Field("{tokens_per_second:,.0f} tok/s", "magenta"),
             TimeRemainingColumn(),
             console=console,
@@ -311,7 +314,7 @@ class CompletionProgress:
             redirect_stdout=False,  # stdout may be a file
             disable=quiet or not console.is_terminal,
         )
-        self._task = self._progress.add_task("prompts", total=total, tokens_per_second=None)
+        self._task = self._progress.add_task(noun, total=total, tokens_per_second=None)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -320,13 +323,13 @@ class CompletionProgress:
     def __exit__(self, *_exception: object) -> None:
         self._progress.stop()
 
-    def advance(self, tokens: int) -> None:
-        """One more prompt is completed, with this many new tokens."""
-        self._done, self._tokens = self._done + 1, self._tokens + tokens
+    def advance(self, tokens: int, done: int = 1) -> None:
+        """One more prompt is completed, with this many new tokens; or `done` more of what is counted."""
+        self._done, self._tokens = self._done + done, self._tokens + tokens
         now = time.monotonic()
         rate = self._tokens / max(now - self._began, 1e-9)
         self._progress.update(self._task, completed=self._done, tokens_per_second=rate)
         if now >= self._next_line:
             self._next_line = now + PLAIN_LINE_SECONDS
             left = duration((now - self._began) / self._done * (self._total - self._done))
-            print(f"prompt {self._done:,}/{self._total:,}  {rate:,.0f} tok/s  {left} left", file=sys.stderr)
+            print(f"{self._noun} {self._done:,}/{self._total:,}  {rate:,.0f} tok/s  {left} left", file=sys.stderr)

@@ -7,7 +7,14 @@ import math
 from collections.abc import Callable
 
 from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
-from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating
+from utils.inference.evaluation import (
+    BatchLoss,
+    EvaluationStoppedError,
+    estimate_loss,
+    evaluating,
+    loss_without_leaks,
+)
+from utils.inference.exact_match import exact_match
 from utils.inference.static import StaticDecoders, is_static
 from utils.machine.device import autocast
 from utils.nn.lean import is_patched
@@ -18,7 +25,7 @@ from utils.training.step_buffer import NonFiniteError
 
 
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
-    """Losses of both splits and a sample text, to the log and the terminal; keeps the best.
+    """Losses of both splits, the accuracy of answers and a sample text, to the log and the terminal; keeps the best.
 
     Where `must_stop` says so between two batches, there are none: a resume makes this evaluation.
     """
@@ -38,6 +45,9 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
         losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, micro_steps, watch)
     except EvaluationStoppedError:
         return
+    if state.questions:
+        with evaluating(state.model):
+            losses["val/accuracy"] = exact_match(state.model, state.questions)
     monitor.losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):
@@ -46,6 +56,11 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     if losses["val/loss"] < state.best_val_loss:
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
     state.early_stopping.update(losses["val/loss"])
+    if state.finished:
+        without = loss_without_leaks(state.evaluation, state.sampler, settings.eval_iters, micro_steps)
+        if without is not None:
+            state.losses = {**losses, "val/loss_without_leaks": without}
+            monitor.log(state.step, {"val/loss_without_leaks": without})
     if state.config.tracking.sample_tokens:
         monitor.sample(sample_text(state))
     monitor.progress.evaluation(state.step, {**losses, **state.bits_per_byte(losses)})
@@ -58,9 +73,7 @@ def sample_text(state: TrainState) -> str:
     It begins as a document does, where the model is trained on whole documents.
     """
     tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
-    prompt = start_tokens(tokenizer, tracking.sample_prompt)
-    if (begin := state.model.document_token) is not None:
-        prompt = [begin, *tokenizer.encode(tracking.sample_prompt)]
+    prompt = start_tokens(tokenizer, tracking.sample_prompt, state.model.document_token)
     options, seed = SamplingOptions(), state.config.train.seed
     with evaluating(state.model):
         if state.decoders is not None:

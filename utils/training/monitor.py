@@ -47,7 +47,7 @@ class Monitor:
             state.tokens_per_step,
             tolerance=settings.skip_nonfinite if state.scaler.is_enabled() else 0,
             nonfinite_in_a_row=state.nonfinite_in_a_row,
-            bytes_per_token=state.corpus.bytes_per_token,
+            bytes_per_token=state.bytes_per_token["train/loss"],
         )
         groups = [group["name"] for group in state.optimizer.param_groups]
         draws = bool(state.config.model.dropout)

@@ -26,6 +26,10 @@ FILES_SHOWN = 5
 
 # Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
+    **{
+        key: (lambda s: s.corpus.prepared is not None, "the prepared dataset has its own")
+        for key in ("val_fraction", "bpe_vocab_size", "special_tokens", "unknown_token")
+    },
     "rope_theta": (lambda s: s.config.model.position != "rope", "position is learned"),
     "min_lr": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
     "lr_decay_iters": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),

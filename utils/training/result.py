@@ -47,6 +47,7 @@ class TrainResult(Mapping[str, Any]):
     exported: str | None = None  # which weights
     signum: int | None = None
     val_bits_per_byte: float | None = None  # val_loss per byte of the text instead of per token
+    val_loss_without_leaks: float | None = None  # without documents that nearly equal one of the training split
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
@@ -91,6 +92,8 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
                 f"{bits_text(result.val_loss, result.val_bits_per_byte)} at step {result.losses_step:,}",
             )
         )
+        if result.val_loss_without_leaks is not None:
+            rows.append(("without leaks", f"val {result.val_loss_without_leaks:.4f}"))
         rows.append(("best val loss", f"{result.best_val_loss:.4f} at step {result.best_step:,}"))
     rows += [
         ("steps", f"{result.steps:,} of {setup.max_iters:,} in {duration(result.seconds)}"),

@@ -275,6 +275,7 @@ class Session:
             val_loss=outcome.losses.get("val/loss"),
             losses_step=outcome.losses_step,
             val_bits_per_byte=outcome.losses.get("val/bits_per_byte"),
+            val_loss_without_leaks=outcome.losses.get("val/loss_without_leaks"),
             best_val_loss=outcome.losses.get("best_val_loss"),
             best_step=outcome.best_step,
             seconds=time.monotonic() - self._began,

@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
-from utils.corpora.sources import CORPORA, CorpusError
+from utils.corpora.datasets import find_dataset, is_dataset
+from utils.corpora.sources import ARITHMETIC, NAMES, CorpusError
 from utils.errors import UserError, shown
 from utils.inference.decode import start_tokens
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
+from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
@@ -93,22 +95,26 @@ def make_setup(
     loaded = with_absolute_paths(loaded, root)
     config = loaded.config
     check_places(loaded, root)
-    checkpoint, tokenizer = None, None
+    checkpoint, tokenizer, datasets_dir = None, None, root / config.data.datasets_dir
     resumes = origin is not None and origin.relation == "resume"
     if origin is not None and resumes:
         config = pin(config, pinned_settings(config, read_record(origin.run)))
         tokenizer = load_tokenizer(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
-        checkpoint, tokenizer = read_parent(origin, config, warn)
+        checkpoint, tokenizer = read_parent(origin, config, datasets_dir, warn)
     device = choose_device(config.train.device)  # first what takes no time: reading a corpus may
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.fp8:
         check_fp8(device, dtype)
     callbacks = load_callbacks(config.train.callbacks, root / config.tracking.runs_dir, root)
-    folder, datasets_dir = root / config.data.corpora_dir, root / config.data.datasets_dir
+    folder = root / config.data.corpora_dir
     try:
         block_size = config.model.block_size
-        corpus = load_corpus(config.data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
+        data = with_problems(config, folder)
+        if config.data.dataset == ARITHMETIC:
+            check_block_size(data, block_size)
+        corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
+        corpus = replace(corpus, name=config.data.dataset)
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
             raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
@@ -199,8 +205,10 @@ def decisive_settings(setup: Setup) -> dict[str, Any]:
     }
 
 
-def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> tuple[Checkpoint, Tokenizer]:
-    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer.
+def read_parent(
+    origin: Origin, config: Config, datasets_dir: Path, warn: Callable[[str], None]
+) -> tuple[Checkpoint, Tokenizer]:
+    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer. (A prepared dataset has its own.)
 
     Raises:
         UserError: there is none, it is damaged, or it is of another model.
@@ -211,7 +219,8 @@ def read_parent(origin: Origin, config: Config, warn: Callable[[str], None]) -> 
         checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
     check_model(config.model, checkpoint.state["model"], origin.run.name)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
-    check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
+    if config.data.dataset in NAMES or find_dataset(config.data.dataset, datasets_dir) is None:
+        check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
     return checkpoint, tokenizer
 
 
@@ -241,7 +250,7 @@ def with_absolute_paths(loaded: LoadedConfig, root: Path) -> LoadedConfig:
 
     kind, colon, file = data.tokenizer.partition(":")
     paths = {"tokenizer": kind + colon + absolute("tokenizer", file)} if colon else {}
-    if data.dataset not in CORPORA:
+    if data.dataset not in NAMES and not is_dataset(root / data.datasets_dir / data.dataset):
         paths["dataset"] = absolute("dataset", data.dataset)
     config = loaded.config.model_copy(update={"data": data.model_copy(update=paths)})
     return LoadedConfig(config, loaded.layers)

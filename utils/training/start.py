@@ -192,7 +192,7 @@ def changed_facts(run: Path, record: Mapping[str, Any], setup: Setup, git: GitFa
 def read_git(setup: Setup) -> GitFacts:
     """The state of the code, without the folders of runs, corpora and trackers."""
     tracking, data = setup.config.tracking, setup.config.data
-    kept = [setup.runs_dir, setup.root / data.corpora_dir, Path(data.dataset)]
+    kept = [setup.runs_dir, setup.root / data.corpora_dir, setup.root / data.datasets_dir, Path(data.dataset)]
     if not tracking.aim_repo.startswith("aim://"):
         kept.append(setup.root / tracking.aim_repo / ".aim")
     callbacks = {type(callback).__module__: None for callback in setup.callbacks.values()}
@@ -239,6 +239,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
             "vocab_size": corpus.tokenizer.vocab_size,
             "train_tokens": corpus.n_train,
             "val_tokens": corpus.n_val,
+            **corpus.facts(config.model.block_size),
             "epochs": round(setup.epochs, 4),
             "parameters": parameters,
             "torch": torch.__version__,
@@ -256,6 +257,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
                     "corpus",
                     f"{corpus_name(corpus)}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens",
                 ),
+                *packing_fact(setup),
                 ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
                 ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
                 *([("start", start_words(setup, start))] if setup.origin else []),
@@ -263,6 +265,19 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         )
     )
     return state
+
+
+def packing_fact(setup: Setup) -> Iterator[tuple[str, str]]:
+    """How documents are put into rows, in words; nothing where they are not."""
+    packing, block_size = setup.config.data.packing, setup.config.model.block_size
+    facts = setup.corpus.facts(block_size)
+    if "rows" in facts:
+        what = "cropped" if packing == "none" else "in documents that are cut"
+        yield (
+            "packing",
+            f"{packing}: {facts['rows']:,} rows of {block_size:,} tokens, {facts['padding']:.2%} padding; "
+            f"{facts['cut_tokens']:.2%} of the tokens are {what}",
+        )
 
 
 def corpus_name(corpus: Corpus) -> str:

@@ -20,6 +20,7 @@ from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig, TrainConfig
 from utils.inference.evaluation import BatchLoss
+from utils.inference.exact_match import Question
 from utils.inference.static import StaticDecoders
 from utils.machine.device import autocast
 from utils.nn.float8 import MULTIPLE, use_float8
@@ -29,6 +30,7 @@ from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, decode_number, enco
 from utils.runs.origin import differing_model_settings
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
+from utils.training.accuracy import held_out_questions
 from utils.training.compiler import Loss, compiled_loss
 from utils.training.early_stopping import EarlyStopping
 
@@ -81,11 +83,17 @@ class TrainState:
     def bytes_per_token(self) -> dict[str, float]:
         """Bytes of text per token that each loss is a mean of: exact for evaluations, which have fixed batches."""
         count = self.config.train.eval_iters
+        of_training = self.sampler.evaluation_bytes("train_eval", count)
         return {
-            "train/loss": self.corpus.bytes_per_token,
-            "train/eval_loss": self.sampler.evaluation_bytes("train_eval", count),
+            "train/loss": self.corpus.bytes_per_token if self.config.data.loss_after is None else of_training,
+            "train/eval_loss": of_training,
             "val/loss": self.sampler.evaluation_bytes("val", count),
         }
+
+    @functools.cached_property
+    def questions(self) -> list[Question]:
+        """What val/accuracy is measured with: documents of validation, if `loss_after` says where an answer begins."""
+        return held_out_questions(self.corpus, self.config.model.block_size)
 
     def bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
         """`losses` in bits per byte, by the names of these metrics."""

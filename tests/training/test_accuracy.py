@@ -1,0 +1,69 @@
+"""A run on generated arithmetic: val/accuracy in its log, its problems in evaluate.py, and resumed like any other."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluate
+import experiments
+from train import train
+from utils.config.loader import LoadedConfig
+from utils.config.settings import Config
+from utils.runs.evaluations import read_evaluations
+from utils.runs.layout import ARITHMETIC_PICTURE, CONFIG, METRICS_LOG
+from utils.runs.origin import Origin
+from utils.runs.run import read_record
+
+
+def settings(folder: Path, **train_settings: Any) -> Config:
+    of_training = {"batch_size": 8, "eval_interval": 2, "eval_iters": 2, "threads": 1, "device": "cpu"}
+    sections: dict[str, Any] = {
+        "data": {"dataset": "arithmetic", "corpora_dir": str(folder / "corpora"), "packing": "none", "loss_after": "="},
+        "arithmetic": {"arithmetic_digits": 1, "arithmetic_format": "reversed"},
+        "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8},
+        "train": {**of_training, **train_settings},
+        "tracking": {"runs_dir": str(folder / "runs"), "histogram_interval": 0, "sample_tokens": 0},
+    }
+    return Config.model_validate(sections)
+
+
+def test_a_run_on_arithmetic_logs_its_accuracy_and_can_be_evaluated_and_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(settings(tmp_path, max_iters=4, stop_at_step=2), quiet=True).run_dir
+    assert json.loads((run / CONFIG).read_text())["data"]["dataset"] == "arithmetic"
+    assert read_record(run)["resolved"]["corpus_hash"]
+    origin = Origin("resume", run)
+    train(LoadedConfig.from_config(settings(tmp_path, max_iters=4)), origin=origin, quiet=True)
+    records = [json.loads(line) for line in (run / METRICS_LOG).read_text().splitlines()]
+    accuracy = {record["step"]: record["val/accuracy"] for record in records if "val/accuracy" in record}
+    assert [*accuracy] == [0, 2, 4]
+    assert all(0 <= value <= 1 for value in accuracy.values())
+    assert read_record(run)["summary"]["val/accuracy"] == accuracy[4]
+
+    config = evaluate.ConfigLoader(evaluate.PROJECT_ROOT).load()
+    config = LoadedConfig(settings(tmp_path), config.layers)
+    monkeypatch.setattr(evaluate.ConfigLoader, "load", lambda self, *args: config)
+    words = [run.name, "--device", "cpu", "--json", "--task", "arithmetic"]
+    assert evaluate.main(words) == 0
+    captured = capsys.readouterr()
+    (found,) = json.loads(captured.out)["evaluations"]
+    assert found["accuracy"] == accuracy[4]  # there are fewer than MOST problems
+    assert (run / ARITHMETIC_PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert read_evaluations(run)[0][0]["by_operator_and_digits"] == found["by_operator_and_digits"]
+    assert evaluate.main(words[:-2]) == 0  # the loss over its own validation split
+    captured = capsys.readouterr()
+    assert "here every token counts" in captured.err
+    experiments.main(["show", run.name])
+    shown = capsys.readouterr().out
+    assert "last val/accuracy" in shown
+    assert f"{found['accuracy']:.2%}" in shown
+    assert "val of arithmetic" in shown
+    assert experiments.main(["seen", run.name, "--step", "1", "--json"]) == 0
+    passages = json.loads(capsys.readouterr().out)["passages"]
+    assert all(re.fullmatch(r"\d[+-]\d=-?\d\d", passage["text"]) for passage in passages)

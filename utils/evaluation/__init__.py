@@ -1,0 +1,1 @@
+"""The package behind evaluate.py: losses of whole texts, and tasks with a right answer."""

@@ -1,0 +1,97 @@
+"""What evaluate.py prints and records of the scores of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from utils.evaluation.weights import Trained
+from utils.inference.scoring import Score, perplexity
+from utils.runs.run import utc_now
+from utils.terminal.words import one_line
+
+SAME_BYTES = 256  # a text's first token, which is not predicted, has fewer
+OTHER_TEXTS = "The runs were evaluated on different texts: their results do not compare."
+OTHER_SPLITS = "The validation splits begin at different places of the text, because their tokens differ."
+OTHER_TOKENIZERS = "The tokenizers differ: compare bits per byte. Loss and perplexity are per token."
+
+
+def evaluation_record(trained: Trained, data: str, data_hash: str) -> dict[str, Any]:
+    """What every evaluation of a model has (utils/runs/evaluations.py); its results follow."""
+    return {
+        "time": utc_now(),
+        "step": trained.step,
+        "weights": trained.weights,
+        "device": next(trained.model.parameters()).device.type,
+        "tokenizer": trained.tokenizer.kind,
+        "tokenizer_hash": trained.tokenizer.hash(),
+        "data": data,
+        "data_hash": data_hash,
+    }
+
+
+def score_record(score: Score, without: Score | None, block_size: int, stride: int) -> dict[str, Any]:
+    """The results of a score, and the windows that it was made with.
+
+    Args:
+        without: the score without leaked documents; None: there are none.
+    """
+    leaks = {}
+    if without is not None:
+        leaks = {"loss_without_leaks": without.loss, "bits_per_byte_without_leaks": without.bits_per_byte}
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        **leaks,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "block_size": block_size,
+        "stride": stride,
+        "seconds": round(score.seconds, 3),
+    }
+
+
+def comparison_notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a person should know before comparing the results of several runs."""
+    if len({record["data_hash"] for record in records}) > 1:
+        yield OTHER_TEXTS
+    elif len({record["bytes"] // SAME_BYTES for record in records if "bytes" in record}) > 1:
+        yield OTHER_SPLITS
+    if len({record["tokenizer_hash"] for record in records}) > 1:
+        yield OTHER_TOKENIZERS
+
+
+def scores_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """A table with a row for each run, the best one in bold if they compare."""
+    data = dict.fromkeys(record["data"] for record in records)
+    yield Text(", ".join(map(one_line, data)), style="bold")
+    notes = list(comparison_notes(records))
+    best = min(record["bits_per_byte"] for record in records)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold", style="cyan")
+    table.add_column("tokenizer")
+    for header in ("step", "loss", "perplexity", "bits/byte", "tokens"):
+        table.add_column(header, justify="right")
+    for name, record in zip(names, records, strict=True):
+        is_best = len(records) > 1 and OTHER_TEXTS not in notes and record["bits_per_byte"] == best
+        table.add_row(
+            Text(one_line(name)),
+            record["tokenizer"],
+            f"{record['step']:,}" if record["step"] is not None else "",
+            f"{record['loss']:.4f}",
+            f"{record['perplexity']:.4f}",
+            Text(f"{record['bits_per_byte']:.4f}", style="bold green" if is_best else ""),
+            f"{record['tokens']:,}",
+        )
+        if (loss := record.get("loss_without_leaks")) is not None:
+            bits = f"{record['bits_per_byte_without_leaks']:.4f}"
+            table.add_row(Text("  without leaks", style="dim"), "", "", f"{loss:.4f}", f"{perplexity(loss):.4f}", bits)
+    yield table
+    windows = dict.fromkeys(f"{record['block_size']:,} tokens, advancing by {record['stride']:,}" for record in records)
+    yield Text(f"each token is predicted once, in windows of {'; '.join(windows)}", style="dim")
+    yield from (Text(note, style="yellow") for note in notes)

@@ -1,0 +1,226 @@
+"""What is scored: a text, or the validation split of a prepared dataset or of the corpus a run was trained on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from data import Corpus, load_corpus
+from tokenizer import TokenizerError, load_tokenizer
+from utils.config.settings import ArithmeticConfig, Config, DataConfig
+from utils.corpora.datasets import dataset_names, find_dataset, read_dataset
+from utils.corpora.sources import NAMES, find_source
+from utils.errors import UserError
+from utils.evaluation.weights import Trained
+from utils.inference.scoring import Score, score_tokens, text_tokens
+from utils.packing.joined import Joined
+from utils.packing.prepared import Prepared
+from utils.preparation.arithmetic import with_problems
+from utils.runs.find import moved_path
+
+AT_ONCE = 1 << 22  # tokens whose bytes are counted together
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is scored, in the tokens of one model.
+
+    ids: (n,), which may be memory-mapped.
+    bytes: of the text that all but the first stand for.
+    has_documents: whether the end-of-text token begins each document.
+    leaked: whether the token at each place is in a document that nearly equals one of training; None: none is.
+    """
+
+    ids: np.ndarray | Joined
+    bytes: int
+    has_documents: bool = False
+    leaked: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+class Data(Protocol):
+    """What is evaluated. hash: of its content."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    def tokens(self, trained: Trained) -> Tokens:
+        """Those of a model's tokenizer.
+
+        Raises:
+            UserError: part of the text has no token; the message names the place.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A whole text, which any tokenizer can read. hash: its sha256."""
+
+    name: str
+    text: str
+
+    @functools.cached_property
+    def hash(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def tokens(self, trained: Trained) -> Tokens:
+        try:
+            return Tokens(*text_tokens(trained.tokenizer, self.text, trained.document_token))
+        except TokenizerError as error:
+            line = "" if error.position is None else f":{self.text.count(chr(10), 0, error.position) + 1}"
+            raise UserError(f"{self.name}{line}: {error}") from None
+
+
+@dataclass(frozen=True)
+class EndOfCorpus:
+    """The validation split of a text, in the tokens of its corpus."""
+
+    name: str
+    corpus: Corpus
+
+    @property
+    def hash(self) -> str:
+        return self.corpus.hash
+
+    def tokens(self, trained: Trained) -> Tokens:
+        ids = self.corpus.split("val")
+        return Tokens(ids, _bytes_of(ids, self.corpus.byte_counts))
+
+
+@dataclass(frozen=True)
+class ValidationDocuments:
+    """The validation split of a prepared dataset: its tokens, or its text for a model with another tokenizer."""
+
+    name: str
+    prepared: Prepared
+
+    @property
+    def hash(self) -> str:
+        return self.prepared.dataset.hash
+
+    def tokens(self, trained: Trained) -> Tokens:
+        documents, leaks, tokenizer = self.prepared.documents["val"], self.prepared.leaks, trained.tokenizer
+        if tokenizer.hash() == self.prepared.dataset.tokenizer_hash:
+            n_bytes = _bytes_of(documents.tokens, tokenizer.byte_counts())
+            return Tokens(documents.tokens, n_bytes, True, leaks.have if len(leaks) else None)
+        parts, n_bytes = [], 0
+        for number, (start, length) in enumerate(zip(*documents.bounds(np.arange(len(documents))), strict=True)):
+            text = self.prepared.tokenizer.decode(np.asarray(documents.tokens[start + 1 : start + length]))
+            try:
+                ids, size = text_tokens(tokenizer, text, tokenizer.end_of_text)
+            except TokenizerError as error:
+                raise UserError(f"{self.name}: document {number + 1:,}: {error}") from None
+            parts.append(ids)
+            n_bytes += size if number == 0 else len(text.encode())
+        is_leak = np.zeros(len(parts), dtype=bool)
+        is_leak[list(self.prepared.dataset.leaks)] = True
+        leaked = np.repeat(is_leak, [len(part) for part in parts])
+        has_documents = tokenizer.end_of_text is not None
+        return Tokens(np.concatenate(parts), n_bytes, has_documents, leaked.take if is_leak.any() else None)
+
+
+def _bytes_of(ids: np.ndarray | Joined, byte_counts: np.ndarray) -> int:
+    """Bytes of all tokens but the first."""
+    parts = (np.asarray(ids[start : start + AT_ONCE]) for start in range(1, len(ids), AT_ONCE))
+    return sum(int(byte_counts[part].sum()) for part in parts)
+
+
+def named_data(data: str, config: DataConfig, root: Path) -> Data:
+    """A registered corpus, a prepared dataset, a file or a folder.
+
+    Args:
+        root: the folder of the project.
+
+    Raises:
+        UserError: there is no such text, or it cannot be read.
+    """
+    corpora_dir, datasets_dir = root / config.corpora_dir, root / config.datasets_dir
+    name = data if data in NAMES else Path(data).name or data
+    if data not in NAMES and (folder := find_dataset(data, datasets_dir)) is not None:
+        dataset = read_dataset(folder)
+        dataset.verify()
+        prepared = Prepared(dataset, load_tokenizer(dataset.tokenizer_path), "random", corpora_dir)
+        return ValidationDocuments(f"val of {dataset.name}", prepared)
+    return Text(name, find_source(data, corpora_dir, dataset_names(datasets_dir)).read())
+
+
+def own_data(trained: Trained, config: DataConfig, root: Path, report: Callable[[str], None]) -> Data:
+    """The validation split of the corpus that a run was trained on.
+
+    Args:
+        config: has the folders.
+        root: the folder of the project.
+        report: prints one line to the user.
+
+    Raises:
+        UserError: it is not known, cannot be read, or is no longer the text that the run was trained on.
+    """
+    settings = trained.settings()
+    known = {
+        section: {key: settings[key] for key in model.model_fields if key in settings}
+        for section, model in (("data", DataConfig), ("arithmetic", ArithmeticConfig))
+    }
+    known["data"]["dataset"] = dataset = moved_path(str(settings.get("dataset")), root)
+    corpora_dir, datasets_dir = root / config.corpora_dir, root / config.datasets_dir
+    data = with_problems(Config.model_validate(known), corpora_dir)
+    block_size = trained.model.config.block_size
+    corpus = load_corpus(
+        data, block_size, corpora_dir, trained.tokenizer, report, keep=False, datasets_dir=datasets_dir
+    )
+    trained.check_corpus(corpus.hash, f"--data {dataset} evaluates all of it")
+    name = f"val of {dataset if dataset in NAMES else Path(dataset).name}"
+    if data.loss_after is not None:
+        report(f"{trained.name}: here every token counts, not only what follows {data.loss_after!r} in a document")
+    return EndOfCorpus(name, corpus) if corpus.prepared is None else ValidationDocuments(name, corpus.prepared)
+
+
+class WithoutLeaks:
+    """The loss over the tokens that are in no leaked document."""
+
+    def __init__(self, tokens: Tokens, byte_counts: np.ndarray) -> None:
+        self._tokens, self._byte_counts = tokens, byte_counts
+        self.total, self.count, self.bytes = 0.0, 0, 0
+
+    def add(self, first: int, losses: np.ndarray) -> None:
+        """Losses of the tokens from the place `first` on."""
+        assert self._tokens.leaked is not None
+        kept = ~self._tokens.leaked(np.arange(first, first + len(losses)))
+        ids = np.asarray(self._tokens.ids[first : first + len(losses)])[kept]
+        self.total += float(losses[kept].sum())
+        self.count += len(ids)
+        self.bytes += int(self._byte_counts[ids].sum())
+
+    def score(self) -> Score:
+        return Score(self.total / max(self.count, 1), self.count, max(self.bytes, 1), 0.0)
+
+
+def score_data(
+    trained: Trained, tokens: Tokens, stride: int | None, watch: Callable[[int], None]
+) -> tuple[Score, Score | None]:
+    """How well a model predicts tokens, each once; and without leaked documents, if there are any.
+
+    Args:
+        watch: called with the number of tokens that were just scored.
+
+    Raises:
+        UserError: fewer than two tokens.
+    """
+    without = None if tokens.leaked is None else WithoutLeaks(tokens, trained.tokenizer.byte_counts())
+
+    def look(first: int, losses: np.ndarray) -> None:
+        if without is not None:
+            without.add(first, losses)
+        watch(len(losses))
+
+    trained.model.document_token = trained.document_token if tokens.has_documents else None
+    score = score_tokens(trained.model, tokens.ids, tokens.bytes, stride, look)
+    return score, None if without is None else without.score()

@@ -1,0 +1,69 @@
+"""Questions with one right answer, answered greedily: the share of answers that are right to the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from model import LanguageModel
+from utils.inference.decode import decode_one_token, make_room, new_cache, padded, prefill
+from utils.nn.lean import lean
+
+AT_ONCE = 512  # questions: more are hardly faster on a CPU
+
+
+class Question(NamedTuple):
+    """Token ids: of a prompt, and of the answer to the end-of-text token, which is its last one."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def fits(self, block_size: int) -> bool:
+        """Whether the model sees the whole prompt until the end of the answer."""
+        return len(self.prompt) + len(self.answer) - 1 <= block_size
+
+
+def exact_match(
+    model: LanguageModel, questions: Sequence[Question], watch: Callable[[int], None] = lambda count: None
+) -> float:
+    """The share of the questions whose answer the model gives, greedily and to the end.
+
+    Args:
+        model: in eval mode.
+        watch: called with the number of questions that were just answered.
+    """
+    given = greedy_answers(model, questions, watch)
+    right = sum(tokens == question.answer for tokens, question in zip(given, questions, strict=True))
+    return right / len(questions)
+
+
+def greedy_answers(
+    model: LanguageModel, questions: Sequence[Question], watch: Callable[[int], None] = lambda count: None
+) -> list[list[int]]:
+    """The most likely tokens after each prompt, as many as its answer has. See `exact_match`."""
+    assert all(question.fits(model.config.block_size) for question in questions)
+    found: list[list[int]] = []
+    for first in range(0, len(questions), AT_ONCE):
+        part = questions[first : first + AT_ONCE]
+        count = max(len(question.answer) for question in part)
+        tokens = greedy_tokens(model, [question.prompt for question in part], count)
+        found += [row[: len(question.answer)] for row, question in zip(tokens, part, strict=True)]
+        watch(len(part))
+    return found
+
+
+@torch.inference_mode()
+def greedy_tokens(model: LanguageModel, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The `count` most likely tokens after each prompt, one after the other, with a key-value cache."""
+    assert not model.training
+    idx, lengths = padded(prompts, next(model.parameters()).device)
+    lean_model, cache = lean(model), new_cache(model, len(prompts))
+    logits = prefill(lean_model, idx, cache, None if len(set(lengths)) == 1 else lengths)  # (B, V)
+    steps = [logits.argmax(-1)]
+    while len(steps) < count:
+        if model.config.position == "learned":
+            make_room(model, cache)  # only for rows whose own answer is shorter than `count`
+        steps.append(decode_one_token(lean_model, steps[-1], cache).argmax(-1))
+    return torch.stack(steps, dim=1).tolist()  # (B, count)

@@ -1,0 +1,37 @@
+"""The questions of val/accuracy: documents of validation, whose answer is what follows the text `loss_after`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data import Corpus
+from utils.inference.exact_match import Question
+
+MOST = 500  # questions: an evaluation should take no longer than a few steps
+
+
+def held_out_questions(corpus: Corpus, block_size: int) -> list[Question]:
+    """The first MOST documents of validation that have such an answer and fit into `block_size`.
+
+    None without a prepared dataset and `loss_after`.
+    """
+    if corpus.prepared is None or not corpus.prepared.loss_after:
+        return []
+    documents, loss_after = corpus.prepared.documents["val"], list(corpus.prepared.loss_after)
+    found: list[Question] = []
+    for number in range(len(documents)):
+        (start,), (length,) = documents.bounds(np.array([number]))
+        if length <= block_size:
+            tokens = documents.tokens.take(np.arange(start, start + length)).tolist()
+            if (end := _end_of(loss_after, tokens)) is not None:
+                question = Question(tokens[:end], [*tokens[end:], corpus.prepared.dataset.end_of_text])
+                found += [question] if question.fits(block_size) else []
+        if len(found) == MOST:
+            break
+    return found
+
+
+def _end_of(text: list[int], tokens: list[int]) -> int | None:
+    """Where the first `text` in `tokens` ends; None if there is none."""
+    ends = range(len(text), len(tokens) + 1)
+    return next((end for end in ends if tokens[end - len(text) : end] == text), None)
