@@ -24,6 +24,7 @@ import prepare
 from tokenizer import load_tokenizer
 from utils.corpora import readers
 from utils.corpora.datasets import Dataset, read_dataset
+from utils.corpora.source_files import SourceFile
 from utils.files import read_json
 from utils.preparation import encoding, pipeline, reading, workers
 from utils.preparation.work import work_folder
@@ -152,6 +153,28 @@ def test_the_same_texts_in_any_form_are_the_same_dataset(tmp_path: Path, run: Ru
     assert sorted(found["train"] + found["val"]) == sorted(text.strip() for text in TEXTS)
 
 
+@pytest.mark.parametrize("separator", ["\n", "--", "\n\n", "<|x|>"])
+def test_ranges_of_a_file_have_each_record_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str
+) -> None:
+    monkeypatch.setattr("utils.corpora.blocks.BLOCK", 5)
+    monkeypatch.setattr(readers, "LONG", 6)
+    generator = random.Random(separator)
+    for size in range(1, 12):
+        monkeypatch.setattr(readers, "UNIT_BYTES", size)
+        text = "".join(generator.choices(["a", "bcd", "-", "\n", "<", separator], k=30))
+        (tmp_path / "a.txt").write_text(text)
+        file = SourceFile(str(tmp_path / "a.txt"), "text", len(text))
+        found = []
+        for unit in readers.units([file], readers.Reading(separator=separator)):
+            ranged = readers.records(
+                tmp_path / "a.txt", separator.encode(), unit.start, unit.end, tmp_path, lambda count: None
+            )
+            found += [bytes(record).decode() for record in ranged]
+        expected = text.split(separator)
+        assert found == (expected if expected[-1] else expected[:-1])
+
+
 def test_origins_are_files_and_lines(tmp_path: Path, run: Run, small_parts: None) -> None:
     first, second = json_lines(tmp_path / "a.jsonl"), json_lines(tmp_path / "b.jsonl", TEXTS[:20], field="text")
     with first.open("a") as file:
@@ -192,10 +215,10 @@ def test_a_long_text_has_the_tokens_of_the_whole(tmp_path: Path, run: Run, small
 
 
 def test_the_split_stays_when_data_is_added(tmp_path: Path, run: Run) -> None:
-    assert run(json_lines(tmp_path / "a.jsonl", TEXTS[:100]), "--tokenizer", "byte", "--no-leaks", out="a") == 0
+    assert run(json_lines(tmp_path / "a.jsonl", TEXTS[100:]), "--tokenizer", "byte", "--no-leaks", out="a") == 0
     assert run(json_lines(tmp_path / "b.jsonl", TEXTS), "--tokenizer", "byte", "--no-leaks", out="b") == 0
     fewer, more = (set(texts_of(dataset_of(tmp_path, name), "val")) for name in "ab")
-    assert fewer == more & set(TEXTS[:100])
+    assert fewer == more & set(TEXTS[100:])
     assert 0.02 < len(more) / len(TEXTS) < 0.25
 
 
@@ -372,6 +395,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[list[Any], str]]:
     """Sources and flags, each with what the error line must say."""
     import pyarrow
     import pyarrow.parquet
+    import zstandard
 
     good = json_lines(folder / "good.jsonl")
 
@@ -399,6 +423,10 @@ def bad_sources(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "damaged gz": ([file("d.jsonl.gz", packed[:99] + b"zzzz" + packed[103:])], r"d.jsonl.gz: truncated or damaged"),
         "no gz": ([file("n.txt.gz", b"plain")], r"n.txt.gz: truncated or damaged gzip data"),
         "no zst": ([file("n.txt.zst", b"plain")], r"n.txt.zst: damaged zstd data"),
+        "truncated zst": (
+            [file("u.txt.zst", zstandard.compress(bytes(range(1, 99)) * 99)[:-5])],
+            "truncated zstd data",
+        ),
         "no column": ([folder / "t.parquet"], r"t.parquet: no column 'text': its columns are body, n"),
         "no text column": ([folder / "t.parquet", "--field", "n"], r"t.parquet: column 'n' is int64, expected text"),
         "no parquet": ([file("p.parquet", b"PAR1 no")], r"p.parquet: (damaged|cannot be read)"),

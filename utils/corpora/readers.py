@@ -238,7 +238,7 @@ def records(
 ) -> Iterator[bytes | mmap.mmap]:
     """The records of a file that begin in a range of bytes; a long one as a memory map of a temporary file."""
     width = len(separator)
-    place = start - width if start else 0  # of `rest` in the file
+    place = max(start - width, 0)  # of `rest` in the file
     rest, skipping = b"", start > 0  # of a record that belongs to the range before
     spilled: Any = None
     for block in blocks(path, place, report):
