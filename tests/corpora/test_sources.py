@@ -300,3 +300,12 @@ def test_a_download_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "corpora").write_text("a file where the folder should be")
     with pytest.raises(CorpusError, match="corpora"):
         find_source("shakespeare", tmp_path / "corpora").read()
+
+
+def test_the_folder_of_datasets_is_not_the_package_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package, `import datasets` finds the folder datasets/ beside the scripts, which has no functions."""
+    from utils.corpora import source_files
+
+    monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
+    with pytest.raises(CorpusError, match="pip install datasets"):
+        source_files._downloaded("someone/texts", "someone/texts", None)

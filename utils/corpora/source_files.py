@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -160,14 +161,14 @@ def _some(files: list[Path], folder: Path) -> list[Path]:
 def _downloaded(source: str, name: str, config: str | None) -> list[Path]:
     """The files of a data set of the Hugging Face hub, which the package datasets downloads and keeps."""
     try:
-        import datasets  # type: ignore[import-not-found]
-    except ImportError:
+        load_dataset = importlib.import_module("datasets").load_dataset
+    except (ImportError, AttributeError):  # without the package, Python takes the folder of datasets for it
         raise CorpusError(
             f"{source}: no such file or folder; to download the Hugging Face data set of that name: "
             "pip install datasets (or download its files and name their folder)"
         ) from None
     try:
-        loaded = datasets.load_dataset(name, config, split="train")
+        loaded = load_dataset(name, config, split="train")
     except Exception as error:  # whatever the network, the hub and the package raise
         first = one_line(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
         raise CorpusError(f"{source}: cannot be downloaded: {first}") from None
