@@ -33,6 +33,7 @@ from benchmarks.common import at_least, interleaved, machine_facts, verdict
 from benchmarks.data import ALONE, LEAST, generated_text
 from tokenizer import build_tokenizer, tokenizer_class
 from utils.config.settings import DataConfig
+from utils.corpora.datasets import VERIFIED_JSON
 from utils.corpora.readers import units
 from utils.corpora.source_files import find_files
 from utils.errors import UserError
@@ -262,7 +263,8 @@ def contents(folder: Path) -> dict[str, str]:
     """sha256 of each file of a dataset."""
     if not folder.is_dir():
         return {}
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    files = (path for path in sorted(folder.iterdir()) if path.name != VERIFIED_JSON)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 if __name__ == "__main__":

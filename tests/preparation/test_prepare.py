@@ -23,7 +23,7 @@ from conftest import ROOT
 import prepare
 from tokenizer import load_tokenizer
 from utils.corpora import readers
-from utils.corpora.datasets import Dataset, read_dataset
+from utils.corpora.datasets import VERIFIED_JSON, Dataset, read_dataset
 from utils.corpora.source_files import SourceFile
 from utils.files import read_json
 from utils.preparation import encoding, pipeline, reading, workers
@@ -87,7 +87,7 @@ def origins_of(dataset: Dataset, split: str) -> list[tuple[int, int]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != VERIFIED_JSON}
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -596,3 +596,11 @@ def test_leaks_are_in_the_dataset_and_on_its_card(tmp_path: Path, run: Run, caps
     assert dataset.leaks
     assert "val/loss looks better than it is" in capsys.readouterr().out
     assert re.search(r"is like .*a\.jsonl:\d+", (dataset.folder / "CARD.md").read_text())
+
+
+def test_the_first_start_on_a_new_dataset_compares_no_checksum(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(json_lines(tmp_path / "a.jsonl")) == 0
+    monkeypatch.setattr("utils.corpora.datasets.checksum", lambda path: pytest.fail(f"{path} was read"))
+    dataset_of(tmp_path).verify()

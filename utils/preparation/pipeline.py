@@ -208,6 +208,7 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
             dataset = described(order, work, outcome, tokenizer, splits, digest)
             write_report(dataset, outcome.summary(order), order.target.name, outcome.cleaning)
             dataset.save()
+            dataset.verify()  # and so the first start of training need not
             work.publish(order.replace)
         except UserError:
             work.delete()
