@@ -208,7 +208,6 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
             dataset = described(order, work, outcome, tokenizer, splits, digest)
             write_report(dataset, outcome.summary(order), order.target.name, outcome.cleaning)
             dataset.save()
-            dataset.verify()  # and so the first start of training need not
             work.publish(order.replace)
         except UserError:
             work.delete()
@@ -216,7 +215,9 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
         except OSError as error:
             reason = f"{error.strerror}; what is done stays there, and the same command goes on with it"
             raise OSError(error.errno, reason, str(work.path)) from error
-    return read_dataset(order.target)
+    dataset = read_dataset(order.target)
+    dataset.verify()  # so that the first start of training need not
+    return dataset
 
 
 def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work: WorkFolder) -> Dataset | None:
