@@ -603,4 +603,4 @@ def test_the_first_start_on_a_new_dataset_compares_no_checksum(
 ) -> None:
     assert run(json_lines(tmp_path / "a.jsonl")) == 0
     monkeypatch.setattr("utils.corpora.datasets.checksum", lambda path: pytest.fail(f"{path} was read"))
-    dataset_of(tmp_path).verify()
+    read_dataset(tmp_path / "sets" / "mine").verify()
