@@ -336,3 +336,12 @@ def test_a_group_that_shares_a_folder_resumes_each_others_runs(shared_runs: Path
     assert isinstance(path, Path), path
     assert in_child(as_member(5002), resume) == "completed"
     assert in_child(as_member(5001), resume) == "completed"
+
+
+@pytest.mark.parametrize("flag", ["--runs-dir", "--corpora-dir"])
+def test_a_folder_on_a_disk_that_is_not_mounted_is_named(
+    flag: str, tiny_argv: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to("/not/mounted")
+    assert train.main(tiny_argv(flag, str(tmp_path / "link" / "below"))) == 2
+    assert f"{tmp_path}/link is a link to /not/mounted, which does not exist" in capsys.readouterr().err

@@ -73,6 +73,12 @@ def links_out(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def dangling_link(path: Path) -> Path | None:
+    """The link on the way to `path`, or at its end, whose target does not exist; None if there is none."""
+    ways = (place for place in (path, *path.parents) if place.is_symlink() and not place.exists())
+    return next(ways, None)
+
+
 def open_regular(path: Path, inside: Path | None = None) -> io.BufferedReader:
     """A regular file for reading (see `regular_fd`)."""
     return os.fdopen(regular_fd(path, inside), "rb")

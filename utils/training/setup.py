@@ -26,6 +26,7 @@ from utils.config.settings import Config, RuleError, warmup_steps
 from utils.corpora.datasets import find_dataset, is_dataset
 from utils.corpora.sources import ARITHMETIC, NAMES, CorpusError
 from utils.errors import UserError, shown
+from utils.files import dangling_link
 from utils.inference.decode import start_tokens
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
@@ -162,7 +163,9 @@ def check_places(loaded: LoadedConfig, root: Path) -> None:
                 continue
             reason = "Not a directory"
         except FileNotFoundError:
-            continue
+            if (link := dangling_link(root / name)) is None:
+                continue
+            reason = f"{link} is a link to {os.readlink(link)}, which does not exist: is a disk not mounted?"
         except ValueError:
             reason = "a path has no NUL character"
         except OSError as error:
