@@ -24,6 +24,7 @@ from pydantic import ValidationError
 import experiments
 import inference
 import profile_model
+import train
 from utils.config.loader import ConfigError, ConfigLoader
 from utils.config.settings import Config, DataConfig, TrackingConfig
 from utils.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.runs.layout import LOGS
-from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, read_records
+from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, RunLogError, read_records
 from utils.runs.metrics import NOT_METRICS, is_reproducible
 
 # What a line that our writer did not write may raise.
@@ -54,6 +54,8 @@ def compare_logs(before: Path, after: Path, first: int = 0) -> LogComparison:
     """
     try:
         return _compare(before, after, first)
+    except RunLogError as error:
+        return LogComparison(0, None, str(error))
     except DAMAGED_LOG as error:
         return LogComparison(0, None, f"a log is damaged: {type(error).__name__}: {error}")
 

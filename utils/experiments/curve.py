@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from utils.errors import UserError
 from utils.runs.index import read_run, seconds_of
 from utils.runs.layout import METRICS_LOG
-from utils.runs.log import read_records
+from utils.runs.log import RunLogError, read_records
 from utils.runs.metrics import NOT_METRICS, decode_number
 
 Axis = Literal["step", "tokens", "time"]
@@ -54,6 +54,8 @@ def read_curve(run: Path, metric: str) -> Curve:
     """
     try:
         return _read_curve(run, metric)
+    except RunLogError:
+        raise  # it says all
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run.name}: its log is damaged: {type(error).__name__}: {error}") from None
 
