@@ -313,7 +313,11 @@ def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> 
 def _reasons(parts: Sequence[Part]) -> str:
     empty, bad = sum(part.empty for part in parts), sum(part.n_bad + part.n_not_text for part in parts)
     removed = sum(part.removed for part in parts)
-    words = [(empty, "empty"), (bad, "without text"), (removed, "removed by the cleaning (--dry-run shows by which step)")]
+    words = [
+        (empty, "empty"),
+        (bad, "without text"),
+        (removed, "removed by the cleaning (--dry-run shows by which step)"),
+    ]
     return ", ".join(f"{count:,} {word}" for count, word in words if count) or "there are none"
 
 
