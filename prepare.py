@@ -258,8 +258,8 @@ def print_result(dataset: Dataset, folder: Path, terminal: Terminal) -> None:
     print_removed(report, terminal)
     for step in report["cleaning"]:
         if step["documents_removed"] or step["documents_changed"]:
-            removed, changed = step["documents_removed"], step["documents_changed"]
-            terminal.print(f"cleaning, {step['step']}: {removed:,} documents removed, {changed:,} changed")
+            removed = counted(step["documents_removed"], "document")
+            terminal.print(f"cleaning, {step['step']}: {removed} removed, {step['documents_changed']:,} changed")
     for name, facts in report["splits"].items():
         words = f"{counted(facts['documents'], 'document')}, {facts['tokens']:,} tokens, {size(facts['bytes'])} of text"
         terminal.print(f"{name:<5} {words}")

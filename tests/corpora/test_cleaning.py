@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from utils.corpora import filters, language
 from utils.corpora.cleaning import Cleaned, CleaningReport, Pipeline, load_pipeline
 from utils.corpora.filters import paragraph_length_filter, paragraph_repetition_filter
 from utils.corpora.language import language_filter
-from utils.corpora.steps import COMPARING, STEPS, Step
+from utils.corpora.steps import COMPARING, STEPS, Step, example_text
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,3 +336,34 @@ def test_examples_show_neither_addresses_nor_secrets() -> None:
     shown = str(removed)
     assert removed.removed_by == "document_length"
     assert not any(secret in shown for secret in ("me@example", "hunter2", "a1B2c3"))
+
+
+LINES = [chr(97 + number) * 3 + "K9x" * 20 + "7" for number in range(40)]  # of a key
+ENCRYPTED = "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,0F\n\n"
+BEGIN, END = "-----BEGIN RSA PRIVATE KEY-----\n", "\n-----END RSA PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize("header", ["", ENCRYPTED])
+def test_a_private_key_is_masked_to_its_end(header: str) -> None:
+    text = f"a {BEGIN}{header}{chr(10).join(LINES * 3)}{END} z"
+    assert STEPS["secrets"]().apply(text).text == "a <SECRET> z"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("document_length", BEGIN + "\n".join(LINES)),  # an example is cut within it
+        ("document_length", "key: " + BEGIN.replace("\n", r"\n") + r"\n".join(LINES)),
+        ("control_characters", f"{BEGIN}{chr(10).join(LINES[:9])}\0{chr(10).join(LINES[9:])}{END}"),
+        ("control_characters", f"{BEGIN}{chr(10).join(LINES)}{END}\0"),
+        ("unicode_normalization", f"{BEGIN}{chr(10).join(LINES[:9])}e\u0301{chr(10).join(LINES[9:])}{END}"),
+        ("unicode_normalization", "e\u0301 ghp_" + "aK9x" * 9),
+        ("emails", f"{BEGIN}{chr(10).join(LINES)}{END} me@example.org"),
+        ("repetition", "sk-proj-" + "aK9x" * 12 + "\n\n" + "AKIAK7XAK7XAK7XAK7XA " * 9),
+    ],
+)
+def test_an_example_shows_no_part_of_a_secret(name: str, text: str) -> None:
+    step = STEPS[name](max_characters=200) if name == "document_length" else STEPS[name]()
+    result = step.apply(text)
+    assert result.changes
+    assert not re.search("k[79]x", example_text(result.example).lower())

@@ -68,7 +68,12 @@ def test_files_that_did_not_change_are_read_once(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "damage", [{"dtype": "uint8"}, {"splits": {}}, {"splits": None}, {"schema_version": 99}, {"tokenizer_hash": None}]
+    "damage",
+    [
+        *({"dtype": "uint8"}, {"splits": {}}, {"splits": None}, {"schema_version": 99}, {"tokenizer_hash": None}),
+        *({"end_of_text": "a"}, {"end_of_text": -1}, {"leaks": [99]}, {"leaks": ["a"]}, {"leaks": 1}),
+        *({"sources": ["a.txt"]}, {"sources": 1}),
+    ],
 )
 def test_a_damaged_description_is_one_line(tmp_path: Path, damage: dict[str, object]) -> None:
     dataset = write(tmp_path / "mine")

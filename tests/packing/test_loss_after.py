@@ -9,7 +9,9 @@ import pytest
 
 from data import Corpus, load_corpus
 from tests.small_dataset import write_dataset
+from tokenizer import TokenizerError
 from utils.config.settings import DataConfig
+from utils.corpora.datasets import DatasetError
 from utils.errors import UserError
 from utils.packing.rows import IGNORED, follows
 from utils.training.accuracy import held_out_questions
@@ -70,3 +72,15 @@ def test_a_text_that_no_document_has_is_an_error(tmp_path: Path) -> None:
         load(tmp_path, "none", "?")
     with pytest.raises(ValueError, match="loss_after needs rows of documents: packing none or documents"):
         DataConfig(loss_after="=")
+
+
+def test_a_text_without_tokens_is_one_line_that_names_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_token(tokenizer: object, text: str) -> list[int]:
+        raise TokenizerError(f"{text} is not in the vocabulary")
+
+    load(tmp_path, "none", "=")
+    monkeypatch.setattr("tokenizer.ByteTokenizer.encode", no_token)
+    with pytest.raises(DatasetError, match="loss_after '#' has characters that no document has"):
+        load(tmp_path, "none", "#")

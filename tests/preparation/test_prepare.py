@@ -584,6 +584,30 @@ def test_a_dry_run_makes_nothing(tmp_path: Path, run: Run, capsys: pytest.Captur
     assert not any((tmp_path / "sets").iterdir())
 
 
+def test_a_dry_run_shows_which_step_would_remove_everything(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, steps = json_lines(tmp_path / "a.jsonl", ["Short.", "Shorter."]), tmp_path / "steps.yaml"
+    steps.write_text("- document_length\n- near_duplicates\n")
+    assert run(source, "--clean", str(steps), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "2 documents read, 0 would stay" in printed
+    assert "max_characters none): 2 documents removed" in " ".join(printed.split())
+    assert run(source, "--clean", str(steps)) == 2
+    assert "2 removed by the cleaning (--dry-run shows by which step)" in error_of(capsys)
+
+
+def test_what_comes_from_elsewhere_is_no_markdown_on_the_card(tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "one"}\n{"text": "two"}\n{"![](http://x)<b>": 1}\n')
+    order = ("--tolerate", "1", "--licence", "![](http://y) <i>", "--separator", "|")
+    assert run(str(source), *order) == 0
+    card = (dataset_of(tmp_path).folder / "CARD.md").read_text()
+    assert re.search(r"    - `[^`]*a\.jsonl:3: no field 'text': it has !\[\]\(http://x\)<b>`", card)
+    assert r"- Licence: \!\[](http://y) \<i>" in card
+    assert r"| separator | \| |" in card
+
+
 def test_leaks_are_in_the_dataset_and_on_its_card(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     generator = random.Random(0)
     texts = ["".join(generator.choices("abcdefghij ", k=400)) for _ in range(60)]

@@ -215,10 +215,20 @@ def read_dataset(folder: Path) -> Dataset:
         }
         if content["dtype"] not in TYPES or not {"train", "val"} <= set(splits):
             raise ValueError("its dtype or its splits are unknown")
+        if not _is_count(content["end_of_text"]):
+            raise ValueError("its end_of_text is no token")
+        if not all(_is_count(leak) and leak < splits["val"].documents for leak in content["leaks"]):
+            raise ValueError("its leaks are not among the documents of val")
+        if not all(isinstance(source, dict) for source in content["sources"]):
+            raise ValueError("its sources have no paths")
         keys = ("tokenizer_hash", "end_of_text", "dtype", "sources", "leaks")
         return Dataset(folder, splits=splits, **{key: content.pop(key) for key in keys}, facts=content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DatasetError(f"{path}: damaged: {error!r}") from None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 class ShardWriter:

@@ -25,7 +25,7 @@ from pydantic import (
 
 from utils.corpora.filters import paragraph_length_filter, repetition
 from utils.corpora.language import check_languages, language_of
-from utils.runs.secrets import secrets_in
+from utils.runs.secrets import PRIVATE_KEY, secrets_in
 from utils.terminal.words import counted, one_line
 
 WINDOW, SHOWN, BEFORE = 400, 120, 30  # characters that are searched for what must not be shown; of an example; of
@@ -109,9 +109,20 @@ def _without_secrets(text: str) -> str:
     return text
 
 
+def _after_secret(text: str, place: int) -> int:
+    """The end of the secret that a place of a text is in, or the place itself."""
+    first = max(place - WINDOW, 0)
+    spans = [(first + start, first + end) for start, end in secret_spans(text[first : place + WINDOW])]
+    if "PRIVATE KEY" in text:
+        spans += [match.span() for match in PRIVATE_KEY.finditer(text)]
+    return max((end for start, end in spans if start < place < end), default=place)
+
+
 def _around(text: str, place: int) -> str:
-    """What stands around a place of a text."""
-    before = _without_secrets(text[max(place - WINDOW, 0) : place])
+    """What stands around a place of a text; after the secret that it is in."""
+    place = _after_secret(text, place)
+    before = text[:place] if "PRIVATE KEY" in text else text[max(place - WINDOW, 0) : place]
+    before = _without_secrets(PRIVATE_KEY.sub("<SECRET>", before)[-WINDOW:])
     return f"{'...' if len(before) > BEFORE else ''}{before[-BEFORE:]}{text[place : place + WINDOW]}"
 
 
@@ -139,7 +150,10 @@ class UnicodeNormalization(Step):
         if normal == text:
             return Result(text)
         place = next((i for i, (a, b) in enumerate(zip(text, normal, strict=False)) if a != b), len(normal))
-        return Result(normal, 1, f"{one_line(text[place : place + 20])} -> {one_line(normal[place : place + 20])}")
+        if _after_secret(text, place) != place:
+            return Result(normal, 1, "<SECRET>")
+        before, after = (_without_secrets(each[place : place + WINDOW])[:20] for each in (text, normal))
+        return Result(normal, 1, f"{one_line(before)} -> {one_line(after)}")
 
     def _without_many_marks(self, text: str) -> str:
         return _many_marks().sub(r"\1", text) if self.MAY_BE_MARKS.search(text) else text
@@ -293,7 +307,11 @@ class Repetition(Step):
     def apply(self, text: str) -> Result:
         ngrams = {2: self.top_2gram, 3: self.top_3gram, 4: self.top_4gram}
         found = repetition(text, self.duplicate_lines, self.duplicate_paragraphs, ngrams)
-        return Result(text) if found is None else Result(None, 1, found[:WINDOW])
+        if found is None:
+            return Result(text)
+        # Its words are shown in lower case and without punctuation, as which nothing tells a secret.
+        shown = repetition(_without_secrets(text), self.duplicate_lines, self.duplicate_paragraphs, ngrams)
+        return Result(None, 1, (shown or found.partition(":")[0])[:WINDOW])
 
 
 def _norwegian(languages: Any) -> Any:

@@ -154,7 +154,8 @@ def _of_documents(corpus: Corpus, places: np.ndarray) -> list[tuple[Passage, Col
             source, line = documents.origin(number)
             ids = documents.tokens.take(row[begin:end])
             text = corpus.tokenizer.decode(ids[ids != dataset.end_of_text])
-            path = str(dataset.sources[source].get("path", source))
+            known = source < len(dataset.sources)  # their names may have been taken out of dataset.json
+            path = str(dataset.sources[source].get("path", source) if known else source)
             before = int(row[begin] - documents.bounds(numbers[begin : begin + 1])[0][0])
             found.append((Passage(sample, path, line, number, before, end - begin, text), slice(begin, end)))
     return found

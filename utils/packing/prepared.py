@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
 from utils.config.settings import DataConfig
 from utils.corpora.datasets import Dataset, DatasetError, read_dataset
 from utils.packing.documents import Documents, Marked
@@ -150,7 +150,12 @@ def open_prepared(
     if not fits:
         raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
     dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
-    loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
+    try:
+        loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
+    except TokenizerError:
+        raise DatasetError(
+            f"{folder}: loss_after {config.loss_after!r} has characters that no document has: expected a text of them"
+        ) from None
     prepared = Prepared(dataset, own, config.packing, plans, loss_after)
     for split, name in (("train", "training"), ("val", "validation")):
         length, needed = len(prepared.documents[split].tokens), block_size + 1

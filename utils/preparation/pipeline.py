@@ -281,7 +281,8 @@ def read_all(
             _check_part(order, outcome, part, base)
             outcome.parts.append(part)
             outcome.bases.append(base)
-    if not any(part.documents for part in outcome.parts):
+    shows = order.dry_run and any(part.removed for part in outcome.parts)
+    if not any(part.documents for part in outcome.parts) and not shows:
         raise CorpusError(f"{', '.join(map(one_line, order.sources))}: no documents: {_reasons(outcome.parts)}")
     return outcome
 
@@ -314,7 +315,11 @@ def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> 
 def _reasons(parts: Sequence[Part]) -> str:
     empty, bad = sum(part.empty for part in parts), sum(part.n_bad + part.n_not_text for part in parts)
     removed = sum(part.removed for part in parts)
-    words = [(empty, "empty"), (bad, "without text"), (removed, "removed by the cleaning")]
+    words = [
+        (empty, "empty"),
+        (bad, "without text"),
+        (removed, "removed by the cleaning (--dry-run shows by which step)"),
+    ]
     return ", ".join(f"{count:,} {word}" for count, word in words if count) or "there are none"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def _lengths(dataset: Dataset, split: Split) -> Iterator[np.ndarray]:
 def card_lines(dataset: Dataset, report: Mapping[str, Any], cleaning: CleaningReport | None) -> Iterator[str]:
     """CARD.md, which people read."""
     tokenizer = dataset.facts["tokenizer"]
-    yield f"# {one_line(report['name'])}"
+    yield f"# {escaped(report['name'])}"
     yield ""
     yield f"A dataset for training, made by prepare.py; split {report['split']}."
     yield ""
@@ -79,17 +80,27 @@ def card_lines(dataset: Dataset, report: Mapping[str, Any], cleaning: CleaningRe
     yield from _leaks(report)
     yield from ("", "## Settings", "", "| setting | value |", "|---|---|")
     for key, value in dataset.facts["settings"].items():
-        yield f"| {key} | {one_line(setting_text(value)) or '(empty)'} |"
+        yield f"| {key} | {escaped(setting_text(value)) or '(empty)'} |"
+
+
+def code(text: str) -> str:
+    """A text that may be anything, as code in Markdown."""
+    return f"`{one_line(text).replace('`', chr(39))}`"
+
+
+def escaped(text: str) -> str:
+    """A text that may be anything, as text in Markdown: no HTML, no image, no border of a table."""
+    return re.sub(r"[<|!\[`]", r"\\\g<0>", one_line(text))
 
 
 def _origin(report: Mapping[str, Any]) -> Iterator[str]:
     notes, sources = report["notes"], report["sources"]
     yield from ("", "## Origin and licence", "")
-    yield f"- Licence: {one_line(notes.get('licence', '')) or 'not stated (prepare.py --licence TEXT)'}"
-    yield f"- Origin: {one_line(notes.get('origin', '')) or 'not stated (prepare.py --origin TEXT)'}"
+    yield f"- Licence: {escaped(notes.get('licence', '')) or 'not stated (prepare.py --licence TEXT)'}"
+    yield f"- Origin: {escaped(notes.get('origin', '')) or 'not stated (prepare.py --origin TEXT)'}"
     yield f"- {counted(len(sources), 'file')}, {size(sum(source['bytes'] for source in sources))}:"
     for source in sources[:SOURCES_SHOWN]:
-        yield f"    - `{one_line(source['path'])}` ({source['kind'].replace('_', ' ')}, {size(source['bytes'])})"
+        yield f"    - {code(source['path'])} ({source['kind'].replace('_', ' ')}, {size(source['bytes'])})"
     if len(sources) > SOURCES_SHOWN:
         yield f"    - and {len(sources) - SOURCES_SHOWN:,} more, in report.json"
 
@@ -101,7 +112,7 @@ def _left_out(report: Mapping[str, Any], cleaning: CleaningReport | None) -> Ite
     for reason, facts in report["left_out"].items():
         yield f"- {reason}: {facts['count']:,}"
         for example in facts["examples"]:
-            yield f"    - {one_line(example)}"
+            yield f"    - {code(example)}"
     yield from ("", "## Cleaning", "")
     if cleaning is None:
         yield "None: the texts are as they were (prepare.py --clean)."
@@ -124,4 +135,4 @@ def _leaks(report: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Near-duplicates between training and validation", "")
     yield f"{leak_words(leaks, report['splits']['val']['documents']).capitalize()}."
     for example in leaks["examples"]:
-        yield f"- {one_line(example['val'])} is like {one_line(example['train'])}"
+        yield f"- {code(example['val'])} is like {code(example['train'])}"

@@ -18,8 +18,10 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 LEAST_ENTROPY = 3.0  # bits a character: random hexadecimal digits have up to 4, English words in a row about 2.5 to 3
 LEFT_OUT = "***"
 
-PRIVATE_KEY = re.compile(
-    r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----(?:[^-]{0,4000}-----END [A-Z0-9 ]{0,40}-----)?"
+PRIVATE_KEY = re.compile(  # to its end, or as far as there are lines of it
+    r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----"
+    r"(?:(?:[^-]|-(?!----)){0,20000}+-----END [A-Z0-9 ]{0,40}-----|(?:(?:(?:\s|\\[nr]){0,4}+[A-Za-z0-9+/=]{40,}+)++"
+    r"(?:(?:\s|\\[nr]){1,4}[A-Za-z0-9+/=]+)?)?)"
     r"|PuTTY-User-Key-File-\d|AGE-SECRET-KEY-1[A-Z0-9]{20,}"
     r"|LS0tLS1CRUdJTi[A-Za-z0-9+/]{0,40}(?:UFJJVkFURS|QUklWQVRF|BSSVZBVE)"  # base64 of the same
 )
