@@ -10,7 +10,6 @@ from conftest import ROOT
 
 import utils
 
-
 SCRIPTS = ("train.py", "inference.py", "evaluate.py", "experiments.py", "profile_model.py", "weights.py")
 
 
