@@ -32,7 +32,18 @@ assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()
 assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 
 # Settings that older runs do not have, with the values that leave a run as it was: such runs keep their hash.
-ADDED: dict[str, Any] = {"packing": "random"}
+ADDED: dict[str, Any] = {
+    "packing": "random",
+    "rope_scaling": "none",
+    "rope_factor": 1.0,
+    "rope_original_context": None,
+    "rope_low_freq": 1.0,
+    "rope_high_freq": 4.0,
+    "sliding_window": None,
+    "full_attention_layers": 0,
+    "mlp_bias": None,
+    "qk_norm_weights": False,
+}
 
 
 def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
