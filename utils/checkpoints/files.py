@@ -17,7 +17,7 @@ import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ from utils.checkpoints.folder import (
 )
 from utils.checkpoints.header import TensorEntry, header_of
 from utils.files import open_named, open_regular, sync_folder
+
+READ_BYTES = 1 << 22  # of one read: small enough for the caches, where the checksum finds it
 
 # https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -209,21 +211,59 @@ def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
 
 
-def _view(memory: mmap.mmap, name: str, entry: TensorEntry) -> torch.Tensor:
-    """A tensor of a file that is mapped into memory, at whatever address it lies; it keeps the mapping alive.
+def read_tensors(path: Path, *, named: bool = False, crc32: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file in the order of their bytes, each in memory of its own.
+
+    One at a time: what the caller does not keep is freed, so a large file needs the memory of one tensor.
+
+    Args:
+        named: as for `map_tensors`.
+        crc32: of the whole file, if it is known.
 
     Raises:
-        ValueError: torch has no such type.
+        CheckpointError: it is not a safetensors file; or, after the last tensor, has another checksum.
     """
-    if entry.dtype not in DTYPES:
-        raise ValueError(f"{name}: {entry.dtype} is not read here")
-    dtype = DTYPES[entry.dtype]
+    try:
+        with open_named(path) if named else open_regular(path) as file, ThreadPoolExecutor(1) as pool:
+            header = header_of(file)
+            position = min((entry.begin for entry in header.tensors.values()), default=os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            checksum = pool.submit(zlib.crc32, file.read(position)) if crc32 is not None else None
+            for name, entry in header.tensors.items():
+                tensor = torch.empty(entry.shape, dtype=_dtype(name, entry))
+                memory = _memory(tensor)
+                for start in range(0, len(memory), READ_BYTES):
+                    chunk = memory[start : start + READ_BYTES]
+                    if file.readinto(chunk) < len(chunk):
+                        raise ValueError("it became shorter while it was read")
+                    if checksum is not None:  # of one chunk while the next is read
+                        checksum = pool.submit(zlib.crc32, chunk, checksum.result())
+                yield name, tensor
+            if checksum is not None and f"{checksum.result():08x}" != crc32:
+                raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum.result():08x}, not {crc32}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _view(memory: mmap.mmap, name: str, entry: TensorEntry) -> torch.Tensor:
+    """A tensor of a file that is mapped into memory, at whatever address it lies; it keeps the mapping alive."""
+    dtype = _dtype(name, entry)
     if not entry.elements:
         return torch.empty(entry.shape, dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype, count=entry.elements, offset=entry.begin).view(entry.shape)
 
 
-def weight_differences(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:
+def _dtype(name: str, entry: TensorEntry) -> torch.dtype:
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{name}: {entry.dtype} is not read here")
+    return DTYPES[entry.dtype]
+
+
+def weight_differences(weights: Mapping[str, torch.Tensor | TensorEntry], model: torch.nn.Module) -> str:
     """In words, how names and shapes of weights differ from those of the model; empty if they do not."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
