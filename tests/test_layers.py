@@ -21,7 +21,7 @@ ORDER = (  # from the bottom up: packages of utils/, and the files beside it
 OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
     *("errors", "locks", "files", "config", "terminal", "runs", "corpora", "experiments"),
-    *("checkpoints.folder", "machine.process", "machine.signals", "machine.watchdog"),
+    *("checkpoints.folder", "checkpoints.header", "machine.process", "machine.signals", "machine.watchdog"),
     *("training.early_stopping", "training.launch"),
     *("inference.flags", "profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
     *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "weights.py"),
