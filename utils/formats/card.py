@@ -12,14 +12,8 @@ from utils.runs.metrics import decode_number
 from utils.terminal.words import printable, setting_text
 
 SETTINGS = (
-    "batch_size",
-    "block_size",
-    "optimizer_name",
-    "learning_rate",
-    "schedule",
-    "weight_decay",
-    "dropout",
-    "seed",
+    *("batch_size", "block_size", "optimizer_name", "learning_rate"),
+    *("schedule", "weight_decay", "dropout", "seed"),
 )
 NO_LICENCE = (
     "None is stated. What may be done with the weights depends on the texts they were trained on{base}; choose a "
@@ -38,11 +32,7 @@ def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: s
     """
     base = source.pretrained.get("name")
     licence = licence or source.pretrained.get("license")
-    front = {
-        **tags,
-        **({"license": licence} if licence else {}),
-        **({"base_model": base} if _is_hub_name(base) else {}),
-    }
+    front = {**tags, "license": licence, "base_model": base if _is_hub_name(base) else None}
     config, count = source.model.config, source.model.num_parameters()
     facts = {
         "Architecture": architecture(config),
@@ -52,7 +42,7 @@ def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: s
         "Started from": _base_words(source.pretrained),
         **_training_facts(source),
     }
-    lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items()), "---", ""]
+    lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items() if value), "---", ""]
     lines += [f"# {source.name}", "", "A language model trained with the research workbench.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value), ""]
     lines += ["## How to load it", "", "```python", loading.strip(), "```", ""]

@@ -165,9 +165,7 @@ def open_pretrained(folder: Path) -> Pretrained:
         raise FormatError(f"{folder}: no such folder")
     foreign = ForeignConfig(read_bounded_json(path), str(path))
     family = family_of(foreign)
-    vocab_size = foreign.integer(
-        "vocab_size", {"gpt2": 50257, "qwen2": 151936, "qwen3": 151936}.get(family.model_type, 32000)
-    )
+    vocab_size = foreign.integer("vocab_size")
     if vocab_size > LARGEST_VOCABULARY:
         raise foreign.refuse("vocab_size", f"at most {LARGEST_VOCABULARY:,}")
     config = our_config(family.read(foreign), str(path))
