@@ -186,10 +186,10 @@ def test_only_safetensors_of_its_own_folder_are_read(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     weights = (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
-    with pytest.raises(FormatError, match="pytorch_model.bin is a pickle, which can run any code"):
+    with pytest.raises(FormatError, match=r"pytorch_model.bin is a pickle, which can run any code"):
         open_pretrained(folder)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(FormatError, match="no weights: expected model.safetensors"):
+    with pytest.raises(FormatError, match=r"no weights: expected model.safetensors"):
         open_pretrained(folder)
     (folder / "model.safetensors").symlink_to(weights)
     with pytest.raises(FormatError, match="leads out of"):
@@ -198,7 +198,7 @@ def test_only_safetensors_of_its_own_folder_are_read(tmp_path: Path) -> None:
     for name in ("../elsewhere.safetensors", "/etc/passwd", str(weights), "x.bin", 3):
         index = {"weight_map": {"transformer.wte.weight": name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(FormatError, match="expected the name of a .safetensors file beside it"):
+        with pytest.raises(FormatError, match=r"expected the name of a .safetensors file beside it"):
             open_pretrained(folder)
 
 
@@ -218,7 +218,7 @@ HEADERS = {
 def test_absurd_headers_are_refused(kind: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(HEADERS[kind])
-    with pytest.raises(FormatError, match="model.safetensors: not a safetensors file"):
+    with pytest.raises(FormatError, match=r"model.safetensors: not a safetensors file"):
         open_pretrained(folder)
 
 

@@ -252,8 +252,8 @@ class ModelConfig(Section):
     rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = setting(
         "none",
-        "how rotations are slowed for a longer context than that of the first training: all of them, or the slow ones as "
-        "in Llama 3 or in YaRN",
+        "how rotations are slowed for a longer context than that of the first training: all of them, or the slow ones "
+        "as in Llama 3 or in YaRN",
         kind=TRAJECTORY,
     )
     rope_factor: Float = setting(

@@ -30,26 +30,35 @@ class ForeignConfigError(UserError):
     """A configuration of another program that is damaged, or that our model cannot represent."""
 
 
+def read_bounded(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """The content of a file of another program.
+
+    Raises:
+        ForeignConfigError: missing, too large, or not a file.
+    """
+    try:
+        with open_named(path) as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise ForeignConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ForeignConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise ForeignConfigError(f"{path}: cannot be read: is larger than {limit >> 20} MiB")
+    return content
+
+
 def read_bounded_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of another program.
 
     Raises:
         ForeignConfigError: missing, too large, damaged or something else.
     """
+    content = read_bounded(path, limit)
     try:
-        with open_named(path) as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise ForeignConfigError(f"{path}: cannot be read: is larger than {limit >> 20} MiB")
         value = json.loads(content)
-    except FileNotFoundError:
-        raise ForeignConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ForeignConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise ForeignConfigError(f"{path}: not valid JSON: nested too deeply") from None
-    except ForeignConfigError:
-        raise
     except ValueError as error:
         raise ForeignConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
