@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def hub(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setitem(sys.modules, "transformers", None)  # its import takes seconds
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         yield hub
 
@@ -180,7 +182,7 @@ def test_an_incomplete_cache_is_completed(hub: Hub, tmp_path: Path) -> None:
 def test_only_folders_without_the_package(
     hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "need the package huggingface_hub: pip install huggingface_hub" in refusal(capsys, NAME)
     assert main(["download", str(model)]) == 0
 
