@@ -32,7 +32,12 @@ assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()
 assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 
 # Settings that older runs do not have. Their defaults leave a run as it was, and its hash, too.
-ADDED = {"packing", "loss_after", *(key for key, section in SECTION_OF.items() if section == "arithmetic")}
+ADDED = {
+    *("packing", "loss_after"),
+    *("rope_scaling", "rope_factor", "rope_original_context", "rope_low_freq", "rope_high_freq"),
+    *("sliding_window", "full_attention_layers", "mlp_bias", "qk_norm_weights"),
+    *(key for key, section in SECTION_OF.items() if section == "arithmetic"),
+}
 
 
 def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:

