@@ -32,7 +32,7 @@ assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()
 assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 
 # Settings that older runs do not have, with the values that leave a run as it was: such runs keep their hash.
-ADDED: dict[str, Any] = {"packing": "random"}
+ADDED: dict[str, Any] = {"packing": "random", "head_bias": False}
 
 
 def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
