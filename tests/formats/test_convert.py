@@ -16,11 +16,12 @@ import torch
 from foreign_models import MYPT_CONFIG, NANOGPT_CONFIG, C, L, T, V
 
 import experiments
+import train
 import weights
 from utils.checkpoints.files import read_checkpoint
 from utils.inference.export import load_export
 from utils.runs.layout import CHECKPOINTS, EXPORT
-from workbench import train
+from workbench import resume
 
 TEXT = "\n abcdefghi" * 40 + "abc abc\n" * 40
 IDX = torch.arange(T)[None] * 7 % V
@@ -124,7 +125,7 @@ def test_a_nanogpt_run_trains_on_as_nanogpt_itself_would(run: Any, tmp_path: Pat
             group["lr"] = rate
         optimizer.step()
 
-    result = train(resume=made, quiet=True)
+    result = resume(made, quiet=True, aim_logging=False, corpora_dir=str(tmp_path / "corpora"))
     assert result.status == "completed"
     after = read_checkpoint(made / CHECKPOINTS / "step_000009")
     for ours, theirs in (
@@ -144,9 +145,12 @@ def test_without_its_text_a_run_is_complete_and_can_be_forked(run: Any, tmp_path
     )
     made, out = run(tmp_path / "ckpt.pt", "--tokenizer", str(tmp_path / "tokenizer.json"))
     assert "--fork" in out
-    result = train(fork=made, config={"dataset": str(text), "max_iters": 6, "eval_interval": 6}, quiet=True)
-    assert result.status == "completed"
-    assert result.run.record["parent"]["step"] == 4 if hasattr(result.run, "record") else True
+    words = ["--dataset", str(text), "--max-iters", "6", "--runs-dir", str(tmp_path / "runs"), "--no-aim-logging"]
+    words += ["--corpora-dir", str(tmp_path / "corpora"), "--run-tag", "forked", "--sample-tokens", "0"]
+    assert train.main(["--resume", str(made), "--fork", *words]) == 0
+    (forked,) = (tmp_path / "runs").glob("*_forked")
+    after = read_checkpoint(forked / CHECKPOINTS / "step_000006")
+    assert after.optimizer_tensors["token_embedding.weight/step"] == 6  # 4 of them in nanoGPT
 
 
 def test_commands_that_read_runs_read_a_converted_one(
@@ -320,7 +324,7 @@ def test_a_folder_of_mypt_computes_the_same_with_its_tokenizer(run: Any, tmp_pat
     assert found["batch_size"] == 4
     assert found["learning_rate"] == 2e-4
     assert "MyPT, step 7" in out
-    for name in ("vocab_size", "device", "save_dtype", "use_loss_mask"):
+    for name in ("device", "save_dtype", "use_loss_mask"):
         assert out.count(f"note: {name} = ") == 1
     tensors = read_checkpoint(made / CHECKPOINTS / "step_000007").optimizer_tensors
     assert (len(tensors) > 0) == (not tied)
@@ -339,7 +343,7 @@ def test_a_folder_of_mypt_computes_the_same_with_its_tokenizer(run: Any, tmp_pat
         ("config.json", "{", "not JSON"),
         ("config.json", json.dumps({**MYPT_CONFIG, "vocab_size": 10**12}), "vocab_size: expected a whole number"),
         ("config.json", json.dumps({**MYPT_CONFIG, "n_embd": 10**9}), "n_embd"),
-        ("config.json", json.dumps({**MYPT_CONFIG, "n_layer": 1000}), "is missing"),
+        ("config.json", json.dumps({**MYPT_CONFIG, "n_layer": 3}), "is missing"),
         ("config.json", json.dumps({**MYPT_CONFIG, "rope_scale": 4.0}), "rope_scale: expected 1"),
         ("tokenizer.json", json.dumps({"token_kind": "words"}), "token_kind: expected char or gpt2"),
         ("tokenizer.json", json.dumps({"token_kind": "char", "chars": ["ab"]}), "chars: expected a list of characters"),
@@ -385,16 +389,13 @@ def pickles(folder: Path) -> Iterator[tuple[str, str]]:
     yield "empty.pt", "damaged"
     (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:1000])
     yield "cut.pt", "damaged"
-    inner: list[Any] = []
-    for _ in range(5000):
-        inner = [inner]
     torch.save([1], folder / "list.pt")
     yield "list.pt", "expected model and model_args"
     doubled: list[Any] = [1]
     for _ in range(60):
         doubled = [doubled, doubled]  # 2^60 values in a few bytes
     torch.save({**good, "config": {"a": doubled}}, folder / "doubled.pt")
-    yield "doubled.pt", "config: a"
+    yield "doubled.pt", "refused: more than 1,048,576 values"
 
 
 def test_pickles_with_code_and_lies_are_refused_in_one_line_and_nothing_of_them_is_run(
@@ -402,9 +403,6 @@ def test_pickles_with_code_and_lies_are_refused_in_one_line_and_nothing_of_them_
 ) -> None:
     for name, problem in pickles(tmp_path):
         found = run(tmp_path / name, "--tokenizer", "char", "--dataset", "letters.txt", status=2)
-        if name == "doubled.pt":  # a list has no counterpart, and is not written out
-            assert len(found) < 5000
-            continue
         assert problem in found, name
     assert not (tmp_path / "was_run").exists()
 

@@ -21,6 +21,7 @@ from utils.files import open_named
 
 STRUCTURE_BYTES = 64 << 20  # of the pickle itself, in which tensors are only named
 MOST_PARTS = 1 << 18
+MOST_VALUES = 1 << 20
 
 
 def read_pickle(path: Path) -> Any:
@@ -73,29 +74,33 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_tensors(path: Path, value: Any) -> None:
-    """Raises UserError if tensors claim more numbers than the file has: copying them would need memory without end."""
-    seen: set[int] = set()
-    total = 0
+    """Raises UserError if tensors claim more numbers than the file has, or if few values stand for very many."""
+    total, sizes = 0, {}  # bytes of all tensors; id of a container -> its values, 0 while they are counted
 
-    def visit(value: Any) -> None:
+    def count(value: Any) -> int:
+        """The values in `value`, each shared one as often as it is shared."""
         nonlocal total
-        if id(value) in seen:
-            return
         if isinstance(value, torch.Tensor):
-            seen.add(id(value))
-            needed = math.prod(value.shape) * value.element_size()
-            if value.layout is not torch.strided or needed > value.untyped_storage().nbytes():
-                raise UserError(f"{path}: refused: a tensor of shape {shown(tuple(value.shape))} without its numbers")
-            total += needed
-        elif isinstance(value, dict):
-            seen.add(id(value))
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, list | tuple | set):
-            seen.add(id(value))
-            for item in value:
-                visit(item)
+            if id(value) not in sizes:
+                needed = math.prod(value.shape) * value.element_size()
+                if value.layout is not torch.strided or needed > value.untyped_storage().nbytes():
+                    raise UserError(
+                        f"{path}: refused: a tensor of shape {shown(tuple(value.shape))} without its numbers"
+                    )
+                total += needed
+                sizes[id(value)] = 1
+            return 1
+        if not isinstance(value, dict | list | tuple | set | frozenset):
+            return 1
+        known = sizes.get(id(value))
+        if known is None:
+            sizes[id(value)] = 0
+            known = sizes[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
+        elif known == 0:
+            raise UserError(f"{path}: refused: a container that is in itself")
+        return known
 
-    visit(value)
+    if count(value) > MOST_VALUES:
+        raise UserError(f"{path}: refused: more than {MOST_VALUES:,} values, each shared one as often as it is shared")
     if total > 2 * path.stat().st_size:  # tied tensors share their numbers
         raise UserError(f"{path}: refused: its tensors share their numbers too often")

@@ -19,9 +19,9 @@ from model import LanguageModel, outline
 from tokenizer import HuggingFaceTokenizer, Tokenizer, build_tokenizer, load_tokenizer
 from utils.checkpoints.files import weight_differences, write_checkpoint
 from utils.checkpoints.folder import LATEST_FILE, folder_name
-from utils.config.fields import derived_settings
-from utils.config.loader import LoadedConfig, Setting, load_layer, rule_error
-from utils.config.settings import TOKENIZERS, RuleError
+from utils.config.fields import derived_settings, field_fact
+from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer, rule_error
+from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
 from utils.errors import UserError
 from utils.files import sync_folder, write_json
 from utils.formats.convert import name_of
@@ -95,7 +95,7 @@ def adopt(
     """
     if os.path.lexists(place):
         raise UserError(f"--out {place}: exists already")
-    layer = dict(foreign.settings)
+    layer = {**_of_project(root), **foreign.settings}
     if dataset is not None:
         layer["dataset"] = Setting(dataset, "--dataset")
     chosen = _tokenizer(foreign, tokenizer, layer)
@@ -112,6 +112,16 @@ def adopt(
         raise UserError(f"{foreign.path}: the model cannot be represented: {differences}")
     state = _state(foreign, loaded, corpus, model)
     return _write(foreign, place, root, argv, loaded, state, has_corpus=dataset is not None)
+
+
+def _of_project(root: Path) -> dict[str, Setting]:
+    """What the files in configs/ say about the machine and about what is recorded, which no other program knows."""
+    layers = ConfigLoader(root).load().layers
+    return {
+        key: settings[-1]
+        for key, settings in layers.items()
+        if field_fact(key, "kind") != TRAJECTORY and settings[-1].source != "default"
+    }
 
 
 def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -> Tokenizer | None:
