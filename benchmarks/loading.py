@@ -3,11 +3,11 @@
 python -m benchmarks.loading                    # two minutes on 2 CPU cores; writes 500 MB to a temporary folder
 python -m benchmarks.loading --shape small --repeats 1
 
-An export of GPT-2's shape (124M parameters, 498 MB) is loaded into a model that is ready to generate, with its checksum.
-It is set against safetensors.torch.load_file whose tensors are then copied, as into any model that has memory of its
-own: load_file alone only maps the file and reads nothing of it, which is the third arm. Each measurement is a process of
-its own; the arms take turns. Anonymous memory is what the process has beside the pages of files, sampled every 2 ms and
-counted from before the load.
+An export of GPT-2's shape (124M parameters, 498 MB) is loaded into a model that is ready to generate, with its
+checksum. It is set against safetensors.torch.load_file whose tensors are then copied, as into any model that has memory
+of its own: load_file alone only maps the file and reads nothing of it, which is the third arm. Each measurement is a
+process of its own; the arms take turns. Anonymous memory is what the process has beside the pages of files, sampled
+every 2 ms and counted from before the load.
 
 Then `weights.py inspect` of the same file: the time and memory of the whole process. Then the generation of greedy
 tokens by the loaded model against the same model made in memory; both are decoded in turns in one process.

@@ -79,7 +79,8 @@ def _add_state(foreign: Foreign, path: Path, layout: Layout) -> None:
         foreign.notes.append(f"the state of the optimizer is that of {processes} processes, so it was left out")
         return
     kinds = [*MOMENTS, *(["weights"] if has_weights else [])]
-    begin, found = LLM_C_HEADER, {}
+    begin = LLM_C_HEADER
+    found: dict[str, dict[str, TensorEntry]] = {}
     for kind in kinds:
         entries: dict[str, TensorEntry] = {}
         for name, entry in layout.tensors.items():
@@ -100,7 +101,7 @@ def _add_state(foreign: Foreign, path: Path, layout: Layout) -> None:
 
 def _ours(stacked: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
     """The tensors by our names, one for each layer, without the rows that pad the vocabulary."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, tensor in stacked.items():
         if "*" in name:
             found |= {NAMES[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}

@@ -151,7 +151,8 @@ def difference(a: Stored, b: Stored) -> Difference:
     shapes = {name: (a.tensors[name].entry.shape, b.tensors[name].entry.shape) for name in shared}
     types = {name: (a.tensors[name].entry.dtype, b.tensors[name].entry.dtype) for name in shared}
     other_shapes = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    tensors, layers = {}, {}
+    tensors: dict[str, Change] = {}
+    layers: dict[str, Change] = {}
     for name in shared:
         if name not in other_shapes:
             tensors[name] = change(name, a.tensors[name], b.tensors[name])
