@@ -35,7 +35,7 @@ assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 ADDED = {
     *("packing", "loss_after"),
     *("rope_scaling", "rope_factor", "rope_original_context", "rope_low_freq", "rope_high_freq"),
-    *("sliding_window", "full_attention_layers", "mlp_bias", "qk_norm_weights"),
+    *("sliding_window", "full_attention_layers", "mlp_bias", "head_bias", "qk_norm_weights"),
     *(key for key, section in SECTION_OF.items() if section == "arithmetic"),
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,7 +247,7 @@ def without_foreign_places(loaded: LoadedConfig, files: Iterable[Path], root: Pa
             kept = [layer for layer in layers[key] if layer.source.rpartition(":")[0] != name]
             if len(kept) < len(layers[key]):
                 layers[key], values[key] = kept, kept[-1].value
-    return LoadedConfig(pin(loaded.config, values), layers)
+    return replace(loaded, config=pin(loaded.config, values), layers=layers)
 
 
 def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:
