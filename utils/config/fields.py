@@ -32,7 +32,13 @@ assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()
 assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 
 # Settings that older runs do not have, with the values that leave a run as it was: such runs keep their hash.
-ADDED: dict[str, Any] = {"packing": "random"}
+ADDED: dict[str, Any] = {
+    "packing": "random",
+    "lora_rank": None,
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_targets": (),
+}
 
 
 def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
@@ -94,6 +100,7 @@ def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
         "max_iters": max_iters,
         "epochs": None,
         "tokens_per_step": config.train.sequences * model.block_size,
+        **({"lora_alpha": optimizer.adapter_alpha} if optimizer.lora_rank is not None else {}),
     }
 
 

@@ -48,6 +48,7 @@ def fed_note(view: str) -> Path:
 # What it produced.
 ARTIFACTS = Path("artifacts")
 CHECKPOINTS = ARTIFACTS / "checkpoints"
+BASE_WEIGHTS = CHECKPOINTS / "base.safetensors"  # with adapters: the frozen weights, which all checkpoints share
 EXPORT = ARTIFACTS / "export"  # the weights for inference, with configuration and tokenizer
 PROFILE = ARTIFACTS / "profile"
 CURVES = ARTIFACTS / "curves.png"

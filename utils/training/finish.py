@@ -9,6 +9,7 @@ from typing import Any
 from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import CheckpointError, folder_name
 from utils.inference.export import save_export
+from utils.nn.lora import adapter_settings
 from utils.runs.curves import draw_curves
 from utils.runs.layout import CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, SEAL
 from utils.runs.metrics import decode_number, encode_number
@@ -53,6 +54,8 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
         "dataset": state.corpus.name,
         "corpus_hash": state.corpus.hash,
     }
+    if state.config.optimizer.lora_rank is not None:
+        training["lora"] = adapter_settings(state.config.optimizer)
     if state.config.data.packing != "random":
         training["packing"] = state.config.data.packing
     save_export(run.path / EXPORT, state.model, state.corpus.tokenizer, training)
