@@ -24,11 +24,8 @@ from utils.experiments.commands import (
     RUN,
     RUNS,
     WHERE,
-    Answer,
     all_named_runs,
     command,
-    fields_of,
-    flag,
     named_run,
     named_runs,
     run_path,
@@ -41,6 +38,7 @@ from utils.runs.metrics import VIEWS
 from utils.runs.origin import CHOICES
 from utils.runs.run import RunError, check_links
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
+from utils.terminal.commands import Answer, fields_of, flag
 from utils.terminal.words import printable
 
 TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Biases"}
@@ -49,11 +47,7 @@ TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Bias
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="experiments.py", description=__doc__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for declared in COMMANDS:
-        declared.add_to(commands)
-    args = parser.parse(argv)
-    return int(args.command.run(args))
+    return COMMANDS.run(parser, argv)
 
 
 # -------------------------------------------------------------------------------------------------- which runs exist

@@ -132,7 +132,13 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
         self.dropout = config.dropout
+        self.window = config.window(layer)
         self.norm = functools.partial(NORMS[config.norm].plain, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm: nn.Module | None = None  # in the place of norm,
+        self.k_norm: nn.Module | None = None  # with learned weights
+        if config.qk_norm_weights:
+            of_head = config.model_copy(update={"n_embd": config.head_width})
+            self.q_norm, self.k_norm = NORMS[config.norm](of_head), NORMS[config.norm](of_head)
         rows = [heads * self.head_width for heads in (self.n_head, self.kv_heads, self.kv_heads)]  # of q, k and v
         self.qkv = declare(Linear(config.n_embd, sum(rows), config.has_qkv_bias), weight=MATRIX.stacked(*rows))
         self.proj = declare(Linear(rows[0], config.n_embd, config.bias), weight=RESIDUAL)
@@ -149,20 +155,24 @@ class Attention(nn.Module):
             q, k, v = qkv.split_with_sizes((H, K, K), dim=2)  # (B, T, H | K, D)
         else:
             qk, v = qkv.split_with_sizes((H + K, K), dim=2)
-            if self.norm is not None:
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = qk.split_with_sizes((H, K), dim=2)
+                qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            elif self.norm is not None:
                 qk = self.norm(qk, (D,))
             if rope is not None:
                 qk = rotate(qk, *rope)
             q, k = qk.split_with_sizes((H, K), dim=2)
         if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, T, H * D)
+            dropout = self.dropout if self.training else 0.0
+            y = causal_attention(q, k, v, dropout, window=self.window)  # (B, T, H * D)
         else:
             y = cache.attend(self.layer, q, k, v)
         return self.resid_dropout(self.proj(y))
 
     def mixing_products(self, context: float) -> float:
         """Multiplications for one token that meets `context` keys: q k^T, and the attention weights times v."""
-        return 2 * self.n_head * self.head_width * context
+        return 2 * self.n_head * self.head_width * (context if self.window is None else min(context, self.window))
 
 
 @may_be_plain
@@ -172,8 +182,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
-        self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.proj = declare(Linear(config.ffn_width, config.n_embd, bias=config.bias), weight=RESIDUAL)
+        self.up = Linear(config.n_embd, config.ffn_width, bias=config.has_mlp_bias)
+        self.proj = declare(Linear(config.ffn_width, config.n_embd, bias=config.has_mlp_bias), weight=RESIDUAL)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -187,9 +197,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.proj = declare(Linear(config.ffn_width, config.n_embd, bias=config.bias), weight=RESIDUAL)
+        self.gate = Linear(config.n_embd, config.ffn_width, bias=config.has_mlp_bias)
+        self.up = Linear(config.n_embd, config.ffn_width, bias=config.has_mlp_bias)
+        self.proj = declare(Linear(config.ffn_width, config.n_embd, bias=config.has_mlp_bias), weight=RESIDUAL)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -325,7 +335,9 @@ class LanguageModel(nn.Module):
         assert self.config.block_size >= idx.size(1)
         weight = self.token_embedding.weight
         dtype = product_dtype(weight) if weight.is_cuda else weight.dtype
-        return Documents(idx, self.document_token, dtype, self.config.dropout if self.training else 0.0)
+        dropout = self.config.dropout if self.training else 0.0
+        windows = [self.config.window(layer) for layer in range(self.config.n_layer)]
+        return Documents(idx, self.document_token, dtype, dropout, windows)
 
     def embed(
         self, idx: torch.Tensor, cache: KVCache | Documents | None = None, lengths: Sequence[int] | None = None

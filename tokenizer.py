@@ -7,6 +7,7 @@ Tokens are not characters: only a tokenizer knows how many tokens a text has.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from utils.config.settings import DataConfig
 from utils.files import read_json
 from utils.tokenization.chunks import GPT2_BOUNDARY, boundary_of, chunks
 from utils.tokenization.protocol import VERSION, Tokenizer, TokenizerError
+from utils.tokenization.specifications import byte_specification, character_specification, gpt2_specification
 from utils.tokenization.vocabularies import (
     END_OF_TEXT,
     checked_merges,
@@ -37,6 +39,7 @@ from utils.tokenization.vocabularies import (
 )
 
 NUL = "\0"  # no text has it
+LARGEST_VOCABULARY = 1 << 22
 PART = 1 << 17  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
 WORDS_PART = 1 << 14  # of these, characters that one thread encodes into subwords
 WORDS_PARTS = 64  # and how many such parts at a time
@@ -162,6 +165,9 @@ class CharTokenizer(Tokenizer):
             "unknown_token": self.unknown_token,
         }
 
+    def huggingface(self) -> str:
+        return character_specification(self.vocabulary, self.unknown_token)
+
     @classmethod
     def from_json(cls, data: Any) -> Self:
         if len(set(data["vocabulary"])) != len(data["vocabulary"]):
@@ -257,6 +263,9 @@ class ByteTokenizer(_BytesTokenizer):
     def to_json(self) -> dict[str, Any]:
         return {"type": self.kind, "version": VERSION}
 
+    def huggingface(self) -> str:
+        return byte_specification()
+
     @classmethod
     def from_json(cls, data: Any) -> Self:
         return cls()
@@ -316,6 +325,8 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
 
     Args:
         specification: the content of the tokenizer.json.
+        vocab_size: at least so many ids, those beyond the tokens without text: many a published model has more rows
+            than its tokenizer has tokens.
 
     Raises:
         TokenizerError: the package is missing.
@@ -327,7 +338,7 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
     vocab_size = 0
     special_tokens: Mapping[str, int] = {}
 
-    def __init__(self, specification: str) -> None:
+    def __init__(self, specification: str, vocab_size: int = 0) -> None:
         package = optional_package("tokenizers", self.kind)
         self.specification = specification
         self._facts = json.loads(specification)
@@ -339,6 +350,8 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
             raise ValueError("it has no tokens")
+        self._padded = vocab_size > self.vocab_size
+        self.vocab_size = max(self.vocab_size, vocab_size)
         added = self._facts.get("added_tokens") or []
         self.special_tokens = special_tokens({token["content"]: token["id"] for token in added if token["special"]})
         self._boundary = boundary_of(self._facts)
@@ -362,11 +375,24 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
             yield np.array(encoding.ids, dtype=np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        return {"type": self.kind, "version": VERSION, "tokenizer": self.specification}
+        form = {"type": self.kind, "version": VERSION, "tokenizer": self.specification}
+        return {**form, "vocab_size": self.vocab_size} if self._padded else form
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        return cls(checked_specification(json.loads(data["tokenizer"])))
+        vocab_size = data.get("vocab_size", 0)
+        if not isinstance(vocab_size, int) or vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"vocab_size: expected at most {LARGEST_VOCABULARY:,}")
+        return cls(checked_specification(json.loads(data["tokenizer"])), vocab_size)
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        """That of the same tokenizer without padding: it gives the same ids."""
+        form = {key: value for key, value in self.to_json().items() if key != "vocab_size"}
+        return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
+
+    def huggingface(self) -> str:
+        return self.specification
 
 
 class BpeTokenizer(HuggingFaceTokenizer):
@@ -434,6 +460,9 @@ class Gpt2Tokenizer(_SubwordTokenizer):
 
     def to_json(self) -> dict[str, Any]:
         return {"type": self.kind, "version": VERSION, "merges": self.merges}
+
+    def huggingface(self) -> str:
+        return gpt2_specification(self.merges)
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
@@ -508,3 +537,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: damaged tokenizer file ({type(error).__name__}: {error})") from None
     return tokenizer_from_json(data, str(path))
+
+
+def pretrained_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer.json of a published model.
+
+    Args:
+        vocab_size: the number of rows of the model, for ids.
+
+    Raises:
+        TokenizerError: damaged, or with more tokens than the model has rows.
+    """
+    specification = read_specification(path)
+    try:
+        tokenizer = HuggingFaceTokenizer(specification, vocab_size)
+    except (LookupError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{path}: not a tokenizer.json that can be used: {error}") from None
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{path}: has {tokenizer.vocab_size:,} tokens, more than the {vocab_size:,} rows of the model"
+        )
+    return tokenizer

@@ -10,8 +10,10 @@ from conftest import ROOT
 
 import utils
 
+SCRIPTS = ("train.py", "inference.py", "evaluate.py", "experiments.py", "profile_model.py", "weights.py")
 
-@pytest.mark.parametrize("script", ["train.py", "inference.py", "evaluate.py", "experiments.py", "profile_model.py"])
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_outside_the_environment_says_how_to_activate_it(script: str) -> None:
     command = [sys.executable, "-S", "-E", str(ROOT / script), "--help"]  # -S: without site-packages
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

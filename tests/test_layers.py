@@ -13,16 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (  # from the bottom up: packages of utils/, and the files beside it
     *("errors", "locks", "files", "config", "tokenization", "tokenizer.py"),
     *("machine", "checkpoints", "nn", "terminal", "runs", "corpora", "packing", "preparation"),
-    *("model.py", "data.py", "tracking", "optim", "inference", "evaluation", "training", "profiling", "experiments"),
-    *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "experiments.py", "workbench.py"),
+    *("model.py", "data.py", "tracking", "optim", "inference"),
+    *("formats", "evaluation", "training", "profiling", "experiments"),
+    *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "weights.py"),
+    *("experiments.py", "workbench.py"),
 )
 OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
     *("errors", "locks", "files", "config", "terminal", "runs", "corpora", "experiments"),
-    *("checkpoints.folder", "machine.process", "machine.signals", "machine.watchdog"),
+    *("checkpoints.folder", "checkpoints.header", "machine.process", "machine.signals", "machine.watchdog"),
     *("training.early_stopping", "training.launch"),
     *("inference.flags", "profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
-    *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "experiments.py", "workbench.py"),
+    *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "weights.py"),
+    *("experiments.py", "workbench.py"),
 )
 HEAVY = {"torch", "numpy", "aim", "tensorboard", "safetensors"}
 

@@ -14,6 +14,8 @@ from utils.config.settings import FFN_WIDTHS, ModelConfig
 
 VOCAB = 11
 CPU = torch.device("cpu")
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 20}
+YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 20, "rope_high_freq": 32.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "rope": {"position": "rope"},
@@ -31,7 +33,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu tanh": {"mlp": "gelu_tanh"},
     "qk norm": {"qk_norm": True},
     "qk rmsnorm": {"qk_norm": True, "norm": "rmsnorm", "position": "rope", "n_kv_head": 2},
+    "learned qk norm": {"qk_norm": True, "qk_norm_weights": True, "norm": "rmsnorm", "n_kv_head": 2},
+    "learned qk layernorm": {"qk_norm": True, "qk_norm_weights": True},
+    "linear rope": {"position": "rope", "rope_scaling": "linear", "rope_factor": 3.0},
+    "llama 3 rope": {"position": "rope", "rope_theta": 50.0, "head_dim": 12, **LLAMA3},
+    "yarn": {"position": "rope", "rope_theta": 50.0, "head_dim": 12, **YARN},
+    "window": {"sliding_window": 6},
+    "window of some blocks": {"sliding_window": 2, "full_attention_layers": 1, "position": "rope", "n_kv_head": 2},
+    "window beyond the context": {"sliding_window": 30},
     "qkv bias": {"bias": False, "qkv_bias": True},
+    "no mlp bias": {"mlp_bias": False},
+    "mlp bias": {"bias": False, "mlp_bias": True, "mlp": "swiglu"},
     "no qkv bias": {"qkv_bias": False},
     "untied": {"tie_embeddings": False},
     "softcap": {"logit_softcap": 2.0},
@@ -75,7 +87,7 @@ def reference_logits(weights: Mapping[str, torch.Tensor], config: ModelConfig, i
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}."
         block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        x = x + reference_attention(block, config, reference_norm(x, block, "attention_norm", config))
+        x = x + reference_attention(block, config, reference_norm(x, block, "attention_norm", config), layer)
         x = x + reference_mlp(block, config, reference_norm(x, block, "mlp_norm", config))
     head = weights["token_embedding.weight" if config.tie_embeddings else "head.weight"]
     logits = reference_norm(x, weights, "final_norm", config) @ head.T
@@ -117,18 +129,44 @@ def reference_plain_norm(x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     return centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
 
 
+def reference_frequency(pair: int, width: int, config: ModelConfig) -> float:
+    """theta^(-2i/D), for a longer context slower in full, in part or not at all."""
+    frequency = config.rope_theta ** (-2 * pair / width)
+    slow = frequency / config.rope_factor
+    if config.rope_scaling == "none":
+        return frequency
+    if config.rope_scaling == "linear":
+        return slow
+    context, low, high = config.rope_original_context or 0, config.rope_low_freq, config.rope_high_freq
+    if config.rope_scaling == "llama3":
+        wavelength = 2 * math.pi / frequency
+        if wavelength < context / high:
+            return frequency
+        if wavelength > context / low:
+            return slow
+        smooth = (context / wavelength - low) / (high - low)
+        return (1 - smooth) * slow + smooth * frequency
+    # YaRN, section 3.2: the pair with r rotations is D log(context / 2 pi r) / (2 log theta).
+    edges = [width * math.log(context / (2 * math.pi * r)) / (2 * math.log(config.rope_theta)) for r in (high, low)]
+    first, last = max(math.floor(edges[0]), 0), min(math.ceil(edges[1]), width - 1)
+    ramp = min(max((pair - first) / (last - first), 0.0), 1.0)
+    return slow * ramp + frequency * (1 - ramp)
+
+
 def reference_rotation(x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """(B, T, D): channels i and i + D/2 are one complex number, turned by position x theta^(-2i/D)."""
+    """(B, T, D): channels i and i + D/2 are one complex number, turned by position x frequency."""
     T, D = x.shape[1:]
     numbers = torch.complex(x[..., : D // 2], x[..., D // 2 :])  # (B, T, D / 2)
-    angles = torch.tensor(
-        [[t * config.rope_theta ** (-2 * i / D) for i in range(D // 2)] for t in range(T)], dtype=torch.float64
-    )
-    turned = numbers * torch.polar(torch.ones_like(angles), angles)
+    frequencies = [reference_frequency(i, D, config) for i in range(D // 2)]
+    angles = torch.tensor([[t * frequency for frequency in frequencies] for t in range(T)], dtype=torch.float64)
+    length = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" else 1.0
+    turned = numbers * torch.polar(torch.full_like(angles, length), angles)
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def reference_attention(weights: Mapping[str, torch.Tensor], config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+def reference_attention(
+    weights: Mapping[str, torch.Tensor], config: ModelConfig, x: torch.Tensor, layer: int
+) -> torch.Tensor:
     T = x.size(1)
     H = config.n_head
     K = config.n_kv_head or H
@@ -136,7 +174,12 @@ def reference_attention(weights: Mapping[str, torch.Tensor], config: ModelConfig
     qkv = reference_linear(x, weights, "attention.qkv")  # (B, T, (H + 2 K) D)
     heads = [qkv[..., i * D : (i + 1) * D] for i in range(H + 2 * K)]
     q, k, v = heads[:H], heads[H : H + K], heads[H + K :]
-    if config.qk_norm:
+    if config.qk_norm_weights:
+        q, k = (
+            [reference_norm(h, weights, f"attention.{name}_norm", config) for h in heads]
+            for name, heads in (("q", q), ("k", k))
+        )
+    elif config.qk_norm:
         q, k = [reference_plain_norm(h, config) for h in q], [reference_plain_norm(h, config) for h in k]
     if config.position == "rope":
         q, k = [reference_rotation(h, config) for h in q], [reference_rotation(h, config) for h in k]
@@ -145,7 +188,9 @@ def reference_attention(weights: Mapping[str, torch.Tensor], config: ModelConfig
         shared = head // (H // K)  # consecutive query heads share a key/value head
         scores = q[head] @ k[shared].transpose(1, 2) / math.sqrt(D)  # (B, T, T)
         back = torch.arange(T)[:, None] - torch.arange(T)[None, :]
-        seen = (back >= 0) & (back < config.block_size)  # the window that slides over a longer text
+        window = config.sliding_window if layer >= config.full_attention_layers else None
+        reach = min(config.block_size, window or config.block_size)  # a window slides over a longer text
+        seen = (back >= 0) & (back < reach)
         powers = scores.exp().masked_fill(~seen, 0.0)
         outputs.append(powers / powers.sum(-1, keepdim=True) @ v[shared])
     return reference_linear(torch.cat(outputs, -1), weights, "attention.proj")

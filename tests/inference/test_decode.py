@@ -136,6 +136,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learned": {"position": "learned"},
     "rope, one key head, n-grams": {"position": "rope", "n_kv_head": 1, "ngram_rows": (7, 5), "qk_norm": True},
     "learned, grouped, n-grams": {"position": "learned", "n_kv_head": 2, "ngram_rows": (7, 5)},
+    "window, learned qk norm": {"position": "rope", "sliding_window": 3, "qk_norm": True, "qk_norm_weights": True},
+    "window of one block": {"position": "learned", "n_kv_head": 2, "sliding_window": 5, "full_attention_layers": 1},
+    "scaled rope": {"position": "rope", "rope_scaling": "linear", "rope_factor": 3.0, "sliding_window": 1},
     "more n-grams than context": {"position": "rope", "ngram_rows": (7,) * (BLOCK + 2)},
 }
 

@@ -18,6 +18,7 @@ LENGTHS = [[5, 4, 2], [12], [3, 8], [1, 1, 9]]  # of the documents in each row; 
 KINDS: list[dict[str, Any]] = [
     {},
     {"position": "rope", "n_kv_head": 1, "qk_norm": True},
+    {"position": "rope", "sliding_window": 2, "full_attention_layers": 1},
     {"ngram_rows": [31, 31], "mlp": "swiglu", "position": "rope"},
 ]
 

@@ -14,6 +14,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {"position": "learned"},
     "rope, grouped": {"position": "rope", "n_kv_head": 2},
     "rope, one key head, n-grams": {"position": "rope", "n_kv_head": 1, "ngram_rows": (7, 5)},
+    "window, learned qk norm": {"position": "rope", "sliding_window": 3, "qk_norm": True, "qk_norm_weights": True},
+    "window of one block": {"position": "learned", "n_kv_head": 2, "sliding_window": 4, "full_attention_layers": 1},
 }
 
 

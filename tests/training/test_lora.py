@@ -119,7 +119,7 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     capsys.readouterr()
     for words, found in (
         (["--lora-rank", "4"], "was trained with lora_rank 2, not 4; --init-from starts with its weights"),
-        (["--lora-alpha", "2"], "was trained with lora_alpha 4.0, not 2.0"),
+        (["--lora-alpha", "2"], "was trained with lora_alpha 4, not 2;"),
         (["--lora-targets", "qkv"], "was trained with lora_targets"),
         (["--lora-rank", "none"], "was trained with lora_rank 2, not none"),
     ):

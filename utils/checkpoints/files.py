@@ -18,7 +18,7 @@ import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,10 @@ from utils.checkpoints.folder import (
     read_manifest,
     read_object,
 )
-from utils.files import open_regular, sync_folder
+from utils.checkpoints.header import TensorEntry, header_of
+from utils.files import open_named, open_regular, sync_folder
+
+READ_BYTES = 1 << 22  # of one read: small enough for the caches, where the checksum finds it
 
 # https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -54,6 +57,11 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -207,40 +215,81 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, as views of the file in memory; writing to them does not change it.
 
     Nothing is copied: filling a gigabyte of new memory takes longer than reading it from a disk.
+
+    Args:
+        named: a person named the file, or a hub's cache has it, so a link may lead anywhere.
 
     Raises:
         CheckpointError: it is not a safetensors file, or a tensor reaches beyond its end.
     """
     try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size < 8:
-                raise ValueError("the header is longer than the file")
+        with open_named(path) if named else open_regular(path) as file:
+            header = header_of(file)
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
-        length = int.from_bytes(memory[:8], "little")
-        if length + 8 > len(data):
-            raise ValueError("the header is longer than the file")
-        header = json.loads(memory[8 : 8 + length])
-        body = data[8 + length :]
-        tensors = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                first, end = entry["data_offsets"]
-                if not 0 <= first <= end <= len(body):
-                    raise ValueError(f"{name} lies outside the file")
-                tensors[name] = body[first:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        return {name: _view(memory, name, entry) for name, entry in header.tensors.items()}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
-    return tensors
 
 
-def weight_differences(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:
+def read_tensors(path: Path, *, named: bool = False, crc32: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file in the order of their bytes, each in memory of its own.
+
+    One at a time: what the caller does not keep is freed, so a large file needs the memory of one tensor.
+
+    Args:
+        named: as for `map_tensors`.
+        crc32: of the whole file, if it is known.
+
+    Raises:
+        CheckpointError: it is not a safetensors file; or, after the last tensor, has another checksum.
+    """
+    try:
+        with open_named(path) if named else open_regular(path) as file, ThreadPoolExecutor(1) as pool:
+            header = header_of(file)
+            position = min((entry.begin for entry in header.tensors.values()), default=os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            checksum = pool.submit(zlib.crc32, file.read(position)) if crc32 is not None else None
+            for name, entry in header.tensors.items():
+                tensor = torch.empty(entry.shape, dtype=_dtype(name, entry))
+                memory = _memory(tensor)
+                for start in range(0, len(memory), READ_BYTES):
+                    chunk = memory[start : start + READ_BYTES]
+                    if file.readinto(chunk) < len(chunk):
+                        raise ValueError("it became shorter while it was read")
+                    if checksum is not None:  # of one chunk while the next is read
+                        checksum = pool.submit(zlib.crc32, chunk, checksum.result())
+                yield name, tensor
+            if checksum is not None and f"{checksum.result():08x}" != crc32:
+                raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum.result():08x}, not {crc32}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _view(memory: mmap.mmap, name: str, entry: TensorEntry) -> torch.Tensor:
+    """A tensor of a file that is mapped into memory, at whatever address it lies; it keeps the mapping alive."""
+    dtype = _dtype(name, entry)
+    if not entry.elements:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=entry.elements, offset=entry.begin).view(entry.shape)
+
+
+def _dtype(name: str, entry: TensorEntry) -> torch.dtype:
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{name}: {entry.dtype} is not read here")
+    return DTYPES[entry.dtype]
+
+
+def weight_differences(weights: Mapping[str, torch.Tensor | TensorEntry], model: torch.nn.Module) -> str:
     """In words, how names and shapes of weights differ from those of the model; empty if they do not."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}

@@ -38,6 +38,15 @@ ADDED: dict[str, Any] = {
     "lora_alpha": None,
     "lora_dropout": 0.0,
     "lora_targets": (),
+    "rope_scaling": "none",
+    "rope_factor": 1.0,
+    "rope_original_context": None,
+    "rope_low_freq": 1.0,
+    "rope_high_freq": 4.0,
+    "sliding_window": None,
+    "full_attention_layers": 0,
+    "mlp_bias": None,
+    "qk_norm_weights": False,
 }
 
 

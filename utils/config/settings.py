@@ -250,6 +250,47 @@ class ModelConfig(Section):
         "learned", "position encoding: a learned table, or rotations of q and k", kind=TRAJECTORY
     )
     rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = setting(
+        "none",
+        "how rotations are slowed down for a longer context than the model was first trained with: all of them, the slow "
+        "ones as in Llama 3, or the slow ones as in YaRN",
+        kind=TRAJECTORY,
+    )
+    rope_factor: Float = setting(
+        1.0, "with rope_scaling: how many times as slow the slowest rotations become", kind=TRAJECTORY, ge=1, le=65536
+    )
+    rope_original_context: Int | None = setting(
+        None,
+        "with rope_scaling llama3 or yarn: context length of the first training",
+        kind=TRAJECTORY,
+        unit="tokens",
+        ge=1,
+        le=1 << 24,
+    )
+    rope_low_freq: Float = setting(
+        1.0,
+        "with rope_scaling llama3 or yarn: rotations within that context of the fastest pair of channels that is slowed "
+        "down in full",
+        kind=TRAJECTORY,
+        gt=0,
+    )
+    rope_high_freq: Float = setting(
+        4.0,
+        "with rope_scaling llama3 or yarn: rotations within that context from which on a pair of channels is left as it "
+        "is (YaRN: 32)",
+        kind=TRAJECTORY,
+        gt=0,
+    )
+    sliding_window: Int | None = setting(
+        None,
+        "tokens that a token attends to, itself included; none: all before it",
+        kind=TRAJECTORY,
+        unit="tokens",
+        ge=1,
+    )
+    full_attention_layers: Int = setting(
+        0, "with sliding_window: first blocks without it", kind=TRAJECTORY, unit="blocks", ge=0, le=1024
+    )
     ngram_rows: tuple[Annotated[Int, Field(ge=1, le=2**31)], ...] = setting(
         (), "rows of the hashed embedding tables of the last 2, 3, ... tokens; empty: no such tables", kind=TRAJECTORY
     )
@@ -260,7 +301,9 @@ class ModelConfig(Section):
     )
     bias: bool = setting(True, "biases in linear layers and layernorms", kind=TRAJECTORY)
     qkv_bias: bool | None = setting(None, "bias of the q, k, v projection; none: as bias says", kind=TRAJECTORY)
+    mlp_bias: bool | None = setting(None, "biases of the MLP; none: as bias says", kind=TRAJECTORY)
     qk_norm: bool = setting(False, "normalise queries and keys, without learned weights", kind=TRAJECTORY)
+    qk_norm_weights: bool = setting(False, "with qk_norm: learned weights, as in Qwen 3", kind=TRAJECTORY)
     tie_embeddings: bool = setting(True, "one matrix for token embedding and output head", kind=TRAJECTORY)
     zero_init: bool = setting(
         False, "start projections into the residual stream, and an untied head, at zero", kind=TRAJECTORY
@@ -278,6 +321,14 @@ class ModelConfig(Section):
     @property
     def has_qkv_bias(self) -> bool:
         return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return self.bias if self.mlp_bias is None else self.mlp_bias
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token attends to in a block, itself included; None: all before it."""
+        return None if layer < self.full_attention_layers else self.sliding_window
 
     @property
     def ffn_width(self) -> int:
@@ -314,6 +365,26 @@ class ModelConfig(Section):
                 "n_embd",
                 "n_head",
             )
+        if self.rope_scaling != "none" and self.position != "rope":
+            raise RuleError(f"rope_scaling {self.rope_scaling} needs position rope", "rope_scaling", "position")
+        if self.rope_scaling in ("llama3", "yarn"):
+            if self.rope_original_context is None:
+                raise RuleError(
+                    f"rope_scaling {self.rope_scaling} needs rope_original_context",
+                    "rope_scaling",
+                    "rope_original_context",
+                )
+            if self.rope_low_freq >= self.rope_high_freq:
+                low, high = number_text(self.rope_low_freq), number_text(self.rope_high_freq)
+                raise RuleError(
+                    f"rope_low_freq ({low}) must be less than rope_high_freq ({high})",
+                    "rope_low_freq",
+                    "rope_high_freq",
+                )
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            raise RuleError("rope_scaling yarn needs a rope_theta above 1", "rope_theta", "rope_scaling")
+        if self.qk_norm_weights and not self.qk_norm:
+            raise RuleError("qk_norm_weights needs qk_norm", "qk_norm_weights", "qk_norm")
         return self
 
 

@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from model import LanguageModel, outline
 from tokenizer import Tokenizer, load_tokenizer
-from utils.checkpoints.files import Checkpoint, weight_differences
-from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+from utils.checkpoints.files import Checkpoint, read_tensors, weight_differences
+from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, CheckpointError
+from utils.checkpoints.header import read_header
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import is_regular, open_regular, read_json, write_json
 from utils.inference.evaluation import evaluating
 from utils.nn.lora import adapted_layers, merged_weights
+from utils.nn.roles import declared_roles
 from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
@@ -158,17 +159,17 @@ def load_export(folder: Path, device: torch.device) -> Export:
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
     try:
-        weights = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{weights_path}: damaged: {error}") from None
-    # First only the shapes: a damaged configuration may describe a model that no memory holds.
-    if differences := weight_differences(weights, outline(model_config, vocab_size)):
-        raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
-    if _crc32(weights_path) != crc32:
-        raise ExportError(f"{weights_path}: damaged: its CRC-32 is not the one in config.json")
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not shift
-        model = LanguageModel(model_config, vocab_size)
-    model.load_state_dict(weights)
+        # First only the shapes: a damaged configuration may describe a model that no memory holds.
+        model = outline(model_config, vocab_size)
+        if differences := weight_differences(read_header(weights_path).tensors, model):
+            raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
+        weights = read_tensors(weights_path, crc32=crc32)
+        own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights}, assign=True)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{weights_path}: ").removeprefix("damaged: ")
+        raise ExportError(f"{weights_path}: damaged: {reason}") from None
+    model.initialised = declared_roles(model)
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(

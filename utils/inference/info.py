@@ -70,6 +70,11 @@ def architecture(config: ModelConfig) -> str:
     if config.kv_heads != config.n_head:
         heads += f" on {config.kv_heads} key/value heads"
     theta = f"rope (theta {number_text(config.rope_theta)})" if config.position == "rope" else "learned positions"
+    if config.rope_scaling != "none":
+        theta += f" scaled by {number_text(config.rope_factor)} ({config.rope_scaling})"
+    window = f"window of {config.sliding_window:,} tokens" if config.sliding_window is not None else ""
+    if window and config.full_attention_layers:
+        window += f" from block {config.full_attention_layers}"
     words = [
         f"{config.n_layer} blocks",
         f"width {config.n_embd}",
@@ -78,7 +83,8 @@ def architecture(config: ModelConfig) -> str:
         config.norm,
         theta,
         f"n-gram tables of {', '.join(f'{rows:,}' for rows in config.ngram_rows)} rows" if config.ngram_rows else "",
-        "query/key norm" if config.qk_norm else "",
+        window,
+        ("learned " if config.qk_norm_weights else "") + "query/key norm" if config.qk_norm else "",
         "biases" if config.bias else "q, k, v biases" if config.has_qkv_bias else "no biases",
         "tied head" if config.tie_embeddings else "untied head",
         f"logits capped at {number_text(config.logit_softcap)}" if config.logit_softcap is not None else "",

@@ -21,7 +21,12 @@ SHORT = 128  # tokens; from about 192 on torch's kernel is as fast, and it needs
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0, mask: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout: float = 0.0,
+    mask: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Each token attends to itself and the tokens before it.
 
@@ -30,11 +35,14 @@ def causal_attention(
         k, v: (B, T, K, D).
         dropout: of attention weights.
         mask: (B, 1, T, T), to add to the scores: a causal one that rules out more; None: nothing else is ruled out.
+        window: the number of tokens that a token attends to at most, itself included; None: no limit.
 
     Returns:
         (B, T, H * D).
     """
     B, T, H, _ = q.shape
+    if window is not None and window < T:
+        mask = window_mask(T, window, q) if mask is None else mask + window_mask(T, window, mask)
     by_products = (
         q.is_cpu
         and SOFTMAX_BACKWARD is not None
@@ -62,6 +70,18 @@ def causal_attention(
 def causal_mask(length: int) -> torch.Tensor:
     """(length, length), to add to the scores: minus infinity above the diagonal, else zero."""
     return torch.full((length, length), -math.inf, dtype=torch.float32, device="cpu").triu_(1)
+
+
+def window_mask(length: int, window: int, like: torch.Tensor) -> torch.Tensor:
+    """(1, 1, length, length), to add to the scores: zero for the last `window` tokens, else minus infinity.
+
+    Args:
+        like: a tensor of the device and precision.
+    """
+    places = torch.arange(length, device=like.device)
+    back = places[:, None] - places
+    shown = torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.where((back >= 0) & (back < window), shown, -math.inf)[None, None]
 
 
 class ShortAttention(torch.autograd.Function):

@@ -20,12 +20,20 @@ class Documents:
         token: that a document begins with.
         dtype: of the model's numbers.
         dropout: of attention weights.
+        windows: of each layer (see `causal_attention`); empty: none has one.
 
     positions: (B, T), from the start of the document.
     mask: (B, 1, T, T), to add to the scores: zero where a token sees another one, else minus infinity.
     """
 
-    def __init__(self, idx: torch.Tensor, token: int, dtype: torch.dtype, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        idx: torch.Tensor,
+        token: int,
+        dtype: torch.dtype,
+        dropout: float = 0.0,
+        windows: Sequence[int | None] = (),
+    ) -> None:
         B, T = idx.shape
         places = torch.arange(T, device=idx.device)
         starts = torch.where(idx == token, places, 0).cummax(dim=1).values  # (B, T), of each token's document
@@ -36,6 +44,7 @@ class Documents:
         self.mask = torch.where(seen, shown, -math.inf)[:, None]
         self.lengths = [0] * B
         self._dropout = dropout
+        self._windows = windows
 
     def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
         """The positions of the tokens, (B, T)."""
@@ -43,6 +52,6 @@ class Documents:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Each token attends to itself and the tokens before it in its document (see `causal_attention`)."""
-        return causal_attention(q, k, v, self._dropout, self.mask)
+        return causal_attention(q, k, v, self._dropout, self.mask, self._windows[layer] if self._windows else None)
 
     def end(self) -> None: ...

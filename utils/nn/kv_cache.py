@@ -43,6 +43,7 @@ class KVCache:
         self._numbers = torch.arange(capacity, device=device)  # of slots
         self._rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self._static = device.type == "cuda"
+        self._window, self._without_window = config.sliding_window, config.full_attention_layers
 
     @property
     def positions(self) -> torch.Tensor:
@@ -80,24 +81,38 @@ class KVCache:
         self._visible = self.capacity if self._static else min(longest + T, self.capacity)
         self._stored = self._by_head[:, :, :, : self._visible].unbind()  # 2 L of (B, K, visible, D)
         self._mask = None
+        self._window_mask = None
         if min(self.lengths) == longest:
             first = longest % self.capacity
             slots = slice(first, first + T)
             self.tokens[:, slots] = idx
             self._new = self._by_slot[:, :, slots].unbind()  # 2 L of (B, T, K, D)
             self._slots: torch.Tensor | None = None  # (B, T), where they differ
-            if not self._is_empty and (T > 1 or self._static):  # one token sees all that is in use
-                self._mask = self._visible_to(torch.arange(longest, longest + T, device=idx.device)[None])
+            windowed = self._window is not None and longest + T > self._window
+            if not self._is_empty and (T > 1 or self._static or windowed):
+                positions = torch.arange(longest, longest + T, device=idx.device)[None]
+                visible = self._visible_to(positions)
+                if T > 1 or self._static:  # else one token sees all that is in use
+                    self._mask = visible
+                self._window_mask = self._within_window(positions, visible) if windowed else self._mask
             return slice(longest, longest + T)
         positions = self.positions[:, None] + self._numbers[:T]  # (B, T)
         self._slots = positions % self.capacity
         self.tokens[self._rows, self._slots] = idx
         self._mask = self._visible_to(positions)
+        self._window_mask = self._within_window(positions, self._mask)
         return positions
 
     def _visible_to(self, positions: torch.Tensor) -> torch.Tensor:
         """The mask (B, 1, T, visible) of the slots that tokens at these positions (B, T) attend to."""
         return (self._numbers[: self._visible] <= positions[:, :, None])[:, None]
+
+    def _within_window(self, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """`visible` (B, 1, T, slots) without what lies before the window of tokens at these positions (B, T)."""
+        if self._window is None:
+            return visible
+        back = (positions[:, :, None] - self._numbers[: visible.size(-1)]) % self.capacity  # to the newest in a slot
+        return visible & (back < self._window)[:, None]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store new keys and values, and attend: each new token to its whole sequence up to itself.
@@ -118,10 +133,12 @@ class KVCache:
         else:
             keys[self._rows, :, self._slots] = k
             values[self._rows, :, self._slots] = v
+        full = self._window is None or layer < self._without_window
         if self._is_empty:
-            return causal_attention(q, k, v)
+            return causal_attention(q, k, v, window=None if full else self._window)
+        mask = self._mask if full else self._window_mask
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=self._mask, enable_gqa=keys.size(1) != H
+            q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=keys.size(1) != H
         )  # (B, H, T, D)
         return y.transpose(1, 2).reshape(B, T, -1)
 

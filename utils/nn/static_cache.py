@@ -54,11 +54,17 @@ class StaticCache(KVCache):
         self._places = (positions % self.capacity + self._first).flatten()  # (B * T,)
         self.tokens.view(-1).index_copy_(0, self._places, idx.flatten())
         visible = self._numbers[: self._attended] <= positions[:, :, None]  # (B, T, attended)
-        self._mask = torch.where(visible, self._shown, self._hidden)[:, None]  # (B, 1, T, attended)
-        if T > 1 and self._group > 1:
-            self._mask = self._mask.repeat(1, 1, self._group, 1)  # (B, 1, G * T, attended)
+        self._mask = self._to_add(visible[:, None])
+        self._window_mask = self._mask
+        if self._window is not None:
+            self._window_mask = self._to_add(self._within_window(positions, visible[:, None]))
         self._read = self._by_head[:, :, :, : self._attended].unbind()  # 2 L of (B, K, attended, D)
         return positions
+
+    def _to_add(self, visible: torch.Tensor) -> torch.Tensor:
+        """The mask (B, 1, T | G T, attended) to add to the scores, where tokens see what is visible (B, 1, T, attended)."""
+        mask = torch.where(visible, self._shown, self._hidden)
+        return mask.repeat(1, 1, self._group, 1) if mask.size(2) > 1 and self._group > 1 else mask
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """As KVCache.attend. Heads that share keys are rows of one product: the mask rules out a kernel for groups."""
@@ -69,7 +75,7 @@ class StaticCache(KVCache):
         self._flat[layer].index_copy_(0, self._places, k.reshape(B * T, K, D))
         self._flat[of_values].index_copy_(0, self._places, v.reshape(B * T, K, D))
         q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-        mask = self._mask
+        mask = self._mask if layer < self._without_window else self._window_mask
         assert mask is not None
         y = F.scaled_dot_product_attention(q, self._read[layer], self._read[of_values], attn_mask=mask)
         return y.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)

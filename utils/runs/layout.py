@@ -22,6 +22,7 @@ PATCH = META / "code.patch"  # turns the commit into the code that ran; absent w
 CALLBACKS = META / "callbacks"  # the source of each callback's module
 ENVIRONMENT = META / "env.txt"  # Python, platform, devices, versions of all packages
 TOKENIZER = META / "tokenizer.json"
+PRETRAINED = META / "pretrained.json"  # of the published model whose weights the run began with
 MODEL_SUMMARY = META / "model.json"  # parameters by layer
 METRIC_REGISTRY = META / "metrics.json"  # name, unit and direction of each metric in the log
 

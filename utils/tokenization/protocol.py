@@ -122,6 +122,16 @@ class Tokenizer(Protocol):
     def to_json(self) -> dict[str, Any]:
         """All that `from_json` needs, with `type` (the kind) and `version`."""
 
+    def huggingface(self) -> str:
+        """The content of a tokenizer.json, of the package tokenizers, that gives the same ids and texts.
+
+        Special tokens are recognised in a text there unless it is told not to (split_special_tokens).
+
+        Raises:
+            TokenizerError: there is none.
+        """
+        raise TokenizerError(f"tokenizer {self.kind} has no form as a tokenizer.json")
+
     @classmethod
     @abstractmethod
     def from_json(cls, data: Any) -> Self:

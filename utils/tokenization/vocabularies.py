@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.files import read_bytes
+from utils.files import JSON_BYTES, open_named, read_bytes
 from utils.tokenization.protocol import TokenizerError
 
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")  # what the package tokenizers has
@@ -46,7 +47,11 @@ def read_specification(path: Path) -> str:
     if path.is_dir():
         path = path / "tokenizer.json"
     try:
-        value = json.loads(read_bytes(path))
+        with open_named(path) as file:  # in the cache of a hub it is a link
+            content = file.read(JSON_BYTES + 1)
+        if len(content) > JSON_BYTES:
+            raise OSError(errno.EFBIG, f"is larger than {JSON_BYTES >> 20} MiB")
+        value = json.loads(content)
         if isinstance(value, dict) and isinstance(value.get("tokenizer"), str):
             value = json.loads(value["tokenizer"])
     except FileNotFoundError:

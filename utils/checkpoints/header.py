@@ -1,0 +1,164 @@
+"""The header of a safetensors file: which tensors it has, and where each lies. Read without torch, and without trust.
+
+8 bytes: the length of the header, little-endian; the header, a JSON object; then the bytes of the tensors, one after
+the other, without gaps [https://github.com/huggingface/safetensors#format].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from utils.checkpoints.folder import CheckpointError
+from utils.errors import SHOWN, cut, shown
+from utils.files import open_named, open_regular
+
+HEADER_BYTES = 100_000_000  # the limit of the format
+HEADER_VALUES = 4_000_000  # of numbers, lists and objects, which take more memory than their text
+MOST_DIMENSIONS = 64
+BITS = {  # of one element; what has fewer than 8 is packed
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of a file.
+
+    begin, end: of its bytes, from the start of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of a safetensors file by name, in the order of their bytes; and the notes of who wrote it."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path, named: bool = False) -> Header:
+    """Read the header of a safetensors file, and check that it describes the file to the last byte.
+
+    Args:
+        named: a person named the file, so a link may lead anywhere.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not a safetensors file.
+    """
+    try:
+        with open_named(path) if named else open_regular(path) as file:
+            return header_of(file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+
+
+def header_of(file: BinaryIO) -> Header:
+    """The header of an open file.
+
+    Raises:
+        ValueError: what is wrong with it. Nothing of the size that it claims was allocated.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length + 8 > size:
+        raise ValueError("the header is longer than the file")
+    if length > HEADER_BYTES:
+        raise ValueError(f"the header has {length:,} bytes, more than the {HEADER_BYTES:,} that the format allows")
+    text = file.read(length)
+    if sum(map(text.count, (b",", b"[", b"{"))) > HEADER_VALUES:
+        raise ValueError("the header has more values than any model needs")
+    try:
+        header = json.loads(text, object_pairs_hook=_different_names)
+    except RecursionError:
+        raise ValueError("the header is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("the header is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}: char {error.pos} of the header") from None
+    if not isinstance(header, dict):
+        raise ValueError("the header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is not an object of texts")
+    entries = {name: _entry(name, entry, 8 + length, size) for name, entry in header.items()}
+    ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
+    _check_cover(ordered, 8 + length, size)
+    return Header(dict(ordered), metadata)
+
+
+def _different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{cut(twice, SHOWN)} is in the header twice")
+    return found
+
+
+def _entry(name: str, entry: Any, start: int, size: int) -> TensorEntry:
+    """The tensor that an entry of the header describes, in a file of `size` bytes; its own count from `start`.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{cut(name, SHOWN)}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{cut(name, SHOWN)}: unknown dtype {shown(dtype)}")
+    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or not all(map(_is_size, shape)):
+        raise ValueError(f"{cut(name, SHOWN)}: shape: expected at most {MOST_DIMENSIONS} sizes, got {shown(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(number) is int for number in offsets):
+        raise ValueError(f"{cut(name, SHOWN)}: data_offsets: expected two numbers, got {shown(offsets)}")
+    if not 0 <= offsets[0] <= offsets[1] <= size - start:
+        raise ValueError(f"{cut(name, SHOWN)} lies outside the file")
+    bits = math.prod(shape) * BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise ValueError(
+            f"{cut(name, SHOWN)}: {dtype} of shape {shown(tuple(shape))} needs {shown(-(-bits // 8))} bytes, "
+            f"it has {shown(offsets[1] - offsets[0])}"
+        )
+    return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _check_cover(entries: Iterable[tuple[str, TensorEntry]], start: int, size: int) -> None:
+    """Raises ValueError unless the tensors, in their order, cover the file from `start` to its end."""
+    end, before = start, ""
+    for name, entry in entries:
+        if entry.begin < end:
+            raise ValueError(f"{cut(name, SHOWN)} overlaps {cut(before, SHOWN)}")
+        if entry.begin > end:
+            raise ValueError(f"{entry.begin - end:,} bytes before {cut(name, SHOWN)} belong to no tensor")
+        end, before = entry.end, name
+    if end != size:
+        raise ValueError(f"the last {size - end:,} bytes of the file belong to no tensor")

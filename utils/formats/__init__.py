@@ -1,0 +1,1 @@
+"""Weights of other programs: reading, comparing, converting and exporting them."""

@@ -1,0 +1,268 @@
+"""Reading config.json of another program: every value is checked, and what cannot be represented is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.config.settings import ModelConfig
+from utils.errors import UserError, number_text, shown
+from utils.files import JSON_BYTES, open_named
+
+# Keys that say nothing about the numbers of a model.
+HARMLESS = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "model_type",
+        "n_ctx",
+        "pad_token_id",
+        "pretraining_tp",
+        "return_dict",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "transformers.js_config",
+    ]
+)
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class ForeignConfigError(UserError):
+    """A configuration of another program that is damaged, or that our model cannot represent."""
+
+
+def read_bounded_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of another program.
+
+    Raises:
+        ForeignConfigError: missing, too large, damaged or something else.
+    """
+    try:
+        with open_named(path) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ForeignConfigError(f"{path}: cannot be read: is larger than {limit >> 20} MiB")
+        value = json.loads(content)
+    except FileNotFoundError:
+        raise ForeignConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ForeignConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ForeignConfigError(f"{path}: not valid JSON: nested too deeply") from None
+    except ForeignConfigError:
+        raise
+    except ValueError as error:
+        raise ForeignConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ForeignConfigError(f"{path}: expected an object, got a {type(value).__name__}")
+    return value
+
+
+class ForeignConfig:
+    """The values of a config.json (or of a part of it) by name.
+
+    Args:
+        values: as parsed.
+        name: of the file, in messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], name: str, part: str = "") -> None:
+        self.values, self.name, self._part = values, name, part
+        self._read: set[str] = set()
+
+    def refuse(self, key: str, expected: str) -> ForeignConfigError:
+        """The error for the value of `key`."""
+        return ForeignConfigError(
+            f"{self.name}: {self._part}{key}: expected {expected}, got {shown(self.values.get(key))}"
+        )
+
+    def _get(self, key: str, default: Any) -> Any:
+        self._read.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 on; without a default it must be there."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.refuse(key, "a whole number >= 1")
+        return value
+
+    def optional_integer(self, key: str) -> int | None:
+        """As `integer`, or None."""
+        return None if self._get(key, None) is None else self.integer(key)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0; without a default it must be there."""
+        value = self._get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.refuse(key, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.refuse(key, "true or false")
+        return value
+
+    def choice(self, key: str, words: Mapping[str, str], default: str) -> str:
+        """What `words` has for the value, which is text."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or value not in words:
+            raise self.refuse(key, " or ".join(words))
+        return words[value]
+
+    def only(self, key: str, *values: Any) -> None:
+        """Refuse other values than these, which our model computes; a value that is missing is the first."""
+        value = self._get(key, values[0])
+        if not any(value == accepted and isinstance(value, bool) == isinstance(accepted, bool) for accepted in values):
+            raise self.refuse(key, " or ".join(json.dumps(accepted) for accepted in values))
+
+    def skip(self, *keys: str) -> None:
+        """Say that these keys change no number of ours."""
+        self._read |= set(keys)
+
+    def part(self, key: str) -> ForeignConfig:
+        """The object under a key; empty if there is none."""
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise self.refuse(key, "an object")
+        return ForeignConfig(value, self.name, f"{key}.")
+
+    def unread(self) -> list[str]:
+        """The keys that nothing has read, and that may not be harmless."""
+        return sorted(key for key in self.values if key not in self._read and key not in HARMLESS)
+
+
+def refuse_own_code(config: ForeignConfig) -> None:
+    """Raises ForeignConfigError for a model that is not what its architecture says."""
+    for key, reason in (
+        ("auto_map", "the model brings its own code, which is never run"),
+        ("quantization_config", "its weights are quantized"),
+    ):
+        config.skip(key)
+        if config.values.get(key):
+            raise config.refuse(key, f"none: {reason}")
+
+
+def rope_settings(config: ForeignConfig, context: int) -> dict[str, Any]:
+    """Our settings of rotary positions, from the keys of releases before and after 5 of transformers.
+
+    Args:
+        context: max_position_embeddings.
+    """
+    key = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    config.skip("rope_parameters", "rope_scaling")
+    rope = config.part(key)
+    kind = rope.choice(
+        "rope_type" if "rope_type" in rope.values else "type", {name: name for name in ROPE_TYPES}, "default"
+    )
+    rope.skip("type", "rope_type")
+    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    rope.only("partial_rotary_factor", 1.0, 1)
+    config.only("partial_rotary_factor", 1.0, 1)
+    settings: dict[str, Any] = {"position": "rope", "rope_theta": theta}
+    if kind == "default":
+        rope.skip("factor", "original_max_position_embeddings")
+    else:
+        settings |= {"rope_scaling": kind, "rope_factor": rope.number("factor")}
+    if kind == "linear":
+        rope.skip("original_max_position_embeddings")
+    if kind == "llama3":
+        settings["rope_original_context"] = rope.integer("original_max_position_embeddings")
+        settings["rope_low_freq"] = rope.number("low_freq_factor")
+        settings["rope_high_freq"] = rope.number("high_freq_factor")
+    if kind == "yarn":
+        settings["rope_original_context"] = rope.integer("original_max_position_embeddings", context)
+        settings["rope_low_freq"] = rope.number("beta_slow", 1.0)
+        settings["rope_high_freq"] = rope.number("beta_fast", 32.0)
+        usual = 0.1 * math.log(settings["rope_factor"]) + 1 if settings["rope_factor"] >= 1 else 1.0
+        if abs(rope.number("attention_factor", usual) - usual) > 1e-6:
+            raise rope.refuse("attention_factor", f"{number_text(usual)}, which follows from factor")
+        rope.only("truncate", True)
+    if unread := rope.unread():
+        raise ForeignConfigError(f"{config.name}: {key}.{unread[0]}: unknown, so its numbers may be others than ours")
+    return settings
+
+
+def rope_keys(config: ModelConfig) -> dict[str, Any]:
+    """The keys of rotary positions in config.json, as all releases of transformers read them."""
+    scaling: dict[str, Any] | None = None
+    if config.rope_scaling != "none":
+        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if scaling and config.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": config.rope_low_freq, "high_freq_factor": config.rope_high_freq}
+    if scaling and config.rope_scaling == "yarn":
+        scaling |= {"beta_slow": config.rope_low_freq, "beta_fast": config.rope_high_freq}
+    if scaling and config.rope_original_context is not None:
+        scaling["original_max_position_embeddings"] = config.rope_original_context
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+
+
+def layer_windows(config: ForeignConfig, n_layer: int) -> dict[str, Any]:
+    """Our settings of a sliding window, for families in which later blocks may have one."""
+    uses, window = config.flag("use_sliding_window", False), config.optional_integer("sliding_window")
+    config.skip("max_window_layers")
+    first = config.values.get("max_window_layers")
+    first = n_layer if not isinstance(first, int) else min(first, n_layer)
+    config.skip("layer_types")
+    kinds = config.values.get("layer_types")
+    if not uses or window is None:
+        if kinds is not None and set(_listed(config, kinds)) - {"full_attention"}:
+            raise config.refuse("layer_types", "full_attention only, as use_sliding_window is off")
+        return {}
+    if kinds is not None:
+        names = _listed(config, kinds)
+        first = names.index("sliding_attention") if "sliding_attention" in names else n_layer
+        if names != ["full_attention"] * first + ["sliding_attention"] * (n_layer - first):
+            raise config.refuse("layer_types", f"{n_layer} names, full_attention before sliding_attention")
+    return {"sliding_window": window, "full_attention_layers": first} if first < n_layer else {}
+
+
+def _listed(config: ForeignConfig, kinds: Any) -> list[str]:
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise config.refuse("layer_types", "a list of names")
+    return kinds
+
+
+def our_config(settings: Mapping[str, Any], name: str, sizes: Iterable[str] = ()) -> ModelConfig:
+    """The architecture of our settings.
+
+    Raises:
+        ForeignConfigError: a size is beyond what we can represent.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return ModelConfig.model_validate(settings)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = str(detail["loc"][0]) if detail["loc"] else ""
+        value = f", got {shown(settings.get(key))}" if key else ""
+        raise ForeignConfigError(f"{name}: {key or 'the model'}: {detail['msg']}{value}") from None

@@ -1,0 +1,182 @@
+"""The export for transformers: a folder that AutoModelForCausalLM and AutoTokenizer open as it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.files import write_atomic, write_json
+from utils.formats.card import model_card
+from utils.formats.families import family_for
+from utils.formats.folder import MARKER, new_folder
+from utils.formats.pretrained import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, open_pretrained
+from utils.formats.shards import Entry, write_shards
+from utils.formats.source import Source
+from utils.formats.table import Family, Place, places
+from utils.inference.evaluation import evaluating
+
+SHARD_BYTES = 5 * 10**9
+CHAT_TEMPLATE = "chat_template.jinja"
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}  # of logits, of the same rounded weights
+LOADING = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+inputs = tokenizer("The ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+"""
+# Keys of the model that training started from which this export sets itself, or which follow from others.
+REPLACED = (
+    *("rope_parameters", "rope_scaling", "layer_types", "dtype", "torch_dtype", "_name_or_path"),
+    *("transformers_version", "auto_map", "quantization_config"),
+)
+
+
+def export_huggingface(
+    source: Source,
+    place: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    licence: str | None = None,
+) -> dict[str, Any]:
+    """Write a model in the format of transformers.
+
+    Args:
+        place: the folder; an older export is replaced.
+        dtype: of the weights in the files.
+        shard_bytes: of one file with weights at most.
+        licence: of the weights, for the model card.
+
+    Returns:
+        What was written: architecture, folder, files, bytes.
+
+    Raises:
+        UserError: something of the model that the format cannot hold, before anything is written; or the folder
+            cannot be written.
+    """
+    model = source.model
+    family = family_for(model.config, source.pretrained.get("architecture"))
+    specification = source.tokenizer.huggingface()
+    expected = places(family, model.config, model.vocab_size, filled=True)
+    notes = _notes(source, family, expected)
+    weights = model.state_dict()
+    entries = [Entry(found.theirs, found.shape, partial(found.to_theirs, weights)) for found in expected]
+    with new_folder(place) as hidden:
+        files = write_shards(hidden, entries, dtype, shard_bytes)
+        write_json(hidden / CONFIG, their_config(source, family, dtype))
+        write_json(hidden / GENERATION, generation_config(source))
+        write_atomic(hidden / TOKENIZER, specification)
+        write_json(hidden / TOKENIZER_CONFIG, tokenizer_config(source))
+        if template := source.pretrained.get("chat_template"):
+            write_atomic(hidden / CHAT_TEMPLATE, template)
+        tags = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        write_atomic(hidden / MARKER, card)
+        difference = check_logits(source, hidden, dtype)
+        size = sum(path.stat().st_size for path in files)
+    return {
+        "architecture": family.architecture,
+        "folder": place,
+        "files": [path.name for path in files],
+        "bytes": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "largest_logit_difference": difference,
+        "notes": notes,
+    }
+
+
+def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json: that of the model that training started from, if there is one, with what is ours on top."""
+    base: Mapping[str, Any] = source.pretrained.get("config") or {}
+    base = base if source.pretrained.get("architecture") == family.architecture else {}
+    kept = {key: value for key, value in base.items() if key not in REPLACED}
+    config = source.model.config
+    ours = family.write(config)
+    context = base.get("max_position_embeddings")
+    if config.position == "rope" and isinstance(context, int) and context > config.block_size:
+        ours["max_position_embeddings"] = context  # training used a part of it
+    end = source.tokenizer.end_of_text
+    tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **tokens,
+        **kept,
+        **ours,
+        "vocab_size": source.model.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def generation_config(source: Source) -> dict[str, Any]:
+    """generation_config.json: that of the model that training started from, or the token that ends a text."""
+    if base := source.pretrained.get("generation_config"):
+        return {key: value for key, value in base.items() if key != "transformers_version"}
+    end = source.tokenizer.end_of_text
+    return {} if end is None else {"eos_token_id": end, "pad_token_id": end}
+
+
+def tokenizer_config(source: Source) -> dict[str, Any]:
+    """tokenizer_config.json. The class reads tokenizer.json as it is: others build another tokenizer from parts of it."""
+    base = source.pretrained.get("tokenizer_config") or {}
+    kept = {key: value for key, value in base.items() if key not in ("auto_map", "tokenizer_class", "backend")}
+    common = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if kept:
+        return kept | common
+    found: dict[str, Any] = {**common, "model_max_length": source.model.config.block_size}
+    added = json.loads(source.tokenizer.huggingface()).get("added_tokens") or []
+    ends = [token["content"] for token in added if token["id"] == source.tokenizer.end_of_text]
+    # In our tokenizers, a special token that is written in a text is text.
+    return found | ({"eos_token": ends[0]} if ends else {}) | {"split_special_tokens": True}
+
+
+def _notes(source: Source, family: Family, expected: list[Place]) -> list[str]:
+    notes = [f"The architecture is {family.architecture}."]
+    filled = sorted({place.theirs.rpartition(".")[2] for place in expected if place.fill == "zeros"})
+    if filled:
+        notes.append("The model has no biases where this format wants some: they are zeros.")
+    if any(place.fill == "ones" for place in expected):
+        notes.append("The norms of queries and keys have no learned weights: they are ones.")
+    if not source.pretrained:
+        notes.append("A special token that is written in a text is encoded as text, as in training.")
+    return notes
+
+
+def check_logits(source: Source, folder: Path, dtype: torch.dtype) -> float:
+    """The largest difference between the logits of the export, read again, and those of the model.
+
+    With a smaller precision the weights of the model are rounded first, too.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    reopened = open_pretrained(folder)
+    device = torch.device("cpu")
+    loaded = reopened.load(device, torch.float32, source.model.config.block_size)
+    length = min(source.model.config.block_size, 64)
+    idx = (torch.arange(length) * 7 % source.model.vocab_size)[None]  # (1, T)
+    weights = source.model.state_dict()
+    rounded = (
+        {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in weights.items()}
+        if dtype != torch.float32
+        else weights
+    )
+    with evaluating(source.model), evaluating(loaded):
+        theirs = loaded(idx)[0]
+        ours = torch.func.functional_call(source.model, rounded, (idx,))[0]
+    difference = float((theirs - ours).abs().max())
+    if not difference <= TOLERANCES[dtype] * max(1.0, float(ours.abs().max())):
+        raise RuntimeError(f"the exported weights do not give the logits of the model: they differ by {difference:.2g}")
+    return difference

@@ -1,0 +1,210 @@
+"""A folder with a model of transformers, opened for reading: what it is, its tokenizer and its weights.
+
+Nothing of the model is allocated before its configuration, the names and the shapes of all tensors are checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import LanguageModel, outline
+from tokenizer import Tokenizer, TokenizerError, pretrained_tokenizer
+from utils.config.settings import ModelConfig
+from utils.formats.families import family_of
+from utils.formats.foreign_config import ForeignConfig, our_config, read_bounded_json
+from utils.formats.shards import Shards
+from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
+
+CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
+LARGEST_VOCABULARY = 1 << 22
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model of transformers in a folder.
+
+    config: the architecture in our settings; block_size is its whole context.
+    foreign: its config.json.
+    unknown: keys of config.json that have no counterpart and are not used.
+    """
+
+    folder: Path
+    family: Family
+    config: ModelConfig
+    vocab_size: int
+    foreign: Mapping[str, Any]
+    unknown: list[str]
+    shards: Shards
+    their_names: Mapping[str, str]  # in a file, by the name in the table
+    places: list[Place]
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's own tokenizer, whose vocabulary has as many ids as the model has rows.
+
+        Raises:
+            TokenizerError: there is no tokenizer.json, or it has more tokens than the model.
+        """
+        path = self.folder / TOKENIZER
+        if not path.is_file():
+            others = [
+                name for name in ("vocab.json", "tokenizer.model", "spiece.model") if (self.folder / name).is_file()
+            ]
+            raise TokenizerError(
+                f"{self.folder}: no {TOKENIZER}"
+                + (f", only {others[0]}: AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes "
+                   f"a {TOKENIZER} of it" if others else "")
+            )  # fmt: skip
+        return pretrained_tokenizer(path, self.vocab_size)
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the table of the family."""
+        return self.shards.get(self.their_names[name])
+
+    def load(self, device: torch.device, dtype: torch.dtype, context: int | None = None) -> LanguageModel:
+        """The model in eval mode: each tensor goes straight to its place on the device, in the precision asked for.
+
+        Args:
+            context: the block_size, at most that of the model; None: all of it.
+        """
+        config = self.with_context(context)
+        model = outline(config, self.vocab_size)
+        empty = {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, shape in our_shapes(config, self.vocab_size).items()
+        }
+        model.load_state_dict(empty, assign=True)
+        del empty
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        read_places(self.places_for(config), self.get_cropped(config), model)
+        return model.eval()
+
+    def with_context(self, context: int | None) -> ModelConfig:
+        """The architecture with a shorter context: of learned positions, the first are kept."""
+        if context is None or context >= self.config.block_size:
+            return self.config
+        return self.config.model_copy(update={"block_size": context})
+
+    def places_for(self, config: ModelConfig) -> list[Place]:
+        """The places for a shorter context."""
+        return places(self.family, config, self.vocab_size)
+
+    def get_cropped(self, config: ModelConfig) -> Any:
+        """`get`, with only the first rows of learned positions where the context is shorter."""
+        cropped = {place.theirs for place in self.places if place.ours == "position_embedding.weight"}
+
+        def get(name: str) -> torch.Tensor:
+            tensor = self.get(name)
+            return tensor[: config.block_size] if name in cropped else tensor
+
+        return get
+
+    def weights(self, config: ModelConfig) -> Mapping[str, torch.Tensor]:
+        """Our weights by name, each read when it is asked for."""
+        return _Weights(self, config)
+
+    def sha256(self) -> str:
+        """Of the bytes of all files with weights, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in self.shards.files:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What a run that starts with the model keeps, so that its own export is complete."""
+        found: dict[str, Any] = {"architecture": self.family.architecture, "config": dict(self.foreign)}
+        for key, name in (("generation_config", GENERATION), ("tokenizer_config", TOKENIZER_CONFIG)):
+            path = self.folder / name
+            found[key] = read_bounded_json(path) if path.is_file() else {}
+        return found
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    """Our weights, each read from the files when it is asked for."""
+
+    def __init__(self, pretrained: Pretrained, config: ModelConfig) -> None:
+        self._get = pretrained.get_cropped(config)
+        self._places: dict[str, list[Place]] = {}
+        for place in pretrained.places_for(config):
+            self._places.setdefault(place.ours, []).append(place)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [place.to_ours(self._get(place.theirs)) for place in self._places[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def open_pretrained(folder: Path) -> Pretrained:
+    """Read the configuration of a model and the headers of its weights, and check that they fit each other.
+
+    Raises:
+        FormatError, ForeignConfigError: what is missing, damaged or cannot be represented.
+    """
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder")
+    foreign = ForeignConfig(read_bounded_json(path), str(path))
+    family = family_of(foreign)
+    vocab_size = foreign.integer(
+        "vocab_size", {"gpt2": 50257, "qwen2": 151936, "qwen3": 151936}.get(family.model_type, 32000)
+    )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise foreign.refuse("vocab_size", f"at most {LARGEST_VOCABULARY:,}")
+    config = our_config(family.read(foreign), str(path))
+    shards = Shards(folder)
+    _check_size(config, vocab_size, shards, path)
+    expected = places(family, config, vocab_size)
+    their_names = {full: name for name, full in without_places(family, shards.tensors, expected).items()}
+    check_shapes(expected, shards, their_names)
+    return Pretrained(
+        folder, family, config, vocab_size, dict(foreign.values), foreign.unread(), shards, their_names, expected
+    )
+
+
+def _check_size(config: ModelConfig, vocab_size: int, shards: Shards, path: Path) -> None:
+    """Raises FormatError for a configuration of a much larger model than its files hold, before anything is made of it.
+
+    Even the shapes of a model with a thousand blocks take a while.
+    """
+    numbers = sum(torch.Size(stored.shape).numel() for stored in shards.tensors.values())
+    width, attention = config.n_embd, config.n_head * config.head_width
+    least = width * vocab_size + config.n_layer * width * (2 * attention + config.ffn_width)
+    if config.position == "learned":
+        least += config.block_size * width
+    if least > numbers:
+        raise FormatError(
+            f"{path} describes a model of at least {least:,} parameters, the files have {numbers:,} numbers"
+        )
+
+
+def check_shapes(expected: list[Place], shards: Shards, their_names: Mapping[str, str]) -> None:
+    """Raises FormatError unless each place has a tensor of its shape."""
+    differences = []
+    for place in expected:
+        if place.theirs not in their_names:
+            differences.append(f"{place.theirs} is missing")
+        elif (shape := shards.tensors[their_names[place.theirs]].shape) != place.shape:
+            differences.append(f"{place.theirs} has shape {shape}, config.json says {place.shape}")
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise FormatError(f"{shards.folder}: {'; '.join(differences[:3])}{more}")

@@ -1,0 +1,76 @@
+"""What is exported: the weights of a run, its tokenizer, and what is known about both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import LanguageModel
+from tokenizer import Tokenizer
+from utils.errors import UserError
+from utils.files import read_json
+from utils.inference.export import load_export
+from utils.runs.find import find_export
+from utils.runs.layout import ARTIFACTS, CONFIG, EXPORT, PRETRAINED, RECORD
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model, ready to be written in another format.
+
+    name: of the run, or of the folder.
+    run: its directory; None for an export alone.
+    training: step, losses and corpus, as its export says.
+    record, settings: run.json and the configuration; empty for an export alone.
+    pretrained: of the published model that training started from: architecture, config, generation_config,
+        tokenizer_config, name, revision; empty without one.
+    """
+
+    name: str
+    model: LanguageModel
+    tokenizer: Tokenizer
+    run: Path | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(name: str, runs_dir: Path) -> Source:
+    """The exported weights of the run that `name` names, or of the export at that path, in float32 on the CPU.
+
+    Raises:
+        UserError: no such run, it has no export, or a damaged one.
+    """
+    folder = find_export(name, runs_dir)
+    export = load_export(folder, torch.device("cpu"))
+    run = Path(os.path.abspath(folder)).parent.parent
+    if run / EXPORT != Path(os.path.abspath(folder)) or not (run / RECORD).is_file():
+        return Source(folder.name, export.model, export.tokenizer, None, export.training)
+    record, settings, pretrained = (_object(run / name, run) for name in (RECORD, CONFIG, PRETRAINED))
+    return Source(run.name, export.model, export.tokenizer, run, export.training, record, settings, pretrained)
+
+
+def default_place(source: Source, format: str) -> Path:
+    """The folder of an export in a run directory.
+
+    Raises:
+        UserError: it is an export alone.
+    """
+    if source.run is None:
+        raise UserError(f"{source.name} is an export without its run: --out DIR says where to write")
+    return source.run / ARTIFACTS / format
+
+
+def _object(path: Path, run: Path) -> Mapping[str, Any]:
+    """The object in a JSON file of a run; empty if it is missing or damaged."""
+    try:
+        value = read_json(path, run)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
