@@ -96,6 +96,13 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     moved = [name for name, weight in export.model.state_dict().items() if not torch.equal(weight, frozen[name])]
     assert moved == [f"blocks.0.{name}.weight" for name in ("attention.qkv", "attention.proj", "mlp.up", "mlp.proj")]
 
+    of_peft = json.loads((straight / "artifacts/export/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert of_peft["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    saved = load_file(straight / "artifacts/export/adapter/adapter_model.safetensors")
+    name = "base_model.model.transformer.h.0.mlp.c_fc.lora_B.weight"
+    assert torch.equal(saved[name], own["blocks.0.mlp.up.lora_b"])
+    assert not (base / "artifacts/export/adapter").exists()
+
     # Killed in the middle, without the run that it began with, it ends in the same bits.
     stopped = [*tuned, "--run-tag", "stopped"]
     with monkeypatch.context() as patch:

@@ -78,7 +78,7 @@ def add_adapters(model: nn.Module, config: ModelConfig, settings: OptimizerConfi
         reference = nn.Linear(in_features, rank * len(rows), bias=False, **place)
         layer.lora_a = reference.weight  # the bounds of the distribution depend on the number of columns only
         layer.lora_b = nn.Parameter(torch.zeros(out_features, rank, **place))
-        layer.lora_dropout = nn.Dropout(settings.lora_dropout)
+        layer.lora_dropout = nn.Dropout(settings.lora_dropout).train(layer.training)
         layer.lora_rows, layer.lora_scale = rows, settings.adapter_alpha / rank
         declare(layer, lora_a=ADAPTER.stacked(*[rank] * len(rows)), lora_b=ADAPTER.stacked(*rows))
 

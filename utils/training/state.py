@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import time
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -259,7 +260,8 @@ def initialise(state: TrainState, checkpoint: Checkpoint) -> None:
     """
     checkpoint = without_adapters(checkpoint)
     own = {name: tensor for name, tensor in state.model.state_dict().items() if is_adapter(name)}
-    load_weights(state, replace(checkpoint, weights={**checkpoint.weights, **own}))
+    weights = ChainMap(own, checkpoint.weights)  # which may be read one by one
+    load_weights(state, replace(checkpoint, weights=weights))
 
 
 def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
