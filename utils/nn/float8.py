@@ -31,7 +31,11 @@ def use_float8(layers: nn.Module) -> None:
     adapters.
     """
     for layer in layers.modules():
-        if type(layer) in (Linear, LoraLinear) and not any(size % MULTIPLE for size in layer.weight.shape):
+        if (
+            isinstance(layer, Linear)
+            and type(layer) in (Linear, LoraLinear)
+            and not any(size % MULTIPLE for size in layer.weight.shape)
+        ):
             layer.multiply = float8_linear
 
 

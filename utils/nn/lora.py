@@ -13,6 +13,7 @@ So what is trained is what peft trains on the same model in transformers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,14 +71,14 @@ def add_adapters(model: nn.Module, config: ModelConfig, settings: OptimizerConfi
     layers, roles = targeted_layers(model, settings.lora_targets), declared_roles(model)
     model.requires_grad_(False)
     for layer in layers.values():
-        role, (out_features, in_features) = roles.get(layer.weight), layer.weight.shape
+        weight = layer.get_parameter("weight")
+        role, (out_features, in_features) = roles.get(weight), weight.shape
         rows = role.rows if role is not None and role.rows and config.position == "rope" else (out_features,)
         layer.__class__ = LoraLinear  # as torch.nn.utils.parametrize does: hooks and attributes stay
         assert isinstance(layer, LoraLinear)
-        place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        reference = nn.Linear(in_features, rank * len(rows), bias=False, **place)
-        layer.lora_a = reference.weight  # the bounds of the distribution depend on the number of columns only
-        layer.lora_b = nn.Parameter(torch.zeros(out_features, rank, **place))
+        a = weight.new_empty(len(rows) * rank, in_features)  # the distribution depends on the number of columns only
+        layer.lora_a = nn.Parameter(nn.init.kaiming_uniform_(a, math.sqrt(5)))
+        layer.lora_b = nn.Parameter(weight.new_zeros(out_features, rank))
         layer.lora_dropout = nn.Dropout(settings.lora_dropout).train(layer.training)
         layer.lora_rows, layer.lora_scale = rows, settings.adapter_alpha / rank
         declare(layer, lora_a=ADAPTER.stacked(*[rank] * len(rows)), lora_b=ADAPTER.stacked(*rows))

@@ -73,6 +73,8 @@ def _write_adapter(folder: Path, state: TrainState, run: Run) -> None:
     if settings.lora_rank is not None:
         with contextlib.suppress(OSError, ValueError):  # most runs did not start from a published model
             pretrained = read_json(run.path / PRETRAINED, run.path)
+        if "pretrained" not in (run.record.get("parent") or {}):  # but an earlier run, and that from the model
+            pretrained = {key: value for key, value in pretrained.items() if key not in ("name", "revision")}
         write_adapter(folder / ADAPTER, state.model, settings, pretrained)
 
 

@@ -7,15 +7,14 @@ import functools
 import json
 import math
 import time
-from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from data import BatchSampler, Corpus
-from model import LanguageModel
+from model import LanguageModel, outline
 from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
@@ -26,7 +25,7 @@ from utils.inference.exact_match import Question
 from utils.inference.static import StaticDecoders
 from utils.machine.device import autocast
 from utils.nn.float8 import MULTIPLE, use_float8
-from utils.nn.lora import adapter_settings, add_adapters, frozen_weights, is_adapter
+from utils.nn.lora import adapted_layers, adapter_settings, add_adapters, frozen_weights, is_adapter
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, decode_number, encode_number
@@ -259,9 +258,16 @@ def initialise(state: TrainState, checkpoint: Checkpoint) -> None:
         CheckpointError: they do not fit the model.
     """
     checkpoint = without_adapters(checkpoint)
-    own = {name: tensor for name, tensor in state.model.state_dict().items() if is_adapter(name)}
-    weights = ChainMap(own, checkpoint.weights)  # which may be read one by one
-    load_weights(state, replace(checkpoint, weights=weights))
+    if not adapted_layers(state.model):
+        load_weights(state, checkpoint)
+        return
+    plain = outline(state.config.model, state.model.vocab_size)
+    if differences := weight_differences(checkpoint.weights, plain):
+        raise CheckpointError(f"{checkpoint.path}: the weights are not those of this model: {differences}")
+    with torch.no_grad():
+        for name, tensor in state.model.state_dict().items():
+            if not is_adapter(name):
+                tensor.copy_(checkpoint.weights[name])
 
 
 def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
