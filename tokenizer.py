@@ -371,7 +371,13 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
 
     def _encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns whenever the process forks
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:  # half a surrogate pair
+            raise
+        except Exception as error:  # the package has no type for it
+            raise TokenizerError(f"the tokenizer.json has no token for a part of the text: {error}") from None
+        for encoding in encodings:
             yield np.array(encoding.ids, dtype=np.int64)
 
     def to_json(self) -> dict[str, Any]:

@@ -322,6 +322,7 @@ OTHER_VALUES = {  # valid, and not the default
     "ngram_rows": "64,32",
     "qkv_bias": False,
     "qk_norm": True,
+    "mlp_bias": False,
     "tie_embeddings": False,
     "zero_init": True,
     "optimizer_name": "muon",
@@ -341,8 +342,8 @@ OTHER_VALUES = {  # valid, and not the default
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
-# Reported as the batch_size that it changes, and refused for the tokenizer of the run.
-OF_ANOTHER = ("tokens_per_step", "special_tokens")
+# Reported as the batch_size that it changes, and refused for the tokenizer or the architecture of the run.
+OF_ANOTHER = ("tokens_per_step", "special_tokens", "rope_scaling", "qk_norm_weights")
 
 
 def other_value(key: str) -> str | bool:

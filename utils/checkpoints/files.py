@@ -72,7 +72,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    weights: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
     optimizer_tensors: dict[str, torch.Tensor]
     tokenizer: dict[str, Any]  # as its JSON form
     state: dict[str, Any]

@@ -252,8 +252,8 @@ class ModelConfig(Section):
     rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = setting(
         "none",
-        "how rotations are slowed down for a longer context than the model was first trained with: all of them, the slow "
-        "ones as in Llama 3, or the slow ones as in YaRN",
+        "how rotations are slowed for a longer context than that of the first training: all of them, or the slow ones "
+        "as in Llama 3 or in YaRN",
         kind=TRAJECTORY,
     )
     rope_factor: Float = setting(
@@ -269,15 +269,13 @@ class ModelConfig(Section):
     )
     rope_low_freq: Float = setting(
         1.0,
-        "with rope_scaling llama3 or yarn: rotations within that context of the fastest pair of channels that is slowed "
-        "down in full",
+        "with rope_scaling llama3 or yarn: what rotates at most so often within that context is slowed in full",
         kind=TRAJECTORY,
         gt=0,
     )
     rope_high_freq: Float = setting(
         4.0,
-        "with rope_scaling llama3 or yarn: rotations within that context from which on a pair of channels is left as it "
-        "is (YaRN: 32)",
+        "with rope_scaling llama3 or yarn: what rotates so often within that context is left as it is (YaRN: 32)",
         kind=TRAJECTORY,
         gt=0,
     )

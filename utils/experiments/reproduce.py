@@ -30,7 +30,7 @@ from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD, TOKENIZER
 from utils.runs.log import last_record, read_metrics
-from utils.runs.origin import PER_SESSION, PINNED
+from utils.runs.origin import PER_SESSION, PINNED, PRETRAINED_PREFIX
 from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
 from utils.runs.seal import file_sha256, write_seal
 from utils.runs.trust import callback_words, made_elsewhere, made_here, require_trust
@@ -224,6 +224,8 @@ def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_
         return
     if parent is not None:
         weights = parent["path"] if "export" in parent else f"{parent['path']}:{parent['step']}"
+        if "pretrained" in parent:
+            weights = f"{PRETRAINED_PREFIX}{parent['path']}"
         yield from ("--resume", weights, "--fork") if parent["relation"] == "fork" else ("--init-from", weights)
     yield from ("--config", os.path.join(os.path.abspath(run.path), CONFIG))
 

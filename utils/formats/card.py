@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from utils.errors import number_text
@@ -12,14 +13,8 @@ from utils.runs.metrics import decode_number
 from utils.terminal.words import printable, setting_text
 
 SETTINGS = (
-    "batch_size",
-    "block_size",
-    "optimizer_name",
-    "learning_rate",
-    "schedule",
-    "weight_decay",
-    "dropout",
-    "seed",
+    *("batch_size", "block_size", "optimizer_name", "learning_rate"),
+    *("schedule", "weight_decay", "dropout", "seed"),
 )
 NO_LICENCE = (
     "None is stated. What may be done with the weights depends on the texts they were trained on{base}; choose a "
@@ -38,11 +33,7 @@ def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: s
     """
     base = source.pretrained.get("name")
     licence = licence or source.pretrained.get("license")
-    front = {
-        **tags,
-        **({"license": licence} if licence else {}),
-        **({"base_model": base} if _is_hub_name(base) else {}),
-    }
+    front = {**tags, "license": licence, "base_model": base if source.pretrained.get("published") else None}
     config, count = source.model.config, source.model.num_parameters()
     facts = {
         "Architecture": architecture(config),
@@ -52,7 +43,7 @@ def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: s
         "Started from": _base_words(source.pretrained),
         **_training_facts(source),
     }
-    lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items()), "---", ""]
+    lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items() if value), "---", ""]
     lines += [f"# {source.name}", "", "A language model trained with the research workbench.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value), ""]
     lines += ["## How to load it", "", "```python", loading.strip(), "```", ""]
@@ -72,7 +63,7 @@ def _training_facts(source: Source) -> dict[str, str]:
     corpus = training.get("corpus") or resolved.get("dataset")
     if corpus:
         tokens = resolved.get("train_tokens")
-        facts["Data"] = str(corpus) + (f", {tokens:,} training tokens" if isinstance(tokens, int) else "")
+        facts["Data"] = Path(str(corpus)).name + (f", {tokens:,} training tokens" if isinstance(tokens, int) else "")
     if resolved.get("corpus_hash"):
         facts["Data sha256"] = str(resolved["corpus_hash"])
     flat = {
@@ -96,10 +87,6 @@ def _base_words(pretrained: Mapping[str, Any]) -> str:
         return ""
     revision = f" at revision {pretrained['revision']}" if pretrained.get("revision") else ""
     return f"{pretrained['name']}{revision}"
-
-
-def _is_hub_name(name: Any) -> bool:
-    return isinstance(name, str) and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def _number(value: Any) -> str:

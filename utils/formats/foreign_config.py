@@ -14,40 +14,14 @@ from utils.files import JSON_BYTES, open_named
 
 # Keys that say nothing about the numbers of a model.
 HARMLESS = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "keys_to_ignore_at_inference",
-        "label2id",
-        "model_type",
-        "n_ctx",
-        "pad_token_id",
-        "pretraining_tp",
-        "return_dict",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "task_specific_params",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "unk_token_id",
-        "use_cache",
-        "chunk_size_feed_forward",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "transformers.js_config",
-    ]
+    (
+        *("_name_or_path", "architectures", "model_type", "tokenizer_class", "transformers_version", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range", "pretraining_tp"),
+        *("dtype", "torch_dtype", "is_decoder", "is_encoder_decoder", "id2label", "label2id", "problem_type", "n_ctx"),
+        *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+        *("task_specific_params", "return_dict", "output_attentions", "output_hidden_states"),
+        *("chunk_size_feed_forward", "keys_to_ignore_at_inference", "transformers.js_config"),
+    )
 )
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -56,26 +30,35 @@ class ForeignConfigError(UserError):
     """A configuration of another program that is damaged, or that our model cannot represent."""
 
 
+def read_bounded(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """The content of a file of another program.
+
+    Raises:
+        ForeignConfigError: missing, too large, or not a file.
+    """
+    try:
+        with open_named(path) as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise ForeignConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ForeignConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise ForeignConfigError(f"{path}: cannot be read: is larger than {limit >> 20} MiB")
+    return content
+
+
 def read_bounded_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of another program.
 
     Raises:
         ForeignConfigError: missing, too large, damaged or something else.
     """
+    content = read_bounded(path, limit)
     try:
-        with open_named(path) as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise ForeignConfigError(f"{path}: cannot be read: is larger than {limit >> 20} MiB")
         value = json.loads(content)
-    except FileNotFoundError:
-        raise ForeignConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ForeignConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise ForeignConfigError(f"{path}: not valid JSON: nested too deeply") from None
-    except ForeignConfigError:
-        raise
     except ValueError as error:
         raise ForeignConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -125,7 +125,7 @@ def generation_config(source: Source) -> dict[str, Any]:
 
 
 def tokenizer_config(source: Source) -> dict[str, Any]:
-    """tokenizer_config.json. The class reads tokenizer.json as it is: others build another tokenizer from parts of it."""
+    """tokenizer_config.json. Its class reads tokenizer.json as it is; others build a tokenizer from parts of it."""
     base = source.pretrained.get("tokenizer_config") or {}
     kept = {key: value for key, value in base.items() if key not in ("auto_map", "tokenizer_class", "backend")}
     common = {
@@ -168,14 +168,11 @@ def check_logits(source: Source, folder: Path, dtype: torch.dtype) -> float:
     length = min(source.model.config.block_size, 64)
     idx = (torch.arange(length) * 7 % source.model.vocab_size)[None]  # (1, T)
     weights = source.model.state_dict()
-    rounded = (
-        {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in weights.items()}
-        if dtype != torch.float32
-        else weights
-    )
+    if dtype != torch.float32:
+        weights = {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in weights.items()}
     with evaluating(source.model), evaluating(loaded):
         theirs = loaded(idx)[0]
-        ours = torch.func.functional_call(source.model, rounded, (idx,))[0]
+        ours = torch.func.functional_call(source.model, weights, (idx,))[0]
     difference = float((theirs - ours).abs().max())
     if not difference <= TOLERANCES[dtype] * max(1.0, float(ours.abs().max())):
         raise RuntimeError(f"the exported weights do not give the logits of the model: they differ by {difference:.2g}")

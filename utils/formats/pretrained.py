@@ -6,6 +6,7 @@ Nothing of the model is allocated before its configuration, the names and the sh
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from model import LanguageModel, outline
 from tokenizer import Tokenizer, TokenizerError, pretrained_tokenizer
 from utils.config.settings import ModelConfig
 from utils.formats.families import family_of
-from utils.formats.foreign_config import ForeignConfig, our_config, read_bounded_json
+from utils.formats.foreign_config import ForeignConfig, our_config, read_bounded, read_bounded_json
 from utils.formats.shards import Shards
 from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
 
@@ -27,6 +28,7 @@ CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
     "tokenizer_config.json",
     "tokenizer.json",
 )
+CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
 LARGEST_VOCABULARY = 1 << 22
 
 
@@ -131,6 +133,10 @@ class Pretrained:
         for key, name in (("generation_config", GENERATION), ("tokenizer_config", TOKENIZER_CONFIG)):
             path = self.folder / name
             found[key] = read_bounded_json(path) if path.is_file() else {}
+        for key, name, read in (("chat_template", CHAT_TEMPLATE, str), ("license", CARD, licence_of)):
+            path = self.folder / name
+            if path.is_file() and (text := read(read_bounded(path).decode("utf-8", "replace"))):
+                found[key] = text
         return found
 
 
@@ -165,9 +171,7 @@ def open_pretrained(folder: Path) -> Pretrained:
         raise FormatError(f"{folder}: no such folder")
     foreign = ForeignConfig(read_bounded_json(path), str(path))
     family = family_of(foreign)
-    vocab_size = foreign.integer(
-        "vocab_size", {"gpt2": 50257, "qwen2": 151936, "qwen3": 151936}.get(family.model_type, 32000)
-    )
+    vocab_size = foreign.integer("vocab_size")
     if vocab_size > LARGEST_VOCABULARY:
         raise foreign.refuse("vocab_size", f"at most {LARGEST_VOCABULARY:,}")
     config = our_config(family.read(foreign), str(path))
@@ -179,6 +183,12 @@ def open_pretrained(folder: Path) -> Pretrained:
     return Pretrained(
         folder, family, config, vocab_size, dict(foreign.values), foreign.unread(), shards, their_names, expected
     )
+
+
+def licence_of(card: str) -> str | None:
+    """The licence that the front matter of a model card names."""
+    found = re.match(r"---\n(?:.*\n)*?license: *['\"]?([\w.-]{1,64})", card)
+    return found[1] if found and "\n---" not in found[0] else None
 
 
 def _check_size(config: ModelConfig, vocab_size: int, shards: Shards, path: Path) -> None:

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from utils.checkpoints.files import DTYPE_NAMES, DTYPES
+from utils.checkpoints.files import DTYPE_NAMES, map_tensors
+from utils.checkpoints.folder import CheckpointError
+from utils.checkpoints.header import read_header
 from utils.errors import shown
-from utils.files import regular_fd, write_json
+from utils.files import open_regular, write_json
 from utils.formats.foreign_config import read_bounded_json
 from utils.formats.table import FormatError, Shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LOADABLE = {"F64", "F32", "F16", "BF16"}
-HEADER_BYTES = 32 << 20  # far more than any model needs
 
 
 class Stored(NamedTuple):
@@ -28,7 +28,7 @@ class Stored(NamedTuple):
 
     file: Path
     shape: Shape
-    dtype: torch.dtype
+    dtype: str  # as safetensors names it
 
 
 class Shards:
@@ -44,6 +44,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
+        self._mapped: dict[Path, dict[str, torch.Tensor]] = {}
         for path, names in self._files():
             self._add(path, names)
 
@@ -76,65 +77,47 @@ class Shards:
     def _add(self, path: Path, expected: set[str] | None) -> None:
         check_regular(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118: not a mapping
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in LOADABLE:
-                        if expected is None or name in expected:
-                            self.tensors[name] = Stored(path, tuple(part.get_shape()), torch.uint8)
-                        continue
-                    self.tensors[name] = Stored(path, tuple(part.get_shape()), DTYPES[part.get_dtype()])
-                missing = (expected or set()) - set(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path}: damaged: {error}") from None
-        if missing:
+            header = read_header(path, named=True)
+        except CheckpointError as error:
+            raise FormatError(str(error)) from None
+        if missing := (expected or set()) - header.tensors.keys():
             raise FormatError(f"{path}: {min(missing)} is missing, which {INDEX} names")
+        self.tensors |= {name: Stored(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor, in the memory of its file where it can be.
+        """A tensor, in the memory of its file.
 
         Raises:
-            FormatError: the file is damaged, or its numbers are none of a model.
+            FormatError: the file is damaged, or its numbers are not those of a model.
         """
         stored = self.tensors[name]
-        if stored.dtype == torch.uint8:
-            raise FormatError(f"{stored.file}: {name}: expected {', '.join(sorted(LOADABLE))}, got another type")
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{stored.file}: damaged: {error}") from None
+        if stored.dtype not in LOADABLE:
+            raise FormatError(f"{stored.file}: {name}: expected {', '.join(sorted(LOADABLE))}, got {stored.dtype}")
+        if stored.file not in self._mapped:
+            try:
+                self._mapped[stored.file] = map_tensors(stored.file, named=True)
+            except CheckpointError as error:
+                raise FormatError(str(error)) from None
+        return self._mapped[stored.file][name]
 
     @property
     def files(self) -> list[Path]:
         """The files with tensors, in order."""
         return sorted({stored.file for stored in self.tensors.values()})
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of most numbers."""
-        sizes: dict[torch.dtype, int] = {}
-        for stored in self.tensors.values():
-            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + torch.Size(stored.shape).numel()
-        return max(sizes, key=lambda dtype: sizes[dtype])
-
 
 def check_regular(path: Path) -> None:
-    """Raises FormatError unless the file can be opened, has a header of a possible size and lies in its folder.
+    """Raises FormatError unless the file can be opened and lies in its folder, wherever links lead.
 
     Files in the cache of the hub are links into another folder of their repository.
     """
     inside = path.parent.parent.parent if path.parent.parent.name == "snapshots" else path.parent
     try:
-        with os.fdopen(regular_fd(path, inside), "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
+        open_regular(path, inside).close()
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
-    if length > min(size - 8, HEADER_BYTES):
-        raise FormatError(f"{path}: damaged: its header is said to have {length:,} bytes")
 
 
 class Entry(NamedTuple):

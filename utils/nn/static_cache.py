@@ -62,7 +62,7 @@ class StaticCache(KVCache):
         return positions
 
     def _to_add(self, visible: torch.Tensor) -> torch.Tensor:
-        """The mask (B, 1, T | G T, attended) to add to the scores, where tokens see what is visible (B, 1, T, attended)."""
+        """The mask (B, 1, T | G T, attended) to add to the scores, of what tokens see (B, 1, T, attended)."""
         mask = torch.where(visible, self._shown, self._hidden)
         return mask.repeat(1, 1, self._group, 1) if mask.size(2) > 1 and self._group > 1 else mask
 

@@ -150,6 +150,7 @@ def open_prepared(
         fits = build_tokenizer(config, ()).hash() == dataset.tokenizer_hash
     if not fits:
         raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
+    own = tokenizer or own  # of the same hash, with as many ids as the model has rows
     dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
     loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
     prepared = Prepared(dataset, own, config.packing, plans, loss_after)

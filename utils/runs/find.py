@@ -89,6 +89,13 @@ def parent_path(run: Path, parent: Mapping[str, Any]) -> Path:
         RunError: it is in neither place.
     """
     beside = [run.parent / parent["run"], Path(os.path.realpath(run)).parent / parent["run"]]
+    if "pretrained" in parent:
+        if (Path(parent["path"]) / EXPORT_CONFIG_FILE).is_file():
+            return Path(parent["path"])
+        raise RunError(
+            f"{run.name} began with weights of {parent['run']}, which is no longer at {parent['path']}: "
+            f"python weights.py download {parent['run'].removeprefix('hf:')}"
+        )
     if (weights := parent.get("export")) is not None:
         for place in (*(run / EXPORT for run in beside), Path(parent["path"])):
             if export_checksum(place) == weights:

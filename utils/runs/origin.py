@@ -38,6 +38,7 @@ Relation = Literal["resume", "fork", "init"]
 CHOICES = ("latest", "best")
 RESUMABLE = ("interrupted", "crashed", "failed")  # a failure may be over: a full disk, a mistake in a callback
 BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
+PRETRAINED_PREFIX = "hf:"  # of a published model, where --init-from expects a RUN
 FOUND = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which a resume does not inherit
 PLACES = ("dataset", "corpora_dir", "datasets_dir", "runs_dir", "aim_repo")  # paths, unless they are names or addresses
@@ -51,10 +52,12 @@ PINNED = ("device", "dtype", "threads", "deterministic")  # a resume keeps the v
 class Origin:
     """The checkpoint that training starts from.
 
-    run: directory of the earlier run; for `init` it may be an export alone.
+    run: directory of the earlier run; for `init` it may be an export alone, or the folder of a published model.
     which: the checkpoint: `latest`, `best` or a step.
     strict: True if a damaged newest checkpoint is an error; otherwise the one before it is used.
     trusted: True if its code may run although it was made elsewhere (--trust).
+    pretrained: the name of the published model; None if it is a run of ours.
+    revision: the commit of the published model, if it is known.
     """
 
     relation: Relation
@@ -62,6 +65,13 @@ class Origin:
     which: str = "latest"
     strict: bool = False
     trusted: bool = False
+    pretrained: str | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the earlier run, in messages."""
+        return self.run.name if self.pretrained is None else f"{PRETRAINED_PREFIX}{self.pretrained}"
 
 
 def split_choice(text: str) -> tuple[str, str]:
@@ -381,7 +391,7 @@ def parent_facts(origin: Origin, step: int, state: Mapping[str, Any]) -> dict[st
     The id finds the parent again; `path` is only a hint, for runs in different folders.
 
     Args:
-        state: of the checkpoint; of an export alone it names the run and the checksum of the weights.
+        state: of the checkpoint; of an export or a published model it names the run and the checksum of the weights.
     """
-    facts = {"run": origin.run.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}
+    facts = {"run": origin.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}
     return facts | {key: state[key] for key in ("run", "export") if "export" in state}

@@ -11,7 +11,7 @@ from utils.tokenization.vocabularies import END_OF_TEXT, byte_level_alphabet
 
 
 def _specification(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any], **more: Any) -> str:
-    parts = {
+    parts: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -12,6 +12,7 @@ from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
+    PRETRAINED_PREFIX,
     Origin,
     check_callbacks,
     check_config_files,
@@ -42,7 +43,8 @@ def add_origin_flags(parser: Parser) -> None:
     origin.add_argument(
         "--init-from",
         metavar="RUN[:WHICH]",
-        help="start a new run with the weights of a checkpoint: latest (default), best, or a step",
+        help="start a new run with the weights of a checkpoint: latest (default), best, or a step; hf:NAME: of a model "
+        "of the Hugging Face hub or a folder, with its architecture and tokenizer",
     )
     group.add_argument(
         "--fork",
@@ -93,6 +95,11 @@ def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin
     elif own.resume is not None:
         origin = find_origin("resume", own.resume, runs_dir, **options)
         yield config_of_resume(origin, parsed.loader, parsed.files, parsed.overrides), origin
+    elif own.init_from is not None and own.init_from.startswith(PRETRAINED_PREFIX):
+        from utils.formats.finetuning import start_from_pretrained  # imports torch
+
+        name = own.init_from.removeprefix(PRETRAINED_PREFIX)
+        yield start_from_pretrained(loaded, name, parsed.files, PROJECT_ROOT, lambda line: note(line, "--init-from"))
     elif own.init_from is not None:
         yield loaded, find_origin("init", own.init_from, runs_dir)
     else:
@@ -115,9 +122,9 @@ def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool, trusted:
         yield Origin("resume", Path(os.path.abspath(path)), strict=strict, trusted=trusted)
 
 
-def note(line: str) -> None:
-    """Print one line about what `--resume auto` decides, on stderr."""
-    print(f"note: --resume auto: {printable(line)}", file=sys.stderr)
+def note(line: str, flag: str = "--resume auto") -> None:
+    """Print one line about what a flag decides, on stderr."""
+    print(f"note: {flag}: {printable(line)}", file=sys.stderr)
 
 
 def config_of_resume(

@@ -26,6 +26,7 @@ from utils.config.settings import Config, RuleError, warmup_steps
 from utils.corpora.datasets import find_dataset, is_dataset
 from utils.corpora.sources import NAMES, CorpusError
 from utils.errors import UserError, shown
+from utils.formats.finetuning import pretrained_as_checkpoint
 from utils.inference.decode import start_tokens
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
@@ -230,14 +231,16 @@ def read_parent(
     Raises:
         UserError: there is none, it is damaged, or it is of another model.
     """
-    if is_export(origin.run):
+    if origin.pretrained is not None:
+        checkpoint = pretrained_as_checkpoint(origin.run, origin.pretrained, origin.revision, config.model)
+    elif is_export(origin.run):
         checkpoint = export_as_checkpoint(origin.run)
     else:
         checkpoint = choose_checkpoint(origin.run / CHECKPOINTS, origin.which, strict=origin.strict, warn=warn)
-    check_model(config.model, checkpoint.state["model"], origin.run.name)
+    check_model(config.model, checkpoint.state["model"], origin.name)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer, str(checkpoint.path / TOKENIZER_FILE))
     if config.data.dataset in NAMES or find_dataset(config.data.dataset, datasets_dir) is None:
-        check_tokenizer(config.data, tokenizer, origin.run.name, checkpoint.path / TOKENIZER_FILE)
+        check_tokenizer(config.data, tokenizer, origin.name, checkpoint.path / TOKENIZER_FILE)
     return checkpoint, tokenizer
 
 

@@ -18,8 +18,10 @@ from utils.checkpoints.choose import choose_checkpoint, newest_good, put_aside
 from utils.checkpoints.files import Checkpoint
 from utils.config.fields import config_hash
 from utils.config.loader import config_files
+from utils.config.settings import ModelConfig
 from utils.errors import UserError
-from utils.files import change_json, write_json
+from utils.files import change_json, read_json, write_json
+from utils.formats.finetuning import pretrained_as_checkpoint
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import device_facts, processor_name
 from utils.nn.lora import count_parameters
@@ -37,6 +39,7 @@ from utils.runs.layout import (
     METRIC_REGISTRY,
     MODEL_SUMMARY,
     NOTES,
+    PRETRAINED,
     SEAL,
     TOKENIZER,
     session_meta,
@@ -45,7 +48,7 @@ from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.runs.log import cut_logs
 from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
-from utils.runs.origin import Relation, check_longer, parent_facts, pin, put_on_top
+from utils.runs.origin import PRETRAINED_PREFIX, Relation, check_longer, parent_facts, pin, put_on_top
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run
 from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
@@ -168,6 +171,10 @@ def start_of_parent(run: Path, record: Mapping[str, Any], warn: Callable[[str], 
     if parent is None or parent["relation"] == REPRODUCTION:
         return Start()
     path = parent_path(run, parent)
+    if "pretrained" in parent:
+        name = parent["run"].removeprefix(PRETRAINED_PREFIX)
+        model = ModelConfig.model_validate(read_json(run / CONFIG, run)["model"])
+        return Start(pretrained_as_checkpoint(path, name, None, model, parent["pretrained"]), parent["relation"])
     if "export" in parent:
         return Start(export_as_checkpoint(path), parent["relation"])
     return Start(choose_checkpoint(path / CHECKPOINTS, str(parent["step"]), strict=True, warn=warn), parent["relation"])
@@ -208,6 +215,8 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
     if not setup.resumes:  # these describe how the run was started
         setup.corpus.tokenizer.save(run.path / TOKENIZER)
         MetadataCapture.write(meta, git, device_facts(setup.device))
+        if pretrained := pretrained_of(setup):
+            write_json(run.path / PRETRAINED, pretrained)
         if tracking.tags or tracking.note:
             said = {"tags": list(tracking.tags), "note": tracking.note}
             change_json(run.path / NOTES, lambda notes: {**NO_NOTES, **notes, **said})
@@ -217,6 +226,20 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
     write_json(run.path / CONFIG_SOURCES, setup.loaded.sources_json())
     # Last: once it exists, the run can be resumed.
     write_json(run.path / CONFIG, setup.loaded.config.model_dump(mode="json"))
+
+
+def pretrained_of(setup: Setup) -> Mapping[str, Any]:
+    """What is known of the published model that a run descends from; empty if it does not."""
+    if setup.origin is None or setup.checkpoint is None:
+        return {}
+    if setup.origin.pretrained is not None:
+        facts: Mapping[str, Any] = setup.checkpoint.state["facts"]
+        return facts
+    try:
+        inherited = read_json(setup.origin.run / PRETRAINED, setup.origin.run)
+    except (OSError, ValueError):
+        return {}
+    return inherited if isinstance(inherited, dict) else {}
 
 
 def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:
@@ -316,8 +339,8 @@ def start_words(setup: Setup, start: Start) -> str:
     if start.own:
         return f"resumed at step {start.step:,}"
     path, step = start.checkpoint.path, start.checkpoint.step
-    parent = start.checkpoint.state["run"] if "export" in start.checkpoint.state else path.parent.parent.parent.name
-    words = (
-        f"forked from {parent} at step" if start.relation == "fork" else f"step 0 with the weights of {parent} at step"
-    )
-    return f"{words} {step:,}" + (", again: there is no checkpoint yet" if setup.resumes else "")
+    state = start.checkpoint.state
+    parent = state["run"] if "export" in state or "pretrained" in state else path.parent.parent.parent.name
+    words = f"forked from {parent}" if start.relation == "fork" else f"step 0 with the weights of {parent}"
+    at = "" if "pretrained" in state else f" at step {step:,}"
+    return f"{words}{at}" + (", again: there is no checkpoint yet" if setup.resumes else "")

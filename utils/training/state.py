@@ -278,7 +278,9 @@ def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     """
     if differences := weight_differences(checkpoint.weights, state.model):
         raise CheckpointError(f"{checkpoint.path}: the weights are not those of this model: {differences}")
-    state.model.load_state_dict(checkpoint.weights)
+    with torch.no_grad():  # one at a time: those of a published model are read when they are asked for
+        for name, tensor in state.model.state_dict().items():
+            tensor.copy_(checkpoint.weights[name])
 
 
 def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:

@@ -1,0 +1,271 @@
+"""Published models by name: a local folder, the cache of the Hugging Face hub, or the hub itself, in this order.
+
+The package huggingface_hub does the work and is optional; where a model is in a folder, it is not needed. Its variables
+apply: HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE, which forbids the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.files import expand_home, is_regular
+from utils.formats.pretrained import CONFIG
+from utils.formats.shards import INDEX, PICKLES, WEIGHTS
+from utils.terminal.words import size
+
+PATTERNS = (  # of the files of a model that are used; weights are often there in other formats, too
+    *(WEIGHTS, INDEX, "model-*-of-*.safetensors", CONFIG, "generation_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "README.md", "LICENSE*"),
+)
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+CHUNK = 1 << 22
+
+
+class HubError(UserError):
+    """A published model that is not here, or that the hub does not give."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A published model on this machine.
+
+    name: as it was asked for.
+    where: where it was found, in words.
+    revision: the commit; None for a folder without one.
+    """
+
+    name: str
+    folder: Path
+    where: str
+    revision: str | None = None
+
+
+def find_pretrained(
+    name: str,
+    *,
+    local_dir: Path | None = None,
+    revision: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """A published model, downloaded if it is nowhere on this machine.
+
+    Args:
+        name: a folder, or NAME or ORGANISATION/NAME of the hub.
+        local_dir: a folder that has the model, or that it is downloaded into.
+        revision: a branch, tag or commit.
+        report: prints one line to the user.
+
+    Raises:
+        HubError: it is not here and cannot be downloaded.
+    """
+    for folder in (local_dir, Path(expand_home(name))):
+        if folder is not None and (folder / CONFIG).is_file() and revision is None:
+            return Found(name, Path(os.path.abspath(folder)), f"the folder {folder}", _commit_of(folder))
+    check_name(name)
+    hub = _hub(name)
+    if local_dir is None:
+        try:
+            folder = Path(
+                hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=PATTERNS)
+            )
+            if is_whole(folder):
+                return Found(name, folder, f"the cache of the hub, {hub.constants.HF_HUB_CACHE}", folder.name)
+        except OSError:  # it is not in the cache, or not all of it
+            pass
+    return download(name, local_dir=local_dir, revision=revision, report=report)
+
+
+def check_name(name: str) -> None:
+    """Raises HubError unless the hub could have a model of this name; a path that does not exist is none."""
+    if not NAME.fullmatch(name) or ".." in name:
+        raise HubError(f"{name}: no folder with a {CONFIG}, and not a name of the hub (NAME or ORGANISATION/NAME)")
+
+
+def _hub(name: str) -> Any:
+    """The package huggingface_hub.
+
+    Raises:
+        HubError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+    except ImportError:
+        raise HubError(
+            f"{name} is not a folder with a {CONFIG}; the hub and its cache need the package huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
+    return huggingface_hub
+
+
+def download(
+    name: str,
+    *,
+    local_dir: Path | None = None,
+    revision: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """Download a model from the hub, into its cache or a folder, and compare the files with the hub's hashes.
+
+    What is here already is not fetched again, and a connection that breaks is taken up where it broke.
+
+    Raises:
+        HubError: it cannot be reached, has no such model or does not give it; or a file has another hash.
+    """
+    check_name(name)
+    hub = _hub(name)
+    if hub.constants.HF_HUB_OFFLINE:
+        raise HubError(
+            f"{name} is not on this machine (no such folder, and not in {hub.constants.HF_HUB_CACHE}), and "
+            f"HF_HUB_OFFLINE forbids the network; with a network: python weights.py download {name}"
+        )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    page = f"{hub.constants.ENDPOINT}/{name}"
+    try:
+        facts = hub.HfApi().model_info(name, revision=revision)
+        _check_files(name, [file.rfilename for file in facts.siblings or []])
+        report(f"downloading {name} from {page}")
+        folder = Path(
+            hub.snapshot_download(name, revision=facts.sha, local_dir=local_dir, allow_patterns=PATTERNS, max_workers=4)
+        )
+        if local_dir is None and revision != facts.sha:  # so that the name is found without the network, too
+            _remember(folder, revision or "main", facts.sha)
+    except GatedRepoError:
+        raise HubError(
+            f"{name} is gated: accept its conditions on {page}, make a token on {hub.constants.ENDPOINT}"
+            "/settings/tokens and run again with HF_TOKEN=...; or sign in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(f"{name} has no revision {revision}: {page}/commits lists them") from None
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"{name}: there is no such model on {hub.constants.ENDPOINT}, or it is private and needs HF_TOKEN"
+        ) from None
+    except HfHubHTTPError as error:
+        raise HubError(f"{name}: {page} answers {_reason(error)}; try again later") from None
+    except HubError:
+        raise
+    except OSError as error:
+        raise HubError(f"{name} cannot be downloaded: {_reason(error)}") from None
+    except Exception as error:  # the errors of its client for HTTP, which is another package with each release
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet"):
+            raise
+        raise HubError(f"{name}: {hub.constants.ENDPOINT} cannot be reached: {_reason(error)}") from None
+    check_hashes(folder, remove=True)
+    return Found(name, folder, f"downloaded from {page} into {folder}", facts.sha)
+
+
+def _check_files(name: str, files: list[str]) -> None:
+    """Raises HubError unless a model has weights that are read here, and a configuration."""
+    if WEIGHTS not in files and INDEX not in files:
+        pickle = next((file for file in PICKLES if file in files), None)
+        if pickle:
+            raise HubError(
+                f"{name} has its weights as {pickle} only, a pickle, which can run any code when it is read, so it is "
+                "refused; many models have a revision with safetensors (refs/convert/safetensors, refs/pr/N)"
+            )
+        raise HubError(f"{name} has no {WEIGHTS} and no {INDEX}: it is not a model in safetensors")
+    if CONFIG not in files:
+        raise HubError(f"{name} has no {CONFIG}")
+
+
+def _remember(folder: Path, revision: str, commit: str) -> None:
+    """Note in the cache which commit a branch or tag is."""
+    if folder.parent.name == "snapshots" and re.fullmatch(r"[\w./-]+", revision) and ".." not in revision:
+        note = folder.parent.parent / "refs" / revision
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has a configuration and all files with weights."""
+    if not (folder / CONFIG).exists():
+        return False
+    if not (folder / INDEX).exists():
+        return (folder / WEIGHTS).exists()
+    from utils.formats.foreign_config import ForeignConfigError, read_bounded_json
+
+    try:
+        names = set(read_bounded_json(folder / INDEX)["weight_map"].values())
+    except (ForeignConfigError, LookupError, AttributeError, TypeError):
+        return True  # damaged, which is reported when it is opened
+    return all(isinstance(name, str) and (folder / name).exists() for name in names)
+
+
+def _commit_of(folder: Path) -> str | None:
+    """The commit of a folder that was downloaded, if it says so."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    for note in (folder / ".cache" / "huggingface" / "download").glob("*.metadata"):
+        return _metadata(note)[0]
+    return None
+
+
+def _metadata(note: Path) -> tuple[str | None, str | None]:
+    """(commit, hash) of a file that huggingface_hub downloaded into a folder, from its note about it."""
+    try:
+        lines = note.read_text(encoding="utf-8")[:1000].splitlines()
+    except (OSError, ValueError):
+        return None, None
+    return (lines[0], lines[1]) if len(lines) >= 2 else (None, None)
+
+
+def recorded_hashes(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a downloaded model, each with the hash that the hub named: sha256, or git's sha1 of a small file."""
+    for path in sorted(folder.iterdir()):
+        found: str | None = None
+        if folder.parent.name == "snapshots" and path.is_symlink():
+            found = Path(os.readlink(path)).name
+        elif path.is_file():
+            found = _metadata(folder / ".cache" / "huggingface" / "download" / f"{path.name}.metadata")[1]
+        if found and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", found):
+            yield path, found
+
+
+def check_hashes(folder: Path, *, remove: bool = False) -> list[str]:
+    """Compare the files of a downloaded model with the hashes that the hub named.
+
+    Args:
+        remove: delete a file whose hash is another, so that it is fetched again.
+
+    Returns:
+        The names of the files that have the right hash.
+
+    Raises:
+        HubError: a file has another hash.
+    """
+    good = []
+    for path, expected in recorded_hashes(folder):
+        real = Path(os.path.realpath(path))
+        digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(f"blob {real.stat().st_size}\0".encode())
+        with open(real, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        if digest.hexdigest() != expected:
+            length = size(real.stat().st_size)
+            if remove:
+                for place in (path, real, folder / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"):
+                    place.unlink(missing_ok=True)
+            raise HubError(
+                f"{path}: damaged ({length}): its hash is {digest.hexdigest()[:16]}..., not {expected[:16]}...; "
+                + ("it was deleted: run the command again" if remove else "download it again")
+            )
+        good.append(path.name)
+    return good
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model has a tokenizer.json."""
+    return is_regular(folder / "tokenizer.json", folder.parent.parent if folder.parent.name == "snapshots" else folder)
