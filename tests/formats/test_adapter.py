@@ -10,13 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from data import load_corpus
 from model import LanguageModel
+from tests.formats.conftest import make_model
 from tests.tiny_export import char_tokenizer
 from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.formats.adapter import target_modules, write_adapter
 from utils.formats.huggingface import export_huggingface
 from utils.formats.source import Source
+from utils.inference.export import load_export
 from utils.nn.lora import adapted_layers, add_adapters, merged_weights
 from utils.optim.schedules import apply_schedules, learning_rate_at
 from utils.terminal.console import Terminal
@@ -168,3 +171,31 @@ def losses_of_peft(peft: Any, folder: Path, state: TrainState) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.slow
+def test_a_published_model_is_tuned_by_adapters_that_peft_puts_on_it(tmp_path: Path, tiny_corpus: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    text = tiny_corpus.read_text(encoding="utf-8")
+    folder = tmp_path / "published"
+    make_model("qwen 3", vocab_size=90).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(char_tokenizer(sorted(set(text))).huggingface(), encoding="utf-8")
+    places = ("--dataset", str(tiny_corpus), "--corpora-dir", str(tmp_path / "c"), "--runs-dir", str(tmp_path / "runs"))
+    settings = ("--lora-rank", "3", "--learning-rate", "0.02", "--max-iters", "10", "--eval-iters", "2")
+    words = ("--init-from", f"hf:{folder}", *places, *settings, "--no-aim-logging", "--threads", "1", "--device", "cpu")
+    assert train.main([*words, "--batch-size", "4", "--sample-tokens", "0"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    adapter = run / "artifacts/export/adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "published"
+    assert len(config["target_modules"]) == 7
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    export = load_export(run / "artifacts/export", torch.device("cpu")).model
+    idx = torch.randint(90, (2, 16))
+    with torch.no_grad():
+        before = base(idx).logits
+        theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
+        assert torch.allclose(theirs(idx).logits, export(idx)[0], rtol=0, atol=1e-4)
+        assert not torch.allclose(before, export(idx)[0], atol=0.01)

@@ -17,6 +17,7 @@ from utils.nn.lora import adapter_settings
 from utils.runs.curves import draw_curves
 from utils.runs.layout import ADAPTER, CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, PRETRAINED, SEAL
 from utils.runs.metrics import decode_number, encode_number
+from utils.runs.origin import PRETRAINED_PREFIX
 from utils.runs.run import Run
 from utils.runs.seal import write_seal
 from utils.terminal.console import Terminal
@@ -73,7 +74,8 @@ def _write_adapter(folder: Path, state: TrainState, run: Run) -> None:
     if settings.lora_rank is not None:
         with contextlib.suppress(OSError, ValueError):  # most runs did not start from a published model
             pretrained = read_json(run.path / PRETRAINED, run.path)
-        if "pretrained" not in (run.record.get("parent") or {}):  # but an earlier run, and that from the model
+        parent = (run.record.get("parent") or {}).get("run")
+        if not str(parent).startswith(PRETRAINED_PREFIX):  # but a run that began with the model, say
             pretrained = {key: value for key, value in pretrained.items() if key not in ("name", "revision")}
         write_adapter(folder / ADAPTER, state.model, settings, pretrained)
 
