@@ -5,6 +5,7 @@
                 tokenizer.json          without which the weights mean nothing
                 state.json              the rest: step, random states, best loss, offsets of the logs, ...
                 manifest.json           size and CRC-32 of each of these, written last
+    base.safetensors                    of a run that trains adapters: its frozen weights, which no checkpoint repeats
 
 A checkpoint is written beside its place, synced, and renamed into it. Reading checks the manifest, so a
 flipped bit or a lost page is found before it is trained on.
@@ -26,8 +27,8 @@ from typing import Any, BinaryIO
 import torch
 
 from utils.checkpoints.folder import (
+    BASE_FILE,
     CHUNK_BYTES,
-    FILES,
     FORMAT_VERSION,
     MANIFEST_FILE,
     OPTIMIZER_FILE,
@@ -75,6 +76,7 @@ class Checkpoint:
     optimizer_tensors: dict[str, torch.Tensor]
     tokenizer: dict[str, Any]  # as its JSON form
     state: dict[str, Any]
+    base: Mapping[str, Any] | None = None  # the entry of its BASE_FILE in the manifest, if it has one
 
 
 def write_checkpoint(
@@ -84,6 +86,7 @@ def write_checkpoint(
     tokenizer: Mapping[str, Any],
     state: Mapping[str, Any],
     before_manifest: Callable[[], None] = lambda: None,
+    base: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint, replacing a damaged one of the same step.
 
@@ -91,6 +94,7 @@ def write_checkpoint(
         path: becomes the checkpoint.
         weights, optimizer_tensors: in host memory, contiguous.
         before_manifest: called when everything but the manifest is on disk, to sync the logs.
+        base: what `write_base` returned, if `weights` leaves the frozen ones out.
 
     Raises:
         OSError: the disk is full, gone or read-only; nothing is left behind.
@@ -105,6 +109,8 @@ def write_checkpoint(
             TOKENIZER_FILE: _write(temporary / TOKENIZER_FILE, [_json_bytes(tokenizer)]),
             STATE_FILE: _write(temporary / STATE_FILE, [_json_bytes(state)]),
         }
+        if base is not None:
+            manifest[BASE_FILE] = dict(base)
         before_manifest()
         _write(temporary / MANIFEST_FILE, [_json_bytes({"format_version": FORMAT_VERSION, "files": manifest})])
         sync_folder(temporary)
@@ -114,6 +120,24 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_base(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Write the frozen weights that the checkpoints in `folder` share; returns their entry in a manifest.
+
+    Raises:
+        OSError: the disk is full, gone or read-only; nothing is left behind.
+    """
+    path = folder / Path(BASE_FILE).name
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        entry = write_tensors(temporary, weights)
+        temporary.replace(path)
+        sync_folder(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return entry
 
 
 def _json_bytes(value: Any) -> memoryview:
@@ -174,18 +198,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     manifest = read_manifest(path)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for _ in pool.map(lambda name: check_file(path / name, *manifest[name]), FILES):
+        for _ in pool.map(lambda name: check_file(path / name, *manifest[name]), manifest):
             pass
     state = read_object(path / STATE_FILE)
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path / STATE_FILE}: names no step")
+    base = map_tensors(path / BASE_FILE) if BASE_FILE in manifest else {}
     return Checkpoint(
         path=path,
         step=state["step"],
-        weights=map_tensors(path / WEIGHTS_FILE),
+        weights={**base, **map_tensors(path / WEIGHTS_FILE)},
         optimizer_tensors=map_tensors(path / OPTIMIZER_FILE),
         tokenizer=read_object(path / TOKENIZER_FILE),
         state=state,
+        base={"size": manifest[BASE_FILE][0], "crc32": manifest[BASE_FILE][1]} if BASE_FILE in manifest else None,
     )
 
 

@@ -15,6 +15,7 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE = "tokenizer.json", "state.json", "manifest.json"
 EXPORT_CONFIG_FILE = "config.json"  # of an export: weights and tokenizer as in a checkpoint, and this
+BASE_FILE = "../base.safetensors"  # frozen weights that all checkpoints of a run share; a manifest may name it
 FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
 CHUNK_BYTES = 1 << 24  # of one read or write: between two of them other threads have their turn
 FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
@@ -62,7 +63,8 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         manifest = read_json(place)
-        files = {name: (manifest["files"][name]["size"], manifest["files"][name]["crc32"]) for name in FILES}
+        names = (BASE_FILE, *FILES) if BASE_FILE in manifest["files"] else FILES
+        files = {name: (manifest["files"][name]["size"], manifest["files"][name]["crc32"]) for name in names}
         version = manifest["format_version"]
         if not all(isinstance(size, int) and size >= 0 for size, _ in files.values()):
             raise ValueError("a size is not a number")

@@ -37,6 +37,7 @@ ADDED = {
     *("rope_scaling", "rope_factor", "rope_original_context", "rope_low_freq", "rope_high_freq"),
     *("sliding_window", "full_attention_layers", "mlp_bias", "head_bias", "qk_norm_weights"),
     *(key for key, section in SECTION_OF.items() if section == "arithmetic"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
 }
 
 
@@ -99,6 +100,7 @@ def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
         "max_iters": max_iters,
         "epochs": None,
         "tokens_per_step": config.train.sequences * model.block_size,
+        **({"lora_alpha": optimizer.adapter_alpha} if optimizer.lora_rank is not None else {}),
     }
 
 

@@ -433,10 +433,36 @@ class OptimizerConfig(Section):
     grad_clip: Float = setting(
         1.0, "largest global gradient norm; larger gradients are scaled down, 0: never", kind=TRAJECTORY, ge=0
     )
+    lora_rank: Int | None = setting(
+        None,
+        "train adapters of this rank beside frozen weights (LoRA), for fine-tuning with --init-from; none: train all "
+        "weights",
+        kind=TRAJECTORY,
+        ge=1,
+        le=65536,
+    )
+    lora_alpha: Float | None = setting(
+        None, "adapters are multiplied by lora_alpha / lora_rank; none: 2 lora_rank", kind=TRAJECTORY, gt=0
+    )
+    lora_dropout: Float = setting(
+        0.0, "dropout probability of the input of adapters, not of the frozen weights", kind=TRAJECTORY, ge=0, lt=1
+    )
+    lora_targets: tuple[str, ...] = setting(
+        (),
+        "layers that get adapters, by the ends of their names (qkv, attention.proj, up); empty: all linear layers of "
+        "the blocks",
+        kind=TRAJECTORY,
+    )
 
     @property
     def final_lr(self) -> float:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def adapter_alpha(self) -> float:
+        """lora_alpha as a number; there must be a lora_rank."""
+        assert self.lora_rank is not None
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @model_validator(mode="after")
     def _rules(self) -> OptimizerConfig:

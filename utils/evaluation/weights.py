@@ -17,6 +17,7 @@ from utils.checkpoints.folder import TOKENIZER_FILE, CheckpointError
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import expand_home
+from utils.inference.adapters import without_adapters
 from utils.inference.export import load_export
 from utils.inference.quantization import Weights, with_weights
 from utils.runs.find import is_export, resolve_run
@@ -99,6 +100,7 @@ def load_trained(
             raise CheckpointError(f"{name}: an export has no checkpoints")
         packed = False
         chosen = choose_checkpoint(run / CHECKPOINTS, checkpoint or "latest", strict=False, warn=report)
+        chosen = without_adapters(chosen)
         if checkpoint is None:
             report(f"{run.name} has no export yet: these are the weights of step {chosen.step:,}")
         tokenizer = tokenizer_from_json(chosen.tokenizer, str(chosen.path / TOKENIZER_FILE))

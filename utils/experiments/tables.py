@@ -26,7 +26,7 @@ from utils.runs.index import (
     non_default_settings,
     tokenizers_differ,
 )
-from utils.runs.layout import ARTIFACTS, CHECKPOINTS, LOGS
+from utils.runs.layout import ARTIFACTS, BASE_WEIGHTS, CHECKPOINTS, LOGS
 from utils.runs.seal import SealCheck
 from utils.terminal.words import (
     HASH_LENGTH,
@@ -239,6 +239,9 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     files = plain_table(show_header=False)
     for step, path in list_checkpoints(run.path / CHECKPOINTS):
         files.add_row(f"checkpoint of step {step:,}", size(size_of(path)))
+    base = run.path / BASE_WEIGHTS
+    if base.is_file():
+        files.add_row("frozen weights of these", size(base.stat().st_size))
     for path in sorted((run.path / ARTIFACTS).glob("[!.]*")):
         if path.name != CHECKPOINTS.name:
             file_size = size_of(path) if path.is_dir() else path.lstat().st_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import is_regular, open_regular, read_json, write_json
 from utils.inference.evaluation import evaluating
+from utils.nn.lora import adapted_layers, merged_weights
 from utils.nn.roles import declared_roles
 from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
+MERGED_TOLERANCE = 1e-4  # of logits, relative to the largest if that is above 1: a merged weight is rounded
 LOSSES = {"val/loss", "train/eval_loss"}
 EXPORT_FILES = (WEIGHTS_FILE, EXPORT_CONFIG_FILE, TOKENIZER_FILE)
 
@@ -57,12 +59,21 @@ def document_token(tokenizer: Tokenizer, training: Mapping[str, Any]) -> int | N
     return tokenizer.end_of_text if training.get("packing", "random") != "random" else None
 
 
-def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, training: Mapping[str, Any]) -> None:
+def save_export(
+    folder: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    training: Mapping[str, Any],
+    write_more: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write an export, reload it, compare its logits with those of `model`, then move it into place.
+
+    Adapters are merged into the weights.
 
     Args:
         folder: the export; an older one is replaced.
         training: facts about the training of the weights, for people.
+        write_more: writes further files into the export before it is moved.
 
     Raises:
         RuntimeError: the reloaded model gives other logits; an older export stays.
@@ -72,8 +83,9 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, traini
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_weights(model).items()}
         save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        del weights  # of merged matrices the only copy
         config = {
             "format_version": FORMAT_VERSION,
             "model": model.config.model_dump(mode="json"),
@@ -85,6 +97,7 @@ def save_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer, traini
         # safetensors closes its file to all others, whatever the umask
         shutil.copymode(temporary / EXPORT_CONFIG_FILE, temporary / WEIGHTS_FILE)
         tokenizer.save(temporary / TOKENIZER_FILE)
+        write_more(temporary)
         reopened = load_export(temporary, next(model.parameters()).device).model
         reopened.document_token = model.document_token
         _check_logits(model, reopened)
@@ -113,7 +126,11 @@ def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
     length = model.config.block_size
     idx = (torch.arange(length, device=device) % model.vocab_size)[None]  # (1, T)
     with evaluating(model):
-        same = torch.allclose(model(idx)[0], reopened(idx)[0], rtol=0, atol=1e-5)  # kernels of a GPU may not repeat
+        logits = model(idx)[0]
+        tolerance = 1e-5  # kernels of a GPU may not repeat
+        if adapted_layers(model):
+            tolerance = MERGED_TOLERANCE * max(1.0, logits.abs().max().item())
+        same = torch.allclose(logits, reopened(idx)[0], rtol=0, atol=tolerance)
     if not same:
         raise RuntimeError("the exported weights do not give the logits of the trained model")
 

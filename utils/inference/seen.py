@@ -24,6 +24,7 @@ from utils.config.settings import Config
 from utils.corpora.sources import find_source
 from utils.errors import UserError
 from utils.files import read_bytes
+from utils.inference.adapters import without_adapters
 from utils.inference.evaluation import evaluating
 from utils.nn.cross_entropy import IGNORED
 from utils.packing.rows import PADDING
@@ -103,7 +104,7 @@ def seen(
     found = _of_documents(corpus, places) if corpus.prepared is not None else _of_text(corpus, config, root, places)
     if top is None:
         return Seen(run.id, step, None, [passage for passage, _ in found])
-    checkpoint = choose_checkpoint(run.path / CHECKPOINTS, which, strict=False, warn=warn)
+    checkpoint = without_adapters(choose_checkpoint(run.path / CHECKPOINTS, which, strict=False, warn=warn))
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
     model.load_state_dict(checkpoint.weights)
     model.document_token = corpus.document_token

@@ -34,22 +34,27 @@ def forward_flops(model: nn.Module, tokens: int, context: float) -> float:
         tokens: positions that pass through the model, over all sequences.
         context: keys that a query meets on average: (T + 1) / 2 in causal attention over T tokens.
     """
-    roles = declared_roles(model)
-    matrices = sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if (roles[parameter].multiplies if parameter in roles else parameter.dim() > 1)
-    )
+    matrices = sum(parameter.numel() for parameter in multiplying(model))
     mixing = sum(layer.mixing_products(context) for layer in model.modules() if isinstance(layer, MixesTokens))
     return 2.0 * tokens * (matrices + mixing)
 
 
-def training_flops(model: nn.Module, batch_size: int, block_size: int) -> float:
-    """Floating-point operations of one update's forward and backward passes: the backward pass costs twice the forward.
+def multiplying(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters by which every token is multiplied."""
+    roles = declared_roles(model)
+    return [p for p in model.parameters() if (roles[p].multiplies if p in roles else p.dim() > 1)]
 
-    Attention counts as what it needs, the lower triangle; a kernel that computes the whole square does more.
+
+def training_flops(model: nn.Module, batch_size: int, block_size: int) -> float:
+    """Floating-point operations of one update's forward and backward passes.
+
+    The backward pass costs twice the forward, or where a matrix is frozen, as much as the forward: the gradient of the
+    matrix is left out. Attention counts as what it needs, the lower triangle; a kernel that computes the whole square
+    does more.
     """
-    return 3.0 * forward_flops(model, batch_size * block_size, (block_size + 1) / 2)
+    tokens = batch_size * block_size
+    frozen = sum(p.numel() for p in multiplying(model) if not p.requires_grad)
+    return 3.0 * forward_flops(model, tokens, (block_size + 1) / 2) - 2.0 * tokens * frozen
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from utils.nn.linear import Linear, first_order, linear, product_dtype
+from utils.nn.lora import LoraLinear
 from utils.nn.private import private_operator
 
 SCALED_MM = private_operator("_scaled_mm")  # of column-major b; sizes are multiples of MULTIPLE
@@ -26,10 +27,15 @@ VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 def use_float8(layers: nn.Module) -> None:
     """Let the linear layers inside of `layers` multiply in FP8 while they are trained.
 
-    Layers of other types and those whose sizes are no multiples of 16 stay as they are, and so do all parameters.
+    Layers of other types and those whose sizes are no multiples of 16 stay as they are, and so do all parameters and
+    adapters.
     """
     for layer in layers.modules():
-        if type(layer) is Linear and not any(size % MULTIPLE for size in layer.weight.shape):
+        if (
+            isinstance(layer, Linear)
+            and type(layer) in (Linear, LoraLinear)
+            and not any(size % MULTIPLE for size in layer.weight.shape)
+        ):
             layer.multiply = float8_linear
 
 

@@ -47,6 +47,7 @@ TIED_EMBEDDING = Role("embedding", "embeddings", multiplies=True)  # which is th
 ZERO_EMBEDDING = Role("zero embedding", "embeddings")
 BIAS = Role("bias", "vectors")
 SCALE = Role("scale", "vectors")  # the weight of a norm
+ADAPTER = Role("adapter", "matrices", multiplies=True)  # a part of one, see utils/nn/lora.py
 
 _ATTRIBUTE = "parameter_roles"  # of a module: {name of a parameter: role}
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from utils.machine.device import memory_in_use, processor_name
 from utils.machine.limits import measure_copy, measure_gemm
-from utils.nn.costs import training_flops
+from utils.nn.costs import forward_flops, training_flops
 from utils.nn.linear import linear
 from utils.profiling.decoding import measure_generation
 from utils.profiling.measure import StepTimes, measure_steps, training_step
@@ -24,8 +24,6 @@ from utils.training.setup import Setup
 from utils.training.state import TrainState, build_state
 from utils.training.step import no_phase
 from utils.training.step_buffer import StepBuffer
-
-MODEL_SHARE = {"forward": 1 / 3, "backward": 2 / 3}  # of the floating-point operations of a step
 
 
 def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) -> tuple[Profile, StepTimes]:
@@ -92,7 +90,9 @@ def build_profile(
         run, step: of the training run that was profiled, if it was one.
     """
     config, device = state.config, state.device
-    gflop = training_flops(state.model, config.train.sequences, config.model.block_size) / 1e9
+    sequences, block_size = config.train.sequences, config.model.block_size
+    gflop = training_flops(state.model, sequences, block_size) / 1e9
+    forward = forward_flops(state.model, sequences * block_size, (block_size + 1) / 2) / 1e9
     return Profile(
         created=utc_now(),
         run=run,
@@ -114,7 +114,7 @@ def build_profile(
         profiled_ms=times.profiled_ms,
         gflop=gflop,
         limits=limits,
-        phases=with_operations(times.phases, times.operators, gflop),
+        phases=with_operations(times.phases, times.operators, {"forward": forward, "backward": gflop - forward}),
         operators=times.operators,
         operator_times=device.type != "mps",
         memory=MemoryBytes(**state_bytes(state), activations=activations, peak=peak),
@@ -122,8 +122,13 @@ def build_profile(
     )
 
 
-def with_operations(phases: Sequence[PhaseTime], operators: Sequence[OperatorTime], gflop: float) -> list[PhaseTime]:
-    """Phases with their operations: what the model needs in its two passes, and what operators did in other phases."""
+def with_operations(
+    phases: Sequence[PhaseTime], operators: Sequence[OperatorTime], needed: Mapping[str, float]
+) -> list[PhaseTime]:
+    """Phases with their operations: what the model needs in its two passes, and what operators did in other phases.
+
+    Args:
+        needed: GFLOP of each pass.
+    """
     seen = {phase.name: sum(o.gflop for o in operators if o.phase == phase.name) for phase in phases}
-    needed = {name: gflop * share for name, share in MODEL_SHARE.items()}
     return [phase.model_copy(update={"gflop": needed.get(phase.name, seen[phase.name])}) for phase in phases]

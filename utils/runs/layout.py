@@ -49,7 +49,9 @@ def fed_note(view: str) -> Path:
 # What it produced.
 ARTIFACTS = Path("artifacts")
 CHECKPOINTS = ARTIFACTS / "checkpoints"
+BASE_WEIGHTS = CHECKPOINTS / "base.safetensors"  # with adapters: the frozen weights, which all checkpoints share
 EXPORT = ARTIFACTS / "export"  # the weights for inference, with configuration and tokenizer
+ADAPTER = "adapter"  # in an export: the adapters of a run that trained some, in peft's format
 PROFILE = ARTIFACTS / "profile"
 CURVES = ARTIFACTS / "curves.png"
 EVALUATIONS = ARTIFACTS / "evaluations.jsonl"  # what evaluate.py found; only appended to

@@ -25,7 +25,7 @@ from utils.config.loader import (
     flag_name,
     relative_name,
 )
-from utils.config.settings import TRAJECTORY, Config, ModelConfig
+from utils.config.settings import TRAJECTORY, Config, ModelConfig, OptimizerConfig
 from utils.files import expand_home, read_json
 from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
@@ -361,6 +361,25 @@ def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
         differences = ", ".join(f"{key} {setting_text(value)}, not {setting_text(ours)}" for key, value, ours in values)
         flags = " ".join(_flag(key, value) for key, value, _ in values)
         raise ConfigError(f"the weights of {name} are of another model: {differences}; fitting: {flags}")
+
+
+def check_fork(own: OptimizerConfig, state: Mapping[str, Any], name: str) -> None:
+    """Raises ConfigError unless a fork has the adapters of its parent, or like its parent none.
+
+    Args:
+        state: of the checkpoint.
+        name: the run that it is of.
+    """
+    before, now = (
+        {"lora_rank": s.lora_rank, "lora_alpha": s.adapter_alpha, "lora_targets": s.lora_targets} if s.lora_rank else {}
+        for s in (OptimizerConfig.model_validate(state.get("lora", {})), own)
+    )
+    for key in before | now:
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"--fork: {name} was trained with {key} {setting_text(before.get(key))}, not "
+                f"{setting_text(now.get(key))}; --init-from starts with its weights, adapters merged into them"
+            )
 
 
 def differing_model_settings(own: ModelConfig, theirs: ModelConfig) -> list[str]:

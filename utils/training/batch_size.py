@@ -27,6 +27,7 @@ from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import OutOfMemoryError, UserError, is_out_of_memory
 from utils.machine.device import available_memory, torch_settings
+from utils.nn.lora import add_adapters, frozen_weights
 from utils.optim.groups import build_optimizer
 from utils.runs.origin import FOUND, put_on_top
 from utils.training.state import TrainState, apply_layer_settings
@@ -178,6 +179,7 @@ class Trial:
         config = config.model_copy(update={"train": train, "optimizer": optimizer})
         with device:
             model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
+        add_adapters(model, config.model, config.optimizer)
         apply_layer_settings(model, config.train)
         model.document_token = None if config.data.packing == "random" else 0
         self.state = TrainState(
@@ -239,7 +241,8 @@ def bytes_of_training(config: Config, corpus: Corpus, dtype: torch.dtype, sequen
     """The peak memory of training with micro-steps of that many sequences: a step, and the copy for a checkpoint."""
     with FakeTensorMode(), ByteCounter() as counter:
         trial = Trial(config, corpus, torch.device("cpu"), dtype)
-        kept = counter.held  # weights and the state of the optimizer
+        frozen = sum(weight.nbytes for weight in frozen_weights(trial.state.model).values())
+        kept = counter.held - frozen  # what a checkpoint copies: weights and the state of the optimizer
         trial.step(sequences)
     return counter.peak + kept
 

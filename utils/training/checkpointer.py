@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from utils.checkpoints.choose import prune, remove_leftovers
-from utils.checkpoints.files import write_checkpoint
+from utils.checkpoints.files import write_base, write_checkpoint
 from utils.checkpoints.folder import (
     BEST_FILE,
     LATEST_FILE,
@@ -22,6 +22,7 @@ from utils.checkpoints.folder import (
 )
 from utils.config.settings import TrainConfig
 from utils.files import write_json
+from utils.nn.lora import frozen_weights
 from utils.runs.log import RunLog
 from utils.runs.metrics import decode_number, encode_number
 from utils.training.state import TrainState, capture
@@ -69,6 +70,7 @@ class Checkpointer:
         log: its offsets go into the checkpoint, and it is synced before the checkpoint is complete.
         warn: prints one line to the user.
         saved_step: the step that was resumed from, which is saved already; None: a new run.
+        base: of its manifest, the entry of the frozen weights; None: they are not written yet, or there are none.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class Checkpointer:
         log: RunLog,
         warn: Callable[[str], None],
         saved_step: int | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.settings, self.config_hash, self.log = folder, settings, config_hash, log
         self._warn = warn
         self._weights, self._optimizer = HostMemory(), HostMemory()
         self._last_step = self._written_step = saved_step  # they differ after a write that failed
+        self._base = base
         remove_leftovers(folder)
         self._last_time = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -111,8 +115,10 @@ class Checkpointer:
             "log_offsets": self.log.offsets(),
             "time": round(time.time(), 4),
         }
+        frozen = frozen_weights(state.model) if self._base is None else {}
         arguments = (
             state.step,
+            {name: tensor.cpu() for name, tensor in frozen.items()},  # on the CPU no copy: nothing changes them
             self._weights.copy(weights),
             self._optimizer.copy(optimizer),
             state.corpus.tokenizer.to_json(),
@@ -143,6 +149,7 @@ class Checkpointer:
     def _write(
         self,
         step: int,
+        frozen: Mapping[str, torch.Tensor],
         weights: Mapping[str, torch.Tensor],
         optimizer: Mapping[str, torch.Tensor],
         tokenizer: Mapping[str, Any],
@@ -153,7 +160,9 @@ class Checkpointer:
             self.log.metrics.check_place()  # else a run directory that was deleted would be made again
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / folder_name(step)
-            write_checkpoint(path, weights, optimizer, tokenizer, facts, before_manifest=self.log.sync)
+            if frozen:
+                self._base = write_base(self.folder, frozen)
+            write_checkpoint(path, weights, optimizer, tokenizer, facts, self.log.sync, self._base)
             self._written_step = step
             prune(self.folder, self.settings.keep_last, facts["best_step"] if self.settings.keep_best else None)
         except Exception as error:  # the boundary of the thread: training continues with the earlier checkpoints

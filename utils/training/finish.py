@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import CheckpointError, folder_name
+from utils.files import read_json
+from utils.formats.adapter import write_adapter
 from utils.inference.export import save_export
+from utils.nn.lora import adapter_settings
 from utils.runs.curves import draw_curves
-from utils.runs.layout import CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, SEAL
+from utils.runs.layout import ADAPTER, CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, PRETRAINED, SEAL
 from utils.runs.metrics import decode_number, encode_number
+from utils.runs.origin import PRETRAINED_PREFIX
 from utils.runs.run import Run
 from utils.runs.seal import write_seal
 from utils.terminal.console import Terminal
@@ -53,10 +59,25 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
         "dataset": state.corpus.name,
         "corpus_hash": state.corpus.hash,
     }
+    if state.config.optimizer.lora_rank is not None:
+        training["lora"] = adapter_settings(state.config.optimizer)
     if state.config.data.packing != "random":
         training["packing"] = state.config.data.packing
-    save_export(run.path / EXPORT, state.model, state.corpus.tokenizer, training)
+    more = partial(_write_adapter, state=state, run=run)
+    save_export(run.path / EXPORT, state.model, state.corpus.tokenizer, training, more)
     return f"{which} weights, of step {step:,}"
+
+
+def _write_adapter(folder: Path, state: TrainState, run: Run) -> None:
+    """Write the adapters by themselves into an export, if there are any."""
+    settings, pretrained = state.config.optimizer, {}
+    if settings.lora_rank is not None:
+        with contextlib.suppress(OSError, ValueError):  # most runs did not start from a published model
+            pretrained = read_json(run.path / PRETRAINED, run.path)
+        parent = (run.record.get("parent") or {}).get("run")
+        if not str(parent).startswith(PRETRAINED_PREFIX):  # but a run that began with the model, say
+            pretrained = {key: value for key, value in pretrained.items() if key not in ("name", "revision")}
+        write_adapter(folder / ADAPTER, state.model, settings, pretrained)
 
 
 def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, terminal: Terminal) -> None:

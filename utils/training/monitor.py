@@ -53,7 +53,7 @@ class Monitor:
         draws = bool(state.config.model.dropout)
         self.recorder = FlightRecorder(state.device, groups, state.sampler.train_offsets, draws)
         self.system = SystemSampler(state.device, path, tracking.system_interval)
-        self._parameters = dict(state.model.named_parameters())
+        self._parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
         self._histograms, self._histogram_interval = Histograms(), tracking.histogram_interval
         self._after_flush = after_flush
 

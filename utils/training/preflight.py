@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from rich.text import Text
 
-from model import outline
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.machine.attention_kernels import fused_attention
+from utils.nn.lora import count_parameters
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
 from utils.runs.layout import PATCH
 from utils.runs.origin import parent_facts
 from utils.terminal.console import Terminal
 from utils.terminal.words import one_line
-from utils.training.setup import Setup, decisive_settings
+from utils.training.setup import BYTES_OF_FROZEN, Setup, decisive_settings, trained_outline
 
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
@@ -34,7 +34,18 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
     "min_lr": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
     "lr_decay_iters": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
     "min_delta": (lambda s: s.config.train.patience is None, "patience is none"),
-    "head_lr": (lambda s: s.config.model.tie_embeddings, "the head is the token embedding"),
+    "head_lr": (
+        lambda s: s.config.model.tie_embeddings or s.config.optimizer.lora_rank is not None,
+        "the head is the token embedding, or frozen (lora_rank)",
+    ),
+    **{
+        key: (lambda s: s.config.optimizer.lora_rank is None, "lora_rank is none")
+        for key in ("lora_alpha", "lora_dropout", "lora_targets")
+    },
+    **{
+        key: (lambda s: s.config.optimizer.lora_rank is not None, "with lora_rank only adapters are trained")
+        for key in ("embedding_lr", "vector_lr")
+    },
     "momentum": (lambda s: s.config.optimizer.optimizer_name != "muon", "optimizer_name is not muon"),
     "momentum_warmup_iters": (lambda s: s.config.optimizer.optimizer_name != "muon", "optimizer_name is not muon"),
     "weight_decay_schedule": (lambda s: s.config.optimizer.weight_decay == 0, "weight_decay is 0"),
@@ -54,7 +65,8 @@ assert WITHOUT_EFFECT.keys() <= FIELDS.keys()
 
 def preflight(setup: Setup, git: GitFacts) -> list[str]:
     """One line for each finding that the user may want to know. Call it once torch's threads are set."""
-    return [*_run_before(setup, git), *_code(git), *_disk(setup), *_attention(setup), *_without_effect(setup)]
+    found = [*_run_before(setup, git), *_code(git), *_disk(setup), *_attention(setup), *_adapters(setup)]
+    return [*found, *_without_effect(setup)]
 
 
 def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
@@ -97,14 +109,17 @@ def _listed(files: Sequence[str]) -> str:
 
 def _disk(setup: Setup) -> Iterator[str]:
     """A finding if the disk cannot hold the checkpoints that are kept and the one that is being written."""
-    parameters = outline(setup.config.model, setup.corpus.tokenizer.vocab_size).num_parameters()
+    parameters = count_parameters(trained_outline(setup.config, setup.corpus.tokenizer.vocab_size))
     count = setup.config.train.keep_last + setup.config.train.keep_best + 1
-    needed = count * parameters * BYTES_OF_PARAMETER
+    of_one = parameters.trainable * BYTES_OF_PARAMETER
+    base = parameters.frozen * BYTES_OF_FROZEN
+    needed = count * of_one + base
     folder = next(path for path in (setup.runs_dir, *setup.runs_dir.resolve().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
+        frozen = f" and {_megabytes(base)} of frozen weights" if base else ""
         yield (
-            f"the disk cannot hold the planned checkpoints: {count} of {_megabytes(parameters * BYTES_OF_PARAMETER)} "
+            f"the disk cannot hold the planned checkpoints: {count} of {_megabytes(of_one)}{frozen} "
             f"are {_megabytes(needed)}, free are {_megabytes(free)} in {folder}"
         )
 
@@ -121,6 +136,12 @@ def _attention(setup: Setup) -> Iterator[str]:
         yield f"attention is neither FlashAttention nor cuDNN's, but slower: {reasons}"
 
 
+def _adapters(setup: Setup) -> Iterator[str]:
+    """A finding if adapters would be trained beside random weights."""
+    if setup.config.optimizer.lora_rank is not None and setup.origin is None:
+        yield "lora_rank without --init-from: the frozen weights are random"
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
@@ -130,6 +151,13 @@ def _without_effect(setup: Setup) -> Iterator[str]:
     for key, (holds, reason) in WITHOUT_EFFECT.items():
         if get_value(setup.config, key) != get_value(default, key) and holds(setup):
             yield f"{setup.loaded.source(key)}: {key} has no effect: {reason}"
+
+
+def report_adapters(setup: Setup, terminal: Terminal) -> None:
+    """Print how many parameters a run with adapters trains; that is no finding."""
+    if setup.config.optimizer.lora_rank is not None:
+        counts = count_parameters(trained_outline(setup.config, setup.corpus.tokenizer.vocab_size))
+        terminal.print(Text.assemble(("preflight: ", "yellow"), f"parameters: {counts.words}"))
 
 
 def report_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) -> None:

@@ -39,7 +39,7 @@ from utils.training.evaluate import evaluate
 from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
 from utils.training.outcome import Outcome, StartInterruptedError
-from utils.training.preflight import preflight, report_preflight
+from utils.training.preflight import preflight, report_adapters, report_preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
 from utils.training.start import Start, open_run, prepare_run, read_git, with_old_end, write_meta
@@ -173,7 +173,8 @@ class Session:
         self.callbacks = Callbacks(list(setup.callbacks.values()), callback_run)
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         saved_step = state.step if self._start.own else None
-        self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, self._warn, saved_step)
+        base = self._start.checkpoint.base if self._start.own and self._start.checkpoint else None
+        self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, self._warn, saved_step, base)
         self._stop.on_continue.append(self.checkpoints.continued)
         before_status.callback(self._wait_for_checkpoint)
 
@@ -351,6 +352,7 @@ def open_session(
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
             report_preflight(preflight(setup, git), strict, terminal)
+            report_adapters(setup, terminal)
         setup = dataclasses.replace(setup, corpus=setup.corpus.stored())
         run, start = open_run(setup, git, argv, terminal)
         stack.callback(run.release)

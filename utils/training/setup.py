@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from data import Corpus, load_corpus
-from model import outline
+from model import LanguageModel, outline
 from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, tokenizer_from_json
 from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import Checkpoint
@@ -31,16 +31,19 @@ from utils.formats.finetuning import pretrained_as_checkpoint
 from utils.inference.decode import start_tokens
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
+from utils.nn.costs import shapes_only
+from utils.nn.lora import add_adapters, count_parameters
 from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
-from utils.runs.origin import WRITTEN, Origin, check_model, pin, pinned_settings
+from utils.runs.origin import WRITTEN, Origin, check_fork, check_model, pin, pinned_settings
 from utils.runs.run import read_record
 from utils.training.batch_size import check_micro_step, find_batch
 from utils.training.callbacks import Callback, load_callbacks
 
 BYTES_OF_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, moments; another: 8
+BYTES_OF_FROZEN = 4
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def make_setup(
         tokenizer = load_tokenizer(origin.run / TOKENIZER) if (origin.run / TOKENIZER).is_file() else None
     elif origin is not None:
         checkpoint, tokenizer = read_parent(origin, config, datasets_dir, warn)
+        if origin.relation == "fork":
+            check_fork(config.optimizer, checkpoint.state, origin.run.name)
     device = choose_device(config.train.device)  # first what takes no time: reading a corpus may
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.fp8:
@@ -174,16 +179,30 @@ def check_places(loaded: LoadedConfig, root: Path) -> None:
         raise UserError(f"{loaded.source(key)}: {key}: {shown(name)}: {reason}")
 
 
+def trained_outline(config: Config, vocab_size: int) -> LanguageModel:
+    """The model as it is trained, with its adapters, if it has any; its parameters have shapes but no memory."""
+    model = outline(config.model, vocab_size)
+    with shapes_only():
+        add_adapters(model, config.model, config.optimizer)
+    return model
+
+
 def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device) -> None:
-    """Raises UserError if the weights, gradients and moments of the model alone do not fit into the free memory."""
+    """Raises UserError if the weights, gradients and moments of the model alone do not fit into the free memory.
+
+    Or if there is no layer that a name in `lora_targets` means.
+    """
     config = loaded.config
     try:
-        parameters = outline(config.model, vocab_size).num_parameters()
+        counts = count_parameters(trained_outline(config, vocab_size))
     except RuntimeError:  # more bytes than 64 bits can count
-        parameters = None
+        counts = None
+    except UserError as error:
+        raise UserError(f"{loaded.source('lora_targets')}: {error}") from None
     free = available_memory(device) + (psutil.swap_memory().free if device.type == "cpu" else 0)
-    if parameters is None or parameters * BYTES_OF_PARAMETER.get(config.optimizer.optimizer_name, 8) > free:
-        has = f"{parameters:,} parameters" if parameters is not None else "more parameters than can be counted"
+    bytes_of_trained = BYTES_OF_PARAMETER.get(config.optimizer.optimizer_name, 8)
+    if counts is None or counts.trainable * bytes_of_trained + counts.frozen * BYTES_OF_FROZEN > free:
+        has = f"{counts.total:,} parameters" if counts is not None else "more parameters than can be counted"
         raise UserError(
             f"the model has {has}, which do not fit into the {free / 2**30:.1f} GiB that are free on {device} with "
             "their gradients and the state of the optimizer: make n_layer, n_embd or ffn_dim smaller"

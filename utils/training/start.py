@@ -24,6 +24,7 @@ from utils.files import change_json, read_json, write_json
 from utils.formats.finetuning import pretrained_as_checkpoint
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import device_facts, processor_name
+from utils.nn.lora import count_parameters
 from utils.runs.code import GitFacts, MetadataCapture
 from utils.runs.find import parent_path
 from utils.runs.index import git_of_last_session, patch_hash, read_settings
@@ -54,7 +55,7 @@ from utils.terminal.console import Terminal
 from utils.terminal.words import HASH_LENGTH, fact_lines
 from utils.tracking.feeder import cut_progress
 from utils.training.setup import Setup, decisive_settings
-from utils.training.state import TrainState, branch, build_state, foreign, load_weights, restore
+from utils.training.state import TrainState, branch, build_state, foreign, initialise, restore
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
 NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bits from run to run"
@@ -248,10 +249,12 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     state.callbacks = dict(setup.callbacks)
     write_for_readers(run, state, terminal)
     if start.checkpoint is not None:
-        take_over = {"resume": restore, "fork": branch, "init": load_weights}[start.relation]
+        take_over = {"resume": restore, "fork": branch, "init": initialise}[start.relation]
         take_over(state, start.checkpoint)
     decisive = decisive_settings(setup)
     parameters = state.model.num_parameters()
+    counts = count_parameters(state.model)
+    adapted = config.optimizer.lora_rank is not None
     run.update(
         resolved={
             **decisive,
@@ -265,6 +268,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
             **corpus.facts(config.model.block_size),
             "epochs": round(setup.epochs, 4),
             "parameters": parameters,
+            **({"trainable_parameters": counts.trainable} if adapted else {}),
             "torch": torch.__version__,
             "processor": processor_name(setup.device),
             "guarantee": BIT_EXACT if decisive["deterministic"] else NOT_EXACT,
@@ -283,6 +287,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
                 *packing_fact(setup),
                 ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
                 ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
+                *([("adapters", counts.words)] if adapted else []),
                 *([("start", start_words(setup, start))] if setup.origin else []),
             ]
         )
@@ -319,9 +324,10 @@ def write_for_readers(run: Run, state: TrainState, terminal: Terminal) -> None:
 
 
 def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Name, shape and number of each parameter of the model."""
+    """Name, shape and number of each parameter of the model, and which are not trained."""
     return [
         {"name": name, "shape": list(parameter.shape), "parameters": parameter.numel()}
+        | ({} if parameter.requires_grad else {"trainable": False})
         for name, parameter in model.named_parameters()
     ]
 

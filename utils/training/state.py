@@ -14,16 +14,18 @@ from typing import Any, Protocol
 import torch
 
 from data import BatchSampler, Corpus
-from model import LanguageModel
+from model import LanguageModel, outline
 from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig, TrainConfig
+from utils.inference.adapters import without_adapters
 from utils.inference.evaluation import BatchLoss
 from utils.inference.exact_match import Question
 from utils.inference.static import StaticDecoders
 from utils.machine.device import autocast
 from utils.nn.float8 import MULTIPLE, use_float8
+from utils.nn.lora import adapted_layers, adapter_settings, add_adapters, frozen_weights, is_adapter
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, decode_number, encode_number
@@ -105,11 +107,13 @@ def build_state(
     config: Config, max_iters: int, corpus: Corpus, device: torch.device, dtype: torch.dtype, terminal: Terminal
 ) -> TrainState:
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
-    model = LanguageModel(config.model, corpus.tokenizer.vocab_size).to(device)
-    apply_layer_settings(model, config.train)
-    model.document_token = corpus.document_token
+    model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
     roles = declared_roles(model)
     assert roles.keys() <= model.initialised.keys(), "a subclass that declares roles calls init_weights at its end"
+    add_adapters(model, config.model, config.optimizer)
+    model = model.to(device)
+    apply_layer_settings(model, config.train)
+    model.document_token = corpus.document_token
     sampler = BatchSampler(corpus, config.model.block_size, config.train.sequences, config.train.seed, device)
     state = TrainState(
         config=config,
@@ -170,8 +174,12 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
 
 
 def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights, the tensors of the optimizer (neither is copied), and the rest as JSON."""
+    """The weights, the tensors of the optimizer (neither is copied), and the rest as JSON.
+
+    What adapters leave frozen is not among the weights: it is written once a run (see `frozen_weights`).
+    """
     tensors, optimizer = flatten_optimizer(state.model, state.optimizer)
+    frozen = frozen_weights(state.model)
     facts = {
         "step": state.step,
         "tokens": state.step * state.tokens_per_step,
@@ -192,7 +200,10 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
         "tokenizer_hash": state.corpus.tokenizer.hash(),
         "world_size": 1,
     }
-    return state.model.state_dict(), tensors, facts
+    if frozen:
+        facts["lora"] = adapter_settings(state.config.optimizer)
+    weights = {name: tensor for name, tensor in state.model.state_dict().items() if name not in frozen}
+    return weights, tensors, facts
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +249,25 @@ def move_random_state(states: Mapping[str, Any], before: torch.device, now: torc
     if before.type == now.type == "cuda" and (before.index or 0) != (now.index or 0):
         text = states["cuda"][before.index or 0]
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8), now)
+
+
+def initialise(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Start from the weights of a checkpoint, into which its adapters are merged; own adapters stay as they are.
+
+    Raises:
+        CheckpointError: they do not fit the model.
+    """
+    checkpoint = without_adapters(checkpoint)
+    if not adapted_layers(state.model):
+        load_weights(state, checkpoint)
+        return
+    plain = outline(state.config.model, state.model.vocab_size)
+    if differences := weight_differences(checkpoint.weights, plain):
+        raise CheckpointError(f"{checkpoint.path}: the weights are not those of this model: {differences}")
+    with torch.no_grad():
+        for name, tensor in state.model.state_dict().items():
+            if not is_adapter(name):
+                tensor.copy_(checkpoint.weights[name])
 
 
 def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:

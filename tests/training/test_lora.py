@@ -1,0 +1,221 @@
+"""Runs that train adapters: begun from another run, resumed, forked, exported, read by other commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+import utils.training.step
+from benchmarks.run_equality import differences, last_checkpoint
+from model import LanguageModel
+from utils.checkpoints.files import read_checkpoint
+from utils.checkpoints.folder import CheckpointError, list_checkpoints
+from utils.config.fields import ADDED, config_hash
+from utils.config.settings import Config, ModelConfig, OptimizerConfig
+from utils.evaluation.weights import load_trained
+from utils.inference.export import load_export
+from utils.inference.seen import seen
+from utils.nn.lora import frozen_weights, merged_weights
+from utils.runs.index import read_run
+from utils.runs.log import read_metrics
+from utils.runs.seal import verify_seal
+from utils.training.batch_size import ByteCounter, Trial, bytes_of_training
+from utils.training.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("prompt_writes")
+Argv = Callable[..., list[str]]
+CPU = torch.device("cpu")
+SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
+LORA = (
+    *("--lora-rank", "2", "--lora-dropout", "0.1", "--dropout", "0.2", "--gradient-accumulation-steps", "2"),
+    *("--learning-rate", "0.01", "--max-iters", "20", "--eval-interval", "10", "--checkpoint-interval", "5"),
+)
+
+
+def newest(runs_dir: Path, tag: str) -> Path:
+    return max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
+
+
+def val_losses(run: Path) -> list[float]:
+    return [loss for _, loss in read_metrics(run / "logs", "val/loss")]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    optimizer_step = utils.training.step.optimizer_step
+
+    def patched(state: TrainState, *grad_norms: torch.Tensor) -> None:
+        optimizer_step(state, *grad_norms)
+        if state.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.training.step, "optimizer_step", patched)
+
+
+def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
+    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One test, since each run takes a second: it goes on from step to step."""
+    assert train.main(tiny_argv("--run-tag", "base")) == 0
+    base = newest(runs_dir, "base")
+    tuned = tiny_argv(*LORA, "--init-from", str(base))
+    assert train.main([*tuned, "--run-tag", "straight"]) == 0
+    straight = newest(runs_dir, "straight")
+    printed, frozen_count = capsys.readouterr().out, read_run(base).record["resolved"]["parameters"]
+    counts = f"512 trainable ({512 / (512 + frozen_count):.2%}), {frozen_count:,} frozen"
+    assert f"preflight: parameters: {counts}" in printed
+    assert f"adapters    {counts}" in printed
+    assert read_run(straight).record["resolved"]["trainable_parameters"] == 512
+    assert val_losses(straight)[0] == val_losses(base)[-1]
+    assert val_losses(straight)[-1] < val_losses(straight)[0]
+
+    # A checkpoint has the adapters and their moments; the base is written once, and is that of the parent.
+    exported = load_file(base / "artifacts/export/model.safetensors")
+    folder = straight / "artifacts/checkpoints"
+    checkpoint = last_checkpoint(straight)
+    frozen = load_file(folder / "base.safetensors")
+    assert frozen.keys() == exported.keys()
+    assert all(torch.equal(frozen[name], exported[name]) for name in frozen)
+    own = load_file(checkpoint.path / "model.safetensors")
+    assert len(own) == 8
+    assert all("lora_" in name for name in (*own, *checkpoint.optimizer_tensors))
+    assert checkpoint.weights.keys() == own.keys() | frozen.keys()
+    histograms = (straight / "logs/histograms.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["name"].split("/")[1] for line in histograms} == {*own}
+
+    # The export has them merged: a plain model that any reader of exports takes.
+    export = load_export(straight / "artifacts/export", CPU)
+    assert export.training["lora"]["lora_rank"] == 2
+    moved = [name for name, weight in export.model.state_dict().items() if not torch.equal(weight, frozen[name])]
+    assert moved == [f"blocks.0.{name}.weight" for name in ("attention.qkv", "attention.proj", "mlp.up", "mlp.proj")]
+
+    of_peft = json.loads((straight / "artifacts/export/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert of_peft["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    saved = load_file(straight / "artifacts/export/adapter/adapter_model.safetensors")
+    name = "base_model.model.transformer.h.0.mlp.c_fc.lora_B.weight"
+    assert torch.equal(saved[name], own["blocks.0.mlp.up.lora_b"])
+    assert not (base / "artifacts/export/adapter").exists()
+
+    # Killed in the middle, without the run that it began with, it ends in the same bits.
+    stopped = [*tuned, "--run-tag", "stopped"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        assert train.main(stopped) == 130
+    shutil.rmtree(base)
+    assert train.main(["--resume", str(newest(runs_dir, "stopped"))]) == 0
+    assert differences(straight, newest(runs_dir, "stopped")) == SAME
+
+    # Other commands read it as they read any run.
+    assert verify_seal(straight).good
+    trained = load_trained(str(straight), runs_dir, CPU, checkpoint="best")
+    assert trained.model.state_dict().keys() == export.model.state_dict().keys()
+    assert seen(read_run(straight), Path.cwd(), 3, top=1).passages[0].loss
+
+    # A fork continues its adapters, fine-tuning starts from the merged weights.
+    assert train.main(["--fork", "--resume", f"{straight}:15", "--max-iters", "18", "--run-tag", "fork"]) == 0
+    assert (newest(runs_dir, "fork") / "artifacts/checkpoints/base.safetensors").read_bytes() == (
+        folder / "base.safetensors"
+    ).read_bytes()
+    capsys.readouterr()
+    for words, found in (
+        (["--lora-rank", "4"], "was trained with lora_rank 2, not 4; --init-from starts with its weights"),
+        (["--lora-alpha", "2"], "was trained with lora_alpha 4, not 2;"),
+        (["--lora-targets", "qkv"], "was trained with lora_targets"),
+        (["--lora-rank", "none"], "was trained with lora_rank 2, not none"),
+    ):
+        assert train.main(["--fork", "--resume", str(straight), "--max-iters", "30", *words]) == 2
+        assert found in capsys.readouterr().err.replace("\n", " ")
+    assert train.main(tiny_argv("--init-from", f"{straight}:latest", "--run-tag", "merged")) == 0
+    assert val_losses(newest(runs_dir, "merged"))[0] == pytest.approx(val_losses(straight)[-1], abs=1e-6)
+    assert not (newest(runs_dir, "merged") / "artifacts/checkpoints/base.safetensors").exists()
+
+    # A damaged base is found before it is trained on.
+    with open(folder / "base.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    with pytest.raises(CheckpointError, match=r"base.safetensors: damaged: its CRC-32"):
+        read_checkpoint(list_checkpoints(folder)[0][1])
+    assert any("base.safetensors: damaged" in line for line in verify_seal(straight).damaged)
+
+
+def test_mistakes_are_told_before_a_directory_is_made(
+    tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv("--lora-rank", "2", "--lora-targets", "qvk")) == 2
+    found = capsys.readouterr().err
+    assert (
+        "--lora-targets: lora_targets: the model has no linear layer qvk, but qkv, proj, up; did you mean qkv?" in found
+    )
+    assert train.main(tiny_argv("--lora-rank", "2", "--strict")) == 2
+    assert "lora_rank without --init-from: the frozen weights are random" in capsys.readouterr().err
+    assert train.main(tiny_argv("--lora-alpha", "2", "--strict")) == 2
+    assert "lora_alpha has no effect: lora_rank is none" in capsys.readouterr().err
+    assert not runs_dir.exists()
+
+
+def test_runs_without_adapters_keep_their_hash() -> None:
+    defaults = {key: value for key, value in OptimizerConfig() if key.startswith("lora_")}
+    assert len(defaults) == 4
+    assert defaults.items() <= {key: ADDED.get(key) for key in defaults}.items()
+    assert config_hash(Config(), {}) != config_hash(Config(optimizer=OptimizerConfig(lora_rank=2)), {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_adapters_learn_and_leave_the_base_alone(optimizer: Any) -> None:
+    config = Config(
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position="rope", mlp="swiglu"),
+        optimizer=OptimizerConfig(optimizer_name=optimizer, lora_rank=2, weight_decay=0.1),
+    )
+    corpus: Any = type("Corpus", (), {"tokenizer": type("Tokenizer", (), {"vocab_size": 20})})
+    state = Trial(config, corpus, CPU, torch.float32).state
+    before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
+    idx = torch.arange(64).view(8, 8) % 20
+    losses = []
+    for _ in range(20):
+        loss = state.loss(idx, idx.roll(-1, 1))
+        loss.backward()
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.02
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    frozen = frozen_weights(state.model)
+    assert all(torch.equal(weight, before[name]) for name, weight in frozen.items())
+    plain = LanguageModel(config.model, 20)
+    plain.load_state_dict(merged_weights(state.model))
+    assert torch.allclose(plain(idx)[0], state.model(idx)[0], atol=1e-5)
+
+
+def test_memory_is_counted_without_gradients_and_moments_of_the_base() -> None:
+    corpus: Any = type("Corpus", (), {"tokenizer": type("Tokenizer", (), {"vocab_size": 50})})
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=8)
+    config = Config(model=model, optimizer=OptimizerConfig(lora_rank=2))
+    with ByteCounter() as counter:
+        real = Trial(config, corpus, CPU, torch.float32)
+        kept = counter.held - sum(weight.nbytes for weight in frozen_weights(real.state.model).values())
+        real.step(4)
+    needed = bytes_of_training(config, corpus, torch.float32, 4)
+    assert needed == counter.peak + kept
+    assert needed < bytes_of_training(Config(model=model), corpus, torch.float32, 4) / 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run_of_adapters_repeats_after_a_stop(
+    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = tiny_argv(*LORA, "--compile", "--n-layer", "2")
+    assert train.main([*compiled, "--run-tag", "straight"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        assert train.main([*compiled, "--run-tag", "stopped"]) == 130
+    assert train.main(["--resume", str(newest(runs_dir, "stopped"))]) == 0
+    assert read_run(newest(runs_dir, "stopped")).record["resolved"]["compiled"] is True
+    assert differences(newest(runs_dir, "straight"), newest(runs_dir, "stopped")) == SAME
