@@ -41,35 +41,29 @@ def inspect(args: argparse.Namespace) -> Answer:
     "export",
     "write the trained model of a run in the format of other programs",
     flag("run", metavar="RUN", help="a run (default weights: its export) or the folder of an export"),
-    flag("--format", choices=("hf",), required=True, help="hf: transformers"),
+    flag("--format", choices=("hf", "gguf"), required=True, help="hf: transformers; gguf: llama.cpp"),
     flag("--out", type=place, metavar="DIR", help="(default: RUN/artifacts/FORMAT)"),
-    flag("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)"),
-    flag("--shard-size", metavar="SIZE", default="5GB", help="largest file of weights (default: 5GB)"),
+    flag(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        default="float32",
+        help="of the matrices; q8_0 (8 bits): gguf only, bfloat16: hf only (default: float32)",
+    ),
+    flag("--shard-size", metavar="SIZE", default="5GB", help="hf: largest file of weights (default: 5GB)"),
     flag("--license", metavar="NAME", help="for the model card: mit, apache-2.0, ..."),
 )
 def export(args: argparse.Namespace) -> Answer:
     from utils.experiments.prune import parse_size
 
     shard_bytes = parse_size(args.shard_size)
-    import torch
-
-    from utils.formats.huggingface import export_huggingface
+    from utils.formats.exports import export_as
     from utils.formats.source import default_place, open_source
 
     source = open_source(args.run, runs_folder(args))
-    found = export_huggingface(
-        source,
-        args.out or default_place(source, args.format),
-        dtype=getattr(torch, args.dtype),
-        shard_bytes=shard_bytes,
-        licence=args.license,
-    )
+    place = args.out or default_place(source, args.format)
+    found = export_as(source, args.format, place, args.dtype, shard_bytes, args.license)
     words = f"{found['architecture']}, {size(found['bytes'])} in {args.dtype}, {counted(len(found['files']), 'file')}"
-    lines = [
-        str(found["folder"]),
-        f"{words}; logits read again differ by {found['largest_logit_difference']:.1g} at most",
-        *found["notes"][1:],
-    ]
+    lines = [str(found["folder"]), words, *found["notes"][1:]]
     return Answer(found, lambda console: lines)
 
 
