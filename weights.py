@@ -56,6 +56,7 @@ def export(args: argparse.Namespace) -> Answer:
     from utils.experiments.prune import parse_size
 
     shard_bytes = parse_size(args.shard_size)
+    from utils.formats.certificate import certificate_lines
     from utils.formats.exports import export_as
     from utils.formats.source import default_place, open_source
 
@@ -63,8 +64,23 @@ def export(args: argparse.Namespace) -> Answer:
     place = args.out or default_place(source, args.format)
     found = export_as(source, args.format, place, args.dtype, shard_bytes, args.license)
     words = f"{found['architecture']}, {size(found['bytes'])} in {args.dtype}, {counted(len(found['files']), 'file')}"
-    lines = [str(found["folder"]), words, *found["notes"][1:]]
+    lines = [str(found["folder"]), words, *found["notes"][1:], *certificate_lines(found["certificate"])]
     return Answer(found, lambda console: lines)
+
+
+@command(
+    "certify",
+    "compare an export with what we compute, in the programs that it is made for",
+    flag("folder", type=place, metavar="EXPORT", help="a folder that export wrote"),
+    flag("--run", metavar="RUN", help="what it was made from (default: the run that it lies in)"),
+    note="certificate.json in the folder has the details; export does this by itself.",
+)
+def certify(args: argparse.Namespace) -> Answer:
+    from utils.formats.certificate import certificate_lines, certify, format_of, source_of
+
+    format_of(args.folder)
+    certificate = certify(args.folder, source_of(args.folder, args.run, runs_folder(args)))
+    return Answer(certificate, lambda console: certificate_lines(certificate), 0 if certificate["agrees"] else 1)
 
 
 if __name__ == "__main__":

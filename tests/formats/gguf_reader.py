@@ -1,4 +1,4 @@
-"""An independent reader of GGUF files: the bytes by their specification, the model in NumPy as llama.cpp computes it."""
+"""An independent reader of GGUF files: the bytes by their specification, the model in NumPy."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from utils.errors import UserError
+from utils.formats.certificate import check_export
 from utils.formats.gguf import export_gguf
 from utils.formats.huggingface import export_huggingface
 from utils.formats.source import Source
@@ -19,17 +20,26 @@ HUGGINGFACE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "floa
 def export_as(
     source: Source, format: str, place: Path, dtype: str, shard_bytes: int, licence: str | None
 ) -> dict[str, Any]:
-    """Write a model in a format: hf or gguf.
+    """Write a model in a format, hf or gguf, with its certificate.
 
     Returns:
         What was written.
 
     Raises:
         UserError: something of the model that the format cannot hold, before anything is written.
+        RuntimeError: the program that the format is for computes something else; nothing is left.
     """
     known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES]}[format]
     if dtype not in known:
         raise UserError(f"--dtype {dtype}: the format {format} has {', '.join(known)}")
+    certificate: dict[str, Any] = {}
+
+    def check(folder: Path) -> None:
+        certificate.update(check_export(folder, source))
+
     if format == "gguf":
-        return export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence)
-    return export_huggingface(source, place, dtype=HUGGINGFACE_TYPES[dtype], shard_bytes=shard_bytes, licence=licence)
+        found = export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence, check=check)
+    else:
+        kind = HUGGINGFACE_TYPES[dtype]
+        found = export_huggingface(source, place, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=check)
+    return {**found, "certificate": certificate}

@@ -7,7 +7,7 @@ architecture llama rotates neighbouring channels, so the rows of its queries and
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Mistra
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-TYPES = ("F32", "F16", "Q8_0")
+TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # and their numbers as types of whole files
 BLOCK = 32  # numbers of Q8_0 with one scale
 LOADING = """
 from llama_cpp import Llama
@@ -53,13 +53,21 @@ def gguf_package() -> Any:
         raise UserError("the format gguf needs the package gguf: pip install gguf") from None
 
 
-def export_gguf(source: Source, place: Path, *, kind: str = "F32", licence: str | None = None) -> dict[str, Any]:
+def export_gguf(
+    source: Source,
+    place: Path,
+    *,
+    kind: str = "F32",
+    licence: str | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
+) -> dict[str, Any]:
     """Write a model in the format of llama.cpp.
 
     Args:
         place: the folder; an older export is replaced.
         kind: of the matrices, one of TYPES; vectors and position embeddings are F32.
         licence: of the weights, for the model card.
+        check: is given the folder before it is renamed; an exception deletes it.
 
     Returns:
         What was written: architecture, folder, files, bytes.
@@ -80,7 +88,8 @@ def export_gguf(source: Source, place: Path, *, kind: str = "F32", licence: str 
         tags = {"library_name": "llama.cpp", "pipeline_tag": "text-generation"}
         card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
         write_atomic(hidden / MARKER, card)
-        check_weights(source, hidden / MODEL, family, kind)
+        check_weights(source, hidden / MODEL, kind)
+        check(hidden)
         size = (hidden / MODEL).stat().st_size
     return {
         "architecture": ARCHITECTURES[family.architecture],
@@ -217,7 +226,7 @@ def _add_metadata(package: Any, writer: Any, source: Source, kind: str, licence:
     writer.add_name(source.name)
     if licence := licence or source.pretrained.get("license"):
         writer.add_license(licence)
-    writer.add_file_type({"F32": 0, "F16": 1, "Q8_0": 7}[kind])
+    writer.add_file_type(TYPES[kind])
     writer.add_vocab_size(source.model.vocab_size)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -261,6 +270,23 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(False)
 
 
+def _reader(path: Path) -> Any:
+    try:
+        return gguf_package().GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise FormatError(f"{path}: not a GGUF file that can be read: {error}") from None
+
+
+def stored_type(path: Path) -> str:
+    """The type of the matrices in a GGUF file of ours: one of TYPES."""
+    field = _reader(path).get_field("general.file_type")
+    number = None if field is None else field.contents()
+    names = {known: name for name, known in TYPES.items()}
+    if number not in names:
+        raise FormatError(f"{path}: its matrices are of another type than {', '.join(TYPES)}")
+    return names[number]
+
+
 def stored_model(path: Path, source: Source) -> LanguageModel:
     """Our model with the weights that a GGUF file holds, in float32 and in eval mode.
 
@@ -271,10 +297,7 @@ def stored_model(path: Path, source: Source) -> LanguageModel:
     family = gguf_family(source)
     table = {place.theirs: name for name, place in gguf_places(package, family, source.model).items()}
     config = source.model.config
-    try:
-        tensors = {tensor.name: tensor for tensor in package.GGUFReader(path).tensors}
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise FormatError(f"{path}: not a GGUF file that can be read: {error}") from None
+    tensors = {tensor.name: tensor for tensor in _reader(path).tensors}
     model = LanguageModel(config, source.model.vocab_size)
     expected = places(family, config, source.model.vocab_size)
     by_name = {place.theirs: place for place in expected}
@@ -295,7 +318,7 @@ def stored_model(path: Path, source: Source) -> LanguageModel:
     return model.eval()
 
 
-def check_weights(source: Source, path: Path, family: Family, kind: str) -> None:
+def check_weights(source: Source, path: Path, kind: str) -> None:
     """Raises RuntimeError unless the weights in the file, read again, are those of the model, rounded."""
     found, weights = stored_model(path, source).state_dict(), source.model.state_dict()
     coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # of the largest number of a tensor
