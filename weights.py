@@ -18,6 +18,7 @@ from utils.terminal.words import counted, size
 
 COMMANDS = Commands()
 command = COMMANDS.declare
+FORMATS = ("hf", "gguf", "onnx")
 WEIGHTS = flag("weights", metavar="WEIGHTS", help="RUN, a file or folder of safetensors, or hf:NAME")
 
 
@@ -41,7 +42,7 @@ def inspect(args: argparse.Namespace) -> Answer:
     "export",
     "write the trained model of a run in the format of other programs",
     flag("run", metavar="RUN", help="a run (default weights: its export) or the folder of an export"),
-    flag("--format", choices=("hf", "gguf"), required=True, help="hf: transformers; gguf: llama.cpp"),
+    flag("--format", choices=FORMATS, required=True, help="hf: transformers; gguf: llama.cpp; onnx"),
     flag("--out", type=place, metavar="DIR", help="(default: RUN/artifacts/FORMAT)"),
     flag(
         "--dtype",
@@ -56,13 +57,17 @@ def export(args: argparse.Namespace) -> Answer:
     from utils.experiments.prune import parse_size
 
     shard_bytes = parse_size(args.shard_size)
-    from utils.formats.certificate import certificate_lines
+    from utils.formats.certificate import DisagreementError, certificate_lines
     from utils.formats.exports import export_as
     from utils.formats.source import default_place, open_source
 
     source = open_source(args.run, runs_folder(args))
     place = args.out or default_place(source, args.format)
-    found = export_as(source, args.format, place, args.dtype, shard_bytes, args.license)
+    try:
+        found = export_as(source, args.format, place, args.dtype, shard_bytes, args.license)
+    except DisagreementError as error:
+        lines = [*error.lines, "the export was not kept"]
+        return Answer({"agrees": False, "differences": lines}, lambda console: lines, 1)
     words = f"{found['architecture']}, {size(found['bytes'])} in {args.dtype}, {counted(len(found['files']), 'file')}"
     lines = [str(found["folder"]), words, *found["notes"][1:], *certificate_lines(found["certificate"])]
     return Answer(found, lambda console: lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,9 @@ def export(run: Path, *flags: str) -> int:
     return main(["export", run.name, *flags, "--runs-dir", str(run.parent)])
 
 
-def test_transformers_and_we_agree(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_and_we_agree(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("transformers")
     made = run(n_kv_head=1)
     assert export(made, "--format", "hf", "--dtype", "bfloat16") == 0
@@ -55,10 +58,11 @@ def test_transformers_and_we_agree(run: Callable[..., Path], capsys: pytest.Capt
         assert prompt["text"] == prompt["their_text"]
     assert set(certificate["weights"]) == {"model.safetensors"}
     assert "transformers 5" in capsys.readouterr().out
+    monkeypatch.setattr("utils.formats.certificate.PROMPTS", {"words": PROMPTS["words"]})
     assert main(["certify", str(folder), "--runs-dir", str(made.parent), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["weights"] == certificate["weights"]
-    assert again["engines"] == certificate["engines"]
+    assert again["engines"][0]["prompts"] == found["prompts"][:1]
 
 
 def test_the_pipeline_of_transformers_continues_a_text_as_we_do(
@@ -108,8 +112,44 @@ def test_an_export_that_the_engine_computes_otherwise_is_not_kept(
     monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
     made = run()
     monkeypatch.setattr("utils.formats.engines.Transformers.encode", lambda self, text: [1, 2])
-    with pytest.raises(RuntimeError, match=r"was not kept: transformers .* token ids"):
-        export(made, "--format", "hf")
+    assert export(made, "--format", "hf") == 1
+    out = capsys.readouterr().out
+    assert "words: token ids [1, 2], ours [84, 104," in out
+    assert out.endswith("the export was not kept\n")
+    assert [path.name for path in (made / "artifacts").iterdir()] == ["export"]
+
+
+def test_onnxruntime_and_we_agree(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    made = run(n_kv_head=1, qk_norm=True, sliding_window=20, logit_softcap=9.0)
+    assert export(made, "--format", "onnx") == 0
+    folder = made / "artifacts" / "onnx"
+    assert "onnxruntime" in capsys.readouterr().out
+    certificate = read_json(folder / "certificate.json")
+    (found,) = certificate["engines"]
+    assert certificate["agrees"]
+    assert [prompt["equal_tokens"] for prompt in found["prompts"]] == [64] * len(PROMPTS)
+    assert set(certificate["weights"]) == {"model.onnx"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "certificate.json", "model.onnx", "tokenizer.json"}
+    # the code of the card, where it says that it runs
+    code = (folder / "README.md").read_text(encoding="utf-8").split("```python")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", code.replace('"The "', '"cat "')], cwd=folder.parent, check=True)
+
+
+def test_models_and_types_that_onnx_does_not_have_are_refused(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    made = run(ngram_rows=(50,))
+    assert export(made, "--format", "onnx") == 2
+    assert "ngram_rows 50" in capsys.readouterr().err
+    assert export(made, "--format", "onnx", "--dtype", "q8_0") == 2
+    assert "--dtype q8_0: the format onnx has float32" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert export(made, "--format", "onnx") == 2
+    assert "pip install onnx onnxscript" in capsys.readouterr().err
     assert [path.name for path in (made / "artifacts").iterdir()] == ["export"]
 
 

@@ -19,6 +19,7 @@ from utils.files import write_json
 from utils.formats.engines import ENGINES, Engine, installed
 from utils.formats.gguf import MODEL as GGUF
 from utils.formats.gguf import stored_model, stored_type
+from utils.formats.onnx_export import MODEL as GRAPH
 from utils.formats.pretrained import CONFIG, open_pretrained
 from utils.formats.source import Source, open_source
 from utils.formats.table import FormatError
@@ -30,6 +31,7 @@ from utils.runs.seal import file_sha256
 from utils.tokenization.protocol import TokenizerError
 
 CERTIFICATE = "certificate.json"
+FILES = {GGUF: "gguf", GRAPH: "onnx", CONFIG: "hf"}  # that tell the format
 NEW_TOKENS = 64
 PROMPTS = {
     "words": "The cat sat on the mat, and the dog didn't.",
@@ -45,6 +47,14 @@ PROMPTS = {
 # and looks up GELU in a table of 16-bit numbers.
 TOLERANCE = 1e-4
 TOLERANCES_OF_GGUF = {"F32": 3e-3, "F16": 1e-2, "Q8_0": 5e-2}
+
+
+class DisagreementError(RuntimeError):
+    """A program computes something else from an export than we do; `lines` say what."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,10 @@ def format_of(folder: Path) -> str:
     Raises:
         FormatError: it is none.
     """
-    for name, format in ((GGUF, "gguf"), (CONFIG, "hf")):
+    for name, format in FILES.items():
         if (folder / name).is_file():
             return format
-    raise FormatError(f"{folder}: not an export of weights.py export: neither {CONFIG} nor {GGUF}")
+    raise FormatError(f"{folder}: not an export of weights.py export: none of {', '.join(FILES)}")
 
 
 def source_of(folder: Path, run: str | None, runs_dir: Path) -> Source | None:
@@ -128,12 +138,14 @@ def _ours(folder: Path, format: str, source: Source | None) -> Ours:
         return Ours(model, opened.tokenizer() if source is None else source.tokenizer, TOLERANCE)
     if source is None:
         raise UserError(f"{folder}: is not in the directory of its run: --run RUN says which one it was made from")
+    if format == "onnx":
+        return Ours(source.model, source.tokenizer, TOLERANCE)
     model = stored_model(folder / GGUF, source)
     return Ours(model, source.tokenizer, TOLERANCES_OF_GGUF[stored_type(folder / GGUF)])
 
 
 def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".onnx", ".data"))
 
 
 def compare(ours: Ours, engine: Engine) -> dict[str, Any]:
@@ -248,9 +260,9 @@ def check_export(folder: Path, source: Source) -> dict[str, Any]:
     """`certify` for an export that is being written.
 
     Raises:
-        RuntimeError: an engine computes something else.
+        DisagreementError: an engine computes something else.
     """
     certificate = certify(folder, source)
     if not certificate["agrees"]:
-        raise RuntimeError("the export was not kept: " + "; ".join(certificate_lines(certificate)))
+        raise DisagreementError(certificate_lines(certificate))
     return certificate

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 
-from utils.formats.gguf import MODEL
+from utils.formats.gguf import MODEL as GGUF
+from utils.formats.onnx_export import MODEL as GRAPH
+from utils.formats.pretrained import TOKENIZER
 
 
 class Engine(Protocol):
@@ -93,7 +95,7 @@ class LlamaCpp:
     def __init__(self, folder: Path, context: int) -> None:
         llama_cpp = importlib.import_module("llama_cpp")
         self._model = llama_cpp.Llama(
-            str(folder / MODEL),
+            str(folder / GGUF),
             n_ctx=context,
             n_batch=context,
             n_threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -121,7 +123,48 @@ class LlamaCpp:
                 logits = torch.from_numpy(np.array(self._model.scores[len(ids) + number], dtype=np.float32))
 
 
-ENGINES: dict[str, type[Engine]] = {"hf": Transformers, "gguf": LlamaCpp}
+class OnnxRuntime:
+    """onnxruntime, with the cache of the graph; the tokenizer is that of the package tokenizers."""
+
+    name, package, install = "onnxruntime", "onnxruntime", "onnxruntime"
+
+    def __init__(self, folder: Path, context: int) -> None:
+        onnxruntime = importlib.import_module("onnxruntime")
+        tokenizers = importlib.import_module("tokenizers")
+        self._session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+        self._tokenizer.encode_special_tokens = True
+        self._shape = self._session.get_inputs()[2].shape
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _step(self, ids: Sequence[int], position: int, keys: Any, values: Any) -> Any:
+        return self._session.run(
+            None,
+            {
+                "input_ids": np.array([list(ids)], np.int64),
+                "position": np.array(position, np.int64),
+                "keys": keys,
+                "values": values,
+            },
+        )
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        empty = np.zeros(self._shape, np.float32)
+        return torch.from_numpy(self._step(ids, 0, empty, empty)[0][0])
+
+    def next_logits(self, ids: Sequence[int], count: int) -> Iterator[torch.Tensor]:
+        keys = values = np.zeros(self._shape, np.float32)
+        position, new = 0, list(ids)
+        for _ in range(count):
+            logits, keys, values = self._step(new, position, keys, values)
+            position += len(new)
+            new = [int(logits[0, -1].argmax())]
+            yield torch.from_numpy(logits[0, -1])
+
+
+ENGINES: dict[str, type[Engine]] = {"hf": Transformers, "onnx": OnnxRuntime, "gguf": LlamaCpp}
 
 
 def installed(engine: type[Engine]) -> str | None:

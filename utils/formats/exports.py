@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.formats.certificate import check_export
 from utils.formats.gguf import export_gguf
 from utils.formats.huggingface import export_huggingface
+from utils.formats.onnx_export import export_onnx
 from utils.formats.source import Source
 
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
@@ -20,16 +21,16 @@ HUGGINGFACE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "floa
 def export_as(
     source: Source, format: str, place: Path, dtype: str, shard_bytes: int, licence: str | None
 ) -> dict[str, Any]:
-    """Write a model in a format, hf or gguf, with its certificate.
+    """Write a model in a format, hf, gguf or onnx, with its certificate.
 
     Returns:
         What was written.
 
     Raises:
         UserError: something of the model that the format cannot hold, before anything is written.
-        RuntimeError: the program that the format is for computes something else; nothing is left.
+        DisagreementError: the program that the format is for computes something else; nothing is left.
     """
-    known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES]}[format]
+    known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES], "onnx": ["float32"]}[format]
     if dtype not in known:
         raise UserError(f"--dtype {dtype}: the format {format} has {', '.join(known)}")
     certificate: dict[str, Any] = {}
@@ -37,7 +38,9 @@ def export_as(
     def check(folder: Path) -> None:
         certificate.update(check_export(folder, source))
 
-    if format == "gguf":
+    if format == "onnx":
+        found = export_onnx(source, place, licence=licence, check=check)
+    elif format == "gguf":
         found = export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence, check=check)
     else:
         kind = HUGGINGFACE_TYPES[dtype]
