@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from utils.experiments.commands import runs_folder
 from utils.terminal.cli import Parser, place, script
 from utils.terminal.commands import Answer, Commands, flag
-from utils.terminal.words import counted, size
+from utils.terminal.words import counted, printable, size
 
 COMMANDS = Commands()
 command = COMMANDS.declare
@@ -86,6 +86,45 @@ def certify(args: argparse.Namespace) -> Answer:
     format_of(args.folder)
     certificate = certify(args.folder, source_of(args.folder, args.run, runs_folder(args)))
     return Answer(certificate, lambda console: certificate_lines(certificate), 0 if certificate["agrees"] else 1)
+
+
+@command(
+    "download",
+    "put a model of the Hugging Face hub on this machine, in the cache of the hub or a folder",
+    flag("name", metavar="NAME", help="NAME or ORGANISATION/NAME of the hub, or a folder (with --verify)"),
+    flag("--out", type=place, metavar="DIR", help="a folder instead of the cache"),
+    flag("--revision", metavar="R", help="branch, tag or commit (default: main)"),
+    flag("--verify", action="store_true", help="check the hashes, load it, compare with transformers, generate a line"),
+)
+def download(args: argparse.Namespace) -> Answer:
+    from utils.formats.hub import find_pretrained
+
+    name = args.name.removeprefix("hf:")
+    found = find_pretrained(name, local_dir=args.out, revision=args.revision, report=note)
+    data = {"name": name, "folder": found.folder, "where": found.where, "revision": found.revision}
+    lines = [str(found.folder), found.where]
+    if args.verify:
+        from utils.formats.verification import verify
+
+        data |= (checked := verify(found))
+        lines += [
+            f"{counted(len(checked['hashed']), 'file')} with the hash that the hub states",
+            f"{checked['architecture']}, {checked['parameters']:,} parameters",
+            "logits: not compared, transformers is not installed"
+            if checked["logit_difference"] is None
+            else f"logits differ from those of transformers by {checked['logit_difference']:.1g} at most",
+            f"generates: {checked['text']!r}",
+        ]
+    else:
+        from utils.formats.pretrained import open_pretrained
+
+        open_pretrained(found.folder)
+    return Answer(data, lambda console: [printable(line) for line in lines])
+
+
+def note(line: str) -> None:
+    """Print one line on stderr."""
+    print(printable(f"note: {line}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

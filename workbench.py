@@ -138,6 +138,7 @@ __all__ = [
     "language_filter",
     "load_config",
     "load_model",
+    "load_pretrained",
     "pack_sequences",
     "paragraph_length_filter",
     "paragraph_repetition_filter",
@@ -564,6 +565,52 @@ def load_model(run: RunName | None = None, device: str = "auto") -> tuple[Langua
 
     export = load_export(_export_folder(run), choose_device(device))
     return export.model, export.tokenizer
+
+
+def load_pretrained(
+    name: str,
+    *,
+    local_dir: str | Path | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    context: int = 4096,
+) -> tuple[LanguageModel, Tokenizer]:
+    """A published model in eval mode, and its tokenizer: GPT-2, Llama, Mistral, Qwen and what is built like them.
+
+    It is looked for in a folder, then in the cache of the Hugging Face hub, then on the hub (docs/pretrained.md). Each
+    tensor goes from its file straight to the device, so memory is needed for the model only. For text:
+    `Generator(*load_pretrained("gpt2")).generate("The ")`.
+
+    Args:
+        name: a folder, or NAME or ORGANISATION/NAME of the hub.
+        local_dir: a folder that has the model, or that it is downloaded into.
+        revision: a branch, tag or commit.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: of the weights: float32, bfloat16, float16; auto: bfloat16 on a GPU with units for it, else float32.
+        context: tokens that the model attends to at most, if it can attend to more.
+
+    Raises:
+        UserError: no such model, device or dtype, or a model that is damaged or cannot be represented.
+    """
+    import torch
+
+    from utils.formats.hub import find_pretrained
+    from utils.formats.pretrained import open_pretrained
+    from utils.inference.quantization import choose_weights
+    from utils.machine.device import choose_device
+
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise UserError(f"dtype must be {', '.join(dtypes)}, not {dtype}{nearest(dtype, dtypes)}")
+    if context < 1:
+        raise UserError(f"context must be at least 1, not {context}")
+    chosen = choose_device(device)
+    folder = None if local_dir is None else Path(expand_home(os.fspath(local_dir)))
+    opened = open_pretrained(find_pretrained(name.removeprefix("hf:"), local_dir=folder, revision=revision).folder)
+    tokenizer = opened.tokenizer()
+    precision = choose_weights("auto", chosen) if dtype == "auto" else dtype
+    return opened.load(chosen, getattr(torch, precision), context), tokenizer
 
 
 def _export_folder(run: RunName | None) -> Path:

@@ -103,10 +103,10 @@ def gpt2(shape: Shape) -> Any:
 
 def ours(shape: Shape, weights: Weights = "float32") -> LanguageModel:
     """Our model with the weights of `gpt2(shape)`."""
-    from benchmarks.foreign_weights import from_gpt2
+    from benchmarks.foreign_weights import from_transformers
     from utils.inference.quantization import with_weights
 
-    return with_weights(from_gpt2(gpt2(shape)), weights)
+    return with_weights(from_transformers(gpt2(shape)), weights)
 
 
 def by_transformers(model: Any, prompt: list[int], count: int) -> float:

@@ -40,7 +40,7 @@ def is_system_record(record: Mapping[str, Any]) -> bool:
     return bool(numbers) and all(name.startswith("system/") for name in numbers)
 
 
-def differing_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> int:
+def differing_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> int:
     """The number of bits that differ between tensors of the same name; all bits of a tensor that only one side has."""
     count = 0
     for name in one.keys() | other.keys():

@@ -27,6 +27,7 @@ SLOW = (
     "README.md",
     "docs/api.md",
     "docs/comparing.md",
+    "docs/exporting.md",
     "docs/generating.md",
     "docs/performance.md",
     "docs/resume.md",

@@ -21,6 +21,7 @@ from utils.formats.certificate import PROMPTS
 from utils.formats.source import open_source
 from weights import main
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
 ROPE: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 BYTE = build_tokenizer(DataConfig(tokenizer="byte"), [])
 ENDED = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")

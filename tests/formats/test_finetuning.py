@@ -28,7 +28,7 @@ from utils.runs.find import resolve_run
 from utils.runs.log import read_metrics
 from weights import main
 
-pytest.importorskip("transformers")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
 TEXT = "the cat sat on the mat. a dog ran to the cat and the mat ran away. " * 40
 ALPHABET = sorted(set(TEXT))
 Train = Callable[..., int]

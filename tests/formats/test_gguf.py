@@ -22,6 +22,7 @@ from utils.formats.source import Source
 from weights import main
 
 pytest.importorskip("gguf")
+pytestmark = pytest.mark.slow  # where the package is installed
 TOKENIZER = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 TEXT = "The 42 cats,\n\n\tnaïve café — 日本語 🙂👩‍👩‍👧 Ā ﬁ \u00a0 don't  1234567 x\r\n \\n"
 ROPE: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}

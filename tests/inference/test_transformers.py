@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.foreign_weights import from_gpt2, from_llama
+from benchmarks.foreign_weights import from_transformers
 from model import LanguageModel
 from utils.inference.decode import decode_one_token, generate, generate_tokens, new_cache, prefill
 from utils.inference.sampling import SamplingOptions
@@ -33,17 +33,15 @@ def llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, **more, tie_word_embeddings=False))
 
 
-@pytest.fixture(params=[(gpt2, from_gpt2), (llama, from_llama)], ids=["GPT-2", "Llama"])
+@pytest.fixture(params=[gpt2, llama], ids=["GPT-2", "Llama"])
 def models(request: pytest.FixtureRequest) -> tuple[Any, LanguageModel]:
-    make: Callable[[], Any]
-    convert: Callable[[Any], LanguageModel]
-    make, convert = request.param
+    make: Callable[[], Any] = request.param
     torch.manual_seed(0)
     theirs = make().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # so that tokens depend on all that stands before them
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return theirs, convert(theirs)
+    return theirs, from_transformers(theirs)
 
 
 @torch.no_grad()

@@ -1,0 +1,135 @@
+"""A server on this machine that stands in for the Hugging Face hub: models in folders, and its ways to fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """What the server has and what it was asked.
+
+    models: folder of each model by its name.
+    gated: names of models that need a token.
+    breaks: bytes after which the connection of a file breaks, once, by the name of the file.
+    wrong: names of files whose hash the server states wrongly.
+    """
+
+    def __init__(self) -> None:
+        self.models: dict[str, Path] = {}
+        self.gated: set[str] = set()
+        self.breaks: dict[str, int] = {}
+        self.wrong: set[str] = set()
+        self.asked: list[tuple[str, str | None]] = []  # path and range
+        self.url = ""
+
+    def digest(self, path: Path) -> tuple[str, bool]:
+        """The hash of a file as the hub names it, and whether it is a large one."""
+        content = path.read_bytes()
+        if path.name in self.wrong:
+            content += b"!"
+        large = path.suffix == ".safetensors"
+        if large:
+            return hashlib.sha256(content).hexdigest(), True
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), False
+
+
+@contextmanager
+def serve_hub() -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+        def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            hub.asked.append((path, self.headers.get("Range")))
+            found = re.fullmatch(r"/api/models/((?:[\w.-]+/)?[\w.-]+?)(/revision/([^/]+))?(/tree/([^/]+))?", path)
+            if found:
+                return self.facts(found[1], found[3] or found[5] or "main", bool(found[4]))
+            found = re.fullmatch(r"/((?:[\w.-]+/)?[\w.-]+)/resolve/([^/]+)/([\w.-]+)", path)
+            if found and found[1] in hub.models:
+                return self.file(found[1], hub.models[found[1]] / found[3])
+            return self.answer(404, X_Error_Code="EntryNotFound")
+
+        def facts(self, name: str, revision: str, tree: bool) -> None:
+            if name not in hub.models:
+                return self.answer(404, X_Error_Code="RepoNotFound")
+            if name in hub.gated and "Authorization" not in self.headers:
+                return self.answer(401, X_Error_Code="GatedRepo")
+            if revision not in ("main", COMMIT):
+                return self.answer(404, X_Error_Code="RevisionNotFound")
+            files = []
+            for path in sorted(hub.models[name].iterdir()):
+                digest, large = hub.digest(path)
+                entry: dict[str, Any] = {"path": path.name, "type": "file", "oid": digest}
+                entry |= {"size": path.stat().st_size}
+                if large:
+                    entry["lfs"] = {"oid": digest, "size": path.stat().st_size, "pointerSize": 100}
+                files.append(entry)
+            siblings = [{"rfilename": entry["path"]} for entry in files]
+            value = files if tree else {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+            return self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
+
+        def file(self, name: str, path: Path) -> None:
+            if not path.is_file():
+                return self.answer(404, X_Error_Code="EntryNotFound")
+            if name in hub.gated and "Authorization" not in self.headers:
+                return self.answer(401, X_Error_Code="GatedRepo")
+            content, (digest, large) = path.read_bytes(), hub.digest(path)
+            headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            if large:
+                headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+            first = int((re.match(r"bytes=(\d+)-", self.headers.get("Range") or "") or ["", "0"])[1])
+            self.send_response(206 if first else 200)
+            if first:
+                self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(content) - first))
+            self.end_headers()
+            if self.command == "HEAD":
+                return None
+            if (end := hub.breaks.pop(path.name, None)) is not None:
+                self.wfile.write(content[first:end])
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return None
+            self.wfile.write(content[first:])
+            return None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,198 @@
+"""Published models by name: folders, the cache, the hub; what it refuses; and without a network."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.formats.fake_hub import COMMIT, Hub, serve_hub
+from tests.tiny_export import TOKENIZER, tiny_model
+from utils.errors import UserError
+from utils.formats.huggingface import export_huggingface
+from utils.formats.source import Source
+from weights import main
+from workbench import Generator, load_pretrained
+
+hub_package = pytest.importorskip("huggingface_hub")
+NAME = "maker/tiny"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in two shards."""
+    folder = tmp_path_factory.mktemp("published") / "tiny"
+    export_huggingface(Source("tiny", tiny_model(position="learned"), TOKENIZER), folder, shard_bytes=15_000)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    with serve_hub() as hub:
+        hub.models[NAME] = Path(shutil.copytree(model, tmp_path / "on the hub"))
+        (hub.models[NAME] / "pytorch_model.bin").write_bytes(b"a pickle")
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setitem(sys.modules, "transformers", None)  # its import takes seconds
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        yield hub
+
+
+def download(*flags: str) -> int:
+    return main(["download", NAME, *flags])
+
+
+def test_a_model_is_downloaded_once_and_found_from_then_on(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    assert download() == 0
+    captured = capsys.readouterr()
+    assert f"downloading {NAME} from {hub.url}/{NAME}" in captured.err
+    folder = Path(captured.out.splitlines()[0])
+    assert folder.name == COMMIT
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"} <= names
+    assert "pytorch_model.bin" not in names
+
+    hub.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download("--verify") == 0
+    assert hub.asked == []
+    out = capsys.readouterr().out
+    for words in (
+        "the cache of the hub, ",
+        "9 files with the hash that the hub states",
+        "GPT2LMHeadModel",
+        "generates: '",
+    ):
+        assert words in " ".join(out.split())
+    generated = Generator(*load_pretrained(NAME, device="cpu")).generate("the ").text
+    assert generated == Generator(*load_pretrained(str(folder), device="cpu")).generate("the ").text
+
+
+def test_what_is_absent_without_a_network_is_one_line(
+    hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download() == 2
+    error = capsys.readouterr().err
+    assert f"with a network: python weights.py download {NAME}" in error
+    assert error.count("\n") == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert download() == 2
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9 cannot be reached" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_is_taken_first(hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(model, tmp_path / "maker" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    load_pretrained(NAME, device="cpu")
+    load_pretrained("other/name", local_dir=model, device="cpu")
+    assert hub.asked == []
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    shard = "model-00001-of-00003.safetensors"
+    hub.breaks[shard] = 5000
+    assert download("--out", str(tmp_path / "out")) == 0
+    assert [ranges for path, ranges in hub.asked if path.endswith(shard) and ranges] == ["bytes=5000-"]
+    assert (tmp_path / "out" / shard).read_bytes() == (hub.models[NAME] / shard).read_bytes()
+    hub.asked.clear()
+    (tmp_path / "out" / "model-00002-of-00003.safetensors").unlink()  # as after a kill: what is whole stays
+    (tmp_path / "out" / "config.json").unlink()
+    assert download("--out", str(tmp_path / "out")) == 0
+    assert not [path for path, _ in hub.asked if path.endswith(shard)]
+
+
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_a_wrong_hash_is_refused_and_the_file_deleted(
+    place: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = "model-00002-of-00003.safetensors"
+    flags = ("--out", str(tmp_path / "out")) if place == "folder" else ()
+    hub.wrong.add(shard)
+    assert download(*flags) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert not list(tmp_path.rglob(f"cache/**/{shard}"))
+    assert not (tmp_path / "out" / shard).exists()
+
+
+def test_verify_finds_a_flipped_bit(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert download("--out", str(out)) == 0
+    content = bytearray((out / "model-00001-of-00003.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model-00001-of-00003.safetensors").write_bytes(content)
+    assert download("--out", str(out), "--verify") == 2
+    assert "model-00001-of-00003.safetensors: damaged" in capsys.readouterr().err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert main(["download", *flags]) == 2
+    error = capsys.readouterr().err
+    assert len([line for line in error.splitlines() if not line.startswith("note: ")]) == 1
+    return error
+
+
+def test_what_the_hub_does_not_give_is_explained(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"maker/other: there is no such model on {hub.url}" in refusal(capsys, "maker/other")
+    assert f"{NAME} has no revision old: {hub.url}/{NAME}/commits" in refusal(capsys, NAME, "--revision", "old")
+    hub.gated.add(NAME)
+    assert f"{NAME} is gated: accept its conditions on {hub.url}/{NAME}" in refusal(capsys, NAME)
+    hub.gated.clear()
+    for path in hub.models[NAME].glob("model*"):
+        path.unlink()
+    assert "pytorch_model.bin only, a pickle, which can run any code" in refusal(capsys, NAME)
+    (hub.models[NAME] / "pytorch_model.bin").unlink()
+    assert "is not a model in safetensors" in refusal(capsys, NAME)
+    for name in ("../../etc", "a/b/c", "http://x/y", "/etc", ""):
+        assert "not a name of the hub" in refusal(capsys, name)
+
+
+def test_an_incomplete_cache_is_completed(hub: Hub, tmp_path: Path) -> None:
+    assert download() == 0
+    (shard,) = (tmp_path / "cache").rglob("snapshots/*/model-00002-of-00003.safetensors")
+    shard.resolve().unlink()
+    shard.unlink()
+    assert download() == 0
+    assert shard.exists()
+
+
+def test_only_folders_without_the_package(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "need the package huggingface_hub: pip install huggingface_hub" in refusal(capsys, NAME)
+    assert main(["download", str(model)]) == 0
+
+
+def test_a_shorter_context_and_a_smaller_precision(model: Path) -> None:
+    import torch
+
+    loaded, tokenizer = load_pretrained(str(model), device="cpu", dtype="bfloat16", context=5)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config.block_size == 5
+    assert Generator(loaded, tokenizer).generate("the ").text
+    with pytest.raises(UserError, match="dtype must be auto, float32, bfloat16, float16, not float8"):
+        load_pretrained(str(model), dtype="float8")
