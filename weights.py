@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 COMMANDS = Commands()
 command = COMMANDS.declare
+FORMATS = ("hf", "gguf", "onnx")
 
 
 @script
@@ -150,36 +151,50 @@ def runs_dir(args: argparse.Namespace) -> Path:
     "export",
     "write the trained model of a run in the format of other programs",
     flag("run", metavar="RUN", help="a run (default weights: its export) or the folder of an export"),
-    flag("--format", choices=("hf",), required=True, help="hf: transformers"),
+    flag("--format", choices=FORMATS, required=True, help="hf: transformers; gguf: llama.cpp; onnx"),
     flag("--out", type=place, metavar="DIR", help="(default: RUN/artifacts/FORMAT)"),
-    flag("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)"),
-    flag("--shard-size", metavar="SIZE", default="5GB", help="largest file of weights (default: 5GB)"),
+    flag(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        default="float32",
+        help="of the matrices; q8_0 (8 bits): gguf only, bfloat16: hf only (default: float32)",
+    ),
+    flag("--shard-size", metavar="SIZE", default="5GB", help="hf: largest file of weights (default: 5GB)"),
     flag("--license", metavar="NAME", help="for the model card: mit, apache-2.0, ..."),
 )
 def export(args: argparse.Namespace) -> Answer:
     from utils.experiments.prune import parse_size
 
     shard_bytes = parse_size(args.shard_size)
-    import torch
-
-    from utils.formats.huggingface import export_huggingface
+    from utils.formats.certificate import DisagreementError, certificate_lines
+    from utils.formats.exports import export_as
     from utils.formats.source import default_place, open_source
 
     source = open_source(args.run, runs_dir(args))
-    found = export_huggingface(
-        source,
-        args.out or default_place(source, args.format),
-        dtype=getattr(torch, args.dtype),
-        shard_bytes=shard_bytes,
-        licence=args.license,
-    )
+    place = args.out or default_place(source, args.format)
+    try:
+        found = export_as(source, args.format, place, args.dtype, shard_bytes, args.license)
+    except DisagreementError as error:
+        lines = [*error.lines, "the export was not kept"]
+        return Answer({"agrees": False, "differences": lines}, lambda console: lines, 1)
     words = f"{found['architecture']}, {size(found['bytes'])} in {args.dtype}, {counted(len(found['files']), 'file')}"
-    lines = [
-        str(found["folder"]),
-        f"{words}; logits read again differ by {found['largest_logit_difference']:.1g} at most",
-        *found["notes"][1:],
-    ]
+    lines = [str(found["folder"]), words, *found["notes"][1:], *certificate_lines(found["certificate"])]
     return Answer(found, lambda console: lines)
+
+
+@command(
+    "certify",
+    "compare an export with what we compute, in the programs that it is made for",
+    flag("folder", type=place, metavar="EXPORT", help="a folder that export wrote"),
+    flag("--run", metavar="RUN", help="what it was made from (default: the run that it lies in)"),
+    note="certificate.json in the folder has the details; export does this by itself.",
+)
+def certify(args: argparse.Namespace) -> Answer:
+    from utils.formats.certificate import certificate_lines, certify, format_of, source_of
+
+    format_of(args.folder)
+    certificate = certify(args.folder, source_of(args.folder, args.run, runs_dir(args)))
+    return Answer(certificate, lambda console: certificate_lines(certificate), 0 if certificate["agrees"] else 1)
 
 
 @command(

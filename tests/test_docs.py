@@ -28,6 +28,7 @@ SLOW = (
     "docs/api.md",
     "docs/comparing.md",
     "docs/evaluating.md",
+    "docs/exporting.md",
     "docs/generating.md",
     "docs/performance.md",
     "docs/resume.md",

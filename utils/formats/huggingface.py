@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def export_huggingface(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
     licence: str | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
     """Write a model in the format of transformers.
 
@@ -53,6 +54,7 @@ def export_huggingface(
         dtype: of the weights in the files.
         shard_bytes: of one file with weights at most.
         licence: of the weights, for the model card.
+        check: is given the folder before it is renamed; an exception deletes it.
 
     Returns:
         What was written: architecture, folder, files, bytes.
@@ -80,6 +82,7 @@ def export_huggingface(
         card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         difference = check_logits(source, hidden, dtype)
+        check(hidden)
         size = sum(path.stat().st_size for path in files)
     return {
         "architecture": family.architecture,

@@ -1,0 +1,201 @@
+"""Certificates: an export compared with ours in the real programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny_export import char_tokenizer, save_tiny_run
+from tokenizer import Tokenizer, build_tokenizer
+from utils.config.settings import DataConfig
+from utils.files import read_json
+from utils.formats.certificate import PROMPTS
+from utils.formats.source import open_source
+from weights import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
+ROPE: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+BYTE = build_tokenizer(DataConfig(tokenizer="byte"), [])
+ENDED = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    def save(tokenizer: Tokenizer = BYTE, **settings: Any) -> Path:
+        return save_tiny_run(tmp_path, "base", tokenizer, **{**ROPE, "block_size": 160, **settings})
+
+    return save
+
+
+def export(run: Path, *flags: str) -> int:
+    return main(["export", run.name, *flags, "--runs-dir", str(run.parent)])
+
+
+def test_transformers_and_we_agree(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    made = run(n_kv_head=1)
+    assert export(made, "--format", "hf", "--dtype", "bfloat16") == 0
+    folder = made / "artifacts" / "hf"
+    certificate = read_json(folder / "certificate.json")
+    assert certificate["agrees"]
+    (found,) = certificate["engines"]
+    assert found["engine"] == "transformers"
+    assert found["largest_logit_difference"] <= found["tolerance"]
+    assert [prompt["name"] for prompt in found["prompts"]] == [*PROMPTS]
+    for prompt in found["prompts"]:
+        assert prompt["ids_equal"]
+        assert prompt["ids"] == BYTE.encode(prompt["prompt"])
+        assert prompt["equal_tokens"] == prompt["new_tokens"] == 64
+        assert prompt["text"] == prompt["their_text"]
+    assert set(certificate["weights"]) == {"model.safetensors"}
+    assert "transformers 5" in capsys.readouterr().out
+    monkeypatch.setattr("utils.formats.certificate.PROMPTS", {"words": PROMPTS["words"]})
+    assert main(["certify", str(folder), "--runs-dir", str(made.parent), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["weights"] == certificate["weights"]
+    assert again["engines"][0]["prompts"] == found["prompts"][:1]
+
+
+def test_the_pipeline_of_transformers_continues_a_text_as_we_do(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
+    made = run(ENDED)
+    assert export(made, "--format", "hf") == 0
+    folder = made / "artifacts" / "hf"
+    pipeline = transformers.pipeline("text-generation", str(folder))
+    found = pipeline("the cat ", max_new_tokens=20, do_sample=False, return_full_text=False)
+    source, ids = open_source("base", made.parent), ENDED.encode("the cat ")
+    for _ in range(20):
+        ids.append(int(source.model(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert found[0]["generated_text"] == ENDED.decode(ids[8:])
+
+
+def test_other_weights_and_other_ids_are_differences(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
+    made = run()
+    assert export(made, "--format", "hf") == 0
+    folder = made / "artifacts" / "hf"
+    copy = folder.rename(made.parent / "copy")
+    facts = read_json(copy / "tokenizer.json")
+    vocab = facts["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (copy / "tokenizer.json").write_text(json.dumps(facts))
+    config = read_json(copy / "config.json")
+    (copy / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, copy / "model.safetensors")
+    capsys.readouterr()
+    assert main(["certify", str(copy), "--run", "base", "--runs-dir", str(made.parent)]) == 1
+    out = capsys.readouterr().out
+    assert "words: token ids" in out
+    assert not read_json(copy / "certificate.json")["agrees"]
+
+
+def test_an_export_that_the_engine_computes_otherwise_is_not_kept(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
+    made = run()
+    monkeypatch.setattr("utils.formats.engines.Transformers.encode", lambda self, text: [1, 2])
+    assert export(made, "--format", "hf") == 1
+    out = capsys.readouterr().out
+    assert "words: token ids [1, 2], ours [84, 104," in out
+    assert out.endswith("the export was not kept\n")
+    assert [path.name for path in (made / "artifacts").iterdir()] == ["export"]
+
+
+def test_onnxruntime_and_we_agree(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    made = run(n_kv_head=1, qk_norm=True, sliding_window=20, logit_softcap=9.0)
+    assert export(made, "--format", "onnx") == 0
+    folder = made / "artifacts" / "onnx"
+    assert "onnxruntime" in capsys.readouterr().out
+    certificate = read_json(folder / "certificate.json")
+    (found,) = certificate["engines"]
+    assert certificate["agrees"]
+    assert [prompt["equal_tokens"] for prompt in found["prompts"]] == [64] * len(PROMPTS)
+    assert set(certificate["weights"]) == {"model.onnx"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "certificate.json", "model.onnx", "tokenizer.json"}
+    # the code of the card, where it says that it runs
+    code = (folder / "README.md").read_text(encoding="utf-8").split("```python")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", code.replace('"The "', '"cat "')], cwd=folder.parent, check=True)
+
+
+def test_models_and_types_that_onnx_does_not_have_are_refused(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    made = run(ngram_rows=(50,))
+    assert export(made, "--format", "onnx") == 2
+    assert "ngram_rows 50" in capsys.readouterr().err
+    assert export(made, "--format", "onnx", "--dtype", "q8_0") == 2
+    assert "--dtype q8_0: the format onnx has float32" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert export(made, "--format", "onnx") == 2
+    assert "pip install onnx onnxscript" in capsys.readouterr().err
+    assert [path.name for path in (made / "artifacts").iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize(("format", "package"), [("hf", "transformers"), ("gguf", "llama_cpp")])
+def test_what_is_not_installed_is_said(
+    format: str,
+    package: str,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if format == "gguf":
+        pytest.importorskip("gguf")
+    monkeypatch.setitem(sys.modules, package, None)
+    made = run()
+    assert export(made, "--format", format) == 0
+    out = capsys.readouterr().out
+    assert "which is not installed: pip install" in out
+    certificate = read_json(made / "artifacts" / format / "certificate.json")
+    assert (certificate["engines"], certificate["agrees"]) == ([], True)
+    assert len(certificate["weights"]) == 1
+
+
+def test_what_is_no_export_or_lacks_its_run_is_refused(
+    tmp_path: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["certify", str(tmp_path)]) == 2
+    assert "not an export of weights.py export" in capsys.readouterr().err
+    pytest.importorskip("gguf")
+    assert export(run(), "--format", "gguf", "--out", str(tmp_path / "alone")) == 0
+    assert main(["certify", str(tmp_path / "alone")]) == 2
+    assert "--run RUN says which one it was made from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama 3", "qwen2", "qwen3"])
+def test_llama_cpp_and_we_agree(family: str, dtype: str, run: Callable[..., Path]) -> None:
+    pytest.importorskip("llama_cpp", reason="it is built from source, which takes minutes")
+    settings: dict[str, dict[str, Any]] = {
+        "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True},
+        "llama": {"bias": True, "n_kv_head": 1},
+        "llama 3": {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 32},
+        "qwen2": {"qkv_bias": True},
+        "qwen3": {"qk_norm": True, "qk_norm_weights": True},
+    }
+    made = run(n_embd=64, n_head=2, **settings[family])
+    assert export(made, "--format", "gguf", "--dtype", dtype) == 0
+    assert read_json(made / "artifacts" / "gguf" / "certificate.json")["engines"][0]["engine"] == "llama.cpp"

@@ -1,0 +1,268 @@
+"""The certificate of an export: the program that it is made for computes from it what we compute.
+
+For fixed prompts, token ids, logits and the likeliest tokens that follow are compared, and kept beside the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import LanguageModel
+from tokenizer import Tokenizer
+from utils.errors import UserError
+from utils.files import write_json
+from utils.formats.engines import ENGINES, Engine, installed
+from utils.formats.gguf import MODEL as GGUF
+from utils.formats.gguf import stored_model, stored_type
+from utils.formats.onnx_export import MODEL as GRAPH
+from utils.formats.pretrained import CONFIG, open_pretrained
+from utils.formats.source import Source, open_source
+from utils.formats.table import FormatError
+from utils.inference.evaluation import evaluating
+from utils.nn.kv_cache import KVCache
+from utils.runs.layout import ARTIFACTS, EXPORT
+from utils.runs.run import utc_now
+from utils.runs.seal import file_sha256
+from utils.tokenization.protocol import TokenizerError
+
+CERTIFICATE = "certificate.json"
+FILES = {GGUF: "gguf", GRAPH: "onnx", CONFIG: "hf"}  # that tell the format
+NEW_TOKENS = 64
+PROMPTS = {
+    "words": "The cat sat on the mat, and the dog didn't.",
+    "digits": "12 + 345 = 357; 3.14159, 1,000,000 and 0xFF",
+    "newlines": "def f(x):\n\n\treturn x\r\n\n  \nf(1)\n",
+    "emoji": "🙂 👩‍👩‍👧 🇩🇪 ✓ ☕️",
+    "latin": "Größe, naïve café, Łódź, Đà Nẵng",
+    "greek and cyrillic": "Γειά σου, κόσμε. Привет, мир!",
+    "east asian": "日本語の文章。你好,世界。안녕하세요",
+    "right to left, indic and thai": "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
+}
+# Of logits, relative to the largest one (at least 1). llama.cpp rounds what it multiplies to the type of the matrices,
+# and looks up GELU in a table of 16-bit numbers.
+TOLERANCE = 1e-4
+TOLERANCES_OF_GGUF = {"F32": 3e-3, "F16": 1e-2, "Q8_0": 5e-2}
+
+
+class DisagreementError(RuntimeError):
+    """A program computes something else from an export than we do; `lines` say what."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
+
+
+@dataclass(frozen=True)
+class Ours:
+    """The model that an engine is compared with, and the tokenizer.
+
+    tolerance: of logits, relative to the largest one.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    tolerance: float
+
+
+def format_of(folder: Path) -> str:
+    """The format of an export.
+
+    Raises:
+        FormatError: it is none.
+    """
+    for name, format in FILES.items():
+        if (folder / name).is_file():
+            return format
+    raise FormatError(f"{folder}: not an export of weights.py export: none of {', '.join(FILES)}")
+
+
+def source_of(folder: Path, run: str | None, runs_dir: Path) -> Source | None:
+    """The run that an export was made from: the one that is named, or the one that it lies in."""
+    if run is not None:
+        return open_source(run, runs_dir)
+    directory = folder.resolve().parent.parent
+    if folder.resolve().parent == directory / ARTIFACTS and (directory / EXPORT).is_dir():
+        return open_source(str(directory / EXPORT), runs_dir)
+    return None
+
+
+def certify(folder: Path, source: Source | None) -> dict[str, Any]:
+    """Compare an export in every engine for its format that is installed, and write certificate.json beside it.
+
+    Args:
+        source: what it was made from; None: for transformers, our own reading of the folder is enough.
+
+    Raises:
+        UserError: it is no export, damaged, or needs its run.
+    """
+    format = format_of(folder)
+    ours = _ours(folder, format, source)
+    engine = ENGINES[format]
+    version = installed(engine)
+    certificate: dict[str, Any] = {
+        "format": format,
+        "model": source.name if source is not None else folder.name,
+        "time": utc_now(),
+        "torch": torch.__version__,
+        "weights": {path.name: file_sha256(path) for path in _weights(folder)},
+        "tokenizer_sha256": ours.tokenizer.hash(),
+        "engines": [],
+        "not_installed": {},
+    }
+    if version is None:
+        certificate["not_installed"][engine.name] = f"pip install {engine.install}"
+    else:
+        try:
+            opened = engine(folder, ours.model.config.block_size)
+        except Exception as error:  # whatever the other program raises, it does not open the export
+            reason = f"does not open the export: {error}"
+            found = {"agrees": False, "differences": [reason], "largest_logit_difference": None, "prompts": []}
+        else:
+            found = compare(ours, opened)
+        certificate["engines"].append({"engine": engine.name, "version": version, **found})
+    certificate["agrees"] = all(found["agrees"] for found in certificate["engines"])
+    write_json(folder / CERTIFICATE, certificate)
+    return certificate
+
+
+def _ours(folder: Path, format: str, source: Source | None) -> Ours:
+    if format == "hf":
+        opened = open_pretrained(folder)
+        context = None if source is None else source.model.config.block_size
+        model = opened.load(torch.device("cpu"), torch.float32, context)
+        return Ours(model, opened.tokenizer() if source is None else source.tokenizer, TOLERANCE)
+    if source is None:
+        raise UserError(f"{folder}: is not in the directory of its run: --run RUN says which one it was made from")
+    if format == "onnx":
+        return Ours(source.model, source.tokenizer, TOLERANCE)
+    model = stored_model(folder / GGUF, source)
+    return Ours(model, source.tokenizer, TOLERANCES_OF_GGUF[stored_type(folder / GGUF)])
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".onnx", ".data"))
+
+
+def compare(ours: Ours, engine: Engine) -> dict[str, Any]:
+    """What an engine computes for each prompt, and whether it is what we compute."""
+    prompts, differences = [], []
+    largest = tolerance = 0.0
+    with evaluating(ours.model):
+        for name, text in _prompts(ours.tokenizer):
+            found = _compare_prompt(ours, engine, text)
+            prompts.append({"name": name, **found})
+            differences += [f"{name}: {words}" for words in found.pop("differences")]
+            largest, tolerance = max(largest, found["logit_difference"]), max(tolerance, found["tolerance"])
+    return {
+        "agrees": not differences,
+        "differences": differences,
+        "largest_logit_difference": largest,
+        "tolerance": tolerance,
+        "prompts": prompts,
+    }
+
+
+def _prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """The prompts, without the characters that have no token."""
+    for name, text in PROMPTS.items():
+        if kept := "".join(character for character in text if _has_token(tokenizer, character)):
+            yield name, kept
+
+
+def _has_token(tokenizer: Tokenizer, character: str) -> bool:
+    try:
+        return bool(tokenizer.encode(character))
+    except TokenizerError:
+        return False
+
+
+def _compare_prompt(ours: Ours, engine: Engine, text: str) -> dict[str, Any]:
+    model, differences = ours.model, []
+    every = ours.tokenizer.encode(text)
+    theirs = engine.encode(text)
+    if theirs != every:
+        differences.append(f"token ids {_cut(theirs)}, ours {_cut(every)}")
+    context = model.config.block_size
+    ids = every[: max(1, context // 2)]
+    count = min(NEW_TOKENS, context - len(ids) + 1)
+    logits = model(torch.tensor([ids]))[0][0]
+    tolerance = ours.tolerance * max(1.0, float(logits.abs().max()))
+    difference = _largest_difference(engine.logits(ids), logits)
+    if not difference <= tolerance:
+        differences.append(f"logits differ by {difference:.2g}, more than {tolerance:.2g}")
+    new, margins = _continue(model, ids, count)
+    their_new = [int(found.argmax()) for found in engine.next_logits(ids, count)]
+    first = next((place for place in range(count) if new[place] != their_new[place]), None)
+    if first is not None and margins[first] > 2 * tolerance:
+        differences.append(f"token {first + 1} that follows is {their_new[first]}, ours {new[first]}")
+    return {
+        "prompt": text,
+        "ids": every,
+        "ids_equal": theirs == every,
+        "logit_difference": difference,
+        "tolerance": tolerance,
+        "new_tokens": count,
+        "equal_tokens": count if first is None else first,
+        "text": ours.tokenizer.decode(new),
+        "their_text": ours.tokenizer.decode(their_new),
+        "differences": differences,
+    }
+
+
+def _largest_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    if theirs.shape != ours.shape or not theirs.isfinite().all():
+        return float("inf")
+    return float((theirs - ours).abs().max())
+
+
+def _continue(model: LanguageModel, ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+    """The `count` likeliest tokens after ids, one after the other, and by how much each logit is above the next."""
+    weight = model.token_embedding.weight
+    cache = KVCache(model.config, 1, model.config.block_size, weight.device, weight.dtype)
+    idx = torch.tensor([list(ids)])
+    new, margins = [], []
+    for _ in range(count):
+        logits = model(idx, cache=cache)[0][0, -1]
+        best = logits.topk(min(2, len(logits))).values
+        new.append(int(logits.argmax()))
+        margins.append(float(best[0] - best[-1]))
+        idx = torch.tensor([[new[-1]]])
+    return new, margins
+
+
+def _cut(ids: Sequence[int]) -> str:
+    return f"{list(ids[:8])}{'...' if len(ids) > 8 else ''}"
+
+
+def certificate_lines(certificate: Mapping[str, Any]) -> list[str]:
+    """A certificate in words, a line for each engine and each difference."""
+    lines = []
+    for found in certificate["engines"]:
+        name = f"{found['engine']} {found['version']}"
+        if found["agrees"]:
+            equal = sum(prompt["equal_tokens"] for prompt in found["prompts"])
+            lines.append(
+                f"{name} agrees: the same token ids for {len(found['prompts'])} prompts, logits within "
+                f"{found['largest_logit_difference']:.1g}, the same {equal:,} tokens"
+            )
+        lines += [f"{name} differs: {words}" for words in found["differences"]]
+    for name, remedy in certificate["not_installed"].items():
+        lines.append(f"not compared with {name}, which is not installed: {remedy}")
+    return lines
+
+
+def check_export(folder: Path, source: Source) -> dict[str, Any]:
+    """`certify` for an export that is being written.
+
+    Raises:
+        DisagreementError: an engine computes something else.
+    """
+    certificate = certify(folder, source)
+    if not certificate["agrees"]:
+        raise DisagreementError(certificate_lines(certificate))
+    return certificate

@@ -1,0 +1,48 @@
+"""The formats of other programs that a model can be exported in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.errors import UserError
+from utils.formats.certificate import check_export
+from utils.formats.gguf import export_gguf
+from utils.formats.huggingface import export_huggingface
+from utils.formats.onnx_export import export_onnx
+from utils.formats.source import Source
+
+GGUF_TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
+HUGGINGFACE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_as(
+    source: Source, format: str, place: Path, dtype: str, shard_bytes: int, licence: str | None
+) -> dict[str, Any]:
+    """Write a model in a format, hf, gguf or onnx, with its certificate.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: something of the model that the format cannot hold, before anything is written.
+        DisagreementError: the program that the format is for computes something else; nothing is left.
+    """
+    known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES], "onnx": ["float32"]}[format]
+    if dtype not in known:
+        raise UserError(f"--dtype {dtype}: the format {format} has {', '.join(known)}")
+    certificate: dict[str, Any] = {}
+
+    def check(folder: Path) -> None:
+        certificate.update(check_export(folder, source))
+
+    if format == "onnx":
+        found = export_onnx(source, place, licence=licence, check=check)
+    elif format == "gguf":
+        found = export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence, check=check)
+    else:
+        kind = HUGGINGFACE_TYPES[dtype]
+        found = export_huggingface(source, place, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=check)
+    return {**found, "certificate": certificate}

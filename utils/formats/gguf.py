@@ -1,0 +1,328 @@
+"""The export for llama.cpp and what is built on it: one file in the format GGUF, by the package gguf.
+
+The tensors are those that the tables of the families name; the package has the names of llama.cpp for them. Its
+architecture llama rotates neighbouring channels, so the rows of its queries and keys are in another order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import LanguageModel
+from utils.config.settings import ModelConfig
+from utils.errors import UserError
+from utils.files import write_atomic
+from utils.formats.card import model_card
+from utils.formats.families import family_for
+from utils.formats.folder import MARKER, new_folder
+from utils.formats.gguf_tokenizer import Vocabulary, vocabulary_of
+from utils.formats.source import Source
+from utils.formats.table import Family, FormatError, Place, places, read_places
+from utils.nn.rotary import scaled
+
+MODEL = "model.gguf"
+ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"} | {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # and their numbers as types of whole files
+BLOCK = 32  # numbers of Q8_0 with one scale
+LOADING = """
+from llama_cpp import Llama
+
+model = Llama("PATH/model.gguf", n_ctx=0)
+print(model.create_completion("The ", max_tokens=50)["choices"][0]["text"])
+"""
+
+
+def gguf_package() -> Any:
+    """The package gguf.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("gguf")
+    except ImportError:
+        raise UserError("the format gguf needs the package gguf: pip install gguf") from None
+
+
+def export_gguf(
+    source: Source,
+    place: Path,
+    *,
+    kind: str = "F32",
+    licence: str | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
+) -> dict[str, Any]:
+    """Write a model in the format of llama.cpp.
+
+    Args:
+        place: the folder; an older export is replaced.
+        kind: of the matrices, one of TYPES; vectors and position embeddings are F32.
+        licence: of the weights, for the model card.
+        check: is given the folder before it is renamed; an exception deletes it.
+
+    Returns:
+        What was written: architecture, folder, files, bytes.
+
+    Raises:
+        UserError: something of the model or its tokenizer that the format cannot hold, before anything is written.
+    """
+    package = gguf_package()
+    family = gguf_family(source)
+    vocabulary = vocabulary_of(source.tokenizer)
+    table = gguf_places(package, family, source.model)
+    notes = [f"The architecture is {ARCHITECTURES[family.architecture]}, the matrices are {kind}.", *vocabulary.notes]
+    uneven = [name for name, found in table.items() if len(found.shape) > 1 and _width(found) % BLOCK]
+    if kind == "Q8_0" and uneven:
+        notes.append(f"{len(uneven)} tensors are F16: their rows do not have a multiple of {BLOCK} numbers.")
+    with new_folder(place) as hidden:
+        _write(package, hidden / MODEL, source, family, table, vocabulary, kind, licence)
+        tags = {"library_name": "llama.cpp", "pipeline_tag": "text-generation"}
+        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        write_atomic(hidden / MARKER, card)
+        check_weights(source, hidden / MODEL, kind)
+        check(hidden)
+        size = (hidden / MODEL).stat().st_size
+    return {
+        "architecture": ARCHITECTURES[family.architecture],
+        "folder": place,
+        "files": [MODEL],
+        "bytes": size,
+        "dtype": kind,
+        "notes": notes,
+    }
+
+
+def gguf_family(source: Source) -> Family:
+    """The family that llama.cpp computes the model with.
+
+    Raises:
+        FormatError: none; the message names what of the model it cannot compute.
+    """
+    config = source.model.config
+    family = family_for(config, source.pretrained.get("architecture"))
+    if obstacles := _obstacles(config, ARCHITECTURES[family.architecture]):
+        raise FormatError(
+            f"GGUF cannot hold this model; llama.cpp's {ARCHITECTURES[family.architecture]} does not compute: "
+            f"{', '.join(obstacles)}"
+        )
+    return family
+
+
+def _obstacles(config: ModelConfig, architecture: str) -> list[str]:
+    found = []
+    if architecture == "gpt2" and config.mlp != "gelu_tanh":
+        found.append(f"mlp {config.mlp} (only gelu_tanh)")
+    if any((config.window(layer) or config.block_size) < config.block_size for layer in range(config.n_layer)):
+        found.append(f"sliding_window {config.sliding_window}")
+    if architecture == "qwen3" and (config.bias or config.has_qkv_bias):
+        found.append("bias true")
+    if architecture != "llama" and config.rope_scaling == "llama3":
+        found.append("rope_scaling llama3")
+    return found
+
+
+def gguf_places(package: Any, family: Family, model: LanguageModel) -> dict[str, Place]:
+    """The tensors of the table of a family by their names in GGUF."""
+    known = {architecture: number for number, architecture in package.MODEL_ARCH_NAMES.items()}
+    names = package.get_tensor_name_map(known[ARCHITECTURES[family.architecture]], model.config.n_layer)
+    found = {}
+    for place in places(family, model.config, model.vocab_size, filled=True):
+        module, _, kind = place.theirs.rpartition(".")
+        name = names.get_name(module)
+        assert name is not None, f"the package gguf has no name for {place.theirs}"
+        found[f"{name}.{kind}"] = place
+    return found
+
+
+def _width(place: Place) -> int:
+    return place.shape[0] if place.layout == "transposed" else place.shape[-1]
+
+
+def _stored_as(name: str, place: Place, kind: str) -> str:
+    """The type of a tensor in a file whose matrices are of this type."""
+    if len(place.shape) == 1 or name == "position_embd.weight":
+        return "F32"
+    return "F16" if kind == "Q8_0" and _width(place) % BLOCK else kind
+
+
+def _heads(place: Place, family: Family, config: ModelConfig) -> int | None:
+    """The number of heads whose rows are in another order in GGUF; None: the order is ours."""
+    if ARCHITECTURES[family.architecture] != "llama":
+        return None
+    heads = {".q_proj.": config.n_head, ".k_proj.": config.kv_heads}
+    return next((count for part, count in heads.items() if part in place.theirs), None)
+
+
+def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows (heads * D, ...) so that the channels i and i + D / 2 of a head become neighbours."""
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `interleaved`."""
+    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _write(
+    package: Any,
+    path: Path,
+    source: Source,
+    family: Family,
+    table: Mapping[str, Place],
+    vocabulary: Vocabulary,
+    kind: str,
+    licence: str | None,
+) -> None:
+    config, weights = source.model.config, source.model.state_dict()
+    writer = package.GGUFWriter(path, ARCHITECTURES[family.architecture])
+    _add_metadata(package, writer, source, kind, licence)
+    _add_vocabulary(writer, vocabulary)
+    every = {**table}
+    if config.tie_embeddings:  # some readers do not look for it elsewhere
+        every["output.weight"] = table["token_embd.weight"]
+    extra = {"rope_freqs.weight": rope_divisors(config)} if config.rope_scaling == "llama3" else {}
+
+    def numbers(name: str) -> np.ndarray[Any, Any]:
+        if name in extra:
+            return extra[name].numpy()
+        place = every[name]
+        tensor = place.to_theirs(weights)
+        tensor = (tensor.t() if place.layout == "transposed" else tensor).to("cpu", torch.float32)
+        heads = _heads(place, family, config)
+        tensor = tensor if heads is None else interleaved(tensor, heads)
+        return package.quants.quantize(tensor.contiguous().numpy(), types[name])
+
+    type_of = package.GGMLQuantizationType
+    types = {name: type_of[_stored_as(name, place, kind)] for name, place in every.items()}
+    types |= dict.fromkeys(extra, type_of.F32)
+    for name, stored in types.items():
+        shape = extra[name].shape if name in extra else every[name].shape
+        shape = shape[::-1] if name in every and every[name].layout == "transposed" else shape
+        shape = tuple(shape)
+        if stored == type_of.Q8_0:
+            shape = package.quants.quant_shape_to_byte_shape(shape, stored)
+        dtype = {type_of.F32: np.float32, type_of.F16: np.float16}.get(stored, np.uint8)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in types:
+        writer.write_tensor_data(numbers(name))
+    writer.close()
+
+
+def _add_metadata(package: Any, writer: Any, source: Source, kind: str, licence: str | None) -> None:
+    config = source.model.config
+    writer.add_name(source.name)
+    if licence := licence or source.pretrained.get("license"):
+        writer.add_license(licence)
+    writer.add_file_type(TYPES[kind])
+    writer.add_vocab_size(source.model.vocab_size)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.ffn_width)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
+    (writer.add_layer_norm_eps if config.norm == "layernorm" else writer.add_layer_norm_rms_eps)(config.norm_eps)
+    if config.position == "rope":
+        writer.add_rope_dimension_count(config.head_width)
+        writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(package.RopeScalingType(config.rope_scaling))
+        writer.add_rope_scaling_factor(config.rope_factor)
+    if config.rope_scaling == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(config.rope_original_context)
+        writer.add_rope_scaling_yarn_beta_slow(config.rope_low_freq)
+        writer.add_rope_scaling_yarn_beta_fast(config.rope_high_freq)
+
+
+def rope_divisors(config: ModelConfig) -> torch.Tensor:
+    """What llama.cpp divides the frequencies (D / 2,) of rotary positions by, for the scaling of Llama 3."""
+    channels = torch.arange(0, config.head_width, 2, dtype=torch.float64)
+    frequencies = config.rope_theta ** -(channels / config.head_width)
+    return (frequencies / scaled(frequencies, config)).float()
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    if vocabulary.pattern is not None:
+        writer.add_tokenizer_pre(vocabulary.pattern)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.end is not None:
+        writer.add_bos_token_id(vocabulary.end)
+        writer.add_eos_token_id(vocabulary.end)
+    writer.add_add_bos_token(False)
+
+
+def _reader(path: Path) -> Any:
+    try:
+        return gguf_package().GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise FormatError(f"{path}: not a GGUF file that can be read: {error}") from None
+
+
+def stored_type(path: Path) -> str:
+    """The type of the matrices in a GGUF file of ours: one of TYPES."""
+    field = _reader(path).get_field("general.file_type")
+    number = None if field is None else field.contents()
+    names = {known: name for name, known in TYPES.items()}
+    if number not in names:
+        raise FormatError(f"{path}: its matrices are of another type than {', '.join(TYPES)}")
+    return names[number]
+
+
+def stored_model(path: Path, source: Source) -> LanguageModel:
+    """Our model with the weights that a GGUF file holds, in float32 and in eval mode.
+
+    Raises:
+        FormatError: the file is damaged, or of another model.
+    """
+    package = gguf_package()
+    family = gguf_family(source)
+    table = {place.theirs: name for name, place in gguf_places(package, family, source.model).items()}
+    config = source.model.config
+    tensors = {tensor.name: tensor for tensor in _reader(path).tensors}
+    model = LanguageModel(config, source.model.vocab_size)
+    expected = places(family, config, source.model.vocab_size)
+    by_name = {place.theirs: place for place in expected}
+
+    def get(theirs: str) -> torch.Tensor:
+        if table[theirs] not in tensors:
+            raise FormatError(f"{path}: {table[theirs]} is missing")
+        stored, place = tensors[table[theirs]], by_name[theirs]
+        tensor = torch.from_numpy(package.quants.dequantize(stored.data, stored.tensor_type).copy())
+        heads = _heads(place, family, config)
+        tensor = tensor if heads is None else half_split(tensor, heads)
+        tensor = tensor.t() if place.layout == "transposed" else tensor
+        if tuple(tensor.shape) != place.shape:
+            raise FormatError(f"{path}: {table[theirs]} has another shape than the model")
+        return tensor
+
+    read_places(expected, get, model)
+    return model.eval()
+
+
+def check_weights(source: Source, path: Path, kind: str) -> None:
+    """Raises RuntimeError unless the weights in the file, read again, are those of the model, rounded."""
+    found, weights = stored_model(path, source).state_dict(), source.model.state_dict()
+    coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # of the largest number of a tensor
+    for name, tensor in weights.items():
+        largest = float(tensor.abs().max())
+        if not float((found[name] - tensor).abs().max()) <= coarse * largest:
+            raise RuntimeError(f"the weights that were written are not those of the model: {name}")
