@@ -14,7 +14,7 @@ Settings are those of the command line, with the same names and the same checks.
 from the files in configs/, as on the command line; `load_config` gives the same as a Config. A Config made by hand has
 the built-in defaults for what it leaves out. It ignores configs/, and is taken as it is:
 
-    >>> from workbench import Config, DataConfig, InferenceConfig, ModelConfig
+    >>> from workbench import ArithmeticConfig, Config, DataConfig, InferenceConfig, ModelConfig
     >>> from workbench import OptimizerConfig, TrackingConfig, TrainConfig
     >>> config = Config(
     ...     data=DataConfig(dataset="pydocs"),
@@ -23,6 +23,7 @@ the built-in defaults for what it leaves out. It ignores configs/, and is taken 
     ...     train=TrainConfig(max_iters=100),
     ...     tracking=TrackingConfig(run_tag="small"),
     ...     inference=InferenceConfig(qa_template="Q: {question}\\nA: "),
+    ...     arithmetic=ArithmeticConfig(arithmetic_digits=2),  # for the dataset arithmetic
     ... )
     >>> config.model.n_layer
     2

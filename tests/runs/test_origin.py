@@ -346,7 +346,10 @@ OTHER_VALUES = {  # valid, and not the default
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
 # Reported as the batch_size that it changes, and refused for the tokenizer, packing or architecture of the run.
-OF_ANOTHER = ("tokens_per_step", "special_tokens", "loss_after", "rope_scaling", "qk_norm_weights")
+OF_ANOTHER = (
+    *("tokens_per_step", "special_tokens", "loss_after", "rope_scaling", "qk_norm_weights"),
+    *("head_bias", "lora_alpha", "lora_dropout", "lora_targets"),
+)
 
 
 def other_value(key: str) -> str | bool:
