@@ -26,6 +26,12 @@ from utils.terminal.console import Terminal
 from utils.training.state import TrainState, build_state
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
+
+def heavy(test: Any) -> Any:
+    """Marks a test that imports peft and transformers."""
+    return pytest.mark.slow(pytest.mark.xdist_group("transformers")(test))
+
+
 VOCABULARY = char_tokenizer(chr(0x4E00 + place) for place in range(50))
 GPT2: dict[str, Any] = {"position": "learned", "mlp": "gelu_tanh"}
 LLAMA: dict[str, Any] = {"position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "bias": False, "n_kv_head": 2}
@@ -98,7 +104,7 @@ def test_targets_are_whole_names_where_an_end_means_more_layers() -> None:
     assert target_modules(["model.layers.1.mlp.up_proj"], layers) == ["model.layers.1.mlp.up_proj"]
 
 
-@pytest.mark.slow
+@heavy
 @pytest.mark.parametrize("shape", [GPT2, LLAMA, QWEN2, OURS], ids=["gpt2", "llama", "qwen2", "ours"])
 def test_peft_opens_an_adapter_and_gives_its_logits(shape: dict[str, Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -119,7 +125,7 @@ def test_peft_opens_an_adapter_and_gives_its_logits(shape: dict[str, Any], tmp_p
             assert torch.allclose(theirs.merge_and_unload()(idx).logits, ours(idx)[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@heavy
 @pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_fifty_steps_have_the_losses_of_the_same_loop_with_peft(
     shape: dict[str, Any], tmp_path: Path, tiny_corpus: Path
@@ -173,7 +179,7 @@ def losses_of_peft(peft: Any, folder: Path, state: TrainState) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
+@heavy
 def test_a_published_model_is_tuned_by_adapters_that_peft_puts_on_it(tmp_path: Path, tiny_corpus: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM

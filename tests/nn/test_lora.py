@@ -14,6 +14,7 @@ from utils.config.settings import ModelConfig, OptimizerConfig
 from utils.errors import UserError
 from utils.nn import linear
 from utils.nn.costs import training_flops
+from utils.nn.float8 import float8_linear, use_float8
 from utils.nn.lean import lean
 from utils.nn.lora import (
     LoraLinear,
@@ -165,3 +166,9 @@ def test_a_frozen_matrix_costs_two_thirds(monkeypatch: pytest.MonkeyPatch) -> No
     whole = sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
     frozen = sum(p.numel() for n, p in plain.named_parameters() if p.dim() > 1 and "position" not in n)
     assert training_flops(model, 2, 16) == training_flops(plain, 2, 16) + 2 * 32 * (3 * whole - frozen)
+
+
+def test_frozen_weights_multiply_in_8_bits_where_training_does() -> None:
+    model = adapted(GPT2)
+    use_float8(model.blocks)
+    assert all(layer.multiply is float8_linear for layer in adapted_layers(model).values())
