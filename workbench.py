@@ -598,6 +598,12 @@ def load_pretrained(
 
     Raises:
         UserError: no such model, device or dtype, or a model that is damaged or cannot be represented.
+
+    >>> try:
+    ...     load_pretrained("./models/none")
+    ... except UserError as error:
+    ...     print(error)
+    ./models/none: no folder with a config.json, and not a name of the hub (NAME or ORGANISATION/NAME)
     """
     import torch
 
