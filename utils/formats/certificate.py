@@ -101,7 +101,9 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         UserError: it is no export, damaged, or needs its run.
     """
     format = format_of(folder)
-    ours = _ours(folder, format, source)
+    if source is None and format != "hf":
+        raise UserError(f"{folder}: is not in the directory of its run: --run RUN says which one it was made from")
+    tokenizer = open_pretrained(folder).tokenizer() if source is None else source.tokenizer
     engine = ENGINES[format]
     version = installed(engine)
     certificate: dict[str, Any] = {
@@ -110,13 +112,14 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         "time": utc_now(),
         "torch": torch.__version__,
         "weights": {path.name: file_sha256(path) for path in _weights(folder)},
-        "tokenizer_sha256": ours.tokenizer.hash(),
+        "tokenizer_sha256": tokenizer.hash(),
         "engines": [],
         "not_installed": {},
     }
     if version is None:
         certificate["not_installed"][engine.name] = f"pip install {engine.install}"
     else:
+        ours = _ours(folder, format, source, tokenizer)
         try:
             opened = engine(folder, ours.model.config.block_size)
         except Exception as error:  # whatever the other program raises, it does not open the export
@@ -130,18 +133,16 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
     return certificate
 
 
-def _ours(folder: Path, format: str, source: Source | None) -> Ours:
-    if format == "hf":
+def _ours(folder: Path, format: str, source: Source | None, tokenizer: Tokenizer) -> Ours:
+    if source is None or format == "hf":
         opened = open_pretrained(folder)
         context = None if source is None else source.model.config.block_size
         model = opened.load(torch.device("cpu"), torch.float32, context)
-        return Ours(model, opened.tokenizer() if source is None else source.tokenizer, TOLERANCE)
-    if source is None:
-        raise UserError(f"{folder}: is not in the directory of its run: --run RUN says which one it was made from")
+        return Ours(model, tokenizer, TOLERANCE)
     if format == "onnx":
-        return Ours(source.model, source.tokenizer, TOLERANCE)
+        return Ours(source.model, tokenizer, TOLERANCE)
     model = stored_model(folder / GGUF, source)
-    return Ours(model, source.tokenizer, TOLERANCES_OF_GGUF[stored_type(folder / GGUF)])
+    return Ours(model, tokenizer, TOLERANCES_OF_GGUF[stored_type(folder / GGUF)])
 
 
 def _weights(folder: Path) -> list[Path]:

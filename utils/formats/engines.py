@@ -42,7 +42,7 @@ class Engine(Protocol):
         """(V,) after `ids` and after each likeliest token that follows, `count` in all, with the engine's own cache."""
 
 
-class Transformers:
+class Transformers(Engine):
     """The library transformers, with its tokenizer and its cache."""
 
     name, package, install = "transformers", "transformers", "transformers"
@@ -87,7 +87,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class LlamaCpp:
+class LlamaCpp(Engine):
     """llama.cpp, with a cache in float32."""
 
     name, package, install = "llama.cpp", "llama_cpp", "llama-cpp-python"
@@ -123,7 +123,7 @@ class LlamaCpp:
                 logits = torch.from_numpy(np.array(self._model.scores[len(ids) + number], dtype=np.float32))
 
 
-class OnnxRuntime:
+class OnnxRuntime(Engine):
     """onnxruntime, with the cache of the graph; the tokenizer is that of the package tokenizers."""
 
     name, package, install = "onnxruntime", "onnxruntime", "onnxruntime"
