@@ -1,8 +1,10 @@
-"""Weights: look into files of weights, compare them, and turn those of other programs into runs.
+"""Weights: look into them, compare them, download them, and move them between runs and other programs.
 
 python weights.py inspect baseline
 python weights.py diff baseline:best wider
 python weights.py convert out/ckpt.pt --out from_nanogpt
+python weights.py download HuggingFaceTB/SmolLM2-135M --verify
+python weights.py export baseline --format hf
 
 WEIGHTS is a run (its export, or else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP is a checkpoint), a file,
 a folder of safetensors, or hf:NAME, a folder or a model in the cache of the Hugging Face hub.
@@ -142,9 +144,6 @@ def runs_dir(args: argparse.Namespace) -> Path:
     from utils.experiments.commands import runs_folder
 
     return runs_folder(args)
-
-
-# ------------------------------------------------------------------------------------ to and from other programs
 
 
 @command(
