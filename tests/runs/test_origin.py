@@ -341,8 +341,8 @@ OTHER_VALUES = {  # valid, and not the default
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
-# Reported as the batch_size that it changes, and refused for the tokenizer of the run.
-OF_ANOTHER = ("tokens_per_step", "special_tokens")
+# Reported as the batch_size that it changes, and refused for the tokenizer of the run, and for its tied head.
+OF_ANOTHER = ("tokens_per_step", "special_tokens", "head_bias")
 
 
 def other_value(key: str) -> str | bool:
