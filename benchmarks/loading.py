@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     common.at_least(1, repeats=args.repeats)
     terminal, shape = Terminal(), SHAPES[args.shape]
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "export"
+        folder = Path(place) / "gpt2"
         size = write_export(folder, shape)
         report_loads(folder, size, args.repeats, terminal)
         report_inspect(folder, args.repeats, terminal)

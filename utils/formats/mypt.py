@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tokenizer import Tokenizer, tokenizer_from_json
+from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE
 from utils.config.loader import Setting
 from utils.config.parse import CONFIG_BYTES
 from utils.errors import UserError, shown
@@ -18,7 +19,7 @@ from utils.formats.foreign import Foreign, adamw_moments, number, renamed, setti
 from utils.formats.pickles import read_pickle
 from utils.tokenization.protocol import VERSION
 
-MODEL, CONFIG, TOKENIZER, STATE = "model.pt", "config.json", "tokenizer.json", "training_state.json"
+MODEL, CONFIG, TOKENIZER, STATE = "model.pt", EXPORT_CONFIG_FILE, TOKENIZER_FILE, "training_state.json"
 OPTIMIZER = "optimizer.pt"
 TOKENIZER_BYTES = 16 << 20
 NAMES = {  # there -> here
