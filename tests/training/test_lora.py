@@ -21,6 +21,7 @@ from utils.checkpoints.folder import CheckpointError, list_checkpoints
 from utils.config.fields import ADDED, config_hash
 from utils.config.settings import Config, ModelConfig, OptimizerConfig
 from utils.evaluation.weights import load_trained
+from utils.formats.stored import find_weights
 from utils.inference.export import load_export
 from utils.inference.seen import seen
 from utils.nn.lora import frozen_weights, merged_weights
@@ -113,6 +114,7 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     assert differences(straight, newest(runs_dir, "stopped")) == SAME
 
     # Other commands read it as they read any run.
+    assert find_weights(f"{straight}:20", Path) == [checkpoint.path / "model.safetensors", folder / "base.safetensors"]
     assert verify_seal(straight).good
     trained = load_trained(str(straight), runs_dir, CPU, checkpoint="best")
     assert trained.model.state_dict().keys() == export.model.state_dict().keys()

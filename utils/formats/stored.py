@@ -15,7 +15,7 @@ from utils.checkpoints.header import TensorEntry, read_header
 from utils.errors import UserError, nearest, shown
 from utils.files import expand_home, open_named
 from utils.formats.c_files import read_layout
-from utils.runs.layout import CHECKPOINTS, EXPORT, RECORD
+from utils.runs.layout import BASE_WEIGHTS, CHECKPOINTS, EXPORT, RECORD
 
 INDEX = "model.safetensors.index.json"  # of weights in several files
 INDEX_BYTES = 32 << 20
@@ -69,7 +69,8 @@ def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
     run = resolve_run(name, runs_dir())
     if which == "latest" and not text.endswith(":latest") and (run / EXPORT / WEIGHTS_FILE).is_file():
         return [run / EXPORT / WEIGHTS_FILE]
-    return [_checkpoint(run, which) / WEIGHTS_FILE]
+    shared = [run / BASE_WEIGHTS] if (run / BASE_WEIGHTS).is_file() else []  # beside adapters
+    return [_checkpoint(run, which) / WEIGHTS_FILE, *shared]
 
 
 def _checkpoint(run: Path, which: str) -> Path:

@@ -6,9 +6,10 @@ and the origin of the weights, tokenizer.json the tokenizer.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
     device = next(model.parameters()).device
     length = model.config.block_size
     idx = (torch.arange(length, device=device) % model.vocab_size)[None]  # (1, T)
-    with evaluating(model):
+    with evaluating(model), _full_precision():
         logits = model(idx)[0]
         tolerance = 1e-5  # kernels of a GPU may not repeat
         if adapted_layers(model):
@@ -134,6 +135,17 @@ def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
         same = torch.allclose(logits, reopened(idx)[0], rtol=0, atol=tolerance)
     if not same:
         raise RuntimeError("the exported weights do not give the logits of the trained model")
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """CUDA multiplies float32 without TF32, by which the same product in two parts differs in its fourth digit."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def load_export(folder: Path, device: torch.device) -> Export:
