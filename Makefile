@@ -39,6 +39,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.shakespeare
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.checkpoints
+	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.crash_test
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.speedrun

@@ -270,7 +270,7 @@ class LanguageModel(nn.Module):
         self.final_norm = NORMS[config.norm](config)
         self.head: nn.Module | None = None  # the token embedding
         if not config.tie_embeddings:
-            self.head = declare(Linear(config.n_embd, vocab_size, bias=False), weight=HEAD)
+            self.head = declare(Linear(config.n_embd, vocab_size, bias=config.head_bias), weight=HEAD)
         self.fp8_logits = False  # in training on CUDA
         self.recomputes = False  # blocks keep only their input for the backward pass
         self.document_token: int | None = None

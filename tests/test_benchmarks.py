@@ -25,6 +25,7 @@ from benchmarks import (
     crash_test,
     experiments,
     gpu,
+    loading,
     scaling,
     shakespeare,
     speedrun,
@@ -60,6 +61,7 @@ COMMANDS = {
     "checkpoints": checkpoints.main,
     "crash_test": crash_test.main,
     "data": encoding.main,
+    "loading": loading.main,
     "experiments": experiments.main,
     "gpu": gpu.main,
     "scaling": scaling.main,
@@ -241,6 +243,7 @@ def test_help_does_not_import_torch(name: str) -> None:
         ("tracking", ["--step-ms", ","], "--step-ms: expected numbers >= 0.1"),
         ("tracking", ["--warmup", "0"], "--warmup must be at least 1"),
         ("tracking", ["--parts", "stps"], "--parts: unknown: stps; expected steps, records, closing"),
+        ("loading", ["--repeats", "0"], "--repeats must be at least 1, not 0"),
         ("data", ["--megabytes", "0"], "--megabytes must be at least 1, not 0"),
         ("checkpoints", ["--parts", "tape"], "unknown: tape; expected loop, disk"),
         ("crash_test", ["--kills", "0"], "--kills must be at least 1"),
@@ -268,6 +271,19 @@ def test_data_sets_each_tokenizer_against_its_library(
     printed = capsys.readouterr().out
     assert all(f"│ {kind} " in printed for kind in ("char", "byte", "bpe"))
     assert "machine: " in printed
+
+
+def test_loading_prints_each_figure_with_its_bound(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load", lambda folder, kind: {"seconds": len(kind) / 10, "anonymous": 1000.0})
+    monkeypatch.setattr(loading.common, "launch", lambda words, name: loading.common.Launched("", 0.3, 40.0))
+    assert loading.main(["--shape", "small", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "time: 0.67 times (95%: 0.67-0.67), at most 1.3 reached" in printed
+    assert "at most 1.2 reached" in printed
+    assert "inspect: 0.30 s, 40 MB, at most 0.5 s and 100 MB reached" in printed
+    assert re.search(r"decode: loaded [\d,.]+ tokens/s, made in memory .* at least 0.95 (reached|missed)", printed)
 
 
 def test_checkpoints_prints_the_share_of_plain_writing_and_reading(capsys: pytest.CaptureFixture[str]) -> None:

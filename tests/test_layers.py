@@ -22,6 +22,7 @@ OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pa
 WITHOUT_TORCH = (
     *("errors", "locks", "files", "config", "terminal", "runs", "corpora", "experiments"),
     *("checkpoints.folder", "checkpoints.header", "machine.process", "machine.signals", "machine.watchdog"),
+    *("formats.stored", "formats.c_files", "formats.inspection"),
     *("training.early_stopping", "training.launch"),
     *("inference.flags", "profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
     *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "weights.py"),

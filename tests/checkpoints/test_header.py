@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from utils.checkpoints.files import map_tensors
+from utils.checkpoints.files import map_tensors, read_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import HEADER_BYTES, read_header
 
@@ -114,3 +116,31 @@ def test_a_length_that_lies_allocates_nothing(tmp_path: Path, length: int) -> No
     result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=True)
     expected = "than the file" if length > 1 << 41 else f"{length:,} bytes, more than the 100,000,000"
     assert expected in result.stdout
+
+
+def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 1000),
+        "b": torch.randn(7).bfloat16(),
+        "none": torch.zeros(0),
+        "one": torch.tensor(2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    crc32 = f"{zlib.crc32((tmp_path / 'a.safetensors').read_bytes()):08x}"
+    read = dict(read_tensors(tmp_path / "a.safetensors", crc32=crc32))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values() if tensor.numel())
+    with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
+        dict(read_tensors(tmp_path / "a.safetensors", crc32="00000000"))
+    assert len(dict(read_tensors(tmp_path / "a.safetensors"))) == 4
+
+
+def test_torch_load_is_called_in_one_place_only() -> None:
+    """Another one could run what is in a file."""
+    calls = [
+        path.relative_to(ROOT).as_posix()
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+        if re.search(r"\btorch\.load\(|\bpickle\.loads?\(|allow_pickle=True", path.read_text(encoding="utf-8"))
+    ]
+    assert calls == ["utils/formats/pickles.py"]

@@ -22,10 +22,12 @@ from utils.experiments.commands import PROJECT_ROOT
 from utils.files import read_json
 from utils.formats.pretrained import open_pretrained
 from utils.formats.source import open_source
+from utils.formats.table import FormatError
 from utils.inference.export import load_export
 from utils.optim.schedules import learning_rate_at
 from utils.runs.find import resolve_run
 from utils.runs.log import read_metrics
+from utils.training.start import start_of_parent
 from weights import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
@@ -115,6 +117,15 @@ def test_a_run_needs_the_model_at_its_start_only(work: Path, capsys: pytest.Capt
     shutil.copytree(work / "qwen", work / "moving")
     assert run_train(work, *flags, "--run-tag", "straight") == 0
     assert run_train(work, *flags, "--run-tag", "stopped", "--stop-at-step", "3") == 0
+    straight = resolve_run("straight", work / "runs")
+    record = read_json(straight / "run.json")
+    start = start_of_parent(straight, record, print)  # as after a kill before the first checkpoint
+    assert (start.relation, start.step) == ("init", 0)
+    weights = bytearray((work / "moving" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (work / "moving" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(FormatError, match="not the weights that the run began with"):
+        start_of_parent(straight, record, print)
     shutil.rmtree(work / "moving")
     stopped, straight = (resolve_run(tag, work / "runs") for tag in ("stopped", "straight"))
     assert train.main(["--resume", str(stopped), "--runs-dir", str(work / "runs")]) == 0

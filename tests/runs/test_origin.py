@@ -343,7 +343,7 @@ OTHER_VALUES = {  # valid, and not the default
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
 # Reported as the batch_size that it changes, and refused for the tokenizer or the architecture of the run.
-OF_ANOTHER = ("tokens_per_step", "special_tokens", "rope_scaling", "qk_norm_weights")
+OF_ANOTHER = ("tokens_per_step", "special_tokens", "rope_scaling", "qk_norm_weights", "head_bias")
 
 
 def other_value(key: str) -> str | bool:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -202,9 +202,7 @@ def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
     """
     try:
         with open_named(path) if named else open_regular(path) as file:
-            header = header_of(file)
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return {name: _view(memory, name, entry) for name, entry in header.tensors.items()}
+            return _mapped(file, header_of(file).tensors)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -247,6 +245,26 @@ def read_tensors(path: Path, *, named: bool = False, crc32: str | None = None) -
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+
+
+def map_entries(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+    """Tensors at known places of a file that a person named, as views of it (see `map_tensors`).
+
+    Raises:
+        CheckpointError: it cannot be read, or is shorter.
+    """
+    try:
+        with open_named(path) as file:
+            return _mapped(file, entries)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _mapped(file: BinaryIO, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return {name: _view(memory, name, entry) for name, entry in entries.items()}
 
 
 def _view(memory: mmap.mmap, name: str, entry: TensorEntry) -> torch.Tensor:

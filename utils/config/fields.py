@@ -43,6 +43,7 @@ ADDED: dict[str, Any] = {
     "full_attention_layers": 0,
     "mlp_bias": None,
     "qk_norm_weights": False,
+    "head_bias": False,
 }
 
 

@@ -8,7 +8,7 @@ that a mistake is reported with its place and a value can be explained.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
+from utils.config.legacy import NO_COUNTERPART, RENAMED, ignored_line
 from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
 from utils.config.settings import Config, RuleError
 from utils.errors import SHOWN, cut, nearest, shown
@@ -39,10 +40,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A validated configuration and the source of each value."""
+    """A validated configuration and the source of each value.
+
+    layers: per key, lowest priority first.
+    ignored: a line for each name in a legacy config.json that has no counterpart.
+    """
 
     config: Config
-    layers: dict[str, list[Setting]] = field(default_factory=dict)  # per key, lowest priority first
+    layers: dict[str, list[Setting]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Config) -> LoadedConfig:
@@ -88,12 +94,14 @@ def relative_name(path: Path, root: Path) -> str:
         return str(path)
 
 
-def read_config_file(path: Path, name: str) -> dict[str, Setting]:
+def read_config_file(path: Path, name: str, ignored: list[str] | None = None) -> dict[str, Setting]:
     """The settings of one file, flat or sectioned, by leaf name.
 
     Args:
         path: a .yaml, .yml or .json file. The recorded configuration of a run may have settings in older sections.
         name: its name in messages and sources.
+        ignored: gets a line for each name that has no counterpart, for a flat file that may have the names of other
+            programs (utils/config/legacy.py); without it, such names are mistakes.
 
     Raises:
         ConfigError: the file is unreadable or malformed, or has a key that is unknown, in a wrong section or set twice.
@@ -106,6 +114,7 @@ def read_config_file(path: Path, name: str) -> dict[str, Setting]:
     if not isinstance(document, dict):
         raise ConfigError(f"{name}:1: expected a mapping of settings, got a {type(document).__name__}")
     settings: dict[str, Setting] = {}
+    unknown: list[str] = []
 
     def take(key: str, value: Any, line: int) -> None:
         if key in settings:
@@ -127,8 +136,14 @@ def read_config_file(path: Path, name: str) -> dict[str, Setting]:
                 take(leaf, leaf_value, leaf_line)
         elif key in FIELDS:
             take(key, value, line)
+        elif ignored is not None and key in RENAMED:
+            take(RENAMED[key], value, line)
+        elif ignored is not None and key in NO_COUNTERPART:
+            ignored.append(f"{name}:{line}: {ignored_line(key)}")
         else:
-            raise ConfigError(f"{name}:{line}: {_unknown(key)}")
+            unknown.append(f"{name}:{line}: {_unknown(key)}")
+    if unknown:
+        raise ConfigError("\n".join(unknown))
     return settings
 
 
@@ -137,6 +152,8 @@ def _unknown(key: str, section: str | None = None) -> str:
         return f"{key} belongs to section {SECTION_OF[key]}, not {section}"
     if section:
         return f"unknown key {cut(key, SHOWN)} in section {section}{nearest(key, SECTIONS[section].model_fields)}"
+    if key in RENAMED:
+        return f"unknown key {key}; did you mean {RENAMED[key]}?"
     return f"unknown key {cut(key, SHOWN)}{nearest(key, [*FIELDS, *SECTIONS])}"
 
 
@@ -179,7 +196,9 @@ class ConfigLoader:
         Raises:
             ConfigError: one line for each mistake, with its place and the nearest valid name.
         """
-        return _merge(_default_layers(), [*self._file_layers(), *self._own_layers(files, overrides or {})])
+        ignored: list[str] = []
+        layers = [*self._file_layers(ignored), *self._own_layers(files, overrides or {})]
+        return replace(_merge(_default_layers(), layers), ignored=tuple(ignored))
 
     def load_only(self, path: Path) -> LoadedConfig:
         """Load one regular file of a run on top of the built-in defaults, without configs/.
@@ -222,13 +241,13 @@ class ConfigLoader:
                     raise ConfigError(f"{key} is set twice")
                 layer[key] = Setting(leaf, CODE)
         if base is None:
-            return _merge(_default_layers(), [*self._file_layers(), layer])
+            return _merge(_default_layers(), [*self._file_layers([]), layer])
         return _merge({key: list(known) for key, known in base.layers.items()}, [layer])
 
-    def _file_layers(self) -> Iterator[dict[str, Setting]]:
+    def _file_layers(self, ignored: list[str]) -> Iterator[dict[str, Setting]]:
         legacy = self.root / "config.json"
         if legacy.is_file():
-            yield read_config_file(legacy, relative_name(legacy, self.root))
+            yield read_config_file(legacy, relative_name(legacy, self.root), ignored)
         yield self._shared_layer()
 
     def _own_layers(self, files: Iterable[Path], overrides: Mapping[str, str | bool]) -> Iterator[dict[str, Setting]]:
@@ -283,6 +302,15 @@ def _make_room(layer: dict[str, Setting], below: Mapping[str, list[Setting]]) ->
         key, value = ("gradient_accumulation_steps", 1) if batch_size.value == "auto" else ("tokens_per_step", None)
         if below[key][-1].value != value:
             layer.setdefault(key, Setting(value, batch_size.source))
+
+
+def load_layer(layer: dict[str, Setting]) -> LoadedConfig:
+    """One layer of settings on top of the built-in defaults, validated.
+
+    Raises:
+        ConfigError: one line for each mistake, with its source.
+    """
+    return _merge(_default_layers(), [layer])
 
 
 def flag_name(key: str, value: Any = None) -> str:

@@ -303,6 +303,7 @@ class ModelConfig(Section):
     qk_norm: bool = setting(False, "normalise queries and keys, without learned weights", kind=TRAJECTORY)
     qk_norm_weights: bool = setting(False, "with qk_norm: learned weights, as in Qwen 3", kind=TRAJECTORY)
     tie_embeddings: bool = setting(True, "one matrix for token embedding and output head", kind=TRAJECTORY)
+    head_bias: bool = setting(False, "bias of the output head, which then is not tied", kind=TRAJECTORY)
     zero_init: bool = setting(
         False, "start projections into the residual stream, and an untied head, at zero", kind=TRAJECTORY
     )
@@ -356,6 +357,8 @@ class ModelConfig(Section):
             raise RuleError(
                 f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})", "n_kv_head", "n_head"
             )
+        if self.head_bias and self.tie_embeddings:
+            raise RuleError("head_bias needs a head of its own: tie_embeddings false", "head_bias", "tie_embeddings")
         if self.position == "rope" and self.head_width % 2:
             raise RuleError(
                 f"position rope rotates pairs of channels: the head dimension must be even, not {self.head_width}",

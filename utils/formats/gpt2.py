@@ -101,6 +101,7 @@ GPT2 = Family(
         "ngram_rows": ((),),
         "sliding_window": (None,),
         "logit_softcap": (None,),
+        "head_bias": (False,),
     },
     obstacles=obstacles,
     read=read,

@@ -42,6 +42,7 @@ HOLDS: dict[str, tuple[Any, ...]] = {
     "mlp": ("swiglu",),
     "ngram_rows": ((),),
     "logit_softcap": (None,),
+    "head_bias": (False,),
 }
 MOST_POSITIONS = 65536  # of our setting block_size; rotary positions have no weights, so any part of a context fits
 

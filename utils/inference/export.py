@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,25 +142,37 @@ def load_export(folder: Path, device: torch.device) -> Export:
         raise
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
-    try:
-        # First only the shapes: a damaged configuration may describe a model that no memory holds.
-        model = outline(model_config, vocab_size)
-        if differences := weight_differences(read_header(weights_path).tensors, model):
-            raise ExportError(f"{weights_path} does not fit its config.json: {differences}")
-        weights = read_tensors(weights_path, crc32=crc32)
-        own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights}, assign=True)
-    except CheckpointError as error:
-        reason = str(error).removeprefix(f"{weights_path}: ").removeprefix("damaged: ")
-        raise ExportError(f"{weights_path}: damaged: {reason}") from None
-    model.initialised = declared_roles(model)
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    with ThreadPoolExecutor(1) as pool:  # the weights are read by code that lets Python go on
+        loading = pool.submit(load_tokenizer, folder / TOKENIZER_FILE)
+        model = _read_model(weights_path, model_config, vocab_size, crc32, device)
+    tokenizer = loading.result()
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
             "they are not from the same run"
         )
     return Export(model.to(device).eval(), tokenizer, training)
+
+
+def _read_model(path: Path, config: ModelConfig, vocab_size: int, crc32: str, device: torch.device) -> LanguageModel:
+    """The model with the weights in a file.
+
+    Raises:
+        ExportError: the file is damaged, or the weights are those of another model.
+    """
+    try:
+        # First only the shapes: a damaged configuration may describe a model that no memory holds.
+        model = outline(config, vocab_size)
+        if differences := weight_differences(read_header(path).tensors, model):
+            raise ExportError(f"{path} does not fit its config.json: {differences}")
+        weights = read_tensors(path, crc32=crc32)
+        own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights}, assign=True)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{path}: ").removeprefix("damaged: ")
+        raise ExportError(f"{path}: damaged: {reason}") from None
+    model.initialised = declared_roles(model)
+    return model
 
 
 def export_as_checkpoint(folder: Path) -> Checkpoint:

@@ -375,4 +375,5 @@ def parent_facts(origin: Origin, step: int, state: Mapping[str, Any]) -> dict[st
         state: of the checkpoint; of an export or a published model it names the run and the checksum of the weights.
     """
     facts = {"run": origin.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}
-    return facts | {key: state[key] for key in ("run", "export") if "export" in state}
+    of_alone = state.keys() & {"export", "pretrained"}  # the checksum of weights without a run directory
+    return facts | {key: state[key] for key in ("run", *sorted(of_alone)) if of_alone}

@@ -145,25 +145,7 @@ class Run:
         try:
             lock = RunLock(path)
             lock.sign()
-            record = {
-                "schema_version": SCHEMA_VERSION,
-                "id": path.name,
-                "tag": tag,
-                "status": "running",
-                "exit_reason": None,
-                "start": utc_now(),
-                "end": None,
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "last_step": None,
-                "summary": {},
-                "parent": None,
-                "resumes": [],
-                "views": {},
-                "place": _place(path),
-                "seconds": 0.0,
-                **facts,
-            }
+            record = new_record(path, tag, **facts)
             for folder in (META, LOGS, ARTIFACTS):
                 (path / folder).mkdir()
             write_json(path / NOTES, NO_NOTES)
@@ -299,6 +281,33 @@ class Run:
         with self._mutex:
             self._ended.set()
         self._lock.release()
+
+
+def new_record(path: Path, tag: str | None, **facts: Any) -> dict[str, Any]:
+    """The content of run.json of a run that starts now in the directory `path`, which has its lock already.
+
+    Args:
+        facts: further fields, or other values.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "id": path.name,
+        "tag": tag,
+        "status": "running",
+        "exit_reason": None,
+        "start": utc_now(),
+        "end": None,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "last_step": None,
+        "summary": {},
+        "parent": None,
+        "resumes": [],
+        "views": {},
+        "place": _place(path),
+        "seconds": 0.0,
+        **facts,
+    }
 
 
 def check_links(path: Path) -> None:

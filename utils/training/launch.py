@@ -80,6 +80,8 @@ def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin
     if own.strict_resume and own.resume is None:
         raise UserError("--strict-resume needs --resume RUN")
     loaded = parsed.load()
+    for line in loaded.ignored:
+        print(f"warning: {printable(line)}", file=sys.stderr)
     check_config_files(loaded, parsed.files, PROJECT_ROOT, own.trust)
     runs_dir = PROJECT_ROOT / loaded.config.tracking.runs_dir
     options = {"strict": own.strict_resume, "trusted": own.trust}

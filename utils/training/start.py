@@ -22,6 +22,7 @@ from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.files import change_json, read_json, write_json
 from utils.formats.finetuning import pretrained_as_checkpoint
+from utils.formats.hub import find_pretrained
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import device_facts, processor_name
 from utils.runs.code import GitFacts, MetadataCapture
@@ -48,7 +49,7 @@ from utils.runs.log import cut_logs
 from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
 from utils.runs.origin import PRETRAINED_PREFIX, Relation, check_longer, parent_facts, pin, put_on_top
-from utils.runs.run import NO_NOTES, REPRODUCTION, Run
+from utils.runs.run import NO_NOTES, REPRODUCTION, Run, RunError
 from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
 from utils.terminal.words import HASH_LENGTH, fact_lines
@@ -169,11 +170,15 @@ def start_of_parent(run: Path, record: Mapping[str, Any], warn: Callable[[str], 
     parent = record.get("parent")
     if parent is None or parent["relation"] == REPRODUCTION:
         return Start()
-    path = parent_path(run, parent)
     if "pretrained" in parent:
         name = parent["run"].removeprefix(PRETRAINED_PREFIX)
+        try:
+            path = parent_path(run, parent)
+        except RunError:  # the cache of the hub is elsewhere now
+            path = find_pretrained(name).folder
         model = ModelConfig.model_validate(read_json(run / CONFIG, run)["model"])
         return Start(pretrained_as_checkpoint(path, name, None, model, parent["pretrained"]), parent["relation"])
+    path = parent_path(run, parent)
     if "export" in parent:
         return Start(export_as_checkpoint(path), parent["relation"])
     return Start(choose_checkpoint(path / CHECKPOINTS, str(parent["step"]), strict=True, warn=warn), parent["relation"])

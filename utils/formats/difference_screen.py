@@ -1,0 +1,68 @@
+"""What weights.py diff prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from utils.formats.inspection import shape_text
+from utils.formats.numbers import Change, Difference
+from utils.terminal.words import counted
+
+TENSORS = 10  # that moved most, of those shown
+NAMES = 8  # of tensors that only one has
+
+
+def screen(found: Difference, everything: bool) -> Iterator[RenderableType]:
+    """Which layers moved, and which tensors most; with `everything`, each tensor."""
+    moved = {name: change for name, change in found.tensors.items() if change.changed}
+    total = Change()
+    for change in found.tensors.values():
+        total.add(change)
+    if found.equal:
+        yield f"equal: {counted(total.elements, 'number')} in {counted(len(found.tensors), 'tensor')}"
+    elif not moved:
+        yield f"the {counted(len(found.tensors), 'tensor')} that both have are equal"
+    else:
+        yield (
+            f"{counted(len(moved), 'tensor')} of {len(found.tensors):,} differ, {total.changed:,} of "
+            f"{total.elements:,} numbers: largest difference {total.largest:.4g}, relative {_relative(total)}"
+        )
+        yield _table("layer", _by_size(found.layers) if everything else found.layers.items())
+        shown = _by_size(moved)
+        yield "all tensors that differ" if everything else f"the {min(TENSORS, len(shown))} tensors that moved most"
+        yield _table("tensor", shown if everything else shown[:TENSORS])
+        if len(shown) > TENSORS and not everything:
+            yield f"and {len(shown) - TENSORS:,} more: --all shows them"
+    for title, names in ((f"only in {found.a}", found.only_a), (f"only in {found.b}", found.only_b)):
+        if names:
+            kept = names if everything else names[:NAMES]
+            more = f" and {len(names) - len(kept):,} more" if len(names) > len(kept) else ""
+            yield f"{title}: {', '.join(kept)}{more}"
+    for name, (a, b) in found.shapes.items():
+        yield f"{name}: shape {shape_text(a)}, now {shape_text(b)}"
+    if found.types:
+        pairs = sorted({f"{a}, now {b}" for a, b in found.types.values()})
+        yield f"{counted(len(found.types), 'tensor')} of another type: {'; '.join(pairs)}"
+
+
+def _by_size(changes: dict[str, Change]) -> list[tuple[str, Change]]:
+    return sorted(changes.items(), key=lambda item: -item[1].relative)
+
+
+def _relative(change: Change) -> str:
+    return f"{change.relative:.3e}" if change.changed else "0"
+
+
+def _table(name: str, changes: Iterable[tuple[str, Change]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(name, overflow="fold")
+    for column in ("relative", "largest", "changed", "not finite"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for key, change in changes:
+        share = f"{change.changed / max(change.elements, 1):.1%}" if change.changed else ""
+        bad = f"{change.nonfinite:,}" if change.nonfinite else ""
+        table.add_row(key, _relative(change), f"{change.largest:.4g}", share, bad)
+    return table

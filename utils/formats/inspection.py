@@ -1,0 +1,168 @@
+"""weights.py inspect: the tensors of some weights by module, from their headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.formats.stored import Stored
+from utils.terminal.words import counted, one_line, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer, between dots
+SHOWN_ROWS = 400  # of tensors whose names have no layers
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors that differ only in the number of their layer."""
+
+    name: str  # with a range in the place of the number
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    elements: int
+    bytes: int
+
+
+def as_json(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """All that is known of some weights, for --json."""
+    tensors = {
+        name: {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "elements": entry.elements,
+            "bytes": entry.bytes,
+            "file": file.name,
+            **(stats or {}).get(name, {}),
+        }
+        for name, (file, entry) in stored.tensors.items()
+    }
+    return {
+        "weights": stored.name,
+        "files": [{"path": str(path), "bytes": bytes} for path, bytes in stored.files.items()],
+        "parameters": sum(tensor["elements"] for tensor in tensors.values()),
+        "bytes": sum(tensor["bytes"] for tensor in tensors.values()),
+        "dtypes": _by_dtype(stored),
+        "modules": _by_module(stored),
+        "tensors": tensors,
+    }
+
+
+def _by_dtype(stored: Stored) -> dict[str, int]:
+    """Elements of each type, most first."""
+    counts: dict[str, int] = {}
+    for place in stored.tensors.values():
+        counts[place.entry.dtype] = counts.get(place.entry.dtype, 0) + place.entry.elements
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor belongs to, for sums: a layer, or the first part of another name.
+
+    >>> [module_of(name) for name in ("blocks.3.mlp.up.weight", "model.layers.0.input_layernorm.weight", "head.weight")]
+    ['blocks.3', 'model.layers.0', 'head']
+    """
+    if match := NUMBER.search(name):
+        return name[: match.end()]
+    return name.rpartition(".")[0] or name
+
+
+def _by_module(stored: Stored) -> dict[str, dict[str, int]]:
+    modules: dict[str, dict[str, int]] = {}
+    for name, place in stored.tensors.items():
+        module = modules.setdefault(module_of(name), {"tensors": 0, "parameters": 0, "bytes": 0})
+        module["tensors"] += 1
+        module["parameters"] += place.entry.elements
+        module["bytes"] += place.entry.bytes
+    return modules
+
+
+def rows(stored: Stored) -> list[Row]:
+    """The tensors, those of all layers in one row if they have one shape and type."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+    for name, place in stored.tensors.items():
+        pattern = NUMBER.sub("*", name, count=1)
+        groups.setdefault((pattern, place.entry.dtype, place.entry.shape), []).append(name)
+    found = []
+    for (pattern, dtype, shape), names in groups.items():
+        entries = [stored.tensors[name].entry for name in names]
+        numbers = sorted(int(match[0]) for name in names if (match := NUMBER.search(name)) and "*" in pattern)
+        name = pattern.replace("*", _range(numbers), 1) if len(names) > 1 else names[0]
+        elements, bytes = sum(entry.elements for entry in entries), sum(entry.bytes for entry in entries)
+        found.append(Row(name, dtype, shape, len(names), elements, bytes))
+    return found
+
+
+def _range(numbers: list[int]) -> str:
+    """The numbers in few characters: [0-11] or [0,2-5].
+
+    >>> _range([0, 2, 3, 4])
+    '[0,2-4]'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return f"[{','.join('-'.join(map(str, run)) for run in runs)}]"
+
+
+def screen(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[RenderableType]:
+    """What inspect prints."""
+    from rich.table import Table
+
+    names = [path.name for path in stored.files]
+    where = (
+        str(next(iter(stored.files))) if len(names) == 1 else f"{next(iter(stored.files)).parent}: {len(names)} files"
+    )
+    elements = sum(place.entry.elements for place in stored.tensors.values())
+    total = sum(place.entry.bytes for place in stored.tensors.values())
+    types = ", ".join(f"{dtype} {count / max(elements, 1):.0%}" for dtype, count in _by_dtype(stored).items())
+    yield one_line(where)
+    yield f"{elements:,} parameters in {counted(len(stored.tensors), 'tensor')}, {size(total)} ({types or 'none'})"
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    if stats is None:
+        for name in ("parameters", "bytes"):
+            table.add_column(name, justify="right", no_wrap=True)
+        shown = rows(stored)
+        for row in shown[:SHOWN_ROWS]:
+            table.add_row(row.name, shape_text(row.shape), row.dtype, f"{row.elements:,}", size(row.bytes))
+        yield table
+        yield from _left_out(len(shown))
+        return
+    for name in ("norm", "largest", "zeros", "not finite"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, found in list(stats.items())[:SHOWN_ROWS]:
+        entry = stored.tensors[name].entry
+        bad = f"{found['nonfinite']:,}" if found["nonfinite"] else ""
+        zeros = f"{found['zeros'] / max(entry.elements, 1):.1%}" if found["zeros"] else ""
+        table.add_row(
+            name, shape_text(entry.shape), entry.dtype, f"{found['norm']:.5g}", f"{found['largest']:.4g}", zeros, bad
+        )
+    yield table
+    yield from _left_out(len(stats))
+    if bad := sum(found["nonfinite"] for found in stats.values()):
+        yield f"{counted(bad, 'number')} not finite"
+
+
+def _left_out(count: int) -> Iterator[str]:
+    if count > SHOWN_ROWS:
+        yield f"and {count - SHOWN_ROWS:,} more: --json has all"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """A shape as people write it: 768 x 3072.
+
+    >>> shape_text((768, 3072)), shape_text(())
+    ('768 x 3072', 'one number')
+    """
+    return " x ".join(map(str, shape)) or "one number"

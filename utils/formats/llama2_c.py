@@ -1,0 +1,163 @@
+"""A Llama 2 of llama2.c: model.bin, and beside it perhaps tokenizer.bin."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer import Tokenizer, tokenizer_from_json
+from utils.checkpoints.files import map_entries
+from utils.config.loader import Setting
+from utils.errors import UserError
+from utils.files import open_named
+from utils.formats.c_files import Layout
+from utils.formats.foreign import Foreign
+from utils.tokenization.protocol import VERSION
+
+TOKENIZER = "tokenizer.bin"
+TOKENIZER_BYTES = 64 << 20
+SPACE = "▁"  # what SentencePiece has in the place of a space
+NAMES = {  # there -> here
+    "tok_embeddings": "token_embedding.weight",
+    "layers.*.attention_norm": "blocks.*.attention_norm.weight",
+    "layers.*.ffn_norm": "blocks.*.mlp_norm.weight",
+    "layers.*.wo": "blocks.*.attention.proj.weight",
+    "layers.*.w1": "blocks.*.mlp.gate.weight",
+    "layers.*.w2": "blocks.*.mlp.proj.weight",
+    "layers.*.w3": "blocks.*.mlp.up.weight",
+    "norm": "final_norm.weight",
+    "output": "head.weight",
+}
+QKV = ("layers.*.wq", "layers.*.wk", "layers.*.wv")  # one matrix here: blocks.*.attention.qkv.weight
+POSITIONS = ("freqs_cos", "freqs_sin")  # which follow from the configuration
+
+
+def read_llama2_c(path: Path, layout: Layout) -> Foreign:
+    """The model in a file of llama2.c, with the tokenizer beside it.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    sizes, header, program = layout.sizes, f"{path.name}: header", "llama2.c"
+    values = {key: getattr(sizes, key) for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "block_size")}
+    settings = {key: Setting(value, header) for key, value in values.items()}
+    settings["tie_embeddings"] = Setting(sizes.tied, header)
+    fixed = {"norm": "rmsnorm", "norm_eps": 1e-5, "mlp": "swiglu", "position": "rope", "rope_theta": 10000.0}
+    settings |= {key: Setting(value, program) for key, value in {**fixed, "bias": False}.items()}
+    stacked = map_entries(path, layout.tensors)
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in stacked.items():
+        if name in QKV or name in POSITIONS:
+            continue
+        if "*" in name:
+            weights |= {NAMES[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}
+        else:
+            weights[NAMES[name]] = tensor
+    for layer in range(sizes.n_layer):
+        q, k, v = (stacked[name][layer] for name in QKV)
+        parts = (half_split(q, sizes.n_head), half_split(k, sizes.n_kv_head), v)
+        weights[f"blocks.{layer}.attention.qkv.weight"] = torch.cat(parts)
+    foreign = Foreign(program, path, settings, weights, sizes.vocab_size)
+    if (path.parent / TOKENIZER).is_file():
+        foreign.tokenizer = read_tokenizer(path.parent / TOKENIZER, sizes.vocab_size)
+    return foreign
+
+
+def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows (H D, C) of queries or keys in our order: there, rotary positions rotate channels 2 i and 2 i + 1 of a
+    head; here, i and i + D / 2.
+    """
+    rows, C = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, C)
+    return pairs.transpose(1, 2).reshape(rows, C)
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer in a tokenizer.bin: pieces of SentencePiece with their scores, from which its merges follow.
+
+    Raises:
+        UserError: it is damaged, or has fewer pieces than the model has tokens.
+    """
+    pieces = _pieces(path, vocab_size)
+    ids = {piece: number for number, (piece, _) in enumerate(pieces)}
+    if len(ids) < len(pieces):
+        raise UserError(f"{path}: a piece is in it twice")
+    learned = [(piece, score) for piece, score in pieces[3:] if len(piece) > 1 and not _is_byte(piece)]
+    merges = []
+    for piece, score in learned:
+        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        found = [(ids[left], ids[right], left, right) for left, right in cuts if left in ids and right in ids]
+        merges += [(-score, *pair) for pair in found]
+    specials = [
+        {"id": number, "content": pieces[number][0], "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for number in range(min(3, len(pieces)))
+    ]
+    specification = {
+        "version": "1.0",
+        "added_tokens": specials,
+        "normalizer": _sequence("normalizers", {"type": "Prepend", "prepend": SPACE}, _replace(" ", SPACE)),
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": _sequence(
+            "decoders",
+            _replace(SPACE, " "),
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ),
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[0][0],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": ids,
+            "merges": [[left, right] for *_, left, right in sorted(merges)],
+        },
+    }
+    own = {"type": "hf", "version": VERSION, "tokenizer": json.dumps(specification, ensure_ascii=False)}
+    return tokenizer_from_json(own, str(path))
+
+
+def _pieces(path: Path, vocab_size: int) -> list[tuple[str, float]]:
+    """Text and score of each piece; the first three are <unk>, <s> and </s>.
+
+    Raises:
+        UserError: the file ends too early, or is larger than any vocabulary.
+    """
+    try:
+        with open_named(path) as file:
+            content = file.read(TOKENIZER_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > TOKENIZER_BYTES:
+        raise UserError(f"{path}: is larger than {TOKENIZER_BYTES >> 20} MiB")
+    pieces: list[tuple[str, float]] = []
+    place = 4  # after the length of the longest piece
+    try:
+        while len(pieces) < vocab_size:
+            score, length = struct.unpack_from("<fI", content, place)
+            place += 8 + length
+            if place > len(content):
+                raise ValueError
+            pieces.append((content[place - length : place].decode(), score))
+    except (struct.error, ValueError):
+        raise UserError(f"{path}: ends in piece {len(pieces):,} of the {vocab_size:,} that the model has") from None
+    return [(text.strip("\n") if number in (1, 2) else text.replace(" ", SPACE), score)
+            for number, (text, score) in enumerate(pieces)]  # fmt: skip
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _replace(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def _sequence(kind: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: list(steps)}

@@ -1,0 +1,201 @@
+"""A checkpoint folder of MyPT: model.pt, config.json, tokenizer.json, training_state.json and perhaps optimizer.pt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer import Tokenizer, tokenizer_from_json
+from utils.config.loader import Setting
+from utils.config.parse import CONFIG_BYTES
+from utils.errors import UserError, shown
+from utils.files import open_named
+from utils.formats.foreign import Foreign, adamw_moments, number, renamed, settings_of, tensors_of
+from utils.formats.pickles import read_pickle
+from utils.tokenization.protocol import VERSION
+
+MODEL, CONFIG, TOKENIZER, STATE = "model.pt", "config.json", "tokenizer.json", "training_state.json"
+OPTIMIZER = "optimizer.pt"
+TOKENIZER_BYTES = 16 << 20
+NAMES = {  # there -> here
+    "token_embedding_table.weight": "token_embedding.weight",
+    "position_embedding_table.weight": "position_embedding.weight",
+    **{
+        f"blocks.*.{there}.{kind}": f"blocks.*.{here}.{kind}"
+        for kind in ("weight", "bias")
+        for there, here in (
+            ("ln1", "attention_norm"),
+            ("sa.qkv", "attention.qkv"),
+            ("sa.proj", "attention.proj"),
+            ("ln2", "mlp_norm"),
+            ("fwd.net.0", "mlp.up"),
+            ("fwd.net.2", "mlp.proj"),
+            ("fwd.w_gate", "mlp.gate"),
+            ("fwd.w_up", "mlp.up"),
+            ("fwd.w_down", "mlp.proj"),
+        )
+    },
+    "ln_f.weight": "final_norm.weight",
+    "ln_f.bias": "final_norm.bias",
+    "lm_head.weight": "head.weight",
+    "lm_head.bias": "head.bias",
+}
+HERE: dict[str, str | None] = {  # names of config.json that are looked after below
+    **dict.fromkeys(("vocab_size", "bias", "tie_weights", "device", "batch_size", "rope_scale"))
+}
+
+
+def is_mypt(folder: Path) -> bool:
+    return (folder / MODEL).is_file() and (folder / CONFIG).is_file()
+
+
+def read_mypt(folder: Path) -> Foreign:
+    """The model in a folder of MyPT, with its tokenizer and the state of its optimizer.
+
+    Raises:
+        UserError: it has something that this workbench cannot represent, by its name.
+    """
+    config = _object(folder / CONFIG, CONFIG_BYTES)
+    vocab_size = number(config, "vocab_size", f"{folder / CONFIG}", 1 << 24)
+    pickled = read_pickle(folder / MODEL)
+    if isinstance(pickled, dict) and "state_dict" in pickled:
+        pickled = pickled["state_dict"]
+    tensors = {name: tensor for name, tensor in tensors_of(pickled, f"{folder / MODEL}").items() if "tril" not in name}
+    if any(".sa.heads." in name for name in tensors):
+        raise UserError(
+            f"{folder / MODEL}: blocks.*.sa.heads: of a first version of MyPT, whose MLP has ReLU, which no mlp here is"
+        )
+    if config.get("rope_scale", 1.0) != 1.0:
+        raise UserError(f"{folder / CONFIG}: rope_scale: expected 1, got {shown(config['rope_scale'])}")
+
+    notes: list[str] = []
+    settings = settings_of(config, CONFIG, notes, HERE)
+    weights = _ours(tensors, folder / MODEL)
+    settings |= _layers(config, weights)
+    if "device" in config:
+        notes.append(f"device = {shown(config['device'])} is not taken over: the device is chosen anew")
+    if type(config.get("batch_size")) is int and config["batch_size"] >= 1:
+        settings["batch_size"] = Setting(config["batch_size"], f"{CONFIG}: batch_size")
+    foreign = Foreign("MyPT", folder, settings, weights, vocab_size, notes=notes)
+    if (folder / TOKENIZER).exists():
+        foreign.tokenizer, foreign.tokenizer_kind = _tokenizer(folder / TOKENIZER, notes)
+    state = _object(folder / STATE, CONFIG_BYTES) if (folder / STATE).exists() else {}
+    if type(step := state.get("step")) is int and step >= 0:
+        foreign.step = step
+    if isinstance(training := state.get("training_config"), dict):
+        foreign.settings |= {
+            key: setting
+            for key, setting in settings_of(training, f"{STATE}: training_config", notes, {"batch_size": None}).items()
+            if key not in foreign.settings
+        }
+    if (folder / OPTIMIZER).is_file():
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        found = adamw_moments(read_pickle(folder / OPTIMIZER), _orders(tensors, config), shapes)
+        if found is None:
+            notes.append(f"{OPTIMIZER} is not the state of MyPT's AdamW, so it was left out")
+        else:
+            by_kind, foreign.updates = found
+            foreign.moments = {kind: _ours(of_kind, folder / OPTIMIZER) for kind, of_kind in by_kind.items()}
+            notes.append("weight decay includes the embeddings here, which MyPT leaves out")
+    return foreign
+
+
+def _layers(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Setting]:
+    """The settings of the model that its layers say; biases that only some layers have are zero in the others.
+
+    `weights` gets these zeros, and a head of its own.
+    """
+    gated, rms = "blocks.0.mlp.gate.weight" in weights, "final_norm.bias" not in weights
+    learned = "position_embedding.weight" in weights
+    layers = {
+        "position": "learned" if learned else "rope",
+        "norm": "rmsnorm" if rms else "layernorm",
+        "norm_eps": 1e-6 if rms else 1e-5,
+        "mlp": "swiglu" if gated else "gelu",
+        "qkv_bias": "blocks.0.attention.qkv.bias" in weights,
+        "bias": any(name.endswith(".bias") and not name.startswith("head.") for name in weights),
+        "tie_embeddings": False,
+        "head_bias": "head.bias" in weights,
+    }
+    if gated:
+        layers["ffn_dim"] = len(weights["blocks.0.mlp.gate.weight"])
+    if config.get("tie_weights") is True:
+        weights["head.weight"] = weights["token_embedding.weight"]
+        layers["tie_embeddings"] = not layers["head_bias"]
+        if not layers["head_bias"]:
+            del weights["head.weight"]
+    if layers["bias"]:
+        for name in [name for name in weights if name.startswith("blocks.") and name.endswith(".weight")]:
+            bias = f"{name.removesuffix('.weight')}.bias"
+            is_norm = "_norm." in name
+            if bias not in weights and not name.endswith("qkv.weight") and not (is_norm and rms):
+                weights[bias] = torch.zeros(len(weights[name]))
+    return {key: Setting(value, f"{MODEL}: layers") for key, value in layers.items()}
+
+
+def _orders(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> list[list[str]]:
+    """Orders of the parameters in the optimizer: in two groups, with and without weight decay; or in one."""
+    tied = config.get("tie_weights") is True
+    names = [name for name in tensors if not (tied and name == "lm_head.weight")]
+    kept = [name for name in names if tensors[name].dim() == 1 or "embedding" in name or "ln" in name]
+    return [[name for name in names if name not in kept] + kept, names]
+
+
+def _ours(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        if (ours := renamed(NAMES, name)) is None:
+            raise UserError(f"{path}: {name} is not a tensor of MyPT's GPT")
+        found[ours] = tensor
+    return found
+
+
+def _tokenizer(path: Path, notes: list[str]) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer in a folder of MyPT, or its kind, of which there are local files.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    state = _object(path, TOKENIZER_BYTES)
+    kind, characters = state.get("token_kind"), state.get("chars")
+    if kind == "char":
+        if not isinstance(characters, list) or not all(isinstance(c, str) and len(c) == 1 for c in characters):
+            raise UserError(f"{path}: chars: expected a list of characters")
+        if len(set(characters)) < len(characters):
+            raise UserError(f"{path}: chars: a character is in it twice")
+        own = {"type": "char", "version": VERSION, "vocabulary": characters, "unknown_token": None}
+        return tokenizer_from_json(own, str(path)), None
+    if kind != "gpt2":
+        raise UserError(f"{path}: token_kind: expected char or gpt2, got {shown(kind)}")
+    if special := state.get("special_token_encoder"):
+        notes.append(f"{len(special)} special tokens of {TOKENIZER} have no counterpart: gpt2 has <|endoftext|> alone")
+    return None, kind
+
+
+def _object(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a small file.
+
+    Raises:
+        UserError: it cannot be read, is larger than `limit` bytes, or something else.
+    """
+    try:
+        with open_named(path) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise UserError(f"{path}: is larger than {limit >> 20} MiB")
+        value = json.loads(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object, got a {type(value).__name__}")
+    return value

@@ -1,0 +1,169 @@
+"""The numbers of stored tensors, a bounded part at a time: sums over them, and how two of them differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from utils.checkpoints.files import DTYPES
+from utils.errors import UserError
+from utils.files import open_named
+from utils.formats.inspection import module_of
+from utils.formats.stored import Place, Stored
+
+PART = 1 << 20  # elements that are looked at together
+
+
+def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
+    """The numbers of a tensor in float64, (n,) for n up to PART; float64 holds each exactly.
+
+    Raises:
+        UserError: torch has no such type, or the file cannot be read.
+    """
+    path, entry = place
+    if entry.dtype not in DTYPES:
+        raise UserError(f"{path}: {name}: torch has no type for {entry.dtype}")
+    dtype = DTYPES[entry.dtype]
+    try:
+        with open_named(path) as file:
+            file.seek(entry.begin)
+            for start in range(0, entry.elements, PART):
+                buffer = torch.empty(min(PART, entry.elements - start), dtype=dtype)
+                memory = buffer.view(torch.uint8).numpy().data
+                if file.readinto(memory) < len(memory):
+                    raise UserError(f"{path}: became shorter while it was read")
+                yield buffer.double()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def statistics(stored: Stored) -> dict[str, dict[str, float | int]]:
+    """Of each tensor: its norm and largest absolute value, over finite numbers; zeros; and how many are not finite."""
+    found: dict[str, dict[str, float | int]] = {}
+    for name, place in stored.tensors.items():
+        squares = largest = 0.0
+        zeros = nonfinite = 0
+        for part in parts(name, place):
+            finite = part.isfinite()
+            nonfinite += part.numel() - int(finite.sum())
+            part = part.where(finite, 0.0).abs_()
+            squares += float(part.dot(part))
+            largest = max(largest, float(part.max()))
+            zeros += int((part == 0).sum()) - int((~finite).sum())
+        found[name] = {"norm": math.sqrt(squares), "largest": largest, "zeros": zeros, "nonfinite": nonfinite}
+    return found
+
+
+@dataclass
+class Change:
+    """How the numbers of two tensors, or of the tensors of a layer, differ.
+
+    squares, of_change: sums of the squares of A, and of B - A, over what is finite in both. nonfinite: numbers that
+    are finite in one of the two only.
+    """
+
+    elements: int = 0
+    changed: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+    of_change: float = 0.0
+    nonfinite: int = 0
+
+    @property
+    def relative(self) -> float:
+        """The norm of the difference over the norm of A; infinite for a change of zeros."""
+        if self.of_change == 0:
+            return 0.0
+        return math.sqrt(self.of_change / self.squares) if self.squares else math.inf
+
+    def add(self, other: Change) -> None:
+        self.elements += other.elements
+        self.changed += other.changed
+        self.largest = max(self.largest, other.largest)
+        self.squares += other.squares
+        self.of_change += other.of_change
+        self.nonfinite += other.nonfinite
+
+
+def change(name: str, a: Place, b: Place) -> Change:
+    """How tensor B differs from tensor A, of the same shape."""
+    found = Change(elements=a.entry.elements)
+    for of_a, of_b in zip(parts(name, a), parts(name, b), strict=True):
+        finite = of_a.isfinite() & of_b.isfinite()
+        same = (of_a == of_b) | (of_a.isnan() & of_b.isnan())
+        found.changed += int((~same).sum())
+        found.nonfinite += int((~finite & ~same).sum())
+        of_a, of_b = of_a.where(finite, 0.0), of_b.where(finite, 0.0)
+        found.squares += float(of_a.dot(of_a))
+        of_b -= of_a
+        found.of_change += float(of_b.dot(of_b))
+        found.largest = max(found.largest, float(of_b.abs_().max()))
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How weights B differ from weights A, by tensor and by layer."""
+
+    a: str
+    b: str
+    tensors: dict[str, Change]
+    layers: dict[str, Change]
+    only_a: list[str]
+    only_b: list[str]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of tensors that have two
+    types: dict[str, tuple[str, str]]
+
+    @property
+    def equal(self) -> bool:
+        return not (self.only_a or self.only_b or self.shapes or any(found.changed for found in self.tensors.values()))
+
+    def as_json(self) -> dict[str, Any]:
+        def facts(found: Change) -> dict[str, Any]:
+            return {
+                "elements": found.elements,
+                "changed": found.changed,
+                "largest": found.largest,
+                "relative": found.relative,
+                "nonfinite": found.nonfinite,
+            }
+
+        return {
+            "a": self.a,
+            "b": self.b,
+            "equal": self.equal,
+            "layers": {name: facts(found) for name, found in self.layers.items()},
+            "tensors": {name: facts(found) for name, found in self.tensors.items()},
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "shapes": self.shapes,
+            "types": self.types,
+        }
+
+
+def difference(a: Stored, b: Stored) -> Difference:
+    """Compare two sets of weights, tensor by tensor."""
+    shared = [name for name in a.tensors if name in b.tensors]
+    shapes = {name: (a.tensors[name].entry.shape, b.tensors[name].entry.shape) for name in shared}
+    types = {name: (a.tensors[name].entry.dtype, b.tensors[name].entry.dtype) for name in shared}
+    other_shapes = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    tensors: dict[str, Change] = {}
+    layers: dict[str, Change] = {}
+    for name in shared:
+        if name not in other_shapes:
+            tensors[name] = change(name, a.tensors[name], b.tensors[name])
+            layers.setdefault(module_of(name), Change()).add(tensors[name])
+    return Difference(
+        a.name,
+        b.name,
+        tensors,
+        layers,
+        [name for name in a.tensors if name not in b.tensors],
+        [name for name in b.tensors if name not in a.tensors],
+        other_shapes,
+        {name: pair for name, pair in types.items() if pair[0] != pair[1]},
+    )

@@ -1,0 +1,193 @@
+"""Where weights lie: the files that WEIGHTS on a command line means, and each tensor in them. Nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.checkpoints.folder import WEIGHTS_FILE, best_path, folder_name, list_checkpoints
+from utils.checkpoints.header import TensorEntry, read_header
+from utils.errors import UserError, nearest, shown
+from utils.files import expand_home, open_named
+from utils.formats.c_files import read_layout
+from utils.runs.layout import CHECKPOINTS, EXPORT, RECORD
+
+INDEX = "model.safetensors.index.json"  # of weights in several files
+INDEX_BYTES = 32 << 20
+HUB = "hf:"
+HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+
+
+class Place(NamedTuple):
+    """A tensor in a file; `entry` has its type, shape and range of bytes."""
+
+    file: Path
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of some weights.
+
+    name: what was asked for. files: in which they are, with their sizes.
+    """
+
+    name: str
+    files: dict[Path, int]
+    tensors: dict[str, Place]
+
+
+def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
+    """The files of the weights that WEIGHTS on a command line names.
+
+    It is a file; a folder of safetensors, in the format of this project or of Hugging Face; RUN, which is its export,
+    or else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP; or hf:NAME, a folder or a model in the hub's cache.
+
+    Args:
+        runs_dir: gives the folder of the runs, where RUN is looked for.
+
+    Raises:
+        UserError: there is nothing of that name, or only pickles.
+    """
+    if text.startswith(HUB):
+        return _of_folder(_of_hub(text.removeprefix(HUB)))
+    path = Path(expand_home(text))
+    if path.is_dir() and not (path / RECORD).is_file():
+        return _of_folder(path)
+    if os.path.lexists(path) and not path.is_dir():
+        return [path]
+    from utils.runs.find import resolve_run  # a tenth of a second, which a file does not need
+    from utils.runs.origin import split_choice
+
+    name, which = split_choice(text)
+    run = resolve_run(name, runs_dir())
+    if which == "latest" and not text.endswith(":latest") and (run / EXPORT / WEIGHTS_FILE).is_file():
+        return [run / EXPORT / WEIGHTS_FILE]
+    return [_checkpoint(run, which) / WEIGHTS_FILE]
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint of a run that `which` names: latest, best or a step.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    found = list_checkpoints(run / CHECKPOINTS)
+    if not found:
+        raise UserError(f"{run.name} has no weights yet: neither an export nor a checkpoint")
+    if which == "latest":
+        return found[0][1]
+    path = best_path(run / CHECKPOINTS) if which == "best" else run / CHECKPOINTS / folder_name(int(which))
+    if path is None or not path.is_dir():
+        steps = ", ".join(str(step) for step, _ in reversed(found))
+        missing = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
+        raise UserError(f"{run.name} has no {missing}; there are: {steps}")
+    return path
+
+
+def _of_hub(name: str) -> Path:
+    """The folder of a model on the Hugging Face hub: a local one of that name, or that in the hub's cache.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    if os.path.isdir(path := expand_home(name)):
+        return Path(path)
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{HUB}{name}: expected a folder, or OWNER/NAME as on the hub")
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    model = cache / f"models--{name.replace('/', '--')}"
+    try:
+        revision = (model / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        revision = ""
+    if not re.fullmatch(r"[0-9a-f]{1,64}", revision) or not (model / "snapshots" / revision).is_dir():
+        raise UserError(
+            f"{HUB}{name} is not on this machine: it is no folder, and not in {cache}; "
+            f"python weights.py download {name}"
+        )
+    return model / "snapshots" / revision
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """The safetensors in a folder: those of its index, or model.safetensors, or all that there are.
+
+    Raises:
+        UserError: there are none, or the index names a file elsewhere.
+    """
+    if (folder / INDEX).is_file():
+        return [folder / name for name in _indexed(folder / INDEX)]
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    names = sorted(os.listdir(folder))
+    if found := [folder / name for name in names if name.endswith(".safetensors")]:
+        return found
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        raise UserError(
+            f"{folder}: no safetensors, but {', '.join(pickles[:3])}: a pickle can run code, so weights of other "
+            "programs are read from safetensors only (python weights.py convert turns some of them into runs)"
+        )
+    raise UserError(f"{folder}: no weights: expected {WEIGHTS_FILE} or {INDEX}{nearest(WEIGHTS_FILE, names)}")
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index names, which lie beside it.
+
+    Raises:
+        UserError: it is damaged, or names something else.
+    """
+    try:
+        with open_named(path) as file:  # in the hub's cache it is a link
+            content = file.read(INDEX_BYTES + 1)
+        if len(content) > INDEX_BYTES:
+            raise ValueError(f"it is larger than {INDEX_BYTES >> 20} MiB")
+        files = json.loads(content)["weight_map"].values()
+        names = sorted({name for name in files if isinstance(name, str)})
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    for name in names:
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path}: weight_map: expected a .safetensors file beside it, got {shown(name)}")
+    if not names:
+        raise UserError(f"{path}: names no file")
+    return names
+
+
+def read_stored(name: str, files: Iterable[Path]) -> Stored:
+    """The tensors in files of weights, by their headers.
+
+    Raises:
+        UserError: a file is damaged, of an unknown kind, or a pickle; or two have a tensor of the same name.
+    """
+    tensors: dict[str, Place] = {}
+    sizes: dict[Path, int] = {}
+    for path in files:
+        for tensor, entry in _entries(path):
+            if tensor in tensors:
+                raise UserError(f"{path}: {tensor} is in {tensors[tensor].file.name}, too")
+            tensors[tensor] = Place(path, entry)
+        sizes[path] = path.stat().st_size
+    return Stored(name, sizes, tensors)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+    if path.suffix == ".safetensors":
+        yield from read_header(path, named=True).tensors.items()
+    elif (layout := read_layout(path)) is not None:
+        yield from layout.tensors.items()
+    else:
+        raise UserError(
+            f"{path}: expected safetensors, or a model of llm.c or llama2.c; of a pickle, only "
+            "python weights.py convert reads what needs no unpickling"
+        )

@@ -1,0 +1,341 @@
+"""A run made of a model that another program trained: as if it had been trained here, and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from data import BatchSampler, Corpus, load_corpus
+from model import LanguageModel, outline
+from tokenizer import HuggingFaceTokenizer, Tokenizer, build_tokenizer, load_tokenizer
+from utils.checkpoints.files import weight_differences, write_checkpoint
+from utils.checkpoints.folder import LATEST_FILE, folder_name
+from utils.config.fields import derived_settings, field_fact
+from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer, rule_error
+from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
+from utils.errors import UserError
+from utils.files import sync_folder, write_json
+from utils.formats.convert import name_of
+from utils.formats.foreign import MOMENTS, Foreign
+from utils.inference.export import save_export
+from utils.nn.roles import declared_roles
+from utils.optim.groups import build_optimizer
+from utils.preparation.arithmetic import with_problems
+from utils.runs.layout import (
+    ARTIFACTS,
+    CHECKPOINTS,
+    CONFIG,
+    CONFIG_SOURCES,
+    EXPORT,
+    LOGS,
+    META,
+    METRIC_REGISTRY,
+    MODEL_SUMMARY,
+    NOTES,
+    RECORD,
+    TOKENIZER,
+)
+from utils.runs.lock import RunLock
+from utils.runs.metrics import write_registry
+from utils.runs.run import NO_NOTES, new_record, utc_now
+from utils.runs.seal import file_sha256, write_seal
+from utils.runs.trust import made_here
+from utils.training.setup import with_absolute_paths
+from utils.training.start import model_summary
+from utils.training.state import TrainState, capture
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """The run that `adopt` has made.
+
+    optimizer: whether it has the state of the optimizer. resumes: whether --resume continues it; else --fork does.
+    """
+
+    run: Path
+    program: str
+    step: int
+    parameters: int
+    tokenizer: str
+    optimizer: bool
+    resumes: bool
+    notes: list[str]
+
+
+def adopt(
+    foreign: Foreign,
+    place: Path,
+    root: Path,
+    argv: Sequence[str],
+    *,
+    tokenizer: str | None = None,
+    dataset: str | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Adopted:
+    """Make the run directory `place` of a foreign model; complete, or not at all.
+
+    Args:
+        root: the folder of train.py.
+        tokenizer: kind of tokenizer, or a file that a run wrote; None: as the foreign model has it.
+        dataset: what the model was trained on, which a resume continues with.
+
+    Raises:
+        UserError: `place` exists, the tokenizer is not known, or the model cannot be represented.
+    """
+    if os.path.lexists(place):
+        raise UserError(f"--out {place}: exists already")
+    layer = {**_of_project(root), **foreign.settings}
+    if dataset is not None:
+        layer["dataset"] = Setting(dataset, "--dataset")
+    chosen = _tokenizer(foreign, tokenizer, layer)
+    steps = layer.get("max_iters")
+    if steps is None or (isinstance(steps.value, int) and steps.value < foreign.step):
+        layer["max_iters"] = Setting(max(foreign.step, 1), f"{name_of(foreign.path)}: step")
+        layer.pop("epochs", None)
+    loaded = with_absolute_paths(load_layer(layer), root)
+    corpus = _corpus(loaded, root, chosen, dataset is not None, warn)
+    loaded = _with_tokenizer(loaded, corpus.tokenizer, place)
+    fit_vocabulary(foreign, corpus.tokenizer)
+    model = outline(loaded.config.model, corpus.tokenizer.vocab_size)
+    if differences := weight_differences(foreign.weights, model):
+        raise UserError(f"{foreign.path}: the model cannot be represented: {differences}")
+    state = _state(foreign, loaded, corpus, model)
+    return _write(foreign, place, root, argv, loaded, state, has_corpus=dataset is not None)
+
+
+def _of_project(root: Path) -> dict[str, Setting]:
+    """What the files in configs/ say about the machine and about what is recorded, which no other program knows."""
+    layers = ConfigLoader(root).load().layers
+    return {
+        key: settings[-1]
+        for key, settings in layers.items()
+        if field_fact(key, "kind") != TRAJECTORY and settings[-1].source != "default"
+    }
+
+
+def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -> Tokenizer | None:
+    """The tokenizer, if it is known before the corpus is read; `layer` gets its kind.
+
+    Raises:
+        UserError: nothing says which it is.
+    """
+    if named is not None and named.partition(":")[0] not in (*TOKENIZERS, HuggingFaceTokenizer.kind):
+        chosen = load_tokenizer(Path(named))
+        layer["tokenizer"] = Setting(_kind(chosen, named), "--tokenizer")
+        return chosen
+    kind = named or foreign.tokenizer_kind
+    if foreign.tokenizer is not None and named is None:
+        layer["tokenizer"] = Setting(_kind(foreign.tokenizer, str(foreign.path)), name_of(foreign.path))
+        return foreign.tokenizer
+    if kind is None:
+        raise UserError(
+            f"{foreign.path} has no tokenizer that can be read: --tokenizer names it, of char together with the text "
+            "that it was trained on: --tokenizer char --dataset FILE"
+        )
+    layer["tokenizer"] = Setting(kind, "--tokenizer" if named else foreign.program)
+    if kind in ("char", "bpe") and "dataset" not in layer:
+        raise UserError(f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it")
+    return None
+
+
+def _kind(tokenizer: Tokenizer, file: str) -> str:
+    """The value of the setting `tokenizer`."""
+    return f"{tokenizer.kind}:{file}" if tokenizer.kind == HuggingFaceTokenizer.kind else tokenizer.kind
+
+
+def _with_tokenizer(loaded: LoadedConfig, tokenizer: Tokenizer, place: Path) -> LoadedConfig:
+    """`loaded`; a tokenizer of the kind hf is the one in the run: the file that it was read from may go away."""
+    if tokenizer.kind != HuggingFaceTokenizer.kind:
+        return loaded
+    value = f"hf:{os.path.abspath(place / TOKENIZER)}"
+    data = loaded.config.data.model_copy(update={"tokenizer": value})
+    layers = {**loaded.layers, "tokenizer": [*loaded.layers["tokenizer"][:-1], Setting(value, "weights.py convert")]}
+    return replace(loaded, config=loaded.config.model_copy(update={"data": data}), layers=layers)
+
+
+def _corpus(
+    loaded: LoadedConfig, root: Path, tokenizer: Tokenizer | None, has_text: bool, warn: Callable[[str], None]
+) -> Corpus:
+    """The corpus that the model was trained on; without one, a corpus of no tokens that has the tokenizer."""
+    config = loaded.config
+    if has_text:
+        folder, datasets = root / config.data.corpora_dir, root / config.data.datasets_dir
+        data = with_problems(config, folder)
+        corpus = load_corpus(data, config.model.block_size, folder, tokenizer, warn, warn, False, datasets)
+        return replace(corpus, name=config.data.dataset)
+    if tokenizer is None:
+        data = config.data.model_copy(update={"corpora_dir": str(root / config.data.corpora_dir)})
+        tokenizer = build_tokenizer(data, ())
+    return Corpus("", "", tokenizer, np.zeros(0, dtype=np.uint16), 0)
+
+
+def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
+    """Leave out the rows that no token has: programs pad the vocabulary to a number that divides well.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model.
+    """
+    size, rows = tokenizer.vocab_size, foreign.vocab_size
+    if size > rows:
+        raise UserError(
+            f"{foreign.path}: the model has {rows:,} tokens, the tokenizer {tokenizer.kind} {size:,}: it is another one"
+        )
+    if size == rows:
+        return
+    foreign.notes.append(
+        f"{rows - size:,} of {rows:,} rows of the vocabulary were left out: the tokenizer {tokenizer.kind} has "
+        f"{size:,} tokens; the loss over the others is lower by what these rows had of the probability"
+    )
+    for tensors in (foreign.weights, *(foreign.moments or {}).values()):
+        for name in ("token_embedding.weight", "head.weight", "head.bias"):
+            if name in tensors and len(tensors[name]) == rows:
+                tensors[name] = tensors[name][:size]
+    foreign.vocab_size = size
+
+
+def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: LanguageModel) -> TrainState:
+    """The state of training just after the last update of the foreign program."""
+    config = loaded.config
+    model.load_state_dict({name: copied(tensor) for name, tensor in foreign.weights.items()}, assign=True)
+    model.initialised = declared_roles(model)
+    optimizer = build_optimizer(model, config.optimizer)
+    if foreign.moments is not None:
+        if config.optimizer.optimizer_name != "adamw":
+            raise UserError(f"{foreign.path}: its optimizer is AdamW, not {config.optimizer.optimizer_name}")
+        for name, parameter in model.named_parameters():
+            moments = [foreign.moments[kind].get(name) for kind in MOMENTS]
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(foreign.updates)),
+                **{
+                    kind: torch.zeros_like(parameter) if moment is None else copied(moment)
+                    for kind, moment in zip(MOMENTS, moments, strict=True)
+                },
+            }
+    return TrainState(
+        config=config,
+        max_iters=config.train.max_iters or foreign.step,
+        device=CPU,
+        dtype=torch.float32,
+        corpus=corpus,
+        sampler=cast(BatchSampler, None),  # nothing is drawn from it
+        model=model,
+        loss=model.loss,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        step=foreign.step,
+    )
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor in float32 and in memory of their own, one after the other."""
+    return torch.empty(tensor.shape).copy_(tensor.detach())
+
+
+def _write(
+    foreign: Foreign,
+    place: Path,
+    root: Path,
+    argv: Sequence[str],
+    loaded: LoadedConfig,
+    state: TrainState,
+    has_corpus: bool,
+) -> Adopted:
+    config, tokenizer, step = loaded.config, state.corpus.tokenizer, foreign.step
+    resumes = has_corpus and foreign.moments is not None and step < state.max_iters
+    source = {"program": foreign.program, "file": name_of(foreign.path), "notes": foreign.notes}
+    if foreign.path.is_file():
+        source["sha256"] = file_sha256(foreign.path)
+    if foreign.best_val_loss is not None:
+        source["best_val_loss"] = f"{foreign.best_val_loss:.6g}"
+    try:
+        resolved = {
+            **derived_settings(config, state.max_iters),
+            "parameters": state.model.num_parameters(),
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.kind,
+            "tokenizer_hash": tokenizer.hash(),
+            **({"dataset": state.corpus.name, "corpus_hash": state.corpus.hash} if has_corpus else {}),
+        }
+    except RuleError as error:
+        raise rule_error(error, loaded) from None
+    weights, tensors, facts = _captured(state)
+    with _new_run(place) as folder:
+        lock = RunLock(folder)
+        try:
+            lock.sign()
+            record = new_record(
+                folder,
+                None,
+                id=place.name,
+                status="interrupted" if resumes else "completed",
+                exit_reason=f"converted from {foreign.program}",
+                end=utc_now(),
+                last_step=step,
+                argv=list(argv),
+                made=made_here(root),
+                resolved=resolved,
+                converted=source,
+            )
+            record["place"]["path"] = os.path.abspath(place)
+            for name in (META, LOGS, ARTIFACTS):
+                (folder / name).mkdir()
+            tokenizer.save(folder / TOKENIZER)
+            write_json(folder / MODEL_SUMMARY, model_summary(state.model))
+            write_registry(folder / METRIC_REGISTRY)
+            write_json(folder / CONFIG_SOURCES, loaded.sources_json())
+            write_json(folder / CONFIG, config.model_dump(mode="json"))
+            (folder / CHECKPOINTS).mkdir()
+            path = folder / CHECKPOINTS / folder_name(step)
+            write_checkpoint(path, weights, tensors, tokenizer.to_json(), facts)
+            write_json(folder / CHECKPOINTS / LATEST_FILE, {"step": step, "folder": path.name})
+            training = {"run": place.name, "weights": "last", "step": step, "converted": source}
+            save_export(folder / EXPORT, state.model, tokenizer, training)
+            write_json(folder / NOTES, NO_NOTES)
+            write_json(folder / RECORD, record)
+            write_seal(folder)
+        finally:
+            lock.release()
+    moments = foreign.moments is not None
+    kind = f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
+    return Adopted(place, foreign.program, step, resolved["parameters"], kind, moments, resumes, foreign.notes)
+
+
+def _captured(state: TrainState) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint has of the state, with random streams that begin at the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(state.config.train.seed)
+        weights, tensors, facts = capture(state)
+    return weights, tensors, {**facts, "config_hash": None, "log_offsets": {}, "time": round(time.time(), 4)}
+
+
+@contextlib.contextmanager
+def _new_run(place: Path) -> Iterator[Path]:
+    """A hidden folder that becomes the run directory `place` at the end, and is deleted after an error.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = place.with_name(f".{place.name}.converting")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        if os.path.lexists(place):
+            raise UserError(f"--out {place}: exists already")
+        folder.rename(place)
+        sync_folder(place.parent)
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
