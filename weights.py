@@ -4,7 +4,8 @@ python weights.py inspect baseline
 python weights.py diff baseline:best wider
 python weights.py convert out/ckpt.pt --out from_nanogpt
 python weights.py download HuggingFaceTB/SmolLM2-135M --verify
-python weights.py export baseline --format hf
+python weights.py export baseline --format gguf
+python weights.py certify runs/20260131_142501_baseline/artifacts/gguf
 
 WEIGHTS is a run (its export, or else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP is a checkpoint), a file,
 a folder of safetensors, or hf:NAME, a folder or a model in the cache of the Hugging Face hub.

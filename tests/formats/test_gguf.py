@@ -22,7 +22,7 @@ from utils.formats.source import Source
 from weights import main
 
 pytest.importorskip("gguf")
-pytestmark = pytest.mark.slow  # where the package is installed
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # where the packages are installed
 TOKENIZER = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 TEXT = "The 42 cats,\n\n\tnaïve café — 日本語 🙂👩‍👩‍👧 Ā ﬁ \u00a0 don't  1234567 x\r\n \\n"
 ROPE: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
@@ -95,6 +95,19 @@ def test_the_vocabulary_gives_our_ids(kind: str, tmp_path: Path) -> None:
     if ours.end_of_text is not None:
         assert read.metadata["tokenizer.ggml.tokens"][ours.end_of_text] == "<|endoftext|>"
         assert read.metadata["tokenizer.ggml.token_type"][ours.end_of_text] == CONTROL
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of others it leaves out scaling, widths or biases
+def test_the_reader_of_transformers_agrees(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = source(TOKENIZERS["bpe"](), **MODELS[name])
+    export_gguf(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    ids = torch.arange(16)[None] * 7 % ours.tokenizer.vocab_size
+    with torch.no_grad():
+        assert (theirs.eval()(ids).logits - ours.model(ids)[0]).abs().max() < 1e-4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ours.tokenizer.encode(TEXT)
 
 
 def test_rows_without_a_token_are_unused() -> None:
