@@ -107,7 +107,8 @@ def test_targets_are_whole_names_where_an_end_means_more_layers() -> None:
 @heavy
 @pytest.mark.parametrize("shape", [GPT2, LLAMA, QWEN2, OURS], ids=["gpt2", "llama", "qwen2", "ours"])
 def test_peft_opens_an_adapter_and_gives_its_logits(shape: dict[str, Any], tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     settings = OptimizerConfig(lora_rank=3, lora_alpha=5.0, lora_dropout=0.1)
     model = adapted(shape, settings)
     write_adapter(tmp_path / "adapter", model, settings)
@@ -131,7 +132,8 @@ def test_fifty_steps_have_the_losses_of_the_same_loop_with_peft(
     shape: dict[str, Any], tmp_path: Path, tiny_corpus: Path
 ) -> None:
     """Within 1e-5 nats at each step: the same operations in another order."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = Config(
         data=DataConfig(dataset=str(tiny_corpus)),
         model=ModelConfig(**SIZES, **shape),
@@ -181,7 +183,7 @@ def losses_of_peft(peft: Any, folder: Path, state: TrainState) -> list[float]:
 
 @heavy
 def test_a_published_model_is_tuned_by_adapters_that_peft_puts_on_it(tmp_path: Path, tiny_corpus: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForCausalLM
 
     text = tiny_corpus.read_text(encoding="utf-8")

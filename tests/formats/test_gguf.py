@@ -21,7 +21,6 @@ from utils.formats.gguf_tokenizer import CONTROL, UNUSED, vocabulary_of
 from utils.formats.source import Source
 from weights import main
 
-pytest.importorskip("gguf")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # where the packages are installed
 TOKENIZER = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 TEXT = "The 42 cats,\n\n\tnaïve café — 日本語 🙂👩‍👩‍👧 Ā ﬁ \u00a0 don't  1234567 x\r\n \\n"
@@ -99,7 +98,8 @@ def test_the_vocabulary_gives_our_ids(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # of others it leaves out scaling, widths or biases
 def test_the_reader_of_transformers_agrees(name: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     ours = source(TOKENIZERS["bpe"](), **MODELS[name])
     export_gguf(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)

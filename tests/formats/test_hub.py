@@ -17,7 +17,6 @@ from utils.formats.source import Source
 from weights import main
 from workbench import Generator, load_pretrained
 
-hub_package = pytest.importorskip("huggingface_hub")
 NAME = "maker/tiny"
 
 
