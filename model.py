@@ -336,7 +336,9 @@ class LanguageModel(nn.Module):
         weight = self.token_embedding.weight
         dtype = product_dtype(weight) if weight.is_cuda else weight.dtype
         dropout = self.config.dropout if self.training else 0.0
-        windows = [self.config.window(layer) for layer in range(self.config.n_layer)]
+        windows = (
+            [self.config.window(layer) for layer in range(self.config.n_layer)] if self.config.sliding_window else ()
+        )
         return Documents(idx, self.document_token, dtype, dropout, windows)
 
     def embed(

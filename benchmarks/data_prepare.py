@@ -33,7 +33,7 @@ from benchmarks.common import at_least, interleaved, machine_facts, verdict
 from benchmarks.data import ALONE, LEAST, generated_text
 from tokenizer import build_tokenizer, tokenizer_class
 from utils.config.settings import DataConfig
-from utils.corpora.datasets import VERIFIED_JSON
+from utils.corpora.datasets import TOKENIZER_JSON, VERIFIED_JSON
 from utils.corpora.readers import units
 from utils.corpora.source_files import find_files
 from utils.errors import UserError
@@ -157,7 +157,7 @@ def measured(source: Path, target: Path, kind: str, workers: int) -> tuple[float
         used = sum(size - imports for size in sizes)
         peak = max(peak, used)
         now = time.perf_counter()
-        phase = "reading" if not (work / "tokenizer.json").exists() else "encoding"
+        phase = "reading" if not (work / TOKENIZER_JSON).exists() else "encoding"
         phases[phase] = phases.get(phase, 0.0) + now - last
         last = now
         time.sleep(0.05)

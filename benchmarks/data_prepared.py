@@ -16,7 +16,7 @@ from benchmarks.common import load_config, verdict
 from data import BatchSampler, Corpus, load_corpus
 from tokenizer import build_tokenizer
 from utils.config.settings import Config, DataConfig
-from utils.corpora.datasets import Dataset, Shard, ShardWriter, Split
+from utils.corpora.datasets import TOKENIZER_JSON, Dataset, Shard, ShardWriter, Split
 from utils.machine.device import torch_settings
 from utils.packing.shuffle import _block, epoch_words
 from utils.packing.windows import _epoch_order
@@ -110,7 +110,7 @@ def generated_dataset(folder: Path, n_tokens: int) -> Dataset:
     """Random bytes in documents whose lengths are lognormal, a hundredth of them for validation."""
     folder.mkdir()
     tokenizer = build_tokenizer(DataConfig(tokenizer="byte"), [])
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer.save(folder / TOKENIZER_JSON)
     generator = np.random.default_rng(0)
     splits = {name: generated_split(folder, name, n, generator) for name, n in parts(n_tokens)}
     dataset = Dataset(folder, tokenizer.hash(), 0, "uint16", splits, [{"path": "generated"}])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORK = multiprocessing.get_context("fork")
-MEMORY = 2 << 30  # bytes that a process may allocate; the imports have taken 0.4 GiB of them
+MEMORY = 2 << 30  # bytes that a process may allocate on top of what its imports have taken
 HEAVY = ("torch.utils.tensorboard", "duckdb", "scipy.stats", "matplotlib.figure", "plotly.graph_objects", "plotext")
 Main = Callable[[Sequence[str]], int]
 
@@ -73,6 +73,9 @@ def _child(main: Main, argv: Sequence[str], folder: Path, out: Path, err: Path) 
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8", write_through=True) for number in (1, 2)
     )
-    for kind, limit in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CORE, 0)):
+    had = (
+        int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    )  # by the process that was forked
+    for kind, limit in ((resource.RLIMIT_DATA, had + MEMORY), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (limit, limit))
     sys.exit(main(argv))

@@ -106,12 +106,13 @@ def main(argv: Sequence[str]) -> int:
 
 def write_export(folder: Path, shape: Shape) -> int:
     """Write an export with random weights; returns the size of its weights in bytes."""
-    from tokenizer import CharTokenizer
+    from tokenizer import build_tokenizer
     from utils.checkpoints.folder import WEIGHTS_FILE
+    from utils.config.settings import DataConfig
     from utils.inference.export import save_export
 
     characters = (chr(0x20000 + number) for number in range(shape.vocab_size))
-    save_export(folder, a_model(shape), CharTokenizer(characters), {})
+    save_export(folder, a_model(shape), build_tokenizer(DataConfig(), ["".join(characters)]), {})
     return (folder / WEIGHTS_FILE).stat().st_size
 
 

@@ -165,7 +165,7 @@ def test_mistakes_are_told_before_a_directory_is_made(
 def test_runs_without_adapters_keep_their_hash() -> None:
     defaults = {key: value for key, value in OptimizerConfig() if key.startswith("lora_")}
     assert len(defaults) == 4
-    assert defaults.items() <= {key: ADDED.get(key) for key in defaults}.items()
+    assert defaults.keys() <= ADDED
     assert config_hash(Config(), {}) != config_hash(Config(optimizer=OptimizerConfig(lora_rank=2)), {})
 
 

@@ -54,8 +54,8 @@ def read_curve(run: Path, metric: str) -> Curve:
     """
     try:
         return _read_curve(run, metric)
-    except RunLogError:
-        raise  # it says all
+    except RunLogError as error:
+        raise UserError(f"{run.name}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run.name}: its log is damaged: {type(error).__name__}: {error}") from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import OPERATORS, ArithmeticConfig, Config, DataConfig
 from utils.corpora.arithmetic import EQUALS, Problem, problem_set
-from utils.corpora.datasets import Dataset, ShardWriter, Split, is_dataset, read_dataset
+from utils.corpora.datasets import TOKENIZER_JSON, Dataset, ShardWriter, Split, is_dataset, read_dataset
 from utils.corpora.sources import ARITHMETIC, CorpusError
 
 VERSION = 1  # of the problems that settings give; part of a dataset's name
@@ -84,7 +84,7 @@ def _write(folder: Path, settings: ArithmeticConfig) -> None:
     splits = {"train": problems.train, "val": problems.held_out}
     if empty := [name for name, of_split in splits.items() if not of_split]:
         raise CorpusError(f"arithmetic: no problem is left for {' and '.join(empty)}: change arithmetic_held_out")
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer.save(folder / TOKENIZER_JSON)
     end_of_text = tokenizer.end_of_text
     assert end_of_text is not None
     written = {name: _write_split(folder, name, of, settings, tokenizer) for name, of in splits.items()}

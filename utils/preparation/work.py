@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.corpora.datasets import TOKENIZER_JSON
 from utils.errors import UserError
 from utils.files import read_json, read_text, sync_folder, write_json
 from utils.locks import Holder, try_flock
 
-PLAN, LOCK = "plan.json", "lock"
+PLAN, LOCK = "plan.json", "preparation.lock"
 
 
 def work_path(target: Path) -> Path:
@@ -31,7 +32,7 @@ class WorkFolder:
         self.target = target
         self.path = work_path(target)
         self.texts, self.tokens, self.dataset = (self.path / name for name in ("texts", "tokens", "dataset"))
-        self.tokenizer = self.path / "tokenizer.json"
+        self.tokenizer = self.path / TOKENIZER_JSON
 
     def begin(self, plan: Any) -> bool:
         """Keep the parts that were made by the same plan, and delete all others.

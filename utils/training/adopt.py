@@ -16,7 +16,7 @@ import torch
 
 from data import BatchSampler, Corpus, load_corpus
 from model import LanguageModel, outline
-from tokenizer import HuggingFaceTokenizer, Tokenizer, build_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from utils.checkpoints.files import weight_differences, write_checkpoint
 from utils.checkpoints.folder import LATEST_FILE, folder_name
 from utils.config.fields import derived_settings, field_fact
@@ -54,6 +54,8 @@ from utils.training.start import model_summary
 from utils.training.state import TrainState, capture
 
 CPU = torch.device("cpu")
+
+OF_A_FILE = "hf"  # the kind of tokenizer that is any tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -
     Raises:
         UserError: nothing says which it is.
     """
-    if named is not None and named.partition(":")[0] not in (*TOKENIZERS, HuggingFaceTokenizer.kind):
+    if named is not None and named.partition(":")[0] not in (*TOKENIZERS, OF_A_FILE):
         chosen = load_tokenizer(Path(named))
         layer["tokenizer"] = Setting(_kind(chosen, named), "--tokenizer")
         return chosen
@@ -151,12 +153,12 @@ def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -
 
 def _kind(tokenizer: Tokenizer, file: str) -> str:
     """The value of the setting `tokenizer`."""
-    return f"{tokenizer.kind}:{file}" if tokenizer.kind == HuggingFaceTokenizer.kind else tokenizer.kind
+    return f"{tokenizer.kind}:{file}" if tokenizer.kind == OF_A_FILE else tokenizer.kind
 
 
 def _with_tokenizer(loaded: LoadedConfig, tokenizer: Tokenizer, place: Path) -> LoadedConfig:
     """`loaded`; a tokenizer of the kind hf is the one in the run: the file that it was read from may go away."""
-    if tokenizer.kind != HuggingFaceTokenizer.kind:
+    if tokenizer.kind != OF_A_FILE:
         return loaded
     value = f"hf:{os.path.abspath(place / TOKENIZER)}"
     data = loaded.config.data.model_copy(update={"tokenizer": value})
