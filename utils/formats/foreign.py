@@ -17,6 +17,14 @@ from utils.config.loader import Setting
 from utils.errors import SHOWN, UserError, cut, shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+GPT2_BLOCK = (  # GPT-2's names of the layers of a block, which its descendants have kept -> ours
+    ("ln_1", "attention_norm"),
+    ("attn.c_attn", "attention.qkv"),
+    ("attn.c_proj", "attention.proj"),
+    ("ln_2", "mlp_norm"),
+    ("mlp.c_fc", "mlp.up"),
+    ("mlp.c_proj", "mlp.proj"),
+)
 
 
 @dataclass

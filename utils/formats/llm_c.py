@@ -16,7 +16,7 @@ from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.files import open_named
 from utils.formats.c_files import LLM_C_HEADER, Layout
-from utils.formats.foreign import MOMENTS, Foreign
+from utils.formats.foreign import GPT2_BLOCK, MOMENTS, Foreign
 
 STATE_MAGIC, STATE_VERSION = 20240527, 1
 NAMES = {  # there -> here; the rows of queries, keys and values are stacked in the same order
@@ -25,14 +25,7 @@ NAMES = {  # there -> here; the rows of queries, keys and values are stacked in 
     **{
         f"h.*.{there}.{kind}": f"blocks.*.{here}.{kind}"
         for kind in ("weight", "bias")
-        for there, here in (
-            ("ln_1", "attention_norm"),
-            ("attn.c_attn", "attention.qkv"),
-            ("attn.c_proj", "attention.proj"),
-            ("ln_2", "mlp_norm"),
-            ("mlp.c_fc", "mlp.up"),
-            ("mlp.c_proj", "mlp.proj"),
-        )
+        for there, here in GPT2_BLOCK
     },
     "ln_f.weight": "final_norm.weight",
     "ln_f.bias": "final_norm.bias",

@@ -10,7 +10,7 @@ import torch
 
 from utils.config.loader import Setting
 from utils.errors import UserError
-from utils.formats.foreign import Foreign, adamw_moments, number, renamed, settings_of, tensors_of
+from utils.formats.foreign import GPT2_BLOCK, Foreign, adamw_moments, number, renamed, settings_of, tensors_of
 
 NAMES = {  # there -> here; the rows of queries, keys and values are stacked in the same order
     "transformer.wte.weight": "token_embedding.weight",
@@ -18,14 +18,7 @@ NAMES = {  # there -> here; the rows of queries, keys and values are stacked in 
     **{
         f"transformer.h.*.{there}.{kind}": f"blocks.*.{here}.{kind}"
         for kind in ("weight", "bias")
-        for there, here in (
-            ("ln_1", "attention_norm"),
-            ("attn.c_attn", "attention.qkv"),
-            ("attn.c_proj", "attention.proj"),
-            ("ln_2", "mlp_norm"),
-            ("mlp.c_fc", "mlp.up"),
-            ("mlp.c_proj", "mlp.proj"),
-        )
+        for there, here in GPT2_BLOCK
     },
     "transformer.ln_f.weight": "final_norm.weight",
     "transformer.ln_f.bias": "final_norm.bias",

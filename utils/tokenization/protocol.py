@@ -125,7 +125,7 @@ class Tokenizer(Protocol):
     def huggingface(self) -> str:
         """The content of a tokenizer.json, of the package tokenizers, that gives the same ids and texts.
 
-        Special tokens are recognised in a text there unless it is told not to (split_special_tokens).
+        That package recognises special tokens in a text, unless split_special_tokens is set.
 
         Raises:
             TokenizerError: there is none.
