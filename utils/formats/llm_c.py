@@ -22,11 +22,7 @@ STATE_MAGIC, STATE_VERSION = 20240527, 1
 NAMES = {  # there -> here; the rows of queries, keys and values are stacked in the same order
     "wte": "token_embedding.weight",
     "wpe": "position_embedding.weight",
-    **{
-        f"h.*.{there}.{kind}": f"blocks.*.{here}.{kind}"
-        for kind in ("weight", "bias")
-        for there, here in GPT2_BLOCK
-    },
+    **{f"h.*.{there}.{kind}": f"blocks.*.{here}.{kind}" for kind in ("weight", "bias") for there, here in GPT2_BLOCK},
     "ln_f.weight": "final_norm.weight",
     "ln_f.bias": "final_norm.bias",
 }
