@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import sync_folder
+from utils.files import replace_folder
 
 MARKER = "README.md"  # every export has a model card
 
@@ -26,22 +26,12 @@ def new_folder(place: Path) -> Iterator[Path]:
     place = Path(os.path.abspath(place))
     if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / MARKER).is_file())):
         raise UserError(f"{place}: exists and is not an export: it is left as it is; --out names another folder")
-    hidden, old = place.with_name(f".{place.name}.tmp"), place.with_name(f".{place.name}.old")
+    hidden = place.with_name(f".{place.name}.tmp")
     try:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
         yield hidden
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():
-            place.rename(old)
-        try:
-            hidden.rename(place)
-        except OSError:
-            if old.exists():
-                old.rename(place)
-            raise
-        sync_folder(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(place, hidden)
     except OSError as error:
         raise UserError(f"{place}: cannot be written: {error.strerror or error}") from None
     finally:

@@ -26,7 +26,7 @@ from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS
 from utils.checkpoints.header import read_header
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
-from utils.files import is_regular, open_regular, read_json, write_json
+from utils.files import is_regular, open_regular, read_json, replace_folder, write_json
 from utils.inference.evaluation import evaluating
 from utils.nn.lora import adapted_layers, merged_weights
 from utils.nn.roles import declared_roles
@@ -103,24 +103,9 @@ def save_export(
         reopened = load_export(temporary, next(model.parameters()).device).model
         reopened.document_token = model.document_token
         _check_logits(model, reopened)
-        _replace_folder(folder, temporary)
+        replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_folder(folder: Path, new: Path) -> None:
-    """Move `new` to `folder`; if that fails, the old one stays."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
