@@ -31,12 +31,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import experiments
 import inference
+import prepare
 import profile_model
 import train
+import weights
 from benchmarks import common, fuzz_damage, fuzz_words
-from benchmarks.fuzz_damage import BAD, COMMANDS, CORPUS, GOOD, READS, SERVING, TRAIN
+from benchmarks.fuzz_damage import (
+    BAD,
+    COMMANDS,
+    CORPUS,
+    DATASET,
+    GOOD,
+    OF_DATASET,
+    PREPARED,
+    READS,
+    SERVING,
+    TRAIN,
+    TRAIN_PREPARED,
+)
 from benchmarks.fuzz_process import Ended, Main, import_all, run
 from utils.errors import UserError
 from utils.runs.find import list_run_paths
@@ -51,7 +66,11 @@ SCRIPTS: dict[str, Main] = {
     "inference": inference.main,
     "profile_model": profile_model.main,
     "experiments": experiments.main,
+    "prepare": prepare.main,
+    "evaluate": evaluate.main,
+    "weights": weights.main,
 }
+OF_TRAINING = ("train", "profile_model")  # take all settings
 FAULTS = ("traceback", "hang", "status", "leftover", "hidden")
 TEMPORARY = re.compile(r"\..*\.(tmp|old|pruned)|\.checkpoints\.pruned")
 MACHINE = ("--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=8", "--batch-size=4", "--eval-interval=3")
@@ -111,6 +130,10 @@ class Fuzzer:
         for path in list_run_paths(self.work / "runs"):
             self.ids[str(read_record(path)["tag"])] = path.name
         run(experiments.main, ["promote", GOOD, "best", *self.places("experiments")], self.work, 60)
+        source = [str(self.work / "notes.txt"), f"--out={DATASET}", "--workers=1", r"--separator=\n"]
+        run(prepare.main, [*source, *self.places("prepare")], self.work, 60)
+        if not (self.work / "datasets" / DATASET).is_dir():
+            raise UserError("a tiny dataset was not made")
         fuzz_words.odd_files(self.work)
         self.wrong = fuzz_damage.targets(self.work / "runs" / self.ids[BAD])
         random.Random(self.seed).shuffle(self.wrong)
@@ -119,14 +142,25 @@ class Fuzzer:
         self.good = self.rows()[self.ids[GOOD]]
 
     def places(self, script: str) -> list[str]:
-        runs = [f"--runs-dir={self.work / 'runs'}"]
-        if script in ("experiments", "inference"):
-            return runs
-        return [*runs, f"--corpora-dir={self.work / 'corpora'}", f"--aim-repo={self.work}"]
+        runs, datasets = f"--runs-dir={self.work / 'runs'}", f"--datasets-dir={self.work / 'datasets'}"
+        if script == "prepare":
+            return [datasets]
+        if script not in OF_TRAINING:
+            return [runs]
+        return [runs, datasets, f"--corpora-dir={self.work / 'corpora'}", f"--aim-repo={self.work}"]
 
-    def training(self, *words: str) -> list[str]:
-        dataset = f"--dataset={self.work / 'notes.txt'}"
-        return [dataset, *SMALL, *self.places("train"), "--no-aim-logging", *words]
+    def training(self, *words: str, dataset: str = "notes.txt") -> list[str]:
+        return [f"--dataset={self.work / dataset}", *SMALL, *self.places("train"), "--no-aim-logging", *words]
+
+    def filled_in(self, script: str, words: Sequence[str]) -> list[str]:
+        """The words of a command with the flags that TRAIN stands for, and with the folders of this case."""
+        stands_for = {
+            TRAIN: self.training(),
+            TRAIN_PREPARED: self.training(dataset=f"datasets/{DATASET}"),
+            DATASET: [str(self.work / "datasets" / DATASET) if script == "evaluate" else DATASET],
+        }
+        argv = [word for given in words for word in stands_for.get(given, [given])]
+        return argv if {TRAIN, TRAIN_PREPARED} & set(words) else argv + self.places(script)
 
     def copy(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -146,26 +180,21 @@ class Fuzzer:
         rng = random.Random(f"{self.seed} {index}")
         if index % 2 == 0:
             name, damage = self.wrong[index // 2 % len(self.wrong)]
-            script, words, statuses, kind = rng.choice(COMMANDS)
-            argv = [w for word in words for w in (self.training() if word == TRAIN else [word])]
-            if script == "train" and TRAIN not in words:
-                argv += self.places("train")
-            elif script != "train":
-                argv += self.places(script)
+            script, words, statuses, kind = rng.choice(OF_DATASET if name.startswith(PREPARED) else COMMANDS)
+            argv = self.filled_in(script, words)
             if words[:2] == ("--resume", BAD) and len(words) == 2 and name in SERVING:
                 statuses = (0,)
             if name.startswith(CORPUS) or (name == f"../{MODELS}" and words[0] == "prune"):
                 statuses = (*statuses, 2)  # the text cannot be encoded there; a promoted run must not be deleted
             return Case(f"{name}: {damage}", script, argv, statuses, kind == READS, (name, damage))
-        kind = rng.choice(
-            ("training", "training", "experiments", "experiments", "inference", "profiling", "file", "file")
-        )
+        often = ("training", "experiments", "file")
+        kind = rng.choice((*often, *often, "inference", "profiling", "prepare", "evaluate", "weights"))
         if kind == "file":
             return Case("a configuration file", "train", [*self.training(), "--config=odd"], (0, 2))
         script = {"training": "train", "profiling": "profile_model"}.get(kind, kind)
         words, statuses = getattr(fuzz_words, f"{kind}_words")(rng)
-        own = self.training() if script in ("train", "profile_model") else self.places(script)
-        place = [*own, *words] if script in ("train", "profile_model") else [*words[:1], *own, *words[1:]]
+        own = self.training() if script in OF_TRAINING else self.places(script)
+        place = [*own, *words] if script in OF_TRAINING else [*words[:1], *own, *words[1:]]
         return Case("words", script, place, statuses)
 
     def try_case(self, index: int) -> tuple[Case, Ended, list[tuple[str, str]]]:
@@ -270,6 +299,7 @@ def main(argv: Sequence[str]) -> int:
     faults: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory(prefix="fuzz_") as name:
         fuzzer = Fuzzer(Path(name).resolve(), args.seconds, args.seed)
+        os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ |= {"HOME": str(fuzzer.folder / "home"), "MPLCONFIGDIR": str(fuzzer.folder / "matplotlib")}
         fuzzer.prepare()
         before = set(os.listdir(PROJECT_ROOT))

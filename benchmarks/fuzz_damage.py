@@ -39,7 +39,9 @@ WRONG: tuple[Any, ...] = (
     ["x"] * 3,
 )
 CORPUS = "../../corpora/"  # begins the path of what is damaged there
+PREPARED = "../../datasets/"
 GOOD, BAD = "good", "bad"  # the tags of the two runs
+DATASET = "sentences"  # the name of the prepared dataset
 
 
 def truncate(path: Path, rng: random.Random) -> None:
@@ -153,10 +155,11 @@ SERVING = tuple(  # a damaged one of these is never a reason to fail training: s
 def targets(run: Path) -> list[tuple[str, str]]:
     """(path from the run, damage) of everything that can be wrong with one entry, always in the same order.
 
-    The entries are those of the run, the names of promoted runs beside it, and the encoded corpus.
+    The entries are those of the run, the names of promoted runs beside it, the encoded corpus and the prepared dataset.
     """
-    encoded = run.parent.parent / "corpora" / "encoded"
-    paths = sorted([*run.rglob("*"), run.parent / MODELS, *encoded.rglob("*")])
+    work = run.parent.parent
+    encoded, prepared = work / "corpora" / "encoded", work / "datasets" / DATASET
+    paths = sorted([*run.rglob("*"), run.parent / MODELS, *encoded.rglob("*"), *prepared.rglob("*")])
     found = [(path, damage) for path in paths for damage in (*OF_ANY, *(OF_FILE if path.is_file() else ()))]
     return [(os.path.relpath(path, run), damage) for path, damage in found]
 
@@ -168,7 +171,7 @@ def apply(run: Path, name: str, damage: str, rng: random.Random) -> None:
 
 # Commands that meet the damaged run: script, words (TRAIN: flags of a tiny training), exit statuses that are right.
 READS = "reads"  # marks a command that must change nothing
-TRAIN = "TRAIN"
+TRAIN, TRAIN_PREPARED = "TRAIN", "TRAIN_PREPARED"  # the second: on the prepared dataset
 Command = tuple[str, tuple[str, ...], tuple[int, ...], str]
 COMMANDS: list[Command] = [
     ("experiments", ("list",), (0,), READS),
@@ -202,4 +205,19 @@ COMMANDS: list[Command] = [
     ("inference", (BAD, "--prompt", "a", "--max-new-tokens", "3"), (0, 2), READS),
     ("inference", (BAD, "--show-info"), (0, 2), READS),
     ("inference", (GOOD, "--max-new-tokens", "3"), (0,), READS),
+    ("evaluate", (BAD,), (0, 2), ""),
+    ("evaluate", (BAD, "--data", "notes.txt", "--json"), (0, 2), ""),
+    ("weights", ("inspect", BAD), (0, 2), READS),
+    ("weights", ("inspect", BAD, "--stats", "--json"), (0, 2), READS),
+    ("weights", ("diff", GOOD, BAD), (0, 2), READS),
+]
+OF_DATASET: list[Command] = [  # that meet the damaged dataset
+    ("prepare", ("list",), (0,), READS),
+    ("prepare", ("show", DATASET), (0, 2), READS),
+    ("prepare", ("verify", DATASET), (0, 1, 2), ""),
+    ("prepare", ("notes.txt", "--out", DATASET, "--workers", "1"), (0, 2), ""),
+    ("prepare", ("notes.txt", "--out", DATASET, "--workers", "1", "--replace"), (0, 2), ""),
+    ("train", ("--run-tag", "new", TRAIN_PREPARED), (0, 2), ""),
+    ("train", ("--run-tag", "new", "--packing", "documents", TRAIN_PREPARED), (0, 2), ""),
+    ("evaluate", (BAD, "--data", DATASET), (0, 2), ""),
 ]

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fuzz_damage import BAD, GOOD
+import experiments
+import weights
+from benchmarks.fuzz_damage import BAD, DATASET, GOOD
 from utils.config.fields import FIELDS, SECTIONS
 from utils.config.loader import flag_name
-from utils.experiments.commands import COMMANDS
 from utils.inference.flags import add_arguments
 from utils.terminal.cli import Parser
+from utils.terminal.commands import Command
 
 TRUE_MISTAKE = (2,)
 PERHAPS = (0, 2)
@@ -117,7 +119,18 @@ def training_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
 
 def experiments_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
     """A command of experiments.py with arguments that fit more or less."""
-    declared = rng.choice([one for one in COMMANDS if one.name != "reproduce"])
+    return command_words([one for one in experiments.COMMANDS if one.name != "reproduce"], rng)
+
+
+def weights_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
+    """A command of weights.py; none that loads transformers, which takes seconds."""
+    words, statuses = command_words([one for one in weights.COMMANDS if one.name not in ("certify", "export")], rng)
+    return words, (*statuses, 1) if words[0] == "download" else statuses  # there is no network
+
+
+def command_words(commands: Sequence[Command], rng: random.Random) -> tuple[list[str], Sequence[int]]:
+    """One of the commands of a script, with arguments that fit more or less."""
+    declared = rng.choice(commands)
     words = [declared.name]
     for names, options in declared.flags:
         flag = names[-1]
@@ -145,6 +158,28 @@ def inference_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
         if flag not in ("--runs-dir", "--samples", "--batch-size", "--draft-tokens"):
             value = f"out/{rng.choice(ODD)[:99].replace('/', '')}" if flag in ("--out", "--html") else rng.choice(ODD)
             words.append(rng.choice((f"{flag}={value}", f"{flag}={value}", flag, misspelled(flag, rng))))
+    return words, PERHAPS
+
+
+def prepare_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
+    """A preparation, or a question about a dataset."""
+    if rng.random() < 0.4:
+        return [rng.choice(("list", "show", "verify")), rng.choice((DATASET, DATASET, *ODD))], PERHAPS
+    words = [rng.choice(("notes.txt", "notes.txt", "out", *ODD)), f"--out={rng.choice(('new', 'new', *ODD[:40]))}"]
+    for key in rng.sample(("tokenizer", "special_tokens", "unknown_token", "val_fraction"), rng.choice((0, 1, 2))):
+        words.append(f"{flag_name(key)}={rng.choice(ODD)}")
+    flags = ("--field", "--separator", "--clean", "--errors", "--tolerate", "--licence", "--origin", "--workres")
+    for flag in rng.sample(flags, rng.choice((0, 1, 2))):
+        words.append(rng.choice((f"{flag}={rng.choice(ODD)}", flag, misspelled(flag, rng))))
+    return [*words, "--workers=1", *rng.choice(((), ("--dry-run",), ("--replace",)))], PERHAPS
+
+
+def evaluate_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
+    """An evaluation of the interrupted run: the other one must stay as it is."""
+    words = [BAD]
+    for flag in rng.sample(("--data", "--stride", "--task", "--picture", "--checkpoint", "--jsom"), rng.choice((1, 2))):
+        value = f"out/{rng.choice(ODD)[:99].replace('/', '')}" if flag == "--picture" else rng.choice(ODD)
+        words.append(rng.choice((f"{flag}={value}", f"{flag}={value}", flag, misspelled(flag, rng))))
     return words, PERHAPS
 
 

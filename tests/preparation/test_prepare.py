@@ -388,6 +388,20 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(
     assert contents(tmp_path / "sets" / "mine") == {"letters.txt": b"dear"}
 
 
+def test_a_damaged_dataset_is_only_replaced_when_asked(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = json_lines(tmp_path / "a.jsonl")
+    assert run(source) == 0
+    facts = tmp_path / "sets" / "mine" / "dataset.json"
+    facts.write_bytes(facts.read_bytes()[:100])
+    assert run(source) == 2
+    assert "dataset.json: damaged" in (line := error_of(capsys)) and "--replace it" in line
+    assert [path.name for path in facts.parents[1].iterdir()] == ["mine"]
+    assert run(source, "--replace") == 0
+    assert texts_of(dataset_of(tmp_path), "train")
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -70,7 +70,12 @@ def named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
         UserError: there is no such run, or fewer than `least`.
     """
     folder = runs_folder(args)
-    return _at_least(least, [named_run(text, folder) for text in args.runs], args.runs)
+    runs = [named_run(text, folder) for text in args.runs]
+    words = [
+        f"{text} (here the newest run of that tag)" if text == run.record.get("tag") else text
+        for text, run in zip(args.runs, runs, strict=True)
+    ]
+    return _at_least(least, runs, words)
 
 
 def all_named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:

@@ -229,7 +229,13 @@ def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work:
     if order.dry_run or not order.target.exists():
         return None
     if is_dataset(order.target):
-        dataset = read_dataset(order.target)
+        try:
+            dataset = read_dataset(order.target)
+        except UserError as error:
+            if order.replace:
+                return None
+            work.delete_if_new()
+            raise UserError(f"{error}; choose another name, or --replace it") from None
         made_ns = (order.target / "dataset.json").stat().st_mtime_ns
         if dataset.facts.get("plan") == digest and all(file.mtime_ns < made_ns for file in files):
             return dataset
