@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from utils.config.loader import ConfigLoader
-from utils.errors import UserError, nearest
+from utils.errors import UserError
 from utils.experiments.commands import (
     ALL_RUNS,
     COMMANDS,
@@ -35,7 +35,6 @@ from utils.experiments.curve import AXES
 from utils.runs.index import read_index
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
-from utils.runs.origin import CHOICES
 from utils.runs.run import RunError, check_links
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.commands import Answer, fields_of, flag
@@ -297,15 +296,12 @@ def prune(args: argparse.Namespace) -> Answer:
 def seen(args: argparse.Namespace) -> Answer:
     if args.top is not None and args.top < 1:
         raise UserError(f"--top must be at least 1, not {args.top}")
-    which = args.checkpoint or CHOICES[0]
-    if which not in CHOICES and not (which.isascii() and which.isdigit()):
-        raise UserError(f"--checkpoint: expected {', '.join(CHOICES)} or a step, got {which}{nearest(which, CHOICES)}")
     if args.checkpoint and args.top is None:
         raise UserError("--checkpoint ranks by its losses: expected --top N, too")
     run = named_run(args.run, runs_folder(args))
     from utils.inference.seen import seen, seen_screen
 
-    found = seen(run, PROJECT_ROOT, args.step, args.top, which, warn)
+    found = seen(run, PROJECT_ROOT, args.step, args.top, args.checkpoint or "latest", warn)
     return Answer(found, lambda console: seen_screen(found, console.width))
 
 

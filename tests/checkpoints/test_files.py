@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.checkpoints import files as checkpoint
+from utils.checkpoints.choose import choose_checkpoint
 from utils.checkpoints.files import (
     DTYPES,
     Checkpoint,
@@ -757,3 +758,9 @@ def test_a_size_that_is_no_number_of_bytes_is_a_damaged_manifest(tmp_path: Path,
     manifest["files"][FILES[-1]]["size"] = size
     (path / MANIFEST_FILE).write_text(json.dumps(manifest))
     assert refusal(path) == f"{path / MANIFEST_FILE}: damaged"
+
+
+@pytest.mark.parametrize("which", ["", "\t", "a,b", "-1", "1_0", "१२", "lastest", "9" * 400])
+def test_what_names_no_checkpoint_is_one_error(tmp_path: Path, which: str) -> None:
+    with pytest.raises(CheckpointError, match="expected latest, best or a step"):
+        choose_checkpoint(tmp_path, which, strict=False, warn=lambda line: None)

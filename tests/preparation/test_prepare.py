@@ -396,7 +396,9 @@ def test_a_damaged_dataset_is_only_replaced_when_asked(
     facts = tmp_path / "sets" / "mine" / "dataset.json"
     facts.write_bytes(facts.read_bytes()[:100])
     assert run(source) == 2
-    assert "dataset.json: damaged" in (line := error_of(capsys)) and "--replace it" in line
+    line = error_of(capsys)
+    assert "dataset.json: damaged" in line
+    assert "--replace it" in line
     assert [path.name for path in facts.parents[1].iterdir()] == ["mine"]
     assert run(source, "--replace") == 0
     assert texts_of(dataset_of(tmp_path), "train")

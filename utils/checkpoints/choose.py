@@ -8,11 +8,14 @@ from pathlib import Path
 
 from utils.checkpoints.files import Checkpoint, read_checkpoint
 from utils.checkpoints.folder import (
+    CHOICES,
     CheckpointError,
     best_path,
     folder_name,
+    is_choice,
     list_checkpoints,
 )
+from utils.errors import nearest, shown
 
 
 def newest_good(
@@ -56,8 +59,12 @@ def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[
     """The checkpoint of another run that `which` names: `latest`, `best` or a step.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: `which` names none, there is no such checkpoint, or it is damaged.
     """
+    if not is_choice(which):
+        raise CheckpointError(
+            f"checkpoint {shown(which)}: expected {', '.join(CHOICES)} or a step{nearest(which, CHOICES)}"
+        )
     steps = {step: path for step, path in list_checkpoints(folder)}
     run = folder.parent.parent.name
     if not steps:

@@ -19,11 +19,17 @@ BASE_FILE = "../base.safetensors"  # frozen weights that all checkpoints of a ru
 FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
 CHUNK_BYTES = 1 << 24  # of one read or write: between two of them other threads have their turn
 FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
+CHOICES = ("latest", "best")  # what may be asked for beside a step
 LATEST_FILE, BEST_FILE = "latest.json", "best.json"  # pointers beside the checkpoints
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another experiment."""
+
+
+def is_choice(which: str) -> bool:
+    """Whether this names a checkpoint of a run: `latest`, `best` or a step."""
+    return which in CHOICES or (which.isascii() and which.isdigit() and len(which) < 19)
 
 
 def folder_name(step: int) -> str:

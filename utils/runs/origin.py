@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from utils.checkpoints.folder import CHOICES, is_choice
 from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact, flat, get_value
 from utils.config.loader import (
     ALTERNATIVES,
@@ -35,7 +36,6 @@ from utils.runs.trust import callback_words, enclosing_run, made_elsewhere, requ
 from utils.terminal.words import setting_text
 
 Relation = Literal["resume", "fork", "init"]
-CHOICES = ("latest", "best")
 RESUMABLE = ("interrupted", "crashed", "failed")  # a failure may be over: a full disk, a mistake in a callback
 BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
 PRETRAINED_PREFIX = "hf:"  # of a published model, where --init-from expects a RUN
@@ -77,7 +77,7 @@ class Origin:
 def split_choice(text: str) -> tuple[str, str]:
     """Split RUN[:latest|:best|:STEP] into RUN and the checkpoint, `latest` by default."""
     name, colon, which = text.rpartition(":")
-    if colon and name and (which in CHOICES or which.isdecimal()):
+    if colon and name and is_choice(which):
         return name, which
     return text, "latest"
 
