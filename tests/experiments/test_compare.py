@@ -177,6 +177,22 @@ def test_other_code_corpus_or_settings_are_another_group_and_it_says_which(
     assert comparison.splits == [f"{second} is not {first}: {words}"]
 
 
+@pytest.mark.parametrize(("chosen", "words"), [(2, "n_head 2, not 1"), (1, "head_dim 2, not 1")])
+def test_what_was_derived_is_named_only_where_nothing_else_differs(runs_dir: Path, chosen: int, words: str) -> None:
+    runs = [
+        indexed(
+            runs_dir,
+            str(n),
+            tag="x",
+            metrics=training_records([1.0]),
+            settings={"n_head": n_head, "head_dim": None},
+            resolved={"head_dim": n},
+        )
+        for n, n_head in ((1, 1), (2, chosen))
+    ]
+    assert [split.split(": ")[1] for split in compare(runs).splits] == [words]
+
+
 def test_a_reproduction_is_in_the_group_of_the_run_that_it_repeats(runs_dir: Path) -> None:
     again = {"run": "a", "path": "/a", "step": 0, "relation": "reproduction"}
     runs = [

@@ -16,6 +16,7 @@ from utils.experiments.curve import AXES, Curve, read_curve
 from utils.experiments.diff import differing_files, uncommitted_code
 from utils.files import read_json
 from utils.runs.index import (
+    DERIVED,
     TRAJECTORY_KEYS,
     IndexedRun,
     code_identity,
@@ -214,10 +215,16 @@ def _splits(names: Sequence[str], firsts: Sequence[IndexedRun]) -> list[str]:
         nearest = min(range(index), key=lambda other: len(differing[other]))
         words = [
             _difference(key, facts[nearest].get(key), facts[index].get(key), firsts[nearest], firsts[index])
-            for key in differing[nearest]
+            for key in _causes(differing[nearest], firsts[nearest], firsts[index])
         ]
         lines.append(f"{names[index]} is not {names[nearest]}: {'; '.join(words)}")
     return lines
+
+
+def _causes(keys: Sequence[str], first: IndexedRun, second: IndexedRun) -> Sequence[str]:
+    """Of the facts that differ, those that were chosen; what was derived from them only where nothing else differs."""
+    derived = {key for key in DERIVED if all(run.settings.get(key, "") is None for run in (first, second))}
+    return [key for key in keys if key not in derived] or keys
 
 
 def _difference(key: str, before: Any, after: Any, first: IndexedRun, second: IndexedRun) -> str:
