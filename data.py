@@ -26,9 +26,10 @@ from utils.corpora.datasets import dataset_names, find_dataset
 from utils.corpora.records import TokenRecord, file_state, read_record, record_path, write_record
 from utils.corpora.sources import CORPORA, CorpusError, find_source
 from utils.files import write_atomic
+from utils.nn.targets import IGNORED
 from utils.packing.joined import Joined
 from utils.packing.prepared import Prepared, open_prepared
-from utils.packing.rows import IGNORED, Rows
+from utils.packing.rows import Rows
 from utils.packing.shuffle import in_random_order
 from utils.packing.windows import STREAMS, sample_offsets, sample_windows, windows_of_pass
 

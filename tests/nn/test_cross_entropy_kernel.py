@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from utils.nn import cross_entropy_kernel as kernel
-from utils.nn.cross_entropy import IGNORED, chunked_cross_entropy, losses_and_gradient
+from utils.nn.cross_entropy import chunked_cross_entropy, losses_and_gradient
+from utils.nn.targets import IGNORED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of a gradient: half its last bit at 1

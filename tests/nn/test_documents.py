@@ -10,8 +10,9 @@ import torch
 import utils.nn.attention as attention
 from model import LanguageModel
 from utils.config.settings import ModelConfig
-from utils.nn.cross_entropy import IGNORED, ChunkedCrossEntropy, chunked_cross_entropy, plain_cross_entropy
+from utils.nn.cross_entropy import ChunkedCrossEntropy, chunked_cross_entropy, plain_cross_entropy
 from utils.nn.documents import Documents
+from utils.nn.targets import IGNORED
 
 START, T, VOCAB = 3, 12, 20  # the token that begins a document
 LENGTHS = [[5, 4, 2], [12], [3, 8], [1, 1, 9]]  # of the documents in each row; the rest is padding

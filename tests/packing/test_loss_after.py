@@ -13,7 +13,8 @@ from tokenizer import TokenizerError
 from utils.config.settings import DataConfig
 from utils.corpora.datasets import DatasetError
 from utils.errors import UserError
-from utils.packing.rows import IGNORED, follows
+from utils.nn.targets import IGNORED
+from utils.packing.rows import follows
 from utils.training.accuracy import held_out_questions
 
 SUMS = [f"{a}+{b}={a + b}" for a in range(1, 12) for b in range(7, 12)]

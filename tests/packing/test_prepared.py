@@ -18,7 +18,7 @@ from utils.config.settings import DataConfig
 from utils.corpora.datasets import DatasetError
 from utils.corpora.sources import CorpusError
 from utils.errors import UserError
-from utils.packing.rows import IGNORED
+from utils.nn.targets import IGNORED
 
 CPU = torch.device("cpu")
 T = 32

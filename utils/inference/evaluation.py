@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from data import BatchSampler
 from model import LanguageModel
 from utils.inference.graphs import Graphs
-from utils.nn.cross_entropy import IGNORED
+from utils.nn.targets import IGNORED
 from utils.packing.joined import Joined
 
 Precision = Callable[[], AbstractContextManager[None]]  # autocast, or nothing

@@ -26,7 +26,7 @@ from utils.errors import UserError
 from utils.files import read_bytes
 from utils.inference.adapters import without_adapters
 from utils.inference.evaluation import evaluating
-from utils.nn.cross_entropy import IGNORED
+from utils.nn.targets import IGNORED
 from utils.packing.rows import PADDING
 from utils.preparation.arithmetic import with_problems
 from utils.runs.index import IndexedRun

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from utils.nn.float8 import VALUES, product, rounded
 from utils.nn.linear import first_order, product_dtype
+from utils.nn.targets import IGNORED
 
-IGNORED = -100  # a target without a loss, as torch has it
 ALIGNMENT = 128  # rows of the weight: matrix products of other sizes miss the fast kernels
 SMALL_VOCABULARY = 4096  # below, the logits are small beside the rest, and one compiled kernel is faster than chunks
 AT_ONCE = 1 << 30  # logits of a chunk at most: 2 GB in bfloat16, 16,384 rows of GPT-2's words (docs/LOG.md)

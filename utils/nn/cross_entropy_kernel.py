@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from utils.nn import cross_entropy
+from utils.nn import targets as target_values
 
-IGNORED = tl.constexpr(cross_entropy.IGNORED)
+IGNORED = tl.constexpr(target_values.IGNORED)
 LOWEST = tl.constexpr(-3.0e38)  # not -inf: the difference of two infinities is not a number
 EIGHT = tl.constexpr(8)  # neighbouring columns of one thread: 16 bytes of bfloat16, one instruction
 GROUPS, WARPS = 512, 8  # groups of eight columns that a program has in hand, and its warps of 32 threads (docs/LOG.md)

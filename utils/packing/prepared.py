@@ -14,10 +14,11 @@ import numpy as np
 from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
 from utils.config.settings import DataConfig
 from utils.corpora.datasets import Dataset, DatasetError, read_dataset
+from utils.nn.targets import IGNORED
 from utils.packing.documents import Documents, Marked
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
-from utils.packing.rows import IGNORED, Layout, Packed, Rows, Single
+from utils.packing.rows import Layout, Packed, Rows, Single
 from utils.terminal.words import counted
 
 LOOKED_AT = 256  # rows in which loss_after is looked for

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
+from utils.nn.targets import IGNORED
 from utils.packing.documents import Documents
 from utils.packing.plan import Plan
 
-IGNORED = -100  # a target without a loss, as torch has it
 PADDING = -1  # in the place of a token
 
 
