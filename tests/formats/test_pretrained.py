@@ -14,6 +14,7 @@ from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.errors import UserError
 from utils.files import read_json
+from utils.formats.card import MADE_HERE
 from utils.formats.huggingface import export_huggingface
 from utils.formats.pretrained import open_pretrained
 from utils.formats.source import Source, open_source
@@ -80,13 +81,50 @@ def test_the_command_writes_shards_of_a_dtype_and_a_card(tmp_path: Path, capsys:
     assert not (out / "model.safetensors.index.json").exists()
 
 
-def test_an_export_never_replaces_something_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"thesis.txt": "text"}, "exists and is not an export"),
+        ({"README.md": "# My project", "thesis.txt": "text"}, "exists and is not an export"),
+        ({"README.md": MADE_HERE, ".git": "kept"}, r"exists and has \.git, which is not of the export"),
+    ],
+)
+def test_an_export_never_replaces_something_else(files: dict[str, str], message: str, tmp_path: Path) -> None:
     source = Source("ours", tiny_model(position="learned"), TOKENIZER)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("text")
-    with pytest.raises(UserError, match="is not an export"):
+    for name, text in files.items():
+        (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(UserError, match=message):
         export_huggingface(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_text("text")
+    for name in ("link", "file"):
+        with pytest.raises(UserError, match="exists and is not an export"):
+            export_huggingface(source, tmp_path / name)
+
+
+def test_two_exports_to_one_place_do_not_mix(tmp_path: Path) -> None:
+    source = Source("ours", tiny_model(position="learned"), TOKENIZER)
+
+    def second(folder: Path) -> None:
+        with pytest.raises(UserError, match="another process is writing an export there"):
+            export_huggingface(source, tmp_path / "out", dtype=torch.float16)
+
+    export_huggingface(source, tmp_path / "out", check=second)
+    assert open_pretrained(tmp_path / "out").get("transformer.wte.weight").dtype == torch.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_is_not_part_of_the_next(tmp_path: Path) -> None:
+    source = Source("ours", tiny_model(position="learned"), TOKENIZER)
+    (tmp_path / ".out.tmp" / "folder").mkdir(parents=True)
+    (tmp_path / ".out.tmp" / "model-00001-of-00009.safetensors").write_text("half")
+    export_huggingface(source, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*-of-*"))
+    assert not (tmp_path / "out" / "folder").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_export_alone_has_no_place_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
