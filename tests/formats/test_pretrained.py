@@ -17,6 +17,7 @@ from utils.config.settings import DataConfig
 from utils.errors import UserError
 from utils.files import read_json
 from utils.formats.card import MADE_HERE
+from utils.formats.exports import export_as
 from utils.formats.foreign_config import ForeignConfig
 from utils.formats.huggingface import export_huggingface
 from utils.formats.mistral import read as read_mistral
@@ -131,6 +132,20 @@ def test_what_a_killed_export_left_is_not_part_of_the_next(tmp_path: Path) -> No
     assert not list((tmp_path / "out").glob("*-of-*"))
     assert not (tmp_path / "out" / "folder").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_numbers_that_a_type_does_not_have_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = Source("ours", tiny_model(position="learned"), TOKENIZER)
+    with torch.no_grad():
+        source.model.final_norm.weight[3] = 1e5
+    with pytest.raises(FormatError, match=r"float16 cannot hold final_norm.weight: its largest number is 1e\+05"):
+        export_as(source, "hf", tmp_path / "out", "float16", 1 << 30, None)
+    with torch.no_grad():
+        source.model.final_norm.weight[3] = torch.nan
+    for format in ("hf", "gguf", "onnx"):
+        with pytest.raises(FormatError, match=r"final_norm.weight has numbers that are not finite"):
+            export_as(source, format, tmp_path / "out", "float32", 1 << 30, None)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_export_alone_has_no_place_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
