@@ -194,7 +194,9 @@ def certify(args: argparse.Namespace) -> Answer:
 
     format_of(args.folder)
     certificate = certify(args.folder, source_of(args.folder, args.run, runs_dir(args)))
-    return Answer(certificate, lambda console: certificate_lines(certificate), 0 if certificate["agrees"] else 1)
+    return Answer(
+        certificate, lambda console: certificate_lines(certificate), 1 if certificate["agrees"] is False else 0
+    )
 
 
 @command(
@@ -217,8 +219,11 @@ def download(args: argparse.Namespace) -> Answer:
 
         data |= (checked := verify(found))
         lines += [
-            f"{counted(len(checked['hashed']), 'file')} with the hash that the hub states",
+            f"{counted(len(checked['hashed']), 'file')} with the hash that the hub states"
+            if checked["hashed"]
+            else "hashes: not compared, nothing says which they should be",
             f"{checked['architecture']}, {checked['parameters']:,} parameters",
+            *([f"keys of config.json that are not used: {', '.join(checked['unused'])}"] if checked["unused"] else []),
             "logits: not compared, transformers is not installed"
             if checked["logit_difference"] is None
             else f"logits differ from those of transformers by {checked['logit_difference']:.1g} at most",

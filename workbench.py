@@ -75,6 +75,7 @@ import functools
 import hashlib
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -101,6 +102,7 @@ from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
 from utils.runs.origin import without_foreign_places
 from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.words import printable
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
     from model import LanguageModel
@@ -584,7 +586,8 @@ def load_pretrained(
 ) -> tuple[LanguageModel, Tokenizer]:
     """A published model in eval mode, and its tokenizer: GPT-2, Llama, Mistral, Qwen and what is built like them.
 
-    It is looked for in a folder, then in the cache of the Hugging Face hub, then on the hub (docs/pretrained.md). Each
+    It is looked for in a folder, then in the cache of the Hugging Face hub, then on the hub (docs/pretrained.md); a
+    line on stderr says where it was, and another which keys of its config.json are not used, if there are any. Each
     tensor goes from its file straight to the device, so memory is needed for the model only. For text:
     `Generator(*load_pretrained("gpt2")).generate("The ")`.
 
@@ -619,10 +622,18 @@ def load_pretrained(
         raise UserError(f"context must be at least 1, not {context}")
     chosen = choose_device(device)
     folder = None if local_dir is None else Path(expand_home(os.fspath(local_dir)))
-    opened = open_pretrained(find_pretrained(name.removeprefix("hf:"), local_dir=folder, revision=revision).folder)
+    found = find_pretrained(name.removeprefix("hf:"), local_dir=folder, revision=revision, report=_note)
+    opened = open_pretrained(found.folder)
     tokenizer = opened.tokenizer()
+    _note(f"{name}: {found.where}")
+    if opened.unknown:
+        _note(f"{name}: keys of config.json that are not used: {', '.join(opened.unknown)}")
     precision = choose_weights("auto", chosen) if dtype == "auto" else dtype
     return opened.load(chosen, getattr(torch, precision), context), tokenizer
+
+
+def _note(line: str) -> None:
+    print(printable(f"note: {line}"), file=sys.stderr)
 
 
 def _export_folder(run: RunName | None) -> Path:

@@ -186,12 +186,25 @@ def test_only_folders_without_the_package(
     assert main(["download", str(model)]) == 0
 
 
-def test_a_shorter_context_and_a_smaller_precision(model: Path) -> None:
+def test_a_shorter_context_and_a_smaller_precision(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     loaded, tokenizer = load_pretrained(str(model), device="cpu", dtype="bfloat16", context=5)
+    assert capsys.readouterr().err == f"note: {model}: the folder {model}\n"
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.config.block_size == 5
     assert Generator(loaded, tokenizer).generate("the ").text
     with pytest.raises(UserError, match="dtype must be auto, float32, bfloat16, float16, not float8"):
         load_pretrained(str(model), dtype="float8")
+
+
+def test_verify_refuses_logits_that_are_not_finite(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
+    assert main(["download", str(tmp_path / "model"), "--verify"]) == 2
+    assert "its logits are not finite; weights.py inspect --stats shows where" in capsys.readouterr().err

@@ -51,6 +51,14 @@ def test_layers_of_one_shape_are_one_row(file: Path, capsys: Capture) -> None:
     }
 
 
+def test_stats_have_no_columns_for_what_no_tensor_has(tmp_path: Path, capsys: Capture) -> None:
+    name = "model.layers.10.self_attn.q_proj.weight"
+    save_file({name: torch.ones(4096, 4096, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    header, row = answer(capsys, "inspect", tmp_path, "--stats").splitlines()[2:]
+    assert header.split() == ["tensor", "shape", "norm", "largest"]
+    assert row.split()[0] == name  # in one piece, in a terminal of 80 columns
+
+
 def test_stats_are_those_of_torch(file: Path, capsys: Capture) -> None:
     from safetensors.torch import load_file
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_export import TOKENIZER, char_tokenizer, save_tiny_run, tiny_model
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.errors import UserError
 from utils.files import read_json
+from utils.formats.card import MADE_HERE
+from utils.formats.exports import export_as
+from utils.formats.foreign_config import ForeignConfig
 from utils.formats.huggingface import export_huggingface
+from utils.formats.mistral import read as read_mistral
 from utils.formats.pretrained import open_pretrained
+from utils.formats.qwen import read_qwen2
 from utils.formats.source import Source, open_source
+from utils.formats.stored import find_weights
 from utils.formats.table import FormatError
 from weights import main
 
@@ -80,13 +88,64 @@ def test_the_command_writes_shards_of_a_dtype_and_a_card(tmp_path: Path, capsys:
     assert not (out / "model.safetensors.index.json").exists()
 
 
-def test_an_export_never_replaces_something_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"thesis.txt": "text"}, "exists and is not an export"),
+        ({"README.md": "# My project", "thesis.txt": "text"}, "exists and is not an export"),
+        ({"README.md": MADE_HERE, ".git": "kept"}, r"exists and has \.git, which is not of the export"),
+    ],
+)
+def test_an_export_never_replaces_something_else(files: dict[str, str], message: str, tmp_path: Path) -> None:
     source = Source("ours", tiny_model(position="learned"), TOKENIZER)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("text")
-    with pytest.raises(UserError, match="is not an export"):
+    for name, text in files.items():
+        (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(UserError, match=message):
         export_huggingface(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_text("text")
+    for name in ("link", "file"):
+        with pytest.raises(UserError, match="exists and is not an export"):
+            export_huggingface(source, tmp_path / name)
+
+
+def test_two_exports_to_one_place_do_not_mix(tmp_path: Path) -> None:
+    source = Source("ours", tiny_model(position="learned"), TOKENIZER)
+
+    def second(folder: Path) -> None:
+        with pytest.raises(UserError, match="another process is writing an export there"):
+            export_huggingface(source, tmp_path / "out", dtype=torch.float16)
+
+    export_huggingface(source, tmp_path / "out", check=second)
+    assert open_pretrained(tmp_path / "out").get("transformer.wte.weight").dtype == torch.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_is_not_part_of_the_next(tmp_path: Path) -> None:
+    source = Source("ours", tiny_model(position="learned"), TOKENIZER)
+    (tmp_path / ".out.tmp" / "folder").mkdir(parents=True)
+    (tmp_path / ".out.tmp" / "model-00001-of-00009.safetensors").write_text("half")
+    export_huggingface(source, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*-of-*"))
+    assert not (tmp_path / "out" / "folder").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_numbers_that_a_type_does_not_have_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = Source("ours", tiny_model(position="learned"), TOKENIZER)
+    with torch.no_grad():
+        source.model.final_norm.weight[3] = 1e5
+    with pytest.raises(FormatError, match=r"float16 cannot hold final_norm.weight: its largest number is 1e\+05"):
+        export_as(source, "hf", tmp_path / "out", "float16", 1 << 30, None)
+    with torch.no_grad():
+        source.model.final_norm.weight[3] = torch.nan
+    for format in ("hf", "gguf", "onnx"):
+        with pytest.raises(FormatError, match=r"final_norm.weight has numbers that are not finite"):
+            export_as(source, format, tmp_path / "out", "float32", 1 << 30, None)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_export_alone_has_no_place_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +231,105 @@ def test_only_safetensors_of_its_own_folder_are_read(tmp_path: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(FormatError, match=r"expected the name of a .safetensors file beside it"):
             open_pretrained(folder)
+
+
+LLAMA_KEYS = {"num_hidden_layers": 32, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+def test_values_that_are_missing_are_those_of_transformers() -> None:
+    qwen2 = read_qwen2(ForeignConfig({**LLAMA_KEYS, "use_sliding_window": True}, "config.json"))
+    assert (qwen2["sliding_window"], qwen2["full_attention_layers"]) == (4096, 28)
+    assert "sliding_window" not in read_qwen2(ForeignConfig({**LLAMA_KEYS, "sliding_window": 8}, "config.json"))
+    mistral = read_mistral(ForeignConfig(LLAMA_KEYS, "config.json"))
+    assert (mistral["sliding_window"], mistral["n_kv_head"]) == (4096, 8)
+    assert read_mistral(ForeignConfig({**LLAMA_KEYS, "sliding_window": None}, "config.json"))["sliding_window"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_window_layers": True}, "max_window_layers: expected a whole number >= 0, got True"),
+        ({"max_window_layers": -1}, "max_window_layers: expected a whole number >= 0, got -1"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "rope_scaling": LINEAR},
+            "rope_scaling: expected the same as rope_parameters, or one of the two",
+        ),
+        ({"rope_scaling": {**LINEAR, "rope_type": "dynamic"}}, "rope_scaling.rope_type: expected default or linear"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: expected full_attention only"),
+    ],
+)
+def test_keys_of_later_families_are_refused_by_their_own_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_qwen2(ForeignConfig({**LLAMA_KEYS, **changes}, "config.json"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(change(weights), folder / "model.safetensors")
+
+
+EMBEDDING = "transformer.wte.weight"
+CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
+    "a head of its own": (
+        lambda weights: weights | {"lm_head.weight": weights[EMBEDDING] * 2},
+        "lm_head.weight is not transformer.wte.weight, although tie_word_embeddings is true",
+    ),
+    "a head of another type": (
+        lambda weights: weights | {"lm_head.weight": weights[EMBEDDING].double()},
+        "lm_head.weight is not transformer.wte.weight",
+    ),
+    "two names": (
+        lambda weights: weights | {"wte.weight": weights[EMBEDDING] * 2},
+        "transformer.wte.weight is there twice, with and without transformer",
+    ),
+    "8-bit": (
+        lambda weights: weights | {EMBEDDING: weights[EMBEDDING].to(torch.float8_e4m3fn)},
+        "transformer.wte.weight: expected BF16, F16, F32, F64, got F8_E4M3",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_weights_that_could_be_read_in_two_ways_are_refused(kind: str, tmp_path: Path) -> None:
+    change, message = CONTRADICTIONS[kind]
+    folder = model_folder(tmp_path / "model")
+    rewrite(folder, change)
+    with pytest.raises(FormatError, match=message):
+        open_pretrained(folder)
+
+
+def test_a_head_that_equals_the_embedding_is_read(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    rewrite(folder, lambda weights: weights | {"lm_head.weight": weights[EMBEDDING].clone()})
+    assert open_pretrained(folder).config.tie_embeddings
+
+
+def test_a_tensor_in_two_shards_is_refused_and_one_file_goes_before_shards(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model-1.safetensors")
+    save_file({EMBEDDING: weights[EMBEDDING] * 2}, folder / "model-2.safetensors")
+    index = {name: "model-1.safetensors" for name in weights} | {EMBEDDING: "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert open_pretrained(folder).shards.files == [folder / "model.safetensors"]
+    assert find_weights(str(folder), lambda: tmp_path) == [folder / "model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"model-2.safetensors: transformer.wte.weight is in model-1.saf"):
+        open_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"]
+)
+def test_a_link_out_of_the_folder_brings_no_file_of_its_reader_into_a_run(name: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    secret = tmp_path / "secret"
+    secret.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"a key")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=f"{name}: cannot be read: leads out of"):
+        (opened := open_pretrained(folder)).tokenizer(), opened.facts()
 
 
 HEADERS = {

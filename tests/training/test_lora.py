@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import experiments
 import train
 import utils.training.step
 from benchmarks.run_equality import differences, last_checkpoint
@@ -74,6 +75,8 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     assert f"preflight: parameters: {counts}" in printed
     assert f"adapters    {counts}" in printed
     assert read_run(straight).record["resolved"]["trainable_parameters"] == 512
+    assert experiments.main(["show", "straight", "--runs-dir", str(runs_dir)]) == 0
+    assert f"{frozen_count + 512:,}, 512 trained" in capsys.readouterr().out
     assert val_losses(straight)[0] == val_losses(base)[-1]
     assert val_losses(straight)[-1] < val_losses(straight)[0]
 
@@ -157,6 +160,8 @@ def test_mistakes_are_told_before_a_directory_is_made(
     )
     assert train.main(tiny_argv("--lora-rank", "2", "--strict")) == 2
     assert "lora_rank without --init-from: the frozen weights are random" in capsys.readouterr().err
+    assert train.main(tiny_argv("--lora-rank", "500", "--strict")) == 2
+    assert "--lora-rank: lora_rank 500 is more than 16, the largest rank that a change of" in capsys.readouterr().err
     assert train.main(tiny_argv("--lora-alpha", "2", "--strict")) == 2
     assert "lora_alpha has no effect: lora_rank is none" in capsys.readouterr().err
     assert not runs_dir.exists()

@@ -292,7 +292,8 @@ def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
     yield "last val/loss", loss_text(row["last_val_loss"])
     accuracy = run.summary().get("val/accuracy")
     yield "last val/accuracy", "" if accuracy is None else f"{accuracy:.2%}"
-    yield "parameters", column_text("parameters", row["parameters"])
+    trained = resolved.get("trainable_parameters")  # with adapters
+    yield "parameters", column_text("parameters", row["parameters"]) + (f", {trained:,} trained" if trained else "")
 
 
 def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ SETTINGS = (
     *("batch_size", "block_size", "optimizer_name", "learning_rate"),
     *("schedule", "weight_decay", "dropout", "seed"),
 )
+MADE_HERE = "A language model trained with the research workbench."
 NO_LICENCE = (
     "None is stated. What may be done with the weights depends on the texts they were trained on{base}; choose a "
     "licence before you publish them."
@@ -44,12 +45,12 @@ def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: s
         **_training_facts(source),
     }
     lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items() if value), "---", ""]
-    lines += [f"# {source.name}", "", "A language model trained with the research workbench.", ""]
+    lines += [f"# {source.name}", "", MADE_HERE, ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value), ""]
     lines += ["## How to load it", "", "```python", loading.strip(), "```", ""]
     if notes:
         lines += [*(f"- {note}" for note in notes), ""]
-    lines += ["## Licence", "", licence or NO_LICENCE.format(base=f" and on that of {base}" if base else ""), ""]
+    lines += ["## Licence", "", licence or NO_LICENCE.format(base=f" and on the licence of {base}" if base else ""), ""]
     return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from utils.formats.source import Source, open_source
 from utils.formats.table import FormatError
 from utils.inference.evaluation import evaluating
 from utils.nn.kv_cache import KVCache
+from utils.runs.find import export_checksum
 from utils.runs.layout import ARTIFACTS, EXPORT
 from utils.runs.run import utc_now
 from utils.runs.seal import file_sha256
@@ -75,6 +76,10 @@ def format_of(folder: Path) -> str:
     Raises:
         FormatError: it is none.
     """
+    if export_checksum(folder) is not None:
+        raise FormatError(
+            f"{folder}: the export of a run, for this project itself; weights.py export makes others of it"
+        )
     for name, format in FILES.items():
         if (folder / name).is_file():
             return format
@@ -123,12 +128,13 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         try:
             opened = engine(folder, ours.model.config.block_size)
         except Exception as error:  # whatever the other program raises, it does not open the export
-            reason = f"does not open the export: {error}"
+            reason = f"does not open the export: {type(error).__name__}: {error}"
             found = {"agrees": False, "differences": [reason], "largest_logit_difference": None, "prompts": []}
         else:
             found = compare(ours, opened)
         certificate["engines"].append({"engine": engine.name, "version": version, **found})
-    certificate["agrees"] = all(found["agrees"] for found in certificate["engines"])
+    engines = certificate["engines"]
+    certificate["agrees"] = all(found["agrees"] for found in engines) if engines else None  # nothing was compared
     write_json(folder / CERTIFICATE, certificate)
     return certificate
 
@@ -264,6 +270,6 @@ def check_export(folder: Path, source: Source) -> dict[str, Any]:
         DisagreementError: an engine computes something else.
     """
     certificate = certify(folder, source)
-    if not certificate["agrees"]:
+    if certificate["agrees"] is False:
         raise DisagreementError(certificate_lines(certificate))
     return certificate

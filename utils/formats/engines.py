@@ -48,15 +48,16 @@ class Transformers(Engine):
     name, package, install = "transformers", "transformers", "transformers"
 
     def __init__(self, folder: Path, context: int) -> None:
-        transformers = importlib.import_module("transformers")
-        with _quiet(transformers):
+        transformers = self._transformers = importlib.import_module("transformers")
+        with quiet(transformers):
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32
             ).eval()
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        with quiet(self._transformers):  # it warns of texts that are longer than the context
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -73,8 +74,8 @@ class Transformers(Engine):
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without its progress bars and warnings."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """The library transformers without its progress bars and warnings."""
     logging = transformers.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model import LanguageModel
 from utils.errors import UserError
 from utils.formats.certificate import check_export
 from utils.formats.gguf import export_gguf
 from utils.formats.huggingface import export_huggingface
 from utils.formats.onnx_export import export_onnx
 from utils.formats.source import Source
+from utils.formats.table import FormatError
 
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
 HUGGINGFACE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,6 +36,7 @@ def export_as(
     known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES], "onnx": ["float32"]}[format]
     if dtype not in known:
         raise UserError(f"--dtype {dtype}: the format {format} has {', '.join(known)}")
+    check_numbers(source.model, dtype)
     certificate: dict[str, Any] = {}
 
     def check(folder: Path) -> None:
@@ -46,3 +50,15 @@ def export_as(
         kind = HUGGINGFACE_TYPES[dtype]
         found = export_huggingface(source, place, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=check)
     return {**found, "certificate": certificate}
+
+
+def check_numbers(model: LanguageModel, dtype: str) -> None:
+    """Raises FormatError for weights that are not finite, or beyond the numbers of float16 if they are to be that."""
+    largest = torch.finfo(torch.float16).max if dtype == "float16" else math.inf
+    for name, tensor in model.state_dict().items():
+        if not (most := float(tensor.abs().max())) < math.inf:
+            raise FormatError(f"{name} has numbers that are not finite: no program computes anything with them")
+        if most > largest:
+            raise FormatError(
+                f"--dtype float16 cannot hold {name}: its largest number is {most:.4g}, that of float16 {largest:,.0f}"
+            )

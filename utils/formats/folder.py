@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.errors import UserError
-from utils.files import replace_folder
+from utils.errors import SHOWN, UserError, cut
+from utils.files import read_text, replace_folder
+from utils.formats.card import MADE_HERE
+from utils.locks import try_flock
 
 MARKER = "README.md"  # every export has a model card
+WRITTEN = re.compile(  # the names of all files that an export may have
+    r"README\.md|certificate\.json|config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|"
+    r"chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|model\.gguf|"
+    r"model\.onnx(\.data)?"
+)
 
 
 @contextlib.contextmanager
@@ -21,18 +29,65 @@ def new_folder(place: Path) -> Iterator[Path]:
     An older export at `place` is replaced, and stays after an error.
 
     Raises:
-        UserError: at `place` there is something else, or it cannot be written to.
+        UserError: at `place` there is something else, another process is writing it, or it cannot be written to.
     """
-    place = Path(os.path.abspath(place))
-    if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / MARKER).is_file())):
-        raise UserError(f"{place}: exists and is not an export: it is left as it is; --out names another folder")
+    place = Path(os.path.realpath(place))
     hidden = place.with_name(f".{place.name}.tmp")
     try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-        yield hidden
-        replace_folder(place, hidden)
+        _check_replaceable(place)
+        hidden.mkdir(parents=True, exist_ok=True)
+        with _locked(hidden, place):
+            try:
+                _empty(hidden)  # an export that was killed leaves its files
+                yield hidden
+                replace_folder(place, hidden)
+            except BaseException:
+                shutil.rmtree(hidden, ignore_errors=True)
+                raise
     except OSError as error:
         raise UserError(f"{place}: cannot be written: {error.strerror or error}") from None
+
+
+def _check_replaceable(place: Path) -> None:
+    """Raises UserError unless there is nothing at `place`, or an export and nothing else."""
+    if not os.path.lexists(place):
+        return
+    names = os.listdir(place) if place.is_dir() else None
+    if names == []:
+        return
+    reason = "is not an export"
+    if names and MARKER in names and MADE_HERE in read_text(place / MARKER, errors="replace"):
+        strangers = sorted(name for name in names if not WRITTEN.fullmatch(name))
+        if not strangers:
+            return
+        reason = f"has {cut(strangers[0], SHOWN)}, which is not of the export"
+    raise UserError(f"{place}: exists and {reason}: it is left as it is; --out names another folder")
+
+
+@contextlib.contextmanager
+def _locked(hidden: Path, place: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which moves with it and ends with the process.
+
+    Raises:
+        UserError: another process holds it, or has moved the folder meanwhile.
+    """
+    handle = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            try_flock(handle)
+            moved = not os.path.samestat(os.fstat(handle), os.stat(hidden))
+        except (BlockingIOError, FileNotFoundError):
+            moved = True
+        if moved:
+            raise UserError(f"{place}: another process is writing an export there")
+        yield
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.config.settings import ModelConfig
 from utils.errors import UserError, number_text, shown
-from utils.files import JSON_BYTES, open_named
+from utils.files import JSON_BYTES, open_regular
 
 # Keys that say nothing about the numbers of a model.
 HARMLESS = frozenset(
@@ -30,14 +30,23 @@ class ForeignConfigError(UserError):
     """A configuration of another program that is damaged, or that our model cannot represent."""
 
 
+def boundary(folder: Path) -> Path:
+    """The folder that no link in the folder of a model may lead out of.
+
+    Otherwise a model could put a file of its reader, a key say, into what is made of it. Files in the cache of the hub
+    are links into another folder of their repository.
+    """
+    return folder.parent.parent if folder.parent.name == "snapshots" else folder
+
+
 def read_bounded(path: Path, limit: int = JSON_BYTES) -> bytes:
-    """The content of a file of another program.
+    """The content of a file in the folder of a model.
 
     Raises:
-        ForeignConfigError: missing, too large, or not a file.
+        ForeignConfigError: missing, too large, not a file, or a link out of the folder (see `boundary`).
     """
     try:
-        with open_named(path) as file:
+        with open_regular(path, boundary(path.parent)) as file:
             content = file.read(limit + 1)
     except FileNotFoundError:
         raise ForeignConfigError(f"{path}: no such file") from None
@@ -160,7 +169,10 @@ def rope_settings(config: ForeignConfig, context: int) -> dict[str, Any]:
     Args:
         context: max_position_embeddings.
     """
-    key = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    newer, older = config.values.get("rope_parameters"), config.values.get("rope_scaling")
+    if newer and older and newer != older:
+        raise config.refuse("rope_scaling", "the same as rope_parameters, or one of the two")
+    key = "rope_parameters" if newer else "rope_scaling"
     config.skip("rope_parameters", "rope_scaling")
     rope = config.part(key)
     kind = rope.choice(
@@ -208,13 +220,19 @@ def rope_keys(config: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
+def sliding_window(config: ForeignConfig) -> int | None:
+    """The window that transformers takes: unlike a value that is missing, null is no window."""
+    return config.optional_integer("sliding_window") if "sliding_window" in config.values else 4096
+
+
 def layer_windows(config: ForeignConfig, n_layer: int) -> dict[str, Any]:
     """Our settings of a sliding window, for families in which later blocks may have one."""
-    uses, window = config.flag("use_sliding_window", False), config.optional_integer("sliding_window")
-    config.skip("max_window_layers")
-    first = config.values.get("max_window_layers")
-    first = n_layer if not isinstance(first, int) else min(first, n_layer)
-    config.skip("layer_types")
+    uses, window = config.flag("use_sliding_window", False), sliding_window(config)
+    config.skip("max_window_layers", "layer_types")
+    first = config.values.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        raise config.refuse("max_window_layers", "a whole number >= 0")
+    first = min(first, n_layer)
     kinds = config.values.get("layer_types")
     if not uses or window is None:
         if kinds is not None and set(_listed(config, kinds)) - {"full_attention"}:
@@ -234,7 +252,7 @@ def _listed(config: ForeignConfig, kinds: Any) -> list[str]:
     return kinds
 
 
-def our_config(settings: Mapping[str, Any], name: str, sizes: Iterable[str] = ()) -> ModelConfig:
+def our_config(settings: Mapping[str, Any], name: str) -> ModelConfig:
     """The architecture of our settings.
 
     Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import expand_home, is_regular
+from utils.files import expand_home
 from utils.formats.pretrained import CONFIG
 from utils.formats.shards import INDEX, PICKLES, WEIGHTS
 from utils.terminal.words import size
@@ -193,7 +193,7 @@ def is_whole(folder: Path) -> bool:
     """Whether a folder has a configuration and all files with weights."""
     if not (folder / CONFIG).exists():
         return False
-    if not (folder / INDEX).exists():
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return (folder / WEIGHTS).exists()
     from utils.formats.foreign_config import ForeignConfigError, read_bounded_json
 
@@ -264,8 +264,3 @@ def check_hashes(folder: Path, *, remove: bool = False) -> list[str]:
             )
         good.append(path.name)
     return good
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model has a tokenizer.json."""
-    return is_regular(folder / "tokenizer.json", folder.parent.parent if folder.parent.name == "snapshots" else folder)

@@ -12,6 +12,7 @@ from utils.terminal.words import counted, one_line, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer, between dots
 SHOWN_ROWS = 400  # of tensors whose names have no layers
@@ -115,8 +116,6 @@ def _range(numbers: list[int]) -> str:
 
 def screen(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[RenderableType]:
     """What inspect prints."""
-    from rich.table import Table
-
     names = [path.name for path in stored.files]
     where = (
         str(next(iter(stored.files))) if len(names) == 1 else f"{next(iter(stored.files)).parent}: {len(names)} files"
@@ -126,32 +125,51 @@ def screen(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None)
     types = ", ".join(f"{dtype} {count / max(elements, 1):.0%}" for dtype, count in _by_dtype(stored).items())
     yield one_line(where)
     yield f"{elements:,} parameters in {counted(len(stored.tensors), 'tensor')}, {size(total)} ({types or 'none'})"
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("type", no_wrap=True)
     if stats is None:
-        for name in ("parameters", "bytes"):
-            table.add_column(name, justify="right", no_wrap=True)
         shown = rows(stored)
-        for row in shown[:SHOWN_ROWS]:
-            table.add_row(row.name, shape_text(row.shape), row.dtype, f"{row.elements:,}", size(row.bytes))
-        yield table
+        yield _rows_table(shown[:SHOWN_ROWS])
         yield from _left_out(len(shown))
         return
-    for name in ("norm", "largest", "zeros", "not finite"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, found in list(stats.items())[:SHOWN_ROWS]:
-        entry = stored.tensors[name].entry
-        bad = f"{found['nonfinite']:,}" if found["nonfinite"] else ""
-        zeros = f"{found['zeros'] / max(entry.elements, 1):.1%}" if found["zeros"] else ""
-        table.add_row(
-            name, shape_text(entry.shape), entry.dtype, f"{found['norm']:.5g}", f"{found['largest']:.4g}", zeros, bad
-        )
-    yield table
+    yield _stats_table(stored, dict(list(stats.items())[:SHOWN_ROWS]))
     yield from _left_out(len(stats))
     if bad := sum(found["nonfinite"] for found in stats.values()):
         yield f"{counted(bad, 'number')} not finite"
+
+
+def _table(*numbers: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    for name in ("shape", *numbers):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _rows_table(shown: Iterable[Row]) -> Table:
+    table = _table("type", "parameters", "bytes")
+    for row in shown:
+        table.add_row(row.name, shape_text(row.shape), row.dtype, f"{row.elements:,}", size(row.bytes))
+    return table
+
+
+def _stats_table(stored: Stored, stats: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each tensor; no column for what no tensor has."""
+    mixed, texts = len(_by_dtype(stored)) > 1, {}
+    for name, found in stats.items():
+        entry = stored.tensors[name].entry
+        texts[name] = {
+            "norm": f"{found['norm']:.5g}",
+            "largest": f"{found['largest']:.4g}",
+            "zeros": f"{found['zeros'] / max(entry.elements, 1):.1%}" if found["zeros"] else "",
+            "not finite": f"{found['nonfinite']:,}" if found["nonfinite"] else "",
+            "type": entry.dtype if mixed else "",
+        }
+    columns = [key for key in ("type", "norm", "largest", "zeros", "not finite") if any(t[key] for t in texts.values())]
+    table = _table(*columns)
+    for name, of_name in texts.items():
+        table.add_row(name, shape_text(stored.tensors[name].entry.shape), *(of_name[key] for key in columns))
+    return table
 
 
 def _left_out(count: int) -> Iterator[str]:

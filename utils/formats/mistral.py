@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.config.settings import ModelConfig
-from utils.formats.foreign_config import ForeignConfig
+from utils.formats.foreign_config import ForeignConfig, sliding_window
 from utils.formats.llama import HOLDS, IGNORED, ROWS, read_shared, write_shared
 from utils.formats.table import Family
 
@@ -14,9 +14,7 @@ from utils.formats.table import Family
 def read(config: ForeignConfig) -> dict[str, Any]:
     config.only("layer_types", None)
     grouped = config.integer("num_key_value_heads", 8)
-    # Unlike a value that is missing, null is no window.
-    window = config.optional_integer("sliding_window") if "sliding_window" in config.values else 4096
-    return {**read_shared(config), "n_kv_head": grouped, "sliding_window": window}
+    return {**read_shared(config), "n_kv_head": grouped, "sliding_window": sliding_window(config)}
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

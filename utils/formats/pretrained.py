@@ -19,7 +19,7 @@ from tokenizer import Tokenizer, TokenizerError, pretrained_tokenizer
 from utils.config.settings import ModelConfig
 from utils.formats.families import family_of
 from utils.formats.foreign_config import ForeignConfig, our_config, read_bounded, read_bounded_json
-from utils.formats.shards import Shards
+from utils.formats.shards import LOADABLE, Shards, check_regular
 from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
 
 CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
@@ -30,6 +30,7 @@ CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
 )
 CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
 LARGEST_VOCABULARY = 1 << 22
+HEAD = "lm_head.weight"  # of all families
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Pretrained:
             TokenizerError: there is no tokenizer.json, or it has more tokens than the model.
         """
         path = self.folder / TOKENIZER
-        if not path.is_file():
+        if not path.exists():
             others = [
                 name for name in ("vocab.json", "tokenizer.model", "spiece.model") if (self.folder / name).is_file()
             ]
@@ -67,6 +68,7 @@ class Pretrained:
                 + (f", only {others[0]}: AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes "
                    f"a {TOKENIZER} of it" if others else "")
             )  # fmt: skip
+        check_regular(path)
         return pretrained_tokenizer(path, self.vocab_size)
 
     def get(self, name: str) -> torch.Tensor:
@@ -180,6 +182,8 @@ def open_pretrained(folder: Path) -> Pretrained:
     expected = places(family, config, vocab_size)
     their_names = {full: name for name, full in without_places(family, shards.tensors, expected).items()}
     check_shapes(expected, shards, their_names)
+    if config.tie_embeddings:
+        _check_tied(expected, shards, their_names)
     return Pretrained(
         folder, family, config, vocab_size, dict(foreign.values), foreign.unread(), shards, their_names, expected
     )
@@ -207,14 +211,32 @@ def _check_size(config: ModelConfig, vocab_size: int, shards: Shards, path: Path
         )
 
 
+def _check_tied(expected: list[Place], shards: Shards, their_names: Mapping[str, str]) -> None:
+    """Raises FormatError for a head that is not the embedding, although config.json says so.
+
+    Releases of transformers before 5 take the embedding then; later ones take the head.
+    """
+    if HEAD not in shards.tensors:
+        return
+    embedding = next(place.theirs for place in expected if place.ours == "token_embedding.weight")
+    name = their_names[embedding]
+    if shards.tensors[HEAD][1:] != shards.tensors[name][1:] or not torch.equal(shards.get(HEAD), shards.get(name)):
+        raise FormatError(
+            f"{shards.folder}: {HEAD} is not {name}, although tie_word_embeddings is true in config.json; false there "
+            "makes it the head of the model"
+        )
+
+
 def check_shapes(expected: list[Place], shards: Shards, their_names: Mapping[str, str]) -> None:
-    """Raises FormatError unless each place has a tensor of its shape."""
+    """Raises FormatError unless each place has a tensor of its shape, of a type that is read."""
     differences = []
     for place in expected:
         if place.theirs not in their_names:
             differences.append(f"{place.theirs} is missing")
         elif (shape := shards.tensors[their_names[place.theirs]].shape) != place.shape:
             differences.append(f"{place.theirs} has shape {shape}, config.json says {place.shape}")
+        elif (dtype := shards.tensors[their_names[place.theirs]].dtype) not in LOADABLE:
+            differences.append(f"{place.theirs}: expected {', '.join(sorted(LOADABLE))}, got {dtype}")
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise FormatError(f"{shards.folder}: {'; '.join(differences[:3])}{more}")

@@ -15,7 +15,7 @@ from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import read_header
 from utils.errors import shown
 from utils.files import open_regular, write_json
-from utils.formats.foreign_config import read_bounded_json
+from utils.formats.foreign_config import boundary, read_bounded_json
 from utils.formats.table import FormatError, Shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,8 +49,10 @@ class Shards:
             self._add(path, names)
 
     def _files(self) -> Iterator[tuple[Path, set[str] | None]]:
-        """Each file, and the tensors that the index expects in it."""
-        if (self.folder / INDEX).is_file():
+        """Each file, and the tensors that the index expects in it. As in transformers, one file goes before several."""
+        if (self.folder / WEIGHTS).is_file():
+            yield self.folder / WEIGHTS, None
+        elif (self.folder / INDEX).is_file():
             of_file: dict[str, set[str]] = {}
             mapping = read_bounded_json(self.folder / INDEX).get("weight_map")
             if not isinstance(mapping, dict) or not mapping:
@@ -64,8 +66,6 @@ class Shards:
                 of_file.setdefault(name, set()).add(tensor)
             for name in sorted(of_file):
                 yield self.folder / name, of_file[name]
-        elif (self.folder / WEIGHTS).is_file():
-            yield self.folder / WEIGHTS, None
         elif pickle := next((name for name in PICKLES if (self.folder / name).exists()), None):
             raise FormatError(
                 f"{self.folder}: {pickle} is a pickle, which can run any code when it is read, so it is refused; "
@@ -82,17 +82,17 @@ class Shards:
             raise FormatError(str(error)) from None
         if missing := (expected or set()) - header.tensors.keys():
             raise FormatError(f"{path}: {min(missing)} is missing, which {INDEX} names")
+        if twice := self.tensors.keys() & header.tensors.keys():
+            raise FormatError(f"{path}: {min(twice)} is in {self.tensors[min(twice)].file.name}, too")
         self.tensors |= {name: Stored(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor, in the memory of its file.
 
         Raises:
-            FormatError: the file is damaged, or its numbers are not those of a model.
+            FormatError: the file is damaged.
         """
         stored = self.tensors[name]
-        if stored.dtype not in LOADABLE:
-            raise FormatError(f"{stored.file}: {name}: expected {', '.join(sorted(LOADABLE))}, got {stored.dtype}")
         if stored.file not in self._mapped:
             try:
                 self._mapped[stored.file] = map_tensors(stored.file, named=True)
@@ -107,13 +107,9 @@ class Shards:
 
 
 def check_regular(path: Path) -> None:
-    """Raises FormatError unless the file can be opened and lies in its folder, wherever links lead.
-
-    Files in the cache of the hub are links into another folder of their repository.
-    """
-    inside = path.parent.parent.parent if path.parent.parent.name == "snapshots" else path.parent
+    """Raises FormatError unless the file can be opened and no link leads out of the folder of the model."""
     try:
-        open_regular(path, inside).close()
+        open_regular(path, boundary(path.parent)).close()
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
     except OSError as error:

@@ -118,15 +118,15 @@ def _of_hub(name: str) -> Path:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    """The safetensors in a folder: those of its index, or model.safetensors, or all that there are.
+    """The safetensors in a folder: model.safetensors, or those of its index, or all that there are.
 
     Raises:
         UserError: there are none, or the index names a file elsewhere.
     """
-    if (folder / INDEX).is_file():
-        return [folder / name for name in _indexed(folder / INDEX)]
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
+    if (folder / INDEX).is_file():
+        return [folder / name for name in _indexed(folder / INDEX)]
     names = sorted(os.listdir(folder))
     if found := [folder / name for name in names if name.endswith(".safetensors")]:
         return found

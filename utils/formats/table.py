@@ -156,14 +156,19 @@ def without_places(family: Family, names: Iterable[str], expected: Iterable[Plac
     """Their names as a table has them, by the names in a file, which may lack the prefix of the family.
 
     Raises:
-        FormatError: a tensor without a place.
+        FormatError: a tensor without a place, or two with the same.
     """
     known = {place.theirs for place in expected}
-    found, strangers = {}, []
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    strangers = []
     for name in names:
         full = name if name in known else family.prefix + name
+        if full in taken:
+            raise FormatError(f"{full} is there twice, with and without {family.prefix}")
         if full in known:
             found[name] = full
+            taken.add(full)
         elif not family.ignored.fullmatch(name.removeprefix(family.prefix)):
             strangers.append(name)
     if strangers:

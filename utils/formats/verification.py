@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tokenizer import TokenizerError
+from utils.formats.engines import quiet
 from utils.formats.hub import Found, check_hashes
 from utils.formats.pretrained import open_pretrained
 from utils.formats.table import FormatError
@@ -26,6 +27,7 @@ def verify(found: Found) -> dict[str, Any]:
     Returns:
         hashed: the files whose hash is right; empty where nothing says which it should be.
         architecture, parameters; text: a line that it generates.
+        unused: keys of config.json that have no counterpart.
         logit_difference: the largest between ours and transformers', None where transformers is not installed.
 
     Raises:
@@ -45,13 +47,16 @@ def verify(found: Found) -> dict[str, Any]:
         ours = model(idx)[0]
     theirs = _their_logits(found, idx)
     difference = None if theirs is None else float((ours - theirs).abs().max())
-    if difference is not None and theirs is not None and difference > TOLERANCE * max(1.0, float(theirs.abs().max())):
+    if not ours.isfinite().all():
+        raise FormatError(f"{found.folder}: its logits are not finite; weights.py inspect --stats shows where")
+    if difference is not None and not difference <= TOLERANCE * max(1.0, float(ours.abs().max())):
         raise FormatError(f"{found.folder}: its logits differ from those of transformers by {difference:.2g}")
     request = Request(TOKENS, SamplingOptions(temperature=0))
     text = prompt + Generator(model, tokenizer).generate(prompt, request).text
     return {
         "hashed": hashed,
         "architecture": opened.family.architecture,
+        "unused": opened.unknown,
         "parameters": model.num_parameters(),
         "logit_difference": difference,
         "text": text,
@@ -61,10 +66,13 @@ def verify(found: Found) -> dict[str, Any]:
 def _their_logits(found: Found, idx: torch.Tensor) -> torch.Tensor | None:
     """The logits (1, T, V) of transformers; None where it is not installed."""
     try:
-        from transformers import AutoModelForCausalLM
+        import transformers
     except ImportError:
         return None
-    model = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32, local_files_only=True)
+    with quiet(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            found.folder, dtype=torch.float32, local_files_only=True
+        )
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(idx).logits
     return logits

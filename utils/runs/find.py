@@ -92,9 +92,10 @@ def parent_path(run: Path, parent: Mapping[str, Any]) -> Path:
     if "pretrained" in parent:
         if (Path(parent["path"]) / EXPORT_CONFIG_FILE).is_file():
             return Path(parent["path"])
+        published = Path(parent["path"]).parent.name == "snapshots"  # in the cache of the hub
         raise RunError(
             f"{run.name} began with weights of {parent['run']}, which is no longer at {parent['path']}: "
-            f"python weights.py download {parent['run'].removeprefix('hf:')}"
+            + (f"python weights.py download {parent['run'].removeprefix('hf:')}" if published else "put it back there")
         )
     if (weights := parent.get("export")) is not None:
         for place in (*(run / EXPORT for run in beside), Path(parent["path"])):

@@ -12,7 +12,7 @@ from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.machine.attention_kernels import fused_attention
-from utils.nn.lora import count_parameters
+from utils.nn.lora import adapted_layers, count_parameters
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
 from utils.runs.layout import PATCH
@@ -137,9 +137,19 @@ def _attention(setup: Setup) -> Iterator[str]:
 
 
 def _adapters(setup: Setup) -> Iterator[str]:
-    """A finding if adapters would be trained beside random weights."""
-    if setup.config.optimizer.lora_rank is not None and setup.origin is None:
+    """A finding if adapters would be trained beside random weights, or could be smaller without a loss."""
+    rank = setup.config.optimizer.lora_rank
+    if rank is None:
+        return
+    if setup.origin is None:
         yield "lora_rank without --init-from: the frozen weights are random"
+    for name, layer in adapted_layers(trained_outline(setup.config, setup.corpus.tokenizer.vocab_size)).items():
+        if rank > (largest := min(*layer.lora_rows, layer.in_features)):
+            yield (
+                f"{setup.loaded.source('lora_rank')}: lora_rank {rank} is more than {largest}, the largest rank that a "
+                f"change of {name} can have"
+            )
+            return
 
 
 def _megabytes(count: int) -> str:
