@@ -415,6 +415,10 @@ def _feed(args: argparse.Namespace, feed: Callable[..., list[str]], done: str) -
     return Answer({"run": path.name, done: names}, lambda console: [words])
 
 
+# Declares gate, noise and bisect, after the commands above.
+import utils.experiments.gate_commands  # noqa: E402, F401
+
+
 def warn(message: str) -> None:
     """Print one line on stderr."""
     print(printable(f"warning: {message}"), file=sys.stderr)

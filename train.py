@@ -36,6 +36,10 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
     parsed = parse_experiment(argv, parser)
+    if parsed.own.prove is not None:
+        from utils.experiments.prove import prove_command
+
+        return prove_command(argv, parsed)
     for loaded, origin in launches(parsed):
         try:
             return train(loaded, origin=origin, argv=("train.py", *argv), strict=parsed.own.strict).exit_status

@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_runs import indexed
 
 import train
+from utils.config.fields import config_hash
 from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.runs.code import GitFacts
+from utils.runs.index import IndexedRun
+from utils.runs.origin import pin
+from utils.terminal.console import Terminal
 from utils.training import preflight as preflight_module
-from utils.training.preflight import preflight
-from utils.training.setup import make_setup
+from utils.training.preflight import preflight, report_noise
+from utils.training.setup import decisive_settings, make_setup
 
 Argv = Callable[..., list[str]]
 
@@ -118,6 +123,27 @@ def test_the_same_configuration_and_code_were_run_before(
     (other / "run.json").write_text(json.dumps({**record, "git": {"commit": "0" * 40}}))
     assert train.main(tiny_argv()) == 0  # neither of the two has this code
     assert "were run already" not in capsys.readouterr().out
+
+
+def test_the_noise_is_reported_when_further_seeds_are_planned(
+    tmp_path: Path, load: Callable[..., LoadedConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = make_setup(load(seed="3"), tmp_path)
+    decisive = decisive_settings(setup)
+
+    def of_seed(seed: int, loss: float) -> IndexedRun:
+        config = pin(setup.config, {"seed": seed})
+        facts = {"summary": {"val/loss": loss}, "config_hash": config_hash(config, decisive), "git": CLEAN.summary()}
+        return indexed(tmp_path / "others", f"seed_{seed}", settings={"seed": seed}, **facts)
+
+    runs = [of_seed(1, 2.0), of_seed(2, 2.2), of_seed(3, 9.0)]  # the last is this run itself, made before
+    report_noise(setup, CLEAN, runs[::2], Terminal())
+    report_noise(setup, GitFacts(commit="another"), runs, Terminal())
+    assert not capsys.readouterr().out
+    report_noise(setup, CLEAN, runs, Terminal())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "noise: with 2 other seeds, the last val/loss of this configuration deviates by 0.14" in printed
+    assert "3 seeds show a difference of about 0.32" in printed
 
 
 def test_strict_turns_what_is_reported_into_a_mistake(

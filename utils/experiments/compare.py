@@ -117,7 +117,7 @@ def compare(runs: Sequence[IndexedRun], name: str | None = None) -> Comparison:
         raise UserError(f"a comparison needs two runs with {name}" + "".join(f"; {line}" for line in left_out))
     by_experiment: dict[str, list[IndexedRun]] = {}
     for run in runs:
-        by_experiment.setdefault(repr(_identity(run)), []).append(run)
+        by_experiment.setdefault(repr(identity(run)), []).append(run)
     names = _names(list(by_experiment.values()))
     groups = [_group(name, members, curves) for name, members in zip(names, by_experiment.values(), strict=True)]
     unfinished = (run for run in runs if run.status != "completed")
@@ -189,7 +189,7 @@ def judge(first: SeedGroup, second: SeedGroup, lower_is_better: bool | None = Tr
     return PairVerdict(first.name, second.name, verdict, difference, p)
 
 
-def _identity(run: IndexedRun) -> dict[str, Any]:
+def identity(run: IndexedRun) -> dict[str, Any]:
     """Everything that decides the numbers of a run, except the seed: equal for all runs of a group."""
     commit, code = code_identity(run)
     return {
@@ -208,7 +208,7 @@ def _splits(names: Sequence[str], firsts: Sequence[IndexedRun]) -> list[str]:
     Args:
         firsts: a run of each group.
     """
-    facts = [_identity(run) for run in firsts]
+    facts = [identity(run) for run in firsts]
     lines = []
     for index in range(1, len(facts)):
         differing = [[key for key in {**of, **facts[index]} if of.get(key) != facts[index].get(key)] for of in facts]

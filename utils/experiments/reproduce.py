@@ -131,11 +131,8 @@ def reproduce(
         print(printable(f"training {run.id} again from step {first:,}, with {which}"), file=progress, flush=True)
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
-        command = [sys.executable, str(project / "train.py"), *_origin(run, first, parent, from_checkpoint)]
-        command += _overrides(run, root, end)
-        existing = {path.name for path in run.path.parent.iterdir()}
-        exit_status, pid = _train(command, project, progress, Path(folder))
-        path = _new_run(run.path.parent, existing, pid)
+        flags = [*_origin(run, first, parent, from_checkpoint), *settings_of_again(run, root, end)]
+        path, exit_status = train_again(project, flags, run.path.parent, progress, Path(folder))
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
     _adopt(run, path, root, keep_code=project == root)
@@ -229,6 +226,17 @@ def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
         raise ReproductionError(str(error)) from None
 
 
+def first_weights(run: IndexedRun) -> list[str]:
+    """Flags that begin a run with the configuration and the first weights of this one.
+
+    Raises:
+        ReproductionError: the run whose weights it began with was deleted.
+    """
+    parent = _parent(run)
+    first, *_ = _part(run, parent, None, False)
+    return list(_origin(run, first, parent, False))
+
+
 def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
     """Flags for the start of the repetition: a checkpoint of the run, one of its parent, or the configuration alone."""
     if from_checkpoint:
@@ -242,7 +250,7 @@ def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_
     yield from ("--config", os.path.join(os.path.abspath(run.path), CONFIG))
 
 
-def _overrides(run: IndexedRun, root: Path, end: int | None) -> Iterator[str]:
+def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> Iterator[str]:
     """Flags for settings of the repetition: the values that "auto" resolved to, the same folders, and no trackers."""
     tag = run.record.get("tag")
     overrides: dict[str, Any] = {
@@ -272,6 +280,23 @@ def _folder(key: str, run: IndexedRun, root: Path) -> str:
     if made_elsewhere(run.path, root):
         return str(getattr(ConfigLoader(root).load().config.data, key))
     return moved_path(run.settings.get(key, ""), root)
+
+
+def train_again(
+    project: Path, flags: Sequence[str], runs_dir: Path, output: IO[str], temporary: Path
+) -> tuple[Path | None, int]:
+    """Run train.py of the project folder `project` in a process of its own.
+
+    Args:
+        output: where the lines FORWARDED of its output go; `temporary`: removed if this process is killed.
+
+    Returns:
+        The run directory that it made in `runs_dir`, None if it made none, and its exit status.
+    """
+    existing = {path.name for path in runs_dir.iterdir()} if runs_dir.is_dir() else set()
+    command = [sys.executable, str(project / "train.py"), *flags]
+    exit_status, pid = _train(command, project, output, temporary)
+    return _new_run(runs_dir, existing, pid), exit_status
 
 
 def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Path) -> tuple[int, int]:
@@ -306,7 +331,7 @@ def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Pat
 
 def _new_run(runs_dir: Path, existing: set[str], pid: int) -> Path | None:
     """The run directory that the process `pid` has made since there were only the `existing` ones."""
-    for path in runs_dir.iterdir():
+    for path in runs_dir.iterdir() if runs_dir.is_dir() else ():
         if path.name not in existing and (path / RECORD).is_file() and read_record(path).get("pid") == pid:
             return path
     return None
@@ -355,26 +380,11 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
         return root, ["the code of the run: it was started without git, so the current code was used"]
     if not COMMIT.fullmatch(str(facts["commit"])):  # git would read "--output=..." as an option
         raise ReproductionError(f"{run.id}: {facts['commit']!r} is not a commit")
-    import git
-
-    archive = folder / "code.tar"
-    try:
-        with open_repo(root) as repo, archive.open("wb") as file:
-            repo.archive(file, facts["commit"], format="tar")
-            top = Path(str(repo.working_tree_dir))
-    except (git.GitError, OSError, ValueError) as error:
-        raise ReproductionError(
-            f"commit {facts['commit'][:12]} of {run.id} is not available in the repository of {root} "
-            f"({str(error).strip().splitlines()[-1].strip()}); --code current trains with the current code"
-        ) from None
     tree = folder / "code"
-    tree.mkdir()
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(tree, filter="data")
-    except tarfile.TarError as error:
-        raise ReproductionError(f"commit {facts['commit'][:12]} cannot be unpacked: {error}") from None
-    archive.unlink()
+        place = unpack_commit(facts["commit"], root, tree, f" of {run.id}")
+    except ReproductionError as error:
+        raise ReproductionError(f"{error}; --code current trains with the current code") from None
     if (run.path / PATCH).is_file():
         apply_patch(run.path / PATCH, tree)
     left_out = listed_files(run.path, LEFT_OUT)
@@ -383,7 +393,42 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
         f"the code from step {step:,} on: it was changed between two sessions, and the first is repeated"
         for step, *_ in later_code(run.path, run.record)
     ]
-    return tree / root.resolve().relative_to(top.resolve()), unknown
+    return place, unknown
+
+
+def unpack_commit(commit: str, root: Path, tree: Path, of: str = "") -> Path:
+    """Put the files of a commit into the new folder `tree`.
+
+    Args:
+        root: the project folder, whose git repository has the commit.
+        of: what the commit is of, for messages.
+
+    Returns:
+        The project folder in `tree`.
+
+    Raises:
+        ReproductionError: the repository does not have the commit, or it cannot be unpacked.
+    """
+    import git
+
+    archive = tree.with_name(f"{tree.name}.tar")
+    try:
+        with open_repo(root) as repo, archive.open("wb") as file:
+            repo.archive(file, commit, format="tar")
+            top = Path(str(repo.working_tree_dir))
+    except (git.GitError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ReproductionError(
+            f"commit {commit[:12]}{of} is not available in the repository of {root} ({reason})"
+        ) from None
+    tree.mkdir()
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(tree, filter="data")
+    except tarfile.TarError as error:
+        raise ReproductionError(f"commit {commit[:12]}{of} cannot be unpacked: {error}") from None
+    archive.unlink()
+    return tree / root.resolve().relative_to(top.resolve())
 
 
 def apply_patch(patch: Path, tree: Path) -> None:

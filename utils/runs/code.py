@@ -299,7 +299,7 @@ class MetadataCapture:
     def write(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
         """Write git.txt, code.patch, callbacks/ and env.txt into `meta_dir`: meta/ of a run, or of a later session."""
         meta_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(meta_dir / GIT.name, _git_text(facts))
+        write_atomic(meta_dir / GIT.name, git_text(facts))
         if facts.patch:
             write_atomic(meta_dir / PATCH.name, facts.patch)
         for name, source in facts.callbacks.items():
@@ -393,7 +393,7 @@ def _stderr_line(error: git.GitCommandError) -> str:
     return _first_line(str(error.stderr).strip().removeprefix("stderr:").strip(" '"))
 
 
-def _git_text(facts: GitFacts) -> str:
+def git_text(facts: GitFacts) -> str:
     if facts.problem and not facts.commit:
         return f"git: {facts.problem}\n"
     lines = [

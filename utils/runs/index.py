@@ -20,7 +20,7 @@ from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
 from utils.files import open_regular, read_bytes, read_json
 from utils.runs.evaluations import evaluations_text, read_evaluations
-from utils.runs.layout import CONFIG, METRICS_LOG, MODELS, NOTES, PATCH, RECORD, SEAL
+from utils.runs.layout import CONFIG, GATE, METRICS_LOG, MODELS, NOTES, PATCH, RECORD, SEAL
 from utils.runs.lock import is_held
 from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
@@ -30,7 +30,7 @@ STARTING = "starting"  # the state of a tracker in run.json before it is open
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run
 TRAJECTORY_KEYS = frozenset(key for key in FIELDS if field_fact(key, "kind") == TRAJECTORY)
 DERIVED = derived_settings(Config(), 1).keys()  # settings that are derived from others while they are none
-NOT_RUNS = (MODELS.name,)  # other files in the folder of the runs
+NOT_RUNS = (MODELS.name, GATE.name)  # other files in the folder of the runs
 FACTS = {  # column -> type in SQL; the settings are further columns
     "id": "VARCHAR",
     "tag": "VARCHAR",

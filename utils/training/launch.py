@@ -54,6 +54,13 @@ def add_origin_flags(parser: Parser) -> None:
     add_trust_flag(group)
     group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
     group.add_argument(
+        "--prove",
+        nargs="?",
+        const="40",
+        metavar="STEPS",
+        help="does a resume have the same bits? Trains STEPS (40) steps in a temporary folder, with kills and without",
+    )
+    group.add_argument(
         "--strict-resume",
         action="store_true",
         help="refuse a damaged newest checkpoint instead of using the one before it",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,13 +18,14 @@ from utils.nn.lora import adapted_layers, count_parameters
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
 from utils.runs.layout import PATCH
-from utils.runs.origin import parent_facts
+from utils.runs.origin import parent_facts, pin
 from utils.terminal.console import Terminal
 from utils.terminal.words import one_line
 from utils.training.setup import BYTES_OF_FROZEN, Setup, decisive_settings, trained_outline
 
 BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
+LEAST_SEEDS = 2  # besides the one that starts, for a word about the noise
 
 # Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
@@ -63,20 +66,25 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
 assert WITHOUT_EFFECT.keys() <= FIELDS.keys()
 
 
-def preflight(setup: Setup, git: GitFacts) -> list[str]:
-    """One line for each finding that the user may want to know. Call it once torch's threads are set."""
-    found = [*_run_before(setup, git), *_code(git), *_disk(setup), *_attention(setup), *_adapters(setup)]
+def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = None) -> list[str]:
+    """One line for each finding that the user may want to know. Call it once torch's threads are set.
+
+    Args:
+        runs: the index of the folder of runs, if it was read already.
+    """
+    runs = read_index(setup.runs_dir) if runs is None else runs
+    found = [*_run_before(setup, git, runs), *_code(git), *_disk(setup), *_attention(setup), *_adapters(setup)]
     return [*found, *_without_effect(setup)]
 
 
-def _run_before(setup: Setup, git: GitFacts) -> Iterator[str]:
+def _run_before(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun]) -> Iterator[str]:
     """Runs of the same configuration and code."""
     own = config_hash(setup.config, decisive_settings(setup))
     origin = None
     if setup.origin is not None and setup.checkpoint is not None:  # its numbers depend on another run's weights
         parent = parent_facts(setup.origin, setup.checkpoint.step, setup.checkpoint.state)
         origin = (parent["relation"], parent["run"], parent["step"])
-    candidates = (run for run in read_index(setup.runs_dir) if run.record.get("config_hash") == own)
+    candidates = (run for run in runs if run.record.get("config_hash") == own)
     same = [run for run in candidates if origin_of(run) == origin and _same_code(run, git)]
     if same:
         run, more = same[-1], f" and {len(same) - 1} more" if len(same) > 1 else ""
@@ -161,6 +169,43 @@ def _without_effect(setup: Setup) -> Iterator[str]:
     for key, (holds, reason) in WITHOUT_EFFECT.items():
         if get_value(setup.config, key) != get_value(default, key) and holds(setup):
             yield f"{setup.loaded.source(key)}: {key} has no effect: {reason}"
+
+
+def report_noise(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun], terminal: Terminal) -> None:
+    """Print how much the loss varies with the seed, where other seeds of this configuration and code are complete.
+
+    That is no finding: it says which differences the planned seeds can show.
+    """
+    if setup.origin is not None:
+        return
+    decisive = decisive_settings(setup)
+    losses: dict[int, float] = {}
+    for run in runs:
+        seed = run.settings.get("seed")
+        loss = run.summary().get("val/loss", math.nan)
+        if run.status == "completed" and isinstance(seed, int) and math.isfinite(loss):
+            of_seed = config_hash(pin(setup.config, {"seed": seed}), decisive)
+            if run.record.get("config_hash") == of_seed and _same_code(run, git):
+                losses[seed] = loss
+    found = [loss for seed, loss in losses.items() if seed != setup.config.train.seed]
+    if len(found) >= LEAST_SEEDS:
+        deviation, planned = statistics.stdev(found), len(found) + 1
+        terminal.print(
+            Text.assemble(
+                ("preflight: ", "yellow"),
+                f"noise: with {len(found)} other seeds, the last val/loss of this configuration deviates by "
+                f"{deviation:.2g}; against as many other runs, {planned} seeds show a difference of about "
+                f"{detectable(deviation, planned):.2g}",
+            )
+        )
+
+
+def detectable(deviation: float, seeds: int) -> float:
+    """The difference of two independent means of `seeds` runs that a test at 5% finds in 80% of cases, about.
+
+    By the normal approximation: (1.96 + 0.84) standard errors of the difference.
+    """
+    return 2.8 * deviation * math.sqrt(2 / seeds)
 
 
 def report_adapters(setup: Setup, terminal: Terminal) -> None:

@@ -20,7 +20,7 @@ from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
 from utils.runs.code import GitFacts
-from utils.runs.index import STARTING
+from utils.runs.index import STARTING, read_index
 from utils.runs.layout import CHECKPOINTS, LOGS, TRAIN_LOG
 from utils.runs.log import RunLog
 from utils.runs.metrics import encode_number
@@ -39,7 +39,7 @@ from utils.training.evaluate import evaluate
 from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
 from utils.training.outcome import Outcome, StartInterruptedError
-from utils.training.preflight import preflight, report_adapters, report_preflight
+from utils.training.preflight import preflight, report_adapters, report_noise, report_preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
 from utils.training.start import Start, open_run, prepare_run, read_git, with_old_end, write_meta
@@ -351,8 +351,10 @@ def open_session(
         stop.patient = False  # until there are steps to finish
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
-            report_preflight(preflight(setup, git), strict, terminal)
+            runs = read_index(setup.runs_dir)
+            report_preflight(preflight(setup, git, runs), strict, terminal)
             report_adapters(setup, terminal)
+            report_noise(setup, git, runs, terminal)
         setup = dataclasses.replace(setup, corpus=setup.corpus.stored())
         run, start = open_run(setup, git, argv, terminal)
         stack.callback(run.release)

@@ -1,0 +1,111 @@
+"""The commands of experiments.py that train what a comparison needs: gate, noise."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from typing import IO
+
+from utils.errors import UserError
+from utils.experiments.commands import RUN_HELP, command, runs_folder
+from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.commands import Answer, flag
+
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+SUBJECT_HELP = "RUN or tag (all its seeds), commit, FILE.patch, or settings: learning_rate=3e-3,dropout=0.1"
+TRUST = flag("--trust", action="store_true", help="run the code that a run made elsewhere brings along or names")
+METRIC = flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)")
+SET = flag("--set", metavar="SETTINGS", help="settings of both, where neither is a run: max_iters=500,dropout=0.1")
+BUDGET = flag("--budget", metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call goes on")
+
+
+def output(args: argparse.Namespace) -> IO[str]:
+    """Where progress is printed: JSON has stdout for itself."""
+    return sys.stderr if args.json else sys.stdout
+
+
+def budget(args: argparse.Namespace) -> float | None:
+    """Seconds of --budget; None without it.
+
+    Raises:
+        UserError: it is no time above zero.
+    """
+    if args.budget is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd])", args.budget.strip())
+    seconds = float(match.group(1)) * SECONDS[match.group(2)] if match else 0.0
+    if not seconds:
+        raise UserError(f"--budget: expected a time like 90s, 30m or 2h, got {args.budget!r}")
+    return seconds
+
+
+@command(
+    "gate",
+    "is a candidate better than a baseline, or was it the seed? Trains what is missing; exit status 0: keep, 1: "
+    "discard, 3: unsure",
+    flag("candidate", metavar="CANDIDATE", help=SUBJECT_HELP),
+    flag("baseline", metavar="BASELINE", help="the same"),
+    METRIC,
+    flag("--min-effect", type=float, default=0.0, metavar="X", help="the improvement to exceed (default: 0)"),
+    flag("--max-seeds", type=int, default=8, metavar="N", help="pairs of runs at most, from 3 (default: 8)"),
+    BUDGET,
+    SET,
+    TRUST,
+    note="A commit or a patch is code that runs with your rights.\n"
+    "The verdict goes into gate.jsonl beside the runs, and the same question is not tried again.",
+)
+def gate(args: argparse.Namespace) -> Answer:
+    from utils.experiments.gate import EXIT_STATUS, gate
+    from utils.experiments.gate_screens import gate_screen
+    from utils.experiments.sequential import FIRST_LOOK
+
+    if not FIRST_LOOK <= args.max_seeds <= 1000:
+        raise UserError(f"--max-seeds must be from {FIRST_LOOK} to 1000, not {args.max_seeds}")
+    if not 0 <= args.min_effect < math.inf:
+        raise UserError(f"--min-effect must be at least 0, not {args.min_effect:g}")
+    answer = gate(
+        args.candidate,
+        args.baseline,
+        PROJECT_ROOT,
+        runs_folder(args),
+        metric=args.metric,
+        min_effect=args.min_effect,
+        max_seeds=args.max_seeds,
+        budget=budget(args),
+        settings=args.set,
+        trusted=args.trust,
+        output=output(args),
+    )
+    return Answer(answer, lambda console: gate_screen(answer), EXIT_STATUS[answer.verdict])
+
+
+@command(
+    "noise",
+    "how much a result varies with the seed alone, and how many seeds an effect needs; trains what is missing",
+    flag("subject", metavar="RUN", help=f"{RUN_HELP}; or a commit, FILE.patch or settings"),
+    flag("--seeds", type=int, default=5, metavar="N", help="complete runs at least, from 3 (default: 5)"),
+    METRIC,
+    flag("--effect", type=float, action="append", default=[], metavar="X", help="in units of the metric (repeatable)"),
+    TRUST,
+)
+def noise(args: argparse.Namespace) -> Answer:
+    from utils.experiments.gate_screens import noise_screen
+    from utils.experiments.noise import noise
+
+    if args.seeds < 3:
+        raise UserError(f"--seeds must be at least 3, not {args.seeds}")
+    if any(not 0 < effect < math.inf for effect in args.effect):
+        raise UserError("--effect must be above 0")
+    found = noise(
+        args.subject,
+        PROJECT_ROOT,
+        runs_folder(args),
+        seeds=args.seeds,
+        metric=args.metric,
+        effects=args.effect,
+        trusted=args.trust,
+        output=output(args),
+    )
+    return Answer(found, lambda console: noise_screen(found))
