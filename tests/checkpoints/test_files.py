@@ -26,10 +26,13 @@ from utils.checkpoints.files import (
     map_tensors,
     read_checkpoint,
     weight_differences,
+    write_base,
     write_checkpoint,
     write_tensors,
 )
 from utils.checkpoints.folder import (
+    BASE_FILE,
+    BEST_FILE,
     FILES,
     MANIFEST_FILE,
     OPTIMIZER_FILE,
@@ -37,11 +40,14 @@ from utils.checkpoints.folder import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    best_path,
     folder_name,
     list_checkpoints,
+    read_object,
+    read_pointer,
 )
 from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 Tensors = dict[str, torch.Tensor]
 TOKENIZER = {"type": "char", "version": 1, "vocabulary": ["\n", "ü", "🙂"], "unknown_token": None}
@@ -305,6 +311,64 @@ def test_checkpoints_are_listed_newest_first_and_strangers_are_not(tmp_path: Pat
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
+# ------------------------------------------------------------------------------------- frozen weights of adapters
+
+FROZEN = {"frozen": torch.arange(4.0), "a": torch.zeros(2, 3)}
+
+
+@pytest.fixture
+def based(tmp_path: Path) -> Path:
+    """A checkpoint whose frozen weights lie beside it."""
+    path = tmp_path / "step_000010"
+    write_checkpoint(path, WEIGHTS, MOMENTS, TOKENIZER, {"step": 10}, base=write_base(tmp_path, FROZEN))
+    return path
+
+
+def test_frozen_weights_lie_once_beside_the_checkpoints_and_are_read_with_them(based: Path) -> None:
+    folder, data = based.parent, (based / BASE_FILE).read_bytes()
+    entry = {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+    assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "step_000010"]
+    assert same(load_file(folder / "base.safetensors"), FROZEN)
+    found = read_checkpoint(based)
+    assert same(found.weights, FROZEN | WEIGHTS)  # what was trained wins
+    assert found.base == entry
+    write_checkpoint(folder / "step_000020", WEIGHTS, MOMENTS, TOKENIZER, {"step": 20}, base=found.base)
+    assert read_checkpoint(folder / "step_000020").base == entry
+    assert read_checkpoint(write(folder / "step_000030")).base is None
+    assert same(read_checkpoint(folder / "step_000030").weights, WEIGHTS)
+
+
+def test_damage_of_frozen_weights_is_damage_of_the_checkpoint(based: Path) -> None:
+    base = based / BASE_FILE
+    flip(base, 1.0)
+    assert refusal(based).startswith(f"{base}: damaged: its CRC-32 is ")
+    base.unlink()
+    assert refusal(based) == f"{base}: missing"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_frozen_weights_that_cannot_be_written_leave_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    write_base(tmp_path, FROZEN)
+
+    def fail(*_arguments: object) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_base(tmp_path, WEIGHTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+    assert same(load_file(tmp_path / "base.safetensors"), FROZEN)
+
+
+def test_frozen_weights_and_their_folder_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    write_base(tmp_path, FROZEN)
+    assert synced == [".base.safetensors.tmp", tmp_path.name]
+
+
 # ------------------------------------------------------------------------------------- damage
 
 
@@ -433,6 +497,24 @@ def test_an_unusable_state_is_reported(tmp_path: Path, content: str, message: st
     (path / STATE_FILE).write_text(content, encoding="latin-1")
     regenerate_manifest(path)
     assert refusal(path).startswith(f"{path / STATE_FILE}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[" * 100_000, "not JSON: nested too deeply"),
+        ("7", "expected an object, got a int"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_without_an_object_is_reported(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CheckpointError) as refusal:
+        read_object(path)
+    assert str(refusal.value) == f"{path}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -762,5 +844,42 @@ def test_a_size_that_is_no_number_of_bytes_is_a_damaged_manifest(tmp_path: Path,
 
 @pytest.mark.parametrize("which", ["", "\t", "a,b", "-1", "1_0", "१२", "lastest", "9" * 400])
 def test_what_names_no_checkpoint_is_one_error(tmp_path: Path, which: str) -> None:
-    with pytest.raises(CheckpointError, match="expected latest, best or a step"):
+    with pytest.raises(CheckpointError) as refusal:
         choose_checkpoint(tmp_path, which, strict=False, warn=lambda line: None)
+    hint = "; did you mean latest?" if which == "lastest" else ""
+    assert str(refusal.value) == f"checkpoint {shown(which)}: expected latest, best or a step{hint}"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"step": 20}', {"step": 20}),
+        ("[]", {}),
+        ("20", {}),
+        ("{", {}),
+        ("[" * 100_000, {}),
+        ("\xff", {}),
+        (None, {}),
+    ],
+)
+def test_a_damaged_pointer_names_nothing(tmp_path: Path, content: str | None, expected: dict[str, Any]) -> None:
+    write(tmp_path / "step_000020", 20)
+    if content is not None:
+        (tmp_path / BEST_FILE).write_text(content, encoding="latin-1")
+    assert read_pointer(tmp_path / BEST_FILE) == expected
+    assert best_path(tmp_path) == (tmp_path / "step_000020" if expected else None)
+
+
+@pytest.mark.parametrize("step", [10, "20", None, [20]])
+def test_a_pointer_to_no_checkpoint_names_nothing(tmp_path: Path, step: Any) -> None:
+    write(tmp_path / "step_000020", 20)
+    (tmp_path / BEST_FILE).write_text(json.dumps({"step": step}))
+    assert best_path(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", [TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE, WEIGHTS_FILE])
+def test_a_file_that_leads_out_of_the_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "step_000010")
+    (path / name).rename(tmp_path / name)
+    (path / name).symlink_to(tmp_path / name)
+    assert refusal(path) == f"{path / name}: cannot be read: leads out of {path}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from utils.checkpoints.files import map_tensors, read_tensors
+from utils.checkpoints import files
+from utils.checkpoints import header as header_module
+from utils.checkpoints.files import map_entries, map_tensors, read_tensors
 from utils.checkpoints.folder import CheckpointError
-from utils.checkpoints.header import HEADER_BYTES, read_header
+from utils.checkpoints.header import HEADER_BYTES, TensorEntry, read_header
+from utils.errors import cut, shown
 
 
 def write(path: Path, header: Any, body: int = 0, length: int | None = None) -> Path:
@@ -60,6 +65,12 @@ def test_tensors_at_odd_addresses_are_read(tmp_path: Path) -> None:
     assert map_tensors(path)["number"].tolist() == [2.5]
 
 
+SIZES, OFFSETS = "a: shape: expected at most 64 sizes, got", "a: data_offsets: expected two numbers, got"
+LONG = cut("x" * 5000, 200)
+DIGITS = (
+    "Exceeds the limit (4300 digits) for integer string conversion: value has 1000000 digits; "
+    "use sys.set_int_max_str_digits() to increase the limit"
+)
 MALICIOUS: dict[str, tuple[Any, int, str]] = {
     "no tensors, but bytes": ({}, 4, "the last 4 bytes of the file belong to no tensor"),
     "bytes after the last": ({"a": entry(0, 4)}, 5, "the last 1 bytes of the file belong to no tensor"),
@@ -69,22 +80,46 @@ MALICIOUS: dict[str, tuple[Any, int, str]] = {
     "beyond the file": ({"a": entry(0, 1 << 40)}, 4, "a lies outside the file"),
     "negative": ({"a": entry(-4, 0, shape=[1])}, 4, "a lies outside the file"),
     "backwards": ({"a": entry(4, 0, shape=[1])}, 4, "a lies outside the file"),
-    "offsets that are no numbers": ({"a": {**entry(0, 4), "data_offsets": [0, True]}}, 4, "expected two numbers"),
-    "shape beyond its bytes": ({"a": entry(0, 4, shape=[2])}, 4, "F32 of shape (2,) needs 8 bytes, it has 4"),
-    "an enormous shape": ({"a": entry(0, 4, shape=[2**62] * 9)}, 4, "a: F32 of shape"),
-    "a shape below zero": ({"a": entry(0, 4, shape=[-1, -1])}, 4, "a: shape: expected at most 64 sizes"),
-    "a shape of many sizes": ({"a": entry(0, 4, shape=[1] * 65)}, 4, "a: shape: expected at most 64 sizes"),
-    "a shape that is no list": ({"a": entry(0, 4, shape={"0": 1})}, 4, "a: shape: expected at most 64 sizes"),
+    "offsets that are no numbers": ({"a": {**entry(0, 4), "data_offsets": [0, True]}}, 4, f"{OFFSETS} [0, True]"),
+    "shape beyond its bytes": ({"a": entry(0, 4, shape=[2])}, 4, "a: F32 of shape (2,) needs 8 bytes, it has 4"),
+    "half a byte": ({"a": entry(0, 4, "F4", [9])}, 4, "a: F4 of shape (9,) needs 5 bytes, it has 4"),
+    "an enormous shape": (
+        {"a": entry(0, 4, shape=[2**62] * 9)},
+        4,
+        f"a: F32 of shape {shown((2**62,) * 9)} needs {2**560} bytes, it has 4",
+    ),
+    "a size below zero": ({"a": entry(0, 4, shape=[-1])}, 4, f"{SIZES} [-1]"),
+    "a size beyond 63 bits": ({"a": entry(0, 4, shape=[2**63])}, 4, f"{SIZES} [{2**63}]"),
+    "a size that is no number": ({"a": entry(0, 4, shape=[True])}, 4, f"{SIZES} [True]"),
+    "a shape of many sizes": ({"a": entry(0, 4, shape=[1] * 65)}, 4, f"{SIZES} {shown([1] * 65)}"),
+    "a shape that is no list": ({"a": entry(0, 4, shape={"0": 1})}, 4, f"{SIZES} {{'0': 1}}"),
+    "three offsets": ({"a": {**entry(0, 4), "data_offsets": [0, 4, 4]}}, 4, f"{OFFSETS} [0, 4, 4]"),
+    "offsets that are no list": ({"a": {**entry(0, 4), "data_offsets": "04"}}, 4, f"{OFFSETS} '04'"),
     "an unknown dtype": ({"a": entry(0, 4, "F33")}, 4, "a: unknown dtype 'F33'"),
     "a dtype that is no text": ({"a": entry(0, 4, ["F32"])}, 4, "a: unknown dtype ['F32']"),
     "another key": ({"a": {**entry(0, 4), "code": "import os"}}, 4, "a: expected dtype, shape and data_offsets"),
     "a name twice": (b'{"a": {}, "a": {}}', 0, "a is in the header twice"),
-    "a long name twice": (b'{"%s": {}, "%s": {}}' % (b"x" * 5000, b"x" * 5000), 0, "x... (5,000 characters) is in"),
+    "a long name twice": (b'{"%s": {}, "%s": {}}' % (b"x" * 5000, b"x" * 5000), 0, f"{LONG} is in the header twice"),
+    "a name twice among others": (b'{"b": {}, "a": {}, "c": {}, "a": {}, "b": {}}', 0, "a is in the header twice"),
+    "long names": (
+        {"x" * 5000: entry(0, 4), "y" * 5000: entry(0, 4)},
+        4,
+        f"{LONG.replace('x', 'y')} overlaps {LONG}",
+    ),
+    "a long name after a hole": (
+        {"x" * 5000: entry(1234, 1238)},
+        1238,
+        f"1,234 bytes before {LONG} belong to no tensor",
+    ),
+    "bytes by the thousand": ({"a": entry(0, 4)}, 5004, "the last 5,000 bytes of the file belong to no tensor"),
+    "no entry": ({"a": 1}, 0, "a: expected dtype, shape and data_offsets"),
+    "metadata that is no object": ({"__metadata__": ["a"]}, 0, "__metadata__ is not an object of texts"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "__metadata__ is not an object of texts"),
     "a list": ([1, 2], 0, "the header is not an object"),
     "nested deeply": (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, 0, "the header is nested too deeply"),
     "many values": (b"[" + b"0," * 5_000_000 + b"0]", 0, "the header has more values than any model needs"),
-    "a number of a million digits": (b'{"a": ' + b"9" * 1_000_000 + b"}", 0, "Exceeds the limit"),
+    "a number of a million digits": (b'{"a": ' + b"9" * 1_000_000 + b"}", 0, DIGITS),
+    "not JSON": (b'{"a": }', 0, "Expecting value: char 6 of the header"),
     "not UTF-8": (b'{"\xff": 1}', 0, "the header is not UTF-8"),
 }
 
@@ -96,10 +131,66 @@ def test_a_header_that_lies_is_refused_in_one_line(tmp_path: Path, case: str) ->
     for read in (read_header, map_tensors):
         with pytest.raises(CheckpointError) as refusal:
             read(path)
-        assert str(refusal.value).startswith(f"{path}: not a safetensors file: ")
-        assert problem in str(refusal.value)
-        assert "\n" not in str(refusal.value)
-        assert len(str(refusal.value)) < 1000
+        assert str(refusal.value) == f"{path}: not a safetensors file: {problem}"
+    assert "\n" not in problem
+    assert len(problem) < 1000
+
+
+def test_what_the_format_allows_is_read_up_to_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {
+        "b": entry(0, 4, shape=[1] * 64),
+        "a": entry(4, 4, shape=[2**63 - 1, 0]),
+        "packed": entry(4, 7, "F6_E2M3", [2, 2]),
+        "c": entry(7, 8, "F4", [2]),
+    }
+    path = write(tmp_path / "a.safetensors", {**tensors, "__metadata__": {}}, 8)
+    start = path.stat().st_size - 8
+    values = sum(path.read_bytes()[8:start].count(mark) for mark in (b",", b"[", b"{"))
+    monkeypatch.setattr(header_module, "HEADER_BYTES", start - 8)
+    monkeypatch.setattr(header_module, "HEADER_VALUES", values)
+    header = read_header(path)
+    assert list(header.tensors) == ["b", "a", "packed", "c"]  # in the order of their bytes
+    assert [found.elements for found in header.tensors.values()] == [1, 0, 4, 2]
+    assert [found.bytes for found in header.tensors.values()] == [4, 0, 3, 1]
+    assert [found.begin - start for found in header.tensors.values()] == [0, 4, 4, 7]
+    assert header.metadata == {}
+
+    monkeypatch.setattr(header_module, "HEADER_VALUES", values - 1)
+    with pytest.raises(CheckpointError, match=r"the header has more values than any model needs$"):
+        read_header(path)
+    monkeypatch.setattr(header_module, "HEADER_BYTES", 99)
+    with pytest.raises(CheckpointError, match=f"the header has {start - 8} bytes, more than the 99 that the format "):
+        read_header(path)
+
+
+def test_only_a_named_file_may_be_a_link_that_leads_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path, link = tmp_path / "a.safetensors", tmp_path / "run" / "a.safetensors"
+    save_file({"a": torch.tensor([1.0])}, path)
+    link.symlink_to(path)
+    readers: list[Callable[..., Any]] = [read_header, map_tensors, lambda *a, **k: dict(read_tensors(*a, **k))]
+    for read in readers:
+        with pytest.raises(CheckpointError, match=f"^{link}: cannot be read: leads out of {link.parent}$"):
+            read(link)
+        assert read(link, named=True) == read(path)
+        with pytest.raises(CheckpointError, match=f"^{tmp_path / 'none'}: cannot be read: No such file or directory$"):
+            read(tmp_path / "none", named=True)
+
+
+def test_tensors_at_known_places_of_a_named_file_are_views_of_it(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.bin", tmp_path / "b" / "a.bin"
+    path.write_bytes(b"head" + torch.arange(6.0).numpy().tobytes())
+    link.parent.mkdir()
+    link.symlink_to(path)
+    places = {"a": TensorEntry("F32", (2, 2), 12, 28), "b": TensorEntry("F32", (2,), 4, 12)}
+    found = map_entries(link, places)
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [[2.0, 3.0], [4.0, 5.0]], "b": [0.0, 1.0]}
+    with pytest.raises(CheckpointError, match=f"^{path}: .*buffer"):
+        map_entries(path, {"a": TensorEntry("F32", (3, 2), 12, 36)})
+    with pytest.raises(CheckpointError, match=f"^{path}: x: C64 is not read here$"):
+        map_entries(path, {"x": TensorEntry("C64", (1,), 0, 8)})
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'none'}: cannot be read: No such file or directory$"):
+        map_entries(tmp_path / "none", places)
 
 
 @pytest.mark.parametrize("length", [HEADER_BYTES + 1, 1 << 40, (1 << 64) - 1])
@@ -131,9 +222,44 @@ def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(tmp_path: 
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values() if tensor.numel())
-    with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
-        dict(read_tensors(tmp_path / "a.safetensors", crc32="00000000"))
     assert len(dict(read_tensors(tmp_path / "a.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 22])
+@pytest.mark.parametrize("tensors", [{}, {"a": torch.arange(9.0), "b": torch.tensor([7], dtype=torch.uint8)}])
+def test_a_flipped_bit_is_found_after_the_last_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, tensors: dict[str, torch.Tensor]
+) -> None:
+    monkeypatch.setattr(files, "READ_BYTES", read_bytes)
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path, metadata={"note": "text"})
+    content = path.read_bytes()
+    crc32 = f"{zlib.crc32(content):08x}"
+    read = dict(read_tensors(path, crc32=crc32))
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {n: t.tolist() for n, t in tensors.items()}
+    body = len(content) - sum(tensor.nbytes for tensor in tensors.values())
+    for position in {content.index(b"text"), *range(body, len(content), 9)}:
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        message = f"{path}: damaged: its CRC-32 is {zlib.crc32(path.read_bytes()):08x}, not {crc32}"
+        with pytest.raises(CheckpointError, match=f"^{message}$"):
+            dict(read_tensors(path, crc32=crc32))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(100_000), "b": torch.zeros(100_000)}, path)
+    tensors = read_tensors(path)
+    next(tensors)
+    os.truncate(path, path.stat().st_size - 100_000)
+    with pytest.raises(CheckpointError, match="not a safetensors file: it became shorter while it was"):
+        next(tensors)
+
+
+def test_a_type_that_torch_is_not_asked_for_is_one_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {"a": entry(0, 1, "F4", [2])}, 1)
+    for read in (map_tensors, lambda path: dict(read_tensors(path))):
+        with pytest.raises(CheckpointError, match=f"^{path}: not a safetensors file: a: F4 is not read here$"):
+            read(path)
 
 
 def test_torch_load_is_called_in_one_place_only() -> None:

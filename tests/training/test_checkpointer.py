@@ -431,6 +431,16 @@ def test_pruning_touches_nothing_else(folder: Path) -> None:
     prune(folder / "nowhere", 1, 10)
 
 
+@pytest.mark.parametrize(("best", "kept"), [(20, [40, 20]), (10, [40, 10]), (15, [40, 20]), (None, [40]), (40, [40])])
+def test_the_best_is_kept_or_the_one_before_if_it_was_not_written(
+    folder: Path, best: int | None, kept: list[int]
+) -> None:
+    make(folder, 10, 20, 30, 40)
+    (folder / BEST_FILE).write_text('{"step": 20}')
+    prune(folder, 1, best)
+    assert steps_in(folder) == kept
+
+
 def test_a_checkpoint_that_cannot_be_deleted_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stuck(path: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
@@ -447,6 +457,7 @@ def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, messag
     for name in (".step_000020.tmp", ".step_000005.old"):
         (folder / name).mkdir()
         (folder / name / WEIGHTS_FILE).write_bytes(b"half")
+    (folder / ".base.safetensors.tmp").write_bytes(b"half")
     checkpointer(folder, log, messages)
     assert [path.name for path in folder.iterdir()] == ["step_000010"]
     remove_leftovers(folder / "nowhere")
@@ -604,8 +615,11 @@ def test_strict_does_not_look_behind_the_newest(folder: Path, messages: Messages
 def test_where_all_are_damaged_the_newest_is_named(folder: Path, messages: Messages) -> None:
     for path in make(folder, 10, 20):
         damage(path)
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be used; the newest: .*step_000020/model"):
+    with pytest.raises(CheckpointError) as caught:
         newest_good(folder, strict=False, warn=messages)
+    newest = messages[0].removesuffix(": looking for the one before")
+    assert newest.startswith(f"{folder / 'step_000020' / WEIGHTS_FILE}: damaged: ")
+    assert str(caught.value) == f"{folder}: no checkpoint can be used; the newest: {newest}"
 
 
 def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
@@ -681,6 +695,18 @@ def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, mess
     assert messages == []
     assert choose_checkpoint(folder, "latest", strict=False, warn=messages).step == 10
     assert len(messages) == 1
+
+
+def test_a_checkpoint_of_another_step_than_its_name_says_is_passed_over(folder: Path, messages: Messages) -> None:
+    make(folder, 10, 20)
+    (folder / "step_000020").rename(folder / "step_000030")
+    problem = f"{folder / 'step_000030'}: it holds the checkpoint of step 20 instead"
+    with pytest.raises(CheckpointError, match=f"^{problem}$"):
+        choose_checkpoint(folder, "30", strict=False, warn=messages)
+    found, unusable = newest_good(folder, strict=False, warn=messages)
+    assert found is not None
+    assert (found.step, unusable) == (10, [folder / "step_000030"])
+    assert messages == [f"{problem}: looking for the one before"]
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_with_its_place(folder: Path) -> None:
