@@ -231,7 +231,8 @@ class MetadataCapture:
         facts.left_out += [f"{name} (changed, but git was told to assume that it is not)" for name in hidden]
         facts.left_out += [f"{name} (uncommitted changes of a submodule)" for name in submodules]
         known = {*_paths(repo.git.ls_files("-z")), *untracked}
-        facts.left_out += list(unknown_modules(top, known, self.callbacks))
+        imported = imported_files()
+        facts.left_out += list(unknown_modules(top, known, imported, self.callbacks))
         recorded = [name for name in changed if self._keep(top, name, facts.left_out)]
         if recorded:
             patch = repo.git.diff(
@@ -240,8 +241,7 @@ class MetadataCapture:
             facts.patch += b"".join(part for part in parts_of_patch(patch) if _is_harmless(part, top, facts.left_out))
         kept = [name for name in untracked if self._is_code(top, name, facts.left_out)]
         facts.left_out += [f"{name} (one of more than {MAX_UNTRACKED_FILES})" for name in kept[MAX_UNTRACKED_FILES:]]
-        modules = list(sys.modules) if kept else ()  # thousands of paths
-        imported = {os.path.realpath(path) for name in modules if (path := source_of(name)) is not None}
+        modules = {real for _, real in imported.values()}
         for name in kept[:MAX_UNTRACKED_FILES]:
             status, patch, _ = repo.git.diff(
                 *(*DIFF_FLAGS, *PREFIX_FLAGS, "--no-index", "--", os.devnull, name),
@@ -251,7 +251,7 @@ class MetadataCapture:
             )
             if status > 1:  # 1 means only that the files differ
                 facts.left_out.append(f"{name} (cannot be read)")
-            elif os.path.realpath(top / name) in imported:
+            elif os.path.realpath(top / name) in modules:
                 facts.patch += patch
             else:
                 facts.unread[name] = patch
@@ -310,8 +310,27 @@ class MetadataCapture:
 
 def source_of(module: str) -> Path | None:
     """The file of Python source that a module was imported from; None if it was not."""
-    path = getattr(sys.modules.get(module), "__file__", None)
-    return Path(path) if path and path.endswith(".py") and os.path.isabs(path) else None
+    path = _source_of(sys.modules.get(module))
+    return Path(path) if path else None
+
+
+def _source_of(module: object) -> str | None:
+    path = getattr(module, "__file__", None)
+    return path if path and path.endswith(".py") and os.path.isabs(path) else None
+
+
+def imported_files() -> dict[str, tuple[str, str]]:
+    """Module -> the file of Python source that it was imported from: its path, and the same with links resolved."""
+
+    @functools.cache  # thousands of files, few folders
+    def resolved(path: str) -> str:
+        folder, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir) or os.path.islink(path):
+            return os.path.realpath(path)
+        return os.path.join(resolved(folder), name)
+
+    paths = ((name, _source_of(module)) for name, module in list(sys.modules.items()))
+    return {name: (path, resolved(path)) for name, path in paths if path is not None}
 
 
 def hidden_changes(repo: git.Repo) -> Iterator[str]:
@@ -336,21 +355,22 @@ def dirty_submodules(repo: git.Repo) -> Iterator[str]:
             yield parts[8]
 
 
-def unknown_modules(top: Path, known: Collection[str], callbacks: Mapping[str, Path]) -> Iterator[str]:
+def unknown_modules(
+    top: Path, known: Collection[str], imported: Mapping[str, tuple[str, str]], callbacks: Mapping[str, Path]
+) -> Iterator[str]:
     """Imported modules that git does not know: files in the project that it ignores, callbacks from elsewhere.
 
     Args:
         known: the files that git tracks or would track, relative to `top`.
+        imported: what `imported_files` returns.
         callbacks: module -> file.
     """
     libraries = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
     libraries |= {os.path.realpath(sys.prefix), *(os.path.realpath(place) for place in site.getsitepackages())}
-    root, real_folder = os.path.realpath(top), functools.cache(os.path.realpath)  # thousands of files, few folders
-    files = {name: path for name in list(sys.modules) if (path := source_of(name)) is not None}
-    for name, path in sorted(files.items()):
-        folder, file = os.path.split(path)
-        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), file)
-        if any(real.startswith(place + os.sep) for place in libraries) or "site-packages" in real.split(os.sep):
+    above = tuple(place + os.sep for place in libraries)
+    root = os.path.realpath(top)
+    for name, (path, real) in sorted(imported.items()):
+        if real.startswith(above) or f"{os.sep}site-packages{os.sep}" in real:
             continue
         kept = f"; kept in {CALLBACKS}" if name in callbacks else ""
         if real.startswith(root + os.sep):
@@ -358,7 +378,8 @@ def unknown_modules(top: Path, known: Collection[str], callbacks: Mapping[str, P
             if relative not in known and os.path.relpath(path, root) not in known:
                 yield f"{relative} (imported, but git ignores it{kept})"
         elif name in callbacks:
-            yield f"{path.name} (of the callback {name}, from {path.parent}{kept})"
+            folder, file = os.path.split(path)
+            yield f"{file} (of the callback {name}, from {folder}{kept})"
 
 
 def _has_secret_name(name: str) -> bool:
