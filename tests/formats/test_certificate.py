@@ -110,7 +110,11 @@ def test_other_weights_and_other_ids_are_differences(
 
 @pytest.mark.parametrize(("format", "file"), [("hf", "model.safetensors"), ("gguf", "model.gguf")])
 def test_an_export_of_other_weights_than_its_run_has_is_not_certified(
-    format: str, file: str, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    format: str,
+    file: str,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
     made = run()
