@@ -329,6 +329,8 @@ def differing_weight(source: Source, path: Path, kind: str) -> str | None:
         if not float((found[name] - tensor).abs().max()) <= coarse * largest:
             return name
     stored = {tensor.name: tensor.data for tensor in _reader(path).tensors}
-    if source.model.config.tie_embeddings and not np.array_equal(stored["token_embd.weight"], stored.get(HEAD)):
+    if source.model.config.tie_embeddings and (
+        HEAD not in stored or not np.array_equal(stored["token_embd.weight"], stored[HEAD])
+    ):
         return HEAD
     return None
