@@ -104,7 +104,33 @@ def test_other_weights_and_other_ids_are_differences(
     assert main(["certify", str(copy), "--run", "base", "--runs-dir", str(made.parent)]) == 1
     out = capsys.readouterr().out
     assert "words: token ids" in out
+    assert "its weights are not those of base, which may have been trained since: lm_head.weight" in out
     assert not read_json(copy / "certificate.json")["agrees"]
+
+
+@pytest.mark.parametrize(("format", "file"), [("hf", "model.safetensors"), ("gguf", "model.gguf")])
+def test_an_export_of_other_weights_than_its_run_has_is_not_certified(
+    format: str,
+    file: str,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
+    made = run()
+    assert export(made, "--format", format) == 0
+    certify = ["certify", str(made / "artifacts" / format), "--runs-dir", str(made.parent)]
+    assert main(certify) == 0
+    path = made / "artifacts" / format / file
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 0x40  # of the last tensor, which is the tied head in GGUF
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert main(certify) == 1
+    assert "its weights are not those of base, which may have been trained since: " in capsys.readouterr().out
+    certificate = read_json(path.parent / "certificate.json")
+    assert not certificate["agrees"]
+    assert certificate["other_weights"] == {"hf": "model.norm.weight", "gguf": "output.weight"}[format]
 
 
 def test_an_export_that_the_engine_computes_otherwise_is_not_kept(

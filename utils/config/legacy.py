@@ -49,7 +49,7 @@ NO_COUNTERPART = {  # and why
     "use_amp": "dtype says the precision",
     "save_dtype": "checkpoints keep float32",
     "use_loss_mask": "loss_after says what counts",
-    "rope_scale": "rotations are not scaled",
+    "rope_scale": "rope_scaling and rope_factor scale rotary positions",
     "neftune_alpha": "embeddings get no noise",
     "segment_position_reset": "packing says where positions begin",
     "batch_sampling_mode": "packing says how samples are drawn",

@@ -18,11 +18,11 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.formats.engines import ENGINES, Engine, installed
 from utils.formats.gguf import MODEL as GGUF
-from utils.formats.gguf import stored_model, stored_type
+from utils.formats.gguf import differing_weight, stored_model, stored_type
 from utils.formats.onnx_export import MODEL as GRAPH
 from utils.formats.pretrained import CONFIG, open_pretrained
 from utils.formats.source import Source, open_source
-from utils.formats.table import FormatError
+from utils.formats.table import FormatError, places
 from utils.inference.evaluation import evaluating
 from utils.nn.kv_cache import KVCache
 from utils.runs.find import export_checksum
@@ -100,10 +100,11 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
     """Compare an export in every engine for its format that is installed, and write certificate.json beside it.
 
     Args:
-        source: what it was made from; None: for transformers, our own reading of the folder is enough.
+        source: what it was made from, whose weights it must have; None: for transformers, our own reading of the
+            folder is enough.
 
     Raises:
-        UserError: it is no export, damaged, or needs its run.
+        UserError: it is no export, damaged, needs its run, or is of a model of another shape.
     """
     format = format_of(folder)
     if source is None and format != "hf":
@@ -120,6 +121,7 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer.hash(),
         "engines": [],
         "not_installed": {},
+        "other_weights": None if source is None else other_weights(folder, format, source),
     }
     if version is None:
         certificate["not_installed"][engine.name] = f"pip install {engine.install}"
@@ -133,10 +135,34 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         else:
             found = compare(ours, opened)
         certificate["engines"].append({"engine": engine.name, "version": version, **found})
-    engines = certificate["engines"]
-    certificate["agrees"] = all(found["agrees"] for found in engines) if engines else None  # nothing was compared
+    certificate["agrees"] = None  # nothing was compared
+    if certificate["engines"] or certificate["other_weights"] is not None:
+        certificate["agrees"] = all(found["agrees"] for found in certificate["engines"])
+        certificate["agrees"] &= certificate["other_weights"] is None
     write_json(folder / CERTIFICATE, certificate)
     return certificate
+
+
+def other_weights(folder: Path, format: str, source: Source) -> str | None:
+    """The first tensor of an export that is not the source's, rounded to its type; None: all are the source's.
+
+    A graph of ONNX has no such tensors: its logits are compared with the source's.
+    """
+    if format == "onnx":
+        return None
+    if format == "gguf":
+        return differing_weight(source, folder / GGUF, stored_type(folder / GGUF))
+    opened, weights = open_pretrained(folder), source.model.state_dict()
+    expected = places(opened.family, source.model.config, source.model.vocab_size, filled=True)
+    if more := opened.their_names.keys() - {place.theirs for place in expected}:
+        return min(more)
+    for place in expected:
+        if place.theirs not in opened.their_names:
+            return place.theirs
+        stored = opened.get(place.theirs)
+        if stored.shape != place.shape or not torch.equal(place.to_theirs(weights).to(stored.dtype), stored):
+            return place.theirs
+    return None
 
 
 def _ours(folder: Path, format: str, source: Source | None, tokenizer: Tokenizer) -> Ours:
@@ -249,6 +275,8 @@ def _cut(ids: Sequence[int]) -> str:
 def certificate_lines(certificate: Mapping[str, Any]) -> list[str]:
     """A certificate in words, a line for each engine and each difference."""
     lines = []
+    if (name := certificate.get("other_weights")) is not None:
+        lines.append(f"its weights are not those of {certificate['model']}, which may have been trained since: {name}")
     for found in certificate["engines"]:
         name = f"{found['engine']} {found['version']}"
         if found["agrees"]:

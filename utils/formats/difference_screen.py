@@ -23,6 +23,8 @@ def screen(found: Difference, everything: bool) -> Iterator[RenderableType]:
         total.add(change)
     if found.equal:
         yield f"equal: {counted(total.elements, 'number')} in {counted(len(found.tensors), 'tensor')}"
+    elif not found.tensors and not found.shapes:
+        yield "no tensor has the same name in both"
     elif not moved:
         yield f"the {counted(len(found.tensors), 'tensor')} that both have are equal"
     else:

@@ -32,9 +32,9 @@ def new_folder(place: Path) -> Iterator[Path]:
         UserError: at `place` there is something else, another process is writing it, or it cannot be written to.
     """
     place = Path(os.path.realpath(place))
-    hidden = place.with_name(f".{place.name}.tmp")
     try:
         _check_replaceable(place)
+        hidden = place.with_name(f".{place.name}.tmp")
         hidden.mkdir(parents=True, exist_ok=True)
         with _locked(hidden, place):
             try:

@@ -27,6 +27,7 @@ from utils.formats.table import Family, FormatError, Place, places, read_places
 from utils.nn.rotary import scaled
 
 MODEL = "model.gguf"
+HEAD = "output.weight"
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"} | {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
@@ -88,7 +89,8 @@ def export_gguf(
         tags = {"library_name": "llama.cpp", "pipeline_tag": "text-generation"}
         card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
         write_atomic(hidden / MARKER, card)
-        check_weights(source, hidden / MODEL, kind)
+        if (name := differing_weight(source, hidden / MODEL, kind)) is not None:
+            raise RuntimeError(f"the weights that were written are not those of the model: {name}")
         check(hidden)
         size = (hidden / MODEL).stat().st_size
     return {
@@ -188,7 +190,7 @@ def _write(
     _add_vocabulary(writer, vocabulary)
     every = {**table}
     if config.tie_embeddings:  # some readers do not look for it elsewhere
-        every["output.weight"] = table["token_embd.weight"]
+        every[HEAD] = table["token_embd.weight"]
     extra = {"rope_freqs.weight": rope_divisors(config)} if config.rope_scaling == "llama3" else {}
 
     def numbers(name: str) -> np.ndarray[Any, Any]:
@@ -318,11 +320,17 @@ def stored_model(path: Path, source: Source) -> LanguageModel:
     return model.eval()
 
 
-def check_weights(source: Source, path: Path, kind: str) -> None:
-    """Raises RuntimeError unless the weights in the file, read again, are those of the model, rounded."""
+def differing_weight(source: Source, path: Path, kind: str) -> str | None:
+    """The first weight of the model that is not in the file, rounded to the kind; None: all are."""
     found, weights = stored_model(path, source).state_dict(), source.model.state_dict()
     coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # of the largest number of a tensor
     for name, tensor in weights.items():
         largest = float(tensor.abs().max())
         if not float((found[name] - tensor).abs().max()) <= coarse * largest:
-            raise RuntimeError(f"the weights that were written are not those of the model: {name}")
+            return name
+    stored = {tensor.name: tensor.data for tensor in _reader(path).tensors}
+    if source.model.config.tie_embeddings and (
+        HEAD not in stored or not np.array_equal(stored["token_embd.weight"], stored[HEAD])
+    ):
+        return HEAD
+    return None
