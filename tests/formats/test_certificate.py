@@ -177,8 +177,7 @@ def test_what_is_no_export_or_lacks_its_run_is_refused(
 
 
 LLAMA_CPP = [
-    *(("gpt2", dtype) for dtype in ("float32", "float16", "q8_0")),
-    *(("llama", dtype) for dtype in ("float32", "float16", "q8_0")),
+    *(("gpt2", "float32"), ("gpt2", "q8_0"), ("llama", "float16"), ("llama", "q8_0")),
     *((family, "float32") for family in ("llama 3", "qwen2", "qwen3")),
 ]
 

@@ -217,9 +217,9 @@ def _compare_prompt(ours: Ours, engine: Engine, text: str) -> dict[str, Any]:
 
 
 def _largest_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
-    """-inf in theirs is one that the engine does not give; of each position it gives some."""
+    """-inf in theirs is one that the engine does not give; after the last token it gives some."""
     given = theirs != -torch.inf
-    if theirs.shape != ours.shape or not given.any(-1).all() or not theirs[given].isfinite().all():
+    if theirs.shape != ours.shape or not given[-1].any() or not theirs[given].isfinite().all():
         return float("inf")
     return float((theirs - ours)[given].abs().max())
 

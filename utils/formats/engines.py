@@ -94,7 +94,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 class LlamaCpp(Engine):
     """llama.cpp by its server in this process, with a cache in float32.
 
-    The package xllamacpp has wheels; llama-cpp-python is built from source, which takes more than an hour on two cores.
+    The package xllamacpp has wheels; llama-cpp-python is built from source (docs/LOG.md).
     The server gives the logarithms of probabilities, of the likeliest tokens, before its sampling: one token that has a
     text of its own is sampled by force, because the server leaves the numbers out where a text ends within a character.
     """
@@ -102,6 +102,7 @@ class LlamaCpp(Engine):
     name, package, install = "llama.cpp", "xllamacpp", "xllamacpp"
     normalised = True
     most = 1000  # tokens of which the logits are asked for
+    places = 4  # of a prompt: a request gives those of its last token only
 
     def __init__(self, folder: Path, context: int) -> None:
         xllamacpp = importlib.import_module("xllamacpp")
@@ -109,6 +110,7 @@ class LlamaCpp(Engine):
         params.model.path = str(folder / GGUF)
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = context, 1, 0, False
         params.verbosity = -1
+        params.cpuparams.n_threads = 1  # its threads wait for each other in loops
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
         self._server = xllamacpp.Server(params)
@@ -144,7 +146,10 @@ class LlamaCpp(Engine):
         return logits
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.stack([self._after(ids[: place + 1]) for place in range(len(ids))])
+        found = torch.full((len(ids), self._vocab_size), -torch.inf)
+        for place in sorted({len(ids) * part // self.places - 1 for part in range(1, self.places + 1)} - {-1}):
+            found[place] = self._after(ids[: place + 1])
+        return found
 
     def next_logits(self, ids: Sequence[int], count: int) -> Iterator[torch.Tensor]:
         ids = list(ids)
