@@ -16,8 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config.loader import ConfigLoader
-from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import write_atomic, write_output
 from utils.runs.evaluations import append_evaluation
@@ -30,6 +28,7 @@ from utils.terminal.words import json_text, printable
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from rich.console import RenderableType
 
+    from utils.config.settings import Config
     from utils.evaluation.arithmetic import Answer
     from utils.evaluation.weights import Trained
 
@@ -48,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--picture is for one RUN")
         if args.picture.suffix.lower() not in (".png", ".svg"):
             raise UserError(f"--picture {args.picture}: expected a name that ends in .png or .svg")
+    from utils.config.loader import ConfigLoader
+
     config = ConfigLoader(PROJECT_ROOT).load().config
     args.runs_dir = PROJECT_ROOT / (args.runs_dir or config.tracking.runs_dir)
     args.runs = args.runs or [str(find_export(None, args.runs_dir).parents[1])]

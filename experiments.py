@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from utils.config.loader import ConfigLoader
 from utils.errors import UserError
 from utils.experiments.commands import (
     ALL_RUNS,
@@ -32,7 +31,6 @@ from utils.experiments.commands import (
     runs_folder,
 )
 from utils.experiments.curve import AXES
-from utils.runs.index import read_index
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
 from utils.runs.run import RunError, check_links
@@ -64,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def list_runs(args: argparse.Namespace) -> Answer:
     from utils.experiments.sql import choose_runs
     from utils.experiments.tables import chosen_columns, list_screen
+    from utils.runs.index import read_index
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
@@ -92,6 +91,7 @@ FIRST_RUN = "python train.py --run-tag baseline makes one"
 def sql(args: argparse.Namespace) -> Answer:
     from utils.experiments.sql import RunDatabase
     from utils.experiments.tables import sql_screen
+    from utils.runs.index import read_index
 
     found = RunDatabase(read_index(runs_folder(args))).select(args.query)
     for problem in found.problems:
@@ -103,6 +103,7 @@ def sql(args: argparse.Namespace) -> Answer:
 @command("show", "one run on one screen", RUN)
 def show(args: argparse.Namespace) -> Answer:
     from utils.experiments.tables import show_screen
+    from utils.runs.index import read_index
     from utils.runs.names import names_of_run
 
     run = named_run(args.run, runs_folder(args))
@@ -155,6 +156,8 @@ def explain(args: argparse.Namespace) -> Answer:
     if run:
         found = explain_of_run(key, named_run(run[0], runs_folder(args)))
     else:
+        from utils.config.loader import ConfigLoader
+
         found = explain(key, ConfigLoader(PROJECT_ROOT).load())
     return Answer(found, lambda console: explanation_screen(found))
 

@@ -26,7 +26,8 @@ from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.inference.flags import add_arguments
 from utils.runs.find import find_export
-from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.config_flags import parse_experiment
 from utils.terminal.words import printable
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported

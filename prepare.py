@@ -25,14 +25,15 @@ from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import expand_home
 from utils.machine.signals import StopSignal
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment, place, script
-from utils.terminal.console import Terminal, print_to
+from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
+from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.streams import is_unicode
 from utils.terminal.words import counted, json_text, size
 
 if TYPE_CHECKING:  # arguments are parsed before numpy is imported
     from utils.corpora.datasets import Dataset
     from utils.preparation.pipeline import Outcome, Preparation
+    from utils.terminal.console import Terminal
 
 COMMANDS = {
     "list": "the datasets that there are",
@@ -138,6 +139,8 @@ def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
     if as_json:
         print(json_text(data, indent=2, ensure_ascii=not is_unicode(sys.stdout)))
     else:
+        from utils.terminal.console import Terminal, print_to
+
         console = Terminal().console
         for line in lines():
             print_to(console, line)
@@ -212,6 +215,7 @@ def target_of(name: str, folder: Path) -> Path:
 def make(order: Preparation, folder: Path) -> int:
     """Prepare the dataset and print what became of the documents; folder: of datasets."""
     from utils.preparation.pipeline import Outcome, prepare
+    from utils.terminal.console import Terminal
 
     terminal = Terminal()
 

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from utils.config.loader import LoadedConfig, flag_name
 from utils.errors import UserError, number_text
 from utils.runs.origin import without_foreign_places
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, numbers, parse_experiment, place, script
+from utils.terminal.cli import PROJECT_ROOT, Parser, numbers, place, script
+from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.training.launch import add_trust_flag
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported

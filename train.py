@@ -21,7 +21,8 @@ from utils.machine.process import tune_process
 from utils.machine.signals import Deadline
 from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
-from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
+from utils.terminal.cli import PROJECT_ROOT, Parser, script
+from utils.terminal.config_flags import parse_experiment
 from utils.terminal.streams import lasting_output
 from utils.training.launch import add_origin_flags, launches, note
 from utils.training.result import TrainResult

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -53,7 +53,7 @@ class Shape:
     block_size: int
     vocab_size: int
     tokens: int
-    limits: dict[str, float]
+    limits: dict[str, float] = field(default_factory=dict)
 
 
 SHAPES = {

@@ -22,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks import common
+from benchmarks.decode import Shape
 from utils.errors import UserError
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
@@ -69,18 +69,6 @@ done.set()
 sampler.join()
 print(json.dumps({"seconds": seconds, "anonymous": max(seen) - before}))
 """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A GPT-2, and how many tokens it generates."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    vocab_size: int
-    tokens: int
 
 
 SHAPES = {"small": Shape(2, 2, 32, 32, 65, 16), "gpt2": Shape(12, 12, 768, 1024, 50257, 24)}

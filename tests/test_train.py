@@ -19,7 +19,8 @@ from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.runs.log import read_metrics, read_records
 from utils.runs.run import read_record, read_status
-from utils.terminal.cli import Parser, parse_experiment
+from utils.terminal.cli import Parser
+from utils.terminal.config_flags import parse_experiment
 
 Argv = Callable[..., list[str]]
 TIMINGS = {"time", "tokens_per_second", "step_ms"}

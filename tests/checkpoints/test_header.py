@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from utils.checkpoints import files
 from utils.checkpoints import header as header_module
+from utils.checkpoints.crc32 import joined
 from utils.checkpoints.files import map_entries, map_tensors, read_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import HEADER_BYTES, TensorEntry, read_header
@@ -209,8 +210,12 @@ def test_a_length_that_lies_allocates_nothing(tmp_path: Path, length: int) -> No
     assert expected in result.stdout
 
 
-def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(tmp_path: Path) -> None:
+def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "READ_BYTES", 4096)
     tensors = {
+        "parts": torch.randn(3, 1001),  # read by two threads, in several pieces each
         "a": torch.randn(3, 1000),
         "b": torch.randn(7).bfloat16(),
         "none": torch.zeros(0),
@@ -222,7 +227,14 @@ def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(tmp_path: 
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values() if tensor.numel())
-    assert len(dict(read_tensors(tmp_path / "a.safetensors"))) == 4
+    with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
+        dict(read_tensors(tmp_path / "a.safetensors", crc32="00000000"))
+    assert len(dict(read_tensors(tmp_path / "a.safetensors"))) == 5
+    with (tmp_path / "a.safetensors").open("r+b") as file:  # in the part of the second thread
+        file.seek(-9000, 2)
+        file.write(b"?")
+    with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
+        dict(read_tensors(tmp_path / "a.safetensors", crc32=crc32))
 
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 22])
@@ -270,3 +282,9 @@ def test_torch_load_is_called_in_one_place_only() -> None:
         if re.search(r"\btorch\.load\(|\bpickle\.loads?\(|allow_pickle=True", path.read_text(encoding="utf-8"))
     ]
     assert calls == ["utils/formats/pickles.py"]
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (1, 1), (1000, 4097), (3, 1 << 20)])
+def test_the_checksum_of_parts_is_that_of_the_whole(lengths: tuple[int, int]) -> None:
+    first, second = (bytes(7 * place % 251 for place in range(length)) for length in lengths)
+    assert joined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)

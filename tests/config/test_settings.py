@@ -24,7 +24,8 @@ from utils.config.fields import (
     iter_fields,
     json_schema,
 )
-from utils.config.settings import Config, InferenceConfig, OptimizerConfig, TrainConfig, check_tag, warmup_steps
+from utils.config.settings import Config, InferenceConfig, OptimizerConfig, TrainConfig, warmup_steps
+from utils.config.tags import check_tag
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -176,7 +175,7 @@ def test_models_and_types_that_onnx_does_not_have_are_refused(
     assert [path.name for path in (made / "artifacts").iterdir()] == ["export"]
 
 
-@pytest.mark.parametrize(("format", "package"), [("hf", "transformers"), ("gguf", "llama_cpp")])
+@pytest.mark.parametrize(("format", "package"), [("hf", "transformers"), ("gguf", "xllamacpp")])
 def test_what_is_not_installed_is_said(
     format: str,
     package: str,
@@ -208,18 +207,23 @@ def test_what_is_no_export_or_lacks_its_run_is_refused(
     assert "--run RUN says which one it was made from" in capsys.readouterr().err
 
 
-if importlib.util.find_spec("llama_cpp") is not None:  # it is built from source, which takes half an hour
+LLAMA_CPP = [
+    *(("gpt2", "float32"), ("gpt2", "q8_0"), ("llama", "float16"), ("llama", "q8_0")),
+    *((family, "float32") for family in ("llama 3", "qwen2", "qwen3")),
+]
 
-    @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
-    @pytest.mark.parametrize("family", ["gpt2", "llama", "llama 3", "qwen2", "qwen3"])
-    def test_llama_cpp_and_we_agree(family: str, dtype: str, run: Callable[..., Path]) -> None:
-        settings: dict[str, dict[str, Any]] = {
-            "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True},
-            "llama": {"bias": True, "n_kv_head": 1},
-            "llama 3": {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 32},
-            "qwen2": {"qkv_bias": True},
-            "qwen3": {"qk_norm": True, "qk_norm_weights": True},
-        }
-        made = run(n_embd=64, n_head=2, **settings[family])
-        assert export(made, "--format", "gguf", "--dtype", dtype) == 0
-        assert read_json(made / "artifacts" / "gguf" / "certificate.json")["engines"][0]["engine"] == "llama.cpp"
+
+@pytest.mark.parametrize(("family", "dtype"), LLAMA_CPP)
+def test_llama_cpp_and_we_agree(family: str, dtype: str, run: Callable[..., Path]) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True},
+        "llama": {"bias": True, "n_kv_head": 1},
+        "llama 3": {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 32},
+        "qwen2": {"qkv_bias": True},
+        "qwen3": {"qk_norm": True, "qk_norm_weights": True},
+    }
+    made = run(n_embd=64, n_head=2, **settings[family])
+    assert export(made, "--format", "gguf", "--dtype", dtype) == 0
+    found = read_json(made / "artifacts" / "gguf" / "certificate.json")["engines"][0]
+    assert (found["engine"], found["agrees"]) == ("llama.cpp", True)
+    assert all(prompt["ids_equal"] for prompt in found["prompts"])

@@ -184,6 +184,7 @@ def model_folder(folder: Path, **changes: Any) -> Path:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "smollm 3": ({"architectures": ["SmolLM3ForCausalLM"]}, "architectures: expected one of GPT2LMHeadModel, "),
     "other family": ({"architectures": ["GPTNeoXForCausalLM"]}, "architectures: expected one of GPT2LMHeadModel, "),
     "own code": ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: expected none: the model brings its own code"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config: expected none: its weights are"),

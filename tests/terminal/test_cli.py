@@ -21,7 +21,8 @@ from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.machine.signals import StopSignal
-from utils.terminal.cli import Parser, add_config_flags, parse_experiment, script
+from utils.terminal.cli import Parser, script
+from utils.terminal.config_flags import add_config_flags, parse_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHES = [key for key in FIELDS if bool in (FIELDS[key].annotation, *getattr(FIELDS[key].annotation, "__args__", ()))]
@@ -241,10 +242,16 @@ def run_without(*argv: str, hidden: Sequence[str] = HEAVY) -> subprocess.Complet
 
 @pytest.mark.parametrize("name", ["train.py", "inference.py", "profile_model.py"])
 def test_help_needs_neither_torch_nor_trackers(name: str) -> None:
-    result = run_without(name, "--help")
+    result = run_without(name, "--help", hidden=(*HEAVY, "rich"))
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("usage: ")
     assert name in result.stdout
+
+
+@pytest.mark.parametrize("name", ["experiments.py", "evaluate.py", "weights.py"])  # their flags are not settings
+def test_help_of_other_scripts_needs_no_large_package(name: str) -> None:
+    result = run_without(name, "--help", hidden=("torch", "numpy", "pydantic", "rich", "yaml"))
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["train.py", "inference.py", "profile_model.py"])

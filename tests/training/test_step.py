@@ -21,7 +21,8 @@ OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.fixture
 def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Callable[[str], TrainState]:
     """A state before its first step."""
-    from utils.terminal.cli import Parser, parse_experiment
+    from utils.terminal.cli import Parser
+    from utils.terminal.config_flags import parse_experiment
     from utils.terminal.console import Terminal
     from utils.training.setup import make_setup
     from utils.training.state import build_state

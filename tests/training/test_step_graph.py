@@ -13,7 +13,8 @@ import utils.training.feed as feed
 import utils.training.step_graph as step_graph
 from utils.inference.static import StaticDecoders
 from utils.optim.schedules import apply_schedules
-from utils.terminal.cli import Parser, parse_experiment
+from utils.terminal.cli import Parser
+from utils.terminal.config_flags import parse_experiment
 from utils.terminal.console import Terminal
 from utils.training.evaluate import sample_text
 from utils.training.feed import Feed

@@ -20,12 +20,15 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from utils.checkpoints.crc32 import joined
 from utils.checkpoints.folder import (
     BASE_FILE,
     CHUNK_BYTES,
@@ -43,7 +46,8 @@ from utils.checkpoints.folder import (
 from utils.checkpoints.header import TensorEntry, header_of
 from utils.files import open_named, open_regular, sync_folder
 
-READ_BYTES = 1 << 22  # of one read: small enough for the caches, where the checksum finds it
+READ_BYTES = 1 << 20  # of one read: small enough for the caches, where the checksum finds it
+READERS = 2  # threads; most of their time goes into new pages of memory, see docs/LOG.md
 
 # https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -235,42 +239,58 @@ def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
 
 
-def read_tensors(path: Path, *, named: bool = False, crc32: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path, *, crc32: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a safetensors file in the order of their bytes, each in memory of its own.
 
-    One at a time: what the caller does not keep is freed, so a large file needs the memory of one tensor.
+    One at a time, by several threads: what the caller does not keep is freed, so a large file needs the memory of one
+    tensor.
 
     Args:
-        named: as for `map_tensors`.
         crc32: of the whole file, if it is known.
 
     Raises:
         CheckpointError: it is not a safetensors file; or, after the last tensor, has another checksum.
     """
     try:
-        with open_named(path) if named else open_regular(path) as file, ThreadPoolExecutor(1) as pool:
-            header = header_of(file)
-            position = min((entry.begin for entry in header.tensors.values()), default=os.fstat(file.fileno()).st_size)
-            file.seek(0)
-            checksum = pool.submit(zlib.crc32, file.read(position)) if crc32 is not None else None
+        with ExitStack() as stack:
+            files = [stack.enter_context(open_regular(path)) for _ in range(READERS)]
+            pool = stack.enter_context(ThreadPoolExecutor(READERS))
+            header = header_of(files[0])
+            size = os.fstat(files[0].fileno()).st_size
+            position = min((entry.begin for entry in header.tensors.values()), default=size)
+            files[0].seek(0)
+            checksum = zlib.crc32(files[0].read(position))
             for name, entry in header.tensors.items():
                 tensor = torch.empty(entry.shape, dtype=_dtype(name, entry))
                 memory = _memory(tensor)
-                for start in range(0, len(memory), READ_BYTES):
-                    chunk = memory[start : start + READ_BYTES]
-                    if file.readinto(chunk) < len(chunk):
-                        raise ValueError("it became shorter while it was read")
-                    if checksum is not None:  # of one chunk while the next is read
-                        checksum = pool.submit(zlib.crc32, chunk, checksum.result())
+                length = max(READ_BYTES, -(-len(memory) // READERS))  # of the part of each thread
+                parts = [memory[start : start + length] for start in range(0, len(memory), length)]
+                places = range(entry.begin, entry.begin + len(memory), length)
+                checksums = pool.map(partial(_read_part, check=crc32 is not None), files, parts, places)
+                for part, found in zip(parts, checksums, strict=True):
+                    checksum = joined(checksum, found, len(part))
                 yield name, tensor
-            if checksum is not None and f"{checksum.result():08x}" != crc32:
-                raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum.result():08x}, not {crc32}")
+            if crc32 is not None and f"{checksum:08x}" != crc32:
+                raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, not {crc32}")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _read_part(file: BinaryIO, memory: memoryview, place: int, check: bool) -> int:
+    """Fill memory with the bytes of a file from a place on; returns their CRC-32, or 0 without a check."""
+    file.seek(place)
+    checksum = 0
+    for start in range(0, len(memory), READ_BYTES):
+        chunk = memory[start : start + READ_BYTES]
+        if file.readinto(chunk) < len(chunk):
+            raise ValueError("it became shorter while it was read")
+        if check:  # while the bytes are in the caches
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def map_entries(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:

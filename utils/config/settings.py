@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from utils.config.tags import check_tag
 from utils.errors import nearest, number_text, shown
 from utils.files import expand_home
 
@@ -31,9 +32,6 @@ Kind = Literal["trajectory", "observation", "machine"]
 TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
 OBSERVATION: Kind = "observation"  # what is recorded of a run, how often, and how its model is used
 MACHINE: Kind = "machine"  # paths, limits of time, addresses
-
-TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
-RESERVED_TAGS = ("latest", "auto")
 
 
 class RuleError(ValueError):
@@ -667,15 +665,6 @@ class TrainConfig(Section):
             cause = "export_weights" if self.export_weights == "best" else "patience"
             raise RuleError(f"{cause} exports the best weights: keep_best must be on", "keep_best", cause)
         return self
-
-
-def check_tag(tag: str) -> str:
-    """Returns `tag`; raises ValueError unless it can be part of a folder name and of a command line."""
-    if not TAG_PATTERN.fullmatch(tag) or not tag.strip("."):
-        raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {shown(tag)}")
-    if tag in RESERVED_TAGS:
-        raise ValueError(f"the tag {shown(tag)} is reserved")
-    return tag
 
 
 Tag = Annotated[str, AfterValidator(check_tag)]

@@ -6,14 +6,16 @@ import argparse
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from utils.config.loader import ConfigLoader
 from utils.errors import UserError
 from utils.runs.find import resolve_run, resolve_runs
-from utils.runs.index import IndexedRun, read_index, read_run
 from utils.runs.run import RunError
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.commands import Commands, flag
+
+if TYPE_CHECKING:
+    from utils.runs.index import IndexedRun
 
 COMMANDS = Commands()
 command = COMMANDS.declare
@@ -31,8 +33,11 @@ METRIC = flag("--metric", default="val/loss", metavar="NAME", help="name in the 
 
 def runs_folder(args: argparse.Namespace) -> Path:
     """The folder of the runs: --runs-dir, or as configured."""
-    runs_dir = args.runs_dir or ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
-    return PROJECT_ROOT / runs_dir
+    if args.runs_dir:
+        return PROJECT_ROOT / args.runs_dir
+    from utils.config.loader import ConfigLoader  # a third of a second, which --help does not need
+
+    return PROJECT_ROOT / ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
 
 
 def run_path(args: argparse.Namespace) -> Path:
@@ -55,6 +60,8 @@ def named_run(text: str, runs_dir: Path) -> IndexedRun:
 
 def _named(text: str, runs_dir: Path) -> list[IndexedRun]:
     """What is known about each run that RUN names."""
+    from utils.runs.index import read_run
+
     try:
         return [read_run(Path(os.path.abspath(path))) for path in resolve_runs(text, runs_dir)]
     except RunError:
@@ -90,6 +97,7 @@ def all_named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]
     runs = [run for text in args.runs for run in _named(text, folder)]
     if args.where is not None:
         from utils.experiments.sql import choose_runs
+        from utils.runs.index import read_index
 
         runs = choose_runs(runs if args.runs else read_index(folder), args.where)
     return _at_least(least, runs, [*args.runs, *([f"--where {args.where}"] if args.where is not None else [])])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from utils.errors import UserError
-from utils.runs.index import read_run, seconds_of
 from utils.runs.layout import METRICS_LOG
 from utils.runs.log import RunLogError, read_records
 from utils.runs.metrics import NOT_METRICS, decode_number
@@ -79,6 +78,8 @@ def _read_curve(run: Path, metric: str) -> Curve:
 
 def _session_starts(run: Path) -> list[float]:
     """When the run was resumed, in seconds since the epoch."""
+    from utils.runs.index import read_run, seconds_of
+
     resumes = read_run(run).record.get("resumes") or []
     starts = (seconds_of(session.get("time")) for session in resumes)
     return [start for start in starts if start is not None]

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
-from utils.config.settings import check_tag, is_unicode
+from utils.config.settings import is_unicode
+from utils.config.tags import check_tag
 from utils.errors import UserError
 from utils.files import change_json, read_json
 from utils.runs.index import read_notes

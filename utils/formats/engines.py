@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import os
+import json
+import string
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -24,8 +26,10 @@ class Engine(Protocol):
     name: as people know it.
     package: as Python imports it.
     install: as pip knows it.
+    normalised: its logits are logarithms of probabilities; those that it does not give are -inf.
     """
 
+    normalised: ClassVar[bool] = False
     name: ClassVar[str]
     package: ClassVar[str]
     install: ClassVar[str]
@@ -89,39 +93,71 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 class LlamaCpp(Engine):
-    """llama.cpp, with a cache in float32."""
+    """llama.cpp by its server in this process, with a cache in float32.
 
-    name, package, install = "llama.cpp", "llama_cpp", "llama-cpp-python"
+    The package xllamacpp has wheels; llama-cpp-python is built from source (docs/LOG.md).
+    The server gives the logarithms of probabilities, of the likeliest tokens, before its sampling: one token that has a
+    text of its own is sampled by force, because the server leaves the numbers out where a text ends within a character.
+    """
+
+    name, package, install = "llama.cpp", "xllamacpp", "xllamacpp"
+    normalised = True
+    most = 1000  # tokens of which the logits are asked for
+    places = 4  # of a prompt: a request gives those of its last token only
 
     def __init__(self, folder: Path, context: int) -> None:
-        llama_cpp = importlib.import_module("llama_cpp")
-        self._model = llama_cpp.Llama(
-            str(folder / GGUF),
-            n_ctx=context,
-            n_batch=context,
-            n_threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            n_gpu_layers=0,
-            logits_all=True,
-            type_k=llama_cpp.GGML_TYPE_F32,
-            type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=False,
+        xllamacpp = importlib.import_module("xllamacpp")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(folder / GGUF)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = context, 1, 0, False
+        params.verbosity = -1
+        params.cpuparams.n_threads = 1  # its threads wait for each other in loops
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
+        self._server = xllamacpp.Server(params)
+        self._vocab_size = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
+        self._forced = next(ids[0] for text in string.printable if len(ids := self.encode(text)) == 1)
+
+    def _ask(self, path: str, content: Any = None) -> Any:
+        body = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(
+            self._server.listening_address + path, body, {"Content-Type": "application/json"}
         )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._model.tokenize(text.encode(), add_bos=False, special=False))
+        return list(self._ask("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"])
+
+    def _after(self, ids: Sequence[int]) -> torch.Tensor:
+        """(V,), -inf where it is not among the likeliest."""
+        found = self._server.handle_completions(
+            {
+                "prompt": list(ids),
+                "n_predict": 1,
+                "temperature": 0,
+                "n_probs": min(self.most, self._vocab_size),
+                "logit_bias": [[self._forced, 1e4]],
+                "cache_prompt": True,
+            }
+        )
+        logits = torch.full((self._vocab_size,), -torch.inf)
+        for token in found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            logits[token["id"]] = token["logprob"]
+        return logits
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        self._model.reset()
-        self._model.eval(list(ids))
-        return torch.from_numpy(np.array(self._model.scores[: len(ids)], dtype=np.float32))
+        found = torch.full((len(ids), self._vocab_size), -torch.inf)
+        for place in sorted({len(ids) * part // self.places - 1 for part in range(1, self.places + 1)} - {-1}):
+            found[place] = self._after(ids[: place + 1])
+        return found
 
     def next_logits(self, ids: Sequence[int], count: int) -> Iterator[torch.Tensor]:
-        logits = self.logits(ids)[-1]
-        for number in range(count):
+        ids = list(ids)
+        for _ in range(count):
+            logits = self._after(ids)
             yield logits
-            if number + 1 < count:
-                self._model.eval([int(logits.argmax())])
-                logits = torch.from_numpy(np.array(self._model.scores[len(ids) + number], dtype=np.float32))
+            ids.append(int(logits.argmax()))
 
 
 class OnnxRuntime(Engine):

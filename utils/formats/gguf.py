@@ -35,10 +35,12 @@ ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Mistra
 TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # and their numbers as types of whole files
 BLOCK = 32  # numbers of Q8_0 with one scale
 LOADING = """
-from llama_cpp import Llama
+import xllamacpp
 
-model = Llama("PATH/model.gguf", n_ctx=0)
-print(model.create_completion("The ", max_tokens=50)["choices"][0]["text"])
+params = xllamacpp.CommonParams()
+params.model.path = "PATH/model.gguf"
+server = xllamacpp.Server(params)
+print(server.handle_completions({"prompt": "The ", "max_tokens": 50})["choices"][0]["text"])
 """
 
 

@@ -114,7 +114,8 @@ def download(
 ) -> Found:
     """Download a model from the hub, into its cache or a folder, and compare the files with the hub's hashes.
 
-    What is here already is not fetched again, and a connection that breaks is taken up where it broke.
+    What is here already is not fetched again, and a connection that breaks is taken up where it broke. A file whose
+    download was killed starts again: huggingface_hub gives each process a partial file of its own.
 
     Raises:
         HubError: it cannot be reached, has no such model or does not give it; or a file has another hash.

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from utils.config.settings import TAG_PATTERN
+from utils.config.tags import TAG_PATTERN
 from utils.errors import UserError, nearest
 from utils.files import change_json, read_json
 from utils.runs.layout import MODELS

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.config.settings import check_tag
+from utils.config.tags import check_tag
 from utils.errors import UserError
 from utils.files import change_json, links_out, read_json, write_json
 from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, WANDB, fed_note
@@ -35,7 +35,6 @@ from utils.runs.lock import (
     is_held,
     wait_until_silent,
 )
-from utils.runs.record import wrong_fields
 
 SCHEMA_VERSION = 1
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
@@ -400,6 +399,8 @@ def read_record(path: Path) -> dict[str, Any]:
     if record.get("schema_version") != SCHEMA_VERSION:
         version = record.get("schema_version")
         raise RunError(f"{path / RECORD} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
+    from utils.runs.record import wrong_fields  # pydantic: a third of a second, which --help does not need
+
     if wrong := wrong_fields(record):
         raise RunError(f"{path / RECORD}: not as this workbench writes it: {', '.join(wrong)}")
     return record

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.terminal.cli import Parser, place
-from utils.terminal.console import Terminal, print_to
 from utils.terminal.streams import is_unicode
 from utils.terminal.words import json_text
 
@@ -78,6 +77,8 @@ class Command:
         if args.json:
             print(json_text(_as_json(answer.data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
             return answer.status
+        from utils.terminal.console import Terminal, print_to  # rich: a fifth of the time of --help
+
         console = Terminal().console
         for part in answer.render(console):
             print_to(console, part)

@@ -24,7 +24,8 @@ from utils.runs.origin import (
     without_foreign_places,
 )
 from utils.runs.run import read_record
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser
+from utils.terminal.cli import PROJECT_ROOT, Parser
+from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.words import printable
 
 WAIT_SECONDS = 60.0  # for a process that has stopped training to release its run directory

@@ -16,10 +16,10 @@ from utils.runs.find import resolve_run
 from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
 from utils.terminal.cli import PROJECT_ROOT
-from utils.terminal.console import Terminal
 from utils.terminal.words import bits_text, duration, fact_lines
 
 if TYPE_CHECKING:
+    from utils.terminal.console import Terminal
     from utils.training.setup import Setup
 
 PROMPT = "The "  # of the command that is printed
