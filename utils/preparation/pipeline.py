@@ -23,6 +23,7 @@ from utils.corpora.readers import Unit, units, where
 from utils.corpora.source_files import SourceFile, find_files
 from utils.corpora.sources import CorpusError
 from utils.errors import UserError
+from utils.packing.prepared import verify_shards
 from utils.preparation.documents import Documents, cut_single, load_documents
 from utils.preparation.encoding import training_sample
 from utils.preparation.order import Outcome, Preparation, versions
@@ -85,7 +86,7 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
             reason = f"{error.strerror}; what is done stays there, and the same command goes on with it"
             raise OSError(error.errno, reason, str(work.path)) from error
     dataset = read_dataset(order.target)
-    dataset.verify()  # so that the first start of training need not
+    verify_shards(dataset, tokenizer.vocab_size)  # so that the first start of training need not
     return dataset
 
 
