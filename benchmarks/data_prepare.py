@@ -156,7 +156,7 @@ def measured(source: Path, target: Path, kind: str, workers: int) -> tuple[float
     work = target.with_name(f".{target.name}.preparing")
     while process.poll() is None:
         sizes = [size for child in [process, *children(process)] if (size := anonymous(child.pid))]
-        used = sum(size - imports for size in sizes)
+        used = sum(max(size - imports, 0) for size in sizes)  # a process without the imports is smaller
         peak = max(peak, used)
         now = time.perf_counter()
         phase = "reading" if not (work / TOKENIZER_JSON).exists() else "encoding"

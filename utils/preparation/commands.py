@@ -136,5 +136,5 @@ def verify_dataset(dataset: Dataset) -> list[str]:
     return [
         f"{dataset.name}: {counted(count, 'file')} of shards, {size(total)}: all checksums are right",
         f"tokenizer.json is the one that the dataset was made with ({dataset.tokenizer_hash[:16]})",
-        "every document begins with the end-of-text token, and every token is in the vocabulary",
+        "every document begins with end-of-text, and every token is in the vocabulary",
     ]
