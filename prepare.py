@@ -123,7 +123,7 @@ def answer(argv: Sequence[str]) -> int:
 
     from utils.preparation import commands
 
-    folder = args.datasets_dir or datasets_folder(ConfigLoader(PROJECT_ROOT).load().config)
+    folder = PROJECT_ROOT / (args.datasets_dir or ConfigLoader(PROJECT_ROOT).load().config.data.datasets_dir)
     if name == "list":
         rows = commands.list_datasets(folder)
         return shown(args.json, rows, lambda: commands.list_lines(rows, folder))
