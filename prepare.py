@@ -32,7 +32,7 @@ from utils.terminal.words import counted, json_text, size
 
 if TYPE_CHECKING:  # arguments are parsed before numpy is imported
     from utils.corpora.datasets import Dataset
-    from utils.preparation.pipeline import Outcome, Preparation
+    from utils.preparation.order import Outcome, Preparation
     from utils.terminal.console import Terminal
 
 COMMANDS = {
@@ -124,7 +124,7 @@ def answer(argv: Sequence[str]) -> int:
 
     from utils.preparation import commands
 
-    folder = args.datasets_dir or datasets_folder(ConfigLoader(PROJECT_ROOT).load().config)
+    folder = PROJECT_ROOT / (args.datasets_dir or ConfigLoader(PROJECT_ROOT).load().config.data.datasets_dir)
     if name == "list":
         rows = commands.list_datasets(folder)
         return shown(args.json, rows, lambda: commands.list_lines(rows, folder))
@@ -171,7 +171,7 @@ def order_of(arguments: ExperimentArguments) -> Preparation:
 
     from utils.corpora.cleaning import load_pipeline
     from utils.corpora.readers import Reading
-    from utils.preparation.pipeline import Preparation
+    from utils.preparation.order import Preparation
 
     corpora_dir = str(PROJECT_ROOT / config.data.corpora_dir)
     return Preparation(
@@ -214,7 +214,8 @@ def target_of(name: str, folder: Path) -> Path:
 
 def make(order: Preparation, folder: Path) -> int:
     """Prepare the dataset and print what became of the documents; folder: of datasets."""
-    from utils.preparation.pipeline import Outcome, prepare
+    from utils.preparation.order import Outcome
+    from utils.preparation.pipeline import prepare
     from utils.terminal.console import Terminal
 
     terminal = Terminal()

@@ -8,7 +8,8 @@ python -m benchmarks.data_prepare              # speed and memory of prepare.py,
 
 Each kind encodes a generated text into a token file's ids; NumPy alone (a table of code points, or the bytes) and the
 packages tokenizers and tiktoken alone do the same from the lines of the text, on the same cores. With --gpt2 FOLDER,
-which has GPT-2's vocab.bpe and encoder.json, 10,000 random texts must also have the ids that both packages give.
+which has GPT-2's vocab.bpe and encoder.json, 10,000 random texts must also have the ids that tiktoken, tokenizers and
+transformers give.
 
 A second table has what a start and a batch cost with a prepared dataset of generated tokens (--prepared-megabytes).
 """
@@ -63,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
     if args.gpt2:
         os.environ["WORKBENCH_DATA"] = str(args.gpt2)
         if different := differing_ids(args.gpt2, 10_000):
-            raise UserError(f"gpt2: other ids than tiktoken and tokenizers for {different[0]!r}")
-        terminal.print("gpt2: the ids of tiktoken and tokenizers on 10,000 random texts")
+            raise UserError(f"gpt2: other ids than tiktoken, tokenizers or transformers for {different[0]!r}")
+        terminal.print("gpt2: the ids of tiktoken, tokenizers and transformers on 10,000 random texts")
     text = generated_text(args.megabytes * 1_000_000)
     table = Table(title=f"Encoding {args.megabytes} MB", title_justify="left", title_style="bold")
     table.add_column("tokenizer", style="cyan")
@@ -164,7 +165,11 @@ def generated_text(size: int) -> str:
 
 
 def differing_ids(folder: Path, count: int) -> list[str]:
-    """Random texts for which `gpt2` gives other ids than tiktoken or tokenizers do."""
+    """Random texts for which `gpt2` gives other ids than tiktoken, tokenizers or transformers do.
+
+    Raises:
+        UserError: transformers is missing.
+    """
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
@@ -181,6 +186,11 @@ def differing_ids(folder: Path, count: int) -> list[str]:
     )
     library = Library(models.BPE.from_file(files[1], files[0]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    try:
+        from transformers import GPT2Tokenizer  # since version 5 the same class as GPT2TokenizerFast
+    except ImportError:
+        raise UserError("the package transformers is missing: pip install -r requirements-bench.txt") from None
+    of_transformers = GPT2Tokenizer(vocab=files[1], merges=files[0])
     generator = random.Random(0)
     texts = []
     for _ in range(count):
@@ -190,7 +200,12 @@ def differing_ids(folder: Path, count: int) -> list[str]:
         texts.append(
             "".join(chr(generator.randrange(*generator.choice(ranges))) for _ in range(generator.randint(1, 60)))
         )
-    return [text for text in texts if not ours.encode(text) == theirs.encode_ordinary(text) == library.encode(text).ids]
+
+    def agree(text: str) -> bool:
+        ids = ours.encode(text)
+        return ids == theirs.encode_ordinary(text) == library.encode(text).ids == of_transformers.encode(text)
+
+    return [text for text in texts if not agree(text)]
 
 
 if __name__ == "__main__":

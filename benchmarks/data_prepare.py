@@ -37,7 +37,9 @@ from utils.corpora.datasets import TOKENIZER_JSON, VERIFIED_JSON
 from utils.corpora.readers import units
 from utils.corpora.source_files import find_files
 from utils.errors import UserError
-from utils.preparation.pipeline import Preparation, decide, encode_all, learned, read_all
+from utils.preparation.order import Preparation
+from utils.preparation.pipeline import decide, learned, read_all
+from utils.preparation.shards import write_shards
 from utils.preparation.work import work_folder
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
@@ -154,7 +156,7 @@ def measured(source: Path, target: Path, kind: str, workers: int) -> tuple[float
     work = target.with_name(f".{target.name}.preparing")
     while process.poll() is None:
         sizes = [size for child in [process, *children(process)] if (size := anonymous(child.pid))]
-        used = sum(size - imports for size in sizes)
+        used = sum(max(size - imports, 0) for size in sizes)  # a process without the imports is smaller
         peak = max(peak, used)
         now = time.perf_counter()
         phase = "reading" if not (work / TOKENIZER_JSON).exists() else "encoding"
@@ -207,8 +209,9 @@ def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: in
         decide(order, outcome, work, quiet)
         fixed = build_tokenizer(config, ()) if not tokenizer_class(config).learns else None
         tokenizer = learned(order, work, outcome, fixed, quiet)
-        assert outcome.documents is not None
-        text = "".join(part.text.read_text(encoding="utf-8") for part in outcome.documents.parts)
+        documents = outcome.documents
+        assert documents is not None
+        text = "".join(part.text.read_text(encoding="utf-8") for part in documents.parts)
         alone = ALONE[kind](tokenizer)
 
         def ours() -> float:
@@ -216,7 +219,7 @@ def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: in
             shutil.rmtree(work.tokens)
             work.dataset.mkdir()
             work.tokens.mkdir()
-            return processor_seconds(lambda: encode_all(order, work, outcome, tokenizer, quiet))
+            return processor_seconds(lambda: write_shards(documents, work, tokenizer, workers, quiet))
 
         seconds = interleaved({"ours": ours, "alone": lambda: processor_seconds(lambda: alone(text))}, repeats)
         work.delete()

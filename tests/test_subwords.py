@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import tokenizer as module
+from benchmarks.data import differing_ids
 from tokenizer import (
     BpeTokenizer,
     ByteTokenizer,
@@ -224,6 +226,15 @@ def test_gpt2_ids_are_those_of_tiktoken_and_tokenizers(gpt2: Gpt2Tokenizer) -> N
         assert ids == theirs.encode_ordinary(text), repr(text)
         assert ids == library.encode(text).ids, repr(text)
     assert theirs.decode(gpt2.encode(CORPUS)) == CORPUS
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("transformers")
+def test_gpt2_ids_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT2_TEXTS in the environment asks for more of them; `benchmarks.data --gpt2` compares 10,000."""
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("WORKBENCH_DATA", str(GPT2_FILES))
+    assert differing_ids(GPT2_FILES, int(os.environ.get("GPT2_TEXTS", "300"))) == []
 
 
 def tokenizer_json(pairs: bool) -> str:

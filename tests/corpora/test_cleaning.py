@@ -305,6 +305,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_report_counts_and_shows_the_first_three() -> None:
     report = CleaningReport(SHIPPED)
+    assert "- boilerplate_lines (14 phrases, max_characters 200): nothing found" in report.lines()  # not all of them
     texts = [TEXTS["address"], *(f"short {number}" for number in range(5)), TEXTS["web page"], STORY, STORY]
     for text in texts:
         report.add(SHIPPED.apply(text))

@@ -15,10 +15,12 @@ from data import BatchSampler, Corpus, load_corpus
 from tests.small_dataset import TEXTS, VALIDATION, write_dataset
 from tokenizer import CharTokenizer, Tokenizer
 from utils.config.settings import DataConfig
-from utils.corpora.datasets import DatasetError
+from utils.corpora.datasets import DatasetError, read_dataset
 from utils.corpora.sources import CorpusError
 from utils.errors import UserError
+from utils.evaluation.texts import named_data
 from utils.nn.targets import IGNORED
+from utils.preparation.commands import verify_dataset
 
 CPU = torch.device("cpu")
 T = 32
@@ -168,6 +170,7 @@ MISTAKES: list[tuple[Callable[[Path], object], dict[str, Any], str]] = [
     (lambda folder: (folder / "val_00000.ends").unlink(), {}, r"val_00000\.ends: cannot be read"),
     (lambda folder: (folder / "dataset.json").unlink(), {}, r"small: no dataset\.json: .* not prepared to its end"),
     (lambda folder: CharTokenizer("\0a").save(folder / "tokenizer.json"), {}, "not the tokenizer that the dataset was"),
+    (lambda folder: replace(read_dataset(folder), end_of_text=300).save(), {}, r"its end_of_text is token 300"),
     (lambda folder: None, {"tokenizer": "bpe"}, r"prepared with tokenizer byte, 256 tokens, not bpe"),
     (lambda folder: None, {"block_size": 5000}, r"small: too short: its training split has .* needs at least 5,001"),
 ]  # fmt: skip
@@ -189,8 +192,13 @@ def test_ids_beyond_the_vocabulary_are_found(tmp_path: Path) -> None:
     small = CharTokenizer("\0ab")
     small.save(dataset.folder / "tokenizer.json")
     replace(dataset, tokenizer_hash=small.hash()).save()
-    with pytest.raises(DatasetError, match=r"d/train_00000\.bin: token id 3 is beyond the vocabulary of 3 tokens"):
-        load(tmp_path / "d")
+    for read in (
+        lambda: verify_dataset(read_dataset(dataset.folder)),
+        lambda: named_data(str(dataset.folder), DataConfig(), tmp_path),
+        lambda: load(dataset.folder),
+    ):
+        with pytest.raises(DatasetError, match=r"d/train_00000\.bin: token id 3 is beyond the vocabulary of 3 tokens"):
+            read()
 
 
 def test_a_model_keeps_its_tokenizer(folder: Path) -> None:

@@ -26,7 +26,7 @@ from utils.corpora import readers
 from utils.corpora.datasets import VERIFIED_JSON, Dataset, read_dataset
 from utils.corpora.source_files import SourceFile
 from utils.files import read_json
-from utils.preparation import encoding, pipeline, reading, workers
+from utils.preparation import encoding, pipeline, reading, shards, workers
 from utils.preparation.work import work_folder
 
 TEXTS = [f"document {i}: the quick brown fox jumps über {i * i % 97} lazy dogs 😀\n" * (i % 7 + 1) for i in range(200)]
@@ -50,7 +50,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "UNIT_BYTES", 3000)
     monkeypatch.setattr(encoding, "JOB_BYTES", 1500)
     monkeypatch.setattr(encoding, "BATCH", 500)
-    monkeypatch.setattr(pipeline, "SHARD_TOKENS", 5000)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 5000)
     monkeypatch.setattr(readers, "LONG", 2000)
 
 
@@ -557,7 +557,7 @@ def test_a_full_disk_is_one_line_and_the_parts_stay(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.ShardWriter, "add_all", full)
+        patch.setattr(shards.ShardWriter, "add_all", full)
         assert run(source) == 1
     assert re.search(
         r"error: .*/\.mine\.preparing: No space left on device; what is done stays there", error_of(capsys)

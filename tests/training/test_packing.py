@@ -12,9 +12,8 @@ import torch
 from model import LanguageModel
 from tests.small_dataset import write_dataset
 from utils.inference.evaluation import BatchLoss, estimate_loss
-from utils.nn.cross_entropy import IGNORED
 from utils.nn.targets import IGNORED
-from utils.terminal.cli import Parser, parse_experiment
+from utils.terminal.cli import Parser
 from utils.terminal.config_flags import parse_experiment
 from utils.terminal.console import Terminal
 from utils.training.feed import Feed

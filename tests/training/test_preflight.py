@@ -12,8 +12,10 @@ import torch
 from fake_runs import indexed
 
 import train
+from tests.small_dataset import write_dataset
 from utils.config.fields import config_hash
 from utils.config.loader import ConfigLoader, LoadedConfig
+from utils.errors import UserError
 from utils.runs.code import GitFacts
 from utils.runs.index import IndexedRun
 from utils.runs.origin import pin
@@ -57,6 +59,23 @@ def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfi
     assert findings(load(aim_logging=True), tmp_path, GitFacts(problem="not a git repository")) == [
         "the code is not recorded: not a git repository"
     ]
+
+
+def test_a_prepared_dataset_has_its_tokenizer_and_its_split(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "datasets" / "small", kind="bpe", bpe_vocab_size=300)
+    made = {"bpe_vocab_size": 300, "special_tokens": [], "unknown_token": None, "val_fraction": 0.2}
+    replace(dataset, facts={"settings": made}).save()
+
+    def found(**asked: str) -> list[str]:
+        return findings(load(dataset="small", aim_logging=True, **asked), tmp_path, CLEAN)
+
+    assert found(bpe_vocab_size="300", tokenizer="bpe") == []  # as it was prepared
+    assert found(bpe_vocab_size="4096", val_fraction="0.1") == [  # also where that is the default
+        "--bpe-vocab-size: bpe_vocab_size has no effect: the prepared dataset has its own: 300",
+        "--val-fraction: val_fraction has no effect: the prepared dataset has its own: 0.2",
+    ]
+    with pytest.raises(UserError, match="prepared with tokenizer bpe, 300 tokens, not char: leave --tokenizer out"):
+        found(tokenizer="char")
 
 
 def test_settings_without_effect_are_reported_with_their_place(

@@ -20,6 +20,7 @@ from utils.errors import SHOWN, cut, nearest, shown
 from utils.terminal.words import counted, setting_text
 
 EXAMPLES = 3  # of each step, in a report
+SHOWN_VALUES = 5  # of a list of thresholds, in a report for people
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class CleaningReport:
         """The same as a list in Markdown."""
         lines = []
         for step in self.to_json():
-            settings = ", ".join(f"{key} {setting_text(value)}" for key, value in step["settings"].items())
+            settings = ", ".join(_threshold(key, value) for key, value in step["settings"].items())
             found = []
             if step["documents_removed"]:
                 found.append(f"{counted(step['documents_removed'], 'document')} removed")
@@ -210,3 +211,9 @@ class CleaningReport:
             lines.append(f"- {title}: {', '.join(found) or 'nothing found'}")
             lines += [f"    - `{example.replace('`', chr(39))}`" for example in step["examples"]]
         return lines
+
+
+def _threshold(key: str, value: Any) -> str:
+    """A threshold as people read it; of a long list the length (dataset.json has all of it)."""
+    many = isinstance(value, list) and len(value) > SHOWN_VALUES
+    return f"{len(value)} {key}" if many else f"{key} {setting_text(value)}"

@@ -92,6 +92,15 @@ def scores_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) ->
             bits = f"{record['bits_per_byte_without_leaks']:.4f}"
             table.add_row(Text("  without leaks", style="dim"), "", "", f"{loss:.4f}", f"{perplexity(loss):.4f}", bits)
     yield table
-    windows = dict.fromkeys(f"{record['block_size']:,} tokens, advancing by {record['stride']:,}" for record in records)
-    yield Text(f"each token is predicted once, in windows of {'; '.join(windows)}", style="dim")
+    yield from (Text(line, style="dim") for line in window_lines(names, records))
     yield from (Text(note, style="yellow") for note in notes)
+
+
+def window_lines(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The windows of all runs, or those of each where they differ."""
+    windows = [f"{record['block_size']:,} tokens, advancing by {record['stride']:,}" for record in records]
+    if len(set(windows)) == 1:
+        yield f"each token is predicted once, in windows of {windows[0]}"
+        return
+    yield "each token is predicted once, in windows of"
+    yield from (f"  {window}: {one_line(name)}" for name, window in zip(names, windows, strict=True))

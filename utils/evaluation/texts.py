@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.evaluation.weights import Trained
 from utils.inference.scoring import Score, score_tokens, text_tokens
 from utils.packing.joined import Joined
-from utils.packing.prepared import Prepared
+from utils.packing.prepared import Prepared, verify_shards
 from utils.preparation.arithmetic import with_problems
 from utils.runs.find import moved_path
 
@@ -147,8 +147,9 @@ def named_data(data: str, config: DataConfig, root: Path) -> Data:
     name = data if data in NAMES else Path(data).name or data
     if data not in NAMES and (folder := find_dataset(data, datasets_dir)) is not None:
         dataset = read_dataset(folder)
-        dataset.verify()
         prepared = Prepared(dataset, load_tokenizer(dataset.tokenizer_path), "random", corpora_dir)
+        verify_shards(dataset, prepared.tokenizer.vocab_size)
+        prepared.check_end_of_text("val")
         return ValidationDocuments(f"val of {dataset.name}", prepared)
     return Text(name, find_source(data, corpora_dir, dataset_names(datasets_dir)).read())
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
 from utils.config.settings import DataConfig
-from utils.corpora.datasets import Dataset, DatasetError, read_dataset
+from utils.corpora.datasets import DATASET_JSON, TYPES, Dataset, DatasetError, read_dataset
 from utils.nn.targets import IGNORED
 from utils.packing.documents import Documents, Marked
 from utils.packing.joined import Joined
@@ -21,8 +21,8 @@ from utils.packing.plan import VERSION, Plan, best_fit, load_plan
 from utils.packing.rows import Layout, Packed, Rows, Single
 from utils.terminal.words import counted
 
+AT_ONCE = 1 << 22  # ids of a shard that are looked at together
 LOOKED_AT = 256  # rows in which loss_after is looked for
-AT_ONCE = 1 << 24  # ids of a shard that are looked at together
 MANY_LEAKS = 0.01  # of the documents of validation
 
 
@@ -77,6 +77,16 @@ class Prepared:
         if plan is None:
             plan = self._made[path] = best_fit(documents.lengths(), block_size)
         return Packed(plan, block_size)
+
+    def check_end_of_text(self, split: str) -> None:
+        """Raises DatasetError unless the first document begins with the token that dataset.json says."""
+        tokens = self.documents[split].tokens
+        first = int(tokens.take(np.zeros(1, dtype=np.int64))[0]) if len(tokens) else self.dataset.end_of_text
+        if first != self.dataset.end_of_text:
+            raise DatasetError(
+                f"{self.dataset.folder / DATASET_JSON}: its end_of_text is token {self.dataset.end_of_text:,}, but a "
+                f"document in {split} begins with token {first:,}"
+            )
 
     def save_plans(self) -> Joined:
         """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
@@ -141,17 +151,15 @@ def open_prepared(
     own = load_tokenizer(dataset.tokenizer_path)
     if own.hash() != dataset.tokenizer_hash:
         raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was prepared with")
-    made = f"{folder}: it was prepared with tokenizer {own.kind}, {own.vocab_size:,} tokens"
     if tokenizer is not None and tokenizer.hash() != dataset.tokenizer_hash:
-        raise DatasetError(f"{made}; the model has another one: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
-    kind, _, path = config.tokenizer.partition(":")
-    fits = kind in (own.kind, DataConfig().tokenizer)
-    if fits and path and os.path.exists(os.path.expanduser(path)):  # else the copy in the dataset is the only one
-        fits = build_tokenizer(config, ()).hash() == dataset.tokenizer_hash
-    if not fits:
-        raise DatasetError(f"{made}, not {config.tokenizer}: leave --tokenizer out, or prepare the text again with it")
+        raise DatasetError(
+            f"{folder}: it was prepared with tokenizer {own.kind}, {own.vocab_size:,} tokens; the model has another "
+            f"one: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
+        )
+    if config.tokenizer != DataConfig().tokenizer:  # otherwise only the source of the setting says if it is asked for
+        check_made_with(dataset, own, config)
     own = tokenizer or own  # of the same hash, with as many ids as the model has rows
-    dataset.verify(look=functools.partial(_check_file, dataset, own.vocab_size))
+    verify_shards(dataset, own.vocab_size)
     try:
         loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
     except TokenizerError:
@@ -160,6 +168,7 @@ def open_prepared(
         ) from None
     prepared = Prepared(dataset, own, config.packing, plans, loss_after)
     for split, name in (("train", "training"), ("val", "validation")):
+        prepared.check_end_of_text(split)
         length, needed = len(prepared.documents[split].tokens), block_size + 1
         if config.packing == "random" and length < needed:
             raise DatasetError(
@@ -179,16 +188,41 @@ def open_prepared(
     return prepared
 
 
+def verify_shards(dataset: Dataset, vocab_size: int, thorough: bool = False) -> None:
+    """Compare shards with their checksums, and their ids with the vocabulary: those that `Dataset.verify` looks at.
+
+    Raises:
+        DatasetError: a shard is missing, was edited, or has ids beyond the vocabulary; the message names it.
+    """
+
+    def look(path: Path) -> None:
+        if path.suffix == ".bin" and path.stat().st_size:
+            ids = np.memmap(path, dtype=f"<u{TYPES[dataset.dtype]}", mode="r")
+            largest = max(int(ids[first : first + AT_ONCE].max()) for first in range(0, len(ids), AT_ONCE))
+            if largest >= vocab_size:
+                raise DatasetError(f"{path}: token id {largest:,} is beyond the vocabulary of {vocab_size:,} tokens")
+
+    dataset.verify(thorough, look)
+
+
+def check_made_with(dataset: Dataset, own: Tokenizer, config: DataConfig) -> None:
+    """Raises DatasetError unless a dataset was prepared with the tokenizer that `config` asks for.
+
+    Args:
+        own: the tokenizer of the dataset.
+    """
+    kind, _, path = config.tokenizer.partition(":")
+    fits = kind == own.kind
+    if fits and path and os.path.exists(os.path.expanduser(path)):  # else the copy in the dataset is the only one
+        fits = build_tokenizer(config, ()).hash() == dataset.tokenizer_hash
+    if not fits:
+        raise DatasetError(
+            f"{dataset.folder}: it was prepared with tokenizer {own.kind}, {own.vocab_size:,} tokens, not "
+            f"{config.tokenizer}: leave --tokenizer out, or prepare the text again with it"
+        )
+
+
 def _has_targets(rows: Rows) -> bool:
     """Whether a target counts in the first rows."""
     _, targets = rows.batch(rows.places(np.arange(min(len(rows), LOOKED_AT))))
     return bool((targets != IGNORED).any())
-
-
-def _check_file(dataset: Dataset, vocab_size: int, path: Path) -> None:
-    """Raises DatasetError if a token file has ids beyond the vocabulary."""
-    if path.suffix == ".bin" and path.stat().st_size:
-        ids = np.memmap(path, dtype=np.dtype(dataset.dtype).newbyteorder("<"), mode="r")
-        largest = max(int(ids[first : first + AT_ONCE].max()) for first in range(0, len(ids), AT_ONCE))
-        if largest >= vocab_size:
-            raise DatasetError(f"{path}: token id {largest:,} is beyond the vocabulary of {vocab_size:,} tokens")

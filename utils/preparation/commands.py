@@ -13,11 +13,10 @@ from tokenizer import load_tokenizer
 from utils.corpora.datasets import TYPES, Dataset, DatasetError, find_dataset, is_dataset, read_dataset
 from utils.errors import UserError, nearest
 from utils.files import read_json, read_text, size_of
+from utils.packing.prepared import verify_shards
 from utils.preparation.report import CARD, REPORT
 from utils.preparation.work import is_being_prepared
 from utils.terminal.words import counted, size
-
-CHUNK = 1 << 22  # token ids that are looked at together
 
 
 def work_folders(folder: Path) -> list[tuple[str, Path]]:
@@ -120,11 +119,11 @@ def verify_dataset(dataset: Dataset) -> list[str]:
     Raises:
         DatasetError: what is wrong with it.
     """
-    dataset.verify(thorough=True)
-    count, total = sum(1 for _ in dataset.files()), sum(size for _, size, _ in dataset.files())
     tokenizer = load_tokenizer(dataset.tokenizer_path)
     if tokenizer.hash() != dataset.tokenizer_hash:
         raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was made with")
+    verify_shards(dataset, tokenizer.vocab_size, thorough=True)
+    count, total = sum(1 for _ in dataset.files()), sum(size for _, size, _ in dataset.files())
     for split in dataset.splits.values():
         for shard in split.shards:
             ids = np.memmap(dataset.path(shard), dtype=f"<u{TYPES[dataset.dtype]}", mode="r")
@@ -134,13 +133,8 @@ def verify_dataset(dataset: Dataset) -> list[str]:
                 raise DatasetError(f"{dataset.path(shard, 'ends')}: the documents do not cover the shard")
             if (ids[begins] != dataset.end_of_text).any():
                 raise DatasetError(f"{dataset.path(shard)}: a document does not begin with the end-of-text token")
-            for start in range(0, len(ids), CHUNK):
-                if (largest := int(ids[start : start + CHUNK].max())) >= tokenizer.vocab_size:
-                    raise DatasetError(
-                        f"{dataset.path(shard)}: token {largest} is outside the vocabulary of {tokenizer.vocab_size:,}"
-                    )
     return [
         f"{dataset.name}: {counted(count, 'file')} of shards, {size(total)}: all checksums are right",
         f"tokenizer.json is the one that the dataset was made with ({dataset.tokenizer_hash[:16]})",
-        "every document begins with the end-of-text token, and every token is in the vocabulary",
+        "every document begins with end-of-text, and every token is in the vocabulary",
     ]

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tokenizer import (
     TRAINING_CHARACTERS,
@@ -22,152 +17,26 @@ from tokenizer import (
     tokenizer_class,
 )
 from utils.config.settings import DataConfig
-from utils.corpora.cleaning import Cleaned, CleaningReport, Pipeline
-from utils.corpora.datasets import Dataset, Shard, ShardWriter, Split, is_dataset, read_dataset
-from utils.corpora.readers import Reading, Unit, units, where
+from utils.corpora.cleaning import Cleaned, CleaningReport
+from utils.corpora.datasets import Dataset, Split, is_dataset, read_dataset
+from utils.corpora.readers import Unit, units, where
 from utils.corpora.source_files import SourceFile, find_files
 from utils.corpora.sources import CorpusError
 from utils.errors import UserError
+from utils.packing.prepared import verify_shards
 from utils.preparation.documents import Documents, cut_single, load_documents
-from utils.preparation.encoding import EncodeJob, encode, encode_jobs, training_sample
+from utils.preparation.encoding import training_sample
+from utils.preparation.order import Outcome, Preparation, versions
 from utils.preparation.reading import EXAMPLES, Part, ReadJob, effects, finished_part, read_unit
 from utils.preparation.report import write_report
+from utils.preparation.shards import type_of_ids, write_shards
 from utils.preparation.work import WorkFolder, work_folder
 from utils.preparation.workers import in_order
 from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
 from utils.terminal.words import counted, one_line
 
-SHARD_TOKENS = 1 << 27  # from which a shard is full
-FORMAT = 1  # of the parts in the work folder, and of what the passes make of a text
 END_OF_TEXT = "\0"  # the character that stands for it where tokens are characters
-VERSIONS = ("numpy", "tokenizers", "tiktoken")  # packages that decide about ids
-SETTINGS = ("tokenizer", "bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What is asked for.
-
-    target: the folder of the dataset.
-    config: its tokenizer, and the share of validation.
-    tolerated: how many records without a text may be left out.
-    leaks: whether to look for documents for validation that nearly equal one for training.
-    notes: what a person says of the dataset: `licence`, `origin`.
-    replace: a dataset of this name may be replaced.
-    """
-
-    sources: Sequence[str]
-    target: Path
-    config: DataConfig
-    reading: Reading = field(default_factory=Reading)
-    tolerated: int = 0
-    pipeline: Pipeline | None = None
-    leaks: bool = True
-    workers: int = 1
-    notes: dict[str, str] = field(default_factory=dict)
-    replace: bool = False
-    dry_run: bool = False
-
-    @property
-    def work_target(self) -> Path:
-        """The dataset whose work folder is used: a dry run has its own."""
-        return self.target.with_name(f"{self.target.name}.dry") if self.dry_run else self.target
-
-    @property
-    def fingerprints(self) -> bool:
-        return self.leaks or self.threshold is not None or self.exact
-
-    @property
-    def exact(self) -> bool:
-        return self.pipeline is not None and self.pipeline.exact_duplicates
-
-    @property
-    def threshold(self) -> float | None:
-        return self.pipeline.near_duplicates if self.pipeline is not None else None
-
-    def settings(self) -> dict[str, Any]:
-        """All that decides what becomes of the sources."""
-        values = self.config.model_dump(mode="json", include=set(SETTINGS))
-        reading = {key: value for key, value in asdict(self.reading).items() if key != "corpora_dir"}
-        return {**values, **reading, "tolerated": self.tolerated, "leaks": self.leaks}
-
-    def plan(self, files: Sequence[SourceFile], tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """Equal for two preparations that make the same dataset, as far as can be told without reading the files."""
-        return {
-            "format": FORMAT,
-            "settings": self.settings(),
-            "notes": self.notes,
-            "cleaning": [] if self.pipeline is None else self.pipeline.to_json(),
-            "tokenizer_hash": None if tokenizer is None else tokenizer.hash(),
-            "sources": [[file.path, file.bytes] for file in files],
-            "versions": versions(),
-        }
-
-
-@dataclass
-class Outcome:
-    """What became of the documents: for the report.
-
-    parts: of the first pass. bases: records of its file that lie before each part.
-    left_out: reason -> number of records, and the first places.
-    duplicates: documents that repeat an earlier one. single: whether one text was split by position.
-    """
-
-    files: Sequence[SourceFile]
-    parts: list[Part] = field(default_factory=list)
-    bases: list[int] = field(default_factory=list)
-    cleaning: CleaningReport | None = None
-    duplicates: int = 0
-    single: bool = False
-    documents: Documents | None = None
-    left_out: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
-
-    def place(self, order: Preparation, number: int) -> str:
-        """Where a document comes from."""
-        assert self.documents is not None
-        part, index = self.documents.place(number)
-        row = part.documents[index]
-        return where(self.files[row["source"]], order.reading, int(row["record"]))
-
-    def summary(self, order: Preparation) -> dict[str, Any]:
-        """The content of report.json, as far as it does not depend on tokens."""
-        assert self.documents is not None
-        train, val = self.documents.kept(False), self.documents.kept(True)
-        pairs = list(self.documents.leaks.items())
-        return {
-            "sources": [{"path": file.path, "kind": file.kind, "bytes": file.bytes} for file in self.files],
-            "documents_read": sum(part.found for part in self.parts),
-            "documents_kept": 1 if self.single else len(train) + len(val),
-            "split": "by position" if self.single else "by the hash of each document",
-            "left_out": {
-                reason: {"count": count, "examples": examples[:EXAMPLES]}
-                for reason, (count, examples) in self.left_out.items()
-            },
-            "cleaning": [] if self.cleaning is None else self.cleaning.to_json(),
-            "duplicates": self.duplicates,
-            "leaks": {
-                "looked_for": order.leaks and not self.single,
-                "documents": len(pairs),
-                "share": len(pairs) / len(val) if len(val) else 0.0,
-                "examples": [
-                    {"val": self.place(order, int(val[a])), "train": self.place(order, int(train[b]))}
-                    for a, b in pairs[:EXAMPLES]
-                ],
-            },
-            "notes": order.notes,
-        }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide about ids."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
@@ -204,7 +73,8 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
                 work.delete()
                 return outcome
             tokenizer = learned(order, work, outcome, tokenizer, terminal)
-            splits = encode_all(order, work, outcome, tokenizer, terminal)
+            assert outcome.documents is not None
+            splits = write_shards(outcome.documents, work, tokenizer, order.workers, terminal)
             dataset = described(order, work, outcome, tokenizer, splits, digest)
             write_report(dataset, outcome.summary(order), order.target.name, outcome.cleaning)
             dataset.save()
@@ -216,7 +86,7 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
             reason = f"{error.strerror}; what is done stays there, and the same command goes on with it"
             raise OSError(error.errno, reason, str(work.path)) from error
     dataset = read_dataset(order.target)
-    dataset.verify()  # so that the first start of training need not
+    verify_shards(dataset, tokenizer.vocab_size)  # so that the first start of training need not
     return dataset
 
 
@@ -394,83 +264,6 @@ def learned(
     return tokenizer
 
 
-def encode_all(
-    order: Preparation, work: WorkFolder, outcome: Outcome, tokenizer: Tokenizer, terminal: Terminal
-) -> dict[str, Split]:
-    """The shards of both splits, from parts that worker processes encode.
-
-    Raises:
-        TokenizerError: a text has no tokens.
-        OSError: a file cannot be written.
-    """
-    assert outcome.documents is not None
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    cuttable = tokenizer.first_cut(" a. b") is not None
-    jobs = encode_jobs(outcome.documents, work.tokens, work.tokenizer, f"<u{np.dtype(dtype).itemsize}", cuttable)
-    missing = [job for job in jobs if job.lengths() is None]
-    todo = {job.number for job in missing}
-    writers = {name: _SplitWriter(work.dataset, name) for name in ("train", "val")}
-    with PreparationProgress(terminal, "encoding", sum(job.bytes for job in jobs)) as progress:
-        progress.skip(sum(job.bytes for job in jobs if job.number not in todo))
-        results = in_order(encode, missing, order.workers, progress.advance)
-        for job in jobs:
-            if job.number in todo:
-                next(results)
-            _append(job, writers)
-    return {name: writer.close() for name, writer in writers.items()}
-
-
-def _append(job: EncodeJob, writers: dict[str, _SplitWriter]) -> None:
-    """Write the documents of an encoded part into the shards of their splits."""
-    lengths, tokens = job.lengths(), job.tokens()
-    assert lengths is not None
-    begin = 0
-    for name, chosen in (("train", slice(0, job.n_train)), ("val", slice(job.n_train, None))):
-        if count := int(lengths[chosen].sum()):
-            spans, origins = job.spans[chosen], job.origins[chosen]
-            writer = writers[name].writer(int((spans[:, 1] - spans[:, 0]).sum()))
-            ids = tokens[begin : begin + count].data
-            if job.ends and job.begins:
-                writer.add_all(ids, lengths[chosen].tolist(), origins.ravel().tolist())
-            elif job.ends:
-                writer.add(ids, *map(int, origins[0]))
-            else:
-                writer.add_part(ids)
-            if job.ends:
-                writers[name].document_ended()
-            begin += count
-
-
-class _SplitWriter:
-    """The shards of a split."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._shards: list[Shard] = []
-        self._writer: ShardWriter | None = None
-        self._bytes = 0
-
-    def writer(self, n_bytes: int) -> ShardWriter:
-        """The writer for the next documents, which have so many bytes of text."""
-        self._bytes += n_bytes
-        if self._writer is None:
-            self._writer = ShardWriter(self._folder, self._name, len(self._shards))
-        return self._writer
-
-    def document_ended(self) -> None:
-        if self._writer is not None and self._writer.tokens >= SHARD_TOKENS:
-            self._end_shard()
-
-    def _end_shard(self) -> None:
-        if self._writer is not None:
-            self._shards.append(self._writer.close())
-            self._writer = None
-
-    def close(self) -> Split:
-        self._end_shard()
-        return Split(self._shards, self._bytes)
-
-
 def described(
     order: Preparation,
     work: WorkFolder,
@@ -486,7 +279,7 @@ def described(
         work.dataset,
         tokenizer.hash(),
         tokenizer.end_of_text,
-        "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        type_of_ids(tokenizer),
         splits,
         [{"path": file.path, "kind": file.kind, "bytes": file.bytes} for file in outcome.files],
         sorted(outcome.documents.leaks),

@@ -11,8 +11,8 @@ import torch
 from rich.text import Text
 
 from utils.config.fields import FIELDS, config_hash, get_value
-from utils.config.settings import Config
-from utils.errors import UserError
+from utils.config.settings import Config, DataConfig
+from utils.errors import UserError, shown
 from utils.machine.attention_kernels import fused_attention
 from utils.nn.lora import adapted_layers, count_parameters
 from utils.runs.code import GitFacts
@@ -29,10 +29,6 @@ LEAST_SEEDS = 2  # besides the one that starts, for a word about the noise
 
 # Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
-    **{
-        key: (lambda s: s.corpus.prepared is not None, "the prepared dataset has its own")
-        for key in ("val_fraction", "bpe_vocab_size", "special_tokens", "unknown_token")
-    },
     "rope_theta": (lambda s: s.config.model.position != "rope", "position is learned"),
     "min_lr": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
     "lr_decay_iters": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
@@ -63,7 +59,8 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
         "neither Aim nor Weights & Biases is on",
     ),
 }
-assert WITHOUT_EFFECT.keys() <= FIELDS.keys()
+OF_DATASET = ("bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")  # once prepared
+assert {*WITHOUT_EFFECT, *OF_DATASET} <= FIELDS.keys()
 
 
 def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = None) -> list[str]:
@@ -74,7 +71,7 @@ def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = N
     """
     runs = read_index(setup.runs_dir) if runs is None else runs
     found = [*_run_before(setup, git, runs), *_code(git), *_disk(setup), *_attention(setup), *_adapters(setup)]
-    return [*found, *_without_effect(setup)]
+    return [*found, *_of_dataset(setup), *_without_effect(setup)]
 
 
 def _run_before(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun]) -> Iterator[str]:
@@ -162,6 +159,19 @@ def _adapters(setup: Setup) -> Iterator[str]:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
+
+
+def _of_dataset(setup: Setup) -> Iterator[str]:
+    """Settings that decided how a dataset was prepared, where other values are asked for now."""
+    if setup.corpus.prepared is None:
+        return
+    made = setup.corpus.prepared.dataset.facts.get("settings", {})
+    asked, default = (config.model_dump(mode="json") for config in (setup.config.data, DataConfig()))
+    for key in OF_DATASET:
+        source = setup.loaded.source(key)
+        if (source.startswith("--") or asked[key] != default[key]) and asked[key] != made.get(key):
+            own = f": {shown(made[key])}" if key in made else ""
+            yield f"{source}: {key} has no effect: the prepared dataset has its own{own}"
 
 
 def _without_effect(setup: Setup) -> Iterator[str]:

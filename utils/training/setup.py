@@ -33,6 +33,7 @@ from utils.inference.export import export_as_checkpoint
 from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
 from utils.nn.costs import shapes_only
 from utils.nn.lora import add_adapters, count_parameters
+from utils.packing.prepared import check_made_with
 from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
@@ -122,6 +123,8 @@ def make_setup(
             check_block_size(data, block_size)
         corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
         corpus = replace(corpus, name=config.data.dataset)
+        if corpus.prepared is not None and loaded.source("tokenizer").startswith("--"):
+            check_made_with(corpus.prepared.dataset, corpus.tokenizer, config.data)
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
             raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
