@@ -47,6 +47,15 @@ def sparse(path: Path) -> None:
 
 
 HOSTILE: list[Callable[[Path], None]] = [pipe, endless, loop, folder, nested, sparse]
+END = "== the answer ends ==\n"
+ONE_BY_ONE = f"""\
+import json, sys
+import experiments
+for words in json.loads(sys.argv[1]):
+    if status := experiments.main(words):
+        sys.exit(status)
+    print({END!r}, end="", flush=True)
+"""  # commands in one process: most of its time is its start
 NAMES = ("run.json", "notes.json", "lock", "meta/full_config.json", "logs/metrics.jsonl", "meta/metrics.json")
 
 
@@ -95,22 +104,25 @@ def test_no_hostile_file_hides_the_good_runs(make: Callable[[Path], None], tmp_p
         (run / name).unlink(missing_ok=True)
         make(run / name)
     make_run(tmp_path, "good", metrics=training_records([3.0, 2.0]))
-    words = ("--runs-dir", str(tmp_path), "--json")
-    for command, status in (
-        (("list",), 0),
-        (("show", "good"), 0),
-        (("sql", "SELECT run, count(*) AS n FROM metrics WHERE run = 'good' GROUP BY run"), 0),
-        (("prune", "--keep-last", "1"), 0),
-    ):
-        result = subprocess.run(
-            [sys.executable, str(ROOT / "experiments.py"), *command, *words],
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_SECONDS,
-        )
-        assert result.returncode == status, (command, result.stderr)
-        assert "good" in result.stdout or command[0] == "prune"
-        assert "Traceback" not in result.stderr
+    commands = (
+        ("list",),
+        ("show", "good"),
+        ("sql", "SELECT run, count(*) AS n FROM metrics WHERE run = 'good' GROUP BY run"),
+        ("prune", "--keep-last", "1"),
+    )
+    words = json.dumps([[*command, "--runs-dir", str(tmp_path), "--json"] for command in commands])
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE, words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=len(commands) * ANSWER_SECONDS,
+    )
+    assert "Traceback" not in result.stderr
+    *answers, rest = result.stdout.split(END)
+    assert (len(answers), rest, result.returncode) == (len(commands), "", 0), result.stderr
+    for command, answer in zip(commands, answers, strict=True):
+        assert "good" in answer or command[0] == "prune", (command, result.stderr)
 
 
 def test_one_log_that_is_no_json_leaves_sql_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
