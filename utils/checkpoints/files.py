@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -280,7 +281,7 @@ def read_tensors(path: Path, *, crc32: str | None = None) -> Iterator[tuple[str,
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
 
 
-def _read_part(file: BinaryIO, memory: memoryview, place: int, check: bool) -> int:
+def _read_part(file: BufferedReader, memory: memoryview, place: int, check: bool) -> int:
     """Fill memory with the bytes of a file from a place on; returns their CRC-32, or 0 without a check."""
     file.seek(place)
     checksum = 0

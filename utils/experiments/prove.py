@@ -28,7 +28,7 @@ from utils.experiments.subjects import flags_of
 from utils.experiments.trials import SIGNALS, stopping_at_once
 from utils.machine.signals import StopSignal
 from utils.machine.watchdog import watched
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments
+from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.words import printable
 
 PROVE_STEPS = 40  # unless another number is asked for
