@@ -169,7 +169,9 @@ def test_only_a_named_file_may_be_a_link_that_leads_elsewhere(tmp_path: Path) ->
     path, link = tmp_path / "a.safetensors", tmp_path / "run" / "a.safetensors"
     save_file({"a": torch.tensor([1.0])}, path)
     link.symlink_to(path)
-    readers: list[Callable[..., Any]] = [read_header, map_tensors, lambda *a, **k: dict(read_tensors(*a, **k))]
+    with pytest.raises(CheckpointError, match=f"^{link}: cannot be read: leads out of {link.parent}$"):
+        next(read_tensors(link))
+    readers: list[Callable[..., Any]] = [read_header, map_tensors]
     for read in readers:
         with pytest.raises(CheckpointError, match=f"^{link}: cannot be read: leads out of {link.parent}$"):
             read(link)

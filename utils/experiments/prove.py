@@ -29,6 +29,7 @@ from utils.experiments.trials import SIGNALS, stopping_at_once
 from utils.machine.signals import StopSignal
 from utils.machine.watchdog import watched
 from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.words import printable
 
 PROVE_STEPS = 40  # unless another number is asked for
