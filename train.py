@@ -11,9 +11,10 @@ From a notebook: `from workbench import Config, train; result = train(Config(...
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
@@ -23,7 +24,7 @@ from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
 from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
 from utils.terminal.streams import lasting_output
-from utils.training.launch import add_origin_flags, launches, note
+from utils.training.launch import add_origin_flags, launches, note, trial_facts
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
@@ -36,9 +37,11 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
     parsed = parse_experiment(argv, parser)
+    facts = trial_facts(parsed.own.trial)
+    words, strict = ("train.py", *argv), parsed.own.strict
     for loaded, origin in launches(parsed):
         try:
-            return train(loaded, origin=origin, argv=("train.py", *argv), strict=parsed.own.strict).exit_status
+            return train(loaded, origin=origin, argv=words, strict=strict, facts=facts).exit_status
         except RunLockedError as error:
             if parsed.own.resume != "auto":
                 raise
@@ -54,6 +57,7 @@ def train(
     argv: Sequence[str] = (),
     root: Path = PROJECT_ROOT,
     strict: bool = False,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainResult:
     """Run one experiment.
 
@@ -64,6 +68,7 @@ def train(
         argv: the command line, for the record.
         root: the folder that relative paths start from.
         strict: treat a finding of the preflight as a mistake.
+        facts: further fields of run.json of a new run.
 
     Returns:
         How it ended; also for a run that diverged or was interrupted.
@@ -81,7 +86,9 @@ def train(
     try:
         with (
             lasting_output(),
-            open_session(loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict) as session,
+            open_session(
+                loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict, facts=facts
+            ) as session,
         ):
             training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
     except StartInterruptedError as interruption:

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from utils.config.loader import ConfigLoader, LoadedConfig
-from utils.errors import UserError
+from utils.errors import UserError, shown
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
     PRETRAINED_PREFIX,
@@ -52,12 +53,28 @@ def add_origin_flags(parser: Parser) -> None:
         help="with --resume RUN[:WHICH]: continue from that checkpoint in a new run, with any other setting",
     )
     add_trust_flag(group)
+    group.add_argument("--trial", help=argparse.SUPPRESS)  # SWEEP:ID:NUMBER:PLACE, given by a sweep to its runs
     group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
     group.add_argument(
         "--strict-resume",
         action="store_true",
         help="refuse a damaged newest checkpoint instead of using the one before it",
     )
+
+
+def trial_facts(trial: str | None) -> dict[str, Any]:
+    """What run.json says about the sweep that a run belongs to; nothing without --trial.
+
+    Raises:
+        UserError: the value is not as a sweep writes it.
+    """
+    if trial is None:
+        return {}
+    try:
+        name, sweep_id, number, place = trial.split(":")
+        return {"sweep": {"name": name, "id": sweep_id, "number": int(number), "place": int(place)}}
+    except ValueError:
+        raise UserError(f"--trial: expected SWEEP:ID:NUMBER:PLACE, got {shown(trial)}") from None
 
 
 def add_trust_flag(parser: argparse._ActionsContainer) -> None:
@@ -140,7 +157,7 @@ def config_of_resume(
         UserError: the recorded configuration cannot be read, an override is refused, or code of a run that was made
             elsewhere would run.
     """
-    from utils.training.setup import with_absolute_paths  # imports torch
+    from utils.corpora.places import with_absolute_paths  # takes 30 ms, for what --help never needs
 
     recorded = recorded_config(origin.run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))
