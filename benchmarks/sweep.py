@@ -75,10 +75,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, metavar="N", help="kill so often, and measure nothing")
     parser.add_argument("--trials", type=int, default=8, metavar="N", help="of each sweep (default: 8)")
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each trial (default: 400)")
-    parser.add_argument("--seconds", type=float, default=6.0, metavar="X", help="longest time between kills (default: 6)")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, metavar="X", help="longest time between kills (default: 6)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
     args = parser.parse(argv)
-    common.at_least(1, trials=args.trials, steps=args.steps, **({"kills": args.kills} if args.kills is not None else {}))
+    common.at_least(
+        1, trials=args.trials, steps=args.steps, **({"kills": args.kills} if args.kills is not None else {})
+    )
     terminal = Terminal()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -96,7 +100,11 @@ def command(folder: Path, trials: int, steps: int, *flags: str, script: str = "s
     """The command line of a sweep below `folder`."""
     settings = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
     places = [f"--runs-dir={folder / 'runs'}", f"--aim-repo={folder}", f"--corpora-dir={folder.parent / 'corpora'}"]
-    length = [f"--max-iters={steps}", f"--eval-interval={max(1, steps // 4)}", f"--checkpoint-interval={max(1, steps // 8)}"]
+    length = [
+        f"--max-iters={steps}",
+        f"--eval-interval={max(1, steps // 4)}",
+        f"--checkpoint-interval={max(1, steps // 8)}",
+    ]
     space = folder.parent / "space.yaml"
     return [
         *(sys.executable, *script.split(), os.fspath(space), f"--trials={trials}", "--sampler=random", "--resume"),
@@ -176,24 +184,29 @@ def process(words: list[str]) -> subprocess.Popen[bytes]:
 
 
 def kill_one(driver: subprocess.Popen[bytes], folder: Path, moments: random.Random, found: Killing) -> None:
-    """Kill the driver or one of the trainings below `folder`, of this driver or of one before it."""
-    trainings = []
-    for candidate in psutil.process_iter(["cmdline"]):
-        words = candidate.info["cmdline"] or []
-        if any(os.fspath(folder) in word for word in words) and any(word.endswith(".py") for word in words[:2]):
-            if candidate.pid != driver.pid and not any(word.startswith("--trials=") for word in words):
-                trainings.append(candidate)
-    victim = moments.choice([None, *sorted(trainings, key=lambda one: one.pid)])
-    if victim is None:
+    """Kill the driver, or else one of the trainings below `folder`, of this driver or of one before it."""
+    if moments.random() < 0.5:
         driver.kill()
         driver.wait()
         found.drivers += 1
         return
-    try:
-        victim.kill()
-        found.trainings += 1
-    except psutil.NoSuchProcess:
-        pass
+    while driver.poll() is None:
+        if victims := trainings(folder):
+            moments.choice(victims).kill()
+            found.trainings += 1
+            return
+        time.sleep(0.02)
+
+
+def trainings(folder: Path) -> list[psutil.Process]:
+    """The processes that train trials below `folder`, oldest first."""
+    found = []
+    for candidate in psutil.process_iter(["cmdline"]):
+        words = candidate.info["cmdline"] or []
+        trial = any(word.startswith(("--trial=", "--resume=")) for word in words)
+        if trial and any(os.fspath(folder) in word for word in words):
+            found.append(candidate)
+    return sorted(found, key=lambda one: one.pid)
 
 
 def facts(folder: Path) -> dict[str, Any]:

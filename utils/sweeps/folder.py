@@ -177,7 +177,9 @@ def read_sweep(path: Path, root: Path) -> Sweep:
         raise UserError(f"{path} is not the folder of a sweep: it has no {RECORD}") from None
     except OSError as error:
         raise UserError(f"{path / RECORD} cannot be read: {error.strerror}") from None
-    except (LookupError, TypeError, StopIteration) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, StopIteration) as error:
         raise UserError(f"{path / RECORD} is not the record of a sweep: {error}") from None
 
 

@@ -115,6 +115,8 @@ class Trials:
                     missing = never or f"{goal} is not in its log" if value is None else f"{goal} is {value}"
                     return Outcome(reason=missing, pruned=bool(never) or value is not None, runs=tuple(runs))
                 values.append(value)
+        except UserError as error:  # a damaged log, say
+            return Outcome(reason=str(error), runs=tuple(runs))
         finally:
             self.activities.pop(work.number, None)
         return Outcome(statistics.fmean(values), runs=tuple(runs))
@@ -142,7 +144,6 @@ class Trials:
         output = self.sweep.trial_folder(work.number) / OUTPUT
         while True:
             run = self._find_run(work.number, place)
-            activity.run = run
             if run is not None:
                 if self._is_done(run, work.step):
                     return run, None, False
@@ -266,7 +267,7 @@ class Trials:
                 start_new_session=True,  # Ctrl-C reaches this process, which passes it on
             )
             self._processes.add(process)
-        log = self._watch(work, place, activity)
+        log = self._watch(work, place, activity, process.pid)
         pruned = False
         try:
             next_look = time.monotonic() + LOOK_SECONDS
@@ -282,15 +283,19 @@ class Trials:
             with self._mutex:
                 self._processes.discard(process)
 
-    def _watch(self, work: Work, place: int, activity: Activity) -> Iterator[bool]:
-        """Keep `activity` up to date; yields whether the median rule ends the trial, whose first run decides."""
+    def _watch(self, work: Work, place: int, activity: Activity, pid: int) -> Iterator[bool]:
+        """Keep `activity` up to date; yields whether the median rule ends the trial, whose first run decides.
+
+        Args:
+            pid: of the training process. Until run.json names it, the log may still be cut back.
+        """
         judged = self.sweep.plan.pruner.name == "median" and place == 0
         evaluations: Evaluations | None = None
         reported: dict[int, float] = {}
         while True:
             stop = False
             if evaluations is None:
-                activity.run = activity.run or self._find_started(work.number, place)
+                activity.run = self._find_started(work.number, pid)
                 if activity.run is not None:
                     evaluations = Evaluations(activity.run, self.sweep.plan.space.goal.metric)
             if evaluations is not None:
@@ -303,12 +308,11 @@ class Trials:
                 activity.step = max(activity.step, evaluations.last_step)
             yield stop
 
-    def _find_started(self, number: int, place: int) -> Path | None:
-        """The run that a process has just begun, if there is one."""
+    def _find_started(self, number: int, pid: int) -> Path | None:
+        """The run of a trial that a process trains, once it has begun."""
         for path in self.sweep.runs_dir.glob(f"*_{self.sweep.tag(number)}*"):
             with contextlib.suppress(RunError):
-                facts = read_record(path).get(RELATION) or {}
-                if (facts.get("id"), facts.get("number"), facts.get("place")) == (self.sweep.id, number, place):
+                if read_record(path).get("pid") == pid:
                     return path
         return None
 
