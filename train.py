@@ -24,7 +24,7 @@ from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
 from utils.terminal.cli import PROJECT_ROOT, Parser, parse_experiment, script
 from utils.terminal.streams import lasting_output
-from utils.training.launch import add_origin_flags, launches, note, trial_facts
+from utils.training.launch import add_multirun_flags, add_origin_flags, launches, note, with_budget
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
@@ -36,10 +36,15 @@ if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must no
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
+    add_multirun_flags(parser)
     parsed = parse_experiment(argv, parser)
-    facts = trial_facts(parsed.own.trial)
+    if parsed.own.multirun is not None:
+        from utils.sweeps.multirun import multirun
+
+        return multirun(parsed, PROJECT_ROOT)
     words, strict = ("train.py", *argv), parsed.own.strict
     for loaded, origin in launches(parsed):
+        loaded, facts = with_budget(parsed.own, loaded, origin)
         try:
             return train(loaded, origin=origin, argv=words, strict=strict, facts=facts).exit_status
         except RunLockedError as error:

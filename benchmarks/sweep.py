@@ -13,9 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +26,6 @@ from typing import Any
 import psutil
 
 from benchmarks import common
-from utils.files import write_json
 from utils.runs.find import list_run_paths
 from utils.runs.layout import METRICS_LOG
 from utils.runs.log import read_metrics

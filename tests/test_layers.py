@@ -25,7 +25,7 @@ WITHOUT_TORCH = (
     *("formats.stored", "formats.c_files", "formats.inspection"),
     *("training.early_stopping", "training.launch", "training.result"),
     *("sweeps.space", "sweeps.sampling", "sweeps.pruning", "sweeps.folder", "sweeps.study", "sweeps.results"),
-    *("sweeps.trial", "sweeps.driver", "sweeps.table", "sweeps.start"),
+    *("sweeps.trial", "sweeps.driver", "sweeps.table", "sweeps.start", "sweeps.multirun"),
     *("inference.flags", "profiling.record", "profiling.tables", "profiling.picture", "profiling.operators"),
     *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "weights.py"),
     *("experiments.py", "sweep.py", "workbench.py"),

@@ -26,14 +26,21 @@ from utils.runs.layout import CONFIG, CONFIG_SOURCES, LOGS  # noqa: E402
 from utils.runs.log import RunLog, truncate  # noqa: E402
 from utils.runs.run import Run, read_record  # noqa: E402
 from utils.terminal.cli import Parser, parse_experiment, script  # noqa: E402
-from utils.training.launch import add_origin_flags, launches, trial_facts  # noqa: E402
+from utils.training.launch import add_multirun_flags, add_origin_flags, launches, trial_facts  # noqa: E402
 
 
 @script
 def train(argv: list[str]) -> int:
     parser = Parser(prog="train.py")
     add_origin_flags(parser)
+    add_multirun_flags(parser)
     parsed = parse_experiment(argv, parser)
+    if parsed.own.multirun is not None:
+        from utils.sweeps import trial
+        from utils.sweeps.multirun import multirun
+
+        trial.TRAIN = os.path.relpath(__file__, ROOT)
+        return multirun(parsed, ROOT)
     ((loaded, origin),) = launches(parsed)
     with stop_on_signals() as stop:
         if origin is not None:

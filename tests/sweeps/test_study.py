@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,6 @@ from utils.sweeps.folder import JOURNAL, RECORD, Sweep, read_sweep
 from utils.sweeps.pruning import Pruner, rung_steps
 from utils.sweeps.space import Dimension, Space
 from utils.sweeps.study import Nothing, Study, Work
-
 
 MakeSweep = Callable[..., Sweep]
 
@@ -174,14 +174,18 @@ def test_a_damaged_record_is_one_line(make_sweep: MakeSweep, tmp_path: Path, con
 def test_a_full_disk_is_an_error_of_the_disk(make_sweep: MakeSweep, small_disk: Path) -> None:
     """What could be written of a line is cut off, and the journal goes on once there is room."""
     study = Study(make_sweep(folder=small_disk))
-    claimed(study)
+    claimed(study).release()
     filler = small_disk / "filler"
-    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 1000)
-    with pytest.raises(OSError, match="No space left"):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 1000):
+            pass
+
+    def report() -> None:
         for number in range(100):
             study.report(0, number, 1.0)
+
+    with pytest.raises(OSError, match="No space left"):
+        report()
     filler.unlink()
     study.report(0, 1000, 1.0)
     assert 1000 in Study(make_sweep(folder=small_disk)).trials()[0].intermediate_values

@@ -241,7 +241,7 @@ class _Reader:
         if not given:
             self._mistake(key, "choice: expected at least one value, got an empty list")
             return None
-        values = [_plain(key, value) for value in given]
+        values = [plain_value(key, value) for value in given]
         for value in values:
             if isinstance(value, list | dict):
                 self._mistake(key, f"choice: expected numbers, texts, true, false or none, got {shown(value)}")
@@ -262,7 +262,7 @@ class _Reader:
         if not whole and not expected(key).startswith("number"):
             self._mistake(key, f"{kind}: takes numbers, and this is no number ({expected(key)}): expected choice")
             return None
-        numbers = [_plain(key, value) for value in given]
+        numbers = [plain_value(key, value) for value in given]
         if len(given) not in ((2,) if kind == "log" else (2, 3)) or not all(map(_is_number, numbers)):
             self._mistake(key, f"{kind}: expected {shape}, got {shown(given)}")
             return None
@@ -295,7 +295,7 @@ class _Reader:
             if isinstance(wanted, dict) or wanted == []:
                 self._mistake(key, f"when: expected a value of {other} or a list of values, got {shown(wanted)}")
                 return None
-            values = [_plain(other, value) for value in (wanted if isinstance(wanted, list) else [wanted])]
+            values = [plain_value(other, value) for value in (wanted if isinstance(wanted, list) else [wanted])]
             if not all(self._check({other: Setting(value, f"{self.name}:{self.lines[key]}")}) for value in values):
                 return None
             conditions[other] = tuple(values)
@@ -358,7 +358,7 @@ class _Reader:
         return tuple(given) if isinstance(given, list) else int(given)
 
 
-def _plain(key: str, value: Any) -> Any:
+def plain_value(key: str, value: Any) -> Any:
     """A value of YAML as the setting takes it: `1e-4` without a point is text there."""
     numeric = expected(key).startswith(("integer", "number"))
     if numeric and isinstance(value, str):

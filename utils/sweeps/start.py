@@ -97,7 +97,9 @@ def check_goal(space: Space, pruner: Pruner) -> None:
         raise UserError(f"--pruner {pruner.name} compares a metric at the same step, and {space.goal} has none")
 
 
-def run_sweep(sweep: Sweep, total: int, jobs: int, max_failures: int, *, as_json: bool = False) -> int:
+def run_sweep(
+    sweep: Sweep, total: int, jobs: int, max_failures: int, *, as_json: bool = False, pictures: bool = True
+) -> int:
     """Run a sweep on this machine, show its progress, and print its summary.
 
     Returns:
@@ -110,16 +112,16 @@ def run_sweep(sweep: Sweep, total: int, jobs: int, max_failures: int, *, as_json
     display = Display(terminal, sweep, study, driver.trials, total)
     with display:
         ending = driver.run(display.update)
-    return finish(sweep, study, ending, as_json)
+    return finish(sweep, study, ending, as_json, pictures)
 
 
-def finish(sweep: Sweep, study: Study, ending: Ending, as_json: bool) -> int:
+def finish(sweep: Sweep, study: Study, ending: Ending, as_json: bool, pictures: bool = True) -> int:
     """Print the summary of a sweep that has ended, and write its pictures if it is complete."""
     from utils.sweeps.report import write_report
 
     importance: Mapping[str, float] = {}
     files: list[Path] = []
-    if ending.exit_status == 0:
+    if pictures and ending.exit_status == 0:
         importance, files = write_report(sweep, study)
     if as_json:
         print(json_text(as_data(sweep, study, dict(importance), files), indent=2))
