@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,9 +29,10 @@ import psutil
 
 from benchmarks import common
 from utils.runs.find import list_run_paths
-from utils.runs.layout import METRICS_LOG
+from utils.runs.layout import CONFIG, METRICS_LOG, NOTES, RECORD
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
+from utils.sweeps.folder import read_sweep
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
@@ -49,6 +52,7 @@ SETTINGS = {
     "histogram_interval": 0,
     "threads": 1,
 }
+THOUSAND = 1000
 OVERHEAD_LIMIT, LIST_LIMIT, JOBS_LIMIT = 0.3, 1.0, 1.6
 
 
@@ -107,6 +111,78 @@ def command(folder: Path, trials: int, steps: int, *flags: str, script: str = "s
         *(sys.executable, *script.split(), os.fspath(space), f"--trials={trials}", "--sampler=random", "--resume"),
         *(*settings, *places, *length, *flags),
     ]
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(folder: Path, trials: int, steps: int, terminal: Terminal) -> bool:
+    """Print the figures against their limits; True if all are within them."""
+    overhead, run = driver_overhead(folder / "overhead", trials, steps)
+    seconds = list_seconds(folder / "thousand", run)
+    one, two = (jobs_seconds(folder / f"jobs_{jobs}", trials, steps, jobs) for jobs in (1, 2))
+    rows = [
+        (f"overhead of the driver: {overhead:.3f} s a trial", OVERHEAD_LIMIT, overhead <= OVERHEAD_LIMIT),
+        (f"list of a sweep of {THOUSAND:,} trials: {seconds:.2f} s", LIST_LIMIT, seconds <= LIST_LIMIT),
+        (f"two jobs are {one / two:.2f} times one ({one:.1f} s, {two:.1f} s)", JOBS_LIMIT, one / two >= JOBS_LIMIT),
+    ]
+    terminal.print("", *(f"{words} (limit {limit:g}): {common.verdict(good)}" for words, limit, good in rows))
+    return all(good for *_, good in rows)
+
+
+def driver_overhead(folder: Path, trials: int, steps: int) -> tuple[float, Path]:
+    """Seconds of a sweep with one job that are not those of its training processes, for each trial; and one run."""
+    from utils.sweeps.driver import Driver
+    from utils.sweeps.study import Study
+    from utils.sweeps.trial import POLL_SECONDS, Trials
+
+    folder.mkdir()
+    subprocess.run(command(folder, 1, steps), cwd=PROJECT_ROOT, check=True, stdout=subprocess.DEVNULL)
+    sweep = read_sweep(folder / "sweeps" / "space", PROJECT_ROOT)
+    study, spent = Study(sweep), []
+    run = Trials._run
+
+    def timed(self: Trials, *args: Any) -> tuple[int, bool]:
+        began = time.perf_counter()
+        try:
+            return run(self, *args)
+        finally:
+            spent.append(time.perf_counter() - began)
+
+    setattr(Trials, run.__name__, timed)
+    try:
+        began = time.perf_counter()
+        Driver(sweep, study, trials + 1, 1, 0).run()
+        seconds = time.perf_counter() - began
+    finally:
+        setattr(Trials, run.__name__, run)
+    assert len(spent) == trials
+    return (seconds - sum(spent)) / trials + POLL_SECONDS, list_run_paths(folder / "runs")[0]
+
+
+def list_seconds(folder: Path, run: Path) -> float:
+    """Seconds of `experiments.py list` of a sweep of a thousand runs, all copies of one; the median of three."""
+    for number in range(THOUSAND):
+        copy = folder / "runs" / f"20260101_000000_many-{number}"
+        copy.mkdir(parents=True)
+        for part in ("meta", "logs", "artifacts"):
+            (copy / part).mkdir()
+        for name in (NOTES, CONFIG, METRICS_LOG):
+            shutil.copyfile(run / name, copy / name)
+        record = {**read_record(run), "id": copy.name, "tag": f"many-{number}"}
+        record["sweep"] = {"name": "many", "id": "0", "number": number, "place": 0}
+        record["place"] = None
+        (copy / RECORD).write_text(json.dumps(record))
+    words = [sys.executable, "experiments.py", "list", "--where", "sweep = 'many'", "--sort", "val_loss"]
+    words += ["--runs-dir", os.fspath(folder / "runs")]
+    return statistics.median(common.launch(words, "list").seconds for _ in range(3))
+
+
+def jobs_seconds(folder: Path, trials: int, steps: int, jobs: int) -> float:
+    """Seconds of a sweep with so many jobs, each with its share of the cores."""
+    folder.mkdir()
+    words = [word for word in command(folder, trials, steps, f"--jobs={jobs}") if not word.startswith("--threads")]
+    return common.launch(words, "sweep.py").seconds
 
 
 # --------------------------------------------------------------------------------------------------------- kills

@@ -18,7 +18,7 @@ from utils.machine.signals import StopRequest, StopSignal, stop_on_signals
 from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.sweeps.folder import Sweep
 from utils.sweeps.study import Nothing, Study, Work
-from utils.sweeps.trial import DiskFullError, Outcome, Trials
+from utils.sweeps.trial import DiskFullError, Outcome, Trials, record
 
 MAX_FAILURES = 5  # in a row, by default
 WAIT_SECONDS = 0.5  # between looks for work, while other drivers have it
@@ -45,6 +45,14 @@ class Ending:
         if self.signum is not None:
             return 128 + self.signum
         return 1 if self.problem else 0
+
+
+def disk_full_words(error: DiskFullError) -> str:
+    return f"the disk is full: {error}; the sweep goes on with --resume once there is room"
+
+
+def too_many_words(failures: int, last: Outcome) -> str:
+    return f"{failures} trials in a row have failed (--max-failures); the last: {last.reason}"
 
 
 class Driver:
@@ -129,7 +137,7 @@ class Driver:
                         del self._works[work.number]
                     work.release()
         except DiskFullError as error:
-            self._end(f"the disk is full: {error}; the sweep goes on with --resume once there is room")
+            self._end(disk_full_words(error))
         except UserError as error:
             self._end(str(error))
         except BaseException as error:
@@ -144,19 +152,12 @@ class Driver:
 
     def _record(self, work: Work, outcome: Outcome) -> None:
         """Write into the journal how a piece of work ended."""
-        number, value = work.number, outcome.value
-        if value is not None and work.step is not None:
-            self.study.report(number, work.step, value)
-        elif value is not None or outcome.reason is not None:
-            self.study.finish(number, value, reason=outcome.reason, pruned=outcome.pruned, runs=outcome.runs)
-        else:
-            return  # it was asked to stop
-        self._report(number, outcome)
+        record(self.study, work, outcome)
+        if outcome.was_stopped:
+            return
+        self._report(work.number, outcome)
         with self._mutex:
-            failed = value is None and not outcome.pruned
-            self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
+            self._failures_in_a_row = self._failures_in_a_row + 1 if outcome.failed else 0
             too_many = self._failures_in_a_row > self._max_failures
         if too_many:
-            self._end(
-                f"{self._failures_in_a_row} trials in a row have failed (--max-failures); the last: {outcome.reason}"
-            )
+            self._end(too_many_words(self._failures_in_a_row, outcome))

@@ -42,9 +42,8 @@ def multirun(parsed: ExperimentArguments, root: Path) -> int:
     own = parsed.own
     for flag in ("resume", "init_from", "budget"):
         if getattr(own, flag) is not None:
-            raise UserError(
-                f"{FLAG} starts runs from scratch with as many steps as configured: leave --{flag.replace('_', '-')} out"
-            )
+            name = flag.replace("_", "-")
+            raise UserError(f"{FLAG} starts runs from scratch, with as many steps as configured: leave --{name} out")
     if own.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {own.jobs}")
     space = space_of(own.multirun)
@@ -111,9 +110,8 @@ def _mistakes(key: str, values: Iterable[Any]) -> list[str]:
         try:
             check_values({key: Setting(value, FLAG)})
         except ConfigError as error:
-            found += [
-                line if key in line else line.replace(FLAG, f"{FLAG}: {key}", 1) for line in str(error).splitlines()
-            ]
+            lines = str(error).splitlines()
+            found += [line if key in line else line.replace(FLAG, f"{FLAG}: {key}", 1) for line in lines]
     return found
 
 

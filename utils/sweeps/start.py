@@ -46,7 +46,9 @@ def start_sweep(parsed: ExperimentArguments, root: Path) -> int:
     if own.engine == "ray":
         from utils.sweeps.ray_engine import run_on_ray
 
-        return finish(sweep, Study(sweep), run_on_ray(sweep, own.trials, own.jobs, own.max_failures), own.json)
+        study, terminal = Study(sweep), Terminal(quiet=own.json)
+        display = Display(terminal, sweep, study, {}, own.trials)
+        return finish(sweep, study, run_on_ray(sweep, own.trials, own.jobs, own.max_failures, display.ended), own.json)
     return run_sweep(sweep, own.trials, own.jobs, own.max_failures, as_json=own.json)
 
 
@@ -109,7 +111,7 @@ def run_sweep(
     terminal = Terminal(quiet=as_json)
     display: Display | None = None
     driver = Driver(sweep, study, total, jobs, max_failures, lambda *end: display.ended(*end) if display else None)
-    display = Display(terminal, sweep, study, driver.trials, total)
+    display = Display(terminal, sweep, study, driver.trials.activities, total)
     with display:
         ending = driver.run(display.update)
     return finish(sweep, study, ending, as_json, pictures)

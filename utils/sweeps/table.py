@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from utils.config.loader import relative_name
 from utils.errors import number_text
 from utils.sweeps.folder import Sweep, steps_of
 from utils.sweeps.study import REASON, RUNS, Study
-from utils.sweeps.trial import Outcome, Trials
+from utils.sweeps.trial import Activity, Outcome
 from utils.terminal.console import Terminal
 from utils.terminal.words import counted, duration, one_line, setting_text
 
@@ -46,11 +46,14 @@ class Display:
     """A live table on a terminal, and elsewhere one line for each trial that ends.
 
     Args:
+        activities: of the trials that this process carries out, by number.
         total: trials of the sweep.
     """
 
-    def __init__(self, terminal: Terminal, sweep: Sweep, study: Study, trials: Trials, total: int) -> None:
-        self.terminal, self.sweep, self.study, self.trials, self.total = terminal, sweep, study, trials, total
+    def __init__(
+        self, terminal: Terminal, sweep: Sweep, study: Study, activities: Mapping[int, Activity], total: int
+    ) -> None:
+        self.terminal, self.sweep, self.study, self.activities, self.total = terminal, sweep, study, activities, total
         self._began = time.monotonic()
         self._done_before = sum(not study.runs(trial) for trial in study.trials())
         self._live: Live | None = None
@@ -88,7 +91,7 @@ class Display:
         trials = self.study.trials()
         table = _table("trial", "step", str(self.sweep.plan.space.goal), "time", "settings")
         steps = steps_of(self.sweep.plan.config, self.sweep.plan.space)
-        for number, activity in sorted(self.trials.activities.items()):
+        for number, activity in sorted(dict(self.activities).items()):
             step = f"{activity.step:,}" + (f"/{steps:,}" if steps else "")
             seconds = duration(time.monotonic() - activity.began)
             table.add_row(str(number), step, value_text(activity.loss), seconds, params_text(trials[number].params))
@@ -191,4 +194,5 @@ def longer_command(sweep: Sweep, study: Study) -> str | None:
     config = shlex.quote(relative_name(run / CONFIG, Path.cwd()))
     steps, epochs = best[0].params.get("max_iters", sweep.plan.config.train.max_iters), sweep.plan.config.train.epochs
     length = f"--max-iters {LONGER * steps}" if steps else f"--epochs {number_text(LONGER * (epochs or 1))}"
-    return f"{script_command('train.py')} --config {config} --run-tag {sweep.name}-best {length} --eval-at ''"
+    rungs = " --eval-at ''" if sweep.plan.pruner.name == "asha" else ""
+    return f"{script_command('train.py')} --config {config} --run-tag {sweep.name}-best {length}{rungs}"

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ TRAIN = "train.py"
 NO_SPACE = (os.strerror(28), os.strerror(122))  # ENOSPC, EDQUOT
 
 
+Guard = Callable[[int], AbstractContextManager[object]]
+
+
 class DiskFullError(Exception):
     """The disk has no room for a run: the sweep ends, and goes on once there is some."""
 
@@ -57,6 +61,22 @@ class Outcome:
     pruned: bool = False
     runs: tuple[str, ...] = ()
 
+    @property
+    def was_stopped(self) -> bool:
+        return self.value is None and self.reason is None
+
+    @property
+    def failed(self) -> bool:
+        return self.value is None and self.reason is not None and not self.pruned
+
+
+def record(study: Study, work: Work, outcome: Outcome) -> None:
+    """Write into the journal how a piece of work ended; one that was stopped stays as it is."""
+    if outcome.value is not None and work.step is not None:
+        study.report(work.number, work.step, outcome.value)
+    elif not outcome.was_stopped:
+        study.finish(work.number, outcome.value, reason=outcome.reason, pruned=outcome.pruned, runs=outcome.runs)
+
 
 @dataclass
 class Activity:
@@ -72,11 +92,14 @@ class Activity:
 class Trials:
     """Carries out the trials of a sweep. Several threads may do so at once.
 
+    Args:
+        guard: what a training process, given by its id, is watched by.
+
     activities: of the trials that are being carried out.
     """
 
-    def __init__(self, sweep: Sweep, study: Study) -> None:
-        self.sweep, self.study = sweep, study
+    def __init__(self, sweep: Sweep, study: Study, guard: Guard = lambda pid: contextlib.nullcontext()) -> None:
+        self.sweep, self.study, self._guard = sweep, study, guard
         self.stopping = threading.Event()
         self.activities: dict[int, Activity] = {}
         self._processes: set[subprocess.Popen[bytes]] = set()
@@ -270,15 +293,16 @@ class Trials:
         log = self._watch(work, place, activity, process.pid)
         pruned = False
         try:
-            next_look = time.monotonic() + LOOK_SECONDS
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(POLL_SECONDS), pruned
-                if time.monotonic() >= next_look:
-                    next_look = time.monotonic() + LOOK_SECONDS
-                    if next(log) and not pruned:
-                        pruned = True
-                        process.send_signal(signal.SIGTERM)
+            with self._guard(process.pid):
+                next_look = time.monotonic() + LOOK_SECONDS
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return process.wait(POLL_SECONDS), pruned
+                    if time.monotonic() >= next_look:
+                        next_look = time.monotonic() + LOOK_SECONDS
+                        if next(log) and not pruned:
+                            pruned = True
+                            process.send_signal(signal.SIGTERM)
         finally:
             with self._mutex:
                 self._processes.discard(process)
