@@ -52,8 +52,8 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
     settings = {"env_vars": {"PYTHONPATH": os.fspath(sweep.root)}}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=settings, **local)
-    except ConnectionError as error:
-        raise UserError(f"RAY_ADDRESS {address}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a plain one, where a node does not start in time
+        raise UserError(f"Ray ({address or 'on this machine'}): {str(error).strip().splitlines()[0]}") from None
     resources = {"cpu": cpus, **({"gpu": 1} if plan.config.train.device.startswith("cuda") else {})}
     work = {"folder": os.fspath(sweep.path), "root": os.fspath(sweep.root), "total": total, "script": trials.TRAIN}
     pieces = _pieces(work, max_failures, report)
