@@ -43,6 +43,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.crash_test
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.speedrun
+	$(BIN)/python -m benchmarks.sweep
 
 bench-training: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.training $(ARGS)

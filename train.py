@@ -11,9 +11,10 @@ From a notebook: `from workbench import Config, train; result = train(Config(...
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
@@ -24,7 +25,7 @@ from utils.runs.run import RunLockedError
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.config_flags import parse_experiment
 from utils.terminal.streams import lasting_output
-from utils.training.launch import add_origin_flags, launches, note
+from utils.training.launch import add_multirun_flags, add_origin_flags, launches, note, with_budget
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
@@ -36,14 +37,21 @@ if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must no
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
+    add_multirun_flags(parser)
     parsed = parse_experiment(argv, parser)
     if parsed.own.prove is not None:
         from utils.experiments.prove import prove_command
 
         return prove_command(argv, parsed)
+    if parsed.own.multirun is not None:
+        from utils.sweeps.multirun import multirun
+
+        return multirun(parsed, PROJECT_ROOT)
+    words, strict = ("train.py", *argv), parsed.own.strict
     for loaded, origin in launches(parsed):
+        loaded, facts = with_budget(parsed.own, loaded, origin)
         try:
-            return train(loaded, origin=origin, argv=("train.py", *argv), strict=parsed.own.strict).exit_status
+            return train(loaded, origin=origin, argv=words, strict=strict, facts=facts).exit_status
         except RunLockedError as error:
             if parsed.own.resume != "auto":
                 raise
@@ -59,6 +67,7 @@ def train(
     argv: Sequence[str] = (),
     root: Path = PROJECT_ROOT,
     strict: bool = False,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainResult:
     """Run one experiment.
 
@@ -69,6 +78,7 @@ def train(
         argv: the command line, for the record.
         root: the folder that relative paths start from.
         strict: treat a finding of the preflight as a mistake.
+        facts: further fields of run.json of a new run.
 
     Returns:
         How it ended; also for a run that diverged or was interrupted.
@@ -86,7 +96,9 @@ def train(
     try:
         with (
             lasting_output(),
-            open_session(loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict) as session,
+            open_session(
+                loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict, facts=facts
+            ) as session,
         ):
             training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
     except StartInterruptedError as interruption:

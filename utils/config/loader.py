@@ -132,7 +132,7 @@ def read_config_file(path: Path, name: str, ignored: list[str] | None = None) ->
             for leaf, leaf_value in (value or {}).items():
                 leaf_line = lines[id(value)][leaf]
                 if SECTION_OF.get(leaf) != key and not (path.name == RECORDED and MOVED_FROM.get(leaf) == key):
-                    raise ConfigError(f"{name}:{leaf_line}: {_unknown(leaf, key)}")
+                    raise ConfigError(f"{name}:{leaf_line}: {unknown_key(leaf, key)}")
                 take(leaf, leaf_value, leaf_line)
         elif key in FIELDS:
             take(key, value, line)
@@ -141,13 +141,14 @@ def read_config_file(path: Path, name: str, ignored: list[str] | None = None) ->
         elif ignored is not None and key in NO_COUNTERPART:
             ignored.append(f"{name}:{line}: {ignored_line(key)}")
         else:
-            unknown.append(f"{name}:{line}: {_unknown(key)}")
+            unknown.append(f"{name}:{line}: {unknown_key(key)}")
     if unknown:
         raise ConfigError("\n".join(unknown))
     return settings
 
 
-def _unknown(key: str, section: str | None = None) -> str:
+def unknown_key(key: str, section: str | None = None) -> str:
+    """What is wrong with a name that is no setting, or none of its section, and the nearest one that is."""
     if section and key in SECTION_OF:
         return f"{key} belongs to section {SECTION_OF[key]}, not {section}"
     if section:
@@ -225,6 +226,14 @@ class ConfigLoader:
         layers = {key: list(settings) for key, settings in base.layers.items()}
         return _merge(layers, self._own_layers(files, overrides or {}))
 
+    def put_layer(self, base: LoadedConfig, layer: Mapping[str, Setting]) -> LoadedConfig:
+        """`base` with one more layer on top.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        return _merge({key: list(settings) for key, settings in base.layers.items()}, [dict(layer)])
+
     def load_code(self, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
         """Settings given in Python, flat or by section, on top of `base`, or else of the defaults and configs/.
 
@@ -236,13 +245,13 @@ class ConfigLoader:
             section = name if name in SECTIONS and isinstance(value, Mapping) else None
             for key, leaf in value.items() if section else [(name, value)]:
                 if key not in FIELDS or section not in (None, SECTION_OF[key]):
-                    raise ConfigError(_unknown(key, section))
+                    raise ConfigError(unknown_key(key, section))
                 if key in layer:
                     raise ConfigError(f"{key} is set twice")
                 layer[key] = Setting(leaf, CODE)
         if base is None:
             return _merge(_default_layers(), [*self._file_layers([]), layer])
-        return _merge({key: list(known) for key, known in base.layers.items()}, [layer])
+        return self.put_layer(base, layer)
 
     def _file_layers(self, ignored: list[str]) -> Iterator[dict[str, Setting]]:
         legacy = self.root / "config.json"
@@ -278,7 +287,7 @@ def _default_layers() -> dict[str, list[Setting]]:
 def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting]]) -> LoadedConfig:
     """`further` layers on top of `layers`, lowest priority first, validated."""
     for layer in further:
-        _validate_alone(layer)
+        check_values(layer)
         for pair in ALTERNATIVES:
             given = [key for key in pair if key in layer and layer[key].value is not None]
             if len(given) == 1:
@@ -318,7 +327,7 @@ def flag_name(key: str, value: Any = None) -> str:
     return ("--no-" if value is False else "--") + key.replace("_", "-")
 
 
-def _validate_alone(layer: dict[str, Setting]) -> None:
+def check_values(layer: Mapping[str, Setting]) -> None:
     """Raises ConfigError unless each value of a layer is valid by itself, even if a higher layer shadows it."""
     mistakes = []
     for key, setting in layer.items():

@@ -311,6 +311,8 @@ def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str])
     yield "environment", ", ".join(known)
     yield "command", "python " + shlex.join(map(str, record["argv"])) if record.get("argv") else ""
     yield "parent", f"{parent['run']} ({parent['relation']} at step {parent['step']:,})" if parent else ""
+    sweep = record.get("sweep")
+    yield "sweep", f"{sweep['name']}, trial {sweep['number']}" if sweep else ""
     yield "children", ", ".join(children)
     yield "promoted as", ", ".join(models)
     yield "resumed", counted(len(record["resumes"]), "time") if record.get("resumes") else ""

@@ -23,6 +23,13 @@ class _Parent(BaseModel):
     relation: str = ""
 
 
+class _Sweep(BaseModel):
+    name: str
+    id: str
+    number: Whole
+    place: Whole = 0
+
+
 class _Resolved(BaseModel):
     parameters: Whole | None = None
     max_iters: Whole | None = None
@@ -37,6 +44,7 @@ class _Record(BaseModel, strict=True):
     status: Literal["running", "completed", "interrupted", "failed", "diverged"]
     git: _Git | None = None
     parent: _Parent | None = None
+    sweep: _Sweep | None = None
     resolved: _Resolved | None = None
     summary: dict[str, float | Literal["nan", "inf", "-inf"]] | None = None
     last_step: Whole | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from utils.errors import SHOWN, OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text
+from utils.errors import SHOWN, OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text, shown
 from utils.files import expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
@@ -79,6 +79,17 @@ def place(text: str) -> Path:
         return Path(expand_home(text))
     except UserError as error:  # of a ValueError argparse would hide the words
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def timespan(text: str) -> float:
+    """The type of a flag that takes a time: the seconds in 90s, 5m, 1.5h or 2d."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd])", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a time like 90s, 5m or 1.5h, got {shown(text)}")
+    return float(match[1]) * TIME_UNITS[match[2]]
 
 
 def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:

@@ -22,6 +22,7 @@ from utils.checkpoints.folder import LATEST_FILE, folder_name
 from utils.config.fields import derived_settings, field_fact
 from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer, rule_error
 from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
+from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError
 from utils.files import sync_folder, write_json
 from utils.formats.convert import name_of
@@ -49,7 +50,6 @@ from utils.runs.metrics import write_registry
 from utils.runs.run import NO_NOTES, new_record, utc_now
 from utils.runs.seal import file_sha256, write_seal
 from utils.runs.trust import made_here
-from utils.training.setup import with_absolute_paths
 from utils.training.start import model_summary
 from utils.training.state import TrainState, capture
 

@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from utils.config.loader import ConfigLoader, LoadedConfig
-from utils.errors import UserError
+from utils.config.fields import get_value
+from utils.config.loader import ConfigLoader, LoadedConfig, flag_name
+from utils.errors import UserError, shown
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
     PRETRAINED_PREFIX,
@@ -24,7 +26,7 @@ from utils.runs.origin import (
     without_foreign_places,
 )
 from utils.runs.run import read_record
-from utils.terminal.cli import PROJECT_ROOT, Parser
+from utils.terminal.cli import PROJECT_ROOT, Parser, timespan
 from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.words import printable
 
@@ -53,6 +55,13 @@ def add_origin_flags(parser: Parser) -> None:
         help="with --resume RUN[:WHICH]: continue from that checkpoint in a new run, with any other setting",
     )
     add_trust_flag(group)
+    group.add_argument(
+        "--budget",
+        type=timespan,
+        metavar="TIME",
+        help="train for 90s, 5m or 2h: max_iters is measured before the run is made, and the schedule laid over it",
+    )
+    group.add_argument("--trial", help=argparse.SUPPRESS)  # SWEEP:ID:NUMBER:PLACE, given by a sweep to its runs
     group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
     group.add_argument(
         "--prove",
@@ -66,6 +75,58 @@ def add_origin_flags(parser: Parser) -> None:
         action="store_true",
         help="refuse a damaged newest checkpoint instead of using the one before it",
     )
+
+
+def add_multirun_flags(parser: Parser) -> None:
+    """Add --multirun and --jobs."""
+    group = parser.add_argument_group("several runs")
+    group.add_argument(
+        "--multirun",
+        nargs="+",
+        metavar="SETTING=A,B",
+        help="a run for each combination: --multirun learning_rate=1e-3,3e-3 seed=1,2,3",
+    )
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="of these at a time (default: 1)")
+
+
+def with_budget(
+    own: argparse.Namespace, loaded: LoadedConfig, origin: Origin | None
+) -> tuple[LoadedConfig, Mapping[str, Any]]:
+    """The configuration with as many steps as --budget allows, and further fields of run.json.
+
+    A run that is resumed by --resume auto keeps what it was started with.
+
+    Raises:
+        UserError: --budget does not fit other flags, or is too short for a step.
+    """
+    facts = trial_facts(own.trial)
+    if own.budget is None or (own.resume == "auto" and origin is not None):
+        return loaded, facts
+    if own.resume is not None and own.resume != "auto" and not own.fork:
+        raise UserError("--budget is for new runs: a resumed one goes on to the end that it was started with")
+    for key, other in (("max_iters", "epochs"), ("epochs", "max_iters")):
+        if loaded.source(key) == flag_name(key) and get_value(loaded.config, other) is None:
+            raise UserError(f"--budget and {flag_name(key)} both say when the run ends: leave one of them out")
+    from utils.terminal.console import Terminal
+    from utils.training.budget import lay_over_budget  # imports torch
+
+    found, measured = lay_over_budget(loaded, own.budget, PROJECT_ROOT, origin, Terminal())
+    return found, {**facts, **measured}
+
+
+def trial_facts(trial: str | None) -> dict[str, Any]:
+    """What run.json says about the sweep that a run belongs to; nothing without --trial.
+
+    Raises:
+        UserError: the value is not as a sweep writes it.
+    """
+    if trial is None:
+        return {}
+    try:
+        name, sweep_id, number, place = trial.split(":")
+        return {"sweep": {"name": name, "id": sweep_id, "number": int(number), "place": int(place)}}
+    except ValueError:
+        raise UserError(f"--trial: expected SWEEP:ID:NUMBER:PLACE, got {shown(trial)}") from None
 
 
 def add_trust_flag(parser: argparse._ActionsContainer) -> None:
@@ -148,7 +209,7 @@ def config_of_resume(
         UserError: the recorded configuration cannot be read, an override is refused, or code of a run that was made
             elsewhere would run.
     """
-    from utils.training.setup import with_absolute_paths  # imports torch
+    from utils.corpora.places import with_absolute_paths  # takes 30 ms, for what --help never needs
 
     recorded = recorded_config(origin.run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))

@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -327,6 +327,7 @@ def open_session(
     argv: Sequence[str],
     root: Path,
     strict: bool,
+    facts: Mapping[str, Any],
 ) -> Iterator[Session]:
     """Check everything, make or reopen the run directory, and train within; on exit the run is closed.
 
@@ -336,6 +337,7 @@ def open_session(
         argv: the command line, for the record.
         root: the folder that relative paths start from.
         strict: a finding of the preflight is a mistake.
+        facts: further fields of run.json of a new run.
 
     Raises:
         UserError: a mistake found before the run directory is made or changed.
@@ -356,7 +358,7 @@ def open_session(
             report_adapters(setup, terminal)
             report_noise(setup, git, runs, terminal)
         setup = dataclasses.replace(setup, corpus=setup.corpus.stored())
-        run, start = open_run(setup, git, argv, terminal)
+        run, start = open_run(setup, git, argv, terminal, facts)
         stack.callback(run.release)
         setup = with_old_end(setup, run, start)
         stack.callback(seal_run, run, terminal)

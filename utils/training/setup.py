@@ -23,7 +23,8 @@ from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import Config, RuleError, warmup_steps
-from utils.corpora.datasets import find_dataset, is_dataset
+from utils.corpora.datasets import find_dataset
+from utils.corpora.places import with_absolute_paths
 from utils.corpora.sources import ARITHMETIC, NAMES, CorpusError
 from utils.errors import UserError, shown
 from utils.files import dangling_link
@@ -260,25 +261,3 @@ def _warn_of_other_text(
         kept = moved_path(str(read_settings(origin.run).get("dataset")), root) == corpus.name
         if kept and checkpoint.state.get("corpus_hash", corpus.hash) != corpus.hash:
             warn(f"{corpus.name}: the text is not the one that {origin.run.name} was trained on")
-
-
-def with_absolute_paths(loaded: LoadedConfig, root: Path) -> LoadedConfig:
-    """`loaded` with absolute paths for its dataset and tokenizer: the recorded configuration means the same everywhere.
-
-    A path in a file of configs/ starts from `root`, a path in a flag or in code from the current folder.
-    """
-    data = loaded.config.data
-
-    def absolute(key: str, path: str) -> str:
-        """`path` as it is where there is nothing: then the error names what was written."""
-        source = loaded.source(key)
-        start = Path.cwd() if source.startswith("--") or source == "code" else root
-        found = os.path.abspath(start / path)
-        return found if os.path.exists(found) else path
-
-    kind, colon, file = data.tokenizer.partition(":")
-    paths = {"tokenizer": kind + colon + absolute("tokenizer", file)} if colon else {}
-    if data.dataset not in NAMES and not is_dataset(root / data.datasets_dir / data.dataset):
-        paths["dataset"] = absolute("dataset", data.dataset)
-    config = loaded.config.model_copy(update={"data": data.model_copy(update=paths)})
-    return LoadedConfig(config, loaded.layers)

@@ -78,15 +78,20 @@ class Start:
         return self.checkpoint.step if self.checkpoint is not None and self.relation != "init" else 0
 
 
-def open_run(setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal) -> tuple[Run, Start]:
+def open_run(
+    setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal, facts: Mapping[str, Any]
+) -> tuple[Run, Start]:
     """Make a run directory, or reopen that of a resumed run with its logs cut back to its newest good checkpoint.
+
+    Args:
+        facts: further fields of run.json of a new run.
 
     Raises:
         UserError: it cannot be made; or the run is being trained, is complete, or has damaged checkpoints only.
     """
     origin = setup.origin
     if origin is None or not setup.resumes:
-        record: dict[str, Any] = {"argv": list(argv), "git": git.summary(), "made": made_here(setup.root)}
+        record: dict[str, Any] = {"argv": list(argv), "git": git.summary(), "made": made_here(setup.root), **facts}
         if origin is not None and setup.checkpoint is not None:
             record["parent"] = parent_facts(origin, setup.checkpoint.step, setup.checkpoint.state)
         start = Start(setup.checkpoint, origin.relation) if origin else Start()

@@ -1,0 +1,37 @@
+"""A sweep without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.config.settings import Config, TrackingConfig, TrainConfig
+from utils.sweeps.folder import Plan, Sweep, open_sweep
+from utils.sweeps.space import Dimension, Goal, Space
+
+RATE = Dimension("learning_rate", "log", (1e-4, 1e-1))
+MakeSweep = Callable[..., Sweep]
+
+
+@pytest.fixture
+def make_sweep(tmp_path: Path) -> MakeSweep:
+    """Make or open a sweep below tmp_path, with the random sampler; `facts` are those of its plan."""
+
+    def make(
+        seeds: Any = 1,
+        goal: Goal | None = None,
+        resume: bool = True,
+        max_iters: int = 540,
+        folder: Path = tmp_path,
+        **facts: Any,
+    ) -> Sweep:
+        tracking = TrackingConfig(runs_dir=str(folder / "runs"))
+        config = Config(train=TrainConfig(max_iters=max_iters), tracking=tracking)
+        space = Space((RATE,), seeds=seeds, goal=goal or Goal())
+        plan = Plan(**{"space": space, "config": config, "sampler": "random", **facts})
+        return open_sweep(folder / "sweeps" / "lr", plan, folder, resume=resume)
+
+    return make

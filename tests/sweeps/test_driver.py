@@ -1,0 +1,158 @@
+"""A driver and the processes of its trials, which a stand-in for training makes short."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from utils.experiments.sql import choose_runs
+from utils.runs.find import list_run_paths
+from utils.runs.index import read_index
+from utils.runs.layout import CONFIG
+from utils.runs.run import read_record
+from utils.sweeps import trial as trials
+from utils.sweeps.driver import Driver
+from utils.sweeps.folder import Sweep, open_sweep
+from utils.sweeps.results import seconds_to_loss
+from utils.sweeps.space import Dimension, Goal, Space
+from utils.sweeps.study import Study
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = "tests/sweeps/stand_in.py"
+MakeSweep = Callable[..., Sweep]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "TRAIN", STAND_IN)
+
+
+def rooted(sweep: Sweep) -> Sweep:
+    """The sweep, with the scripts of this project."""
+    return Sweep(sweep.path, sweep.id, sweep.plan, ROOT)
+
+
+def choices(*rates: float) -> Space:
+    return Space((Dimension("learning_rate", "choice", rates),))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_trials_that_fail_or_diverge_do_not_end_a_sweep(make_sweep: MakeSweep) -> None:
+    """0.25 fails and 0.6 diverges in the stand-in; n_embd must be a multiple of n_head, 4."""
+    space = Space((Dimension("learning_rate", "choice", (0.25, 0.6, 0.01)), Dimension("n_embd", "choice", (30, 32))))
+    sweep = rooted(make_sweep(space=space, sampler="grid", max_iters=2))
+    study, ended = Study(sweep), []
+    ending = Driver(sweep, study, 9, 2, 5, lambda number, outcome: ended.append(number)).run()
+    assert (ending.exit_status, ending.problem) == (0, None)
+    assert sorted(ended) == [0, 1, 2, 3, 4, 5]
+    states = {
+        (t.params["learning_rate"], t.params["n_embd"]): (t.state.name, t.user_attrs.get("reason"))
+        for t in study.trials()
+    }
+    multiple = "--n-embd: n_embd (30) must be divisible by n_head (4), or head_dim be set"
+    assert {states[rate, 30] for rate in (0.25, 0.6, 0.01)} == {("FAIL", multiple)}
+    assert states[0.25, 32] == ("FAIL", "ValueError: planted")
+    assert states[0.6, 32] == ("PRUNED", "diverged: train/loss is nan at step 0")
+    assert states[0.01, 32] == ("COMPLETE", None)
+    runs = choose_runs(read_index(sweep.runs_dir), "sweep = 'lr' and trial = 5")
+    assert [run.record["tag"] for run in runs] == ["lr-5"]
+    assert runs[0].record["sweep"] == {"name": "lr", "id": sweep.id, "number": 5, "place": 0}
+
+
+def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
+    """Values that do not fit each other fail before a process is started."""
+    space = Space((Dimension("n_embd", "range", (33, 63, 2), whole=True),))
+    sweep = rooted(make_sweep(space=space, sampler="grid"))
+    ending = Driver(sweep, Study(sweep), 9, 1, 2).run()
+    assert ending.exit_status == 1
+    beginning = "3 trials in a row have failed (--max-failures); the last: --n-embd: n_embd (37) must be divisible"
+    assert ending.problem is not None
+    assert ending.problem.startswith(beginning)
+    assert len(Study(sweep).trials()) == 3
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> None:
+    """Two trials of two seeds with one rung: the better one goes on from its checkpoints, in the same directories."""
+    from utils.sweeps.pruning import Pruner
+
+    sweep = make_sweep(space=Space((Dimension("learning_rate", "choice", (0.1, 0.01)),), seeds=2), sampler="grid",
+                       pruner=Pruner("asha", (2, 4), 2), max_iters=4)  # fmt: skip
+    sweep = rooted(sweep)
+    study = Study(sweep)
+    assert Driver(sweep, study, 9, 1, 0).run().exit_status == 0
+    bad, good = study.trials()
+    assert (bad.state.name, bad.user_attrs["reason"], bad.intermediate_values.keys()) == ("PRUNED", "not promoted", {2})
+    assert good.state.name == "COMPLETE"
+    records = [read_record(path) for path in list_run_paths(sweep.runs_dir)]
+    assert sorted((r["sweep"]["number"], r["sweep"]["place"], r["last_step"], len(r["resumes"])) for r in records) == [
+        (0, 0, 2, 0),
+        (0, 1, 2, 0),
+        (1, 0, 4, 1),
+        (1, 1, 4, 1),
+    ]
+    configs = [json.loads((path / CONFIG).read_text()) for path in list_run_paths(sweep.runs_dir)]
+    seeds = {config["train"]["seed"] for config in configs}
+    assert seeds == {1337, 1338}
+
+
+def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainings stop with a checkpoint, exit status 143; --resume continues them; --json is the result."""
+    monkeypatch.setenv("SWEEP_STEP_SECONDS", "0.1")
+    (tmp_path / "lr.yaml").write_text("learning_rate: {log: [1e-4, 1e-1]}\n")
+    words = [sys.executable, STAND_IN, "sweep", str(tmp_path / "lr.yaml"), f"--runs-dir={tmp_path / 'runs'}"]
+    words += ["--max-iters=30", "--eval-interval=10", "--trials=2", "--sampler=random"]
+    driver = subprocess.Popen([*words, "--jobs=2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while driver.poll() is None and len(list(tmp_path.glob("runs/*/artifacts/step.json"))) < 2:
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGTERM)
+    _, errors = driver.communicate()
+    assert driver.returncode == 128 + signal.SIGTERM
+    assert b"stopped: --resume goes on with lr" in errors
+    assert {read_record(path)["status"] for path in list_run_paths(tmp_path / "runs")} == {"interrupted"}
+    monkeypatch.setenv("SWEEP_STEP_SECONDS", "0")
+    refused = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "exists: --resume goes on with this sweep, --name starts another one" in refused.stderr
+    done = subprocess.run([*words, "--resume", "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert [trial["state"] for trial in found["trials"]] == ["complete", "complete"]
+    assert [len(read_record(path)["resumes"]) for path in list_run_paths(tmp_path / "runs")] == [1, 1]
+    longer = found["train_longer"]
+    assert re.search(r"train\.py --config \S+/meta/full_config\.json --run-tag lr-best --max-iters 300$", longer)
+
+
+def test_seconds_to_a_loss_leave_out_the_time_between_sessions(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    start = "2026-01-31T12:00:00+00:00"
+    record = {"schema_version": 1, "status": "completed", "start": start}
+    record["resumes"] = [{"time": "2026-01-31T13:00:00+00:00"}]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    noon = 1769860800.0
+    entries = [(0, noon + 1, 4.0), (10, noon + 11, 3.0), (20, noon + 3602, 2.5), (30, noon + 3610, 2.0)]
+    lines = [json.dumps({"step": step, "time": moment, "val/loss": loss}) for step, moment, loss in entries]
+    (tmp_path / "logs" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert seconds_to_loss(tmp_path, 3.5) == 11
+    assert seconds_to_loss(tmp_path, 2.5) == 11 + 2
+    assert seconds_to_loss(tmp_path, 1.0) is None
+
+
+def test_the_journal_is_that_of_its_own_sweep(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    """A folder that was moved keeps its id, and so its runs; its runs do not name its place."""
+    sweep = make_sweep()
+    Study(sweep).claim(1).release()  # type: ignore[union-attr]
+    os.rename(sweep.path, tmp_path / "sweeps" / "moved")
+    moved = open_sweep(tmp_path / "sweeps" / "moved", sweep.plan, tmp_path, resume=True)
+    assert moved.id == sweep.id
+    assert len(Study(moved).trials()) == 1
+    assert Goal().as_json() == "val/loss"
+    assert choices(0.1).as_json()["settings"] == {"learning_rate": {"choice": [0.1]}}

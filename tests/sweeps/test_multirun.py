@@ -1,0 +1,63 @@
+"""`train.py --multirun`: a run for each combination, and their comparison."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.config.parse import ConfigError
+from utils.runs.find import list_run_paths
+from utils.runs.run import read_record
+from utils.sweeps.multirun import space_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_words_are_a_grid() -> None:
+    space = space_of(["learning-rate=1e-3,3e-3", "seed=1,2", "bias=true", "warmup_iters=none,5"])
+    assert [(one.key, one.values) for one in space.dimensions] == [
+        ("learning_rate", (1e-3, 3e-3)),
+        ("seed", (1, 2)),
+        ("warmup_iters", (None, 5)),
+    ]
+    assert {key: setting.value for key, setting in space.fixed.items()} == {"bias": True}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("seed", "--multirun: expected SETTING=VALUE,VALUE, got 'seed'"),
+        ("seed=1,,2", "--multirun: expected SETTING=VALUE,VALUE, got 'seed=1,,2'"),
+        ("sed=1,2", "--multirun: unknown setting sed; did you mean seed?"),
+        ("seed=1,x", "--multirun: seed: expected integer >= 0"),
+        ("seed=1,1", "--multirun: seed: a value stands there twice: 1,1"),
+        ("seed=1", "--multirun: expected a setting with several values: SETTING=A,B"),
+        ("run_tag=a,b", "--multirun: run_tag is set for each run"),
+        ("optimizer_name=adamw,muo", "did you mean muon?"),
+        ("bias=true,maybe", "--multirun: bias: expected true or false, got 'maybe'"),
+    ],
+)
+def test_a_mistake_is_one_line(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        space_of([word])
+    (line,) = str(error.value).splitlines()
+    assert message in line
+
+
+def test_runs_are_trained_compared_and_not_trained_again(tmp_path: Path) -> None:
+    words = [sys.executable, "tests/sweeps/stand_in.py", f"--runs-dir={tmp_path / 'runs'}", "--max-iters=2"]
+    words += ["--eval-interval=1", "--run-tag=grid", "--jobs=2", "--multirun", "learning_rate=1e-3,1e-2", "seed=1,2"]
+    first = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    records = [read_record(path) for path in list_run_paths(tmp_path / "runs")]
+    assert sorted(record["tag"] for record in records) == ["grid-0", "grid-1", "grid-2", "grid-3"]
+    assert "grid: 4 complete trials" in first.stdout
+    assert "Comparison" in first.stdout
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "grid: 4 complete trials" in again.stdout
+    assert len(list_run_paths(tmp_path / "runs")) == 4
+    other = subprocess.run([*words, "weight_decay=0,1"], cwd=ROOT, capture_output=True, text=True)
+    assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
+    assert "is another sweep: weight_decay: not searched there" in other.stderr

@@ -1,0 +1,50 @@
+"""The trials of a sweep on a real Ray cluster of this machine, with two workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.sweep import SPACE, command, differences, facts, trainings
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = "tests/sweeps/stand_in.py sweep"
+
+
+def test_without_ray_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from utils.sweeps.ray_engine import run_on_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="--engine ray needs the package ray: pip install"):
+        run_on_ray(None, 1, 1, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_lost_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same trials, values and logs as without Ray, although a worker was killed."""
+    monkeypatch.setenv("SWEEP_STEP_SECONDS", "0.2")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    for name in ("local", "ray"):
+        (tmp_path / name).mkdir()
+    subprocess.run(command(tmp_path / "local", 3, 10, script=STAND_IN), cwd=ROOT, check=True)
+    driver = subprocess.Popen(
+        command(tmp_path / "ray", 3, 10, "--engine=ray", "--jobs=2", script=STAND_IN), cwd=ROOT, stdout=subprocess.PIPE
+    )
+    found: list[psutil.Process] = []
+    while driver.poll() is None and not found:
+        found = trainings(tmp_path / "ray")
+        time.sleep(0.05)
+    assert found, "the driver has ended without a training"
+    worker = psutil.Process(found[0].ppid())
+    assert "ray" in worker.name()
+    worker.kill()
+    output, _ = driver.communicate()
+    assert driver.returncode == 0
+    assert b"3 complete trials" in output
+    assert differences(facts(tmp_path / "local"), facts(tmp_path / "ray")) == []

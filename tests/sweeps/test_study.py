@@ -1,0 +1,191 @@
+"""The journal of a sweep: claims, promotions, and what is left by a process that was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError
+from utils.sweeps.folder import JOURNAL, RECORD, Sweep, read_sweep
+from utils.sweeps.pruning import Pruner, rung_steps
+from utils.sweeps.space import Dimension, Space
+from utils.sweeps.study import Nothing, Study, Work
+
+MakeSweep = Callable[..., Sweep]
+
+
+def claimed(study: Study, total: int = 9) -> Work:
+    work = study.claim(total)
+    assert isinstance(work, Work)
+    return work
+
+
+def test_trials_are_numbered_and_each_is_claimed_once(make_sweep: MakeSweep) -> None:
+    one, two = Study(make_sweep()), Study(make_sweep())
+    first, second = claimed(one, 2), claimed(two, 2)
+    assert [first.number, second.number] == [0, 1]
+    assert one.claim(2) == Nothing(finished=False)  # the other one still works
+    one.finish(0, 1.5, runs=["a"])
+    first.release()
+    two.finish(1, reason="ValueError: x")
+    second.release()
+    assert one.claim(2) == Nothing(finished=True)
+    assert [(trial.value, trial.user_attrs) for trial in one.trials()] == [
+        (1.5, {"runs": ["a"]}),
+        (None, {"reason": "ValueError: x"}),
+    ]
+    assert [trial.number for trial in one.best()] == [0]
+    assert claimed(two, 3).number == 2  # --trials is a total, which may grow
+
+
+def test_what_a_killed_process_had_claimed_is_gone_on_with(make_sweep: MakeSweep) -> None:
+    sweep = make_sweep()
+    claim_and_die = multiprocessing.get_context("fork").Process(target=_claim_and_die, args=(sweep,))
+    claim_and_die.start()
+    claim_and_die.join()
+    assert claim_and_die.exitcode == -signal.SIGKILL
+    study = Study(sweep)
+    (trial,) = study.trials()
+    assert study.runs(trial)
+    again = claimed(study)
+    assert (again.number, again.values) == (0, trial.params)
+    assert claimed(study).number == 1
+
+
+def _claim_and_die(sweep: Sweep) -> None:
+    Study(sweep).claim(9)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_values_are_those_of_an_undisturbed_sweep(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    """Whatever is claimed, finished or failed in between: with `random`, they depend on seed and number."""
+    study = Study(make_sweep())
+    works = [claimed(study, 5) for _ in range(5)]
+    straight = [work.values for work in works]
+    for work in works:
+        work.release()
+    (tmp_path / "sweeps" / "lr" / JOURNAL).unlink()
+    study = Study(make_sweep())
+    again = []
+    for number in range(5):
+        work = claimed(Study(make_sweep()), 5)
+        again.append(work.values)
+        study.finish(number, None if number % 2 else 1.0, reason="x")
+        work.release()
+    assert again == straight
+
+
+def test_a_torn_line_is_cut_off(make_sweep: MakeSweep) -> None:
+    sweep = make_sweep()
+    claimed(Study(sweep)).release()
+    with (sweep.path / JOURNAL).open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    study = Study(sweep)
+    work = claimed(study)
+    study.finish(work.number, 1.0)
+    assert [trial.value for trial in Study(sweep).trials()] == [1.0]
+
+
+@pytest.mark.parametrize("line", [b"not JSON\n", b"{}\n", b"[]\n"])
+def test_a_damaged_journal_is_one_line(make_sweep: MakeSweep, line: bytes) -> None:
+    sweep = make_sweep()
+    claimed(Study(sweep)).release()
+    content = (sweep.path / JOURNAL).read_bytes()
+    (sweep.path / JOURNAL).write_bytes(line + content)
+    with pytest.raises(UserError, match="the journal is damaged"):
+        Study(sweep)
+
+
+def test_asha_finds_the_best_of_recorded_trials_with_half_of_the_steps(make_sweep: MakeSweep) -> None:
+    """27 trials of 540 steps on Tiny Shakespeare (curves.json says how they were made), one at a time."""
+    curves = json.loads((Path(__file__).parent / "curves.json").read_text())["val/loss"]
+    rungs = rung_steps(20, 540, 3)
+    study = Study(make_sweep(pruner=Pruner("asha", rungs)))
+    steps, reached = 0, dict.fromkeys(range(len(curves)), 0)
+    while isinstance(work := study.claim(len(curves)), Work):
+        step = work.step or rungs[-1]
+        steps += step - reached[work.number]
+        reached[work.number] = step
+        value = curves[work.number][str(step)]
+        if work.step is None:
+            study.finish(work.number, value)
+        else:
+            study.report(work.number, step, value)
+            assert study.is_paused(study.trials()[work.number])
+        work.release()
+    assert work.finished
+    best = min(range(len(curves)), key=lambda number: curves[number]["540"])
+    assert study.best()[0].number == best
+    assert steps <= len(curves) * rungs[-1] / 2
+    ended = [trial for trial in study.trials() if trial.state.name == "PRUNED"]
+    assert {trial.user_attrs["reason"] for trial in ended} == {"not promoted"}
+    assert len(ended) + len(study.best()) == len(curves)
+
+
+def test_the_median_rule_looks_at_the_same_step(make_sweep: MakeSweep) -> None:
+    study = Study(make_sweep(pruner=Pruner("median", (10,))))
+    for number in range(5):
+        work = claimed(study)
+        for step in (10, 20):
+            study.report(number, step, 1.0 + number / 10)
+            assert not study.should_stop(number)  # the first five are only watched
+        study.finish(number, 1.0)
+        work.release()
+    bad, good = claimed(study), claimed(study)
+    study.report(bad.number, 5, 9.0)
+    assert not study.should_stop(bad.number)  # before min_steps
+    study.report(bad.number, 10, 1.3)
+    study.report(good.number, 10, 1.1)
+    assert (study.should_stop(bad.number), study.should_stop(good.number)) == (True, False)
+
+
+def test_a_sweep_is_not_mixed_with_another(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    make_sweep()
+    with pytest.raises(UserError, match="exists: --resume goes on with this sweep, --name starts another one"):
+        make_sweep(resume=False)
+    wider = Space((Dimension("learning_rate", "log", (1e-4, 1.0)), Dimension("n_layer", "choice", (1, 2))))
+    with pytest.raises(UserError) as error:
+        make_sweep(space=wider, sampler="tpe", pruner=Pruner("median", (10,)), max_iters=10)
+    lines = [line.partition("is another sweep: ")[2] for line in str(error.value).splitlines()]
+    assert lines == [
+        "learning_rate: log [0.0001, 0.1] there, log [0.0001, 1.0] now",
+        "sampler: random there, tpe now",
+        "pruner: none there, median min_steps 10 startup_trials 5 now",
+        "n_layer: not searched there, choice [1, 2] now",
+        "max_iters: 540 there, 10 now",
+    ]
+
+
+@pytest.mark.parametrize("content", ["x", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1, "space": 3}'])
+def test_a_damaged_record_is_one_line(make_sweep: MakeSweep, tmp_path: Path, content: str) -> None:
+    sweep = make_sweep()
+    (sweep.path / RECORD).write_text(content)
+    with pytest.raises(UserError, match=f"{RECORD}"):
+        read_sweep(sweep.path, tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(make_sweep: MakeSweep, small_disk: Path) -> None:
+    """What could be written of a line is cut off, and the journal goes on once there is room."""
+    study = Study(make_sweep(folder=small_disk))
+    claimed(study).release()
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 1000):
+            pass
+
+    def report() -> None:
+        for number in range(100):
+            study.report(0, number, 1.0)
+
+    with pytest.raises(OSError, match="No space left"):
+        report()
+    filler.unlink()
+    study.report(0, 1000, 1.0)
+    assert 1000 in Study(make_sweep(folder=small_disk)).trials()[0].intermediate_values

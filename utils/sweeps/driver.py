@@ -1,0 +1,163 @@
+"""The driver of a sweep: claims trials, carries out several at a time, and records how they ended.
+
+There may be several drivers at one sweep, on one machine or many. Each waits at the end until the trials of the others
+are done: if one of them is killed, its trials are gone on with.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from utils.errors import UserError
+from utils.machine.signals import StopRequest, StopSignal, stop_on_signals
+from utils.runs.lock import HEARTBEAT_SECONDS
+from utils.sweeps.folder import Sweep
+from utils.sweeps.study import Nothing, Study, Work
+from utils.sweeps.trial import DiskFullError, Outcome, Trials, record
+
+MAX_FAILURES = 5  # in a row, by default
+WAIT_SECONDS = 0.5  # between looks for work, while other drivers have it
+TICK_SECONDS = 0.2  # between updates of the display
+
+Show = Callable[[], None]
+Report = Callable[[int, Outcome], None]
+
+
+@dataclass
+class Ending:
+    """Why a driver ended.
+
+    problem: a line for the user, if the sweep could not go on.
+    signum: of the signal that stopped it.
+    """
+
+    problem: str | None = None
+    signum: int | None = None
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def exit_status(self) -> int:
+        if self.signum is not None:
+            return 128 + self.signum
+        return 1 if self.problem else 0
+
+
+def disk_full_words(error: DiskFullError) -> str:
+    return f"the disk is full: {error}; the sweep goes on with --resume once there is room"
+
+
+def too_many_words(failures: int, last: Outcome) -> str:
+    return f"{failures} trials in a row have failed (--max-failures); the last: {last.reason}"
+
+
+class Driver:
+    """Works on a sweep with `jobs` trials at a time until there is nothing left to do.
+
+    Args:
+        total: trials of the sweep, those that exist among them.
+        max_failures: trials in a row that may fail.
+        report: called with each trial that this driver has finished.
+    """
+
+    def __init__(
+        self, sweep: Sweep, study: Study, total: int, jobs: int, max_failures: int, report: Report = lambda *_: None
+    ) -> None:
+        self.sweep, self.study, self.total, self.jobs = sweep, study, total, jobs
+        self.trials = Trials(sweep, study)
+        self.ending = Ending()
+        self._max_failures, self._report = max_failures, report
+        self._failures_in_a_row = 0
+        self._mutex = threading.Lock()
+        self._works: dict[int, Work] = {}
+        self._unexpected: BaseException | None = None
+
+    def run(self, show: Show = lambda: None) -> Ending:
+        """Carry out trials until none is left, a signal comes, or the sweep cannot go on.
+
+        Args:
+            show: updates the display; called several times a second.
+        """
+        with stop_on_signals() as stop:
+            slots = [threading.Thread(target=self._slot, name=f"trial {n}") for n in range(self.jobs)]
+            for slot in slots:
+                slot.start()
+            try:
+                self._wait(slots, stop, show)
+            except StopSignal:
+                self.trials.stop(signal.SIGTERM)  # the second one, after which training stops at once
+                for slot in slots:
+                    slot.join()
+            self.ending.signum = stop.signum
+        if self._unexpected is not None:
+            raise self._unexpected
+        return self.ending
+
+    def _wait(self, slots: list[threading.Thread], stop: StopRequest, show: Show) -> None:
+        """Until all slots have ended; a signal is passed on, once."""
+        passed_on, next_beat = False, time.monotonic() + HEARTBEAT_SECONDS
+        while any(slot.is_alive() for slot in slots):
+            if stop and not passed_on:
+                passed_on = True
+                self.trials.stop(signal.SIGTERM)
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + HEARTBEAT_SECONDS
+                self._beat()
+            show()
+            next((slot for slot in slots if slot.is_alive()), slots[0]).join(TICK_SECONDS)
+        show()
+
+    def _beat(self) -> None:
+        """A sign of life for drivers on other machines, where flock cannot be seen."""
+        with self._mutex:
+            works = list(self._works.values())
+        for work in works:
+            os.utime(work.lock.fd)
+
+    def _slot(self) -> None:
+        """What each of the parallel slots does."""
+        try:
+            while not self.trials.stopping.is_set():
+                work = self.study.claim(self.total)
+                if isinstance(work, Nothing):
+                    if work.finished:
+                        return
+                    self.trials.stopping.wait(WAIT_SECONDS)
+                    continue
+                with self._mutex:
+                    self._works[work.number] = work
+                try:
+                    self._record(work, self.trials.carry_out(work))
+                finally:
+                    with self._mutex:
+                        del self._works[work.number]
+                    work.release()
+        except DiskFullError as error:
+            self._end(disk_full_words(error))
+        except UserError as error:
+            self._end(str(error))
+        except BaseException as error:
+            self._unexpected = self._unexpected or error
+            self._end(str(error))
+
+    def _end(self, problem: str) -> None:
+        """The sweep cannot go on: the others stop with a checkpoint."""
+        with self._mutex:
+            self.ending.problem = self.ending.problem or problem
+        self.trials.stop(signal.SIGTERM)
+
+    def _record(self, work: Work, outcome: Outcome) -> None:
+        """Write into the journal how a piece of work ended."""
+        record(self.study, work, outcome)
+        if outcome.was_stopped:
+            return
+        self._report(work.number, outcome)
+        with self._mutex:
+            self._failures_in_a_row = self._failures_in_a_row + 1 if outcome.failed else 0
+            too_many = self._failures_in_a_row > self._max_failures
+        if too_many:
+            self._end(too_many_words(self._failures_in_a_row, outcome))

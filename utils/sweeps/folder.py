@@ -1,0 +1,222 @@
+"""The folder of a sweep: what is searched and how, written once; a sweep that goes on must be the same.
+
+sweeps/NAME/
+    sweep.json           the space, the sampler and the pruner with their arguments; its random id is in the runs
+    full_config.json     every setting that is not searched, as at the start: later edits of configs/ change nothing
+    journal.jsonl        what happened to each trial (Optuna's JournalStorage)
+    trials/17/           lock of trial 17, and what its processes printed
+    report/              made at the end: best trials, importance, pictures
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.config.fields import FIELDS, field_fact, flat, get_value
+from utils.config.loader import ConfigLoader
+from utils.config.settings import TRAJECTORY, Config
+from utils.errors import UserError
+from utils.files import read_json, write_json
+from utils.locks import folder_lock
+from utils.runs.run import utc_now
+from utils.sweeps.pruning import Pruner
+from utils.sweeps.sampling import SamplerName, sampler_arguments
+from utils.sweeps.space import Space, Value
+from utils.terminal.words import setting_text
+
+SCHEMA_VERSION = 1
+RECORD = "sweep.json"
+CONFIG = "full_config.json"
+JOURNAL = "journal.jsonl"
+TRIALS = "trials"
+REPORT = "report"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}")  # a tag of a run is NAME-17
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is: it never changes.
+
+    config: the settings that are not searched, with the fixed ones of the space.
+    threads: CPU threads of a trial, where neither the configuration nor the space says it.
+    """
+
+    space: Space
+    config: Config
+    sampler: SamplerName = "tpe"
+    sampler_seed: int = 0
+    pruner: Pruner = field(default_factory=Pruner)
+    threads: int | None = None
+
+    @property
+    def searched(self) -> set[str]:
+        return {dimension.key for dimension in self.space.dimensions}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A folder of a sweep. `id` is in run.json of each of its runs, so that its name and place may change."""
+
+    path: Path
+    id: str
+    plan: Plan
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.root / self.plan.config.tracking.runs_dir
+
+    @property
+    def maximize(self) -> bool:
+        return self.plan.space.goal.maximize
+
+    @property
+    def fixed(self) -> dict[str, Value]:
+        """The values of all settings, for conditions to name; those that are searched replace them."""
+        return flat(self.plan.config)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each run of a trial."""
+        return self.plan.space.seeds_from(self.plan.config.train.seed)
+
+    def trial_folder(self, number: int) -> Path:
+        return self.path / TRIALS / str(number)
+
+    def tag(self, number: int) -> str:
+        """The tag of the runs of a trial."""
+        return f"{self.name}-{number}"
+
+
+def check_name(name: str) -> str:
+    """Returns `name`; raises UserError unless it can be the name of a sweep."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"the name of a sweep is 1 to 50 letters, digits, '.', '_' or '-', not {name!r}: see --name")
+    return name
+
+
+def open_sweep(path: Path, plan: Plan, root: Path, *, resume: bool) -> Sweep:
+    """Make the folder of a sweep, or open the one that is there.
+
+    Args:
+        plan: must be that of the folder.
+        resume: an existing folder is expected.
+
+    Raises:
+        UserError: it exists and was not expected, is of another sweep, or cannot be written.
+    """
+    check_name(path.name)
+    try:
+        (path / TRIALS).mkdir(parents=True, exist_ok=True)
+        with folder_lock(path):
+            if not (path / RECORD).exists():
+                write_json(path / CONFIG, plan.config.model_dump(mode="json"))
+                write_json(path / RECORD, _record_of(path.name, plan))  # last: once it is there, the sweep exists
+                resume = True
+    except OSError as error:
+        raise UserError(f"{path}: the sweep cannot be written: {error.strerror}") from None
+    sweep = read_sweep(path, root)
+    if not resume:
+        raise UserError(f"{path} exists: --resume goes on with this sweep, --name starts another one")
+    if found := list(differences(sweep.plan, plan)):
+        raise UserError("\n".join(f"{path} is another sweep: {line}" for line in found))
+    return sweep
+
+
+def _record_of(name: str, plan: Plan) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "id": secrets.token_hex(8),
+        "name": name,
+        "start": utc_now(),
+        "space": plan.space.as_json(),
+        "sampler": {
+            "name": plan.sampler,
+            "seed": plan.sampler_seed,
+            **sampler_arguments(plan.sampler, plan.space),
+        },
+        "pruner": plan.pruner.as_json(),
+        "threads": plan.threads,
+    }
+
+
+def read_sweep(path: Path, root: Path) -> Sweep:
+    """The sweep in a folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        record = read_json(path / RECORD, path)
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise UserError(
+                f"{path / RECORD} has schema_version {record['schema_version']!r}, expected {SCHEMA_VERSION}"
+            )
+        config = ConfigLoader(root).load_only(path / CONFIG).config
+        sampler = record["sampler"]
+        plan = Plan(
+            Space.from_json(record["space"]),
+            config,
+            sampler["name"],
+            sampler["seed"],
+            Pruner.from_json(record["pruner"]),
+            record["threads"],
+        )
+        return Sweep(Path(os.path.abspath(path)), record["id"], plan, root)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not the folder of a sweep: it has no {RECORD}") from None
+    except OSError as error:
+        raise UserError(f"{path / RECORD} cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, StopIteration) as error:
+        raise UserError(f"{path / RECORD} is not the record of a sweep: {error}") from None
+
+
+def differences(recorded: Plan, wanted: Plan) -> Iterator[str]:
+    """What differs between the sweep in a folder and the one that is asked for, a line for each."""
+    before, after = (_spelled(plan) for plan in (recorded, wanted))
+    for name in dict.fromkeys((*before, *after)):
+        old, new = before.get(name, "not searched"), after.get(name, "not searched")
+        if old != new:
+            yield f"{name}: {old} there, {new} now"
+    old_config, new_config = flat(recorded.config), flat(wanted.config)
+    for key in FIELDS:
+        if key in recorded.searched or field_fact(key, "kind") != TRAJECTORY:
+            continue
+        if old_config[key] != new_config[key]:
+            yield f"{key}: {setting_text(old_config[key])} there, {setting_text(new_config[key])} now"
+
+
+def _spelled(plan: Plan) -> dict[str, str]:
+    """The parts of a plan beside its configuration, in words."""
+    space = plan.space.as_json()
+    searched: Mapping[str, Mapping[str, Any]] = space["settings"]
+    words = {key: " ".join(f"{kind} {value}" for kind, value in spec.items()) for key, spec in searched.items()}
+    pruner = " ".join(f"{key} {value}" for key, value in plan.pruner.as_json().items()).removeprefix("name ")
+    return {
+        "metric": str(plan.space.goal),
+        "seeds": str(plan.space.seeds),
+        **words,
+        "sampler": plan.sampler,
+        "sampler seed": str(plan.sampler_seed),
+        "pruner": pruner,
+    }
+
+
+def steps_of(config: Config, space: Space) -> int | None:
+    """Steps of a whole trial; None if they are not one number for all trials."""
+    if any(dimension.key in ("max_iters", "epochs") for dimension in space.dimensions):
+        return None
+    steps: int | None = get_value(config, "max_iters")
+    return steps

@@ -1,0 +1,132 @@
+"""`train.py --multirun learning_rate=1e-3,3e-3 seed=1,2,3`: a run for each combination, as Hydra's users know it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from utils.config.fields import FIELDS
+from utils.config.loader import Setting, check_values
+from utils.config.parse import ConfigError
+from utils.corpora.places import with_absolute_paths
+from utils.errors import UserError, nearest, shown
+from utils.runs.index import read_run
+from utils.sweeps.driver import MAX_FAILURES
+from utils.sweeps.folder import RECORD, Plan, Sweep, check_name, open_sweep
+from utils.sweeps.sampling import grid
+from utils.sweeps.space import OF_THE_SWEEP, Dimension, Space, Value, is_whole, plain_value
+from utils.sweeps.start import run_sweep, sweeps_folder, threads_of_job
+from utils.sweeps.study import RUNS, Study
+from utils.terminal.config_flags import ExperimentArguments
+from utils.terminal.console import Terminal
+
+FLAG = "--multirun"
+NAME = "multirun"  # where there is no --run-tag
+
+
+def multirun(parsed: ExperimentArguments, root: Path) -> int:
+    """Train the runs of a command line, `--jobs` at a time, and compare them.
+
+    With --run-tag, the same command goes on with what was stopped.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: a mistake on the command line or in the configuration.
+    """
+    own = parsed.own
+    for flag in ("resume", "init_from", "budget"):
+        if getattr(own, flag) is not None:
+            name = flag.replace("_", "-")
+            raise UserError(f"{FLAG} starts runs from scratch, with as many steps as configured: leave --{name} out")
+    if own.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {own.jobs}")
+    space = space_of(own.multirun)
+    loaded = with_absolute_paths(parsed.loader.put_layer(parsed.load(), space.fixed), root)
+    points = grid(space, {})
+    threads = None if own.jobs == 1 or loaded.config.train.threads is not None else threads_of_job(own.jobs)
+    plan = Plan(space, loaded.config, "grid", threads=threads)
+    tag, folder = loaded.config.tracking.run_tag, sweeps_folder(loaded, root, None)
+    path = folder / check_name(tag) if tag is not None else _free(folder)
+    sweep = open_sweep(path, plan, root, resume=True)
+    status = run_sweep(sweep, len(points), own.jobs, MAX_FAILURES, pictures=False)
+    if status == 0:
+        compare_runs(sweep, Study(sweep))
+    return status
+
+
+def space_of(words: Sequence[str]) -> Space:
+    """The grid of `KEY=A,B` words; a setting with one value is fixed.
+
+    Raises:
+        ConfigError: one line for each mistake.
+    """
+    dimensions: list[Dimension] = []
+    fixed: dict[str, Setting] = {}
+    mistakes: list[str] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.removeprefix("--").replace("-", "_")
+        texts = [part.strip() for part in text.split(",")]
+        if not equals or not all(texts):
+            mistakes.append(f"{FLAG}: expected SETTING=VALUE,VALUE, got {shown(word)}")
+        elif key not in FIELDS:
+            mistakes.append(f"{FLAG}: unknown setting {key}{nearest(key, FIELDS)}")
+        elif key in OF_THE_SWEEP or key == "runs_dir" or key in {one.key for one in dimensions} | fixed.keys():
+            why = "stands there twice" if key not in (*OF_THE_SWEEP, "runs_dir") else "is set for each run"
+            mistakes.append(f"{FLAG}: {key} {why}")
+        else:
+            values = [_value(key, part) for part in texts]
+            mistakes += _mistakes(key, values)
+            if len(set(values)) < len(values):
+                mistakes.append(f"{FLAG}: {key}: a value stands there twice: {text}")
+            if len(values) == 1:
+                fixed[key] = Setting(values[0], FLAG)
+            else:
+                dimensions.append(Dimension(key, "choice", tuple(values), whole=is_whole(key)))
+    if not mistakes and not dimensions:
+        mistakes.append(f"{FLAG}: expected a setting with several values: SETTING=A,B")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return Space(tuple(dimensions), fixed)
+
+
+def _value(key: str, text: str) -> Value:
+    """A value as a flag has it: a switch takes true and false."""
+    if bool in (FIELDS[key].annotation, *getattr(FIELDS[key].annotation, "__args__", ())):
+        return {"true": True, "on": True, "false": False, "off": False}.get(text.lower(), text)
+    value: Value = plain_value(key, text)
+    return value
+
+
+def _mistakes(key: str, values: Iterable[Any]) -> list[str]:
+    found = []
+    for value in values:
+        try:
+            check_values({key: Setting(value, FLAG)})
+        except ConfigError as error:
+            lines = str(error).splitlines()
+            found += [line if key in line else line.replace(FLAG, f"{FLAG}: {key}", 1) for line in lines]
+    return found
+
+
+def _free(folder: Path) -> Path:
+    """The first of multirun, multirun_2, ... that no sweep has."""
+    names = itertools.chain([NAME], (f"{NAME}_{number}" for number in itertools.count(2)))
+    return next(folder / name for name in names if not (folder / name / RECORD).exists())
+
+
+def compare_runs(sweep: Sweep, study: Study) -> None:
+    """Print which runs are better, those that differ only in seed being one group."""
+    from utils.experiments.compare import compare
+    from utils.experiments.comparison_tables import comparison_screen
+
+    names = [name for trial in study.trials() for name in trial.user_attrs.get(RUNS, ())]
+    runs = [read_run(sweep.runs_dir / name) for name in names]
+    if len(runs) > 1:
+        Terminal().print(Text("\nComparison", style="bold"), *comparison_screen(compare(runs, None)))

@@ -1,0 +1,128 @@
+"""Which trials go on: none is stopped early, or asynchronous successive halving (ASHA), or the median rule.
+
+ASHA [Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning, algorithm 2]: every trial is trained to the
+first rung and pauses there. Of those at a rung, the best in each `eta` go on to the next one, from their checkpoints.
+The median rule [Golovin et al. 2017, Google Vizier, section 3.2] stops a trial at an evaluation where its best value is
+worse than the median of the others at that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from utils.errors import UserError
+
+PrunerName = Literal["asha", "median", "none"]
+PRUNERS: tuple[PrunerName, ...] = ("asha", "median", "none")
+ETA = 3
+RUNGS_BELOW = 3  # rungs below the last one, by default
+STARTUP_TRIALS = 5  # that the median rule lets finish
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """The rule of a sweep.
+
+    rungs: with asha, the steps at which trials are compared, the last being the end of training; with median, the step
+        before which no trial is stopped.
+    eta: with asha, one in so many trials goes on.
+    """
+
+    name: PrunerName = "none"
+    rungs: tuple[int, ...] = ()
+    eta: int = ETA
+
+    def as_json(self) -> dict[str, Any]:
+        if self.name == "asha":
+            return {"name": self.name, "rungs": list(self.rungs), "eta": self.eta}
+        if self.name == "median":
+            return {"name": self.name, "min_steps": self.rungs[0], "startup_trials": STARTUP_TRIALS}
+        return {"name": self.name}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Pruner:
+        """The pruner that `as_json` describes."""
+        return cls(
+            data["name"], tuple(data.get("rungs") or filter(None, [data.get("min_steps")])), data.get("eta", ETA)
+        )
+
+
+class Promotion(NamedTuple):
+    """The trial `number` goes on to the rung of this index."""
+
+    number: int
+    rung: int
+
+
+def make_pruner(name: PrunerName, max_iters: int | None, min_steps: int | None, eta: int | None) -> Pruner:
+    """The pruner that flags ask for.
+
+    Args:
+        max_iters: steps of a whole trial; None: they are not the same for all.
+        min_steps: before the first comparison; None: so that there are four rungs.
+
+    Raises:
+        UserError: flags that do not fit each other.
+    """
+    if name == "none":
+        if min_steps is not None or eta is not None:
+            raise UserError(f"--{'eta' if min_steps is None else 'min-steps'} is for --pruner asha or median")
+        return Pruner()
+    if max_iters is None:
+        raise UserError(
+            f"--pruner {name} compares trials at the same step: max_iters must be one number for all trials"
+        )
+    if name == "median" and eta is not None:
+        raise UserError("--eta is for --pruner asha")
+    eta = ETA if eta is None else eta
+    if eta < 2:
+        raise UserError(f"--eta must be at least 2, not {eta}")
+    if min_steps is None:
+        min_steps = max(1, max_iters // (eta**RUNGS_BELOW if name == "asha" else 4))
+    if not 1 <= min_steps < max_iters:
+        raise UserError(f"--min-steps must be at least 1 and below max_iters ({max_iters:,}), not {min_steps:,}")
+    if name == "median":
+        return Pruner(name, (min_steps,))
+    return Pruner(name, rung_steps(min_steps, max_iters, eta), eta)
+
+
+def rung_steps(min_steps: int, max_iters: int, eta: int) -> tuple[int, ...]:
+    """The steps of the rungs, each `eta` times the one before; the last is the end.
+
+    >>> rung_steps(20, 540, 3)
+    (20, 60, 180, 540)
+    """
+    steps = []
+    while min_steps < max_iters:
+        steps.append(min_steps)
+        min_steps *= eta
+    return (*steps, max_iters)
+
+
+def promotion(
+    at_rungs: Sequence[Mapping[int, float]],
+    promoted: Sequence[Collection[int]],
+    eta: int,
+    maximize: bool = False,
+    *,
+    last_call: bool = False,
+) -> Promotion | None:
+    """The next trial to go on, from the highest rung down; None: there is none yet.
+
+    Args:
+        at_rungs: of each rung, the values of the trials that have reached it, by number.
+        promoted: of each rung, the trials that went on from it.
+        last_call: nothing else can be done: then at least one trial of each rung goes on.
+    """
+    for rung in reversed(range(len(at_rungs) - 1)):
+        values = at_rungs[rung]
+        count = len(values) // eta
+        if last_call and not promoted[rung] and not at_rungs[rung + 1]:
+            count = max(1, count)
+        best = sorted(values, key=lambda number: (-values[number] if maximize else values[number], number))[:count]
+        for number in best:
+            if number not in promoted[rung]:
+                return Promotion(number, rung + 1)
+    return None

@@ -1,0 +1,152 @@
+"""`--engine ray`: the trials of a sweep on the machines of a Ray cluster, by Ray Tune.
+
+Each trial of Ray Tune is one piece of work of the sweep. The worker that gets it opens the folder of the sweep, which
+all machines share, claims work as any driver does, and reports what came of it. Where a worker or its machine is lost,
+Tune starts the piece again, and the trial goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.machine.watchdog import watched
+from utils.sweeps import trial as trials
+from utils.sweeps.driver import WAIT_SECONDS, Ending, Report, disk_full_words, too_many_words
+from utils.sweeps.folder import Sweep, read_sweep
+from utils.sweeps.study import Nothing, Study
+from utils.sweeps.trial import DiskFullError, Outcome, Trials, record
+
+INSTALL = "pip install 'ray[tune]'"
+RETRIES = 20  # of a piece of work whose worker is lost
+FINISHED, PROBLEM, REASON = "finished", "problem", "reason"  # what a piece reports, beside its trial
+
+
+def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: Report = lambda *_: None) -> Ending:
+    """Work on a sweep with `jobs` trials at a time, on the cluster of RAY_ADDRESS or else on this machine.
+
+    Args:
+        report: called with each trial that has ended or reached a rung.
+
+    Raises:
+        UserError: Ray is not installed, or its cluster does not answer.
+    """
+    try:
+        import ray
+        from ray import tune
+    except ImportError:
+        raise UserError(f"--engine ray needs the package ray: {INSTALL}") from None
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "0")
+    plan, address = sweep.plan, os.environ.get("RAY_ADDRESS")
+    cpus = plan.threads or plan.config.train.threads or 1
+    local = {} if address else {"num_cpus": max(os.cpu_count() or 1, jobs * cpus), "include_dashboard": False}
+    settings = {"env_vars": {"PYTHONPATH": os.fspath(sweep.root)}}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=settings, **local)
+    except Exception as error:  # a plain one, where a node does not start in time
+        raise UserError(f"Ray ({address or 'on this machine'}): {str(error).strip().splitlines()[0]}") from None
+    resources = {"cpu": cpus, **({"gpu": 1} if plan.config.train.device.startswith("cuda") else {})}
+    work = {"folder": os.fspath(sweep.path), "root": os.fspath(sweep.root), "total": total, "script": trials.TRAIN}
+    pieces = _pieces(work, max_failures, report)
+    try:
+        with tempfile.TemporaryDirectory() as storage:  # of Tune's own records; those of the sweep are in its folder
+            tune.Tuner(
+                tune.with_resources(carry_out_piece, resources),
+                tune_config=tune.TuneConfig(search_alg=pieces, num_samples=-1, max_concurrent_trials=jobs),
+                run_config=tune.RunConfig(
+                    name=sweep.name,
+                    storage_path=storage,
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                    verbose=0,
+                ),
+            ).fit()
+    finally:
+        ray.shutdown()
+    ending: Ending = pieces.ending
+    return ending
+
+
+def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
+    """The search algorithm of Tune that hands out pieces of work until one finds that there is nothing left.
+
+    What a trial is made of is decided where the piece is carried out, under the lock of the sweep.
+    """
+    from ray.tune.search import Searcher
+
+    class Pieces(Searcher):
+        def __init__(self) -> None:
+            super().__init__(metric="value", mode="min")
+            self.ending, self.given, self.failures, self.over = Ending(), 0, 0, False
+
+        def suggest(self, trial_id: str) -> Any:
+            if self.over:
+                return Searcher.FINISHED
+            self.given += 1
+            return {**work, "piece": self.given}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            found = result or {}
+            problem = found.get(PROBLEM)
+            if error:
+                problem = f"a worker was lost {RETRIES} times"
+            elif "trial" in found and problem is None:
+                value = None if math.isnan(found["value"]) else found["value"]
+                outcome = Outcome(value, found[REASON], found["pruned"])
+                report(found["trial"], outcome)
+                self.failures = self.failures + 1 if outcome.failed else 0
+                if self.failures > max_failures:
+                    problem = too_many_words(self.failures, outcome)
+            self.ending.problem = self.ending.problem or problem
+            self.over = self.over or bool(problem or found.get(FINISHED))
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # of Tune's own records, from which nothing is restored
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: the journal of the sweep has it all."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing: a sweep that goes on begins with new pieces."""
+
+    return Pieces()
+
+
+def carry_out_piece(config: dict[str, Any]) -> None:
+    """In a worker of Ray: claim a piece of work, carry it out, record it, and report it to Tune."""
+    from ray import tune
+
+    trials.TRAIN = config["script"]
+    sweep = read_sweep(Path(config["folder"]), Path(config["root"]))
+    study = Study(sweep)
+    while isinstance(work := study.claim(config["total"]), Nothing):
+        if work.finished:
+            tune.report({FINISHED: True, "value": 0.0})
+            return
+        time.sleep(WAIT_SECONDS)
+    found: dict[str, Any] = {"trial": work.number, "step": work.step, **work.values}
+    try:
+        outcome = Trials(sweep, study, _stopped_with_this_process).carry_out(work)
+        record(study, work, outcome)
+        found["value"] = math.nan if outcome.value is None else outcome.value
+        found |= {REASON: outcome.reason, "pruned": outcome.pruned}
+    except DiskFullError as error:
+        found |= {PROBLEM: disk_full_words(error), "value": math.nan}
+    finally:
+        work.release()
+    tune.report(found)
+
+
+@contextlib.contextmanager
+def _stopped_with_this_process(pid: int) -> Iterator[None]:
+    """Ray ends its workers by SIGKILL: then the training stops with a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder, watched(pid, Path(folder)):
+        yield

@@ -1,0 +1,161 @@
+"""From a command line to a sweep that runs, and to what is printed at its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.config.loader import LoadedConfig
+from utils.corpora.places import with_absolute_paths
+from utils.errors import UserError
+from utils.sweeps.driver import Driver, Ending
+from utils.sweeps.folder import RECORD as SWEEP_RECORD
+from utils.sweeps.folder import Plan, Sweep, check_name, open_sweep, read_sweep, steps_of
+from utils.sweeps.pruning import Pruner, PrunerName, make_pruner
+from utils.sweeps.sampling import SamplerName, grid
+from utils.sweeps.space import Space, read_space
+from utils.sweeps.study import REASON, RUNS, Study
+from utils.sweeps.table import Display, longer_command, summary
+from utils.terminal.config_flags import ExperimentArguments
+from utils.terminal.console import Terminal
+from utils.terminal.words import json_text
+
+SWEEPS = "sweeps"
+
+
+def start_sweep(parsed: ExperimentArguments, root: Path) -> int:
+    """Run or resume the sweep that a command line of sweep.py describes.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: a mistake on the command line, in the space, or in the configuration.
+    """
+    own = parsed.own
+    space = read_space(own.space, root)
+    base = parsed.loader.put_layer(parsed.loader.load(parsed.files), space.fixed)
+    loaded = with_absolute_paths(parsed.loader.load_onto(base, (), parsed.overrides), root)
+    folder = sweeps_folder(loaded, root, own.sweeps_dir) / check_name(own.name or own.space.stem)
+    known = read_sweep(folder, root).plan if own.resume and (folder / SWEEP_RECORD).exists() else None
+    plan = plan_of(space, loaded, own, known)
+    sweep = open_sweep(folder, plan, root, resume=own.resume)
+    if own.engine == "ray":
+        from utils.sweeps.ray_engine import run_on_ray
+
+        study, terminal = Study(sweep), Terminal(quiet=own.json)
+        display = Display(terminal, sweep, study, {}, own.trials)
+        return finish(sweep, study, run_on_ray(sweep, own.trials, own.jobs, own.max_failures, display.ended), own.json)
+    return run_sweep(sweep, own.trials, own.jobs, own.max_failures, as_json=own.json)
+
+
+def sweeps_folder(loaded: LoadedConfig, root: Path, chosen: Path | None) -> Path:
+    """Where sweeps are: as chosen, or beside the folder of the runs."""
+    if chosen is not None:
+        return Path(os.path.abspath(chosen))
+    return Path(os.path.abspath(root / loaded.config.tracking.runs_dir)).parent / SWEEPS
+
+
+def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) -> Plan:
+    """What the flags ask for; what they leave open is as in the sweep that is resumed, `known`.
+
+    Raises:
+        UserError: flags that do not fit each other or the space.
+    """
+    config = loaded.config
+    sampler: SamplerName = own.sampler or (known.sampler if known else "tpe")
+    seed = own.sampler_seed if own.sampler_seed is not None else known.sampler_seed if known else 0
+    if own.pruner is None and own.min_steps is None and own.eta is None and known is not None:
+        pruner = known.pruner
+    else:
+        name: PrunerName = own.pruner or (known.pruner.name if known else "none")
+        pruner = make_pruner(name, steps_of(config, space), own.min_steps, own.eta)
+    check_goal(space, pruner)
+    plan = Plan(space, config, sampler, seed, pruner)
+    if sampler == "grid":
+        grid(space, {})
+    searched = {dimension.key for dimension in space.dimensions}
+    if known is not None:
+        threads = known.threads
+    elif config.train.threads is not None or "threads" in searched or own.jobs == 1:
+        threads = None
+    else:
+        threads = threads_of_job(own.jobs)
+    return Plan(plan.space, config, sampler, seed, pruner, threads)
+
+
+def threads_of_job(jobs: int) -> int:
+    """CPU threads of each of several trials at a time: the cores that this process may use, shared out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // jobs)
+
+
+def check_goal(space: Space, pruner: Pruner) -> None:
+    """Raises UserError if trials cannot be compared as the pruner does."""
+    if pruner.name != "none" and space.goal.seconds_to_loss is not None:
+        raise UserError(f"--pruner {pruner.name} compares a metric at the same step, and {space.goal} has none")
+
+
+def run_sweep(
+    sweep: Sweep, total: int, jobs: int, max_failures: int, *, as_json: bool = False, pictures: bool = True
+) -> int:
+    """Run a sweep on this machine, show its progress, and print its summary.
+
+    Returns:
+        The exit status.
+    """
+    study = Study(sweep)
+    terminal = Terminal(quiet=as_json)
+    display: Display | None = None
+    driver = Driver(sweep, study, total, jobs, max_failures, lambda *end: display.ended(*end) if display else None)
+    display = Display(terminal, sweep, study, driver.trials.activities, total)
+    with display:
+        ending = driver.run(display.update)
+    return finish(sweep, study, ending, as_json, pictures)
+
+
+def finish(sweep: Sweep, study: Study, ending: Ending, as_json: bool, pictures: bool = True) -> int:
+    """Print the summary of a sweep that has ended, and write its pictures if it is complete."""
+    from utils.sweeps.report import write_report
+
+    importance: Mapping[str, float] = {}
+    files: list[Path] = []
+    if pictures and ending.exit_status == 0:
+        importance, files = write_report(sweep, study)
+    if as_json:
+        print(json_text(as_data(sweep, study, dict(importance), files), indent=2))
+    else:
+        Terminal().print("", *summary(sweep, study, dict(importance), files))
+    if ending.problem:
+        print(f"error: {ending.problem}", file=sys.stderr)
+    elif ending.signum is not None:
+        print(f"stopped: --resume goes on with {sweep.name}", file=sys.stderr)
+    return ending.exit_status
+
+
+def as_data(sweep: Sweep, study: Study, importance: dict[str, float], files: list[Path]) -> dict[str, Any]:
+    """The result of a sweep for --json."""
+    return {
+        "sweep": sweep.name,
+        "folder": str(sweep.path),
+        "metric": str(sweep.plan.space.goal),
+        "best": [trial.number for trial in study.best()],
+        "importance": importance,
+        "pictures": [str(path) for path in files],
+        "train_longer": longer_command(sweep, study),
+        "trials": [
+            {
+                "number": trial.number,
+                "state": "paused" if study.is_paused(trial) else trial.state.name.lower(),
+                "value": trial.value,
+                "settings": trial.params,
+                "reason": trial.user_attrs.get(REASON),
+                "runs": trial.user_attrs.get(RUNS, []),
+                "at_steps": {str(step): value for step, value in trial.intermediate_values.items()},
+            }
+            for trial in study.trials()
+        ],
+    }

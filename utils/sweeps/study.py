@@ -1,0 +1,283 @@
+"""The journal of a sweep, and who does what next: claims that are safe between processes and survive any of them.
+
+The journal is Optuna's JournalStorage: one line for each change, appended under a lock. A trial gets its number and
+all of its parameters in one line. The lock of a trial (trials/NUMBER/lock) is held by the process that carries it out
+and by the training process that it has started, so it is free exactly if nobody works on the trial: whoever finds an
+unfinished trial with a free lock goes on with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from utils.errors import UserError
+from utils.files import open_regular, regular_fd
+from utils.locks import folder_lock
+from utils.runs.lock import RunLock
+from utils.runs.log import truncate
+from utils.sweeps.folder import JOURNAL, TRIALS, Sweep
+from utils.sweeps.pruning import Promotion, promotion
+from utils.sweeps.sampling import distribution_of, grid, propose, quiet_optuna
+from utils.sweeps.space import Value
+
+if TYPE_CHECKING:
+    from optuna.storages.journal._file import BaseJournalFileLock
+    from optuna.trial import FrozenTrial
+
+RUNG = "rung"  # attribute of a trial: the index of the rung that it may train to
+REASON = "reason"  # why it failed or ended early
+RUNS = "runs"  # ids of its runs
+
+
+class _JournalLock:
+    """The lock that appends to the journal take. It ends with its process; a line that was cut off is removed."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._held = ExitStack()
+
+    def acquire(self) -> bool:
+        self._held.enter_context(folder_lock(self._sweep.path))
+        with open_regular(self._sweep.path / JOURNAL) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            torn = size > 0 and file.read() != b"\n"
+        if torn:
+            truncate(self._sweep.path / JOURNAL)
+        return True
+
+    def release(self) -> None:
+        self._held.close()
+
+
+@dataclass
+class Work:
+    """A claimed trial.
+
+    step: train until there; None: to the end.
+    """
+
+    number: int
+    values: Mapping[str, Value]
+    step: int | None
+    lock: RunLock
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """There is no work. finished: there will be none; otherwise other processes still work on their trials."""
+
+    finished: bool
+
+
+class Study:
+    """The trials of a sweep. May be used from several threads."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        optuna = quiet_optuna()
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        self.sweep = sweep
+        self._states = optuna.trial.TrialState
+        journal = sweep.path / JOURNAL
+        os.close(regular_fd(journal, sweep.path, os.O_RDWR | os.O_CREAT))
+        try:
+            storage = JournalStorage(
+                JournalFileBackend(os.fspath(journal), lock_obj=cast("BaseJournalFileLock", _JournalLock(sweep)))
+            )
+            self.optuna = optuna.create_study(
+                storage=storage,
+                study_name=sweep.id,
+                direction="maximize" if sweep.maximize else "minimize",
+                load_if_exists=True,
+            )
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{journal}: the journal is damaged: {error}") from None
+        self._storage, self._id = storage, self.optuna._study_id
+        plan = sweep.plan
+        self._points = len(grid(plan.space, sweep.fixed)) if plan.sampler == "grid" else None
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, by number."""
+        return self.optuna.get_trials(deepcopy=False)
+
+    def runs(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is unfinished; it may be paused."""
+        return trial.state == self._states.RUNNING
+
+    def is_complete(self, trial: FrozenTrial) -> bool:
+        return trial.state == self._states.COMPLETE
+
+    def is_failed(self, trial: FrozenTrial) -> bool:
+        return trial.state == self._states.FAIL
+
+    def is_paused(self, trial: FrozenTrial) -> bool:
+        """Whether a trial waits at a rung for its promotion."""
+        return self.runs(trial) and self._target(trial) in trial.intermediate_values
+
+    def best(self) -> list[FrozenTrial]:
+        """The trials with a value, best first."""
+        found = [trial for trial in self.trials() if self.is_complete(trial)]
+        sign = -1 if self.sweep.maximize else 1
+        return sorted(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    def _target(self, trial: FrozenTrial) -> int | None:
+        """The step that a trial may train to; None: the end."""
+        rungs = self.sweep.plan.pruner.rungs
+        if self.sweep.plan.pruner.name != "asha":
+            return None
+        rung = int(trial.user_attrs.get(RUNG, 0))
+        return rungs[rung] if rung < len(rungs) - 1 else None
+
+    # -------------------------------------------------------------------------------------------------- claims
+
+    def claim(self, total: int) -> Work | Nothing:
+        """Take the next piece of work: first what was left unfinished, then promotions, then new trials.
+
+        Args:
+            total: of trials.
+
+        Raises:
+            OSError: the journal cannot be written.
+        """
+        with folder_lock(self.sweep.path / TRIALS):
+            trials = self.trials()
+            unfinished = [trial for trial in trials if self.runs(trial) and not self.is_paused(trial)]
+            for trial in unfinished:
+                if (lock := self._try_lock(trial.number)) is not None:
+                    return self._work(trial, lock)
+            if (found := self._promotion(trials)) is not None:
+                return self._promote(found)
+            if len(trials) < (total if self._points is None else min(total, self._points)):
+                return self._create(trials)
+            if unfinished:
+                return Nothing(finished=False)
+            if (found := self._promotion(trials, last_call=True)) is not None:
+                return self._promote(found)
+            for trial in filter(self.is_paused, trials):
+                self.finish(trial.number, reason="not promoted", pruned=True)
+            return Nothing(finished=True)
+
+    def _try_lock(self, number: int) -> RunLock | None:
+        """The lock of a trial; None if somebody has it."""
+        folder = self.sweep.trial_folder(number)
+        folder.mkdir(exist_ok=True)
+        try:
+            lock = RunLock(folder)
+        except BlockingIOError:
+            return None
+        lock.sign()
+        return lock
+
+    def _work(self, trial: FrozenTrial, lock: RunLock) -> Work:
+        return Work(trial.number, trial.params, self._target(trial), lock)
+
+    def _promotion(self, trials: Sequence[FrozenTrial], last_call: bool = False) -> Promotion | None:
+        pruner = self.sweep.plan.pruner
+        if pruner.name != "asha":
+            return None
+        below = pruner.rungs[:-1]
+        at_rungs: list[dict[int, float]] = [
+            {t.number: t.intermediate_values[step] for t in trials if step in t.intermediate_values} for step in below
+        ]
+        at_rungs.append({t.number: t.value for t in trials if self.is_complete(t) and t.value is not None})
+        promoted = [
+            {t.number for t in trials if t.user_attrs.get(RUNG, 0) > rung or not self.runs(t)}
+            for rung in range(len(below))
+        ]
+        return promotion(at_rungs, promoted, pruner.eta, self.sweep.maximize, last_call=last_call)
+
+    def _promote(self, found: Promotion) -> Work | Nothing:
+        if (lock := self._try_lock(found.number)) is None:  # of a process that has reported it a moment ago
+            return Nothing(finished=False)
+        trial = self.trials()[found.number]
+        self._storage.set_trial_user_attr(trial._trial_id, RUNG, found.rung)
+        return self._work(self.trials()[found.number], lock)
+
+    def _create(self, trials: Sequence[FrozenTrial]) -> Work:
+        from optuna.trial import create_trial
+
+        plan = self.sweep.plan
+        dimensions = {dimension.key: dimension for dimension in plan.space.dimensions}
+        values = propose(
+            plan.space, self.sweep.fixed, plan.sampler, plan.sampler_seed, self._history(trials), self.sweep.maximize
+        )
+        number = len(trials)
+        lock = self._try_lock(number)
+        assert lock is not None, "a new trial has no process"
+        distributions = {key: distribution_of(dimensions[key]) for key in values}
+        template = create_trial(state=self._states.RUNNING, params=dict(values), distributions=distributions)
+        created = self._storage.create_new_trial(self._id, template)
+        assert self.trials()[number]._trial_id == created
+        return Work(number, values, self._target(self.trials()[number]), lock)
+
+    def _history(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """The trials as a sampler should see them: a paused one counts as pruned, so that its value is known."""
+        from optuna.trial import create_trial
+
+        return [
+            create_trial(
+                state=self._states.PRUNED,
+                params=trial.params,
+                distributions=trial.distributions,
+                intermediate_values=trial.intermediate_values,
+            )
+            if self.is_paused(trial)
+            else trial
+            for trial in trials
+        ]
+
+    # ------------------------------------------------------------------------------------------------- results
+
+    def report(self, number: int, step: int, value: float) -> None:
+        """Record the value of an unfinished trial at a step."""
+        trial = self.trials()[number]
+        if trial.intermediate_values.get(step) != value:
+            self._storage.set_trial_intermediate_value(trial._trial_id, step, value)
+
+    def should_stop(self, number: int) -> bool:
+        """Whether the median rule ends a trial after its last reported value."""
+        import optuna
+
+        from utils.sweeps.pruning import STARTUP_TRIALS
+
+        pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS, n_warmup_steps=self.sweep.plan.pruner.rungs[0])
+        return bool(pruner.prune(self.optuna, self.trials()[number]))
+
+    def finish(
+        self,
+        number: int,
+        value: float | None = None,
+        *,
+        reason: str | None = None,
+        pruned: bool = False,
+        runs: Sequence[str] = (),
+    ) -> None:
+        """Record how a trial ended: with a value, or else early (`pruned`) or failed, for a reason."""
+        trial = self.trials()[number]
+        if not self.runs(trial):  # another process has recorded it, where a file system has no locks
+            return
+        if runs:
+            self._storage.set_trial_user_attr(trial._trial_id, RUNS, list(runs))
+        if reason is not None:
+            self._storage.set_trial_user_attr(trial._trial_id, REASON, reason)
+        state = self._states.COMPLETE if value is not None else self._states.PRUNED if pruned else self._states.FAIL
+        assert value is None or math.isfinite(value)
+        self._storage.set_trial_state_values(trial._trial_id, state, None if value is None else [value])
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk had no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
