@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from utils.config.fields import FIELDS, flat
-from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, read_config_file, rule_error
+from utils.config.loader import (
+    ConfigError,
+    ConfigLoader,
+    LoadedConfig,
+    Setting,
+    config_files,
+    load_layer,
+    read_config_file,
+    rule_error,
+)
 from utils.config.settings import Config, ModelConfig, RuleError, TrainConfig
 from utils.errors import UserError, nearest
 
@@ -686,3 +695,20 @@ def test_a_rule_that_is_broken_later_has_the_place_of_its_first_setting(project:
         (("lr_decay_iters",), "default"),
     ):
         assert str(rule_error(RuleError("too long", *keys), loaded)) == f"{place}: too long"
+
+
+def test_the_files_that_settings_come_from_are_those_of_all_layers(project: Path, write: Write) -> None:
+    write("configs/a.yaml", "warmup_iters: 5\nmin_lr: 0\n")
+    write("configs/b.yml", "# nothing\n")
+    more = write("more.json", '{"seed": 1}')
+    loaded = ConfigLoader(project).load([more], {"warmup_iters": "7", "note": "a:b", "seed": "2"})
+    assert config_files(loaded) == {"configs/a.yaml", "more.json"}
+    assert config_files(LoadedConfig.from_config(Config())) == set()
+
+
+def test_one_layer_alone_is_on_top_of_the_defaults() -> None:
+    loaded = load_layer({"n_layer": Setting(3, "foreign.json: layers"), "n_head": Setting(2, "--n-head")})
+    assert loaded.config == Config(model={"n_layer": 3, "n_head": 2})
+    assert [setting.source for setting in loaded.layers["n_layer"]] == ["default", "foreign.json: layers"]
+    with pytest.raises(ConfigError, match=r"^foreign.json: layers: n_layer: expected integer >= 1 and <= 1024, got 0$"):
+        load_layer({"n_layer": Setting(0, "foreign.json: layers")})

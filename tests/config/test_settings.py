@@ -24,7 +24,15 @@ from utils.config.fields import (
     iter_fields,
     json_schema,
 )
-from utils.config.settings import Config, InferenceConfig, OptimizerConfig, TrainConfig, check_tag, warmup_steps
+from utils.config.settings import (
+    RESERVED_TAGS,
+    Config,
+    InferenceConfig,
+    OptimizerConfig,
+    TrainConfig,
+    check_tag,
+    warmup_steps,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -258,8 +266,11 @@ def test_tags_of_letters_digits_dots_underscores_and_dashes_are_accepted(tag: st
     "tag", ["", "a/b", "../x", ".", "..", "a b", "x" * 65, "über", "a\n", "a\0", "latest", "auto", "a:b", "~"]
 )
 def test_tags_that_cannot_name_a_folder_are_refused(tag: str) -> None:
-    with pytest.raises(ValueError, match="tag"):
+    letters = "a tag is 1 to 64 letters, digits, '.', '_' or '-'"
+    words = f"the tag {tag!r} is reserved" if tag in RESERVED_TAGS else f"{letters}, not {tag!r}"
+    with pytest.raises(ValueError) as caught:
         check_tag(tag)
+    assert str(caught.value) == words
     with pytest.raises(ValidationError, match="run_tag"):
         make(run_tag=tag)
 

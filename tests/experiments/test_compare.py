@@ -15,7 +15,7 @@ import pytest
 from fake_runs import PARENT, RESOLVED, indexed, make_run, training_records, write
 
 from utils.errors import UserError
-from utils.experiments.compare import SeedGroup, compare, judge, metric_direction
+from utils.experiments.compare import SeedGroup, comparable_metric, compare, judge, metric_direction
 from utils.experiments.curve import Curve, logged_metrics, read_curve
 from utils.runs.index import IndexedRun, read_run
 
@@ -383,3 +383,31 @@ def test_a_group_of_several_tags_has_the_name_of_the_shortest(runs_dir: Path) ->
         for i, tag in enumerate(("wide-seed2", "wide-seed10", "wide", "thin"))
     ]
     assert [group.name for group in compare(runs).groups] == ["thin"]
+
+
+@pytest.mark.parametrize("other", ["tokenizer", "another"])
+@pytest.mark.parametrize("asked", [None, "val/loss", "train/loss", "lr"])
+@pytest.mark.parametrize("logged", [True, False])
+def test_losses_of_different_tokens_are_compared_by_bits_per_byte(
+    runs_dir: Path, other: str, asked: str | None, logged: bool
+) -> None:
+    summary = {"val/loss": 2.0, **({"val/bits_per_byte": 1.0} if logged else {})}
+    runs = [
+        indexed(runs_dir, "a", summary={"val/loss": 2.0, "val/bits_per_byte": 1.0}),
+        indexed(runs_dir, "b", summary=summary, resolved={**RESOLVED, "tokenizer_hash": other}),
+        indexed(runs_dir, "c", summary={}),  # it has no loss at all
+    ]
+    differ = "the tokenizers differ"
+    if other == "tokenizer" or asked == "lr":
+        expected = (asked or "val/loss", None)
+    elif asked is not None:
+        bits = {"val/loss": "val/bits_per_byte", "train/loss": "train/bits_per_byte"}[asked]
+        expected = (asked, f"{differ}, and {asked} is per token: {bits} compares")
+    elif logged:
+        expected = (
+            "val/bits_per_byte",
+            f"{differ}, so the runs are compared by val/bits_per_byte: val/loss is per token",
+        )
+    else:
+        expected = ("val/loss", f"{differ}, and val/loss is per token, but b has not logged val/bits_per_byte")
+    assert comparable_metric(runs, asked) == expected

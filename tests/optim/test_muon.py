@@ -185,3 +185,32 @@ def test_muon_waits_for_finite_gradients(found: float) -> None:
         assert all(buffer.isfinite().all() and buffer.any() for buffer in guarded[2:])
     else:
         assert all(map(torch.equal, guarded, plain))
+
+
+def test_newton_schulz_is_the_quintic_iteration_of_each_matrix() -> None:
+    x = 1e-3 * matrices(3, 4, 6).double()  # small ones are scaled up, too
+    result = newton_schulz(x)
+    for one, found in zip(x, result, strict=True):
+        expected = one / one.norm()
+        for _ in range(5):
+            gram = expected @ expected.T
+            expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+        torch.testing.assert_close(found, expected.float())
+
+
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_settings_on_the_device_update_as_numbers_do(found_inf: float | None) -> None:
+    """As in a recorded step."""
+    results = []
+    for kind in (float, torch.tensor):
+        weight = torch.nn.Parameter(matrices(1, 4, 6)[0])
+        common = {"lr": kind(0.1), "weight_decay": kind(0.2), "momentum": kind(0.9)}
+        optimizer = Muon([{"params": [weight], "blocks": [[2, 2]], **common}])
+        optimizer.found_inf = None if found_inf is None else torch.tensor(found_inf)
+        for seed in range(2):
+            weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        results.append((weight.detach(), optimizer.state[weight]["momentum_buffer"]))
+    for number, tensor in zip(*results, strict=True):
+        torch.testing.assert_close(tensor, number)
+    assert torch.equal(results[0][0], matrices(1, 4, 6)[0]) == (found_inf == 1)
