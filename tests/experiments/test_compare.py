@@ -20,6 +20,8 @@ from utils.experiments.curve import Curve, logged_metrics, read_curve
 from utils.runs.index import IndexedRun, read_run
 
 FORK = PARENT | {"run": "mother"}
+OF_MOTHER = "of mother at step 1 (fork)"
+FILE_PATCH = "diff --git a/{0} b/{0}\n+1\n"
 
 
 def group(values: Iterable[float], name: str = "a") -> SeedGroup:
@@ -146,6 +148,14 @@ def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> No
         ({"git": {"commit": "d" * 40}}, "commit dddddddddd, not cccccccccc"),
         ({"resolved": {**RESOLVED, "corpus_hash": "another"}}, "corpus another, not corpus"),
         ({"resolved": {**RESOLVED, "tokenizer_hash": "another"}}, "tokenizer another, not tokenizer"),
+        *(
+            ({"resolved": {**RESOLVED, f"{kind}_hash": "e" * 64}}, f"{kind} eeeeeeeeee, not {kind}")
+            for kind in ("corpus", "tokenizer")
+        ),
+        ({"git": None, "patch": ""}, "commit unknown, not cccccccccc"),
+        ({"parent": FORK | {"step": 1234}}, f"first weights of mother at step 1,234 (fork), not {OF_MOTHER}"),
+        ({"patch": "".join(map(FILE_PATCH.format, "edcba"))}, "uncommitted code in a, b, c and 2 more"),
+        ({"patch": "".join(map(FILE_PATCH.format, "cba"))}, "uncommitted code in a, b, c"),
         ({"resolved": {**RESOLVED, "dtype": "bfloat16"}}, "dtype bfloat16, not float32"),
         ({"settings": {"dropout": 0.1, "n_layer": 2}}, "dropout 0.1, not 0; n_layer 2, not 4"),
         ({"parent": None}, "first weights none, not of mother at step 1 (fork)"),
