@@ -87,6 +87,15 @@ def test_a_verdict_says_which_is_better_and_by_how_much() -> None:
     assert judge(high, low, lower_is_better=None).verdict == "different"
 
 
+def test_a_verdict_needs_a_probability_below_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = group([1.0, 1.1, 0.9]), group([2.0, 2.1, 1.9])
+    p = judge(first, second).p
+    assert p is not None
+    for level, verdict in ((p, "within noise"), (math.nextafter(p, 1), "better")):
+        monkeypatch.setattr("utils.experiments.compare.LEVEL", level)
+        assert judge(first, second).verdict == verdict
+
+
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2), (1, 50), (0, 3), (2, 2)])
 def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> None:
     first, second = (group(range(count)) for count in counts)

@@ -693,6 +693,20 @@ def test_the_search_that_found_the_batch_of_a_run_is_not_repeated(
     assert loaded.config.tracking.note == overrides.get("note", "")
 
 
+def test_a_search_whose_question_is_not_recorded_is_made_again(
+    searched: LoadedConfig, runs_dir: Path, loader: ConfigLoader
+) -> None:
+    path = runs_dir / "20260101_000000_auto"
+    sources = json.loads((path / "meta" / "config_sources.json").read_text())
+    for key in BATCH:
+        sources[key]["shadowed"] = []
+    (path / "meta" / "config_sources.json").write_text(json.dumps(sources))
+    recorded = recorded_config(path, loader)
+    assert recorded.source("batch_size") == FOUND
+    loaded = loader.load_onto(recorded, (), AUTO)
+    assert keep_batch(recorded, loaded) is loaded
+
+
 @pytest.mark.parametrize(
     "overrides", [{"batch_size": "auto"}, {"batch_size": "auto", "tokens_per_step": "1280"}, {"batch_size": "20"}]
 )
