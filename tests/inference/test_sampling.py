@@ -320,3 +320,10 @@ def test_every_row_is_filtered_as_if_it_were_alone() -> None:
         together = filter_logits(logits, options, seen)
         alone = [filter_logits(logits[row : row + 1], options, seen[row : row + 1]) for row in range(6)]
         assert torch.equal(together, torch.cat(alone))
+
+
+def test_filters_stay_on_the_device_of_the_logits() -> None:
+    seen = torch.ones(2, 9, dtype=torch.bool, device="meta")
+    options = SamplingOptions(0.7, top_k=5, top_p=0.6, min_p=0.1, repetition_penalty=1.5, banned=(2, 7))
+    filtered = filter_logits(torch.zeros(2, 9, device="meta", dtype=torch.bfloat16), options, seen)
+    assert (filtered.device.type, filtered.shape, filtered.dtype) == ("meta", (2, 9), torch.float32)

@@ -214,3 +214,37 @@ def test_settings_on_the_device_update_as_numbers_do(found_inf: float | None) ->
     for number, tensor in zip(*results, strict=True):
         torch.testing.assert_close(tensor, number)
     assert torch.equal(results[0][0], matrices(1, 4, 6)[0]) == (found_inf == 1)
+
+
+def test_muon_follows_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide, tall and stacked matrices in one group, and one without a gradient."""
+    monkeypatch.setattr(muon, "has_bf16_units", lambda device: False)
+    shapes = {"wide": (4, 6), "tall": (6, 4), "other wide": (4, 6), "stacked": (8, 4), "idle": (4, 6)}
+    blocks = {"stacked": [4, 2, 2]}
+    generator = torch.Generator().manual_seed(2)
+    params = {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    expected = {name: p.detach().double().clone() for name, p in params.items()}
+    buffers = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    rows = [blocks.get(name, [shape[0]]) for name, shape in shapes.items()]
+    group = {"params": [*params.values()], "blocks": rows, "lr": 0.3, "weight_decay": 0.5, "momentum": 0.8}
+    optimizer = Muon([group])
+    for _ in range(3):
+        for name, parameter in params.items():
+            if name == "idle":
+                continue
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            gradient = parameter.grad.double()
+            buffers[name] = 0.8 * buffers[name] + 0.2 * gradient
+            direction = 0.2 * gradient + 0.8 * buffers[name]
+            expected[name] *= 1 - 0.3 * 0.5
+            parts = zip(expected[name].split(blocks.get(name, 99)), direction.split(blocks.get(name, 99)), strict=True)
+            for weight, block in parts:
+                tall = block.size(0) > block.size(1)
+                update = newton_schulz((block.mT if tall else block)[None])[0].double()
+                weight -= 0.3 * 0.2 * max(block.shape) ** 0.5 * (update.mT if tall else update)
+        optimizer.step()
+        for name, parameter in params.items():
+            torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-5, atol=1e-5)
+            if name != "idle":
+                torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"].double(), buffers[name])
+    assert params["idle"] not in optimizer.state
