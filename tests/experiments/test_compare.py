@@ -21,6 +21,7 @@ from utils.runs.index import IndexedRun, read_run
 
 FORK = PARENT | {"run": "mother"}
 OF_MOTHER = "of mother at step 1 (fork)"
+PATCHES = [(0, ""), (1, "diff --git a/model.py b/model.py\n+1\n")]
 FILE_PATCH = "diff --git a/{0} b/{0}\n+1\n"
 
 
@@ -98,8 +99,9 @@ def test_a_verdict_needs_a_probability_below_the_level(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2), (1, 50), (0, 3), (2, 2)])
 def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> None:
-    first, second = (group(range(count)) for count in counts)
+    first, second = (group(range(count), name) for count, name in zip(counts, "ab", strict=True))
     verdict = judge(first, second)
+    assert (verdict.first, verdict.second) == (first.name, second.name)
     assert (verdict.verdict, verdict.p) == ("too few seeds", None)
     assert (verdict.difference is None) == (0 in counts)
 
@@ -124,7 +126,8 @@ def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[fl
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_no_difference(broken: float) -> None:
-    verdict = judge(group([1, 2, broken]), group([1, 2, 3]))
+    verdict = judge(group([1, 2, broken], "a"), group([1, 2, 3], "b"))
+    assert (verdict.first, verdict.second) == ("a", "b")
     assert (verdict.verdict, verdict.p) == ("within noise", None)
     assert repr(verdict.difference) == repr(broken)
 
@@ -211,6 +214,25 @@ def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> N
         indexed(runs_dir, "b", tag="x", settings={"n_layer": 2, "seed": 2}, metrics=training_records([2.0])),
     ]
     assert [group.name for group in compare(runs).groups] == ["x n_layer=1", "x n_layer=2"]
+
+
+def test_a_name_has_three_settings_at_most_and_a_number_where_that_is_not_enough(runs_dir: Path) -> None:
+    settings = [{"n_layer": 1, "n_head": 2, "dropout": 0.1, "beta1": beta1} for beta1 in (0.5, 0.6)]
+    changes: list[dict[str, Any]] = [{"settings": {**one, "seed": i}} for i, one in enumerate(settings)]
+    changes.append({"settings": {"n_layer": 2, "n_head": 1, "dropout": 0.2, "seed": 7}})
+    runs = [
+        indexed(runs_dir, f"run{i}", tag="x", metrics=training_records([1.0]), **change)
+        for i, change in enumerate(changes)
+    ]
+    names = [group.name for group in compare(runs).groups]
+    words = " ".join(names[0].split()[1:4]), " ".join(names[2].split()[1:])
+    assert {*words[0].split()} == {"n_layer=1", "n_head=2", "dropout=0.1"}
+    assert {*words[1].split()} == {"n_layer=2", "n_head=1", "dropout=0.2"}
+    assert names == [f"x {words[0]} (1)", f"x {words[0]} (2)", f"x {words[1]}"]
+    alike = [
+        indexed(runs_dir, f"a{i}", tag="y", metrics=training_records([1.0]), git=None, patch=p) for i, p in PATCHES
+    ]
+    assert [group.name for group in compare(alike).groups] == ["y (1)", "y (2)"]
 
 
 def test_a_run_that_is_named_twice_counts_once(runs_dir: Path) -> None:
