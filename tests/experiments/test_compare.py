@@ -361,6 +361,11 @@ def test_a_clock_that_is_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> 
     assert read_curve(make_run(runs_dir, "run", metrics=metrics), "val/loss").time == [0.0, 10.0, 10.0, 30.0]
 
 
+def test_a_record_without_tokens_is_at_none(runs_dir: Path) -> None:
+    run = make_run(runs_dir, "run", metrics=[{"step": 1, "time": 1.0, "val/loss": 3.0}])
+    assert read_curve(run, "val/loss").tokens == [0]
+
+
 def test_slow_steps_of_one_session_are_no_pauses(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", metrics=[{**r, "time": 9.0 * r["time"]} for r in training_records([3, 2, 1])])
     assert read_curve(run, "val/loss").time == [0.0, 90.0, 180.0]

@@ -281,6 +281,17 @@ def test_a_configuration_outside_the_run_is_refused(run: Path, loader: ConfigLoa
         recorded_config(run, loader)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_sources_may_be_linked_within_the_run_only(
+    run: Path, loader: ConfigLoader, tmp_path: Path, inside: bool
+) -> None:
+    sources, target = run / "meta" / "config_sources.json", (run if inside else tmp_path) / "sources.json"
+    sources.rename(target)
+    sources.symlink_to(target)
+    place = f"{run.name}/meta/full_config.json"
+    assert recorded_config(run, loader).source("n_layer") == ("code" if inside else place)
+
+
 def test_without_a_configuration_nothing_can_be_resumed(runs_dir: Path, loader: ConfigLoader) -> None:
     path = make(runs_dir, "20260102_000000", None)
     with pytest.raises(ConfigError, match="20260102_000000 ended before its configuration was written: nothing can"):
