@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import data
+import tokenizer
 from data import BatchSampler, Corpus, TokenFile, load_corpus, sample_offsets
 from tests.tiny_export import char_tokenizer
 from tokenizer import CharTokenizer, Tokenizer
@@ -230,10 +231,13 @@ def test_ids_outside_the_vocabulary_are_refused(
             load(tiny_corpus, tmp_path)
 
 
-def test_another_split_is_not_another_encoding(reads: list[Path], settled_corpus: Path, tmp_path: Path) -> None:
+def test_what_does_not_decide_the_tokens_is_not_another_encoding(
+    reads: list[Path], settled_corpus: Path, tmp_path: Path
+) -> None:
     sizes = [load(settled_corpus, tmp_path / "corpora", val_fraction=part).n_val for part in (0.1, 0.5)]
     assert sizes[0] < sizes[1]
-    load(settled_corpus, tmp_path / "corpora", corpora_dir="as it is called elsewhere")
+    elsewhere = {"corpora_dir": "as it is called elsewhere", "datasets_dir": "too"}
+    load(settled_corpus, tmp_path / "corpora", **elsewhere)
     assert len(reads) == 1
 
 
@@ -602,3 +606,35 @@ def test_the_unknown_token_that_the_model_has_already_is_used(tmp_path: Path) ->
     corpus = corpus_of("abcü" * 20, tmp_path, char_tokenizer("abc", "?"))
     assert corpus.tokens[:4].tolist() == [0, 1, 2, 3]
     assert corpus.tokenizer.special_tokens == {"unknown": 3}
+
+
+def test_a_tokenizer_that_learns_nothing_is_built_with_the_folder_of_the_corpora(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[DataConfig] = []
+
+    def build(config: DataConfig, texts: Any) -> Tokenizer:
+        built.append(config)
+        assert list(texts) == []
+        return tokenizer.build_tokenizer(config, texts)
+
+    monkeypatch.setattr(data, "build_tokenizer", build)
+    config = DataConfig(dataset=str(tiny_corpus), tokenizer="byte", corpora_dir="another")
+    load_corpus(config, 8, tmp_path / "corpora")
+    assert built == [config.model_copy(update={"corpora_dir": str(tmp_path / "corpora")})]
+
+
+def test_bytes_per_token_are_those_of_the_targets_of_an_evaluation() -> None:
+    one = sampler()
+    object.__setattr__(one.corpus, "byte_counts", np.arange(1000))  # a token stands for as many bytes as its id
+    for stream, count in (("val", 1), ("val", 99), ("train_eval", 2)):
+        targets = torch.cat([batch[1].flatten() for batch in one.evaluation_batches(stream, count)])
+        assert one.evaluation_bytes(stream, count) == pytest.approx(targets.double().mean().item())
+    assert one.evaluation_bytes("val", 0) == 0
+
+
+def test_one_text_has_no_documents_and_equal_shares_of_targets() -> None:
+    one = sampler()
+    assert one.corpus.facts(8) == {}
+    assert one.target_shares(3, 2) is one.target_share(3, 0, 2) is None
+    assert one.corpus.tokens_of_pass(8) == one.corpus.n_train

@@ -25,7 +25,7 @@ from utils.config.fields import (
     json_schema,
 )
 from utils.config.settings import Config, InferenceConfig, OptimizerConfig, TrainConfig, warmup_steps
-from utils.config.tags import check_tag
+from utils.config.tags import RESERVED_TAGS, check_tag
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,34 +178,63 @@ def test_unknown_keys_are_forbidden(section: str | None) -> None:
         Config.model_validate(surplus if section is None else {section: surplus})
 
 
+TOKENS = "special_tokens: expected different tokens beside <|endoftext|>, got"
+EVEN = "position rope rotates pairs of channels: the head dimension must be even"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"unknown_token": "?", "tokenizer": "byte"}, "unknown_token is of tokenizer char, not of byte"),
         ({"special_tokens": ["<a>"]}, "special_tokens is of tokenizer bpe, not of char"),
-        ({"special_tokens": ["<a>", "<a>"], "tokenizer": "bpe"}, "expected different tokens"),
-        ({"special_tokens": [""], "tokenizer": "bpe"}, "expected different tokens"),
-        ({"special_tokens": ["<|endoftext|>"], "tokenizer": "bpe"}, "different tokens beside <|endoftext|>"),
-        ({"special_tokens": ["<a>"], "tokenizer": "bpe", "bpe_vocab_size": 257}, r"\(257\) must be at least 258"),
-        ({"n_embd": 130}, r"n_embd \(130\) must be divisible by n_head \(4\)"),
-        ({"n_head": 6, "n_embd": 96, "n_kv_head": 4}, r"n_head \(6\) must be divisible by n_kv_head \(4\)"),
-        ({"n_kv_head": 8}, r"n_head \(4\) must be divisible by n_kv_head \(8\)"),
-        ({"position": "rope", "n_embd": 12}, "head dimension must be even, not 3"),
-        ({"position": "rope", "head_dim": 5}, "head dimension must be even, not 5"),
-        ({"warmup_iters": 11, "max_iters": 10}, r"warmup_iters \(11\) must not exceed max_iters \(10\)"),
-        ({"warmup_iters": 11, "lr_decay_iters": 10}, r"warmup_iters \(11\) must not exceed lr_decay_iters \(10\)"),
-        ({"min_lr": 0.01}, r"min_lr \(0.01\) must not exceed learning_rate \(0.001\)"),
-        ({"max_iters": None}, "max_iters and epochs are alternatives"),
-        ({"epochs": 1.0}, "max_iters and epochs are alternatives"),
-        ({"batch_size": 12, "gradient_accumulation_steps": 5}, r"batch_size \(12\) must be divisible by"),
-        ({"batch_size": "auto", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps, too: it must be 1"),
-        ({"tokens_per_step": 640}, r"tokens_per_step \(640\) and batch_size \(12\) are alternatives"),
-        ({"batch_size": "auto", "tokens_per_step": 700}, r"multiple of block_size \(64\): 640 or 704"),
+        ({"special_tokens": ["<a>", "<a>"], "tokenizer": "bpe"}, f"{TOKENS} ['<a>', '<a>']"),
+        ({"special_tokens": [""], "tokenizer": "bpe"}, f"{TOKENS} ['']"),
+        ({"special_tokens": ["<|endoftext|>"], "tokenizer": "bpe"}, f"{TOKENS} ['<|endoftext|>']"),
+        (
+            {"special_tokens": ["<a>"], "tokenizer": "bpe", "bpe_vocab_size": 257},
+            "bpe_vocab_size (257) must be at least 258: 256 bytes, <|endoftext|> and 1 special tokens",
+        ),
+        ({"n_embd": 130}, "n_embd (130) must be divisible by n_head (4), or head_dim be set"),
+        ({"n_head": 6, "n_embd": 96, "n_kv_head": 4}, "n_head (6) must be divisible by n_kv_head (4)"),
+        ({"n_kv_head": 8}, "n_head (4) must be divisible by n_kv_head (8)"),
+        ({"position": "rope", "n_embd": 12}, f"{EVEN}, not 3"),
+        ({"position": "rope", "head_dim": 5}, f"{EVEN}, not 5"),
+        ({"warmup_iters": 11, "max_iters": 10}, "warmup_iters (11) must not exceed max_iters (10)"),
+        ({"warmup_iters": 11, "lr_decay_iters": 10}, "warmup_iters (11) must not exceed lr_decay_iters (10)"),
+        ({"min_lr": 0.01}, "min_lr (0.01) must not exceed learning_rate (0.001)"),
+        ({"max_iters": None}, "max_iters and epochs are alternatives: set exactly one of them"),
+        ({"epochs": 1.0}, "max_iters and epochs are alternatives: set exactly one of them"),
+        (
+            {"batch_size": 12, "gradient_accumulation_steps": 5},
+            "batch_size (12) must be divisible by gradient_accumulation_steps (5)",
+        ),
+        (
+            {"batch_size": "auto", "gradient_accumulation_steps": 2},
+            "batch_size auto finds gradient_accumulation_steps, too: it must be 1, not 2",
+        ),
+        (
+            {"tokens_per_step": 640},
+            "tokens_per_step (640) and batch_size (12) are alternatives: with tokens_per_step, batch_size must be auto",
+        ),
+        (
+            {"batch_size": "auto", "tokens_per_step": 700},
+            "tokens_per_step (700) must be a multiple of block_size (64): 640 or 704",
+        ),
+        (
+            {"batch_size": "auto", "tokens_per_step": 63},
+            "tokens_per_step (63) must be a multiple of block_size (64): 64",
+        ),
+        ({"patience": 3, "keep_best": False}, "patience exports the best weights: keep_best must be on"),
+        (
+            {"export_weights": "best", "keep_best": False},
+            "export_weights exports the best weights: keep_best must be on",
+        ),
     ],
 )
 def test_broken_rules_between_settings_are_reported_with_the_values(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValidationError) as caught:
         make(**settings)
+    assert [detail["msg"] for detail in caught.value.errors()] == [f"Value error, {message}"]
 
 
 @pytest.mark.parametrize(
@@ -259,8 +288,11 @@ def test_tags_of_letters_digits_dots_underscores_and_dashes_are_accepted(tag: st
     "tag", ["", "a/b", "../x", ".", "..", "a b", "x" * 65, "über", "a\n", "a\0", "latest", "auto", "a:b", "~"]
 )
 def test_tags_that_cannot_name_a_folder_are_refused(tag: str) -> None:
-    with pytest.raises(ValueError, match="tag"):
+    letters = "a tag is 1 to 64 letters, digits, '.', '_' or '-'"
+    words = f"the tag {tag!r} is reserved" if tag in RESERVED_TAGS else f"{letters}, not {tag!r}"
+    with pytest.raises(ValueError) as caught:
         check_tag(tag)
+    assert str(caught.value) == words
     with pytest.raises(ValidationError, match="run_tag"):
         make(run_tag=tag)
 
@@ -310,6 +342,13 @@ def test_the_hash_of_a_run_does_not_change_when_settings_are_added() -> None:
         ("note", "text"),
         ("tags", "list of names (in a file: [wide, long])"),
         ("device", "auto, cpu, cuda, cuda:N or mps"),
+        ("unknown_token", "text of one character or none"),
+        ("dataset", "text that is not empty"),
+        ("run_tag", "text or none"),
+        ("seed", "integer >= 0 and < 9223372036854775808"),
+        ("tracking_budget", "number > 0 and <= 1"),
+        ("callbacks", "list of names (in a file: [wide, long])"),
+        ("ngram_rows", "list of integers >= 1 (in a file: [1024, 512])"),
     ],
 )
 def test_expectation_is_said_in_words(key: str, words: str) -> None:
@@ -349,8 +388,11 @@ def test_a_callback_is_named_by_module_and_class(name: str) -> None:
     ["", ":", "a", "a:", ":B", "a:B:C", "a..b:C", ".a:B", "a.:B", "a b:C", "a:B.c", "1a:B", "a:1B", "a-b:C", "a/b:C"],
 )
 def test_another_form_of_a_callback_is_refused(name: str) -> None:
-    with pytest.raises(ValidationError, match="a callback is named module:Class, not"):
+    with pytest.raises(ValidationError) as caught:
         TrainConfig(callbacks=(name,))
+    assert [detail["msg"] for detail in caught.value.errors()] == [
+        f"Value error, a callback is named module:Class, not {name!r}"
+    ]
 
 
 def test_derived_settings_are_those_of_the_run() -> None:
@@ -382,5 +424,14 @@ def test_an_aim_repository_is_the_folder_of_its_dot_aim(repo: str, folder: str) 
 
 @pytest.mark.parametrize("repo", ["http://host:53800", "aim://host", "aim://host:", "aim://u@host:1", "aim://host:1/x"])
 def test_another_address_is_no_aim_repository(repo: str) -> None:
-    with pytest.raises(ValidationError, match="aim_repo"):
+    with pytest.raises(ValidationError) as caught:
         make(aim_repo=repo)
+    (detail,) = caught.value.errors()
+    assert detail["loc"] == ("tracking", "aim_repo")
+    assert detail["msg"] == f"Value error, expected a folder or aim://HOST:PORT, got {repo!r}"
+
+
+def test_a_template_for_questions_says_where_they_stand() -> None:
+    assert make(qa_template="{question}").inference.qa_template == "{question}"
+    with pytest.raises(ValidationError, match=r"expected text that contains \{question\}, got 'Q: \{\}' "):
+        make(qa_template="Q: {}")

@@ -15,11 +15,14 @@ import pytest
 from fake_runs import PARENT, RESOLVED, indexed, make_run, training_records, write
 
 from utils.errors import UserError
-from utils.experiments.compare import SeedGroup, compare, judge, metric_direction
+from utils.experiments.compare import SeedGroup, comparable_metric, compare, judge, metric_direction
 from utils.experiments.curve import Curve, logged_metrics, read_curve
 from utils.runs.index import IndexedRun, read_run
 
 FORK = PARENT | {"run": "mother"}
+OF_MOTHER = "of mother at step 1 (fork)"
+PATCHES = [(0, ""), (1, "diff --git a/model.py b/model.py\n+1\n")]
+FILE_PATCH = "diff --git a/{0} b/{0}\n+1\n"
 
 
 def group(values: Iterable[float], name: str = "a") -> SeedGroup:
@@ -85,10 +88,20 @@ def test_a_verdict_says_which_is_better_and_by_how_much() -> None:
     assert judge(high, low, lower_is_better=None).verdict == "different"
 
 
+def test_a_verdict_needs_a_probability_below_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = group([1.0, 1.1, 0.9]), group([2.0, 2.1, 1.9])
+    p = judge(first, second).p
+    assert p is not None
+    for level, verdict in ((p, "within noise"), (math.nextafter(p, 1), "better")):
+        monkeypatch.setattr("utils.experiments.compare.LEVEL", level)
+        assert judge(first, second).verdict == verdict
+
+
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2), (1, 50), (0, 3), (2, 2)])
 def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> None:
-    first, second = (group(range(count)) for count in counts)
+    first, second = (group(range(count), name) for count, name in zip(counts, "ab", strict=True))
     verdict = judge(first, second)
+    assert (verdict.first, verdict.second) == (first.name, second.name)
     assert (verdict.verdict, verdict.p) == ("too few seeds", None)
     assert (verdict.difference is None) == (0 in counts)
 
@@ -113,7 +126,8 @@ def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[fl
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_no_difference(broken: float) -> None:
-    verdict = judge(group([1, 2, broken]), group([1, 2, 3]))
+    verdict = judge(group([1, 2, broken], "a"), group([1, 2, 3], "b"))
+    assert (verdict.first, verdict.second) == ("a", "b")
     assert (verdict.verdict, verdict.p) == ("within noise", None)
     assert repr(verdict.difference) == repr(broken)
 
@@ -146,6 +160,14 @@ def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> No
         ({"git": {"commit": "d" * 40}}, "commit dddddddddd, not cccccccccc"),
         ({"resolved": {**RESOLVED, "corpus_hash": "another"}}, "corpus another, not corpus"),
         ({"resolved": {**RESOLVED, "tokenizer_hash": "another"}}, "tokenizer another, not tokenizer"),
+        *(
+            ({"resolved": {**RESOLVED, f"{kind}_hash": "e" * 64}}, f"{kind} eeeeeeeeee, not {kind}")
+            for kind in ("corpus", "tokenizer")
+        ),
+        ({"git": None, "patch": ""}, "commit unknown, not cccccccccc"),
+        ({"parent": FORK | {"step": 1234}}, f"first weights of mother at step 1,234 (fork), not {OF_MOTHER}"),
+        ({"patch": "".join(map(FILE_PATCH.format, "edcba"))}, "uncommitted code in a, b, c and 2 more"),
+        ({"patch": "".join(map(FILE_PATCH.format, "cba"))}, "uncommitted code in a, b, c"),
         ({"resolved": {**RESOLVED, "dtype": "bfloat16"}}, "dtype bfloat16, not float32"),
         ({"settings": {"dropout": 0.1, "n_layer": 2}}, "dropout 0.1, not 0; n_layer 2, not 4"),
         ({"parent": None}, "first weights none, not of mother at step 1 (fork)"),
@@ -208,6 +230,25 @@ def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> N
         indexed(runs_dir, "b", tag="x", settings={"n_layer": 2, "seed": 2}, metrics=training_records([2.0])),
     ]
     assert [group.name for group in compare(runs).groups] == ["x n_layer=1", "x n_layer=2"]
+
+
+def test_a_name_has_three_settings_at_most_and_a_number_where_that_is_not_enough(runs_dir: Path) -> None:
+    settings = [{"n_layer": 1, "n_head": 2, "dropout": 0.1, "beta1": beta1} for beta1 in (0.5, 0.6)]
+    changes: list[dict[str, Any]] = [{"settings": {**one, "seed": i}} for i, one in enumerate(settings)]
+    changes.append({"settings": {"n_layer": 2, "n_head": 1, "dropout": 0.2, "seed": 7}})
+    runs = [
+        indexed(runs_dir, f"run{i}", tag="x", metrics=training_records([1.0]), **change)
+        for i, change in enumerate(changes)
+    ]
+    names = [group.name for group in compare(runs).groups]
+    words = " ".join(names[0].split()[1:4]), " ".join(names[2].split()[1:])
+    assert {*words[0].split()} == {"n_layer=1", "n_head=2", "dropout=0.1"}
+    assert {*words[1].split()} == {"n_layer=2", "n_head=1", "dropout=0.2"}
+    assert names == [f"x {words[0]} (1)", f"x {words[0]} (2)", f"x {words[1]}"]
+    alike = [
+        indexed(runs_dir, f"a{i}", tag="y", metrics=training_records([1.0]), git=None, patch=p) for i, p in PATCHES
+    ]
+    assert [group.name for group in compare(alike).groups] == ["y (1)", "y (2)"]
 
 
 def test_a_run_that_is_named_twice_counts_once(runs_dir: Path) -> None:
@@ -336,6 +377,11 @@ def test_a_clock_that_is_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> 
     assert read_curve(make_run(runs_dir, "run", metrics=metrics), "val/loss").time == [0.0, 10.0, 10.0, 30.0]
 
 
+def test_a_record_without_tokens_is_at_none(runs_dir: Path) -> None:
+    run = make_run(runs_dir, "run", metrics=[{"step": 1, "time": 1.0, "val/loss": 3.0}])
+    assert read_curve(run, "val/loss").tokens == [0]
+
+
 def test_slow_steps_of_one_session_are_no_pauses(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", metrics=[{**r, "time": 9.0 * r["time"]} for r in training_records([3, 2, 1])])
     assert read_curve(run, "val/loss").time == [0.0, 90.0, 180.0]
@@ -399,3 +445,31 @@ def test_a_group_of_several_tags_has_the_name_of_the_shortest(runs_dir: Path) ->
         for i, tag in enumerate(("wide-seed2", "wide-seed10", "wide", "thin"))
     ]
     assert [group.name for group in compare(runs).groups] == ["thin"]
+
+
+@pytest.mark.parametrize("other", ["tokenizer", "another"])
+@pytest.mark.parametrize("asked", [None, "val/loss", "train/loss", "lr"])
+@pytest.mark.parametrize("logged", [True, False])
+def test_losses_of_different_tokens_are_compared_by_bits_per_byte(
+    runs_dir: Path, other: str, asked: str | None, logged: bool
+) -> None:
+    summary = {"val/loss": 2.0, **({"val/bits_per_byte": 1.0} if logged else {})}
+    runs = [
+        indexed(runs_dir, "a", summary={"val/loss": 2.0, "val/bits_per_byte": 1.0}),
+        indexed(runs_dir, "b", summary=summary, resolved={**RESOLVED, "tokenizer_hash": other}),
+        indexed(runs_dir, "c", summary={}),  # it has no loss at all
+    ]
+    differ = "the tokenizers differ"
+    if other == "tokenizer" or asked == "lr":
+        expected = (asked or "val/loss", None)
+    elif asked is not None:
+        bits = {"val/loss": "val/bits_per_byte", "train/loss": "train/bits_per_byte"}[asked]
+        expected = (asked, f"{differ}, and {asked} is per token: {bits} compares")
+    elif logged:
+        expected = (
+            "val/bits_per_byte",
+            f"{differ}, so the runs are compared by val/bits_per_byte: val/loss is per token",
+        )
+    else:
+        expected = ("val/loss", f"{differ}, and val/loss is per token, but b has not logged val/bits_per_byte")
+    assert comparable_metric(runs, asked) == expected

@@ -102,3 +102,37 @@ def test_a_weight_decay_on_the_device_decays_as_a_number_does(finite: bool | Non
     torch.testing.assert_close(tensor, number)
     assert step == same_step == (0 if finite is False else 1)
     assert torch.equal(tensor, start) == (finite is False)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_scheduled_settings_are_read_from_the_device_and_all_others_from_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
+    of_group = {"lr": 0.5, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    optimizer = AdamW([{"params": [p], **of_group} for p in params])
+    assert [*optimizer.settings()] == optimizer.param_groups  # on a CPU there is nothing to publish
+
+    optimizer = AdamW([{"params": [p], **of_group} for p in params])
+    optimizer.scheduled = ("lr", "weight_decay", "momentum")
+    optimizer.param_groups[0]["params"] = [params[0].detach().as_subclass(OnDevice)]
+    first, second = optimizer.settings()
+    assert second == optimizer.param_groups[1]
+    assert {name for name, value in first.items() if isinstance(value, torch.Tensor)} == {"lr", "weight_decay"}
+    assert (first["lr"].shape, first["lr"].item(), first["betas"]) == ((), 0.5, (0.9, 0.99))
+    optimizer.param_groups[0]["lr"] = 0.25
+    again, _ = optimizer.settings()
+    assert again["lr"] is first["lr"]  # a recorded step reads this place
+    assert again["lr"].item() == 0.25
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert next(optimizer.settings())["lr"].item() == 0.25  # while it is recorded, nothing is copied
+    optimizer.publish()
+    assert first["lr"].item() == 0.125

@@ -185,3 +185,66 @@ def test_muon_waits_for_finite_gradients(found: float) -> None:
         assert all(buffer.isfinite().all() and buffer.any() for buffer in guarded[2:])
     else:
         assert all(map(torch.equal, guarded, plain))
+
+
+def test_newton_schulz_is_the_quintic_iteration_of_each_matrix() -> None:
+    x = 1e-3 * matrices(3, 4, 6).double()  # small ones are scaled up, too
+    result = newton_schulz(x)
+    for one, found in zip(x, result, strict=True):
+        expected = one / one.norm()
+        for _ in range(5):
+            gram = expected @ expected.T
+            expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+        torch.testing.assert_close(found, expected.float())
+
+
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_settings_on_the_device_update_as_numbers_do(found_inf: float | None) -> None:
+    """As in a recorded step."""
+    results = []
+    for kind in (float, torch.tensor):
+        weight = torch.nn.Parameter(matrices(1, 4, 6)[0])
+        common = {"lr": kind(0.1), "weight_decay": kind(0.2), "momentum": kind(0.9)}
+        optimizer = Muon([{"params": [weight], "blocks": [[2, 2]], **common}])
+        optimizer.found_inf = None if found_inf is None else torch.tensor(found_inf)
+        for seed in range(2):
+            weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        results.append((weight.detach(), optimizer.state[weight]["momentum_buffer"]))
+    for number, tensor in zip(*results, strict=True):
+        torch.testing.assert_close(tensor, number)
+    assert torch.equal(results[0][0], matrices(1, 4, 6)[0]) == (found_inf == 1)
+
+
+def test_muon_follows_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide, tall and stacked matrices in one group, and one without a gradient."""
+    monkeypatch.setattr(muon, "has_bf16_units", lambda device: False)
+    shapes = {"wide": (4, 6), "tall": (6, 4), "other wide": (4, 6), "stacked": (8, 4), "idle": (4, 6)}
+    blocks = {"stacked": [4, 2, 2]}
+    generator = torch.Generator().manual_seed(2)
+    params = {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    expected = {name: p.detach().double().clone() for name, p in params.items()}
+    buffers = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    rows = [blocks.get(name, [shape[0]]) for name, shape in shapes.items()]
+    group = {"params": [*params.values()], "blocks": rows, "lr": 0.3, "weight_decay": 0.5, "momentum": 0.8}
+    optimizer = Muon([group])
+    for _ in range(3):
+        for name, parameter in params.items():
+            if name == "idle":
+                continue
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            gradient = parameter.grad.double()
+            buffers[name] = 0.8 * buffers[name] + 0.2 * gradient
+            direction = 0.2 * gradient + 0.8 * buffers[name]
+            expected[name] *= 1 - 0.3 * 0.5
+            parts = zip(expected[name].split(blocks.get(name, 99)), direction.split(blocks.get(name, 99)), strict=True)
+            for weight, block in parts:
+                tall = block.size(0) > block.size(1)
+                update = newton_schulz((block.mT if tall else block)[None])[0].double()
+                weight -= 0.3 * 0.2 * max(block.shape) ** 0.5 * (update.mT if tall else update)
+        optimizer.step()
+        for name, parameter in params.items():
+            torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-5, atol=1e-5)
+            if name != "idle":
+                torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"].double(), buffers[name])
+    assert params["idle"] not in optimizer.state

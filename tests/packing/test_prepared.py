@@ -231,3 +231,43 @@ def test_a_path_is_a_dataset_too_and_a_registered_corpus_comes_first(
     assert load_corpus(DataConfig(dataset="small", datasets_dir="none"), T, corpora).hash == load(folder).hash
     folder.rename(folder.with_name("pydocs"))
     assert load(folder.with_name("pydocs")).prepared is None
+
+
+@pytest.mark.parametrize("packing", ["none", "documents", "random"])
+def test_evaluations_show_the_documents_of_their_own_split(folder: Path, packing: str) -> None:
+    corpus = load(folder, packing=packing)
+    one = sampler(corpus)
+    for stream, texts in (("val", VALIDATION), ("train_eval", TEXTS)):
+        rows = [bytes(row.tolist()) for part, _ in one.evaluation_batches(stream, 99) for row in part]
+        shown = {part for row in rows for part in row.split(b"\0")}
+        assert all(part in text_of(texts) for part in shown)
+        assert len(shown) > 5
+
+
+def test_the_record_of_a_run_has_documents_and_rows(folder: Path) -> None:
+    facts = load(folder, packing="none").facts(T)
+    assert facts["train_documents"] == len(TEXTS)
+    assert facts["val_documents"] == len(VALIDATION)
+    assert facts.items() >= load(folder, packing="none").prepared.packing_facts(T).items()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+@pytest.mark.parametrize("micro_steps", [1, 2, 8])
+def test_the_shares_of_micro_steps_are_those_of_their_targets(folder: Path, packing: str, micro_steps: int) -> None:
+    one = sampler(load(folder, packing=packing))
+    for step in (0, 5):
+        counts = [int((one.train_batch(step, m, micro_steps)[1] != IGNORED).sum()) for m in range(micro_steps)]
+        expected = [count / sum(counts) for count in counts]
+        assert one.target_shares(step, micro_steps) == pytest.approx(expected)
+        found = [one.target_share(step, m, micro_steps) for m in range(micro_steps)]
+        assert [(share.dtype, share.shape, share.item()) for share in found if share is not None] == [
+            (torch.float32, (), pytest.approx(share)) for share in expected
+        ]
+
+
+def test_bytes_per_token_leave_out_what_has_no_target(folder: Path) -> None:
+    one = sampler(load(folder, packing="none"))
+    object.__setattr__(one.corpus, "byte_counts", np.arange(256))
+    targets = torch.cat([part.flatten() for _, part in one.evaluation_batches("val", 9)])
+    assert (targets == IGNORED).any()
+    assert one.evaluation_bytes("val", 9) == pytest.approx(targets[targets != IGNORED].double().mean().item())

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +28,7 @@ from utils.runs.log import (
     read_lines,
     read_metrics,
     read_records,
+    record_at,
     truncate,
 )
 from utils.runs.metrics import (
@@ -550,3 +552,39 @@ def test_a_registry_of_an_older_version_is_read(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "metrics.json").write_text(json.dumps([entry]))
     read_registry(tmp_path / "metrics.json")
     assert metrics.is_reproducible("older")
+
+
+def test_the_offset_of_a_step_is_found_without_reading_the_log(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(log, *({"step": step} for step in range(5000)))
+    monkeypatch.setattr(run_log, "SCANNED_BYTES", 100)
+    parsed: list[bytes] = []
+    monkeypatch.setattr(run_log, "orjson", SimpleNamespace(loads=lambda line: parsed.append(line) or json.loads(line)))
+    for step in (0, 1234, 4999, 9999):
+        parsed.clear()
+        assert offset_of_step(log, step) == sum(len(f'{{"step":{number}}}\n') for number in range(min(step, 5000)))
+        assert len(parsed) < 30
+
+
+@pytest.mark.parametrize(
+    ("line", "good"),
+    [
+        (b'{"step":3,"time":1}\n', True),
+        (b'{"step":3,"time":1.5,"lr":0.1}\n', True),
+        (b'{"step":3}\n', False),
+        (b'{"time":1.5}\n', False),
+        (b'{"step":"3","time":1.5}\n', False),
+        (b'{"step":3,"time":"now"}\n', False),
+        (b"[3]\n", False),
+        (b"{\n", False),
+    ],
+)
+def test_a_line_is_a_record_if_it_has_step_and_time(log: Path, line: bytes, good: bool) -> None:
+    before = append(log, {"step": 0}, {"step": 1})
+    with log.open("ab") as file:
+        file.write(line)
+    if good:
+        assert record_at(log, before, line) == json.loads(line)
+    else:
+        with pytest.raises(RunLogError) as caught:
+            record_at(log, before, line)
+        assert str(caught.value) == f"{log}:3: the log is damaged: this line is no record"

@@ -20,6 +20,8 @@ from utils.runs.origin import (
     BATCH,
     FOUND,
     Origin,
+    check_callbacks,
+    check_fork,
     check_longer,
     check_model,
     check_overrides,
@@ -33,8 +35,10 @@ from utils.runs.origin import (
     recorded_config,
     resumable_runs,
     split_choice,
+    without_foreign_places,
 )
-from utils.runs.run import Run, RunError
+from utils.runs.run import Run, RunError, read_record
+from utils.runs.trust import made_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +115,8 @@ def test_an_origin_names_run_and_checkpoint(run: Path, runs_dir: Path) -> None:
     assert find_origin("fork", "latest:500", runs_dir, strict=True) == Origin("fork", run, "500", True)
     assert find_origin("resume", "base", runs_dir) == Origin("resume", run, "latest", False)
     assert find_origin("resume", "base:latest", runs_dir) == Origin("resume", run, "latest", False)
+    trusted = find_origin("fork", "base", runs_dir, trusted=True)
+    assert trusted == Origin("fork", run, "latest", strict=False, trusted=True)
 
 
 def test_the_path_of_an_origin_is_absolute(run: Path, runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +153,11 @@ def test_an_export_alone_gives_weights_and_nothing_else(tmp_path: Path, monkeypa
     for text in ("weights", "weights:latest", "weights:best"):
         assert find_origin("init", text, tmp_path / "runs") == Origin("init", tmp_path / "weights")
     for relation, text in (("init", "weights:5"), ("fork", "weights"), ("resume", "weights"), ("fork", "weights:5")):
-        with pytest.raises(RunError, match=f"^{text} is an export, which has nothing but weights: --init-from weights"):
+        with pytest.raises(RunError) as caught:
             find_origin(relation, text, tmp_path / "runs")  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            f"{text} is an export, which has nothing but weights: --init-from weights starts with them"
+        )
 
 
 # ------------------------------------------------------------------------------------- --resume auto
@@ -270,6 +279,17 @@ def test_a_configuration_outside_the_run_is_refused(run: Path, loader: ConfigLoa
     (run / "meta").symlink_to(tmp_path / "meta")
     with pytest.raises(ConfigError, match=r"full_config\.json: cannot be read: leads out of"):
         recorded_config(run, loader)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_sources_may_be_linked_within_the_run_only(
+    run: Path, loader: ConfigLoader, tmp_path: Path, inside: bool
+) -> None:
+    sources, target = run / "meta" / "config_sources.json", (run if inside else tmp_path) / "sources.json"
+    sources.rename(target)
+    sources.symlink_to(target)
+    place = f"{run.name}/meta/full_config.json"
+    assert recorded_config(run, loader).source("n_layer") == ("code" if inside else place)
 
 
 def test_without_a_configuration_nothing_can_be_resumed(runs_dir: Path, loader: ConfigLoader) -> None:
@@ -563,6 +583,16 @@ def test_a_run_that_resolved_nothing_pins_nothing(record: dict[str, Any]) -> Non
     assert pin(Config(), {}) == Config()
 
 
+def test_what_is_put_on_top_is_a_layer_with_its_source(run: Path, loader: ConfigLoader) -> None:
+    below = loader.load()
+    loaded = put_on_top(below, {"seed": 6, "note": "x"}, "here")
+    assert [(setting.value, setting.source) for setting in loaded.layers["seed"]] == [(1337, "default"), (6, "here")]
+    fork = config_of_fork(run, loader, (), {})
+    for one in (loaded, fork, recorded_config(run, loader), below):
+        assert {key: layers[-1].value for key, layers in one.layers.items()} == flat(one.config)
+    assert below.config.train.seed == 1337
+
+
 # ------------------------------------------------------------------------------------- whose weights fit
 
 
@@ -687,6 +717,20 @@ def test_the_search_that_found_the_batch_of_a_run_is_not_repeated(
     assert loaded.config.tracking.note == overrides.get("note", "")
 
 
+def test_a_search_whose_question_is_not_recorded_is_made_again(
+    searched: LoadedConfig, runs_dir: Path, loader: ConfigLoader
+) -> None:
+    path = runs_dir / "20260101_000000_auto"
+    sources = json.loads((path / "meta" / "config_sources.json").read_text())
+    for key in BATCH:
+        sources[key]["shadowed"] = []
+    (path / "meta" / "config_sources.json").write_text(json.dumps(sources))
+    recorded = recorded_config(path, loader)
+    assert recorded.source("batch_size") == FOUND
+    loaded = loader.load_onto(recorded, (), AUTO)
+    assert keep_batch(recorded, loaded) is loaded
+
+
 @pytest.mark.parametrize(
     "overrides", [{"batch_size": "auto"}, {"batch_size": "auto", "tokens_per_step": "1280"}, {"batch_size": "20"}]
 )
@@ -703,3 +747,107 @@ def test_a_batch_that_was_named_is_not_kept_against_auto(run: Path, loader: Conf
     loaded = keep_batch(recorded, loader.load_onto(recorded, (), {"batch_size": "auto"}))
     with pytest.raises(ConfigError, match=r"--batch-size: batch_size changes .* continues with 12, not auto"):
         check_overrides(run, recorded, loaded, {})
+
+
+# ------------------------------------------------------------------------------------- adapters of a fork
+
+
+def adapted(**settings: Any) -> OptimizerConfig:
+    return OptimizerConfig(**{"lora_rank": 2, "lora_targets": ("qkv", "up")} | settings)
+
+
+def lora_state(config: OptimizerConfig) -> dict[str, Any]:
+    """What a checkpoint of a run with these settings says of its adapters."""
+    return {"lora": {key: value for key, value in config.model_dump(mode="json").items() if key.startswith("lora_")}}
+
+
+@pytest.mark.parametrize(
+    ("own", "state"),
+    [
+        (OptimizerConfig(), {}),  # also of an older version
+        (OptimizerConfig(), lora_state(OptimizerConfig())),
+        (adapted(), lora_state(adapted())),
+        (adapted(lora_alpha=adapted().adapter_alpha), lora_state(adapted())),  # what none comes to
+        (adapted(learning_rate=0.5, lora_dropout=0.5), lora_state(adapted())),
+    ],
+)
+def test_a_fork_has_the_adapters_of_its_parent(own: OptimizerConfig, state: dict[str, Any]) -> None:
+    check_fork(own, state, "a_run")
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "words"),
+    [
+        (adapted(lora_rank=4), adapted(), "lora_rank 2, not 4"),
+        (adapted(lora_alpha=7.5), adapted(lora_alpha=3), "lora_alpha 3, not 7.5"),
+        (adapted(lora_targets=("up",)), adapted(), "lora_targets qkv, up, not up"),
+        (OptimizerConfig(), adapted(), "lora_rank 2, not none"),
+        (adapted(), OptimizerConfig(), "lora_rank none, not 2"),
+    ],
+)
+def test_other_adapters_than_those_of_its_parent_are_refused(
+    own: OptimizerConfig, parent: OptimizerConfig, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_fork(own, lora_state(parent), "a_run")
+    assert str(caught.value) == (
+        f"--fork: a_run was trained with {words}; --init-from starts with its weights, adapters merged into them"
+    )
+
+
+# ------------------------------------------------------------------------------------- a file of a run made elsewhere
+
+
+def test_a_file_of_a_foreign_run_does_not_say_where_to_write(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
+    theirs, ours = run / "their.yaml", tmp_path / "ours.yaml"
+    ours.write_text("runs_dir: ours\naim_repo: ours\n")
+    theirs.write_text("runs_dir: theirs\ncorpora_dir: theirs\ndatasets_dir: theirs\naim_repo: theirs\nn_layer: 3\n")
+
+    def places(files: list[Path], trusted: bool = False) -> list[str]:
+        loaded = loader.load(files, {"datasets_dir": "flag"})
+        found = without_foreign_places(loaded, files, tmp_path, trusted)
+        assert found.config.model.n_layer == 3
+        assert flat(found.config) == {key: layers[-1].value for key, layers in found.layers.items()}
+        return [flat(found.config)[key] for key in ("runs_dir", "corpora_dir", "datasets_dir", "aim_repo")]
+
+    record = read_record(run)
+    (run / "run.json").write_text(json.dumps(record | {"host": "eve"}))
+    default = [flat(Config())[key] for key in ("runs_dir", "corpora_dir", "aim_repo")]
+    assert places([theirs]) == [default[0], default[1], "flag", default[2]]
+    assert places([theirs, ours]) == ["ours", default[1], "flag", "ours"]
+    assert places([ours, theirs]) == ["ours", default[1], "flag", "ours"]
+    assert places([theirs], trusted=True) == ["theirs", "theirs", "flag", "theirs"]
+    (run / "run.json").write_text(json.dumps(record | {"made": made_here(tmp_path)}))
+    assert places([theirs]) == ["theirs", "theirs", "flag", "theirs"]
+    (run / "run.json").unlink()  # in no run
+    assert places([theirs]) == ["theirs", "theirs", "flag", "theirs"]
+
+
+def test_callbacks_of_a_file_of_a_foreign_run_need_trust(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
+    theirs = run / "their.yaml"
+    theirs.write_text("callbacks: [evil:Evil]\n")
+    (run / "run.json").write_text(json.dumps(read_record(run) | {"host": "eve"}))
+    loaded = loader.load([theirs])
+    with pytest.raises(UserError, match=r"base was made on eve, .*: callback evil:Evil \(not found\); --trust allows"):
+        without_foreign_places(loaded, [theirs], tmp_path, False)
+    assert without_foreign_places(loaded, [theirs], tmp_path, True).config == loaded.config
+    named = loader.load([theirs], {"callbacks": "mine:Mine"})  # the user's own choice
+    assert without_foreign_places(named, [theirs], tmp_path, False).config.train.callbacks == ("mine:Mine",)
+
+
+def test_callbacks_that_only_a_foreign_run_names_need_trust(
+    runs_dir: Path, loader: ConfigLoader, tmp_path: Path
+) -> None:
+    config = Config(train=TrainConfig(callbacks=("evil:Evil", "known:Known")))
+    path = make(runs_dir, "20260102_000000", config, host="eve")
+    (tmp_path / "configs" / "callbacks.yaml").write_text("callbacks: [known:Known]\n")
+
+    def check(trusted: bool = False, **overrides: str | bool) -> None:
+        check_callbacks(Origin("fork", path, trusted=trusted), config_of_fork(path, loader, (), overrides), loader)
+
+    with pytest.raises(UserError, match=r"20260102_000000 was made on eve, .*: callback evil:Evil \(not found\); --tr"):
+        check()
+    check(trusted=True)
+    check(callbacks="evil:Evil")
+    (tmp_path / "configs" / "callbacks.yaml").write_text("callbacks: [known:Known, evil:Evil]\n")
+    check()
