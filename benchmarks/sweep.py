@@ -29,7 +29,7 @@ import psutil
 
 from benchmarks import common
 from utils.runs.find import list_run_paths
-from utils.runs.layout import CONFIG, METRICS_LOG, NOTES, RECORD
+from utils.runs.layout import CONFIG, METRICS_LOG, NOTES, RECORD, SEAL
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
 from utils.sweeps.folder import read_sweep
@@ -167,7 +167,7 @@ def list_seconds(folder: Path, run: Path) -> float:
         copy.mkdir(parents=True)
         for part in ("meta", "logs", "artifacts"):
             (copy / part).mkdir()
-        for name in (NOTES, CONFIG, METRICS_LOG):
+        for name in (NOTES, CONFIG, METRICS_LOG, SEAL):
             shutil.copyfile(run / name, copy / name)
         record = {**read_record(run), "id": copy.name, "tag": f"many-{number}"}
         record["sweep"] = {"name": "many", "id": "0", "number": number, "place": 0}

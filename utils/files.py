@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from utils.errors import UserError
 from utils.locks import folder_lock
 
@@ -41,11 +43,26 @@ def regular_fd(path: Path, inside: Path | None = None, flags: int = os.O_RDONLY)
     Raises:
         OSError: it cannot be opened, is something else, or lies outside `inside`; `strerror` says which.
     """
-    if path.is_symlink() or inside is not None:
+    if _has_links(path, inside or path.parent):
         folder = os.path.realpath(inside or path.parent)
         if not Path(os.path.realpath(path)).is_relative_to(folder):
             raise OSError(errno.EPERM, f"leads out of {inside or path.parent}", str(path))
     return _regular_fd(path, flags)
+
+
+def _has_links(path: Path, folder: Path) -> bool:
+    """Whether a link is on the way from `folder` to `path`, or may be: then the real paths must be compared.
+
+    These take an lstat for each folder from the root on, which is most of the time of reading an index of runs.
+    """
+    text, place = os.fspath(path), os.fspath(folder)
+    if ".." in path.parts or not text.startswith(f"{place.rstrip(os.sep)}{os.sep}"):
+        return True
+    while len(text) > len(place):
+        if os.path.islink(text):
+            return True
+        text = os.path.dirname(text)
+    return False
 
 
 def _regular_fd(path: Path, flags: int) -> int:
@@ -134,8 +151,11 @@ def read_json(path: Path, inside: Path | None = None) -> Any:
         OSError: as `read_bytes`.
         ValueError: it is not JSON, or nested too deeply.
     """
+    content = read_bytes(path, inside)
+    with suppress(ValueError):  # NaN, say, which only the standard library takes; or its message is wanted
+        return orjson.loads(content)
     try:
-        return json.loads(read_bytes(path, inside))
+        return json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

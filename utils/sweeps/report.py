@@ -52,6 +52,9 @@ def importance(study: Study) -> dict[str, float]:
 
 
 def _write(folder: Path, study: Study) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("Agg")  # whatever MPLBACKEND asks for
     import matplotlib.pyplot as plt
     from optuna import visualization
 
