@@ -1,4 +1,4 @@
-"""The commands of experiments.py that train what a comparison needs: gate, noise."""
+"""The commands of experiments.py that train what a comparison needs: gate, noise, bisect."""
 
 from __future__ import annotations
 
@@ -109,3 +109,40 @@ def noise(args: argparse.Namespace) -> Answer:
         output=output(args),
     )
     return Answer(found, lambda console: noise_screen(found))
+
+
+@command(
+    "bisect",
+    "which commit, or which settings together, make the difference between two experiments? Exit status 3: not found",
+    flag("good", metavar="GOOD", help="RUN, commit, FILE.patch or settings, as for gate"),
+    flag("bad", metavar="BAD", help="the same"),
+    flag(
+        "--oracle",
+        choices=("bits", "loss"),
+        help="bits: the numbers in the log; loss: nearer to which of the two (default: loss if settings differ)",
+    ),
+    METRIC,
+    flag("--seeds", type=int, default=3, metavar="N", help="of each trial, for the loss (default: 3)"),
+    SET,
+    TRUST,
+    note="The commits in between run with your rights. Package versions are named, but not changed.",
+)
+def bisect(args: argparse.Namespace) -> Answer:
+    from utils.experiments.bisect import bisect
+    from utils.experiments.gate_screens import bisection_screen
+
+    if not 1 <= args.seeds <= 1000:
+        raise UserError(f"--seeds must be from 1 to 1000, not {args.seeds}")
+    found = bisect(
+        args.good,
+        args.bad,
+        PROJECT_ROOT,
+        runs_folder(args),
+        oracle=args.oracle,
+        metric=args.metric,
+        seeds=args.seeds,
+        settings=args.set,
+        trusted=args.trust,
+        output=output(args),
+    )
+    return Answer(found, lambda console: bisection_screen(found), 3 if found.problem else 0)
