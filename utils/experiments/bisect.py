@@ -194,7 +194,9 @@ class Judge:
         return found
 
     def runs_of(self, experiment: Experiment) -> dict[int, IndexedRun]:
-        return self._existing.setdefault(experiment.key, self.trials.existing(experiment))
+        if experiment.key not in self._existing:
+            self._existing[experiment.key] = self.trials.existing(experiment)
+        return self._existing[experiment.key]
 
     def run(self, experiment: Experiment, seed: int) -> IndexedRun:
         runs = self.runs_of(experiment)
