@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
         return prove_command(argv, parsed)
     for loaded, origin in launches(parsed):
         try:
-            return train(loaded, origin=origin, argv=("train.py", *argv), strict=parsed.own.strict).exit_status
+            command, own = ("train.py", *argv), parsed.own
+            result = train(loaded, origin=origin, argv=command, strict=own.strict, quiet=own.json)
+            return result.report(as_json=own.json)
         except RunLockedError as error:
             if parsed.own.resume != "auto":
                 raise

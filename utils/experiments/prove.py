@@ -29,7 +29,8 @@ from utils.experiments.trials import SIGNALS, stopping_at_once
 from utils.machine.signals import StopSignal
 from utils.machine.watchdog import watched
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments
-from utils.terminal.words import printable
+from utils.terminal.commands import as_plain
+from utils.terminal.words import json_text, printable
 
 PROVE_STEPS = 40  # unless another number is asked for
 LEAST_STEPS = 8
@@ -265,10 +266,11 @@ def prove_command(argv: Sequence[str], parsed: ExperimentArguments) -> int:
     place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--prove")
     del words[place : place + (1 if "=" in words[place] or words[place + 1 : place + 2] != [own.prove] else 2)]
     try:
-        proof = prove(words, config, PROJECT_ROOT, int(own.prove), sys.stdout)
+        proof = prove(words, config, PROJECT_ROOT, int(own.prove), sys.stderr if own.json else sys.stdout)
     except SessionError as error:
         print(printable(error.output.strip()), file=sys.stderr)
         return error.status if error.status in (1, 2) else 1
-    for line in proof_lines(proof):
-        print(printable(line))
+    lines = [json_text(as_plain(proof), indent=2)] if own.json else map(printable, proof_lines(proof))
+    for line in lines:
+        print(line)
     return 0 if proof.proven else 1

@@ -52,6 +52,7 @@ def add_origin_flags(parser: Parser) -> None:
         help="with --resume RUN[:WHICH]: continue from that checkpoint in a new run, with any other setting",
     )
     add_trust_flag(group)
+    group.add_argument("--json", action="store_true", help="print nothing but warnings, and the result as JSON")
     group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
     group.add_argument(
         "--prove",
