@@ -28,6 +28,7 @@ from utils.experiments.subjects import flags_of
 from utils.experiments.trials import SIGNALS, stopping_at_once
 from utils.machine.signals import StopSignal
 from utils.machine.watchdog import watched
+from utils.runs.layout import RECORD
 from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments
 from utils.terminal.commands import as_plain
 from utils.terminal.words import json_text, printable
@@ -196,7 +197,7 @@ class Prover:
 
 def run_of(place: Path) -> Path:
     """The one run directory in a folder."""
-    (path,) = place.glob("*/run.json")
+    (path,) = place.glob(f"*/{RECORD}")
     return path.parent
 
 
