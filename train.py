@@ -47,11 +47,12 @@ def main(argv: Sequence[str]) -> int:
         from utils.sweeps.multirun import multirun
 
         return multirun(parsed, PROJECT_ROOT)
-    words, strict = ("train.py", *argv), parsed.own.strict
+    words, own = ("train.py", *argv), parsed.own
     for loaded, origin in launches(parsed):
         loaded, facts = with_budget(parsed.own, loaded, origin)
         try:
-            return train(loaded, origin=origin, argv=words, strict=strict, facts=facts).exit_status
+            result = train(loaded, origin=origin, argv=words, strict=own.strict, quiet=own.json, facts=facts)
+            return result.report(as_json=own.json)
         except RunLockedError as error:
             if parsed.own.resume != "auto":
                 raise

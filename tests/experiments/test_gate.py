@@ -24,7 +24,7 @@ from utils.experiments.noise import noise
 from utils.experiments.subjects import Subjects, parse_overrides
 from utils.machine.signals import StopSignal
 
-NO_GIT = {"commit": None, "branch": None, "dirty": None, "remote": None}
+NO_GIT = {"commit": None, "branch": None, "dirty": None, "remote": None, "code": None}
 Losses = Callable[[dict[str, str]], float]
 
 

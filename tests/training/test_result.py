@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,3 +45,13 @@ def test_where_aim_has_no_builds_no_rebuild_is_offered(monkeypatch: pytest.Monke
 def test_an_unknown_character_names_the_remedy() -> None:
     with pytest.raises(TokenizerError, match=r"'ü' .* of the vocabulary; --unknown-token ' ' reads it as ' '"):
         char_tokenizer("ab ").encode("aü")
+
+
+def test_the_result_as_json_has_all_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = dataclasses.replace(result(math.nan, 2.0, None), signum=15)
+    assert ended.report(as_json=True) == 143
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() == set(ended)
+    assert (printed["run_dir"], printed["val_loss"], printed["best_val_loss"]) == ("runs/x", "nan", 2.0)
+    assert ended.report(as_json=False) == 143
+    assert not capsys.readouterr().out

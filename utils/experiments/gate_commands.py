@@ -1,44 +1,29 @@
-"""The commands of experiments.py that train what a comparison needs: gate, noise."""
+"""The commands of experiments.py that train what a comparison needs: gate, noise, bisect."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from typing import IO
 
 from utils.errors import UserError
 from utils.experiments.commands import RUN_HELP, command, runs_folder
-from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.cli import PROJECT_ROOT, timespan
 from utils.terminal.commands import Answer, flag
 
-SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SUBJECT_HELP = "RUN or tag (all its seeds), commit, FILE.patch, or settings: learning_rate=3e-3,dropout=0.1"
 TRUST = flag("--trust", action="store_true", help="run the code that a run made elsewhere brings along or names")
 METRIC = flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)")
 SET = flag("--set", metavar="SETTINGS", help="settings of both, where neither is a run: max_iters=500,dropout=0.1")
-BUDGET = flag("--budget", metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call goes on")
+BUDGET = flag(
+    "--budget", type=timespan, metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call goes on"
+)
 
 
 def output(args: argparse.Namespace) -> IO[str]:
     """Where progress is printed: JSON has stdout for itself."""
     return sys.stderr if args.json else sys.stdout
-
-
-def budget(args: argparse.Namespace) -> float | None:
-    """Seconds of --budget; None without it.
-
-    Raises:
-        UserError: it is no time above zero.
-    """
-    if args.budget is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd])", args.budget.strip())
-    seconds = float(match.group(1)) * SECONDS[match.group(2)] if match else 0.0
-    if not seconds:
-        raise UserError(f"--budget: expected a time like 90s, 30m or 2h, got {args.budget!r}")
-    return seconds
 
 
 @command(
@@ -73,7 +58,7 @@ def gate(args: argparse.Namespace) -> Answer:
         metric=args.metric,
         min_effect=args.min_effect,
         max_seeds=args.max_seeds,
-        budget=budget(args),
+        budget=args.budget,
         settings=args.set,
         trusted=args.trust,
         output=output(args),
@@ -109,3 +94,40 @@ def noise(args: argparse.Namespace) -> Answer:
         output=output(args),
     )
     return Answer(found, lambda console: noise_screen(found))
+
+
+@command(
+    "bisect",
+    "which commit, or which settings together, make the difference between two experiments? Exit status 3: not found",
+    flag("good", metavar="GOOD", help="RUN, commit, FILE.patch or settings, as for gate"),
+    flag("bad", metavar="BAD", help="the same"),
+    flag(
+        "--oracle",
+        choices=("bits", "loss"),
+        help="bits: the numbers in the log; loss: nearer to which of the two (default: loss if settings differ)",
+    ),
+    METRIC,
+    flag("--seeds", type=int, default=3, metavar="N", help="of each trial, for the loss (default: 3)"),
+    SET,
+    TRUST,
+    note="The commits in between run with your rights. Package versions are named, but not changed.",
+)
+def bisect(args: argparse.Namespace) -> Answer:
+    from utils.experiments.bisect import bisect
+    from utils.experiments.gate_screens import bisection_screen
+
+    if not 1 <= args.seeds <= 1000:
+        raise UserError(f"--seeds must be from 1 to 1000, not {args.seeds}")
+    found = bisect(
+        args.good,
+        args.bad,
+        PROJECT_ROOT,
+        runs_folder(args),
+        oracle=args.oracle,
+        metric=args.metric,
+        seeds=args.seeds,
+        settings=args.set,
+        trusted=args.trust,
+        output=output(args),
+    )
+    return Answer(found, lambda console: bisection_screen(found), 3 if found.problem else 0)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from utils.experiments.bisect import Bisection
 from utils.experiments.gate import GateAnswer
 from utils.experiments.noise import PAIRED, Noise
 from utils.experiments.tables import plain_table, title
-from utils.terminal.words import counted, duration, fact_lines, loss_text
+from utils.terminal.words import counted, duration, fact_lines, loss_text, setting_text
 
 VERDICT_STYLES = {"keep": "green", "discard": "red", "unsure": "yellow"}
 MANY = 20  # comparisons, of which one in twenty errs by chance
@@ -73,3 +74,24 @@ def noise_screen(noise: Noise) -> Iterator[RenderableType]:
             f"{row.effect:.4g}", *("over 1,000" if n is None else f"{n:,}" for n in (row.paired, row.unpaired))
         )
     yield Group("", title("Seeds of each that find an effect in 80% of cases"), table)
+
+
+def bisection_screen(found: Bisection) -> Iterator[RenderableType]:
+    """What makes the difference."""
+    if found.problem:
+        yield Text.assemble(("not found", "bold yellow"), f": {found.problem}")
+    else:
+        parts = [*found.settings, *(["the code"] if found.code else [])]
+        verb = "make" if parts[1:] else "makes"
+        yield Text.assemble((" and ".join(parts), "bold green"), f" {verb} the difference")
+    rows = [(key, f"{setting_text(good)} -> {setting_text(bad)}") for key, (good, bad) in found.settings.items()]
+    if found.commit:
+        rows.append(("first bad commit", found.commit))
+    elif found.code:
+        rows.append(("commit", "the good commit is no ancestor of the bad one, so none can be named"))
+    rows += [("not judged", f"it may also be {commit}") for commit in found.doubtful]
+    cost = f"{counted(found.trials, 'trial')}, {counted(found.trained, 'run')} trained, {duration(found.seconds)}"
+    rows.append(("cost", cost))
+    if found.environment:
+        rows.append(("not tried", f"the environment differs in: {', '.join(found.environment)}"))
+    yield fact_lines(rows)

@@ -28,13 +28,16 @@ from utils.experiments.subjects import flags_of
 from utils.experiments.trials import SIGNALS, stopping_at_once
 from utils.machine.signals import StopSignal
 from utils.machine.watchdog import watched
+from utils.runs.layout import RECORD
 from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.commands import as_plain
 from utils.terminal.config_flags import ExperimentArguments
-from utils.terminal.words import printable
+from utils.terminal.words import json_text, printable
 
 PROVE_STEPS = 40  # unless another number is asked for
 LEAST_STEPS = 8
 KILLS = 2
+FORGETFUL = "state of a callback that its state_dict does not save"
 WITNESS = "utils/training/witness.py"
 Line = Mapping[str, Any]
 
@@ -117,10 +120,15 @@ class Prover:
         self._say(f"one that is killed after steps {', '.join(map(str, kills))}, and resumed")
         killed = self._train("killed", hash_seed=3, kills=kills)
         difference = self._difference(first, killed)
-        causes = self._causes_of_loss(first, killed) if difference is not None else []
-        unstable = _callback_state(first, second)  # clocks, say
-        lost = [name for name in _callback_state(first, killed) if name not in unstable]
-        return Proof(self.steps, kills, difference, True, causes, [] if causes else lost)
+        lost = _lost_state(first, killed, unstable=_differing_state(first, second))  # unstable: clocks, say
+        if difference is None:
+            return Proof(self.steps, kills, None, True, forgotten=lost)
+        if lost:
+            return Proof(self.steps, kills, difference, True, [f"{FORGETFUL}: {', '.join(lost)}"])
+        *_, last = record_of(killed)
+        causes = [f"a generator whose state no checkpoint keeps: {place}" for place in last["draws"]]
+        causes = causes or ["state outside of model, optimizer and callbacks that no checkpoint keeps"]
+        return Proof(self.steps, kills, difference, True, causes)
 
     def _say(self, line: str) -> None:
         print(f"prove: {line}", file=self.output, flush=True)
@@ -187,18 +195,10 @@ class Prover:
         complaints = [f"an operator that is not deterministic: {complaint}" for complaint in last["complaints"]]
         return complaints or ["an operator that is not deterministic, or code that reads a clock or unset memory"]
 
-    def _causes_of_loss(self, first: Path, killed: Path) -> list[str]:
-        """Which state a resume may have lost."""
-        if lost := _callback_state(first, killed):
-            return [f"state of a callback that its state_dict does not save: {', '.join(lost)}"]
-        *_, last = record_of(killed)
-        draws = [f"a generator whose state no checkpoint keeps: {place}" for place in last["draws"]]
-        return draws or ["state outside of model, optimizer and callbacks that no checkpoint keeps"]
-
 
 def run_of(place: Path) -> Path:
     """The one run directory in a folder."""
-    (path,) = place.glob("*/run.json")
+    (path,) = place.glob(f"*/{RECORD}")
     return path.parent
 
 
@@ -208,13 +208,20 @@ def record_of(place: Path) -> Iterator[Line]:
         yield json.loads(text)
 
 
-def _callback_state(one: Path, other: Path) -> list[str]:
-    """The attributes of callbacks that differ after the first step where any does."""
+def _differing_state(one: Path, other: Path) -> set[str]:
+    """The attributes of callbacks that differ after any step."""
     expected = {line["step"]: line["callbacks"] for line in record_of(one)}
-    for line in record_of(other):
-        if lost := [key for key, value in expected[line["step"]].items() if line["callbacks"].get(key) != value]:
-            return lost
-    return []
+    return {
+        key
+        for line in record_of(other)
+        for key, value in expected[line["step"]].items()
+        if line["callbacks"].get(key) != value
+    }
+
+
+def _lost_state(first: Path, killed: Path, unstable: set[str]) -> list[str]:
+    """The attributes of callbacks that a resume has not restored."""
+    return sorted(_differing_state(first, killed) - unstable)
 
 
 def first_difference(expected: Line, line: Line) -> str | None:
@@ -261,10 +268,11 @@ def prove_command(argv: Sequence[str], parsed: ExperimentArguments) -> int:
     place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--prove")
     del words[place : place + (1 if "=" in words[place] or words[place + 1 : place + 2] != [own.prove] else 2)]
     try:
-        proof = prove(words, config, PROJECT_ROOT, int(own.prove), sys.stdout)
+        proof = prove(words, config, PROJECT_ROOT, int(own.prove), sys.stderr if own.json else sys.stdout)
     except SessionError as error:
         print(printable(error.output.strip()), file=sys.stderr)
         return error.status if error.status in (1, 2) else 1
-    for line in proof_lines(proof):
-        print(printable(line))
+    lines = [json_text(as_plain(proof), indent=2)] if own.json else map(printable, proof_lines(proof))
+    for line in lines:
+        print(line)
     return 0 if proof.proven else 1

@@ -7,6 +7,7 @@ matter.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -57,6 +58,15 @@ FROM_FILES = ("default", "configs/")  # beginnings of the sources of settings th
 
 
 @dataclass(frozen=True)
+class Code:
+    """A commit, and what is not committed. commit: None: the project folder as it is."""
+
+    commit: str | None
+    patch: bytes
+    name: str
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Code and configuration, without a seed.
 
@@ -76,7 +86,7 @@ class Experiment:
     run: IndexedRun | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The values of the settings that decide the numbers, except for the seed, in the types of JSON."""
         values = {key: value for key, value in _plain(self.loaded.config).items() if key in (*COMPARED, "dataset")}
@@ -85,16 +95,20 @@ class Experiment:
             values |= {key: value for key, value in pins.items() if value is not None}
         return values
 
-    @property
+    @functools.cached_property
     def config_key(self) -> str:
         """A hash of everything but code and seed that decides the numbers."""
         start = [corpus_of(self.run), origin_of(self.run)] if self.run is not None else []
         return hash_of([self.settings, start])
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A hash of everything but the seed that decides the numbers."""
         return hash_of([self.config_key, *self.code])
+
+    @property
+    def source(self) -> Code:
+        return Code(self.code[0], self.patch, f"the code of {self.name}")
 
     def is_of(self, run: IndexedRun) -> bool:
         """Whether a run in the index is of this experiment."""
@@ -106,7 +120,7 @@ class Experiment:
             return repr(identity(run)) == repr(identity(self.run))
         if origin_of(run) != (origin_of(self.run) if self.run else None):
             return False
-        settings, defaults = self.settings, _plain(Config())
+        settings, defaults = dict(self.settings), _plain(Config())
         dataset = str(settings.pop("dataset"))
         if not f"/{run.settings.get('dataset')}".endswith(f"/{dataset}"):  # a file is recorded with its whole path
             return False
@@ -164,6 +178,7 @@ class Subjects:
     def __init__(self, root: Path, runs_dir: Path, folder: Path, trusted: bool = False) -> None:
         self.root, self.runs_dir, self.folder, self.trusted = root, runs_dir, folder, trusted
         self._trees = 0
+        self._unpacked: dict[tuple[str, bytes], tuple[Path, tuple[str | None, str | None]]] = {}
 
     def pair(self, candidate: str, baseline: str, both: str | None = None) -> tuple[Experiment, Experiment]:
         """The experiments of a comparison.
@@ -202,6 +217,36 @@ class Subjects:
         else:
             base = self._of_code("checkout", facts.commit, facts.patch)
         return self._overridden(base, settings) if settings else base
+
+    def variant(self, base: Experiment, code: Code, settings: Mapping[str, Any], name: str) -> Experiment:
+        """`base` with other code and with some settings.
+
+        Raises:
+            UserError: the configuration is not valid, or the code is not available.
+        """
+        project, identity_of_code = base.project, base.code
+        if (code.commit, code.patch) != (base.code[0], base.patch):
+            if code.commit is None:
+                raise UserError(f"{code.name} is not known to git")
+            if (code.commit, code.patch) not in self._unpacked:
+                found = self._of_code(name, code.commit, code.patch, configure=False)
+                self._unpacked[code.commit, code.patch] = found.project, found.code
+            project, identity_of_code = self._unpacked[code.commit, code.patch]
+        overrides = {**base.overrides, **settings}
+        if base.run is not None:
+            recorded = recorded_config(base.run.path, ConfigLoader(self.root))
+            loaded = ConfigLoader(project).load_onto(recorded, (), _as_given(overrides))
+        else:
+            loaded = ConfigLoader(project).load((), _as_given(overrides))
+        return replace(
+            base,
+            name=name,
+            project=project,
+            loaded=loaded,
+            code=identity_of_code,
+            patch=code.patch,
+            overrides=overrides,
+        )
 
     def _runs(self, word: str) -> list[IndexedRun]:
         """The runs that a word names; none if it is something else, with the name of a run or not."""
@@ -277,8 +322,16 @@ class Subjects:
             return replace(changed, run=base.run, loaded=base.loaded) if base.run else changed
         return self._of_code(name, commit, patch, chosen_settings(base))
 
-    def _of_code(self, name: str, commit: str, patch: bytes, overrides: Mapping[str, Any] | None = None) -> Experiment:
-        """A commit with a patch, and its own configs/."""
+    def _of_code(
+        self,
+        name: str,
+        commit: str,
+        patch: bytes,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        configure: bool = True,
+    ) -> Experiment:
+        """A commit with a patch, and its own configs/, unless they do not matter (`configure`)."""
         tree = self._new_tree()
         project = unpack_commit(commit, self.root, tree)
         if patch:
@@ -286,7 +339,8 @@ class Subjects:
             file.write_bytes(patch)
             apply_patch(file, tree)
         overrides = overrides or {}
-        loaded = ConfigLoader(project).load((), _as_given(overrides))
+        loader = ConfigLoader(project)
+        loaded = loader.load((), _as_given(overrides)) if configure else LoadedConfig.from_config(Config())
         code = (commit, hashlib.sha256(patch).hexdigest() if patch else None)
         return Experiment(name, project, loaded, code, patch, None, overrides)
 

@@ -54,6 +54,7 @@ class Trials:
     budget: float | None = None
     trained: list[float] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
+    _index: list[IndexedRun] | None = None
 
     @property
     def seconds(self) -> float:
@@ -62,8 +63,10 @@ class Trials:
 
     def existing(self, experiment: Experiment) -> dict[int, IndexedRun]:
         """The oldest complete run of each seed."""
+        if self._index is None:
+            self._index = read_index(self.runs_dir)
         found: dict[int, IndexedRun] = {}
-        for run in read_index(self.runs_dir):
+        for run in self._index:
             seed = run.settings.get("seed")
             if run.status == "completed" and isinstance(seed, int) and experiment.is_of(run):
                 found.setdefault(seed, run)
@@ -97,6 +100,8 @@ class Trials:
             raise StopSignal(SIGNALS[status])
         if run.status == "interrupted" and left is not None:
             raise BudgetError
+        if self._index is not None:
+            self._index.append(run)
         if run.status != "completed":
             reason = run.record.get("exit_reason")
             raise TrialError(f"{run.id} {run.status}" + (f": {reason}" if reason else ""))

@@ -75,7 +75,7 @@ class Command:
         """
         answer = self.compute(args)
         if args.json:
-            print(json_text(_as_json(answer.data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+            print(json_text(as_plain(answer.data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
             return answer.status
         from utils.terminal.console import Terminal, print_to  # rich: a fifth of the time of --help
 
@@ -117,14 +117,14 @@ class Commands(list[Command]):
         return int(args.command.run(args))
 
 
-def _as_json(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """`value` in the types of JSON; NaN and infinities are strings, as in the logs."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _as_json(fields_of(value))
+        return as_plain(fields_of(value))
     if isinstance(value, dict):
-        return {str(key): _as_json(item) for key, item in value.items()}
+        return {str(key): as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | None) else str(value)

@@ -62,6 +62,7 @@ def add_origin_flags(parser: Parser) -> None:
         help="train for 90s, 5m or 2h: max_iters is measured before the run is made, and the schedule laid over it",
     )
     group.add_argument("--trial", help=argparse.SUPPRESS)  # SWEEP:ID:NUMBER:PLACE, given by a sweep to its runs
+    group.add_argument("--json", action="store_true", help="print nothing but warnings, and the result as JSON")
     group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
     group.add_argument(
         "--prove",

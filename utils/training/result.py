@@ -16,7 +16,9 @@ from utils.runs.find import resolve_run
 from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
 from utils.terminal.cli import PROJECT_ROOT
-from utils.terminal.words import bits_text, duration, fact_lines
+from utils.terminal.commands import as_plain
+from utils.terminal.streams import is_unicode
+from utils.terminal.words import bits_text, duration, fact_lines, json_text
 
 if TYPE_CHECKING:
     from utils.terminal.console import Terminal
@@ -69,6 +71,12 @@ class TrainResult(Mapping[str, Any]):
         of_export = ", and the export has the last weights" if self.exported else ""
         found = f"the last val/loss, {last:.4f}, is far worse than the best, {best:.4f} at step {self.best_step:,}"
         return f"{found}{of_export} (--export-weights best exports the best ones)"
+
+    def report(self, *, as_json: bool) -> int:
+        """Print the result as JSON if asked to (training prints it for people itself); the exit status."""
+        if as_json:
+            print(json_text(as_plain(dict(self)), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+        return self.exit_status
 
     @property
     def exit_status(self) -> int:

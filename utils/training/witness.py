@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import signal
 import sys
 import sysconfig
@@ -151,13 +152,15 @@ def fingerprint(value: Any) -> str | None:
     return repr(value)[:200] if value is None or isinstance(value, bool | int | float | str) else None
 
 
-def main(spec: dict[str, Any], words: list[str]) -> int:
+def main(spec: dict[str, Any], words: list[str]) -> None:
+    """Run train.py with `words`, watched; ends as that script does, by SystemExit."""
     sys.path[0] = str(ROOT)
     draws = Draws()
     draws.watch()
-    import train
+    from utils.training import session
     from utils.training.callbacks import Callbacks
 
+    session.draw = lambda *_: None  # the picture of the losses takes longer than a few steps, and nobody sees it
     witness, on_step = Witness(spec, draws), Callbacks.on_step
     if spec["complain"]:
         import torch
@@ -175,8 +178,9 @@ def main(spec: dict[str, Any], words: list[str]) -> int:
         witness.after_step(self, loss)
 
     Callbacks.on_step = watched  # type: ignore[method-assign]
-    return train.main(words)
+    sys.argv = [str(ROOT / "train.py"), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2:]))
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2:])
