@@ -234,7 +234,7 @@ def test_exit_status_and_json(
         (["gone.patch", "base"], "gone.patch: cannot be read: No such file"),
         (["dropout=0.1", "base", "--max-seeds", "2"], "--max-seeds must be from 3 to 1000, not 2"),
         (["dropout=0.1", "base", "--min-effect", "nan"], "--min-effect must be at least 0, not nan"),
-        (["dropout=0.1", "base", "--budget", "5"], "--budget: expected a time like 90s, 30m or 2h, got '5'"),
+        (["dropout=0.1", "base", "--budget", "5"], "--budget: expected a time like 90s, 5m or 1.5h, got '5'"),
         (["dropout=0.1", "base", "--metric", "val/los"], "--metric: no metric val/los; did you mean val/loss?"),
         (["dropout=0.1", "base", "--set", "dropout=0.2"], "--set is for commits, patches and settings"),
     ],
