@@ -313,3 +313,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
         for name in dict.fromkeys((*expected, *found))
         if found.get(name) != expected.get(name) and json.dumps(found.get(name)) != json.dumps(expected.get(name))
     ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

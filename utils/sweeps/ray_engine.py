@@ -83,8 +83,9 @@ def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
     from ray.tune.search import Searcher
 
     class Pieces(Searcher):
-        def __init__(self) -> None:
+        def __init__(self, report: Report) -> None:
             super().__init__(metric="value", mode="min")
+            self.report = report  # not used from around the class, which Tune pickles with all that it uses
             self.ending, self.given, self.failures, self.over = Ending(), 0, 0, False
 
         def suggest(self, trial_id: str) -> Any:
@@ -101,7 +102,7 @@ def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
             elif "trial" in found and problem is None:
                 value = None if math.isnan(found["value"]) else found["value"]
                 outcome = Outcome(value, found[REASON], found["pruned"])
-                report(found["trial"], outcome)
+                self.report(found["trial"], outcome)
                 self.failures = self.failures + 1 if outcome.failed else 0
                 if self.failures > max_failures:
                     problem = too_many_words(self.failures, outcome)
@@ -117,7 +118,7 @@ def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
         def restore(self, checkpoint_path: str) -> None:
             """Nothing: a sweep that goes on begins with new pieces."""
 
-    return Pieces()
+    return Pieces(report)
 
 
 def carry_out_piece(config: dict[str, Any]) -> None:
