@@ -37,13 +37,18 @@ if TYPE_CHECKING:  # arguments are parsed before torch is imported
 
 
 def complete_prompt(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
-    """--prompt: the text as it is generated; several samples one after the other."""
+    """--prompt: the text as it is generated; several samples one after the other; --json: a line for each."""
+    from utils.inference.prompts import FilePrompt, completion_line
     from utils.terminal.console import dim, say
 
     generator, request = load(args, exports[0], settings)
     prompt, request = with_template(args, generator, request)
     shown = "" if args.mode == "qa" else prompt
-    if args.samples == 1:
+    if args.json:
+        asked = FilePrompt("--prompt", prompt, {"prompt": args.prompt})
+        for completion in generator.completions([prompt] * args.samples, request, args.batch_size):
+            print(completion_line(asked, completion), flush=True)
+    elif args.samples == 1:
         say(shown)
         for text in generator.stream(prompt, request):
             say(text)
@@ -197,7 +202,7 @@ WEIGHTS = frozenset({"weights", "quantize"})
 GENERATION = WEIGHTS | {"unknown_token", *InferenceConfig.model_fields, *SAMPLING, "window", "mode"}
 DRAFT = frozenset({"draft", "draft_tokens"})
 MODES = {
-    "prompt": Mode("one RUN", complete_prompt, GENERATION | DRAFT | {"samples", "batch_size", "stats"}),
+    "prompt": Mode("one RUN", complete_prompt, GENERATION | DRAFT | {"samples", "batch_size", "stats", "json"}),
     "compare": Mode(
         "several RUNs", compare_runs, GENERATION | {"samples", "batch_size", "html", "logprobs"}, several_runs=True
     ),

@@ -103,6 +103,17 @@ def test_samples_draw_from_the_next_seeds(
     assert capsys.readouterr().out == expected
 
 
+def test_samples_as_lines_of_json(
+    run_inference: Main, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_inference("--prompt", "ab", "--samples", 2, "--seed", 5, "--json") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = [generator.generate("ab", Request(20, seed=seed)).text for seed in (5, 6)]
+    assert [(line["prompt"], line["completion"], line["seed"]) for line in found] == [
+        ("ab", text, seed) for text, seed in zip(texts, (5, 6), strict=True)
+    ]
+
+
 @pytest.mark.parametrize("words", [["--weights", "bfloat16"], ["--quantize", "int8"], ["--weights", "float32"]])
 def test_weights_may_be_smaller(words: list[str], run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_inference("--prompt", "ab", *words) == 0
