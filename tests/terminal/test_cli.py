@@ -268,3 +268,11 @@ def test_a_closed_pipe_ends_quietly() -> None:
     )
     assert result.stderr == ""
     assert result.stdout.strip() in ("0", "141")  # 0 where all of it went into the pipe's buffer
+
+
+@pytest.mark.parametrize("argv", [["--limit=--"], ["--limit", "--"]])
+def test_two_dashes_are_no_value(argv: list[str]) -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("--limit", type=int)
+    with pytest.raises(UserError, match="argument --limit: expected"):
+        parser.parse(argv)

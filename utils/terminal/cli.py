@@ -42,6 +42,12 @@ class Parser(argparse.ArgumentParser):
             message += "; one that begins with a dash is given as --FLAG=VALUE"
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The value of a flag; argparse drops `--` from `--limit=--`, and would make an empty list of it."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "expected a value, got --")
+        return super()._get_values(action, arg_strings)
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print the help; unlike argparse's own method, it does not hide that it could not."""
         print(message, end="", file=file)
