@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_orig
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, field_fact, get_value
 from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import TOKENIZERS, Config
-from utils.errors import SHOWN, OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text
+from utils.errors import SHOWN, OutOfMemoryError, RankError, UserError, cut, is_out_of_memory, nearest, number_text
 from utils.files import expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
@@ -286,6 +286,9 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
         except KeyboardInterrupt as interruption:
             print("interrupted", file=sys.stderr)
             return 128 + getattr(interruption, "signum", signal.SIGINT)
+        except RankError as error:
+            print(f"error: {_bounded(one_line(str(error)))}", file=sys.stderr)
+            return 1
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -1,0 +1,123 @@
+"""Notes that ranks leave for each other in the store of torchrun, and their signs of life."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+BEAT_SECONDS = 0.5  # between signs of life
+GRACE_SECONDS = 5.0  # for a rank to notice that another has failed, before it is ended
+
+
+class Store(Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
+
+
+class Board:
+    """What the ranks of a run tell each other beside their tensors.
+
+    A thread leaves a sign of life of this rank, with its progress, every BEAT_SECONDS. It also ends this process where
+    another rank has failed and this one, which hangs, does not notice.
+
+    count: collective operations that this rank has begun.
+    busy: above 0 while this rank does what the others wait for without a limit.
+    noticed: whether this rank is ending by itself.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.count, self.busy, self.noticed = 0, 0, False
+        self._store = store
+        self._stopped = threading.Event()
+        self._beats: dict[int, tuple[str, float]] = {}  # of each rank: the last sign of life, and when it was new here
+        self._changes: dict[int, int] = {}
+
+    def start(self) -> None:
+        self.beat(0)
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def stop(self) -> None:
+        self.noticed = True
+        self._stopped.set()
+
+    def post(self, name: str, value: Any) -> None:
+        """Leave a note, which is JSON; nothing where the store is gone."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(name, json.dumps(value))
+
+    def post_first(self, name: str, value: Any) -> None:
+        """Leave a note unless there is one already."""
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(name, "", json.dumps(value))
+
+    def read(self, name: str) -> Any:
+        """A note; None: there is none."""
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([name]):
+                return json.loads(self._store.get(name))
+        return None
+
+    def beat(self, number: int) -> None:
+        """Leave a sign of life."""
+        self._store.set(f"beat/{self.rank}", json.dumps([number, self.count, self.busy]))
+
+    def _watch(self) -> None:
+        number, failed_at = 0, None
+        while not self._stopped.wait(BEAT_SECONDS):
+            number += 1
+            try:
+                self.beat(number)
+            except RuntimeError:  # torchrun is gone, and nobody would start or end us: all stop, with a checkpoint
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if failed_at is None and self.read("failure") is not None:
+                failed_at = time.monotonic()
+            if failed_at is not None and not self.noticed and time.monotonic() - failed_at > GRACE_SECONDS:
+                os._exit(1)
+
+    def _look(self, ranks: Sequence[int]) -> None:
+        now = time.monotonic()
+        for rank in ranks:
+            seen = json.dumps(self.read(f"beat/{rank}"))
+            if rank not in self._beats:
+                self._beats[rank] = seen, now
+            elif self._beats[rank][0] != seen:
+                self._beats[rank] = seen, now
+                self._changes[rank] = self._changes.get(rank, 0) + 1
+
+    def silent(self, ranks: Sequence[int], seconds: float) -> list[int]:
+        """Those of `ranks` that gave no sign of life for so long, while this rank was looking."""
+        self._look([rank for rank in ranks if rank != self.rank])
+        now = time.monotonic()
+        return [rank for rank in ranks if rank != self.rank and now - self._beats[rank][1] > seconds]
+
+    def forget(self) -> None:
+        """Count signs of life from now on."""
+        self._beats, self._changes = {}, {}
+
+    def never_seen(self, ranks: Sequence[int]) -> list[int]:
+        """Those of `ranks` without a new sign of life since `forget`."""
+        return [rank for rank in ranks if not self._changes.get(rank)]
+
+    def behind(self, count: int) -> list[int]:
+        """The ranks that are not busy and have begun fewer than `count` collective operations."""
+        found = []
+        for rank in range(self.world_size):
+            beat = self.read(f"beat/{rank}")
+            if rank != self.rank and beat is not None and beat[1] < count and not beat[2]:
+                found.append(rank)
+        return found
