@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
-from utils.machine.process import tune_process
+from utils.machine.process import several_ranks, tune_process
 from utils.machine.signals import Deadline
 from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
@@ -27,20 +27,31 @@ from utils.training.launch import add_origin_flags, launches, note
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
+    from utils.machine.ranks import Ranks
     from utils.profiling.in_run import RunProfiler
     from utils.training.session import Session
 
 
 @script
 def main(argv: Sequence[str]) -> int:
+    if several_ranks():
+        from utils.training.follow import on_ranks
+
+        return on_ranks(argv, lambda ranks: experiment(argv, ranks), train_session)
+    return experiment(argv)
+
+
+def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
+    """Run the experiment of a command line; returns the exit status."""
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
     parsed = parse_experiment(argv, parser)
     for loaded, origin in launches(parsed):
         try:
-            return train(loaded, origin=origin, argv=("train.py", *argv), strict=parsed.own.strict).exit_status
+            own = {"argv": ("train.py", *argv), "strict": parsed.own.strict, "ranks": ranks}
+            return train(loaded, origin=origin, **own).exit_status
         except RunLockedError as error:
-            if parsed.own.resume != "auto":
+            if parsed.own.resume != "auto" or ranks is not None:
                 raise
             note(str(error))
     raise AssertionError("--resume auto ends with a new run")
@@ -54,6 +65,7 @@ def train(
     argv: Sequence[str] = (),
     root: Path = PROJECT_ROOT,
     strict: bool = False,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Run one experiment.
 
@@ -64,6 +76,7 @@ def train(
         argv: the command line, for the record.
         root: the folder that relative paths start from.
         strict: treat a finding of the preflight as a mistake.
+        ranks: that train together, of which this process is rank 0; None: it trains alone.
 
     Returns:
         How it ended; also for a run that diverged or was interrupted.
@@ -75,18 +88,24 @@ def train(
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)
     tune_process()  # before torch is imported
-    from utils.profiling.in_run import RunProfiler
     from utils.training.session import StartInterruptedError, open_session
 
     try:
         with (
             lasting_output(),
-            open_session(loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict) as session,
+            open_session(loaded, origin, deadline, ranks, quiet=quiet, argv=argv, root=root, strict=strict) as session,
         ):
-            training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
+            train_session(session)
     except StartInterruptedError as interruption:
         return interruption.result
     return session.result
+
+
+def train_session(session: Session) -> None:
+    """Train until the end, and profile the step that is to be."""
+    from utils.profiling.in_run import RunProfiler
+
+    training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
 
 
 def training_loop(session: Session, profiler: RunProfiler) -> None:

@@ -1,11 +1,11 @@
 """Ranks: the processes that train one run together.
 
-torchrun starts them. Rank 0 decides and writes; the others compute. Without torchrun there is one rank, `ONE`, and none of
-this communicates.
+torchrun starts them. Rank 0 decides and writes; the others compute. Without torchrun there is one rank, `ONE`, which
+communicates with nobody.
 
 A sum of two numbers is the same in either order, and a sum in which all but one number are zero is that number in any
-order. All that must be equal to the last bit is made of these two: pairs of ranks (`start_sum` with a level), and vectors
-that are zero outside a rank's own entries (`sum_exactly`).
+order. All that must be equal to the last bit is made of these two: pairs of ranks (`start_sum` with a level), and
+vectors that are zero outside a rank's own entries (`sum_exactly`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from utils.machine.board import Board
 
 POLL_SECONDS = 1.0  # how often a rank that waits asks what has become of the others
 SILENT_SECONDS = 3.0  # without a sign of life, once a connection is broken: then a rank is gone
+LEAVE_SECONDS = 5.0  # for the other ranks to leave before rank 0
 FOREVER = timedelta(days=1)  # of torch's own time limits: ours are shorter, and name the rank
 
 
@@ -112,6 +113,16 @@ class Ranks:
         """Around work that this rank alone does, and that may take any time: the others wait for it without a limit."""
         yield
 
+    def training_begins(self) -> None:
+        """From now on the ranks keep in step; until then they are busy."""
+
+    def training_is_over(self, status: str, failure: str | None = None) -> None:
+        """On rank 0: how its training has ended, for the others, which end theirs.
+
+        Args:
+            failure: what has failed.
+        """
+
 
 ONE = Ranks()
 
@@ -130,8 +141,12 @@ class ProcessRanks(Ranks):
 
         cuda = torch.cuda.is_available() and dist.is_nccl_available()
         store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=60))))
-        super().__init__(rank, int(os.environ.get("LOCAL_RANK", rank)), world_size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
+        super().__init__(
+            rank, int(os.environ.get("LOCAL_RANK", rank)), world_size, "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        )
         self.seconds = seconds
+        if cuda and self.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(self.local_rank)
         # A restart by torchrun keeps the store: what the ranks before it wrote must not be read.
         store = dist.PrefixStore(f"workbench/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.board = Board(dist.PrefixStore("board", store), rank, world_size)
@@ -139,6 +154,7 @@ class ProcessRanks(Ranks):
             self.backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=FOREVER
         )
         self._pairs = self._make_pairs()
+        self.board.busy = 1
         self.board.start()
 
     def _make_pairs(self) -> list[Any]:
@@ -202,7 +218,7 @@ class ProcessRanks(Ranks):
         group = None if level is None else self._pairs[level]
         return self._started(lambda: dist.all_reduce(tensor, group=group, async_op=True))
 
-    def _started(self, start: Any) -> Work:
+    def _started(self, start: Callable[[], Any]) -> Work:
         self.board.count += 1
         try:
             work: Work = start()
@@ -265,6 +281,46 @@ class ProcessRanks(Ranks):
         finally:
             self.board.busy -= 1
 
+    def training_begins(self) -> None:
+        self.board.busy = 0
+
+    def training_is_over(self, status: str, failure: str | None = None) -> None:
+        self.board.noticed, self.board.busy = True, 1
+        if failure is not None:
+            self.board.post_first("failure", {"rank": self.rank, "message": failure})
+        self.board.post("over", status)
+
+    def end_of_training(self) -> str:
+        """Not on rank 0: the status of the run, once rank 0 knows it."""
+        self.board.busy = 1
+        return str(self._read("over", 0))
+
+    def failed(self, message: str, trace: str) -> None:
+        """Not on rank 0: what has failed here, which rank 0 reports."""
+        self.board.noticed, self.board.busy = True, 1
+        self.board.post_first("failure", {"rank": self.rank, "message": message, "trace": trace})
+
+    def end(self, exit_status: int) -> None:
+        """On rank 0: tell the others the exit status, and let them go first: torchrun ends all once one has failed."""
+        self.training_is_over("failed" if exit_status else "completed")
+        self.board.post("end", exit_status)
+        others, until = list(range(1, self.world_size)), time.monotonic() + LEAVE_SECONDS
+        while others and time.monotonic() < until:
+            others = [rank for rank in others if self.board.read(f"left/{rank}") is None]
+            time.sleep(0.02)
+        self.close()
+
+    def leave(self) -> int | None:
+        """Not on rank 0: the exit status, once rank 0 has one; None: it is gone."""
+        self.board.noticed, self.board.busy = True, 1
+        try:
+            while (status := self.board.read("end")) is None and not self.board.silent([0], self.seconds):
+                time.sleep(0.02)
+        finally:
+            self.board.post(f"left/{self.rank}", True)
+            self.close()
+        return status if status is None else int(status)
+
     def close(self) -> None:
         """Leave the others."""
         self.board.stop()
@@ -277,8 +333,3 @@ def names(ranks: Sequence[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
-
-
-def several_ranks(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun has started this process together with others."""
-    return "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1"

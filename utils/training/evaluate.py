@@ -24,6 +24,13 @@ from utils.training.state import TrainState
 from utils.training.step_buffer import NonFiniteError
 
 
+def evaluation_due(state: TrainState) -> bool:
+    """Whether there is to be an evaluation after `state.step` updates, and has been none."""
+    settings = state.config.train
+    due = state.step % settings.eval_interval == 0 or state.step in (state.max_iters, *settings.eval_at)
+    return due and state.losses_step != state.step
+
+
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
     """Losses of both splits, the accuracy of answers and a sample text, to the log and the terminal; keeps the best.
 

@@ -1,9 +1,9 @@
 """Updates in lanes: fixed slices of the global batch, whose gradients are added in one binary tree.
 
-Lane i has the i-th slice, whichever rank works on it. Of 4 lanes the sum is (0 + 1) + (2 + 3): rank r of W works on lanes
-r L / W to (r + 1) L / W - 1, which are a subtree, and adds the rest of the tree with one partner a level (recursive doubling
-[Thakur et al. 2005, Optimization of Collective Communication Operations in MPICH, section 4]). So 1, 2, 4, ... ranks add the same numbers
-in the same order, and get the same bits.
+Lane i has the i-th slice, whichever rank works on it. Of 4 lanes the sum is (0 + 1) + (2 + 3): rank r of W works on
+lanes r L / W to (r + 1) L / W - 1, which are a subtree, and adds the rest of the tree with one partner a level
+(recursive doubling [Thakur et al. 2005, Optimization of Collective Communication Operations in MPICH]). So 1, 2, 4, ...
+ranks add the same numbers in the same order, and get the same bits.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ class Bucket:
         self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
         parts = self.flat.split(sizes)
         self.views = {
-            index: part.view_as(parameter)
-            for (index, parameter), part in zip(parameters.items(), parts, strict=True)
+            index: part.view_as(parameter) for (index, parameter), part in zip(parameters.items(), parts, strict=True)
         }
         self.missing = set(parameters)
         self.work: Work | None = None
@@ -114,13 +113,14 @@ class GradientSum:
         return total * len(self._levels)
 
     def _make_buckets(self) -> None:
-        """In the reverse order of the parameters, which is about that of the backward pass; one dtype and device each."""
+        """Fill them in the reverse order of the parameters, about that of the backward pass; each has one dtype."""
         members: dict[int, torch.nn.Parameter] = {}
         size = 0
         for index, parameter in reversed(list(enumerate(self.parameters))):
             last = next(reversed(members.values()), parameter)
             if members and (
-                size + parameter.nbytes > BUCKET_BYTES or (last.dtype, last.device) != (parameter.dtype, parameter.device)
+                size + parameter.nbytes > BUCKET_BYTES
+                or (last.dtype, last.device) != (parameter.dtype, parameter.device)
             ):
                 self._add_bucket(members)
                 members, size = {}, 0

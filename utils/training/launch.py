@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import os
+import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from utils.config.fields import field_fact, flat
 from utils.config.loader import ConfigLoader, LoadedConfig
+from utils.config.settings import MACHINE
 from utils.errors import UserError
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
@@ -24,7 +33,7 @@ from utils.runs.origin import (
     without_foreign_places,
 )
 from utils.runs.run import read_record
-from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser
+from utils.terminal.cli import PROJECT_ROOT, ExperimentArguments, Parser, parse_experiment
 from utils.terminal.words import printable
 
 WAIT_SECONDS = 60.0  # for a process that has stopped training to release its run directory
@@ -58,6 +67,40 @@ def add_origin_flags(parser: Parser) -> None:
         action="store_true",
         help="refuse a damaged newest checkpoint instead of using the one before it",
     )
+
+
+def launch_facts(argv: Sequence[str]) -> dict[str, Any]:
+    """What must be the same on all ranks of a run: the code, torch, and the settings that a command line makes.
+
+    Raises:
+        UserError: a mistake on the command line or in a configuration file.
+    """
+    parser = Parser(prog="train.py")
+    add_origin_flags(parser)
+    parsed = parse_experiment(argv, parser)
+    config = parsed.load().config
+    decisive = {key: value for key, value in flat(config).items() if field_fact(key, "kind") != MACHINE}
+    own = {name: str(getattr(parsed.own, name)) for name in ("resume", "init_from", "fork")}
+    return {
+        "host": socket.gethostname(),
+        "code": code_hash(config.train.callbacks),
+        "torch": importlib.metadata.version("torch"),
+        "settings": {**json.loads(json.dumps(decisive)), **own},
+    }
+
+
+def code_hash(callbacks: Iterable[str]) -> str:
+    """sha256 of the code that trains: the files of the project, and those of callbacks, as module:Class."""
+    files = {*PROJECT_ROOT.glob("*.py"), *(PROJECT_ROOT / "utils").rglob("*.py")}
+    for name in callbacks:
+        with contextlib.suppress(ImportError, ValueError, AttributeError):  # reported when it is loaded
+            found = importlib.util.find_spec(name.partition(":")[0])
+            if found is not None and found.origin is not None:
+                files.add(Path(found.origin))
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def add_trust_flag(parser: argparse._ActionsContainer) -> None:

@@ -106,7 +106,13 @@ class TrainState:
 
 
 def build_state(
-    config: Config, max_iters: int, corpus: Corpus, device: torch.device, dtype: torch.dtype, terminal: Terminal
+    config: Config,
+    max_iters: int,
+    corpus: Corpus,
+    device: torch.device,
+    dtype: torch.dtype,
+    terminal: Terminal,
+    ranks: Ranks = ONE,
 ) -> TrainState:
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
@@ -129,6 +135,7 @@ def build_state(
         optimizer=build_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
+        ranks=ranks,
     )
     if config.train.compile:
         compile_model(state, terminal)
