@@ -66,11 +66,11 @@ class Ranks:
         return self.world_size > 1
 
     def share(self, _name: str, value: Any) -> Any:
-        """What rank 0 calls `name`, which is JSON; `value` counts on rank 0 only."""
+        """What rank 0 calls `name`: JSON, but not null; `value` counts on rank 0 only."""
         return value
 
     def collect(self, _name: str, value: Any) -> list[Any]:
-        """On rank 0: what each rank calls `name`, which is JSON, in their order. On others: an empty list."""
+        """On rank 0: what each rank calls `name`, JSON but not null, in their order. On others: an empty list."""
         return [value]
 
     def sum_exactly(self, vector: torch.Tensor) -> torch.Tensor:

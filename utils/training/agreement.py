@@ -32,7 +32,7 @@ def agree(stop: StopRequest, ranks: Ranks) -> None:
     stop.save = any(saves)
     if not any(stops):
         return
-    reasons = ranks.collect("reason", stop.reason)  # once: training ends
+    reasons = ranks.collect("reason", stop.reason or "")  # once: training ends
     rank = next(rank for rank, mark in enumerate(stops) if mark)  # rank 0 before others
     if stops[rank] != NO_SIGNAL:
         stop.signum_of_others = stops[rank]
