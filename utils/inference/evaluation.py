@@ -140,8 +140,8 @@ def estimate_loss(
             done = before + min(first + size, end)
 
     def own_parts(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        return sampler.evaluation_batches(stream, eval_iters, micro_steps, **place)
+        place = (True, ranks.rank, ranks.world_size)
+        return sampler.evaluation_batches(stream, eval_iters, micro_steps, *place)
 
     parts = {name: sampler.evaluation_parts(stream, eval_iters, micro_steps) for name, stream in streams.items()}
     return {name: mean_loss(loss, watched(stream), parts[name], ranks) for name, stream in streams.items()}

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 BEAT_SECONDS = 0.5  # between signs of life
-GRACE_SECONDS = 5.0  # for a rank to notice that another has failed, before it is ended
+GRACE_SECONDS = 10.0  # for rank 0 to notice that another has failed, before it is ended
+CLOSING_SECONDS = 25.0  # for rank 0 to close the run; then ranks that have not noticed are ended
 
 
 class Store(Protocol):
@@ -59,10 +60,12 @@ class Board:
         with contextlib.suppress(RuntimeError):
             self._store.set(name, json.dumps(value))
 
-    def post_first(self, name: str, value: Any) -> None:
-        """Leave a note unless there is one already."""
-        with contextlib.suppress(RuntimeError):
-            self._store.compare_set(name, "", json.dumps(value))
+    def post_first(self, name: str, value: Any) -> bool:
+        """Leave a note unless there is one already; returns whether it is this one now."""
+        try:
+            return self._store.compare_set(name, "", json.dumps(value)) == json.dumps(value).encode()
+        except RuntimeError:
+            return True
 
     def read(self, name: str) -> Any:
         """A note; None: there is none."""
@@ -86,8 +89,17 @@ class Board:
                 return
             if failed_at is None and self.read("failure") is not None:
                 failed_at = time.monotonic()
-            if failed_at is not None and not self.noticed and time.monotonic() - failed_at > GRACE_SECONDS:
+            if failed_at is not None and not self.noticed and self._is_late(time.monotonic() - failed_at):
                 os._exit(1)
+
+    def _is_late(self, seconds: float) -> bool:
+        """Whether this rank must end, since it has not noticed a failure for so long.
+
+        Others than rank 0 wait until that has closed the run: torchrun sends it a signal as soon as one has ended.
+        """
+        if self.rank == 0:
+            return seconds > GRACE_SECONDS
+        return seconds > CLOSING_SECONDS or self.read("end") is not None
 
     def _look(self, ranks: Sequence[int]) -> None:
         now = time.monotonic()

@@ -54,12 +54,14 @@ class Ranks:
     """This process among the ranks of a run; by itself, a single one.
 
     backend: of torch.distributed.
+    seconds: that a rank waits for another which is not busy.
     """
 
     rank: int = 0
     local_rank: int = 0  # on this machine
     world_size: int = 1
     backend: str = "none"
+    seconds: float = 20.0
 
     @property
     def several(self) -> bool:
@@ -128,15 +130,11 @@ ONE = Ranks()
 
 
 class ProcessRanks(Ranks):
-    """A process that torchrun has started with others.
-
-    Args:
-        seconds: that a rank waits for another which is not busy.
-    """
+    """A process that torchrun has started with others."""
 
     board: Board
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self) -> None:
         from torch.distributed.rendezvous import rendezvous
 
         cuda = torch.cuda.is_available() and dist.is_nccl_available()
@@ -144,7 +142,6 @@ class ProcessRanks(Ranks):
         super().__init__(
             rank, int(os.environ.get("LOCAL_RANK", rank)), world_size, "cpu:gloo,cuda:nccl" if cuda else "gloo"
         )
-        self.seconds = seconds
         if cuda and self.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(self.local_rank)
         # A restart by torchrun keeps the store: what the ranks before it wrote must not be read.
@@ -265,7 +262,7 @@ class ProcessRanks(Ranks):
             self.board.silent(others, SILENT_SECONDS)  # looks
             time.sleep(0.05)
         if silent := self.board.never_seen(others):
-            return self._found(f"{names(silent)} is gone" if len(silent) == 1 else f"{names(silent)} are gone")
+            return self._found(f"{names(silent)} died: killed, or cut off")
         return self._found(f"rank {self.rank} lost its connection: {str(error).splitlines()[0]}")
 
     def _found(self, message: str) -> RankError:
@@ -311,15 +308,16 @@ class ProcessRanks(Ranks):
         self.close()
 
     def leave(self) -> int | None:
-        """Not on rank 0: the exit status, once rank 0 has one; None: it is gone."""
+        """Not on rank 0: the exit status, once rank 0 has one; None: it is gone, and this rank is to report that."""
         self.board.noticed, self.board.busy = True, 1
         try:
-            while (status := self.board.read("end")) is None and not self.board.silent([0], self.seconds):
+            while (status := self.board.read("end")) is None and not self.board.silent([0], LEAVE_SECONDS):
                 time.sleep(0.02)
         finally:
             self.board.post(f"left/{self.rank}", True)
+            reports = status is None and self.board.post_first("reporter", self.rank)
             self.close()
-        return status if status is None else int(status)
+        return None if reports else 1 if status is None else int(status)
 
     def close(self) -> None:
         """Leave the others."""

@@ -77,6 +77,7 @@ def assign(setup: Setup) -> None:
         "corpus_hash": setup.corpus.hash,
         "dtype": str(setup.dtype),
     }
+    setup.ranks.seconds = setup.config.train.rank_timeout
     setup.ranks.share("assignment", assignment)
     for rank, mistake in enumerate(setup.ranks.collect("ready", "")):
         if mistake:

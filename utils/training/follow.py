@@ -31,8 +31,6 @@ from utils.training.state import TrainState, build_state
 from utils.training.step import Update
 from utils.training.step_graph import make_update
 
-TIMEOUT = 20.0  # seconds, until the setting rank_timeout is known
-
 # What rank 0 alone does beside training.
 NOT_FOLLOWED = {"tracking": {"sample_tokens": 0, "histogram_interval": 0}, "train": {"profile_step": None}}
 
@@ -51,7 +49,7 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
         RankError: on rank 0: what has ended another rank. On another one: rank 0 is gone.
     """
     tune_process()
-    ranks = ProcessRanks(TIMEOUT)
+    ranks = ProcessRanks()
     if ranks.rank:
         return follow(argv, ranks, loop)
     status = 1
@@ -71,6 +69,7 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
         ranks.training_is_over("failed", str(error))
         raise
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one once another rank has ended
         ranks.end(status)
     return status
 
