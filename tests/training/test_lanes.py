@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from data import BatchSampler, load_corpus
+from model import LanguageModel
+from utils.config.loader import LoadedConfig
+from utils.config.settings import Config, DataConfig, ModelConfig, TrainConfig
+from utils.errors import UserError
+from utils.inference.evaluation import BatchLoss, estimate_loss
+from utils.machine.board import Board
 from utils.machine.ranks import Ranks
+from utils.machine.signals import StopRequest
+from utils.training.agreement import agree, check_same
 from utils.training.lanes import GradientSum, Tree, lane_seed, tree_sum
+from utils.training.launch import launch_facts
+from utils.training.setup import check_ranks
 
 
 @dataclass
@@ -67,7 +80,7 @@ class ThreadRanks(Ranks):
 def on_ranks(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
     """What `action` returns on each of several ranks."""
     meeting = Meeting(world_size)
-    ranks = [ThreadRanks(rank, rank, world_size, "threads", meeting) for rank in range(world_size)]
+    ranks = [ThreadRanks(rank, rank, world_size, "threads", meeting=meeting) for rank in range(world_size)]
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(action, ranks))
 
@@ -141,3 +154,109 @@ def test_each_micro_step_has_random_numbers_of_its_own() -> None:
     seeds = {lane_seed(*place) for place in itertools.product((0, 1), range(50), range(8))}
     assert len(seeds) == 2 * 50 * 8
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def stop_on(ranks: Ranks, requests: dict[int, StopRequest]) -> StopRequest:
+    stop = requests.get(ranks.rank, StopRequest())
+    agree(stop, ranks)
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("requests", "signum"),
+    [({}, None), ({2: StopRequest(signum=15, reason="SIGTERM")}, 15), ({1: StopRequest(save=True)}, None)],
+)
+def test_ranks_agree_to_stop_or_to_save(requests: dict[int, StopRequest], signum: int | None) -> None:
+    for rank, stop in enumerate(on_ranks(4, lambda ranks: stop_on(ranks, requests))):
+        assert bool(stop) == (signum is not None)
+        assert (stop.signum or stop.signum_of_others) == signum
+        assert stop.signum is None or rank == 2  # a signal of its own later is the first one
+        assert stop.save == (1 in requests)
+
+
+def test_an_evaluation_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path, tiny_corpus: Path) -> None:
+    config = DataConfig(dataset=str(tiny_corpus))
+    corpus = load_corpus(config, 8, tmp_path / "corpora")
+    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8), corpus.tokenizer.vocab_size)
+    sampler = BatchSampler(corpus, 8, 6, 0, torch.device("cpu"))
+    seen = []
+
+    def losses(ranks: Ranks) -> dict[str, float]:
+        watch = lambda done, total: seen.append((ranks.rank, done, total)) is None  # noqa: E731
+        return estimate_loss(BatchLoss(model.eval(), contextlib.nullcontext), sampler, 1000, 2, watch, ranks)
+
+    (alone,) = on_ranks(1, losses)
+    for world_size in (2, 4):
+        seen.clear()
+        assert on_ranks(world_size, losses) == [alone] * world_size
+        rounds = [{place for place in seen if place[0] == rank} for rank in range(world_size)]
+        assert len({len(of_rank) for of_rank in rounds}) == 1  # so that all can stop at the same one
+
+
+@pytest.mark.parametrize(
+    ("train", "count", "message"),
+    [
+        ({"batch_size": 9}, 2, "2 ranks cannot share a batch of 9 sequences"),
+        ({"batch_size": 12, "gradient_accumulation_steps": 3}, 2, "2 ranks cannot share 3 micro-steps"),
+        ({"batch_size": 8, "lanes": 2}, 4, "4 ranks cannot share 2 lanes"),
+        ({"batch_size": 12, "lanes": 4}, 3, "3 ranks cannot share 4 lanes"),
+    ],
+)
+def test_ranks_that_cannot_share_the_work_are_a_mistake(train: dict[str, int], count: int, message: str) -> None:
+    loaded = LoadedConfig.from_config(Config(train=TrainConfig(**train)))
+    check_ranks(loaded, Ranks())
+    with pytest.raises(UserError, match=message):
+        check_ranks(loaded, Ranks(world_size=count))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"batch_size": 12, "lanes": 3}, "lanes .3. must be a power of two"),
+        ({"batch_size": 12, "lanes": 8}, "lanes .8. must divide batch_size .12."),
+        ({"batch_size": 12, "lanes": 4, "gradient_accumulation_steps": 6}, "one must divide the other"),
+    ],
+)
+def test_lanes_that_do_not_fit_the_batch_are_a_mistake(train: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**train)
+
+
+def test_a_rank_with_other_code_or_settings_is_named() -> None:
+    facts = launch_facts(["--seed", "1"])
+    check_same([facts, dict(facts)])
+    for theirs, message in (
+        (launch_facts(["--seed", "2"]), "rank 1 .*: seed is 2, and 1 on rank 0"),
+        (facts | {"code": "f" * 64}, "rank 1 .* has another version of the code"),
+        (facts | {"torch": "1.0"}, "rank 1 .* has another version of torch: 1.0"),
+        ({"error": "unknown flag --x"}, "rank 1 .*: unknown flag --x"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_same([facts, theirs])
+
+
+def test_signs_of_life_say_who_is_gone_and_who_is_behind() -> None:
+    store = torch.distributed.HashStore()
+    boards = [Board(store, rank, 3) for rank in range(3)]
+    for board in boards:
+        board.beat(0)
+    boards[0].forget()
+    assert boards[0].silent([1, 2], 60.0) == []  # just seen for the first time
+    boards[0].count = boards[1].count = 7
+    boards[2].busy = 1
+    boards[1].beat(1)
+    boards[2].beat(0)
+    boards[0].silent([1, 2], 1.0)
+    assert boards[0].never_seen([1, 2]) == []
+    boards[0].forget()
+    boards[0].silent([1, 2], 1.0)
+    boards[1].beat(2)
+    boards[0].silent([1, 2], 1.0)
+    assert boards[0].never_seen([1, 2]) == [2]
+    assert boards[0].behind(7) == []  # rank 2 is busy
+    boards[2].busy = 0
+    boards[2].beat(1)
+    assert boards[0].behind(7) == [2]
+    assert boards[1].post_first("failure", "one")
+    assert not boards[2].post_first("failure", "two")
+    assert (boards[0].read("failure"), boards[0].read("nothing")) == ("one", None)

@@ -77,6 +77,8 @@ class Ranks:
 
     def sum_exactly(self, vector: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of vectors that are zero outside a rank's own entries, in place, so it is exact."""
+        if self.several:
+            self.wait(self.start_sum(vector, None))
         return vector
 
     def any_of(self, flag: bool) -> bool:
@@ -85,8 +87,9 @@ class Ranks:
 
     def interleave(self, own: torch.Tensor, count: int) -> torch.Tensor:
         """(count,) numbers of which each rank has every world_size-th, from its own number on."""
-        assert len(own) == count
-        return own
+        full = own.new_zeros(count)
+        full[self.rank :: self.world_size] = own
+        return self.sum_exactly(full)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all ranks, which have one shape, in their order."""
@@ -187,15 +190,6 @@ class ProcessRanks(Ranks):
             self._check_alive([of_rank], max(self.seconds, SILENT_SECONDS))
             time.sleep(0.02)
         return found
-
-    def sum_exactly(self, vector: torch.Tensor) -> torch.Tensor:
-        self.wait(self.start_sum(vector, None))
-        return vector
-
-    def interleave(self, own: torch.Tensor, count: int) -> torch.Tensor:
-        full = own.new_zeros(count)
-        full[self.rank :: self.world_size] = own
-        return self.sum_exactly(full)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         tensors = [torch.empty_like(tensor) for _ in range(self.world_size)]
