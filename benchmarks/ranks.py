@@ -42,6 +42,7 @@ ARMS = {
     "the same, lanes 2": (2, ["--threads", "1", "--lanes", "2"]),
 }
 WARM_STEPS = 2
+SECONDS = 20.0  # within which a rank is killed, once there is a log
 END_SECONDS = 60.0  # for all processes to end once one was killed
 
 
@@ -113,8 +114,12 @@ def compare_arms(folder: Path, rounds: int, steps: int, batch_size: int) -> None
     print(f"exact lanes cost {cost:+.1%}; a rank sends {message / 1e6:.1f} MB a step")
 
 
-def kill_once(flags: list[str], folder: Path, rng: random.Random) -> str:
-    """Train until a random rank is killed at a random moment; returns what is wrong afterwards, or nothing."""
+def kill_once(flags: list[str], folder: Path, rng: random.Random, sessions: int) -> str:
+    """Train until a random rank is killed at a random moment; returns what is wrong afterwards, or nothing.
+
+    Args:
+        sessions: of the run, once this one has begun.
+    """
     process = subprocess.Popen(command(2, flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     runs = folder / "runs"
     workers: list[psutil.Process] = []
@@ -123,7 +128,7 @@ def kill_once(flags: list[str], folder: Path, rng: random.Random) -> str:
             return f"ended by itself: {process.communicate()[0][-500:]}"
         workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
         time.sleep(0.05)
-    time.sleep(rng.uniform(0, 3))
+    time.sleep(rng.uniform(0, SECONDS))
     rank = rng.randrange(2)
     workers[rank].send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -132,14 +137,16 @@ def kill_once(flags: list[str], folder: Path, rng: random.Random) -> str:
     except subprocess.TimeoutExpired:
         process.kill()
         return f"did not end within {END_SECONDS:.0f} s after rank {rank} was killed"
-    run = run_of(folder, "kills")
-    status, ended = read_status(run), time.monotonic() - began
-    print(f"rank {rank} killed: {status} ({read_record(run)['exit_reason']}), all ended after {ended:.1f} s")
+    run, ended = run_of(folder, "kills"), time.monotonic() - began
+    record, status = read_record(run), read_status(run)
+    begun = len(record["resumes"]) == sessions - 1  # else the ranks were not together yet
+    when = f"{status} ({record['exit_reason']})" if begun else "while it started"
+    print(f"rank {rank} killed: {when}, all ended after {ended:.1f} s", flush=True)
     left = [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
     if left:
         return f"{len(left)} processes are left"
-    if status not in ("failed", "crashed") or f"error: rank {rank} died" not in printed:
-        return f"status {status}, and no message names rank {rank}: {printed[-500:]}"
+    if begun and (status not in ("failed", "crashed") or f"error: rank {rank} died" not in printed):
+        return f"status {status}, and no message names rank {rank}: {printed[-3000:]}"
     _, unusable = newest_good(run / CHECKPOINTS, strict=False, warn=lambda line: None, problem=lambda checkpoint: "")
     return f"{len(unusable)} damaged checkpoints" if unusable else ""
 
@@ -160,10 +167,13 @@ def kill_often(folder: Path, kills: int) -> None:
         "run_tag": "kills",
     }
     flags, rng = flags_of(SMALL, folder, **settings), random.Random(0)
-    for number in range(kills):
-        again = ["--resume", str(run_of(folder, "kills"))] if number else flags
-        if problem := kill_once(again, folder, rng):
-            raise UserError(f"kill {number + 1}: {problem}")
+    for _ in range(kills):
+        sessions = (
+            len(read_record(run_of(folder, "kills"))["resumes"]) + 2 if any((folder / "runs").glob("*_kills")) else 1
+        )
+        again = ["--resume", str(run_of(folder, "kills"))] if sessions > 1 else flags
+        if problem := kill_once(again, folder, rng, sessions):
+            raise UserError(f"after a kill: {problem}")
     run = run_of(folder, "kills")
     end = str(list_checkpoints(run / CHECKPOINTS)[0][0] + 20)
     common.launch(command(2, ["--resume", str(run), "--stop-at-step", end]), "the last resume")

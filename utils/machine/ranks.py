@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from utils.errors import RankError
 from utils.machine.board import Board
+from utils.machine.signals import StopSignal
 
 POLL_SECONDS = 1.0  # how often a rank that waits asks what has become of the others
 SILENT_SECONDS = 3.0  # without a sign of life, once a connection is broken: then a rank is gone
@@ -280,6 +282,11 @@ class ProcessRanks(Ranks):
         if failure is not None:
             self.board.post_first("failure", {"rank": self.rank, "message": failure})
         self.board.post("over", status)
+
+    def handle_signal(self, signum: int, _frame: FrameType | None) -> None:
+        """Stop at once, except while this rank is ending: torchrun sends a signal to all once one has ended."""
+        if not self.board.noticed:
+            raise StopSignal(signum)
 
     def end_of_training(self) -> str:
         """Not on rank 0: the status of the run, once rank 0 knows it."""

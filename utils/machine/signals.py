@@ -36,6 +36,7 @@ class StopRequest:
     patient: False once there is no step left to finish: from then on even the first signal raises.
     signum_of_others: the signal by which another rank was asked to stop.
     silent: say nothing, since another process does.
+    deaf: ignore signals: torchrun sends one to all ranks once one has ended, and this one is ending already.
     on_continue: called when the process goes on after it was stopped (SIGSTOP, Ctrl-Z, a batch system): what they
         measure must not count that time as work.
     """
@@ -47,6 +48,7 @@ class StopRequest:
     on_continue: list[Callable[[], None]] = field(default_factory=list)
     signum_of_others: int | None = None
     silent: bool = False
+    deaf: bool = False
 
     def __bool__(self) -> bool:
         return self.reason is not None
@@ -56,6 +58,8 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.deaf:
+            return
         name = signal.Signals(signum).name
         if signum == SAVE_SIGNAL:
             self.save = True

@@ -18,7 +18,7 @@ from utils.errors import RankError, UserError
 from utils.machine.device import choose_dtype, torch_settings
 from utils.machine.process import gc_frozen, tune_process
 from utils.machine.ranks import ProcessRanks, RanksOverError
-from utils.machine.signals import StopRequest, StopSignal, stop_on_signals
+from utils.machine.signals import STOP_SIGNALS, StopRequest, StopSignal, stop_on_signals
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
 from utils.training.agreement import agree, check_same, receive_state
@@ -50,6 +50,8 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
     """
     tune_process()
     ranks = ProcessRanks()
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, ranks.handle_signal)
     if ranks.rank:
         return follow(argv, ranks, loop)
     status = 1
@@ -69,7 +71,6 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
         ranks.training_is_over("failed", str(error))
         raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one once another rank has ended
         ranks.end(status)
     return status
 

@@ -234,6 +234,7 @@ class Session:
 
     def fail(self, error: BaseException) -> None:
         """Report the exception that ends the run."""
+        self._stop.deaf = isinstance(error, RankError)
         reason = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
         self.setup.ranks.training_is_over("failed", reason)
         self.outcome.status, self.outcome.reason = "failed", reason
