@@ -168,10 +168,9 @@ def kill_often(folder: Path, kills: int) -> None:
     }
     flags, rng = flags_of(SMALL, folder, **settings), random.Random(0)
     for _ in range(kills):
-        sessions = (
-            len(read_record(run_of(folder, "kills"))["resumes"]) + 2 if any((folder / "runs").glob("*_kills")) else 1
-        )
-        again = ["--resume", str(run_of(folder, "kills"))] if sessions > 1 else flags
+        before = next((folder / "runs").glob("*_kills"), None)
+        sessions = 1 if before is None else len(read_record(before)["resumes"]) + 2
+        again = flags if before is None else ["--resume", str(before)]
         if problem := kill_once(again, folder, rng, sessions):
             raise UserError(f"after a kill: {problem}")
     run = run_of(folder, "kills")

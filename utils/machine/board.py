@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
+T = TypeVar("T")
 BEAT_SECONDS = 0.5  # between signs of life
 GRACE_SECONDS = 10.0  # for rank 0 to notice that another has failed, before it is ended
 CLOSING_SECONDS = 25.0  # for rank 0 to close the run; then ranks that have not noticed are ended
@@ -37,11 +37,12 @@ class Board:
     count: collective operations that this rank has begun.
     busy: above 0 while this rank does what the others wait for without a limit.
     noticed: whether this rank is ending by itself.
+    gone: whether the store is, and with it torchrun.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self.count, self.busy, self.noticed = 0, 0, False
+        self.count, self.busy, self.noticed, self.gone = 0, 0, False, False
         self._store = store
         self._stopped = threading.Event()
         self._beats: dict[int, tuple[str, float]] = {}  # of each rank: the last sign of life, and when it was new here
@@ -57,34 +58,38 @@ class Board:
 
     def post(self, name: str, value: Any) -> None:
         """Leave a note, which is JSON; nothing where the store is gone."""
-        with contextlib.suppress(RuntimeError):
-            self._store.set(name, json.dumps(value))
+        self._ask(lambda: self._store.set(name, json.dumps(value)))
 
     def post_first(self, name: str, value: Any) -> bool:
         """Leave a note unless there is one already; returns whether it is this one now."""
-        try:
-            return self._store.compare_set(name, "", json.dumps(value)) == json.dumps(value).encode()
-        except RuntimeError:
-            return True
+        found = self._ask(lambda: self._store.compare_set(name, "", json.dumps(value)))
+        return found is None or found == json.dumps(value).encode()
 
     def read(self, name: str) -> Any:
         """A note; None: there is none."""
-        with contextlib.suppress(RuntimeError):
-            if self._store.check([name]):
-                return json.loads(self._store.get(name))
-        return None
+        found = self._ask(lambda: self._store.get(name) if self._store.check([name]) else None)
+        return None if found is None else json.loads(found)
 
     def beat(self, number: int) -> None:
         """Leave a sign of life."""
-        self._store.set(f"beat/{self.rank}", json.dumps([number, self.count, self.busy]))
+        self.post(f"beat/{self.rank}", [number, self.count, self.busy])
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """What the store answers; None once it is gone."""
+        if self.gone:
+            return None
+        try:
+            return question()
+        except RuntimeError:
+            self.gone = True
+            return None
 
     def _watch(self) -> None:
         number, failed_at = 0, None
         while not self._stopped.wait(BEAT_SECONDS):
             number += 1
-            try:
-                self.beat(number)
-            except RuntimeError:  # torchrun is gone, and nobody would start or end us: all stop, with a checkpoint
+            self.beat(number)
+            if self.gone:  # torchrun is, and nobody would start or end us: all stop, with a checkpoint
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             if failed_at is None and self.read("failure") is not None:

@@ -123,6 +123,10 @@ class Ranks:
     def training_begins(self) -> None:
         """From now on the ranks keep in step; until then they are busy."""
 
+    def dead(self) -> RankError | None:
+        """Another rank that died before training began, for which torchrun sent this one a signal."""
+        return None
+
     def training_is_over(self, status: str, failure: str | None = None) -> None:
         """On rank 0: how its training has ended, for the others, which end theirs.
 
@@ -242,7 +246,7 @@ class ProcessRanks(Ranks):
             raise RanksOverError(over)
 
     def _check_alive(self, ranks: Sequence[int], seconds: float) -> None:
-        if silent := self.board.silent(ranks, seconds):
+        if (silent := self.board.silent(ranks, seconds)) and not self.board.gone:
             raise self._found(f"{names(silent)} gave no sign of life for {seconds:.0f} s")
 
     def _explained(self, error: RuntimeError) -> Exception:
@@ -277,6 +281,18 @@ class ProcessRanks(Ranks):
     def training_begins(self) -> None:
         self.board.busy = 0
 
+    def dead(self) -> RankError | None:
+        others = [rank for rank in range(1, self.world_size) if self.board.read(f"left/{rank}") is None]
+        until = time.monotonic() + SILENT_SECONDS
+        self.board.forget()
+        while time.monotonic() < until and self.board.read("failure") is None and self.board.never_seen(others):
+            self.board.silent(others, SILENT_SECONDS)  # looks
+            time.sleep(0.05)
+        silent = self.board.never_seen(others)
+        if not silent or self.board.gone or self.board.read("failure") is not None:
+            return None
+        return self._found(f"{names(silent)} died: killed, or cut off")
+
     def training_is_over(self, status: str, failure: str | None = None) -> None:
         self.board.noticed, self.board.busy = True, 1
         if failure is not None:
@@ -291,7 +307,11 @@ class ProcessRanks(Ranks):
     def end_of_training(self) -> str:
         """Not on rank 0: the status of the run, once rank 0 knows it."""
         self.board.busy = 1
-        return str(self._read("over", 0))
+        while (status := self.board.read("over")) is None and not self.board.gone:
+            self._check()
+            self._check_alive([0], self.seconds)
+            time.sleep(0.02)
+        return "interrupted" if status is None else str(status)
 
     def failed(self, message: str, trace: str) -> None:
         """Not on rank 0: what has failed here, which rank 0 reports."""
@@ -303,7 +323,7 @@ class ProcessRanks(Ranks):
         self.training_is_over("failed" if exit_status else "completed")
         self.board.post("end", exit_status)
         others, until = list(range(1, self.world_size)), time.monotonic() + LEAVE_SECONDS
-        while others and time.monotonic() < until:
+        while others and time.monotonic() < until and not self.board.gone:
             others = [rank for rank in others if self.board.read(f"left/{rank}") is None]
             time.sleep(0.02)
         self.close()
@@ -312,7 +332,9 @@ class ProcessRanks(Ranks):
         """Not on rank 0: the exit status, once rank 0 has one; None: it is gone, and this rank is to report that."""
         self.board.noticed, self.board.busy = True, 1
         try:
-            while (status := self.board.read("end")) is None and not self.board.silent([0], LEAVE_SECONDS):
+            while (status := self.board.read("end")) is None and not self.board.gone:
+                if self.board.silent([0], LEAVE_SECONDS):
+                    break
                 time.sleep(0.02)
         finally:
             self.board.post(f"left/{self.rank}", True)

@@ -32,7 +32,8 @@ def agree(stop: StopRequest, ranks: Ranks) -> None:
     stop.save = any(saves)
     if not any(stops):
         return
-    reasons = ranks.collect("reason", stop.reason or "")  # once: training ends
+    # At most once, since training ends; not for a signal, which may come because the store is gone.
+    reasons = ranks.collect("reason", stop.reason or "") if NO_SIGNAL in stops else []
     rank = next(rank for rank, mark in enumerate(stops) if mark)  # rank 0 before others
     if stops[rank] != NO_SIGNAL:
         stop.signum_of_others = stops[rank]

@@ -77,7 +77,7 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
 
 def follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> int:
     """Train the run that rank 0 decides on; returns its exit status."""
-    status, lost = 1, None
+    status, lost = 1, None  # 1 also if torchrun is gone
     try:
         _follow(argv, ranks, loop)
     except RanksOverError:

@@ -390,6 +390,9 @@ def open_session(
             with memory_explained(setup.config, setup.device), session.training():
                 yield session
         except KeyboardInterrupt:
+            if not begun and (dead := ranks.dead()) is not None:
+                session.fail(dead)
+                raise dead from None
             session.interrupt()
         except BaseException as error:
             session.fail(error)

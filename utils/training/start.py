@@ -194,6 +194,9 @@ def changed_facts(run: Path, record: Mapping[str, Any], setup: Setup, git: GitFa
     for key, value in now.items():
         if resolved.get(key, value) != value:
             yield key, resolved[key], value
+    ranks = resolved.get("world_size", 1), setup.ranks.world_size
+    if setup.config.train.lanes is None and ranks[0] != ranks[1]:
+        yield "the number of ranks", *ranks
     if git_before.get("commit") != git_now["commit"]:
         yield "the commit", git_before.get("commit"), git_now["commit"]
     if "code" not in git_before:  # an older record knows the first patch only, and no callbacks
