@@ -145,7 +145,7 @@ def kill_once(flags: list[str], folder: Path, rng: random.Random, sessions: int)
     left = [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
     if left:
         return f"{len(left)} processes are left"
-    if begun and (status not in ("failed", "crashed") or f"error: rank {rank} died" not in printed):
+    if begun and (status not in ("failed", "crashed") or f"error: rank {rank} " not in printed):
         return f"status {status}, and no message names rank {rank}: {printed[-3000:]}"
     _, unusable = newest_good(run / CHECKPOINTS, strict=False, warn=lambda line: None, problem=lambda checkpoint: "")
     return f"{len(unusable)} damaged checkpoints" if unusable else ""
