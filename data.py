@@ -370,7 +370,13 @@ class BatchSampler:
         return offsets
 
     def evaluation_batches(
-        self, stream: str, count: int, micro_steps: int = 1, leaks: bool = True
+        self,
+        stream: str,
+        count: int,
+        micro_steps: int = 1,
+        leaks: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`count` fixed batches of `train_eval` or `val`, each in `micro_steps` parts: the same at every evaluation.
 
@@ -379,10 +385,15 @@ class BatchSampler:
 
         Args:
             leaks: whether documents of validation that nearly equal one of training have targets.
+            rank, world_size: yield every world_size-th part only, from this one on.
         """
         share, end = self.batch_size // micro_steps, self.evaluation_windows(stream, count)
-        for first in range(0, end, share):
+        for first in range(rank * share, end, world_size * share):
             yield self._batch(stream, EVALUATION_SEED, first, min(share, end - first), leaks)
+
+    def evaluation_parts(self, stream: str, count: int, micro_steps: int = 1) -> int:
+        """How many parts `evaluation_batches` has."""
+        return -(-self.evaluation_windows(stream, count) // (self.batch_size // micro_steps))
 
     def evaluation_windows(self, stream: str, count: int) -> int:
         """How many sequences `count` evaluation batches have: those of the split at most."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
-from utils.machine.process import tune_process
+from utils.machine.process import several_ranks, tune_process
 from utils.machine.signals import Deadline
 from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
@@ -29,12 +29,22 @@ from utils.training.launch import add_multirun_flags, add_origin_flags, launches
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
+    from utils.machine.ranks import Ranks
     from utils.profiling.in_run import RunProfiler
     from utils.training.session import Session
 
 
 @script
 def main(argv: Sequence[str]) -> int:
+    if several_ranks():
+        from utils.training.follow import on_ranks
+
+        return on_ranks(argv, lambda ranks: experiment(argv, ranks), train_session)
+    return experiment(argv)
+
+
+def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
+    """Run the experiment of a command line; returns the exit status."""
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
     add_multirun_flags(parser)
@@ -51,10 +61,10 @@ def main(argv: Sequence[str]) -> int:
     for loaded, origin in launches(parsed):
         loaded, facts = with_budget(parsed.own, loaded, origin)
         try:
-            result = train(loaded, origin=origin, argv=words, strict=own.strict, quiet=own.json, facts=facts)
-            return result.report(as_json=own.json)
+            given = {"argv": words, "strict": own.strict, "quiet": own.json, "facts": facts, "ranks": ranks}
+            return train(loaded, origin=origin, **given).report(as_json=own.json)
         except RunLockedError as error:
-            if parsed.own.resume != "auto":
+            if parsed.own.resume != "auto" or ranks is not None:
                 raise
             note(str(error))
     raise AssertionError("--resume auto ends with a new run")
@@ -69,6 +79,7 @@ def train(
     root: Path = PROJECT_ROOT,
     strict: bool = False,
     facts: Mapping[str, Any] = MappingProxyType({}),
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Run one experiment.
 
@@ -80,6 +91,7 @@ def train(
         root: the folder that relative paths start from.
         strict: treat a finding of the preflight as a mistake.
         facts: further fields of run.json of a new run.
+        ranks: that train together, of which this process is rank 0; None: it trains alone.
 
     Returns:
         How it ended; also for a run that diverged or was interrupted.
@@ -91,20 +103,26 @@ def train(
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)
     tune_process()  # before torch is imported
-    from utils.profiling.in_run import RunProfiler
     from utils.training.session import StartInterruptedError, open_session
 
     try:
         with (
             lasting_output(),
             open_session(
-                loaded, origin, deadline, quiet=quiet, argv=argv, root=root, strict=strict, facts=facts
+                loaded, origin, deadline, ranks, quiet=quiet, argv=argv, root=root, strict=strict, facts=facts
             ) as session,
         ):
-            training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
+            train_session(session)
     except StartInterruptedError as interruption:
         return interruption.result
     return session.result
+
+
+def train_session(session: Session) -> None:
+    """Train until the end, and profile the step that is to be."""
+    from utils.profiling.in_run import RunProfiler
+
+    training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
 
 
 def training_loop(session: Session, profiler: RunProfiler) -> None:

@@ -16,6 +16,17 @@ class OutOfMemoryError(RuntimeError):
     """Memory is too small, in words for the person at the terminal: printed as one line, exit status 1."""
 
 
+class RankError(RuntimeError):
+    """What ended the ranks of a run, with the rank that did it: printed as one line, exit status 1.
+
+    trace: the traceback of that rank, if it left one.
+    """
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation has failed; torch raises a RuntimeError of its own for each kind of device."""
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")

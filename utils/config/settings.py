@@ -509,6 +509,15 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Int = setting(
         1, "micro-steps that an update is split into, to save memory", kind=TRAJECTORY, unit="micro-steps", ge=1
     )
+    lanes: Int | None = setting(
+        None,
+        "fixed slices of a batch whose gradients are added in one binary tree, a power of two: then the numbers do not "
+        "depend on the number of ranks; none: a batch is one sum",
+        kind=TRAJECTORY,
+        unit="lanes",
+        ge=1,
+        le=4096,
+    )
     eval_interval: Int = setting(250, "steps between evaluations", kind=TRAJECTORY, unit="steps", ge=1)
     eval_at: tuple[Annotated[Int, Field(ge=1)], ...] = setting(
         (),
@@ -592,6 +601,9 @@ class TrainConfig(Section):
         unit="steps",
         ge=1,
     )
+    rank_timeout: Float = setting(
+        20.0, "how long ranks wait for one that does not get as far as they do", kind=MACHINE, unit="seconds", ge=1
+    )
     patience: Int | None = setting(
         None,
         "evaluations without a better val/loss after which training ends; none: it continues to the last step",
@@ -661,10 +673,26 @@ class TrainConfig(Section):
                 "gradient_accumulation_steps",
                 "batch_size",
             )
+        self._check_lanes()
         if self.exports_best and not self.keep_best:
             cause = "export_weights" if self.export_weights == "best" else "patience"
             raise RuleError(f"{cause} exports the best weights: keep_best must be on", "keep_best", cause)
         return self
+
+    def _check_lanes(self) -> None:
+        if self.lanes is None:
+            return
+        if self.lanes & (self.lanes - 1):
+            raise RuleError(f"lanes ({self.lanes}) must be a power of two: they are added in pairs", "lanes")
+        if self.batch_size != "auto" and self.batch_size % self.lanes:
+            raise RuleError(f"lanes ({self.lanes}) must divide batch_size ({self.batch_size})", "lanes", "batch_size")
+        micro_steps = self.gradient_accumulation_steps
+        if micro_steps % self.lanes and self.lanes % micro_steps:
+            raise RuleError(
+                f"lanes ({self.lanes}) and gradient_accumulation_steps ({micro_steps}): one must divide the other",
+                "lanes",
+                "gradient_accumulation_steps",
+            )
 
 
 Tag = Annotated[str, AfterValidator(check_tag)]

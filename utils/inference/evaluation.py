@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from data import BatchSampler
 from model import LanguageModel
 from utils.inference.graphs import Graphs
+from utils.machine.ranks import ONE, Ranks
 from utils.nn.targets import IGNORED
 from utils.packing.joined import Joined
 
@@ -71,13 +72,28 @@ class EvaluationStoppedError(Exception):
     """An evaluation ended before its last batch, because it was asked to."""
 
 
-def mean_loss(loss: BatchLoss, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean loss over the targets of batches, in nats; NaN without one. The device is waited for at the end only."""
+def mean_loss(
+    loss: BatchLoss,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    parts: int | None = None,
+    ranks: Ranks = ONE,
+) -> float:
+    """Mean loss over the targets of batches, in nats; NaN without one. The device is waited for at the end only.
+
+    Args:
+        batches: those of this rank.
+        parts: batches of all ranks; None: it has them all.
+    """
     losses, counts = [], []
     with evaluating(loss.model):
         for inputs, targets in batches:
             losses.append(loss(inputs, targets))
             counts.append((targets != IGNORED).sum())
+    if parts is not None and ranks.several:
+        device = next(loss.model.parameters()).device
+        own = torch.stack(losses) if losses else torch.zeros(0, device=device)
+        own_counts = torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64, device=device)
+        losses, counts = [list(ranks.interleave(of_rank, parts)) for of_rank in (own, own_counts)]
     numbers = [int(count) for count in torch.stack(counts).tolist()]
     of_batches = torch.stack([each for each, number in zip(losses, numbers, strict=True) if number] or losses)
     if len(set(numbers)) == 1:
@@ -94,13 +110,17 @@ def estimate_loss(
     eval_iters: int,
     micro_steps: int,
     watch: Callable[[int, int], bool] = lambda done, total: True,
+    ranks: Ranks = ONE,
 ) -> dict[str, float]:
     """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token.
+
+    Ranks take turns with the parts, and add the losses of all in the order of one rank: all get the same bits.
 
     Args:
         eval_iters: batches of each split, which is read at most once.
         micro_steps: parts that each batch is split into, so that it needs no more memory than training does.
-        watch: called before each part with the number of sequences done and of all; False ends the evaluation.
+        watch: called before each part, on several ranks before each has one, with the number of sequences done and of
+            all; False, which all ranks must get, ends the evaluation.
 
     Raises:
         EvaluationStoppedError: `watch` returned False.
@@ -110,16 +130,26 @@ def estimate_loss(
 
     def watched(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal done
-        for inputs, targets in sampler.evaluation_batches(stream, eval_iters, micro_steps):
+        before, size = done, sampler.batch_size // micro_steps * ranks.world_size
+        batches = own_parts(stream)
+        for first in range(0, end := sampler.evaluation_windows(stream, eval_iters), size):
             if not watch(done, total):
                 raise EvaluationStoppedError
-            yield inputs, targets
-            done += len(inputs)
+            if (batch := next(batches, None)) is not None:
+                yield batch
+            done = before + min(first + size, end)
 
-    return {name: mean_loss(loss, watched(stream)) for name, stream in streams.items()}
+    def own_parts(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        place = (True, ranks.rank, ranks.world_size)
+        return sampler.evaluation_batches(stream, eval_iters, micro_steps, *place)
+
+    parts = {name: sampler.evaluation_parts(stream, eval_iters, micro_steps) for name, stream in streams.items()}
+    return {name: mean_loss(loss, watched(stream), parts[name], ranks) for name, stream in streams.items()}
 
 
-def loss_without_leaks(loss: BatchLoss, sampler: BatchSampler, eval_iters: int, micro_steps: int) -> float | None:
+def loss_without_leaks(
+    loss: BatchLoss, sampler: BatchSampler, eval_iters: int, micro_steps: int, ranks: Ranks = ONE
+) -> float | None:
     """`val/loss` of `estimate_loss` without the documents that nearly equal one of the training split.
 
     None if the dataset knows of no such documents, or the batches have no others.
@@ -127,7 +157,8 @@ def loss_without_leaks(loss: BatchLoss, sampler: BatchSampler, eval_iters: int, 
     prepared = sampler.corpus.prepared
     if prepared is None or not len(prepared.leaks):
         return None
-    found = mean_loss(loss, sampler.evaluation_batches("val", eval_iters, micro_steps, leaks=False))
+    batches = sampler.evaluation_batches("val", eval_iters, micro_steps, False, ranks.rank, ranks.world_size)
+    found = mean_loss(loss, batches, sampler.evaluation_parts("val", eval_iters, micro_steps), ranks)
     return None if math.isnan(found) else found
 
 

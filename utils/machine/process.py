@@ -7,7 +7,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # How often a waiting thread checks for work before it sleeps. libgomp's own 300,000 keep a core from other processes:
 # two processes on two cores then take more than ten times as long. With 4,000 or fewer, threads fall asleep between the
@@ -60,3 +60,8 @@ def gc_frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def several_ranks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this process together with others."""
+    return "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1"

@@ -34,6 +34,9 @@ class StopRequest:
     signum: the signal that asked to stop.
     save: a checkpoint is requested (SIGUSR1) while training continues; the loop clears it.
     patient: False once there is no step left to finish: from then on even the first signal raises.
+    signum_of_others: the signal by which another rank was asked to stop.
+    silent: say nothing, since another process does.
+    deaf: ignore signals: torchrun sends one to all ranks once one has ended, and this one is ending already.
     on_continue: called when the process goes on after it was stopped (SIGSTOP, Ctrl-Z, a batch system): what they
         measure must not count that time as work.
     """
@@ -43,6 +46,9 @@ class StopRequest:
     save: bool = False
     patient: bool = True
     on_continue: list[Callable[[], None]] = field(default_factory=list)
+    signum_of_others: int | None = None
+    silent: bool = False
+    deaf: bool = False
 
     def __bool__(self) -> bool:
         return self.reason is not None
@@ -52,10 +58,12 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.deaf:
+            return
         name = signal.Signals(signum).name
         if signum == SAVE_SIGNAL:
             self.save = True
-            _tell(f"\n{name}: saving a checkpoint after this step\n")
+            self._tell(f"\n{name}: saving a checkpoint after this step\n")
             return
         first = self.signum is None
         self.signum = self.signum or signum
@@ -64,7 +72,11 @@ class StopRequest:
             return  # a terminal that is closed sends it twice, by the shell and by the kernel: nobody is impatient
         if not (first and self.patient):
             raise StopSignal(self.signum)
-        _tell(f"\n{name}: stopping after this step; a second signal stops at once\n")
+        self._tell(f"\n{name}: stopping after this step; a second signal stops at once\n")
+
+    def _tell(self, message: str) -> None:
+        if not self.silent:
+            _tell(message)
 
     def handle_continue(self, _signum: int, _frame: FrameType | None) -> None:
         for call in self.on_continue:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,11 @@ class Muon(EagerOptimizer):
         groups: with lr and weight_decay. Those for Muon also have momentum, and blocks: for each parameter, the numbers
             of rows of the matrices that are stacked in it (q, k and v, say), each of which is made orthogonal by
             itself. Those for AdamW have what AdamW needs (utils/optim/adamw.py).
+
+    orthogonalize: what makes (N, rows, columns) matrices orthogonal; updates in lanes deal them over ranks.
     """
+
+    orthogonalize: Callable[[torch.Tensor], torch.Tensor] = staticmethod(newton_schulz)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -79,7 +83,7 @@ class Muon(EagerOptimizer):
                     weight, block = weight.mT, block.mT
                 by_shape[tuple(block.shape)].append((weight, block))
         for shape, pairs in by_shape.items():
-            updates = newton_schulz(_stacked([block for _, block in pairs]))
+            updates = self.orthogonalize(_stacked([block for _, block in pairs]))
             if finite is not None:
                 updates *= finite
             rate = -group["lr"] * update_scale(shape)

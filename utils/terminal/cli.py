@@ -15,7 +15,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from utils.errors import SHOWN, OutOfMemoryError, UserError, cut, is_out_of_memory, nearest, number_text, shown
+from utils.errors import (
+    SHOWN,
+    OutOfMemoryError,
+    RankError,
+    UserError,
+    cut,
+    is_out_of_memory,
+    nearest,
+    number_text,
+    shown,
+)
 from utils.files import expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
@@ -182,6 +192,9 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
         except KeyboardInterrupt as interruption:
             print("interrupted", file=sys.stderr)
             return 128 + getattr(interruption, "signum", signal.SIGINT)
+        except RankError as error:
+            print(f"error: {_bounded(one_line(str(error)))}", file=sys.stderr)
+            return 1
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

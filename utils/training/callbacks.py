@@ -34,10 +34,16 @@ class TrainingRun:
         self._log, self._stop = log, stop
         self._step = state.step
 
+    @property
+    def rank(self) -> int:
+        """Of this process among those that train the run (docs/ranks.md); each calls its own callbacks."""
+        return self.state.ranks.rank
+
     def log(self, values: Mapping[str, float | torch.Tensor]) -> None:
         """Numbers by registered metric name; tensors stay on their device until the log is written.
 
-        In on_step they belong to the update just done, so they stand at its step.
+        In on_step they belong to the update just done, so they stand at its step. Of several ranks, those of rank 0
+        are logged.
 
         Args:
             values: numbers, or tensors with one element, which are kept as float32.

@@ -24,6 +24,13 @@ from utils.training.state import TrainState
 from utils.training.step_buffer import NonFiniteError
 
 
+def evaluation_due(state: TrainState) -> bool:
+    """Whether there is to be an evaluation after `state.step` updates, and has been none."""
+    settings = state.config.train
+    due = state.step % settings.eval_interval == 0 or state.step in (state.max_iters, *settings.eval_at)
+    return due and state.losses_step != state.step
+
+
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
     """Losses of both splits, the accuracy of answers and a sample text, to the log and the terminal; keeps the best.
 
@@ -38,15 +45,15 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
 
     def watch(done: int, total: int) -> bool:
         monitor.progress.evaluating(state.step, done, total)
-        return not must_stop()
+        return not state.ranks.any_of(must_stop())
 
     micro_steps = settings.gradient_accumulation_steps
     try:
-        losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, micro_steps, watch)
+        losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, micro_steps, watch, state.ranks)
     except EvaluationStoppedError:
         return
     if state.questions:
-        with evaluating(state.model):
+        with evaluating(state.model), state.ranks.busy():  # each rank for itself: all need the number
             losses["val/accuracy"] = exact_match(state.model, state.questions)
     monitor.losses(losses)
     for name, loss in losses.items():
@@ -57,12 +64,13 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
     state.early_stopping.update(losses["val/loss"])
     if state.finished:
-        without = loss_without_leaks(state.evaluation, state.sampler, settings.eval_iters, micro_steps)
+        without = loss_without_leaks(state.evaluation, state.sampler, settings.eval_iters, micro_steps, state.ranks)
         if without is not None:
             state.losses = {**losses, "val/loss_without_leaks": without}
             monitor.log(state.step, {"val/loss_without_leaks": without})
     if state.config.tracking.sample_tokens:
-        monitor.sample(sample_text(state))
+        with state.ranks.busy():
+            monitor.sample(sample_text(state))
     monitor.progress.evaluation(state.step, {**losses, **state.bits_per_byte(losses)})
     callbacks.on_eval(losses)
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import os
+import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config.fields import get_value
+from utils.config.fields import field_fact, flat, get_value
 from utils.config.loader import ConfigLoader, LoadedConfig, flag_name
+from utils.config.settings import MACHINE
 from utils.errors import UserError, shown
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
@@ -27,7 +34,7 @@ from utils.runs.origin import (
 )
 from utils.runs.run import read_record
 from utils.terminal.cli import PROJECT_ROOT, Parser, timespan
-from utils.terminal.config_flags import ExperimentArguments
+from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.words import printable
 
 WAIT_SECONDS = 60.0  # for a process that has stopped training to release its run directory
@@ -128,6 +135,40 @@ def trial_facts(trial: str | None) -> dict[str, Any]:
         return {"sweep": {"name": name, "id": sweep_id, "number": int(number), "place": int(place)}}
     except ValueError:
         raise UserError(f"--trial: expected SWEEP:ID:NUMBER:PLACE, got {shown(trial)}") from None
+
+
+def launch_facts(argv: Sequence[str]) -> dict[str, Any]:
+    """What must be the same on all ranks of a run: the code, torch, and the settings that a command line makes.
+
+    Raises:
+        UserError: a mistake on the command line or in a configuration file.
+    """
+    parser = Parser(prog="train.py")
+    add_origin_flags(parser)
+    parsed = parse_experiment(argv, parser)
+    config = parsed.load().config
+    decisive = {key: value for key, value in flat(config).items() if field_fact(key, "kind") != MACHINE}
+    own = {name: str(getattr(parsed.own, name)) for name in ("resume", "init_from", "fork")}
+    return {
+        "host": socket.gethostname(),
+        "code": code_hash(config.train.callbacks),
+        "torch": importlib.metadata.version("torch"),
+        "settings": {**json.loads(json.dumps(decisive)), **own},
+    }
+
+
+def code_hash(callbacks: Iterable[str]) -> str:
+    """sha256 of the code that trains: the files of the project, and those of callbacks, as module:Class."""
+    files = {*PROJECT_ROOT.glob("*.py"), *(PROJECT_ROOT / "utils").rglob("*.py")}
+    for name in callbacks:
+        with contextlib.suppress(ImportError, ValueError, AttributeError):  # reported when it is loaded
+            found = importlib.util.find_spec(name.partition(":")[0])
+            if found is not None and found.origin is not None:
+                files.add(Path(found.origin))
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def add_trust_flag(parser: argparse._ActionsContainer) -> None:

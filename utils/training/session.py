@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from utils.config.loader import LoadedConfig, relative_name
-from utils.errors import number_text
+from utils.errors import RankError, number_text
 from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
+from utils.machine.ranks import ONE, Ranks
 from utils.machine.signals import Deadline, StopRequest, stop_on_signals
 from utils.runs.code import GitFacts
 from utils.runs.index import STARTING, read_index
@@ -32,17 +33,18 @@ from utils.terminal.words import duration
 from utils.tracking import RunEnd
 from utils.tracking.feeder import Budget, Feeder, Feeders
 from utils.tracking.views import build_views, is_installed, wanted_views, without_builds
+from utils.training.agreement import agree, assign, send_state
 from utils.training.batch_size import memory_explained
 from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
-from utils.training.evaluate import evaluate
+from utils.training.evaluate import evaluate, evaluation_due
 from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
 from utils.training.outcome import Outcome, StartInterruptedError
 from utils.training.preflight import preflight, report_adapters, report_noise, report_preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
-from utils.training.start import Start, open_run, prepare_run, read_git, with_old_end, write_meta
+from utils.training.start import Start, open_run, prepare_run, read_git, record_ranks, with_old_end, write_meta
 from utils.training.state import TrainState
 from utils.training.step import Update
 from utils.training.step_buffer import NonFiniteError
@@ -77,10 +79,7 @@ class Session:
 
     @property
     def evaluation_due(self) -> bool:
-        state = self.state
-        settings = state.config.train
-        due = state.step % settings.eval_interval == 0 or state.step in (state.max_iters, *settings.eval_at)
-        return due and state.losses_step != state.step
+        return evaluation_due(self.state)
 
     @property
     def checkpoint_due(self) -> bool:
@@ -93,6 +92,7 @@ class Session:
             self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) are almost over")
         if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
+        agree(self._stop, state.ranks)
         return state.finished or bool(self._stop)
 
     def _must_stop(self) -> bool:
@@ -110,15 +110,18 @@ class Session:
         Raises:
             NonFiniteError: a loss or gradient since the last flush was not finite.
         """
-        self.monitor.flush()
-        yield
-        self.monitor.pause_over()
+        with self.state.ranks.busy():
+            self.monitor.flush()
+            yield
+            self.monitor.pause_over()
 
     def evaluate(self) -> None:
         """Losses of both splits after `state.step` updates; saves a checkpoint if they are the best so far."""
         state, settings = self.state, self.state.config.train
-        with self.pause():
-            evaluate(state, self.monitor, self.callbacks, self._must_stop)
+        with state.ranks.busy():
+            self.monitor.flush()
+        evaluate(state, self.monitor, self.callbacks, self._must_stop)
+        self.monitor.pause_over()
         # Step 0 needs one only where the export may be made from it: weights that were trained before.
         if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
             self.save()
@@ -136,13 +139,15 @@ class Session:
             loss: (), of its batch.
             grad_norms: (groups,), before clipping.
         """
-        self.monitor.step(self.state.step, loss, grad_norms, lr)
+        with self.state.ranks.busy():
+            self.monitor.step(self.state.step, loss, grad_norms, lr)
 
     def step_done(self, loss: torch.Tensor) -> None:
         """The update is made. `loss`: (), of its batch, on the device."""
         self._deadline.step_done()
         self.callbacks.on_step(self.state.step - 1, loss)
-        self.monitor.step_done()
+        with self.state.ranks.busy():
+            self.monitor.step_done()
 
     # -------------------------------------------------------------------------------------- beginning and end
 
@@ -162,6 +167,9 @@ class Session:
         self.state = state = prepare_run(setup, run, self._start, terminal)
         before_status.callback(self.outcome.read, state)
         self.update = make_update(state, terminal.warn)
+        record_ranks(run, state, self.update)
+        if state.ranks.several:
+            send_state(state)
         feeders = build_feeders(setup, run, terminal, state.step)
         after_status.callback(self._attempt, self._close_views, feeders)
         self.progress = TrainingProgress(
@@ -187,6 +195,7 @@ class Session:
                 self._deadline.step_done()  # the first evaluation counts as a step
                 self.callbacks.on_start()
                 self._stop.patient = True
+                self.state.ranks.training_begins()
                 yield
             self.checkpoints.wait()
             if self.state.finished and not self.evaluation_due:  # else a signal ended the last evaluation
@@ -210,6 +219,7 @@ class Session:
     def _end(self, status: Status, reason: str | None) -> None:
         """Training is over; callbacks may log their last numbers."""
         self.outcome.status, self.outcome.reason = status, reason
+        self.state.ranks.training_is_over(status)
         with contextlib.suppress(NonFiniteError):
             self.monitor.flush()
         self.callbacks.on_end(status)
@@ -218,17 +228,22 @@ class Session:
     def interrupt(self) -> None:
         """A second signal: nothing is waited for."""
         self._stop.signum = self._stop.signum or signal.SIGINT
+        self.setup.ranks.training_is_over("interrupted")
         self.outcome.status, self.outcome.at_once = "interrupted", True
         self.outcome.reason = f"{signal.Signals(self._stop.signum).name}, at once"
 
     def fail(self, error: BaseException) -> None:
         """Report the exception that ends the run."""
-        self.outcome.status, self.outcome.reason = "failed", f"{type(error).__name__}: {error}"
+        self._stop.deaf = isinstance(error, RankError)
+        reason = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+        self.setup.ranks.training_is_over("failed", reason)
+        self.outcome.status, self.outcome.reason = "failed", reason
         where = relative_name(self.run.path, Path.cwd())
         words = f"failed after {duration(time.monotonic() - self._began)}: {where}"
         self._attempt(self.terminal.print, words)
         with contextlib.suppress(OSError):
-            self.terminal.print("".join(traceback.format_exception(error)), log_only=True)
+            trace = error.trace if isinstance(error, RankError) and error.trace else ""
+            self.terminal.print(trace or "".join(traceback.format_exception(error)), log_only=True)
 
     def write_status(self) -> None:
         """Write how the run ended into run.json, before views are closed: a kill during that leaves the true status.
@@ -282,7 +297,7 @@ class Session:
             seconds=time.monotonic() - self._began,
             parameters=outcome.parameters,
             exported=outcome.exported,
-            signum=self._stop.signum if outcome.status == "interrupted" else None,
+            signum=(self._stop.signum or self._stop.signum_of_others) if outcome.status == "interrupted" else None,
         )
         if outcome.status != "failed":
             self._attempt(print_result, self.result, self.run, self.setup, self.terminal)
@@ -322,6 +337,7 @@ def open_session(
     loaded: LoadedConfig,
     origin: Origin | None,
     deadline: Deadline,
+    ranks: Ranks | None = None,
     *,
     quiet: bool,
     argv: Sequence[str],
@@ -336,6 +352,7 @@ def open_session(
     Args:
         argv: the command line, for the record.
         root: the folder that relative paths start from.
+        ranks: that train the run together, of which this is rank 0; None: it trains alone.
         strict: a finding of the preflight is a mistake.
         facts: further fields of run.json of a new run.
 
@@ -344,8 +361,8 @@ def open_session(
         StartInterruptedError: a signal came before the first step.
         Exception: the failure that ended the run, after its status was written.
     """
-    terminal, begun = Terminal(quiet), False
-    setup = make_setup(loaded, root, origin, terminal.warn, terminal.print)
+    terminal, begun, ranks = Terminal(quiet), False, ranks or ONE
+    setup = make_setup(loaded, root, origin, terminal.warn, terminal.print, ranks)
     git = read_git(setup)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
@@ -358,9 +375,12 @@ def open_session(
             report_adapters(setup, terminal)
             report_noise(setup, git, runs, terminal)
         setup = dataclasses.replace(setup, corpus=setup.corpus.stored())
+        if ranks.several:
+            assign(setup)
         run, start = open_run(setup, git, argv, terminal, facts)
         stack.callback(run.release)
         setup = with_old_end(setup, run, start)
+        ranks.share("run", {"path": str(run.path), "config": setup.config.model_dump(mode="json")})
         stack.callback(seal_run, run, terminal)
         terminal.print(settings_table(setup.loaded.non_default()))
         session = Session(setup, run, start, terminal, stop, deadline)
@@ -374,6 +394,9 @@ def open_session(
             with memory_explained(setup.config, setup.device), session.training():
                 yield session
         except KeyboardInterrupt:
+            if not begun and (dead := ranks.dead()) is not None:
+                session.fail(dead)
+                raise dead from None
             session.interrupt()
         except BaseException as error:
             session.fail(error)

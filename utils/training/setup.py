@@ -31,10 +31,18 @@ from utils.files import dangling_link
 from utils.formats.finetuning import pretrained_as_checkpoint
 from utils.inference.decode import start_tokens
 from utils.inference.export import export_as_checkpoint
-from utils.machine.device import available_memory, check_fp8, choose_device, choose_dtype, is_deterministic
+from utils.machine.device import (
+    DeviceError,
+    available_devices,
+    available_memory,
+    check_fp8,
+    choose_device,
+    choose_dtype,
+    is_deterministic,
+)
+from utils.machine.ranks import ONE, Ranks
 from utils.nn.costs import shapes_only
 from utils.nn.lora import add_adapters, count_parameters
-from utils.packing.prepared import check_made_with
 from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
@@ -67,6 +75,7 @@ class Setup:
     callbacks: Mapping[str, Callback]
     origin: Origin | None = None
     checkpoint: Checkpoint | None = None
+    ranks: Ranks = ONE
 
     @property
     def resumes(self) -> bool:
@@ -89,12 +98,14 @@ def make_setup(
     origin: Origin | None = None,
     warn: Callable[[str], None] = lambda message: None,
     report: Callable[[str], None] = lambda message: None,
+    ranks: Ranks = ONE,
 ) -> Setup:
     """Check the corpus, device, batch and origin of a configuration, which is already valid by itself.
 
     Args:
         root: the folder that relative paths start from.
         warn, report: print one line to the user.
+        ranks: that train together; this is rank 0.
 
     Raises:
         UserError: the first mistake found.
@@ -111,19 +122,13 @@ def make_setup(
         checkpoint, tokenizer = read_parent(origin, config, datasets_dir, warn)
         if origin.relation == "fork":
             check_fork(config.optimizer, checkpoint.state, origin.run.name)
-    device = choose_device(config.train.device)  # first what takes no time: reading a corpus may
+    device = device_of_rank(config, ranks)  # first what takes no time: reading a corpus may
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.fp8:
         check_fp8(device, dtype)
     callbacks = load_callbacks(config.train.callbacks, root / config.tracking.runs_dir, root)
-    folder = root / config.data.corpora_dir
     try:
-        block_size = config.model.block_size
-        data = with_problems(config, folder)
-        if config.data.dataset == ARITHMETIC:
-            check_block_size(data, block_size)
-        corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
-        corpus = replace(corpus, name=config.data.dataset)
+        corpus = read_corpus(config, root, tokenizer, warn, report)
         if corpus.prepared is not None and loaded.source("tokenizer").startswith("--"):
             check_made_with(corpus.prepared.dataset, corpus.tokenizer, config.data)
     except CorpusError as error:
@@ -138,12 +143,13 @@ def make_setup(
     if config.train.batch_size == "auto":
         loaded = find_batch(loaded, corpus, device, dtype, report)
         config = loaded.config
+    check_ranks(loaded, ranks)
     check_micro_step(loaded, corpus, device, dtype)
     max_iters = config.train.max_iters
     if max_iters is None:
         assert config.train.epochs is not None
-        tokens = config.train.epochs * corpus.tokens_of_pass(block_size)
-        max_iters = math.ceil(tokens / config.train.sequences / block_size)
+        tokens = config.train.epochs * corpus.tokens_of_pass(config.model.block_size)
+        max_iters = math.ceil(tokens / config.train.sequences / config.model.block_size)
         try:
             warmup_steps(config.optimizer, max_iters)
         except RuleError as error:
@@ -155,7 +161,75 @@ def make_setup(
                 f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
                 f"that, not {max_iters:,}"
             )
-    return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint)
+    return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint, ranks)
+
+
+def read_corpus(
+    config: Config,
+    root: Path,
+    tokenizer: Tokenizer | None,
+    warn: Callable[[str], None] = lambda message: None,
+    report: Callable[[str], None] = lambda message: None,
+) -> Corpus:
+    """The corpus of a configuration, whose tokens may still have to be written; the arguments are those of make_setup.
+
+    Raises:
+        CorpusError: it cannot be read, `tokenizer` cannot encode it, or it is too short.
+    """
+    folder, block_size = root / config.data.corpora_dir, config.model.block_size
+    data = with_problems(config, folder)
+    if config.data.dataset == ARITHMETIC:
+        check_block_size(data, block_size)
+    datasets_dir = root / config.data.datasets_dir
+    corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
+    return replace(corpus, name=config.data.dataset)
+
+
+def device_of_rank(config: Config, ranks: Ranks) -> torch.device:
+    """The device that this rank computes on: of several CUDA devices, the one with its number.
+
+    Raises:
+        DeviceError: it is not here, or cannot be used by several ranks.
+    """
+    name = config.train.device
+    device = choose_device(name)
+    if not ranks.several or device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise DeviceError(f"several ranks train on CUDA devices or the CPU, not on {device.type}: --device cpu")
+    if ":" in name:
+        raise DeviceError(f"device {name} is one device, and each rank needs its own: --device cuda")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise DeviceError(
+            f"rank {ranks.rank} needs cuda:{ranks.local_rank}, which is not here; available: "
+            f"{', '.join(available_devices())}"
+        )
+    return torch.device("cuda", ranks.local_rank)
+
+
+def check_ranks(loaded: LoadedConfig, ranks: Ranks) -> None:
+    """Raises UserError unless the ranks can share the batch, or its lanes, equally."""
+    settings, count = loaded.config.train, ranks.world_size
+    if not ranks.several:
+        return
+    if settings.lanes is not None:
+        if settings.lanes % count:
+            raise UserError(
+                f"{loaded.source('lanes')}: {count} ranks cannot share {settings.lanes} lanes equally: start 1, 2, 4, "
+                "... ranks, at most one for each lane"
+            )
+        return
+    if settings.sequences % count:
+        raise UserError(
+            f"{loaded.source('batch_size')}: {count} ranks cannot share a batch of {settings.sequences:,} sequences "
+            "equally: batch_size must be a multiple of the number of ranks"
+        )
+    micro_steps = settings.gradient_accumulation_steps
+    if micro_steps % count and count % micro_steps:
+        raise UserError(
+            f"{loaded.source('gradient_accumulation_steps')}: {count} ranks cannot share {micro_steps} micro-steps "
+            "equally: one must divide the other"
+        )
 
 
 def check_places(loaded: LoadedConfig, root: Path) -> None:
@@ -219,7 +293,9 @@ def decisive_settings(setup: Setup) -> dict[str, Any]:
     Call it once torch's threads are set.
     """
     config, corpus = setup.config, setup.corpus
+    by_rank = setup.ranks.several and config.train.lanes is None  # the sum of a batch is one over ranks
     return {
+        **({"world_size": setup.ranks.world_size} if by_rank else {}),
         "deterministic": is_deterministic(config.train, setup.device),
         **derived_settings(config, setup.max_iters),
         "device": setup.device.type,

@@ -55,8 +55,10 @@ from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
 from utils.terminal.words import HASH_LENGTH, fact_lines
 from utils.tracking.feeder import cut_progress
+from utils.training.lanes import LaneUpdate
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, branch, build_state, foreign, initialise, restore
+from utils.training.step import Update
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
 NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bits from run to run"
@@ -197,6 +199,9 @@ def changed_facts(run: Path, record: Mapping[str, Any], setup: Setup, git: GitFa
     for key, value in now.items():
         if resolved.get(key, value) != value:
             yield key, resolved[key], value
+    ranks = resolved.get("world_size", 1), setup.ranks.world_size
+    if setup.config.train.lanes is None and ranks[0] != ranks[1]:
+        yield "the number of ranks", *ranks
     if git_before.get("commit") != git_now["commit"]:
         yield "the commit", git_before.get("commit"), git_now["commit"]
     if "code" not in git_before:  # an older record knows the first patch only, and no callbacks
@@ -255,7 +260,7 @@ def pretrained_of(setup: Setup) -> Mapping[str, Any]:
 def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:
     """Make model and optimizer, restored from a checkpoint if there is one; record and print the resolved values."""
     config, corpus = setup.config, setup.corpus
-    state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal)
+    state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal, setup.ranks)
     state.callbacks = dict(setup.callbacks)
     write_for_readers(run, state, terminal)
     if start.checkpoint is not None:
@@ -295,6 +300,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
                     f"{corpus_name(corpus)}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens",
                 ),
                 *packing_fact(setup),
+                *ranks_fact(setup),
                 ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
                 ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
                 *([("adapters", counts.words)] if adapted else []),
@@ -303,6 +309,30 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         )
     )
     return state
+
+
+def record_ranks(run: Run, state: TrainState, update: Update) -> None:
+    """Record, of several ranks, how they communicate."""
+    if not isinstance(update, LaneUpdate) or update.sum is None:
+        return
+    ranks = state.ranks
+    facts = {
+        "world_size": ranks.world_size,
+        "backend": ranks.backend,
+        "message_bytes_per_step": update.sum.message_bytes,
+    }
+    run.update(resolved={**run.record["resolved"], **facts})
+
+
+def ranks_fact(setup: Setup) -> Iterator[tuple[str, str]]:
+    """How ranks share the work, in words; nothing for a single one without lanes."""
+    lanes, ranks = setup.config.train.lanes, setup.ranks
+    if not ranks.several and lanes is None:
+        return
+    how = f"{lanes} lanes, so any number of ranks gives the same numbers"
+    if lanes is None:
+        how = "--lanes N would make the numbers independent of how many ranks there are"
+    yield "ranks", f"{ranks.world_size}{f' ({ranks.backend})' if ranks.several else ''}: {how}"
 
 
 def packing_fact(setup: Setup) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from utils.inference.evaluation import BatchLoss
 from utils.inference.exact_match import Question
 from utils.inference.static import StaticDecoders
 from utils.machine.device import autocast
+from utils.machine.ranks import ONE, Ranks
 from utils.nn.float8 import MULTIPLE, use_float8
 from utils.nn.lora import adapted_layers, adapter_settings, add_adapters, frozen_weights, is_adapter
 from utils.nn.roles import declared_roles
@@ -70,6 +71,7 @@ class TrainState:
     best_step: int | None = None
     nonfinite_in_a_row: int = 0  # steps that the scaler skipped just before this one
     early_stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(None, 0.0))
+    ranks: Ranks = ONE
     callbacks: dict[str, Stateful] = field(default_factory=dict)
 
     @property
@@ -104,7 +106,13 @@ class TrainState:
 
 
 def build_state(
-    config: Config, max_iters: int, corpus: Corpus, device: torch.device, dtype: torch.dtype, terminal: Terminal
+    config: Config,
+    max_iters: int,
+    corpus: Corpus,
+    device: torch.device,
+    dtype: torch.dtype,
+    terminal: Terminal,
+    ranks: Ranks = ONE,
 ) -> TrainState:
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
     model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
@@ -127,6 +135,7 @@ def build_state(
         optimizer=build_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
+        ranks=ranks,
     )
     if config.train.compile:
         compile_model(state, terminal)
@@ -198,7 +207,7 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
         "seed": state.config.train.seed,
         "corpus_hash": state.corpus.hash,
         "tokenizer_hash": state.corpus.tokenizer.hash(),
-        "world_size": 1,
+        "world_size": state.ranks.world_size,
     }
     if frozen:
         facts["lora"] = adapter_settings(state.config.optimizer)

@@ -92,26 +92,40 @@ def forward_backward(state: TrainState, phase: Phase = no_phase, feed: Feed | No
     """
     micro_steps = state.config.train.gradient_accumulation_steps
     total = torch.zeros((), device=state.device)
-    for micro_step in range(micro_steps):
-        with phase("data"):
-            if feed is None:
-                inputs, targets = state.sampler.train_batch(state.step, micro_step, micro_steps)
-                share = state.sampler.target_share(state.step, micro_step, micro_steps)
-            else:
-                inputs, targets = feed.batch(micro_step)
-                share = feed.target_share(micro_step)
-        with phase("forward"), autocast(state.device, state.dtype):
-            loss = state.loss(inputs, targets)
-            if share is not None:  # where no target counts, the mean is not a number
-                loss = torch.where(share > 0, loss * share, 0.0)
-            elif micro_steps > 1:
-                loss = loss / micro_steps
-        with phase("backward"):
-            state.scaler.scale(loss).backward()
-            if feed is None:
-                state.sampler.prefetch(*divmod(state.step * micro_steps + micro_step + 1, micro_steps), micro_steps)
-        total += loss.detach()
+    for number in range(micro_steps):
+        total += micro_step(state, number, micro_steps, state.step * micro_steps + number + 1, phase, feed)
     return total
+
+
+def micro_step(
+    state: TrainState, number: int, micro_steps: int, following: int, phase: Phase = no_phase, feed: Feed | None = None
+) -> torch.Tensor:
+    """Add the gradients of one of the micro-steps of update `state.step` to those that are there.
+
+    Args:
+        following: the micro-step after this one, counted over all updates, whose batch can be prepared meanwhile.
+
+    Returns:
+        What it contributes to the mean loss of the batch, (), on the device.
+    """
+    with phase("data"):
+        if feed is None:
+            inputs, targets = state.sampler.train_batch(state.step, number, micro_steps)
+            share = state.sampler.target_share(state.step, number, micro_steps)
+        else:
+            inputs, targets = feed.batch(number)
+            share = feed.target_share(number)
+    with phase("forward"), autocast(state.device, state.dtype):
+        loss = state.loss(inputs, targets)
+        if share is not None:  # where no target counts, the mean is not a number
+            loss = torch.where(share > 0, loss * share, 0.0)
+        elif micro_steps > 1:
+            loss = loss / micro_steps
+    with phase("backward"):
+        state.scaler.scale(loss).backward()
+        if feed is None:
+            state.sampler.prefetch(*divmod(following, micro_steps), micro_steps)
+    return loss.detach()
 
 
 def clip_gradients(state: TrainState) -> torch.Tensor:

@@ -16,6 +16,7 @@ from utils.machine.graphs import record
 from utils.nn.lean import is_patched
 from utils.optim.adamw import EagerOptimizer
 from utils.training.feed import Feed
+from utils.training.lanes import LaneUpdate
 from utils.training.state import TrainState
 from utils.training.step import (
     EagerUpdate,
@@ -30,6 +31,8 @@ from utils.training.step import (
 
 def make_update(state: TrainState, warn: Callable[[str], None]) -> Update:
     """The update that suits device and settings."""
+    if state.ranks.several or state.config.train.lanes is not None:
+        return LaneUpdate(state)
     wanted = state.config.train.cuda_graph and state.device.type == "cuda" and not state.scaler.is_enabled()
     return GraphUpdate(state, warn) if wanted else EagerUpdate(state)
 

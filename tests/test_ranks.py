@@ -1,0 +1,147 @@
+"""Runs on several ranks, started by torchrun: the same bits on 1, 2 and 4, and what happens when one rank fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from utils.checkpoints.folder import list_checkpoints
+from utils.experiments.bits import compare_logs
+from utils.runs.log import read_metrics
+from utils.runs.run import read_record, read_status
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 120.0
+
+Launch = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def launch(tiny_argv: Callable[..., list[str]]) -> Launch:
+    """Start train.py on ranks, in the folder of callbacks: `launch(2, "--lanes", "4", trouble="raise 1 3")`."""
+
+    def start(
+        count: int, *words: str, trouble: str = "none 0 0", own: list[str] | None = None
+    ) -> subprocess.Popen[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        flags = tiny_argv("--device", "cpu", *words) if own is None else own
+        flags += ["--callbacks", "troubled_rank:Trouble"] if own is None else []
+        path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "TROUBLE": trouble, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*torchrun, str(ROOT / "train.py"), *flags],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    return start
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What a command has printed, once it and all its ranks have ended."""
+    try:
+        return process.communicate(timeout=SECONDS)[0]
+    finally:
+        process.kill()
+
+
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of the newest checkpoint."""
+    folder = list_checkpoints(run / "artifacts" / "checkpoints")[0][1]
+    return {
+        f"{kind}/{name}": tensor
+        for kind in ("model", "optimizer")
+        for name, tensor in load_file(folder / f"{kind}.safetensors").items()
+    }
+
+
+def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
+    launch: Launch, tiny_argv: Callable[..., list[str]], runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout, accumulation, Muon and AdamW; stopped on 2 ranks by a callback of rank 1, resumed on 1 and 4."""
+    words = ["--batch-size", "16", "--lanes", "4", "--gradient-accumulation-steps", "8", "--dropout", "0.2"]
+    words += ["--optimizer-name", "muon", "--max-iters", "9", "--eval-iters", "3"]
+    process = launch(2, *words, trouble="stop 1 5")
+    printed = ended(process)
+    assert process.returncode == 0, printed
+    (two,) = runs_dir.iterdir()
+    record = read_record(two)
+    assert (record["status"], record["exit_reason"], record["last_step"]) == ("interrupted", "rank 1: enough", 5)
+    assert record["resolved"]["world_size"] == 2
+    assert printed.count("run directory") == 1
+    assert printed.count("ranks  ") == 1
+    assert len(read_metrics(two / "logs", "train/loss")) == 5
+
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    monkeypatch.setenv("TROUBLE", "none 0 0")
+    one = runs_dir / "one"
+    shutil.copytree(two, one)
+    assert train.main(["--resume", str(one)]) == 0
+    process = launch(4, own=["--resume", str(two)])
+    printed = ended(process)
+    assert process.returncode == 0, printed
+    argv = tiny_argv("--device", "cpu", *words, "--callbacks", "troubled_rank:Trouble", "--run-tag", "undisturbed")
+    assert train.main(argv) == 0
+    (undisturbed,) = runs_dir.glob("*_undisturbed")
+    expected = tensors_of(undisturbed)
+    for run in (one, two):
+        tensors = tensors_of(run)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+        assert compare_logs(undisturbed, run).identical
+        assert read_record(run)["config_hash"] == read_record(undisturbed)["config_hash"]
+        assert (run / "artifacts" / "seal.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"), [("raise 1 3", "rank 1: ValueError: boom"), ("kill 1 3", "rank 1 died")]
+)
+def test_what_ends_one_rank_ends_the_run_with_its_name(
+    launch: Launch, only_run: Callable[[], Path], trouble: str, reason: str
+) -> None:
+    process = launch(2, "--checkpoint-interval", "2", trouble=trouble)
+    printed = ended(process)
+    run = only_run()
+    record = read_record(run)
+    assert process.returncode == 1
+    assert record["status"] == "failed", printed
+    assert record["exit_reason"].startswith(reason)
+    assert printed.count(f"error: {reason}") == 1
+    assert list_checkpoints(run / "artifacts" / "checkpoints")[0][0] == 2
+    if trouble.startswith("raise"):
+        assert 'raise ValueError("boom")' in (run / "logs" / "train.log").read_text(encoding="utf-8")
+
+
+def test_sigterm_stops_all_ranks_at_one_step(launch: Launch, runs_dir: Path) -> None:
+    process = launch(2, "--max-iters", "1000000", "--eval-interval", "1000000", "--flush-interval", "5")
+    deadline = time.monotonic() + SECONDS
+    while not any(read_metrics(path, "train/loss") for path in runs_dir.glob("*/logs")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        try:
+            process.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    process.send_signal(signal.SIGTERM)
+    printed = ended(process)
+    (run,) = runs_dir.iterdir()
+    record = read_record(run)
+    assert (read_status(run), record["exit_reason"]) == ("interrupted", "SIGTERM"), printed
+    assert [step for step, _ in list_checkpoints(run / "artifacts" / "checkpoints")] == [record["last_step"]]
+    assert [step for step, _ in read_metrics(run / "logs", "train/loss")] == list(range(record["last_step"]))
+    assert "Traceback" not in printed.split("Received 15")[0]
+    assert json.loads((run / "run.json").read_text())["resolved"]["message_bytes_per_step"] > 0

@@ -1,0 +1,30 @@
+"""A callback that makes trouble on one rank after some steps; the variable TROUBLE says which: `raise 1 3`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from workbench import Callback, TrainingRun
+
+
+class Trouble(Callback):
+    """What, on which rank, after which step."""
+
+    def __init__(self) -> None:
+        self.what, rank, step = os.environ["TROUBLE"].split()
+        self.rank, self.step = int(rank), int(step)
+
+    def on_step(self, run: TrainingRun) -> None:
+        if (run.rank, run.state.step) != (self.rank, self.step):
+            return
+        if self.what == "raise":
+            raise ValueError("boom")
+        if self.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "stop":
+            run.stop("enough")
+        if self.what == "hang":
+            while True:
+                time.sleep(1)

@@ -1,0 +1,140 @@
+"""Notes that ranks leave for each other in the store of torchrun, and their signs of life."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+BEAT_SECONDS = 0.5  # between signs of life
+GRACE_SECONDS = 10.0  # for rank 0 to notice that another has failed, before it is ended
+CLOSING_SECONDS = 25.0  # for rank 0 to close the run; then ranks that have not noticed are ended
+
+
+class Store(Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
+
+
+class Board:
+    """What the ranks of a run tell each other beside their tensors.
+
+    A thread leaves a sign of life of this rank, with its progress, every BEAT_SECONDS. It also ends this process where
+    another rank has failed and this one, which hangs, does not notice.
+
+    count: collective operations that this rank has begun.
+    busy: above 0 while this rank does what the others wait for without a limit.
+    noticed: whether this rank is ending by itself.
+    gone: whether the store is, and with it torchrun.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.count, self.busy, self.noticed, self.gone = 0, 0, False, False
+        self._store = store
+        self._stopped = threading.Event()
+        self._beats: dict[int, tuple[str, float]] = {}  # of each rank: the last sign of life, and when it was new here
+        self._changes: dict[int, int] = {}
+
+    def start(self) -> None:
+        self.beat(0)
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def stop(self) -> None:
+        self.noticed = True
+        self._stopped.set()
+
+    def post(self, name: str, value: Any) -> None:
+        """Leave a note, which is JSON; nothing where the store is gone."""
+        self._ask(lambda: self._store.set(name, json.dumps(value)))
+
+    def post_first(self, name: str, value: Any) -> bool:
+        """Leave a note unless there is one already; returns whether it is this one now."""
+        found = self._ask(lambda: self._store.compare_set(name, "", json.dumps(value)))
+        return found is None or found == json.dumps(value).encode()
+
+    def read(self, name: str) -> Any:
+        """A note; None: there is none."""
+        found = self._ask(lambda: self._store.get(name) if self._store.check([name]) else None)
+        return None if found is None else json.loads(found)
+
+    def beat(self, number: int) -> None:
+        """Leave a sign of life."""
+        self.post(f"beat/{self.rank}", [number, self.count, self.busy])
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """What the store answers; None once it is gone."""
+        if self.gone:
+            return None
+        try:
+            return question()
+        except RuntimeError:
+            self.gone = True
+            return None
+
+    def _watch(self) -> None:
+        number, failed_at = 0, None
+        while not self._stopped.wait(BEAT_SECONDS):
+            number += 1
+            self.beat(number)
+            if self.gone:  # torchrun is, and nobody would start or end us: all stop, with a checkpoint
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if failed_at is None and self.read("failure") is not None:
+                failed_at = time.monotonic()
+            if failed_at is not None and not self.noticed and self._is_late(time.monotonic() - failed_at):
+                os._exit(1)
+
+    def _is_late(self, seconds: float) -> bool:
+        """Whether this rank must end, since it has not noticed a failure for so long.
+
+        Others than rank 0 wait until that has closed the run: torchrun sends it a signal as soon as one has ended.
+        """
+        if self.rank == 0:
+            return seconds > GRACE_SECONDS
+        return seconds > CLOSING_SECONDS or self.read("end") is not None
+
+    def _look(self, ranks: Sequence[int]) -> None:
+        now = time.monotonic()
+        for rank in ranks:
+            seen = json.dumps(self.read(f"beat/{rank}"))
+            if rank not in self._beats:
+                self._beats[rank] = seen, now
+            elif self._beats[rank][0] != seen:
+                self._beats[rank] = seen, now
+                self._changes[rank] = self._changes.get(rank, 0) + 1
+
+    def silent(self, ranks: Sequence[int], seconds: float) -> list[int]:
+        """Those of `ranks` that gave no sign of life for so long, while this rank was looking."""
+        self._look([rank for rank in ranks if rank != self.rank])
+        now = time.monotonic()
+        return [rank for rank in ranks if rank != self.rank and now - self._beats[rank][1] > seconds]
+
+    def forget(self) -> None:
+        """Count signs of life from now on."""
+        self._beats, self._changes = {}, {}
+
+    def never_seen(self, ranks: Sequence[int]) -> list[int]:
+        """Those of `ranks` without a new sign of life since `forget`."""
+        return [rank for rank in ranks if not self._changes.get(rank)]
+
+    def behind(self, count: int) -> list[int]:
+        """The ranks that are not busy and have begun fewer than `count` collective operations."""
+        found = []
+        for rank in range(self.world_size):
+            beat = self.read(f"beat/{rank}")
+            if rank != self.rank and beat is not None and beat[1] < count and not beat[2]:
+                found.append(rank)
+        return found

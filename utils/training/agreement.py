@@ -1,0 +1,117 @@
+"""What rank 0 tells the other ranks of a run, and what all of them agree on at each step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoints.files import Checkpoint
+from utils.config.fields import SECTION_OF
+from utils.errors import UserError, shown
+from utils.machine.ranks import Ranks
+from utils.machine.signals import StopRequest
+from utils.training.setup import Setup
+from utils.training.state import TrainState, capture, restore
+
+NO_SIGNAL = 1000  # the mark of a rank that stops for another reason
+
+
+def agree(stop: StopRequest, ranks: Ranks) -> None:
+    """Let all ranks stop, or rank 0 save, if one of them is asked to. Called by all at each step."""
+    if not ranks.several:
+        return
+    marks = torch.zeros(ranks.world_size, 2)
+    if stop:
+        marks[ranks.rank, 0] = stop.signum or NO_SIGNAL
+    marks[ranks.rank, 1] = stop.save
+    stops, saves = ranks.sum_exactly(marks).int().T.tolist()
+    stop.save = any(saves)
+    if not any(stops):
+        return
+    # At most once, since training ends; not for a signal, which may come because the store is gone.
+    reasons = ranks.collect("reason", stop.reason or "") if NO_SIGNAL in stops else []
+    rank = next(rank for rank, mark in enumerate(stops) if mark)  # rank 0 before others
+    if stops[rank] != NO_SIGNAL:
+        stop.signum_of_others = stops[rank]
+        stop.stop(signal.Signals(stops[rank]).name)
+    else:
+        stop.stop(f"rank {rank}: {reasons[rank]}" if reasons else "another rank has a reason")
+
+
+def check_same(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError if the code or the settings of a rank are not those of rank 0.
+
+    Args:
+        facts: of each rank (`launch_facts`), or `error`, the mistake that it has found.
+    """
+    own = facts[0]
+    for rank, theirs in enumerate(facts):
+        where = f"rank {rank} ({theirs.get('host', 'unknown host')})"
+        if "error" in theirs:
+            raise UserError(f"{where}: {theirs['error']}")
+        for key in ("code", "torch"):
+            if theirs[key] != own[key]:
+                raise UserError(
+                    f"{where} has another version of {'the code' if key == 'code' else 'torch'}: {theirs[key][:12]}, "
+                    f"not {own[key][:12]}; all ranks need the same"
+                )
+        for key, value in own["settings"].items():
+            if (other := theirs["settings"].get(key)) != value:
+                what = "" if key in SECTION_OF else "--"
+                raise UserError(f"{where}: {what}{key} is {shown(other)}, and {shown(value)} on rank 0")
+
+
+def assign(setup: Setup) -> None:
+    """Tell the other ranks what to train, and wait until each has found everything that it needs.
+
+    Raises:
+        UserError: a rank has no such device, corpus or callback.
+    """
+    assignment = {
+        "config": setup.config.model_dump(mode="json"),
+        "max_iters": setup.max_iters,
+        "tokenizer": setup.corpus.tokenizer.to_json(),
+        "corpus_hash": setup.corpus.hash,
+        "dtype": str(setup.dtype),
+    }
+    setup.ranks.seconds = setup.config.train.rank_timeout
+    setup.ranks.share("assignment", assignment)
+    for rank, mistake in enumerate(setup.ranks.collect("ready", "")):
+        if mistake:
+            raise UserError(f"rank {rank}: {mistake}")
+
+
+def send_state(state: TrainState) -> None:
+    """On rank 0: send the state that training starts from to the other ranks."""
+    weights, optimizer, facts = capture(state)
+    weights = state.model.state_dict()  # those that adapters leave frozen, too
+    outlines = [{name: _outline(tensor) for name, tensor in tensors.items()} for tensors in (weights, optimizer)]
+    state.ranks.share("state", {"facts": facts, "weights": outlines[0], "optimizer": outlines[1]})
+    for tensor in (*weights.values(), *optimizer.values()):
+        state.ranks.broadcast(tensor)
+
+
+def receive_state(state: TrainState) -> None:
+    """On another rank: continue from what rank 0 sends, as from a checkpoint."""
+    sent = state.ranks.share("state", None)
+    weights, optimizer = (
+        {name: _from_outline(outline, state.device) for name, outline in sent[kind].items()}
+        for kind in ("weights", "optimizer")
+    )
+    for tensor in (*weights.values(), *optimizer.values()):
+        state.ranks.broadcast(tensor)
+    facts = sent["facts"] | {"device": str(state.device)}
+    restore(state, Checkpoint(Path("rank 0"), facts["step"], weights, optimizer, {}, facts))
+
+
+def _outline(tensor: torch.Tensor) -> list[Any]:
+    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type]
+
+
+def _from_outline(outline: Sequence[Any], device: torch.device) -> torch.Tensor:
+    shape, dtype, kind = outline
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device if kind == device.type else kind)

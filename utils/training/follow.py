@@ -1,0 +1,225 @@
+"""Several ranks: rank 0 trains as a single process does, and the others follow it and write nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer import tokenizer_from_json
+from utils.config.settings import Config
+from utils.errors import RankError, UserError
+from utils.machine.device import choose_dtype, torch_settings
+from utils.machine.process import gc_frozen, tune_process
+from utils.machine.ranks import ProcessRanks, RanksOverError
+from utils.machine.signals import STOP_SIGNALS, StopRequest, StopSignal, stop_on_signals
+from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.console import Terminal
+from utils.training.agreement import agree, check_same, receive_state
+from utils.training.callbacks import Callbacks, TrainingRun, load_callbacks
+from utils.training.evaluate import evaluate, evaluation_due
+from utils.training.launch import launch_facts
+from utils.training.monitor import Monitor
+from utils.training.setup import device_of_rank, read_corpus
+from utils.training.state import TrainState, build_state
+from utils.training.step import Update
+from utils.training.step_graph import make_update
+
+# What rank 0 alone does beside training.
+NOT_FOLLOWED = {"tracking": {"sample_tokens": 0, "histogram_interval": 0}, "train": {"profile_step": None}}
+
+Loop = Callable[[Any], None]  # trains a session
+
+
+def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loop) -> int:
+    """Train one run with the other processes that torchrun has started; returns the exit status, the same for all.
+
+    Args:
+        lead: what rank 0 does; returns its exit status.
+        loop: the training loop.
+
+    Raises:
+        UserError: on rank 0: a mistake of the user's on any rank.
+        RankError: on rank 0: what has ended another rank. On another one: rank 0 is gone.
+    """
+    tune_process()
+    ranks = ProcessRanks()
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, ranks.handle_signal)
+    if ranks.rank:
+        return follow(argv, ranks, loop)
+    status = 1
+    try:
+        check_same(ranks.collect("facts", launch_facts(argv)))
+        status = lead(ranks)
+    except SystemExit as ending:  # --help
+        status = ending.code if isinstance(ending.code, int) else 0
+        raise
+    except UserError:
+        status = 2
+        raise
+    except KeyboardInterrupt as interruption:
+        status = 128 + getattr(interruption, "signum", signal.SIGINT)
+        raise
+    except RankError as error:
+        ranks.training_is_over("failed", str(error))
+        raise
+    finally:
+        ranks.end(status)
+    return status
+
+
+def follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> int:
+    """Train the run that rank 0 decides on; returns its exit status."""
+    status, lost = 1, None  # 1 also if torchrun is gone
+    try:
+        _follow(argv, ranks, loop)
+    except RanksOverError:
+        pass
+    except StopSignal as interruption:
+        ranks.failed(f"{signal.Signals(interruption.signum).name}, at once", "")
+        status = 128 + interruption.signum
+    except RankError as error:  # another rank: rank 0 reports it, unless it is the one
+        lost = error
+    except BaseException as error:
+        ranks.failed(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+    ended = ranks.leave()
+    if ended is None and lost is not None:
+        raise lost
+    return status if ended is None else ended
+
+
+def _follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> None:
+    try:
+        with contextlib.redirect_stdout(None):  # --help
+            facts = launch_facts(argv)
+    except UserError as error:
+        facts = {"error": str(error)}
+    except SystemExit:
+        facts = {}
+    ranks.collect("facts", facts)
+    assignment = ranks.share("assignment", None)
+    config = Config.model_validate(assignment["config"])
+    ranks.seconds = config.train.rank_timeout
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        stop.silent = True
+        try:
+            device = device_of_rank(config, ranks)
+            dtype = choose_dtype(config.train.dtype, device)
+            callbacks = load_callbacks(config.train.callbacks, PROJECT_ROOT / config.tracking.runs_dir, PROJECT_ROOT)
+            corpus = read_corpus(config, PROJECT_ROOT, tokenizer_from_json(assignment["tokenizer"], "rank 0")).stored()
+            if corpus.hash != assignment["corpus_hash"]:
+                raise UserError(f"{config.data.dataset}: the text is not that of rank 0")
+            if str(dtype) != assignment["dtype"]:
+                raise UserError(f"its device computes in {dtype}, that of rank 0 in {assignment['dtype']}: set dtype")
+        except UserError as error:
+            ranks.collect("ready", str(error))
+            ranks.share("run", None)  # does not come
+            raise
+        stack.enter_context(torch_settings(config.train, device))
+        ranks.collect("ready", "")
+        run = ranks.share("run", None)
+        config = _of_follower(Config.model_validate(run["config"]))
+        terminal = Silent()
+        state = build_state(config, assignment["max_iters"], corpus, device, dtype, terminal, ranks)
+        state.callbacks = dict(callbacks)
+        receive_state(state)
+        follower = Follower(state, make_update(state, terminal.warn), Path(run["path"]), stop)
+        follower.train(loop)
+
+
+def _of_follower(config: Config) -> Config:
+    """The configuration without what rank 0 alone does."""
+    changed = {name: getattr(config, name).model_copy(update=values) for name, values in NOT_FOLLOWED.items()}
+    return config.model_copy(update=changed)
+
+
+class Silent(Terminal):
+    """A terminal that prints nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def print(self, *renderables: Any, log_only: bool = False) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+
+class NoMonitor(Monitor):
+    """Records nothing."""
+
+    def __init__(self) -> None:
+        self.progress = NoProgress()  # type: ignore[assignment]
+
+    def losses(self, losses: Mapping[str, float]) -> None: ...
+
+    def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None: ...
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def evaluating(self, step: int, done: int, total: int) -> None: ...
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None: ...
+
+
+class Follower:
+    """The session (utils/training/session.py) of a rank that decides and writes nothing."""
+
+    def __init__(self, state: TrainState, update: Update, path: Path, stop: StopRequest) -> None:
+        self.state, self.update, self._stop = state, update, stop
+        self.path, self.terminal = path, Silent()
+        self.run = self  # of which the loop knows the path only
+        self._monitor = NoMonitor()
+        run = TrainingRun(path, state, self._monitor.log, stop)
+        self.callbacks = Callbacks(list(state.callbacks.values()), run)  # type: ignore[arg-type]
+
+    @property
+    def evaluation_due(self) -> bool:
+        return evaluation_due(self.state)
+
+    def evaluate(self) -> None:
+        evaluate(self.state, self._monitor, self.callbacks, lambda: self._stop.signum is not None)
+
+    def should_stop(self) -> bool:
+        agree(self._stop, self.state.ranks)
+        return self.state.finished or bool(self._stop)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        self._stop.save = False  # rank 0 knows
+        return False
+
+    def save(self) -> None: ...
+
+    def log_step(self, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None: ...
+
+    def step_done(self, loss: torch.Tensor) -> None:
+        self.callbacks.on_step(self.state.step - 1, loss)
+
+    def pause(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def train(self, loop: Loop) -> None:
+        """Train as rank 0 does, to the end that it has."""
+        ranks = self.state.ranks
+        assert isinstance(ranks, ProcessRanks)
+        with gc_frozen():
+            self.state.model.train()
+            self.callbacks.on_start()
+            ranks.training_begins()
+            try:
+                loop(self)
+                status = ranks.end_of_training()
+            except RanksOverError as over:
+                status = over.status
+            with ranks.busy():
+                self.callbacks.on_end(status)
