@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
+from utils.errors import UserError
 from utils.machine.process import several_ranks, tune_process
 from utils.machine.signals import Deadline
 from utils.runs.origin import Origin
@@ -49,6 +50,9 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
     add_origin_flags(parser)
     add_multirun_flags(parser)
     parsed = parse_experiment(argv, parser)
+    for flag in ("prove", "multirun", "budget"):
+        if ranks is not None and getattr(parsed.own, flag) is not None:
+            raise UserError(f"--{flag} starts or measures trainings of one process: leave out torchrun")
     if parsed.own.prove is not None:
         from utils.experiments.prove import prove_command
 

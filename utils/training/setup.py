@@ -43,6 +43,7 @@ from utils.machine.device import (
 from utils.machine.ranks import ONE, Ranks
 from utils.nn.costs import shapes_only
 from utils.nn.lora import add_adapters, count_parameters
+from utils.packing.prepared import check_made_with
 from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
