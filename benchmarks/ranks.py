@@ -29,7 +29,7 @@ from utils.checkpoints.choose import newest_good
 from utils.checkpoints.folder import list_checkpoints
 from utils.errors import UserError
 from utils.experiments.bits import compare_logs
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, LOGS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record, read_status
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
@@ -90,7 +90,7 @@ def time_arm(name: str, number: int, folder: Path, steps: int, batch_size: int) 
     )
     common.launch(command(ranks, [*flags, *more]), name)
     run = run_of(folder, tag)
-    milliseconds = [value for step, value in read_metrics(run / "logs", "step_ms") if step >= WARM_STEPS]
+    milliseconds = [value for step, value in read_metrics(run / LOGS, "step_ms") if step >= WARM_STEPS]
     resolved = read_record(run)["resolved"]
     return statistics.median(milliseconds) / 1000, resolved.get("message_bytes_per_step", 0)
 
@@ -123,7 +123,7 @@ def kill_once(flags: list[str], folder: Path, rng: random.Random, sessions: int)
     process = subprocess.Popen(command(2, flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     runs = folder / "runs"
     workers: list[psutil.Process] = []
-    while len(workers) < 2 or not any(read_metrics(run / "logs", "train/loss") for run in runs.glob("*_kills")):
+    while len(workers) < 2 or not any(read_metrics(run / LOGS, "train/loss") for run in runs.glob("*_kills")):
         if process.poll() is not None:
             return f"ended by itself: {process.communicate()[0][-500:]}"
         workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]

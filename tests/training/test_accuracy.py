@@ -12,7 +12,7 @@ import pytest
 import evaluate
 import experiments
 from train import train
-from utils.config.loader import LoadedConfig
+from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.config.settings import Config
 from utils.runs.evaluations import read_evaluations
 from utils.runs.layout import ARITHMETIC_PICTURE, CONFIG, METRICS_LOG
@@ -46,9 +46,9 @@ def test_a_run_on_arithmetic_logs_its_accuracy_and_can_be_evaluated_and_resumed(
     assert all(0 <= value <= 1 for value in accuracy.values())
     assert read_record(run)["summary"]["val/accuracy"] == accuracy[4]
 
-    config = evaluate.ConfigLoader(evaluate.PROJECT_ROOT).load()
+    config = ConfigLoader(evaluate.PROJECT_ROOT).load()
     config = LoadedConfig(settings(tmp_path), config.layers)
-    monkeypatch.setattr(evaluate.ConfigLoader, "load", lambda self, *args: config)
+    monkeypatch.setattr(ConfigLoader, "load", lambda self, *args: config)
     words = [run.name, "--device", "cpu", "--json", "--task", "arithmetic"]
     assert evaluate.main(words) == 0
     captured = capsys.readouterr()

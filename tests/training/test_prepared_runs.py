@@ -162,7 +162,10 @@ def test_the_hardest_documents_of_an_update_come_first(trained: Path, capsys: py
         (("--step", "6"), "has no update 6: its updates are 0 to 5"),
         (("--step", "-1"), "has no update -1"),
         (("--step", "0", "--top", "0"), "--top must be at least 1"),
-        (("--step", "0", "--top", "1", "--checkpoint", "lates"), "a step, got lates; did you mean latest"),
+        (
+            ("--step", "0", "--top", "1", "--checkpoint", "lates"),
+            "or a step; did you mean latest",
+        ),
         (("--step", "0", "--top", "1", "--checkpoint", "5"), "no checkpoint of step 5"),
         (("--step", "0", "--checkpoint", "6"), "expected --top N, too"),
     ],

@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 import train
 from data import load_corpus
 from tests.fake_runs import indexed, record_of
-from utils.config.settings import DataConfig
+from utils.config.settings import Config, DataConfig
 from utils.errors import number_text
 from utils.experiments.reproduce import reproduce
+from utils.machine.ranks import ONE
 from utils.runs.code import GitFacts
 from utils.runs.index import code_identity, later_code, read_run
 from utils.runs.run import Run, duration_of, read_record
@@ -62,7 +65,7 @@ def test_an_older_record_is_compared_by_its_patch(tmp_path: Path) -> None:
 
     run = indexed(tmp_path, patch="old", resolved={})
     git: Any = replace(COMMITTED, patch=b"old", callbacks={"mine": b""})
-    setup: Any = type("Setup", (), {"device": __import__("torch").device("cpu")})()
+    setup: Any = SimpleNamespace(device=torch.device("cpu"), ranks=ONE, config=Config())
     assert [what for what, *_ in changed_facts(run.path, run.record, setup, git)] == []
     git = replace(git, patch=b"new")
     assert [what for what, *_ in changed_facts(run.path, run.record, setup, git)] == ["the uncommitted code"]

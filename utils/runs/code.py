@@ -223,6 +223,7 @@ class MetadataCapture:
         base = facts.commit or repo.git.hash_object("-t", "tree", os.devnull)
         changed = _paths(repo.git.diff("--name-only", "--no-renames", "--ignore-submodules=dirty", "-z", base))
         untracked = _paths(repo.git.ls_files("--others", "--exclude-standard", "--full-name", "-z", "--", ":/"))
+        untracked = [name for name in untracked if "__pycache__" not in name.split("/")]  # byte code of the others
         top = Path(repo.working_tree_dir)
         changed, untracked = ([n for n in names if not self._is_excluded(top / n)] for names in (changed, untracked))
         hidden = [name for name in hidden_changes(repo) if not self._is_excluded(top / name)]

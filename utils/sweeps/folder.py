@@ -24,6 +24,7 @@ from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
 from utils.files import read_json, write_json
 from utils.locks import folder_lock
+from utils.runs import layout
 from utils.runs.run import utc_now
 from utils.sweeps.pruning import Pruner
 from utils.sweeps.sampling import SamplerName, sampler_arguments
@@ -32,7 +33,7 @@ from utils.terminal.words import setting_text
 
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"
-CONFIG = "full_config.json"
+CONFIG = layout.CONFIG.name
 JOURNAL = "journal.jsonl"
 TRIALS = "trials"
 REPORT = "report"
