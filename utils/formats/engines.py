@@ -109,7 +109,8 @@ class LlamaCpp(Engine):
         xllamacpp = importlib.import_module("xllamacpp")
         params = xllamacpp.CommonParams()
         params.model.path = str(folder / GGUF)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = context, 1, 0, False
+        params.n_ctx = context + 1  # with the token that is sampled
+        params.n_parallel, params.n_gpu_layers, params.warmup = 1, 0, False
         params.verbosity = -1
         params.cpuparams.n_threads = 1  # its threads wait for each other in loops
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
