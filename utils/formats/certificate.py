@@ -223,7 +223,7 @@ def _compare_prompt(ours: Ours, engine: Engine, text: str) -> dict[str, Any]:
         differences.append(f"token ids {_cut(theirs)}, ours {_cut(every)}")
     context = model.config.block_size
     ids = every[: max(1, context // 2)]
-    count = min(NEW_TOKENS, context - len(ids) + 1)
+    count = min(NEW_TOKENS, context - len(ids) + 1 - engine.spare)
     logits = model(torch.tensor([ids]))[0][0]
     tolerance = ours.tolerance * max(1.0, float(logits.abs().max()))
     ours_there = logits.log_softmax(-1) if engine.normalised else logits

@@ -27,9 +27,11 @@ class Engine(Protocol):
     package: as Python imports it.
     install: as pip knows it.
     normalised: its logits are logarithms of probabilities; those that it does not give are -inf.
+    spare: tokens of the context that a prompt must leave free.
     """
 
     normalised: ClassVar[bool] = False
+    spare: ClassVar[int] = 0
     name: ClassVar[str]
     package: ClassVar[str]
     install: ClassVar[str]
@@ -102,6 +104,7 @@ class LlamaCpp(Engine):
 
     name, package, install = "llama.cpp", "xllamacpp", "xllamacpp"
     normalised = True
+    spare = 1  # the token that is sampled has a place in the context
     most = 1000  # tokens of which the logits are asked for
     places = 4  # of a prompt: a request gives those of its last token only
 
@@ -109,8 +112,7 @@ class LlamaCpp(Engine):
         xllamacpp = importlib.import_module("xllamacpp")
         params = xllamacpp.CommonParams()
         params.model.path = str(folder / GGUF)
-        params.n_ctx = context + 1  # with the token that is sampled
-        params.n_parallel, params.n_gpu_layers, params.warmup = 1, 0, False
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = context, 1, 0, False
         params.verbosity = -1
         params.cpuparams.n_threads = 1  # its threads wait for each other in loops
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
