@@ -22,7 +22,7 @@ OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pa
 WITHOUT_TORCH = (
     *("errors", "locks", "files", "config", "terminal", "runs", "corpora", "experiments"),
     *("checkpoints.folder", "checkpoints.header", "machine.process", "machine.signals", "machine.watchdog"),
-    *("formats.stored", "formats.c_files", "formats.inspection"),
+    *("formats.stored", "formats.foreign_files", "formats.weight_index", "formats.c_files", "formats.inspection"),
     *("training.early_stopping", "training.launch", "training.result"),
     *("sweeps.space", "sweeps.sampling", "sweeps.pruning", "sweeps.folder", "sweeps.study", "sweeps.results"),
     *("sweeps.trial", "sweeps.driver", "sweeps.table", "sweeps.start", "sweeps.multirun"),

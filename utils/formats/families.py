@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from utils.config.settings import ModelConfig
 from utils.errors import nearest, shown
-from utils.formats.foreign_config import ForeignConfig, ForeignConfigError, refuse_own_code
+from utils.formats.foreign_config import ForeignConfig, refuse_own_code
+from utils.formats.foreign_files import ForeignConfigError
 from utils.formats.gpt2 import GPT2
 from utils.formats.llama import LLAMA
 from utils.formats.mistral import MISTRAL

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from utils.config.settings import ModelConfig
-from utils.errors import UserError, number_text, shown
-from utils.files import JSON_BYTES, open_regular
+from utils.errors import number_text, shown
+from utils.formats.foreign_files import ForeignConfigError
 
 # Keys that say nothing about the numbers of a model.
 HARMLESS = frozenset(
@@ -24,55 +23,6 @@ HARMLESS = frozenset(
     )
 )
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-class ForeignConfigError(UserError):
-    """A configuration of another program that is damaged, or that our model cannot represent."""
-
-
-def boundary(folder: Path) -> Path:
-    """The folder that no link in the folder of a model may lead out of.
-
-    Otherwise a model could put a file of its reader, a key say, into what is made of it. Files in the cache of the hub
-    are links into another folder of their repository.
-    """
-    return folder.parent.parent if folder.parent.name == "snapshots" else folder
-
-
-def read_bounded(path: Path, limit: int = JSON_BYTES) -> bytes:
-    """The content of a file in the folder of a model.
-
-    Raises:
-        ForeignConfigError: missing, too large, not a file, or a link out of the folder (see `boundary`).
-    """
-    try:
-        with open_regular(path, boundary(path.parent)) as file:
-            content = file.read(limit + 1)
-    except FileNotFoundError:
-        raise ForeignConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ForeignConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > limit:
-        raise ForeignConfigError(f"{path}: cannot be read: is larger than {limit >> 20} MiB")
-    return content
-
-
-def read_bounded_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of another program.
-
-    Raises:
-        ForeignConfigError: missing, too large, damaged or something else.
-    """
-    content = read_bounded(path, limit)
-    try:
-        value = json.loads(content)
-    except RecursionError:
-        raise ForeignConfigError(f"{path}: not valid JSON: nested too deeply") from None
-    except ValueError as error:
-        raise ForeignConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ForeignConfigError(f"{path}: expected an object, got a {type(value).__name__}")
-    return value
 
 
 class ForeignConfig:

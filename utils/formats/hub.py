@@ -16,8 +16,10 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.files import expand_home
+from utils.formats.foreign_files import ForeignConfigError
 from utils.formats.pretrained import CONFIG
-from utils.formats.shards import INDEX, PICKLES, WEIGHTS
+from utils.formats.shards import PICKLES, WEIGHTS
+from utils.formats.weight_index import INDEX, read_weight_index
 from utils.terminal.words import size
 
 PATTERNS = (  # of the files of a model that are used; weights are often there in other formats, too
@@ -196,13 +198,11 @@ def is_whole(folder: Path) -> bool:
         return False
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return (folder / WEIGHTS).exists()
-    from utils.formats.foreign_config import ForeignConfigError, read_bounded_json
-
     try:
-        names = set(read_bounded_json(folder / INDEX)["weight_map"].values())
-    except (ForeignConfigError, LookupError, AttributeError, TypeError):
+        names = read_weight_index(folder / INDEX)
+    except ForeignConfigError:
         return True  # damaged, which is reported when it is opened
-    return all(isinstance(name, str) and (folder / name).exists() for name in names)
+    return all((folder / name).exists() for name in names)
 
 
 def _commit_of(folder: Path) -> str | None:

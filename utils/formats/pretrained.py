@@ -18,7 +18,8 @@ from model import LanguageModel, outline
 from tokenizer import Tokenizer, TokenizerError, pretrained_tokenizer
 from utils.config.settings import ModelConfig
 from utils.formats.families import family_of
-from utils.formats.foreign_config import ForeignConfig, our_config, read_bounded, read_bounded_json
+from utils.formats.foreign_config import ForeignConfig, our_config
+from utils.formats.foreign_files import read_bounded, read_bounded_json
 from utils.formats.shards import LOADABLE, Shards, check_regular
 from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
 

@@ -13,12 +13,12 @@ import torch
 from utils.checkpoints.files import DTYPE_NAMES, map_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import read_header
-from utils.errors import shown
 from utils.files import open_regular, write_json
-from utils.formats.foreign_config import boundary, read_bounded_json
+from utils.formats.foreign_files import ForeignConfigError, boundary
 from utils.formats.table import FormatError, Shape
+from utils.formats.weight_index import INDEX, read_weight_index
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LOADABLE = {"F64", "F32", "F16", "BF16"}
 
@@ -53,19 +53,12 @@ class Shards:
         if (self.folder / WEIGHTS).is_file():
             yield self.folder / WEIGHTS, None
         elif (self.folder / INDEX).is_file():
-            of_file: dict[str, set[str]] = {}
-            mapping = read_bounded_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(mapping, dict) or not mapping:
-                raise FormatError(f"{self.folder / INDEX}: weight_map: expected an object that names files")
-            for tensor, name in mapping.items():
-                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                    raise FormatError(
-                        f"{self.folder / INDEX}: weight_map: expected the name of a .safetensors file beside it, got "
-                        f"{shown(name)}"
-                    )
-                of_file.setdefault(name, set()).add(tensor)
-            for name in sorted(of_file):
-                yield self.folder / name, of_file[name]
+            try:
+                of_file = read_weight_index(self.folder / INDEX)
+            except ForeignConfigError as error:
+                raise FormatError(str(error)) from None
+            for name, tensors in of_file.items():
+                yield self.folder / name, tensors
         elif pickle := next((name for name in PICKLES if (self.folder / name).exists()), None):
             raise FormatError(
                 f"{self.folder}: {pickle} is a pickle, which can run any code when it is read, so it is refused; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +11,12 @@ from typing import NamedTuple
 
 from utils.checkpoints.folder import WEIGHTS_FILE, best_path, folder_name, list_checkpoints
 from utils.checkpoints.header import TensorEntry, read_header
-from utils.errors import UserError, nearest, shown
-from utils.files import expand_home, open_named
+from utils.errors import UserError, nearest
+from utils.files import expand_home
 from utils.formats.c_files import read_layout
+from utils.formats.weight_index import INDEX, read_weight_index
 from utils.runs.layout import BASE_WEIGHTS, CHECKPOINTS, EXPORT, RECORD
 
-INDEX = "model.safetensors.index.json"  # of weights in several files
-INDEX_BYTES = 32 << 20
 HUB = "hf:"
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
@@ -121,12 +119,12 @@ def _of_folder(folder: Path) -> list[Path]:
     """The safetensors in a folder: model.safetensors, or those of its index, or all that there are.
 
     Raises:
-        UserError: there are none, or the index names a file elsewhere.
+        UserError: there are none, or the index is damaged or names something else.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     if (folder / INDEX).is_file():
-        return [folder / name for name in _indexed(folder / INDEX)]
+        return [folder / name for name in read_weight_index(folder / INDEX)]
     names = sorted(os.listdir(folder))
     if found := [folder / name for name in names if name.endswith(".safetensors")]:
         return found
@@ -136,33 +134,6 @@ def _of_folder(folder: Path) -> list[Path]:
             "programs are read from safetensors only (python weights.py convert turns some of them into runs)"
         )
     raise UserError(f"{folder}: no weights: expected {WEIGHTS_FILE} or {INDEX}{nearest(WEIGHTS_FILE, names)}")
-
-
-def _indexed(path: Path) -> list[str]:
-    """The files that an index names, which lie beside it.
-
-    Raises:
-        UserError: it is damaged, or names something else.
-    """
-    try:
-        with open_named(path) as file:  # in the hub's cache it is a link
-            content = file.read(INDEX_BYTES + 1)
-        if len(content) > INDEX_BYTES:
-            raise ValueError(f"it is larger than {INDEX_BYTES >> 20} MiB")
-        files = json.loads(content)["weight_map"].values()
-        names = sorted({name for name in files if isinstance(name, str)})
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    for name in names:
-        if os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise UserError(f"{path}: weight_map: expected a .safetensors file beside it, got {shown(name)}")
-    if not names:
-        raise UserError(f"{path}: names no file")
-    return names
 
 
 def read_stored(name: str, files: Iterable[Path]) -> Stored:
