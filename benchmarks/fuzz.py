@@ -55,7 +55,7 @@ from benchmarks.fuzz_damage import (
 from benchmarks.fuzz_process import Ended, Main, import_all, run
 from utils.errors import UserError
 from utils.runs.find import list_run_paths
-from utils.runs.layout import MODELS
+from utils.runs.layout import LOCK, MODELS
 from utils.runs.run import read_record
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
@@ -242,7 +242,7 @@ class Fuzzer:
         if case.reads:
             files = [path for path in changed if path in after and not Path(path).name.startswith("runs")]
             yield from (("leftover", f"{path} is changed") for path in files[:1])
-        of_good = [path for path in changed if path.startswith(good)]
+        of_good = [path for path in changed if path.startswith(good) and path != f"{good}{LOCK}"]  # its last holder
         if case.damage or case.script != "experiments":
             yield from (("hidden", f"{path} is changed") for path in of_good[:1])
 
