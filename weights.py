@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from utils.errors import UserError
 from utils.files import expand_home
 from utils.formats.stored import Stored, find_weights, read_stored
+from utils.machine.signals import raise_on_signals
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.commands import Answer, Commands, flag
 from utils.terminal.words import counted, printable, size
@@ -37,7 +38,8 @@ FORMATS = ("hf", "gguf", "onnx")
 
 @script
 def main(argv: Sequence[str]) -> int:
-    return COMMANDS.run(Parser(prog="weights.py", description=__doc__), argv)
+    with raise_on_signals():
+        return COMMANDS.run(Parser(prog="weights.py", description=__doc__), argv)
 
 
 # ------------------------------------------------------------------------------------------------- looking at weights

@@ -221,8 +221,15 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name in types:
-        writer.write_tensor_data(numbers(name))
+        writer.write_tensor_data(numbers(name).view(_Written))
     writer.close()
+
+
+class _Written(np.ndarray[Any, Any]):
+    """An array whose `tofile` fails with the reason of the system, which that of numpy leaves out."""
+
+    def tofile(self, file: Any) -> None:  # type: ignore[override]
+        file.write(np.ascontiguousarray(self).data)
 
 
 def _add_metadata(package: Any, writer: Any, source: Source, kind: str, licence: str | None) -> None:

@@ -26,7 +26,7 @@ from utils.errors import (
     number_text,
     shown,
 )
-from utils.files import expand_home
+from utils.files import DISK_ERRORS, expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import one_line, printable
@@ -156,10 +156,6 @@ def _path_mistake(error: OSError | ValueError) -> str:
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As Python does at the end of a script, but `printable`: the message may be text of a run."""
     print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
-# Of the machine, not of the program: one line.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def script(main: Callable[[Sequence[str]], int]) -> Main:

@@ -24,7 +24,7 @@ from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer,
 from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError
-from utils.files import sync_folder, write_json
+from utils.files import sync_folder, unwritable, write_json
 from utils.formats.convert import name_of
 from utils.formats.foreign import MOMENTS, Foreign
 from utils.inference.export import save_export
@@ -327,6 +327,7 @@ def _new_run(place: Path) -> Iterator[Path]:
 
     Raises:
         UserError: it cannot be written.
+        OSError: the disk is full or fails.
     """
     folder = place.with_name(f".{place.name}.converting")
     try:
@@ -338,6 +339,6 @@ def _new_run(place: Path) -> Iterator[Path]:
         folder.rename(place)
         sync_folder(place.parent)
     except OSError as error:
-        raise UserError(f"{place}: cannot be written: {error.strerror or error}") from None
+        raise unwritable(place, error) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
