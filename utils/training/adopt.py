@@ -329,7 +329,7 @@ def _new_run(place: Path) -> Iterator[Path]:
         UserError: it cannot be written.
         OSError: the disk is full or fails.
     """
-    folder = place.with_name(f".{place.name}.converting")
+    folder = place.with_name(f".{place.name}.tmp")
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
