@@ -132,9 +132,10 @@ def download(
     check_name(name)
     hub = _hub(name)
     if hub.constants.HF_HUB_OFFLINE:
+        flags = "".join(f" --{flag} {value}" for flag, value in (("out", local_dir), ("revision", revision)) if value)
         raise HubError(
             f"{name} is not on this machine (no such folder, and not in {hub.constants.HF_HUB_CACHE}), and "
-            f"HF_HUB_OFFLINE forbids the network; with a network: python weights.py download {name}"
+            f"HF_HUB_OFFLINE forbids the network; with a network: python weights.py download {name}{flags}"
         )
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 

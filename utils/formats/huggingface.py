@@ -20,7 +20,6 @@ from utils.formats.source import Source
 from utils.formats.table import Family, Place, places
 from utils.inference.evaluation import evaluating
 
-SHARD_BYTES = 5 * 10**9
 CHAT_TEMPLATE = "chat_template.jinja"
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}  # of logits, of the same rounded weights
 LOADING = """
@@ -43,7 +42,7 @@ def export_huggingface(
     place: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = 5 * 10**9,
     licence: str | None = None,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import re
@@ -10,7 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -122,6 +123,15 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
     if not values or min(values) < least:
         raise UserError(f"{flag}: expected numbers >= {number_text(least)}, separated by commas, got {text!r}")
     return values
+
+
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Begin the mistakes that the block reports with the flag that they concern."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
 
 
 class Main(Protocol):
