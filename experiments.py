@@ -34,7 +34,7 @@ from utils.experiments.curve import AXES
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
 from utils.runs.run import RunError, check_links
-from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
+from utils.terminal.cli import PROJECT_ROOT, Parser, naming, place, script
 from utils.terminal.commands import Answer, fields_of, flag
 from utils.terminal.words import printable
 
@@ -269,11 +269,14 @@ def prune(args: argparse.Namespace) -> Answer:
         raise UserError(f"--keep-last must be at least 0, not {args.keep_last}")
     if not (args.keep_last or args.older_than or args.max_size):
         raise UserError("prune: expected --keep-last N, --older-than AGE or --max-size SIZE")
-    max_bytes = parse_size(args.max_size) if args.max_size else None
+    with naming("--max-size"):
+        max_bytes = parse_size(args.max_size) if args.max_size else None
+    with naming("--older-than"):
+        older_than = parse_age(args.older_than) if args.older_than else 0.0
     plan = plan_pruning(
         runs_folder(args),
         keep_last=args.keep_last,
-        older_than=parse_age(args.older_than) if args.older_than else 0.0,
+        older_than=older_than,
         max_bytes=max_bytes,
         whole_runs=args.whole_runs,
         unfinished=args.unfinished,

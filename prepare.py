@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import expand_home
-from utils.machine.signals import StopSignal
+from utils.machine.signals import raise_on_signals
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.streams import is_unicode
@@ -220,19 +218,13 @@ def make(order: Preparation, folder: Path) -> int:
 
     terminal = Terminal()
 
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        raise StopSignal(signum)
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        made = prepare(order, terminal)
+        with raise_on_signals():
+            made = prepare(order, terminal)
     except KeyboardInterrupt:
         if not order.dry_run:
             terminal.print("what is done is kept; the same command goes on with it")
         raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
     if isinstance(made, Outcome):
         print_dry_run(made, order, terminal)
     else:

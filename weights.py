@@ -14,6 +14,7 @@ a folder of safetensors, or hf:NAME, a folder or a model in the cache of the Hug
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING
 from utils.errors import UserError
 from utils.files import expand_home
 from utils.formats.stored import Stored, find_weights, read_stored
-from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
+from utils.machine.signals import raise_on_signals
+from utils.terminal.cli import PROJECT_ROOT, Parser, naming, place, script
 from utils.terminal.commands import Answer, Commands, flag
 from utils.terminal.words import counted, printable, size
 
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 
 COMMANDS = Commands()
 command = COMMANDS.declare
+SHARD_SIZE = "5GB"
 FORMATS = ("hf", "gguf", "onnx")
 
 
 @script
 def main(argv: Sequence[str]) -> int:
-    return COMMANDS.run(Parser(prog="weights.py", description=__doc__), argv)
+    with raise_on_signals():
+        return COMMANDS.run(Parser(prog="weights.py", description=__doc__), argv)
 
 
 # ------------------------------------------------------------------------------------------------- looking at weights
@@ -159,13 +163,17 @@ def runs_dir(args: argparse.Namespace) -> Path:
         default="float32",
         help="of the matrices; q8_0 (8 bits): gguf only, bfloat16: hf only (default: float32)",
     ),
-    flag("--shard-size", metavar="SIZE", default="5GB", help="hf: largest file of weights (default: 5GB)"),
+    flag("--shard-size", metavar="SIZE", help=f"hf: largest file of weights (default: {SHARD_SIZE})"),
     flag("--license", metavar="NAME", help="for the model card: mit, apache-2.0, ..."),
 )
 def export(args: argparse.Namespace) -> Answer:
     from utils.experiments.prune import parse_size
 
-    shard_bytes = parse_size(args.shard_size)
+    if args.shard_size is not None and args.format != "hf":
+        raise UserError(f"--shard-size: the format {args.format} is not split into files; hf is")
+    with naming("--shard-size"):
+        if (shard_bytes := parse_size(args.shard_size or SHARD_SIZE)) < 1:
+            raise UserError(f"expected a size above 0, got {args.shard_size!r}")
     from utils.formats.certificate import DisagreementError, certificate_lines
     from utils.formats.exports import export_as
     from utils.formats.source import default_place, open_source
@@ -193,7 +201,9 @@ def certify(args: argparse.Namespace) -> Answer:
     from utils.formats.certificate import certificate_lines, certify, format_of, source_of
 
     format_of(args.folder)
-    certificate = certify(args.folder, source_of(args.folder, args.run, runs_dir(args)))
+    with naming("--run") if args.run is not None else contextlib.nullcontext():
+        source = source_of(args.folder, args.run, runs_dir(args))
+    certificate = certify(args.folder, source)
     return Answer(
         certificate, lambda console: certificate_lines(certificate), 1 if certificate["agrees"] is False else 0
     )

@@ -9,8 +9,10 @@ of its own: load_file alone only maps the file and reads nothing of it, which is
 process of its own; the arms take turns. Anonymous memory is what the process has beside the pages of files, sampled
 every 2 ms and counted from before the load.
 
-Then `weights.py inspect` of the same file: the time and memory of the whole process. Then the generation of greedy
-tokens by the loaded model against the same model made in memory; both are decoded in turns in one process.
+Then exports for transformers, in files of 100 MB, written and read again: the time, and the anonymous memory beside
+that of the model itself. Then `weights.py inspect` of the same file: the time and memory of the whole process. Then the
+generation of greedy tokens by the loaded model against the same model made in memory; both are decoded in turns in one
+process.
 """
 
 from __future__ import annotations
@@ -34,14 +36,11 @@ from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
 LIBRARY, MAPPED, OURS = "load_file, then copied", "load_file alone, mapped", "export to a ready model"
-LIMITS = {"seconds": 1.3, "memory": 1.2, "inspect seconds": 0.5, "inspect MB": 100.0, "decode": 0.95}
-MEASURED = """
+LIMITS = {"seconds": 1.3, "memory": 1.2, "inspect seconds": 0.5, "inspect MB": 100.0, "export": 0.5, "decode": 0.95}
+SAMPLER = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from safetensors.torch import load_file
-from utils.checkpoints.folder import WEIGHTS_FILE
-from utils.inference.export import load_export
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -51,23 +50,41 @@ def sample():
     while not done.wait(0.002):
         seen.append(anonymous())
 
+def measured(act):
+    global done, seen
+    done, before = threading.Event(), anonymous()
+    seen = [before]
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    began = time.perf_counter()
+    kept = act()
+    seconds = time.perf_counter() - began
+    seen.append(anonymous())
+    done.set()
+    sampler.join()
+    print(json.dumps({"seconds": seconds, "anonymous": max(seen) - before}))
+"""
+LOAD = """
+from safetensors.torch import load_file
+from utils.checkpoints.folder import WEIGHTS_FILE
+from utils.inference.export import load_export
+
 folder, kind = Path(sys.argv[1]), sys.argv[2]
-done, before = threading.Event(), anonymous()
-seen = [before]
-sampler = threading.Thread(target=sample)
-sampler.start()
-began = time.perf_counter()
-if kind == "mapped":
-    kept = load_file(folder / WEIGHTS_FILE)
-elif kind == "copied":
-    kept = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-else:
-    kept = load_export(folder, torch.device("cpu"))
-seconds = time.perf_counter() - began
-seen.append(anonymous())
-done.set()
-sampler.join()
-print(json.dumps({"seconds": seconds, "anonymous": max(seen) - before}))
+arms = {
+    "mapped": lambda: load_file(folder / WEIGHTS_FILE),
+    "copied": lambda: {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_FILE).items()},
+    "ours": lambda: load_export(folder, torch.device("cpu")),
+}
+measured(arms[kind])
+"""
+EXPORT = """
+sys.modules["transformers"] = None  # its own copy of the weights is not ours
+from utils.formats.exports import export_as
+from utils.formats.source import open_source
+
+folder, dtype = sys.argv[1:]
+source = open_source(folder, Path())
+measured(lambda: export_as(source, "hf", Path(folder).with_name(dtype), dtype, 10**8, None))
 """
 
 
@@ -86,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
         folder = Path(place) / "gpt2"
         size = write_export(folder, shape)
         report_loads(folder, size, args.repeats, terminal)
+        report_exports(folder, size, args.repeats, terminal)
         report_inspect(folder, args.repeats, terminal)
         report_decode(folder, shape, args.repeats, terminal)
     terminal.print(f"machine: {common.machine_facts()}")
@@ -116,12 +134,17 @@ def a_model(shape: Shape) -> Any:
 
 
 def load(folder: Path, kind: str) -> dict[str, float]:
-    """Load in a process of its own; returns seconds, and the most anonymous memory in bytes.
+    """Load in a process of its own (see `measure`)."""
+    return measure(LOAD, folder, kind)
+
+
+def measure(code: str, folder: Path, kind: str) -> dict[str, float]:
+    """Run the code in a process of its own; returns seconds, and the most anonymous memory in bytes.
 
     Raises:
         UserError: it fails.
     """
-    command = [sys.executable, "-c", MEASURED, str(folder), kind]
+    command = [sys.executable, "-c", SAMPLER + code, str(folder), kind]
     result = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"{kind}: {result.stderr.strip().splitlines()[-1]}")
@@ -153,6 +176,17 @@ def report_loads(folder: Path, size: int, repeats: int, terminal: Terminal) -> N
         f"memory: {memory:.2f} times the weights, at most {LIMITS['memory']:g} "
         f"{common.verdict(memory <= LIMITS['memory'])}",
     )
+
+
+def report_exports(folder: Path, size: int, repeats: int, terminal: Terminal) -> None:
+    for dtype in ("float32", "bfloat16"):
+        found = [measure(EXPORT, folder, dtype) for _ in range(repeats)]
+        seconds = statistics.median(one["seconds"] for one in found)
+        memory = max(one["anonymous"] for one in found) / size
+        terminal.print(
+            f"export for transformers in {dtype}: {seconds:.1f} s, {memory:.2f} times the weights beside them, at most "
+            f"{LIMITS['export']:g} {common.verdict(memory <= LIMITS['export'])}"
+        )
 
 
 def report_inspect(folder: Path, repeats: int, terminal: Terminal) -> None:

@@ -25,6 +25,8 @@ from utils.locks import folder_lock
 
 JSON_BYTES = 64 << 20  # of a JSON file: the largest that are written, about a model of a million layers, have less
 MODE = 0o666  # of a new file, less what the umask takes away
+# Of the machine, not of the command: one line and exit status 1.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -327,24 +329,52 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def unwritable(place: Path, error: OSError) -> OSError | UserError:
+    """The error for a place that a person named: an OSError if the disk is full or fails, else a mistake of theirs."""
+    if error.errno in DISK_ERRORS:
+        return OSError(error.errno, error.strerror, str(place))
+    return UserError(f"{place}: cannot be written: {error.strerror or error}")
+
+
+def sync_files(folder: Path) -> None:
+    """Make the files in `folder` survive a power loss."""
+    for path in folder.iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def replace_folder(folder: Path, new: Path) -> None:
     """Move the folder `new` to `folder`; if that fails, an old one there stays.
 
     Raises:
         OSError: it cannot be moved.
     """
-    old = folder.with_name(f".{folder.name}.old")
+    restore_folder(folder)
+    old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     try:
         new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
+    except BaseException:
+        restore_folder(folder)
         raise
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Put the old folder back where `replace_folder` was killed between its two moves."""
+    if not os.path.lexists(folder) and _old(folder).exists():
+        _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    """Where a folder is while it is being replaced."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def size_of(folder: Path) -> int:

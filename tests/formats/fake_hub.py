@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,8 @@ class Hub:
     models: folder of each model by its name.
     gated: names of models that need a token.
     breaks: bytes after which the connection of a file breaks, once, by the name of the file.
+    stalls: as `breaks`, but the connection stays and nothing more comes until `go` is set.
+    sent: bytes of each file that were sent in all, by its name.
     wrong: names of files whose hash the server states wrongly.
     """
 
@@ -29,6 +32,9 @@ class Hub:
         self.models: dict[str, Path] = {}
         self.gated: set[str] = set()
         self.breaks: dict[str, int] = {}
+        self.stalls: dict[str, int] = {}
+        self.go = threading.Event()
+        self.sent: Counter[str] = Counter()
         self.wrong: set[str] = set()
         self.asked: list[tuple[str, str | None]] = []  # path and range
         self.url = ""
@@ -91,7 +97,11 @@ def serve_hub() -> Iterator[Hub]:
                 if large:
                     entry["lfs"] = {"oid": digest, "size": path.stat().st_size, "pointerSize": 100}
                 files.append(entry)
-            siblings = [{"rfilename": entry["path"]} for entry in files]
+            siblings = [
+                {"rfilename": entry["path"]}
+                | ({"lfs": {**entry["lfs"], "sha256": entry["oid"]}} if "lfs" in entry else {})
+                for entry in files
+            ]
             value = files if tree else {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
             return self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
@@ -114,13 +124,15 @@ def serve_hub() -> Iterator[Hub]:
             self.end_headers()
             if self.command == "HEAD":
                 return None
-            if (end := hub.breaks.pop(path.name, None)) is not None:
-                self.wfile.write(content[first:end])
-                self.wfile.flush()
+            end = hub.breaks.pop(path.name, hub.stalls.get(path.name, len(content)))
+            hub.sent[path.name] += end - first
+            self.wfile.write(content[first:end])
+            self.wfile.flush()
+            if hub.stalls.pop(path.name, None) is not None:
+                hub.go.wait(60)
+            if end < len(content):
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
-                return None
-            self.wfile.write(content[first:])
             return None
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -131,5 +143,6 @@ def serve_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.go.set()
         server.shutdown()
         server.server_close()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,16 +116,122 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    shard = "model-00001-of-00003.safetensors"
-    hub.breaks[shard] = 5000
+    hub.breaks[SHARD] = 5000
     assert download("--out", str(tmp_path / "out")) == 0
-    assert [ranges for path, ranges in hub.asked if path.endswith(shard) and ranges] == ["bytes=5000-"]
-    assert (tmp_path / "out" / shard).read_bytes() == (hub.models[NAME] / shard).read_bytes()
-    hub.asked.clear()
-    (tmp_path / "out" / "model-00002-of-00003.safetensors").unlink()  # as after a kill: what is whole stays
-    (tmp_path / "out" / "config.json").unlink()
+    assert [ranges for path, ranges in hub.asked if path.endswith(SHARD) and ranges] == ["bytes=5000-"]
+    assert (tmp_path / "out" / SHARD).read_bytes() == (hub.models[NAME] / SHARD).read_bytes()
+
+
+SHARD = "model-00001-of-00003.safetensors"
+
+
+def interrupted(seconds: float) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_a_stopped_download_goes_on_where_it_was(
+    place: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    flags = ("--out", str(tmp_path / "out")) if place == "folder" else ()
+    hub.breaks[SHARD] = 5000
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", interrupted)  # before a retry
+        assert download(*flags) == 130
+    assert not [path for path in tmp_path.rglob("*.safetensors") if "on the hub" not in path.parts]
+    capsys.readouterr()
+    assert download(*flags) == 0
+    assert f"note: {SHARD}: 5.0 KB of 14.1 KB are here from an earlier try" in capsys.readouterr().err
+    assert dict(hub.sent) == {
+        path.name: path.stat().st_size for path in hub.models[NAME].iterdir() if path.name in hub.sent
+    }
+    assert not list(tmp_path.rglob("*.incomplete"))
+    (found,) = [path for path in tmp_path.rglob(SHARD) if "on the hub" not in path.parts]
+    assert found.read_bytes() == (hub.models[NAME] / SHARD).read_bytes()
+
+
+def test_other_content_on_the_hub_is_a_new_start(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.breaks[SHARD] = 5000
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", interrupted)
+        assert download() == 130
+    path = hub.models[NAME] / SHARD
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    hub.sent.clear()
+    assert download() == 0
+    assert hub.sent[SHARD] == path.stat().st_size
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_a_damaged_part_is_refused_and_the_next_try_starts_again(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.breaks[SHARD] = 5000
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", interrupted)
+        assert download() == 130
+    (part,) = tmp_path.rglob("*.incomplete")
+    part.write_bytes(bytes(5000))
+    assert download() == 2
+    error = capsys.readouterr().err
+    assert f"error: {NAME}/{SHARD}: damaged (14.1 KB): its hash is " in error
+    assert "it was deleted: run the command again" in error
+    assert not list(tmp_path.rglob("*.incomplete"))
+    assert download() == 0
+
+
+def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import huggingface_hub.constants as c, sys, weights; c.DOWNLOAD_CHUNK_SIZE = 1000; weights.main(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, "download", NAME, "--out", str(out)]
+    hub.stalls[SHARD] = 12_000
+    killed = subprocess.Popen(
+        words,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")},
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not (kept := sum(path.stat().st_size for path in out.rglob("*.incomplete"))):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    assert not list(out.glob("*"))[1:]  # the folder .cache
+    hub.go.set()
+    hub.sent.clear()
+    assert download("--out", str(out)) == 0
+    size = (hub.models[NAME] / SHARD).stat().st_size
+    assert hub.sent[SHARD] == size - kept
+    assert (out / SHARD).read_bytes() == (hub.models[NAME] / SHARD).read_bytes()
+
+
+def test_a_folder_without_all_files_is_completed(hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert download("--out", str(out)) == 0
+    (out / "model-00002-of-00003.safetensors").unlink()
+    hub.sent.clear()
+    assert download("--out", str(out)) == 0
+    assert set(hub.sent) == {"model-00002-of-00003.safetensors"}
+
+
+def test_a_full_disk_is_one_line(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **others: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.file_download.http_get", full)
+        assert download("--out", str(tmp_path / "out")) == 1
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path}/out: No space left on device\n")
     assert download("--out", str(tmp_path / "out")) == 0
-    assert not [path for path, _ in hub.asked if path.endswith(shard)]
 
 
 @pytest.mark.parametrize("place", ["cache", "folder"])

@@ -165,7 +165,7 @@ def test_an_error_leaves_the_older_export(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: Any) -> float:
         raise RuntimeError("other logits")
 
-    monkeypatch.setattr("utils.formats.huggingface.check_logits", fail)
+    monkeypatch.setattr("utils.formats.huggingface.check_written", fail)
     with pytest.raises(RuntimeError):
         export_huggingface(source, tmp_path / "out", dtype=torch.float16)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

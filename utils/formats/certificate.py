@@ -127,7 +127,7 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
     if version is None:
         certificate["not_installed"][engine.name] = f"pip install {engine.install}"
     else:
-        ours = _ours(folder, format, source, tokenizer)
+        ours = _ours(folder, format, source, tokenizer, certificate["other_weights"] is None)
         try:
             opened = engine(folder, ours.model.config.block_size)
         except Exception as error:  # whatever the other program raises, it does not open the export
@@ -166,9 +166,12 @@ def other_weights(folder: Path, format: str, source: Source) -> str | None:
     return None
 
 
-def _ours(folder: Path, format: str, source: Source | None, tokenizer: Tokenizer) -> Ours:
+def _ours(folder: Path, format: str, source: Source | None, tokenizer: Tokenizer, is_same: bool) -> Ours:
+    """is_same: the weights in the files are those of the source, rounded to their type."""
     if source is None or format == "hf":
         opened = open_pretrained(folder)
+        if source is not None and is_same and opened.shards.dtypes == {"F32"}:
+            return Ours(source.model, tokenizer, TOLERANCE)
         context = None if source is None else source.model.config.block_size
         model = opened.load(torch.device("cpu"), torch.float32, context)
         return Ours(model, tokenizer, TOLERANCE)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import SHOWN, UserError, cut
-from utils.files import read_text, replace_folder
+from utils.files import read_text, replace_folder, restore_folder, sync_files, unwritable
 from utils.formats.card import MADE_HERE
 from utils.locks import try_flock
 
@@ -30,9 +30,11 @@ def new_folder(place: Path) -> Iterator[Path]:
 
     Raises:
         UserError: at `place` there is something else, another process is writing it, or it cannot be written to.
+        OSError: the disk is full or fails.
     """
     place = Path(os.path.realpath(place))
     try:
+        restore_folder(place)
         _check_replaceable(place)
         hidden = place.with_name(f".{place.name}.tmp")
         hidden.mkdir(parents=True, exist_ok=True)
@@ -40,12 +42,13 @@ def new_folder(place: Path) -> Iterator[Path]:
             try:
                 _empty(hidden)  # an export that was killed leaves its files
                 yield hidden
+                sync_files(hidden)
                 replace_folder(place, hidden)
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
                 raise
     except OSError as error:
-        raise UserError(f"{place}: cannot be written: {error.strerror or error}") from None
+        raise unwritable(place, error) from None
 
 
 def _check_replaceable(place: Path) -> None:

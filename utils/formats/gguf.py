@@ -221,8 +221,15 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name in types:
-        writer.write_tensor_data(numbers(name))
+        writer.write_tensor_data(numbers(name).view(_Written))
     writer.close()
+
+
+class _Written(np.ndarray[Any, Any]):
+    """An array whose `tofile` fails with the reason of the system, which that of numpy leaves out."""
+
+    def tofile(self, file: Any) -> None:  # type: ignore[override]
+        file.write(np.ascontiguousarray(self).data)
 
 
 def _add_metadata(package: Any, writer: Any, source: Source, kind: str, licence: str | None) -> None:
@@ -297,39 +304,52 @@ def stored_model(path: Path, source: Source) -> LanguageModel:
     Raises:
         FormatError: the file is damaged, or of another model.
     """
-    package = gguf_package()
-    family = gguf_family(source)
-    table = {place.theirs: name for name, place in gguf_places(package, family, source.model).items()}
     config = source.model.config
-    tensors = {tensor.name: tensor for tensor in _reader(path).tensors}
     model = LanguageModel(config, source.model.vocab_size)
-    expected = places(family, config, source.model.vocab_size)
-    by_name = {place.theirs: place for place in expected}
+    expected = places(gguf_family(source), config, source.model.vocab_size)
+    read_places(expected, stored_tensors(path, source), model)
+    return model.eval()
+
+
+def stored_tensors(path: Path, source: Source) -> Callable[[str], torch.Tensor]:
+    """The tensors that a GGUF file holds, in float32 and in their layout of transformers, by their names there.
+
+    Raises:
+        FormatError: the file is damaged, or of another model; or later, a tensor is missing or has another shape.
+    """
+    package, config = gguf_package(), source.model.config
+    family = gguf_family(source)
+    table = gguf_places(package, family, source.model)
+    by_theirs = {place.theirs: (name, place) for name, place in table.items()}
+    tensors = {tensor.name: tensor for tensor in _reader(path).tensors}
 
     def get(theirs: str) -> torch.Tensor:
-        if table[theirs] not in tensors:
-            raise FormatError(f"{path}: {table[theirs]} is missing")
-        stored, place = tensors[table[theirs]], by_name[theirs]
-        tensor = torch.from_numpy(package.quants.dequantize(stored.data, stored.tensor_type).copy())
+        name, place = by_theirs[theirs]
+        if name not in tensors:
+            raise FormatError(f"{path}: {name} is missing")
+        tensor = torch.from_numpy(package.quants.dequantize(tensors[name].data, tensors[name].tensor_type).copy())
         heads = _heads(place, family, config)
         tensor = tensor if heads is None else half_split(tensor, heads)
         tensor = tensor.t() if place.layout == "transposed" else tensor
         if tuple(tensor.shape) != place.shape:
-            raise FormatError(f"{path}: {table[theirs]} has another shape than the model")
+            raise FormatError(f"{path}: {name} has another shape than the model")
         return tensor
 
-    read_places(expected, get, model)
-    return model.eval()
+    return get
 
 
 def differing_weight(source: Source, path: Path, kind: str) -> str | None:
-    """The first weight of the model that is not in the file, rounded to the kind; None: all are."""
-    found, weights = stored_model(path, source).state_dict(), source.model.state_dict()
+    """The first weight of the model that is not in the file, rounded to the kind; None: all are.
+
+    One tensor is read at a time.
+    """
+    get, weights = stored_tensors(path, source), source.model.state_dict()
     coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # of the largest number of a tensor
-    for name, tensor in weights.items():
-        largest = float(tensor.abs().max())
-        if not float((found[name] - tensor).abs().max()) <= coarse * largest:
-            return name
+    for place in places(gguf_family(source), source.model.config, source.model.vocab_size, filled=True):
+        tensor = place.to_theirs(weights)
+        difference = float((get(place.theirs) - tensor).abs().max())
+        if not difference <= coarse * float(weights[place.ours].abs().max() if place.fill is None else 1.0):
+            return place.theirs
     stored = {tensor.name: tensor.data for tensor in _reader(path).tensors}
     if source.model.config.tie_embeddings and (
         HEAD not in stored or not np.array_equal(stored["token_embd.weight"], stored[HEAD])

@@ -6,28 +6,29 @@ apply: HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE, which f
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import expand_home
+from utils.files import DISK_ERRORS, expand_home
 from utils.formats.foreign_files import ForeignConfigError
+from utils.formats.hub_weights import NOTES, DamagedError, fetch_weights, file_hash, note_of, noted
 from utils.formats.pretrained import CONFIG
 from utils.formats.shards import PICKLES, WEIGHTS
 from utils.formats.weight_index import INDEX, read_weight_index
 from utils.terminal.words import size
 
+SHARDS = "model-*-of-*.safetensors"
 PATTERNS = (  # of the files of a model that are used; weights are often there in other formats, too
-    *(WEIGHTS, INDEX, "model-*-of-*.safetensors", CONFIG, "generation_config.json", "tokenizer.json"),
+    *(WEIGHTS, INDEX, SHARDS, CONFIG, "generation_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "README.md", "LICENSE*"),
 )
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-CHUNK = 1 << 22
 
 
 class HubError(UserError):
@@ -68,7 +69,7 @@ def find_pretrained(
         HubError: it is not here and cannot be downloaded.
     """
     for folder in (local_dir, Path(expand_home(name))):
-        if folder is not None and (folder / CONFIG).is_file() and revision is None:
+        if folder is not None and revision is None and (folder / CONFIG).is_file() and not _in_part(folder):
             return Found(name, Path(os.path.abspath(folder)), f"the folder {folder}", _commit_of(folder))
     check_name(name)
     hub = _hub(name)
@@ -82,6 +83,11 @@ def find_pretrained(
         except OSError:  # it is not in the cache, or not all of it
             pass
     return download(name, local_dir=local_dir, revision=revision, report=report)
+
+
+def _in_part(folder: Path) -> bool:
+    """Whether a download into a folder has not come to its end."""
+    return (folder / NOTES).is_dir() and not is_whole(folder)
 
 
 def check_name(name: str) -> None:
@@ -116,29 +122,38 @@ def download(
 ) -> Found:
     """Download a model from the hub, into its cache or a folder, and compare the files with the hub's hashes.
 
-    What is here already is not fetched again, and a connection that breaks is taken up where it broke. A file whose
-    download was killed starts again: huggingface_hub gives each process a partial file of its own.
+    What is here already is not fetched again, nor is the part of the weights that an earlier try has left, after a kill
+    say. config.json comes last, so a folder that has it has all.
 
     Raises:
         HubError: it cannot be reached, has no such model or does not give it; or a file has another hash.
+        OSError: the disk is full or fails.
     """
     check_name(name)
     hub = _hub(name)
     if hub.constants.HF_HUB_OFFLINE:
+        flags = "".join(f" --{flag} {value}" for flag, value in (("out", local_dir), ("revision", revision)) if value)
         raise HubError(
             f"{name} is not on this machine (no such folder, and not in {hub.constants.HF_HUB_CACHE}), and "
-            f"HF_HUB_OFFLINE forbids the network; with a network: python weights.py download {name}"
+            f"HF_HUB_OFFLINE forbids the network; with a network: python weights.py download {name}{flags}"
         )
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     page = f"{hub.constants.ENDPOINT}/{name}"
     try:
-        facts = hub.HfApi().model_info(name, revision=revision)
-        _check_files(name, [file.rfilename for file in facts.siblings or []])
+        facts = hub.HfApi().model_info(name, revision=revision, files_metadata=True)
+        files = facts.siblings or []
+        _check_files(name, [file.rfilename for file in files])
         report(f"downloading {name} from {page}")
-        folder = Path(
-            hub.snapshot_download(name, revision=facts.sha, local_dir=local_dir, allow_patterns=PATTERNS, max_workers=4)
-        )
+        for file in files:
+            if file.rfilename == WEIGHTS or fnmatch(file.rfilename, SHARDS):
+                fetch_weights(hub, name, facts.sha, file, local_dir, report)
+        for ignored in ([CONFIG], None):
+            folder = Path(
+                hub.snapshot_download(
+                    name, revision=facts.sha, local_dir=local_dir, allow_patterns=PATTERNS, ignore_patterns=ignored
+                )
+            )
         if local_dir is None and revision != facts.sha:  # so that the name is found without the network, too
             _remember(folder, revision or "main", facts.sha)
     except GatedRepoError:
@@ -154,9 +169,13 @@ def download(
         ) from None
     except HfHubHTTPError as error:
         raise HubError(f"{name}: {page} answers {_reason(error)}; try again later") from None
+    except DamagedError as error:
+        raise HubError(f"{name}/{error}") from None
     except HubError:
         raise
     except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise OSError(error.errno, error.strerror, str(local_dir or hub.constants.HF_HUB_CACHE)) from None
         raise HubError(f"{name} cannot be downloaded: {_reason(error)}") from None
     except Exception as error:  # the errors of its client for HTTP, which is another package with each release
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet"):
@@ -209,18 +228,9 @@ def _commit_of(folder: Path) -> str | None:
     """The commit of a folder that was downloaded, if it says so."""
     if folder.parent.name == "snapshots":
         return folder.name
-    for note in (folder / ".cache" / "huggingface" / "download").glob("*.metadata"):
-        return _metadata(note)[0]
+    for note in (folder / NOTES).glob("*.metadata"):
+        return noted(folder, note.stem)[0]
     return None
-
-
-def _metadata(note: Path) -> tuple[str | None, str | None]:
-    """(commit, hash) of a file that huggingface_hub downloaded into a folder, from its note about it."""
-    try:
-        lines = note.read_text(encoding="utf-8")[:1000].splitlines()
-    except (OSError, ValueError):
-        return None, None
-    return (lines[0], lines[1]) if len(lines) >= 2 else (None, None)
 
 
 def recorded_hashes(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -230,7 +240,7 @@ def recorded_hashes(folder: Path) -> Iterator[tuple[Path, str]]:
         if folder.parent.name == "snapshots" and path.is_symlink():
             found = Path(os.readlink(path)).name
         elif path.is_file():
-            found = _metadata(folder / ".cache" / "huggingface" / "download" / f"{path.name}.metadata")[1]
+            found = noted(folder, path.name)[1]
         if found and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", found):
             yield path, found
 
@@ -250,17 +260,13 @@ def check_hashes(folder: Path, *, remove: bool = False) -> list[str]:
     good = []
     for path, expected in recorded_hashes(folder):
         real = Path(os.path.realpath(path))
-        digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(f"blob {real.stat().st_size}\0".encode())
-        with open(real, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        if digest.hexdigest() != expected:
+        if (digest := file_hash(real, expected)) != expected:
             length = size(real.stat().st_size)
             if remove:
-                for place in (path, real, folder / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"):
+                for place in (path, real, note_of(folder, path.name)):
                     place.unlink(missing_ok=True)
             raise HubError(
-                f"{path}: damaged ({length}): its hash is {digest.hexdigest()[:16]}..., not {expected[:16]}...; "
+                f"{path}: damaged ({length}): its hash is {digest[:16]}..., not {expected[:16]}...; "
                 + ("it was deleted: run the command again" if remove else "download it again")
             )
         good.append(path.name)

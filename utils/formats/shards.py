@@ -94,6 +94,11 @@ class Shards:
         return self._mapped[stored.file][name]
 
     @property
+    def dtypes(self) -> set[str]:
+        """The types of the tensors, as safetensors names them."""
+        return {stored.dtype for stored in self.tensors.values()}
+
+    @property
     def files(self) -> list[Path]:
         """The files with tensors, in order."""
         return sorted({stored.file for stored in self.tensors.values()})

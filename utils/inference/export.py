@@ -26,7 +26,7 @@ from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS
 from utils.checkpoints.header import read_header
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
-from utils.files import is_regular, open_regular, read_json, replace_folder, write_json
+from utils.files import is_regular, open_regular, read_json, replace_folder, restore_folder, write_json
 from utils.inference.evaluation import evaluating
 from utils.nn.lora import adapted_layers, merged_weights
 from utils.nn.roles import declared_roles
@@ -81,6 +81,7 @@ def save_export(
         RuntimeError: the reloaded model gives other logits; an older export stays.
         OSError: it cannot be written; an older export stays.
     """
+    restore_folder(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -109,6 +109,28 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Raise StopSignal at SIGTERM and SIGHUP inside the block, so that what is half-written is removed as by Ctrl-C.
+
+    Only the main thread can handle signals; in another thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise StopSignal(signum)
+
+    wanted = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # nohup
+    previous = {signum: signal.signal(signum, stop) for signum in wanted}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
 class Deadline:
     """A limit of wall time, checked between steps.
 

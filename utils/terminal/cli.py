@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import re
@@ -10,7 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -26,7 +27,7 @@ from utils.errors import (
     number_text,
     shown,
 )
-from utils.files import expand_home
+from utils.files import DISK_ERRORS, expand_home
 from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import one_line, printable
@@ -124,6 +125,15 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
     return values
 
 
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Begin the mistakes that the block reports with the flag that they concern."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
 class Main(Protocol):
     """`main()` reads sys.argv; `main(argv)` is for tests and notebooks."""
 
@@ -156,10 +166,6 @@ def _path_mistake(error: OSError | ValueError) -> str:
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As Python does at the end of a script, but `printable`: the message may be text of a run."""
     print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
-# Of the machine, not of the program: one line.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def script(main: Callable[[Sequence[str]], int]) -> Main:

@@ -23,8 +23,8 @@ from utils.config.fields import derived_settings, field_fact
 from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer, rule_error
 from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
 from utils.corpora.places import with_absolute_paths
-from utils.errors import UserError
-from utils.files import sync_folder, write_json
+from utils.errors import UserError, nearest
+from utils.files import sync_folder, unwritable, write_json
 from utils.formats.convert import name_of
 from utils.formats.foreign import MOMENTS, Foreign
 from utils.inference.export import save_export
@@ -50,6 +50,7 @@ from utils.runs.metrics import write_registry
 from utils.runs.run import NO_NOTES, new_record, utc_now
 from utils.runs.seal import file_sha256, write_seal
 from utils.runs.trust import made_here
+from utils.terminal.cli import naming
 from utils.training.start import model_summary
 from utils.training.state import TrainState, capture
 
@@ -132,8 +133,14 @@ def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -
     Raises:
         UserError: nothing says which it is.
     """
+    if named is not None and named not in TOKENIZERS and not os.path.lexists(named.removeprefix(f"{OF_A_FILE}:")):
+        kinds = ", ".join(TOKENIZERS)
+        raise UserError(
+            f"--tokenizer {named}: expected {kinds}, hf:PATH or a tokenizer.json of a run{nearest(named, TOKENIZERS)}"
+        )
     if named is not None and named.partition(":")[0] not in (*TOKENIZERS, OF_A_FILE):
-        chosen = load_tokenizer(Path(named))
+        with naming("--tokenizer"):
+            chosen = load_tokenizer(Path(named))
         layer["tokenizer"] = Setting(_kind(chosen, named), "--tokenizer")
         return chosen
     kind = named or foreign.tokenizer_kind
@@ -174,7 +181,8 @@ def _corpus(
     if has_text:
         folder, datasets = root / config.data.corpora_dir, root / config.data.datasets_dir
         data = with_problems(config, folder)
-        corpus = load_corpus(data, config.model.block_size, folder, tokenizer, warn, warn, False, datasets)
+        with naming("--dataset"):
+            corpus = load_corpus(data, config.model.block_size, folder, tokenizer, warn, warn, False, datasets)
         return replace(corpus, name=config.data.dataset)
     if tokenizer is None:
         data = config.data.model_copy(update={"corpora_dir": str(root / config.data.corpora_dir)})
@@ -327,8 +335,9 @@ def _new_run(place: Path) -> Iterator[Path]:
 
     Raises:
         UserError: it cannot be written.
+        OSError: the disk is full or fails.
     """
-    folder = place.with_name(f".{place.name}.converting")
+    folder = place.with_name(f".{place.name}.tmp")
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -338,6 +347,6 @@ def _new_run(place: Path) -> Iterator[Path]:
         folder.rename(place)
         sync_folder(place.parent)
     except OSError as error:
-        raise UserError(f"{place}: cannot be written: {error.strerror or error}") from None
+        raise unwritable(place, error) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
