@@ -157,7 +157,7 @@ class RunDatabase:
 
         Of a thousand runs, converting all 150 columns takes half a second.
         """
-        if re.search(r"\*|\bcolumns\b|\bruns\b|#|&|\\", words):  # may name columns without their names
+        if re.search(r"\*|\bcolumns\b|\bruns\b", words):  # may name columns without their names
             return self._columns
         return ["id", *(name for name in self._columns if name in words or not name.isidentifier())]
 
