@@ -3,8 +3,8 @@
     python -m benchmarks.bisect                # about ten minutes on 2 CPU cores
 
 A commit: a copy of this checkout gets 16 commits, of which one changes the initialisation of the residual projections
-and the others comments. Two settings: of ten that differ, learning rate and weight decay do harm only together, because
-AdamW shrinks the weights by their product in each step.
+and the others comments. Two settings: of ten that differ, a schedule and the step at which its decay ends do harm only
+together. A decay over the whole run is fine, and a constant learning rate has no decay that could end after one step.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ SMALL = {  # trains in about a second
     **{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 60},
     **{"eval_interval": 60, "eval_iters": 4, "checkpoint_interval": 0, "histogram_interval": 0},
     **{"sample_tokens": 0, "aim_logging": "false", "threads": 1},
+    **{"learning_rate": 0.03, "min_lr": 1e-5, "warmup_iters": 0, "schedule": "constant"},
 }
-PAIR = {"learning_rate": 0.03, "weight_decay": 10.0}
+PAIR = {"schedule": "linear", "lr_decay_iters": 1}
 HARMLESS = {
-    **{"beta2": 0.98, "grad_clip": 0.9, "mlp": "relu2", "norm": "rmsnorm", "min_lr": 1e-5},
-    **{"warmup_iters": 5, "n_head": 1, "batch_size": 5},
+    **{"beta2": 0.98, "grad_clip": 0.9, "mlp": "relu2", "norm": "rmsnorm", "weight_decay": 0.05},
+    **{"beta1": 0.92, "n_head": 1, "batch_size": 5},
 }
 
 
