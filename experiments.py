@@ -107,7 +107,7 @@ def show(args: argparse.Namespace) -> Answer:
     from utils.runs.names import names_of_run
 
     run = named_run(args.run, runs_folder(args))
-    children = [other.id for other in read_index(run.path.parent) if other.row()["parent"] == run.id]
+    children = [other.id for other in read_index(run.path.parent) if other.row(())["parent"] == run.id]
     names, problem = names_of_run(run.path)
     if problem:
         warn(problem)

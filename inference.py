@@ -28,7 +28,7 @@ from utils.inference.flags import add_arguments
 from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.config_flags import parse_experiment
-from utils.terminal.words import printable
+from utils.terminal.words import json_text, printable
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.inference.generator import Generator, Request
@@ -66,7 +66,7 @@ def complete_prompt(args: argparse.Namespace, exports: Sequence[Path], settings:
 def compare_runs(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
     """Completions of one prompt by several runs, side by side."""
     from utils.inference.page import completion_page
-    from utils.inference.prompts import check_out, write_out
+    from utils.inference.prompts import FilePrompt, check_out, completion_line, write_out
     from utils.inference.side_by_side import RunCompletions, completion_tables
     from utils.runs.metrics import decode_number
     from utils.terminal.console import Terminal
@@ -87,8 +87,12 @@ def compare_runs(args: argparse.Namespace, exports: Sequence[Path], settings: In
         val_loss = generator.training.get("val/loss")
         val_loss = None if val_loss is None else decode_number(val_loss)
         runs.append(RunCompletions(generator.name, val_loss, completions, generator.tokenizer))
-    terminal = Terminal()
+    terminal = Terminal(quiet=args.json)
     terminal.print(*completion_tables(runs, terminal.console.width, args.logprobs))
+    if args.json:
+        for run in runs:
+            record = FilePrompt("--prompt", args.prompt, {"run": run.name, "prompt": args.prompt})
+            print(*(completion_line(record, completion) for completion in run.completions), sep="\n")
     if args.html is not None:
         values = settings.model_dump() | vars(args)
         chosen = [f"{flag_name(key)[2:]} {values[key]}" for key in SAMPLING if values[key]]
@@ -149,9 +153,10 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
     from utils.inference.prompts import read_text
     from utils.inference.quantization import with_weights
     from utils.inference.scoring import score, score_report
+    from utils.terminal.commands import as_plain
     from utils.terminal.console import Terminal
 
-    text, terminal = read_text(args.score), Terminal()
+    text, terminal = read_text(args.score), Terminal(quiet=args.json)
     weights: Weights = args.quantize or ("float32" if args.weights == "auto" else args.weights)
     for export in exports:
         generator = Generator.from_export(export, args.device, "float32")
@@ -168,19 +173,27 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
             begin = document_token(generator.tokenizer, generator.training)
             scores.append((weights, score(smaller, generator.tokenizer, text, begin)))
         terminal.print(score_report(f"{args.score}, by {generator.name}", scores))
+        if args.json:
+            for kind, found in scores:
+                facts = {"run": generator.name, "text": args.score, "weights": kind, **found.facts()}
+                print(json_text(as_plain(facts)))
     return 0
 
 
 def show_info(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
     """--show-info: what each run is."""
     from utils.inference.export import load_export
-    from utils.inference.info import info_screen
+    from utils.inference.info import info_data, info_screen
     from utils.machine.device import choose_device
+    from utils.terminal.commands import as_plain
     from utils.terminal.console import Terminal
 
-    terminal = Terminal()
+    terminal = Terminal(quiet=args.json)
     for folder in exports:
-        terminal.print(*info_screen(load_export(folder, choose_device(args.device)), folder))
+        export = load_export(folder, choose_device(args.device))
+        terminal.print(*info_screen(export, folder))
+        if args.json:
+            print(json_text(as_plain(info_data(export, folder))))
     return 0
 
 
@@ -204,12 +217,17 @@ DRAFT = frozenset({"draft", "draft_tokens"})
 MODES = {
     "prompt": Mode("one RUN", complete_prompt, GENERATION | DRAFT | {"samples", "batch_size", "stats", "json"}),
     "compare": Mode(
-        "several RUNs", compare_runs, GENERATION | {"samples", "batch_size", "html", "logprobs"}, several_runs=True
+        "several RUNs",
+        compare_runs,
+        GENERATION | {"samples", "batch_size", "html", "logprobs", "json"},
+        several_runs=True,
     ),
-    "prompt_file": Mode("--prompt-file", complete_file, GENERATION | DRAFT | {"samples", "batch_size", "stats", "out"}),
+    "prompt_file": Mode(
+        "--prompt-file", complete_file, GENERATION | DRAFT | {"samples", "batch_size", "stats", "out", "json"}
+    ),
     "interactive": Mode("--interactive", converse, GENERATION | DRAFT | {"stats"}),
-    "score": Mode("--score", score_text, WEIGHTS | {"unknown_token"}, several_runs=True),
-    "show_info": Mode("--show-info", show_info, frozenset(), several_runs=True),
+    "score": Mode("--score", score_text, WEIGHTS | {"unknown_token", "json"}, several_runs=True),
+    "show_info": Mode("--show-info", show_info, frozenset({"json"}), several_runs=True),
 }
 OPTIONS = frozenset().union(*(mode.options for mode in MODES.values()))
 

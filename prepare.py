@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return answer(argv)
     arguments = parse(argv)
-    return make(order_of(arguments), datasets_folder(arguments.load().config))
+    return make(order_of(arguments), datasets_folder(arguments.load().config), arguments.own.json)
 
 
 def parse(argv: Sequence[str]) -> ExperimentArguments:
@@ -107,6 +107,7 @@ def parse(argv: Sequence[str]) -> ExperimentArguments:
     add("--origin", metavar="TEXT", default="", help="where the texts come from, for CARD.md")
     add("--replace", action="store_true", help="replace a dataset of this name")
     add("--dry-run", action="store_true", help="read and clean everything, show what would be removed, make nothing")
+    add("--json", action="store_true", help="print nothing but warnings, and the result as JSON")
     return parse_experiment(argv, parser, sections=("data",), keys=SETTINGS)
 
 
@@ -135,7 +136,7 @@ def answer(argv: Sequence[str]) -> int:
 
 def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
     if as_json:
-        print(json_text(data, indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+        print_json(data)
     else:
         from utils.terminal.console import Terminal, print_to
 
@@ -143,6 +144,10 @@ def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
         for line in lines():
             print_to(console, line)
     return 0
+
+
+def print_json(data: Any) -> None:
+    print(json_text(data, indent=2, ensure_ascii=not is_unicode(sys.stdout)))
 
 
 def datasets_folder(config: Config) -> Path:
@@ -210,13 +215,14 @@ def target_of(name: str, folder: Path) -> Path:
     return Path(os.path.abspath(path)) if os.sep in name else folder / name
 
 
-def make(order: Preparation, folder: Path) -> int:
+def make(order: Preparation, folder: Path, as_json: bool) -> int:
     """Prepare the dataset and print what became of the documents; folder: of datasets."""
+    from utils.preparation.commands import show_dataset
     from utils.preparation.order import Outcome
     from utils.preparation.pipeline import prepare
     from utils.terminal.console import Terminal
 
-    terminal = Terminal()
+    terminal = Terminal(quiet=as_json)
 
     try:
         with raise_on_signals():
@@ -229,6 +235,8 @@ def make(order: Preparation, folder: Path) -> int:
         print_dry_run(made, order, terminal)
     else:
         print_result(made, folder, terminal)
+    if as_json:
+        print_json(made.summary(order) if isinstance(made, Outcome) else show_dataset(made))
     return 0
 
 

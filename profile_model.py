@@ -27,6 +27,8 @@ from utils.errors import UserError, number_text
 from utils.runs.origin import without_foreign_places
 from utils.terminal.cli import PROJECT_ROOT, Parser, numbers, place, script
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
+from utils.terminal.streams import is_unicode
+from utils.terminal.words import json_text
 from utils.training.launch import add_trust_flag
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
@@ -47,7 +49,15 @@ def main(argv: Sequence[str]) -> int:
 # ------------------------------------------------------------------------------------------------- the modes
 
 
-def profile(loaded: LoadedConfig, *, steps: int = 20, warmup: int = 5, top: int = 12, out: Path | None = None) -> None:
+def profile(
+    loaded: LoadedConfig,
+    *,
+    steps: int = 20,
+    warmup: int = 5,
+    top: int = 12,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
     """Measure the training step and the generation of a configuration."""
     from utils.machine.device import torch_settings
     from utils.profiling.assemble import profile_training
@@ -57,10 +67,11 @@ def profile(loaded: LoadedConfig, *, steps: int = 20, warmup: int = 5, top: int 
     from utils.profiling.tables import profile_tables
     from utils.training.batch_size import memory_explained
 
-    setup, terminal = prepare(loaded, out)
+    setup, terminal = prepare(loaded, out, json)
     with torch_settings(setup.config.train, setup.device), memory_explained(setup.config, setup.device):
         measured, times = profile_training(setup, steps, warmup, terminal)
     terminal.print(*profile_tables(measured, top))
+    print_json(json, measured.model_dump(mode="json"))
     write(out, lambda folder: save_profile(folder, measured, read_trace(times.profiler), draw_profile), terminal)
 
 
@@ -72,6 +83,7 @@ def sweep(
     steps: int = 20,
     warmup: int = 5,
     out: Path | None = None,
+    json: bool = False,
 ) -> None:
     """Measure training steps of several batch and block sizes."""
     from utils.machine.device import torch_settings
@@ -79,13 +91,14 @@ def sweep(
 
     batches = numbers(batch_sizes, "--batch-sizes", int, 1) if batch_sizes is not None else None
     blocks = numbers(block_sizes, "--block-sizes", int, 1) if block_sizes is not None else None
-    setup, terminal = prepare(loaded, out)
+    setup, terminal = prepare(loaded, out, json)
     batches, blocks = batches or default_batch_sizes(setup.config), blocks or default_block_sizes(setup.config)
     with torch_settings(setup.config.train, setup.device):
         timings = sweep_shapes(setup, batches, blocks, steps, warmup, terminal)
     dtype = str(setup.dtype).removeprefix("torch.")
     terminal.print(sweep_table(timings), f"{setup.device}, {dtype}; medians over {steps} steps")
     terminal.print("GFLOP/s counts the operations that the matrix products need.")
+    print_json(json, {"shapes": timings})
     write(out, lambda folder: save_sweep(timings, folder), terminal)
 
 
@@ -96,11 +109,12 @@ def lr_range(
     lr_max: float = 1.0,
     lr_steps: int = 100,
     out: Path | None = None,
+    json: bool = False,
 ) -> None:
     """Run the learning-rate range test of a configuration: its curve and a suggestion."""
     from utils.machine.device import torch_settings
     from utils.training.batch_size import memory_explained
-    from utils.training.lr_range import LEAST_STEPS, lr_range_test, report, save
+    from utils.training.lr_range import LEAST_STEPS, RULE, lr_range_test, report, save
     from utils.training.state import build_state
 
     if not 0 < lr_min < lr_max < math.inf:
@@ -109,22 +123,25 @@ def lr_range(
         )
     if lr_steps < LEAST_STEPS:
         raise UserError(f"--lr-steps must be at least {LEAST_STEPS}, not {lr_steps}")
-    setup, terminal = prepare(loaded, out)
+    setup, terminal = prepare(loaded, out, json)
     with torch_settings(setup.config.train, setup.device), memory_explained(setup.config, setup.device):
         state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
         result = lr_range_test(state, lr_min, lr_max, lr_steps)
     report(result, terminal)
+    print_json(json, {**dataclasses.asdict(result), "rule": RULE})
     write(out, lambda folder: save(result, folder), terminal)
 
 
-def show_comparison(*, compare: Sequence[Path], top: int = 12) -> None:
+def show_comparison(*, compare: Sequence[Path], top: int = 12, json: bool = False) -> None:
     """Print two saved profiles side by side."""
     from utils.profiling.record import read_profile
     from utils.profiling.tables import comparison_tables
     from utils.terminal.console import Terminal
 
     a, b = map(read_profile, compare)
-    Terminal().print(*comparison_tables(a, b, [str(path) for path in compare], top))
+    Terminal(quiet=json).print(*comparison_tables(a, b, [str(path) for path in compare], top))
+    pairs = zip(compare, (a, b), strict=True)
+    print_json(json, [{"path": path, "profile": found.model_dump(mode="json")} for path, found in pairs])
 
 
 # What a mode takes from the command line are the parameters of its function; --sweep chooses "sweep", and so on.
@@ -136,8 +153,8 @@ MODES: dict[str, Callable[..., None]] = {
 }
 
 
-def prepare(loaded: LoadedConfig, out: Path | None) -> tuple[Setup, Terminal]:
-    """Check corpus and device, make the folder of --out, and open the terminal.
+def prepare(loaded: LoadedConfig, out: Path | None, quiet: bool) -> tuple[Setup, Terminal]:
+    """Check corpus and device, make the folder of --out, and open the terminal, which may be quiet.
 
     Raises:
         UserError: a check fails, or the folder cannot be made.
@@ -145,7 +162,7 @@ def prepare(loaded: LoadedConfig, out: Path | None) -> tuple[Setup, Terminal]:
     from utils.terminal.console import Terminal
     from utils.training.setup import make_setup
 
-    terminal = Terminal()
+    terminal = Terminal(quiet)
     setup = make_setup(loaded, PROJECT_ROOT, report=terminal.print)
     if out is not None:
         try:
@@ -153,6 +170,14 @@ def prepare(loaded: LoadedConfig, out: Path | None) -> tuple[Setup, Terminal]:
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
     return dataclasses.replace(setup, corpus=setup.corpus.stored()), terminal
+
+
+def print_json(wanted: bool, data: Any) -> None:
+    """With --json, print the result."""
+    if wanted:
+        from utils.terminal.commands import as_plain
+
+        print(json_text(as_plain(data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
 
 
 def write(out: Path | None, save: Callable[[Path], Sequence[Path]], terminal: Terminal) -> None:
@@ -184,6 +209,7 @@ def add_flags(parser: Parser) -> None:
     flag("--warmup", type=at_least(0), metavar="N", help="steps before them (default: 5)")
     flag("--top", type=at_least(1), metavar="N", help="operators shown by name (default: 12)")
     flag("--out", type=place, metavar="DIR", help="also write the result there: JSON, picture, trace")
+    flag("--json", action="store_true", help="print the result as JSON, instead of tables")
     flag("--batch-sizes", metavar="A,B", help="with --sweep (default: 1/4 to 4 times batch_size)")
     flag("--block-sizes", metavar="A,B", help="with --sweep (default: 1/2 to 2 times block_size)")
     flag("--lr-min", type=float, metavar="X", help="with --lr-range: the first learning rate (default: 1e-5)")

@@ -6,6 +6,7 @@ import argparse
 import builtins
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -643,6 +644,26 @@ def test_several_runs_stand_side_by_side(two_runs: Path, capsys: pytest.CaptureF
     assert "two" in out
     assert out.count("mean logprob") == 2
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_runs_scores_and_facts_are_lines_of_json(
+    two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.txt").write_text("an ant")
+
+    def lines(*words: str) -> list[dict[str, Any]]:
+        assert inference.main(["one", "two", *words, "--json", "--runs-dir", str(two_runs)]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    found = lines("--prompt", "an", "--max-new-tokens", "5", "--samples", "2")
+    assert [line["run"].rpartition("_")[2] for line in found] == ["one", "one", "two", "two"]
+    assert all(line["prompt"] == "an" and line["tokens"] == 5 for line in found)
+    one, smaller, *_ = lines("--score", str(tmp_path / "s.txt"), "--quantize", "int8")
+    assert (one["weights"], smaller["weights"], one["tokens"]) == ("float32", "int8", 5)
+    assert one["bits_per_byte"] == pytest.approx(one["loss"] * 5 / math.log(2) / one["bytes"])
+    one, two = lines("--show-info")
+    assert [line["training"]["run"].rpartition("_")[2] for line in (one, two)] == ["one", "two"]
+    assert one["parameters"] == sum(module["parameters"] for module in one["modules"])
 
 
 def test_runs_are_compared_on_a_terminal_without_utf_8(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

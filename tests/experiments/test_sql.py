@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fake_runs import make_run, training_records, write
 from utils.errors import UserError
 from utils.experiments.sql import RunDatabase, choose_runs
 from utils.runs.index import read_index
+from utils.runs.layout import CONFIG
 
 SECRET = "TOPSECRET"
 variable = [SECRET]  # DuckDB could read Python variables as tables
@@ -265,6 +267,27 @@ def test_runs_are_chosen_by_condition_order_and_limit(database: RunDatabase) -> 
     assert database.choose("id IN (SELECT run FROM metrics WHERE val_loss < 1.5)") == ["two"]
     assert database.choose("true -- all of them", "id", 1) == ["bad"]
     assert database.choose("false") == []
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "seed = 2 AND val_loss < 1.5",
+        'RUNS.Seed = 2 AND "VAL_LOSS" * 1 < 1.5',
+        "runs::VARCHAR LIKE '%''seed'': 2,%'",
+        "COLUMNS('^s..d$') = 2",
+        '"o""dd" = 2',
+    ],
+)
+def test_a_condition_has_the_columns_that_it_names_in_whatever_way(runs_dir: Path, where: str) -> None:
+    for name, number in (("one", 1), ("two", 2)):
+        run = make_run(runs_dir, name, settings={"seed": number}, summary={"best_val_loss": 3.0 - number})
+        config = json.loads((run / CONFIG).read_text())
+        config["train"]['o"dd'] = number
+        write(run / CONFIG, config)
+    database = RunDatabase(read_index(runs_dir))
+    assert database.select(f"SELECT id FROM runs WHERE {where}").rows == [("two",)]
+    assert database.choose(where) == ["two"]
 
 
 @pytest.mark.parametrize("order", ["coalesce(val_loss, 9) DESC, id", "round(val_loss, 2), id"])

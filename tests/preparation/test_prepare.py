@@ -571,10 +571,12 @@ def test_a_full_disk_is_one_line_and_the_parts_stay(
 
 
 def test_list_show_and_verify(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(json_lines(tmp_path / "a.jsonl"), "--licence", "CC0", "--origin", "a test") == 0
+    assert run(json_lines(tmp_path / "a.jsonl"), "--licence", "CC0", "--origin", "a test", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
     (tmp_path / "sets" / ".other.preparing").mkdir()
     folder = ["--datasets-dir", str(tmp_path / "sets")]
-    capsys.readouterr()
+    assert prepare.main(["show", "mine", *folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == made
     assert prepare.main(["list", *folder, "--json"]) == 0
     mine, other = json.loads(capsys.readouterr().out)
     assert (mine["name"], mine["documents"], mine["tokenizer"], other["status"]) == ("mine", 200, "char", "interrupted")
@@ -597,6 +599,9 @@ def test_list_show_and_verify(tmp_path: Path, run: Run, capsys: pytest.CaptureFi
 def test_a_dry_run_makes_nothing(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(json_lines(tmp_path / "a.jsonl"), "--dry-run") == 0
     assert "200 documents read, 200 would stay" in capsys.readouterr().out
+    assert run(json_lines(tmp_path / "a.jsonl"), "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["documents_read"], found["documents_kept"]) == (200, 200)
     assert not any((tmp_path / "sets").iterdir())
 
 

@@ -395,12 +395,18 @@ def test_a_truncated_trace_is_noticed(written: str | None) -> None:
 
 
 def test_the_script_without_out_writes_no_files(
-    tiny_argv: Argv, tmp_path: Path, quick_limits: None, monkeypatch: pytest.MonkeyPatch
+    tiny_argv: Argv,
+    tmp_path: Path,
+    quick_limits: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert profile_model.main(tiny_argv("--steps", "1", "--warmup", "0")) == 0
+    assert profile_model.main(tiny_argv("--steps", "1", "--warmup", "0", "--json")) == 0
     assert os.listdir() == []
+    found = json.loads(capsys.readouterr().out)
+    assert (found["steps"], found["config"]["model"]["n_embd"]) == (1, 16)
 
 
 @pytest.mark.parametrize(
@@ -530,6 +536,9 @@ def test_two_profiles_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture
         (tmp_path / folder / "profile.json").write_text(json.dumps(content))
     assert profile_model.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0  # two: a run directory
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert profile_model.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["profile"]["config"]["model"]["n_embd"] for one in found] == [128, 256]
     assert ["n_embd", "128", "256"] in lines
     assert ["torch", "2.13.0", "2.14.0"] in lines
     assert not [line for line in lines if line[:1] == ["n_layer"]]

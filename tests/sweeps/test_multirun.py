@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,10 @@ def test_runs_are_trained_compared_and_not_trained_again(tmp_path: Path) -> None
     assert sorted(record["tag"] for record in records) == ["grid-0", "grid-1", "grid-2", "grid-3"]
     assert "grid: 4 complete trials" in first.stdout
     assert "Comparison" in first.stdout
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "grid: 4 complete trials" in again.stdout
+    again = subprocess.run([*words, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(again.stdout)
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 4
+    assert [len(group["runs"]) for group in found["comparison"]["groups"]] == [2, 2]
     assert len(list_run_paths(tmp_path / "runs")) == 4
     other = subprocess.run([*words, "weight_decay=0,1"], cwd=ROOT, capture_output=True, text=True)
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)

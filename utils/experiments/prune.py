@@ -136,7 +136,7 @@ def _kept(
         "parent of another run": lambda run: run.id in parents,
         "could be resumed (--unfinished)": lambda run: not unfinished and run.status in RESUMABLE,
         "among the newest": lambda run: run.id in newest,
-        "not old enough": lambda run: (run.row()["age"] or 0.0) < older_than,
+        "not old enough": lambda run: (run.row(())["age"] or 0.0) < older_than,
     }
     found = ((run, next((why for why, holds in reasons.items() if holds(run)), None)) for run in runs)
     kept = {run.id: why for run, why in found if why}

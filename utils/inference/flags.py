@@ -91,7 +91,7 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--out", type=place, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
     )
-    group.add_argument("--json", action="store_true", help="each completion as a line of JSON, as for --prompt-file")
+    group.add_argument("--json", action="store_true", help="a line of JSON for each completion, score or RUN")
     group.add_argument("--stats", action="store_true", help="print the speed of generation on stderr afterwards")
     group.add_argument("--html", type=place, metavar="FILE", help="write a page that shows several RUNs side by side")
     group.add_argument("--logprobs", action="store_true", help="of several RUNs, each token with its log-probability")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,7 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
     Args:
         folder: folder of the export; in a run directory the screen also shows facts from run.json.
     """
-    config, training = export.model.config, export.training
-    run_path = Path(os.path.abspath(folder)).parent.parent
-    run = read_run(run_path) if (run_path / RECORD).is_file() else IndexedRun(run_path)
+    config, training, run = export.model.config, export.training, _run_of(folder)
     name = column_text("run", training.get("run"))
     rows = [
         ("architecture", architecture(config)),
@@ -129,6 +127,28 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
         "",
         _table(export.model),
     ]
+
+
+def info_data(export: Export, folder: Path) -> dict[str, Any]:
+    """What `info_screen` shows, by name; run: its facts and settings, None of an export without a run directory."""
+    run = _run_of(folder)
+    return {
+        "export": folder,
+        "bytes": size_of(folder),
+        "model": export.model.config.model_dump(mode="json"),
+        "tokenizer": {"kind": export.tokenizer.kind, "vocab_size": export.tokenizer.vocab_size},
+        "parameters": export.model.num_parameters(),
+        "modules": [asdict(module) for module in summarize_modules(export.model)],
+        "training": dict(export.training),
+        "run": run.row() if run.readable else None,
+        "problem": run.problem,
+    }
+
+
+def _run_of(folder: Path) -> IndexedRun:
+    """The run that an export lies in."""
+    run = Path(os.path.abspath(folder)).parent.parent
+    return read_run(run) if (run / RECORD).is_file() else IndexedRun(run)
 
 
 def _corpus(training: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -45,6 +45,10 @@ class Score:
     @property
     def perplexity(self) -> float:
         return perplexity(self.loss)
+
+    def facts(self) -> dict[str, float]:
+        """All of it by name."""
+        return {**asdict(self), "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
     @property
     def bits_per_byte(self) -> float:

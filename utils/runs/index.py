@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
 from utils.files import open_regular, read_bytes, read_json
 from utils.runs.evaluations import evaluations_text, read_evaluations
+from utils.runs.index_cache import IndexCache
 from utils.runs.layout import CONFIG, GATE, METRICS_LOG, MODELS, NOTES, PATCH, RECORD, SEAL
 from utils.runs.lock import is_held
 from utils.runs.log import last_record, read_lines
@@ -65,6 +66,7 @@ FACTS = {  # column -> type in SQL; the settings are further columns
 }
 # Of an evaluation.
 LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte", "val/accuracy")
+CACHED = ("record", "settings", "notes", "evaluations")  # of a settled run; the rest follows from them
 LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
 
 
@@ -105,8 +107,12 @@ class IndexedRun:
     def readable(self) -> bool:
         return self.status != DAMAGED
 
-    def row(self) -> dict[str, Any]:
-        """The run by column: FACTS, then the settings with the values that none and "auto" resolved to."""
+    def row(self, settings: Collection[str] | None = None) -> dict[str, Any]:
+        """The run by column: FACTS, then the settings with the values that none and "auto" resolved to.
+
+        Args:
+            settings: the settings that are wanted; by default all.
+        """
         record, resolved, git = self.record, self.record.get("resolved") or {}, self.record.get("git") or {}
         start = seconds_of(record.get("start"))
         summary = self.summary()
@@ -140,7 +146,8 @@ class IndexedRun:
             "path": os.fspath(self.path),
         }
         columns = {column: facts[column] for column in FACTS}
-        return {**columns, **{key: resolved_setting(self, key) for key in self.settings if key not in columns}}
+        wanted = self.settings if settings is None else [key for key in self.settings if key in settings]
+        return {**columns, **{key: resolved_setting(self, key) for key in wanted if key not in columns}}
 
     def duration(self) -> float | None:
         """Seconds that all sessions took together; None where that is not known."""
@@ -224,11 +231,22 @@ def read_run(path: Path) -> IndexedRun:
 
 def is_unfinished(path: Path, record: Mapping[str, Any], status: str) -> bool:
     """Whether a run has ended, but its process was killed before its trackers were complete and its seal written."""
+    return _lacks_its_end(path, record, status) and not is_held(path, record)
+
+
+def _lacks_its_end(path: Path, record: Mapping[str, Any], status: str) -> bool:
+    """Whether a run has ended, and its process still closes it or was killed while it did."""
     views = record.get("views") or {}
     if status in ("running", "crashed") or not views:
         return False
     open_views = any(facts.get("state") in (STARTING, "on", "hangs") for facts in views.values())
-    return (open_views or not (path / SEAL).exists()) and not is_held(path, record)
+    return open_views or not (path / SEAL).exists()
+
+
+def is_settled(run: IndexedRun) -> bool:
+    """Whether a run stays as it is until one of its files changes: no process has it, and nothing is wrong with it."""
+    ended = run.readable and run.record["status"] != "running"
+    return ended and run.problem is None and not _lacks_its_end(run.path, run.record, run.status)
 
 
 def _log_problem(path: Path) -> str | None:
@@ -285,8 +303,20 @@ def read_index(runs_dir: Path) -> list[IndexedRun]:
         return []
     except OSError as error:
         raise UserError(f"{runs_dir}: this folder of runs cannot be read: {error.strerror}") from None
-    runs = [read_run(runs_dir / name) for name in names]
+    cache = IndexCache(runs_dir)
+    runs = [_read_or_cached(runs_dir / name, cache) for name in names]
+    cache.write()
     return sorted(runs, key=lambda run: (run.record.get("start") or "", run.id))
+
+
+def _read_or_cached(path: Path, cache: IndexCache) -> IndexedRun:
+    facts, stamp = cache.look(path.name)
+    if facts is not None:
+        return IndexedRun(path, facts["record"]["status"], **facts)
+    run = read_run(path)
+    if is_settled(run):
+        cache.keep(path.name, stamp, {name: getattr(run, name) for name in CACHED})
+    return run
 
 
 def differing_settings(runs: Sequence[IndexedRun], kinds: Sequence[str] = (TRAJECTORY,)) -> list[str]:

@@ -65,3 +65,4 @@ OLD_TENSORBOARD = LOGS / "tensorboard"  # where they lie in older runs
 # Beside the run directories, in the folder that holds them.
 MODELS = Path("models.json")  # promoted runs: NAME -> its versions
 GATE = Path("gate.jsonl")  # what was compared by experiments.py gate, with its verdicts; only appended to
+INDEX_CACHE = Path(".index.json")  # what was read of runs that have ended; may be deleted (utils/runs/index_cache.py)

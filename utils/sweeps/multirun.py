@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from utils.config.fields import FIELDS
 from utils.config.loader import Setting, check_values
@@ -19,10 +17,12 @@ from utils.sweeps.driver import MAX_FAILURES
 from utils.sweeps.folder import RECORD, Plan, Sweep, check_name, open_sweep
 from utils.sweeps.sampling import grid
 from utils.sweeps.space import OF_THE_SWEEP, Dimension, Space, Value, is_whole, plain_value
-from utils.sweeps.start import run_sweep, sweeps_folder, threads_of_job
+from utils.sweeps.start import drive, finish, sweeps_folder, threads_of_job
 from utils.sweeps.study import RUNS, Study
 from utils.terminal.config_flags import ExperimentArguments
-from utils.terminal.console import Terminal
+
+if TYPE_CHECKING:
+    from utils.experiments.compare import Comparison
 
 FLAG = "--multirun"
 NAME = "multirun"  # where there is no --run-tag
@@ -54,10 +54,8 @@ def multirun(parsed: ExperimentArguments, root: Path) -> int:
     tag, folder = loaded.config.tracking.run_tag, sweeps_folder(loaded, root, None)
     path = folder / check_name(tag) if tag is not None else _free(folder)
     sweep = open_sweep(path, plan, root, resume=True)
-    status = run_sweep(sweep, len(points), own.jobs, MAX_FAILURES, pictures=False)
-    if status == 0:
-        compare_runs(sweep, Study(sweep))
-    return status
+    study, ending = drive(sweep, len(points), own.jobs, MAX_FAILURES, own.json)
+    return finish(sweep, study, ending, own.json, compare_runs)
 
 
 def space_of(words: Sequence[str]) -> Space:
@@ -121,12 +119,10 @@ def _free(folder: Path) -> Path:
     return next(folder / name for name in names if not (folder / name / RECORD).exists())
 
 
-def compare_runs(sweep: Sweep, study: Study) -> None:
-    """Print which runs are better, those that differ only in seed being one group."""
+def compare_runs(sweep: Sweep, study: Study) -> Comparison | None:
+    """Which runs are better, those that differ only in seed being one group; None of a single run."""
     from utils.experiments.compare import compare
-    from utils.experiments.comparison_tables import comparison_screen
 
     names = [name for trial in study.trials() for name in trial.user_attrs.get(RUNS, ())]
     runs = [read_run(sweep.runs_dir / name) for name in names]
-    if len(runs) > 1:
-        Terminal().print(Text("\nComparison", style="bold"), *comparison_screen(compare(runs, None)))
+    return compare(runs, None) if len(runs) > 1 else None

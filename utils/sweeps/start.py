@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
 
 from utils.config.loader import LoadedConfig
 from utils.corpora.places import with_absolute_paths
@@ -19,9 +21,14 @@ from utils.sweeps.sampling import SamplerName, grid
 from utils.sweeps.space import Space, read_space
 from utils.sweeps.study import REASON, RUNS, Study
 from utils.sweeps.table import Display, longer_command, summary
+from utils.terminal.commands import as_plain
 from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.console import Terminal
+from utils.terminal.streams import is_unicode
 from utils.terminal.words import json_text
+
+if TYPE_CHECKING:
+    from utils.experiments.compare import Comparison
 
 SWEEPS = "sweeps"
 
@@ -49,7 +56,7 @@ def start_sweep(parsed: ExperimentArguments, root: Path) -> int:
         study, terminal = Study(sweep), Terminal(quiet=own.json)
         display = Display(terminal, sweep, study, {}, own.trials)
         return finish(sweep, study, run_on_ray(sweep, own.trials, own.jobs, own.max_failures, display.ended), own.json)
-    return run_sweep(sweep, own.trials, own.jobs, own.max_failures, as_json=own.json)
+    return finish(sweep, *drive(sweep, own.trials, own.jobs, own.max_failures, own.json), own.json)
 
 
 def sweeps_folder(loaded: LoadedConfig, root: Path, chosen: Path | None) -> Path:
@@ -99,36 +106,50 @@ def check_goal(space: Space, pruner: Pruner) -> None:
         raise UserError(f"--pruner {pruner.name} compares a metric at the same step, and {space.goal} has none")
 
 
-def run_sweep(
-    sweep: Sweep, total: int, jobs: int, max_failures: int, *, as_json: bool = False, pictures: bool = True
-) -> int:
-    """Run a sweep on this machine, show its progress, and print its summary.
-
-    Returns:
-        The exit status.
-    """
+def drive(sweep: Sweep, total: int, jobs: int, max_failures: int, quiet: bool) -> tuple[Study, Ending]:
+    """Run a sweep on this machine and show its progress."""
     study = Study(sweep)
-    terminal = Terminal(quiet=as_json)
+    terminal = Terminal(quiet=quiet)
     display: Display | None = None
     driver = Driver(sweep, study, total, jobs, max_failures, lambda *end: display.ended(*end) if display else None)
     display = Display(terminal, sweep, study, driver.trials.activities, total)
     with display:
-        ending = driver.run(display.update)
-    return finish(sweep, study, ending, as_json, pictures)
+        return study, driver.run(display.update)
 
 
-def finish(sweep: Sweep, study: Study, ending: Ending, as_json: bool, pictures: bool = True) -> int:
-    """Print the summary of a sweep that has ended, and write its pictures if it is complete."""
+def finish(
+    sweep: Sweep,
+    study: Study,
+    ending: Ending,
+    as_json: bool,
+    compare: Callable[[Sweep, Study], Comparison | None] | None = None,
+) -> int:
+    """Print the summary of a sweep that has ended, and write its pictures if it is complete.
+
+    Args:
+        compare: compares its runs; instead of pictures.
+
+    Returns:
+        The exit status.
+    """
+    from utils.experiments.comparison_tables import comparison_screen
     from utils.sweeps.report import write_report
 
     importance: Mapping[str, float] = {}
     files: list[Path] = []
-    if pictures and ending.exit_status == 0:
+    comparison: Comparison | None = None
+    if ending.exit_status == 0 and compare is not None:
+        comparison = compare(sweep, study)
+    elif ending.exit_status == 0:
         importance, files = write_report(sweep, study)
     if as_json:
-        print(json_text(as_data(sweep, study, dict(importance), files), indent=2))
+        data = as_data(sweep, study, dict(importance), files)
+        compared = {"comparison": comparison} if compare is not None else {}
+        print(json_text(as_plain({**data, **compared}), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
     else:
         Terminal().print("", *summary(sweep, study, dict(importance), files))
+        if comparison is not None:
+            Terminal().print(Text("\nComparison", style="bold"), *comparison_screen(comparison))
     if ending.problem:
         print(f"error: {ending.problem}", file=sys.stderr)
     elif ending.signum is not None:
