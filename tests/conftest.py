@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_python import WarmPython
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if some module imports it, runs its kernels on the CPU
@@ -124,6 +125,14 @@ def only_run(runs_dir: Path) -> Callable[[], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """The interpreter of tests of what a script does; those of its start and its end use sys.executable."""
+    python = WarmPython(tmp_path_factory.mktemp("warm"))
+    yield python
+    python.close()
 
 
 @pytest.fixture
