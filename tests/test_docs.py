@@ -51,9 +51,8 @@ TINY = {
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of Tiny Shakespeare
 SECONDS = 900  # for one block, on a busy machine
 
-STEPS = re.compile(
-    r"(--(?:max-iters|stop-at-step|eval-interval|profile-step|steps) \d+)0\b"
-)  # a tenth of them is trained
+# A tenth of the steps is trained, if there are 50 or more; TINY has a tenth of the default, too.
+STEPS = re.compile(r"(--(?:max-iters|stop-at-step|eval-interval|profile-step|steps) (?:\d{2,}|[5-9]))0\b")
 
 MARKER = re.compile(r"<!-- docs: (skip|help) because (.+) -->|<!-- docs: (file) (\S+) -->")
 RUN_ID = r"\d{8}_\d{6}_[\w.-]+?"
