@@ -26,6 +26,7 @@ from utils.experiments.reproduce import (
 )
 from utils.runs.index import read_run
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 Argv = Callable[..., list[str]]
 
 
