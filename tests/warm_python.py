@@ -3,7 +3,8 @@
 A training of a second spends four in imports. The client, `WarmPython.path`, stands in for the interpreter on a command
 line. A server forks a process that has the client's open descriptors, directory, environment, umask and words, and runs
 the script in it. The client passes its signals on, and ends as the script does: with its exit status, or by its signal.
-The server has imported no module of the project, so it serves any copy of the project.
+The server has imported no module of the project, so it serves any copy of the project. What a script starts in its turn
+is started as ever, by the real interpreter.
 
 Where a fork would differ (another user, a variable that is read when Python or a library starts, a closed standard
 stream, an option of the interpreter), the client becomes the real interpreter. What a fork cannot show is tested with
@@ -63,7 +64,7 @@ PRELOADED = (
 
 def early(environment: Any) -> dict[str, str]:
     """What a forked process cannot take over: that part of its environment, and its user."""
-    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED")
+    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT")  # the last one decides no result
     found = {name: environment[name] for name in sorted(environment) if name.startswith(EARLY)}
     return {name: value for name, value in found.items() if not name.startswith(ignored)} | {"user": str(os.getuid())}
 
@@ -79,7 +80,6 @@ def client(address: str, python: str, server_early: dict[str, str]) -> None:
     if not (runs and {0, 1, 2} <= set(fds) and early(os.environ) == server_early):
         os.execv(python, [python, *words])
     task = {
-        "executable": os.path.abspath(sys.argv[0]),
         "words": words,
         "fds": fds,
         "folder": os.getcwd(),
@@ -187,7 +187,6 @@ def become(task: dict[str, Any]) -> None:
     os.environ.update(task["environment"])
     os.umask(task["umask"])
     os.chdir(task["folder"])
-    sys.executable = task["executable"]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
