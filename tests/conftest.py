@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import multiprocessing
 import os
 import shutil
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_python import WarmPython
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if some module imports it, runs its kernels on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("fork")
+PIXEL = base64.b64decode(  # a PNG of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+)
 TINY_FLAGS = {
     "--n-layer": "1",
     "--n-head": "2",
@@ -63,6 +68,14 @@ def torch_settings() -> Iterator[None]:
     torch.set_deterministic_debug_mode(before[0])  # unlike use_deterministic_algorithms, imports no compiler
     torch.set_num_threads(before[1])
     torch.set_float32_matmul_precision(before[2])
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process plot their curves, but do not render them, which would be a third of a tiny training."""
+    import utils.runs.curves
+
+    monkeypatch.setattr(utils.runs.curves, "picture_of", lambda figure: PIXEL)
 
 
 @pytest.fixture
@@ -124,6 +137,20 @@ def only_run(runs_dir: Path) -> Callable[[], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """The interpreter of tests of what a script does; those of its start and its end use sys.executable."""
+    python = WarmPython(tmp_path_factory.mktemp("warm"))
+    yield python
+    python.close()
+
+
+@pytest.fixture
+def warm_processes(warm_python: WarmPython, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sys.executable is `warm_python`, for the tests and for what the project starts in them."""
+    monkeypatch.setattr(sys, "executable", str(warm_python.path))
 
 
 @pytest.fixture

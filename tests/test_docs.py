@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from warm_python import WarmPython
 
 from utils.config.loader import ConfigLoader
 
@@ -44,11 +45,14 @@ LANGUAGES = ("bash", "console", "python", "yaml", "json", "text")
 TINY = {
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "ngram_rows": []},
     "optimizer": {"warmup_iters": 2},
-    "train": {"max_iters": 510, "batch_size": 4, "eval_interval": 250, "eval_iters": 2, "threads": 1},
-    "tracking": {"histogram_interval": 250, "sample_tokens": 8, "aim_logging": False},
+    "train": {"max_iters": 51, "batch_size": 4, "eval_interval": 25, "eval_iters": 2, "threads": 1},
+    "tracking": {"histogram_interval": 25, "sample_tokens": 8, "aim_logging": False},
 }
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of Tiny Shakespeare
 SECONDS = 900  # for one block, on a busy machine
+
+# A tenth of the steps is trained, if there are 50 or more; TINY has a tenth of the default, too.
+STEPS = re.compile(r"(--(?:max-iters|stop-at-step|eval-interval|profile-step|steps) (?:\d{2,}|[5-9]))0\b")
 
 MARKER = re.compile(r"<!-- docs: (skip|help) because (.+) -->|<!-- docs: (file) (\S+) -->")
 RUN_ID = r"\d{8}_\d{6}_[\w.-]+?"
@@ -108,7 +112,7 @@ class Project:
         env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_DIR": str(self.path)}
         env.pop("WORKBENCH_DATA", None)
         return subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
+            ["bash", "-euo", "pipefail", "-c", STEPS.sub(r"\1", command)],
             cwd=self.path,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -140,7 +144,7 @@ def shakespeare() -> bytes:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path, warm_python: WarmPython) -> Project:
     """The files that git tracks, with tiny settings, committed in a repository of their own."""
     path = tmp_path / "project"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -158,7 +162,7 @@ def project(tmp_path: Path) -> Project:
             source.write_text(text.replace(SHAKESPEARE_SHA256, digest), encoding="utf-8")
     (path / ".venv").mkdir()  # `make` finds everything installed
     for entry in Path(sys.prefix).iterdir():
-        (path / ".venv" / entry.name).symlink_to(entry)
+        (path / ".venv" / entry.name).symlink_to(warm_python.bin if entry.name == "bin" else entry)
     for name in (".installed", ".installed-dev", ".installed-bench"):
         (path / ".venv" / name).unlink(missing_ok=True)
         (path / ".venv" / name).touch()

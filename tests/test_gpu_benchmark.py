@@ -99,6 +99,7 @@ def test_a_dry_run_measures_writes_and_judges_nothing(tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
 def test_a_dry_run_of_everything_has_every_figure_that_a_cpu_can_have(tmp_path: Path, checkout: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", *DRY, "--out", str(out), "--nanogpt", str(checkout)]

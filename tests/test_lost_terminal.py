@@ -252,6 +252,7 @@ def test_messages_that_cannot_be_written_change_no_exit_status() -> None:
 # ------------------------------------------------------------------------------------------------- the next commands
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_the_next_commands_work_as_pasted_from_another_folder(train_command: Command, tmp_path: Path) -> None:
     here = tmp_path / "another folder"
     here.mkdir()

@@ -13,6 +13,7 @@ import pytest
 
 from utils.runs.log import read_metrics
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("train.py", "model.py", "data.py", "tokenizer.py", "utils", "configs")
 

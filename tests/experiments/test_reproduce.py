@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_FLAGS
+from warm_python import WarmPython
 
 import experiments
 import train
@@ -60,11 +61,11 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_a_run_of_changed_code_with_an_untracked_module_is_reproduced(
-    project: Path, tmp_path: Path, tiny_corpus: Path
+    project: Path, tmp_path: Path, tiny_corpus: Path, warm_python: WarmPython
 ) -> None:
     flags = {**TINY_FLAGS, "--max-iters": "200", "--eval-interval": "50", "--dataset": str(tiny_corpus)}
     words = [word for pair in flags.items() for word in pair]
-    train_py = [sys.executable, "train.py", "--run-tag", "first", "--no-aim-logging", *words]
+    train_py = [warm_python.path, "train.py", "--run-tag", "first", "--no-aim-logging", *words]
     subprocess.run(train_py, cwd=project, check=True, capture_output=True)
     (run,) = (project / "runs").iterdir()
     patch = (run / "meta" / "code.patch").read_text()
@@ -72,7 +73,7 @@ def test_a_run_of_changed_code_with_an_untracked_module_is_reproduced(
     assert "SCALE = 0.5" in patch
     (project / "my_scale.py").unlink()
     git(project, "checkout", "-q", "model.py")  # the recorded code is no longer the current code
-    command = [sys.executable, "experiments.py", "reproduce", "first", "--json"]
+    command = [warm_python.path, "experiments.py", "reproduce", "first", "--json"]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)

@@ -19,6 +19,11 @@ from utils.runs.metrics import decode_number, metric_record
 Argv = Callable[..., list[str]]
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures() -> None:
+    """Here pictures are rendered."""
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run directory without a log yet."""

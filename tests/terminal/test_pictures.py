@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import pytest
 from conftest import ROOT
 from fake_runs import make_run, training_records
 
@@ -27,6 +28,11 @@ HOSTILE = {  # each could be in a matplotlibrc, or set in a notebook
     "font.size": 30,
     "svg.fonttype": "none",
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures() -> None:
+    """Here pictures are rendered."""
 
 
 def pictures(folder: Path) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from utils.runs.index import read_run
 from utils.runs.layout import CURVES, LOGS, METRIC_REGISTRY, MODEL_SUMMARY, NOTES, SEAL, fed_note
 from utils.runs.run import read_record
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,6 +12,7 @@ import pytest
 
 from utils.runs.run import read_status
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_SECONDS = 60.0
 STEPS = ("--max-iters", "40", "--eval-interval", "20", "--flush-interval", "5", "--checkpoint-interval", "10")

@@ -25,7 +25,7 @@ from utils.runs.log import read_metrics
 from utils.runs.run import Run, read_record, read_status
 from utils.training.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("prompt_writes")
+pytestmark = pytest.mark.usefixtures("prompt_writes", "warm_processes")
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
 SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}

@@ -1,0 +1,264 @@
+"""A `python` for tests, which forks scripts from a process that has imported torch and what else takes long.
+
+A training of a second spends four in imports. The client, `WarmPython.path`, stands in for the interpreter on a command
+line. A server forks a process that has the client's open descriptors, directory, environment, umask and words, and runs
+the script in it. The client passes its signals on, and ends as the script does: with its exit status, or by its signal.
+The server has imported no module of the project, so it serves any copy of the project. What a script starts in its turn
+is started as ever, by the real interpreter.
+
+Where a fork would differ (another user, a variable that is read when Python or a library starts, a closed standard
+stream, an option of the interpreter), the client becomes the real interpreter. What a fork cannot show is tested with
+sys.executable: start and imports, the process's id, group and terminal, and its death when the client is killed, which
+follows a moment later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+# Environment variables that count when the interpreter starts or a library is imported.
+EARLY = (
+    "PYTHON",
+    "OMP_",
+    "MKL_",
+    "GOMP_",
+    "KMP_",
+    "MALLOC_",
+    "LD_",
+    "MPL",
+    "TORCH",
+    "TRITON",
+    "LC_",
+    "LANG",
+    "TZ",
+    "HOME",
+)
+NUMBER = struct.Struct("=q")  # a length, a process id or a wait status
+PRELOADED = (
+    "PIL.PngImagePlugin",
+    "aim",
+    "git",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "numpy",
+    "pydantic",
+    "rich.console",
+    "rich.progress",
+    "rich.table",
+    "safetensors.numpy",
+    "tensorboard.summary.writer.event_file_writer",
+    "torch",
+    "torch.profiler",
+    "torch.utils.tensorboard",
+    "tokenizers",
+    "yaml",
+)
+
+
+def early(environment: Any) -> dict[str, str]:
+    """What a forked process cannot take over: that part of its environment, and its user."""
+    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT")  # the last one decides no result
+    found = {name: environment[name] for name in sorted(environment) if name.startswith(EARLY)}
+    return {name: value for name, value in found.items() if not name.startswith(ignored)} | {"user": str(os.getuid())}
+
+
+# ----------------------------------------------------------------------------------------------------------- the client
+
+
+def client(address: str, python: str, server_early: dict[str, str]) -> None:
+    """Run the command line of this process on the server, or else by the real interpreter; does not return."""
+    words = sys.argv[1:]
+    fds = [int(name) for name in os.listdir("/proc/self/fd") if is_open(int(name))]
+    runs = words and (words[0].endswith(".py") or (words[0] in ("-c", "-m") and len(words) > 1))
+    if not (runs and {0, 1, 2} <= set(fds) and early(os.environ) == server_early):
+        os.execv(python, [python, *words])
+    task = {
+        "words": words,
+        "fds": fds,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        "umask": os.umask(0),
+    }
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        text = json.dumps(task).encode()
+        socket.send_fds(connection, [NUMBER.pack(len(text))], fds)
+        connection.sendall(text)
+        pid = receive(connection)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, lambda number, _: os.kill(pid, number))
+        status = receive(connection)
+    if os.WIFSIGNALED(status):
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL) if os.WTERMSIG(status) != signal.SIGKILL else None
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.WEXITSTATUS(status))
+
+
+def is_open(fd: int) -> bool:
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+
+def receive(connection: socket.socket) -> int:
+    return int(NUMBER.unpack(read(connection, NUMBER.size))[0])
+
+
+def read(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        if not (piece := connection.recv(size - len(data))):
+            raise EOFError("the server of warm_python.py has ended")
+        data += piece
+    return data
+
+
+# ----------------------------------------------------------------------------------------------------------- the server
+
+
+def serve(listener: socket.socket) -> dict[str, Any]:
+    """Fork for each client; returns a client's task in the new process. Ends when stdin does."""
+    import contextlib
+    import selectors
+
+    waiting = selectors.DefaultSelector()
+    waiting.register(listener, selectors.EVENT_READ, None)
+    waiting.register(0, selectors.EVENT_READ, None)
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj == 0:
+                os._exit(0)
+            elif key.fileobj is listener:
+                connection, _ = listener.accept()
+                task = receive_task(connection)
+                if (pid := os.fork()) == 0:
+                    waiting.close()
+                    listener.close()
+                    connection.close()
+                    return task
+                for fd in task["received"]:
+                    os.close(fd)
+                connection.sendall(NUMBER.pack(pid))
+                child = os.pidfd_open(pid)
+                waiting.register(child, selectors.EVENT_READ, (pid, child, connection))
+                waiting.register(connection, selectors.EVENT_READ, (pid, child, connection))
+            elif key.fd not in waiting.get_map():  # both were ready
+                continue
+            else:
+                pid, child, connection = key.data
+                if key.fd != child:
+                    os.kill(pid, signal.SIGKILL)  # the client was
+                _, status = os.waitpid(pid, 0)
+                waiting.unregister(child)
+                waiting.unregister(connection)
+                os.close(child)
+                with contextlib.suppress(OSError):
+                    connection.sendall(NUMBER.pack(status))
+                connection.close()
+
+
+def receive_task(connection: socket.socket) -> dict[str, Any]:
+    header, received, _, _ = socket.recv_fds(connection, NUMBER.size, 64)
+    task: dict[str, Any] = json.loads(read(connection, NUMBER.unpack(header)[0]))
+    return task | {"received": received}
+
+
+def become(task: dict[str, Any]) -> None:
+    """Run the script of a task as this process."""
+    import runpy
+    import types
+
+    beyond = max(*task["fds"], *task["received"]) + 1  # first out of the way of one another
+    moved = [os.dup2(fd, beyond + i) for i, fd in enumerate(task["received"])]
+    for fd, number in zip(moved, task["fds"], strict=True):
+        os.dup2(fd, number)
+    for fd in {*task["received"], *moved} - set(task["fds"]):
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(task["environment"])
+    os.umask(task["umask"])
+    os.chdir(task["folder"])
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    program, *words = task["words"]
+    folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if program in ("-c", "-m"):
+        code, sys.argv = words[0], [program, *words[1:]]
+        sys.path[:1] = ["" if program == "-c" else os.getcwd(), *folders]
+        if program == "-m":
+            runpy.run_module(code, run_name="__main__", alter_sys=True)
+        else:
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(code, "<string>", "exec"), sys.modules["__main__"].__dict__)
+    else:
+        sys.argv = [program, *words]
+        sys.path[:1] = [str(Path(program).resolve().parent), *folders]
+        runpy.run_path(program, run_name="__main__")
+
+
+def preload() -> None:
+    import contextlib
+    import gc
+    import importlib
+
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
+# ------------------------------------------------------------------------------------------------------- for the tests
+
+
+class WarmPython:
+    """The server, and the folder `bin` that stands in for that of the virtual environment; close() ends it."""
+
+    def __init__(self, folder: Path) -> None:
+        import subprocess
+
+        self.bin = folder / "bin"
+        self.bin.mkdir(parents=True)
+        python, here, address = sys.executable, Path(__file__).resolve(), str(folder / "socket")
+        for entry in Path(python).parent.iterdir():
+            if not entry.name.startswith("python"):
+                (self.bin / entry.name).symlink_to(entry)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        words = f"{address!r}, {python!r}, {early(environment)!r}"
+        self.path = self.bin / "python"
+        self.path.write_text(
+            f"#!{python} -IS\nimport sys\nsys.path.insert(0, {str(here.parent)!r})\n"
+            f"from {here.stem} import client\nclient({words})\n"
+        )
+        self.path.chmod(0o755)
+        (self.bin / "python3").symlink_to("python")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen(64)
+            self._server = subprocess.Popen(
+                [python, str(here), str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                env=environment,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    preload()
+    become(serve(socket.socket(fileno=int(sys.argv[1]))))
