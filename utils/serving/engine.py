@@ -89,6 +89,10 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """End: jobs that are not done fail."""
         with self._changed:

@@ -53,6 +53,7 @@ class Job:
     max_new_tokens: 0: only the prompt is scored.
     top: how many of the most likely tokens to report in the place of each.
     scores_prompt: whether the tokens of the prompt are reported, too.
+    ends: tokens that end the text, and are not part of it.
     cancelled: set by the reader, who wants no more.
     """
 
@@ -64,6 +65,7 @@ class Job:
     stops: Sequence[str] = ()
     top: int = 0
     scores_prompt: bool = False
+    ends: frozenset[int] = frozenset()
     cancelled: bool = False
     generated: int = 0
     asked: float = field(default_factory=time.perf_counter)
@@ -74,8 +76,10 @@ class Job:
     def add(self, token: Token) -> Piece:
         """The piece that the next token makes; the job has ended if it is the last one."""
         self.generated += 1
-        text = self._stream.add(token.id)
-        finish = "stop" if self._stream.stopped else "length" if self.generated >= self.max_new_tokens else None
+        is_end = token.id in self.ends
+        text = "" if is_end else self._stream.add(token.id)
+        is_last = self.generated >= self.max_new_tokens
+        finish = "stop" if is_end or self._stream.stopped else "length" if is_last else None
         if finish is not None:
             text += self._stream.rest()
         return Piece(text, (token,), finish=finish)
