@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     if note := exposure(args.host):
         key_words = "asks for the API key" if key else f"asks for no key: {API_KEY} in the environment sets one"
         print(f"{note}; it {key_words}", file=sys.stderr)
-    runs = load_runs(words, exports, args.device, args.quantize or args.weights, config.inference)
+    weights = args.quantize or args.weights
+    runs = load_runs(words, exports, args.device, weights, config.inference, args.unknown_token)
     app = serving_app(runs, args.slots, args.queue, api_key=key, loopback=exposure(args.host) is None)
     run_server(app, args.host, args.port)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from utils.inference.flags import one_character
 from utils.terminal.cli import place
 
 MOST_SLOTS, MOST_WAITING = 1024, 100_000
@@ -63,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:
     model.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
     model.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    model.add_argument(
+        "--unknown-token",
+        type=one_character,
+        metavar="C",
+        help="character of the vocabulary that stands for those outside it (default: as trained)",
     )
     weights = model.add_mutually_exclusive_group()
     weights.add_argument(

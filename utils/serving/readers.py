@@ -54,12 +54,12 @@ class Reading:
         await self._changed.wait()
         self._changed.clear()
         pieces, self._pieces, self._unread = self._pieces, {}, 0
-        merged = {place: merged(several) for place, several in pieces.items()}
-        for piece in merged.values():
+        new = {place: merged(several) for place, several in pieces.items()}
+        for piece in new.values():
             if piece.error is not None:
                 raise ApiError(500, piece.error)
             self._open -= piece.is_last
-        return merged
+        return new
 
     def close(self) -> None:
         """Free the slots of what has not ended."""

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from utils.errors import nearest, shown
 
@@ -26,6 +36,14 @@ Number = Annotated[float, BeforeValidator(_no_bool)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Text = Annotated[str, Field(max_length=4 << 20)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _one_mistake(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One message for a prompt that is none of the four kinds."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("expected a text in Unicode, token ids from 0 on, or a list of either") from None
 
 
 def _neutral(value: Any, neutral: Any, name: str) -> None:
@@ -97,7 +115,7 @@ class Sampling(BaseModel):
 class CompletionRequest(Sampling):
     """The body of /v1/completions."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], WrapValidator(_one_mistake)] = Field(
         "", description="a text, token ids, or several of either"
     )
     max_tokens: Whole | None = Field(None, ge=0, le=MOST_TOKENS, description="0 is for a prompt that is only scored")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config.settings import InferenceConfig
+from utils.config.settings import DataConfig, InferenceConfig
 from utils.errors import UserError, nearest, shown
 from utils.inference.export import document_token
 from utils.inference.generator import Generator
@@ -73,9 +73,17 @@ class Runs:
 
 
 def load_runs(
-    words: Sequence[str], exports: Sequence[Path], device: str, weights: WeightsChoice, settings: InferenceConfig
+    words: Sequence[str],
+    exports: Sequence[Path],
+    device: str,
+    weights: WeightsChoice,
+    settings: InferenceConfig,
+    unknown_token: str | None = None,
 ) -> Runs:
     """The models of these exports, each under the word that named it on the command line, or of a path its run id.
+
+    Args:
+        unknown_token: a character that stands for those outside the vocabulary; None: as trained.
 
     Raises:
         UserError: a damaged export, no such device, or one name for two runs.
@@ -83,6 +91,8 @@ def load_runs(
     served: dict[str, Served] = {}
     for word, export in zip(words, exports, strict=True):
         generator = Generator.from_export(export, device, weights, settings)
+        if unknown_token is not None:
+            generator.tokenizer = generator.tokenizer.adjusted(DataConfig(unknown_token=unknown_token))
         name = generator.name if "/" in word or word in ("", "latest") else word
         if name in served:
             raise UserError(f"two runs have the name {name}: give one of them by its id")
