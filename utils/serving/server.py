@@ -32,6 +32,12 @@ def serving_app(
     desk = Desk(runs, slots, most_waiting)
     app.router.lifespan_context = _lifespan(desk)
     add_routes(app, runs, desk)
+    page_style = TEMPLATES / "page.css"
+
+    @app.get("/static/page.css", include_in_schema=False)
+    async def style() -> FileResponse:
+        return FileResponse(page_style)
+
     app.mount("/static/playground", StaticFiles(directory=STATIC), name="playground")
 
     @app.get("/", include_in_schema=False)
