@@ -13,9 +13,11 @@ from fastapi.staticfiles import StaticFiles
 from utils.serving.openai import add_routes
 from utils.serving.readers import Desk
 from utils.serving.served import Runs
+from utils.terminal import html
 from utils.web.app import create_app
 
 STATIC = Path(__file__).with_name("static")
+PAGE_STYLE = Path(html.__file__).with_name("page.css")  # shared with the reports
 
 
 def serving_app(
@@ -32,11 +34,9 @@ def serving_app(
     desk = Desk(runs, slots, most_waiting)
     app.router.lifespan_context = _lifespan(desk)
     add_routes(app, runs, desk)
-    page_style = TEMPLATES / "page.css"
-
     @app.get("/static/page.css", include_in_schema=False)
     async def style() -> FileResponse:
-        return FileResponse(page_style)
+        return FileResponse(PAGE_STYLE)
 
     app.mount("/static/playground", StaticFiles(directory=STATIC), name="playground")
 
