@@ -1,0 +1,135 @@
+"""The page at /, in headless Chromium, on a desk and on a phone.
+
+A picture of it is kept: below the test's tmp_path, or in the folder named by WORKBENCH_SCREENSHOTS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from utils.inference.generator import Generator, Request
+from utils.inference.sampling import SamplingOptions
+
+pytestmark = pytest.mark.xdist_group("serving")
+
+CHROMIUM = "/usr/bin/chromium"
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+TEXT = "#outputs pre"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        expect.set_options(timeout=60_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    """A page that has seen none before; it fails if the page asks another server, or breaks a rule of its own."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(60_000)
+    asked: list[str] = []
+    problems: list[str] = []
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    yield page
+    context.close()
+    assert [address for address in asked if not address.startswith((url, "data:", "about:"))] == []
+    assert problems == []
+
+
+def shot(page: Page, folder: Path, name: str) -> None:
+    pictures = Path(os.environ.get("WORKBENCH_SCREENSHOTS", folder))
+    pictures.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=pictures / f"{name}.png", animations="disabled", full_page=True)
+
+
+def text_of(generator: Generator, prompt: str, count: int, temperature: float, seed: int) -> str:
+    return generator.generate(prompt, Request(count, SamplingOptions(temperature=temperature), seed=seed)).text
+
+
+@pytest.fixture(scope="module")
+def alone(runs_dir: Path) -> list[Generator]:
+    return [Generator.from_run(str(path), device="cpu") for path in sorted(runs_dir.iterdir())]
+
+
+def test_a_text_is_generated_by_keyboard_and_its_link_gives_it_again(
+    page: Page, url: str, alone: list[Generator], tmp_path: Path
+) -> None:
+    page.goto(url)
+    expect(page.get_by_label("first")).to_be_checked()
+    page.get_by_label("Prompt").fill("the quick ")
+    page.get_by_label("Tokens", exact=True).fill("80")
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.get_by_label("Seed", exact=True).press("Enter")
+    expected = text_of(alone[0], "the quick ", 80, 0.8, 7)
+    expect(page.locator("#history button")).to_have_count(1)
+    expect(page.locator(".status")).to_contain_text("80 tokens, ")
+    assert page.locator(TEXT).text_content() == "the quick " + expected
+
+    page.locator(TEXT).locator(".t").first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#tip tr").nth(4)).to_be_visible()
+    chances = [float(text.rstrip("%")) for text in page.locator("#tip td:last-child").all_inner_texts()]
+    assert chances == sorted(chances, reverse=True)
+    shot(page, tmp_path, "playground")
+    page.keyboard.press("Escape")
+    expect(page.locator("#tip")).to_be_hidden()
+
+    link = page.url
+    assert {"run=first", "seed=7", "max_tokens=80"} <= set(link.split("#")[1].split("&"))
+    page.goto("about:blank")
+    page.goto(link)
+    expect(page.locator(".status")).to_contain_text("80 tokens, ")
+    assert page.locator(TEXT).text_content() == "the quick " + expected
+    page.get_by_label("Seed", exact=True).fill("8")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#history button")).to_have_count(2)
+    assert page.locator(TEXT).text_content() == "the quick " + text_of(alone[0], "the quick ", 80, 0.8, 8)
+    page.locator("#history button").last.click()
+    expect(page.locator("#history button").first).to_contain_text("seed 7")
+    assert page.locator(TEXT).text_content() == "the quick " + expected
+
+
+def test_several_runs_side_by_side_on_a_desk_and_below_each_other_on_a_phone(
+    page: Page, url: str, alone: list[Generator], tmp_path: Path
+) -> None:
+    page.goto(f"{url}/#run=first&run=second&prompt=a&max_tokens=60&temperature=1&repetition_penalty=1&seed=3")
+    expect(page.locator(".status").filter(has_text="60 tokens, ")).to_have_count(2)
+    assert page.locator(TEXT).all_text_contents() == ["a" + text_of(run, "a", 60, 1, 3) for run in alone]
+    first, second = (section.bounding_box() for section in page.locator("#outputs section").all())
+    assert first is not None
+    assert second is not None
+    assert first["y"] == second["y"]
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator(TEXT).last.locator(".t").nth(20).click()
+    expect(page.locator("#tip")).to_be_visible()
+    box = page.locator("#tip").bounding_box()
+    assert box is not None
+    assert 0 <= box["x"] < box["x"] + box["width"] <= 390
+    shot(page, tmp_path, "playground_phone")
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+    shot(page, tmp_path, "playground_dark")
+
+
+def test_a_long_text_can_be_stopped_and_what_a_link_says_is_only_text(page: Page, url: str) -> None:
+    page.goto(f"{url}/#run=first&prompt=a&max_tokens=50000&temperature=1&repetition_penalty=1&seed=3")
+    expect(page.locator(".status")).to_contain_text("tokens, ")
+    page.keyboard.press("Escape")
+    expect(page.locator(".status")).to_contain_text("tokens, stopped")
+    page.goto(f"{url}/#run=nobody&prompt=%3Cimg%20src=x%20onerror=alert(1)%3E&seed=%3Cb%3E")
+    page.reload()
+    expect(page.get_by_role("alert")).to_have_text("This server does not have nobody.")
+    expect(page.locator("main img, main b")).to_have_count(0)

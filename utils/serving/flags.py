@@ -1,0 +1,82 @@
+"""The flags of serve.py, besides the settings of section `inference`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from utils.inference.flags import one_character
+from utils.terminal.cli import place
+
+MOST_SLOTS, MOST_WAITING = 1024, 100_000
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most:,}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:
+    """All flags but those of the settings in section `inference`.
+
+    Args:
+        key_name: the environment variable with the API key.
+    """
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        help="path, id, tag, part of an id, or latest (default: the newest with an export); requests name a run as it "
+        "is named here",
+    )
+    group = parser.add_argument_group("the server")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address to listen at; another than loopback lets whoever reaches this machine use the server, without "
+        f"encryption: set {key_name} in its environment, which requests then need (default: 127.0.0.1)",
+    )
+    group.add_argument(
+        "--port", type=whole(0, 65535), default=8000, metavar="N", help="port; 0: any free one (default: 8000)"
+    )
+    group.add_argument(
+        "--slots",
+        type=whole(1, MOST_SLOTS),
+        default=16,
+        metavar="N",
+        help="texts of a run that are generated at a time; each takes the memory of a context (default: 16)",
+    )
+    group.add_argument(
+        "--queue",
+        type=whole(0, MOST_WAITING),
+        default=256,
+        metavar="N",
+        help="texts of a run that may wait for a slot; more are refused with status 429 (default: 256)",
+    )
+    model = parser.add_argument_group("the models")
+    model.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
+    model.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    model.add_argument(
+        "--unknown-token",
+        type=one_character,
+        metavar="C",
+        help="character of the vocabulary that stands for those outside it (default: as trained)",
+    )
+    weights = model.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="precision of the weights and activations; auto: bfloat16 on a GPU with units for it, else float32 "
+        "(default: auto)",
+    )
+    weights.add_argument("--quantize", choices=("int8",), help="on a CPU: matrices of 8 bits, each row with a scale")

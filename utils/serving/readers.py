@@ -1,0 +1,148 @@
+"""From the thread of the engine to the requests that wait for its pieces, in the event loop of the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.types import Message
+
+from utils.serving.batch import Batch, Delivery
+from utils.serving.engine import Engine, QueueFullError
+from utils.serving.sequence import Job, Piece
+from utils.serving.served import Runs
+from utils.web.errors import ApiError
+
+MOST_UNREAD = 20_000  # pieces for a client that reads too slowly
+TOO_SLOW = "the client reads too slowly"
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the response any more."""
+
+
+class Reading:
+    """The jobs of one request; job i gives text i."""
+
+    def __init__(self, desk: Desk, model: str, jobs: Sequence[Job]) -> None:
+        self._desk, self._model, self.jobs = desk, model, jobs
+        self._places = {job: place for place, job in enumerate(jobs)}
+        self._pieces: dict[int, list[Piece]] = {}
+        self._unread = 0
+        self._open = len(jobs)
+        self._changed = asyncio.Event()
+
+    def put(self, job: Job, piece: Piece) -> None:
+        if self._unread >= MOST_UNREAD and not piece.is_last:
+            if not job.cancelled:
+                self._desk.engine.cancel(self._model, [job])
+                piece = Piece(error=TOO_SLOW)
+            else:
+                return
+        self._unread += 1
+        self._pieces.setdefault(self._places[job], []).append(piece)
+        self._changed.set()
+
+    async def read(self) -> dict[int, Piece]:
+        """What is new, by text: once there is something. Empty: all texts have ended.
+
+        Raises:
+            ApiError: the engine gave up one of them.
+        """
+        if not self._open:
+            return {}
+        await self._changed.wait()
+        self._changed.clear()
+        pieces, self._pieces, self._unread = self._pieces, {}, 0
+        new = {place: merged(several) for place, several in pieces.items()}
+        for piece in new.values():
+            if piece.error is not None:
+                raise ApiError(500, piece.error)
+            self._open -= piece.is_last
+        return new
+
+    def close(self) -> None:
+        """Free the slots of what has not ended."""
+        self._desk.forget(self._model, self.jobs, is_done=not self._open)
+
+
+def merged(pieces: Sequence[Piece]) -> Piece:
+    """Several pieces of a text as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        tuple(token for piece in pieces for token in piece.prompt),
+        pieces[-1].finish,
+        next((piece.error for piece in pieces if piece.error is not None), None),
+    )
+
+
+class Desk:
+    """The engine, and who reads from it."""
+
+    def __init__(self, runs: Runs, slots: int, most_waiting: int) -> None:
+        self._runs, self._readings = runs, dict[Job, Reading]()
+        batches = {name: Batch(run.generator, slots) for name, run in runs.by_name.items()}
+        self.engine = Engine(batches, most_waiting, self._hand_over)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to generate, for requests of the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+
+    def ask(self, model: str, jobs: Sequence[Job]) -> Reading:
+        """Let the engine generate; close what this returns.
+
+        Raises:
+            ApiError: its queue is full.
+        """
+        reading = Reading(self, model, jobs)
+        self._readings |= dict.fromkeys(jobs, reading)
+        try:
+            self.engine.submit(model, jobs)
+        except QueueFullError as full:
+            self.forget(model, jobs, is_done=True)
+            headers = {"Retry-After": str(full.retry_after)}
+            raise ApiError(429, str(full), code="queue_full", headers=headers) from None
+        return reading
+
+    def forget(self, model: str, jobs: Sequence[Job], is_done: bool) -> None:
+        for job in jobs:
+            self._readings.pop(job, None)
+        if not is_done:
+            self.engine.cancel(model, jobs)
+
+    def _hand_over(self, delivered: Sequence[Delivery]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, delivered)
+
+    def _dispatch(self, delivered: Sequence[Delivery]) -> None:
+        for job, piece in delivered:
+            if reading := self._readings.get(job):
+                reading.put(job, piece)
+
+
+async def unless_gone(work: Awaitable[None], receive: Callable[[], Awaitable[Message]]) -> None:
+    """Wait for `work` as long as the client waits for it.
+
+    Raises:
+        ClientGoneError: it does no longer; `work` is cancelled.
+    """
+
+    async def wait_for_end() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        await working
+    finally:
+        working.cancel()
+        gone.cancel()

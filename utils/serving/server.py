@@ -1,0 +1,59 @@
+"""The app that serve.py serves: the API, and the playground at /."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+
+from utils.serving.openai import add_routes
+from utils.serving.readers import Desk
+from utils.serving.served import Runs
+from utils.terminal import html
+from utils.web.app import create_app
+
+STATIC = Path(__file__).with_name("static")
+PAGE_STYLE = Path(html.__file__).with_name("page.css")  # shared with the reports
+
+
+def serving_app(
+    runs: Runs, slots: int, most_waiting: int, *, api_key: str | None = None, loopback: bool = True
+) -> FastAPI:
+    """The app. Its engine runs from its start to its end.
+
+    Args:
+        slots: texts of a run that are generated at a time.
+        most_waiting: texts of a run that may wait for a slot; more are refused.
+        api_key, loopback: see `create_app`.
+    """
+    app = create_app("lm-workbench", api_key=api_key, loopback=loopback)
+    desk = Desk(runs, slots, most_waiting)
+    app.router.lifespan_context = _lifespan(desk)
+    add_routes(app, runs, desk)
+    @app.get("/static/page.css", include_in_schema=False)
+    async def style() -> FileResponse:
+        return FileResponse(PAGE_STYLE)
+
+    app.mount("/static/playground", StaticFiles(directory=STATIC), name="playground")
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    return app
+
+
+def _lifespan(desk: Desk) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        desk.start()
+        try:
+            yield
+        finally:
+            desk.engine.close()
+
+    return lifespan
