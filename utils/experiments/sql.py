@@ -126,7 +126,7 @@ class RunDatabase:
         connection.execute(_metrics_view(logs))
         connection.execute("SET default_null_order = 'nulls_last'")
         connection.execute("SET python_enable_replacements = false")
-        names = [name for path in logs for name in {os.fspath(path), _escaped(os.fspath(path))}]
+        names = [name for path in logs for name in {os.fspath(path), escaped(os.fspath(path))}]
         connection.execute(f"SET allowed_paths = {_literal(names)}")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
@@ -226,7 +226,7 @@ def _metrics_view(logs: Sequence[Path]) -> str:
         return f"CREATE VIEW metrics AS SELECT NULL::VARCHAR AS run, {nothing} WHERE false"
     selected = ", ".join(f"{_quoted(name)} AS {column}" for name, column in columns.items())
     structure = "{" + ", ".join(f"{_literal(name)}: '{kind}'" for name, kind in types.items()) + "}"
-    files = _literal([_escaped(os.fspath(path)) for path in logs])
+    files = _literal([escaped(os.fspath(path)) for path in logs])
     source = (
         f"read_json({files}, format = 'newline_delimited', columns = {structure}, filename = '{FILE_COLUMN}', "
         "ignore_errors = true)"
@@ -235,7 +235,7 @@ def _metrics_view(logs: Sequence[Path]) -> str:
     return f"CREATE VIEW metrics AS SELECT {run}, {selected} FROM {source} WHERE step IS NOT NULL"
 
 
-def _escaped(path: str) -> str:
+def escaped(path: str) -> str:
     """`path` with its wildcards escaped for DuckDB."""
     return re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)
 
