@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -57,9 +58,11 @@ class RunDatabase:
 
     Args:
         runs: the rows of the view `runs`, in this order; `metrics` has the logs of those that can be read.
+        seconds: after which a query is given up; None: never.
     """
 
-    def __init__(self, runs: Sequence[IndexedRun]) -> None:
+    def __init__(self, runs: Sequence[IndexedRun], seconds: float | None = None) -> None:
+        self._seconds = seconds
         # DuckDB ignores case, and has no column without a name
         self._rows = [{key.lower(): value for key, value in run.row().items() if key} for run in runs]
         logs = {run.path / METRICS_LOG: run.path for run in runs if run.readable}
@@ -103,7 +106,8 @@ class RunDatabase:
     def _answer(self, query: str, allowed: Sequence[str], logs: Sequence[Path]) -> QueryResult:
         import duckdb
 
-        with _user_errors(), duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
+        config = {"memory_limit": MEMORY_LIMIT}
+        with _user_errors(), duckdb.connect(":memory:", config=config) as connection, _limit(connection, self._seconds):
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise SqlError("expected one SELECT: the views runs and metrics can be read, nothing can be written")
@@ -143,15 +147,19 @@ class RunDatabase:
 
 
 def choose_runs(
-    runs: Sequence[IndexedRun], where: str | None = None, order: str | None = None, limit: int | None = None
+    runs: Sequence[IndexedRun],
+    where: str | None = None,
+    order: str | None = None,
+    limit: int | None = None,
+    seconds: float | None = None,
 ) -> list[IndexedRun]:
     """The runs that fulfil the SQL condition `where`, sorted by `order`; without an order, the newest `limit` of them.
 
     Raises:
-        SqlError: `where` or `order` is not valid SQL over the columns of a run.
+        SqlError: `where` or `order` is not valid SQL over the columns of a run, or takes longer than `seconds`.
     """
     if where or order:
-        ids = RunDatabase(runs).choose(where, order, limit if order else None)
+        ids = RunDatabase(runs, seconds).choose(where, order, limit if order else None)
         chosen = {name: i for i, name in enumerate(ids)}
         runs = [run for run in runs if run.id in chosen]
         if order:
@@ -198,6 +206,25 @@ def _nodes(parsed: Any) -> Iterator[Mapping[str, Any]]:
         yield parsed
     for value in parsed.values() if isinstance(parsed, Mapping) else parsed if isinstance(parsed, list) else ():
         yield from _nodes(value)
+
+
+@contextlib.contextmanager
+def _limit(connection: duckdb.DuckDBPyConnection, seconds: float | None) -> Iterator[None]:
+    """Raises SqlError where the queries of a connection take longer than `seconds`."""
+    import duckdb
+
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, connection.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException:
+        raise SqlError(f"given up after {seconds:g} seconds") from None
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ def kept_points(places: Sequence[float], values: Sequence[float], points: int, l
         return range(len(values))
     kept = [0]
     edges = _edges(places, max(1, points // 2), log_axis)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if start < end:
             part = values[start:end]
             ends = (start + part.index(min(part)), start + part.index(max(part)))
