@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.files import open_regular
+from utils.files import is_regular, open_regular
 from utils.pages.keys import key_of
+from utils.runs.layout import RECORD
 from utils.terminal.words import one_line
 
 MOST_FILES = 2000  # of a list
@@ -27,8 +28,13 @@ class RunFile:
 
 
 def list_files(run: Path) -> list[RunFile]:
-    """The regular files of a run, sorted by name. Links to folders are not followed; links to files are left out."""
-    found = []
+    """The regular files of a run, sorted by name. Links to folders are not followed; links to files are left out.
+
+    A folder without run.json is no run: a link beside the runs may lead anywhere.
+    """
+    found: list[RunFile] = []
+    if not is_regular(run / RECORD, run):
+        return found
     for place, folders, names in os.walk(run):
         folders.sort()
         for name in sorted(names):

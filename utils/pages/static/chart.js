@@ -308,7 +308,7 @@ export function ticks(axis, count) {
 function tickText(tick, all, log) {
   const largest = Math.max(...all.map(Math.abs));
   if (tick === 0) return "0";
-  if (log || (largest > 0 && largest < 1e-3) || largest >= 1e12) return Math.abs(tick) >= 1e-3 && Math.abs(tick) < 1e5 ? String(Number(tick.toPrecision(3))) : tick.toExponential(Number((tick.toExponential().split("e")[0].split(".")[1] ?? "").length > 0)).replace("e+", "e");
+  if (log || largest < 1e-2 || largest >= 1e12) return String(Number(tick.toPrecision(3))).replace("e+", "e");
   const [divisor, suffix] = [[1e9, "G"], [1e6, "M"], [1e4, "k"]].find(([least]) => largest >= least) ?? [1, ""];
   const scale = suffix === "k" ? 1e3 : divisor;
   const gap = all.length > 1 ? Math.abs(all[1] - all[0]) / scale : largest / scale;

@@ -93,8 +93,7 @@ export function duration(seconds) {
 export function number(value) {
   if (typeof value !== "number") return String(value);
   if (Number.isInteger(value) && Math.abs(value) < 1e15) return value.toLocaleString("en");
-  const size = Math.abs(value);
-  return size && (size < 1e-3 || size >= 1e7) ? value.toExponential(3) : String(Number(value.toPrecision(6)));
+  return String(Number(value.toPrecision(6)));
 }
 
 const GROUPED = new Set(["steps", "parameters", "best_step"]);

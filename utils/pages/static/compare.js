@@ -23,10 +23,10 @@ function showVerdict(found) {
   table($("#groups"), ["group", "runs", "mean", "std", "95% of the mean"], found.groups);
   $("#splits").textContent = found.splits.join("; ");
   fill($("#at"), Object.entries(found.at).filter(([, rows]) => rows.length).map(([axis, rows]) => {
-    const place = el("table", {}, el("thead"), el("tbody"));
+    const place = el("table", { class: "auto" }, el("thead"), el("tbody"));
     table(place, [axis, ...found.groups.map(([name]) => name)], rows);
-    return [el("h3", {}, `${found.metric} at equal ${axis === "step" ? "steps" : axis}`), el("div", { class: "scroll" }, place)];
-  }).flat());
+    return el("div", {}, el("h3", {}, `${found.metric} at equal ${axis === "step" ? "steps" : axis}`), el("div", { class: "scroll" }, place));
+  }));
   fill($("#left-out"), found.left_out.map((text) => el("p", { class: "quiet small" }, `left out: ${text}`)));
 }
 
@@ -35,7 +35,7 @@ function showDiff(found, runs) {
   if (!found) return;
   const letters = runs.map((_, i) => LETTERS(i));
   const cells = (row) => row.values.map((text, i) => el("td", { class: "wrap" }, text, row.sources[i] ? el("span", { class: "source block" }, row.sources[i]) : null));
-  const part = (title, rows) => [el("h3", {}, title), el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, ""), letters.map((letter) => el("th", { scope: "col" }, letter)))), el("tbody", {}, rows.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name), cells(row))))))];
+  const part = (title, rows) => [el("h3", {}, title), el("div", { class: "scroll" }, el("table", { class: "auto" }, el("thead", {}, el("tr", {}, el("th", {}, ""), letters.map((letter) => el("th", { scope: "col" }, letter)))), el("tbody", {}, rows.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name), cells(row))))))];
   const body = found.sections.map(({ title, rows }) => part(title, rows)).flat();
   if (!found.sections.length) body.push(el("p", {}, "No setting, code, corpus or environment differs."));
   if (found.commits.length) body.push(el("h3", {}, "Commits between them"), el("pre", {}, found.commits.join("\n")));
@@ -49,7 +49,7 @@ async function load() {
   const answer = await ask("compare", [...named, ["metric", address.get("metric")]]);
   const runs = answer.runs;
   fill($("#problems"), answer.problems.map((text) => el("p", { class: "problem" }, text)));
-  fill($("#run-list"), runs.map((run, i) => el("tr", {}, el("td", { class: "number" }, swatch(COLORS[i % COLORS.length]), LETTERS(i)), el("th", { scope: "row" }, el("a", { href: runUrl(run.key) }, run.id)), el("td", {}, run.name === run.id ? "" : run.name))));
+  fill($("#run-list"), runs.map((run, i) => el("tr", {}, el("td", {}, swatch(COLORS[i % COLORS.length]), LETTERS(i)), el("th", { scope: "row" }, el("a", { href: runUrl(run.key) }, run.id)), el("td", {}, run.name === run.id ? "" : run.name))));
   showVerdict(answer.comparison);
   showDiff(answer.diff, runs);
   return answer;
