@@ -136,6 +136,7 @@ def test_texts_of_a_hostile_run_come_as_json_without_control_characters(client: 
     (histogram,) = get(client, "histograms", ("run", key), ("name", HOSTILE))["steps"]
     assert histogram["counts"] == [1, 2]
     assert HOSTILE in [metric["name"] for metric in get(client, "metrics", ("run", key))]
+    assert get(client, "histograms", ("run", "run0")) == {"names": [], "shown": [], "name": None, "steps": []}
     (curve,) = get(client, "curves", ("run", key), ("metric", HOSTILE))["curves"]
     assert curve["y"] == [2]
 

@@ -165,9 +165,8 @@ def histograms(run: IndexedRun, name: str | None) -> dict[str, Any]:
                     by_name.setdefault(tensor, {})[facts["step"]] = facts  # a resume repeats none: the log was cut
     chosen = name if name is not None else next(iter(names), None)
     steps = list(by_name.get(chosen or "", {}).values())
-    stride = 1 + (len(steps) - 1) // TIMES
-    kept = steps[::-1][::stride][::-1]
-    return {"names": list(names), "name": chosen, "steps": kept}
+    stride = max(1, -(-len(steps) // TIMES))
+    return {"names": list(names), "name": chosen, "steps": steps[::-1][::stride][::-1]}
 
 
 def _histogram(record: Mapping[str, Any]) -> dict[str, Any] | None:

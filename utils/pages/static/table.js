@@ -87,14 +87,29 @@ function compare(a, b, up) {
 
 // ------------------------------------------------------------------------------------------------------ the table
 
-function draw() {
+/** Draw something anew; what had the focus has it again. */
+function keepingFocus(work) {
+  const name = document.activeElement?.dataset.focus;
+  work();
+  if (name) [...document.querySelectorAll("#table [data-focus]")].find((one) => one.dataset.focus === name)?.focus({ preventScroll: true });
+}
+
+function focusable(element, name) {
+  element.dataset.focus = name;
+  return element;
+}
+
+const draw = () => keepingFocus(drawAll);
+
+function drawAll() {
   const rows = filtered();
   state.visible = rows;
   const running = [...state.rows.values()].filter((row) => row.status === "running").length;
   $("#count").textContent = [rows.length === state.rows.size ? counted(state.rows.size, "run") : `${rows.length.toLocaleString("en")} of ${counted(state.rows.size, "run")}`, running ? `${running} running` : ""].filter(Boolean).join(", ");
-  const all = el("input", { type: "checkbox", title: "Choose all that are shown", "aria-label": "Choose all that are shown", checked: rows.length > 0 && rows.slice(0, MOST_CHOSEN).every((row) => state.chosen.has(row.key)), onchange: (event) => {
+  const free = rows.filter((row) => row.status !== "damaged").slice(0, MOST_CHOSEN);
+  const all = el("input", { type: "checkbox", title: "Choose all that are shown", "aria-label": "Choose all that are shown", checked: free.length > 0 && free.every((row) => state.chosen.has(row.key)), onchange: (event) => {
     state.chosen.clear();
-    if (event.target.checked) rows.filter((row) => row.status !== "damaged").slice(0, MOST_CHOSEN).forEach((row) => choose(row.key));
+    if (event.target.checked) free.forEach((row) => choose(row.key));
     chosenChanged();
   } });
   const header = (column, text) => {
@@ -104,9 +119,9 @@ function draw() {
       keepAddress();
       draw();
     } }, text, isSorted ? (state.order.up ? " ▲" : " ▼") : "");
-    return el("th", { scope: "col", "aria-sort": isSorted ? (state.order.up ? "ascending" : "descending") : null, class: isNumber(column) ? "number" : null }, button);
+    return el("th", { scope: "col", "aria-sort": isSorted ? (state.order.up ? "ascending" : "descending") : null, class: isNumber(column) ? "number" : null }, focusable(button, `sort ${column}`));
   };
-  fill($("#table thead"), el("tr", {}, el("th", { class: "pick" }, all), header("id", "run"), ...state.shown.map((column) => header(column, HEADERS[column] ?? column.replaceAll("_", " "))), state.edit && el("th", {}, el("span", { class: "hidden" }, "edit"))));
+  fill($("#table thead"), el("tr", {}, el("th", { class: "pick" }, focusable(all, "all")), header("id", "run"), ...state.shown.map((column) => header(column, HEADERS[column] ?? column.replaceAll("_", " "))), state.edit && el("th", {}, el("span", { class: "hidden" }, "edit"))));
   fill($("#table tbody"), ...rows.slice(0, state.limit).map(tableRow));
   showMore();
   if (!state.rows.size) $("#more").textContent = "There are no runs yet: python train.py --run-tag baseline makes one.";
@@ -133,9 +148,10 @@ function tableRow(row) {
     chosenChanged();
   } });
   if (color) box.style.accentColor = color;
-  const name = el("a", { href: runUrl(row.key) }, row.id);
+  focusable(box, `show ${row.key}`);
+  const name = focusable(el("a", { href: runUrl(row.key) }, row.id), `open ${row.key}`);
   const cells = state.shown.map((column) => cell(row, column));
-  const edit = state.edit && el("td", {}, row.status !== "damaged" && el("button", { type: "button", class: "plain", "aria-label": `Edit ${row.id}`, onclick: () => openEditor(row.key, refresh) }, "edit"));
+  const edit = state.edit && el("td", {}, row.status !== "damaged" && focusable(el("button", { type: "button", class: "plain", "aria-label": `Edit ${row.id}`, onclick: () => openEditor(row.key, refresh) }, "edit"), `edit ${row.key}`));
   const pinned = row.pinned ? el("span", { class: "badge", title: "prune never touches it" }, "pinned") : null;
   const problem = row.problem ? el("span", { class: "problem small block" }, row.problem) : null;
   const element = el("tr", { class: color ? "is-chosen" : null, onmouseenter: () => panel.highlight(state.chosen.has(row.key) && !panel.settings.group ? row.key : undefined), onmouseleave: () => panel.highlight(undefined) }, el("td", { class: "pick" }, box), el("th", { scope: "row", class: "name" }, name, pinned, problem), ...cells, edit);
@@ -166,13 +182,10 @@ new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "600px" }).observe($("#more"));
 
-/** Replace the rows that have changed where they are; others keep their place and the focus. */
+/** Replace the rows that have changed where they are. */
 function drawChanged(keys) {
   const places = new Map([...$("#table tbody").children].map((element) => [element.dataset.key, element]));
-  for (const key of keys) {
-    const old = places.get(key), row = state.rows.get(key);
-    if (old && row && !old.contains(document.activeElement)) old.replaceWith(tableRow(row));
-  }
+  keepingFocus(() => { for (const key of keys) places.get(key)?.replaceWith(tableRow(state.rows.get(key))); });
 }
 
 // ----------------------------------------------------------------------------------------- what is chosen, and shown
