@@ -199,6 +199,22 @@ def report(args: argparse.Namespace) -> Answer:
     return Answer({"runs": [run.id for run in runs], "out": args.out}, lambda console: [str(args.out)])
 
 
+@command(
+    "ui",
+    "pages of the runs in a browser: table, curves, comparison, live while they train",
+    flag("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here (default: 127.0.0.1, this machine only)"),
+    flag("--port", type=int, default=8265, metavar="N", help="(default: 8265; 0: any free one)"),
+    flag("--edit", action="store_true", help="tags and notes can be changed in the pages"),
+    note="The pages read the run directories: no tracker and no database is needed. serve.py has them at /runs, too.",
+)
+def ui(args: argparse.Namespace) -> Answer:
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port must be from 0 to 65535, not {args.port}")
+    from utils.pages.server import serve_pages
+
+    serve_pages(runs_folder(args), args.host, args.port, edit=args.edit)
+
+
 def write_out(path: Path, write: Callable[[], None]) -> None:
     """Call `write`, which writes the file of --out.
 

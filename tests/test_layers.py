@@ -14,13 +14,13 @@ ORDER = (  # from the bottom up: packages of utils/, and the files beside it
     *("errors", "locks", "files", "config", "tokenization", "tokenizer.py"),
     *("machine", "checkpoints", "nn", "terminal", "web", "runs", "corpora", "packing", "preparation"),
     *("model.py", "data.py", "tracking", "optim", "inference"),
-    *("formats", "evaluation", "training", "profiling", "experiments", "sweeps", "serving"),
+    *("formats", "evaluation", "training", "profiling", "experiments", "sweeps", "pages", "serving"),
     *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "weights.py"),
     *("experiments.py", "sweep.py", "serve.py", "workbench.py"),
 )
 OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
-    *("errors", "locks", "files", "config", "terminal", "web", "runs", "corpora", "experiments"),
+    *("errors", "locks", "files", "config", "terminal", "web", "runs", "corpora", "experiments", "pages"),
     *("checkpoints.folder", "checkpoints.header", "machine.process", "machine.signals", "machine.watchdog"),
     *("formats.stored", "formats.foreign_files", "formats.weight_index", "formats.c_files", "formats.inspection"),
     *("training.early_stopping", "training.launch", "training.result"),

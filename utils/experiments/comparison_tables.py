@@ -108,7 +108,7 @@ def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
         for place, values in rows:
             best = min((value for value in values if value is not None and math.isfinite(value)), default=None)
             cells = [Text(loss_text(value) or "-", style="green" if value == best else "") for value in values]
-            table.add_row(_place(axis, place), *cells)
+            table.add_row(place_text(axis, place), *cells)
         yield Group("", title(f"{comparison.metric} at equal {'steps' if axis == 'step' else axis}"), table)
     if comparison.left_out:
         yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in comparison.left_out))
@@ -130,7 +130,7 @@ def group_cells(group: SeedGroup) -> list[str]:
     return [number, loss_text(group.mean), loss_text(group.deviation), interval]
 
 
-def _place(axis: str, place: float) -> str:
+def place_text(axis: str, place: float) -> str:
     if axis != "time":
         return f"{place:,.0f}"
     return f"{place:.1f} s" if place < 60 else rough_duration(place)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -57,10 +58,11 @@ class RunDatabase:
 
     Args:
         runs: the rows of the view `runs`, in this order; `metrics` has the logs of those that can be read.
+        seconds: after which a query is given up; None: never.
     """
 
-    def __init__(self, runs: Sequence[IndexedRun]) -> None:
-        self._runs = runs
+    def __init__(self, runs: Sequence[IndexedRun], seconds: float | None = None) -> None:
+        self._runs, self._seconds = runs, seconds
         keys = dict.fromkeys(key for run in runs for key in run.settings if key)
         self._columns = list(dict.fromkeys([*FACTS, *(key.lower() for key in keys)]))  # DuckDB ignores case
 
@@ -104,7 +106,8 @@ class RunDatabase:
     def _answer(self, query: str, allowed: Sequence[str], used: Collection[str], logs: Sequence[Path]) -> QueryResult:
         import duckdb
 
-        with _user_errors(), duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
+        config = {"memory_limit": MEMORY_LIMIT}
+        with _user_errors(), duckdb.connect(":memory:", config=config) as connection, _limit(connection, self._seconds):
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise SqlError("expected one SELECT: the views runs and metrics can be read, nothing can be written")
@@ -136,7 +139,7 @@ class RunDatabase:
         connection.execute(_metrics_view(logs))
         connection.execute("SET default_null_order = 'nulls_last'")
         connection.execute("SET python_enable_replacements = false")
-        names = [name for path in logs for name in {os.fspath(path), _escaped(os.fspath(path))}]
+        names = [name for path in logs for name in {os.fspath(path), escaped(os.fspath(path))}]
         connection.execute(f"SET allowed_paths = {_literal(names)}")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
@@ -163,15 +166,19 @@ class RunDatabase:
 
 
 def choose_runs(
-    runs: Sequence[IndexedRun], where: str | None = None, order: str | None = None, limit: int | None = None
+    runs: Sequence[IndexedRun],
+    where: str | None = None,
+    order: str | None = None,
+    limit: int | None = None,
+    seconds: float | None = None,
 ) -> list[IndexedRun]:
     """The runs that fulfil the SQL condition `where`, sorted by `order`; without an order, the newest `limit` of them.
 
     Raises:
-        SqlError: `where` or `order` is not valid SQL over the columns of a run.
+        SqlError: `where` or `order` is not valid SQL over the columns of a run, or takes longer than `seconds`.
     """
     if where or order:
-        ids = RunDatabase(runs).choose(where, order, limit if order else None)
+        ids = RunDatabase(runs, seconds).choose(where, order, limit if order else None)
         chosen = {name: i for i, name in enumerate(ids)}
         runs = [run for run in runs if run.id in chosen]
         if order:
@@ -221,6 +228,25 @@ def _nodes(parsed: Any) -> Iterator[Mapping[str, Any]]:
 
 
 @contextlib.contextmanager
+def _limit(connection: duckdb.DuckDBPyConnection, seconds: float | None) -> Iterator[None]:
+    """Raises SqlError where the queries of a connection take longer than `seconds`."""
+    import duckdb
+
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, connection.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException:
+        raise SqlError(f"given up after {seconds:g} seconds") from None
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def _user_errors() -> Iterator[None]:
     """Errors of DuckDB as SqlErrors with the first lines of their message."""
     import duckdb
@@ -246,7 +272,7 @@ def _metrics_view(logs: Sequence[Path]) -> str:
         return f"CREATE VIEW metrics AS SELECT NULL::VARCHAR AS run, {nothing} WHERE false"
     selected = ", ".join(f"{_quoted(name)} AS {column}" for name, column in columns.items())
     structure = "{" + ", ".join(f"{_literal(name)}: '{kind}'" for name, kind in types.items()) + "}"
-    files = _literal([_escaped(os.fspath(path)) for path in logs])
+    files = _literal([escaped(os.fspath(path)) for path in logs])
     source = (
         f"read_json({files}, format = 'newline_delimited', columns = {structure}, filename = '{FILE_COLUMN}', "
         "ignore_errors = true)"
@@ -255,7 +281,7 @@ def _metrics_view(logs: Sequence[Path]) -> str:
     return f"CREATE VIEW metrics AS SELECT {run}, {selected} FROM {source} WHERE step IS NOT NULL"
 
 
-def _escaped(path: str) -> str:
+def escaped(path: str) -> str:
     """`path` with its wildcards escaped for DuckDB."""
     return re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)
 

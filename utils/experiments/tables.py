@@ -224,7 +224,7 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
         models: the names NAME@vN that it was promoted to.
     """
     yield title(one_line(run.id))
-    yield fact_lines([line for line in (*_results(run), *_provenance(run, children, models)) if line[1]])
+    yield fact_lines([line for line in (*result_facts(run), *provenance_facts(run, children, models)) if line[1]])
     if run.evaluations:
         yield Group(
             "", title("Evaluations"), evaluations_table(newest_evaluations(run.evaluations)[:EVALUATIONS_SHOWN])
@@ -273,7 +273,7 @@ def number_cell(name: str, value: float | None) -> str:
     return f"{value:.2%}" if name == "accuracy" and value is not None else loss_text(value)
 
 
-def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
+def result_facts(run: IndexedRun) -> Iterator[tuple[str, str]]:
     """How far a run is, and what people say about it, as (name, value); empty where unknown."""
     row, record = run.row(), run.record
     resolved = record.get("resolved") or {}
@@ -296,7 +296,7 @@ def _results(run: IndexedRun) -> Iterator[tuple[str, str]]:
     yield "parameters", column_text("parameters", row["parameters"]) + (f", {trained:,} trained" if trained else "")
 
 
-def _provenance(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> Iterator[tuple[str, str]]:
+def provenance_facts(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Where a run came from and where it is, as (name, value); empty where unknown."""
     row, record, environment = run.row(), run.record, environment_of(run)
     resolved, parent = record.get("resolved") or {}, record.get("parent")

@@ -1,0 +1,222 @@
+"""The pages of runs in headless Chromium: what they show, by mouse and keyboard, while runs train.
+
+Pictures are kept in the folder named by WORKBENCH_SCREENSHOTS, if it is set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fake_runs import held_lock, log_lines, make_run
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from utils.pages.server import pages_app
+from utils.runs.layout import METRICS_LOG
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+PAGE_MS = 20_000  # for a slow machine
+HOSTILE = "<img src=x onerror='document.title=1'>"
+RATES = (1e-3, 3e-3)
+
+
+def records(first: int, last: int, value: float) -> list[dict[str, Any]]:
+    found = []
+    for step in range(first, last):
+        facts = {"step": step, "time": 1000.0 + step, "tokens": 64 * step, "train/loss": value + 2.0 / (step + 1)}
+        found.append({**facts, **({"val/loss": facts["train/loss"] + 0.1} if step % 10 == 0 else {})})
+    return [*found, {"step": last - 1, "time": 1000.0 + last, "system/process_memory": 900.0}]
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rates with three seeds each, a run that is being trained, one with hostile texts, a damaged one."""
+    folder = tmp_path_factory.mktemp("pages")
+    for i in range(6):
+        value, settings = 1.0 + i / 100 + i // 3, {"learning_rate": RATES[i // 3], "seed": i % 3}
+        bins = {"min": -1.0, "max": 1.0, "counts": [1, 5, 9, 5], "nonfinite": 0}
+        histograms = [{"step": step, "time": 1.0, "name": "params/head", **bins} for step in (0, 50)]
+        extra = {"samples": [{"step": 90, "time": 1.0, "text": "ROMEO: O!"}], "histograms": histograms}
+        losses = {"val/loss": value, "best_val_loss": value}
+        start = f"2026-01-31T14:2{i}:01.000+00:00"
+        made = records(0, 100, value)
+        make_run(folder, f"run{i}", settings=settings, metrics=made, summary=losses, start=start, **extra)
+    make_run(folder, "live", status="running", end=None, metrics=records(0, 20, 1.0), start="2026-02-01T00:00:00+00:00")
+    make_run(folder, HOSTILE.replace("/", ""), tag=HOSTILE, notes={"note": HOSTILE * 50, "tags": [HOSTILE]})
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(runs_dir: Path) -> Iterator[str]:
+    """The pages in a thread of this process; the run `live` holds its lock."""
+    with socket.socket() as listener, held_lock(runs_dir / "live"):
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(pages_app(runs_dir, edit=True), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        expect.set_options(timeout=PAGE_MS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])
+def page(browser: Browser, url: str, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """An empty page; afterwards no script may have failed, and nothing may have been asked for elsewhere."""
+    width, height, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, base_url=url)
+    context.set_default_timeout(PAGE_MS)
+    page, problems = context.new_page(), []
+    page.on("console", lambda message: problems.append(message.text) if "400 (Bad" not in message.text else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda asked: problems.append(asked.url) if not asked.url.startswith((url, "data:")) else None)
+    yield page
+    assert problems == []
+    context.close()
+
+
+def visit(page: Page, path: str, name: str) -> None:
+    """Open a page, wait until it is ready, and see that nothing is wider than the screen."""
+    page.goto(path)
+    page.wait_for_selector("body[data-ready]")
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    if folder := os.environ.get("WORKBENCH_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        width = page.viewport_size["width"] if page.viewport_size else 0
+        page.screenshot(path=f"{folder}/pages_{name}_{width}.png", full_page=True, animations="disabled")
+
+
+def drawn(page: Page, number: int = 0) -> bool:
+    """Whether the chart has coloured points."""
+    script = """canvas => {
+        const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+        for (let i = 0; i < data.length; i += 4)
+            if (data[i + 3] > 200 && Math.abs(data[i] - data[i + 2]) > 60) return true;
+        return false; }"""
+    return bool(page.locator("canvas").nth(number).evaluate(script))
+
+
+def ids(page: Page) -> list[str]:
+    return page.locator("#table tbody th a").all_inner_texts()
+
+
+def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) -> None:
+    visit(page, "/runs", "table")
+    expect(page.locator("#count")).to_have_text("9 runs, 1 running")
+    assert ids(page)[:2] == ["live", "run5"]
+    assert HOSTILE in ids(page)  # as text
+    assert page.title() == "Runs"
+    assert drawn(page)
+    assert drawn(page, 1)
+
+    page.keyboard.press("/")
+    page.keyboard.type("learning_rate=0.003")
+    expect(page.locator("#count")).to_have_text("3 of 9 runs, 1 running")
+    page.locator("#search").fill("")
+    page.locator("#where").fill("learning_rate > 0.002 and seed < 2")
+    page.keyboard.press("Enter")
+    expect(page.locator("#count")).to_have_text("2 of 9 runs, 1 running")
+    page.locator("#where").fill("nonsense >")
+    page.keyboard.press("Enter")
+    expect(page.locator("#filter-problem")).to_contain_text("syntax error")
+    page.locator("#where").fill("")
+    page.keyboard.press("Enter")
+    expect(page.locator("#filter-problem")).to_be_empty()
+
+    page.get_by_role("button", name="best val").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#table tbody th a").first).to_have_text("run0")
+    page.keyboard.press("Enter")  # the button that was made anew has the focus
+    expect(page.locator("#table tbody th a").first).to_have_text("run5")
+    page.get_by_label("Choose all that are shown").check()
+    page.locator("#group").select_option("learning_rate")
+    expect(page.locator("canvas").first).to_have_attribute("aria-label", re.compile("2 curves"))
+    page.locator("canvas").first.focus()
+    page.keyboard.press("End")
+    expect(page.locator(".tip").first).to_contain_text("learning_rate=0.003 (3)")
+
+
+def test_curves_of_a_running_run_grow_by_deltas(page: Page, runs_dir: Path) -> None:
+    steps = 20 if page.viewport_size and page.viewport_size["width"] > 500 else 30
+    sizes: list[tuple[str, int]] = []
+    page.on(
+        "response", lambda answer: sizes.append((answer.url, len(answer.body()))) if "/api/" in answer.url else None
+    )
+    visit(page, "/runs?run=live&run=run1", "live")
+    whole = max(size for address, size in sizes if "/api/curves" in address)
+    sizes.clear()
+    with (runs_dir / "live" / METRICS_LOG).open("a") as log:
+        log.write(log_lines(records(steps, steps + 10, 1.0)))
+    row = page.locator("#table tbody tr").filter(has_text="live")
+    with page.expect_response(lambda answer: "/api/curves" in answer.url and "known=" in answer.url):
+        expect(row).to_contain_text(str(steps + 9))
+    curves = [size for address, size in sizes if "/api/curves" in address]
+    assert curves
+    assert max(curves) < whole / 3
+    assert max(size for address, size in sizes if "/api/runs" in address) < 1000
+
+
+def test_the_page_of_a_run_shows_everything(page: Page) -> None:
+    visit(page, "/runs/run?run=run5", "run")
+    expect(page.locator("h1")).to_have_text("run5")
+    assert all(drawn(page, i) for i in range(3))
+    expect(page.locator("#system canvas")).to_have_count(1)
+    expect(page.locator("#samples")).to_contain_text("ROMEO: O!")
+    expect(page.locator("#heat")).to_have_attribute(
+        "aria-label", "Histograms of params/head at 2 steps. Arrow keys read them."
+    )
+    assert drawn(page, 3)
+    expect(page.locator("#setting-table tbody tr")).to_have_count(2)
+    page.locator("#setting-search").fill("batch_size")
+    expect(page.locator("#setting-table tbody tr").first).to_contain_text("batch_size")
+    page.locator("#files summary").click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="run.json").click()
+    assert download.value.suggested_filename == "run.json"
+
+
+def test_a_comparison_has_a_verdict_and_differences(page: Page) -> None:
+    visit(page, "/runs/compare?" + "&".join(f"run=run{i}" for i in range(6)), "compare")
+    expect(page.locator("#verdict-list")).to_contain_text("better by")
+    expect(page.locator("#diff")).to_contain_text("learning_rate")
+    assert drawn(page)
+
+
+def test_notes_are_changed_in_a_dialog_and_hostile_texts_stay_texts(page: Page) -> None:
+    visit(page, "/runs", "before")
+    page.get_by_role("button", name=f"Edit {HOSTILE}").click()
+    page.locator("dialog textarea").fill(f"new {HOSTILE}")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("dialog")).to_have_count(0)
+    row = page.locator("#table tbody tr").filter(has_text=f"new {HOSTILE}")
+    expect(row).to_have_count(1)
+    row.locator("th a").click()
+    page.wait_for_selector("body[data-ready]")
+    expect(page.locator("#results")).to_contain_text(f"new {HOSTILE}")
+    assert page.locator("main img").count() == 0
+
+
+def test_an_unknown_run_is_one_message(browser: Browser, url: str) -> None:
+    page = browser.new_page()
+    page.goto(f"{url}/runs/run?run=nope")
+    expect(page.locator("#problems")).to_have_text("there is no run 'nope'")
+    page.close()

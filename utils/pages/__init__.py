@@ -1,0 +1,1 @@
+"""The pages of runs in a browser: a table of all, curves, one run, several compared."""

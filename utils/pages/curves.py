@@ -1,0 +1,161 @@
+"""The curves of a chart: smoothed, thinned and grouped for the page, and afterwards only what has been added."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.errors import UserError
+from utils.experiments.bands import band
+from utils.experiments.curve import Axis, Curve
+from utils.experiments.plot import smoothed, y_label
+from utils.pages.downsample import kept_points
+from utils.pages.keys import key_of
+from utils.pages.series import RESERVED, Series, SeriesStore
+from utils.runs.index import IndexedRun, resolved_setting
+from utils.runs.metrics import metric as registered_metric
+from utils.terminal.words import one_line, printable, setting_text
+
+MOST_POINTS = 4000  # of one curve; a screen has fewer columns
+DIGITS = 7  # of a number, which is more than a screen shows
+
+
+@dataclass(frozen=True)
+class ChartRequest:
+    """What a chart shows.
+
+    smooth: weight of the past in an exponential moving average, from 0 (as logged) to below 1.
+    group: a setting, or a column of the table: runs of equal value are drawn as their mean and a band of one standard
+        deviation around it.
+    points: of each curve.
+    start, end: the part of the axis that is shown; None: all.
+    known: run -> its cursor: what the page has of the curve already.
+    """
+
+    metric: str
+    axis: Axis = "step"
+    smooth: float = 0.0
+    group: str | None = None
+    log_axis: bool = False
+    points: int = 1000
+    start: float | None = None
+    end: float | None = None
+    known: dict[str, str] = field(default_factory=dict)
+
+
+def chart(runs: Sequence[IndexedRun], store: SeriesStore, request: ChartRequest) -> dict[str, Any]:
+    """The curves of the chart, or what they have gained since the cursors of the request.
+
+    Raises:
+        UserError: no metric can have this name, or a number of the request makes no sense.
+    """
+    if not 0 <= request.smooth < 1:
+        raise UserError(f"smoothing by {request.smooth:g}: expected a weight from 0 to below 1")
+    name = request.metric
+    if not name or name.lower() in RESERVED or (name.lower() == "tokens" and name != "tokens"):
+        raise UserError(f"{one_line(name)!r} is not a metric")
+    series = store.read(runs, name)
+    answer: dict[str, Any] = {"metric": name, "label": one_line(y_label(name)), "direction": _direction(name)}
+    if request.group:
+        answer["groups"] = _groups(runs, series, request)
+    else:
+        curves = (_curve(run, of_run, request) for run, of_run in zip(runs, series, strict=True))
+        answer["curves"] = [curve for curve in curves if curve]
+    return answer
+
+
+def _direction(name: str) -> str:
+    try:
+        return registered_metric(name).direction
+    except KeyError:
+        return "none"
+
+
+def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, Any] | None:
+    """One curve; with a cursor only its new points; None if there are none."""
+    key, count = key_of(run.id), len(series.values)
+    cursor = f"{series.generation}.{count}"
+    if request.known.get(key) == cursor:
+        return None
+    facts: dict[str, Any] = {"run": key, "cursor": cursor}
+    generation, _, seen = request.known.get(key, "").partition(".")
+    first = int(seen) if generation == str(series.generation) and seen.isdecimal() else 0
+    places, values = shown_points(series, request)
+    if first:
+        facts["added"] = True
+        added = sum(map(math.isfinite, series.values[first:]))
+        places, values = places[len(places) - added :], values[len(values) - added :]
+    else:
+        facts["points"] = count
+        facts["not_finite"] = count - len(values)
+        if series.problem:
+            facts["problem"] = printable(series.problem)
+    if request.start is not None or request.end is not None:
+        low = -math.inf if request.start is None else request.start
+        high = math.inf if request.end is None else request.end
+        inside = [i for i, place in enumerate(places) if low <= place <= high]
+        if inside:  # with a neighbour on each side, so that the lines go on to the edge
+            part = slice(max(0, inside[0] - 1), inside[-1] + 2)
+            places, values = places[part], values[part]
+        else:
+            places, values = places[:0], values[:0]
+    kept = kept_points(places, values, min(request.points, MOST_POINTS), request.log_axis)
+    return {**facts, "x": [_rounded(places[i]) for i in kept], "y": [_rounded(values[i]) for i in kept]}
+
+
+def shown_points(series: Series, request: ChartRequest) -> tuple[Sequence[float], Sequence[float]]:
+    """The finite points of a series, smoothed."""
+    places: Sequence[float] = series.places(request.axis)
+    values: Sequence[float] = series.values
+    if not all(map(math.isfinite, values)):
+        finite = [math.isfinite(value) for value in values]
+        places, values = list(itertools.compress(places, finite)), list(itertools.compress(values, finite))
+    return places, smoothed(values, request.smooth) if request.smooth else values
+
+
+def _groups(runs: Sequence[IndexedRun], series: Sequence[Series], request: ChartRequest) -> list[dict[str, Any]]:
+    """The groups of runs, with their bands; one run alone has its curve as the mean.
+
+    They are made anew whenever a run has gained points: a group is at most 400 places.
+    """
+    members: dict[str, list[tuple[IndexedRun, Series]]] = {}
+    for run, of_run in zip(runs, series, strict=True):
+        members.setdefault(group_value(run, request.group or ""), []).append((run, of_run))
+    found = []
+    for value, group in members.items():
+        key = f"{request.group}={value}"
+        cursor = "_".join(f"{of_run.generation}.{len(of_run.values)}" for _, of_run in group)
+        if request.known.get(key) == cursor:
+            continue
+        curves = []
+        for _, of_run in group:
+            places, values = shown_points(of_run, request)
+            if values:
+                curves.append(Curve(**{"values": list(values), request.axis: list(places)}))
+        facts = {"name": printable(key), "key": key, "runs": [key_of(run.id) for run, _ in group], "cursor": cursor}
+        if len(curves) > 1:
+            of_group = band(curves, request.axis)
+            columns = {"x": of_group.places, "y": of_group.mean, "low": of_group.low, "high": of_group.high}
+        elif curves:
+            places, values = curves[0].places(request.axis), curves[0].values
+            kept = kept_points(places, values, min(request.points, MOST_POINTS), request.log_axis)
+            columns = {"x": [places[i] for i in kept], "y": [values[i] for i in kept]}
+        else:
+            columns = {"x": [], "y": []}
+        found.append({**facts, **{name: [_rounded(number) for number in column] for name, column in columns.items()}})
+    return found
+
+
+def group_value(run: IndexedRun, column: str) -> str:
+    """What a run is grouped by, in words."""
+    if column in ("tag", "status"):
+        return str((run.record.get("tag") if column == "tag" else run.status) or "none")
+    return setting_text(resolved_setting(run, column))
+
+
+def _rounded(value: float) -> float | int:
+    """`value` in as few characters as show it."""
+    return int(value) if value.is_integer() else float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,200 @@
+"""What the page of one run says: what `show` prints, settings with sources, samples, histograms, metrics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from utils.config.fields import FIELDS, SECTION_OF, field_fact
+from utils.config.settings import TRAJECTORY
+from utils.experiments.explain import settings_with_sources
+from utils.experiments.tables import EVALUATIONS_SHOWN, number_cell, provenance_facts, result_facts
+from utils.files import open_regular, read_text
+from utils.pages.keys import key_of
+from utils.runs.evaluations import NUMBERS, newest_evaluations
+from utils.runs.index import DAMAGED, IndexedRun, non_default_settings, resolved_setting
+from utils.runs.layout import ENVIRONMENT, HISTOGRAMS_LOG, METRICS_LOG, SAMPLES_LOG
+from utils.runs.metrics import NOT_METRICS
+from utils.runs.names import names_of_run
+from utils.terminal.words import one_line, printable, setting_text
+
+# What files that this workbench did not write may raise.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+ENDS = 1 << 17  # bytes of each end of a log, in which all its metrics are met
+TEXTS = 50  # samples that a page shows, the newest
+TEXT_LENGTH = 20_000  # characters of one
+TIMES = 60  # histograms of one tensor that a page shows
+HISTOGRAM_BYTES = 64 << 20  # of a log of histograms that are read, the newest
+LINES = 20_000  # characters of a text of facts
+
+
+def describe(run: IndexedRun, others: Iterable[IndexedRun]) -> dict[str, Any]:
+    """Everything on the page of a run but its curves and lists, as JSON."""
+    problems = [run.problem] if run.problem else []
+    if not run.readable:
+        return {
+            "id": one_line(run.id),
+            "key": key_of(run.id),
+            "status": DAMAGED,
+            "problems": [printable(p) for p in problems],
+        }
+
+    def attempt(what: str, make: Any, otherwise: Any) -> Any:
+        try:
+            return make()
+        except UNREADABLE as error:
+            problems.append(f"{what} cannot be read: {type(error).__name__}: {error}")
+            return otherwise
+
+    names, problem = attempt("names of models", lambda: names_of_run(run.path), ([], None))
+    problems += [problem] if problem else []
+    children = [other for other in others if (other.record.get("parent") or {}).get("run") == run.id]
+    parent = (run.record.get("parent") or {}).get("run")
+    ids = [child.id for child in children]
+    return {
+        "id": one_line(run.id),
+        "key": key_of(run.id),
+        "status": run.status,
+        "tag": run.record.get("tag"),
+        "notes": {"tags": list(run.notes["tags"]), "note": run.notes["note"], "pinned": run.notes["pinned"]},
+        "results": attempt("its results", lambda: _texts(result_facts(run)), []),
+        "provenance": attempt("its provenance", lambda: _texts(provenance_facts(run, ids, names)), []),
+        "relatives": [{"key": key_of(name), "id": one_line(name)} for name in [*([parent] if parent else []), *ids]],
+        "evaluations": attempt("its evaluations", lambda: _evaluations(run), {"columns": [], "rows": []}),
+        "settings": attempt("its settings", lambda: _settings(run), []),
+        "environment": printable(attempt(str(ENVIRONMENT), lambda: _environment(run), "")),
+        "metrics": attempt("its log", lambda: logged_names(run), []),
+        "problems": [printable(problem) for problem in problems],
+    }
+
+
+def _texts(facts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(name, printable(text[:LINES])) for name, text in facts if text]
+
+
+def _evaluations(run: IndexedRun) -> dict[str, Any]:
+    found = newest_evaluations(run.evaluations)[:EVALUATIONS_SHOWN]
+    numbers = [name for name in NUMBERS if any(evaluation.get(name) is not None for evaluation in found)]
+    rows = [
+        [
+            one_line(str(evaluation["data"])),
+            one_line(str(evaluation.get("weights") or "")),
+            one_line(str(evaluation.get("step", ""))),
+            *(number_cell(name, evaluation.get(name)) for name in numbers),
+            one_line(evaluation["time"][:10]),
+        ]
+        for evaluation in found
+    ]
+    columns = ["data", "weights", "step", *(name.replace("bits_per_byte", "bits/byte") for name in numbers), "date"]
+    return {"columns": columns, "rows": rows}
+
+
+def _settings(run: IndexedRun) -> list[dict[str, Any]]:
+    """Every setting with its value, where that was set, and its meaning."""
+    sources, own = settings_with_sources(run), non_default_settings(run)
+    found = []
+    for key, value in run.settings.items():
+        resolved = resolved_setting(run, key)
+        facts = {
+            "key": one_line(str(key)),
+            "section": SECTION_OF.get(key, "no longer a setting"),
+            "value": printable(setting_text(value)[:LINES]),
+            "source": one_line(sources.get(key, "")),
+            "own": key in own,
+        }
+        if resolved != value:
+            facts["resolved"] = printable(setting_text(resolved)[:LINES])
+        if key in FIELDS:
+            facts["meaning"] = FIELDS[key].description or ""
+            facts["changes_numbers"] = field_fact(key, "kind") == TRAJECTORY
+        found.append(facts)
+    return found
+
+
+def _environment(run: IndexedRun) -> str:
+    try:
+        return read_text(run.path / ENVIRONMENT, run.path, "replace")
+    except FileNotFoundError:
+        return ""
+
+
+def logged_names(run: IndexedRun) -> list[str]:
+    """The metrics of a run, from both ends of its log, sorted: val/loss and train/loss first."""
+    names: set[str] = set()
+    try:
+        with open_regular(run.path / METRICS_LOG, run.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(ENDS).split(b"\n")
+            file.seek(max(len(b"\n".join(head)), size - ENDS))
+            tail = file.read(ENDS).split(b"\n")
+    except OSError:
+        return []
+    for line in (*head, *tail):
+        try:
+            names |= orjson.loads(line).keys()
+        except (ValueError, AttributeError):  # a part of a line
+            continue
+    first = {"val/loss": 0, "train/loss": 1}
+    return sorted(names - NOT_METRICS, key=lambda name: (first.get(name, 2), name.startswith("system/"), name))
+
+
+def samples(run: IndexedRun) -> list[dict[str, Any]]:
+    """The newest sample texts of a run, newest first."""
+    found = []
+    for record in _newest(run.path, SAMPLES_LOG, HISTOGRAM_BYTES)[-TEXTS:]:
+        if isinstance(record.get("text"), str) and isinstance(record.get("step"), int):
+            found.append({"step": record["step"], "text": printable(record["text"][:TEXT_LENGTH])})
+    return found[::-1]
+
+
+def histograms(run: IndexedRun, name: str | None) -> dict[str, Any]:
+    """The tensors of which a run has histograms, and those of one of them over time; without a name, of the first."""
+    names: dict[str, None] = {}
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in _newest(run.path, HISTOGRAMS_LOG, HISTOGRAM_BYTES):
+        tensor = record.get("name")
+        if isinstance(tensor, str):
+            names.setdefault(tensor)
+            if tensor == name or (name is None and tensor == next(iter(names))):
+                facts = _histogram(record)
+                if facts:
+                    by_name.setdefault(tensor, {})[facts["step"]] = facts  # a resume repeats none: the log was cut
+    chosen = name if name is not None else next(iter(names), None)
+    steps = list(by_name.get(chosen or "", {}).values())
+    stride = max(1, -(-len(steps) // TIMES))
+    return {"names": list(names), "name": chosen, "steps": steps[::-1][::stride][::-1]}
+
+
+def _histogram(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    counts, step = record.get("counts"), record.get("step")
+    low, high = record.get("min"), record.get("max")
+    is_sound = isinstance(counts, list) and all(isinstance(count, int) for count in counts)
+    if not (is_sound and isinstance(step, int) and isinstance(low, int | float) and isinstance(high, int | float)):
+        return None
+    lost = record.get("nonfinite")
+    return {"step": step, "min": low, "max": high, "counts": counts, "nonfinite": lost if isinstance(lost, int) else 0}
+
+
+def _newest(run: Path, log: Path, limit: int) -> list[dict[str, Any]]:
+    """The records in the last `limit` bytes of a log; lines that are no records are left out."""
+    path = run / log
+    try:
+        with open_regular(path, run) as file:
+            start = max(0, os.fstat(file.fileno()).st_size - limit)
+            file.seek(start)
+            lines: Sequence[bytes] = file.read(limit).split(b"\n")[:-1]
+    except OSError:
+        return []
+    found = []
+    for line in lines[int(start > 0) :]:
+        try:
+            record = orjson.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found

@@ -1,0 +1,242 @@
+"""The points of one metric of many runs, kept in memory and extended by what their logs have gained."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.experiments.curve import Axis
+from utils.experiments.sql import MEMORY_LIMIT, escaped
+from utils.files import is_regular, open_regular
+from utils.runs.index import IndexedRun, seconds_of
+from utils.runs.layout import METRICS_LOG
+from utils.runs.log import RunLogError, read_from
+from utils.runs.metrics import decode_number
+
+MOST_POINTS = 4_000_000  # kept in memory for all runs and metrics together; a point takes 32 bytes
+CHECKED_BYTES = 256  # before the end of what was read: if they have changed, the log is another one
+
+QUERY = """
+SELECT coalesce(step, 0), coalesce("time", 0), coalesce(tokens, 0), coalesce({value}, 0),
+       step IS NOT NULL AND "time" IS NOT NULL, {value} IS NOT NULL, list_position($names, file)
+FROM read_json($files, format = 'newline_delimited', columns = $columns, ignore_errors = true, filename = 'file')
+     AS lines(step, "time", tokens, {columns}file)
+"""
+RESERVED = ("step", "time", "file")  # no metric that a log can have; DuckDB ignores case
+
+_generations = itertools.count(1)
+
+
+def _doubles() -> array[float]:
+    return array("d")
+
+
+@dataclass
+class Series:
+    """One metric of one run, in the order of its log, as `Curve` has it: with the place of each value on every axis.
+
+    generation: another one for each time that the log was read from its beginning.
+    offset: bytes of the log that were read.
+    mark: a checksum of the bytes before `offset`.
+    last_time: of the last record, in seconds since the epoch; None: there was none.
+    elapsed: seconds of training up to there.
+    problem: why the log cannot be read.
+    """
+
+    step: array[float] = field(default_factory=_doubles)
+    tokens: array[float] = field(default_factory=_doubles)
+    time: array[float] = field(default_factory=_doubles)
+    values: array[float] = field(default_factory=_doubles)
+    generation: int = field(default_factory=lambda: next(_generations))
+    offset: int = 0
+    mark: int = 0
+    last_time: float | None = None
+    elapsed: float = 0.0
+    problem: str | None = None
+
+    def places(self, axis: Axis) -> array[float]:
+        """The place of each value on `axis`."""
+        places: array[float] = getattr(self, axis)
+        return places
+
+
+class SeriesStore:
+    """Series by run and metric; what was not asked for lately is dropped when they are too many."""
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[Path, str], Series] = {}
+        self._lock = threading.Lock()
+
+    def read(self, runs: Sequence[IndexedRun], metric: str) -> list[Series]:
+        """The series of each run, as far as its log goes now."""
+        with self._lock:
+            known = {run.path: self._series.pop((run.path, metric), None) for run in runs}
+            for run in runs:
+                series = known[run.path]
+                if series is not None and not _extend(series, run, metric):
+                    known[run.path] = None
+            known |= _read_all([run for run in runs if known[run.path] is None], metric)
+            found = {path: series for path, series in known.items() if series is not None}
+            self._series |= {(path, metric): series for path, series in found.items()}
+            self._drop()
+            return [found[run.path] for run in runs]
+
+    def _drop(self) -> None:
+        total = sum(len(series.values) for series in self._series.values())
+        for key in list(self._series)[:-1]:
+            if total <= MOST_POINTS:
+                return
+            total -= len(self._series.pop(key).values)
+
+
+def _session_starts(run: IndexedRun) -> list[float]:
+    """When the run was resumed, in seconds since the epoch: what lies before is a pause."""
+    sessions = run.record.get("resumes") or []
+    starts = (seconds_of(session.get("time")) for session in sessions if isinstance(session, Mapping))
+    return [start for start in starts if start is not None]
+
+
+# ------------------------------------------------------------------------------- the rest of a log that has grown
+
+
+def _extend(series: Series, run: IndexedRun, metric: str) -> bool:
+    """Read what was appended to the log since; False if it is no longer the same log."""
+    log = run.path / METRICS_LOG
+    try:
+        size = log.stat().st_size
+        if size < series.offset or (size != series.offset and _mark(log, run.path, series.offset) != series.mark):
+            return False
+        starts = _session_starts(run)
+        while size > series.offset:
+            records, end = read_from(log, series.offset)
+            if end == series.offset:
+                break
+            for record in records:
+                _append(series, record, metric, starts)
+            series.offset = end
+            series.mark = _mark(log, run.path, end)
+    except (OSError, RunLogError, KeyError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _append(series: Series, record: Mapping[str, Any], metric: str, starts: Sequence[float]) -> None:
+    now, previous = record["time"], series.last_time
+    if previous is not None and not any(previous < start <= now for start in starts):
+        series.elapsed += max(0.0, now - previous)
+    series.last_time = now
+    if metric in record:
+        series.step.append(record["step"])
+        series.tokens.append(record.get("tokens", 0))
+        series.time.append(series.elapsed)
+        series.values.append(decode_number(record[metric]))
+
+
+def _mark(log: Path, run: Path, offset: int) -> int:
+    with open_regular(log, run) as file:
+        file.seek(max(0, offset - CHECKED_BYTES))
+        return zlib.crc32(file.read(min(offset, CHECKED_BYTES)))
+
+
+# ------------------------------------------------------------------------------------------------------ whole logs
+
+
+@dataclass(frozen=True)
+class _Log:
+    run: IndexedRun
+    path: Path
+    size: int
+
+
+def _read_all(runs: Sequence[IndexedRun], metric: str) -> dict[Path, Series | None]:
+    """The series of these runs from the beginning of their logs, by DuckDB: five times as fast as line by line."""
+    found: dict[Path, Series | None] = {}
+    logs = []
+    for run in runs:
+        log = run.path / METRICS_LOG
+        if not run.readable or not is_regular(log, run.path):
+            found[run.path] = Series(problem=run.problem or "no log yet")
+        else:
+            logs.append(_Log(run, log, log.stat().st_size))
+    logs = [log for log in logs if log.size or not found.setdefault(log.run.path, Series())]
+    if logs:
+        for log, series in _series_of(logs, metric):
+            found[log.run.path] = series
+    return found
+
+
+def _series_of(logs: Sequence[_Log], metric: str) -> Iterator[tuple[_Log, Series]]:
+    """All logs by one query; if one of them cannot be read, each by its own."""
+    import duckdb
+
+    try:
+        yield from list(_query(logs, metric))
+    except (duckdb.Error, OSError):
+        if len(logs) == 1:
+            yield logs[0], Series(problem="the log is damaged: it cannot be read")
+        else:
+            for log in logs:
+                yield from _series_of([log], metric)
+
+
+def _query(logs: Sequence[_Log], metric: str) -> Iterator[tuple[_Log, Series]]:
+    import duckdb
+
+    names = [os.fspath(log.path) for log in logs]
+    columns = {"step": "BIGINT", "time": "DOUBLE", "tokens": "BIGINT", metric: "DOUBLE"}
+    value = "tokens" if metric == "tokens" else "value"
+    query = QUERY.format(value=value, columns="" if metric == "tokens" else "value, ")
+    parameters = {"names": names, "files": [escaped(name) for name in names], "columns": columns}
+    with duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
+        columns_read = list(connection.execute(query, parameters).fetchnumpy().values())
+    *columns_read, place = columns_read
+    bounds = [int(bound) for bound in place.searchsorted(range(1, len(logs) + 2))]
+    for log, first, last in zip(logs, bounds, bounds[1:], strict=False):
+        yield log, _series(log, *(column[first:last] for column in columns_read))
+
+
+def _series(log: _Log, step: Any, time: Any, tokens: Any, values: Any, is_record: Any, has_value: Any) -> Series:
+    """A series from the columns of a log, arrays of NumPy with one row for each line that is not empty."""
+    end, lines = _complete(log, len(step))
+    step, time, tokens, values, is_record, has_value = (
+        column[:lines] for column in (step, time, tokens, values, is_record, has_value)
+    )
+    series = Series(offset=end, mark=_mark(log.path, log.run.path, end))
+    if not is_record.any():
+        return series
+    time = time[is_record]
+    gaps = (time[1:] - time[:-1]).clip(min=0.0)
+    for start in _session_starts(log.run):
+        gaps[(time[:-1] < start) & (time[1:] >= start)] = 0.0
+    elapsed = time - time
+    elapsed[1:] = gaps.cumsum()
+    series.last_time, series.elapsed = float(time[-1]), float(elapsed[-1])
+    has_value = has_value & is_record
+    columns = (("step", step[has_value]), ("tokens", tokens[has_value]), ("values", values[has_value]))
+    for name, column in (*columns, ("time", elapsed[has_value[is_record]])):
+        getattr(series, name).frombytes(column.astype("f8").tobytes())
+    return series
+
+
+def _complete(log: _Log, rows: int) -> tuple[int, int]:
+    """Bytes and lines of the complete lines among those that were read; others came while it was read, or are torn."""
+    with open_regular(log.path, log.run.path) as file:
+        file.seek(max(0, log.size - 1))
+        is_whole = file.read(1) == b"\n"
+        if is_whole and os.fstat(file.fileno()).st_size == log.size:
+            return log.size, rows
+        file.seek(0)
+        end, lines, left = 0, 0, log.size
+        while left and (data := file.read(min(left, 1 << 20))):
+            if (last := data.rfind(b"\n")) >= 0:
+                end = log.size - left + last + 1
+                lines += data.count(b"\n")
+            left -= len(data)
+    return end, lines
