@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import os
 import re
 import shutil
 import signal
@@ -31,7 +32,11 @@ from utils.machine.process import tune_process
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import one_line, printable
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+CODE_ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+INSTALLED = CODE_ROOT.name == "lm_workbench" and (CODE_ROOT / "__init__.py").is_file()  # from a wheel
+PROJECT_ROOT = Path.cwd() if INSTALLED else CODE_ROOT  # has configs/, and what relative paths in files start from
+if INSTALLED:
+    sys.path.append(os.fspath(PROJECT_ROOT))  # for callbacks; last, so that no file there hides one of ours
 ERROR_LENGTH = 3000  # characters of a message
 Number = TypeVar("Number", int, float)
 
@@ -96,6 +101,11 @@ def place(text: str) -> Path:
         return Path(expand_home(text))
     except UserError as error:  # of a ValueError argparse would hide the words
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def script_file(project: Path, name: str) -> Path:
+    """The file of a script, or of a module that is run as one, of the code in a project folder."""
+    return CODE_ROOT / name if project == PROJECT_ROOT else project / name
 
 
 TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -33,7 +33,7 @@ from utils.runs.origin import (
     without_foreign_places,
 )
 from utils.runs.run import read_record
-from utils.terminal.cli import PROJECT_ROOT, Parser, timespan
+from utils.terminal.cli import CODE_ROOT, PROJECT_ROOT, Parser, timespan
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.words import printable
 from utils.training.notify import add_notify_flag
@@ -161,7 +161,7 @@ def launch_facts(argv: Sequence[str]) -> dict[str, Any]:
 
 def code_hash(callbacks: Iterable[str]) -> str:
     """sha256 of the code that trains: the files of the project, and those of callbacks, as module:Class."""
-    files = {*PROJECT_ROOT.glob("*.py"), *(PROJECT_ROOT / "utils").rglob("*.py")}
+    files = {*CODE_ROOT.glob("*.py"), *(CODE_ROOT / "utils").rglob("*.py")}
     for name in callbacks:
         with contextlib.suppress(ImportError, ValueError, AttributeError):  # reported when it is loaded
             found = importlib.util.find_spec(name.partition(":")[0])
