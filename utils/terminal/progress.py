@@ -1,6 +1,7 @@
 """Progress displays: of training, of feeding trackers, of preparing a dataset, of completing the prompts of a file.
 
-On a terminal each is a bar that moves; elsewhere all but feeding print a plain line now and then.
+On a terminal each is a bar that moves, and that of training also in a notebook; elsewhere all but feeding print a
+plain line now and then.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from rich.table import Column
 from rich.text import Text
 
 from utils.terminal.console import PrintableConsole, Terminal
+from utils.terminal.notebook import NotebookLine, in_notebook
 from utils.terminal.words import bits_text, duration, loss_text, size
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
 REFRESH_SECONDS = 0.1  # between updates of a bar
+NOTEBOOK_SECONDS = 0.5  # the same in a notebook, which stores and sends each of them
 STEPS_BEFORE_ESTIMATE = 10  # fewer say little about the rest
 BAR_WIDTH = 24  # characters
 FIELD_STYLES = {"loss": "bold", "val": "bold green", "speed": "magenta", "elapsed": "dim", "left": "dim"}
@@ -99,6 +102,7 @@ class TrainingProgress:
         self._next_update = 0.0
         self._next_line = self._began + PLAIN_LINE_SECONDS
         self._progress: Progress | None = None
+        self._cell: NotebookLine | None = None  # where it is shown in a notebook
         self._estimated = False
 
     @property
@@ -107,18 +111,32 @@ class TrainingProgress:
         return self._progress is not None
 
     def __enter__(self) -> Self:
-        if self.terminal.live:
+        if not self.terminal.quiet and in_notebook():
+            self._cell = NotebookLine()
+        if self.terminal.live or self._cell is not None:
             console = self.terminal.console
             self._progress = Progress(_TrainingLine(console), console=console, transient=True)
             self._task = self._progress.add_task(
                 "train", total=self.total, completed=self.start, **self._times(self.start)
             )
-            self._progress.start()
+            if self._cell is None:
+                self._progress.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._progress:
+        if self._progress and self._cell is None:
             self._progress.stop()
+        elif self._progress:
+            self._show(int(self._progress.tasks[0].completed))
+
+    def _show(self, step: int) -> None:
+        """Update the bar."""
+        if self._progress is None:
+            return
+        self._next_update = time.monotonic() + (REFRESH_SECONDS if self._cell is None else NOTEBOOK_SECONDS)
+        self._progress.update(self._task, completed=step, **self._times(step))
+        if self._cell is not None:
+            self._cell.show(self._progress.columns[0].render(self._progress.tasks[0]))  # type: ignore[union-attr]
 
     def update(self, step: int, **fields: float) -> None:
         """Show `step` and new values of the fields, if enough time has passed; cheap enough for every step."""
@@ -128,8 +146,7 @@ class TrainingProgress:
             few = step - self.start < STEPS_BEFORE_ESTIMATE
             self._first = (step, self._training_seconds(now)) if few else (self.start, 0.0)
         if self._progress and now >= self._next_update:
-            self._next_update = now + REFRESH_SECONDS
-            self._progress.update(self._task, completed=step, **self._times(step))
+            self._show(step)
         if not self._estimated and (left := self._seconds_left(step)) is not None:
             self._estimate(step, left)
         if now >= self._next_line:
@@ -142,8 +159,7 @@ class TrainingProgress:
             self._evaluation_began = now
         self.fields["evaluating"] = f"evaluating {done / total:.0%}"
         if self._progress and now >= self._next_update:
-            self._next_update = now + REFRESH_SECONDS
-            self._progress.update(self._task, completed=step, **self._times(step))
+            self._show(step)
         if now >= self._next_line:
             self._line(step)
 
@@ -209,7 +225,7 @@ class TrainingProgress:
         parts.append(f"{times['elapsed']} elapsed")
         if times["remaining"] and step < self.total:
             parts.append(f"{times['remaining']} left")
-        self.terminal.print("  ".join(parts), log_only=self.terminal.live and losses is None)
+        self.terminal.print("  ".join(parts), log_only=self.moves and losses is None)
 
 
 class FeedingProgress:
