@@ -58,7 +58,9 @@ def test_where_no_picture_can_move_there_is_a_line_now_and_then(tmp_path: Path) 
     assert shown.startswith("hello  running")
 
 
-@pytest.mark.parametrize(("status", "expected"), [("completed", 0), ("interrupted", 0), ("diverged", 1), ("running", 1)])
+@pytest.mark.parametrize(
+    ("status", "expected"), [("completed", 0), ("interrupted", 0), ("diverged", 1), ("running", 1)]
+)
 def test_a_run_that_has_ended_is_drawn_once(
     status: str, expected: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,5 +75,5 @@ def test_a_run_that_has_ended_is_drawn_once(
 
 def test_a_metric_that_was_never_logged_is_a_mistake_once_the_run_has_ended(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run", metrics=training_records([3.0]))
-    with pytest.raises(UserError, match="no run has logged val/los; did you mean val/loss?"):
+    with pytest.raises(UserError, match="no run has logged val/los; did you mean val/loss"):
         watch(Watch(path, ["val/los"]), None)
