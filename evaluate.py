@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Evaluate runs after their training: how well they predict a text, or solve a task with a right answer.
 
 python evaluate.py baseline                                # the validation split of its own corpus, all of it

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Runs: list, show, compare, explain, check and reproduce them.
 
 python experiments.py list --sort val_loss

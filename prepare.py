@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Prepared datasets: texts are read, cleaned, split and tokenised once; training reads the tokens in place.
 
 python prepare.py notes/ --out notes --tokenizer bpe

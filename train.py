@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """One training experiment: configuration -> run directory -> training loop -> export.
 
     python train.py --run-tag baseline

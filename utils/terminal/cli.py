@@ -29,6 +29,7 @@ from utils.errors import (
 )
 from utils.files import expand_home
 from utils.machine.process import tune_process
+from utils.terminal.completion import complete_if_asked
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import one_line, printable
 
@@ -73,6 +74,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown flag, a missing value, or an argument too many.
         """
+        complete_if_asked(self)
         flags = self._flags()
         args, unknown = self.parse_known_args([dashed(word, flags) for word in argv])
         if unknown:

@@ -104,6 +104,7 @@ class TrainingProgress:
         self._progress: Progress | None = None
         self._cell: NotebookLine | None = None  # where it is shown in a notebook
         self._estimated = False
+        self._step = start  # the last one that is known
 
     @property
     def moves(self) -> bool:
@@ -127,7 +128,7 @@ class TrainingProgress:
         if self._progress and self._cell is None:
             self._progress.stop()
         elif self._progress:
-            self._show(int(self._progress.tasks[0].completed))
+            self._show(self._step)  # what stays in the cell
 
     def _show(self, step: int) -> None:
         """Update the bar."""
@@ -141,6 +142,7 @@ class TrainingProgress:
     def update(self, step: int, **fields: float) -> None:
         """Show `step` and new values of the fields, if enough time has passed; cheap enough for every step."""
         self.fields.update(fields)
+        self._step = step
         now = time.monotonic()
         if self._first is None and step > self.start:
             few = step - self.start < STEPS_BEFORE_ESTIMATE
@@ -170,6 +172,7 @@ class TrainingProgress:
             self._all_evaluations += self._evaluation_seconds
             self._evaluation_began = None
         self.fields.update(val_loss=losses["val/loss"], evaluating=None)
+        self._step = step
         self._line(step, losses)
 
     def _training_seconds(self, now: float) -> float:
