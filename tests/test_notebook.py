@@ -35,7 +35,8 @@ def test_quiet_training_shows_nothing_and_other_training_each_line_once(tmp_path
     )
     assert shown[:3] == ["", "", ""]
     assert shown[3].count("Next") == shown[3].count("run directory") == 1
-    assert shown[3].count("step 6/6") == 1  # one bar, as it was at the end
+    assert shown[3].count("text/html") == 1  # the bar, which is replaced
+    assert "\x1b[2K" not in shown[3]  # and no attempt to move the cursor
     for tag in ("quiet", "loud"):
         (log,) = tmp_path.glob(f"runs/*_{tag}/logs/train.log")
         text = log.read_text(encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,6 @@ from utils.terminal.console import PrintableConsole, print_to
 WIDTH = 110  # characters
 MOST_BYTES = 2 << 20  # of a picture
 PAGE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.3; font-family: monospace">{code}</pre>'
-
-
-def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, whose cells show what it displays."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 class NotebookLine:

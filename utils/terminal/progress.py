@@ -16,7 +16,8 @@ from rich.table import Column
 from rich.text import Text
 
 from utils.terminal.console import PrintableConsole, Terminal
-from utils.terminal.notebook import NotebookLine, in_notebook
+from utils.terminal.notebook import NotebookLine
+from utils.terminal.streams import in_notebook
 from utils.terminal.words import bits_text, duration, loss_text, size
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
@@ -322,7 +323,8 @@ class CompletionProgress:
         console = PrintableConsole(stderr=True, highlight=False)
         self._total, self._done, self._tokens, self._noun = total, 0, 0, noun
         self._began = time.monotonic()
-        self._next_line = float("inf") if console.is_terminal or quiet else self._began + PLAIN_LINE_SECONDS
+        moves = console.is_terminal and not in_notebook() and not quiet
+        self._next_line = float("inf") if moves or quiet else self._began + PLAIN_LINE_SECONDS
         self._progress = Progress(
             BarColumn(bar_width=24),
             TextColumn(f"{noun} {{task.completed:,.0f}}/{{task.total:,.0f}}"),
@@ -331,7 +333,7 @@ class CompletionProgress:
             console=console,
             transient=True,
             redirect_stdout=False,  # stdout may be a file
-            disable=quiet or not console.is_terminal,
+            disable=not moves,
         )
         self._task = self._progress.add_task(noun, total=total, tokens_per_second=None)
 
