@@ -3,6 +3,7 @@
 # make docs         the documentation as a site in site/; a broken link is an error
 # make bench        the measured comparisons; make schema, make lock: the generated files
 # make mutants      would the tests notice? small mutations of the core modules; of every tenth with ARGS="'*7'"
+# make completion   flags, settings and names of runs in bash, zsh and fish
 # make fuzz         odd command lines, files and run directories, by the thousand
 # Each target sets up what it needs first; what is there already is not done again.
 
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup baseline test test-slow lint docs bench bench-training mutants fuzz schema lock clean
+.PHONY: setup baseline test test-slow lint docs bench bench-training mutants fuzz completion schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +55,11 @@ mutants: $(VENV)/.installed-mutants  # hours: all of them on all cores
 
 fuzz: $(VENV)/.installed
 	nice $(BIN)/python -m benchmarks.fuzz $(ARGS)
+
+completion: $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m utils.terminal.completion $(VENV)/completion
+	@echo "bash, zsh: source $(CURDIR)/$(VENV)/completion/bash (or zsh); fish: source $(CURDIR)/$(VENV)/completion/fish"
 
 schema: $(VENV)/.installed
 	$(BIN)/python -m utils.config.fields > docs/config.schema.json

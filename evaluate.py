@@ -1,8 +1,11 @@
+# PYTHON_ARGCOMPLETE_OK
 """Evaluate runs after their training: how well they predict a text, or solve a task with a right answer.
 
 python evaluate.py baseline                                # the validation split of its own corpus, all of it
 python evaluate.py baseline wider --data notes.txt         # one text, several runs side by side
 python evaluate.py sums --task arithmetic                  # held-out problems, by operator and digits
+python evaluate.py baseline --task hellaswag,arc_easy      # tasks of lm-evaluation-harness
+python evaluate.py baseline wider --compare                # quality and speed in one table
 
 RUN is a path, an id, a tag, latest, NAME@vN of a promoted run, or a part of an id. Results are kept in
 artifacts/evaluations.jsonl of each run; `experiments.py show` and `list` show them.
@@ -14,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
@@ -28,9 +32,14 @@ from utils.terminal.words import json_text, printable
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from rich.console import RenderableType
 
+    from model import LanguageModel
     from utils.config.settings import Config
     from utils.evaluation.arithmetic import Answer
+    from utils.evaluation.texts import Data
     from utils.evaluation.weights import Trained
+
+
+ARITHMETIC = "arithmetic"  # a task of ours: the held-out problems of a generated dataset
 
 
 @script
@@ -38,21 +47,52 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="evaluate.py", usage="python evaluate.py [RUN ...] [--FLAG VALUE ...]", description=__doc__)
     add_arguments(parser)
     args = parser.parse(argv)
-    if args.task is not None and (args.data is not None or args.stride is not None):
-        raise UserError("--task has problems of its own: --data and --stride are for texts")
-    if args.picture is not None:
-        if args.task is None:
-            raise UserError("--picture is for --task")
-        if len(args.runs) > 1:
-            raise UserError("--picture is for one RUN")
-        if args.picture.suffix.lower() not in (".png", ".svg"):
-            raise UserError(f"--picture {args.picture}: expected a name that ends in .png or .svg")
+    check_flags(args)
     from utils.config.loader import ConfigLoader
 
     config = ConfigLoader(PROJECT_ROOT).load().config
     args.runs_dir = PROJECT_ROOT / (args.runs_dir or config.tracking.runs_dir)
     args.runs = args.runs or [str(find_export(None, args.runs_dir).parents[1])]
-    return solve_task(args, config) if args.task else score_texts(args, config)
+    if args.compare:
+        return compare(args, config)
+    records = [(trained.name, record) for trained in load_all(args) for record in evaluate(args, config, trained)]
+    names, found = [name for name, _ in records], [record for _, record in records]
+    show(args, names, found, notes_of(args, found), screen_of(args, names, found))
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError if flags contradict each other."""
+    if args.task is not None and (args.data is not None or args.stride is not None):
+        raise UserError("--task has problems of its own: --data and --stride are for texts")
+    tasks = [] if args.task is None else [name.strip() for name in args.task.split(",")]
+    if not all(tasks):
+        raise UserError(f"--task: expected names separated by commas, got {args.task!r}")
+    if ARITHMETIC in tasks and len(tasks) > 1:
+        raise UserError(f"--task {args.task}: {ARITHMETIC} is a task of ours, which is evaluated by itself")
+    args.tasks = tasks
+    of_harness = {"--few-shot": args.few_shot, "--limit": args.limit, "--task-data": args.task_data}
+    of_harness["--batch-size"] = args.batch_size
+    for flag, value in of_harness.items():
+        if value is not None and (not tasks or tasks == [ARITHMETIC]):
+            raise UserError(f"{flag} is for the tasks of lm-evaluation-harness: expected --task NAME,NAME")
+        if isinstance(value, int) and value < (least := 0 if flag == "--few-shot" else 1):
+            raise UserError(f"{flag} must be at least {least}, not {value}")
+    if args.task_data is not None and not args.task_data.is_dir():
+        raise UserError(f"--task-data {args.task_data}: no such folder")
+    if args.picture is not None:
+        if tasks != [ARITHMETIC]:
+            raise UserError(f"--picture is for --task {ARITHMETIC}")
+        if len(args.runs) > 1:
+            raise UserError("--picture is for one RUN")
+        if args.picture.suffix.lower() not in (".png", ".svg"):
+            raise UserError(f"--picture {args.picture}: expected a name that ends in .png or .svg")
+    if args.compare and len(args.runs) < 2:
+        raise UserError("--compare needs at least two RUNs")
+    if tasks and tasks != [ARITHMETIC]:
+        from utils.evaluation.harness_tasks import require_harness
+
+        require_harness()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +110,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that a window of block_size advances by; each token is predicted once, from at least "
         "block_size - N tokens before it (default: half of block_size)",
     )
-    parser.add_argument("--task", choices=("arithmetic",), help="a task with a right answer, instead of a text")
+    parser.add_argument(
+        "--task",
+        metavar="NAME,NAME",
+        help="tasks instead of a text: arithmetic, or tasks of lm-evaluation-harness (hellaswag,arc_easy), if it is "
+        "installed",
+    )
+    parser.add_argument("--few-shot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task only")
+    parser.add_argument(
+        "--task-data",
+        type=place,
+        metavar="DIR",
+        help="read the data sets of tasks from DIR/ORGANISATION/NAME or DIR/NAME, and nothing from the network",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences of a task in one pass (default: 32)")
+    parser.add_argument(
+        "--compare", action="store_true", help="also measure the speed of the runs: quality and speed in one table"
+    )
     parser.add_argument(
         "--picture", type=place, metavar="FILE", help=".png or .svg of --task: which digits are taken for which"
     )
@@ -93,59 +150,132 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def score_texts(args: argparse.Namespace, config: Config) -> int:
-    """--data: loss, perplexity and bits per byte of each run.
+def evaluate(args: argparse.Namespace, config: Config, trained: Trained) -> list[dict[str, Any]]:
+    """Evaluate one run as the command line says; returns what was recorded.
 
     Raises:
-        UserError: no such run or text, text without a token, or nothing to predict.
+        UserError: no such text or task, or the model cannot read it.
     """
-    from utils.evaluation.report import comparison_notes, evaluation_record, score_record, scores_screen
-    from utils.evaluation.texts import named_data, own_data, score_data
+    if not args.tasks:
+        records = [score_text(args, config, trained)]
+    elif args.tasks == [ARITHMETIC]:
+        records = [solve_arithmetic(args, config, trained)]
+    else:
+        records = solve_tasks(args, trained)
+    for record in records:
+        keep(args, trained, record)
+    return records
+
+
+def score_text(args: argparse.Namespace, config: Config, trained: Trained) -> dict[str, Any]:
+    """--data: loss, perplexity and bits per byte.
+
+    Raises:
+        UserError: no such text, text without a token, or nothing to predict.
+    """
+    from utils.evaluation.report import evaluation_record, score_record
+    from utils.evaluation.texts import own_data, score_data
     from utils.terminal.progress import CompletionProgress
 
-    named = None if args.data is None else named_data(args.data, config.data, PROJECT_ROOT)
-    names, records = [], []
-    for trained in load_all(args):
-        stride = window_stride(args.stride, trained)
-        data = named or own_data(trained, config.data, PROJECT_ROOT, note)
-        tokens = data.tokens(trained)
-        try:
-            with CompletionProgress(len(tokens.ids) - 1, noun="token") as progress:
-                scores = score_data(trained, tokens, stride, lambda count: progress.advance(count, count))
-        except UserError as error:
-            raise UserError(f"{data.name}: {error}") from None
-        record = evaluation_record(trained, data.name, data.hash)
-        record |= score_record(*scores, trained.model.config.block_size, stride)
-        keep(args, trained, record)
-        names.append(trained.name)
-        records.append(record)
-    show(args, names, records, comparison_notes(records), scores_screen(names, records))
-    return 0
+    stride = window_stride(args.stride, trained)
+    data = named_text(args, config) or own_data(trained, config.data, PROJECT_ROOT, note)
+    tokens = data.tokens(trained)
+    try:
+        with CompletionProgress(len(tokens.ids) - 1, noun="token") as progress:
+            scores = score_data(trained, tokens, stride, lambda count: progress.advance(count, count))
+    except UserError as error:
+        raise UserError(f"{data.name}: {error}") from None
+    record = evaluation_record(trained, data.name, data.hash)
+    return record | score_record(*scores, trained.model.config.block_size, stride)
 
 
-def solve_task(args: argparse.Namespace, config: Config) -> int:
-    """--task arithmetic: the held-out problems of each run's own dataset.
+def named_text(args: argparse.Namespace, config: Config) -> Data | None:
+    """The text of --data, which is read once for all runs; None: each run has its own."""
+    from utils.evaluation.texts import named_data
+
+    if args.data is not None and not hasattr(args, "named"):
+        args.named = named_data(args.data, config.data, PROJECT_ROOT)
+    return getattr(args, "named", None)
+
+
+def solve_arithmetic(args: argparse.Namespace, config: Config, trained: Trained) -> dict[str, Any]:
+    """--task arithmetic: the held-out problems of the run's own dataset.
 
     Raises:
-        UserError: no such run, it was not trained on arithmetic, or the picture cannot be written.
+        UserError: it was not trained on arithmetic, or the picture cannot be written.
     """
     from utils.corpora.arithmetic import problem_set
-    from utils.evaluation.arithmetic import answer_problems, own_problems, task_record, task_screen
+    from utils.evaluation.arithmetic import answer_problems, own_problems, task_record
     from utils.evaluation.report import evaluation_record
     from utils.terminal.progress import CompletionProgress
 
-    names, records = [], []
-    for trained in load_all(args):
-        settings, data_hash = own_problems(trained, PROJECT_ROOT / config.data.corpora_dir)
-        problems = problem_set(settings).held_out
-        with CompletionProgress(len(problems), noun="problem") as progress:
-            answers = answer_problems(trained, settings, problems, lambda count: progress.advance(count, count))
-        record = evaluation_record(trained, args.task, data_hash) | task_record(answers)
-        keep(args, trained, record)
-        save_picture(args, trained, answers, record)
-        names.append(trained.name)
-        records.append(record)
-    show(args, names, records, (), task_screen(names, records))
+    settings, data_hash = own_problems(trained, PROJECT_ROOT / config.data.corpora_dir)
+    problems = problem_set(settings).held_out
+    with CompletionProgress(len(problems), noun="problem") as progress:
+        answers = answer_problems(trained, settings, problems, lambda count: progress.advance(count, count))
+    record = evaluation_record(trained, ARITHMETIC, data_hash) | task_record(answers)
+    save_picture(args, trained, answers, record)
+    return record
+
+
+def solve_tasks(args: argparse.Namespace, trained: Trained) -> list[dict[str, Any]]:
+    """--task with tasks of lm-evaluation-harness: a record for each task and group.
+
+    Raises:
+        UserError: no such task, or its data cannot be read.
+    """
+    from utils.evaluation.harness import BATCH_SIZE
+    from utils.evaluation.harness_tasks import HarnessTasks
+
+    if not hasattr(args, "harness"):
+        args.harness = HarnessTasks(args.tasks, args.task_data)
+    options = {"few_shot": args.few_shot, "limit": args.limit, "batch_size": args.batch_size or BATCH_SIZE}
+    records: list[dict[str, Any]] = args.harness.run(trained, **options)
+    return records
+
+
+def notes_of(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+    """What a person should know before comparing the results."""
+    from utils.evaluation.report import comparison_notes
+
+    return () if args.tasks else list(comparison_notes(records))
+
+
+def screen_of(
+    args: argparse.Namespace, names: Sequence[str], records: Sequence[Mapping[str, Any]]
+) -> Iterator[RenderableType]:
+    """The table of the results."""
+    if args.tasks == [ARITHMETIC]:
+        from utils.evaluation.arithmetic import task_screen
+
+        return task_screen(names, records)
+    if args.tasks:
+        from utils.evaluation.harness_tasks import tasks_screen
+
+        return tasks_screen(names, records)
+    from utils.evaluation.report import scores_screen
+
+    return scores_screen(names, records)
+
+
+def compare(args: argparse.Namespace, config: Config) -> int:
+    """--compare: evaluate all runs, measure how fast they generate, and print both in one table."""
+    from utils.evaluation.comparison import comparison_table, measure_speeds
+    from utils.profiling.decoding import measure_generation
+
+    def speed(model: LanguageModel) -> tuple[float, float]:
+        found = measure_generation(model)
+        return 1000 * found.prompt / found.prefill_ms, 1000 / found.decode_ms
+
+    models = list(load_all(args))
+    names = [trained.name for trained in models]
+    records = [evaluate(args, config, trained) for trained in models]
+    speeds = measure_speeds(models, speed)
+    flat = [(name, record) for name, of_run in zip(names, records, strict=True) for record in of_run]
+    extra = {"speeds": [{"run": name, **found._asdict()} for name, found in zip(names, speeds, strict=True)]}
+    notes = notes_of(args, [record for _, record in flat])
+    table = comparison_table(names, records, speeds)
+    show(args, [name for name, _ in flat], [record for _, record in flat], notes, table, extra)
     return 0
 
 
@@ -216,14 +346,19 @@ def show(
     records: Sequence[Mapping[str, Any]],
     notes: Iterable[str],
     screen: Iterable[RenderableType],
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Print the results, as JSON or for people."""
+    """Print the results, as JSON (with `more`) or for people."""
     from utils.runs.evaluations import as_json
     from utils.terminal.console import Terminal
 
     if args.json:
         runs = [{"run": name, **as_json(record)} for name, record in zip(names, records, strict=True)]
-        print(json_text({"evaluations": runs, "notes": list(notes)}, indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+        print(
+            json_text(
+                {"evaluations": runs, "notes": list(notes), **more}, indent=2, ensure_ascii=not is_unicode(sys.stdout)
+            )
+        )
         return
     Terminal().print(*screen)
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Runs: list, show, compare, explain, check and reproduce them.
 
 python experiments.py list --sort val_loss
@@ -34,7 +35,7 @@ from utils.experiments.curve import AXES
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
 from utils.runs.run import RunError, check_links
-from utils.terminal.cli import PROJECT_ROOT, Parser, naming, place, script
+from utils.terminal.cli import PROJECT_ROOT, Parser, naming, place, script, timespan
 from utils.terminal.commands import Answer, fields_of, flag
 from utils.terminal.words import printable
 
@@ -183,6 +184,28 @@ def plot(args: argparse.Namespace) -> Answer:
     return Answer(
         data, lambda console: [str(args.out)] if args.out else plot_screen(curves, args.metric, args.x, console)
     )
+
+
+@command(
+    "watch",
+    "the curves of a run in the terminal, drawn again as it trains, until it ends; status 1 if it failed",
+    RUN,
+    flag("--metric", metavar="NAME", help="(default: train/loss and val/loss)"),
+    flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
+    flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
+    flag("--interval", type=timespan, default=1.0, metavar="TIME", help="between two looks at the log (default: 1s)"),
+)
+def watch(args: argparse.Namespace) -> Answer:
+    from utils.experiments.watch import GOOD, LOSSES, Watch, watch
+    from utils.terminal.console import Terminal
+
+    if not 0 <= args.smooth < 1:
+        raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
+    path = named_run(args.run, runs_folder(args)).path
+    shown = Watch(path, [args.metric] if args.metric else LOSSES, args.x, args.smooth)
+    run = watch(shown, None if args.json else Terminal().console, args.interval)
+    data = {"run": run.id, "status": run.status, **run.summary()}
+    return Answer(data, lambda console: [shown.picture(console)], 0 if run.status in GOOD else 1)
 
 
 @command(

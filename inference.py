@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Generate text from a run's export: streamed to the terminal, for a file of prompts, or in a conversation.
 
 python inference.py baseline --prompt "The "

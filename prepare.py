@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Prepared datasets: texts are read, cleaned, split and tokenised once; training reads the tokens in place.
 
 python prepare.py notes/ --out notes --tokenizer bpe
@@ -23,7 +24,7 @@ from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import expand_home
 from utils.machine.signals import raise_on_signals
-from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
+from utils.terminal.cli import CODE_ROOT, PROJECT_ROOT, Parser, place, script
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.streams import is_unicode
 from utils.terminal.words import counted, json_text, size
@@ -194,7 +195,10 @@ def order_of(arguments: ExperimentArguments) -> Preparation:
 
 def cleaning_file(name: str) -> Path:
     """The file of --clean; without a value the one in configs/."""
-    return PROJECT_ROOT / CLEANING if name == CLEANING else Path(expand_home(name))
+    if name != CLEANING:
+        return Path(expand_home(name))
+    own = PROJECT_ROOT / CLEANING
+    return own if own.exists() else CODE_ROOT / CLEANING
 
 
 def available_cores() -> int:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Where does the time of a training step go, and how close does it come to what this machine can do?
 
 python profile_model.py                          # the merged configuration, as train.py would run it

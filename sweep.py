@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Search over settings: many trials, each an ordinary run, and the best of them at the end.
 
     python sweep.py examples/sweep.yaml --trials 20 --max-iters 300

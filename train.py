@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """One training experiment: configuration -> run directory -> training loop -> export.
 
     python train.py --run-tag baseline
@@ -27,6 +28,7 @@ from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.config_flags import parse_experiment
 from utils.terminal.streams import lasting_output
 from utils.training.launch import add_multirun_flags, add_origin_flags, launches, note, with_budget
+from utils.training.notify import Notifier, take_url, without_url
 from utils.training.result import TrainResult
 
 if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must not wait for it
@@ -50,6 +52,10 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
     add_origin_flags(parser)
     add_multirun_flags(parser)
     parsed = parse_experiment(argv, parser)
+    notifier = take_url(parsed.own.notify)
+    argv = without_url(argv)
+    if parsed.own.notify is not None and (parsed.own.multirun is not None or parsed.own.prove is not None):
+        raise UserError("--notify reports the end of one run: leave it out, or leave out --multirun and --prove")
     for flag in ("prove", "multirun", "budget"):
         if ranks is not None and getattr(parsed.own, flag) is not None:
             raise UserError(f"--{flag} starts or measures trainings of one process: leave out torchrun")
@@ -66,6 +72,7 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
         loaded, facts = with_budget(parsed.own, loaded, origin)
         try:
             given = {"argv": words, "strict": own.strict, "quiet": own.json, "facts": facts, "ranks": ranks}
+            given["notifier"] = notifier
             return train(loaded, origin=origin, **given).report(as_json=own.json)
         except RunLockedError as error:
             if parsed.own.resume != "auto" or ranks is not None:
@@ -84,6 +91,7 @@ def train(
     strict: bool = False,
     facts: Mapping[str, Any] = MappingProxyType({}),
     ranks: Ranks | None = None,
+    notifier: Notifier | None = None,
 ) -> TrainResult:
     """Run one experiment.
 
@@ -96,6 +104,7 @@ def train(
         strict: treat a finding of the preflight as a mistake.
         facts: further fields of run.json of a new run.
         ranks: that train together, of which this process is rank 0; None: it trains alone.
+        notifier: sends how the run ended.
 
     Returns:
         How it ended; also for a run that diverged or was interrupted.
@@ -113,7 +122,16 @@ def train(
         with (
             lasting_output(),
             open_session(
-                loaded, origin, deadline, ranks, quiet=quiet, argv=argv, root=root, strict=strict, facts=facts
+                loaded,
+                origin,
+                deadline,
+                ranks,
+                notifier,
+                quiet=quiet,
+                argv=argv,
+                root=root,
+                strict=strict,
+                facts=facts,
             ) as session,
         ):
             train_session(session)

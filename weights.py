@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Weights: look into them, compare them, download them, and move them between runs and other programs.
 
 python weights.py inspect baseline

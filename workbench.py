@@ -76,7 +76,7 @@ import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -95,9 +95,9 @@ from utils.config.settings import (
 from utils.errors import UserError, nearest
 from utils.files import expand_home, write_atomic
 from utils.machine.process import tune_process
-from utils.runs.find import find_export, resolve_run
+from utils.runs.find import find_export, resolve_run, resolve_runs
 from utils.runs.index import read_index, read_run
-from utils.runs.layout import CONFIG, EXPORT, LOGS, METRICS_LOG
+from utils.runs.layout import CONFIG, CURVES, EXPORT, LOGS, METRICS_LOG
 from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import NOT_METRICS, Metric, register_metric
 from utils.runs.origin import without_foreign_places
@@ -105,6 +105,8 @@ from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.words import printable
 
 if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
+    from rich.console import RenderableType
+
     from model import LanguageModel
     from tokenizer import Tokenizer
     from utils.corpora.filters import paragraph_length_filter, paragraph_repetition_filter
@@ -120,6 +122,7 @@ if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports
 __all__ = [
     "ArithmeticConfig",
     "Callback",
+    "Comparison",
     "Config",
     "DataConfig",
     "Generator",
@@ -129,6 +132,7 @@ __all__ = [
     "OptimizerConfig",
     "Request",
     "Run",
+    "RunTable",
     "SamplingOptions",
     "TrackingConfig",
     "TrainConfig",
@@ -138,6 +142,7 @@ __all__ = [
     "TrainingRun",
     "UserError",
     "add_special_tokens",
+    "compare",
     "create_model",
     "deduplication",
     "get_model_info",
@@ -347,6 +352,13 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.status}>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what `experiments.py show` says, and the curves."""
+        from utils.experiments.tables import show_screen
+        from utils.terminal.notebook import html_of, picture_html
+
+        return html_of(show_screen(self._read, (), ())) + picture_html(self.path / CURVES, self.path)
+
     @property
     def id(self) -> str:
         """The name of its directory."""
@@ -398,6 +410,19 @@ class Run:
 RunName: TypeAlias = str | Path | Run
 
 
+class RunTable(list[Run]):
+    """A list of runs, which a notebook shows as `experiments.py list` does."""
+
+    def _repr_html_(self) -> str:
+        from utils.experiments.tables import columns_of, list_table
+        from utils.terminal.notebook import WIDTH, html_of
+
+        if not self:
+            return html_of(["no runs"])
+        found = [run._read for run in self]
+        return html_of([list_table(found, columns_of(found), WIDTH)])
+
+
 class _Runs:
     """The runs of the configured folder: `runs()` lists them, `runs.find(name)` finds one.
 
@@ -410,7 +435,7 @@ class _Runs:
     'baseline'
     """
 
-    def __call__(self, runs_dir: str | Path | None = None) -> list[Run]:
+    def __call__(self, runs_dir: str | Path | None = None) -> RunTable:
         """All runs, the newest last; what cannot be read as a run comes first.
 
         Args:
@@ -419,7 +444,7 @@ class _Runs:
         Raises:
             UserError: the folder cannot be read.
         """
-        return [Run(entry.path) for entry in read_index(_runs_dir(runs_dir))]
+        return RunTable(Run(entry.path) for entry in read_index(_runs_dir(runs_dir)))
 
     def find(self, name: str | Path, runs_dir: str | Path | None = None) -> Run:
         """The run of this path, id, tag (the newest run that has it), NAME@vN, unique part of an id, or `latest`.
@@ -436,6 +461,61 @@ runs = _Runs()
 def _runs_dir(runs_dir: str | Path | None = None) -> Path:
     configured = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir if runs_dir is None else os.fspath(runs_dir)
     return PROJECT_ROOT / expand_home(configured)
+
+
+class Comparison:
+    """Which runs are better, and whether that is more than noise; made by `compare`.
+
+    metric: what was compared.
+    data: groups of runs, verdicts, and values at equal steps, tokens and time: `experiments.py compare --json`.
+    """
+
+    def __init__(self, found: Any) -> None:
+        from utils.terminal.commands import as_plain
+
+        self._found, self.metric = found, str(found.metric)
+        self.data: dict[str, Any] = as_plain(found)
+
+    def __str__(self) -> str:
+        from utils.terminal.notebook import text_of
+
+        return text_of(self._screen())
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {self.metric}: {len(self.data['groups'])} groups>"
+
+    def _repr_html_(self) -> str:
+        from utils.terminal.notebook import html_of
+
+        return html_of(self._screen())
+
+    def _screen(self) -> Iterable[RenderableType]:
+        from utils.experiments.comparison_tables import comparison_screen
+
+        return comparison_screen(self._found)
+
+
+def compare(*names: RunName, metric: str | None = None, runs_dir: str | Path | None = None) -> Comparison:
+    """Compare runs, grouping those that differ only in their seed (docs/comparing.md). A tag names all its runs.
+
+    Args:
+        metric: name in the log; None: val/loss, or bits per byte where the tokenizers differ.
+        runs_dir: the folder of the runs; None: as configured.
+
+    Raises:
+        UserError: no such run, or fewer than two have logged the metric.
+
+    >>> found = compare("baseline", *runs()[-1:])
+    >>> found.metric, len(found.data["groups"]) >= 1
+    ('val/loss', True)
+    """
+    from utils.experiments.compare import compare as compare_runs
+
+    found = []
+    for name in names:
+        paths = [name.path] if isinstance(name, Run) else resolve_runs(os.fspath(name), _runs_dir(runs_dir))
+        found += [read_run(Path(os.path.abspath(path))) for path in paths]
+    return Comparison(compare_runs(found, metric))
 
 
 def _path(run: RunName) -> str | Path:

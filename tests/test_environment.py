@@ -23,6 +23,11 @@ def test_a_script_outside_the_environment_says_how_to_activate_it(script: str) -
     assert result.stderr.count("\n") == 1
 
 
+def test_windows_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "Windows is not supported" in str(utils.environment_problem())
+
+
 def test_an_old_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert utils.environment_problem() is None
     monkeypatch.setattr(sys, "version_info", (3, 10, 1, "final", 0))

@@ -23,7 +23,7 @@ WITHOUT_TORCH = (
     *("errors", "locks", "files", "config", "terminal", "web", "runs", "corpora", "experiments", "pages"),
     *("checkpoints.folder", "checkpoints.header", "machine.process", "machine.signals", "machine.watchdog"),
     *("formats.stored", "formats.foreign_files", "formats.weight_index", "formats.c_files", "formats.inspection"),
-    *("training.early_stopping", "training.launch", "training.result"),
+    *("training.early_stopping", "training.launch", "training.notify", "training.result"),
     *("sweeps.space", "sweeps.sampling", "sweeps.pruning", "sweeps.folder", "sweeps.study", "sweeps.results"),
     *("sweeps.trial", "sweeps.driver", "sweeps.table", "sweeps.start", "sweeps.multirun"),
     *(

@@ -14,6 +14,8 @@ NEEDED = ("numpy", "orjson", "pydantic", "rich", "safetensors", "torch", "yaml")
 
 def environment_problem() -> str | None:
     """Why this Python cannot run the workbench, and what to do; None if it can."""
+    if sys.platform == "win32":
+        return "Windows is not supported, because run directories need POSIX locks and signals; use WSL 2"
     missing = [name for name in NEEDED if name not in sys.modules and importlib.util.find_spec(name) is None]
     if sys.version_info[:2] >= (3, 11) and not missing:
         return None

@@ -29,7 +29,7 @@ from utils.experiments.trials import SIGNALS, stopping_at_once
 from utils.machine.signals import StopSignal
 from utils.machine.watchdog import watched
 from utils.runs.layout import RECORD
-from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.cli import PROJECT_ROOT, script_file
 from utils.terminal.commands import as_plain
 from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.words import json_text, printable
@@ -155,7 +155,7 @@ class Prover:
         """One process; its exit status and output."""
         spec = {"record": str(place / "record.jsonl"), "kill_at": kill_at, "interval": self.interval}
         (place / "spec.json").write_text(json.dumps({**spec, "complain": complain}), encoding="utf-8")
-        command = [sys.executable, str(self.root / WITNESS), str(place / "spec.json"), *words]
+        command = [sys.executable, str(script_file(self.root, WITNESS)), str(place / "spec.json"), *words]
         environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment

@@ -34,6 +34,7 @@ from utils.runs.origin import PER_SESSION, PINNED, PRETRAINED_PREFIX
 from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
 from utils.runs.seal import file_sha256, write_seal
 from utils.runs.trust import callback_words, made_elsewhere, made_here, require_trust
+from utils.terminal.cli import INSTALLED, script_file
 from utils.terminal.words import printable
 
 WEIGHTS = EXPORT / WEIGHTS_FILE
@@ -294,7 +295,7 @@ def train_again(
         The run directory that it made in `runs_dir`, None if it made none, and its exit status.
     """
     existing = {path.name for path in runs_dir.iterdir()} if runs_dir.is_dir() else set()
-    command = [sys.executable, str(project / "train.py"), *flags]
+    command = [sys.executable, str(script_file(project, "train.py")), *flags]
     exit_status, pid = _train(command, project, output, temporary)
     return _new_run(runs_dir, existing, pid), exit_status
 
@@ -411,6 +412,11 @@ def unpack_commit(commit: str, root: Path, tree: Path, of: str = "") -> Path:
     """
     import git
 
+    if INSTALLED:
+        raise ReproductionError(
+            f"commit {commit[:12]}{of}: this workbench is installed as a package, without a repository; work in a "
+            "checkout for the code of a commit"
+        )
     archive = tree.with_name(f"{tree.name}.tar")
     try:
         with open_repo(root) as repo, archive.open("wb") as file:

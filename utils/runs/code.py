@@ -27,6 +27,7 @@ from utils.files import read_bytes, read_text, write_atomic
 from utils.runs.layout import CALLBACKS, ENVIRONMENT, GIT, PATCH
 from utils.runs.secrets import clean_url, find_secret, without_secrets
 from utils.runs.source import is_source
+from utils.terminal.cli import INSTALLED
 from utils.terminal.words import one_line
 
 if TYPE_CHECKING:
@@ -196,6 +197,11 @@ class MetadataCapture:
         for name, path in self.callbacks.items():
             with contextlib.suppress(OSError):
                 facts.callbacks[name] = without_secrets(path.read_bytes())
+        if INSTALLED:  # a repository around the current folder has another project's code
+            facts.problem = (
+                f"the code is the installed package lm-workbench {package_versions().get('lm-workbench', '')}"
+            )
+            return facts
         try:
             with open_repo(self.root) as repo:
                 self._read(repo, facts)

@@ -6,7 +6,10 @@ Every evaluation has
     step, weights        of the weights, and their precision
     data, data_hash      what was evaluated, for people and by its content
     loss, perplexity, bits_per_byte, tokens, bytes      of a text, or
-    task, accuracy, problems                            of a task with a right answer
+    task, accuracy, problems                            of a task with a right answer, or
+    task, metrics, task_version, few_shot, limit, harness, ...    of lm-evaluation-harness; data_hash is of the
+                                                        documents, prompts and answers, and accuracy and bits_per_byte
+                                                        are those of metrics, where a task has them
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ def append_evaluation(run: Path, evaluation: Mapping[str, Any]) -> None:
 
 def as_json(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation with its numbers as JSON can hold them."""
-    return {key: encode_number(value) if isinstance(value, float) else value for key, value in evaluation.items()}
+    return {
+        key: encode_number(value) if isinstance(value, float) else as_json(value) if key == "metrics" else value
+        for key, value in evaluation.items()
+    }
 
 
 def read_evaluations(run: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -84,8 +90,10 @@ def _evaluation(line: bytes) -> dict[str, Any]:
     for key in NUMBERS:
         if record.get(key) is not None:
             record[key] = float(record[key])
-    if not {"accuracy", "loss"} & record.keys():
+    if not {"accuracy", "loss", "metrics"} & record.keys():
         raise ValueError("no result")
+    if "metrics" in record:
+        record["metrics"] = {str(name): float(value) for name, value in record["metrics"].items()}
     return dict(record)
 
 
@@ -99,9 +107,13 @@ def newest_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping
 
 
 def result_text(evaluation: Mapping[str, Any]) -> str:
-    """The result that compares with other runs: bits per byte of a text, or the share of right answers."""
+    """The result that compares with other runs: bits per byte of a text, the share of right answers, or a metric."""
     accuracy, bits = evaluation.get("accuracy"), evaluation.get("bits_per_byte")
-    return f"{accuracy:.2%}" if accuracy is not None else loss_text(bits)
+    if accuracy is not None:
+        return f"{accuracy:.2%}"
+    if bits is None and (metrics := evaluation.get("metrics")):
+        return next(f"{name} {value:.4f}" for name, value in metrics.items())
+    return loss_text(bits)
 
 
 def evaluations_text(evaluations: Sequence[Mapping[str, Any]], most: int = 3) -> str:

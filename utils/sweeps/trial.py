@@ -31,6 +31,7 @@ from utils.sweeps.folder import Sweep
 from utils.sweeps.results import Evaluations, value_of_run
 from utils.sweeps.space import Value
 from utils.sweeps.study import Study, Work
+from utils.terminal.cli import script_file
 
 LOOK_SECONDS = 1.0  # between looks at the log of a run
 POLL_SECONDS = 0.05
@@ -246,7 +247,7 @@ class Trials:
         Raises:
             ConfigError: the values of the trial do not fit each other.
         """
-        train = [sys.executable, os.fspath(self.sweep.root / TRAIN)]
+        train = [sys.executable, os.fspath(script_file(self.sweep.root, TRAIN))]
         step = f"--stop-at-step={'none' if work.step is None else work.step}"
         if run is not None:
             minutes = self.sweep.plan.config.train.max_minutes

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import os
 import re
 import shutil
 import signal
@@ -29,10 +30,15 @@ from utils.errors import (
 )
 from utils.files import DISK_ERRORS, expand_home
 from utils.machine.process import tune_process
+from utils.terminal.completion import complete_if_asked
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import one_line, printable
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+CODE_ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+INSTALLED = CODE_ROOT.name == "lm_workbench" and (CODE_ROOT / "__init__.py").is_file()  # from a wheel
+PROJECT_ROOT = Path.cwd() if INSTALLED else CODE_ROOT  # has configs/, and what relative paths in files start from
+if INSTALLED:
+    sys.path.append(os.fspath(PROJECT_ROOT))  # for callbacks; last, so that no file there hides one of ours
 ERROR_LENGTH = 3000  # characters of a message
 Number = TypeVar("Number", int, float)
 
@@ -69,6 +75,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown flag, a missing value, or an argument too many.
         """
+        complete_if_asked(self)
         flags = self._flags()
         args, unknown = self.parse_known_args([dashed(word, flags) for word in argv])
         if unknown:
@@ -97,6 +104,11 @@ def place(text: str) -> Path:
         return Path(expand_home(text))
     except UserError as error:  # of a ValueError argparse would hide the words
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def script_file(project: Path, name: str) -> Path:
+    """The file of a script, or of a module that is run as one, of the code in a project folder."""
+    return CODE_ROOT / name if project == PROJECT_ROOT else project / name
 
 
 TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

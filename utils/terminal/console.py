@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from utils.terminal.streams import Output, drop, why_lost
+from utils.terminal.streams import Output, drop, in_notebook, why_lost
 from utils.terminal.words import printable, setting_text
 
 LOG_WIDTH = 110  # columns of logs/train.log
@@ -61,7 +61,7 @@ class Terminal:
     @property
     def live(self) -> bool:
         """True if stdout is a terminal that can show a moving progress bar."""
-        return self.console.is_terminal and not self.quiet
+        return self.console.is_terminal and not self.quiet and not in_notebook()
 
     def attach(self, path: Path) -> None:
         """Append everything that is printed from now on, and what was printed so far, to the file `path`."""

@@ -1,6 +1,7 @@
 """Progress displays: of training, of feeding trackers, of preparing a dataset, of completing the prompts of a file.
 
-On a terminal each is a bar that moves; elsewhere all but feeding print a plain line now and then.
+On a terminal each is a bar that moves, and that of training also in a notebook; elsewhere all but feeding print a
+plain line now and then.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from rich.table import Column
 from rich.text import Text
 
 from utils.terminal.console import PrintableConsole, Terminal
+from utils.terminal.notebook import NotebookLine
+from utils.terminal.streams import in_notebook
 from utils.terminal.words import bits_text, duration, loss_text, size
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
 REFRESH_SECONDS = 0.1  # between updates of a bar
+NOTEBOOK_SECONDS = 0.5  # the same in a notebook, which stores and sends each of them
 STEPS_BEFORE_ESTIMATE = 10  # fewer say little about the rest
 BAR_WIDTH = 24  # characters
 FIELD_STYLES = {"loss": "bold", "val": "bold green", "speed": "magenta", "elapsed": "dim", "left": "dim"}
@@ -99,7 +103,9 @@ class TrainingProgress:
         self._next_update = 0.0
         self._next_line = self._began + PLAIN_LINE_SECONDS
         self._progress: Progress | None = None
+        self._cell: NotebookLine | None = None  # where it is shown in a notebook
         self._estimated = False
+        self._step = start  # the last one that is known
 
     @property
     def moves(self) -> bool:
@@ -107,29 +113,43 @@ class TrainingProgress:
         return self._progress is not None
 
     def __enter__(self) -> Self:
-        if self.terminal.live:
+        if not self.terminal.quiet and in_notebook():
+            self._cell = NotebookLine()
+        if self.terminal.live or self._cell is not None:
             console = self.terminal.console
             self._progress = Progress(_TrainingLine(console), console=console, transient=True)
             self._task = self._progress.add_task(
                 "train", total=self.total, completed=self.start, **self._times(self.start)
             )
-            self._progress.start()
+            if self._cell is None:
+                self._progress.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._progress:
+        if self._progress and self._cell is None:
             self._progress.stop()
+        elif self._progress:
+            self._show(self._step)  # what stays in the cell
+
+    def _show(self, step: int) -> None:
+        """Update the bar."""
+        if self._progress is None:
+            return
+        self._next_update = time.monotonic() + (REFRESH_SECONDS if self._cell is None else NOTEBOOK_SECONDS)
+        self._progress.update(self._task, completed=step, **self._times(step))
+        if self._cell is not None:
+            self._cell.show(self._progress.columns[0].render(self._progress.tasks[0]))  # type: ignore[union-attr]
 
     def update(self, step: int, **fields: float) -> None:
         """Show `step` and new values of the fields, if enough time has passed; cheap enough for every step."""
         self.fields.update(fields)
+        self._step = step
         now = time.monotonic()
         if self._first is None and step > self.start:
             few = step - self.start < STEPS_BEFORE_ESTIMATE
             self._first = (step, self._training_seconds(now)) if few else (self.start, 0.0)
         if self._progress and now >= self._next_update:
-            self._next_update = now + REFRESH_SECONDS
-            self._progress.update(self._task, completed=step, **self._times(step))
+            self._show(step)
         if not self._estimated and (left := self._seconds_left(step)) is not None:
             self._estimate(step, left)
         if now >= self._next_line:
@@ -142,8 +162,7 @@ class TrainingProgress:
             self._evaluation_began = now
         self.fields["evaluating"] = f"evaluating {done / total:.0%}"
         if self._progress and now >= self._next_update:
-            self._next_update = now + REFRESH_SECONDS
-            self._progress.update(self._task, completed=step, **self._times(step))
+            self._show(step)
         if now >= self._next_line:
             self._line(step)
 
@@ -154,6 +173,7 @@ class TrainingProgress:
             self._all_evaluations += self._evaluation_seconds
             self._evaluation_began = None
         self.fields.update(val_loss=losses["val/loss"], evaluating=None)
+        self._step = step
         self._line(step, losses)
 
     def _training_seconds(self, now: float) -> float:
@@ -209,7 +229,7 @@ class TrainingProgress:
         parts.append(f"{times['elapsed']} elapsed")
         if times["remaining"] and step < self.total:
             parts.append(f"{times['remaining']} left")
-        self.terminal.print("  ".join(parts), log_only=self.terminal.live and losses is None)
+        self.terminal.print("  ".join(parts), log_only=self.moves and losses is None)
 
 
 class FeedingProgress:
@@ -303,7 +323,8 @@ class CompletionProgress:
         console = PrintableConsole(stderr=True, highlight=False)
         self._total, self._done, self._tokens, self._noun = total, 0, 0, noun
         self._began = time.monotonic()
-        self._next_line = float("inf") if console.is_terminal or quiet else self._began + PLAIN_LINE_SECONDS
+        moves = console.is_terminal and not in_notebook() and not quiet
+        self._next_line = float("inf") if moves or quiet else self._began + PLAIN_LINE_SECONDS
         self._progress = Progress(
             BarColumn(bar_width=24),
             TextColumn(f"{noun} {{task.completed:,.0f}}/{{task.total:,.0f}}"),
@@ -312,7 +333,7 @@ class CompletionProgress:
             console=console,
             transient=True,
             redirect_stdout=False,  # stdout may be a file
-            disable=quiet or not console.is_terminal,
+            disable=not moves,
         )
         self._task = self._progress.add_task(noun, total=total, tokens_per_second=None)
 

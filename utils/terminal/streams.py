@@ -130,6 +130,12 @@ def is_unicode(stream: TextIO | None) -> bool:
     return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose streams say that they are a terminal but are not."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 def _lookalike(error: UnicodeError) -> tuple[str, int]:
     """One ASCII character for each that pictures are drawn with, an escape for any other."""
     if not isinstance(error, UnicodeEncodeError):

@@ -33,9 +33,10 @@ from utils.runs.origin import (
     without_foreign_places,
 )
 from utils.runs.run import read_record
-from utils.terminal.cli import PROJECT_ROOT, Parser, timespan
+from utils.terminal.cli import CODE_ROOT, PROJECT_ROOT, Parser, timespan
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.words import printable
+from utils.training.notify import add_notify_flag
 
 WAIT_SECONDS = 60.0  # for a process that has stopped training to release its run directory
 
@@ -68,6 +69,7 @@ def add_origin_flags(parser: Parser) -> None:
         metavar="TIME",
         help="train for 90s, 5m or 2h: max_iters is measured before the run is made, and the schedule laid over it",
     )
+    add_notify_flag(parser)
     group.add_argument("--trial", help=argparse.SUPPRESS)  # SWEEP:ID:NUMBER:PLACE, given by a sweep to its runs
     group.add_argument("--json", action="store_true", help="print nothing but warnings, and the result as JSON")
     group.add_argument("--strict", action="store_true", help="refuse to start if the preflight finds anything")
@@ -159,7 +161,7 @@ def launch_facts(argv: Sequence[str]) -> dict[str, Any]:
 
 def code_hash(callbacks: Iterable[str]) -> str:
     """sha256 of the code that trains: the files of the project, and those of callbacks, as module:Class."""
-    files = {*PROJECT_ROOT.glob("*.py"), *(PROJECT_ROOT / "utils").rglob("*.py")}
+    files = {*CODE_ROOT.glob("*.py"), *(CODE_ROOT / "utils").rglob("*.py")}
     for name in callbacks:
         with contextlib.suppress(ImportError, ValueError, AttributeError):  # reported when it is loaded
             found = importlib.util.find_spec(name.partition(":")[0])

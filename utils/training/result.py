@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.runs.find import resolve_run
 from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
-from utils.terminal.cli import PROJECT_ROOT
+from utils.terminal.cli import INSTALLED, PROJECT_ROOT
 from utils.terminal.commands import as_plain
 from utils.terminal.streams import is_unicode
 from utils.terminal.words import bits_text, duration, fact_lines, json_text
@@ -141,6 +141,8 @@ def rebuild_command(run: Run, view: str) -> str:
 
 def script_command(script: str) -> str:
     """How to call a script of this project from the current folder, with this environment."""
+    if INSTALLED:
+        return f"{_program('lm-workbench')} {script.removesuffix('.py').removesuffix('_model')}"
     return f"{_program('python')} {shlex.quote(relative_name(PROJECT_ROOT / script, Path.cwd()))}"
 
 

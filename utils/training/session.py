@@ -40,6 +40,7 @@ from utils.training.checkpointer import Checkpointer
 from utils.training.evaluate import evaluate, evaluation_due
 from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
+from utils.training.notify import Notifier
 from utils.training.outcome import Outcome, StartInterruptedError
 from utils.training.preflight import preflight, report_adapters, report_noise, report_preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
@@ -338,6 +339,7 @@ def open_session(
     origin: Origin | None,
     deadline: Deadline,
     ranks: Ranks | None = None,
+    notifier: Notifier | None = None,
     *,
     quiet: bool,
     argv: Sequence[str],
@@ -353,6 +355,7 @@ def open_session(
         argv: the command line, for the record.
         root: the folder that relative paths start from.
         ranks: that train the run together, of which this is rank 0; None: it trains alone.
+        notifier: sends how the run ended, once another process may resume it.
         strict: a finding of the preflight is a mistake.
         facts: further fields of run.json of a new run.
 
@@ -362,6 +365,7 @@ def open_session(
         Exception: the failure that ended the run, after its status was written.
     """
     terminal, begun, ranks = Terminal(quiet), False, ranks or ONE
+    session: Session | None = None
     setup = make_setup(loaded, root, origin, terminal.warn, terminal.print, ranks)
     git = read_git(setup)
     with ExitStack() as stack:
@@ -378,6 +382,8 @@ def open_session(
         if ranks.several:
             assign(setup)
         run, start = open_run(setup, git, argv, terminal, facts)
+        if notifier is not None:
+            stack.callback(lambda: notifier.send(getattr(session, "result", None)))
         stack.callback(run.release)
         setup = with_old_end(setup, run, start)
         ranks.share("run", {"path": str(run.path), "config": setup.config.model_dump(mode="json")})

@@ -1,0 +1,117 @@
+"""evaluate.py --compare: quality and speed of several runs in one table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from utils.evaluation.harness_tasks import accuracy_error, is_lower_better
+from utils.evaluation.report import comparison_notes
+from utils.evaluation.weights import Trained
+from utils.inference.quantization import weight_bytes
+from utils.terminal.words import one_line, size
+
+ROUNDS = 3  # in which the models take turns, because machines have better and worse seconds
+
+
+class Speed(NamedTuple):
+    """What a model costs. Both speeds are of one sequence, in tokens a second.
+
+    prefill: of a prompt of a whole context.
+    decode: of new tokens, after half a context.
+    """
+
+    parameters: int
+    weight_bytes: int
+    prefill: float
+    decode: float
+
+
+def measure_speeds(models: Sequence[Trained], measure: Callable[[Any], tuple[float, float]]) -> list[Speed]:
+    """The speed of each model, as the median of rounds in which they take turns.
+
+    Args:
+        measure: returns the tokens a second of prefill and decode of a LanguageModel.
+    """
+    found = [[measure(trained.model) for trained in models] for _ in range(ROUNDS)]
+    return [
+        Speed(
+            trained.model.num_parameters(),
+            weight_bytes(trained.model),
+            *(statistics.median(times) for times in zip(*of_model, strict=True)),
+        )
+        for trained, of_model in zip(models, zip(*found, strict=True), strict=True)
+    ]
+
+
+class _Row(NamedTuple):
+    """One quantity of all runs. higher: whether more is better; None: neither."""
+
+    label: str
+    values: Sequence[float | None]
+    text: Callable[[float], str]
+    higher: bool | None
+
+
+def comparison_table(
+    names: Sequence[str], records: Sequence[Sequence[Mapping[str, Any]]], speeds: Sequence[Speed]
+) -> Iterator[RenderableType]:
+    """A column for each run and a row for each quantity, the best value in bold.
+
+    Args:
+        records: the evaluations of each run, the same texts or tasks in the same order.
+    """
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column()
+    for name in names:
+        table.add_column(Text(one_line(name), style="cyan"), justify="right", overflow="fold")
+    notes: dict[str, None] = {}
+    for of_data in zip(*records, strict=True):
+        notes.update(dict.fromkeys(comparison_notes(of_data)))
+        for row in _quality(of_data):
+            table.add_row(row.label, *_cells(row))
+    table.add_section()
+    for row in _speed(speeds):
+        table.add_row(row.label, *_cells(row))
+    yield table
+    yield Text(f"speeds: one sequence, the median of {ROUNDS} rounds in which the runs take turns", style="dim")
+    yield from (Text(note, style="yellow") for note in notes)
+
+
+def _quality(records: Sequence[Mapping[str, Any]]) -> Iterator[_Row]:
+    """The rows of one text, task or group of tasks."""
+    data = one_line(" | ".join(dict.fromkeys(str(record["data"]) for record in records)))
+    if "metrics" in records[0]:
+        for metric in records[0]["metrics"]:
+            values = [record["metrics"].get(metric) for record in records]
+            errors = [
+                accuracy_error(metric, value or 0.0, record["problems"])
+                for value, record in zip(values, records, strict=True)
+            ]
+            of = "" if not errors[0] else f" (± {max(errors):.4f})"
+            yield _Row(f"{data}: {metric}{of}", values, "{:.4f}".format, not is_lower_better(metric))
+    elif "accuracy" in records[0]:
+        yield _Row(f"{data}: right answers", [record["accuracy"] for record in records], "{:.2%}".format, True)
+    else:
+        yield _Row(f"{data}: bits/byte", [record["bits_per_byte"] for record in records], "{:.4f}".format, False)
+        yield _Row("perplexity", [record["perplexity"] for record in records], "{:.4f}".format, False)
+
+
+def _speed(speeds: Sequence[Speed]) -> Iterator[_Row]:
+    yield _Row("parameters", [speed.parameters for speed in speeds], "{:,.0f}".format, None)
+    yield _Row("weights", [speed.weight_bytes for speed in speeds], size, False)
+    yield _Row("prefill, tokens/s", [speed.prefill for speed in speeds], "{:,.0f}".format, True)
+    yield _Row("decode, tokens/s", [speed.decode for speed in speeds], "{:,.0f}".format, True)
+
+
+def _cells(row: _Row) -> Iterator[Text]:
+    known = [value for value in row.values if value is not None]
+    best = None if row.higher is None or len(set(known)) < 2 else (max if row.higher else min)(known)
+    for value in row.values:
+        text = "" if value is None else row.text(value)
+        yield Text(text, style="bold green" if value is not None and value == best else "")

@@ -1,0 +1,276 @@
+"""A run as a model of lm-evaluation-harness [Gao et al. 2024], the package lm_eval.
+
+What is scored, cut and generated is what the package's own class for transformers (HFLM) does with the same weights, so
+that results compare with published ones. It is faster, because continuations of the same context share its keys and
+values, and only continuations get logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from model import LanguageModel
+from tokenizer import TokenizerError
+from utils.errors import UserError
+from utils.evaluation.weights import Trained
+from utils.inference.decode import generate_blocks, new_cache, padded, start_tokens
+from utils.inference.sampling import SamplingOptions
+from utils.inference.scoring import LOGITS_AT_ONCE
+from utils.inference.text_stream import TextStream
+from utils.nn.kv_cache import KVCache
+from utils.nn.lean import lean
+from utils.terminal.progress import CompletionProgress
+
+BATCH_SIZE = 32  # sequences in one pass
+GENERATED = 256  # tokens of an answer, where a task does not say; HFLM has the same
+SEED = 1337
+
+
+@dataclass
+class _Stem:
+    """Tokens that one or several continuations begin from.
+
+    tokens: of the context; of a context with only one continuation, all but the last token of both.
+    """
+
+    tokens: list[int]
+    members: list[_Scored] = field(default_factory=list)
+
+    @property
+    def branches(self) -> list[_Scored]:
+        """The continuations that need a pass of their own after the stem."""
+        return [] if len(self.members) == 1 else [one for one in self.members if len(one.targets) > 1]
+
+    @property
+    def longest_branch(self) -> int:
+        return max((len(one.targets) - 1 for one in self.branches), default=0)
+
+
+@dataclass
+class _Scored:
+    """A continuation that is being scored: its tokens, and what is known of it so far."""
+
+    targets: list[int]
+    logprob: float = 0.0
+    greedy: bool = True
+
+    def add(self, logprobs: Sequence[float], greedy: Sequence[bool]) -> None:
+        self.logprob += sum(logprobs)
+        self.greedy = self.greedy and all(greedy)
+
+
+class HarnessModel(TemplateLM):
+    """The model of a run, for the tasks of lm-evaluation-harness.
+
+    Args:
+        batch_size: sequences in one pass; results differ by rounding only (1e-4 nats in float32).
+    """
+
+    def __init__(self, trained: Trained, batch_size: int = BATCH_SIZE) -> None:
+        super().__init__()
+        self.trained, self.batch_size = trained, batch_size
+        self.model, self._lean = trained.model, lean(trained.model)
+        self.max_length = self.model.config.block_size
+        self._device = next(self.model.parameters()).device
+        # HFLM lets an answer have 256 tokens, and refuses a shorter context.
+        self.max_gen_toks = GENERATED if self.max_length > GENERATED else max(self.max_length // 2, 1)
+        end = trained.tokenizer.end_of_text
+        self._prefix = start_tokens(trained.tokenizer, "")[-1] if end is None else end
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text without a context: the end-of-text token; without one, a line break or token 0."""
+        return self._prefix
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self.trained.tokenizer.kind}-{self.trained.tokenizer.hash()[:16]}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text, without a token before it.
+
+        Raises:
+            UserError: part of the text has no token.
+        """
+        try:
+            return self.trained.tokenizer.encode(string)
+        except TokenizerError as error:
+            raise UserError(f"{self.trained.name} cannot read this task: {error}") from None
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, in nats: disjoint windows, each token once."""
+        windows = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                windows.append((number, *make_disjoint_window(window)))
+        totals = [0.0] * len(requests)
+        for (number, *_), (logprob, _) in zip(windows, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += logprob
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation, and whether it is what greedy decoding gives.
+
+        Args:
+            requests: (anything, tokens of the context, tokens of the continuation). What exceeds the context of the
+                model is cut from the left.
+        """
+        stems: dict[tuple[int, ...], _Stem] = {}
+        scored = []
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"{self.trained.name}: an answer of {len(continuation):,} tokens does not fit into block_size "
+                    f"{self.max_length:,}"
+                )
+            scored.append(_Scored(list(continuation)))
+            if continuation:
+                whole = [*(context or [self._prefix]), *continuation][-(self.max_length + 1) :]
+                before = whole[: -len(continuation)]
+                stems.setdefault(tuple(before), _Stem(before)).members.append(scored[-1])
+        for stem in stems.values():
+            if len(stem.members) == 1:
+                stem.tokens = [*stem.tokens, *stem.members[0].targets[:-1]]
+        with CompletionProgress(len(scored), noun="answer") as progress:
+            for batch in self._batches(list(stems.values())):
+                self._score(batch)
+                members = [one for stem in batch for one in stem.members]
+                progress.advance(sum(len(one.targets) for one in members), len(members))
+        return [(one.logprob, one.greedy) for one in scored]
+
+    def _batches(self, stems: list[_Stem]) -> Iterator[list[_Stem]]:
+        """Stems of similar length, the longest first. Padded branches still fit into the context."""
+        batch: list[_Stem] = []
+        longest = rows = 0
+        for stem in sorted(stems, key=lambda stem: (-len(stem.tokens), -stem.longest_branch)):
+            more = max(len(stem.branches), 1)
+            branch = max(longest, stem.longest_branch)
+            fits = not batch or len(batch[0].tokens) + branch <= self.max_length
+            if batch and (rows + more > self.batch_size or not fits):
+                yield batch
+                batch, longest, rows = [], 0, 0
+            batch.append(stem)
+            longest, rows = max(longest, stem.longest_branch), rows + more
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _score(self, batch: list[_Stem]) -> None:
+        """Score the continuations of some stems."""
+        idx, lengths = padded([stem.tokens for stem in batch], self._device)  # (B, T)
+        has_branches = any(stem.branches for stem in batch)
+        cache = new_cache(self.model, len(batch), idx.size(1)) if has_branches else None
+        hidden = self._lean.hidden(idx, cache, lengths if cache is not None else None)  # (B, T, C)
+        places = []  # row, first of the hidden states that give the targets, continuation, targets
+        for row, (stem, length) in enumerate(zip(batch, lengths, strict=True)):
+            for one in stem.members:
+                targets = one.targets if len(stem.members) == 1 else one.targets[:1]
+                places.append((row, length - len(targets), one, targets))
+        self._judge(hidden, places)
+        if cache is not None:
+            pairs = [(row, one) for row, stem in enumerate(batch) for one in stem.branches]
+            for first in range(0, len(pairs), self.batch_size):
+                part = pairs[first : first + self.batch_size]
+                idx, _ = padded([one.targets[:-1] for _, one in part], self._device)
+                branch = branched(self.model, cache, [row for row, _ in part], idx.size(1))
+                hidden = self._lean.hidden(idx, branch)
+                self._judge(hidden, [(row, 0, one, one.targets[1:]) for row, (_, one) in enumerate(part)])
+
+    def _judge(self, hidden: torch.Tensor, places: Sequence[tuple[int, int, _Scored, Sequence[int]]]) -> None:
+        """Add the targets' log-probabilities, given the input of the head, hidden (B, T, C), from their places on."""
+        device = hidden.device
+        rows = torch.tensor([row for row, _, _, targets in places for _ in targets], device=device)
+        columns = torch.tensor(
+            [first + i for _, first, _, targets in places for i in range(len(targets))], device=device
+        )
+        targets = torch.tensor([token for *_, tokens in places for token in tokens], device=device)  # (n,)
+        logprobs: list[float] = []
+        greedy: list[bool] = []
+        at_once = max(LOGITS_AT_ONCE // self.model.vocab_size, 1)
+        for part in range(0, len(targets), at_once):
+            chosen = slice(part, part + at_once)
+            logits = self._lean.head_logits(hidden[rows[chosen], columns[chosen]]).float()  # (n, V)
+            logprobs += (-F.cross_entropy(logits, targets[chosen], reduction="none")).tolist()
+            greedy += (logits.argmax(-1) == targets[chosen]).tolist()
+        begin = 0
+        for _, _, one, tokens in places:
+            end = begin + len(tokens)
+            one.add(logprobs[begin:end], greedy[begin:end])
+            begin = end
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text after each context, up to a stop string or the end-of-text token; greedy unless a task samples."""
+        found = [""] * len(requests)
+        groups: dict[str, list[tuple[list[int], int]]] = {}
+        for number, request in enumerate(requests):
+            context, settings = request.args
+            groups.setdefault(repr(settings), []).append((self.tok_encode(context) or [self._prefix], number))
+        with CompletionProgress(len(requests), noun="answer") as progress:
+            for members in groups.values():
+                options = normalize_gen_kwargs(requests[members[0][1]].args[1], self.max_gen_toks)
+                members.sort(key=lambda member: -len(member[0]))
+                for first in range(0, len(members), self.batch_size):
+                    contexts, numbers = zip(*members[first : first + self.batch_size], strict=True)
+                    texts, count = self._generate(contexts, options, numbers)
+                    for number, text in zip(numbers, texts, strict=True):
+                        found[number] = text
+                    progress.advance(count, len(numbers))
+        return found
+
+    def _generate(
+        self, contexts: Sequence[list[int]], settings: dict[str, Any], numbers: Sequence[int]
+    ) -> tuple[list[str], int]:
+        """The texts after some contexts, and the number of tokens in all of them.
+
+        Args:
+            settings: of the task, as `normalize_gen_kwargs` returns them.
+            numbers: of the requests, for the random streams of a task that samples.
+        """
+        tokenizer, count = self.trained.tokenizer, int(settings["max_gen_toks"])
+        if not 0 < count < self.max_length:
+            raise UserError(
+                f"{self.trained.name}: the task generates up to {count:,} tokens, block_size is {self.max_length:,}"
+            )
+        stops = handle_stop_sequences(settings.get("until"), eos=None)
+        sampling = SamplingOptions(
+            temperature=float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0,
+            top_k=settings.get("top_k") or None,
+            top_p=settings.get("top_p") or None,
+        )
+        prompts = [context[-(self.max_length - count) :] for context in contexts]
+        streams, texts = [TextStream(tokenizer, stops) for _ in prompts], [""] * len(prompts)
+        over, written = [False] * len(prompts), 0
+        for block in generate_blocks(self.model, prompts, count, sampling, [SEED + number for number in numbers]):
+            for row, tokens in enumerate(block.tokens):
+                if over[row]:
+                    continue
+                text = tokens[: tokens.index(tokenizer.end_of_text)] if tokenizer.end_of_text in tokens else tokens
+                texts[row] += streams[row].extend(text)[0]
+                written += len(text)
+                over[row] = len(text) < len(tokens) or streams[row].stopped
+            if all(over):
+                break
+        texts = [text + stream.rest() for text, stream in zip(texts, streams, strict=True)]
+        return [postprocess_generated_text(text, stops, None) for text in texts], written
+
+
+def branched(model: LanguageModel, cache: KVCache, rows: Sequence[int], more: int) -> KVCache:
+    """A cache that continues these rows of `cache`, one of them several times, with room for `more` tokens of each."""
+    lengths = [cache.lengths[row] for row in rows]
+    longest = max(lengths)
+    branch = new_cache(model, len(rows), longest + more)
+    branch.keys[:, :, :, :longest] = cache.keys[:, list(rows), :, :longest]
+    branch.values[:, :, :, :longest] = cache.values[:, list(rows), :, :longest]
+    branch.tokens[:, :longest] = cache.tokens[list(rows), :longest]
+    branch.positions.copy_(torch.tensor(lengths))
+    branch.lengths = lengths
+    return branch

@@ -1,0 +1,271 @@
+"""The tasks of lm-evaluation-harness: finding them and their data, running them, and what is recorded and printed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from utils.errors import UserError, nearest
+from utils.evaluation.report import evaluation_record
+from utils.evaluation.weights import Trained
+from utils.terminal.words import one_line
+
+TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three of our own, of one kind each
+FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task that names one of these brings its own files
+SEED, FEW_SHOT_SEED = 0, 1234  # of lm_eval: they choose the examples of few-shot questions
+ACCURACIES = ("acc", "exact_match", "em")  # what counts as the accuracy of a task, the first that it has
+
+
+def require_harness() -> None:
+    """Make the package lm_eval quiet, before it is imported.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "tasks other than arithmetic need lm-evaluation-harness: pip install -r requirements-bench.txt (or lm_eval)"
+        )
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class HarnessTasks:
+    """Tasks and groups of tasks by name.
+
+    Args:
+        names: as lm-evaluation-harness knows them, or `tiny_choice`, `tiny_text` and `tiny_answer`, which ship here.
+        folder: where data sets are looked for: FOLDER/ORGANISATION/NAME or FOLDER/NAME. None: in the cache of the
+            Hugging Face hub, then on the hub.
+
+    Raises:
+        UserError: an unknown name.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
+        self.names, self._folder = list(names), folder
+        tiny = {path.stem for path in TINY_TASKS.glob("*.yaml")}
+        self._manager = task_manager(not tiny.issuperset(names))
+        for name in names:
+            if name not in self._manager.all_tasks:
+                raise UserError(f"--task: unknown task {name}{nearest(name, self._manager.all_tasks)}")
+
+    def run(
+        self,
+        trained: Trained,
+        *,
+        few_shot: int | None = None,
+        limit: int | None = None,
+        batch_size: int,
+    ) -> list[dict[str, Any]]:
+        """Evaluate a model on all tasks; returns a record for each task and group (utils/runs/evaluations.py).
+
+        Args:
+            few_shot: examples before each question; None: as many as the task says.
+            limit: evaluate the first N documents of each task only.
+
+        Raises:
+            UserError: the data of a task cannot be read, or the model cannot read or answer it.
+        """
+        from lm_eval.evaluator import evaluate
+
+        from utils.evaluation.harness import HarnessModel
+
+        model, began = HarnessModel(trained, batch_size), time.perf_counter()
+        with local_data(self._folder), quiet_bars():
+            loaded = self._manager.load(self._load())
+            for task in loaded["tasks"].values():
+                configure(task, few_shot)
+            random.seed(SEED)
+            np.random.seed(FEW_SHOT_SEED)
+            found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)  # no errors by bootstrap: they take minutes
+        assert found is not None
+        settings = {"batch_size": batch_size, "limit": limit, "seconds": round(time.perf_counter() - began, 3)}
+        return [task_record(trained, name, found, settings) for name in found["results"]]
+
+    def _load(self) -> list[Any]:
+        """The tasks with their data, and groups of them.
+
+        Raises:
+            UserError: their data cannot be read.
+        """
+        loaded: list[Any] = []
+        for name in self.names:
+            try:
+                built = self._manager._load_spec(name)
+            except UserError:
+                raise
+            except Exception as error:  # of the hub, of a file, of the task
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                hint = "" if self._folder else "; --task-data DIR reads data sets from a folder"
+                raise UserError(f"{name}: its data cannot be loaded: {reason}{hint}") from None
+            loaded += built if isinstance(built, list) else [built]
+        return loaded
+
+
+@functools.cache
+def task_manager(everything: bool) -> Any:
+    """lm_eval's TaskManager of our own tasks; of `everything`: also of the package's, which takes seconds to index."""
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TINY_TASKS), include_defaults=everything)
+
+
+@contextlib.contextmanager
+def local_data(folder: Path | None) -> Iterator[None]:
+    """Inside the block, the package datasets reads the data sets of tasks from a folder, and of our own tasks."""
+    import datasets
+
+    original = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, **options: Any) -> Any:
+        if path in FORMATS and "data_files" in options:
+            return original(path=path, name=name, **options)
+        for place in (TINY_TASKS / "data", *([folder] if folder else [])):
+            for found in (place / path, place / path.rpartition("/")[2]):
+                if found.is_dir():
+                    if name is not None and (found / name).is_dir():
+                        return original(path=os.fspath(found / name), **options)
+                    return original(path=os.fspath(found), name=name, **options)
+        if folder is None:
+            return original(path=path, name=name, **options)
+        raise UserError(
+            f"{folder} has no data set {path}: expected {folder / path} (hf download --repo-type dataset {path} "
+            f"--local-dir {folder / path})"
+        )
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = original
+
+
+@contextlib.contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Inside the block, lm_eval shows no bars of its own: evaluate.py shows one."""
+    modules = [importlib.import_module(f"lm_eval.api.{name}") for name in ("model", "task")]
+    before = [module.tqdm for module in modules]
+    for module in modules:
+        module.tqdm = lambda items, **_: items  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            module.tqdm = original  # type: ignore[attr-defined]
+
+
+def configure(task: Any, few_shot: int | None) -> None:
+    """Set the examples before each question, as lm_eval's own command does: a task that says 0 keeps it."""
+    own = task.get_config("num_fewshot")
+    if few_shot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=few_shot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEW_SHOT_SEED)
+
+
+def task_hash(name: str, found: Mapping[str, Any]) -> str:
+    """sha256 of the documents, prompts and targets of a task, as lm_eval computes it; of a group, of its tasks' hashes.
+
+    Args:
+        found: what lm_eval's `evaluate` returns.
+    """
+    if name in found["samples"]:
+        parts = [s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in found["samples"][name]]
+    else:
+        parts = [task_hash(child, found) for child in found["group_subtasks"].get(name, ())]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def task_record(trained: Trained, name: str, found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded of one task or group.
+
+    Args:
+        found: what lm_eval's `evaluate` returns.
+        settings: how it was evaluated.
+    """
+    metrics = {}
+    for key, value in found["results"][name].items():
+        metric, _, filtered = key.partition(",")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not metric.endswith("_stderr"):
+            metrics[metric if filtered in ("", "none") else f"{metric} ({filtered})"] = float(value)
+    documents = found["n-samples"].get(name, {}).get("effective")
+    for count in ("sample_len", "sample_count"):
+        metrics.pop(count, None)
+    record = evaluation_record(trained, name, task_hash(name, found))
+    record |= {"task": name, "metrics": metrics, "problems": documents}
+    if (accuracy := next((metrics[one] for one in ACCURACIES if one in metrics), None)) is not None:
+        record["accuracy"] = accuracy
+    if "bits_per_byte" in metrics:
+        record["bits_per_byte"] = metrics["bits_per_byte"]
+    return record | {
+        "task_version": found["versions"].get(name),
+        "few_shot": found["n-shot"].get(name),
+        "harness": f"lm_eval {importlib.metadata.version('lm_eval')}",
+        **settings,
+    }
+
+
+def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """A table with a row for each metric of a task and a column for each run, the best value in bold.
+
+    Args:
+        names: of the runs, one for each record.
+    """
+    runs = list(dict.fromkeys(names))
+    by_task: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for run, record in zip(names, records, strict=True):
+        by_task.setdefault(record["task"], {})[run] = record
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("task", style="cyan", overflow="fold")
+    table.add_column("metric")
+    for header in ("few-shot", "documents"):
+        table.add_column(header, justify="right")
+    for run in runs:
+        table.add_column(Text(one_line(run)), justify="right", overflow="fold")
+    for task, of_runs in by_task.items():
+        some = next(iter(of_runs.values()))
+        for place, metric in enumerate(some["metrics"]):
+            values = [record["metrics"].get(metric, math.nan) for record in of_runs.values()]
+            best = (min if is_lower_better(metric) else max)(values)
+            head = (task, metric, str(some["few_shot"]), f"{some['problems']:,}" if some["problems"] else "")
+            cells = []
+            for value, record in zip(values, of_runs.values(), strict=True):
+                error = accuracy_error(metric, value, record["problems"])
+                text = f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
+                cells.append(Text(text, style="bold green" if len(runs) > 1 and value == best else ""))
+            table.add_row(*(head if place == 0 else ("", metric, "", "")), *cells)
+    yield table
+    if any(len({record["data_hash"] for record in of_runs.values()}) > 1 for of_runs in by_task.values()):
+        yield Text("The runs were evaluated on different documents: their results do not compare.", style="yellow")
+
+
+def accuracy_error(metric: str, value: float, documents: int | None) -> float:
+    """The standard error of a share of right answers, as lm_eval computes it; 0 for another metric."""
+    if metric.partition(" ")[0] not in (*ACCURACIES, "acc_norm") or not documents or documents < 2:
+        return 0.0
+    return math.sqrt(max(value * (1 - value), 0.0) / (documents - 1))
+
+
+def is_lower_better(metric: str) -> bool:
+    return "perplexity" in metric or "bits_per_byte" in metric or "loss" in metric

@@ -1,0 +1,113 @@
+"""Completion in bash, zsh and fish, by the package argcomplete: flags, settings and their values, names of runs.
+
+python -m utils.terminal.completion FOLDER   # writes the files that a shell sources (make completion)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from utils.terminal.cli import Parser
+
+SHELLS = ("bash", "zsh", "fish")
+PROGRAM = "lm-workbench"
+MOST_RUNS = 500  # the newest; more would be no help, and slow
+
+
+def complete_if_asked(parser: Parser) -> None:
+    """If a shell asks, by the variable _ARGCOMPLETE, print what fits the command line so far, and end the process."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return
+    try:
+        import argcomplete
+    except ImportError:
+        sys.exit(1)
+    for action in actions_of(parser):
+        name = str(action.metavar or "")
+        if name.startswith(("RUN", "[RUN")):
+            action.completer = complete_run  # type: ignore[attr-defined]
+        elif "|" in name and action.choices is None:
+            action.completer = argcomplete.ChoicesCompleter(name.split("|"))  # type: ignore[attr-defined]
+        elif action.dest in ("metric", "sort") or action.dest == "words":
+            action.completer = complete_metric if action.dest == "metric" else complete_setting  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser, always_complete_options="long")
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The arguments of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from actions_of(command)
+
+
+def complete_run(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Tags and ids of runs, newest first, `latest`, and promoted names; what cannot be read is left out."""
+    from utils.runs.layout import MODELS
+    from utils.terminal.cli import PROJECT_ROOT
+
+    folder = getattr(parsed_args, "runs_dir", None)
+    if folder is None:
+        from utils.config.loader import ConfigLoader
+
+        with contextlib.suppress(Exception):  # a broken file: its message would be lost here
+            folder = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
+    runs = PROJECT_ROOT / Path(folder or "runs").expanduser()
+    found: dict[str, None] = {}
+    with contextlib.suppress(OSError):
+        ids = sorted(
+            (entry.name for entry in os.scandir(runs) if entry.is_dir() and entry.name[0] != "."), reverse=True
+        )
+        for name in ids[:MOST_RUNS]:
+            tag = name.split("_", 2)[2:]  # 20260131_142501_baseline
+            found.update(dict.fromkeys([*tag, name]))
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        models = json.loads((runs / MODELS).read_text(encoding="utf-8"))
+        found.update(
+            {f"{name}@v{number}": None for name, versions in models.items() for number in range(1, 1 + len(versions))}
+        )
+    return [*found, *(["latest"] if found else [])]
+
+
+def complete_setting(**_: Any) -> list[str]:
+    """The settings by name."""
+    from utils.config.fields import FIELDS
+
+    return list(FIELDS)
+
+
+def complete_metric(**_: Any) -> list[str]:
+    """The metrics that training logs."""
+    from utils.runs.metrics import _REGISTRY
+
+    return list(_REGISTRY)
+
+
+def write_completions(folder: Path) -> None:
+    """Write a file for each shell: `python SCRIPT.py` (bash, zsh) and lm-workbench (all three)."""
+    import argcomplete
+
+    common = Path(argcomplete.__file__).with_name("bash_completion.d") / "_python-argcomplete"
+    # As shipped, it would complete the words of every command that nothing else completes.
+    scripts = common.read_text(encoding="utf-8")
+    scripts = scripts.replace("-D -F _python_argcomplete_global", "-F _python_argcomplete_global python python3")
+    scripts = scripts.replace(
+        "compdef _python_argcomplete_global -default-", "compdef _python_argcomplete_global python python3"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for shell in SHELLS:
+        text = argcomplete.shellcode([PROGRAM], shell=shell)
+        (folder / shell).write_text(text if shell == "fish" else f"{scripts}\n{text}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_completions(Path(sys.argv[1]))

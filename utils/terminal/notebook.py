@@ -1,0 +1,66 @@
+"""What a notebook shows: a line that is drawn again in its place, and tables and pictures as HTML."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from utils.files import open_regular
+from utils.terminal.console import PrintableConsole, print_to
+
+WIDTH = 110  # characters
+MOST_BYTES = 2 << 20  # of a picture
+PAGE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.3; font-family: monospace">{code}</pre>'
+
+
+class NotebookLine:
+    """One line in the output of the cell that runs now, which `show` replaces; no other cell gets it."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, line: Text) -> None:
+        """Show this line in the place of the last one; rich makes HTML of it."""
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(line, display_id=True)
+        else:
+            self._handle.update(line)
+
+
+def html_of(renderables: Iterable[RenderableType], width: int = WIDTH) -> str:
+    """HTML that looks as in a terminal; all text is escaped."""
+    console = PrintableConsole(
+        record=True, width=width, file=io.StringIO(), force_terminal=True, highlight=False, color_system="truecolor"
+    )
+    for renderable in renderables:
+        print_to(console, renderable)
+    return console.export_html(inline_styles=True, code_format=PAGE)
+
+
+def text_of(renderables: Iterable[RenderableType], width: int = WIDTH) -> str:
+    """The same as plain text."""
+    console = PrintableConsole(width=width, file=io.StringIO(), force_terminal=False, highlight=False)
+    with console.capture() as capture:
+        for renderable in renderables:
+            print_to(console, renderable)
+    return capture.get()
+
+
+def picture_html(path: Path, root: Path) -> str:
+    """A PNG file of the folder `root`, inside the page; empty where it cannot be read or is no picture."""
+    try:
+        with open_regular(path, root) as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError:
+        return ""
+    if not data.startswith(b"\x89PNG") or len(data) > MOST_BYTES:
+        return ""
+    return f'<img alt="curves" style="max-width: 100%" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
