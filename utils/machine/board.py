@@ -95,6 +95,7 @@ class Board:
             if failed_at is None and self.read("failure") is not None:
                 failed_at = time.monotonic()
             if failed_at is not None and not self.noticed and self._is_late(time.monotonic() - failed_at):
+                self.post(f"left/{self.rank}", True)
                 os._exit(1)
 
     def _is_late(self, seconds: float) -> bool:

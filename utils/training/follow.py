@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from tokenizer import tokenizer_from_json
 from utils.config.settings import Config
 from utils.errors import RankError, UserError
-from utils.machine.device import choose_dtype, torch_settings
+from utils.machine.device import available_memory, choose_dtype, torch_settings
 from utils.machine.process import gc_frozen, tune_process
 from utils.machine.ranks import ProcessRanks, RanksOverError
 from utils.machine.signals import STOP_SIGNALS, StopRequest, StopSignal, stop_on_signals
@@ -56,7 +57,9 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
         return follow(argv, ranks, loop)
     status = 1
     try:
-        check_same(ranks.collect("facts", launch_facts(argv)))
+        facts = ranks.collect("facts", facts_of_rank(argv, ranks))
+        check_same(facts)
+        ranks.memory = min((found["memory"] for found in facts if "memory" in found), default=None)
         status = lead(ranks)
     except SystemExit as ending:  # --help
         status = ending.code if isinstance(ending.code, int) else 0
@@ -95,10 +98,20 @@ def follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> int:
     return status if ended is None else ended
 
 
+def facts_of_rank(argv: Sequence[str], ranks: ProcessRanks) -> dict[str, Any]:
+    """What rank 0 has to know of this rank: what must be the same on all, and its memory."""
+    facts = launch_facts(argv)
+    with contextlib.suppress(UserError):  # no such device: reported later
+        device = device_of_rank(Config.model_validate({"train": {"device": facts["settings"]["device"]}}), ranks)
+        sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+        facts["memory"] = available_memory(device) // sharers
+    return facts
+
+
 def _follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> None:
     try:
         with contextlib.redirect_stdout(None):  # --help
-            facts = launch_facts(argv)
+            facts = facts_of_rank(argv, ranks)
     except UserError as error:
         facts = {"error": str(error)}
     except SystemExit:
