@@ -26,10 +26,10 @@ class Store(Protocol):
 def meet(store: Store, rank: int, world_size: int, seconds: float = MEETING_SECONDS) -> str:
     """The number of this start, on which all its ranks agree.
 
-    torchrun keeps its store when it starts the ranks again, maybe other ones, and what the ranks before them wrote must
-    not be read. How often it has done so (TORCHELASTIC_RESTART_COUNT) differs between hosts, of which one may have joined
-    later. So rank 0 counts, and answers each rank that asks; one that was answered says so, since a question may be that
-    of a rank before it.
+    torchrun keeps its store when it starts ranks again, maybe other ones, and notes of the ranks before them must not
+    be read. How often it has done so (TORCHELASTIC_RESTART_COUNT) differs between hosts, of which one may have joined
+    later. So rank 0 counts, and answers each rank that asks. One that was answered says so: a question may be that of
+    a rank before it.
 
     Raises:
         RankError: a rank does not come.

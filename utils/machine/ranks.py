@@ -33,7 +33,6 @@ from utils.machine.signals import StopSignal
 POLL_SECONDS = 1.0  # how often a rank that waits asks what has become of the others
 SILENT_SECONDS = 3.0  # without a sign of life, once a connection is broken: then a rank is gone
 LEAVE_SECONDS = 5.0  # for the other ranks to leave before rank 0
-STORE_SECONDS = 8.0  # for torchrun's store to answer: a host that is cut off hears nothing, not even an error
 FOREVER = timedelta(days=1)  # of torch's own time limits: ours are shorter, and name the rank
 
 
@@ -161,7 +160,8 @@ class ProcessRanks(Ranks):
         if cuda and self.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(self.local_rank)
         start = meet(dist.PrefixStore("workbench", store), rank, world_size)
-        self.board = Board(dist.PrefixStore(f"workbench/{start}", own_store(world_size)), rank, world_size)
+        connections = [dist.PrefixStore(f"workbench/{start}", own_store(world_size)) for _ in range(2)]
+        self.board = Board(connections[0], rank, world_size, connections[1])
         self.board.post(f"process/{rank}", [socket.gethostname(), os.getpid(), psutil.Process().create_time()])
         dist.init_process_group(
             self.backend,
@@ -246,7 +246,7 @@ class ProcessRanks(Ranks):
             self._check()
             waited = time.monotonic() - began
             if self.board.gone and waited > self.seconds:
-                raise RankError(self._cut_off())
+                raise RankError(self.board.cut_off)
             self._check_alive(range(self.world_size), self.seconds)
             if waited > self.seconds and (late := self.board.behind(count)):
                 if silent := self.board.silent(late, SILENT_SECONDS):
@@ -278,15 +278,10 @@ class ProcessRanks(Ranks):
             self.board.silent(others, SILENT_SECONDS)  # looks
             time.sleep(0.05)
         if self.board.gone:
-            return RankError(self._cut_off())
+            return RankError(self.board.cut_off)
         if silent := self.board.never_seen(others):
             return self._found(f"{names(silent)} died: killed, or cut off")
         return self._found(f"rank {self.rank} lost its connection: {str(error).splitlines()[0]}")
-
-    def _cut_off(self) -> str:
-        return (
-            f"rank {self.rank} hears nothing of the others and of torchrun's store: this host is cut off, or theirs is"
-        )
 
     def _found(self, message: str) -> RankError:
         """The error that this rank has found, for all of them."""
@@ -389,13 +384,13 @@ class ProcessRanks(Ranks):
 
 
 def own_store(world_size: int) -> dist.Store:
-    """A connection to torchrun's store beside that of torch, which waits for minutes."""
+    """A connection to torchrun's store beside that of torch."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size,
         is_master=False,
-        timeout=timedelta(seconds=STORE_SECONDS),
+        timeout=timedelta(seconds=MEETING_SECONDS),
         wait_for_workers=False,
     )
 
