@@ -128,7 +128,7 @@ def test_a_host_that_is_cut_off_is_left_behind(
         "--eval-interval",
         str(STEPS),
     ]
-    words += ["--checkpoint-interval", "5", "--flush-interval", "1", "--sample-tokens", "0", "--no-tensorboard-logging"]
+    words += ["--checkpoint-interval", "5", "--flush-interval", "1", "--sample-tokens", "0"]
     argv = tiny_argv(*words, "--run-tag", "two", "--resume", "auto", "--rank-timeout", "5")
     outputs = [tmp_path / f"host{number}.txt" for number in range(2)]
     for number in range(2):

@@ -167,7 +167,7 @@ def test_a_rank_that_is_frozen_is_ended_and_the_run_goes_on(
 def test_a_full_disk_on_rank_0_ends_all_and_keeps_the_checkpoint(
     launch: Launch, small_disk: Path, no_process_left: None
 ) -> None:
-    words = ["--runs-dir", str(small_disk), "--checkpoint-interval", "2", "--flush-interval", "1", "--no-tensorboard-logging"]
+    words = ["--runs-dir", str(small_disk), "--checkpoint-interval", "2", "--flush-interval", "1"]
     process = launch(2, *words, "--max-iters", "100000", trouble="fill 0 5")
     printed = ended(process)
     assert process.returncode == 1, printed

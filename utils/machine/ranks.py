@@ -62,6 +62,7 @@ class Ranks:
     backend: of torch.distributed.
     seconds: that a rank waits for another which is not busy.
     memory: bytes that each rank can allocate at the start, of the rank that has least; None: nobody has asked.
+    sent_bytes: in sums, so far, by this rank; those of all ranks go round a ring.
     """
 
     rank: int = 0
@@ -70,6 +71,7 @@ class Ranks:
     backend: str = "none"
     seconds: float = 20.0
     memory: int | None = None
+    sent_bytes: int = 0
 
     @property
     def several(self) -> bool:
@@ -223,7 +225,8 @@ class ProcessRanks(Ranks):
                 tensor.copy_(values)
 
     def start_sum(self, tensor: torch.Tensor, level: int | None) -> Work:
-        group = None if level is None else self._pairs[level]
+        group, others = None if level is None else self._pairs[level], self.world_size - 1
+        self.sent_bytes += tensor.nbytes if level is not None else 2 * tensor.nbytes * others // self.world_size
         return self._started(lambda: dist.all_reduce(tensor, group=group, async_op=True))
 
     def _started(self, start: Callable[[], Any]) -> Work:
