@@ -54,6 +54,7 @@ class Board:
         self.count, self.busy, self.noticed, self.gone = 0, 0, False, False
         self._shared, self._own = store, own or store
         self._thread: threading.Thread | None = None
+        self._asked: float | None = None  # when the other threads' request began that has no answer yet
         self._stopped = threading.Event()
         self._beats: dict[int, tuple[str, float]] = {}  # of each rank: the last sign of life, and when it was new here
         self._changes: dict[int, int] = {}
@@ -94,11 +95,15 @@ class Board:
         """What the store answers; None once it is gone."""
         if self.gone:
             return None
+        in_thread = threading.current_thread() is self._thread
+        self._asked = self._asked if in_thread else time.monotonic()
         try:
             return question()
         except RuntimeError:
             self.gone = True
             return None
+        finally:
+            self._asked = self._asked if in_thread else None
 
     def _watch(self) -> None:
         number, failed_at = 0, None
@@ -117,10 +122,9 @@ class Board:
                 os._exit(1)
 
     def _end_if_cut_off(self) -> None:
-        """End this process unless it does so itself within CLOSING_SECONDS - ANSWER_SECONDS, or is at work."""
-        while not self._stopped.wait(CLOSING_SECONDS - ANSWER_SECONDS):
-            count = self.count
-            if not self.busy and not self._stopped.wait(BEAT_SECONDS) and count == self.count:
+        """End this process if it waits for an answer of the store, which never comes."""
+        while not self._stopped.wait(BEAT_SECONDS):
+            if self._asked is not None and time.monotonic() - self._asked > ANSWER_SECONDS:
                 print(f"error: {self.cut_off}", file=sys.stderr, flush=True)
                 os._exit(1)
 
