@@ -7,6 +7,7 @@ python profile_model.py --out profile/           # also profile.json, profile.pn
 python profile_model.py --sweep                  # instead: a table of steps by batch and block size
 python profile_model.py --lr-range               # instead: which learning rate? (--out: lr_range.json and .png)
 python profile_model.py --compare before/ after/ # two profiles side by side: folders, files or run directories
+torchrun --standalone --nproc-per-node 2 profile_model.py   # a step on several ranks, with their communication
 
 `train.py --profile-step N` profiles one step of a real run into its artifacts/profile/.
 """
@@ -24,27 +25,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import LoadedConfig, flag_name
+from utils.config.settings import Config
 from utils.errors import UserError, number_text
+from utils.machine.process import several_ranks
 from utils.runs.origin import without_foreign_places
 from utils.terminal.cli import PROJECT_ROOT, Parser, numbers, place, script
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.streams import is_unicode
 from utils.terminal.words import json_text
-from utils.training.launch import add_trust_flag
+from utils.training.launch import add_trust_flag, facts_of
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
+    from utils.machine.ranks import Ranks
     from utils.terminal.console import Terminal
     from utils.training.setup import Setup
 
 
 @script
 def main(argv: Sequence[str]) -> int:
+    if several_ranks():
+        from utils.training.follow import together
+
+        return together(lambda: facts_of(parse(argv)[1]["loaded"].config, {}), *2 * [lambda ranks: run(argv, ranks)])
+    return run(argv)
+
+
+def run(argv: Sequence[str], ranks: Ranks | None = None) -> int:
+    """Do what a command line asks for, as one of `ranks`; returns the exit status."""
+    mode, arguments = parse(argv)
+    if ranks is None:
+        MODES[mode](**arguments)
+    else:
+        profile(**arguments, ranks=ranks)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The mode that a command line chooses, and the arguments of its function.
+
+    Raises:
+        UserError: a mistake, or a mode that several ranks have not.
+    """
     parser = Parser(prog="profile_model.py", description=__doc__)
     add_flags(parser)
     parsed = parse_experiment(argv, parser)
     mode = next((name for name in MODES if name in parsed.own), "profile")
-    MODES[mode](**arguments_of(mode, parsed))
-    return 0
+    if mode != "profile" and several_ranks():
+        raise UserError(f"{flag_name(mode)} is for one process: leave out torchrun")
+    return mode, arguments_of(mode, parsed)
 
 
 # ------------------------------------------------------------------------------------------------- the modes
@@ -58,8 +86,9 @@ def profile(
     top: int = 12,
     out: Path | None = None,
     json: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
-    """Measure the training step and the generation of a configuration."""
+    """Measure the training step and the generation of a configuration; of several ranks, rank 0 shows its own times."""
     from utils.machine.device import torch_settings
     from utils.profiling.assemble import profile_training
     from utils.profiling.measure import read_trace
@@ -68,9 +97,11 @@ def profile(
     from utils.profiling.tables import profile_tables
     from utils.training.batch_size import memory_explained
 
-    setup, terminal = prepare(loaded, out, json)
+    setup, terminal = prepare(loaded, out, json) if ranks is None else prepare_on_ranks(loaded, out, json, ranks)
     with torch_settings(setup.config.train, setup.device), memory_explained(setup.config, setup.device):
         measured, times = profile_training(setup, steps, warmup, terminal)
+    if setup.ranks.rank:
+        return
     terminal.print(*profile_tables(measured, top))
     print_json(json, measured.model_dump(mode="json"))
     write(out, lambda folder: save_profile(folder, measured, read_trace(times.profiler), draw_profile), terminal)
@@ -154,17 +185,29 @@ MODES: dict[str, Callable[..., None]] = {
 }
 
 
-def prepare(loaded: LoadedConfig, out: Path | None, quiet: bool) -> tuple[Setup, Terminal]:
+def prepare_on_ranks(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks: Ranks) -> tuple[Setup, Terminal]:
+    """`prepare` on rank 0, then on the others, which take over its configuration and print nothing."""
+    if ranks.rank == 0:
+        setup, terminal = prepare(loaded, out, quiet, ranks)
+        ranks.share("config", setup.config.model_dump(mode="json"))
+        return setup, terminal
+    config = Config.model_validate(ranks.share("config", None))
+    return prepare(LoadedConfig.from_config(config), None, quiet, ranks)
+
+
+def prepare(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks: Ranks | None = None) -> tuple[Setup, Terminal]:
     """Check corpus and device, make the folder of --out, and open the terminal, which may be quiet.
 
     Raises:
         UserError: a check fails, or the folder cannot be made.
     """
+    from utils.machine.ranks import ONE
     from utils.terminal.console import Terminal
     from utils.training.setup import make_setup
 
-    terminal = Terminal(quiet)
-    setup = make_setup(loaded, PROJECT_ROOT, report=terminal.print)
+    ranks = ranks or ONE
+    terminal = Terminal(quiet or ranks.rank > 0)
+    setup = make_setup(loaded, PROJECT_ROOT, report=terminal.print, ranks=ranks)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)

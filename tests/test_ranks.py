@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
+from utils.checkpoints.choose import newest_good
 from utils.checkpoints.folder import list_checkpoints
 from utils.experiments.bits import compare_logs
+from utils.runs.layout import CHECKPOINTS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record, read_status
 
@@ -29,17 +32,19 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def launch(tiny_argv: Callable[..., list[str]]) -> Launch:
+def launch(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Launch:
     """Start train.py on ranks, in the folder of callbacks: `launch(2, "--lanes", "4", trouble="raise 1 3")`."""
 
     def start(
-        count: int, *words: str, trouble: str = "none 0 0", own: list[str] | None = None
+        count: int, *words: str, trouble: str = "none 0 0", own: list[str] | None = None, restarts: int = 0
     ) -> subprocess.Popen[str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        torchrun += [f"--max-restarts={restarts}"]
         flags = tiny_argv("--device", "cpu", *words) if own is None else own
         flags += ["--callbacks", "troubled_rank:Trouble"] if own is None else []
         path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "TROUBLE": trouble, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        environment["TROUBLE_MARK"] = str(tmp_path / "mark")
         return subprocess.Popen(
             [*torchrun, str(ROOT / "train.py"), *flags],
             env=environment,
@@ -57,6 +62,18 @@ def ended(process: subprocess.Popen[str]) -> str:
         return process.communicate(timeout=SECONDS)[0]
     finally:
         process.kill()
+
+
+@pytest.fixture
+def no_process_left(tmp_path: Path) -> Iterator[None]:
+    """Afterwards no process has the folder of the test in its command line."""
+    yield
+    left = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(tmp_path) in " ".join(process.info["cmdline"] or [])
+    ]
+    assert not left
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
@@ -111,7 +128,7 @@ def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
     ("trouble", "reason"), [("raise 1 3", "rank 1: ValueError: boom"), ("kill 1 3", "rank 1 died")]
 )
 def test_what_ends_one_rank_ends_the_run_with_its_name(
-    launch: Launch, only_run: Callable[[], Path], trouble: str, reason: str
+    launch: Launch, only_run: Callable[[], Path], no_process_left: None, trouble: str, reason: str
 ) -> None:
     process = launch(2, "--checkpoint-interval", "2", trouble=trouble)
     printed = ended(process)
@@ -124,6 +141,43 @@ def test_what_ends_one_rank_ends_the_run_with_its_name(
     assert list_checkpoints(run / "artifacts" / "checkpoints")[0][0] == 2
     if trouble.startswith("raise"):
         assert 'raise ValueError("boom")' in (run / "logs" / "train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_frozen_is_ended_and_the_run_goes_on(
+    launch: Launch, only_run: Callable[[], Path], no_process_left: None
+) -> None:
+    words = ["--checkpoint-interval", "2", "--lanes", "2", "--rank-timeout", "2", "--max-iters", "8"]
+    began = time.monotonic()
+    process = launch(
+        2, *words, "--resume", "auto", "--run-tag", "elastic", trouble="freeze 1 5", restarts=3
+    )  # SIGSTOP: it cannot end itself
+    printed = ended(process)
+    assert process.returncode == 0, printed
+    assert printed.count("error: ") == 1
+    assert "error: rank 1 gave no sign of life" in printed
+    record = read_record(only_run())
+    assert (record["status"], len(record["resumes"])) == ("completed", 1)
+    assert [step for step, _ in read_metrics(only_run() / "logs", "train/loss")] == list(range(8))
+    assert (only_run() / "artifacts" / "seal.json").is_file()
+    assert "resumed at step 4" in printed
+    assert time.monotonic() - began < SECONDS
+
+
+def test_a_full_disk_on_rank_0_ends_all_and_keeps_the_checkpoint(
+    launch: Launch, small_disk: Path, no_process_left: None
+) -> None:
+    words = ["--runs-dir", str(small_disk), "--checkpoint-interval", "2", "--flush-interval", "1"]
+    process = launch(2, *words, "--max-iters", "100000", trouble="fill 0 5")
+    printed = ended(process)
+    assert process.returncode == 1, printed
+    assert printed.count("error: ") == 1
+    assert "error: rank 0: OSError: [Errno 28] No space left on device" in printed
+    (run,) = (path for path in small_disk.iterdir() if path.is_dir())
+    warnings: list[str] = []
+    _, unusable = newest_good(run / CHECKPOINTS, strict=True, warn=warnings.append, problem=lambda checkpoint: "")
+    assert not unusable
+    assert list_checkpoints(run / CHECKPOINTS)[0][0] >= 2
 
 
 def test_sigterm_stops_all_ranks_at_one_step(launch: Launch, runs_dir: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 from workbench import Callback, TrainingRun
 
@@ -15,6 +17,7 @@ class Trouble(Callback):
     def __init__(self) -> None:
         self.what, rank, step = os.environ["TROUBLE"].split()
         self.rank, self.step = int(rank), int(step)
+        self.mark = Path(os.environ.get("TROUBLE_MARK", "mark"))
 
     def on_step(self, run: TrainingRun) -> None:
         if (run.rank, run.state.step) != (self.rank, self.step):
@@ -23,6 +26,13 @@ class Trouble(Callback):
             raise ValueError("boom")
         if self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "freeze" and not self.mark.exists():  # once
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.what == "fill":
+            with contextlib.suppress(OSError), (run.path.parent / "filler").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
         if self.what == "stop":
             run.stop("enough")
         if self.what == "hang":

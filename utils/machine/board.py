@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 BEAT_SECONDS = 0.5  # between signs of life
 GRACE_SECONDS = 10.0  # for rank 0 to notice that another has failed, before it is ended
 CLOSING_SECONDS = 25.0  # for rank 0 to close the run; then ranks that have not noticed are ended
+ANSWER_SECONDS = 8.0  # for the store to answer: a host that is cut off hears nothing, not even an error
 
 
 class Store(Protocol):
@@ -27,12 +30,18 @@ class Store(Protocol):
 
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
 
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+
 
 class Board:
     """What the ranks of a run tell each other beside their tensors.
 
     A thread leaves a sign of life of this rank, with its progress, every BEAT_SECONDS. It also ends this process where
-    another rank has failed and this one, which hangs, does not notice.
+    another rank has failed and this one, which hangs, does not notice; or where the store is out of reach, since a
+    request to it would wait for days.
+
+    Args:
+        own: the thread's connection to the store.
 
     count: collective operations that this rank has begun.
     busy: above 0 while this rank does what the others wait for without a limit.
@@ -40,17 +49,25 @@ class Board:
     gone: whether the store is, and with it torchrun.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, own: Store | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self.count, self.busy, self.noticed, self.gone = 0, 0, False, False
-        self._store = store
+        self._shared, self._own = store, own or store
+        self._thread: threading.Thread | None = None
+        self._asked: float | None = None  # when the other threads' request began that has no answer yet
         self._stopped = threading.Event()
         self._beats: dict[int, tuple[str, float]] = {}  # of each rank: the last sign of life, and when it was new here
         self._changes: dict[int, int] = {}
 
     def start(self) -> None:
         self.beat(0)
-        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._thread.start()
+
+    @property
+    def _store(self) -> Store:
+        """The connection of this thread: one that waits for an answer blocks all that share it."""
+        return self._own if threading.current_thread() is self._thread else self._shared
 
     def stop(self) -> None:
         self.noticed = True
@@ -78,24 +95,43 @@ class Board:
         """What the store answers; None once it is gone."""
         if self.gone:
             return None
+        in_thread = threading.current_thread() is self._thread
+        self._asked = self._asked if in_thread else time.monotonic()
         try:
             return question()
         except RuntimeError:
             self.gone = True
             return None
+        finally:
+            self._asked = self._asked if in_thread else None
 
     def _watch(self) -> None:
         number, failed_at = 0, None
         while not self._stopped.wait(BEAT_SECONDS):
             number += 1
             self.beat(number)
+            self._ask(lambda: self._own.wait([f"beat/{self.rank}"], timedelta(seconds=ANSWER_SECONDS)))
             if self.gone:  # torchrun is, and nobody would start or end us: all stop, with a checkpoint
                 os.kill(os.getpid(), signal.SIGTERM)
+                self._end_if_cut_off()
                 return
             if failed_at is None and self.read("failure") is not None:
                 failed_at = time.monotonic()
             if failed_at is not None and not self.noticed and self._is_late(time.monotonic() - failed_at):
+                self.post(f"left/{self.rank}", True)
                 os._exit(1)
+
+    def _end_if_cut_off(self) -> None:
+        """End this process if it waits for an answer of the store, which never comes."""
+        while not self._stopped.wait(BEAT_SECONDS):
+            if self._asked is not None and time.monotonic() - self._asked > ANSWER_SECONDS:
+                print(f"error: {self.cut_off}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    @property
+    def cut_off(self) -> str:
+        """What is wrong where neither the store nor the other ranks answer."""
+        return f"rank {self.rank} hears nothing from torchrun and the other ranks: its host is cut off, or theirs are"
 
     def _is_late(self, seconds: float) -> bool:
         """Whether this rank must end, since it has not noticed a failure for so long.

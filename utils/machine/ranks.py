@@ -10,8 +10,10 @@ vectors that are zero outside a rank's own entries (`sum_exactly`).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,13 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, Protocol
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from utils.errors import RankError
 from utils.machine.board import Board
+from utils.machine.meeting import MEETING_SECONDS, meet
 from utils.machine.signals import StopSignal
 
 POLL_SECONDS = 1.0  # how often a rank that waits asks what has become of the others
@@ -57,6 +61,8 @@ class Ranks:
 
     backend: of torch.distributed.
     seconds: that a rank waits for another which is not busy.
+    memory: bytes that each rank can allocate at the start, of the rank that has least; None: nobody has asked.
+    sent_bytes: in sums, so far, by this rank; those of all ranks go round a ring.
     """
 
     rank: int = 0
@@ -64,6 +70,8 @@ class Ranks:
     world_size: int = 1
     backend: str = "none"
     seconds: float = 20.0
+    memory: int | None = None
+    sent_bytes: int = 0
 
     @property
     def several(self) -> bool:
@@ -131,7 +139,7 @@ class Ranks:
         """On rank 0: how its training has ended, for the others, which end theirs.
 
         Args:
-            failure: what has failed.
+            failure: what has failed, with the name of the rank.
         """
 
 
@@ -147,17 +155,22 @@ class ProcessRanks(Ranks):
         from torch.distributed.rendezvous import rendezvous
 
         cuda = torch.cuda.is_available() and dist.is_nccl_available()
-        store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=60))))
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))
         super().__init__(
             rank, int(os.environ.get("LOCAL_RANK", rank)), world_size, "cpu:gloo,cuda:nccl" if cuda else "gloo"
         )
         if cuda and self.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(self.local_rank)
-        # A restart by torchrun keeps the store: what the ranks before it wrote must not be read.
-        store = dist.PrefixStore(f"workbench/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self.board = Board(dist.PrefixStore("board", store), rank, world_size)
+        start = meet(dist.PrefixStore("workbench", store), rank, world_size)
+        connections = [dist.PrefixStore(f"workbench/{start}", own_store(world_size)) for _ in range(2)]
+        self.board = Board(connections[0], rank, world_size, connections[1])
+        self.board.post(f"process/{rank}", [socket.gethostname(), os.getpid(), psutil.Process().create_time()])
         dist.init_process_group(
-            self.backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=FOREVER
+            self.backend,
+            store=dist.PrefixStore(f"workbench/{start}/group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=FOREVER,
         )
         self._pairs = self._make_pairs()
         self.board.busy = 1
@@ -212,7 +225,8 @@ class ProcessRanks(Ranks):
                 tensor.copy_(values)
 
     def start_sum(self, tensor: torch.Tensor, level: int | None) -> Work:
-        group = None if level is None else self._pairs[level]
+        group, others = None if level is None else self._pairs[level], self.world_size - 1
+        self.sent_bytes += tensor.nbytes if level is not None else 2 * tensor.nbytes * others // self.world_size
         return self._started(lambda: dist.all_reduce(tensor, group=group, async_op=True))
 
     def _started(self, start: Callable[[], Any]) -> Work:
@@ -234,20 +248,25 @@ class ProcessRanks(Ranks):
                     raise self._explained(error) from error
             self._check()
             waited = time.monotonic() - began
+            if self.board.gone and waited > self.seconds:
+                raise RankError(self.board.cut_off)
             self._check_alive(range(self.world_size), self.seconds)
             if waited > self.seconds and (late := self.board.behind(count)):
+                if silent := self.board.silent(late, SILENT_SECONDS):
+                    raise self._found(f"{names(silent)} gave no sign of life: stopped, or cut off")
                 raise self._found(f"{names(late)} did not get as far as the others within {self.seconds:.0f} s")
 
     def _check(self) -> None:
         """Raises what has become of the others, if they left a note about it."""
         if (failure := self.board.read("failure")) is not None and failure["rank"] != self.rank:
-            raise RankError(f"rank {failure['rank']}: {failure['message']}", failure.get("trace", ""))
+            who = "" if failure.get("found") else f"rank {failure['rank']}: "
+            raise RankError(f"{who}{failure['message']}", failure.get("trace", ""))
         if self.rank and (over := self.board.read("over")) is not None:
             raise RanksOverError(over)
 
     def _check_alive(self, ranks: Sequence[int], seconds: float) -> None:
         if (silent := self.board.silent(ranks, seconds)) and not self.board.gone:
-            raise self._found(f"{names(silent)} gave no sign of life for {seconds:.0f} s")
+            raise self._found(f"{names(silent)} gave no sign of life: stopped, or cut off")
 
     def _explained(self, error: RuntimeError) -> Exception:
         """Why a connection broke: by the note of a rank, or because one is silent from now on."""
@@ -261,6 +280,8 @@ class ProcessRanks(Ranks):
                 return explanation
             self.board.silent(others, SILENT_SECONDS)  # looks
             time.sleep(0.05)
+        if self.board.gone:
+            return RankError(self.board.cut_off)
         if silent := self.board.never_seen(others):
             return self._found(f"{names(silent)} died: killed, or cut off")
         return self._found(f"rank {self.rank} lost its connection: {str(error).splitlines()[0]}")
@@ -296,7 +317,7 @@ class ProcessRanks(Ranks):
     def training_is_over(self, status: str, failure: str | None = None) -> None:
         self.board.noticed, self.board.busy = True, 1
         if failure is not None:
-            self.board.post_first("failure", {"rank": self.rank, "message": failure})
+            self.board.post_first("failure", {"rank": self.rank, "message": failure, "found": True})
         self.board.post("over", status)
 
     def handle_signal(self, signum: int, _frame: FrameType | None) -> None:
@@ -325,8 +346,19 @@ class ProcessRanks(Ranks):
         others, until = list(range(1, self.world_size)), time.monotonic() + LEAVE_SECONDS
         while others and time.monotonic() < until and not self.board.gone:
             others = [rank for rank in others if self.board.read(f"left/{rank}") is None]
+            if exit_status and others == self.board.silent(others, SILENT_SECONDS):
+                self._kill(others)
+                break
             time.sleep(0.02)
-        self.close()
+        self._close(exit_status)
+
+    def _kill(self, ranks: Sequence[int]) -> None:
+        """End the processes of ranks that do nothing any more; on other hosts torchrun does, 30 s after its signal."""
+        for rank in ranks:
+            host, pid, created = self.board.read(f"process/{rank}") or ("", 0, 0.0)
+            with contextlib.suppress(psutil.Error):
+                if host == socket.gethostname() and psutil.Process(pid).create_time() == created:
+                    psutil.Process(pid).kill()
 
     def leave(self) -> int | None:
         """Not on rank 0: the exit status, once rank 0 has one; None: it is gone, and this rank is to report that."""
@@ -339,14 +371,31 @@ class ProcessRanks(Ranks):
         finally:
             self.board.post(f"left/{self.rank}", True)
             reports = status is None and self.board.post_first("reporter", self.rank)
-            self.close()
+            if reports and self.board.silent([0], SILENT_SECONDS):
+                self._kill([0])
+            self._close(1 if status is None else int(status))
         return None if reports else 1 if status is None else int(status)
 
-    def close(self) -> None:
-        """Leave the others."""
+    def _close(self, exit_status: int) -> None:
+        """Leave the others; after a failure without waiting for sums, which never come of a host that is cut off."""
         self.board.stop()
+        if exit_status:
+            atexit.register(os._exit, exit_status)
+            return
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def own_store(world_size: int) -> dist.Store:
+    """A connection to torchrun's store beside that of torch."""
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=False,
+        timeout=timedelta(seconds=MEETING_SECONDS),
+        wait_for_workers=False,
+    )
 
 
 def names(ranks: Sequence[int]) -> str:

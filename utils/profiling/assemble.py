@@ -16,7 +16,16 @@ from utils.nn.linear import linear
 from utils.profiling.decoding import measure_generation
 from utils.profiling.measure import StepTimes, measure_steps, training_step
 from utils.profiling.memory import activation_phase, peak, reset_peak, state_bytes
-from utils.profiling.record import Generation, Limits, Machine, MemoryBytes, OperatorTime, PhaseTime, Profile
+from utils.profiling.record import (
+    Communication,
+    Generation,
+    Limits,
+    Machine,
+    MemoryBytes,
+    OperatorTime,
+    PhaseTime,
+    Profile,
+)
 from utils.runs.log import METRICS_FILE, LogWriter
 from utils.runs.run import utc_now
 from utils.terminal.console import Terminal
@@ -29,7 +38,7 @@ from utils.training.step_buffer import StepBuffer
 def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) -> tuple[Profile, StepTimes]:
     """Build a training state and measure its steps and its generation; the StepTimes hold the trace."""
     device, before = setup.device, memory_in_use(setup.device)
-    state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal)
+    state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal, setup.ranks)
     tracking = state.config.tracking
     with tempfile.TemporaryDirectory() as folder:
         writer = LogWriter(Path(folder) / METRICS_FILE)
@@ -40,14 +49,21 @@ def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) 
         peak_is_known = reset_peak(device)
         step(activations or no_phase)
         highest = peak(device) - before if peak_is_known else None
+        sent = setup.ranks.sent_bytes
         times = measure_steps(step, device, steps=steps, warmup=warmup)
+        sent = (setup.ranks.sent_bytes - sent) // (warmup + 3 * steps)
+    if setup.ranks.rank == 0:
+        limits, generation = limits_of(state), measure_generation(state.model)
+    else:  # rank 0 shows them
+        limits, generation = None, None
     measured = build_profile(
         state,
         times,
-        limits_of(state),
+        limits,
         activations=activations.bytes if activations else None,
         peak=highest,
-        generation=measure_generation(state.model),
+        generation=generation,
+        sent_bytes=sent,
     )
     return measured, times
 
@@ -82,17 +98,19 @@ def build_profile(
     generation: Generation | None = None,
     run: str | None = None,
     step: int | None = None,
+    sent_bytes: int = 0,
 ) -> Profile:
     """The contents of profile.json.
 
     Args:
         activations, peak: bytes, for MemoryBytes; None: not measured.
         run, step: of the training run that was profiled, if it was one.
+        sent_bytes: by this rank in a step, to other ranks.
     """
-    config, device = state.config, state.device
+    config, device, ranks = state.config, state.device, state.ranks
     sequences, block_size = config.train.sequences, config.model.block_size
-    gflop = training_flops(state.model, sequences, block_size) / 1e9
-    forward = forward_flops(state.model, sequences * block_size, (block_size + 1) / 2) / 1e9
+    gflop = training_flops(state.model, sequences, block_size) / 1e9 / ranks.world_size
+    forward = forward_flops(state.model, sequences * block_size, (block_size + 1) / 2) / 1e9 / ranks.world_size
     return Profile(
         created=utc_now(),
         run=run,
@@ -119,6 +137,11 @@ def build_profile(
         operator_times=device.type != "mps",
         memory=MemoryBytes(**state_bytes(state), activations=activations, peak=peak),
         generation=generation,
+        communication=Communication(
+            world_size=ranks.world_size, backend=ranks.backend, lanes=config.train.lanes, sent_bytes=sent_bytes
+        )
+        if ranks.several
+        else None,
     )
 
 

@@ -47,6 +47,7 @@ class RunProfiler:
         self._clocked: list[float] = []
         self._marks = MarkedClock(state.device)
         self._profiler: profile | None = None
+        self._sent = 0  # bytes to other ranks, before the profiled step, then in it
 
     def watch(self, step: int) -> AbstractContextManager[Phase]:
         """A context for update `step`; it yields the function that marks the phases of the update."""
@@ -80,6 +81,7 @@ class RunProfiler:
             return no_phase
         if steps_left > 0:
             return self._clock
+        self._sent = self.state.ranks.sent_bytes
         self._profiler = watching.enter_context(new_profiler(self.state.device))
         watching.enter_context(record_function(STEP))
         return self._marks
@@ -91,6 +93,7 @@ class RunProfiler:
             self._timed.append(seconds)
         elif steps_left == 0 and self._profiler is not None:
             self.ready = True
+            self._sent = self.state.ranks.sent_bytes - self._sent
             if not self._clocked:  # the run has started, or was resumed, at this step
                 self._clock, self._clocked = self._marks, [seconds]
 
@@ -118,6 +121,7 @@ class RunProfiler:
                 peak=highest,
                 run=self.path.name,
                 step=self.step,
+                sent_bytes=self._sent,
             )
             save_profile(self.path / layout.PROFILE, measured, read_trace(self._profiler), draw_profile)
             self.terminal.print(f"profiled step {self.step:,}: {layout.PROFILE / PICTURE}")

@@ -29,8 +29,10 @@ from utils.profiling.operators import (
     short_name,
 )
 from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER_OPERATORS, OTHER_PHASE, OperatorTime, PhaseTime
+from utils.training.lanes import LaneUpdate
 from utils.training.state import TrainState
 from utils.training.step import (
+    COMMUNICATION,
     PHASES,
     MarkedClock,
     Phase,
@@ -78,11 +80,14 @@ def training_step(state: TrainState, buffer: StepBuffer | None = None) -> StepFu
         buffer: receives the numbers of each step and is flushed after it; None: nothing is logged.
     """
 
+    in_lanes = state.ranks.several or state.config.train.lanes is not None
+    update = LaneUpdate(state) if in_lanes else None
+
     def step(phase: Phase) -> None:
-        loss = forward_backward(state, phase)
+        loss, grad_norms = update.gradients(phase) if update is not None else (forward_backward(state, phase), None)
         with phase("optimizer"):
             lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
-            grad_norms = clip_gradients(state)
+            grad_norms = clip_gradients(state) if grad_norms is None else grad_norms
             optimizer_step(state, grad_norms)
         if buffer is not None:
             with phase("logging"):
@@ -128,7 +133,8 @@ def time_steps(step: StepFunction, device: torch.device, steps: int) -> float:
 
 def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime]:
     """The phases per step, from the clock of `steps` steps that took `seconds`; time outside of phases is `other`."""
-    rows = [(name, clock.calls[name], clock.seconds[name]) for name in PHASES]
+    names = [name for name in PHASES if name != COMMUNICATION or clock.calls[name]]
+    rows = [(name, clock.calls[name], clock.seconds[name]) for name in names]
     rows.append((OTHER_PHASE, steps, max(0.0, seconds - sum(clock.seconds.values()))))
     return [PhaseTime(name=n, calls=calls / steps, ms=1000 * s / steps, gflop=0.0) for n, calls, s in rows]
 

@@ -69,6 +69,15 @@ class OperatorTime(Record):
     gbyte: float
 
 
+class Communication(Record):
+    """How several ranks communicate. sent_bytes: by each rank, per step. What is waited for is a phase."""
+
+    world_size: int
+    backend: str
+    lanes: int | None
+    sent_bytes: int
+
+
 class MemoryBytes(Record):
     """Memory of training by category, in bytes; None: not measured.
 
@@ -114,7 +123,7 @@ class Profile(Record):
 
     run, step: where a training run was profiled; None: by profile_model.py.
     step_ms: an undisturbed step; phases_ms: with a wait for the device after each phase; profiled_ms: under the
-    profiler. gflop: what the model needs for a step.
+    profiler. gflop: what the model needs for a step; of several ranks, for the share of one.
     operator_times: whether the times of operators are those of their work (on MPS: of their launch only).
     """
 
@@ -137,6 +146,7 @@ class Profile(Record):
     operator_times: bool
     memory: MemoryBytes
     generation: Generation | None = None
+    communication: Communication | None = None
 
     @property
     def best_ms(self) -> float:

@@ -70,6 +70,10 @@ def head(profile: Profile) -> RenderableType:
         ("batch", f"{train['batch_size']} x {model['block_size']} tokens"),
         ("step", f"{profile.best_ms:.2f} ms, {profile.tokens_per_second:,.0f} tokens/s"),
     ]
+    if (of_ranks := profile.communication) is not None:
+        lanes = "no lanes" if of_ranks.lanes is None else f"{of_ranks.lanes} lanes"
+        sent = f"each sends {of_ranks.sent_bytes / 1e6:,.3g} MB a step; the numbers below are of rank 0"
+        rows.insert(2, ("ranks", f"{of_ranks.world_size} ({of_ranks.backend}), {lanes}: {sent}"))
     if profile.run is not None:
         rows.insert(0, ("run", f"{profile.run}, step {profile.step:,}"))
     if limits is not None:

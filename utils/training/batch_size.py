@@ -27,6 +27,7 @@ from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import OutOfMemoryError, UserError, is_out_of_memory
 from utils.machine.device import available_memory, torch_settings
+from utils.machine.ranks import ONE, Ranks
 from utils.nn.lora import add_adapters, frozen_weights
 from utils.optim.groups import build_optimizer
 from utils.runs.origin import FOUND, put_on_top
@@ -44,7 +45,12 @@ Fits = Callable[[int], bool]  # whether a micro-step of that many sequences fits
 
 
 def find_batch(
-    loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
+    loaded: LoadedConfig,
+    corpus: Corpus,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Callable[[str], None],
+    ranks: Ranks = ONE,
 ) -> LoadedConfig:
     """The configuration with numbers in place of `auto`: batch_size and gradient_accumulation_steps, as a layer on top.
 
@@ -52,15 +58,22 @@ def find_batch(
 
     Args:
         report: prints one line to the user: what was chosen.
+        ranks: that share the batch, of which this is rank 0; what fits the one with the least memory is chosen.
 
     Raises:
-        UserError: not even one sequence fits.
+        UserError: not even one sequence fits, or tokens_per_step cannot be shared.
     """
     config = loaded.config
     length, tokens = config.model.block_size, config.train.tokens_per_step
-    most = max(1, corpus.tokens_of_pass(length) // length)  # an update should not see a token twice
-    sizes = divisors(tokens // length) if tokens else [2**n for n in range(most.bit_length())]
-    free = available_memory(device)
+    slices = slices_of(config, ranks)
+    most = max(1, corpus.tokens_of_pass(length) // length // slices)  # an update should not see a token twice
+    if tokens and tokens // length % slices:
+        raise UserError(
+            f"{loaded.source('tokens_per_step')}: {tokens // length:,} sequences of {length:,} tokens cannot be cut "
+            f"into {slices} equal {'lanes' if config.train.lanes else 'parts, one for each rank'}"
+        )
+    sizes = divisors(tokens // length // slices) if tokens else [2**n for n in range(most.bit_length())]
+    free = available_memory(device) if ranks.memory is None else ranks.memory
     with fitting(config, corpus, device, dtype, free) as fits:
         micro_batch = largest_fitting(sizes, fits)
     memory = f"{free / GIB:.1f} GiB that are free on {device}"
@@ -69,17 +82,28 @@ def find_batch(
             f"{loaded.source('batch_size')}: batch_size auto: not even one sequence of {length:,} tokens fits into "
             f"the {memory}, less {RESERVE[device.type]:.0%} in reserve: make the model or block_size smaller"
         )
-    sequences = tokens // length if tokens else micro_batch
-    micro_steps = sequences // micro_batch
+    sequences = tokens // length if tokens else micro_batch * slices
+    micro_steps = sequences // micro_batch if tokens else 1
     words = f"batch_size auto: {sequences:,} sequences, {sequences * length:,} tokens per step"
     if micro_steps > 1:
         words += f", in {micro_steps:,} micro-steps of {micro_batch:,}, which fit into the {memory}"
+    elif slices > 1 and micro_batch < sizes[-1]:
+        words += f", {micro_batch:,} at a time, which fit into the {memory}"
     elif not tokens:
-        limit = f"the training text has {most:,}" if micro_batch == sizes[-1] else f"more do not fit into the {memory}"
+        limit = (
+            f"the training text has {most * slices:,}"
+            if micro_batch == sizes[-1]
+            else f"more do not fit into the {memory}"
+        )
         words += f" ({limit})"
     report(words)
     found = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps, "tokens_per_step": None}
     return put_on_top(loaded, found, FOUND)
+
+
+def slices_of(config: Config, ranks: Ranks) -> int:
+    """Into how many parts a batch is cut, whatever gradient_accumulation_steps is."""
+    return config.train.lanes or ranks.world_size
 
 
 @contextlib.contextmanager
@@ -93,24 +117,32 @@ def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
         raise OutOfMemoryError(f"out of memory: {_does_not_fit(config, device)}") from error
 
 
-def check_micro_step(loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
+def check_micro_step(
+    loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, ranks: Ranks = ONE
+) -> None:
     """Raises UserError if a micro-step does not fit into memory, where that is certain.
 
     At first only what the blocks get as input, which the backward pass needs, is counted: that takes no time. Where it
     is a large part, and the system would end a process that takes too much, all of a step is counted.
     """
-    config, free = loaded.config, available_memory(device)
-    sequences = config.train.sequences // config.train.gradient_accumulation_steps
+    config = loaded.config
+    free = available_memory(device) if ranks.memory is None else ranks.memory
+    sequences = micro_batch_of(config, ranks)
     needed = sequences * config.model.block_size * config.model.n_layer * config.model.n_embd * LEAST_BYTES
     if device.type != "cuda" and free / LARGE_PART < needed <= free:
         with torch.random.fork_rng(devices=[]), torch_settings(config.train, device):
             needed = bytes_of_training(config, corpus, dtype, sequences)
     if needed > free:
-        raise UserError(f"{loaded.source('batch_size')}: {_does_not_fit(config, device)}")
+        raise UserError(f"{loaded.source('batch_size')}: {_does_not_fit(config, device, ranks)}")
 
 
-def _does_not_fit(config: Config, device: torch.device) -> str:
-    sequences = config.train.sequences // config.train.gradient_accumulation_steps
+def micro_batch_of(config: Config, ranks: Ranks) -> int:
+    """Sequences of a micro-step."""
+    return config.train.sequences // max(config.train.gradient_accumulation_steps, slices_of(config, ranks))
+
+
+def _does_not_fit(config: Config, device: torch.device, ranks: Ranks = ONE) -> str:
+    sequences = micro_batch_of(config, ranks)
     return (
         f"a micro-step of {sequences:,} x {config.model.block_size:,} tokens does not fit on {device}: "
         "--batch-size auto finds what fits; --gradient-accumulation-steps N splits an update into N micro-steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from tokenizer import tokenizer_from_json
 from utils.config.settings import Config
 from utils.errors import RankError, UserError
-from utils.machine.device import choose_dtype, torch_settings
+from utils.machine.device import available_memory, choose_dtype, torch_settings
 from utils.machine.process import gc_frozen, tune_process
 from utils.machine.ranks import ProcessRanks, RanksOverError
 from utils.machine.signals import STOP_SIGNALS, StopRequest, StopSignal, stop_on_signals
@@ -45,6 +46,22 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
         loop: the training loop.
 
     Raises:
+        UserError, RankError: see `together`.
+    """
+    return together(lambda: launch_facts(argv), lead, lambda ranks: _follow(ranks, loop))
+
+
+def together(
+    find_facts: Callable[[], dict[str, Any]],
+    lead: Callable[[ProcessRanks], int],
+    work: Callable[[ProcessRanks], object],
+) -> int:
+    """Let rank 0 lead and the others work, once they agree; returns the exit status, the same for all.
+
+    Args:
+        find_facts: what must be the same on all ranks (`launch_facts`).
+
+    Raises:
         UserError: on rank 0: a mistake of the user's on any rank.
         RankError: on rank 0: what has ended another rank. On another one: rank 0 is gone.
     """
@@ -53,10 +70,12 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
     for signum in STOP_SIGNALS:
         signal.signal(signum, ranks.handle_signal)
     if ranks.rank:
-        return follow(argv, ranks, loop)
+        return follow(find_facts, ranks, work)
     status = 1
     try:
-        check_same(ranks.collect("facts", launch_facts(argv)))
+        facts = ranks.collect("facts", with_memory(find_facts(), ranks))
+        check_same(facts)
+        ranks.memory = min((found["memory"] for found in facts if "memory" in found), default=None)
         status = lead(ranks)
     except SystemExit as ending:  # --help
         status = ending.code if isinstance(ending.code, int) else 0
@@ -75,11 +94,14 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
     return status
 
 
-def follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> int:
-    """Train the run that rank 0 decides on; returns its exit status."""
+def follow(
+    find_facts: Callable[[], dict[str, Any]], ranks: ProcessRanks, work: Callable[[ProcessRanks], object]
+) -> int:
+    """What another rank than rank 0 does; returns the exit status of that one."""
     status, lost = 1, None  # 1 also if torchrun is gone
     try:
-        _follow(argv, ranks, loop)
+        ranks.collect("facts", _facts_or_mistake(find_facts, ranks))
+        work(ranks)
     except RanksOverError:
         pass
     except StopSignal as interruption:
@@ -95,15 +117,26 @@ def follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> int:
     return status if ended is None else ended
 
 
-def _follow(argv: Sequence[str], ranks: ProcessRanks, loop: Loop) -> None:
+def with_memory(facts: dict[str, Any], ranks: ProcessRanks) -> dict[str, Any]:
+    """The facts of this rank, with the bytes that it can allocate."""
+    with contextlib.suppress(UserError):  # no such device: reported later
+        device = device_of_rank(Config.model_validate({"train": {"device": facts["settings"]["device"]}}), ranks)
+        sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+        return facts | {"memory": available_memory(device) // sharers}
+    return facts
+
+
+def _facts_or_mistake(find_facts: Callable[[], dict[str, Any]], ranks: ProcessRanks) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(None):  # --help
-            facts = launch_facts(argv)
+            return with_memory(find_facts(), ranks)
     except UserError as error:
-        facts = {"error": str(error)}
+        return {"error": str(error)}
     except SystemExit:
-        facts = {}
-    ranks.collect("facts", facts)
+        return {}
+
+
+def _follow(ranks: ProcessRanks, loop: Loop) -> None:
     assignment = ranks.share("assignment", None)
     config = Config.model_validate(assignment["config"])
     ranks.seconds = config.train.rank_timeout

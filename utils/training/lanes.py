@@ -16,7 +16,7 @@ import torch
 from utils.machine.ranks import Ranks, Work
 from utils.optim.muon import Muon, newton_schulz
 from utils.training.state import TrainState
-from utils.training.step import EagerUpdate, Phase, clip_gradients, micro_step
+from utils.training.step import COMMUNICATION, EagerUpdate, Phase, clip_gradients, micro_step
 
 BUCKET_BYTES = 25 << 20  # of gradients that are sent at once, while the backward pass goes on
 
@@ -209,11 +209,12 @@ class LaneUpdate(EagerUpdate):
                 tree.add([parameter.grad for parameter in self.parameters])
                 for parameter in self.parameters:
                     parameter.grad = None
-        with phase("backward"):
-            if self.sum is not None:
+        if self.sum is not None:
+            with phase(COMMUNICATION):
                 self.sum.finish()
                 self.state.ranks.sum_exactly(losses)
-            else:
+        else:
+            with phase("backward"):
                 for index, parameter in enumerate(self.parameters):
                     parameter.grad = tree.with_last(index, parameter.grad)
         with phase("optimizer"):

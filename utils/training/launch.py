@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.config.fields import field_fact, flat, get_value
 from utils.config.loader import ConfigLoader, LoadedConfig, flag_name
-from utils.config.settings import MACHINE
+from utils.config.settings import MACHINE, Config
 from utils.errors import UserError, shown
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
@@ -148,9 +148,17 @@ def launch_facts(argv: Sequence[str]) -> dict[str, Any]:
     parser = Parser(prog="train.py")
     add_origin_flags(parser)
     parsed = parse_experiment(argv, parser)
-    config = parsed.load().config
-    decisive = {key: value for key, value in flat(config).items() if field_fact(key, "kind") != MACHINE}
     own = {name: str(getattr(parsed.own, name)) for name in ("resume", "init_from", "fork")}
+    return facts_of(parsed.load().config, own)
+
+
+def facts_of(config: Config, own: Mapping[str, str]) -> dict[str, Any]:
+    """The facts about this rank and its configuration.
+
+    Args:
+        own: flags of the script that decide, too, by name.
+    """
+    decisive = {key: value for key, value in flat(config).items() if field_fact(key, "kind") != MACHINE}
     return {
         "host": socket.gethostname(),
         "code": code_hash(config.train.callbacks),

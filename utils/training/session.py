@@ -243,8 +243,8 @@ class Session:
         words = f"failed after {duration(time.monotonic() - self._began)}: {where}"
         self._attempt(self.terminal.print, words)
         with contextlib.suppress(OSError):
-            trace = error.trace if isinstance(error, RankError) and error.trace else ""
-            self.terminal.print(trace or "".join(traceback.format_exception(error)), log_only=True)
+            trace = error.trace if isinstance(error, RankError) else ""
+            self.terminal.print(trace or trace_of(error), log_only=True)
 
     def write_status(self) -> None:
         """Write how the run ended into run.json, before views are closed: a kill during that leaves the true status.
@@ -333,6 +333,11 @@ class Session:
         feeders.finish(end, self.terminal.print, seconds)
 
 
+def trace_of(error: BaseException) -> str:
+    """As Python prints it."""
+    return "".join(traceback.format_exception(error))
+
+
 @contextlib.contextmanager
 def open_session(
     loaded: LoadedConfig,
@@ -405,8 +410,12 @@ def open_session(
                 raise dead from None
             session.interrupt()
         except BaseException as error:
-            session.fail(error)
-            raise
+            if not ranks.several or isinstance(error, RankError):
+                session.fail(error)
+                raise
+            failure = RankError(f"rank 0: {type(error).__name__}: {error}", trace_of(error))
+            session.fail(failure)
+            raise failure from error
     if not begun:
         raise StartInterruptedError(session.result)
 

@@ -142,10 +142,10 @@ def make_setup(
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
     check_memory(loaded, corpus.tokenizer.vocab_size, device)
     if config.train.batch_size == "auto":
-        loaded = find_batch(loaded, corpus, device, dtype, report)
+        loaded = find_batch(loaded, corpus, device, dtype, report, ranks)
         config = loaded.config
     check_ranks(loaded, ranks)
-    check_micro_step(loaded, corpus, device, dtype)
+    check_micro_step(loaded, corpus, device, dtype, ranks)
     max_iters = config.train.max_iters
     if max_iters is None:
         assert config.train.epochs is not None

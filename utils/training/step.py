@@ -15,7 +15,8 @@ from utils.machine.device import autocast, synchronize
 from utils.training.feed import Feed
 from utils.training.state import TrainState
 
-PHASES = ("data", "forward", "backward", "optimizer", "logging")
+COMMUNICATION = "communication"  # what several ranks wait for after their backward pass
+PHASES = ("data", "forward", "backward", COMMUNICATION, "optimizer", "logging")
 
 Phase = Callable[[str], AbstractContextManager[object]]  # names a part of a step
 

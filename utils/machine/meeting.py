@@ -1,0 +1,62 @@
+"""How the ranks of one start find each other in torchrun's store."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Protocol
+
+from utils.errors import RankError
+
+MEETING_SECONDS = 60.0  # for all ranks to start
+
+
+class Store(Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def add(self, key: str, amount: int) -> int: ...
+
+
+def meet(store: Store, rank: int, world_size: int, seconds: float = MEETING_SECONDS) -> str:
+    """The number of this start, on which all its ranks agree.
+
+    torchrun keeps its store when it starts ranks again, maybe other ones, and notes of the ranks before them must not
+    be read. How often it has done so (TORCHELASTIC_RESTART_COUNT) differs between hosts, of which one may have joined
+    later. So rank 0 counts, and answers each rank that asks. One that was answered says so: a question may be that of
+    a rank before it.
+
+    Raises:
+        RankError: a rank does not come.
+    """
+    until = time.monotonic() + seconds
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question/{rank}", question)
+        while not store.check([f"answer/{question}"]):
+            _wait(until, f"rank {rank} is alone: rank 0 did not start within {seconds:.0f} s")
+        start = store.get(f"answer/{question}").decode()
+        store.set(f"here/{start}/{rank}", "1")
+        return start
+    start = str(store.add("starts", 1))
+    answered: dict[int, bytes] = {}
+    while absent := [other for other in range(1, world_size) if not store.check([f"here/{start}/{other}"])]:
+        for other in absent:
+            if store.check([f"question/{other}"]):
+                asked = store.get(f"question/{other}")
+                if answered.get(other) != asked:
+                    store.set(f"answer/{asked.decode()}", start)
+                    answered[other] = asked
+        _wait(until, f"rank {absent[0]} did not start within {seconds:.0f} s")
+    return start
+
+
+def _wait(until: float, problem: str) -> None:
+    if time.monotonic() > until:
+        raise RankError(problem)
+    time.sleep(0.02)
