@@ -46,6 +46,11 @@ class Tree:
             size *= 2
         self._sums.append((size, gradients))
 
+    def total(self) -> Gradients:
+        """The sum of all lanes, once the last is added."""
+        ((_, gradients),) = self._sums
+        return gradients
+
     def with_last(self, index: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of all lanes for one parameter, with its gradient in the last lane, which completes the tree."""
         for _, left in reversed(self._sums):
