@@ -195,24 +195,49 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     The library's own writer first copies every tensor into a bytes object: half the speed, twice the memory
     (docs/LOG.md).
     """
-    # Larger items first, as the library does: then each tensor is aligned to its own item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    parts: list[memoryview] = []
+    outlines = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    return write_stream(path, outlines, lambda name: [tensors[name]])
+
+
+Outlines = Mapping[str, tuple[torch.dtype, torch.Size]]  # types and shapes of tensors, by their names
+
+
+def stream_order(outlines: Outlines) -> list[str]:
+    """The names of tensors in the order of their bytes in a file.
+
+    Larger items first, as the library does: then each tensor is aligned to its own item size.
+    """
+    return sorted(outlines, key=lambda name: (-outlines[name][0].itemsize, name))
+
+
+def write_stream(
+    path: Path,
+    outlines: Outlines,
+    pieces: Callable[[str], Iterable[torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write a safetensors file of tensors that need not be in memory together; returns its entry in the manifest.
+
+    Args:
+        pieces: gives the numbers of a tensor, in host memory; asked for each in `stream_order`.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        parts.append(_memory(tensor))
+    for name in stream_order(outlines):
+        dtype, shape = outlines[name]
+        end = offset + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    return _write(path, [memoryview(len(encoded).to_bytes(8, "little") + encoded), *parts])
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
+        for name in stream_order(outlines):
+            for piece in pieces(name):
+                yield _memory(piece)
+
+    return _write(path, parts())
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

@@ -33,6 +33,15 @@ def evaluation_due(state: TrainState) -> bool:
     return due and state.losses_step != state.step
 
 
+def is_best(state: TrainState) -> bool:
+    """Whether the evaluation at this step asks for a checkpoint of the best weights.
+
+    Step 0 needs one only where the export may be made from it: weights that were trained before.
+    """
+    settings = state.config.train
+    return settings.keep_best and state.best_step == state.step and bool(state.step or settings.exports_best)
+
+
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
     """Losses of both splits, the accuracy of answers and a sample text, to the log and the terminal; keeps the best.
 

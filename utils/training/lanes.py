@@ -205,6 +205,10 @@ class LaneUpdate(EagerUpdate):
         if isinstance(state.optimizer, Muon):
             state.optimizer.orthogonalize = self._orthogonalize
 
+    @property
+    def message_bytes(self) -> int:
+        return 0 if self.sum is None else self.sum.message_bytes
+
     def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
         losses, tree = torch.zeros(self.lanes, device=self.state.device), Tree()
         for lane in self._own:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from utils.optim.muon import Muon, orthogonal_blocks
 from utils.training.lanes import Gradients, Tree, added, lane_seed, tree_sum
@@ -31,6 +30,15 @@ class ShardedUpdate(EagerUpdate):
         self._parameters = list(self.shards.own.values())
         if isinstance(state.optimizer, Muon):
             state.optimizer.of_shards = self._orthogonal
+
+    @property
+    def message_bytes(self) -> int:
+        """Weights of blocks are gathered twice a micro-step, others once, and gradients are summed in float32."""
+        state, world_size = self.state, self.state.ranks.world_size
+        own = {name: parameter.numel() for name, parameter in self.shards.own.items()}
+        gathered = sum(count * (2 if name.startswith("blocks.") else 1) for name, count in own.items())
+        micro_steps = self.lanes // world_size * self._in_lane
+        return (gathered * state.dtype.itemsize + 4 * sum(own.values())) * (world_size - 1) * micro_steps
 
     def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
         state = self.state
@@ -122,17 +130,11 @@ class ShardedUpdate(EagerUpdate):
             spans = [self.shards.rows(names[rank], other) for other in range(world_size)]
             received = [(end - begin) * shape[1:].numel() for begin, end in spans]
         own = torch.cat([direction.reshape(-1) for direction in directions])
-        whole = self._exchange(own, sent, received)
+        whole = self.shards.exchange(own, sent, received)
         if rank < len(names):
             whole = orthogonal_blocks(whole.view(shape), blocks[rank]).reshape(-1)
-        back = self._exchange(whole, received, sent)
+        back = self.shards.exchange(whole, received, sent)
         return [part.view_as(like) for part, like in zip(back.split(sent), directions, strict=False)]
-
-    def _exchange(self, values: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        """Send so many values to each rank, and receive so many from each."""
-        result = values.new_empty(sum(received))
-        self.state.ranks.together(lambda: dist.all_to_all_single(result, values, received, sent, async_op=True))
-        return result
 
 
 def _both(left: Gradients | None, right: Gradients) -> Gradients:

@@ -79,6 +79,48 @@ class Shards:
         finally:
             self.model.reshard()
 
+    def exchange(self, values: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """Send so many of the values (n,) to each rank, in their order, and receive so many from each."""
+        result = values.new_empty(sum(received))
+        if self.ranks.several:
+            self.ranks.together(
+                lambda: dist.all_to_all_single(result, values, list(received), list(sent), async_op=True)
+            )
+        return result
+
+    def pieces(self, name: str, own: torch.Tensor) -> Iterator[torch.Tensor]:
+        """On rank 0: the rows of a whole tensor, those of each rank in turn, in host memory. Others send theirs.
+
+        All ranks must ask for all pieces.
+
+        Args:
+            own: the rows of this rank of parameter `name`, or of its gradient.
+        """
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        if rank == 0:
+            yield own.detach().cpu()
+        for sender in range(1, world_size):
+            first, end = self.rows(name, sender)
+            count = (end - first) * self.shapes[name][1:].numel()
+            if not count:
+                return
+            sent, received = [0] * world_size, [0] * world_size
+            if rank == sender:
+                sent[0] = count
+            if rank == 0:
+                received[sender] = count
+            values = own.detach().reshape(-1) if rank == sender else own.detach().new_empty(0)
+            piece = self.exchange(values, sent, received)
+            if rank == 0:
+                yield piece.view(end - first, *self.shapes[name][1:]).cpu()
+
+    def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """On rank 0: each parameter and its gradient, `params/name` and `grads/name`, one at a time. On all ranks."""
+        for name, own in self.own.items():
+            for kind, tensor in (("params", own), ("grads", own.grad)):
+                if tensor is not None and (found := list(self.pieces(name, tensor))):
+                    yield f"{kind}/{name}", torch.cat(found)
+
     def take_gradients(self) -> list[torch.Tensor | None]:
         """The gradients of this rank's rows, which the model forgets."""
         found = []

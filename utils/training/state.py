@@ -30,7 +30,7 @@ from utils.nn.lora import adapted_layers, adapter_settings, add_adapters, frozen
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, decode_number, encode_number
-from utils.runs.origin import differing_model_settings
+from utils.runs.origin import Relation, differing_model_settings
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
 from utils.training.accuracy import held_out_questions
@@ -281,6 +281,15 @@ def move_random_state(states: Mapping[str, Any], before: torch.device, now: torc
     if before.type == now.type == "cuda" and (before.index or 0) != (now.index or 0):
         text = states["cuda"][before.index or 0]
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8), now)
+
+
+def take_over(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> None:
+    """Start from a checkpoint in the way that `relation` says.
+
+    Raises:
+        CheckpointError: it is of another model or experiment.
+    """
+    {"resume": restore, "fork": branch, "init": initialise}[relation](state, checkpoint)
 
 
 def initialise(state: TrainState, checkpoint: Checkpoint) -> None:

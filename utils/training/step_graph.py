@@ -88,6 +88,8 @@ class GraphUpdate:
         warn: gets one line if updates cannot be recorded.
     """
 
+    message_bytes = 0
+
     def __init__(self, state: TrainState, warn: Callable[[str], None]) -> None:
         self.state, self._warn = state, warn
         self._eager = EagerUpdate(state)
