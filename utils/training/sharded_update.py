@@ -7,7 +7,8 @@ any number of ranks that divides the lanes adds the same numbers in the same ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from utils.optim.muon import Muon, orthogonal_blocks
 from utils.training.lanes import Gradients, Tree, added, lane_seed, tree_sum
 from utils.training.state import TrainState
 from utils.training.step import EagerUpdate, Phase, micro_step
+
+
+VECTOR = 16  # numbers that a processor computes at once, at most
 
 
 class ShardedUpdate(EagerUpdate):
@@ -100,6 +104,15 @@ class ShardedUpdate(EagerUpdate):
                 torch._foreach_mul_(gradients, factor.clamp(max=1.0))
         return norms
 
+    def apply(self, grad_norms: torch.Tensor) -> None:
+        optimizer: Any = self.state.optimizer
+        adamw = [p for group in optimizer.param_groups if "betas" in group for p in group["params"]]
+        with contextlib.ExitStack() as stack:
+            for parameter in adamw:
+                if parameter.device.type == "cpu" and parameter.numel() % VECTOR:
+                    stack.enter_context(_padded(parameter, optimizer.state))
+            super().apply(grad_norms)
+
     # -------------------------------------------------------------------------------------------------------- Muon
 
     def _orthogonal(
@@ -135,6 +148,35 @@ class ShardedUpdate(EagerUpdate):
             whole = orthogonal_blocks(whole.view(shape), blocks[rank]).reshape(-1)
         back = self.shards.exchange(whole, received, sent)
         return [part.view_as(like) for part, like in zip(back.split(sent), directions, strict=False)]
+
+
+@contextlib.contextmanager
+def _padded(parameter: torch.Tensor, states: dict[Any, dict[str, torch.Tensor]]) -> Iterator[None]:
+    """A parameter with its gradient and moments in one dimension, with zeros up to a whole number of vectors.
+
+    torch's kernel of AdamW rounds the numbers that fill no vector in another way, and which those are depends on how
+    many rows a rank has.
+    """
+    shape, count, values = parameter.shape, parameter.numel(), parameter.data
+    gradient, state = parameter.grad, states[parameter]
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor.reshape(-1), (0, -count % VECTOR))
+
+    def is_moment(tensor: torch.Tensor) -> bool:
+        return tensor.dim() > 0
+
+    parameter.grad = None
+    parameter.data = padded(values)
+    parameter.grad = None if gradient is None else padded(gradient)
+    state.update({key: padded(tensor) for key, tensor in state.items() if is_moment(tensor)})
+    try:
+        yield
+    finally:
+        parameter.grad = None
+        values.copy_(parameter.data[:count].view(shape))
+        parameter.data = values
+        state.update({key: tensor[:count].view(shape) for key, tensor in state.items() if is_moment(tensor)})
 
 
 def _both(left: Gradients | None, right: Gradients) -> Gradients:

@@ -292,7 +292,7 @@ class _AllGather(_Comm):
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> None:
         self.ranks.together(
-            lambda: dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
+            lambda: dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=True)
         )
 
 
