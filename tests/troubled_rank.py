@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+from typing import Any
 
+from utils.checkpoints import shards
 from workbench import Callback, TrainingRun
 
 
@@ -25,6 +28,19 @@ class Trouble(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.what == "stop":
             run.stop("enough")
+        if self.what == "full":
+            fill_disk_once()
         if self.what == "hang":
             while True:
                 time.sleep(1)
+
+
+def fill_disk_once() -> None:
+    """Let the next file of a checkpoint in shards find no space."""
+    write = shards.write_tensors
+
+    def full(*_: Any) -> None:
+        shards.write_tensors = write
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shards.write_tensors = full  # type: ignore[assignment]

@@ -106,7 +106,6 @@ def write_checkpoint(
         OSError: the disk is full, gone or read-only; nothing is left behind.
     """
 
-
     def write(folder: Path) -> dict[str, Any]:
         return {
             WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, weights),

@@ -59,7 +59,9 @@ def sharded(kind: Kind, dtype: str, shape: tuple[int, ...], world_size: int) -> 
     """Where each rank has written its rows of a tensor; a tensor without dimensions is with rank 0."""
     if not shape:
         return Sharded(dtype, shape, (Rows(shard_name(kind, 0, world_size), 0, 1),))
-    places = (Rows(shard_name(kind, rank, world_size), *rows_of(shape[0], rank, world_size)) for rank in range(world_size))
+    places = (
+        Rows(shard_name(kind, rank, world_size), *rows_of(shape[0], rank, world_size)) for rank in range(world_size)
+    )
     return Sharded(dtype, shape, tuple(place for place in places if place.end > place.first))
 
 

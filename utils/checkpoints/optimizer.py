@@ -16,9 +16,7 @@ class Named(Protocol):
     def named_parameters(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
-def flatten_optimizer(
-    model: Named, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def flatten_optimizer(model: Named, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state of an optimizer: its tensors, named `parameter/key`, and everything else as JSON.
 
     In the JSON, {"tensor": name} stands for a tensor.

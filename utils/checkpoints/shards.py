@@ -1,9 +1,9 @@
 """Checkpoints in shards: each rank writes the rows that it has of every tensor, and any number of ranks reads them.
 
-    step_000500/model-00001-of-00002.safetensors        the rows of the weights that rank 0 of 2 has
-                optimizer-00001-of-00002.safetensors    and of the optimizer's state
-                index.json                              which rows of which tensor are where
-                tokenizer.json, state.json, manifest.json, as in any checkpoint
+step_000500/model-00001-of-00002.safetensors        the rows of the weights that rank 0 of 2 has
+            optimizer-00001-of-00002.safetensors    and of the optimizer's state
+            index.json                              which rows of which tensor are where
+            tokenizer.json, state.json, manifest.json, as in any checkpoint
 """
 
 from __future__ import annotations

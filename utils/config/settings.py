@@ -843,7 +843,9 @@ class Config(Section):
         if self.train.max_iters is not None:
             warmup_steps(self.optimizer, self.train.max_iters)
         if self.train.shard != "none" and self.optimizer.lora_rank is not None:
-            raise RuleError("shard fsdp does not work with lora_rank: adapters leave little to share", "lora_rank", "shard")
+            raise RuleError(
+                "shard fsdp does not work with lora_rank: adapters leave little to share", "lora_rank", "shard"
+            )
         return self
 
 

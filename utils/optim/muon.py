@@ -79,7 +79,9 @@ class Muon(EagerOptimizer):
             torch._foreach_mul_(params, decay_factor(group, finite))
         if self.of_shards is not None:
             rate = -group["lr"] if finite is None else -group["lr"] * finite
-            for p, update in zip(params, self.of_shards(params, [rows for _, rows in trained], directions), strict=True):
+            for p, update in zip(
+                params, self.of_shards(params, [rows for _, rows in trained], directions), strict=True
+            ):
                 p += update * rate
             return
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)

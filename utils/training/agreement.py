@@ -127,7 +127,9 @@ def announced(state: TrainState, checkpoint: Checkpoint | None, relation: Relati
     if (checkpoint.path / MANIFEST_FILE).is_file():
         ranks.share("start", {"relation": relation, "path": str(checkpoint.path)})
         return checkpoint
-    weights = _Shared(ranks, {name: _outline(tensor) for name, tensor in checkpoint.weights.items()}, checkpoint.weights)
+    weights = _Shared(
+        ranks, {name: _outline(tensor) for name, tensor in checkpoint.weights.items()}, checkpoint.weights
+    )
     ranks.share("start", {"relation": relation, "outlines": weights.outlines, "state": checkpoint.state})
     return replace(checkpoint, weights=weights)
 

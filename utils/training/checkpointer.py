@@ -200,7 +200,9 @@ class Checkpointer:
                 if read_pointer(self.folder / name) != content:
                     write_json(self.folder / name, content)
         except OSError as error:
-            self._warn(f"{self.folder}: the pointers were not written: {reason_of(error)}; the checkpoints are complete")
+            self._warn(
+                f"{self.folder}: the pointers were not written: {reason_of(error)}; the checkpoints are complete"
+            )
 
 
 def reason_of(error: Exception) -> str:

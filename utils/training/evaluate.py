@@ -64,7 +64,11 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     except EvaluationStoppedError:
         return
     if state.questions:
-        with whole_outside_blocks(state), evaluating(state.model), state.ranks.busy():  # each rank for itself: all need the number
+        with (
+            whole_outside_blocks(state),
+            evaluating(state.model),
+            state.ranks.busy(),
+        ):  # each rank for itself: all need the number
             losses["val/accuracy"] = exact_match(state.model, state.questions)
     monitor.losses(losses)
     for name, loss in losses.items():

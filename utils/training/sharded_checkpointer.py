@@ -83,9 +83,7 @@ class ShardedCheckpointer(Checkpointer):
 def written(folder: Path, ranks: Ranks, weights: Tensors, optimizer: Tensors) -> dict[str, Any]:
     """Write what a rank has: `files`, their entries in the manifest, or `error`, why it was not written."""
     try:
-        return {
-            "files": write_shards(folder, ranks.rank, ranks.world_size, {"model": weights, "optimizer": optimizer})
-        }
+        return {"files": write_shards(folder, ranks.rank, ranks.world_size, {"model": weights, "optimizer": optimizer})}
     except Exception as error:  # on any rank: then there is no checkpoint
         return {"error": reason_of(error)}
 

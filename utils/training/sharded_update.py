@@ -18,7 +18,6 @@ from utils.training.lanes import Gradients, Tree, added, lane_seed, tree_sum
 from utils.training.state import TrainState
 from utils.training.step import EagerUpdate, Phase, micro_step
 
-
 VECTOR = 16  # numbers that a processor computes at once, at most
 
 
@@ -95,7 +94,10 @@ class ShardedUpdate(EagerUpdate):
             state.ranks.sum_exactly(rows)
         each = torch.stack([place.norm() for place in rows.split(counts)])
         norms = torch.stack(
-            [of_group.norm() for of_group in each.split([len(group["params"]) for group in state.optimizer.param_groups])]
+            [
+                of_group.norm()
+                for of_group in each.split([len(group["params"]) for group in state.optimizer.param_groups])
+            ]
         )
         if limit := state.config.optimizer.grad_clip:
             factor = limit / (norms.norm() + 1e-6)

@@ -202,19 +202,14 @@ class Initialisation(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = func.__name__
-        fills = name in IN_PLACE or getattr(func, "__module__", None) == "torch.nn.init"
+        kwargs, name = dict(kwargs or {}), func.__name__
         target = args[0] if args else kwargs.get("tensor")
-        changes = fills or (target is self._target and name.endswith("_") and name != "requires_grad_")
-        if not changes or not isinstance(target, torch.Tensor) or not target.is_meta or name.startswith("__"):
+        fills = name in IN_PLACE or getattr(func, "__module__", None) == "torch.nn.init"
+        changes = fills or (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")
+        if not changes or not isinstance(target, torch.Tensor) or not target.is_meta:
             return func(*args, **kwargs)
-        if not isinstance(target, nn.Parameter):
-            raise UserError(f"shard fsdp: {name} of a part of a parameter cannot be followed: initialise it as a whole")
-        self._fill(target, func, args, kwargs)
-        return target
-
-    def _fill(self, target: torch.Tensor, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        if not fills or not isinstance(target, nn.Parameter):
+            raise UserError(f"shard fsdp: {name} is no filling of a whole parameter, which is all that can be followed")
         if target is not self._target:
             self._keep()
             self._target, self._values = target, torch.empty(target.shape, dtype=target.dtype, device="cpu")
@@ -223,6 +218,7 @@ class Initialisation(TorchFunctionMode):
                 func(self._values, *args[1:], **kwargs)
             else:
                 func(**kwargs | {"tensor": self._values})
+        return target
 
     def _keep(self) -> None:
         """Keep this rank's rows of the parameter that was filled last."""
@@ -291,9 +287,7 @@ class _AllGather(_Comm):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> None:
-        self.ranks.together(
-            lambda: dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=True)
-        )
+        self.ranks.together(lambda: dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=True))
 
 
 class _ReduceScatter(_Comm):

@@ -56,7 +56,6 @@ from utils.terminal.console import Terminal
 from utils.terminal.words import HASH_LENGTH, fact_lines
 from utils.tracking.feeder import cut_progress
 from utils.training.agreement import announced
-from utils.training.lanes import LaneUpdate
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, build_state, foreign, take_over
 from utils.training.step import Update
