@@ -1,4 +1,4 @@
-"""Models in shards on one rank, and what each of several ranks would have; runs on two are in tests/test_sharded_run.py."""
+"""Models in shards on one rank, and what each of several would have; tests/test_sharded_run.py has two."""
 
 from __future__ import annotations
 

@@ -520,7 +520,7 @@ class TrainConfig(Section):
     )
     shard: Literal["none", "fsdp"] = setting(
         "none",
-        "fsdp: each rank keeps its share of the rows of every weight, gradient and moment, and gathers the weights of a "
+        "fsdp: each rank keeps a share of the rows of every weight, gradient and moment, and gathers the weights of a "
         "block when it needs them; none: each rank has all",
         kind=TRAJECTORY,
     )
@@ -698,7 +698,9 @@ class TrainConfig(Section):
         }
         for key, found in refused.items():
             if found:
-                raise RuleError(f"shard fsdp does not work with {key} {getattr(self, key)}", key, "shard")
+                value = getattr(self, key)
+                words = key if value is True else f"{key} {value}"
+                raise RuleError(f"shard fsdp does not work with {words}", key, "shard")
 
     def _check_lanes(self) -> None:
         if self.lanes is None:

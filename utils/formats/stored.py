@@ -33,7 +33,7 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 class Place(NamedTuple):
     """A tensor in a file; `entry` has its type, shape and range of bytes.
 
-    pieces: files and ranges of its bytes, where its rows are in several; then the range of `entry` says how many bytes there are.
+    pieces: files and ranges of its bytes, where its rows are in several; then `entry` says how many bytes there are.
     """
 
     file: Path

@@ -120,7 +120,7 @@ class ShardedUpdate(EagerUpdate):
     def _orthogonal(
         self, parameters: list[torch.Tensor], blocks: list[list[int]], directions: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """See `Muon.of_shards`. Each rank in turn gets all rows of a direction, makes it orthogonal, and sends them back.
+        """See `Muon.of_shards`. Each rank gets all rows of a direction, makes it orthogonal, and sends them back.
 
         One direction is one product, whatever the number of ranks.
         """

@@ -60,7 +60,7 @@ class Shards:
         return rows_of(self.shapes[name][0], rank, self.ranks.world_size)
 
     def shape_of(self, name: str, tensor: torch.Tensor) -> torch.Size:
-        """The shape of the whole tensor, of which this rank has `tensor`; it is named `parameter` or `parameter/key`."""
+        """The shape of the whole tensor of which this rank has `tensor`, named `parameter` or `parameter/key`."""
         if not tensor.dim():
             return tensor.shape
         return torch.Size((self.shapes[name.partition("/")[0]][0], *tensor.shape[1:]))
