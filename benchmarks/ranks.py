@@ -1,18 +1,20 @@
 """What several ranks on one machine gain and cost, and what is left when one of them is killed.
 
-python -m benchmarks.ranks                 # three arms of the 10.7M-parameter model in turn, then 20 kills
+python -m benchmarks.ranks                 # three arms of the 10.7M-parameter model, saves, then 20 kills
 python -m benchmarks.ranks --rounds 5 --kills 0
 
 The arms train on the same global batch: 1 rank with 2 threads; 2 ranks with 1 thread each and a plain sum of gradients;
 the same in exact lanes. Each is a process of its own, and the time of a step is the median over the steps after the
-first two. Then a small run on 2 ranks is killed at random moments (one random rank, SIGKILL) and resumed, and compared
+first two. Then a checkpoint of 500 MB in shards is saved by one process and by two, and synced. Then a small run on 2 ranks is killed at random moments (one random rank, SIGKILL) and resumed, and compared
 with one on a single rank that was never stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -20,13 +22,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import psutil
+import torch
 
 from benchmarks import common
 from utils.checkpoints.choose import newest_good
+from utils.checkpoints.files import write_folder
 from utils.checkpoints.folder import list_checkpoints
+from utils.checkpoints.index import rows_of
+from utils.checkpoints.shards import write_shards
 from utils.errors import UserError
 from utils.experiments.bits import compare_logs
 from utils.runs.layout import CHECKPOINTS, LOGS
@@ -41,6 +48,7 @@ ARMS = {
     "2 ranks x 1 thread": (2, ["--threads", "1"]),
     "the same, lanes 2": (2, ["--threads", "1", "--lanes", "2"]),
 }
+SAVED = [(4096, 1024)] * 10  # rows and columns of weights; with the moments of AdamW, 503 MB
 WARM_STEPS = 2
 SECONDS = 20.0  # within which a rank is killed, once there is a log
 END_SECONDS = 60.0  # for all processes to end once one was killed
@@ -112,6 +120,61 @@ def compare_arms(folder: Path, rounds: int, steps: int, batch_size: int) -> None
     plain, exact = list(seconds.values())[1:]
     cost = statistics.median(one / other for one, other in zip(exact, plain, strict=True)) - 1
     print(f"exact lanes cost {cost:+.1%}; a rank sends {message / 1e6:.1f} MB a step")
+
+
+def write_part(
+    rank: int, world_size: int, folder: str, tensors: Sequence[tuple[int, int]], start: Barrier, done: Barrier
+) -> None:
+    """As a rank of its own: write what it has of a checkpoint, between two barriers, until the folder is gone."""
+    torch.set_num_threads(1)
+    own = {
+        f"{number}.weight": torch.randn(end - first, columns)
+        for number, (rows, columns) in enumerate(tensors)
+        for first, end in [rows_of(rows, rank, world_size)]
+    }
+    moments = {f"{name}/{key}": tensor.clone() for name, tensor in own.items() for key in ("exp_avg", "exp_avg_sq")}
+    start.wait()
+    write_shards(Path(folder), rank, world_size, {"model": own, "optimizer": moments})
+    done.wait()
+
+
+def save_seconds(world_size: int, path: Path) -> float:
+    """How long that many ranks take to write SAVED, from a common start until the checkpoint is complete."""
+    processes = multiprocessing.get_context("spawn")
+    start, done = processes.Barrier(world_size + 1), processes.Barrier(world_size + 1)
+    began = 0.0
+
+    def write(folder: Path) -> dict[str, object]:
+        nonlocal began
+        workers = [
+            processes.Process(target=write_part, args=(rank, world_size, str(folder), SAVED, start, done))
+            for rank in range(world_size)
+        ]
+        for worker in workers:
+            worker.start()
+        start.wait()
+        began = time.perf_counter()
+        done.wait()
+        return {}
+
+    write_folder(path, write, {}, {})
+    return time.perf_counter() - began
+
+
+def compare_saves(folder: Path, rounds: int) -> None:
+    """Print how long one and two ranks take to save a checkpoint in shards, and the ratio."""
+    megabytes = 12 * sum(rows * columns for rows, columns in SAVED) / 1e6
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(rounds):
+        for ranks in (1, 2) if number % 2 else (2, 1):
+            path = folder / "saved" / f"step_{number:06d}"
+            seconds[ranks].append(save_seconds(ranks, path))
+            shutil.rmtree(path)
+    for ranks, values in seconds.items():
+        rate = megabytes / statistics.median(values)
+        print(f"{megabytes:.0f} MB saved by {ranks}: {rate:6,.0f} MB/s  {[round(value, 2) for value in values]}")
+    ratio = statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
+    print(f"2 ranks save {ratio:.2f} times as fast as one")
 
 
 def kill_once(flags: list[str], folder: Path, rng: random.Random, sessions: int) -> str:
@@ -198,12 +261,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=8, help="updates of an arm (default: 8)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences of an update (default: 16)")
     parser.add_argument("--kills", type=int, default=20, help="how often a rank is killed (default: 20)")
+    parser.add_argument("--saves", type=int, default=5, help="how often a checkpoint is saved (default: 5)")
     args = parser.parse(argv)
-    common.at_least(0, rounds=args.rounds, kills=args.kills)
+    common.at_least(0, rounds=args.rounds, kills=args.kills, saves=args.saves)
     common.at_least(WARM_STEPS + 3, steps=args.steps)
     with tempfile.TemporaryDirectory() as name:
         if args.rounds:
             compare_arms(Path(name), args.rounds, args.steps, args.batch_size)
+        if args.saves:
+            compare_saves(Path(name), args.saves)
         if args.kills:
             kill_often(Path(name), args.kills)
     return 0

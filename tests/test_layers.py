@@ -21,7 +21,8 @@ ORDER = (  # from the bottom up: packages of utils/, and the files beside it
 OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
     *("errors", "locks", "files", "config", "terminal", "web", "runs", "corpora", "experiments", "pages"),
-    *("checkpoints.folder", "checkpoints.header", "machine.process", "machine.signals", "machine.watchdog"),
+    *("checkpoints.folder", "checkpoints.header", "checkpoints.index"),
+    *("machine.process", "machine.signals", "machine.watchdog"),
     *("formats.stored", "formats.foreign_files", "formats.weight_index", "formats.c_files", "formats.inspection"),
     *("training.early_stopping", "training.launch", "training.notify", "training.result"),
     *("sweeps.space", "sweeps.sampling", "sweeps.pruning", "sweeps.folder", "sweeps.study", "sweeps.results"),

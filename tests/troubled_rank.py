@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+from utils.checkpoints import shards
 from workbench import Callback, TrainingRun
 
 
@@ -35,6 +38,19 @@ class Trouble(Callback):
                     file.write(bytes(1024))
         if self.what == "stop":
             run.stop("enough")
+        if self.what == "full":
+            fill_disk_once()
         if self.what == "hang":
             while True:
                 time.sleep(1)
+
+
+def fill_disk_once() -> None:
+    """Let the next file of a checkpoint in shards find no space."""
+    write = shards.write_tensors
+
+    def full(*_: Any) -> None:
+        shards.write_tensors = write
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shards.write_tensors = full  # type: ignore[assignment]

@@ -18,7 +18,7 @@ import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from utils.checkpoints.folder import (
     BASE_FILE,
     CHUNK_BYTES,
     FORMAT_VERSION,
+    INDEX_FILE,
     MANIFEST_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -78,7 +79,7 @@ class Checkpoint:
     path: Path
     step: int
     weights: Mapping[str, torch.Tensor]
-    optimizer_tensors: dict[str, torch.Tensor]
+    optimizer_tensors: Mapping[str, torch.Tensor]
     tokenizer: dict[str, Any]  # as its JSON form
     state: dict[str, Any]
     base: Mapping[str, Any] | None = None  # the entry of its BASE_FILE in the manifest, if it has one
@@ -104,20 +105,38 @@ def write_checkpoint(
     Raises:
         OSError: the disk is full, gone or read-only; nothing is left behind.
     """
+
+    def write(folder: Path) -> dict[str, Any]:
+        return {
+            WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, weights),
+            OPTIMIZER_FILE: write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors),
+        }
+
+    write_folder(path, write, tokenizer, state, before_manifest, base)
+
+
+def write_folder(
+    path: Path,
+    write: Callable[[Path], Mapping[str, Any]],
+    tokenizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    before_manifest: Callable[[], None] = lambda: None,
+    base: Mapping[str, Any] | None = None,
+) -> None:
+    """`write_checkpoint`, with tensors in files that `write` writes and syncs in a folder; it returns their entries."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         manifest = {
-            WEIGHTS_FILE: write_tensors(temporary / WEIGHTS_FILE, weights),
-            OPTIMIZER_FILE: write_tensors(temporary / OPTIMIZER_FILE, optimizer_tensors),
-            TOKENIZER_FILE: _write(temporary / TOKENIZER_FILE, [_json_bytes(tokenizer)]),
-            STATE_FILE: _write(temporary / STATE_FILE, [_json_bytes(state)]),
+            **write(temporary),
+            TOKENIZER_FILE: write_object(temporary / TOKENIZER_FILE, tokenizer),
+            STATE_FILE: write_object(temporary / STATE_FILE, state),
         }
         if base is not None:
             manifest[BASE_FILE] = dict(base)
         before_manifest()
-        _write(temporary / MANIFEST_FILE, [_json_bytes({"format_version": FORMAT_VERSION, "files": manifest})])
+        write_object(temporary / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": manifest})
         sync_folder(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
@@ -145,11 +164,16 @@ def write_base(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, A
     return entry
 
 
+def write_object(path: Path, value: Any) -> dict[str, Any]:
+    """Write and sync a JSON file; returns its entry in the manifest."""
+    return _write(path, [_json_bytes(value)])
+
+
 def _json_bytes(value: Any) -> memoryview:
     return memoryview((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _write(path: Path, parts: list[memoryview]) -> dict[str, Any]:
+def _write(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
     """Write and sync a file; returns its entry in the manifest."""
     checksum = size = 0
     with open(path, "wb", buffering=0) as file:
@@ -170,24 +194,49 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     The library's own writer first copies every tensor into a bytes object: half the speed, twice the memory
     (docs/LOG.md).
     """
-    # Larger items first, as the library does: then each tensor is aligned to its own item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    parts: list[memoryview] = []
+    outlines = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    return write_stream(path, outlines, lambda name: [tensors[name]])
+
+
+Outlines = Mapping[str, tuple[torch.dtype, torch.Size]]  # types and shapes of tensors, by their names
+
+
+def stream_order(outlines: Outlines) -> list[str]:
+    """The names of tensors in the order of their bytes in a file.
+
+    Larger items first, as the library does: then each tensor is aligned to its own item size.
+    """
+    return sorted(outlines, key=lambda name: (-outlines[name][0].itemsize, name))
+
+
+def write_stream(
+    path: Path,
+    outlines: Outlines,
+    pieces: Callable[[str], Iterable[torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write a safetensors file of tensors that need not be in memory together; returns its entry in the manifest.
+
+    Args:
+        pieces: gives the numbers of a tensor, in host memory; asked for each in `stream_order`.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        parts.append(_memory(tensor))
+    for name in stream_order(outlines):
+        dtype, shape = outlines[name]
+        end = offset + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    return _write(path, [memoryview(len(encoded).to_bytes(8, "little") + encoded), *parts])
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
+        for name in stream_order(outlines):
+            for piece in pieces(name):
+                yield _memory(piece)
+
+    return _write(path, parts())
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
@@ -195,29 +244,45 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, checked: bool = False) -> Checkpoint:
     """Read a checkpoint and check every byte of it against its manifest.
+
+    Args:
+        checked: another rank has checked it just now.
 
     Raises:
         CheckpointError: what is missing or damaged.
     """
     manifest = read_manifest(path)
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for _ in pool.map(lambda name: check_file(path / name, *manifest[name]), manifest):
-            pass
+    if not checked:
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            for _ in pool.map(lambda name: check_file(path / name, *manifest[name]), manifest):
+                pass
     state = read_object(path / STATE_FILE)
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path / STATE_FILE}: names no step")
-    base = map_tensors(path / BASE_FILE) if BASE_FILE in manifest else {}
+    weights, optimizer = _tensors_of(path, manifest)
     return Checkpoint(
         path=path,
         step=state["step"],
-        weights={**base, **map_tensors(path / WEIGHTS_FILE)},
-        optimizer_tensors=map_tensors(path / OPTIMIZER_FILE),
+        weights=weights,
+        optimizer_tensors=optimizer,
         tokenizer=read_object(path / TOKENIZER_FILE),
         state=state,
         base={"size": manifest[BASE_FILE][0], "crc32": manifest[BASE_FILE][1]} if BASE_FILE in manifest else None,
     )
+
+
+def _tensors_of(
+    path: Path, manifest: Mapping[str, Any]
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """The weights and the tensors of the optimizer's state."""
+    if INDEX_FILE in manifest:
+        from utils.checkpoints.shards import JoinedTensors
+
+        return JoinedTensors(path, "model"), JoinedTensors(path, "optimizer")
+    base = map_tensors(path / BASE_FILE) if BASE_FILE in manifest else {}
+    return {**base, **map_tensors(path / WEIGHTS_FILE)}, map_tensors(path / OPTIMIZER_FILE)
 
 
 def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
@@ -331,7 +396,8 @@ def _dtype(name: str, entry: TensorEntry) -> torch.dtype:
 def weight_differences(weights: Mapping[str, torch.Tensor | TensorEntry], model: torch.nn.Module) -> str:
     """In words, how names and shapes of weights differ from those of the model; empty if they do not."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    shapes = getattr(weights, "shapes", None)  # of tensors in shards, which are joined when they are asked for
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()} if shapes is None else dict(shapes)
     differences = [
         *(f"{key} is missing" for key in expected if key not in found),
         *(f"{key} is unexpected" for key in found if key not in expected),

@@ -15,8 +15,11 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE = "tokenizer.json", "state.json", "manifest.json"
 EXPORT_CONFIG_FILE = "config.json"  # of an export: weights and tokenizer as in a checkpoint, and this
+INDEX_FILE = "index.json"  # of a checkpoint in shards (utils/checkpoints/index.py)
 BASE_FILE = "../base.safetensors"  # frozen weights that all checkpoints of a run share; a manifest may name it
 FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
+FILES_OF_SHARDS = (TOKENIZER_FILE, STATE_FILE, INDEX_FILE)  # beside those of each rank
+SHARD = "{kind}-{number:05d}-of-{count:05d}.safetensors"
 CHUNK_BYTES = 1 << 24  # of one read or write: between two of them other threads have their turn
 FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
 CHOICES = ("latest", "best")  # what may be asked for beside a step
@@ -69,7 +72,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         manifest = read_json(place)
-        names = (BASE_FILE, *FILES) if BASE_FILE in manifest["files"] else FILES
+        names = _names(manifest["files"])
         files = {name: (manifest["files"][name]["size"], manifest["files"][name]["crc32"]) for name in names}
         version = manifest["format_version"]
         if not all(isinstance(size, int) and size >= 0 for size, _ in files.values()):
@@ -83,6 +86,17 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{place}: format version {version!r}, this workbench reads {FORMAT_VERSION}")
     return files
+
+
+def _names(files: dict[str, Any]) -> tuple[str, ...]:
+    """The files that a checkpoint consists of, by those that its manifest has."""
+    base = (BASE_FILE,) if BASE_FILE in files else ()
+    if INDEX_FILE not in files:
+        return (*base, *FILES)
+    count = sum(name.startswith("model-") for name in files)
+    numbers = range(1, count + 1)
+    shards = [SHARD.format(kind=kind, number=n, count=count) for kind in ("optimizer", "model") for n in numbers]
+    return (*base, *shards, *FILES_OF_SHARDS)
 
 
 def check_file(path: Path, size: int, crc32: str) -> None:

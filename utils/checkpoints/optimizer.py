@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 
 from utils.checkpoints.folder import CheckpointError
 
 
-def flatten_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+class Named(Protocol):
+    """A module, or what has parameters with names as one."""
+
+    def named_parameters(self) -> Iterable[tuple[str, torch.Tensor]]: ...
+
+
+def flatten_optimizer(model: Named, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state of an optimizer: its tensors, named `parameter/key`, and everything else as JSON.
 
     In the JSON, {"tensor": name} stands for a tensor.
@@ -52,7 +56,7 @@ def flatten_optimizer(
 
 
 def restore_optimizer(
-    model: torch.nn.Module,
+    model: Named,
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, torch.Tensor],
     structure: Mapping[str, Any],

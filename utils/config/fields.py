@@ -38,7 +38,7 @@ ADDED = {
     *("sliding_window", "full_attention_layers", "mlp_bias", "head_bias", "qk_norm_weights"),
     *(key for key, section in SECTION_OF.items() if section == "arithmetic"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
-    "lanes",
+    *("lanes", "shard"),
 }
 
 

@@ -518,6 +518,12 @@ class TrainConfig(Section):
         ge=1,
         le=4096,
     )
+    shard: Literal["none", "fsdp"] = setting(
+        "none",
+        "fsdp: each rank keeps a share of the rows of every weight, gradient and moment, and gathers the weights of a "
+        "block when it needs them; none: each rank has all",
+        kind=TRAJECTORY,
+    )
     eval_interval: Int = setting(250, "steps between evaluations", kind=TRAJECTORY, unit="steps", ge=1)
     eval_at: tuple[Annotated[Int, Field(ge=1)], ...] = setting(
         (),
@@ -674,10 +680,27 @@ class TrainConfig(Section):
                 "batch_size",
             )
         self._check_lanes()
+        self._check_shard()
         if self.exports_best and not self.keep_best:
             cause = "export_weights" if self.export_weights == "best" else "patience"
             raise RuleError(f"{cause} exports the best weights: keep_best must be on", "keep_best", cause)
         return self
+
+    def _check_shard(self) -> None:
+        if self.shard == "none":
+            return
+        refused = {
+            "compile": self.compile,
+            "fp8": self.fp8,
+            "profile_step": self.profile_step is not None,
+            "batch_size": self.batch_size == "auto",
+            "dtype": self.dtype == "float16",
+        }
+        for key, found in refused.items():
+            if found:
+                value = getattr(self, key)
+                words = key if value is True else f"{key} {value}"
+                raise RuleError(f"shard fsdp does not work with {words}", key, "shard")
 
     def _check_lanes(self) -> None:
         if self.lanes is None:
@@ -821,6 +844,10 @@ class Config(Section):
             )
         if self.train.max_iters is not None:
             warmup_steps(self.optimizer, self.train.max_iters)
+        if self.train.shard != "none" and self.optimizer.lora_rank is not None:
+            raise RuleError(
+                "shard fsdp does not work with lora_rank: adapters leave little to share", "lora_rank", "shard"
+            )
         return self
 
 

@@ -34,14 +34,14 @@ def as_json(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None
     """All that is known of some weights, for --json."""
     tensors = {
         name: {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "elements": entry.elements,
-            "bytes": entry.bytes,
-            "file": file.name,
+            "dtype": place.entry.dtype,
+            "shape": list(place.entry.shape),
+            "elements": place.entry.elements,
+            "bytes": place.entry.bytes,
+            "file": place.file.name,
             **(stats or {}).get(name, {}),
         }
-        for name, (file, entry) in stored.tensors.items()
+        for name, place in stored.tensors.items()
     }
     return {
         "weights": stored.name,

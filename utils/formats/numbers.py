@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
@@ -24,21 +27,42 @@ def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
     Raises:
         UserError: torch has no such type, or the file cannot be read.
     """
-    path, entry = place
+    path, entry = place.file, place.entry
     if entry.dtype not in DTYPES:
         raise UserError(f"{path}: {name}: torch has no type for {entry.dtype}")
     dtype = DTYPES[entry.dtype]
+    with ExitStack() as stack:
+        ranges = iter(place.ranges)
+        file, left = None, 0
+        for start in range(0, entry.elements, PART):
+            buffer = torch.empty(min(PART, entry.elements - start), dtype=dtype)
+            memory = buffer.view(torch.uint8).numpy().data
+            while memory:
+                if not left:
+                    path, begin, end = next(ranges)
+                    file, left = stack.enter_context(_opened(path, begin)), end - begin
+                assert file is not None
+                count = _read(file, path, memory[:left])
+                memory, left = memory[count:], left - count
+            yield buffer.double()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, begin: int) -> Iterator[BinaryIO]:
+    """A file, read from a place on."""
     try:
         with open_named(path) as file:
-            file.seek(entry.begin)
-            for start in range(0, entry.elements, PART):
-                buffer = torch.empty(min(PART, entry.elements - start), dtype=dtype)
-                memory = buffer.view(torch.uint8).numpy().data
-                if file.readinto(memory) < len(memory):
-                    raise UserError(f"{path}: became shorter while it was read")
-                yield buffer.double()
+            file.seek(begin)
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read(file: BinaryIO, path: Path, memory: memoryview) -> int:
+    """Fill memory; returns its length."""
+    if file.readinto(memory) < len(memory):  # type: ignore[attr-defined]
+        raise UserError(f"{path}: became shorter while it was read")
+    return len(memory)
 
 
 def statistics(stored: Stored) -> dict[str, dict[str, float | int]]:

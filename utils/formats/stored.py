@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.checkpoints.folder import WEIGHTS_FILE, best_path, folder_name, list_checkpoints
+from utils.checkpoints.folder import (
+    INDEX_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    best_path,
+    folder_name,
+    list_checkpoints,
+)
 from utils.checkpoints.header import TensorEntry, read_header
+from utils.checkpoints.index import SHARD_PATTERN, locate, read_index
 from utils.errors import UserError, nearest
 from utils.files import expand_home
 from utils.formats.c_files import read_layout
@@ -23,10 +31,19 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 class Place(NamedTuple):
-    """A tensor in a file; `entry` has its type, shape and range of bytes."""
+    """A tensor in a file; `entry` has its type, shape and range of bytes.
+
+    pieces: files and ranges of its bytes, where its rows are in several; then `entry` says how many bytes there are.
+    """
 
     file: Path
     entry: TensorEntry
+    pieces: tuple[tuple[Path, int, int], ...] = ()
+
+    @property
+    def ranges(self) -> tuple[tuple[Path, int, int], ...]:
+        """(file, begin, end) of its bytes, in their order."""
+        return self.pieces or ((self.file, self.entry.begin, self.entry.end),)
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,8 @@ def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
     if which == "latest" and not text.endswith(":latest") and (run / EXPORT / WEIGHTS_FILE).is_file():
         return [run / EXPORT / WEIGHTS_FILE]
     shared = [run / BASE_WEIGHTS] if (run / BASE_WEIGHTS).is_file() else []  # beside adapters
-    return [_checkpoint(run, which) / WEIGHTS_FILE, *shared]
+    checkpoint = _checkpoint(run, which)
+    return _of_folder(checkpoint) if _is_sharded(checkpoint) else [checkpoint / WEIGHTS_FILE, *shared]
 
 
 def _checkpoint(run: Path, which: str) -> Path:
@@ -123,6 +141,9 @@ def _of_folder(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
+    if _is_sharded(folder):
+        tensors = read_index(folder, "model").values()
+        return [folder / name for name in sorted({rows.file for tensor in tensors for rows in tensor.rows})]
     if (folder / INDEX).is_file():
         return [folder / name for name in read_weight_index(folder / INDEX)]
     names = sorted(os.listdir(folder))
@@ -136,14 +157,22 @@ def _of_folder(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no weights: expected {WEIGHTS_FILE} or {INDEX}{nearest(WEIGHTS_FILE, names)}")
 
 
+def _is_sharded(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that several ranks wrote; a model of the hub has files of the same names."""
+    return (folder / INDEX_FILE).is_file() and (folder / STATE_FILE).is_file()
+
+
 def read_stored(name: str, files: Iterable[Path]) -> Stored:
-    """The tensors in files of weights, by their headers.
+    """The tensors in files of weights, by their headers. All files of a checkpoint in shards are its whole tensors.
 
     Raises:
         UserError: a file is damaged, of an unknown kind, or a pickle; or two have a tensor of the same name.
     """
     tensors: dict[str, Place] = {}
     sizes: dict[Path, int] = {}
+    files = list(files)
+    if len(files) > 1 and _is_sharded(files[0].parent) and all(SHARD_PATTERN.fullmatch(path.name) for path in files):
+        return Stored(name, {path: path.stat().st_size for path in files}, dict(_joined(files[0].parent)))
     for path in files:
         for tensor, entry in _entries(path):
             if tensor in tensors:
@@ -151,6 +180,15 @@ def read_stored(name: str, files: Iterable[Path]) -> Stored:
             tensors[tensor] = Place(path, entry)
         sizes[path] = path.stat().st_size
     return Stored(name, sizes, tensors)
+
+
+def _joined(folder: Path) -> Iterator[tuple[str, Place]]:
+    """The whole tensors of a checkpoint in shards."""
+    for name, (tensor, pieces) in locate(folder, "model").items():
+        ranges = tuple((piece.file, piece.entry.begin, piece.entry.end) for piece in pieces)
+        bytes = sum(piece.entry.bytes for piece in pieces)
+        first = pieces[0].file if pieces else folder / INDEX_FILE
+        yield name, Place(first, TensorEntry(tensor.dtype, tensor.shape, 0, bytes), ranges)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:

@@ -40,10 +40,13 @@ class BatchLoss:
         model: called in eval mode, without gradients.
         precision: of its products.
         graph: whether to record it.
+        together: whether ranks must call it equally often, since each has a part of the weights only.
     """
 
-    def __init__(self, model: LanguageModel, precision: Precision, *, graph: bool = False) -> None:
-        self.model, self.graph, self._precision = model, graph, precision
+    def __init__(
+        self, model: LanguageModel, precision: Precision, *, graph: bool = False, together: bool = False
+    ) -> None:
+        self.model, self.graph, self.together, self._precision = model, graph, together, precision
         self._device = next(model.parameters()).device
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
         self._batches: dict[torch.Size, torch.Tensor] = {}  # (2, B, T), inputs and targets, where a graph reads them
@@ -89,6 +92,9 @@ def mean_loss(
         for inputs, targets in batches:
             losses.append(loss(inputs, targets))
             counts.append((targets != IGNORED).sum())
+        if loss.together and parts is not None and len(losses) < -(-parts // ranks.world_size):
+            nothing = torch.zeros((1, 1), dtype=torch.int64, device=next(loss.model.parameters()).device)
+            loss(nothing, nothing)  # the others' last
     if parts is not None and ranks.several:
         device = next(loss.model.parameters()).device
         own = torch.stack(losses) if losses else torch.zeros(0, device=device)

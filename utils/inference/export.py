@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from model import LanguageModel, outline
 from tokenizer import Tokenizer, load_tokenizer
-from utils.checkpoints.files import Checkpoint, read_tensors, weight_differences
+from utils.checkpoints.files import Checkpoint, Outlines, read_tensors, weight_differences, write_stream
 from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, CheckpointError
 from utils.checkpoints.header import read_header
 from utils.config.settings import ModelConfig
@@ -81,32 +81,76 @@ def save_export(
         RuntimeError: the reloaded model gives other logits; an older export stays.
         OSError: it cannot be written; an older export stays.
     """
-    restore_folder(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with _new_export(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_weights(model).items()}
         save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         del weights  # of merged matrices the only copy
-        config = {
-            "format_version": FORMAT_VERSION,
-            "model": model.config.model_dump(mode="json"),
-            "vocab_size": model.vocab_size,
-            "weights_crc32": _crc32(temporary / WEIGHTS_FILE),
-            "training": dict(training),
-        }
-        write_json(temporary / EXPORT_CONFIG_FILE, config)
-        # safetensors closes its file to all others, whatever the umask
-        shutil.copymode(temporary / EXPORT_CONFIG_FILE, temporary / WEIGHTS_FILE)
+        _describe(temporary, model.config, model.vocab_size, _crc32(temporary / WEIGHTS_FILE), training)
         tokenizer.save(temporary / TOKENIZER_FILE)
         write_more(temporary)
         reopened = load_export(temporary, next(model.parameters()).device).model
         reopened.document_token = model.document_token
         _check_logits(model, reopened)
+
+
+def stream_export(
+    folder: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    training: Mapping[str, Any],
+    pieces: Callable[[str], Iterable[torch.Tensor]],
+) -> None:
+    """Write an export of weights that are not in memory together; its header and checksum are read again.
+
+    Args:
+        folder: the export; an older one is replaced.
+        model: whose weights have these names and shapes.
+        pieces: gives the numbers of a weight, in host memory; asked for each in `stream_order`.
+
+    Raises:
+        RuntimeError: what was read is not what was written; an older export stays.
+        OSError: it cannot be written; an older export stays.
+    """
+    with _new_export(folder) as temporary:
+        path = temporary / WEIGHTS_FILE
+        crc32 = write_stream(path, outlines_of(model), pieces, {"format": "pt"})["crc32"]
+        _describe(temporary, model.config, model.vocab_size, crc32, training)
+        tokenizer.save(temporary / TOKENIZER_FILE)
+        if weight_differences(read_header(path).tensors, model) or _crc32(path) != crc32:
+            raise RuntimeError("the exported weights are not those that were written")
+
+
+def outlines_of(model: LanguageModel) -> Outlines:
+    """The types and shapes of the weights in an export."""
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in model.named_parameters()}
+
+
+@contextlib.contextmanager
+def _new_export(folder: Path) -> Iterator[Path]:
+    """A folder that takes the place of the export `folder` at the end, and is deleted after an error."""
+    restore_folder(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
         replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _describe(folder: Path, config: ModelConfig, vocab_size: int, crc32: str, training: Mapping[str, Any]) -> None:
+    """Write config.json of an export, whose weights are there."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "model": config.model_dump(mode="json"),
+        "vocab_size": vocab_size,
+        "weights_crc32": crc32,
+        "training": dict(training),
+    }
+    write_json(folder / EXPORT_CONFIG_FILE, content)
+    # safetensors closes its file to all others, whatever the umask
+    shutil.copymode(folder / EXPORT_CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:

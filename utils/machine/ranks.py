@@ -123,6 +123,10 @@ class Ranks:
             RanksOverError: not on rank 0, which has ended training.
         """
 
+    def together(self, start: Callable[[], Any]) -> None:
+        """Do what all ranks do at once, an operation of torch.distributed that `start` starts, and wait for it."""
+        raise AssertionError("one rank has nobody to do it with")
+
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Around work that this rank alone does, and that may take any time: the others wait for it without a limit."""
@@ -223,6 +227,9 @@ class ProcessRanks(Ranks):
             self.wait(self._started(lambda: dist.broadcast(values, 0, async_op=True)))
             if values.data_ptr() != tensor.data_ptr():
                 tensor.copy_(values)
+
+    def together(self, start: Callable[[], Any]) -> None:
+        self.wait(self._started(start))
 
     def start_sum(self, tensor: torch.Tensor, level: int | None) -> Work:
         group, others = None if level is None else self._pairs[level], self.world_size - 1

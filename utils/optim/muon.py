@@ -46,9 +46,12 @@ class Muon(EagerOptimizer):
             itself. Those for AdamW have what AdamW needs (utils/optim/adamw.py).
 
     orthogonalize: what makes (N, rows, columns) matrices orthogonal; updates in lanes deal them over ranks.
+    of_shards: where the parameters are rows of larger ones (utils/training/sharded_update.py), what makes their
+        directions orthogonal: (parameters, blocks, directions) -> updates, of the size of `update_scale`.
     """
 
     orthogonalize: Callable[[torch.Tensor], torch.Tensor] = staticmethod(newton_schulz)
+    of_shards: Callable[[list[torch.Tensor], list[list[int]], list[torch.Tensor]], list[torch.Tensor]] | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -74,6 +77,13 @@ class Muon(EagerOptimizer):
         decay = group["weight_decay"]
         if isinstance(decay, torch.Tensor) or decay:
             torch._foreach_mul_(params, decay_factor(group, finite))
+        if self.of_shards is not None:
+            rate = -group["lr"] if finite is None else -group["lr"] * finite
+            for p, update in zip(
+                params, self.of_shards(params, [rows for _, rows in trained], directions), strict=True
+            ):
+                p += update * rate
+            return
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for (p, rows), direction in zip(trained, directions, strict=True):
             assert p.is_contiguous(), "Muon updates a parameter in place as a matrix of its first dimension"
@@ -83,13 +93,36 @@ class Muon(EagerOptimizer):
                     weight, block = weight.mT, block.mT
                 by_shape[tuple(block.shape)].append((weight, block))
         for shape, pairs in by_shape.items():
-            updates = self.orthogonalize(_stacked([block for _, block in pairs]))
+            updates = self.orthogonalize(stacked([block for _, block in pairs]))
             if finite is not None:
                 updates *= finite
             rate = -group["lr"] * update_scale(shape)
             if isinstance(rate, torch.Tensor):
                 updates, rate = updates * rate, 1.0
             torch._foreach_add_([w for w, _ in pairs], updates.unbind(), alpha=rate)
+
+
+def orthogonal_blocks(matrix: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """A whole direction, whose first dimension is stacked from matrices of these rows, each made orthogonal.
+
+    Args:
+        matrix: (sum of rows, ...).
+
+    Returns:
+        Of the same shape, each matrix of the size of `update_scale`.
+    """
+    flat = matrix.reshape(len(matrix), -1)  # (rows, all other dimensions)
+    result = torch.empty_like(flat)
+    by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    for block, place in zip(flat.split(list(rows)), result.split(list(rows)), strict=True):
+        if block.size(0) > block.size(1):
+            block, place = block.mT, place.mT
+        by_shape[tuple(block.shape)].append((block, place))
+    for shape, pairs in by_shape.items():
+        done = newton_schulz(stacked([block for block, _ in pairs])) * update_scale(shape)
+        for (_, place), update in zip(pairs, done.unbind(), strict=True):
+            place.copy_(update)
+    return result.view_as(matrix)
 
 
 def _nesterov(
@@ -107,7 +140,7 @@ def _nesterov(
     return list(directions)
 
 
-def _stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
+def stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
     """One tensor (N, rows, columns), in bfloat16 if the device has units for it: emulated, it is 3 times slower."""
     stacked = torch.stack(matrices)
     return stacked.bfloat16() if has_bf16_units(stacked.device) else stacked

@@ -60,7 +60,7 @@ class ActivationMeter:
 
 def activation_phase(state: TrainState) -> ActivationMeter | None:
     """A meter; None for a compiled model, which would have to be compiled again."""
-    return None if state.compiled else ActivationMeter(state.model)
+    return None if state.compiled or state.shards is not None else ActivationMeter(state.model)
 
 
 def reset_peak(device: torch.device) -> bool:

@@ -152,20 +152,24 @@ def _damages(checkpoint: Path, sealed: str | None) -> Iterator[str]:
 
     A checkpoint that the seal does not have is of an older seal, or of a process that was killed after it.
     """
-    for path in sorted(checkpoint.iterdir()):
-        if path.name not in (*FILES, MANIFEST_FILE):
-            yield f"{_name(checkpoint)}/{path.name}: not in its manifest"
+    manifest, problem = dict.fromkeys(FILES, (0, "")), None
     try:
         manifest = read_manifest(checkpoint)
-        if sealed is not None and _sha256_or_reason(checkpoint / MANIFEST_FILE) != sealed:
-            yield f"{_name(checkpoint)}/{MANIFEST_FILE}: not as sealed"
-        for name, (size, crc32) in manifest.items():
-            try:
-                check_file(checkpoint / name, size, crc32)
-            except CheckpointError as error:
-                yield _relative(error, checkpoint)
     except CheckpointError as error:
-        yield _relative(error, checkpoint)
+        problem = _relative(error, checkpoint)
+    for path in sorted(checkpoint.iterdir()):
+        if path.name not in (*manifest, MANIFEST_FILE):
+            yield f"{_name(checkpoint)}/{path.name}: not in its manifest"
+    if problem is not None:
+        yield problem
+        return
+    if sealed is not None and _sha256_or_reason(checkpoint / MANIFEST_FILE) != sealed:
+        yield f"{_name(checkpoint)}/{MANIFEST_FILE}: not as sealed"
+    for name, (size, crc32) in manifest.items():
+        try:
+            check_file(checkpoint / name, size, crc32)
+        except CheckpointError as error:
+            yield _relative(error, checkpoint)
 
 
 def _relative(error: CheckpointError, checkpoint: Path) -> str:

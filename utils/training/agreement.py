@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.checkpoints.files import Checkpoint
+from utils.checkpoints.files import Checkpoint, read_checkpoint
+from utils.checkpoints.folder import MANIFEST_FILE
 from utils.config.fields import SECTION_OF
 from utils.errors import UserError, shown
 from utils.machine.ranks import Ranks
 from utils.machine.signals import StopRequest
+from utils.runs.origin import Relation
 from utils.training.setup import Setup
-from utils.training.state import TrainState, capture, restore
+from utils.training.state import TrainState, capture, restore, take_over
 
+CPU = torch.device("cpu")
 NO_SIGNAL = 1000  # the mark of a rank that stops for another reason
 
 
@@ -106,6 +110,63 @@ def receive_state(state: TrainState) -> None:
         state.ranks.broadcast(tensor)
     facts = sent["facts"] | {"device": str(state.device)}
     restore(state, Checkpoint(Path("rank 0"), facts["step"], weights, optimizer, {}, facts))
+
+
+# ------------------------------------------------------------------------------------------- models in shards
+
+
+def announced(state: TrainState, checkpoint: Checkpoint | None, relation: Relation) -> Checkpoint | None:
+    """On rank 0: tell the other ranks what a state in shards starts from; returns that, to be read as they do.
+
+    A checkpoint of a run is read by each rank for itself. Of other weights, each tensor is sent when it is read.
+    """
+    ranks = state.ranks
+    if checkpoint is None or not ranks.several:
+        ranks.share("start", {})
+        return checkpoint
+    if (checkpoint.path / MANIFEST_FILE).is_file():
+        ranks.share("start", {"relation": relation, "path": str(checkpoint.path)})
+        return checkpoint
+    weights = _Shared(
+        ranks, {name: _outline(tensor) for name, tensor in checkpoint.weights.items()}, checkpoint.weights
+    )
+    ranks.share("start", {"relation": relation, "outlines": weights.outlines, "state": checkpoint.state})
+    return replace(checkpoint, weights=weights)
+
+
+def receive_start(state: TrainState) -> None:
+    """On another rank: start from what rank 0 announces."""
+    start = state.ranks.share("start", None)
+    if "path" in start:
+        take_over(state, read_checkpoint(Path(start["path"]), checked=True), start["relation"])
+    elif start:
+        weights = _Shared(state.ranks, start["outlines"])
+        take_over(state, Checkpoint(Path("rank 0"), 0, weights, {}, {}, start["state"]), start["relation"])
+
+
+class _Shared(Mapping[str, torch.Tensor]):
+    """Tensors that rank 0 sends whenever all ranks read one.
+
+    Args:
+        tensors: on rank 0.
+    """
+
+    def __init__(
+        self, ranks: Ranks, outlines: dict[str, list[Any]], tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self.outlines, self._ranks, self._tensors = outlines, ranks, tensors
+        self.shapes = {name: torch.Size(outline[0]) for name, outline in outlines.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        own = _from_outline(self.outlines[name], CPU) if self._tensors is None else self._tensors[name].contiguous()
+        self._ranks.broadcast(own)
+        return own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outlines)
+
+    def __len__(self) -> int:
+        return len(self.outlines)
 
 
 def _outline(tensor: torch.Tensor) -> list[Any]:

@@ -162,7 +162,7 @@ class Checkpointer:
             path = self.folder / folder_name(step)
             if frozen:
                 self._base = write_base(self.folder, frozen)
-            write_checkpoint(path, weights, optimizer, tokenizer, facts, self.log.sync, self._base)
+            self._write_files(path, weights, optimizer, tokenizer, facts)
             self._written_step = step
             prune(self.folder, self.settings.keep_last, facts["best_step"] if self.settings.keep_best else None)
         except Exception as error:  # the boundary of the thread: training continues with the earlier checkpoints
@@ -173,11 +173,21 @@ class Checkpointer:
         if not self._was_stopped:
             self._write_seconds = time.monotonic() - began
 
+    def _write_files(
+        self,
+        path: Path,
+        weights: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+        tokenizer: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> None:
+        write_checkpoint(path, weights, optimizer, tokenizer, facts, self.log.sync, self._base)
+
     def _report_failure(self, step: int, error: Exception) -> None:
         """Say that a checkpoint was not written, and which is the newest one."""
         kept = [found for found, _ in list_checkpoints(self.folder)]
         newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
-        self._warn(f"the checkpoint of step {step:,} was not written: {_reason(error)}; {newest}")
+        self._warn(f"the checkpoint of step {step:,} was not written: {reason_of(error)}; {newest}")
 
     def _point(self, step: int, best_step: int | None, best_val_loss: float) -> None:
         """Bring latest.json and best.json up to date; they are only written if they change."""
@@ -190,8 +200,10 @@ class Checkpointer:
                 if read_pointer(self.folder / name) != content:
                     write_json(self.folder / name, content)
         except OSError as error:
-            self._warn(f"{self.folder}: the pointers were not written: {_reason(error)}; the checkpoints are complete")
+            self._warn(
+                f"{self.folder}: the pointers were not written: {reason_of(error)}; the checkpoints are complete"
+            )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

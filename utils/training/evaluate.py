@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
 from utils.inference.evaluation import (
@@ -31,6 +33,15 @@ def evaluation_due(state: TrainState) -> bool:
     return due and state.losses_step != state.step
 
 
+def is_best(state: TrainState) -> bool:
+    """Whether the evaluation at this step asks for a checkpoint of the best weights.
+
+    Step 0 needs one only where the export may be made from it: weights that were trained before.
+    """
+    settings = state.config.train
+    return settings.keep_best and state.best_step == state.step and bool(state.step or settings.exports_best)
+
+
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
     """Losses of both splits, the accuracy of answers and a sample text, to the log and the terminal; keeps the best.
 
@@ -40,7 +51,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     graph = settings.cuda_graph and not any(map(is_patched, state.model.modules()))  # it would call no hooks
     if state.evaluation is None or state.evaluation.graph != graph:
         precision = functools.partial(autocast, state.device, state.dtype)
-        state.evaluation = BatchLoss(state.model, precision, graph=graph)
+        state.evaluation = BatchLoss(state.model, precision, graph=graph, together=state.shards is not None)
         state.decoders = StaticDecoders() if graph and is_static(state.device) else None
 
     def watch(done: int, total: int) -> bool:
@@ -53,7 +64,11 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     except EvaluationStoppedError:
         return
     if state.questions:
-        with evaluating(state.model), state.ranks.busy():  # each rank for itself: all need the number
+        with (
+            whole_outside_blocks(state),
+            evaluating(state.model),
+            state.ranks.busy(),
+        ):  # each rank for itself: all need the number
             losses["val/accuracy"] = exact_match(state.model, state.questions)
     monitor.losses(losses)
     for name, loss in losses.items():
@@ -75,6 +90,11 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     callbacks.on_eval(losses)
 
 
+def whole_outside_blocks(state: TrainState) -> AbstractContextManager[None]:
+    """Around calls of parts of a model in shards, such as its head; a block gathers its weights by itself."""
+    return contextlib.nullcontext() if state.shards is None else state.shards.whole_outside_blocks()
+
+
 def sample_text(state: TrainState) -> str:
     """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time.
 
@@ -83,7 +103,7 @@ def sample_text(state: TrainState) -> str:
     tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
     prompt = start_tokens(tokenizer, tracking.sample_prompt, state.model.document_token)
     options, seed = SamplingOptions(), state.config.train.seed
-    with evaluating(state.model):
+    with whole_outside_blocks(state), evaluating(state.model):
         if state.decoders is not None:
             blocks = state.decoders.generate(state.model, [prompt], tracking.sample_tokens, options, [seed])
             ids = [token for block in blocks for token in block.tokens[0]]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.files import read_checkpoint
+import torch
+
+from utils.checkpoints.files import Checkpoint, read_checkpoint, stream_order
 from utils.checkpoints.folder import CheckpointError, folder_name
 from utils.files import read_json
 from utils.formats.adapter import write_adapter
-from utils.inference.export import save_export
+from utils.inference.export import outlines_of, save_export, stream_export
 from utils.nn.lora import adapter_settings
 from utils.runs.curves import draw_curves
 from utils.runs.layout import ADAPTER, CHECKPOINTS, CURVES, EXPORT, FLIGHT_RECORDER, PRETRAINED, SEAL
@@ -40,15 +42,20 @@ def warn_anyway(terminal: Terminal, run: Run) -> Callable[[str], None]:
 
 
 def export(state: TrainState, run: Run, terminal: Terminal) -> str:
-    """Export the weights of the last step or of the best val/loss; returns which, in words."""
+    """Export the weights of the last step or of the best val/loss; returns which, in words.
+
+    Of a model in shards, all ranks take part (`follow_export`).
+    """
+    best: Checkpoint | None = None
     step, losses, which = state.step, dict(state.losses or {}), "last"
     if state.config.train.exports_best and state.best_step == state.step:
         which = "best"
     elif state.config.train.exports_best:
         try:
-            checkpoint = read_checkpoint(run.path / CHECKPOINTS / folder_name(state.best_step or 0))
-            load_weights(state, checkpoint)
-            step, losses, which = checkpoint.step, checkpoint.state["losses"], "best"
+            best = read_checkpoint(run.path / CHECKPOINTS / folder_name(state.best_step or 0))
+            if state.shards is None:
+                load_weights(state, best)
+            step, losses, which = best.step, best.state["losses"], "best"
         except CheckpointError as error:
             terminal.warn(f"{error}: the export is made from the last weights")
     training: dict[str, Any] = {
@@ -63,9 +70,33 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
         training["lora"] = adapter_settings(state.config.optimizer)
     if state.config.data.packing != "random":
         training["packing"] = state.config.data.packing
-    more = partial(_write_adapter, state=state, run=run)
-    save_export(run.path / EXPORT, state.model, state.corpus.tokenizer, training, more)
+    place = run.path / EXPORT
+    if state.shards is not None:
+        stream_export(place, state.model, state.corpus.tokenizer, training, _pieces(state, best))
+    else:
+        more = partial(_write_adapter, state=state, run=run)
+        save_export(place, state.model, state.corpus.tokenizer, training, more)
     return f"{which} weights, of step {step:,}"
+
+
+def _pieces(state: TrainState, best: Checkpoint | None) -> Callable[[str], Iterable[torch.Tensor]]:
+    """On rank 0: what gives the weights of a model in shards, those that the ranks have or of a checkpoint."""
+    shards = state.shards
+    assert shards is not None
+    state.ranks.share("export", "memory" if best is None else "checkpoint")
+    if best is None:
+        return lambda name: shards.pieces(name, shards.own[name])
+    return lambda name: [best.weights[name]]
+
+
+def follow_export(state: TrainState) -> None:
+    """On another rank: send what `export` asks for."""
+    shards = state.shards
+    assert shards is not None
+    if state.ranks.share("export", None) == "memory":
+        for name in stream_order(outlines_of(state.model)):
+            for _ in shards.pieces(name, shards.own[name]):
+                pass
 
 
 def _write_adapter(folder: Path, state: TrainState, run: Run) -> None:

@@ -22,12 +22,14 @@ from utils.machine.ranks import ProcessRanks, RanksOverError
 from utils.machine.signals import STOP_SIGNALS, StopRequest, StopSignal, stop_on_signals
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
-from utils.training.agreement import agree, check_same, receive_state
+from utils.training.agreement import agree, check_same, receive_start, receive_state
 from utils.training.callbacks import Callbacks, TrainingRun, load_callbacks
-from utils.training.evaluate import evaluate, evaluation_due
+from utils.training.evaluate import evaluate, evaluation_due, is_best
+from utils.training.finish import follow_export
 from utils.training.launch import launch_facts
 from utils.training.monitor import Monitor
 from utils.training.setup import device_of_rank, read_corpus
+from utils.training.sharded_checkpointer import ShardWriter
 from utils.training.state import TrainState, build_state
 from utils.training.step import Update
 from utils.training.step_graph import make_update
@@ -163,13 +165,18 @@ def _follow(ranks: ProcessRanks, loop: Loop) -> None:
         terminal = Silent()
         state = build_state(config, assignment["max_iters"], corpus, device, dtype, terminal, ranks)
         state.callbacks = dict(callbacks)
-        receive_state(state)
+        if state.shards is None:
+            receive_state(state)
+        else:
+            receive_start(state)
         follower = Follower(state, make_update(state, terminal.warn), Path(run["path"]), stop)
         follower.train(loop)
 
 
 def _of_follower(config: Config) -> Config:
-    """The configuration without what rank 0 alone does."""
+    """The configuration without what rank 0 alone does: with weights in shards it does nothing alone."""
+    if config.train.shard != "none":
+        return config
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in NOT_FOLLOWED.items()}
     return config.model_copy(update=changed)
 
@@ -195,6 +202,8 @@ class NoMonitor(Monitor):
 
     def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None: ...
 
+    def sample(self, text: str) -> None: ...
+
 
 class NoProgress:
     """Shows nothing."""
@@ -214,6 +223,7 @@ class Follower:
         self._monitor = NoMonitor()
         run = TrainingRun(path, state, self._monitor.log, stop)
         self.callbacks = Callbacks(list(state.callbacks.values()), run)  # type: ignore[arg-type]
+        self._writer = ShardWriter(state.ranks) if state.shards is not None else None
 
     @property
     def evaluation_due(self) -> bool:
@@ -221,6 +231,8 @@ class Follower:
 
     def evaluate(self) -> None:
         evaluate(self.state, self._monitor, self.callbacks, lambda: self._stop.signum is not None)
+        if is_best(self.state):
+            self.save()
 
     def should_stop(self) -> bool:
         agree(self._stop, self.state.ranks)
@@ -228,12 +240,18 @@ class Follower:
 
     @property
     def checkpoint_due(self) -> bool:
-        self._stop.save = False  # rank 0 knows
-        return False
+        return self._stop.save
 
-    def save(self) -> None: ...
+    def save(self) -> None:
+        self._stop.save = False
+        if self._writer is not None:
+            self._writer.save(self.state)
 
-    def log_step(self, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None: ...
+    def log_step(self, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+        interval = self.state.config.tracking.histogram_interval
+        if self.state.shards is not None and interval and self.state.step % interval == 0:
+            for _ in self.state.shards.whole_tensors():
+                pass
 
     def step_done(self, loss: torch.Tensor) -> None:
         self.callbacks.on_step(self.state.step - 1, loss)
@@ -251,8 +269,12 @@ class Follower:
             ranks.training_begins()
             try:
                 loop(self)
+                if self.state.shards is not None and self.state.finished and not self.evaluation_due:
+                    follow_export(self.state)
                 status = ranks.end_of_training()
             except RanksOverError as over:
                 status = over.status
             with ranks.busy():
                 self.callbacks.on_end(status)
+                if self._writer is not None:
+                    self._writer.wait()

@@ -46,6 +46,11 @@ class Tree:
             size *= 2
         self._sums.append((size, gradients))
 
+    def total(self) -> Gradients:
+        """The sum of all lanes, once the last is added."""
+        ((_, gradients),) = self._sums
+        return gradients
+
     def with_last(self, index: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of all lanes for one parameter, with its gradient in the last lane, which completes the tree."""
         for _, left in reversed(self._sums):
@@ -199,6 +204,10 @@ class LaneUpdate(EagerUpdate):
         self.sum = GradientSum(self.parameters, ranks, exact=self._exact) if ranks.several else None
         if isinstance(state.optimizer, Muon):
             state.optimizer.orthogonalize = self._orthogonalize
+
+    @property
+    def message_bytes(self) -> int:
+        return 0 if self.sum is None else self.sum.message_bytes
 
     def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
         losses, tree = torch.zeros(self.lanes, device=self.state.device), Tree()

@@ -109,6 +109,10 @@ class Monitor:
 
     def histograms(self) -> None:
         """Log histograms of the parameters before update `state.step` and of the clipped gradients of its batch."""
+        if self.state.shards is not None:
+            for name, tensor in self.state.shards.whole_tensors():
+                self._log.histograms.write(self._histograms.records(self.state.step, time.time(), {name: tensor}))
+            return
         tensors: dict[str, torch.Tensor] = {f"params/{name}": p for name, p in self._parameters.items()}
         tensors |= {f"grads/{name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
         self._log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))

@@ -37,7 +37,7 @@ from utils.training.agreement import agree, assign, send_state
 from utils.training.batch_size import memory_explained
 from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
-from utils.training.evaluate import evaluate, evaluation_due
+from utils.training.evaluate import evaluate, evaluation_due, is_best
 from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
 from utils.training.notify import Notifier
@@ -45,6 +45,7 @@ from utils.training.outcome import Outcome, StartInterruptedError
 from utils.training.preflight import preflight, report_adapters, report_noise, report_preflight
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
+from utils.training.sharded_checkpointer import make_checkpointer
 from utils.training.start import Start, open_run, prepare_run, read_git, record_ranks, with_old_end, write_meta
 from utils.training.state import TrainState
 from utils.training.step import Update
@@ -84,7 +85,7 @@ class Session:
 
     @property
     def checkpoint_due(self) -> bool:
-        return self._stop.save or self.checkpoints.due(self.state.step)
+        return self._stop.save or (self.state.shards is None and self.checkpoints.due(self.state.step))
 
     def should_stop(self) -> bool:
         """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
@@ -93,6 +94,8 @@ class Session:
             self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) are almost over")
         if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
+        if state.shards is not None and self.checkpoints.due(state.step):
+            self._stop.save = True  # on all ranks
         agree(self._stop, state.ranks)
         return state.finished or bool(self._stop)
 
@@ -118,13 +121,12 @@ class Session:
 
     def evaluate(self) -> None:
         """Losses of both splits after `state.step` updates; saves a checkpoint if they are the best so far."""
-        state, settings = self.state, self.state.config.train
+        state = self.state
         with state.ranks.busy():
             self.monitor.flush()
         evaluate(state, self.monitor, self.callbacks, self._must_stop)
         self.monitor.pause_over()
-        # Step 0 needs one only where the export may be made from it: weights that were trained before.
-        if settings.keep_best and state.best_step == state.step and (state.step or settings.exports_best):
+        if is_best(state):
             self.save()
 
     def save(self) -> None:
@@ -169,7 +171,7 @@ class Session:
         before_status.callback(self.outcome.read, state)
         self.update = make_update(state, terminal.warn)
         record_ranks(run, state, self.update)
-        if state.ranks.several:
+        if state.ranks.several and state.shards is None:
             send_state(state)
         feeders = build_feeders(setup, run, terminal, state.step)
         after_status.callback(self._attempt, self._close_views, feeders)
@@ -183,7 +185,8 @@ class Session:
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         saved_step = state.step if self._start.own else None
         base = self._start.checkpoint.base if self._start.own and self._start.checkpoint else None
-        self.checkpoints = Checkpointer(folder, state.config.train, config_hash, log, self._warn, saved_step, base)
+        arguments = folder, state.config.train, config_hash, log, self._warn, saved_step, base
+        self.checkpoints = make_checkpointer(state, *arguments)
         self._stop.on_continue.append(self.checkpoints.continued)
         before_status.callback(self._wait_for_checkpoint)
 
@@ -198,9 +201,11 @@ class Session:
                 self._stop.patient = True
                 self.state.ranks.training_begins()
                 yield
-            self.checkpoints.wait()
-            if self.state.finished and not self.evaluation_due:  # else a signal ended the last evaluation
-                self.outcome.exported = export(self.state, self.run, self.terminal)
+            with self.state.ranks.busy():
+                self.checkpoints.wait()
+                if self.state.finished and not self.evaluation_due:  # else a signal ended the last evaluation
+                    self.outcome.exported = export(self.state, self.run, self.terminal)
+            if self.outcome.exported is not None:
                 stopped_early = self.state.early_stopping
                 self._end("completed", stopped_early.reason if stopped_early.stopped else None)
             else:

@@ -140,7 +140,7 @@ def make_setup(
         assert checkpoint is not None
         _warn_of_other_text(origin, checkpoint, corpus, root, warn)
     start_tokens(corpus.tokenizer, config.tracking.sample_prompt)
-    check_memory(loaded, corpus.tokenizer.vocab_size, device)
+    check_memory(loaded, corpus.tokenizer.vocab_size, device, ranks)
     if config.train.batch_size == "auto":
         loaded = find_batch(loaded, corpus, device, dtype, report, ranks)
         config = loaded.config
@@ -266,10 +266,10 @@ def trained_outline(config: Config, vocab_size: int) -> LanguageModel:
     return model
 
 
-def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device) -> None:
+def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device, ranks: Ranks = ONE) -> None:
     """Raises UserError if the weights, gradients and moments of the model alone do not fit into the free memory.
 
-    Or if there is no layer that a name in `lora_targets` means.
+    In shards, a device of its own holds a rank's share of them. Or if there is no layer that a name in `lora_targets` means.
     """
     config = loaded.config
     try:
@@ -279,7 +279,9 @@ def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device) ->
     except UserError as error:
         raise UserError(f"{loaded.source('lora_targets')}: {error}") from None
     free = available_memory(device) + (psutil.swap_memory().free if device.type == "cpu" else 0)
-    bytes_of_trained = BYTES_OF_PARAMETER.get(config.optimizer.optimizer_name, 8)
+    bytes_of_trained: float = BYTES_OF_PARAMETER.get(config.optimizer.optimizer_name, 8)
+    if config.train.shard != "none" and device.type == "cuda":
+        bytes_of_trained /= ranks.world_size
     if counts is None or counts.trainable * bytes_of_trained + counts.frozen * BYTES_OF_FROZEN > free:
         has = f"{counts.total:,} parameters" if counts is not None else "more parameters than can be counted"
         raise UserError(

@@ -55,9 +55,9 @@ from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
 from utils.terminal.words import HASH_LENGTH, fact_lines
 from utils.tracking.feeder import cut_progress
-from utils.training.lanes import LaneUpdate
+from utils.training.agreement import announced
 from utils.training.setup import Setup, decisive_settings
-from utils.training.state import TrainState, branch, build_state, foreign, initialise, restore
+from utils.training.state import TrainState, build_state, foreign, take_over
 from utils.training.step import Update
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
@@ -263,9 +263,11 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal, setup.ranks)
     state.callbacks = dict(setup.callbacks)
     write_for_readers(run, state, terminal)
-    if start.checkpoint is not None:
-        take_over = {"resume": restore, "fork": branch, "init": initialise}[start.relation]
-        take_over(state, start.checkpoint)
+    checkpoint = start.checkpoint
+    if state.shards is not None:
+        checkpoint = announced(state, checkpoint, start.relation)
+    if checkpoint is not None:
+        take_over(state, checkpoint, start.relation)
     decisive = decisive_settings(setup)
     parameters = state.model.num_parameters()
     counts = count_parameters(state.model)
@@ -313,13 +315,13 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
 
 def record_ranks(run: Run, state: TrainState, update: Update) -> None:
     """Record, of several ranks, how they communicate."""
-    if not isinstance(update, LaneUpdate) or update.sum is None:
-        return
     ranks = state.ranks
+    if not ranks.several:
+        return
     facts = {
         "world_size": ranks.world_size,
         "backend": ranks.backend,
-        "message_bytes_per_step": update.sum.message_bytes,
+        "message_bytes_per_step": update.message_bytes,
     }
     run.update(resolved={**run.record["resolved"], **facts})
 
@@ -327,6 +329,8 @@ def record_ranks(run: Run, state: TrainState, update: Update) -> None:
 def ranks_fact(setup: Setup) -> Iterator[tuple[str, str]]:
     """How ranks share the work, in words; nothing for a single one without lanes."""
     lanes, ranks = setup.config.train.lanes, setup.ranks
+    if setup.config.train.shard != "none":
+        yield "shards", f"each rank has 1/{ranks.world_size} of the weights, gradients and optimizer state"
     if not ranks.several and lanes is None:
         return
     how = f"{lanes} lanes, so any number of ranks gives the same numbers"

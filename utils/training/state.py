@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ from data import BatchSampler, Corpus
 from model import LanguageModel, outline
 from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import CheckpointError
-from utils.checkpoints.optimizer import flatten_optimizer, restore_optimizer
+from utils.checkpoints.optimizer import Named, flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig, TrainConfig
 from utils.inference.adapters import without_adapters
 from utils.inference.evaluation import BatchLoss
@@ -30,12 +30,15 @@ from utils.nn.lora import adapted_layers, adapter_settings, add_adapters, frozen
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, decode_number, encode_number
-from utils.runs.origin import differing_model_settings
+from utils.runs.origin import Relation, differing_model_settings
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
 from utils.training.accuracy import held_out_questions
 from utils.training.compiler import Loss, compiled_loss
 from utils.training.early_stopping import EarlyStopping
+
+if TYPE_CHECKING:
+    from utils.training.sharding import Shards
 
 
 class Stateful(Protocol):
@@ -72,7 +75,13 @@ class TrainState:
     nonfinite_in_a_row: int = 0  # steps that the scaler skipped just before this one
     early_stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(None, 0.0))
     ranks: Ranks = ONE
+    shards: Shards | None = None  # of the model, if each rank has its own
     callbacks: dict[str, Stateful] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> Named:
+        """The parameters that the optimizer updates, by name."""
+        return self.model if self.shards is None else self.shards
 
     @property
     def finished(self) -> bool:
@@ -115,7 +124,13 @@ def build_state(
     ranks: Ranks = ONE,
 ) -> TrainState:
     """Make model, optimizer and sampler on the device; the random state must be seeded already."""
-    model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
+    shards = None
+    if config.train.shard == "fsdp":
+        from utils.training.sharding import sharded_model  # which takes torch seconds to import
+
+        model, shards = sharded_model(config.model, corpus.tokenizer.vocab_size, device, dtype, ranks)
+    else:
+        model = LanguageModel(config.model, corpus.tokenizer.vocab_size)
     roles = declared_roles(model)
     assert roles.keys() <= model.initialised.keys(), "a subclass that declares roles calls init_weights at its end"
     add_adapters(model, config.model, config.optimizer)
@@ -133,10 +148,13 @@ def build_state(
         model=model,
         loss=model.loss,
         optimizer=build_optimizer(model, config.optimizer),
+        shards=shards,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         early_stopping=EarlyStopping(config.train.patience, config.train.min_delta),
         ranks=ranks,
     )
+    if shards is not None:
+        shards.replace_in(state.optimizer.param_groups)
     if config.train.compile:
         compile_model(state, terminal)
     return state
@@ -187,7 +205,7 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
 
     What adapters leave frozen is not among the weights: it is written once a run (see `frozen_weights`).
     """
-    tensors, optimizer = flatten_optimizer(state.model, state.optimizer)
+    tensors, optimizer = flatten_optimizer(state.trained, state.optimizer)
     frozen = frozen_weights(state.model)
     facts = {
         "step": state.step,
@@ -211,8 +229,13 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
     }
     if frozen:
         facts["lora"] = adapter_settings(state.config.optimizer)
-    weights = {name: tensor for name, tensor in state.model.state_dict().items() if name not in frozen}
+    weights = {name: tensor for name, tensor in own_weights(state).items() if name not in frozen}
     return weights, tensors, facts
+
+
+def own_weights(state: TrainState) -> Mapping[str, torch.Tensor]:
+    """The weights that this process has: all, or its rows of them."""
+    return state.model.state_dict() if state.shards is None else state.shards.own
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +283,15 @@ def move_random_state(states: Mapping[str, Any], before: torch.device, now: torc
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8), now)
 
 
+def take_over(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> None:
+    """Start from a checkpoint in the way that `relation` says.
+
+    Raises:
+        CheckpointError: it is of another model or experiment.
+    """
+    {"resume": restore, "fork": branch, "init": initialise}[relation](state, checkpoint)
+
+
 def initialise(state: TrainState, checkpoint: Checkpoint) -> None:
     """Start from the weights of a checkpoint, into which its adapters are merged; own adapters stay as they are.
 
@@ -287,9 +319,10 @@ def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     """
     if differences := weight_differences(checkpoint.weights, state.model):
         raise CheckpointError(f"{checkpoint.path}: the weights are not those of this model: {differences}")
+    weights = checkpoint.weights if state.shards is None else state.shards.part_of(checkpoint.weights)
     with torch.no_grad():  # one at a time: those of a published model are read when they are asked for
-        for name, tensor in state.model.state_dict().items():
-            tensor.copy_(checkpoint.weights[name])
+        for name, tensor in own_weights(state).items():
+            tensor.copy_(weights[name])
 
 
 def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
@@ -338,13 +371,13 @@ def branch(state: TrainState, checkpoint: Checkpoint) -> None:
 
 
 def _branch(state: TrainState, checkpoint: Checkpoint, *, same_settings: bool) -> None:
-    facts = checkpoint.state
+    facts, tensors = checkpoint.state, checkpoint.optimizer_tensors
     load_weights(state, checkpoint)
     try:
         restore_optimizer(
-            state.model,
+            state.trained,
             state.optimizer,
-            checkpoint.optimizer_tensors,
+            tensors if state.shards is None else state.shards.part_of(tensors),
             facts["optimizer"],
             keep_settings=not same_settings,
         )

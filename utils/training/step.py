@@ -51,7 +51,13 @@ class MarkedClock(PhaseClock):
 
 
 class Update(Protocol):
-    """One optimizer update in two parts, between which the gradients can be looked at."""
+    """One optimizer update in two parts, between which the gradients can be looked at.
+
+    message_bytes: that this rank sends to others in it.
+    """
+
+    @property
+    def message_bytes(self) -> int: ...
 
     def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of batch `state.step`, clipped.
@@ -69,6 +75,10 @@ class Update(Protocol):
 
 class EagerUpdate:
     """An update whose kernels the host launches one by one."""
+
+    @property
+    def message_bytes(self) -> int:
+        return 0
 
     def __init__(self, state: TrainState) -> None:
         self.state = state

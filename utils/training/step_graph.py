@@ -31,6 +31,10 @@ from utils.training.step import (
 
 def make_update(state: TrainState, warn: Callable[[str], None]) -> Update:
     """The update that suits device and settings."""
+    if state.shards is not None:
+        from utils.training.sharded_update import ShardedUpdate
+
+        return ShardedUpdate(state)
     if state.ranks.several or state.config.train.lanes is not None:
         return LaneUpdate(state)
     wanted = state.config.train.cuda_graph and state.device.type == "cuda" and not state.scaler.is_enabled()
@@ -83,6 +87,8 @@ class GraphUpdate:
     Args:
         warn: gets one line if updates cannot be recorded.
     """
+
+    message_bytes = 0
 
     def __init__(self, state: TrainState, warn: Callable[[str], None]) -> None:
         self.state, self._warn = state, warn

@@ -1,0 +1,68 @@
+"""How much host memory rank 0 needs to export a model in shards, beyond what it has anyway.
+
+torchrun --standalone --nproc-per-node 2 -m benchmarks.export_memory
+
+The model has random weights. The peak of the process's memory during the export, less its memory before it, is set
+against the largest tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from tokenizer import CharTokenizer
+from utils.checkpoints.files import stream_order
+from utils.config.settings import ModelConfig
+from utils.inference.export import outlines_of, stream_export
+from utils.machine.ranks import ProcessRanks
+from utils.profiling.memory import reset_peak
+from utils.terminal.cli import Parser, script
+from utils.training.sharding import sharded_model
+
+MODEL = ModelConfig(n_layer=6, n_head=8, n_embd=512, block_size=64, dropout=0.0)
+CPU = torch.device("cpu")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+@script
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.export_memory", description=__doc__)
+    parser.add_argument("--vocabulary", type=int, default=50_000, help="tokens (default: 50000)")
+    args = parser.parse(argv)
+    ranks = ProcessRanks()
+    tokenizer = CharTokenizer([chr(0x4E00 + number) for number in range(20)])
+    model, shards = sharded_model(MODEL, args.vocabulary, CPU, torch.float32, ranks)
+    outlines = outlines_of(model)
+    if ranks.rank:
+        for name in stream_order(outlines):
+            for _ in shards.pieces(name, shards.own[name]):
+                pass
+        ranks.close()
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        before = psutil.Process().memory_info().rss
+        reset_peak(CPU)
+        stream_export(Path(folder) / "export", model, tokenizer, {}, lambda name: shards.pieces(name, shards.own[name]))
+        more = peak_bytes() - before
+    sizes = [shape.numel() * dtype.itemsize for dtype, shape in outlines.values()]
+    print(
+        f"{ranks.world_size} ranks: weights {sum(sizes) / 1e6:.0f} MB, largest tensor {max(sizes) / 1e6:.0f} MB; "
+        f"the export needs {more / 1e6:.0f} MB more, {more / max(sizes):.2f} of the largest tensor"
+    )
+    ranks.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""A run in shards on two ranks, one of which finds its disk full once; and its second part again on one rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import experiments
+import train
+import weights
+from utils.checkpoints.choose import newest_good
+from utils.checkpoints.files import read_checkpoint
+from utils.checkpoints.folder import folder_name, list_checkpoints
+from utils.runs.layout import CHECKPOINTS, LOGS
+from utils.runs.log import read_metrics
+from utils.runs.run import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_two_ranks_train_in_shards_what_one_does(
+    tiny_argv: Callable[..., list[str]],
+    runs_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Muon and AdamW, dropout, accumulation; of step 6, rank 1 finds no space for its files."""
+    words = ["--shard", "fsdp", "--lanes", "4", "--gradient-accumulation-steps", "8", "--batch-size", "16"]
+    words += ["--optimizer-name", "muon", "--dropout", "0.2", "--max-iters", "9", "--keep-last", "5"]
+    words += ["--device", "cpu", "--callbacks", "troubled_rank:Trouble", "--activation-checkpointing"]
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TROUBLE": "full 1 5", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    argv = tiny_argv(*words, "--run-tag", "two")
+    process = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *argv], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    (two,) = runs_dir.glob("*_two")
+    assert read_record(two)["resolved"]["message_bytes_per_step"] > 0
+    printed = " ".join((process.stdout + process.stderr).split())
+    assert (
+        "the checkpoint of step 6 was not written: rank 1: No space left on device; the newest is of step 3" in printed
+    )
+    assert [step for step, _ in list_checkpoints(two / CHECKPOINTS)] == [9, 3]
+    newest, unusable = newest_good(two / CHECKPOINTS, strict=True, warn=print)
+    assert newest is not None
+    assert not unusable
+    assert (newest.path / "optimizer-00002-of-00002.safetensors").is_file()
+
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    monkeypatch.setenv("TROUBLE", "none 0 0")
+    try:
+        assert train.main(["--resume", f"{two}:3", "--fork", "--run-tag", "forked"]) == 0
+    finally:
+        dist.destroy_process_group()
+    (forked,) = runs_dir.glob("*_forked")
+    ends = [dict(read_metrics(run / LOGS, "val/loss"))[9] for run in (two, forked)]
+    assert ends[0] == ends[1]
+    expected, found = (read_checkpoint(run / CHECKPOINTS / folder_name(9)) for run in (two, forked))
+    for kind in ("weights", "optimizer_tensors"):
+        tensors, others = getattr(expected, kind), getattr(found, kind)
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    exports = [load_file(run / "artifacts" / "export" / "model.safetensors") for run in (two, forked)]
+    assert exports[0].keys() == expected.weights.keys()
+    assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
+
+    capsys.readouterr()
+    assert experiments.main(["check", str(two)]) == 0
+    assert weights.main(["diff", f"{two}:latest", str(two)]) == 0
+    assert "equal" in capsys.readouterr().out
+    damaged = newest.path / "model-00002-of-00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x00")
+    assert experiments.main(["check", str(two)]) == 1
+    assert damaged.name in capsys.readouterr().out

@@ -1,0 +1,135 @@
+"""index.json of a checkpoint that several ranks wrote: which rows of which tensor are in which file. Without torch.
+
+    {"world_size": 2,
+     "model": {"final_norm.weight": {"dtype": "F32", "shape": [33],
+                                     "files": [["model-00001-of-00002.safetensors", 0, 17], [..., 17, 33]]}},
+     "optimizer": {...}}
+
+Rows are those of the first dimension: `first` and `end`, which is not one of them. A tensor without dimensions has one
+file, rows 0 to 1. A file has its rows under the name of the tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from utils.checkpoints.folder import INDEX_FILE, SHARD, CheckpointError, read_object
+from utils.checkpoints.header import BITS, TensorEntry, read_header
+from utils.errors import SHOWN, cut
+
+Kind = Literal["model", "optimizer"]
+KINDS: tuple[Kind, ...] = ("model", "optimizer")
+SHARD_PATTERN = re.compile(r"(model|optimizer)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+class Rows(NamedTuple):
+    """Rows of a tensor in a file."""
+
+    file: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A tensor whose rows are in several files, in their order."""
+
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    rows: tuple[Rows, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "shape": list(self.shape), "files": [list(part) for part in self.rows]}
+
+
+def shard_name(kind: Kind, rank: int, world_size: int) -> str:
+    return SHARD.format(kind=kind, number=rank + 1, count=world_size)
+
+
+def rows_of(count: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The first of the `count` rows that a rank has, and their end; as torch.chunk deals them: the last have fewer."""
+    size = -(-count // world_size)
+    return min(rank * size, count), min((rank + 1) * size, count)
+
+
+def sharded(kind: Kind, dtype: str, shape: tuple[int, ...], world_size: int) -> Sharded:
+    """Where each rank has written its rows of a tensor; a tensor without dimensions is with rank 0."""
+    if not shape:
+        return Sharded(dtype, shape, (Rows(shard_name(kind, 0, world_size), 0, 1),))
+    places = (
+        Rows(shard_name(kind, rank, world_size), *rows_of(shape[0], rank, world_size)) for rank in range(world_size)
+    )
+    return Sharded(dtype, shape, tuple(place for place in places if place.end > place.first))
+
+
+def index_json(world_size: int, tensors: dict[Kind, dict[str, Sharded]]) -> dict[str, Any]:
+    """What INDEX_FILE says."""
+    found: dict[str, Any] = {"world_size": world_size}
+    return found | {kind: {name: entry.as_json() for name, entry in tensors[kind].items()} for kind in KINDS}
+
+
+def read_index(folder: Path, kind: Kind) -> dict[str, Sharded]:
+    """The tensors of one kind in the checkpoint `folder`.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    place, index = folder / INDEX_FILE, read_object(folder / INDEX_FILE)
+    try:
+        return {str(name): _sharded(entry, kind) for name, entry in index[kind].items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{place}: damaged ({type(error).__name__}: {cut(str(error), SHOWN)})") from None
+
+
+def _sharded(entry: Any, kind: Kind) -> Sharded:
+    """Raises LookupError, TypeError or ValueError unless it is one, whose rows follow each other without a gap."""
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if dtype not in BITS or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError("expected a dtype and a shape")
+    rows = tuple(Rows(*part) for part in entry["files"])
+    count, end = shape[0] if shape else 1, 0
+    for part in rows:
+        match = SHARD_PATTERN.fullmatch(part.file)
+        if match is None or match[1] != kind:
+            raise ValueError(f"{part.file} is no file of {kind}")
+        if part.first != end or not part.first < part.end <= count:
+            raise ValueError(f"rows {part.first} to {part.end} do not follow row {end}")
+        end = part.end
+    if end != count:
+        raise ValueError(f"{end} of {count} rows")
+    return Sharded(dtype, shape, rows)
+
+
+class Piece(NamedTuple):
+    """Rows of a tensor, which are a tensor of a file."""
+
+    file: Path
+    first: int
+    end: int
+    entry: TensorEntry
+
+
+def locate(folder: Path, kind: Kind) -> dict[str, tuple[Sharded, tuple[Piece, ...]]]:
+    """Each tensor of one kind in the checkpoint `folder`, and where its rows lie.
+
+    Raises:
+        CheckpointError: the index is damaged, or a file does not have what it says.
+    """
+    index = read_index(folder, kind)
+    names = sorted({part.file for entry in index.values() for part in entry.rows})
+    headers = {name: read_header(folder / name).tensors for name in names}
+    found = {}
+    for name, tensor in index.items():
+        pieces = []
+        for part in tensor.rows:
+            entry, shape = headers[part.file].get(name), (part.end - part.first, *tensor.shape[1:])
+            if entry is None or entry.dtype != tensor.dtype or entry.shape != (shape if tensor.shape else ()):
+                raise CheckpointError(
+                    f"{folder / part.file}: rows {part.first:,} to {part.end:,} of {cut(name, SHOWN)} are not there"
+                )
+            pieces.append(Piece(folder / part.file, part.first, part.end, entry))
+        found[name] = tensor, tuple(pieces)
+    return found

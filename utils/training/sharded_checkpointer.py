@@ -1,0 +1,122 @@
+"""Checkpoints of models in shards: each rank writes its files, and rank 0 makes them a checkpoint once all are on disk.
+
+The threads that write them talk through the store (utils/machine/board.py), so that training goes on meanwhile: rank 0
+names the folder, the others say what they have written, or why they have not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from utils.checkpoints.files import write_folder, write_object
+from utils.checkpoints.folder import INDEX_FILE
+from utils.checkpoints.optimizer import flatten_optimizer
+from utils.checkpoints.shards import index_of, write_shards
+from utils.errors import RankError
+from utils.machine.ranks import Ranks, RanksOverError
+from utils.training.checkpointer import Checkpointer, HostMemory, reason_of
+from utils.training.state import TrainState
+
+if TYPE_CHECKING:  # which takes torch seconds to import
+    from utils.training.sharding import Shards
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def make_checkpointer(state: TrainState, *arguments: Any) -> Checkpointer:
+    """The checkpointer that suits a state; the arguments are those of `Checkpointer`."""
+    return Checkpointer(*arguments) if state.shards is None else ShardedCheckpointer(state.shards, *arguments)
+
+
+class ShardedCheckpointer(Checkpointer):
+    """The checkpointer of rank 0. `save` is called by all ranks at the same steps, on the others of a `ShardWriter`."""
+
+    def __init__(self, shards: Shards, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._shards, self._ranks = shards, shards.ranks
+        self._number = 0  # of calls of save
+        self._named = True  # whether the others know the folder of this one
+
+    def save(self, state: TrainState) -> None:
+        self.wait()
+        self._number, self._named = self._number + 1, False
+        if state.step == self._written_step:
+            self._name("")
+        super().save(state)
+
+    def _name(self, folder: str) -> None:
+        """Tell the others where to write; empty: nowhere."""
+        if not self._named:
+            self._named = True
+            self._ranks.share(f"checkpoint/{self._number}", folder)
+
+    def _write(self, *arguments: Any) -> None:
+        super()._write(*arguments)
+        self._name("")  # if it has failed before there was a folder
+
+    def _write_files(
+        self, path: Path, weights: Tensors, optimizer: Tensors, tokenizer: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
+        def write(folder: Path) -> dict[str, Any]:
+            self._name(str(folder))
+            note = written(folder, self._ranks, weights, optimizer)
+            files: dict[str, Any] = {}
+            for rank, of_rank in enumerate(self._ranks.collect(f"shards/{self._number}", note)):
+                if "error" in of_rank:
+                    raise OSError(0, f"{f'rank {rank}: ' if self._ranks.several else ''}{of_rank['error']}")
+                files |= of_rank["files"]
+            outlines = {"model": self._outlines(weights), "optimizer": self._outlines(optimizer)}
+            files[INDEX_FILE] = write_object(folder / INDEX_FILE, index_of(self._ranks.world_size, outlines))
+            return files
+
+        write_folder(path, write, tokenizer, facts, self.log.sync)
+
+    def _outlines(self, tensors: Tensors) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        return {name: (tensor.dtype, self._shards.shape_of(name, tensor)) for name, tensor in tensors.items()}
+
+
+def written(folder: Path, ranks: Ranks, weights: Tensors, optimizer: Tensors) -> dict[str, Any]:
+    """Write what a rank has: `files`, their entries in the manifest, or `error`, why it was not written."""
+    try:
+        return {"files": write_shards(folder, ranks.rank, ranks.world_size, {"model": weights, "optimizer": optimizer})}
+    except Exception as error:  # on any rank: then there is no checkpoint
+        return {"error": reason_of(error)}
+
+
+class ShardWriter:
+    """Writes what a rank other than 0 has of each checkpoint."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._number = ranks, 0
+        self._weights, self._optimizer = HostMemory(), HostMemory()
+        self._thread: threading.Thread | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state and start to write it, once the previous write has ended; called when rank 0 saves."""
+        assert state.shards is not None
+        self.wait()
+        self._number += 1
+        tensors, _ = flatten_optimizer(state.shards, state.optimizer)
+        copies = self._weights.copy(state.shards.own), self._optimizer.copy(tensors)
+        self._thread = threading.Thread(
+            target=self._write, args=(self._number, *copies), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, number: int, weights: Tensors, optimizer: Tensors) -> None:
+        try:
+            if folder := self._ranks.share(f"checkpoint/{number}", None):
+                self._ranks.collect(f"shards/{number}", written(Path(folder), self._ranks, weights, optimizer))
+        except (RankError, RanksOverError):  # the loop notices it, too
+            pass
