@@ -291,12 +291,15 @@ def test_data_arithmetic_asks_the_held_out_problems_of_the_preset(capsys: pytest
 def test_loading_prints_each_figure_with_its_bound(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load", lambda folder, kind: {"seconds": len(kind) / 10, "anonymous": 1000.0})
+    monkeypatch.setattr(loading, "measure", lambda code, folder, kind: {"seconds": len(kind) / 10, "anonymous": 1000.0})
     monkeypatch.setattr(loading.common, "launch", lambda words, name: loading.common.Launched("", 0.3, 40.0))
     assert loading.main(["--shape", "small", "--repeats", "1"]) == 0
     printed = capsys.readouterr().out
     assert "time: 0.67 times (95%: 0.67-0.67), at most 1.3 reached" in printed
     assert "at most 1.2 reached" in printed
+    assert re.search(
+        r"export for transformers in bfloat16: 0\.8 s, 0\.\d\d times the weights .*, at most 0\.5 reached", printed
+    )
     assert "inspect: 0.30 s, 40 MB, at most 0.5 s and 100 MB reached" in printed
     assert re.search(r"decode: loaded [\d,.]+ tokens/s, made in memory .* at least 0.95 (reached|missed)", printed)
 

@@ -159,7 +159,7 @@ def test_diff_says_which_layers_moved_and_by_how_much(file: Path, tmp_path: Path
     assert found["types"] == {"half": ["BF16", "F32"]}
     assert found["tensors"]["half"]["changed"] == 0  # nan and nan are equal
     out = answer(capsys, "diff", file, tmp_path / "other.safetensors")
-    assert "1 tensor of 14 differ" in out
+    assert "1 of 14 tensors differ, " in out
     assert "token_embedding.weight: shape 11 x 4, now 12 x 4" in out
     assert "equal: 433 numbers in 16 tensors" in answer(capsys, "diff", file, file)
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from rich.console import RenderableType
 from rich.table import Table
 
-from utils.formats.inspection import shape_text
+from utils.formats.inspection import ranges, shape_text
 from utils.formats.numbers import Change, Difference
 from utils.terminal.words import counted
 
 TENSORS = 10  # that moved most, of those shown
-NAMES = 8  # of tensors that only one has
+NAMES = 8  # of tensors that only one has, those of all layers as one
 
 
 def screen(found: Difference, everything: bool) -> Iterator[RenderableType]:
@@ -28,10 +28,9 @@ def screen(found: Difference, everything: bool) -> Iterator[RenderableType]:
     elif not moved:
         yield f"the {counted(len(found.tensors), 'tensor')} that both have are equal"
     else:
-        yield (
-            f"{counted(len(moved), 'tensor')} of {len(found.tensors):,} differ, {total.changed:,} of "
-            f"{total.elements:,} numbers: largest difference {total.largest:.4g}, relative {_relative(total)}"
-        )
+        tensors, numbers = counted(len(found.tensors), "tensor"), f"{total.changed:,} of {total.elements:,} numbers"
+        yield f"{len(moved):,} of {tensors} differ, {numbers}"
+        yield f"largest difference {total.largest:.4g}, relative {_relative(total)}"
         yield _table("layer", _by_size(found.layers) if everything else found.layers.items())
         shown = _by_size(moved)
         yield "all tensors that differ" if everything else f"the {min(TENSORS, len(shown))} tensors that moved most"
@@ -40,11 +39,15 @@ def screen(found: Difference, everything: bool) -> Iterator[RenderableType]:
             yield f"and {len(shown) - TENSORS:,} more: --all shows them"
     for title, names in ((f"only in {found.a}", found.only_a), (f"only in {found.b}", found.only_b)):
         if names:
+            names = names if everything else ranges(names)
             kept = names if everything else names[:NAMES]
             more = f" and {len(names) - len(kept):,} more" if len(names) > len(kept) else ""
             yield f"{title}: {', '.join(kept)}{more}"
+    named: dict[str, list[str]] = {}
     for name, (a, b) in found.shapes.items():
-        yield f"{name}: shape {shape_text(a)}, now {shape_text(b)}"
+        named.setdefault(f"shape {shape_text(a)}, now {shape_text(b)}", []).append(name)
+    for words, names in named.items():
+        yield from (f"{name}: {words}" for name in (names if everything else ranges(names)))
     if found.types:
         pairs = sorted({f"{a}, now {b}" for a, b in found.types.values()})
         yield f"{counted(len(found.types), 'tensor')} of another type: {'; '.join(pairs)}"
@@ -55,7 +58,7 @@ def _by_size(changes: dict[str, Change]) -> list[tuple[str, Change]]:
 
 
 def _relative(change: Change) -> str:
-    return f"{change.relative:.3e}" if change.changed else "0"
+    return f"{change.relative:.4g}" if change.changed else "0"
 
 
 def _table(name: str, changes: Iterable[tuple[str, Change]]) -> Table:

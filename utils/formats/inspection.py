@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,28 @@ def rows(stored: Stored) -> list[Row]:
     found = []
     for (pattern, dtype, shape), names in groups.items():
         entries = [stored.tensors[name].entry for name in names]
-        numbers = sorted(int(match[0]) for name in names if (match := NUMBER.search(name)) and "*" in pattern)
-        name = pattern.replace("*", _range(numbers), 1) if len(names) > 1 else names[0]
+        name = _in_one(pattern, names)
         elements, bytes = sum(entry.elements for entry in entries), sum(entry.bytes for entry in entries)
         found.append(Row(name, dtype, shape, len(names), elements, bytes))
     return found
+
+
+def ranges(names: Iterable[str]) -> list[str]:
+    """Names of tensors, those of several layers as one.
+
+    >>> ranges(["blocks.0.up", "head", "blocks.1.up"])
+    ['blocks.[0-1].up', 'head']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(NUMBER.sub("*", name, count=1), []).append(name)
+    return [_in_one(pattern, group) for pattern, group in groups.items()]
+
+
+def _in_one(pattern: str, names: Sequence[str]) -> str:
+    """The name of all, whose pattern has * for the number of the layer."""
+    numbers = sorted(int(match[0]) for name in names if (match := NUMBER.search(name)) and "*" in pattern)
+    return pattern.replace("*", _range(numbers), 1) if len(names) > 1 else names[0]
 
 
 def _range(numbers: list[int]) -> str:
