@@ -470,6 +470,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     for name, (words, expected) in bad_sources(tmp_path).items():
         assert run(*words, "--no-leaks") == 2, name
         line = error_of(capsys)
