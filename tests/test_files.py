@@ -18,7 +18,7 @@ import pytest
 from utils.config.loader import ConfigLoader
 from utils.corpora.sources import find_source
 from utils.errors import UserError
-from utils.files import open_named, write_atomic, write_json
+from utils.files import open_named, real_path, write_atomic, write_json
 from utils.inference.prompts import read_prompts, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,3 +143,11 @@ def test_no_script_waits_for_a_pipe_or_reads_a_device(name: str, tmp_path: Path)
     ):
         with pytest.raises(UserError, match=r"\.yaml: cannot be read: is a (pipe|device), not a file"):
             read()
+
+
+def test_a_link_to_itself_is_a_path_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert real_path(tmp_path / "loop").name == "loop"
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert real_path(tmp_path / "link" / "x") == real_path(tmp_path) / "there" / "x"

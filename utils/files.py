@@ -176,6 +176,11 @@ def expand_home(text: str) -> str:
     return path
 
 
+def real_path(path: Path) -> Path:
+    """The absolute path without links; one that leads to itself stays, where Path.resolve of Python 3.11 raises."""
+    return Path(os.path.realpath(path))
+
+
 def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
     """Replace `path` by `data`; a crash leaves the old content or the new, never a part.
 

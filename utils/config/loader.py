@@ -20,7 +20,7 @@ from utils.config.legacy import NO_COUNTERPART, RENAMED, ignored_line
 from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
 from utils.config.settings import Config, RuleError
 from utils.errors import SHOWN, cut, nearest, shown
-from utils.files import open_regular
+from utils.files import open_regular, real_path
 
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
 NO_SETTINGS = "cleaning"  # how the names of files in configs/ begin that are for prepare.py
@@ -89,7 +89,7 @@ def config_files(loaded: LoadedConfig) -> set[str]:
 def relative_name(path: Path, root: Path) -> str:
     """`path` as a person would type it from `root`."""
     try:
-        return path.resolve().relative_to(root.resolve()).as_posix()
+        return real_path(path).relative_to(real_path(root)).as_posix()
     except ValueError:
         return str(path)
 

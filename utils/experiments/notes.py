@@ -12,7 +12,7 @@ from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
 from utils.config.settings import is_unicode
 from utils.config.tags import check_tag
 from utils.errors import UserError
-from utils.files import change_json, read_json
+from utils.files import change_json, read_json, real_path
 from utils.runs.index import read_notes
 from utils.runs.layout import EXPORT, MODELS, NOTES
 from utils.runs.names import add_version
@@ -81,7 +81,7 @@ def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]
         UserError: the run has no export or is not in `runs_dir`, or the name is not valid.
     """
     path = Path(os.path.abspath(path))  # not resolved: a run that was moved away and linked is still one of them
-    if path.parent.resolve() != runs_dir.resolve():
+    if real_path(path.parent) != real_path(runs_dir):
         raise RunError(f"{path} is not in {runs_dir}: {MODELS} there names only runs beside it")
     weights = path / EXPORT / WEIGHTS_FILE
     try:

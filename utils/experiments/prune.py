@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import size_of
+from utils.files import real_path, size_of
 from utils.locks import folder_lock
 from utils.runs.index import IndexedRun, read_index
 from utils.runs.layout import ARTIFACTS, CHECKPOINTS, EXPORT, LOGS, META
@@ -195,9 +195,9 @@ def _delete(folder: Path) -> None:
     if not folder.is_symlink():
         shutil.rmtree(folder)
         return
-    target = folder.resolve()
+    target = real_path(folder)
     others = (path for path in folder.parent.iterdir() if path != folder)
-    if target.is_dir() and not any(target == path.resolve() or target in path.resolve().parents for path in others):
+    if target.is_dir() and not any(target == real_path(path) or target in real_path(path).parents for path in others):
         shutil.rmtree(target)
     folder.unlink()
 

@@ -23,7 +23,7 @@ from utils.config.loader import ConfigLoader, flag_name
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import COMMIT, environment_of
-from utils.files import read_bytes
+from utils.files import read_bytes, real_path
 from utils.machine.watchdog import watched
 from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo
 from utils.runs.find import moved_path, parent_path
@@ -159,7 +159,7 @@ def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
 
 def _changed_by(patch: Path) -> list[str]:
     """The files that `apply_patch` would change, as git reads the patch: parts of it may lack the line `diff --git`."""
-    command = ["git", "apply", "--numstat", "-z", os.fspath(patch.resolve())]
+    command = ["git", "apply", "--numstat", "-z", os.fspath(real_path(patch))]
     with tempfile.TemporaryDirectory() as folder:  # in a repository, git would leave out what is not below the folder
         listing = subprocess.run(command, cwd=folder, env=_outside(folder), capture_output=True).stdout
     return [os.fsdecode(entry.split(b"\t", 2)[-1]) for entry in listing.split(b"\0") if entry]
@@ -167,7 +167,7 @@ def _changed_by(patch: Path) -> list[str]:
 
 def _outside(folder: str | Path) -> dict[str, str]:
     """The environment for a git process that works in `folder`, whatever repository that is in."""
-    return {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(Path(folder).resolve().parent)}
+    return {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(real_path(Path(folder)).parent)}
 
 
 def _part(
@@ -258,7 +258,7 @@ def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> It
         **{key: resolved_setting(run, key) for key in PINNED},
         **UNTRACKED,
         **dict.fromkeys(PER_SESSION),
-        "runs_dir": run.path.parent.resolve(),
+        "runs_dir": real_path(run.path.parent),
         "dataset": moved_path(run.settings.get("dataset", ""), root),
         **{key: root / _folder(key, run, root) for key in ("corpora_dir", "datasets_dir")},
         "callbacks": ",".join(run.settings.get("callbacks") or ()),  # named here, so that no --trust is needed again
@@ -434,7 +434,7 @@ def unpack_commit(commit: str, root: Path, tree: Path, of: str = "") -> Path:
     except tarfile.TarError as error:
         raise ReproductionError(f"commit {commit[:12]}{of} cannot be unpacked: {error}") from None
     archive.unlink()
-    return tree / root.resolve().relative_to(top.resolve())
+    return tree / real_path(root).relative_to(real_path(top))
 
 
 def apply_patch(patch: Path, tree: Path) -> None:
@@ -443,7 +443,7 @@ def apply_patch(patch: Path, tree: Path) -> None:
     Raises:
         ReproductionError: it does not apply, or would write outside `tree`.
     """
-    command = ["git", "apply", "--whitespace=nowarn", os.fspath(patch.resolve())]
+    command = ["git", "apply", "--whitespace=nowarn", os.fspath(real_path(patch))]
     result = subprocess.run(command, cwd=tree, env=_outside(tree), capture_output=True, text=True, errors="replace")
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["git apply failed"])[0]

@@ -31,7 +31,7 @@ from utils.experiments.reproduce import (
     settings_of_again,
     unpack_commit,
 )
-from utils.files import expand_home, read_bytes
+from utils.files import expand_home, read_bytes, real_path
 from utils.runs.code import GitFacts, MetadataCapture, open_repo
 from utils.runs.find import moved_path, resolve_runs
 from utils.runs.index import (
@@ -140,7 +140,7 @@ class Experiment:
             yield from flags_of({**UNTRACKED, **places})
         tag = re.sub(r"[^\w.-]+", "-", self.name)[:50].strip("-.") or "gate"
         yield from flags_of(
-            {**self.overrides, "runs_dir": runs_dir.resolve(), "run_tag": f"{tag}-{seed}", "seed": seed}
+            {**self.overrides, "runs_dir": real_path(runs_dir), "run_tag": f"{tag}-{seed}", "seed": seed}
         )
 
     def git_facts(self) -> GitFacts:

@@ -15,7 +15,7 @@ import torch
 from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import real_path, write_json
 from utils.formats.engines import ENGINES, Engine, installed
 from utils.formats.gguf import MODEL as GGUF
 from utils.formats.gguf import differing_weight, stored_model, stored_type
@@ -91,8 +91,8 @@ def source_of(folder: Path, run: str | None, runs_dir: Path) -> Source | None:
     """The run that an export was made from: the one that is named, or the one that it lies in."""
     if run is not None:
         return open_source(run, runs_dir)
-    directory = folder.resolve().parent.parent
-    if folder.resolve().parent == directory / ARTIFACTS and (directory / EXPORT).is_dir():
+    directory = real_path(folder).parent.parent
+    if real_path(folder).parent == directory / ARTIFACTS and (directory / EXPORT).is_dir():
         return open_source(str(directory / EXPORT), runs_dir)
     return None
 

@@ -23,7 +23,7 @@ from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files import read_bytes, read_text, write_atomic
+from utils.files import read_bytes, read_text, real_path, write_atomic
 from utils.runs.layout import CALLBACKS, ENVIRONMENT, GIT, PATCH
 from utils.runs.secrets import clean_url, find_secret, without_secrets
 from utils.runs.source import is_source
@@ -186,7 +186,7 @@ class MetadataCapture:
     ) -> None:
         self.root, self.named = root, named
         self.callbacks = {name: path for name in callbacks if (path := source_of(name)) is not None}
-        self.excluded = tuple(path.resolve() for path in excluded)
+        self.excluded = tuple(real_path(path) for path in excluded)
 
     def git_facts(self) -> GitFacts:
         """Commit, branch, remote, and the patch that turns the commit into the working tree."""
@@ -265,7 +265,7 @@ class MetadataCapture:
         facts.patch += b"".join(facts.unread.values())
 
     def _is_excluded(self, path: Path) -> bool:
-        found = (path.resolve(), path.parent.resolve() / path.name)  # a link, too, is in the folder that it lies in
+        found = (real_path(path), real_path(path.parent) / path.name)  # a link, too, is in the folder that it lies in
         return any(place == one or place in one.parents for place in self.excluded for one in found)
 
     def _is_code(self, top: Path, name: str, left_out: list[str]) -> bool:

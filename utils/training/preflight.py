@@ -13,6 +13,7 @@ from rich.text import Text
 from utils.config.fields import FIELDS, config_hash, get_value
 from utils.config.settings import Config, DataConfig
 from utils.errors import UserError, shown
+from utils.files import real_path
 from utils.machine.attention_kernels import fused_attention
 from utils.nn.lora import adapted_layers, count_parameters
 from utils.runs.code import GitFacts
@@ -119,7 +120,7 @@ def _disk(setup: Setup) -> Iterator[str]:
     of_one = parameters.trainable * BYTES_OF_PARAMETER
     base = parameters.frozen * BYTES_OF_FROZEN
     needed = count * of_one + base
-    folder = next(path for path in (setup.runs_dir, *setup.runs_dir.resolve().parents) if path.exists())
+    folder = next(path for path in (setup.runs_dir, *real_path(setup.runs_dir).parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
         frozen = f" and {_megabytes(base)} of frozen weights" if base else ""

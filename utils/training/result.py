@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config.loader import ConfigError, ConfigLoader, relative_name
 from utils.errors import UserError
+from utils.files import real_path
 from utils.runs.find import resolve_run
 from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
@@ -128,7 +129,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
 def short_name(run: Run) -> str:
     """How a command names the run: by its tag, or by its directory if scripts would not find it by its tag."""
     tag, runs_dir = run.record["tag"], run.path.parent
-    if tag and is_default_runs_dir(runs_dir) and resolve_run(tag, runs_dir).resolve() == run.path.resolve():
+    if tag and is_default_runs_dir(runs_dir) and real_path(resolve_run(tag, runs_dir)) == real_path(run.path):
         return str(tag)
     return shlex.quote(relative_name(run.path, Path.cwd()))
 
@@ -152,7 +153,7 @@ def is_default_runs_dir(folder: Path) -> bool:
         runs_dir = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
     except ConfigError:
         return False
-    return (PROJECT_ROOT / runs_dir).resolve() == folder.resolve()
+    return real_path(PROJECT_ROOT / runs_dir) == real_path(folder)
 
 
 def _program(name: str) -> str:
