@@ -45,6 +45,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.speedrun
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.bisect
 
 bench-training: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.training $(ARGS)

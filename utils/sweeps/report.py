@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,14 @@ from utils.files import write_output
 from utils.sweeps.folder import REPORT, Sweep
 from utils.sweeps.sampling import quiet_optuna
 from utils.sweeps.study import Study
+from utils.terminal.html import render
+
+TEMPLATE = Path(__file__).with_name("picture.html.j2")
 
 LEAST_TRIALS = 4  # complete ones, for importance and pictures to say anything
 PICTURES = {"parallel": "plot_parallel_coordinate", "slice": "plot_slice"}
+AXIS_PIXELS, AXIS_INCHES = 150, 1.4  # of a picture for each setting, and the metric
+GROUND = "#bfb29c"  # of pictures whose lines and points are white to blue
 
 
 def write_report(sweep: Sweep, study: Study) -> tuple[Mapping[str, float], list[Path]]:
@@ -39,38 +44,55 @@ def write_report(sweep: Sweep, study: Study) -> tuple[Mapping[str, float], list[
 def importance(study: Study) -> dict[str, float]:
     """The share of each setting in what makes a trial good, by PED-ANOVA [Watanabe et al. 2023].
 
-    Settings with a condition, or with one value in all trials, are left out.
+    Settings with a condition are left out: the trials that have one are too few to compare with the others.
     """
     optuna = quiet_optuna()
+    keys = [one.key for one in study.sweep.plan.space.dimensions if not one.when]
     try:
         found: dict[str, float] = optuna.importance.get_param_importances(
-            study.optuna, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+            study.optuna, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), params=keys
         )
     except (ValueError, RuntimeError):  # all trials have the same value, say
         return {}
     return found
 
 
-def _write(folder: Path, study: Study) -> list[Path]:
+def _write(folder: Path, study: Study) -> Iterator[Path]:
+    """Draw the pictures; yields each file when it is written."""
     import matplotlib
 
     matplotlib.use("Agg")  # whatever MPLBACKEND asks for
     import matplotlib.pyplot as plt
     from optuna import visualization
 
-    written = []
-    name = str(study.sweep.plan.space.goal)
+    goal, axes = str(study.sweep.plan.space.goal), 1 + len(study.sweep.plan.space.dimensions)
+    title = f"{study.sweep.name}: {goal} and the settings of each trial"
     for stem, function in PICTURES.items():
-        figure = getattr(visualization, function)(study.optuna, target_name=name)
-        write_output(html := folder / f"{stem}.html", figure.to_html(include_plotlyjs=True))
+        figure = getattr(visualization, function)(study.optuna, target_name=goal)
+        write_output(html := folder / f"{stem}.html", _page(figure, title, AXIS_PIXELS * axes))
+        yield html
         draw: Callable[..., Any] = getattr(visualization.matplotlib, function)
-        axes = draw(study.optuna, target_name=name)
-        picture = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
-        png = folder / f"{stem}.png"
-        picture.savefig(png, dpi=120, bbox_inches="tight")
+        drawn = draw(study.optuna, target_name=goal)
+        picture = (drawn if hasattr(drawn, "figure") else drawn.flat[0]).figure
+        if stem == "parallel":  # the other one is wide enough for its axes
+            picture.set_size_inches(AXIS_INCHES * axes, 5)
+            drawn.set_facecolor(GROUND)
+            drawn.set_title("")
+        picture.suptitle(title)
+        picture.savefig(png := folder / f"{stem}.png", dpi=120, bbox_inches="tight")
         plt.close(picture)
-        written += [html, png]
-    return written
+        yield png
+
+
+def _page(figure: Any, title: str, width: int) -> str:
+    """A figure of plotly as a page without requests, which scrolls sideways where there is less than `width` pixels."""
+    from markupsafe import Markup
+
+    figure.update_layout(title=None, width=None, height=None, autosize=True, margin={"t": 40}, plot_bgcolor=GROUND)
+    figure.update_traces(opacity=0.9, selector={"mode": "lines"})
+    options = {"displaylogo": False, "responsive": True}  # the logo is a link into the network
+    drawn = figure.to_html(full_html=False, include_plotlyjs=True, config=options, default_height="100%")
+    return render(TEMPLATE, title=title, width=width, figure=Markup(drawn))
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def _table(*columns: str) -> Table:
 
 
 def best_table(study: Study, most: int) -> Iterator[RenderableType]:
-    """The best trials, with their settings in columns of their own where there is room."""
+    """The best trials."""
     best = study.best()[:most]
     if not best:
         return
