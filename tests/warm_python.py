@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Environment variables that count when the interpreter starts or a library is imported.
+# Environment variables that count when the interpreter starts or a library is imported, but for those `ignored` below,
+# which training sets itself.
 EARLY = (
     "PYTHON",
     "OMP_",
@@ -64,7 +65,7 @@ PRELOADED = (
 
 def early(environment: Any) -> dict[str, str]:
     """What a forked process cannot take over: that part of its environment, and its user."""
-    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT")  # the last one decides no result
+    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")
     found = {name: environment[name] for name in sorted(environment) if name.startswith(EARLY)}
     return {name: value for name, value in found.items() if not name.startswith(ignored)} | {"user": str(os.getuid())}
 
