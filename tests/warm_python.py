@@ -229,6 +229,10 @@ class WarmPython:
     def __init__(self, folder: Path) -> None:
         import subprocess
 
+        self._server: subprocess.Popen[bytes] | None = None
+        if not hasattr(os, "pidfd_open"):  # not on Linux
+            self.path, self.bin = Path(sys.executable), Path(sys.executable).parent
+            return
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
         python, here, address = sys.executable, Path(__file__).resolve(), str(folder / "socket")
@@ -256,7 +260,8 @@ class WarmPython:
             )
 
     def close(self) -> None:
-        self._server.communicate()
+        if self._server is not None:
+            self._server.communicate()
 
 
 if __name__ == "__main__":
