@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Environment variables that count when the interpreter starts or a library is imported.
+# Environment variables that count when the interpreter starts or a library is imported, but for those `ignored` below,
+# which training sets itself.
 EARLY = (
     "PYTHON",
     "OMP_",
@@ -64,7 +65,7 @@ PRELOADED = (
 
 def early(environment: Any) -> dict[str, str]:
     """What a forked process cannot take over: that part of its environment, and its user."""
-    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT")  # the last one decides no result
+    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")
     found = {name: environment[name] for name in sorted(environment) if name.startswith(EARLY)}
     return {name: value for name, value in found.items() if not name.startswith(ignored)} | {"user": str(os.getuid())}
 
@@ -228,6 +229,10 @@ class WarmPython:
     def __init__(self, folder: Path) -> None:
         import subprocess
 
+        self._server: subprocess.Popen[bytes] | None = None
+        if not hasattr(os, "pidfd_open"):  # not on Linux
+            self.path, self.bin = Path(sys.executable), Path(sys.executable).parent
+            return
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
         python, here, address = sys.executable, Path(__file__).resolve(), str(folder / "socket")
@@ -255,7 +260,8 @@ class WarmPython:
             )
 
     def close(self) -> None:
-        self._server.communicate()
+        if self._server is not None:
+            self._server.communicate()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""The interpreter of the tests' scripts ends, prints and is stopped as the real one is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from warm_python import WarmPython
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scripts are forked on Linux only")
+SCRIPT = """
+import os, signal, sys
+print(sys.argv[1:], os.getcwd(), os.environ["WORD"], sys.stdin.read(), "torch" in sys.modules, __name__)
+print("later", file=sys.stderr)
+os.write(int(sys.argv[1]), b"beyond")
+sys.exit(3)
+"""
+
+
+def test_a_script_has_its_words_folder_environment_descriptors_and_status(
+    warm_python: WarmPython, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    reader, writer = os.pipe()
+    done = subprocess.run(
+        [warm_python.path, "script.py", str(writer)],
+        cwd=tmp_path,
+        env={**os.environ, "WORD": "ü"},
+        input="typed",
+        capture_output=True,
+        text=True,
+        pass_fds=[writer],
+    )
+    os.close(writer)
+    with os.fdopen(reader) as beyond:
+        assert beyond.read() == "beyond"
+    assert done.stdout == f"{[str(writer)]} {tmp_path} ü typed True __main__\n"
+    assert (done.returncode, done.stderr) == (3, "later\n")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_go_both_ways(signum: signal.Signals, warm_python: WarmPython) -> None:
+    code = f"import os; os.kill(os.getpid(), {int(signum)})"
+    assert subprocess.run([warm_python.path, "-c", code]).returncode == -signum
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with subprocess.Popen([warm_python.path, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert pid != process.pid
+        process.send_signal(signum)
+        assert process.wait(timeout=60) == -signum
+        assert process.stdout.read() == b""  # it was the last to hold the pipe: it has ended, too
+
+
+def test_what_a_fork_cannot_take_over_is_left_to_the_real_interpreter(warm_python: WarmPython) -> None:
+    code = "import sys; print('torch' in sys.modules, sys.stdout.encoding)"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([warm_python.path, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False ascii\n"
