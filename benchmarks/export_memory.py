@@ -8,6 +8,7 @@ against the largest tensor.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         ranks.close()
         return 0
     with tempfile.TemporaryDirectory() as folder:
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed, and is kept, would be used again uncounted
         before = psutil.Process().memory_info().rss
         reset_peak(CPU)
         stream_export(Path(folder) / "export", model, tokenizer, {}, lambda name: shards.pieces(name, shards.own[name]))

@@ -5,8 +5,9 @@ python -m benchmarks.ranks --rounds 5 --kills 0
 
 The arms train on the same global batch: 1 rank with 2 threads; 2 ranks with 1 thread each and a plain sum of gradients;
 the same in exact lanes. Each is a process of its own, and the time of a step is the median over the steps after the
-first two. Then a checkpoint of 500 MB in shards is saved by one process and by two, and synced. Then a small run on 2 ranks is killed at random moments (one random rank, SIGKILL) and resumed, and compared
-with one on a single rank that was never stopped.
+first two. Then a checkpoint of 500 MB in shards is saved by one process and by two, and synced. Then a small run on 2
+ranks is killed at random moments (one random rank, SIGKILL) and resumed, and compared with one on a single rank that
+was never stopped.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoints.files import DTYPE_NAMES, DTYPES, map_tensors, write_tensors
+from utils.checkpoints.files import DTYPE_NAMES, DTYPES, Outlines, map_tensors, write_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.index import KINDS, Kind, Piece, Sharded, index_json, locate, shard_name, sharded
 
@@ -92,7 +92,7 @@ def write_shards(
     }
 
 
-def index_of(world_size: int, tensors: Mapping[Kind, Mapping[str, tuple[torch.dtype, torch.Size]]]) -> dict[str, Any]:
+def index_of(world_size: int, tensors: Mapping[Kind, Outlines]) -> dict[str, Any]:
     """The index of a checkpoint, from the types and shapes of the whole tensors."""
     return index_json(
         world_size,

@@ -269,7 +269,8 @@ def trained_outline(config: Config, vocab_size: int) -> LanguageModel:
 def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device, ranks: Ranks = ONE) -> None:
     """Raises UserError if the weights, gradients and moments of the model alone do not fit into the free memory.
 
-    In shards, a device of its own holds a rank's share of them. Or if there is no layer that a name in `lora_targets` means.
+    In shards, a device of its own holds a rank's share of them. Or if there is no layer that a name in `lora_targets`
+    means.
     """
     config = loaded.config
     try:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils.checkpoints.files import write_folder, write_object
+from utils.checkpoints.files import Outlines, write_folder, write_object
 from utils.checkpoints.folder import INDEX_FILE
+from utils.checkpoints.index import Kind
 from utils.checkpoints.optimizer import flatten_optimizer
 from utils.checkpoints.shards import index_of, write_shards
 from utils.errors import RankError
@@ -70,13 +71,13 @@ class ShardedCheckpointer(Checkpointer):
                 if "error" in of_rank:
                     raise OSError(0, f"{f'rank {rank}: ' if self._ranks.several else ''}{of_rank['error']}")
                 files |= of_rank["files"]
-            outlines = {"model": self._outlines(weights), "optimizer": self._outlines(optimizer)}
+            outlines: dict[Kind, Outlines] = {"model": self._outlines(weights), "optimizer": self._outlines(optimizer)}
             files[INDEX_FILE] = write_object(folder / INDEX_FILE, index_of(self._ranks.world_size, outlines))
             return files
 
         write_folder(path, write, tokenizer, facts, self.log.sync)
 
-    def _outlines(self, tensors: Tensors) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    def _outlines(self, tensors: Tensors) -> Outlines:
         return {name: (tensor.dtype, self._shards.shape_of(name, tensor)) for name, tensor in tensors.items()}
 
 
