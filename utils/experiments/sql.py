@@ -106,8 +106,11 @@ class RunDatabase:
     def _answer(self, query: str, allowed: Sequence[str], logs: Sequence[Path]) -> QueryResult:
         import duckdb
 
-        config = {"memory_limit": MEMORY_LIMIT}
-        with _user_errors(), duckdb.connect(":memory:", config=config) as connection, _limit(connection, self._seconds):
+        with (
+            _user_errors(),
+            duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection,
+            _limit(connection, self._seconds),
+        ):
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise SqlError("expected one SELECT: the views runs and metrics can be read, nothing can be written")
