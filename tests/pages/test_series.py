@@ -153,7 +153,9 @@ def test_groups_are_the_mean_and_the_deviation_over_their_runs(tmp_path: Path) -
     first, second = chart(runs, SeriesStore(), ChartRequest("val/loss", group="learning_rate"))["groups"]
     assert (first["name"], first["runs"]) == ("learning_rate=0.1", ["r0", "r1"])
     assert first["y"] == [2, 3, 4, 5, 6]
-    assert [high - low for low, high in zip(first["low"], first["high"], strict=True)] == pytest.approx([8**0.5] * 5, abs=1e-4)
+    assert [high - low for low, high in zip(first["low"], first["high"], strict=True)] == pytest.approx(
+        [8**0.5] * 5, abs=1e-4
+    )
     assert (second["runs"], second["y"], "low" in second) == (["r2"], [9, 10, 11, 12, 13], False)
 
 
