@@ -12,6 +12,7 @@ import pytest
 from fake_runs import make_run, training_records, write
 from starlette.testclient import TestClient
 
+import experiments
 from utils.pages import routes
 from utils.pages.keys import key_of
 from utils.pages.routes import ASSETS, EDIT_HEADER, OPEN_PATHS, STATIC
@@ -81,6 +82,12 @@ def test_pages_and_scripts_are_files_without_data_or_inline_code(client: TestCli
 def test_the_first_page_leads_to_the_runs(client: TestClient) -> None:
     response = client.get("/", follow_redirects=False)
     assert (response.status_code, response.headers["location"]) == (307, "/runs")
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "x"])
+def test_a_port_that_does_not_exist_is_a_mistake(port: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert experiments.main(["ui", "--port", port, "--runs-dir", str(tmp_path)]) == 2
+    assert "--port" in capfd.readouterr().err
 
 
 def test_static_files_are_ours_only(client: TestClient) -> None:

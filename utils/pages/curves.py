@@ -20,7 +20,7 @@ from utils.runs.metrics import metric as registered_metric
 from utils.terminal.words import one_line, printable, setting_text
 
 MOST_POINTS = 4000  # of one curve; a screen has fewer columns
-DIGITS = 7  # of a number, which is more than a screen shows
+DIGITS = 6  # of a number, which is more than a screen shows
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, 
         else:
             places, values = places[:0], values[:0]
     kept = kept_points(places, values, min(request.points, MOST_POINTS), request.log_axis)
-    return {**facts, "x": [_rounded(places[i]) for i in kept], "y": [_rounded(values[i]) for i in kept]}
+    return {**facts, "x": rounded([places[i] for i in kept]), "y": rounded([values[i] for i in kept])}
 
 
 def shown_points(series: Series, request: ChartRequest) -> tuple[Sequence[float], Sequence[float]]:
@@ -145,7 +145,7 @@ def _groups(runs: Sequence[IndexedRun], series: Sequence[Series], request: Chart
             columns = {"x": [places[i] for i in kept], "y": [values[i] for i in kept]}
         else:
             columns = {"x": [], "y": []}
-        found.append({**facts, **{name: [_rounded(number) for number in column] for name, column in columns.items()}})
+        found.append({**facts, **{name: rounded(column) for name, column in columns.items()}})
     return found
 
 
@@ -156,6 +156,10 @@ def group_value(run: IndexedRun, column: str) -> str:
     return setting_text(resolved_setting(run, column))
 
 
-def _rounded(value: float) -> float | int:
-    """`value` in as few characters as show it."""
-    return int(value) if value.is_integer() else float(f"{value:.{DIGITS}g}")
+def rounded(values: Sequence[float]) -> list[float] | list[int]:
+    """Finite numbers in as few characters as show them: whole ones, or with DIGITS of the smallest."""
+    if all(map(float.is_integer, values)):
+        return list(map(int, values))
+    smallest = min(filter(None, map(abs, values)))
+    decimals = DIGITS - 1 - math.floor(math.log10(smallest))
+    return list(map(round, values, itertools.repeat(decimals))) if decimals < 15 else list(values)

@@ -6,7 +6,9 @@ request says. All answers are JSON, shown by scripts of ours as text; the pages 
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,7 @@ def router(runs_dir: Path, edit: bool = False) -> APIRouter:
         edit: tags and notes can be changed.
     """
     table, store = RunTable(runs_dir), SeriesStore()
+    threading.Thread(target=importlib.import_module, args=("duckdb",), daemon=True).start()  # the first chart needs it
     routes = APIRouter(prefix=PREFIX, tags=["runs"])
     _add_pages(routes)
     _add_table(routes, table, edit)
@@ -131,7 +134,8 @@ def _add_curves(routes: APIRouter, table: RunTable, store: SeriesStore) -> None:
         known: Annotated[list[str] | None, Query(max_length=MOST_RUNS)] = None,
     ) -> Response:
         """known: CURSOR:KEY of each curve, or of each group, that the page has."""
-        has = dict(reversed(text.split(":", 1)) for text in known or () if ":" in text)
+        pairs = (text.partition(":") for text in known or ())
+        has = {key: cursor for cursor, _, key in pairs}
         request = ChartRequest(metric, x, smooth, group or None, log_x, points, start, end, has)
         return _json(chart(_named(table, run), store, request))
 

@@ -167,8 +167,7 @@ def _read_all(runs: Sequence[IndexedRun], metric: str) -> dict[Path, Series | No
             logs.append(_Log(run, log, log.stat().st_size))
     logs = [log for log in logs if log.size or not found.setdefault(log.run.path, Series())]
     if logs:
-        for log, series in _series_of(logs, metric):
-            found[log.run.path] = series
+        found |= {log.run.path: series for log, series in _series_of(logs, metric)}
     return found
 
 

@@ -3,7 +3,7 @@
 
 export const COLORS = ["#3b6fb6", "#e07b1f", "#2f9e63", "#d1495b", "#8a63c4", "#1b9aaa", "#b8860b", "#7a7f87",
   "#5b8def", "#c2527f", "#6b9b2a", "#a0633a"];
-const KEY_NAME = "api_key";
+const KEY_NAME = "key"; // as the playground keeps it
 
 /** The answer of the server to GET /runs/api/PATH. params: [name, value] pairs; empty values are left out. */
 export async function ask(path, params = []) {

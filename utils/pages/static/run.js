@@ -71,7 +71,7 @@ async function showFiles() {
 
 /** A link cannot send the key that a server asks for. */
 async function download(event, url, name) {
-  if (!sessionStorage.getItem("api_key")) return;
+  if (!sessionStorage.getItem("key")) return;
   event.preventDefault();
   const content = await (await request(url)).blob();
   const link = el("a", { href: URL.createObjectURL(content), download: name.split("/").at(-1) });
