@@ -34,6 +34,7 @@ def serving_app(
     desk = Desk(runs, slots, most_waiting)
     app.router.lifespan_context = _lifespan(desk)
     add_routes(app, runs, desk)
+
     @app.get("/static/page.css", include_in_schema=False)
     async def style() -> FileResponse:
         return FileResponse(PAGE_STYLE)
