@@ -15,7 +15,7 @@ from utils.serving.server import serving_app
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = 40  # of each route
+EXAMPLES = 15  # of each route
 GENERATOR = Generator(tiny_model(), TOKENIZER, "first")
 APP = serving_app(Runs([Served("first", GENERATOR, QuestionTemplate(GENERATOR), 0)]), 4, 8)
 schema = schemathesis.openapi.from_dict(APP.openapi())
