@@ -38,8 +38,7 @@ def client() -> TestClient:
 def test_no_request_is_an_error_of_the_server(case: schemathesis.Case, client: TestClient) -> None:
     if isinstance(case.body, dict):
         case.body["model"] = "first"  # else nearly all are for no model
-        for name in ("max_tokens", "max_completion_tokens"):
-            if isinstance(case.body.get(name), int):
-                case.body[name] = min(case.body[name], 20)
+        case.body.pop("max_completion_tokens", None)
+        case.body["max_tokens"] = 5  # the default of 300 would take minutes
     response = client.request(**case.as_transport_kwargs(base_url="http://127.0.0.1:8000"))
     assert response.status_code < 500, response.text
