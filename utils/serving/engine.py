@@ -22,7 +22,7 @@ from utils.errors import is_out_of_memory
 from utils.serving.batch import Batch, Delivery
 from utils.serving.sequence import Job, Piece
 
-HAND_OVER_SECONDS = 0.02  # that pieces are collected for; each hand-over wakes the thread that writes them
+HAND_OVER_SECONDS = 0.04  # that pieces are collected for: each event costs the processor 0.1 ms (docs/LOG.md)
 LONGEST_WAIT = 60  # seconds of Retry-After
 
 

@@ -121,6 +121,13 @@ function showTip(span) {
   tip.replaceChildren(table);
   tip.hidden = false;
   span.classList.add("shown");
+  placeTip();
+}
+
+// Beside the token that it belongs to, wherever the page is scrolled to.
+function placeTip() {
+  const span = document.querySelector(".t.shown");
+  if (!span) return;
   const place = span.getBoundingClientRect(), size = tip.getBoundingClientRect();
   const below = place.bottom + 6 + size.height < innerHeight;
   tip.style.left = `${Math.max(8, Math.min(place.left, innerWidth - size.width - 8))}px`;
@@ -136,4 +143,5 @@ for (const kind of ["pointerover", "focusin", "click"]) {
   document.addEventListener(kind, (event) => (event.target.token ? showTip(event.target) : kind !== "focusin" && hideTip()));
 }
 document.addEventListener("focusout", hideTip);
-document.addEventListener("scroll", hideTip, true);
+document.addEventListener("scroll", placeTip, true);
+addEventListener("resize", placeTip);
