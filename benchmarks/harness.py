@@ -4,8 +4,8 @@ python -m benchmarks.harness                 # 200 questions with four answers, 
 python -m benchmarks.harness --documents 50 --vocabulary 512
 
 Both have the same weights, questions and batch size, and take turns. Times are those of the processor, which other
-processes do not change much; with one thread they are how long it takes alone. The ratio is of the medians. Questions are
-like those of HellaSwag: 60 to 100 tokens before each of four endings of 10 to 30 tokens. The accuracy must be the same.
+processes do not change much; with one thread they are how long it takes alone. The ratio is of the medians. Questions
+are like those of HellaSwag: 60 to 100 tokens before each of four endings of 10 to 30. The answers must be the same.
 """
 
 from __future__ import annotations
