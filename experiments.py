@@ -12,6 +12,7 @@ compare, plot and report it names all its runs.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,12 +39,14 @@ from utils.runs.run import RunError, check_links
 from utils.terminal.cli import PROJECT_ROOT, Parser, naming, place, script, timespan
 from utils.terminal.commands import Answer, fields_of, flag
 from utils.terminal.words import printable
+from utils.training.notify import VARIABLE as NOTIFY_VARIABLE
 
 TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Biases"}
 
 
 @script
 def main(argv: Sequence[str]) -> int:
+    os.environ.pop(NOTIFY_VARIABLE, None)  # the runs that a command trains are not what it is for
     parser = Parser(prog="experiments.py", description=__doc__)
     return COMMANDS.run(parser, argv)
 

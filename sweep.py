@@ -10,6 +10,7 @@ stopped and resumed at any time, and several drivers, on several machines, can s
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,12 +20,14 @@ from utils.sweeps.pruning import PRUNERS
 from utils.sweeps.sampling import SAMPLERS
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.config_flags import parse_experiment
+from utils.training.notify import VARIABLE as NOTIFY_VARIABLE
 
 ENGINES = ("local", "ray")
 
 
 @script
 def main(argv: Sequence[str]) -> int:
+    os.environ.pop(NOTIFY_VARIABLE, None)  # its trials are not what it is for
     parser = Parser(prog="sweep.py", description=__doc__, usage="python sweep.py SPACE.yaml [--FLAG VALUE ...]")
     add_flags(parser)
     parsed = parse_experiment(argv, parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -162,3 +163,10 @@ def test_a_diverged_run_has_losses_that_json_can_hold() -> None:
     sent = message(result(status="diverged", val_loss=float("nan"), exit_reason="loss is nan"))
     assert json.loads(json.dumps(sent, allow_nan=False))["val_loss"] == "nan"
     assert sent["text"] == "a_run: diverged (loss is nan) after 2,000 steps, best val/loss 1.2500"
+
+
+@pytest.mark.parametrize("script", ["experiments", "sweep"])
+def test_what_trains_many_runs_does_not_pass_the_address_on(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "http://localhost/")
+    assert importlib.import_module(script).main(["--no-such-flag"]) == 2
+    assert VARIABLE not in os.environ

@@ -150,16 +150,15 @@ class HarnessModel(TemplateLM):
     def _batches(self, stems: list[_Stem]) -> Iterator[list[_Stem]]:
         """Stems of similar length, the longest first. Padded branches still fit into the context."""
         batch: list[_Stem] = []
-        longest = rows = 0
+        longest = 0
         for stem in sorted(stems, key=lambda stem: (-len(stem.tokens), -stem.longest_branch)):
-            more = max(len(stem.branches), 1)
             branch = max(longest, stem.longest_branch)
             fits = not batch or len(batch[0].tokens) + branch <= self.max_length
-            if batch and (rows + more > self.batch_size or not fits):
+            if len(batch) == self.batch_size or not fits:
                 yield batch
-                batch, longest, rows = [], 0, 0
+                batch, longest = [], 0
             batch.append(stem)
-            longest, rows = max(longest, stem.longest_branch), rows + more
+            longest = max(longest, stem.longest_branch)
         if batch:
             yield batch
 
@@ -178,6 +177,7 @@ class HarnessModel(TemplateLM):
         self._judge(hidden, places)
         if cache is not None:
             pairs = [(row, one) for row, stem in enumerate(batch) for one in stem.branches]
+            pairs.sort(key=lambda pair: len(pair[1].targets))  # so that little is padding
             for first in range(0, len(pairs), self.batch_size):
                 part = pairs[first : first + self.batch_size]
                 idx, _ = padded([one.targets[:-1] for _, one in part], self._device)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from utils.terminal.cli import Parser
 
+MODELS = "models.json"  # promoted names, beside the runs (utils/runs/layout.py, a package above this one)
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM = "lm-workbench"
 MOST_RUNS = 500  # the newest; more would be no help, and slow
@@ -36,8 +37,8 @@ def complete_if_asked(parser: Parser) -> None:
             action.completer = complete_run  # type: ignore[attr-defined]
         elif "|" in name and action.choices is None:
             action.completer = argcomplete.ChoicesCompleter(name.split("|"))  # type: ignore[attr-defined]
-        elif action.dest in ("metric", "sort") or action.dest == "words":
-            action.completer = complete_metric if action.dest == "metric" else complete_setting  # type: ignore[attr-defined]
+        elif action.dest == "words":  # of explain
+            action.completer = complete_setting  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
@@ -52,7 +53,6 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def complete_run(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Tags and ids of runs, newest first, `latest`, and promoted names; what cannot be read is left out."""
-    from utils.runs.layout import MODELS
     from utils.terminal.cli import PROJECT_ROOT
 
     folder = getattr(parsed_args, "runs_dir", None)
@@ -83,13 +83,6 @@ def complete_setting(**_: Any) -> list[str]:
     from utils.config.fields import FIELDS
 
     return list(FIELDS)
-
-
-def complete_metric(**_: Any) -> list[str]:
-    """The metrics that training logs."""
-    from utils.runs.metrics import _REGISTRY
-
-    return list(_REGISTRY)
 
 
 def write_completions(folder: Path) -> None:

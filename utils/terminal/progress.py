@@ -138,7 +138,8 @@ class TrainingProgress:
         self._next_update = time.monotonic() + (REFRESH_SECONDS if self._cell is None else NOTEBOOK_SECONDS)
         self._progress.update(self._task, completed=step, **self._times(step))
         if self._cell is not None:
-            self._cell.show(self._progress.columns[0].render(self._progress.tasks[0]))  # type: ignore[union-attr]
+            line: Any = self._progress.columns[0]  # a _TrainingLine
+            self._cell.show(line.render(self._progress.tasks[0]))
 
     def update(self, step: int, **fields: float) -> None:
         """Show `step` and new values of the fields, if enough time has passed; cheap enough for every step."""
