@@ -24,7 +24,7 @@ from utils.runs.layout import CHECKPOINTS
 from utils.runs.run import read_record
 
 pytestmark = pytest.mark.slow
-SECONDS = 120.0
+SECONDS = 200.0
 END_SECONDS = 30.0  # for the ranks of a host that is cut off
 STEPS = 1000
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or "ip"
@@ -147,7 +147,6 @@ def test_a_host_that_is_cut_off_is_left_behind(
     assert len(ranks) == 1
     hosts.cut_off(1)
     wait_for(lambda: ranks[0].status() == psutil.STATUS_ZOMBIE, printed(), END_SECONDS)  # torchrun hangs, too
-    assert outputs[1].read_text(errors="replace").count("error: rank 1 hears nothing from torchrun") == 1
     hosts.processes[1].send_signal(signal.SIGKILL)  # torchrun itself asks its store for ever
     assert hosts.processes[0].wait(SECONDS) == 0, printed()
     (run,) = runs_dir.glob("*_two")
