@@ -1,7 +1,7 @@
 """What several ranks on one machine gain and cost, and what is left when one of them is killed.
 
-python -m benchmarks.ranks                 # three arms of the 10.7M-parameter model, saves, then 20 kills
-python -m benchmarks.ranks --rounds 5 --kills 0
+python -m benchmarks.ranks                 # three arms of the 10.7M-parameter model in turn, saves, then 20 kills
+python -m benchmarks.ranks --rounds 3 --batch-size 8 --kills 0   # the speed, within three minutes on an idle machine
 
 The arms train on the same global batch: 1 rank with 2 threads; 2 ranks with 1 thread each and a plain sum of gradients;
 the same in exact lanes. Each is a process of its own, and the time of a step is the median over the steps after the
@@ -12,7 +12,9 @@ was never stopped.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import multiprocessing
 import random
 import shutil
@@ -106,19 +108,23 @@ def time_arm(name: str, number: int, folder: Path, steps: int, batch_size: int) 
 
 def compare_arms(folder: Path, rounds: int, steps: int, batch_size: int) -> None:
     """Print the speed of each arm, and its ratio to the first one."""
-    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    message = 0
-    for number in range(rounds):
-        for place, name in enumerate(ARMS):
-            found, message = time_arm(name, number * len(ARMS) + place, folder, steps, batch_size)
-            seconds[name].append(found)
+    message, numbers = 0, itertools.count()
+
+    def timed(name: str) -> float:
+        nonlocal message
+        found, sent = time_arm(name, next(numbers), folder, steps, batch_size)
+        message = max(message, sent)  # one rank sends nothing
+        return found
+
+    arms = {name: functools.partial(timed, name) for name in ARMS}
+    seconds = common.interleaved(arms, rounds, lambda line: print(line, flush=True))
     tokens = batch_size * int(GPT_10M["block-size"])
     first = next(iter(ARMS))
     for name, values in seconds.items():
         ratio = statistics.median(one / other for one, other in zip(seconds[first], values, strict=True))
         rate = tokens / statistics.median(values)
         print(f"{name:20} {rate:8,.0f} tokens/s  {ratio:5.2f} of {first}  {[round(value, 3) for value in values]}")
-    plain, exact = list(seconds.values())[1:]
+    plain, exact = (seconds[name] for name in list(ARMS)[1:])
     cost = statistics.median(one / other for one, other in zip(exact, plain, strict=True)) - 1
     print(f"exact lanes cost {cost:+.1%}; a rank sends {message / 1e6:.1f} MB a step")
 

@@ -200,6 +200,15 @@ def edited_record(run: Path, **facts: object) -> Path:
     return run
 
 
+def test_a_run_on_several_ranks_needs_lanes_or_as_many(run: Path, tmp_path: Path) -> None:
+    resolved = json.loads((run / "run.json").read_text())["resolved"]
+    edited_record(run, resolved={**resolved, "world_size": 2})
+    with pytest.raises(
+        ReproductionError, match=r"2 ranks without lanes.* torchrun --standalone --nproc-per-node 2 train"
+    ):
+        reproduce(read_run(run), ROOT)
+
+
 def test_an_unknown_commit_is_one_clear_line(run: Path, tmp_path: Path) -> None:
     edited_record(run, git={"commit": "0123456789" * 4, "branch": "main", "dirty": False})
     with pytest.raises(ReproductionError, match=r"commit 012345678901 of .* --code current"):

@@ -26,6 +26,7 @@ from utils.config.settings import Config, DataConfig, ModelConfig, TrainConfig
 from utils.errors import UserError
 from utils.experiments.explain import explain_of_run
 from utils.machine.device import available_memory
+from utils.machine.ranks import ONE, Ranks
 from utils.nn import gelu
 from utils.nn.attention import causal_mask
 from utils.runs.index import read_run, resolved_setting
@@ -79,7 +80,7 @@ def test_divisors_are_all_of_them_in_order(number: int) -> None:
 
 
 def find(
-    monkeypatch: pytest.MonkeyPatch, corpus: Path, fitting: int, **settings: Any
+    monkeypatch: pytest.MonkeyPatch, corpus: Path, fitting: int, ranks: Ranks = ONE, **settings: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """What batch_size auto becomes where `fitting` sequences fit, and what is said of it."""
     monkeypatch.setattr(utils.training.batch_size, "bytes_of_training", lambda config, corpus, dtype, size: 1000 * size)
@@ -89,9 +90,8 @@ def find(
         Config(data=data, model=TINY, train=TrainConfig(batch_size="auto", **settings), tracking={"run_tag": "x"})
     )
     printed: list[str] = []
-    found = find_batch(
-        loaded, load_corpus(data, TINY.block_size, corpus.parent / "corpora"), CPU, torch.float32, printed.append
-    )
+    of_text = load_corpus(data, TINY.block_size, corpus.parent / "corpora")
+    found = find_batch(loaded, of_text, CPU, torch.float32, printed.append, ranks)
     changed = {key: value for key, value in flat(found.config).items() if value != flat(loaded.config)[key]}
     assert all(found.source(key) == FOUND for key in changed)
     return changed, printed
@@ -104,6 +104,21 @@ def test_the_largest_power_of_two_that_fits_is_taken(monkeypatch: pytest.MonkeyP
         printed
         == "batch_size auto: 64 sequences, 512 tokens per step (more do not fit into the 0.0 GiB that are free on cpu)"
     )
+
+
+def test_ranks_share_what_fits_the_one_with_the_least_memory(
+    monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path
+) -> None:
+    ranks = Ranks(world_size=4, memory=int(1000 * 20 / 0.75) + 1)  # 20 sequences; all alone would have 100
+    changed, (printed,) = find(monkeypatch, tiny_corpus, 100, ranks)
+    assert changed == {"batch_size": 4 * 16}
+    assert "64 sequences, 512 tokens per step, 16 at a time" in printed
+    changed, _ = find(monkeypatch, tiny_corpus, 100, ranks, lanes=8)
+    assert changed == {"batch_size": 8 * 16}
+    changed, _ = find(monkeypatch, tiny_corpus, 100, ranks, tokens_per_step=8 * 96)
+    assert changed == {"batch_size": 96, "gradient_accumulation_steps": 8, "tokens_per_step": None}
+    with pytest.raises(UserError, match=r"97 sequences of 8 tokens cannot be cut into 4 equal parts"):
+        find(monkeypatch, tiny_corpus, 100, ranks, tokens_per_step=8 * 97)
 
 
 def test_an_update_does_not_see_the_text_twice(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:

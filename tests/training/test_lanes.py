@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +149,36 @@ def test_ranks_add_what_one_rank_adds(skipped: dict[int, set[int]], monkeypatch:
                 assert (one is None) == (other is None)
                 if one is not None and other is not None:
                     assert torch.equal(one.view(torch.int32), other.view(torch.int32))  # -0.0 is not 0.0
+
+
+class Recorder(Ranks):
+    """Rank 0 of 4, whose sums are there at once; keeps the level of each."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0, 4, "none")
+        self.levels: list[int | None] = []
+
+    def start_sum(self, tensor: torch.Tensor, level: int | None) -> Any:
+        self.levels.append(level)
+        return SimpleNamespace(is_completed=lambda: True)
+
+    def wait(self, work: Any) -> None: ...
+
+
+def test_sums_begin_while_the_backward_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All levels, of all buckets but that of the last gradient."""
+    monkeypatch.setattr("utils.training.lanes.BUCKET_BYTES", 64)
+    layers, ranks, seen = [nn.Parameter(torch.ones(16)) for _ in range(3)], Recorder(), []
+    total = GradientSum(layers, ranks, exact=True)
+    layers[0].register_hook(lambda _: seen.extend(ranks.levels))
+    total.begin(Tree())
+    hidden = torch.ones(16)
+    for layer in layers:
+        hidden = hidden * layer
+    hidden.sum().backward()
+    assert seen == [0, 1, 0, 1]
+    total.finish()
+    assert ranks.levels == [0, 1, 0, 1, 0, 1, None]
 
 
 def test_each_micro_step_has_random_numbers_of_its_own() -> None:

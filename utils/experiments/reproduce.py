@@ -120,6 +120,13 @@ def reproduce(
     if not run.settings or not run.record.get("resolved"):
         why = run.problem or "it ended before its first step"
         raise ReproductionError(f"{run.id}: {why}: there is nothing to reproduce")
+    ranks = run.record["resolved"].get("world_size", 1)
+    if ranks > 1 and run.settings.get("lanes") is None:
+        raise ReproductionError(
+            f"{run.id}: was trained on {ranks} ranks without lanes, whose sums depend on how many there are; "
+            f"torchrun --standalone --nproc-per-node {ranks} train.py with its settings (experiments.py show {run.id}) "
+            "repeats it, on the same kind of machine"
+        )
     require_trust(run.path, root, code_of_its_own(run, root, code), trusted)
     parent = _parent(run)
     first, end, expected = _part(run, parent, steps, from_checkpoint)

@@ -88,6 +88,7 @@ class Bucket:
         }
         self.missing = set(parameters)
         self.work: Work | None = None
+        self.level = 0  # of the tree, that `work` adds
 
 
 class GradientSum:
@@ -143,7 +144,7 @@ class GradientSum:
         self._tree, self._started = tree, 0
         self._has.zero_()
         for bucket in self.buckets:
-            bucket.missing, bucket.work = set(bucket.views), None
+            bucket.missing, bucket.work, bucket.level = set(bucket.views), None, 0
 
     def _computed(self, index: int, parameter: torch.Tensor) -> None:
         if self._tree is not None:
@@ -162,6 +163,23 @@ class GradientSum:
             ready = self.buckets[self._started]
             ready.work = self.ranks.start_sum(ready.flat, self._levels[0])
             self._started += 1
+        if "nccl" not in self.ranks.backend:  # whose sums must begin in one order, whatever their group
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Start the next level of buckets whose sum is there; a bucket does not overtake the one before it."""
+        highest = len(self._levels) - 1
+        for bucket in self.buckets[: self._started]:
+            while bucket.level < highest and bucket.work is not None and bucket.work.is_completed():
+                self._raise(bucket)
+            highest = bucket.level
+
+    def _raise(self, bucket: Bucket) -> None:
+        """Start the next level of a bucket, once the sum of this one is there."""
+        assert bucket.work is not None
+        self.ranks.wait(bucket.work)
+        bucket.level += 1
+        bucket.work = self.ranks.start_sum(bucket.flat, self._levels[bucket.level])
 
     def finish(self) -> None:
         """Wait for the sums; they are the gradients of the parameters from now on."""
@@ -171,11 +189,10 @@ class GradientSum:
                 self._put(index, self._tree.with_last(index, None))
         self._tree = None
         has = self.ranks.start_sum(self._has, None)
-        for level in self._levels[1:]:
+        for level in range(1, len(self._levels)):
             for bucket in self.buckets:
-                assert bucket.work is not None
-                self.ranks.wait(bucket.work)
-                bucket.work = self.ranks.start_sum(bucket.flat, level)
+                if bucket.level < level:
+                    self._raise(bucket)
         for bucket in self.buckets:
             assert bucket.work is not None
             self.ranks.wait(bucket.work)
