@@ -1,6 +1,6 @@
-"""Serve runs over HTTP: an API that clients of OpenAI speak, and a page to try them in the browser.
+"""Serve runs over HTTP: an API that clients of OpenAI speak, a page to try them, and the pages of all runs.
 
-python serve.py baseline                           # http://127.0.0.1:8000/ has the page, /v1 the API
+python serve.py baseline                           # http://127.0.0.1:8000/ has the page, /v1 the API, /runs all runs
 python serve.py baseline wider --port 8080         # several runs, side by side on the page
 WORKBENCH_API_KEY=... python serve.py baseline --host 0.0.0.0
 curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{note}; it {key_words}", file=sys.stderr)
     weights = args.quantize or args.weights
     runs = load_runs(words, exports, args.device, weights, config.inference, args.unknown_token)
-    app = serving_app(runs, args.slots, args.queue, api_key=key, loopback=exposure(args.host) is None)
+    app = serving_app(
+        runs, args.slots, args.queue, runs_dir, edit=args.edit, api_key=key, loopback=exposure(args.host) is None
+    )
     run_server(app, args.host, args.port)
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         for name in stream_order(outlines):
             for _ in shards.pieces(name, shards.own[name]):
                 pass
-        ranks.close()
+        ranks.leave()
         return 0
     with tempfile.TemporaryDirectory() as folder:
         ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed, and is kept, would be used again uncounted
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         f"{ranks.world_size} ranks: weights {sum(sizes) / 1e6:.0f} MB, largest tensor {max(sizes) / 1e6:.0f} MB; "
         f"the export needs {more / 1e6:.0f} MB more, {more / max(sizes):.2f} of the largest tensor"
     )
-    ranks.close()
+    ranks.end(0)
     return 0
 
 

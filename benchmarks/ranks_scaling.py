@@ -104,7 +104,13 @@ def time_step(arm: Arm, number: int, folder: Path, steps: int, lanes: int | None
     """Median seconds of a step, and the parameters of the model."""
     ranks, sequences = arm
     tag = f"r{number}"
-    settings = {"batch_size": sequences, "max_iters": steps, "eval_interval": 1000000, "eval_iters": 1, "threads": 1}
+    settings: dict[str, int | str] = {
+        "batch_size": sequences,
+        "max_iters": steps,
+        "eval_interval": 1000000,
+        "eval_iters": 1,
+        "threads": 1,
+    }
     settings |= {"sample_tokens": 0, "histogram_interval": 0, "flush_interval": 1, "checkpoint_interval": 0}
     settings |= {"stop_at_step": steps - 1, "run_tag": tag, "lanes": lanes or "none"}
     common.launch(command(ranks, flags_of(MODEL, folder, **settings)), f"{ranks} ranks, {sequences} sequences")

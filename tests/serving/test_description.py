@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import schemathesis
+from fake_runs import make_run, training_records
 from hypothesis import HealthCheck, Phase, settings
 from starlette.testclient import TestClient
 
@@ -16,15 +22,19 @@ from utils.serving.server import serving_app
 pytestmark = pytest.mark.slow
 
 EXAMPLES = 15  # of each route
+RUNS = Path(tempfile.mkdtemp(prefix="described-"))
 GENERATOR = Generator(tiny_model(), TOKENIZER, "first")
-APP = serving_app(Runs([Served("first", GENERATOR, QuestionTemplate(GENERATOR), 0)]), 4, 8)
+APP = serving_app(Runs([Served("first", GENERATOR, QuestionTemplate(GENERATOR), 0)]), 4, 8, RUNS, edit=True)
 schema = schemathesis.openapi.from_dict(APP.openapi())
 
 
 @pytest.fixture(scope="module")
-def client() -> TestClient:
+def client() -> Iterator[TestClient]:
+    for name in ("first", "second"):
+        make_run(RUNS, name, metrics=training_records([3.0, 2.0, 1.0]))
     with TestClient(APP, "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         yield client
+    shutil.rmtree(RUNS)
 
 
 @schema.parametrize()
@@ -40,5 +50,7 @@ def test_no_request_is_an_error_of_the_server(case: schemathesis.Case, client: T
         case.body["model"] = "first"  # else nearly all are for no model
         case.body.pop("max_completion_tokens", None)
         case.body["max_tokens"] = 5  # the default of 300 would take minutes
+    if case.query and "run" in case.query:
+        case.query["run"] = ["first", "second"] if isinstance(case.query["run"], list) else "first"
     response = client.request(**case.as_transport_kwargs(base_url="http://127.0.0.1:8000"))
     assert response.status_code < 500, response.text

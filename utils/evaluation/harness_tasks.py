@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ class HarnessTasks:
         from utils.evaluation.harness import HarnessModel
 
         model, began = HarnessModel(trained, batch_size), time.perf_counter()
-        with local_data(self._folder), quiet_bars():
+        with local_data(self._folder), quiet_bars(), package_evaluate():
             loaded = self._manager.load(self._load())
             for task in loaded["tasks"].values():
                 configure(task, few_shot)
@@ -158,6 +159,23 @@ def local_data(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original
+
+
+@contextlib.contextmanager
+def package_evaluate() -> Iterator[None]:
+    """Inside the block, `import evaluate` finds the package of metrics that tasks expect, and not our evaluate.py."""
+    ours, path = sys.modules.pop("evaluate", None), sys.path
+    sys.path = [place for place in path if not (Path(place) / "evaluate.py").is_file()]
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("evaluate")
+        sys.path = path
+        yield
+    finally:
+        sys.path = path
+        sys.modules.pop("evaluate", None)
+        if ours is not None:
+            sys.modules["evaluate"] = ours
 
 
 @contextlib.contextmanager

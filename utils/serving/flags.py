@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:
         metavar="N",
         help="texts of a run that may wait for a slot; more are refused with status 429 (default: 256)",
     )
+    group.add_argument(
+        "--edit", action="store_true", help="tags and notes of runs can be changed in the pages at /runs"
+    )
     model = parser.add_argument_group("the models")
     model.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
     model.add_argument(

@@ -1,4 +1,4 @@
-"""The app that serve.py serves: the API, and the playground at /."""
+"""The app that serve.py serves: the API, the playground at /, and the pages of runs at /runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
+from utils.pages.routes import OPEN_PATHS, router
 from utils.serving.openai import add_routes
 from utils.serving.readers import Desk
 from utils.serving.served import Runs
@@ -21,19 +22,28 @@ PAGE_STYLE = Path(html.__file__).with_name("page.css")  # shared with the report
 
 
 def serving_app(
-    runs: Runs, slots: int, most_waiting: int, *, api_key: str | None = None, loopback: bool = True
+    runs: Runs,
+    slots: int,
+    most_waiting: int,
+    runs_dir: Path,
+    *,
+    edit: bool = False,
+    api_key: str | None = None,
+    loopback: bool = True,
 ) -> FastAPI:
     """The app. Its engine runs from its start to its end.
 
     Args:
         slots: texts of a run that are generated at a time.
         most_waiting: texts of a run that may wait for a slot; more are refused.
+        runs_dir, edit: of the pages, see `router`.
         api_key, loopback: see `create_app`.
     """
-    app = create_app("lm-workbench", api_key=api_key, loopback=loopback)
+    app = create_app("lm-workbench", api_key=api_key, loopback=loopback, open_paths=OPEN_PATHS)
     desk = Desk(runs, slots, most_waiting)
     app.router.lifespan_context = _lifespan(desk)
     add_routes(app, runs, desk)
+    app.include_router(router(runs_dir, edit))
 
     @app.get("/static/page.css", include_in_schema=False)
     async def style() -> FileResponse:
