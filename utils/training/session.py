@@ -384,10 +384,7 @@ def open_session(
         stop.patient = False  # until there are steps to finish
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
-            runs = read_index(setup.runs_dir)
-            report_preflight(preflight(setup, git, runs), strict, terminal)
-            report_adapters(setup, terminal)
-            report_noise(setup, git, runs, terminal)
+            report_findings(setup, git, strict, terminal)
         setup = dataclasses.replace(setup, corpus=setup.corpus.stored())
         if ranks.several:
             assign(setup)
@@ -415,14 +412,32 @@ def open_session(
                 raise dead from None
             session.interrupt()
         except BaseException as error:
-            if not ranks.several or isinstance(error, RankError):
-                session.fail(error)
-                raise
-            failure = RankError(f"rank 0: {type(error).__name__}: {error}", trace_of(error))
+            failure = named(error, ranks)
             session.fail(failure)
+            if failure is error:
+                raise
             raise failure from error
     if not begun:
         raise StartInterruptedError(session.result)
+
+
+def report_findings(setup: Setup, git: GitFacts, strict: bool, terminal: Terminal) -> None:
+    """Print what the preflight finds in a new run, and what its adapters and its seed mean.
+
+    Raises:
+        UserError: with `strict`, a finding.
+    """
+    runs = read_index(setup.runs_dir)
+    report_preflight(preflight(setup, git, runs), strict, terminal)
+    report_adapters(setup, terminal)
+    report_noise(setup, git, runs, terminal)
+
+
+def named(error: BaseException, ranks: Ranks) -> BaseException:
+    """An error, of several ranks with the name of this one, rank 0."""
+    if not ranks.several or isinstance(error, RankError):
+        return error
+    return RankError(f"rank 0: {type(error).__name__}: {error}", trace_of(error))
 
 
 def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feeders:

@@ -146,15 +146,7 @@ def make_setup(
         config = loaded.config
     check_ranks(loaded, ranks)
     check_micro_step(loaded, corpus, device, dtype, ranks)
-    max_iters = config.train.max_iters
-    if max_iters is None:
-        assert config.train.epochs is not None
-        tokens = config.train.epochs * corpus.tokens_of_pass(config.model.block_size)
-        max_iters = math.ceil(tokens / config.train.sequences / config.model.block_size)
-        try:
-            warmup_steps(config.optimizer, max_iters)
-        except RuleError as error:
-            raise rule_error(error, loaded) from None
+    max_iters = steps_of(loaded, corpus)
     if origin is not None and origin.relation == "fork":
         assert checkpoint is not None
         if checkpoint.step >= max_iters:
@@ -163,6 +155,25 @@ def make_setup(
                 f"that, not {max_iters:,}"
             )
     return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint, ranks)
+
+
+def steps_of(loaded: LoadedConfig, corpus: Corpus) -> int:
+    """Steps of a training: `max_iters`, or as many as `epochs` over the corpus take.
+
+    Raises:
+        UserError: they are too few for the warmup.
+    """
+    config = loaded.config
+    if config.train.max_iters is not None:
+        return config.train.max_iters
+    assert config.train.epochs is not None
+    tokens = config.train.epochs * corpus.tokens_of_pass(config.model.block_size)
+    max_iters = math.ceil(tokens / config.train.sequences / config.model.block_size)
+    try:
+        warmup_steps(config.optimizer, max_iters)
+    except RuleError as error:
+        raise rule_error(error, loaded) from None
+    return max_iters
 
 
 def read_corpus(
