@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
         ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed, and is kept, would be used again uncounted
         before = psutil.Process().memory_info().rss
         reset_peak(CPU)
-        stream_export(Path(folder) / "export", model, tokenizer, {}, lambda name: shards.pieces(name, shards.own[name]))
+        stream_export(
+            Path(folder) / "trained", model, tokenizer, {}, lambda name: shards.pieces(name, shards.own[name])
+        )
         more = peak_bytes() - before
     sizes = [shape.numel() * dtype.itemsize for dtype, shape in outlines.values()]
     print(

@@ -83,8 +83,8 @@ def models(folder: Path, vocabulary: int, batch_size: int) -> tuple[Any, Any]:
     tokenizer = build_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab_size=vocabulary), [words(50_000)])
     config = ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, position="learned")
     model = LanguageModel(config, tokenizer.vocab_size).eval()
-    save_export(folder / "export", model, tokenizer, {"run": "benchmark", "step": 0})
-    weights.main(["export", str(folder / "export"), "--format", "hf", "--out", str(folder / "hf")])
+    save_export(folder / "trained", model, tokenizer, {"run": "benchmark", "step": 0})
+    weights.main(["export", str(folder / "trained"), "--format", "hf", "--out", str(folder / "hf")])
     trained = Trained(model, tokenizer, None, "benchmark", 0, "float32")
     return HarnessModel(trained, batch_size), HFLM(
         str(folder / "hf"), batch_size=batch_size, device="cpu", dtype="float32"

@@ -16,11 +16,12 @@ FILES = {path.name for path in PATHS if path.suffix} | {layout.LOCK.name}
 FOLDERS = {path.name for path in PATHS} - FILES
 SPELLED = re.compile(rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$|^/?(?:meta|logs|artifacts)/")
 # config/ lies below runs/, and reads the settings of an old run by the name of the file; tokenization/ reads the
-# tokenizer.json of others. A dataset and a published model have a tokenizer.json of their own.
+# tokenizer.json of others. A dataset and a published model have a tokenizer.json of their own. The completion of
+# RUN is a part of the parser, below runs/.
 EXEMPT = (
     *("utils/runs/layout.py", "utils/checkpoints/folder.py", "utils/config/loader.py"),
     *("utils/tokenization/vocabularies.py", "utils/corpora/datasets.py"),
-    *("utils/formats/hub.py", "utils/formats/pretrained.py"),
+    *("utils/formats/hub.py", "utils/formats/pretrained.py", "utils/terminal/completion.py"),
 )
 SOURCES = [
     path

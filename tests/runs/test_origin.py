@@ -309,6 +309,7 @@ def test_a_damaged_configuration_is_named(run: Path, loader: ConfigLoader, conte
 
 OTHER_VALUES = {  # valid, and not the default
     "dataset": "shakespeare",
+    "shard": "fsdp",
     "unknown_token": "?",
     "val_fraction": "0.2",
     "n_kv_head": "2",
