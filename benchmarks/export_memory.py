@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from tokenizer import CharTokenizer
+from tokenizer import build_tokenizer
 from utils.checkpoints.files import stream_order
-from utils.config.settings import ModelConfig
+from utils.config.settings import DataConfig, ModelConfig
 from utils.inference.export import outlines_of, stream_export
 from utils.machine.ranks import ProcessRanks
 from utils.profiling.memory import reset_peak
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--vocabulary", type=int, default=50_000, help="tokens (default: 50000)")
     args = parser.parse(argv)
     ranks = ProcessRanks()
-    tokenizer = CharTokenizer([chr(0x4E00 + number) for number in range(20)])
+    tokenizer = build_tokenizer(DataConfig(tokenizer="byte"), ())
     model, shards = sharded_model(MODEL, args.vocabulary, CPU, torch.float32, ranks)
     outlines = outlines_of(model)
     if ranks.rank:

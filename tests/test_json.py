@@ -22,7 +22,7 @@ WITHOUT = {"workbench", "model", "data", "tokenizer"}  # they are imported
 
 
 def test_no_script_is_left_out() -> None:
-    assert {path.stem for path in ROOT.glob("*.py")} == {*SCRIPTS, *WITH_COMMANDS, *WITHOUT}
+    assert {path.stem for path in ROOT.glob("*.py")} == {*SCRIPTS, *WITH_COMMANDS, *WITHOUT, "serve"}
     assert "gate" in WITH_COMMANDS["experiments"]
     assert experiments.COMMANDS is COMMANDS
 
