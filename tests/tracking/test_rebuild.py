@@ -30,7 +30,6 @@ from utils.tracking import feeder
 from utils.tracking.tensorboard import event_files
 from utils.training.callbacks import Callbacks
 
-pytestmark = pytest.mark.usefixtures("warm_processes")
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = ("--aim-logging", "--tags", "x,y", "--note", "why it was made")

@@ -27,7 +27,7 @@ from utils.runs.index import differing_settings, read_run
 from utils.runs.run import is_copy, read_record
 from utils.tracking import feeder
 
-pytestmark = pytest.mark.usefixtures("prompt_writes", "warm_processes")
+pytestmark = pytest.mark.usefixtures("prompt_writes")
 Argv = Callable[..., list[str]]
 STOPPED = ("--stop-at-step", "3", "--checkpoint-interval", "3")
 
