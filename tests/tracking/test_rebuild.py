@@ -45,6 +45,11 @@ class Odd(Callback):
 
 
 @pytest.fixture(autouse=True)
+def quick_pictures() -> None:
+    """Pictures of this process are compared with those of another, so they are rendered."""
+
+
+@pytest.fixture(autouse=True)
 def fresh_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """Aim caches its list of runs for half a second, which is longer than some of these runs take."""
     monkeypatch.setattr(Repo, "_all_run_hashes", Repo._all_run_hashes.__wrapped__)
