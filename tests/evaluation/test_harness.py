@@ -186,3 +186,12 @@ def test_a_recorded_metric_that_is_no_number_is_kept(tmp_path: Path) -> None:
     (found,), problem = read_evaluations(run)
     assert found["metrics"]["f1"] != found["metrics"]["f1"]
     assert (found["metrics"]["acc"], problem) == (0.5, None)
+
+
+def test_the_best_value_is_the_best_number() -> None:
+    facts = {"task": "t", "few_shot": 0, "problems": 10, "data_hash": "d"}
+    scores = [float("nan"), 0.2, 0.1]
+    records = [{**facts, "metrics": {"acc": score, "brier_score": score}} for score in scores]
+    (table,) = harness_tasks.tasks_screen(["a", "b", "c"], records)
+    styles = [[str(cell.style) for cell in column._cells] for column in table.columns[4:]]
+    assert styles == [["", ""], ["bold green", ""], ["", "bold green"]]

@@ -13,9 +13,10 @@ from fake_runs import indexed, log_lines
 
 from utils.errors import UserError
 from utils.experiments.curve import AXES, read_curve
+from utils.pages import series as series_module
 from utils.pages.curves import ChartRequest, chart
 from utils.pages.downsample import kept_points
-from utils.pages.series import Series, SeriesStore
+from utils.pages.series import SERIES_POINTS, Series, SeriesStore
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.layout import METRICS_LOG
 
@@ -179,3 +180,19 @@ def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path) ->
     (curve,) = chart([run], SeriesStore(), ChartRequest("val/loss"))["curves"]
     assert (curve["y"], curve["not_finite"]) == ([1, 2, 3], 2)
     assert all(map(math.isfinite, curve["y"]))
+
+
+def test_a_cursor_that_is_no_number_of_points_is_none(tmp_path: Path) -> None:
+    run, store = indexed(tmp_path, metrics=[{"step": 0, "time": 0.0, "x": 1.0}]), SeriesStore()
+    (whole,) = chart([run], store, ChartRequest("x"))["curves"]
+    generation = whole["cursor"].partition(".")[0]
+    request = ChartRequest("x", known={whole["run"]: f"{generation}.{'9' * 5000}"})
+    assert chart([run], store, request)["curves"] == [whole]
+
+
+def test_metrics_that_no_run_has_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, store = indexed(tmp_path, metrics=[{"step": 0, "time": 0.0, "x": 1.0}]), SeriesStore()
+    monkeypatch.setattr(series_module, "MOST_POINTS", 3 * SERIES_POINTS)
+    for i in range(6):
+        store.read([run], f"none/{i}")
+    assert len(store._series) <= 3

@@ -204,6 +204,25 @@ def test_a_failure_of_the_model_ends_its_texts_and_the_engine_goes_on(
     assert reader.pieces[second][-1].finish == "length"
 
 
+def test_a_prompt_that_fails_ends_no_other_text(
+    engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch, sound = engine.lanes["a"].batch, job("ab", 200)
+    join = batch.join
+
+    def join_or_fail(newcomer: Job) -> list[Delivery]:
+        if newcomer is not sound:
+            raise RuntimeError("a kernel")
+        return join(newcomer)
+
+    monkeypatch.setattr(batch, "join", join_or_fail)
+    engine.submit("a", [sound, bad := job("ab")])
+    reader.wait([sound, bad])
+    assert reader.pieces[bad][-1].error == "on this prompt: the model failed: RuntimeError"
+    assert reader.pieces[sound][-1].finish == "length"
+    assert "a kernel" in capsys.readouterr().err
+
+
 def test_no_slot_is_lost_when_readers_go_at_random_times(engine: Engine, reader: Reader) -> None:
     chance = random.Random(0)
     lane, jobs = engine.lanes["a"], []

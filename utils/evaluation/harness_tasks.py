@@ -31,6 +31,7 @@ from utils.terminal.words import one_line
 TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three of our own, of one kind each
 FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task that names one of these brings its own files
 SEED, FEW_SHOT_SEED = 0, 1234  # of lm_eval: they choose the examples of few-shot questions
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "brier_score")
 ACCURACIES = ("acc", "exact_match", "em")  # what counts as the accuracy of a task, the first that it has
 
 
@@ -265,7 +266,8 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
         some = next(iter(of_runs.values()))
         for place, metric in enumerate(some["metrics"]):
             values = [record["metrics"].get(metric, math.nan) for record in of_runs.values()]
-            best = (min if is_lower_better(metric) else max)(values)
+            numbers = [value for value in values if not math.isnan(value)]
+            best = (min if is_lower_better(metric) else max)(numbers, default=math.nan)
             head = (task, metric, str(some["few_shot"]), f"{some['problems']:,}" if some["problems"] else "")
             cells = []
             for value, record in zip(values, of_runs.values(), strict=True):
@@ -286,4 +288,4 @@ def accuracy_error(metric: str, value: float, documents: int | None) -> float:
 
 
 def is_lower_better(metric: str) -> bool:
-    return "perplexity" in metric or "bits_per_byte" in metric or "loss" in metric
+    return any(word in metric for word in LOWER_IS_BETTER)

@@ -12,11 +12,10 @@ from utils.experiments.comparison_tables import group_cells, place_text, verdict
 from utils.experiments.diff import Row, RunDiff, diff
 from utils.experiments.plot import names_of
 from utils.pages.keys import key_of
+from utils.pages.run_page import UNREADABLE
 from utils.runs.index import IndexedRun
 from utils.terminal.words import column_text, loss_text, one_line, printable, setting_text
 
-# What files that this workbench did not write may raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 SHOWN = 2000  # characters of a value
 
 

@@ -21,6 +21,7 @@ from utils.terminal.words import one_line, printable, setting_text
 
 MOST_POINTS = 4000  # of one curve; a screen has fewer columns
 DIGITS = 6  # of a number, which is more than a screen shows
+LONGEST_COUNT = 18  # digits of the number of points in a cursor
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, 
         return None
     facts: dict[str, Any] = {"run": key, "cursor": cursor}
     generation, _, seen = request.known.get(key, "").partition(".")
-    first = int(seen) if generation == str(series.generation) and seen.isdecimal() else 0
+    is_known = generation == str(series.generation) and seen.isdecimal() and len(seen) <= LONGEST_COUNT
+    first = int(seen) if is_known else 0
     places, values = shown_points(series, request)
     if first:
         facts["added"] = True

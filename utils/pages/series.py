@@ -21,6 +21,7 @@ from utils.runs.log import RunLogError, read_from
 from utils.runs.metrics import decode_number
 
 MOST_POINTS = 4_000_000  # kept in memory for all runs and metrics together; a point takes 32 bytes
+SERIES_POINTS = 40  # that a series without any takes as much memory as
 CHECKED_BYTES = 256  # before the end of what was read: if they have changed, the log is another one
 
 QUERY = """
@@ -89,11 +90,16 @@ class SeriesStore:
             return [found[run.path] for run in runs]
 
     def _drop(self) -> None:
-        total = sum(len(series.values) for series in self._series.values())
+        total = sum(map(_size, self._series.values()))
         for key in list(self._series)[:-1]:
             if total <= MOST_POINTS:
                 return
-            total -= len(self._series.pop(key).values)
+            total -= _size(self._series.pop(key))
+
+
+def _size(series: Series) -> int:
+    """Points that take the memory of a series: a metric that no run has logged takes some, too."""
+    return SERIES_POINTS + len(series.values)
 
 
 def _session_starts(run: IndexedRun) -> list[float]:

@@ -38,7 +38,6 @@ class QueueFullError(Exception):
 class Counters:
     """What the engine has done for a model since it started.
 
-    slot_seconds: time that the slots of ended jobs were taken.
     first_token_seconds: time from the request to the first piece, summed over `first_tokens` jobs.
     """
 
@@ -114,6 +113,10 @@ class Engine:
             lane.waiting.extend(jobs)
             self._changed.notify()
 
+    def most_at_once(self, model: str) -> int:
+        """Jobs that may run and wait together."""
+        return self._most_waiting + self.lanes[model].batch.slots
+
     def cancel(self, model: str, jobs: Sequence[Job]) -> None:
         """Forget jobs whose reader has gone."""
         lane = self.lanes[model]
@@ -136,9 +139,7 @@ class Engine:
                 try:
                     self._turn(lane)
                 except Exception as error:
-                    traceback.print_exc(file=sys.stderr)
-                    reason = "out of memory" if is_out_of_memory(error) else f"the model failed: {type(error).__name__}"
-                    self._fail(lane, lane.batch.clear(), reason)
+                    self._fail(lane, lane.batch.clear(), _reported(error))
             self._pass_on()
         for lane in self.lanes.values():
             self._fail(lane, [*lane.batch.clear(), *lane.waiting], "the server is shutting down")
@@ -168,9 +169,9 @@ class Engine:
         lane.counters.prompt_tokens += len(job.prompt)
         try:
             delivered = lane.batch.join(job)
-        except Exception:
-            self._fail(lane, [job], "the model failed on this prompt")
-            raise
+        except Exception as error:  # those in the batch go on: nothing of theirs has been touched
+            self._fail(lane, [job], f"on this prompt: {_reported(error)}")
+            return
         lane.counters.first_tokens += 1
         lane.counters.first_token_seconds += time.perf_counter() - job.asked
         self._collect(lane, delivered)
@@ -194,3 +195,9 @@ class Engine:
             collected, self._collected = self._collected, []
             self._handed_over = now
             self._hand_over(collected)
+
+
+def _reported(error: Exception) -> str:
+    """What clients learn of a failure, whose traceback goes to stderr."""
+    traceback.print_exception(error, file=sys.stderr)
+    return "out of memory" if is_out_of_memory(error) else f"the model failed: {type(error).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.types import Message
@@ -97,8 +98,11 @@ class Desk:
         """Let the engine generate; close what this returns.
 
         Raises:
-            ApiError: its queue is full.
+            ApiError: its queue is full, or too short for this request at any time.
         """
+        if len(jobs) > (most := self.engine.most_at_once(model)):
+            message = f"{len(jobs):,} texts in one request: this server takes at most {most:,} at a time"
+            raise ApiError(400, f"{message} (--slots and --queue)", code="too_many_texts")
         reading = Reading(self, model, jobs)
         self._readings |= dict.fromkeys(jobs, reading)
         try:
@@ -117,7 +121,7 @@ class Desk:
 
     def _hand_over(self, delivered: Sequence[Delivery]) -> None:
         assert self._loop is not None
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # a second signal has closed the loop: nobody waits any more
             self._loop.call_soon_threadsafe(self._dispatch, delivered)
 
     def _dispatch(self, delivered: Sequence[Delivery]) -> None:

@@ -132,11 +132,7 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or token ids.
-
-        Raises:
-            ValueError: there are too many, or none.
-        """
+        """Each prompt, as text or token ids; an empty list is one prompt without tokens."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
