@@ -21,7 +21,6 @@ from utils.files import open_named, open_regular
 HEADER_BYTES = 100_000_000  # the limit of the format
 HEADER_VALUES = 4_000_000  # of numbers, lists and objects, which take more memory than their text
 MOST_DIMENSIONS = 64
-MOST_ELEMENTS = 2**63 - 1
 BITS = {  # of one element; what has fewer than 8 is packed
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -133,11 +132,8 @@ def _entry(name: str, entry: Any, start: int, size: int) -> TensorEntry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{cut(name, SHOWN)}: unknown dtype {shown(dtype)}")
-    if not is_shape(shape):
-        raise ValueError(
-            f"{cut(name, SHOWN)}: shape: expected at most {MOST_DIMENSIONS} sizes, with a product below 2**63, "
-            f"got {shown(shape)}"
-        )
+    if not _is_list_of_sizes(shape):
+        raise ValueError(f"{cut(name, SHOWN)}: shape: expected at most {MOST_DIMENSIONS} sizes, got {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(number) is int for number in offsets):
         raise ValueError(f"{cut(name, SHOWN)}: data_offsets: expected two numbers, got {shown(offsets)}")
     if not 0 <= offsets[0] <= offsets[1] <= size - start:
@@ -148,16 +144,20 @@ def _entry(name: str, entry: Any, start: int, size: int) -> TensorEntry:
             f"{cut(name, SHOWN)}: {dtype} of shape {shown(tuple(shape))} needs {shown(-(-bits // 8))} bytes, "
             f"it has {shown(offsets[1] - offsets[0])}"
         )
+    if not is_shape(shape):
+        raise ValueError(f"{cut(name, SHOWN)}: shape {shown(shape)}: too large, even without numbers")
     return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def is_shape(value: Any) -> bool:
-    """Whether it is a list of sizes that a tensor can have. torch multiplies those beside a 0, too, for its strides."""
+    """Whether torch can make a tensor of these sizes; for its strides it multiplies those beside a 0, too."""
+    return _is_list_of_sizes(value) and math.prod(size or 1 for size in value) < 2**63
+
+
+def _is_list_of_sizes(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > MOST_DIMENSIONS:
         return False
-    if not all(type(size) is int and 0 <= size <= MOST_ELEMENTS for size in value):
-        return False
-    return math.prod(size or 1 for size in value) <= MOST_ELEMENTS
+    return all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def _check_cover(entries: Iterable[tuple[str, TensorEntry]], start: int, size: int) -> None:
