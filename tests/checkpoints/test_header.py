@@ -96,6 +96,11 @@ MALICIOUS: dict[str, tuple[Any, int, str]] = {
     "a shape that is no list": ({"a": entry(0, 4, shape={"0": 1})}, 4, f"{SIZES} {{'0': 1}}"),
     "three offsets": ({"a": {**entry(0, 4), "data_offsets": [0, 4, 4]}}, 4, f"{OFFSETS} [0, 4, 4]"),
     "offsets that are no list": ({"a": {**entry(0, 4), "data_offsets": "04"}}, 4, f"{OFFSETS} '04'"),
+    "an empty shape beyond all memory": (
+        {"a": {"dtype": "F32", "shape": [0, 2**63 - 1, 2**62], "data_offsets": [0, 0]}},
+        0,
+        f"a: shape {[0, 2**63 - 1, 2**62]}: too large, even without numbers",
+    ),
     "an unknown dtype": ({"a": entry(0, 4, "F33")}, 4, "a: unknown dtype 'F33'"),
     "a dtype that is no text": ({"a": entry(0, 4, ["F32"])}, 4, "a: unknown dtype ['F32']"),
     "another key": ({"a": {**entry(0, 4), "code": "import os"}}, 4, "a: expected dtype, shape and data_offsets"),

@@ -134,6 +134,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
         (lambda index: index["model"]["a.weight"]["files"][0].__setitem__(0, "../x.safetensors"), "no file of model"),
         (lambda index: index["model"]["a.weight"].update(dtype="F16"), "rows 0 to 4 of a.weight are not there"),
         (lambda index: index["model"].update(d=index["model"]["a.weight"]), "of d are not there"),
+        (lambda index: index["model"]["a.weight"]["files"][0].__setitem__(1, False), "expected the numbers of rows"),
+        (lambda index: index["model"]["a.weight"]["files"][1].__setitem__(2, 7.0), "expected the numbers of rows"),
+        (lambda index: index["model"]["a.weight"].update(shape=[2**70, 3]), "expected a dtype and a shape"),
+        *(
+            (lambda index, shape=shape: index["model"].update(d={"dtype": "F32", "shape": shape, "files": []}), "shape")
+            for shape in ([0, 2**63 - 1, 2**62], [0, 2**70], [0] * 65, "", {})
+        ),
     ],
 )
 def test_an_index_that_does_not_describe_the_files_is_refused(

@@ -132,7 +132,7 @@ def _entry(name: str, entry: Any, start: int, size: int) -> TensorEntry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{cut(name, SHOWN)}: unknown dtype {shown(dtype)}")
-    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or not all(map(_is_size, shape)):
+    if not _is_list_of_sizes(shape):
         raise ValueError(f"{cut(name, SHOWN)}: shape: expected at most {MOST_DIMENSIONS} sizes, got {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(number) is int for number in offsets):
         raise ValueError(f"{cut(name, SHOWN)}: data_offsets: expected two numbers, got {shown(offsets)}")
@@ -144,11 +144,20 @@ def _entry(name: str, entry: Any, start: int, size: int) -> TensorEntry:
             f"{cut(name, SHOWN)}: {dtype} of shape {shown(tuple(shape))} needs {shown(-(-bits // 8))} bytes, "
             f"it has {shown(offsets[1] - offsets[0])}"
         )
+    if not is_shape(shape):
+        raise ValueError(f"{cut(name, SHOWN)}: shape {shown(shape)}: too large, even without numbers")
     return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+def is_shape(value: Any) -> bool:
+    """Whether torch can make a tensor of these sizes; for its strides it multiplies those beside a 0, too."""
+    return _is_list_of_sizes(value) and math.prod(size or 1 for size in value) < 2**63
+
+
+def _is_list_of_sizes(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > MOST_DIMENSIONS:
+        return False
+    return all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def _check_cover(entries: Iterable[tuple[str, TensorEntry]], start: int, size: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from utils.checkpoints.folder import INDEX_FILE, SHARD, CheckpointError, read_object
-from utils.checkpoints.header import BITS, TensorEntry, read_header
+from utils.checkpoints.header import BITS, TensorEntry, is_shape, read_header
 from utils.errors import SHOWN, cut
 
 Kind = Literal["model", "optimizer"]
@@ -86,15 +86,17 @@ def read_index(folder: Path, kind: Kind) -> dict[str, Sharded]:
 
 def _sharded(entry: Any, kind: Kind) -> Sharded:
     """Raises LookupError, TypeError or ValueError unless it is one, whose rows follow each other without a gap."""
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    if dtype not in BITS or not all(type(size) is int and size >= 0 for size in shape):
+    if entry["dtype"] not in BITS or not is_shape(entry["shape"]):
         raise ValueError("expected a dtype and a shape")
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
     rows = tuple(Rows(*part) for part in entry["files"])
     count, end = shape[0] if shape else 1, 0
     for part in rows:
         match = SHARD_PATTERN.fullmatch(part.file)
         if match is None or match[1] != kind:
             raise ValueError(f"{part.file} is no file of {kind}")
+        if type(part.first) is not int or type(part.end) is not int:
+            raise ValueError(f"{part.file}: expected the numbers of rows")
         if part.first != end or not part.first < part.end <= count:
             raise ValueError(f"rows {part.first} to {part.end} do not follow row {end}")
         end = part.end
