@@ -52,7 +52,7 @@ def add_flags(parser: Parser) -> None:
     )
     group.add_argument("--sampler", choices=SAMPLERS, help="how values are chosen (default: tpe)")
     group.add_argument("--sampler-seed", type=int, metavar="N", help="of the sampler (default: 0)")
-    group.add_argument("--pruner", choices=PRUNERS, help="which trials end early (default: none)")
+    group.add_argument("--pruner", choices=PRUNERS, help="which trials end early, or go on from others (default: none)")
     group.add_argument("--min-steps", type=int, metavar="N", help="steps before the first comparison of a pruner")
     group.add_argument("--eta", type=int, metavar="N", help="asha: one trial in N goes on from a rung (default: 3)")
     group.add_argument("--resume", action="store_true", help="go on with the sweep of this name, or join its drivers")

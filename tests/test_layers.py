@@ -25,7 +25,15 @@ WITHOUT_TORCH = (
     *("machine.process", "machine.signals", "machine.watchdog"),
     *("formats.stored", "formats.foreign_files", "formats.weight_index", "formats.c_files", "formats.inspection"),
     *("training.early_stopping", "training.launch", "training.notify", "training.result"),
-    *("sweeps.space", "sweeps.sampling", "sweeps.pruning", "sweeps.folder", "sweeps.study", "sweeps.results"),
+    *(
+        "sweeps.space",
+        "sweeps.sampling",
+        "sweeps.pruning",
+        "sweeps.population",
+        "sweeps.folder",
+        "sweeps.study",
+        "sweeps.results",
+    ),
     *("sweeps.trial", "sweeps.driver", "sweeps.table", "sweeps.start", "sweeps.multirun"),
     *(
         "inference.flags",

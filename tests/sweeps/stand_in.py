@@ -24,6 +24,7 @@ from utils.files import write_json  # noqa: E402
 from utils.machine.signals import stop_on_signals  # noqa: E402
 from utils.runs.layout import CONFIG, CONFIG_SOURCES, LOGS  # noqa: E402
 from utils.runs.log import RunLog, truncate  # noqa: E402
+from utils.runs.origin import parent_facts  # noqa: E402
 from utils.runs.run import Run, read_record  # noqa: E402
 from utils.terminal.cli import Parser, script  # noqa: E402
 from utils.terminal.config_flags import parse_experiment  # noqa: E402
@@ -44,7 +45,7 @@ def train(argv: list[str]) -> int:
         return multirun(parsed, ROOT)
     ((loaded, origin),) = launches(parsed)
     with stop_on_signals() as stop:
-        if origin is not None:
+        if origin is not None and origin.relation == "resume":
             run = Run.resume(origin.run)
             step = checkpoint_of(run.path)
             if not (run.path / CONFIG).is_file():
@@ -57,8 +58,10 @@ def train(argv: list[str]) -> int:
                 loaded.config.tracking.run_tag,
                 argv=argv,
                 **trial_facts(parsed.own.trial),
+                **({"parent": parent_facts(origin, int(origin.which), {})} if origin is not None else {}),
             )
-            step = 0
+            step = int(origin.which) if origin is not None else 0
+            assert origin is None or checkpoint_of(origin.run) == step, "the checkpoint of the parent is gone"
             write_json(run.path / CONFIG_SOURCES, loaded.sources_json())
             write_json(run.path / CONFIG, loaded.config.model_dump(mode="json"))
             run.update(resolved={"max_iters": loaded.config.train.max_iters})
@@ -99,7 +102,8 @@ def loss_at(rate: float, width: int, step: int) -> float:
 
 def checkpoint_of(path: Path) -> int:
     found = path / "artifacts" / "step.json"
-    return int(json.loads(found.read_text())["step"]) if found.is_file() else 0
+    first = int((read_record(path).get("parent") or {}).get("step", 0))
+    return int(json.loads(found.read_text())["step"]) if found.is_file() else first
 
 
 def cut(path: Path, step: int) -> None:

@@ -1,9 +1,9 @@
-"""Which trials go on: none is stopped early, or asynchronous successive halving (ASHA), or the median rule.
+"""Which trials go on: all, or as asynchronous successive halving (ASHA), the median rule, or a population decides.
 
 ASHA [Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning, algorithm 2]: every trial is trained to the
 first rung and pauses there. Of those at a rung, the best in each `eta` go on to the next one, from their checkpoints.
 The median rule [Golovin et al. 2017, Google Vizier, section 3.2] stops a trial at an evaluation where its best value is
-worse than the median of the others at that step.
+worse than the median of the others at that step. Population-based training has a module of its own (population.py).
 """
 
 from __future__ import annotations
@@ -14,29 +14,39 @@ from typing import Any, Literal, NamedTuple
 
 from utils.errors import UserError
 
-PrunerName = Literal["asha", "median", "none"]
-PRUNERS: tuple[PrunerName, ...] = ("asha", "median", "none")
+PrunerName = Literal["asha", "median", "pbt", "none"]
+PRUNERS: tuple[PrunerName, ...] = ("asha", "median", "pbt", "none")
 ETA = 3
 RUNGS_BELOW = 3  # rungs below the last one, by default
 STARTUP_TRIALS = 5  # that the median rule lets finish
+GENERATIONS, MOST_GENERATIONS = 10, 1000  # with pbt: by default, and at most
 
 
 @dataclass(frozen=True)
 class Pruner:
     """The rule of a sweep.
 
-    rungs: with asha, the steps at which trials are compared, the last being the end of training; with median, the step
-        before which no trial is stopped.
+    rungs: with asha and pbt, the steps at which trials are compared, the last being the end of training; with median,
+        the step before which no trial is stopped.
     eta: with asha, one in so many trials goes on.
+    population: with pbt, its members.
     """
 
     name: PrunerName = "none"
     rungs: tuple[int, ...] = ()
     eta: int = ETA
+    population: int | None = None
+
+    @property
+    def pauses(self) -> bool:
+        """Whether trials pause at rungs."""
+        return self.name in ("asha", "pbt")
 
     def as_json(self) -> dict[str, Any]:
         if self.name == "asha":
             return {"name": self.name, "rungs": list(self.rungs), "eta": self.eta}
+        if self.name == "pbt":
+            return {"name": self.name, "rungs": list(self.rungs), "population": self.population}
         if self.name == "median":
             return {"name": self.name, "min_steps": self.rungs[0], "startup_trials": STARTUP_TRIALS}
         return {"name": self.name}
@@ -45,7 +55,10 @@ class Pruner:
     def from_json(cls, data: Mapping[str, Any]) -> Pruner:
         """The pruner that `as_json` describes."""
         return cls(
-            data["name"], tuple(data.get("rungs") or filter(None, [data.get("min_steps")])), data.get("eta", ETA)
+            data["name"],
+            tuple(data.get("rungs") or filter(None, [data.get("min_steps")])),
+            data.get("eta", ETA),
+            data.get("population"),
         )
 
 
@@ -56,35 +69,45 @@ class Promotion(NamedTuple):
     rung: int
 
 
-def make_pruner(name: PrunerName, max_iters: int | None, min_steps: int | None, eta: int | None) -> Pruner:
+def make_pruner(
+    name: PrunerName, max_iters: int | None, min_steps: int | None, eta: int | None, trials: int = 0
+) -> Pruner:
     """The pruner that flags ask for.
 
     Args:
         max_iters: steps of a whole trial; None: they are not the same for all.
-        min_steps: before the first comparison; None: so that there are four rungs.
+        min_steps: before the first comparison; None: so that there are four rungs, or ten generations.
+        trials: of the sweep; with pbt, the population.
 
     Raises:
         UserError: flags that do not fit each other.
     """
     if name == "none":
         if min_steps is not None or eta is not None:
-            raise UserError(f"--{'eta' if min_steps is None else 'min-steps'} is for --pruner asha or median")
+            raise UserError(f"--{'eta' if min_steps is None else 'min-steps'} is for --pruner asha or median or pbt")
         return Pruner()
     if max_iters is None:
         raise UserError(
             f"--pruner {name} compares trials at the same step: max_iters must be one number for all trials"
         )
-    if name == "median" and eta is not None:
+    if name != "asha" and eta is not None:
         raise UserError("--eta is for --pruner asha")
     eta = ETA if eta is None else eta
     if eta < 2:
         raise UserError(f"--eta must be at least 2, not {eta}")
     if min_steps is None:
-        min_steps = max(1, max_iters // (eta**RUNGS_BELOW if name == "asha" else 4))
+        parts = {"asha": eta**RUNGS_BELOW, "median": 4, "pbt": GENERATIONS}
+        min_steps = max(1, max_iters // parts[name])
     if not 1 <= min_steps < max_iters:
         raise UserError(f"--min-steps must be at least 1 and below max_iters ({max_iters:,}), not {min_steps:,}")
     if name == "median":
         return Pruner(name, (min_steps,))
+    if name == "pbt":
+        if trials < 2:
+            raise UserError(f"--pruner pbt trains a population: --trials must be at least 2, not {trials}")
+        if max_iters > MOST_GENERATIONS * min_steps:
+            raise UserError(f"--min-steps {min_steps:,} makes more than {MOST_GENERATIONS:,} generations")
+        return Pruner(name, (*range(min_steps, max_iters, min_steps), max_iters), population=trials)
     return Pruner(name, rung_steps(min_steps, max_iters, eta), eta)
 
 

@@ -16,10 +16,11 @@ from utils.errors import UserError
 from utils.sweeps.driver import Driver, Ending
 from utils.sweeps.folder import RECORD as SWEEP_RECORD
 from utils.sweeps.folder import Plan, Sweep, check_name, open_sweep, read_sweep, steps_of
+from utils.sweeps.population import check_population
 from utils.sweeps.pruning import Pruner, PrunerName, make_pruner
 from utils.sweeps.sampling import SamplerName, grid
 from utils.sweeps.space import Space, read_space
-from utils.sweeps.study import REASON, RUNS, Study
+from utils.sweeps.study import PARENT, REASON, RUNS, Study
 from utils.sweeps.table import Display, longer_command, summary
 from utils.terminal.commands import as_plain
 from utils.terminal.config_flags import ExperimentArguments
@@ -73,14 +74,16 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
         UserError: flags that do not fit each other or the space.
     """
     config = loaded.config
-    sampler: SamplerName = own.sampler or (known.sampler if known else "tpe")
     seed = own.sampler_seed if own.sampler_seed is not None else known.sampler_seed if known else 0
     if own.pruner is None and own.min_steps is None and own.eta is None and known is not None:
         pruner = known.pruner
     else:
         name: PrunerName = own.pruner or (known.pruner.name if known else "none")
-        pruner = make_pruner(name, steps_of(config, space), own.min_steps, own.eta)
+        pruner = make_pruner(name, steps_of(config, space), own.min_steps, own.eta, own.trials)
+    usual: SamplerName = "random" if pruner.name == "pbt" else "tpe"
+    sampler: SamplerName = own.sampler or (known.sampler if known else usual)
     check_goal(space, pruner)
+    check_population(space, sampler, pruner, own.trials)
     plan = Plan(space, config, sampler, seed, pruner)
     if sampler == "grid":
         grid(space, {})
@@ -175,6 +178,7 @@ def as_data(sweep: Sweep, study: Study, importance: dict[str, float], files: lis
                 "settings": trial.params,
                 "reason": trial.user_attrs.get(REASON),
                 "runs": trial.user_attrs.get(RUNS, []),
+                **({"parent": trial.user_attrs[PARENT]} if PARENT in trial.user_attrs else {}),
                 "at_steps": {str(step): value for step, value in trial.intermediate_values.items()},
             }
             for trial in study.trials()

@@ -22,6 +22,7 @@ from utils.locks import folder_lock
 from utils.runs.lock import RunLock
 from utils.runs.log import truncate
 from utils.sweeps.folder import JOURNAL, TRIALS, Sweep
+from utils.sweeps.population import forks
 from utils.sweeps.pruning import Promotion, promotion
 from utils.sweeps.sampling import distribution_of, grid, propose, quiet_optuna
 from utils.sweeps.space import Value
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 RUNG = "rung"  # attribute of a trial: the index of the rung that it may train to
 REASON = "reason"  # why it failed or ended early
 RUNS = "runs"  # ids of its runs
+MEMBER, PARENT = "member", "parent"  # of a fork in a population: whose place it takes; the trial, run and step before
 
 
 class _JournalLock:
@@ -61,12 +63,14 @@ class Work:
     """A claimed trial.
 
     step: train until there; None: to the end.
+    parent: RUN:STEP that it is a fork of.
     """
 
     number: int
     values: Mapping[str, Value]
     step: int | None
     lock: RunLock
+    parent: str | None = None
 
     def release(self) -> None:
         self.lock.release()
@@ -136,9 +140,9 @@ class Study:
     def _target(self, trial: FrozenTrial) -> int | None:
         """The step that a trial may train to; None: the end."""
         rungs = self.sweep.plan.pruner.rungs
-        if self.sweep.plan.pruner.name != "asha":
+        if not self.sweep.plan.pruner.pauses:
             return None
-        rung = int(trial.user_attrs.get(RUNG, 0))
+        rung = rung_of(trial)
         return rungs[rung] if rung < len(rungs) - 1 else None
 
     # -------------------------------------------------------------------------------------------------- claims
@@ -154,9 +158,12 @@ class Study:
         """
         with folder_lock(self.sweep.path / TRIALS):
             trials = self.trials()
+            if self.sweep.plan.pruner.name == "pbt" and len(trials) >= total:
+                trials = self._next_generation(trials)
             unfinished = [trial for trial in trials if self.runs(trial) and not self.is_paused(trial)]
+            needed = {self._needs(trial) for trial in unfinished}
             for trial in unfinished:
-                if (lock := self._try_lock(trial.number)) is not None:
+                if trial.number not in needed and (lock := self._try_lock(trial.number)) is not None:
                     return self._work(trial, lock)
             if (found := self._promotion(trials)) is not None:
                 return self._promote(found)
@@ -182,7 +189,55 @@ class Study:
         return lock
 
     def _work(self, trial: FrozenTrial, lock: RunLock) -> Work:
-        return Work(trial.number, trial.params, self._target(trial), lock)
+        parent = trial.user_attrs.get(PARENT)
+        place = None if parent is None else f"{parent['run']}:{parent['step']}"
+        return Work(trial.number, trial.params, self._target(trial), lock, place)
+
+    def _next_generation(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Once all members of a population have paused at a rung, let them go on, or forks of others in their place.
+
+        A process that is killed in between leaves what another one completes: the forks are decided by what is known
+        of the rung, each is written in one line, and those that go on are marked last.
+
+        Returns:
+            The trials as they are now.
+        """
+        plan, running = self.sweep.plan, [trial for trial in trials if self.runs(trial)]
+        rung = min(map(rung_of, running), default=len(plan.pruner.rungs))
+        waiting = {trial.number for trial in running if rung_of(trial) == rung}
+        if rung >= len(plan.pruner.rungs) - 1 or not all(self.is_paused(trials[number]) for number in waiting):
+            return trials
+        step = plan.pruner.rungs[rung]
+        there = [trial for trial in trials if self._first_rung(trial) <= rung <= rung_of(trial)]
+        known = {trial.user_attrs[MEMBER] for trial in trials if self._first_rung(trial) == rung + 1}
+        for fork in forks(
+            plan.space,
+            plan.sampler_seed,
+            rung,
+            {trial.number: trial.user_attrs.get(MEMBER, trial.number) for trial in there},
+            {trial.number: trial.intermediate_values[step] for trial in there if step in trial.intermediate_values},
+            {trial.number: trial.params for trial in there},
+            self.sweep.maximize,
+        ):
+            if fork.member not in known:
+                parent = {"trial": fork.parent, "run": trials[fork.parent].user_attrs[RUNS][0], "step": step}
+                self._add(fork.values, {MEMBER: fork.member, PARENT: parent, RUNG: rung + 1})
+            if fork.replaced in waiting:
+                self.finish(fork.replaced, reason=f"replaced by a fork of trial {fork.parent}", pruned=True)
+                waiting.remove(fork.replaced)
+        for number in waiting:
+            self._storage.set_trial_user_attr(trials[number]._trial_id, RUNG, rung + 1)
+        return self.trials()
+
+    def _first_rung(self, trial: FrozenTrial) -> int:
+        """The index of the first rung that a trial trains to."""
+        parent = trial.user_attrs.get(PARENT)
+        return 0 if parent is None else self.sweep.plan.pruner.rungs.index(parent["step"]) + 1
+
+    def _needs(self, trial: FrozenTrial) -> int | None:
+        """The trial that has to wait for an unfinished fork of it: if it went on, it might delete the checkpoint."""
+        begins = PARENT in trial.user_attrs and self._first_rung(trial) == rung_of(trial)
+        return int(trial.user_attrs[PARENT]["trial"]) if begins else None
 
     def _promotion(self, trials: Sequence[FrozenTrial], last_call: bool = False) -> Promotion | None:
         pruner = self.sweep.plan.pruner
@@ -207,21 +262,29 @@ class Study:
         return self._work(self.trials()[found.number], lock)
 
     def _create(self, trials: Sequence[FrozenTrial]) -> Work:
-        from optuna.trial import create_trial
-
         plan = self.sweep.plan
-        dimensions = {dimension.key: dimension for dimension in plan.space.dimensions}
         values = propose(
             plan.space, self.sweep.fixed, plan.sampler, plan.sampler_seed, self._history(trials), self.sweep.maximize
         )
         number = len(trials)
         lock = self._try_lock(number)
         assert lock is not None, "a new trial has no process"
-        distributions = {key: distribution_of(dimensions[key]) for key in values}
-        template = create_trial(state=self._states.RUNNING, params=dict(values), distributions=distributions)
+        self._add(values)
+        return self._work(self.trials()[number], lock)
+
+    def _add(self, values: Mapping[str, Value], attributes: Mapping[str, object] | None = None) -> None:
+        """Write a new trial into the journal, with all that is known of it in one line."""
+        from optuna.trial import create_trial
+
+        dimensions = {dimension.key: dimension for dimension in self.sweep.plan.space.dimensions}
+        template = create_trial(
+            state=self._states.RUNNING,
+            params=dict(values),
+            distributions={key: distribution_of(dimensions[key]) for key in values},
+            user_attrs=dict(attributes or {}),
+        )
         created = self._storage.create_new_trial(self._id, template)
-        assert self.trials()[number]._trial_id == created
-        return Work(number, values, self._target(self.trials()[number]), lock)
+        assert self.trials()[-1]._trial_id == created
 
     def _history(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """The trials as a sampler should see them: a paused one counts as pruned, so that its value is known."""
@@ -241,9 +304,11 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------- results
 
-    def report(self, number: int, step: int, value: float) -> None:
-        """Record the value of an unfinished trial at a step."""
+    def report(self, number: int, step: int, value: float, runs: Sequence[str] = ()) -> None:
+        """Record the value of an unfinished trial at a step, and before it the ids of its runs."""
         trial = self.trials()[number]
+        if runs and trial.user_attrs.get(RUNS) != list(runs):
+            self._storage.set_trial_user_attr(trial._trial_id, RUNS, list(runs))
         if trial.intermediate_values.get(step) != value:
             self._storage.set_trial_intermediate_value(trial._trial_id, step, value)
 
@@ -276,6 +341,11 @@ class Study:
         state = self._states.COMPLETE if value is not None else self._states.PRUNED if pruned else self._states.FAIL
         assert value is None or math.isfinite(value)
         self._storage.set_trial_state_values(trial._trial_id, state, None if value is None else [value])
+
+
+def rung_of(trial: FrozenTrial) -> int:
+    """The index of the rung that a trial may train to."""
+    return int(trial.user_attrs.get(RUNG, 0))
 
 
 def is_full(error: OSError) -> bool:

@@ -99,14 +99,15 @@ class Display:
 
     def _heading(self, trials: list[FrozenTrial]) -> Text:
         ended = [trial for trial in trials if not self.study.runs(trial)]
+        total = max(self.total, len(trials))  # the forks of a population come on top
         paused, failed = sum(map(self.study.is_paused, trials)), sum(map(self.study.is_failed, trials))
-        words = [f"{len(ended)} of {counted(self.total, 'trial')} done"]
+        words = [f"{len(ended)} of {counted(total, 'trial')} done"]
         words += [f"{paused} paused"] if paused else []
         words += [f"{failed} failed"] if failed else []
         seconds = time.monotonic() - self._began
         words.append(f"{duration(seconds)} elapsed")
         if (done := len(ended) - self._done_before) > 0:
-            words.append(f"about {duration(seconds / done * max(0, self.total - len(ended)))} left")
+            words.append(f"about {duration(seconds / done * max(0, total - len(ended)))} left")
         return Text.assemble((f"{self.sweep.name}: ", "bold"), ", ".join(words))
 
 
@@ -194,5 +195,5 @@ def longer_command(sweep: Sweep, study: Study) -> str | None:
     config = shlex.quote(relative_name(run / CONFIG, Path.cwd()))
     steps, epochs = best[0].params.get("max_iters", sweep.plan.config.train.max_iters), sweep.plan.config.train.epochs
     length = f"--max-iters {LONGER * steps}" if steps else f"--epochs {number_text(LONGER * (epochs or 1))}"
-    rungs = " --eval-at ''" if sweep.plan.pruner.name == "asha" else ""
+    rungs = " --eval-at ''" if sweep.plan.pruner.pauses else ""
     return f"{script_command('train.py')} --config {config} --run-tag {sweep.name}-best {length}{rungs}"

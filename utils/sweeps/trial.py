@@ -74,7 +74,7 @@ class Outcome:
 def record(study: Study, work: Work, outcome: Outcome) -> None:
     """Write into the journal how a piece of work ended; one that was stopped stays as it is."""
     if outcome.value is not None and work.step is not None:
-        study.report(work.number, work.step, outcome.value)
+        study.report(work.number, work.step, outcome.value, outcome.runs)
     elif not outcome.was_stopped:
         study.finish(work.number, outcome.value, reason=outcome.reason, pruned=outcome.pruned, runs=outcome.runs)
 
@@ -262,8 +262,10 @@ class Trials:
         if rungs := self.sweep.plan.pruner.rungs[:-1]:
             evaluations = sorted({*get_value(self.sweep.plan.config, "eval_at"), *rungs})
             flags.append(f"--eval-at={','.join(map(str, evaluations))}")
+        origin = [f"--resume={self.sweep.runs_dir / work.parent}", "--fork"] if work.parent is not None else []
         return [
             *train,
+            *origin,
             f"--config={self.sweep.path / SWEEP_CONFIG}",
             *flags,
             f"--run-tag={self.sweep.tag(work.number)}",

@@ -1,0 +1,107 @@
+"""Population-based training: while all members train, the worst go on from the checkpoints of the best.
+
+Jaderberg et al. 2017, Population Based Training of Neural Networks: truncation selection of a quarter, and perturbation
+by a factor of 0.8 or 1.25. A member that goes on from another's checkpoint is a fork of that run, and a new trial of
+the sweep, as its settings are new ones. Every choice depends on the seed of the sampler, the generation and the member
+alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from utils.errors import UserError
+from utils.sweeps.pruning import Pruner
+from utils.sweeps.sampling import DIGITS
+from utils.sweeps.space import Dimension, Space, Value
+
+FACTORS = (0.8, 1.25)
+SHARE = 4  # one member in so many is among the best, and one among the worst
+# Settings that a run may change on its way: not its model, its data, the lengths of its schedules, or what is measured.
+CHANGEABLE = (
+    *("learning_rate", "embedding_lr", "head_lr", "vector_lr", "min_lr", "weight_decay", "momentum"),
+    *("beta1", "beta2", "adam_eps", "grad_clip", "dropout", "lora_dropout"),
+    *("batch_size", "gradient_accumulation_steps"),
+)
+
+
+class Fork(NamedTuple):
+    """From the next generation on, `member` trains with `values` from the checkpoint of `parent`.
+
+    replaced, parent: numbers of trials.
+    """
+
+    member: int
+    replaced: int
+    parent: int
+    values: dict[str, Value]
+
+
+def check_population(space: Space, sampler: str, pruner: Pruner, trials: int) -> None:
+    """Raises UserError unless the search can be one by population-based training; any other pruner may be.
+
+    Args:
+        trials: of the sweep, as asked for.
+    """
+    if pruner.population is None:
+        return
+    named = f"--pruner {pruner.name}"
+    fixed = [one.key for one in space.dimensions if one.key not in CHANGEABLE]
+    conditional = [one.key for one in space.dimensions if one.when]
+    if fixed:
+        raise UserError(
+            f"{named} changes settings while a run trains, and {fixed[0]} cannot be: expected {', '.join(CHANGEABLE)}"
+        )
+    if conditional:
+        raise UserError(f"{named} searches the same settings in all members: {conditional[0]} has a condition (when)")
+    if space.seeds_from(0)[1:]:
+        raise UserError(f"{named} trains one run of each member: seeds must be 1, not {space.seeds}")
+    if sampler not in ("random", "grid"):
+        raise UserError(f"{named} begins with values that depend on nothing else: --sampler random or grid")
+    if trials != pruner.population:
+        raise UserError(f"--trials: the population has {pruner.population} members and keeps them, not {trials}")
+
+
+def forks(
+    space: Space,
+    seed: int,
+    generation: int,
+    members: Mapping[int, int],
+    reached: Mapping[int, float],
+    values: Mapping[int, Mapping[str, Value]],
+    maximize: bool = False,
+) -> list[Fork]:
+    """Which members do not go on by themselves after `generation`, in the order of the members.
+
+    Args:
+        seed: of the sampler.
+        members: the members of the generation, by trial.
+        reached: the metric at its end; a trial that has none has diverged or failed.
+        values: the settings of each trial.
+    """
+    ranked = sorted(reached, key=lambda number: (-reached[number] if maximize else reached[number], number))
+    quarter = max(1, len(members) // SHARE)
+    best, others = ranked[:quarter], ranked[quarter:]
+    lost = [number for number in members if number not in reached]
+    worst = others[max(0, len(others) - max(0, quarter - len(lost))) :]
+    found = []
+    for number in sorted([*lost, *worst], key=lambda number: members[number]):
+        draw = random.Random(f"{seed}:{generation}:{members[number]}")
+        parent = draw.choice(best)
+        changed = {one.key: perturbed(one, values[parent][one.key], draw) for one in space.dimensions}
+        found.append(Fork(members[number], number, parent, changed))
+    return found
+
+
+def perturbed(dimension: Dimension, value: Value, draw: random.Random) -> Value:
+    """A value near `value`: of values that can be counted a neighbour, else 0.8 or 1.25 times as much, in the range."""
+    if (steps := dimension.steps()) is not None:
+        place = steps.index(value)
+        return draw.choice([*steps[max(0, place - 1) : place], *steps[place + 1 : place + 2]] or steps)
+    low, high = (bound for bound in dimension.values[:2] if isinstance(bound, int | float))
+    assert isinstance(value, int | float)
+    scaled = value * draw.choice(FACTORS)
+    scaled = round(scaled) if dimension.whole else float(f"{scaled:.{DIGITS}g}")
+    return min(max(scaled, low), high)
