@@ -18,7 +18,7 @@ import pytest
 from utils.config.loader import ConfigLoader
 from utils.corpora.sources import find_source
 from utils.errors import UserError
-from utils.files import open_named, real_path, write_atomic, write_json
+from utils.files import open_named, real_path, remove, write_atomic, write_json
 from utils.inference.prompts import read_prompts, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,3 +151,15 @@ def test_a_link_to_itself_is_a_path_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
     assert real_path(tmp_path / "link" / "x") == real_path(tmp_path) / "there" / "x"
+
+
+def test_whatever_is_there_is_removed_and_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inside").write_text("x")
+    (tmp_path / "link").symlink_to("kept")
+    (tmp_path / "kept").mkdir()
+    for name in ("pipe", "file", "folder", "link", "nothing"):
+        remove(tmp_path / name)
+    assert os.listdir(tmp_path) == ["kept"]

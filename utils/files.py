@@ -6,6 +6,7 @@ Modes are those that the umask leaves, as for any program, so a group can share 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -179,6 +180,18 @@ def expand_home(text: str) -> str:
 def real_path(path: Path) -> Path:
     """The absolute path without links; one that leads to itself stays, where Path.resolve of Python 3.11 raises."""
     return Path(os.path.realpath(path))
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with its content, or whatever else is there; what cannot be deleted stays.
+
+    shutil.rmtree opens what it is to delete, so at a pipe it would wait for ever.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
@@ -359,7 +372,7 @@ def replace_folder(folder: Path, new: Path) -> None:
     """
     restore_folder(folder)
     old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     if folder.exists():
         folder.rename(old)
     try:
@@ -368,7 +381,7 @@ def replace_folder(folder: Path, new: Path) -> None:
         restore_folder(folder)
         raise
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def restore_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from utils.checkpoints.folder import (
     list_checkpoints,
 )
 from utils.errors import nearest, shown
+from utils.files import remove
 
 
 def newest_good(
@@ -97,7 +97,7 @@ def put_aside(paths: Iterable[Path]) -> None:
     """Rename unusable checkpoints to `step_..._damaged`, so that the run can write these steps again."""
     for path in paths:
         name = path.with_name(f"{path.name}_damaged")
-        shutil.rmtree(name, ignore_errors=True)
+        remove(name)
         path.rename(name)
 
 
@@ -111,13 +111,13 @@ def prune(folder: Path, keep_last: int, best: int | None) -> None:
         if path != kept:
             old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
             path.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process left half written or half deleted."""
     for path in folder.glob(".*"):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         else:
             path.unlink(missing_ok=True)

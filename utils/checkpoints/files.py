@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,7 @@ from utils.checkpoints.folder import (
     read_object,
 )
 from utils.checkpoints.header import TensorEntry, header_of
-from utils.files import open_named, open_regular, sync_folder
+from utils.files import open_named, open_regular, remove, sync_folder
 
 READ_BYTES = 1 << 20  # of one read: small enough for the caches, where the checksum finds it
 READERS = 2  # threads; most of their time goes into new pages of memory, see docs/LOG.md
@@ -126,7 +125,7 @@ def write_folder(
     """`write_checkpoint`, with tensors in files that `write` writes and syncs in a folder; it returns their entries."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         manifest = {
             **write(temporary),
@@ -138,11 +137,11 @@ def write_folder(
         before_manifest()
         write_object(temporary / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": manifest})
         sync_folder(temporary)
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         temporary.rename(path)
         sync_folder(path.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         raise
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import SHOWN, UserError, cut
-from utils.files import read_text, replace_folder, restore_folder, sync_files, unwritable
+from utils.files import read_text, remove, replace_folder, restore_folder, sync_files, unwritable
 from utils.formats.card import MADE_HERE
 from utils.locks import try_flock
 
@@ -45,7 +45,7 @@ def new_folder(place: Path) -> Iterator[Path]:
                 sync_files(hidden)
                 replace_folder(place, hidden)
             except BaseException:
-                shutil.rmtree(hidden, ignore_errors=True)
+                remove(hidden)
                 raise
     except OSError as error:
         raise unwritable(place, error) from None

@@ -26,7 +26,7 @@ from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS
 from utils.checkpoints.header import read_header
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
-from utils.files import is_regular, open_regular, read_json, replace_folder, restore_folder, write_json
+from utils.files import is_regular, open_regular, read_json, remove, replace_folder, restore_folder, write_json
 from utils.inference.evaluation import evaluating
 from utils.nn.lora import adapted_layers, merged_weights
 from utils.nn.roles import declared_roles
@@ -130,13 +130,13 @@ def _new_export(folder: Path) -> Iterator[Path]:
     """A folder that takes the place of the export `folder` at the end, and is deleted after an error."""
     restore_folder(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         replace_folder(folder, temporary)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 def _describe(folder: Path, config: ModelConfig, vocab_size: int, crc32: str, training: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from utils.config.settings import OPERATORS, ArithmeticConfig, Config, DataConfi
 from utils.corpora.arithmetic import EQUALS, Problem, problem_set
 from utils.corpora.datasets import TOKENIZER_JSON, Dataset, ShardWriter, Split, is_dataset, read_dataset
 from utils.corpora.sources import ARITHMETIC, CorpusError
+from utils.files import remove
 
 VERSION = 1  # of the problems that settings give; part of a dataset's name
 DTYPE = "uint16"
@@ -47,7 +47,7 @@ def arithmetic_dataset(settings: ArithmeticConfig, corpora_dir: Path) -> Path:
     except OSError as error:
         raise CorpusError(f"{folder}: the problems cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
     if not is_dataset(folder):
         raise CorpusError(f"{folder}: the problems cannot be written: the folder holds something else")
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.corpora.datasets import TOKENIZER_JSON
 from utils.errors import UserError
-from utils.files import read_json, read_text, sync_folder, write_json
+from utils.files import read_json, read_text, remove, sync_folder, write_json
 from utils.locks import Holder, try_flock
 
 PLAN, LOCK = "plan.json", "preparation.lock"
@@ -78,7 +78,7 @@ class WorkFolder:
             self.delete()
 
     def delete(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
 
 
 def _delete(path: Path) -> None:

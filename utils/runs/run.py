@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 import socket
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import Any, Literal
 
 from utils.config.tags import check_tag
 from utils.errors import UserError
-from utils.files import change_json, links_out, read_json, write_json
+from utils.files import change_json, links_out, read_json, remove, write_json
 from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, WANDB, fed_note
 from utils.runs.lock import (
     HEARTBEAT_SECONDS,
@@ -150,7 +149,7 @@ class Run:
             write_json(path / NOTES, NO_NOTES)
             write_json(path / RECORD, record)
         except BaseException as error:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
             if isinstance(error, OSError):
                 raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 from utils.config.fields import get_value
 from utils.config.loader import ConfigError, ConfigLoader, flag_name
 from utils.errors import UserError
-from utils.files import read_text
+from utils.files import read_text, remove
 from utils.runs.layout import CONFIG, LOCK, METRICS_LOG, NOTES, RECORD
 from utils.runs.lock import lock_is_free, wait_until_free
 from utils.runs.log import last_record
@@ -226,7 +225,7 @@ class Trials:
             if record["status"] == "running" and status_of(path, record) == "running":
                 wait_until_free(path, 60.0)
             if not (path / CONFIG).is_file():  # killed before it could be resumed
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
                 continue
             return path
         return None
@@ -239,7 +238,7 @@ class Trials:
         if files is None or (path / RECORD).exists() or not lock_is_free(path):
             return
         if all(place.name in (LOCK.name, NOTES.name) or place.name.startswith(".") for place in files):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def _command(self, work: Work, place: int, seed: int, run: Path | None) -> list[str]:
         """The command line that starts or continues a run.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer,
 from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError, nearest
-from utils.files import sync_folder, unwritable, write_json
+from utils.files import remove, sync_folder, unwritable, write_json
 from utils.formats.convert import name_of
 from utils.formats.foreign import MOMENTS, Foreign
 from utils.inference.export import save_export
@@ -339,7 +338,7 @@ def _new_run(place: Path) -> Iterator[Path]:
     """
     folder = place.with_name(f".{place.name}.tmp")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir(parents=True)
         yield folder
         if os.path.lexists(place):
@@ -349,4 +348,4 @@ def _new_run(place: Path) -> Iterator[Path]:
     except OSError as error:
         raise unwritable(place, error) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
