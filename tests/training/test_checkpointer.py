@@ -447,7 +447,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_no_error(folder: Path, monkeypat
             raise OSError(16, "Device or resource busy")
 
     make(folder, 10, 20)
-    monkeypatch.setattr("utils.checkpoints.choose.shutil.rmtree", stuck)
+    monkeypatch.setattr("shutil.rmtree", stuck)
     prune(folder, 1, None)
     assert [step for step, _ in list_checkpoints(folder)] == [20]
 
