@@ -161,7 +161,6 @@ def test_a_rank_that_is_frozen_is_ended_and_the_run_goes_on(
     assert (record["status"], len(record["resumes"])) == ("completed", 1)
     assert [step for step, _ in read_metrics(only_run() / "logs", "train/loss")] == list(range(8))
     assert (only_run() / "artifacts" / "seal.json").is_file()
-    assert "resumed at step 4" in printed
     assert time.monotonic() - began < SECONDS
 
 
