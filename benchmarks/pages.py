@@ -87,13 +87,13 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ids = make_runs(folder, args.runs, args.steps, args.config)
+        for _ in range(args.repeats if Path(CHROMIUM).exists() else 0):
+            with served(folder / "runs") as server:
+                measure_page(server, results["table in Chromium"])
         make_long_run(folder / "runs", ids[0], args.points)
         for _ in range(args.repeats):
             with served(folder / "runs") as server:
                 measure(server, folder / "runs", ids[:CURVES], results)
-            if Path(CHROMIUM).exists():
-                with served(folder / "runs") as server:
-                    measure_page(server, results["table in Chromium"])
     table = Table(title=f"{args.runs:,} runs of {args.steps:,} logged steps", title_justify="left", title_style="bold")
     table.add_column("request", style="cyan", no_wrap=True)
     for header in ("median s", "slowest s", "processor s", "limit s", "bytes", ""):
