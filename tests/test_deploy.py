@@ -75,12 +75,15 @@ def test_the_slurm_script_starts_again_what_was_stopped(
 
 
 def test_the_slurm_script_starts_a_rank_for_each_gpu_and_passes_the_signal_on(tmp_path: Path) -> None:
-    """Two nodes of four GPUs; torchrun ends with 1 after a signal, as it does after any failure."""
+    """
+    Two nodes of four GPUs; torchrun ends with 1 after a signal, as it does after any failure. More names of nodes than
+    a pipe holds: a reader that leaves after the first would end the script with 141.
+    """
     srun = (
         'printf "%s\\n" "$@" > srun.txt; trap "touch stopped; exit 1" TERM; touch started; while :; do sleep 0.05; done'
     )
     stand_ins(
-        tmp_path, srun=srun, scontrol='if [ "$1" = show ]; then echo n1; echo n2; else echo "$@" > scontrol.txt; fi'
+        tmp_path, srun=srun, scontrol='if [ "$1" = show ]; then seq -f n%g 20000; else echo "$@" > scontrol.txt; fi'
     )
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), **slurm}

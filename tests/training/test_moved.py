@@ -225,7 +225,8 @@ def test_a_copied_export_generates_and_begins_a_run(
     for flags in (("--resume", str(export)), ("--resume", str(export), "--fork"), ("--init-from", f"{export}:3")):
         assert train.main(tiny_argv(*flags)) == 2
         assert "--init-from" in capsys.readouterr().err
-    assert train.main(tiny_argv("--init-from", str(export), "--stop-at-step", "1", "--checkpoint-interval", "0")) == 0
+    started = tiny_argv("--init-from", str(export), "--run-tag", "child")  # the parent may have begun in this second
+    assert train.main([*started, "--stop-at-step", "1", "--checkpoint-interval", "0"]) == 0
     run = only_run()
     parent: dict[str, Any] = read_record(run)["parent"]
     training = json.loads((export / "config.json").read_text())
