@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from utils.config.settings import DataConfig
 from utils.corpora.datasets import dataset_names, find_dataset
 from utils.corpora.records import TokenRecord, file_state, read_record, record_path, write_record
 from utils.corpora.sources import CORPORA, CorpusError, find_source
+from utils.crc32 import crc32, file_crc32
 from utils.files import write_atomic
 from utils.nn.targets import IGNORED
 from utils.packing.joined import Joined
@@ -134,17 +134,14 @@ class TokenFile:
         return self.path.is_file() and self.path.stat().st_size == self.n_tokens * self.dtype.itemsize
 
     def crc32(self) -> int:
-        """Checksum of the file, at more than a gigabyte a second."""
-        checksum = 0
+        """Checksum of the file, at several gigabytes a second."""
         with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                checksum = zlib.crc32(chunk, checksum)
-        return checksum
+            return file_crc32(file)
 
     def write(self, ids: np.ndarray) -> int:
         """Make the file hold `ids`, which are of its dtype; returns its checksum."""
         content = ids.data
-        checksum = zlib.crc32(content)
+        checksum = crc32(content)
         if not self.is_whole() or self.crc32() != checksum:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path, content)

@@ -63,10 +63,10 @@ class CharTokenizer(Tokenizer):
         self.vocabulary = list(dict.fromkeys(vocabulary))
         if unknown_token is not None and unknown_token not in self.vocabulary:
             self.vocabulary.append(unknown_token)
-        if not all(len(character) == 1 for character in self.vocabulary):
+        if set(map(len, self.vocabulary)) - {1}:
             raise TokenizerError("a token of a character tokenizer is one character")
         self.unknown_token = unknown_token
-        code_points = np.array([ord(c) for c in self.vocabulary], dtype=np.int64)
+        code_points = _code_points("".join(self.vocabulary))
         unknown_id = -1 if unknown_token is None else self.vocabulary.index(unknown_token)
         # (largest code point + 2,): code point -> id; the last place is for everything beyond
         self._ids = np.full(int(code_points.max(initial=0)) + 2, unknown_id, dtype=np.int32)

@@ -7,7 +7,7 @@ An export of GPT-2's shape (124M parameters, 498 MB) is loaded into a model that
 checksum. It is set against safetensors.torch.load_file whose tensors are then copied, as into any model that has memory
 of its own: load_file alone only maps the file and reads nothing of it, which is the third arm. Each measurement is a
 process of its own; the arms take turns. Anonymous memory is what the process has beside the pages of files, sampled
-every 2 ms and counted from before the load.
+every 2 ms and counted from before the load. Loads are timed in other processes, where nothing samples.
 
 Then exports for transformers, in files of 100 MB, written and read again: the time, and the anonymous memory beside
 that of the model itself. Then `weights.py inspect` of the same file: the time and memory of the whole process. Then the
@@ -54,7 +54,7 @@ def measured(act):
     global done, seen
     done, before = threading.Event(), anonymous()
     seen = [before]
-    sampler = threading.Thread(target=sample)
+    sampler = threading.Thread(target=sample if sys.argv[3] == "memory" else done.wait)
     sampler.start()
     began = time.perf_counter()
     kept = act()
@@ -82,7 +82,7 @@ sys.modules["transformers"] = None  # its own copy of the weights is not ours
 from utils.formats.exports import export_as
 from utils.formats.source import open_source
 
-folder, dtype = sys.argv[1:]
+folder, dtype = sys.argv[1:3]
 source = open_source(folder, Path())
 measured(lambda: export_as(source, "hf", Path(folder).with_name(dtype), dtype, 10**8, None))
 """
@@ -134,17 +134,21 @@ def a_model(shape: Shape) -> Any:
 
 
 def load(folder: Path, kind: str) -> dict[str, float]:
-    """Load in a process of its own (see `measure`)."""
-    return measure(LOAD, folder, kind)
+    """Load twice, each in a process of its own: for the time and for the memory (see `measure`)."""
+    timed, watched = (measure(LOAD, folder, kind, what) for what in ("time", "memory"))
+    return {"seconds": timed["seconds"], "anonymous": watched["anonymous"]}
 
 
-def measure(code: str, folder: Path, kind: str) -> dict[str, float]:
+def measure(code: str, folder: Path, kind: str, what: str = "memory") -> dict[str, float]:
     """Run the code in a process of its own; returns seconds, and the most anonymous memory in bytes.
+
+    Args:
+        what: "time": nothing samples the memory beside it.
 
     Raises:
         UserError: it fails.
     """
-    command = [sys.executable, "-c", SAMPLER + code, str(folder), kind]
+    command = [sys.executable, "-c", SAMPLER + code, str(folder), kind, what]
     result = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"{kind}: {result.stderr.strip().splitlines()[-1]}")

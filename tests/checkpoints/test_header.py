@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 from utils.checkpoints import files
 from utils.checkpoints import header as header_module
-from utils.checkpoints.crc32 import joined
 from utils.checkpoints.files import map_entries, map_tensors, read_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import HEADER_BYTES, TensorEntry, read_header
+from utils.crc32 import joined
 from utils.errors import cut, shown
 
 
@@ -230,18 +230,18 @@ def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(
     }
     save_file(tensors, tmp_path / "a.safetensors")
     crc32 = f"{zlib.crc32((tmp_path / 'a.safetensors').read_bytes()):08x}"
-    read = dict(read_tensors(tmp_path / "a.safetensors", crc32=crc32))
+    read = dict(read_tensors(tmp_path / "a.safetensors", expected=crc32))
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values() if tensor.numel())
     with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
-        dict(read_tensors(tmp_path / "a.safetensors", crc32="00000000"))
+        dict(read_tensors(tmp_path / "a.safetensors", expected="00000000"))
     assert len(dict(read_tensors(tmp_path / "a.safetensors"))) == 5
     with (tmp_path / "a.safetensors").open("r+b") as file:  # in the part of the second thread
         file.seek(-9000, 2)
         file.write(b"?")
     with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
-        dict(read_tensors(tmp_path / "a.safetensors", crc32=crc32))
+        dict(read_tensors(tmp_path / "a.safetensors", expected=crc32))
 
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 22])
@@ -254,14 +254,14 @@ def test_a_flipped_bit_is_found_after_the_last_tensor(
     save_file(tensors, path, metadata={"note": "text"})
     content = path.read_bytes()
     crc32 = f"{zlib.crc32(content):08x}"
-    read = dict(read_tensors(path, crc32=crc32))
+    read = dict(read_tensors(path, expected=crc32))
     assert {name: tensor.tolist() for name, tensor in read.items()} == {n: t.tolist() for n, t in tensors.items()}
     body = len(content) - sum(tensor.nbytes for tensor in tensors.values())
     for position in {content.index(b"text"), *range(body, len(content), 9)}:
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         message = f"{path}: damaged: its CRC-32 is {zlib.crc32(path.read_bytes()):08x}, not {crc32}"
         with pytest.raises(CheckpointError, match=f"^{message}$"):
-            dict(read_tensors(path, crc32=crc32))
+            dict(read_tensors(path, expected=crc32))
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_one_error(tmp_path: Path) -> None:

@@ -16,19 +16,15 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from utils.checkpoints.crc32 import joined
 from utils.checkpoints.folder import (
     BASE_FILE,
     CHUNK_BYTES,
@@ -45,10 +41,12 @@ from utils.checkpoints.folder import (
     read_object,
 )
 from utils.checkpoints.header import TensorEntry, header_of
+from utils.crc32 import READ_BYTES, crc32, joined
 from utils.files import open_named, open_regular, remove, sync_folder
 
-READ_BYTES = 1 << 20  # of one read: small enough for the caches, where the checksum finds it
 READERS = 2  # threads; most of their time goes into new pages of memory, see docs/LOG.md
+PART_BYTES = 1 << 23  # that a thread reads at a time
+AHEAD_BYTES = 1 << 25  # that are read before they are asked for
 
 # https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -179,7 +177,7 @@ def _write(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
         for part in parts:
             for start in range(0, len(part), CHUNK_BYTES):
                 chunk = part[start : start + CHUNK_BYTES]
-                checksum = zlib.crc32(chunk, checksum)
+                checksum = crc32(chunk, checksum)
                 size += len(chunk)
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
@@ -304,39 +302,32 @@ def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
 
 
-def read_tensors(path: Path, *, crc32: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path, *, expected: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a safetensors file in the order of their bytes, each in memory of its own.
 
-    One at a time, by several threads: what the caller does not keep is freed, so a large file needs the memory of one
-    tensor.
+    Several threads read them, a little ahead of the caller: what the caller does not keep is freed, so a large file
+    needs the memory of its largest tensor, or of AHEAD_BYTES.
 
     Args:
-        crc32: of the whole file, if it is known.
+        expected: the CRC-32 of the whole file, if it is known.
 
     Raises:
         CheckpointError: it is not a safetensors file; or, after the last tensor, has another checksum.
     """
     try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(open_regular(path)) for _ in range(READERS)]
-            pool = stack.enter_context(ThreadPoolExecutor(READERS))
-            header = header_of(files[0])
-            size = os.fstat(files[0].fileno()).st_size
+        with open_regular(path) as file, ThreadPoolExecutor(READERS) as pool:
+            header = header_of(file)
+            size = os.fstat(file.fileno()).st_size
             position = min((entry.begin for entry in header.tensors.values()), default=size)
-            files[0].seek(0)
-            checksum = zlib.crc32(files[0].read(position))
-            for name, entry in header.tensors.items():
-                tensor = torch.empty(entry.shape, dtype=_dtype(name, entry))
-                memory = _memory(tensor)
-                length = max(READ_BYTES, -(-len(memory) // READERS))  # of the part of each thread
-                parts = [memory[start : start + length] for start in range(0, len(memory), length)]
-                places = range(entry.begin, entry.begin + len(memory), length)
-                checksums = pool.map(partial(_read_part, check=crc32 is not None), files, parts, places)
-                for part, found in zip(parts, checksums, strict=True):
-                    checksum = joined(checksum, found, len(part))
+            file.seek(0)
+            checksum = crc32(file.read(position))
+            reads = _reads_ahead(pool, file.fileno(), header.tensors, check=expected is not None)
+            for name, tensor, parts in reads:
+                for length, part in parts:
+                    checksum = joined(checksum, part.result(), length)
                 yield name, tensor
-            if crc32 is not None and f"{checksum:08x}" != crc32:
-                raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, not {crc32}")
+            if expected is not None and f"{checksum:08x}" != expected:
+                raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, not {expected}")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except CheckpointError:
@@ -345,16 +336,41 @@ def read_tensors(path: Path, *, crc32: str | None = None) -> Iterator[tuple[str,
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
 
 
-def _read_part(file: BufferedReader, memory: memoryview, place: int, check: bool) -> int:
+Read = tuple[str, torch.Tensor, list[tuple[int, Future[int]]]]  # a tensor, and the length and checksum of its parts
+
+
+def _reads_ahead(
+    pool: ThreadPoolExecutor, handle: int, entries: Mapping[str, TensorEntry], check: bool
+) -> Iterator[Read]:
+    """Tensors that threads are filling, with as many of the next ones as fit into AHEAD_BYTES."""
+    begun: deque[Read] = deque()
+    ahead = 0
+    for name, entry in entries.items():
+        while begun and ahead + entry.bytes > AHEAD_BYTES:
+            ahead -= sum(length for length, _ in begun[0][2])
+            yield begun.popleft()
+        tensor = torch.empty(entry.shape, dtype=_dtype(name, entry))
+        memory = _memory(tensor)
+        parts = []
+        for start in range(0, len(memory), PART_BYTES):
+            part = memory[start : start + PART_BYTES]
+            parts.append((len(part), pool.submit(_read_part, handle, part, entry.begin + start, check)))
+        ahead += len(memory)
+        begun.append((name, tensor, parts))
+    yield from begun
+
+
+def _read_part(handle: int, memory: memoryview, place: int, check: bool) -> int:
     """Fill memory with the bytes of a file from a place on; returns their CRC-32, or 0 without a check."""
-    file.seek(place)
-    checksum = 0
-    for start in range(0, len(memory), READ_BYTES):
-        chunk = memory[start : start + READ_BYTES]
-        if file.readinto(chunk) < len(chunk):
+    checksum = done = 0
+    while done < len(memory):
+        chunk = memory[done : done + READ_BYTES]
+        count = os.preadv(handle, [chunk], place + done)
+        if not count:
             raise ValueError("it became shorter while it was read")
         if check:  # while the bytes are in the caches
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = crc32(chunk[:count], checksum)
+        done += count
     return checksum
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
+from utils.crc32 import file_crc32
 from utils.errors import UserError
 from utils.files import read_json, regular_fd
 
@@ -20,7 +20,7 @@ BASE_FILE = "../base.safetensors"  # frozen weights that all checkpoints of a ru
 FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
 FILES_OF_SHARDS = (TOKENIZER_FILE, STATE_FILE, INDEX_FILE)  # beside those of each rank
 SHARD = "{kind}-{number:05d}-of-{count:05d}.safetensors"
-CHUNK_BYTES = 1 << 24  # of one read or write: between two of them other threads have their turn
+CHUNK_BYTES = 1 << 24  # of one write: between two of them other threads have their turn
 FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
 CHOICES = ("latest", "best")  # what may be asked for beside a step
 LATEST_FILE, BEST_FILE = "latest.json", "best.json"  # pointers beside the checkpoints
@@ -105,15 +105,12 @@ def check_file(path: Path, size: int, crc32: str) -> None:
     Raises:
         CheckpointError: unless size and checksum agree.
     """
-    checksum = 0
     try:
         with os.fdopen(regular_fd(path), "rb", buffering=0) as file:
             found = os.fstat(file.fileno()).st_size
             if found != size:
                 raise CheckpointError(f"{path}: damaged: {found:,} bytes, the manifest says {size:,}")
-            buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
-            while count := file.readinto(buffer):
-                checksum = zlib.crc32(buffer[:count], checksum)
+            checksum = file_crc32(file)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except OSError as error:

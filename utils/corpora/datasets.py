@@ -19,7 +19,6 @@ import hashlib
 import itertools
 import json
 import os
-import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from utils.corpora.records import file_state
+from utils.crc32 import crc32, file_crc32
 from utils.errors import UserError
 from utils.files import open_regular, read_json, write_json
 
 SCHEMA_VERSION = 1
 DATASET_JSON, TOKENIZER_JSON, VERIFIED_JSON = "dataset.json", "tokenizer.json", "verified.json"
 TYPES = {"uint16": 2, "uint32": 4}  # of token ids, with their bytes
-CHUNK = 1 << 20  # bytes of a file that are read at a time
+CHUNK = 1 << 20  # bytes that are written at a time
 
 
 class DatasetError(UserError):
@@ -141,7 +141,7 @@ class Dataset:
         """
         known = {} if thorough else self._verified()
         found = {}
-        for path, size, crc32 in self.files():
+        for path, size, expected in self.files():
             try:
                 state = file_state(path)
                 if known.get(path.name) != state:
@@ -149,7 +149,7 @@ class Dataset:
                         raise DatasetError(
                             f"{path}: {path.stat().st_size:,} bytes, not the {size:,} that were prepared"
                         )
-                    if checksum(path) != crc32:
+                    if checksum(path) != expected:
                         raise DatasetError(f"{path}: edited or damaged since it was prepared: its CRC-32 differs")
                     look(path)
             except OSError as error:
@@ -276,7 +276,7 @@ class ShardWriter:
             OSError: it cannot be written.
         """
         self._file.write(ids)
-        self._crc32 = zlib.crc32(ids, self._crc32)
+        self._crc32 = crc32(ids, self._crc32)
         self._sha256.update(ids)
         self.tokens += len(ids)
 
@@ -295,7 +295,7 @@ class ShardWriter:
                 values.tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
-            checksums.append(zlib.crc32(values))
+            checksums.append(crc32(values))
         return Shard(self.name, self.tokens, len(self._ends), self._crc32, self._sha256.hexdigest(), *checksums)
 
 
@@ -305,8 +305,5 @@ def checksum(path: Path) -> int:
     Raises:
         OSError: it cannot be read.
     """
-    value = 0
     with open_regular(path) as file:
-        while chunk := file.read(CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
+        return file_crc32(file)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from utils.checkpoints.files import Checkpoint, Outlines, read_tensors, weight_d
 from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, CheckpointError
 from utils.checkpoints.header import read_header
 from utils.config.settings import ModelConfig
+from utils.crc32 import file_crc32
 from utils.errors import UserError
 from utils.files import is_regular, open_regular, read_json, remove, replace_folder, restore_folder, write_json
 from utils.inference.evaluation import evaluating
@@ -205,10 +204,9 @@ def load_export(folder: Path, device: torch.device) -> Export:
         raise
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
-    with ThreadPoolExecutor(1) as pool:  # the weights are read by code that lets Python go on
-        loading = pool.submit(load_tokenizer, folder / TOKENIZER_FILE)
-        model = _read_model(weights_path, model_config, vocab_size, crc32, device)
-    tokenizer = loading.result()
+    model = _outline(weights_path, model_config, vocab_size)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    _read_weights(model, weights_path, crc32, device)
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
@@ -217,25 +215,40 @@ def load_export(folder: Path, device: torch.device) -> Export:
     return Export(model.to(device).eval(), tokenizer, training)
 
 
-def _read_model(path: Path, config: ModelConfig, vocab_size: int, crc32: str, device: torch.device) -> LanguageModel:
-    """The model with the weights in a file.
+def _outline(path: Path, config: ModelConfig, vocab_size: int) -> LanguageModel:
+    """The model without its weights, which a file has: a damaged configuration may describe one that no memory holds.
 
     Raises:
-        ExportError: the file is damaged, or the weights are those of another model.
+        ExportError: the file is damaged, or its weights are those of another model.
     """
-    try:
-        # First only the shapes: a damaged configuration may describe a model that no memory holds.
-        model = outline(config, vocab_size)
+    model = outline(config, vocab_size)
+    with _damage(path):
         if differences := weight_differences(read_header(path).tensors, model):
             raise ExportError(f"{path} does not fit its config.json: {differences}")
-        weights = read_tensors(path, crc32=crc32)
-        own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return model
+
+
+def _read_weights(model: LanguageModel, path: Path, crc32: str, device: torch.device) -> None:
+    """Give an outline its weights.
+
+    Raises:
+        ExportError: the file is damaged.
+    """
+    own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    with _damage(path):
+        weights = read_tensors(path, expected=crc32)
         model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights}, assign=True)
+    model.initialised = declared_roles(model)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What is wrong with a file of weights becomes an ExportError."""
+    try:
+        yield
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{path}: ").removeprefix("damaged: ")
         raise ExportError(f"{path}: damaged: {reason}") from None
-    model.initialised = declared_roles(model)
-    return model
 
 
 def export_as_checkpoint(folder: Path) -> Checkpoint:
@@ -263,8 +276,5 @@ def _training_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _crc32(path: Path) -> str:
-    checksum = 0
     with open_regular(path) as file:
-        while chunk := file.read(1 << 20):
-            checksum = zlib.crc32(chunk, checksum)
-    return f"{checksum:08x}"
+        return f"{file_crc32(file):08x}"

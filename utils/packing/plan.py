@@ -8,12 +8,12 @@ Documents of one length are placed at a time, so that a million of them take a s
 from __future__ import annotations
 
 import contextlib
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from utils.crc32 import crc32
 from utils.files import write_atomic
 
 VERSION = 1  # of the plan for given lengths
@@ -50,14 +50,14 @@ class Plan:
         numbers = [self.used, self.cut_tokens, *map(len, arrays)]
         content = np.concatenate([np.array(numbers), *arrays]).astype("<i8").tobytes()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, np.array([zlib.crc32(content)], dtype="<i8").tobytes() + content)
+        write_atomic(path, np.array([crc32(content)], dtype="<i8").tobytes() + content)
 
 
 def load_plan(path: Path) -> Plan | None:
     """The plan that `Plan.save` wrote; None if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         numbers = np.asarray(np.memmap(path, dtype="<i8", mode="r"))
-        if len(numbers) >= HEADER and zlib.crc32(numbers[1:].data) == numbers[0]:
+        if len(numbers) >= HEADER and crc32(numbers[1:].data) == numbers[0]:
             used, cut_tokens, *sizes = numbers[1:HEADER].tolist()
             cut_rows, cut_starts, rows, starts, lengths = np.split(numbers[HEADER:], np.cumsum(sizes)[:-1])
             return Plan(cut_rows, cut_starts, rows, starts, lengths, used, cut_tokens)
