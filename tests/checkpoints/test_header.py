@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from utils.checkpoints import files
 from utils.checkpoints import header as header_module
-from utils.checkpoints.files import map_entries, map_tensors, read_tensors
+from utils.checkpoints.files import map_entries, map_tensors, open_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import HEADER_BYTES, TensorEntry, read_header
 from utils.crc32 import joined
@@ -169,13 +169,18 @@ def test_what_the_format_allows_is_read_up_to_its_limits(tmp_path: Path, monkeyp
         read_header(path)
 
 
+def read_tensors(path: Path, expected: str | None = None) -> dict[str, torch.Tensor]:
+    with open_tensors(path, expected=expected) as tensors:
+        return dict(tensors)
+
+
 def test_only_a_named_file_may_be_a_link_that_leads_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     path, link = tmp_path / "a.safetensors", tmp_path / "run" / "a.safetensors"
     save_file({"a": torch.tensor([1.0])}, path)
     link.symlink_to(path)
     with pytest.raises(CheckpointError, match=f"^{link}: cannot be read: leads out of {link.parent}$"):
-        next(read_tensors(link))
+        read_tensors(link)
     readers: list[Callable[..., Any]] = [read_header, map_tensors]
     for read in readers:
         with pytest.raises(CheckpointError, match=f"^{link}: cannot be read: leads out of {link.parent}$"):
@@ -230,18 +235,18 @@ def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(
     }
     save_file(tensors, tmp_path / "a.safetensors")
     crc32 = f"{zlib.crc32((tmp_path / 'a.safetensors').read_bytes()):08x}"
-    read = dict(read_tensors(tmp_path / "a.safetensors", expected=crc32))
+    read = read_tensors(tmp_path / "a.safetensors", expected=crc32)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values() if tensor.numel())
     with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
-        dict(read_tensors(tmp_path / "a.safetensors", expected="00000000"))
-    assert len(dict(read_tensors(tmp_path / "a.safetensors"))) == 5
+        read_tensors(tmp_path / "a.safetensors", expected="00000000")
+    assert len(read_tensors(tmp_path / "a.safetensors")) == 5
     with (tmp_path / "a.safetensors").open("r+b") as file:  # in the part of the second thread
         file.seek(-9000, 2)
         file.write(b"?")
     with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
-        dict(read_tensors(tmp_path / "a.safetensors", expected=crc32))
+        read_tensors(tmp_path / "a.safetensors", expected=crc32)
 
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 22])
@@ -254,29 +259,30 @@ def test_a_flipped_bit_is_found_after_the_last_tensor(
     save_file(tensors, path, metadata={"note": "text"})
     content = path.read_bytes()
     crc32 = f"{zlib.crc32(content):08x}"
-    read = dict(read_tensors(path, expected=crc32))
+    read = read_tensors(path, expected=crc32)
     assert {name: tensor.tolist() for name, tensor in read.items()} == {n: t.tolist() for n, t in tensors.items()}
     body = len(content) - sum(tensor.nbytes for tensor in tensors.values())
     for position in {content.index(b"text"), *range(body, len(content), 9)}:
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         message = f"{path}: damaged: its CRC-32 is {zlib.crc32(path.read_bytes()):08x}, not {crc32}"
         with pytest.raises(CheckpointError, match=f"^{message}$"):
-            dict(read_tensors(path, expected=crc32))
+            read_tensors(path, expected=crc32)
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_one_error(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(100_000), "b": torch.zeros(100_000)}, path)
-    tensors = read_tensors(path)
-    next(tensors)
-    os.truncate(path, path.stat().st_size - 100_000)
-    with pytest.raises(CheckpointError, match="not a safetensors file: it became shorter while it was"):
+    monkeypatch.setattr(files, "AHEAD_BYTES", 0)
+    with open_tensors(path) as tensors:
         next(tensors)
+        os.truncate(path, path.stat().st_size - 100_000)
+        with pytest.raises(CheckpointError, match="not a safetensors file: it became shorter while it was"):
+            next(tensors)
 
 
 def test_a_type_that_torch_is_not_asked_for_is_one_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"a": entry(0, 1, "F4", [2])}, 1)
-    for read in (map_tensors, lambda path: dict(read_tensors(path))):
+    for read in (map_tensors, read_tensors):
         with pytest.raises(CheckpointError, match=f"^{path}: not a safetensors file: a: F4 is not read here$"):
             read(path)
 

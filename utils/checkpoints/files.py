@@ -13,6 +13,8 @@ flipped bit or a lost page is found before it is trained on.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -293,20 +295,20 @@ def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is not a safetensors file, or a tensor reaches beyond its end.
     """
-    try:
-        with open_named(path) if named else open_regular(path) as file:
-            return _mapped(file, header_of(file).tensors)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+    with _one_error(path, "not a safetensors file: "), open_named(path) if named else open_regular(path) as file:
+        return _mapped(file, header_of(file).tensors)
 
 
-def read_tensors(path: Path, *, expected: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+Tensors = Iterator[tuple[str, torch.Tensor]]
+Read = tuple[str, torch.Tensor, list[tuple[int, Future[int]]]]  # a tensor, and the length and checksum of its parts
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, *, expected: str | None = None) -> Iterator[Tensors]:
     """The tensors of a safetensors file in the order of their bytes, each in memory of its own.
 
-    Several threads read them, a little ahead of the caller: what the caller does not keep is freed, so a large file
-    needs the memory of its largest tensor, or of AHEAD_BYTES.
+    Several threads begin to read at once and stay a little ahead of the caller. What the caller does not keep is freed,
+    so a large file needs the memory of its largest tensor, or of AHEAD_BYTES.
 
     Args:
         expected: the CRC-32 of the whole file, if it is known.
@@ -314,29 +316,28 @@ def read_tensors(path: Path, *, expected: str | None = None) -> Iterator[tuple[s
     Raises:
         CheckpointError: it is not a safetensors file; or, after the last tensor, has another checksum.
     """
-    try:
-        with open_regular(path) as file, ThreadPoolExecutor(READERS) as pool:
-            header = header_of(file)
-            size = os.fstat(file.fileno()).st_size
-            position = min((entry.begin for entry in header.tensors.values()), default=size)
+    with contextlib.ExitStack() as stack:
+        with _one_error(path, "not a safetensors file: "):
+            file = stack.enter_context(open_regular(path))
+            pool = stack.enter_context(ThreadPoolExecutor(READERS))
+            entries = header_of(file).tensors
+            position = min((entry.begin for entry in entries.values()), default=os.fstat(file.fileno()).st_size)
             file.seek(0)
             checksum = crc32(file.read(position))
-            reads = _reads_ahead(pool, file.fileno(), header.tensors, check=expected is not None)
-            for name, tensor, parts in reads:
-                for length, part in parts:
-                    checksum = joined(checksum, part.result(), length)
-                yield name, tensor
-            if expected is not None and f"{checksum:08x}" != expected:
-                raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, not {expected}")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+            reads = _reads_ahead(pool, file.fileno(), entries, check=expected is not None)
+            reads = itertools.chain(list(itertools.islice(reads, 1)), reads)  # begins to read
+        yield _filled(path, reads, checksum, expected)
 
 
-Read = tuple[str, torch.Tensor, list[tuple[int, Future[int]]]]  # a tensor, and the length and checksum of its parts
+def _filled(path: Path, reads: Iterator[Read], checksum: int, expected: str | None) -> Tensors:
+    """The tensors that are being read, each once it has its values; `checksum` is that of what comes before them."""
+    with _one_error(path, "not a safetensors file: "):
+        for name, tensor, parts in reads:
+            for length, part in parts:
+                checksum = joined(checksum, part.result(), length)
+            yield name, tensor
+        if expected is not None and f"{checksum:08x}" != expected:
+            raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, not {expected}")
 
 
 def _reads_ahead(
@@ -380,13 +381,21 @@ def map_entries(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, tor
     Raises:
         CheckpointError: it cannot be read, or is shorter.
     """
+    with _one_error(path), open_named(path) as file:
+        return _mapped(file, entries)
+
+
+@contextlib.contextmanager
+def _one_error(path: Path, prefix: str = "") -> Iterator[None]:
+    """What goes wrong with a file becomes a CheckpointError; `prefix`: before what is wrong with its contents."""
     try:
-        with open_named(path) as file:
-            return _mapped(file, entries)
+        yield
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {prefix}{error}") from None
 
 
 def _mapped(file: BinaryIO, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:

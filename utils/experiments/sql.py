@@ -7,6 +7,7 @@ metrics   one row for each record of metrics.jsonl: run, step, time, and every m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -63,8 +64,8 @@ class RunDatabase:
 
     def __init__(self, runs: Sequence[IndexedRun], seconds: float | None = None) -> None:
         self._runs, self._seconds = runs, seconds
-        keys = dict.fromkeys(key for run in runs for key in run.settings if key)
-        self._columns = list(dict.fromkeys([*FACTS, *(key.lower() for key in keys)]))  # DuckDB ignores case
+        self._keys = dict.fromkeys(filter(None, itertools.chain.from_iterable(run.settings for run in runs)))
+        self._columns = list(dict.fromkeys([*FACTS, *map(str.lower, self._keys)]))  # DuckDB ignores case
 
     def select(self, query: str) -> QueryResult:
         """The result of one SELECT over the views.
@@ -130,7 +131,7 @@ class RunDatabase:
         Args:
             used: the columns of `runs` that get their values.
         """
-        settings = {key for run in self._runs for key in run.settings if key and key.lower() in used}
+        settings = {key for key in self._keys if key.lower() in used}
         rows = [{key.lower(): value for key, value in run.row(settings).items()} for run in self._runs]
         kinds = {
             name: FACTS.get(name) or _type(row.get(name) for row in rows) for name in self._columns if name in used

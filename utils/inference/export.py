@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from model import LanguageModel, outline
 from tokenizer import Tokenizer, load_tokenizer
-from utils.checkpoints.files import Checkpoint, Outlines, read_tensors, weight_differences, write_stream
+from utils.checkpoints.files import Checkpoint, Outlines, open_tensors, weight_differences, write_stream
 from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, CheckpointError
 from utils.checkpoints.header import read_header
 from utils.config.settings import ModelConfig
@@ -204,9 +204,12 @@ def load_export(folder: Path, device: torch.device) -> Export:
         raise
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
-    model = _outline(weights_path, model_config, vocab_size)
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-    _read_weights(model, weights_path, crc32, device)
+    with _damage(weights_path), open_tensors(weights_path, expected=crc32) as weights:  # which begins to read
+        model = _outline(weights_path, model_config, vocab_size)
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+        own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights}, assign=True)
+    model.initialised = declared_roles(model)
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
@@ -219,26 +222,13 @@ def _outline(path: Path, config: ModelConfig, vocab_size: int) -> LanguageModel:
     """The model without its weights, which a file has: a damaged configuration may describe one that no memory holds.
 
     Raises:
-        ExportError: the file is damaged, or its weights are those of another model.
+        CheckpointError: the file is damaged.
+        ExportError: its weights are those of another model.
     """
     model = outline(config, vocab_size)
-    with _damage(path):
-        if differences := weight_differences(read_header(path).tensors, model):
-            raise ExportError(f"{path} does not fit its config.json: {differences}")
+    if differences := weight_differences(read_header(path).tensors, model):
+        raise ExportError(f"{path} does not fit its config.json: {differences}")
     return model
-
-
-def _read_weights(model: LanguageModel, path: Path, crc32: str, device: torch.device) -> None:
-    """Give an outline its weights.
-
-    Raises:
-        ExportError: the file is damaged.
-    """
-    own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    with _damage(path):
-        weights = read_tensors(path, expected=crc32)
-        model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights}, assign=True)
-    model.initialised = declared_roles(model)
 
 
 @contextlib.contextmanager
