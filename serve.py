@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     words = args.runs or [""]
     exports = [find_export(word or None, runs_dir) for word in words]
 
+    from utils.machine.device import one_thread
     from utils.serving.served import load_runs
     from utils.serving.server import serving_app
     from utils.web.app import exposure, run_server
@@ -44,10 +45,11 @@ def main(argv: Sequence[str]) -> int:
         key_words = "asks for the API key" if key else f"asks for no key: {API_KEY} in the environment sets one"
         print(f"{note}; it {key_words}", file=sys.stderr)
     weights = args.quantize or args.weights
-    runs = load_runs(words, exports, args.device, weights, config.inference, args.unknown_token)
-    app = serving_app(
-        runs, args.slots, args.queue, runs_dir, edit=args.edit, api_key=key, loopback=exposure(args.host) is None
-    )
+    with one_thread():  # so that OpenMP has threads for that of the engine alone
+        runs = load_runs(words, exports, args.device, weights, config.inference, args.unknown_token)
+        app = serving_app(
+            runs, args.slots, args.queue, runs_dir, edit=args.edit, api_key=key, loopback=exposure(args.host) is None
+        )
     run_server(app, args.host, args.port)
 
 

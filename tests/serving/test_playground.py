@@ -133,3 +133,6 @@ def test_a_long_text_can_be_stopped_and_what_a_link_says_is_only_text(page: Page
     page.reload()
     expect(page.get_by_role("alert")).to_have_text("This server does not have nobody.")
     expect(page.locator("main img, main b")).to_have_count(0)
+    page.get_by_role("link", name="All runs").click()
+    page.get_by_role("link", name="Playground").click()
+    expect(page.get_by_role("heading", name="Playground")).to_be_visible()

@@ -175,6 +175,21 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         products.fp32_precision = precision
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """What is computed inside takes one thread, for a process that computes in another thread afterwards.
+
+    GNU's OpenMP keeps threads for each thread that has computed, and once there are more of them than cores all wait in
+    the kernel instead of spinning: a prompt of 200 tokens took a third longer (docs/LOG.md).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def processor_name(device: torch.device) -> str:
     """The name of the GPU or CPU that computes: results repeat bit for bit only on the same kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()

@@ -65,17 +65,18 @@ class Edit(BaseModel):
     pinned: bool | None = None
 
 
-def router(runs_dir: Path, edit: bool = False) -> APIRouter:
+def router(runs_dir: Path, edit: bool = False, playground: bool = False) -> APIRouter:
     """The pages of the runs in a folder, for an app of `create_app`.
 
     Args:
         edit: tags and notes can be changed.
+        playground: the app has one at /, to which the table links.
     """
     table, store = RunTable(runs_dir), SeriesStore()
     threading.Thread(target=importlib.import_module, args=("duckdb",), daemon=True).start()  # the first chart needs it
     routes = APIRouter(prefix=PREFIX, tags=["runs"])
     _add_pages(routes)
-    _add_table(routes, table, edit)
+    _add_table(routes, table, edit, playground)
     _add_curves(routes, table, store)
     _add_run(routes, table)
     if edit:
@@ -94,10 +95,10 @@ def _add_pages(routes: APIRouter) -> None:
         return _asset(ASSETS[name])
 
 
-def _add_table(routes: APIRouter, table: RunTable, edit: bool) -> None:
+def _add_table(routes: APIRouter, table: RunTable, edit: bool, playground: bool) -> None:
     @routes.get("/api/runs", summary="The table of runs, or the rows that have changed since")
     def runs(since: Annotated[str | None, Query(max_length=100)] = None) -> Response:
-        return _json({**table.changes(since), "edit": edit})
+        return _json({**table.changes(since), "edit": edit, "playground": playground})
 
     @routes.get("/api/choose", summary="The keys of the runs that fulfil a condition in SQL")
     def choose(where: Name) -> Response:

@@ -43,7 +43,7 @@ def serving_app(
     desk = Desk(runs, slots, most_waiting)
     app.router.lifespan_context = _lifespan(desk)
     add_routes(app, runs, desk)
-    app.include_router(router(runs_dir, edit))
+    app.include_router(router(runs_dir, edit, playground=True))
 
     @app.get("/static/page.css", include_in_schema=False)
     async def style() -> FileResponse:

@@ -20,6 +20,7 @@ async function update() {
   const answer = await ask("runs", [["since", state.version]]);
   state.version = answer.version;
   state.edit = answer.edit;
+  $("#home").hidden = !answer.playground;
   if (answer.all) {
     state.rows.clear();
     state.columns = answer.columns;

@@ -1,0 +1,62 @@
+"""The chat template of a published model: text of a stranger, rendered in a sandbox."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from tokenizer import HuggingFaceTokenizer
+from utils.errors import UserError
+from utils.serving.chat import PublishedTemplate
+
+CHATML = """{{ bos_token }}{% for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+FACTS = {"tokenizer_config": {"bos_token": {"content": "<s>"}, "eos_token": "<|im_end|>"}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> HuggingFaceTokenizer:
+    """Bytes, and the special tokens of ChatML."""
+    library = Library(BPE({letter: place for place, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    library.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    library.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "<|im_start|>", "<|im_end|>")])
+    return HuggingFaceTokenizer(library.to_str())
+
+
+def turns(*messages: tuple[str, str]) -> list[SimpleNamespace]:
+    return [SimpleNamespace(role=role, content=content) for role, content in messages]
+
+
+def test_a_conversation_is_written_as_the_template_says(tokenizer: HuggingFaceTokenizer) -> None:
+    prompt = PublishedTemplate(CHATML, tokenizer, FACTS)(turns(("user", "a"), ("assistant", "b"), ("user", "c")))
+    start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    expected = [tokenizer.vocab_size - 3]
+    for role, content in (("user", "a"), ("assistant", "b"), ("user", "c")):
+        expected += [start, *tokenizer.encode(f"{role}\n{content}"), end, *tokenizer.encode("\n")]
+    expected += [start, *tokenizer.encode("assistant\n")]
+    assert prompt.ids == expected
+    assert prompt.ends == {end}
+    assert prompt.stops == ()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "does not take them: roles must alternate"),
+        ("{{ messages[9].content.x }}", "does not take them: .*has no element 9"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not take them: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "does not take them: .*append"),
+    ],
+)
+def test_what_a_template_may_not_do_is_one_error(tokenizer: HuggingFaceTokenizer, template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PublishedTemplate(template, tokenizer, FACTS)(turns(("user", "a")))
