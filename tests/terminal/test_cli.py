@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import experiments
 import inference
 import profile_model
 import train
@@ -276,3 +277,8 @@ def test_two_dashes_are_no_value(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int)
     with pytest.raises(UserError, match="argument --limit: expected"):
         parser.parse(argv)
+
+
+def test_the_nearest_flag_is_one_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert experiments.main(["gate", "a", "b", "--max-siz", "3"]) == 2  # prune has --max-size
+    assert capsys.readouterr().err == "error: unknown flag --max-siz; did you mean --max-seeds?\n"

@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
             UserError: an unknown flag, a missing value, or an argument too many.
         """
         complete_if_asked(self)
-        flags = self._flags()
+        flags = self._flags(argv)
         args, unknown = self.parse_known_args([dashed(word, flags) for word in argv])
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -84,10 +84,12 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown {kind} {flag}{nearest(flag, flags)}")
         return args
 
-    def _flags(self) -> list[str]:
-        """All flags, including those of commands."""
-        commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        parsers = [self, *(parser for action in commands for parser in action.choices.values())]
+    def _flags(self, argv: Sequence[str]) -> list[str]:
+        """The flags that may be given: the own ones, and those of the command."""
+        parsers: list[argparse.ArgumentParser] = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += [action.choices[word] for word in argv if word in action.choices][:1]
         return [flag for parser in parsers for flag in parser._option_string_actions]
 
 
