@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from utils.checkpoints.choose import newest_good
@@ -25,6 +26,7 @@ from utils.experiments.bits import compare_logs
 from utils.runs.layout import CHECKPOINTS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record, read_status
+from utils.runs.seal import verify_seal
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240.0  # on a busy machine
@@ -45,7 +47,7 @@ def launch(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Launch:
         flags += ["--callbacks", "troubled_rank:Trouble"] if own is None else []
         path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "TROUBLE": trouble, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        environment["TROUBLE_MARK"] = str(tmp_path / "mark")
+        environment |= {"TROUBLE_MARK": str(tmp_path / "mark"), "TROUBLE_CALLS": str(tmp_path)}
         return subprocess.Popen(
             [*torchrun, str(ROOT / "train.py"), *flags],
             env=environment,
@@ -87,6 +89,23 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def check_one_run_is_seen(run: Path, folder: Path, steps: int) -> None:
+    """The callbacks of 2 ranks are called alike; the log, TensorBoard and the seal have what one rank would leave."""
+    calls = [(folder / f"rank{rank}").read_text().splitlines() for rank in range(2)]
+    assert calls[0] == calls[1]
+    assert [call.split()[2] for call in calls[0]].count("step") == steps
+    assert all(call.startswith(f"{run} ") for call in calls[0])
+    (events,) = run.glob("events.*")
+    found = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    for name in ("train/loss", "val/loss", "trouble/rank"):
+        logged = read_metrics(run / "logs", name)
+        assert [(e.step, e.value) for e in found.Scalars(name)] == [(step, pytest.approx(v)) for step, v in logged]
+    assert read_metrics(run / "logs", "trouble/rank") == [(step, 0.0) for step in range(steps)]
+    assert [step for step, _ in read_metrics(run / "logs", "train/loss")] == list(range(steps))
+    assert [view["state"] for view in read_record(run)["views"].values()] == ["complete"]
+    assert verify_seal(run).good
+
+
 def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
     launch: Launch, tiny_argv: Callable[..., list[str]], runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +121,7 @@ def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
     assert record["resolved"]["world_size"] == 2
     assert printed.count("run directory") == 1
     assert printed.count("ranks  ") == 1
-    assert len(read_metrics(two / "logs", "train/loss")) == 5
+    check_one_run_is_seen(two, tmp_path, 5)
 
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     monkeypatch.setenv("TROUBLE", "none 0 0")
@@ -122,7 +141,7 @@ def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
         assert compare_logs(undisturbed, run).identical
         assert read_record(run)["config_hash"] == read_record(undisturbed)["config_hash"]
-        assert (run / "artifacts" / "seal.json").is_file()
+        assert verify_seal(run).good
 
 
 @pytest.mark.parametrize(
