@@ -67,3 +67,10 @@ def test_nothing_is_reported_twice(rank_1: ProcessRanks) -> None:
     rank_1.board.gone = False
     rank_1.board.post("end", 3)
     assert follow(facts, rank_1, raises(ValueError("boom"))) == 3
+
+
+def test_rank_0_that_has_ended_itself_is_not_waited_for(rank_1: ProcessRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "LEAVE_SECONDS", 1000.0)
+    rank_1.board.post("left/0", True)
+    with pytest.raises(RankError, match="rank 0 did not get as far"):
+        follow(facts, rank_1, raises(RankError("rank 0 did not get as far as the others within 20 s")))
