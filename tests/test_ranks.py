@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm_python import WarmPython
 
 import train
 from utils.checkpoints.choose import newest_good
@@ -35,14 +35,15 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def launch(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Launch:
+def launch(tiny_argv: Callable[..., list[str]], tmp_path: Path, warm_python: WarmPython) -> Launch:
     """Start train.py on ranks, in the folder of callbacks: `launch(2, "--lanes", "4", trouble="raise 1 3")`."""
 
     def start(
         count: int, *words: str, trouble: str = "none 0 0", own: list[str] | None = None, restarts: int = 0
     ) -> subprocess.Popen[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        torchrun += [f"--max-restarts={restarts}"]
+        python = warm_python.path
+        torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        torchrun += [f"--max-restarts={restarts}", "--no-python", python]
         flags = tiny_argv("--device", "cpu", *words) if own is None else own
         flags += ["--callbacks", "troubled_rank:Trouble"] if own is None else []
         path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -145,10 +146,15 @@ def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason"), [("raise 1 3", "rank 1: ValueError: boom"), ("kill 1 3", "rank 1 died")]
+    ("trouble", "reason", "checkpoint"),
+    [
+        ("raise 1 3", "rank 1: ValueError: boom", 2),
+        ("end 1 0", "rank 1: ValueError: boom", 6),  # in on_end, when rank 0 has the last step
+        ("kill 1 3", "rank 1 died", 2),
+    ],
 )
 def test_what_ends_one_rank_ends_the_run_with_its_name(
-    launch: Launch, only_run: Callable[[], Path], no_process_left: None, trouble: str, reason: str
+    launch: Launch, only_run: Callable[[], Path], no_process_left: None, trouble: str, reason: str, checkpoint: int
 ) -> None:
     process = launch(2, "--checkpoint-interval", "2", trouble=trouble)
     printed = ended(process)
@@ -158,8 +164,8 @@ def test_what_ends_one_rank_ends_the_run_with_its_name(
     assert record["status"] == "failed", printed
     assert record["exit_reason"].startswith(reason)
     assert printed.count(f"error: {reason}") == 1
-    assert list_checkpoints(run / "artifacts" / "checkpoints")[0][0] == 2
-    if trouble.startswith("raise"):
+    assert list_checkpoints(run / "artifacts" / "checkpoints")[0][0] == checkpoint
+    if not trouble.startswith("kill"):
         assert 'raise ValueError("boom")' in (run / "logs" / "train.log").read_text(encoding="utf-8")
 
 

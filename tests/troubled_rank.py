@@ -36,6 +36,8 @@ class Trouble(Callback):
 
     def on_end(self, run: TrainingRun, status: str) -> None:
         called(run, f"end {status}")
+        if self.what == "end" and run.rank == self.rank:
+            raise ValueError("boom")
 
     def on_step(self, run: TrainingRun) -> None:
         called(run, "step")

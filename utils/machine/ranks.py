@@ -210,6 +210,8 @@ class ProcessRanks(Ranks):
         """A note that another rank leaves when it gets that far; waited for as long as that one lives."""
         while (found := self.board.read(name)) is None:
             self._check()
+            if self.board.gone:
+                raise RankError(self.board.cut_off)
             self._check_alive([of_rank], max(self.seconds, SILENT_SECONDS))
             time.sleep(0.02)
         return found

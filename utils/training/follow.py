@@ -286,5 +286,6 @@ class Follower:
                 status = over.status
             with ranks.busy():
                 self.callbacks.on_end(status)
+                ranks.collect("ended", status)
                 if self._writer is not None:
                     self._writer.wait()
