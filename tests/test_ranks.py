@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm_python import WarmPython
 
 import train
 from utils.checkpoints.choose import newest_good
@@ -25,6 +26,7 @@ from utils.experiments.bits import compare_logs
 from utils.runs.layout import CHECKPOINTS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record, read_status
+from utils.runs.seal import verify_seal
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240.0  # on a busy machine
@@ -33,19 +35,20 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def launch(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Launch:
+def launch(tiny_argv: Callable[..., list[str]], tmp_path: Path, warm_python: WarmPython) -> Launch:
     """Start train.py on ranks, in the folder of callbacks: `launch(2, "--lanes", "4", trouble="raise 1 3")`."""
 
     def start(
         count: int, *words: str, trouble: str = "none 0 0", own: list[str] | None = None, restarts: int = 0
     ) -> subprocess.Popen[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        torchrun += [f"--max-restarts={restarts}"]
+        python = warm_python.path
+        torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        torchrun += [f"--max-restarts={restarts}", "--no-python", python]
         flags = tiny_argv("--device", "cpu", *words) if own is None else own
         flags += ["--callbacks", "troubled_rank:Trouble"] if own is None else []
         path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "TROUBLE": trouble, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        environment["TROUBLE_MARK"] = str(tmp_path / "mark")
+        environment |= {"TROUBLE_MARK": str(tmp_path / "mark"), "TROUBLE_CALLS": str(tmp_path)}
         return subprocess.Popen(
             [*torchrun, str(ROOT / "train.py"), *flags],
             env=environment,
@@ -87,6 +90,23 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def check_one_run_is_seen(run: Path, folder: Path, steps: int) -> None:
+    """The callbacks of 2 ranks are called alike; the log, TensorBoard and the seal have what one rank would leave."""
+    calls = [(folder / f"rank{rank}").read_text().splitlines() for rank in range(2)]
+    assert calls[0] == calls[1]
+    assert [call.split()[2] for call in calls[0]].count("step") == steps
+    assert all(call.startswith(f"{run} ") for call in calls[0])
+    (events,) = run.glob("events.*")
+    found = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    for name in ("train/loss", "val/loss", "trouble/rank"):
+        logged = read_metrics(run / "logs", name)
+        assert [(e.step, e.value) for e in found.Scalars(name)] == [(step, pytest.approx(v)) for step, v in logged]
+    assert read_metrics(run / "logs", "trouble/rank") == [(step, 0.0) for step in range(steps)]
+    assert [step for step, _ in read_metrics(run / "logs", "train/loss")] == list(range(steps))
+    assert [view["state"] for view in read_record(run)["views"].values()] == ["complete"]
+    assert verify_seal(run).good
+
+
 def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
     launch: Launch, tiny_argv: Callable[..., list[str]], runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +122,7 @@ def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
     assert record["resolved"]["world_size"] == 2
     assert printed.count("run directory") == 1
     assert printed.count("ranks  ") == 1
-    assert len(read_metrics(two / "logs", "train/loss")) == 5
+    check_one_run_is_seen(two, tmp_path, 5)
 
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     monkeypatch.setenv("TROUBLE", "none 0 0")
@@ -122,14 +142,19 @@ def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
         assert compare_logs(undisturbed, run).identical
         assert read_record(run)["config_hash"] == read_record(undisturbed)["config_hash"]
-        assert (run / "artifacts" / "seal.json").is_file()
+        assert verify_seal(run).good
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason"), [("raise 1 3", "rank 1: ValueError: boom"), ("kill 1 3", "rank 1 died")]
+    ("trouble", "reason", "checkpoint"),
+    [
+        ("raise 1 3", "rank 1: ValueError: boom", 2),
+        ("end 1 0", "rank 1: ValueError: boom", 6),  # in on_end, when rank 0 has the last step
+        ("kill 1 3", "rank 1 died", 2),
+    ],
 )
 def test_what_ends_one_rank_ends_the_run_with_its_name(
-    launch: Launch, only_run: Callable[[], Path], no_process_left: None, trouble: str, reason: str
+    launch: Launch, only_run: Callable[[], Path], no_process_left: None, trouble: str, reason: str, checkpoint: int
 ) -> None:
     process = launch(2, "--checkpoint-interval", "2", trouble=trouble)
     printed = ended(process)
@@ -139,8 +164,8 @@ def test_what_ends_one_rank_ends_the_run_with_its_name(
     assert record["status"] == "failed", printed
     assert record["exit_reason"].startswith(reason)
     assert printed.count(f"error: {reason}") == 1
-    assert list_checkpoints(run / "artifacts" / "checkpoints")[0][0] == 2
-    if trouble.startswith("raise"):
+    assert list_checkpoints(run / "artifacts" / "checkpoints")[0][0] == checkpoint
+    if not trouble.startswith("kill"):
         assert 'raise ValueError("boom")' in (run / "logs" / "train.log").read_text(encoding="utf-8")
 
 

@@ -1,10 +1,9 @@
-"""A run in shards on two ranks, one of which finds its disk full once; and its second part again on one rank."""
+"""A run in shards on two ranks, one of which finds its disk full once; and its second part again on one and on four."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from warm_python import WarmPython
 
 import experiments
 import train
@@ -19,16 +19,42 @@ import weights
 from utils.checkpoints.choose import newest_good
 from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import folder_name, list_checkpoints
-from utils.runs.layout import CHECKPOINTS, LOGS
-from utils.runs.log import read_metrics
+from utils.experiments.bits import compare_logs
+from utils.runs.layout import CHECKPOINTS
 from utils.runs.run import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def train_on(python: Path, count: int, trouble: str, *words: str) -> str:
+    """Train on that many ranks; returns what they print, in one line."""
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TROUBLE": trouble, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--no-python"]
+    process = subprocess.run(
+        [*torchrun, python, ROOT / "train.py", *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return " ".join((process.stdout + process.stderr).split())
+
+
+def check_equal_from_step_3(whole: Path, forked: Path) -> None:
+    """Weights, optimizer state, metrics and export of a run, and of one that goes on from its checkpoint of step 3."""
+    assert compare_logs(whole, forked, 3).identical
+    expected, found = (read_checkpoint(run / CHECKPOINTS / folder_name(9)) for run in (whole, forked))
+    for kind in ("weights", "optimizer_tensors"):
+        tensors, others = getattr(expected, kind), getattr(found, kind)
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    exports = [load_file(run / "artifacts" / "export" / "model.safetensors") for run in (whole, forked)]
+    assert exports[0].keys() == exports[1].keys() == expected.weights.keys()
+    assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
+
+
 def test_two_ranks_train_in_shards_what_one_does(
     tiny_argv: Callable[..., list[str]],
     runs_dir: Path,
+    warm_python: WarmPython,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -36,17 +62,9 @@ def test_two_ranks_train_in_shards_what_one_does(
     words = ["--shard", "fsdp", "--lanes", "4", "--gradient-accumulation-steps", "8", "--batch-size", "16"]
     words += ["--optimizer-name", "muon", "--dropout", "0.2", "--max-iters", "9", "--keep-last", "5"]
     words += ["--device", "cpu", "--callbacks", "troubled_rank:Trouble", "--activation-checkpointing"]
-    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "TROUBLE": "full 1 5", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    argv = tiny_argv(*words, "--run-tag", "two")
-    process = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *argv], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    printed = train_on(warm_python.path, 2, "full 1 5", *tiny_argv(*words, "--run-tag", "two"))
     (two,) = runs_dir.glob("*_two")
     assert read_record(two)["resolved"]["message_bytes_per_step"] > 0
-    printed = " ".join((process.stdout + process.stderr).split())
     assert (
         "the checkpoint of step 6 was not written: rank 1: No space left on device; the newest is of step 3" in printed
     )
@@ -59,20 +77,12 @@ def test_two_ranks_train_in_shards_what_one_does(
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     monkeypatch.setenv("TROUBLE", "none 0 0")
     try:
-        assert train.main(["--resume", f"{two}:3", "--fork", "--run-tag", "forked"]) == 0
+        assert train.main(["--resume", f"{two}:3", "--fork", "--run-tag", "one"]) == 0
     finally:
         dist.destroy_process_group()
-    (forked,) = runs_dir.glob("*_forked")
-    ends = [dict(read_metrics(run / LOGS, "val/loss"))[9] for run in (two, forked)]
-    assert ends[0] == ends[1]
-    expected, found = (read_checkpoint(run / CHECKPOINTS / folder_name(9)) for run in (two, forked))
-    for kind in ("weights", "optimizer_tensors"):
-        tensors, others = getattr(expected, kind), getattr(found, kind)
-        assert tensors.keys() == others.keys()
-        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
-    exports = [load_file(run / "artifacts" / "export" / "model.safetensors") for run in (two, forked)]
-    assert exports[0].keys() == expected.weights.keys()
-    assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
+    train_on(warm_python.path, 4, "none 0 0", "--resume", f"{two}:3", "--fork", "--run-tag", "four")
+    for tag in ("one", "four"):
+        check_equal_from_step_3(two, next(runs_dir.glob(f"*_{tag}")))
 
     capsys.readouterr()
     assert experiments.main(["check", str(two)]) == 0

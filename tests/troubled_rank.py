@@ -1,4 +1,8 @@
-"""A callback that makes trouble on one rank after some steps; the variable TROUBLE says which: `raise 1 3`."""
+"""A callback that makes trouble on one rank after some steps; the variable TROUBLE says which: `raise 1 3`.
+
+On each rank it logs the number of its rank, and writes its calls into a file of the folder TROUBLE_CALLS, if there is
+one.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,37 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoints import shards
-from workbench import Callback, TrainingRun
+from workbench import Callback, Metric, TrainingRun, register_metric
 
 
 class Trouble(Callback):
     """What, on which rank, after which step."""
 
     def __init__(self) -> None:
+        register_metric(Metric("trouble/rank", "1"))
         self.what, rank, step = os.environ["TROUBLE"].split()
         self.rank, self.step = int(rank), int(step)
         self.mark = Path(os.environ.get("TROUBLE_MARK", "mark"))
 
+    def on_start(self, run: TrainingRun) -> None:
+        called(run, "start")
+
+    def on_eval(self, run: TrainingRun, losses: Mapping[str, float]) -> None:
+        called(run, f"eval {sorted(losses.items())}")
+
+    def on_end(self, run: TrainingRun, status: str) -> None:
+        called(run, f"end {status}")
+        if self.what == "end" and run.rank == self.rank:
+            raise ValueError("boom")
+
     def on_step(self, run: TrainingRun) -> None:
+        called(run, "step")
+        run.log({"trouble/rank": run.rank})
         if (run.rank, run.state.step) != (self.rank, self.step):
             return
         if self.what == "raise":
@@ -43,6 +62,13 @@ class Trouble(Callback):
         if self.what == "hang":
             while True:
                 time.sleep(1)
+
+
+def called(run: TrainingRun, hook: str) -> None:
+    """Write a call into the file of this rank."""
+    if folder := os.environ.get("TROUBLE_CALLS"):
+        with (Path(folder) / f"rank{run.rank}").open("a") as file:
+            file.write(f"{run.path} {run.state.step} {hook}\n")
 
 
 def fill_disk_once() -> None:

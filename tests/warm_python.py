@@ -56,6 +56,9 @@ PRELOADED = (
     "safetensors.numpy",
     "tensorboard.summary.writer.event_file_writer",
     "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
     "torch.profiler",
     "torch.utils.tensorboard",
     "tokenizers",
@@ -66,6 +69,7 @@ PRELOADED = (
 def early(environment: Any) -> dict[str, str]:
     """What a forked process cannot take over: that part of its environment, and its user."""
     ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")
+    ignored += ("TORCHELASTIC_", "TORCH_NCCL_")  # which torchrun gives its ranks
     found = {name: environment[name] for name in sorted(environment) if name.startswith(EARLY)}
     return {name: value for name, value in found.items() if not name.startswith(ignored)} | {"user": str(os.getuid())}
 

@@ -132,6 +132,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
         (lambda index: index["model"]["a.weight"]["files"].pop(), "4 of 7 rows"),
         (lambda index: index["model"]["a.weight"]["files"].reverse(), "do not follow row 0"),
         (lambda index: index["model"]["a.weight"]["files"][0].__setitem__(0, "../x.safetensors"), "no file of model"),
+        (
+            lambda index: index["model"]["a.weight"]["files"][1].__setitem__(0, "model-00002-of-00003.safetensors"),
+            "index.json: damaged .*model-00002-of-00003.safetensors is not in manifest.json",
+        ),
         (lambda index: index["model"]["a.weight"].update(dtype="F16"), "rows 0 to 4 of a.weight are not there"),
         (lambda index: index["model"].update(d=index["model"]["a.weight"]), "of d are not there"),
         (lambda index: index["model"]["a.weight"]["files"][0].__setitem__(1, False), "expected the numbers of rows"),
@@ -150,6 +154,21 @@ def test_an_index_that_does_not_describe_the_files_is_refused(
     change_index(change)(tmp_path / "step_000005")
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / "step_000005", checked=True)
+
+
+def test_the_file_of_another_checkpoint_is_not_read_in_place_of_a_missing_one(tmp_path: Path) -> None:
+    """It describes the same rows, but the manifest, which names what the checkpoint consists of, does not have it."""
+    path, other = tmp_path / "step_000005", "model-00002-of-00003.safetensors"
+    write(path, 2)
+    (path / other).write_bytes((path / "model-00002-of-00002.safetensors").read_bytes())
+    change_index(lambda index: index["model"]["a.weight"]["files"][1].__setitem__(0, other))(path)
+    for read in (
+        lambda: read_checkpoint(path, checked=True),
+        lambda: find_weights(str(path), lambda: tmp_path),
+        lambda: JoinedTensors(path, "model"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{other} is not in manifest.json"):
+            read()
 
 
 def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path: Path) -> None:

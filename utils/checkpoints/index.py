@@ -12,11 +12,12 @@ file, rows 0 to 1. A file has its rows under the name of the tensor.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from utils.checkpoints.folder import INDEX_FILE, SHARD, CheckpointError, read_object
+from utils.checkpoints.folder import INDEX_FILE, MANIFEST_FILE, SHARD, CheckpointError, read_manifest, read_object
 from utils.checkpoints.header import BITS, TensorEntry, is_shape, read_header
 from utils.errors import SHOWN, cut
 
@@ -75,17 +76,21 @@ def read_index(folder: Path, kind: Kind) -> dict[str, Sharded]:
     """The tensors of one kind in the checkpoint `folder`.
 
     Raises:
-        CheckpointError: the index is damaged.
+        CheckpointError: index or manifest is missing or damaged, or the index names a file that is not in the manifest.
     """
-    place, index = folder / INDEX_FILE, read_object(folder / INDEX_FILE)
+    place, index, manifest = folder / INDEX_FILE, read_object(folder / INDEX_FILE), read_manifest(folder)
     try:
-        return {str(name): _sharded(entry, kind) for name, entry in index[kind].items()}
+        return {str(name): _sharded(entry, kind, manifest) for name, entry in index[kind].items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{place}: damaged ({type(error).__name__}: {cut(str(error), SHOWN)})") from None
 
 
-def _sharded(entry: Any, kind: Kind) -> Sharded:
-    """Raises LookupError, TypeError or ValueError unless it is one, whose rows follow each other without a gap."""
+def _sharded(entry: Any, kind: Kind, files: Container[str]) -> Sharded:
+    """Raises LookupError, TypeError or ValueError unless it is one, whose rows follow each other without a gap.
+
+    Args:
+        files: of the checkpoint.
+    """
     if entry["dtype"] not in BITS or not is_shape(entry["shape"]):
         raise ValueError("expected a dtype and a shape")
     dtype, shape = entry["dtype"], tuple(entry["shape"])
@@ -95,6 +100,8 @@ def _sharded(entry: Any, kind: Kind) -> Sharded:
         match = SHARD_PATTERN.fullmatch(part.file)
         if match is None or match[1] != kind:
             raise ValueError(f"{part.file} is no file of {kind}")
+        if part.file not in files:
+            raise ValueError(f"{part.file} is not in {MANIFEST_FILE}")
         if type(part.first) is not int or type(part.end) is not int:
             raise ValueError(f"{part.file}: expected the numbers of rows")
         if part.first != end or not part.first < part.end <= count:
@@ -118,7 +125,7 @@ def locate(folder: Path, kind: Kind) -> dict[str, tuple[Sharded, tuple[Piece, ..
     """Each tensor of one kind in the checkpoint `folder`, and where its rows lie.
 
     Raises:
-        CheckpointError: the index is damaged, or a file does not have what it says.
+        CheckpointError: as `read_index`, or a file does not have the rows that the index says.
     """
     index = read_index(folder, kind)
     names = sorted({part.file for entry in index.values() for part in entry.rows})

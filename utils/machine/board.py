@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 BEAT_SECONDS = 0.5  # between signs of life
 GRACE_SECONDS = 10.0  # for rank 0 to notice that another has failed, before it is ended
+HANGING_SECONDS = 1.0  # the same where rank 0 is what the others have waited for
 CLOSING_SECONDS = 25.0  # for rank 0 to close the run; then ranks that have not noticed are ended
 ANSWER_SECONDS = 8.0  # for the store to answer: a host that is cut off hears nothing, not even an error
 
@@ -106,7 +107,7 @@ class Board:
             self._asked = self._asked if in_thread else None
 
     def _watch(self) -> None:
-        number, failed_at = 0, None
+        number, failure, failed_at = 0, None, 0.0
         while not self._stopped.wait(BEAT_SECONDS):
             number += 1
             self.beat(number)
@@ -115,9 +116,9 @@ class Board:
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._end_if_cut_off()
                 return
-            if failed_at is None and self.read("failure") is not None:
+            if failure is None and (failure := self.read("failure")) is not None:
                 failed_at = time.monotonic()
-            if failed_at is not None and not self.noticed and self._is_late(time.monotonic() - failed_at):
+            if failure is not None and not self.noticed and self._is_late(failure, time.monotonic() - failed_at):
                 self.post(f"left/{self.rank}", True)
                 os._exit(1)
 
@@ -133,13 +134,13 @@ class Board:
         """What is wrong where neither the store nor the other ranks answer."""
         return f"rank {self.rank} hears nothing from torchrun and the other ranks: its host is cut off, or theirs are"
 
-    def _is_late(self, seconds: float) -> bool:
-        """Whether this rank must end, since it has not noticed a failure for so long.
+    def _is_late(self, failure: Mapping[str, Any], seconds: float) -> bool:
+        """Whether this rank must end, since it has not noticed the note of a failure for so long.
 
         Others than rank 0 wait until that has closed the run: torchrun sends it a signal as soon as one has ended.
         """
         if self.rank == 0:
-            return seconds > GRACE_SECONDS
+            return seconds > (HANGING_SECONDS if 0 in failure.get("late", []) else GRACE_SECONDS)
         return seconds > CLOSING_SECONDS or self.read("end") is not None
 
     def _look(self, ranks: Sequence[int]) -> None:

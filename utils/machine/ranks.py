@@ -210,6 +210,8 @@ class ProcessRanks(Ranks):
         """A note that another rank leaves when it gets that far; waited for as long as that one lives."""
         while (found := self.board.read(name)) is None:
             self._check()
+            if self.board.gone:
+                raise RankError(self.board.cut_off)
             self._check_alive([of_rank], max(self.seconds, SILENT_SECONDS))
             time.sleep(0.02)
         return found
@@ -261,7 +263,7 @@ class ProcessRanks(Ranks):
             if waited > self.seconds and (late := self.board.behind(count)):
                 if silent := self.board.silent(late, SILENT_SECONDS):
                     raise self._found(f"{names(silent)} gave no sign of life: stopped, or cut off")
-                raise self._found(f"{names(late)} did not get as far as the others within {self.seconds:.0f} s")
+                raise self._found(f"{names(late)} did not get as far as the others within {self.seconds:.0f} s", late)
 
     def _check(self) -> None:
         """Raises what has become of the others, if they left a note about it."""
@@ -293,9 +295,13 @@ class ProcessRanks(Ranks):
             return self._found(f"{names(silent)} died: killed, or cut off")
         return self._found(f"rank {self.rank} lost its connection: {str(error).splitlines()[0]}")
 
-    def _found(self, message: str) -> RankError:
-        """The error that this rank has found, for all of them."""
-        self.board.post_first("failure", {"rank": self.rank, "message": message, "found": True})
+    def _found(self, message: str, late: Sequence[int] = ()) -> RankError:
+        """The error that this rank has found, for all of them.
+
+        Args:
+            late: the ranks that live, but hang.
+        """
+        self.board.post_first("failure", {"rank": self.rank, "message": message, "found": True, "late": list(late)})
         return RankError(message)
 
     @contextlib.contextmanager
@@ -372,7 +378,7 @@ class ProcessRanks(Ranks):
         self.board.noticed, self.board.busy = True, 1
         try:
             while (status := self.board.read("end")) is None and not self.board.gone:
-                if self.board.silent([0], LEAVE_SECONDS):
+                if self.board.read("left/0") is not None or self.board.silent([0], LEAVE_SECONDS):
                     break
                 time.sleep(0.02)
         finally:

@@ -99,7 +99,11 @@ def together(
 def follow(
     find_facts: Callable[[], dict[str, Any]], ranks: ProcessRanks, work: Callable[[ProcessRanks], object]
 ) -> int:
-    """What another rank than rank 0 does; returns the exit status of that one."""
+    """What another rank than rank 0 does; returns the exit status of that one.
+
+    Raises:
+        RankError: rank 0 is gone, and this rank is the one to report why.
+    """
     status, lost = 1, None  # 1 also if torchrun is gone
     try:
         ranks.collect("facts", _facts_or_mistake(find_facts, ranks))
@@ -112,11 +116,17 @@ def follow(
     except RankError as error:  # another rank: rank 0 reports it, unless it is the one
         lost = error
     except BaseException as error:
-        ranks.failed(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+        message, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+        ranks.failed(message, trace)
+        lost = RankError(f"rank {ranks.rank}: {message}", trace)
     ended = ranks.leave()
-    if ended is None and lost is not None:
+    if ended is not None:
+        return ended
+    if lost is None and not ranks.board.gone:
+        lost = RankError("rank 0 gave no sign of life: killed, stopped, or cut off")
+    if lost is not None:
         raise lost
-    return status if ended is None else ended
+    return status
 
 
 def with_memory(facts: dict[str, Any], ranks: ProcessRanks) -> dict[str, Any]:
@@ -276,5 +286,6 @@ class Follower:
                 status = over.status
             with ranks.busy():
                 self.callbacks.on_end(status)
+                ranks.collect("ended", status)
                 if self._writer is not None:
                     self._writer.wait()

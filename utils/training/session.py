@@ -229,6 +229,8 @@ class Session:
         with contextlib.suppress(NonFiniteError):
             self.monitor.flush()
         self.callbacks.on_end(status)
+        if status != "diverged" and self._stop.signum is None:  # a signal may come because torchrun is gone
+            self.state.ranks.collect("ended", status)  # the callbacks of others may fail, too
         self.monitor.flush()
 
     def interrupt(self) -> None:

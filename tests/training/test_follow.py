@@ -1,0 +1,76 @@
+"""How another rank than rank 0 ends when rank 0 is gone and cannot report anything."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from utils.errors import RankError
+from utils.machine import ranks as ranks_module
+from utils.machine.board import Board
+from utils.machine.ranks import ProcessRanks, Ranks, RanksOverError
+from utils.machine.signals import StopSignal
+from utils.training.follow import follow
+
+
+@pytest.fixture
+def rank_1(monkeypatch: pytest.MonkeyPatch) -> ProcessRanks:
+    """One of two ranks. Rank 0 has given no sign of life."""
+    monkeypatch.setattr(ranks_module, "LEAVE_SECONDS", 0.01)
+    monkeypatch.setattr(ranks_module, "SILENT_SECONDS", 0.01)
+    monkeypatch.setattr(ProcessRanks, "_close", lambda self, exit_status: None)
+    ranks = ProcessRanks.__new__(ProcessRanks)
+    Ranks.__init__(ranks, 1, 1, 2, "gloo")
+    ranks.board = Board(dist.HashStore(), 1, 2)
+    return ranks
+
+
+def facts() -> dict[str, Any]:
+    return {"settings": {"device": "cpu"}}
+
+
+def raises(error: BaseException) -> Callable[[ProcessRanks], None]:
+    def work(_: ProcessRanks) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (raises(ValueError("boom")), "rank 1: ValueError: boom"),
+        (raises(RankError("rank 0 died: killed, or cut off")), "rank 0 died: killed, or cut off"),
+        (raises(StopSignal(signal.SIGTERM)), "rank 0 gave no sign of life: killed, stopped, or cut off"),
+        (raises(RanksOverError("completed")), "rank 0 gave no sign of life: killed, stopped, or cut off"),
+        (lambda _: None, "rank 0 gave no sign of life: killed, stopped, or cut off"),
+    ],
+)
+def test_a_rank_that_is_left_alone_says_why(
+    rank_1: ProcessRanks, work: Callable[[ProcessRanks], None], message: str
+) -> None:
+    with pytest.raises(RankError) as caught:
+        follow(facts, rank_1, work)
+    assert str(caught.value) == message
+
+
+def test_nothing_is_reported_twice(rank_1: ProcessRanks) -> None:
+    """Another rank is the reporter, torchrun is gone and all stop by themselves, or rank 0 still has a status."""
+    rank_1.board.post("reporter", 2)
+    assert follow(facts, rank_1, raises(ValueError("boom"))) == 1
+    rank_1.board.gone = True
+    assert follow(facts, rank_1, raises(StopSignal(signal.SIGTERM))) == 128 + signal.SIGTERM
+    rank_1.board.gone = False
+    rank_1.board.post("end", 3)
+    assert follow(facts, rank_1, raises(ValueError("boom"))) == 3
+
+
+def test_rank_0_that_has_ended_itself_is_not_waited_for(rank_1: ProcessRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "LEAVE_SECONDS", 1000.0)
+    rank_1.board.post("left/0", True)
+    with pytest.raises(RankError, match="rank 0 did not get as far"):
+        follow(facts, rank_1, raises(RankError("rank 0 did not get as far as the others within 20 s")))
