@@ -13,7 +13,7 @@ try:
 except ImportError:
     from zlib import crc32 as crc32
 
-READ_BYTES = 1 << 20  # of one read: small enough for the caches, where the checksum finds it
+READ_BYTES = 1 << 22  # of one read: the caches still have it for the checksum, and threads seldom wait for Python
 
 POLYNOMIAL = 0xEDB88320  # of zlib.crc32; the highest bit is the coefficient of x**0
 ONE, X = 1 << 31, 1 << 30
