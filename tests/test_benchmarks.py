@@ -291,7 +291,9 @@ def test_data_arithmetic_asks_the_held_out_problems_of_the_preset(capsys: pytest
 def test_loading_prints_each_figure_with_its_bound(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "measure", lambda code, folder, kind: {"seconds": len(kind) / 10, "anonymous": 1000.0})
+    monkeypatch.setattr(
+        loading, "measure", lambda code, folder, kind, what="": {"seconds": len(kind) / 10, "anonymous": 1000.0}
+    )
     monkeypatch.setattr(loading.common, "launch", lambda words, name: loading.common.Launched("", 0.3, 40.0))
     assert loading.main(["--shape", "small", "--repeats", "1"]) == 0
     printed = capsys.readouterr().out

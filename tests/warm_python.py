@@ -42,7 +42,7 @@ EARLY = (
     "HOME",
 )
 NUMBER = struct.Struct("=q")  # a length, a process id or a wait status
-PRELOADED = (
+PRELOADED = (  # not torch._dynamo: its triton reports leaks at the end of each process, used or not
     "PIL.PngImagePlugin",
     "aim",
     "git",
@@ -56,7 +56,6 @@ PRELOADED = (
     "safetensors.numpy",
     "tensorboard.summary.writer.event_file_writer",
     "torch",
-    "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "torch.profiler",
