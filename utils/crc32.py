@@ -5,6 +5,7 @@ The package isal computes it three to four times as fast as zlib (docs/LOG.md); 
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from io import BufferedReader, FileIO
 
@@ -25,7 +26,8 @@ def file_crc32(file: BufferedReader | FileIO) -> int:
     Raises:
         OSError: it cannot be read.
     """
-    checksum, buffer = 0, memoryview(bytearray(READ_BYTES))
+    size = os.fstat(file.fileno()).st_size
+    checksum, buffer = 0, memoryview(bytearray(min(size, READ_BYTES) or 1))  # most files of a run are small
     while count := file.readinto(buffer):
         checksum = crc32(buffer[:count], checksum)
     return checksum

@@ -1,4 +1,4 @@
-"""Completion: what a shell is told about a command line, and the files that shells source."""
+"""Completion: what a shell offers for a command line, and the files that shells source."""
 
 from __future__ import annotations
 
