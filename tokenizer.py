@@ -52,15 +52,18 @@ class CharTokenizer(Tokenizer):
     """One token for each character (Unicode code point).
 
     Args:
-        vocabulary: the characters; a token's id is its index.
+        vocabulary: the characters, each once; a token's id is its index.
         unknown_token: the character that stands for all others; appended unless it is among them.
+
+    Raises:
+        TokenizerError: a token is not one character, or a character appears twice.
     """
 
     kind = "char"
     learns_characters = True
 
     def __init__(self, vocabulary: Iterable[str], unknown_token: str | None = None) -> None:
-        self.vocabulary = list(dict.fromkeys(vocabulary))
+        self.vocabulary = list(vocabulary)
         if unknown_token is not None and unknown_token not in self.vocabulary:
             self.vocabulary.append(unknown_token)
         if set(map(len, self.vocabulary)) - {1}:
@@ -70,7 +73,9 @@ class CharTokenizer(Tokenizer):
         unknown_id = -1 if unknown_token is None else self.vocabulary.index(unknown_token)
         # (largest code point + 2,): code point -> id; the last place is for everything beyond
         self._ids = np.full(int(code_points.max(initial=0)) + 2, unknown_id, dtype=np.int32)
-        self._ids[code_points] = np.arange(len(self.vocabulary))
+        self._ids[code_points] = ids = np.arange(len(self.vocabulary))
+        if (self._ids[code_points] != ids).any():
+            raise TokenizerError("a character appears twice in the vocabulary")
 
     @classmethod
     def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
@@ -170,8 +175,6 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        if len(set(data["vocabulary"])) != len(data["vocabulary"]):
-            raise ValueError("a character appears twice in the vocabulary")
         return cls(data["vocabulary"], data["unknown_token"])
 
 

@@ -88,8 +88,9 @@ def test_unknown_token_of_the_text_keeps_its_place() -> None:
     assert tokenizer.encode("b") == [0]
 
 
-def test_repeated_characters_of_a_vocabulary_count_once() -> None:
-    assert CharTokenizer("abab").vocabulary == ["a", "b"]
+def test_a_vocabulary_has_each_character_once() -> None:
+    with pytest.raises(TokenizerError, match="twice"):
+        CharTokenizer("aba")
 
 
 @pytest.mark.parametrize(("vocabulary", "unknown"), [(["a", "bc"], None), (["a", ""], None), (["a"], "bc")])
