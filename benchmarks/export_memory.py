@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from tokenizer import build_tokenizer
-from utils.checkpoints.files import stream_order
+from utils.checkpoints.tensors import stream_order
 from utils.config.settings import DataConfig, ModelConfig
 from utils.inference.export import outlines_of, stream_export
 from utils.machine.ranks import ProcessRanks

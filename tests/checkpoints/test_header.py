@@ -18,11 +18,11 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from utils.checkpoints import files
 from utils.checkpoints import header as header_module
-from utils.checkpoints.files import map_entries, map_tensors, open_tensors
+from utils.checkpoints import tensors as reading
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import HEADER_BYTES, TensorEntry, read_header
+from utils.checkpoints.tensors import map_entries, map_tensors, open_tensors
 from utils.crc32 import joined
 from utils.errors import cut, shown
 
@@ -225,7 +225,7 @@ def test_a_length_that_lies_allocates_nothing(tmp_path: Path, length: int) -> No
 def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "READ_BYTES", 4096)
+    monkeypatch.setattr(reading, "READ_BYTES", 4096)
     tensors = {
         "parts": torch.randn(3, 1001),  # read by two threads, in several pieces each
         "a": torch.randn(3, 1000),
@@ -254,7 +254,7 @@ def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(
 def test_a_flipped_bit_is_found_after_the_last_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, tensors: dict[str, torch.Tensor]
 ) -> None:
-    monkeypatch.setattr(files, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(reading, "READ_BYTES", read_bytes)
     path = tmp_path / "a.safetensors"
     save_file(tensors, path, metadata={"note": "text"})
     content = path.read_bytes()
@@ -272,7 +272,7 @@ def test_a_flipped_bit_is_found_after_the_last_tensor(
 def test_a_file_that_shrinks_while_it_is_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(100_000), "b": torch.zeros(100_000)}, path)
-    monkeypatch.setattr(files, "AHEAD_BYTES", 0)
+    monkeypatch.setattr(reading, "AHEAD_BYTES", 0)
     with open_tensors(path) as tensors:
         next(tensors)
         os.truncate(path, path.stat().st_size - 100_000)

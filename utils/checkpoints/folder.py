@@ -1,13 +1,14 @@
-"""The folders of a run's checkpoints: their names, their files, and whether the files are intact."""
+"""The folders of a run's checkpoints: their names, their files, and checksums that show whether they are intact."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.crc32 import file_crc32
+from utils.crc32 import crc32, file_crc32
 from utils.errors import UserError
 from utils.files import read_json, regular_fd
 
@@ -99,7 +100,22 @@ def _names(files: dict[str, Any]) -> tuple[str, ...]:
     return (*base, *shards, *FILES_OF_SHARDS)
 
 
-def check_file(path: Path, size: int, crc32: str) -> None:
+def write_parts(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
+    """Write and sync a file; returns its entry in the manifest."""
+    checksum = size = 0
+    with open(path, "wb", buffering=0) as file:
+        for part in parts:
+            for start in range(0, len(part), CHUNK_BYTES):
+                chunk = part[start : start + CHUNK_BYTES]
+                checksum = crc32(chunk, checksum)
+                size += len(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return {"size": size, "crc32": f"{checksum:08x}"}
+
+
+def check_file(path: Path, size: int, expected: str) -> None:
     """Compare a whole file with its entry in the manifest; reading it puts it into the page cache.
 
     Raises:
@@ -115,8 +131,8 @@ def check_file(path: Path, size: int, crc32: str) -> None:
         raise CheckpointError(f"{path}: missing") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if f"{checksum:08x}" != crc32:
-        raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, the manifest says {crc32}")
+    if f"{checksum:08x}" != expected:
+        raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, the manifest says {expected}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from utils.checkpoints.files import DTYPE_NAMES, DTYPES, Outlines, map_tensors, write_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.index import KINDS, Kind, Piece, Sharded, index_json, locate, shard_name, sharded
+from utils.checkpoints.tensors import DTYPE_NAMES, DTYPES, Outlines, map_tensors, write_tensors
 
 
 class JoinedTensors(Mapping[str, torch.Tensor]):

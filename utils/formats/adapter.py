@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from model import LanguageModel
-from utils.checkpoints.files import write_tensors
+from utils.checkpoints.tensors import write_tensors
 from utils.config.settings import OptimizerConfig
 from utils.files import write_json
 from utils.formats.families import family_for

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tokenizer import Tokenizer, tokenizer_from_json
-from utils.checkpoints.files import map_entries
+from utils.checkpoints.tensors import map_entries
 from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.files import open_named

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoints.files import map_entries
 from utils.checkpoints.header import BITS, TensorEntry
+from utils.checkpoints.tensors import map_entries
 from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.files import open_named

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from utils.checkpoints.files import DTYPES
+from utils.checkpoints.tensors import DTYPES
 from utils.errors import UserError
 from utils.files import open_named
 from utils.formats.inspection import module_of

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from utils.checkpoints.files import DTYPE_NAMES, map_tensors
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import read_header
+from utils.checkpoints.tensors import DTYPE_NAMES, map_tensors
 from utils.files import open_regular, write_json
 from utils.formats.foreign_files import ForeignConfigError, boundary
 from utils.formats.table import FormatError, Shape

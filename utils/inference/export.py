@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 
 from model import LanguageModel, outline
 from tokenizer import Tokenizer, load_tokenizer
-from utils.checkpoints.files import Checkpoint, Outlines, open_tensors, weight_differences, write_stream
+from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, CheckpointError
 from utils.checkpoints.header import read_header
+from utils.checkpoints.tensors import Outlines, open_tensors, write_stream
 from utils.config.settings import ModelConfig
 from utils.crc32 import file_crc32
 from utils.errors import UserError

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from utils.checkpoints.files import Checkpoint, read_checkpoint, stream_order
+from utils.checkpoints.files import Checkpoint, read_checkpoint
 from utils.checkpoints.folder import CheckpointError, folder_name
+from utils.checkpoints.tensors import stream_order
 from utils.files import read_json
 from utils.formats.adapter import write_adapter
 from utils.inference.export import outlines_of, save_export, stream_export

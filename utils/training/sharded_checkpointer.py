@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils.checkpoints.files import Outlines, write_folder, write_object
+from utils.checkpoints.files import write_folder, write_object
 from utils.checkpoints.folder import INDEX_FILE
 from utils.checkpoints.index import Kind
 from utils.checkpoints.optimizer import flatten_optimizer
 from utils.checkpoints.shards import index_of, write_shards
+from utils.checkpoints.tensors import Outlines
 from utils.errors import RankError
 from utils.machine.ranks import Ranks, RanksOverError
 from utils.training.checkpointer import Checkpointer, HostMemory, reason_of
