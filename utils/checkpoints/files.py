@@ -44,7 +44,8 @@ from utils.checkpoints.folder import (
 )
 from utils.checkpoints.header import TensorEntry, header_of
 from utils.crc32 import READ_BYTES, crc32, joined
-from utils.files import open_named, open_regular, remove, sync_folder
+from utils.files import open_named, open_regular
+from utils.folders import remove, sync_folder
 
 READERS = 2  # threads; most of their time goes into new pages of memory, see docs/LOG.md
 PART_BYTES = 1 << 23  # that a thread reads at a time

@@ -23,7 +23,8 @@ from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer,
 from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError, nearest
-from utils.files import remove, sync_folder, unwritable, write_json
+from utils.files import unwritable, write_json
+from utils.folders import remove, sync_folder
 from utils.formats.convert import name_of
 from utils.formats.foreign import MOMENTS, Foreign
 from utils.inference.export import save_export
