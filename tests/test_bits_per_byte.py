@@ -16,7 +16,7 @@ from fake_runs import RESOLVED, indexed, make_run
 import inference
 import train
 from data import BatchSampler, Corpus
-from tokenizer import ByteTokenizer, load_tokenizer
+from tokenizer import load_tokenizer
 from utils.errors import UserError
 from utils.experiments.compare import compare
 from utils.experiments.comparison_tables import comparison_screen
@@ -24,6 +24,7 @@ from utils.experiments.tables import columns_of
 from utils.runs.index import read_run
 from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, metric
 from utils.terminal.words import bits_text
+from utils.tokenization.byte_tokens import ByteTokenizer
 
 Argv = Callable[..., list[str]]
 

@@ -18,7 +18,8 @@ import pytest
 from utils.config.loader import ConfigLoader
 from utils.corpora.sources import find_source
 from utils.errors import UserError
-from utils.files import open_named, real_path, remove, write_atomic, write_json
+from utils.files import open_named, real_path, write_atomic, write_json
+from utils.folders import remove
 from utils.inference.prompts import read_prompts, read_text
 
 ROOT = Path(__file__).resolve().parent.parent

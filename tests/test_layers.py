@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (  # from the bottom up: packages of utils/, and the files beside it
-    *("errors", "locks", "crc32", "files", "config", "tokenization", "tokenizer.py"),
+    *("errors", "locks", "crc32", "files", "folders", "config", "tokenization", "tokenizer.py"),
     *("machine", "checkpoints", "nn", "terminal", "web", "runs", "corpora", "packing", "preparation"),
     *("model.py", "data.py", "tracking", "optim", "inference"),
     *("formats", "evaluation", "training", "profiling", "experiments", "sweeps", "pages", "serving"),
@@ -20,7 +20,8 @@ ORDER = (  # from the bottom up: packages of utils/, and the files beside it
 )
 OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
 WITHOUT_TORCH = (
-    *("errors", "locks", "crc32", "files", "config", "terminal", "web", "runs", "corpora", "experiments", "pages"),
+    *("errors", "locks", "crc32", "files", "folders", "config", "terminal"),
+    *("web", "runs", "corpora", "experiments", "pages"),
     *("checkpoints.folder", "checkpoints.header", "checkpoints.index"),
     *("machine.process", "machine.signals", "machine.watchdog"),
     *("formats.stored", "formats.foreign_files", "formats.weight_index", "formats.c_files", "formats.inspection"),

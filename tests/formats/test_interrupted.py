@@ -14,7 +14,7 @@ import foreign_models as foreign
 import pytest
 
 from tests.tiny_export import char_tokenizer, save_tiny_run
-from utils.files import replace_folder
+from utils.folders import replace_folder
 from weights import main
 
 ENDED = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyz")

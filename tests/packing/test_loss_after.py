@@ -82,6 +82,6 @@ def test_a_text_without_tokens_is_one_line_that_names_the_setting(
         raise TokenizerError(f"{text} is not in the vocabulary")
 
     load(tmp_path, "none", "=")
-    monkeypatch.setattr("tokenizer.ByteTokenizer.encode", no_token)
+    monkeypatch.setattr("utils.tokenization.byte_tokens.ByteTokenizer.encode", no_token)
     with pytest.raises(DatasetError, match="loss_after '#' has characters that no document has"):
         load(tmp_path, "none", "#")

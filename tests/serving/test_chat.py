@@ -10,9 +10,9 @@ from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tokenizer import HuggingFaceTokenizer
 from utils.errors import UserError
 from utils.serving.chat import PublishedTemplate
+from utils.tokenization.subwords import HuggingFaceTokenizer
 
 CHATML = """{{ bos_token }}{% for message in messages %}
 <|im_start|>{{ message.role }}

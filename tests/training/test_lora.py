@@ -27,6 +27,7 @@ from utils.inference.export import load_export
 from utils.inference.seen import seen
 from utils.nn.lora import frozen_weights, merged_weights
 from utils.runs.index import read_run
+from utils.runs.layout import CHECKPOINTS, EXPORT
 from utils.runs.log import read_metrics
 from utils.runs.seal import verify_seal
 from utils.training.batch_size import ByteCounter, Trial, bytes_of_training
@@ -61,6 +62,64 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(utils.training.step, "optimizer_step", patched)
 
 
+def base_of(run: Path) -> Path:
+    return run / CHECKPOINTS / "base.safetensors"
+
+
+def weights_of(run: Path) -> Path:
+    """The file with the adapters in the last checkpoint."""
+    return last_checkpoint(run).path / "model.safetensors"
+
+
+def assert_checkpoint_has_the_adapters_only(run: Path, parent: Path) -> None:
+    """A checkpoint has the adapters and their moments; the base is written once, and is that of the parent."""
+    exported = load_file(parent / EXPORT / "model.safetensors")
+    checkpoint = last_checkpoint(run)
+    frozen = load_file(base_of(run))
+    assert frozen.keys() == exported.keys()
+    assert all(torch.equal(frozen[name], exported[name]) for name in frozen)
+    own = load_file(weights_of(run))
+    assert len(own) == 8
+    assert all("lora_" in name for name in (*own, *checkpoint.optimizer_tensors))
+    assert checkpoint.weights.keys() == own.keys() | frozen.keys()
+    histograms = (run / "logs/histograms.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["name"].split("/")[1] for line in histograms} == {*own}
+
+
+def assert_export_has_the_adapters_merged(run: Path) -> None:
+    """It is a plain model that any reader of exports takes."""
+    export, frozen = load_export(run / EXPORT, CPU), load_file(base_of(run))
+    assert export.training["lora"]["lora_rank"] == 2
+    moved = [name for name, weight in export.model.state_dict().items() if not torch.equal(weight, frozen[name])]
+    assert moved == [f"blocks.0.{name}.weight" for name in ("attention.qkv", "attention.proj", "mlp.up", "mlp.proj")]
+
+
+def assert_adapters_are_exported_for_peft(run: Path) -> None:
+    folder = run / EXPORT / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    saved, own = (load_file(path) for path in (folder / "adapter_model.safetensors", weights_of(run)))
+    name = "base_model.model.transformer.h.0.mlp.c_fc.lora_B.weight"
+    assert torch.equal(saved[name], own["blocks.0.mlp.up.lora_b"])
+
+
+def assert_other_commands_read_it_as_any_run(run: Path, runs_dir: Path) -> None:
+    assert find_weights(f"{run}:20", Path) == [weights_of(run), base_of(run)]
+    assert verify_seal(run).good
+    trained, export = load_trained(str(run), runs_dir, CPU, checkpoint="best"), load_export(run / EXPORT, CPU)
+    assert trained.model.state_dict().keys() == export.model.state_dict().keys()
+    assert seen(read_run(run), Path.cwd(), 3, top=1).passages[0].loss
+
+
+def assert_damaged_base_is_found_before_it_is_trained_on(run: Path) -> None:
+    with open(base_of(run), "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    with pytest.raises(CheckpointError, match=r"base.safetensors: damaged: its CRC-32"):
+        read_checkpoint(list_checkpoints(run / CHECKPOINTS)[0][1])
+    assert any("base.safetensors: damaged" in line for line in verify_seal(run).damaged)
+
+
 def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,32 +139,10 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     assert val_losses(straight)[0] == val_losses(base)[-1]
     assert val_losses(straight)[-1] < val_losses(straight)[0]
 
-    # A checkpoint has the adapters and their moments; the base is written once, and is that of the parent.
-    exported = load_file(base / "artifacts/export/model.safetensors")
-    folder = straight / "artifacts/checkpoints"
-    checkpoint = last_checkpoint(straight)
-    frozen = load_file(folder / "base.safetensors")
-    assert frozen.keys() == exported.keys()
-    assert all(torch.equal(frozen[name], exported[name]) for name in frozen)
-    own = load_file(checkpoint.path / "model.safetensors")
-    assert len(own) == 8
-    assert all("lora_" in name for name in (*own, *checkpoint.optimizer_tensors))
-    assert checkpoint.weights.keys() == own.keys() | frozen.keys()
-    histograms = (straight / "logs/histograms.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {json.loads(line)["name"].split("/")[1] for line in histograms} == {*own}
-
-    # The export has them merged: a plain model that any reader of exports takes.
-    export = load_export(straight / "artifacts/export", CPU)
-    assert export.training["lora"]["lora_rank"] == 2
-    moved = [name for name, weight in export.model.state_dict().items() if not torch.equal(weight, frozen[name])]
-    assert moved == [f"blocks.0.{name}.weight" for name in ("attention.qkv", "attention.proj", "mlp.up", "mlp.proj")]
-
-    of_peft = json.loads((straight / "artifacts/export/adapter/adapter_config.json").read_text(encoding="utf-8"))
-    assert of_peft["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    saved = load_file(straight / "artifacts/export/adapter/adapter_model.safetensors")
-    name = "base_model.model.transformer.h.0.mlp.c_fc.lora_B.weight"
-    assert torch.equal(saved[name], own["blocks.0.mlp.up.lora_b"])
-    assert not (base / "artifacts/export/adapter").exists()
+    assert_checkpoint_has_the_adapters_only(straight, base)
+    assert_export_has_the_adapters_merged(straight)
+    assert_adapters_are_exported_for_peft(straight)
+    assert not (base / EXPORT / "adapter").exists()
 
     # Killed in the middle, without the run that it began with, it ends in the same bits.
     stopped = [*tuned, "--run-tag", "stopped"]
@@ -116,18 +153,11 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     assert train.main(["--resume", str(newest(runs_dir, "stopped"))]) == 0
     assert differences(straight, newest(runs_dir, "stopped")) == SAME
 
-    # Other commands read it as they read any run.
-    assert find_weights(f"{straight}:20", Path) == [checkpoint.path / "model.safetensors", folder / "base.safetensors"]
-    assert verify_seal(straight).good
-    trained = load_trained(str(straight), runs_dir, CPU, checkpoint="best")
-    assert trained.model.state_dict().keys() == export.model.state_dict().keys()
-    assert seen(read_run(straight), Path.cwd(), 3, top=1).passages[0].loss
+    assert_other_commands_read_it_as_any_run(straight, runs_dir)
 
     # A fork continues its adapters, fine-tuning starts from the merged weights.
     assert train.main(["--fork", "--resume", f"{straight}:15", "--max-iters", "18", "--run-tag", "fork"]) == 0
-    assert (newest(runs_dir, "fork") / "artifacts/checkpoints/base.safetensors").read_bytes() == (
-        folder / "base.safetensors"
-    ).read_bytes()
+    assert base_of(newest(runs_dir, "fork")).read_bytes() == base_of(straight).read_bytes()
     capsys.readouterr()
     for words, found in (
         (["--lora-rank", "4"], "was trained with lora_rank 2, not 4; --init-from starts with its weights"),
@@ -139,15 +169,9 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
         assert found in capsys.readouterr().err.replace("\n", " ")
     assert train.main(tiny_argv("--init-from", f"{straight}:latest", "--run-tag", "merged")) == 0
     assert val_losses(newest(runs_dir, "merged"))[0] == pytest.approx(val_losses(straight)[-1], abs=1e-6)
-    assert not (newest(runs_dir, "merged") / "artifacts/checkpoints/base.safetensors").exists()
+    assert not base_of(newest(runs_dir, "merged")).exists()
 
-    # A damaged base is found before it is trained on.
-    with open(folder / "base.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\xff")
-    with pytest.raises(CheckpointError, match=r"base.safetensors: damaged: its CRC-32"):
-        read_checkpoint(list_checkpoints(folder)[0][1])
-    assert any("base.safetensors: damaged" in line for line in verify_seal(straight).damaged)
+    assert_damaged_base_is_found_before_it_is_trained_on(straight)
 
 
 def test_mistakes_are_told_before_a_directory_is_made(

@@ -15,7 +15,7 @@ from utils.checkpoints.folder import (
     list_checkpoints,
 )
 from utils.errors import nearest, shown
-from utils.files import remove
+from utils.folders import remove
 
 
 def newest_good(

@@ -40,7 +40,7 @@ from utils.checkpoints.folder import (
 from utils.checkpoints.header import TensorEntry
 from utils.checkpoints.shards import JoinedTensors
 from utils.checkpoints.tensors import map_tensors, write_tensors
-from utils.files import remove, sync_folder
+from utils.folders import remove, sync_folder
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import real_path, size_of
+from utils.files import real_path
+from utils.folders import size_of
 from utils.locks import folder_lock
 from utils.runs.index import IndexedRun, read_index
 from utils.runs.layout import ARTIFACTS, CHECKPOINTS, EXPORT, LOGS, META

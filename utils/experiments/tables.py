@@ -16,7 +16,7 @@ from utils.errors import UserError, nearest, number_text
 from utils.experiments.diff import environment_of
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.prune import PrunePlan
-from utils.files import size_of
+from utils.folders import size_of
 from utils.runs.evaluations import NUMBERS, newest_evaluations
 from utils.runs.index import (
     DAMAGED,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import SHOWN, UserError, cut
-from utils.files import read_text, remove, replace_folder, restore_folder, sync_files, unwritable
+from utils.files import read_text, unwritable
+from utils.folders import remove, replace_folder, restore_folder, sync_files
 from utils.formats.card import MADE_HERE
 from utils.locks import try_flock
 

@@ -6,6 +6,7 @@ apply: HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE, which f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -137,10 +138,8 @@ def download(
             f"{name} is not on this machine (no such folder, and not in {hub.constants.HF_HUB_CACHE}), and "
             f"HF_HUB_OFFLINE forbids the network; with a network: python weights.py download {name}{flags}"
         )
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
     page = f"{hub.constants.ENDPOINT}/{name}"
-    try:
+    with _errors_explained(hub, name, page, local_dir, revision):
         facts = hub.HfApi().model_info(name, revision=revision, files_metadata=True)
         files = facts.siblings or []
         _check_files(name, [file.rfilename for file in files])
@@ -156,6 +155,25 @@ def download(
             )
         if local_dir is None and revision != facts.sha:  # so that the name is found without the network, too
             _remember(folder, revision or "main", facts.sha)
+    check_hashes(folder, remove=True)
+    return Found(name, folder, f"downloaded from {page} into {folder}", facts.sha)
+
+
+@contextlib.contextmanager
+def _errors_explained(hub: Any, name: str, page: str, local_dir: Path | None, revision: str | None) -> Iterator[None]:
+    """Around a download: its failures as one line that says what to do.
+
+    Args:
+        page: the address of the model.
+
+    Raises:
+        HubError: the hub cannot be reached, has no such model or does not give it, or a file is damaged.
+        OSError: the disk is full or fails.
+    """
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
     except GatedRepoError:
         raise HubError(
             f"{name} is gated: accept its conditions on {page}, make a token on {hub.constants.ENDPOINT}"
@@ -181,8 +199,6 @@ def download(
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet"):
             raise
         raise HubError(f"{name}: {hub.constants.ENDPOINT} cannot be reached: {_reason(error)}") from None
-    check_hashes(folder, remove=True)
-    return Found(name, folder, f"downloaded from {page} into {folder}", facts.sha)
 
 
 def _check_files(name: str, files: list[str]) -> None:

@@ -40,12 +40,12 @@ def fetch_weights(
         DamagedError: what was downloaded has another hash; it is deleted.
         OSError and the errors of huggingface_hub: it cannot be downloaded; what has arrived stays for the next try.
     """
-    from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import WeakFileLock
 
     if listed.lfs is None or not SHA256.fullmatch(listed.lfs.sha256):
         return
-    file, sha256, bytes = listed.rfilename, listed.lfs.sha256, listed.lfs.size
+    file, sha256 = listed.rfilename, listed.lfs.sha256
     if local_dir is None:
         cache, folder = Path(hub.constants.HF_HUB_CACHE), repo_folder_name(repo_id=name, repo_type="model")
         place, partial_folder = cache / folder / "blobs" / sha256, cache / folder / "blobs"
@@ -64,30 +64,43 @@ def fetch_weights(
         for other in partial_folder.glob(f"{file}.*.incomplete"):
             if other != partial:  # of content that the hub no longer has
                 other.unlink()
-        with open(partial, "ab") as target:
-            if target.tell() > bytes:
-                target.truncate(0)
-            if here := target.tell():
-                report(f"{file}: {size(here)} of {size(bytes)} are here from an earlier try")
-            http_get(
-                hub.hf_hub_url(name, file, revision=commit),
-                target,
-                resume_size=here,
-                headers=build_hf_headers(),
-                expected_size=bytes,
-                displayed_filename=file,
-            )
-            target.flush()
-            os.fsync(target.fileno())
-        if (found := file_hash(partial, sha256)) != sha256:
-            partial.unlink()
-            raise DamagedError(
-                f"{file}: damaged ({size(bytes)}): its hash is {found[:16]}..., not {sha256[:16]}...; it was "
-                "deleted: run the command again"
-            )
+        _complete(partial, hub.hf_hub_url(name, file, revision=commit), listed, report)
         if local_dir is not None:  # of what was there before
             note_of(local_dir, file).unlink(missing_ok=True)
         os.replace(partial, place)
+
+
+def _complete(partial: Path, url: str, listed: Any, report: Callable[[str], None]) -> None:
+    """Download what a partial file lacks, sync it and check its hash; the arguments are those of `fetch_weights`.
+
+    Raises:
+        DamagedError: it has another hash; it is deleted.
+    """
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    file, sha256, bytes = listed.rfilename, listed.lfs.sha256, listed.lfs.size
+    with open(partial, "ab") as target:
+        if target.tell() > bytes:
+            target.truncate(0)
+        if here := target.tell():
+            report(f"{file}: {size(here)} of {size(bytes)} are here from an earlier try")
+        http_get(
+            url,
+            target,
+            resume_size=here,
+            headers=build_hf_headers(),
+            expected_size=bytes,
+            displayed_filename=file,
+        )
+        target.flush()
+        os.fsync(target.fileno())
+    if (found := file_hash(partial, sha256)) != sha256:
+        partial.unlink()
+        raise DamagedError(
+            f"{file}: damaged ({size(bytes)}): its hash is {found[:16]}..., not {sha256[:16]}...; it was "
+            "deleted: run the command again"
+        )
 
 
 def note_of(folder: Path, file: str) -> Path:

@@ -22,6 +22,7 @@ from utils.formats.foreign_config import ForeignConfig, our_config
 from utils.formats.foreign_files import read_bounded, read_bounded_json
 from utils.formats.shards import LOADABLE, Shards, check_regular
 from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
+from utils.tokenization.subwords import LARGEST_VOCABULARY
 
 CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
     "config.json",
@@ -30,7 +31,6 @@ CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
     "tokenizer.json",
 )
 CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
-LARGEST_VOCABULARY = 1 << 22
 HEAD = "lm_head.weight"  # of all families
 
 

@@ -26,7 +26,8 @@ from utils.checkpoints.tensors import Outlines, open_tensors, write_stream
 from utils.config.settings import ModelConfig
 from utils.crc32 import file_crc32
 from utils.errors import UserError
-from utils.files import is_regular, open_regular, read_json, remove, replace_folder, restore_folder, write_json
+from utils.files import is_regular, open_regular, read_json, write_json
+from utils.folders import remove, replace_folder, restore_folder
 from utils.inference.evaluation import evaluating
 from utils.nn.lora import adapted_layers, merged_weights
 from utils.nn.roles import declared_roles

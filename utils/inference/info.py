@@ -17,7 +17,7 @@ from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.config.settings import ModelConfig
 from utils.errors import number_text
-from utils.files import size_of
+from utils.folders import size_of
 from utils.inference.export import Export
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.layout import RECORD

@@ -15,7 +15,7 @@ from utils.config.settings import OPERATORS, ArithmeticConfig, Config, DataConfi
 from utils.corpora.arithmetic import EQUALS, Problem, problem_set
 from utils.corpora.datasets import TOKENIZER_JSON, Dataset, ShardWriter, Split, is_dataset, read_dataset
 from utils.corpora.sources import ARITHMETIC, CorpusError
-from utils.files import remove
+from utils.folders import remove
 
 VERSION = 1  # of the problems that settings give; part of a dataset's name
 DTYPE = "uint16"

@@ -12,7 +12,8 @@ import numpy as np
 from tokenizer import load_tokenizer
 from utils.corpora.datasets import TYPES, Dataset, DatasetError, find_dataset, is_dataset, read_dataset
 from utils.errors import UserError, nearest
-from utils.files import read_json, read_text, size_of
+from utils.files import read_json, read_text
+from utils.folders import size_of
 from utils.packing.prepared import verify_shards
 from utils.preparation.report import CARD, REPORT
 from utils.preparation.work import is_being_prepared

@@ -8,14 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizer import (
-    TRAINING_CHARACTERS,
-    Tokenizer,
-    TokenizerError,
-    build_tokenizer,
-    load_tokenizer,
-    tokenizer_class,
-)
+from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer, tokenizer_class
 from utils.config.settings import DataConfig
 from utils.corpora.cleaning import Cleaned, CleaningReport
 from utils.corpora.datasets import Dataset, Split, is_dataset, read_dataset
@@ -35,6 +28,7 @@ from utils.preparation.workers import in_order
 from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
 from utils.terminal.words import counted, one_line
+from utils.tokenization.subwords import TRAINING_CHARACTERS
 
 END_OF_TEXT = "\0"  # the character that stands for it where tokens are characters
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from utils.corpora.datasets import TOKENIZER_JSON
 from utils.errors import UserError
-from utils.files import read_json, read_text, remove, sync_folder, write_json
+from utils.files import read_json, read_text, write_json
+from utils.folders import remove, sync_folder
 from utils.locks import Holder, try_flock
 
 PLAN, LOCK = "plan.json", "preparation.lock"

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from utils.errors import UserError
-from utils.files import output_target, read_json, sync_folder, write_atomic, write_json, write_output
+from utils.files import output_target, read_json, write_atomic, write_json, write_output
+from utils.folders import sync_folder
 from utils.runs import layout
 
 SCHEMA_VERSION: Literal[1] = 1

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from utils.config.tags import check_tag
 from utils.errors import UserError
-from utils.files import change_json, links_out, read_json, remove, write_json
+from utils.files import change_json, read_json, write_json
+from utils.folders import links_out, remove
 from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, WANDB, fed_note
 from utils.runs.lock import (
     HEARTBEAT_SECONDS,

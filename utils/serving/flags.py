@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:
         help="path, id, tag, part of an id, or latest (default: the newest with an export); requests name a run as it "
         "is named here",
     )
-    group = parser.add_argument_group("the server")
+    _add_server_arguments(parser.add_argument_group("the server"), key_name)
+    _add_model_arguments(parser.add_argument_group("the models"))
+
+
+def _add_server_arguments(group: argparse._ArgumentGroup, key_name: str) -> None:
     group.add_argument(
         "--host",
         default="127.0.0.1",
@@ -63,18 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:
     group.add_argument(
         "--edit", action="store_true", help="tags and notes of runs can be changed in the pages at /runs"
     )
-    model = parser.add_argument_group("the models")
-    model.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
-    model.add_argument(
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
+    group.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
-    model.add_argument(
+    group.add_argument(
         "--unknown-token",
         type=one_character,
         metavar="C",
         help="character of the vocabulary that stands for those outside it (default: as trained)",
     )
-    weights = model.add_mutually_exclusive_group()
+    weights = group.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights",
         choices=("auto", "float32", "bfloat16"),

@@ -20,7 +20,8 @@ from typing import Any
 from utils.config.fields import get_value
 from utils.config.loader import ConfigError, ConfigLoader, flag_name
 from utils.errors import UserError
-from utils.files import read_text, remove
+from utils.files import read_text
+from utils.folders import remove
 from utils.runs.layout import CONFIG, LOCK, METRICS_LOG, NOTES, RECORD
 from utils.runs.lock import lock_is_free, wait_until_free
 from utils.runs.log import last_record

@@ -1,1 +1,1 @@
-"""What subword tokenizers share: where a text may be cut, and the files of vocabularies."""
+"""Tokenizers of bytes and subwords, where a text may be cut for them, and the files of vocabularies."""

@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.files import write_json
 
 VERSION = 1  # of the JSON form
+PART = 1 << 17  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
 
 
 class TokenizerError(UserError):
@@ -152,3 +153,8 @@ class Tokenizer(Protocol):
             OSError: it cannot be written.
         """
         write_json(path, self.to_json())
+
+
+def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """The ids of `encode_array` from those of `encode_parts`, shape (tokens,), int64."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])

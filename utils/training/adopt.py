@@ -23,7 +23,8 @@ from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer,
 from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError, nearest
-from utils.files import remove, sync_folder, unwritable, write_json
+from utils.files import unwritable, write_json
+from utils.folders import remove, sync_folder
 from utils.formats.convert import name_of
 from utils.formats.foreign import MOMENTS, Foreign
 from utils.inference.export import save_export
@@ -262,22 +263,7 @@ def _write(
 ) -> Adopted:
     config, tokenizer, step = loaded.config, state.corpus.tokenizer, foreign.step
     resumes = has_corpus and foreign.moments is not None and step < state.max_iters
-    source = {"program": foreign.program, "file": name_of(foreign.path), "notes": foreign.notes}
-    if foreign.path.is_file():
-        source["sha256"] = file_sha256(foreign.path)
-    if foreign.best_val_loss is not None:
-        source["best_val_loss"] = f"{foreign.best_val_loss:.6g}"
-    try:
-        resolved = {
-            **derived_settings(config, state.max_iters),
-            "parameters": state.model.num_parameters(),
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenizer.kind,
-            "tokenizer_hash": tokenizer.hash(),
-            **({"dataset": state.corpus.name, "corpus_hash": state.corpus.hash} if has_corpus else {}),
-        }
-    except RuleError as error:
-        raise rule_error(error, loaded) from None
+    source, resolved = _source(foreign), _resolved(loaded, state, has_corpus)
     weights, tensors, facts = _captured(state)
     with _new_run(place) as folder:
         lock = RunLock(folder)
@@ -318,6 +304,36 @@ def _write(
     moments = foreign.moments is not None
     kind = f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
     return Adopted(place, foreign.program, step, resolved["parameters"], kind, moments, resumes, foreign.notes)
+
+
+def _source(foreign: Foreign) -> dict[str, Any]:
+    """Where the run comes from, for its record and its export."""
+    source = {"program": foreign.program, "file": name_of(foreign.path), "notes": foreign.notes}
+    if foreign.path.is_file():
+        source["sha256"] = file_sha256(foreign.path)
+    if foreign.best_val_loss is not None:
+        source["best_val_loss"] = f"{foreign.best_val_loss:.6g}"
+    return source
+
+
+def _resolved(loaded: LoadedConfig, state: TrainState, has_corpus: bool) -> dict[str, Any]:
+    """The values of the run that follow from its settings, model and tokenizer, for its record.
+
+    Raises:
+        UserError: the settings do not go together.
+    """
+    tokenizer = state.corpus.tokenizer
+    try:
+        return {
+            **derived_settings(loaded.config, state.max_iters),
+            "parameters": state.model.num_parameters(),
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.kind,
+            "tokenizer_hash": tokenizer.hash(),
+            **({"dataset": state.corpus.name, "corpus_hash": state.corpus.hash} if has_corpus else {}),
+        }
+    except RuleError as error:
+        raise rule_error(error, loaded) from None
 
 
 def _captured(state: TrainState) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], dict[str, Any]]:

@@ -149,11 +149,7 @@ def make_setup(
     max_iters = steps_of(loaded, corpus)
     if origin is not None and origin.relation == "fork":
         assert checkpoint is not None
-        if checkpoint.step >= max_iters:
-            raise UserError(
-                f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
-                f"that, not {max_iters:,}"
-            )
+        _check_steps_left(origin, checkpoint, max_iters)
     return Setup(root, loaded, config, corpus, device, dtype, max_iters, callbacks, origin, checkpoint, ranks)
 
 
@@ -352,3 +348,12 @@ def _warn_of_other_text(
         kept = moved_path(str(read_settings(origin.run).get("dataset")), root) == corpus.name
         if kept and checkpoint.state.get("corpus_hash", corpus.hash) != corpus.hash:
             warn(f"{corpus.name}: the text is not the one that {origin.run.name} was trained on")
+
+
+def _check_steps_left(origin: Origin, checkpoint: Checkpoint, max_iters: int) -> None:
+    """Raises UserError if a fork starts at its last step or after it."""
+    if checkpoint.step >= max_iters:
+        raise UserError(
+            f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "
+            f"that, not {max_iters:,}"
+        )
