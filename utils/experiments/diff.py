@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.files import read_bytes, read_text
-from utils.runs.code import UNREAD, listed_files, open_repo, patched_files
+from utils.runs.code import UNREAD, listed_files, open_repo
 from utils.runs.index import (
     IndexedRun,
     code_identity,
@@ -25,6 +25,7 @@ from utils.runs.index import (
     tokenizers_differ,
 )
 from utils.runs.layout import ENVIRONMENT, PATCH
+from utils.runs.patch import patched_files
 from utils.terminal.words import one_line
 
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
