@@ -15,15 +15,8 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.files import read_bytes, read_text
 from utils.runs.code import UNREAD, listed_files, open_repo
-from utils.runs.index import (
-    IndexedRun,
-    code_identity,
-    differing_settings,
-    later_code,
-    origin_of,
-    resolved_setting,
-    tokenizers_differ,
-)
+from utils.runs.identity import code_identity, differing_settings, later_code, origin_of, tokenizers_differ
+from utils.runs.index import IndexedRun, resolved_setting
 from utils.runs.layout import ENVIRONMENT, PATCH
 from utils.runs.patch import patched_files
 from utils.terminal.words import one_line

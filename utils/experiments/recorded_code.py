@@ -15,7 +15,8 @@ from utils.errors import UserError
 from utils.experiments.diff import COMMIT
 from utils.files import read_bytes, real_path
 from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo
-from utils.runs.index import IndexedRun, later_code
+from utils.runs.identity import later_code
+from utils.runs.index import IndexedRun
 from utils.runs.layout import PATCH
 from utils.runs.trust import callback_words
 from utils.terminal.cli import INSTALLED

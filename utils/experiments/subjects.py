@@ -32,15 +32,8 @@ from utils.experiments.reproduce import UNTRACKED, first_weights, settings_of_ag
 from utils.files import expand_home, read_bytes, real_path
 from utils.runs.code import GitFacts, MetadataCapture, open_repo
 from utils.runs.find import moved_path, resolve_runs
-from utils.runs.index import (
-    TRAJECTORY_KEYS,
-    IndexedRun,
-    code_identity,
-    corpus_of,
-    origin_of,
-    read_run,
-    resolved_setting,
-)
+from utils.runs.identity import TRAJECTORY_KEYS, code_identity, corpus_of, origin_of
+from utils.runs.index import IndexedRun, read_run, resolved_setting
 from utils.runs.layout import PATCH
 from utils.runs.origin import PINNED, recorded_config
 from utils.runs.run import RunError

@@ -28,7 +28,8 @@ from utils.machine.device import device_facts, processor_name
 from utils.nn.lora import count_parameters
 from utils.runs.code import GitFacts, MetadataCapture
 from utils.runs.find import parent_path
-from utils.runs.index import git_of_last_session, patch_hash, read_settings
+from utils.runs.identity import git_of_last_session, patch_hash
+from utils.runs.index import read_settings
 from utils.runs.layout import (
     CHECKPOINTS,
     CONFIG,
