@@ -21,7 +21,8 @@ from utils.errors import UserError
 from utils.experiments.reproduce import reproduce
 from utils.runs import trust
 from utils.runs.index import read_run
-from utils.runs.origin import OWN, Origin, check_callbacks, config_of_fork, recorded_config
+from utils.runs.origin import OWN, Origin, config_of_fork, recorded_config
+from utils.runs.origin_checks import check_callbacks
 from utils.runs.run import read_record
 from utils.runs.trust import check_callback_place, made_elsewhere, made_here, require_trust
 from utils.tracking.rebuild import recorded_settings

@@ -50,7 +50,8 @@ from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.runs.log import cut_logs
 from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
-from utils.runs.origin import PRETRAINED_PREFIX, Relation, check_longer, parent_facts, pin, put_on_top
+from utils.runs.origin import PRETRAINED_PREFIX, Relation, parent_facts, pin, put_on_top
+from utils.runs.origin_checks import check_longer
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run, RunError
 from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
