@@ -21,7 +21,7 @@ from tokenizer import build_tokenizer
 from utils.checkpoints.tensors import stream_order
 from utils.config.settings import DataConfig, ModelConfig
 from utils.inference.export import outlines_of, stream_export
-from utils.machine.ranks import ProcessRanks
+from utils.machine.process_ranks import ProcessRanks
 from utils.profiling.memory import reset_peak
 from utils.terminal.cli import Parser, script
 from utils.training.sharding import sharded_model

@@ -16,15 +16,10 @@ from warm_python import WarmPython
 import experiments
 import train
 from utils.experiments import reproduce as reproduction
+from utils.experiments import training_process
 from utils.experiments.bits import Difference, LogComparison
-from utils.experiments.reproduce import (
-    Reproduction,
-    ReproductionError,
-    apply_patch,
-    environment_differences,
-    recorded_code,
-    reproduce,
-)
+from utils.experiments.recorded_code import ReproductionError
+from utils.experiments.reproduce import Reproduction, environment_differences, reproduce
 from utils.runs.index import read_run
 
 Argv = Callable[..., list[str]]
@@ -167,33 +162,6 @@ def test_other_weights_are_not_identical() -> None:
 # --------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", ".git/hooks/pre-commit"])
-def test_a_patch_that_leaves_the_tree_is_refused(tmp_path: Path, name: str) -> None:
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    patch = tmp_path / "code.patch"
-    patch.write_text(
-        f"diff --git a/{name} b/{name}\nnew file mode 100644\n--- /dev/null\n+++ b/{name}\n@@ -0,0 +1 @@\n+evil\n"
-    )
-    with pytest.raises(ReproductionError, match="cannot be applied: invalid path"):
-        apply_patch(patch, tree)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["code.patch", "tree"]
-
-
-def test_a_patch_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
-    tree, outside = tmp_path / "tree", tmp_path / "outside"
-    tree.mkdir()
-    outside.mkdir()
-    (tree / "link").symlink_to(outside)
-    patch = tmp_path / "code.patch"
-    patch.write_text(
-        "diff --git a/link/x b/link/x\nnew file mode 100644\n--- /dev/null\n+++ b/link/x\n@@ -0,0 +1 @@\n+evil\n"
-    )
-    with pytest.raises(ReproductionError, match="beyond a symbolic link"):
-        apply_patch(patch, tree)
-    assert not list(outside.iterdir())
-
-
 def edited_record(run: Path, **facts: object) -> Path:
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, **facts}))
@@ -207,29 +175,6 @@ def test_a_run_on_several_ranks_needs_lanes_or_as_many(run: Path, tmp_path: Path
         ReproductionError, match=r"2 ranks without lanes.* torchrun --standalone --nproc-per-node 2 train"
     ):
         reproduce(read_run(run), ROOT)
-
-
-def test_an_unknown_commit_is_one_clear_line(run: Path, tmp_path: Path) -> None:
-    edited_record(run, git={"commit": "0123456789" * 4, "branch": "main", "dirty": False})
-    with pytest.raises(ReproductionError, match=r"commit 012345678901 of .* --code current"):
-        recorded_code(read_run(run), ROOT, tmp_path)
-
-
-def test_without_git_the_current_code_is_used_and_said(run: Path, tmp_path: Path) -> None:
-    edited_record(run, git={"commit": None})
-    place, unknown = recorded_code(read_run(run), ROOT, tmp_path)
-    assert place == ROOT
-    assert "started without git" in unknown[0]
-
-
-def test_files_left_out_of_the_patch_are_named(run: Path, tmp_path: Path) -> None:
-    (run / "meta" / "code.patch").unlink(missing_ok=True)
-    commit = git(ROOT, "rev-parse", "HEAD").strip()
-    edited_record(run, git={"commit": commit, "branch": "main", "dirty": True})
-    (run / "meta" / "git.txt").write_text("commit: x\n\nleft out of code.patch:\n  .env (looks like a secret)\n")
-    place, unknown = recorded_code(read_run(run), ROOT, tmp_path)
-    assert (place / "train.py").is_file()
-    assert unknown == ["the content of files that were left out of the patch: .env (looks like a secret)"]
 
 
 def test_a_run_that_cannot_be_reproduced_is_refused_with_the_reason(run: Path) -> None:
@@ -250,7 +195,7 @@ def test_a_run_that_cannot_be_reproduced_is_refused_with_the_reason(run: Path) -
 def test_nothing_is_left_in_the_temporary_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduction.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(reproduction, "_train", lambda *words: (1, 0))
+    monkeypatch.setattr(training_process, "_train", lambda *words: (1, 0))
     with pytest.raises(ReproductionError, match="made no run directory"):
         reproduce(read_run(run), ROOT, code="current")
     assert not list((tmp_path / "temporary").iterdir())

@@ -17,13 +17,10 @@ from utils.runs.code import (
     UNREAD,
     GitFacts,
     MetadataCapture,
-    clean_url,
-    environment_text,
     git_environment,
-    imported_files,
     listed_files,
-    patched_files,
 )
+from utils.runs.patch import patched_files
 
 ROOT = Path(__file__).resolve().parents[2]
 USER_CONFIGS = {
@@ -354,29 +351,6 @@ def test_imported_modules_and_what_git_tracks_are_code(repo: Path, monkeypatch: 
     assert facts_of(repo).fingerprint() != tracked.fingerprint()
 
 
-def test_the_files_of_modules_are_found_through_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, {"real/package/mine.py": "m = 1\n"})
-    (tmp_path / "linked").symlink_to(tmp_path / "real")
-    (tmp_path / "real" / "file.py").symlink_to(tmp_path / "real" / "package" / "mine.py")
-    named = ["real/package/mine.py", "linked/package/mine.py", "linked/file.py", "linked/../real/package/mine.py"]
-    for number, path in enumerate(named):
-        module = types.ModuleType(f"mine_{number}")
-        module.__file__ = str(tmp_path / path)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    files = imported_files()
-    for number, path in enumerate(named):
-        assert files[f"mine_{number}"] == (str(tmp_path / path), os.path.realpath(tmp_path / path))
-    assert all(real == os.path.realpath(path) for path, real in files.values())
-
-
-def test_the_links_above_a_folder_are_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[str] = []
-    is_link = os.path.islink
-    monkeypatch.setattr("os.path.islink", lambda path: looked_at.append(path) or is_link(path))
-    imported_files()
-    assert len(looked_at) == len(set(looked_at)) > 100
-
-
 def test_ignored_files_are_neither_in_the_patch_nor_listed(repo: Path) -> None:
     write(repo, {".gitignore": "*.log\ncache/\n"})
     commit(repo)
@@ -389,26 +363,6 @@ def test_excluded_folders_are_no_code_and_leave_the_tree_clean(repo: Path) -> No
     facts = facts_of(repo, repo / "experiments")
     assert (facts.patch, facts.left_out) == (b"", [])
     assert not facts.dirty
-
-
-@pytest.mark.parametrize(
-    ("url", "cleaned"),
-    [
-        ("https://me:hunter2@example.org/repo.git", "https://example.org/repo.git"),
-        ("https://hunter2@example.org/repo.git", "https://example.org/repo.git"),
-        ("me:hunter2@example.org:me/repo.git", "example.org:me/repo.git"),
-        ("https://me:hun@ter2@example.org:8443/repo.git", "https://example.org:8443/repo.git"),
-        ("https://example.org/repo.git?token=hunter2#hunter2", "https://example.org/repo.git"),
-        ("ssh://git:hunter2@example.org:22/repo.git", "ssh://example.org:22/repo.git"),
-        ("https://example.org/repo.git", "https://example.org/repo.git"),
-        ("git@example.org:me/repo.git", "git@example.org:me/repo.git"),
-        ("/srv/git/repo.git", "/srv/git/repo.git"),
-        ("file:///srv/git/repo.git", "file:///srv/git/repo.git"),
-        ("", ""),
-    ],
-)
-def test_credentials_are_cut_from_urls(url: str, cleaned: str) -> None:
-    assert clean_url(url) == cleaned
 
 
 def test_no_password_of_the_remote_reaches_the_run_directory(repo: Path, tmp_path: Path) -> None:
@@ -441,17 +395,6 @@ def test_git_txt_says_what_is_known(repo: Path, tmp_path: Path) -> None:
     assert (meta / "code.patch").read_bytes() == capture.git_facts().patch
     capture.write(meta, GitFacts(problem="not a git repository"), {})
     assert (meta / "git.txt").read_text() == "git: not a git repository\n"
-
-
-def test_environment_names_python_devices_and_packages_but_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("API_KEY", "hunter2")
-    text = environment_text({"device": "a fast one"})
-    assert f"python: {sys.version.split()[0]} (" in text
-    assert "\ndevice: a fast one\n" in text
-    assert "\n  pydantic==" in text
-    assert "hunter2" not in text
-    packages = [line.partition("==")[0].lower() for line in text.splitlines() if "==" in line]
-    assert packages == sorted(packages)
 
 
 def test_reading_git_leaves_the_repository_as_it_was(repo: Path) -> None:

@@ -113,6 +113,17 @@ def test_the_longest_line_takes_no_time(word: str) -> None:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
+        ("https://me:hunter2@example.org/repo.git", "https://example.org/repo.git"),
+        ("https://hunter2@example.org/repo.git", "https://example.org/repo.git"),
+        ("me:hunter2@example.org:me/repo.git", "example.org:me/repo.git"),
+        ("https://me:hun@ter2@example.org:8443/repo.git", "https://example.org:8443/repo.git"),
+        ("https://example.org/repo.git?token=hunter2#hunter2", "https://example.org/repo.git"),
+        ("ssh://git:hunter2@example.org:22/repo.git", "ssh://example.org:22/repo.git"),
+        ("https://example.org/repo.git", "https://example.org/repo.git"),
+        ("git@example.org:me/repo.git", "git@example.org:me/repo.git"),
+        ("/srv/git/repo.git", "/srv/git/repo.git"),
+        ("file:///srv/git/repo.git", "file:///srv/git/repo.git"),
+        ("", ""),
         ("https::https://u:p@h", "https::https://h"),
         ("transport::u:p@h/x", "transport::"),
         ("ext::sh -c 'connect s3cret'", "ext::"),

@@ -18,10 +18,11 @@ import train
 import workbench
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
-from utils.experiments.reproduce import recorded_code, reproduce
+from utils.experiments.reproduce import reproduce
 from utils.runs import trust
 from utils.runs.index import read_run
-from utils.runs.origin import OWN, Origin, check_callbacks, config_of_fork, recorded_config
+from utils.runs.origin import OWN, Origin, config_of_fork, recorded_config
+from utils.runs.origin_checks import check_callbacks
 from utils.runs.run import read_record
 from utils.runs.trust import check_callback_place, made_elsewhere, made_here, require_trust
 from utils.tracking.rebuild import recorded_settings
@@ -164,13 +165,6 @@ def test_the_configuration_of_a_foreign_run_does_not_say_where_to_write(runs_dir
     assert (config.model.n_layer, config.tracking.runs_dir, config.tracking.aim_repo) == (3, "runs", ".")
     assert workbench.load_config(file, trust=True).tracking.runs_dir == "/home/eve/runs"
     assert workbench.load_config(file, runs_dir="mine").tracking.runs_dir == "mine"
-
-
-def test_a_commit_is_no_option_of_git(runs_dir: Path, tmp_path: Path) -> None:
-    run = read_run(make_run(runs_dir, "x", git={"commit": f"--output={tmp_path}/written"}))
-    with pytest.raises(UserError, match="is not a commit"):
-        recorded_code(run, ROOT, tmp_path)
-    assert not (tmp_path / "written").exists()
 
 
 def test_the_scripts_refuse_what_a_foreign_run_names_and_run_it_when_trusted(

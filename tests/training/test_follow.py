@@ -10,9 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from utils.errors import RankError
-from utils.machine import ranks as ranks_module
+from utils.machine import process_ranks
 from utils.machine.board import Board
-from utils.machine.ranks import ProcessRanks, Ranks, RanksOverError
+from utils.machine.process_ranks import ProcessRanks
+from utils.machine.ranks import Ranks, RanksOverError
 from utils.machine.signals import StopSignal
 from utils.training.follow import follow
 
@@ -20,8 +21,8 @@ from utils.training.follow import follow
 @pytest.fixture
 def rank_1(monkeypatch: pytest.MonkeyPatch) -> ProcessRanks:
     """One of two ranks. Rank 0 has given no sign of life."""
-    monkeypatch.setattr(ranks_module, "LEAVE_SECONDS", 0.01)
-    monkeypatch.setattr(ranks_module, "SILENT_SECONDS", 0.01)
+    monkeypatch.setattr(process_ranks, "LEAVE_SECONDS", 0.01)
+    monkeypatch.setattr(process_ranks, "SILENT_SECONDS", 0.01)
     monkeypatch.setattr(ProcessRanks, "_close", lambda self, exit_status: None)
     ranks = ProcessRanks.__new__(ProcessRanks)
     Ranks.__init__(ranks, 1, 1, 2, "gloo")
@@ -70,7 +71,7 @@ def test_nothing_is_reported_twice(rank_1: ProcessRanks) -> None:
 
 
 def test_rank_0_that_has_ended_itself_is_not_waited_for(rank_1: ProcessRanks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_module, "LEAVE_SECONDS", 1000.0)
+    monkeypatch.setattr(process_ranks, "LEAVE_SECONDS", 1000.0)
     rank_1.board.post("left/0", True)
     with pytest.raises(RankError, match="rank 0 did not get as far"):
         follow(facts, rank_1, raises(RankError("rank 0 did not get as far as the others within 20 s")))

@@ -23,7 +23,8 @@ from utils.experiments.compare import compare
 from utils.experiments.diff import diff
 from utils.experiments.reproduce import reproduce
 from utils.runs.find import moved_path
-from utils.runs.index import differing_settings, read_run
+from utils.runs.identity import differing_settings
+from utils.runs.index import read_run
 from utils.runs.run import is_copy, read_record
 from utils.tracking import feeder
 

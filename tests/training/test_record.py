@@ -23,7 +23,8 @@ from utils.errors import number_text
 from utils.experiments.reproduce import reproduce
 from utils.machine.ranks import ONE
 from utils.runs.code import GitFacts
-from utils.runs.index import code_identity, later_code, read_run
+from utils.runs.identity import code_identity, later_code
+from utils.runs.index import read_run
 from utils.runs.run import Run, duration_of, read_record
 from utils.terminal.words import column_text
 from utils.training import session as of_session

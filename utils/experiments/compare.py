@@ -15,17 +15,16 @@ from utils.errors import UserError
 from utils.experiments.curve import AXES, Curve, read_curve
 from utils.experiments.diff import differing_files, uncommitted_code
 from utils.files import read_json
-from utils.runs.index import (
+from utils.runs.identity import (
     DERIVED,
     TRAJECTORY_KEYS,
-    IndexedRun,
     code_identity,
     corpus_of,
     differing_settings,
     origin_of,
-    resolved_setting,
     tokenizers_differ,
 )
+from utils.runs.index import IndexedRun, resolved_setting
 from utils.runs.layout import METRIC_REGISTRY
 from utils.runs.metrics import BITS_PER_BYTE, metric, registered_metrics
 from utils.terminal.words import HASH_LENGTH, setting_text

@@ -14,17 +14,11 @@ from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources
 from utils.files import read_bytes, read_text
-from utils.runs.code import UNREAD, listed_files, open_repo, patched_files
-from utils.runs.index import (
-    IndexedRun,
-    code_identity,
-    differing_settings,
-    later_code,
-    origin_of,
-    resolved_setting,
-    tokenizers_differ,
-)
+from utils.runs.code import UNREAD, listed_files, open_repo
+from utils.runs.identity import code_identity, differing_settings, later_code, origin_of, tokenizers_differ
+from utils.runs.index import IndexedRun, resolved_setting
 from utils.runs.layout import ENVIRONMENT, PATCH
+from utils.runs.patch import patched_files
 from utils.terminal.words import one_line
 
 COMMIT = re.compile(r"[0-9a-f]{7,64}")

@@ -20,7 +20,8 @@ from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.plot import names_of, thinned, x_scale, y_label
 from utils.files import read_text, write_output
-from utils.runs.index import IndexedRun, non_default_settings
+from utils.runs.identity import non_default_settings
+from utils.runs.index import IndexedRun
 from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
 from utils.runs.log import last_record
 from utils.terminal.html import render

@@ -5,46 +5,34 @@ The repetition is a process of its own, so that it can run the recorded code.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
 from utils.config.loader import ConfigLoader, flag_name
-from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
-from utils.experiments.diff import COMMIT, environment_of
-from utils.files import read_bytes, real_path
-from utils.machine.watchdog import watched
-from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo
+from utils.experiments.diff import environment_of
+from utils.experiments.recorded_code import Code, ReproductionError, code_of_its_own, recorded_code
+from utils.experiments.training_process import train_again
+from utils.files import real_path
 from utils.runs.find import moved_path, parent_path
-from utils.runs.index import IndexedRun, later_code, read_run, resolved_setting
-from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, RECORD, TOKENIZER
+from utils.runs.index import IndexedRun, read_run, resolved_setting
+from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, TOKENIZER
 from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED, PRETRAINED_PREFIX
 from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
 from utils.runs.seal import file_sha256, write_seal
-from utils.runs.trust import callback_words, made_elsewhere, made_here, require_trust
-from utils.terminal.cli import INSTALLED, script_file
+from utils.runs.trust import made_elsewhere, made_here, require_trust
 from utils.terminal.words import printable
 
 WEIGHTS = EXPORT / WEIGHTS_FILE
-FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # beginnings of the lines of training that are shown
 UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # a repetition is compared by its log
-Code = Literal["recorded", "current"]
-
-
-class ReproductionError(UserError):
-    """The code, configuration or first weights of a run are no longer available."""
 
 
 @dataclass(frozen=True)
@@ -151,30 +139,6 @@ def reproduce(
     environment = environment_differences(run, repetition)
     status = repetition.status
     return Reproduction(run.id, path.name, status, exit_status, first, expected, logs, weights, environment, unknown)
-
-
-def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
-    """What a repetition runs that this project does not have already, in words."""
-    known = ConfigLoader(root).load().config.train.callbacks
-    words = callback_words(name for name in run.settings.get("callbacks") or () if name not in known)
-    if code == "recorded" and os.path.lexists(run.path / PATCH):
-        with contextlib.suppress(OSError):  # reported when it is applied
-            if read_bytes(run.path / PATCH, run.path):
-                words.append(f"{PATCH}, which changes {', '.join(_changed_by(run.path / PATCH)) or 'no file'}")
-    return words
-
-
-def _changed_by(patch: Path) -> list[str]:
-    """The files that `apply_patch` would change, as git reads the patch: parts of it may lack the line `diff --git`."""
-    command = ["git", "apply", "--numstat", "-z", os.fspath(real_path(patch))]
-    with tempfile.TemporaryDirectory() as folder:  # in a repository, git would leave out what is not below the folder
-        listing = subprocess.run(command, cwd=folder, env=_outside(folder), capture_output=True).stdout
-    return [os.fsdecode(entry.split(b"\t", 2)[-1]) for entry in listing.split(b"\0") if entry]
-
-
-def _outside(folder: str | Path) -> dict[str, str]:
-    """The environment for a git process that works in `folder`, whatever repository that is in."""
-    return {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(real_path(Path(folder)).parent)}
 
 
 def _part(
@@ -290,61 +254,6 @@ def _folder(key: str, run: IndexedRun, root: Path) -> str:
     return moved_path(run.settings.get(key, ""), root)
 
 
-def train_again(
-    project: Path, flags: Sequence[str], runs_dir: Path, output: IO[str], temporary: Path
-) -> tuple[Path | None, int]:
-    """Run train.py of the project folder `project` in a process of its own.
-
-    Args:
-        output: where the lines FORWARDED of its output go; `temporary`: removed if this process is killed.
-
-    Returns:
-        The run directory that it made in `runs_dir`, None if it made none, and its exit status.
-    """
-    existing = {path.name for path in runs_dir.iterdir()} if runs_dir.is_dir() else set()
-    command = [sys.executable, str(script_file(project, "train.py")), *flags]
-    exit_status, pid = _train(command, project, output, temporary)
-    return _new_run(runs_dir, existing, pid), exit_status
-
-
-def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Path) -> tuple[int, int]:
-    """Run a training process and pass our signals on to it; if we are killed, it stops and `temporary` is removed.
-
-    Losing our own output does not stop it.
-
-    Returns:
-        Its exit status and process id.
-    """
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
-    assert process.stdout is not None
-    passed_on = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    previous = {signum: signal.getsignal(signum) for signum in passed_on}
-    with contextlib.suppress(ValueError):  # not in the main thread
-        for signum in passed_on:
-            signal.signal(signum, lambda signum, _: process.send_signal(signum))
-    try:
-        with watched(process.pid, temporary):
-            while True:
-                with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child too, which then stops in order
-                    for line in process.stdout:
-                        if line.startswith(FORWARDED):  # not the hint how to resume: the code is deleted at the end
-                            with contextlib.suppress(OSError):  # lost, like the output of training itself
-                                print(printable(line), end="", file=output, flush=True)
-                    return process.wait(), process.pid
-    finally:
-        with contextlib.suppress(ValueError):
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-
-def _new_run(runs_dir: Path, existing: set[str], pid: int) -> Path | None:
-    """The run directory that the process `pid` has made since there were only the `existing` ones."""
-    for path in runs_dir.iterdir() if runs_dir.is_dir() else ():
-        if path.name not in existing and (path / RECORD).is_file() and read_record(path).get("pid") == pid:
-            return path
-    return None
-
-
 def _adopt(run: IndexedRun, path: Path, root: Path, keep_code: bool) -> None:
     """Make the repetition name its parent and the code that it was trained with, and renew its seal."""
     facts: dict[str, Any] = {"made": made_here(root)}
@@ -369,89 +278,3 @@ def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
     repeated = ("torch threads",)  # in env.txt; it is the setting `threads`
     differing = (name for name in names if old.get(name) != new.get(name) and name not in repeated)
     return [f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in differing]
-
-
-# -------------------------------------------------------------------------------------------------- code
-
-
-def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list[str]]:
-    """Put the code of a run into `folder`: its commit from the repository of `root`, with its patch applied.
-
-    Returns:
-        The project folder there (`root` itself for a run without git), and what is not known about the code.
-
-    Raises:
-        ReproductionError: the repository does not have the commit, or the patch does not apply.
-    """
-    facts = run.record.get("git") or {}
-    if facts.get("commit") is None:
-        return root, ["the code of the run: it was started without git, so the current code was used"]
-    if not COMMIT.fullmatch(str(facts["commit"])):  # git would read "--output=..." as an option
-        raise ReproductionError(f"{run.id}: {facts['commit']!r} is not a commit")
-    tree = folder / "code"
-    try:
-        place = unpack_commit(facts["commit"], root, tree, f" of {run.id}")
-    except ReproductionError as error:
-        raise ReproductionError(f"{error}; --code current trains with the current code") from None
-    if (run.path / PATCH).is_file():
-        apply_patch(run.path / PATCH, tree)
-    left_out = listed_files(run.path, LEFT_OUT)
-    unknown = [f"the content of files that were left out of the patch: {', '.join(left_out)}"] if left_out else []
-    unknown += [
-        f"the code from step {step:,} on: it was changed between two sessions, and the first is repeated"
-        for step, *_ in later_code(run.path, run.record)
-    ]
-    return place, unknown
-
-
-def unpack_commit(commit: str, root: Path, tree: Path, of: str = "") -> Path:
-    """Put the files of a commit into the new folder `tree`.
-
-    Args:
-        root: the project folder, whose git repository has the commit.
-        of: what the commit is of, for messages.
-
-    Returns:
-        The project folder in `tree`.
-
-    Raises:
-        ReproductionError: the repository does not have the commit, or it cannot be unpacked.
-    """
-    import git
-
-    if INSTALLED:
-        raise ReproductionError(
-            f"commit {commit[:12]}{of}: this workbench is installed as a package, without a repository; work in a "
-            "checkout for the code of a commit"
-        )
-    archive = tree.with_name(f"{tree.name}.tar")
-    try:
-        with open_repo(root) as repo, archive.open("wb") as file:
-            repo.archive(file, commit, format="tar")
-            top = Path(str(repo.working_tree_dir))
-    except (git.GitError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ReproductionError(
-            f"commit {commit[:12]}{of} is not available in the repository of {root} ({reason})"
-        ) from None
-    tree.mkdir()
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(tree, filter="data")
-    except tarfile.TarError as error:
-        raise ReproductionError(f"commit {commit[:12]}{of} cannot be unpacked: {error}") from None
-    archive.unlink()
-    return tree / real_path(root).relative_to(real_path(top))
-
-
-def apply_patch(patch: Path, tree: Path) -> None:
-    """Apply a patch to the files in `tree`; git refuses paths outside it.
-
-    Raises:
-        ReproductionError: it does not apply, or would write outside `tree`.
-    """
-    command = ["git", "apply", "--whitespace=nowarn", os.fspath(real_path(patch))]
-    result = subprocess.run(command, cwd=tree, env=_outside(tree), capture_output=True, text=True, errors="replace")
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
-        raise ReproductionError(f"{patch}: the patch cannot be applied: {reason.removeprefix('error: ')}")

@@ -21,28 +21,19 @@ from utils.config.loader import ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.experiments.compare import identity
-from utils.experiments.reproduce import (
-    UNTRACKED,
+from utils.experiments.recorded_code import (
     ReproductionError,
     apply_patch,
     code_of_its_own,
-    first_weights,
     recorded_code,
-    settings_of_again,
     unpack_commit,
 )
+from utils.experiments.reproduce import UNTRACKED, first_weights, settings_of_again
 from utils.files import expand_home, read_bytes, real_path
 from utils.runs.code import GitFacts, MetadataCapture, open_repo
 from utils.runs.find import moved_path, resolve_runs
-from utils.runs.index import (
-    TRAJECTORY_KEYS,
-    IndexedRun,
-    code_identity,
-    corpus_of,
-    origin_of,
-    read_run,
-    resolved_setting,
-)
+from utils.runs.identity import TRAJECTORY_KEYS, code_identity, corpus_of, origin_of
+from utils.runs.index import IndexedRun, read_run, resolved_setting
 from utils.runs.layout import PATCH
 from utils.runs.origin import PINNED, recorded_config
 from utils.runs.run import RunError

@@ -18,14 +18,8 @@ from utils.experiments.explain import settings_with_sources
 from utils.experiments.prune import PrunePlan
 from utils.folders import size_of
 from utils.runs.evaluations import NUMBERS, newest_evaluations
-from utils.runs.index import (
-    DAMAGED,
-    FACTS,
-    IndexedRun,
-    differing_settings,
-    non_default_settings,
-    tokenizers_differ,
-)
+from utils.runs.identity import differing_settings, non_default_settings, tokenizers_differ
+from utils.runs.index import DAMAGED, FACTS, IndexedRun
 from utils.runs.layout import ARTIFACTS, BASE_WEIGHTS, CHECKPOINTS, LOGS
 from utils.runs.seal import SealCheck
 from utils.terminal.words import (

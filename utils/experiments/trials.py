@@ -14,8 +14,8 @@ from typing import IO
 
 from utils.errors import UserError, nearest
 from utils.experiments.curve import logged_metrics, read_curve
-from utils.experiments.reproduce import train_again
 from utils.experiments.subjects import Experiment
+from utils.experiments.training_process import train_again
 from utils.files import write_atomic
 from utils.machine.signals import StopSignal
 from utils.runs.code import git_text

@@ -16,7 +16,8 @@ from utils.experiments.tables import EVALUATIONS_SHOWN, number_cell, provenance_
 from utils.files import open_regular, read_text
 from utils.pages.keys import key_of
 from utils.runs.evaluations import NUMBERS, newest_evaluations
-from utils.runs.index import DAMAGED, IndexedRun, non_default_settings, resolved_setting
+from utils.runs.identity import non_default_settings
+from utils.runs.index import DAMAGED, IndexedRun, resolved_setting
 from utils.runs.layout import ENVIRONMENT, HISTOGRAMS_LOG, METRICS_LOG, SAMPLES_LOG
 from utils.runs.metrics import NOT_METRICS
 from utils.runs.names import names_of_run

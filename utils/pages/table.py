@@ -19,16 +19,8 @@ from utils.config.fields import FIELDS, field_fact
 from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.tables import LIST_COLUMNS
 from utils.pages.keys import key_of
-from utils.runs.index import (
-    FACTS,
-    LOSSES,
-    NOT_RUNS,
-    IndexedRun,
-    differing_settings,
-    read_index,
-    read_run,
-    seconds_of,
-)
+from utils.runs.identity import differing_settings
+from utils.runs.index import FACTS, LOSSES, NOT_RUNS, IndexedRun, read_index, read_run, seconds_of
 from utils.runs.layout import CONFIG, EVALUATIONS, METRICS_LOG, NOTES, RECORD
 from utils.runs.log import read_lines
 from utils.runs.metrics import decode_number

@@ -9,22 +9,19 @@ code is recorded (utils/runs/source.py).
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
-import platform
 import re
-import site
-import sys
-import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.files import read_bytes, read_text, real_path, write_atomic
+from utils.runs.environment import environment_text, package_versions
+from utils.runs.imported import imported_files, source_of, unknown_modules
 from utils.runs.layout import CALLBACKS, ENVIRONMENT, GIT, PATCH
+from utils.runs.patch import added_lines, file_of, parts_of_patch, patched_files
 from utils.runs.secrets import clean_url, find_secret, without_secrets
 from utils.runs.source import is_source
 from utils.terminal.cli import INSTALLED
@@ -101,39 +98,6 @@ class GitFacts:
         for name, source in sorted(self.callbacks.items()) if self.callbacks else ():
             digest.update(b"\0%s\0%s" % (name.encode(), source))
         return digest.hexdigest()
-
-
-def patched_files(patch: bytes) -> dict[str, list[str]]:
-    """The changed lines of each file in a patch, and their context, but not the lines that name blobs and places."""
-    return {_file_of(part): [*_lines_of(part.decode("utf-8", "replace"))] for part in parts_of_patch(patch)}
-
-
-def _lines_of(part: str) -> Iterator[str]:
-    for line in part.splitlines():
-        if line.startswith(("+", "-", " ")) and not line.startswith(("+++ ", "--- ")):
-            yield line
-
-
-def parts_of_patch(patch: bytes) -> list[bytes]:
-    """A patch cut before the line `diff --git` of each file: lines of content begin with another character."""
-    return [part for part in re.split(rb"^(?=diff --git )", patch, flags=re.MULTILINE) if part]
-
-
-def _file_of(part: bytes) -> str:
-    """The name in `diff --git a/NAME b/NAME`: without renames both halves of the line name the same file.
-
-    Git puts a name with unusual bytes in quotes, and escapes them.
-    """
-    names = part.partition(b"\n")[0].removeprefix(b"diff --git ")
-    name = names[: len(names) // 2]
-    if name.startswith(b'"'):
-        name = name[1:-1].decode("unicode_escape").encode("latin-1")
-    return name.removeprefix(b"a/").decode("utf-8", "surrogateescape")
-
-
-def added_lines(part: bytes) -> bytes:
-    """The lines that one file of a patch adds, each without its mark."""
-    return b"\n".join(line[1:] for line in part.split(b"\n") if line.startswith(b"+") and not line.startswith(b"+++ "))
 
 
 def git_environment() -> dict[str, str]:
@@ -315,31 +279,6 @@ class MetadataCapture:
         write_atomic(meta_dir / ENVIRONMENT.name, environment_text(devices))
 
 
-def source_of(module: str) -> Path | None:
-    """The file of Python source that a module was imported from; None if it was not."""
-    path = _source_of(sys.modules.get(module))
-    return Path(path) if path else None
-
-
-def _source_of(module: object) -> str | None:
-    path = getattr(module, "__file__", None)
-    return path if path and path.endswith(".py") and os.path.isabs(path) else None
-
-
-def imported_files() -> dict[str, tuple[str, str]]:
-    """Module -> the file of Python source that it was imported from: its path, and the same with links resolved."""
-
-    @functools.cache  # thousands of files, few folders
-    def resolved(path: str) -> str:
-        folder, name = os.path.split(path)
-        if name in ("", os.curdir, os.pardir) or os.path.islink(path):
-            return os.path.realpath(path)
-        return os.path.join(resolved(folder), name)
-
-    paths = ((name, _source_of(module)) for name, module in list(sys.modules.items()))
-    return {name: (path, resolved(path)) for name, path in paths if path is not None}
-
-
 def hidden_changes(repo: git.Repo) -> Iterator[str]:
     """Files that git does not look at (assume-unchanged, skip-worktree) although they are not as committed."""
     flagged = [line[2:] for line in _paths(repo.git.ls_files("-v", "-z")) if line[0] == "S" or line[0].islower()]
@@ -362,40 +301,13 @@ def dirty_submodules(repo: git.Repo) -> Iterator[str]:
             yield parts[8]
 
 
-def unknown_modules(
-    top: Path, known: Collection[str], imported: Mapping[str, tuple[str, str]], callbacks: Mapping[str, Path]
-) -> Iterator[str]:
-    """Imported modules that git does not know: files in the project that it ignores, callbacks from elsewhere.
-
-    Args:
-        known: the files that git tracks or would track, relative to `top`.
-        imported: what `imported_files` returns.
-        callbacks: module -> file.
-    """
-    libraries = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    libraries |= {os.path.realpath(sys.prefix), *(os.path.realpath(place) for place in site.getsitepackages())}
-    above = tuple(place + os.sep for place in libraries)
-    root = os.path.realpath(top)
-    for name, (path, real) in sorted(imported.items()):
-        if real.startswith(above) or f"{os.sep}site-packages{os.sep}" in real:
-            continue
-        kept = f"; kept in {CALLBACKS}" if name in callbacks else ""
-        if real.startswith(root + os.sep):
-            relative = os.path.relpath(real, root)
-            if relative not in known and os.path.relpath(path, root) not in known:
-                yield f"{relative} (imported, but git ignores it{kept})"
-        elif name in callbacks:
-            folder, file = os.path.split(path)
-            yield f"{file} (of the callback {name}, from {folder}{kept})"
-
-
 def _has_secret_name(name: str) -> bool:
     return any(SECRET_NAME.search(part) for part in Path(name).parts)
 
 
 def _is_harmless(part: bytes, top: Path, left_out: list[str]) -> bool:
     """True unless the change of one file looks like a secret; then its name and the reason are added to `left_out`."""
-    name = _file_of(part)
+    name = file_of(part)
     content = added_lines(part)
     if b"\nGIT binary patch\n" in part:
         with contextlib.suppress(OSError):
@@ -447,33 +359,3 @@ def listed_files(run: Path, heading: str) -> list[str]:
         return []
     listing = text.partition(f"{heading}\n")[2].partition("\n\n")[0]
     return [line.strip() for line in listing.splitlines()]
-
-
-@functools.cache
-def package_versions() -> Mapping[str, str]:
-    """The version of each installed package; hundreds of files are read, so once a process.
-
-    Only the two lines that matter are looked for: parsing all of a package's metadata takes ten times as long.
-    """
-    found = {}
-    for package in importlib_metadata.distributions():
-        text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
-        headers = dict(re.findall(r"^(Name|Version): (.+)$", text.partition("\n\n")[0], re.MULTILINE))
-        if len(headers) == 2:
-            found[headers["Name"].strip()] = headers["Version"].strip()
-    return found
-
-
-def environment_text(devices: Mapping[str, str]) -> str:
-    """Python, platform, devices and package versions, one fact a line."""
-    versions = package_versions()
-    lines = [
-        f"python: {sys.version.split()[0]} ({platform.python_implementation()})",
-        f"platform: {platform.platform()}",
-        f"cpus: {os.cpu_count()}",
-        *(f"{name}: {value}" for name, value in devices.items()),
-        "",
-        "packages:",
-        *(f"  {name}=={versions[name]}" for name in sorted(versions, key=str.lower)),
-    ]
-    return "\n".join(lines) + "\n"

@@ -16,24 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.checkpoints.folder import CHOICES, is_choice
-from utils.config.fields import FIELDS, SECTION_OF, derived_settings, field_fact, flat, get_value
+from utils.config.fields import SECTION_OF, flat, get_value
 from utils.config.loader import (
-    ALTERNATIVES,
     ConfigError,
     ConfigLoader,
     LoadedConfig,
     Setting,
-    flag_name,
     relative_name,
 )
-from utils.config.settings import TRAJECTORY, Config, ModelConfig, OptimizerConfig
+from utils.config.settings import Config
 from utils.files import expand_home, read_json
 from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.lock import is_elsewhere
 from utils.runs.run import RunError, read_record, status_of
 from utils.runs.trust import callback_words, enclosing_run, made_elsewhere, require_trust
-from utils.terminal.words import setting_text
 
 Relation = Literal["resume", "fork", "init"]
 RESUMABLE = ("interrupted", "crashed", "failed")  # a failure may be over: a full disk, a mistake in a callback
@@ -182,50 +179,6 @@ def _recorded_layers(sources: Any, key: str, value: Any, place: str) -> list[Set
         return [Setting(value, place)]
 
 
-def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, resolved: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless a run that was started as `recorded` may be resumed as `loaded`.
-
-    Settings of the kinds observation and machine may differ, and max_iters as far as `check_longer` allows. Any other
-    change would make it another experiment.
-
-    Args:
-        resolved: the values that "auto" and none resolved to; asking for the same value is no change.
-    """
-    before, after = flat(recorded.config), flat(loaded.config)
-    alternatives = {key for pair in ALTERNATIVES for key in pair}
-    for key in FIELDS:
-        if after[key] == before[key] or key in alternatives or field_fact(key, "kind") != TRAJECTORY:
-            continue
-        value = resolved.get(key) if before[key] in (None, "auto") else before[key]
-        same_device_type = key == "device" and _device_type(after[key]) == _device_type(str(value))
-        if after[key] == value or same_device_type:
-            continue
-        raise ConfigError(
-            f"{loaded.source(key)}: {key} changes the numbers of a run, so {run.name} continues with "
-            f"{setting_text(value)}, not {setting_text(after[key])}; --fork starts a new run from its checkpoint"
-        )
-
-
-def _device_type(device: str) -> str:
-    return device.split(":")[0]
-
-
-def check_callbacks(origin: Origin, loaded: LoadedConfig, loader: ConfigLoader) -> None:
-    """Raises UserError if a resume or fork would run callbacks that only a run made elsewhere names, unless trusted.
-
-    Those that the command line or the files of this project name are the user's own choice.
-
-    Args:
-        loaded: the configuration of the resume or fork.
-    """
-    recorded = recorded_config(origin.run, loader)
-    if len(loaded.layers["callbacks"]) > len(recorded.layers["callbacks"]):  # given now, on top of what is recorded
-        return
-    known = loader.load().config.train.callbacks
-    named = [name for name in loaded.config.train.callbacks if name not in known]
-    require_trust(origin.run, loader.root, callback_words(named), origin.trusted)
-
-
 def without_foreign_places(loaded: LoadedConfig, files: Iterable[Path], root: Path, trusted: bool) -> LoadedConfig:
     """`loaded`, without the folders to write to that a file in a run made elsewhere names, unless that is trusted.
 
@@ -248,45 +201,6 @@ def without_foreign_places(loaded: LoadedConfig, files: Iterable[Path], root: Pa
             if len(kept) < len(layers[key]):
                 layers[key], values[key] = kept, kept[-1].value
     return replace(loaded, config=pin(loaded.config, values), layers=layers)
-
-
-def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:
-    """Raises ConfigError unless the run may be resumed and trained to step `max_iters`.
-
-    A complete run must get more steps, no run may get fewer, and more steps must leave the schedules of the learning
-    rate and the weight decay as they were in the steps that are done.
-
-    Args:
-        record: run.json of the run.
-        config: the configuration of the resumed run.
-    """
-    old, last_step = record.get("resolved") or {}, record.get("last_step") or 0
-    if "max_iters" not in old:  # it ended before its first step
-        return
-    complete = record["status"] == "completed"
-    if complete and last_step < old["max_iters"]:
-        raise ConfigError(f"{run.name} is complete: it stopped early at step {last_step:,}; --fork starts a new run")
-    new = derived_settings(config, max_iters)
-    grows = max_iters - old["max_iters"]
-    if grows < 0:
-        raise ConfigError(f"--max-iters: {run.name} may grow, not shrink, from {old['max_iters']:,} to {max_iters:,}")
-    if grows == 0 and complete:
-        raise ConfigError(
-            f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters continues it where the schedule "
-            "allows, --fork starts a new run from its checkpoint"
-        )
-    if grows and config.optimizer.weight_decay and config.optimizer.weight_decay_schedule != "constant":
-        raise ConfigError(
-            f"--max-iters: {max_iters:,} steps would change the weight decay that {run.name} was trained with: its "
-            f"schedule is {config.optimizer.weight_decay_schedule}; --fork starts a new run from its checkpoint"
-        )
-    decisive = ("warmup_iters",) if config.optimizer.schedule == "constant" else ("warmup_iters", "lr_decay_iters")
-    for key in decisive:
-        if old.get(key, new[key]) != new[key]:
-            raise ConfigError(
-                f"--max-iters: {max_iters:,} steps would change {key} from {old[key]:,} to {new[key]:,} and so the "
-                f"learning rates that {run.name} was trained with; --fork starts a new run from its checkpoint"
-            )
 
 
 def config_of_fork(
@@ -333,67 +247,6 @@ def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
         return loaded
     config = pin(loaded.config, {key: get_value(recorded.config, key) for key in BATCH})
     return LoadedConfig(config, {**loaded.layers, **{key: recorded.layers[key] for key in BATCH}})
-
-
-# Settings that may differ between a model and the one whose weights it takes over.
-FREE_MODEL_SETTINGS = ("dropout", "rope_theta", "zero_init")
-
-
-def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
-    """Raises ConfigError unless a model can take over the weights of another one.
-
-    The message lists the settings that differ, and the flags that make them equal.
-
-    Args:
-        own: the architecture of the model.
-        parent: the architecture of the weights, as a checkpoint records it.
-        name: the run that the weights come from.
-    """
-    theirs = ModelConfig.model_validate(parent)
-    differing = [
-        key
-        for key in differing_model_settings(own, theirs)
-        # rotary positions have no weights, so any context fits
-        if key not in FREE_MODEL_SETTINGS and not (key == "block_size" and own.position == theirs.position == "rope")
-    ]
-    if differing:
-        values = [(key, getattr(theirs, key), getattr(own, key)) for key in differing]
-        differences = ", ".join(f"{key} {setting_text(value)}, not {setting_text(ours)}" for key, value, ours in values)
-        flags = " ".join(_flag(key, value) for key, value, _ in values)
-        raise ConfigError(f"the weights of {name} are of another model: {differences}; fitting: {flags}")
-
-
-def check_fork(own: OptimizerConfig, state: Mapping[str, Any], name: str) -> None:
-    """Raises ConfigError unless a fork has the adapters of its parent, or like its parent none.
-
-    Args:
-        state: of the checkpoint.
-        name: the run that it is of.
-    """
-    before, now = (
-        {"lora_rank": s.lora_rank, "lora_alpha": s.adapter_alpha, "lora_targets": s.lora_targets} if s.lora_rank else {}
-        for s in (OptimizerConfig.model_validate(state.get("lora", {})), own)
-    )
-    for key in before | now:
-        if before.get(key) != now.get(key):
-            raise ConfigError(
-                f"--fork: {name} was trained with {key} {setting_text(before.get(key))}, not "
-                f"{setting_text(now.get(key))}; --init-from starts with its weights, adapters merged into them"
-            )
-
-
-def differing_model_settings(own: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Settings in which two architectures differ; one that both derive from other settings is left out."""
-    return [
-        key
-        for key in ModelConfig.model_fields
-        if own.derived.get(key, getattr(own, key)) != theirs.derived.get(key, getattr(theirs, key))
-        and not (getattr(own, key) is None and getattr(theirs, key) is None)
-    ]
-
-
-def _flag(key: str, value: Any) -> str:
-    return flag_name(key, value) if isinstance(value, bool) else f"{flag_name(key)} {setting_text(value)}"
 
 
 def parent_facts(origin: Origin, step: int, state: Mapping[str, Any]) -> dict[str, Any]:

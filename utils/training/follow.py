@@ -18,7 +18,8 @@ from utils.config.settings import Config
 from utils.errors import RankError, UserError
 from utils.machine.device import available_memory, choose_dtype, torch_settings
 from utils.machine.process import gc_frozen, tune_process
-from utils.machine.ranks import ProcessRanks, RanksOverError
+from utils.machine.process_ranks import ProcessRanks
+from utils.machine.ranks import RanksOverError
 from utils.machine.signals import STOP_SIGNALS, StopRequest, StopSignal, stop_on_signals
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal

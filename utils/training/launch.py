@@ -23,8 +23,6 @@ from utils.runs.lock import wait_until_free
 from utils.runs.origin import (
     PRETRAINED_PREFIX,
     Origin,
-    check_callbacks,
-    check_overrides,
     config_of_fork,
     find_origin,
     keep_batch,
@@ -32,6 +30,7 @@ from utils.runs.origin import (
     resumable_runs,
     without_foreign_places,
 )
+from utils.runs.origin_checks import check_callbacks, check_overrides
 from utils.runs.run import read_record
 from utils.terminal.cli import CODE_ROOT, PROJECT_ROOT, Parser, timespan
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment

@@ -17,7 +17,8 @@ from utils.files import real_path
 from utils.machine.attention_kernels import fused_attention
 from utils.nn.lora import adapted_layers, count_parameters
 from utils.runs.code import GitFacts
-from utils.runs.index import IndexedRun, code_identity, origin_of, read_index
+from utils.runs.identity import code_identity, origin_of
+from utils.runs.index import IndexedRun, read_index
 from utils.runs.layout import PATCH
 from utils.runs.origin import parent_facts, pin
 from utils.terminal.console import Terminal

@@ -48,7 +48,8 @@ from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
-from utils.runs.origin import WRITTEN, Origin, check_fork, check_model, pin, pinned_settings
+from utils.runs.origin import WRITTEN, Origin, pin, pinned_settings
+from utils.runs.origin_checks import check_fork, check_model
 from utils.runs.run import read_record
 from utils.training.batch_size import check_micro_step, find_batch
 from utils.training.callbacks import Callback, load_callbacks

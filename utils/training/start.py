@@ -28,7 +28,8 @@ from utils.machine.device import device_facts, processor_name
 from utils.nn.lora import count_parameters
 from utils.runs.code import GitFacts, MetadataCapture
 from utils.runs.find import parent_path
-from utils.runs.index import git_of_last_session, patch_hash, read_settings
+from utils.runs.identity import git_of_last_session, patch_hash
+from utils.runs.index import read_settings
 from utils.runs.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -49,7 +50,8 @@ from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.runs.log import cut_logs
 from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
-from utils.runs.origin import PRETRAINED_PREFIX, Relation, check_longer, parent_facts, pin, put_on_top
+from utils.runs.origin import PRETRAINED_PREFIX, Relation, parent_facts, pin, put_on_top
+from utils.runs.origin_checks import check_longer
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run, RunError
 from utils.runs.trust import made_here
 from utils.terminal.console import Terminal

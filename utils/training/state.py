@@ -30,7 +30,8 @@ from utils.nn.lora import adapted_layers, adapter_settings, add_adapters, frozen
 from utils.nn.roles import declared_roles
 from utils.optim.groups import build_optimizer
 from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, decode_number, encode_number
-from utils.runs.origin import Relation, differing_model_settings
+from utils.runs.origin import Relation
+from utils.runs.origin_checks import differing_model_settings
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
 from utils.training.accuracy import held_out_questions

@@ -1,0 +1,135 @@
+"""The code that a run was trained with: what it brings along, and its commit with its patch put into a folder again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from utils.config.loader import ConfigLoader
+from utils.errors import UserError
+from utils.experiments.diff import COMMIT
+from utils.files import read_bytes, real_path
+from utils.runs.code import LEFT_OUT, git_environment, listed_files, open_repo
+from utils.runs.identity import later_code
+from utils.runs.index import IndexedRun
+from utils.runs.layout import PATCH
+from utils.runs.trust import callback_words
+from utils.terminal.cli import INSTALLED
+
+Code = Literal["recorded", "current"]
+
+
+class ReproductionError(UserError):
+    """The code, configuration or first weights of a run are no longer available."""
+
+
+def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
+    """What a repetition runs that this project does not have already, in words."""
+    known = ConfigLoader(root).load().config.train.callbacks
+    words = callback_words(name for name in run.settings.get("callbacks") or () if name not in known)
+    if code == "recorded" and os.path.lexists(run.path / PATCH):
+        with contextlib.suppress(OSError):  # reported when it is applied
+            if read_bytes(run.path / PATCH, run.path):
+                words.append(f"{PATCH}, which changes {', '.join(_changed_by(run.path / PATCH)) or 'no file'}")
+    return words
+
+
+def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list[str]]:
+    """Put the code of a run into `folder`: its commit from the repository of `root`, with its patch applied.
+
+    Returns:
+        The project folder there (`root` itself for a run without git), and what is not known about the code.
+
+    Raises:
+        ReproductionError: the repository does not have the commit, or the patch does not apply.
+    """
+    facts = run.record.get("git") or {}
+    if facts.get("commit") is None:
+        return root, ["the code of the run: it was started without git, so the current code was used"]
+    if not COMMIT.fullmatch(str(facts["commit"])):  # git would read "--output=..." as an option
+        raise ReproductionError(f"{run.id}: {facts['commit']!r} is not a commit")
+    tree = folder / "code"
+    try:
+        place = unpack_commit(facts["commit"], root, tree, f" of {run.id}")
+    except ReproductionError as error:
+        raise ReproductionError(f"{error}; --code current trains with the current code") from None
+    if (run.path / PATCH).is_file():
+        apply_patch(run.path / PATCH, tree)
+    left_out = listed_files(run.path, LEFT_OUT)
+    unknown = [f"the content of files that were left out of the patch: {', '.join(left_out)}"] if left_out else []
+    unknown += [
+        f"the code from step {step:,} on: it was changed between two sessions, and the first is repeated"
+        for step, *_ in later_code(run.path, run.record)
+    ]
+    return place, unknown
+
+
+def unpack_commit(commit: str, root: Path, tree: Path, of: str = "") -> Path:
+    """Put the files of a commit into the new folder `tree`.
+
+    Args:
+        root: the project folder, whose git repository has the commit.
+        of: what the commit is of, for messages.
+
+    Returns:
+        The project folder in `tree`.
+
+    Raises:
+        ReproductionError: the repository does not have the commit, or it cannot be unpacked.
+    """
+    import git
+
+    if INSTALLED:
+        raise ReproductionError(
+            f"commit {commit[:12]}{of}: this workbench is installed as a package, without a repository; work in a "
+            "checkout for the code of a commit"
+        )
+    archive = tree.with_name(f"{tree.name}.tar")
+    try:
+        with open_repo(root) as repo, archive.open("wb") as file:
+            repo.archive(file, commit, format="tar")
+            top = Path(str(repo.working_tree_dir))
+    except (git.GitError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ReproductionError(
+            f"commit {commit[:12]}{of} is not available in the repository of {root} ({reason})"
+        ) from None
+    tree.mkdir()
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(tree, filter="data")
+    except tarfile.TarError as error:
+        raise ReproductionError(f"commit {commit[:12]}{of} cannot be unpacked: {error}") from None
+    archive.unlink()
+    return tree / real_path(root).relative_to(real_path(top))
+
+
+def apply_patch(patch: Path, tree: Path) -> None:
+    """Apply a patch to the files in `tree`; git refuses paths outside it.
+
+    Raises:
+        ReproductionError: it does not apply, or would write outside `tree`.
+    """
+    command = ["git", "apply", "--whitespace=nowarn", os.fspath(real_path(patch))]
+    result = subprocess.run(command, cwd=tree, env=_outside(tree), capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
+        raise ReproductionError(f"{patch}: the patch cannot be applied: {reason.removeprefix('error: ')}")
+
+
+def _changed_by(patch: Path) -> list[str]:
+    """The files that `apply_patch` would change, as git reads the patch: parts of it may lack the line `diff --git`."""
+    command = ["git", "apply", "--numstat", "-z", os.fspath(real_path(patch))]
+    with tempfile.TemporaryDirectory() as folder:  # in a repository, git would leave out what is not below the folder
+        listing = subprocess.run(command, cwd=folder, env=_outside(folder), capture_output=True).stdout
+    return [os.fsdecode(entry.split(b"\t", 2)[-1]) for entry in listing.split(b"\0") if entry]
+
+
+def _outside(folder: str | Path) -> dict[str, str]:
+    """The environment for a git process that works in `folder`, whatever repository that is in."""
+    return {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(real_path(Path(folder)).parent)}
