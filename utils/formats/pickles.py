@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 
-from utils.errors import SHOWN, UserError, cut, is_out_of_memory, shown
+from utils.errors import SHOWN, UserError, cut, first_line, is_out_of_memory, shown
 from utils.files import open_named
 
 STRUCTURE_BYTES = 64 << 20  # of the pickle itself, in which tensors are only named
@@ -51,8 +51,7 @@ def read_pickle(path: Path) -> Any:
     except Exception as error:  # torch has no type for a damaged archive
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: damaged: {cut(reason, SHOWN)}") from None
+        raise UserError(f"{path}: damaged: {cut(first_line(error), SHOWN)}") from None
     try:
         _check_tensors(path, value)
     except RecursionError:
@@ -134,8 +133,8 @@ def _content(file: IO[bytes], part: zipfile.ZipInfo) -> bytes:
 def _check_names(path: Path, structure: bytes) -> None:
     """Raises UserError if a pickle names something that is neither a tensor nor a container; it is not run."""
     for opcode, argument, _ in pickletools.genops(structure):
-        if opcode.name == "GLOBAL" and not NAMES.fullmatch(argument):
-            raise _refusal(path, f"to import {shown(argument.replace(' ', '.'))[1:-1]}")
+        if opcode.name == "GLOBAL" and not NAMES.fullmatch(name := str(argument)):
+            raise _refusal(path, f"to import {shown(name.replace(' ', '.'))[1:-1]}")
 
 
 def _check_tensors(path: Path, value: Any) -> None:
