@@ -28,7 +28,7 @@ from benchmarks.gpu_task import (
 )
 from utils.config.fields import FIELDS
 from utils.config.loader import LoadedConfig
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.runs.layout import EXPORT, LOGS
 from utils.runs.run import read_record
 
@@ -131,7 +131,7 @@ def attention(task: Task, device: torch.device) -> dict[str, Any]:
             with sdpa_kernel(SDPBackend.__members__[name]):
                 results[f"{name}_ms"] = 1000 * statistics.median(times(both_passes, device, 2 if task.dry else 10))
         except RuntimeError as error:  # not for this device, shape or build
-            results[f"{name}_ms"], results[f"{name}_error"] = None, str(error).splitlines()[0][:200]
+            results[f"{name}_ms"], results[f"{name}_error"] = None, first_line(error)[:200]
     return results
 
 

@@ -34,6 +34,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and named)
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of another package says, in one line; its type where it says nothing or only a key.
+
+    >>> first_line(RuntimeError("no\\nbackend")), first_line(EOFError()), first_line(KeyError("rows"))
+    ('no', 'EOFError', "KeyError: 'rows'")
+    """
+    lines, name = str(error).strip().splitlines(), type(error).__name__
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}" if isinstance(error, KeyError) else lines[0]
+
+
 def number_text(value: float) -> str:
     """A number in as few digits as tell it from all others: read again, it is the same.
 

@@ -396,6 +396,43 @@ def pickles(folder: Path) -> Iterator[tuple[str, str]]:
         doubled = [doubled, doubled]  # 2^60 values in a few bytes
     torch.save({**good, "config": {"a": doubled}}, folder / "doubled.pt")
     yield "doubled.pt", "refused: more than 1,048,576 values"
+    archive_of(folder / "bytearray.pt", b"c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.")  # 2 GiB
+    yield "bytearray.pt", "refused: this pickle asks to import __builtin__.bytearray"
+    encoded = b"c_codecs\nencode\n(c_codecs\nencode\n(X\x01\0\0\0aX\x05\0\0\0utf-8tRX\x03\0\0\0hextR."
+    archive_of(folder / "encoded.pt", encoded)
+    yield "encoded.pt", "refused: this pickle asks to import _codecs.encode"
+    archive_of(folder / "case.pt", b"ctorch\nFloatTensor\n(J\xff\xff\xff\x7ftR.", "Data.PKL")
+    yield "case.pt", "refused: this pickle asks to import torch.FloatTensor"
+    archive_of(folder / "nothing.pt", b"")
+    yield "nothing.pt", "damaged: pickle exhausted before seeing STOP"
+    two_directories(folder / "two.pt", zip64=False)
+    yield "two.pt", "refused: another program may find other parts in it than torch does"
+    two_directories(folder / "two64.pt", zip64=True)
+    yield "two64.pt", "two64.pt: "  # refused, or damaged for a newer Python
+
+
+def archive_of(path: Path, structure: bytes, name: str = "data.pkl") -> None:
+    """An archive with one pickle in it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"archive/{name}", b"\x80\x02" + structure)
+
+
+def two_directories(path: Path, zip64: bool) -> None:
+    """An archive whose end points to a directory with a compressed pickle, with a harmless one right before the end."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * (1 << 20) + b".")
+    bad = path.read_bytes()
+    archive_of(path, b"N.")
+    good = path.read_bytes()
+    parts = [bad[:-22], good[:-22], bad[-22:]]
+    if zip64:  # Python before 3.11.14 takes the record right before the locator, torch the one that it points to
+        record = struct.Struct("<4sQHHIIQQQQ")
+        length, start = struct.unpack("<II", bad[-10:-2])
+        parts.insert(1, record.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, length, start))
+        start = sum(map(len, parts[:3])) - length
+        parts.insert(3, record.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, length, start))
+        parts.insert(4, struct.pack("<4sIQI", b"PK\x06\x07", 0, len(bad) - 22, 1))
+    path.write_bytes(b"".join(parts))
 
 
 def test_pickles_with_code_and_lies_are_refused_in_one_line_and_nothing_of_them_is_run(

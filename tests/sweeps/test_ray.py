@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,6 +24,19 @@ def test_without_ray_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="--engine ray needs the package ray: pip install"):
         run_on_ray(None, 1, 1, 1)  # type: ignore[arg-type]
+
+
+def test_an_error_of_ray_without_words_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from utils.sweeps.ray_engine import run_on_ray
+
+    def init(**settings: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, tune=None))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    plan = SimpleNamespace(threads=1, config=SimpleNamespace(train=SimpleNamespace(threads=None)))
+    with pytest.raises(UserError, match=r"^Ray \(on this machine\): TimeoutError$"):
+        run_on_ray(SimpleNamespace(plan=plan, root=ROOT), 1, 1, 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_an_address_that_others_reach_is_explained() -> None:
 
 
 SERVER = """
-import asyncio, sys
+import asyncio, signal, sys
 from utils.terminal.cli import script
 from utils.web.app import create_app, run_server
 
@@ -190,14 +190,18 @@ def main(argv):
         await asyncio.sleep(0.5)
         return "done"
     run_server(app, "127.0.0.1", 0)
-sys.exit(main())
+if "background" in sys.argv:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell without a terminal starts `serve.py &`
+sys.exit(main([]))
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_running_requests_end(signum: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("signum", "words"), [(signal.SIGINT, []), (signal.SIGINT, ["background"]), (signal.SIGTERM, [])]
+)
+def test_a_signal_lets_running_requests_end(signum: signal.Signals, words: list[str]) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes) as server:
+    with subprocess.Popen([sys.executable, "-c", SERVER, *words], cwd=ROOT, **pipes) as server:
         try:
             assert server.stdout is not None
             assert server.stderr is not None

@@ -45,7 +45,7 @@ NO_COUNTERPART = {  # and why
     "wandb_log": "wandb_mode switches Weights & Biases on",
     "wandb_project": "experiment names the project",
     "wandb_run_name": "run_tag names a run",
-    "backend": "there is one process",
+    "backend": "the device decides: NCCL on GPUs, gloo on the CPU",
     "use_amp": "dtype says the precision",
     "save_dtype": "checkpoints keep float32",
     "use_loss_mask": "loss_after says what counts",

@@ -13,7 +13,7 @@ from typing import Literal
 
 from utils.corpora.blocks import COMPRESSED, named
 from utils.corpora.sources import CORPORA, TEXT_SUFFIXES, CorpusError, Source, find_source, visible_files
-from utils.errors import nearest
+from utils.errors import first_line, nearest
 from utils.files import expand_home
 from utils.terminal.words import one_line
 
@@ -170,6 +170,5 @@ def _downloaded(source: str, name: str, config: str | None) -> list[Path]:
     try:
         loaded = load_dataset(name, config, split="train")
     except Exception as error:  # whatever the network, the hub and the package raise
-        first = one_line(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
-        raise CorpusError(f"{source}: cannot be downloaded: {first}") from None
+        raise CorpusError(f"{source}: cannot be downloaded: {one_line(first_line(error))}") from None
     return [Path(entry["filename"]) for entry in loaded.cache_files]

@@ -23,7 +23,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from utils.errors import UserError, nearest
+from utils.errors import UserError, first_line, nearest
 from utils.evaluation.report import evaluation_record
 from utils.evaluation.weights import Trained
 from utils.terminal.words import one_line
@@ -116,9 +116,8 @@ class HarnessTasks:
             except UserError:
                 raise
             except Exception as error:  # of the hub, of a file, of the task
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 hint = "" if self._folder else "; --task-data DIR reads data sets from a folder"
-                raise UserError(f"{name}: its data cannot be loaded: {reason}{hint}") from None
+                raise UserError(f"{name}: its data cannot be loaded: {first_line(error)}{hint}") from None
             loaded += built if isinstance(built, list) else [built]
         return loaded
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import DISK_ERRORS, expand_home
 from utils.formats.foreign_files import ForeignConfigError
 from utils.formats.hub_weights import NOTES, DamagedError, fetch_weights, file_hash, note_of, noted
@@ -186,7 +186,7 @@ def _errors_explained(hub: Any, name: str, page: str, local_dir: Path | None, re
             f"{name}: there is no such model on {hub.constants.ENDPOINT}, or it is private and needs HF_TOKEN"
         ) from None
     except HfHubHTTPError as error:
-        raise HubError(f"{name}: {page} answers {_reason(error)}; try again later") from None
+        raise HubError(f"{name}: {page} answers {first_line(error)}; try again later") from None
     except DamagedError as error:
         raise HubError(f"{name}/{error}") from None
     except HubError:
@@ -194,11 +194,11 @@ def _errors_explained(hub: Any, name: str, page: str, local_dir: Path | None, re
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise OSError(error.errno, error.strerror, str(local_dir or hub.constants.HF_HUB_CACHE)) from None
-        raise HubError(f"{name} cannot be downloaded: {_reason(error)}") from None
+        raise HubError(f"{name} cannot be downloaded: {first_line(error)}") from None
     except Exception as error:  # the errors of its client for HTTP, which is another package with each release
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet"):
             raise
-        raise HubError(f"{name}: {hub.constants.ENDPOINT} cannot be reached: {_reason(error)}") from None
+        raise HubError(f"{name}: {hub.constants.ENDPOINT} cannot be reached: {first_line(error)}") from None
 
 
 def _check_files(name: str, files: list[str]) -> None:
@@ -221,10 +221,6 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
         note = folder.parent.parent / "refs" / revision
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(commit)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_whole(folder: Path) -> bool:

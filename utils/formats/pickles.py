@@ -1,7 +1,8 @@
 """Pickles of torch: the one place that reads them, without running anything that is in them.
 
 torch.load(weights_only=True) makes tensors, numbers, texts and containers of them, and refuses all else. Before that,
-the archive must be one whose parts are stored as they are, so that a small file cannot become a large one.
+the archive must be one whose parts are stored as they are, and the pickle may name nothing that makes a small file
+large in memory: torch itself would call bytearray(10**12), or one encoding of a text after another.
 """
 
 from __future__ import annotations
@@ -9,19 +10,29 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import pickletools
 import re
+import struct
+import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from utils.errors import SHOWN, UserError, cut, shown
+from utils.errors import SHOWN, UserError, cut, first_line, is_out_of_memory, shown
 from utils.files import open_named
 
 STRUCTURE_BYTES = 64 << 20  # of the pickle itself, in which tensors are only named
 MOST_PARTS = 1 << 18
 MOST_VALUES = 1 << 20
+NAMES = re.compile(  # that a pickle of torch.save may name, as pickletools writes them
+    r"collections OrderedDict|(__builtin__|builtins) (set|complex)"
+    r"|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
+    r"|torch (Size|device|bool|\w+Storage|b?float\d\w*|u?int\d+|complex\d+)"
+)
+# The end of an archive: perhaps the end record of Zip64 and its locator, then the end record without a comment.
+END64, LOCATOR, END = struct.Struct("<4s36xQQ"), struct.Struct("<4s4xQ4x"), struct.Struct("<4s8xIIH")
 
 
 def read_pickle(path: Path) -> Any:
@@ -32,16 +43,15 @@ def read_pickle(path: Path) -> Any:
     """
     _check_archive(path)
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # they are for the authors of such files
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"to import {found[1]}" if found else "what only unpickling does"
-        raise UserError(
-            f"{path}: refused: this pickle asks {what}, and unpickling can run any code; nothing of it was run"
-        ) from None
-    except Exception as error:  # whatever a damaged archive makes of torch
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: damaged: {cut(reason, SHOWN)}") from None
+        raise _refusal(path, f"to import {found[1]}" if found else "what only unpickling does") from None
+    except Exception as error:  # torch has no type for a damaged archive
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: damaged: {cut(first_line(error), SHOWN)}") from None
     try:
         _check_tensors(path, value)
     except RecursionError:
@@ -49,8 +59,14 @@ def read_pickle(path: Path) -> Any:
     return value
 
 
+def _refusal(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path}: refused: this pickle asks {what}, and unpickling can run any code; nothing of it was run"
+    )
+
+
 def _check_archive(path: Path) -> None:
-    """Raises UserError unless the file is an archive of torch whose parts together are no larger than it is."""
+    """Raises UserError unless the file is an archive of torch that is no larger in memory than it is on disk."""
     try:
         with open_named(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -60,17 +76,65 @@ def _check_archive(path: Path) -> None:
                 )
             with zipfile.ZipFile(file) as archive:
                 parts = archive.infolist()
+            _check_parts(path, parts, size)
+            if not _has_one_directory(file, size):
+                raise UserError(f"{path}: refused: another program may find other parts in it than torch does")
+            for part in parts:
+                if part.filename.lower().endswith("data.pkl"):  # torch looks for it in lower and upper case
+                    _check_names(path, _content(file, part))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error) as error:
         raise UserError(f"{path}: damaged: {error}") from None
+
+
+def _check_parts(path: Path, parts: list[zipfile.ZipInfo], size: int) -> None:
+    """Raises UserError if the parts of an archive of `size` bytes could be larger than it is."""
     if len(parts) > MOST_PARTS or sum(part.file_size for part in parts) > size:
         raise UserError(f"{path}: refused: its parts are larger than the file")
     for part in parts:
         if part.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{path}: refused: {shown(part.filename)} is compressed, which torch.save never does")
-        if part.filename.endswith("/data.pkl") and part.file_size > STRUCTURE_BYTES:
+        if part.filename.lower().endswith("data.pkl") and part.file_size > STRUCTURE_BYTES:
             raise UserError(f"{path}: refused: {part.file_size:,} bytes that are no numbers of tensors")
+
+
+def _has_one_directory(file: IO[bytes], size: int) -> bool:
+    """Whether the directory of an archive lies where its end says and right before it.
+
+    zipfile reads the directory that lies right before the end, torch the one that the end points to: of a file with
+    two, torch would read parts that have not been checked.
+    """
+    file.seek(size - END.size)
+    magic, length, start, comment = END.unpack(file.read())
+    end = size - END.size
+    if end >= LOCATOR.size + END64.size:
+        file.seek(end - LOCATOR.size)
+        locator, place = LOCATOR.unpack(file.read(LOCATOR.size))
+        if locator == b"PK\x06\x07":
+            end -= LOCATOR.size + END64.size
+            file.seek(end)
+            magic64, length, start = END64.unpack(file.read(END64.size))
+            if magic64 != b"PK\x06\x06" or place != end:
+                return False
+    return bool(magic == b"PK\x05\x06" and not comment and start + length == end)
+
+
+def _content(file: IO[bytes], part: zipfile.ZipInfo) -> bytes:
+    """A stored part, whatever its checksum is: torch.save can leave it out."""
+    file.seek(part.header_offset)
+    name, extra = struct.unpack("<26xHH", file.read(30))
+    file.seek(name + extra, os.SEEK_CUR)
+    return file.read(part.file_size)
+
+
+def _check_names(path: Path, structure: bytes) -> None:
+    """Raises UserError if a pickle names something that is neither a tensor nor a container; it is not run."""
+    for opcode, argument, _ in pickletools.genops(structure):
+        if opcode.name == "GLOBAL" and not NAMES.fullmatch(name := str(argument)):
+            raise _refusal(path, f"to import {shown(name.replace(' ', '.'))[1:-1]}")
 
 
 def _check_tensors(path: Path, value: Any) -> None:

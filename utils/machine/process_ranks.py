@@ -20,7 +20,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from utils.errors import RankError
+from utils.errors import RankError, first_line
 from utils.machine.board import Board
 from utils.machine.meeting import MEETING_SECONDS, meet
 from utils.machine.ranks import Ranks, RanksOverError, Work
@@ -175,7 +175,7 @@ class ProcessRanks(Ranks):
             return RankError(self.board.cut_off)
         if silent := self.board.never_seen(others):
             return self._found(f"{names(silent)} died: killed, or cut off")
-        return self._found(f"rank {self.rank} lost its connection: {str(error).splitlines()[0]}")
+        return self._found(f"rank {self.rank} lost its connection: {first_line(error)}")
 
     def _found(self, message: str, late: Sequence[int] = ()) -> RankError:
         """The error that this rank has found, for all of them.

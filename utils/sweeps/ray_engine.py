@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.machine.watchdog import watched
 from utils.sweeps import trial as trials
 from utils.sweeps.driver import WAIT_SECONDS, Ending, Report, disk_full_words, too_many_words
@@ -53,7 +53,7 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=settings, **local)
     except Exception as error:  # a plain one, where a node does not start in time
-        raise UserError(f"Ray ({address or 'on this machine'}): {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"Ray ({address or 'on this machine'}): {first_line(error)}") from None
     resources = {"cpu": cpus, **({"gpu": 1} if plan.config.train.device.startswith("cuda") else {})}
     work = {"folder": os.fspath(sweep.path), "root": os.fspath(sweep.root), "total": total, "script": trials.TRAIN}
     pieces = _pieces(work, max_failures, report)

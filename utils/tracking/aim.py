@@ -128,7 +128,7 @@ class AimView:
         self._unfinished = aim.Run.__new__(aim.Run)  # has its hash even if its constructor fails
         try:
             run = self._open_run(aim, self._unfinished)
-        except Exception:
+        except BaseException:  # Ctrl-C while a run is rebuilt, too
             self.abandon()
             raise
         self._unfinished = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from utils.errors import first_line
 from utils.machine.graphs import record
 from utils.nn.lean import is_patched
 from utils.optim.adamw import EagerOptimizer
@@ -124,7 +125,7 @@ class GraphUpdate:
             try:
                 self._recording = Recording(self.state)
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
         if reason:
             self._refused = True
             self._warn(f"cuda_graph: steps are not recorded, each kernel is launched by itself: {reason}")

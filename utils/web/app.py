@@ -90,11 +90,13 @@ def run_server(app: FastAPI, host: str, port: int) -> NoReturn:
         address = listener.getsockname()
         name = f"[{host}]" if ":" in host else host
         print(f"{app.title}: http://{name}:{address[1]}/ (Ctrl-C ends it)", flush=True)
-        previous = signal.signal(signal.SIGTERM, _stop)  # uvicorn raises the signals again once it is done
+        # uvicorn raises the signal again once it is done; of a script's background job, SIGINT would be ignored then.
+        previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             server.run(sockets=[listener])
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     raise RuntimeError("the server ended without a signal")
 
 
