@@ -25,7 +25,7 @@ from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.console import Terminal
 
 HELP, IMPORT, LOOP, FIRST_STEP = "train.py --help", "import torch", "training loop begins", "first step done"
-HELP_LIMIT = 0.5  # seconds
+HELP_LIMIT = 0.3  # seconds
 STEP_LIMIT = 2.0  # seconds after `import torch`
 
 
