@@ -61,10 +61,11 @@ class Holder(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """The holder whose signature is `text`; None if it is none, or says that the lock was released."""
+        """The holder whose signature is the line `text`; None if it has no end, or says that the lock was released."""
+        line, end, _ = text.partition("\n")
         try:
-            pid, host, *boot = text.split()
-            if boot[-1:] == [RELEASED]:
+            pid, host, *boot = line.split()
+            if not end or boot[-1:] == [RELEASED]:
                 return None
             return cls(int(pid), host, *boot)
         except (ValueError, TypeError):

@@ -165,6 +165,14 @@ def test_resume_auto_leaves_a_run_that_this_machine_trains(runs_dir: Path) -> No
     run.release()
 
 
+@pytest.mark.parametrize("length", range(1, len(HOST) + 8))
+def test_a_signature_without_its_end_is_no_reason_to_wait(length: int, runs_dir: Path) -> None:
+    """Cut in the name of the host or the id of the boot, it would be that of another machine."""
+    path = make_run(runs_dir, "run", status="interrupted")
+    (path / LOCK).write_text(f"5 {HOST} {boot_id()}"[:length])
+    Run.resume(path).release()
+
+
 # --------------------------------------------------------------------------------------------------- without flock
 
 

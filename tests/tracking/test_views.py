@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from utils.runs.run import read_record
 from utils.tracking import RunEnd, RunFacts, feeder
 from utils.tracking.aim import AimView
 from utils.tracking.feeder import Budget, Feeder, Feeders
+from utils.tracking.tensorboard import EventFile, cut_session_end
 
 Argv = Callable[..., list[str]]
 
@@ -288,6 +290,17 @@ def test_tensorboard_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path
     assert [event.step for event in texts] == [0, 3, 6]
     assert {"config/text_summary", "git/text_summary", "model/text_summary"} <= set(events.Tags()["tensors"])
     assert len(list(only_run().rglob("events.*"))) == 1
+
+
+def test_an_event_file_is_cut_where_zeros_begin_at_once(tmp_path: Path) -> None:
+    events = EventFile(tmp_path, purge_step=0)
+    events.close()
+    whole = events.path.stat().st_size
+    os.truncate(events.path, 3 << 30)  # a minute of records without data, if nobody looks at their checksums
+    began = time.monotonic()
+    cut_session_end(events.path)
+    assert events.path.stat().st_size == whole
+    assert time.monotonic() - began < 5
 
 
 def test_aim_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path) -> None:

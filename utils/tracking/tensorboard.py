@@ -236,7 +236,7 @@ def _with_status(session_end: Any, status: str) -> Any:
 
 
 def cut_session_end(path: Path) -> None:
-    """Truncate an event file before the record that ends its session, or before a torn record.
+    """Truncate an event file before the record that ends its session, or before the first damaged or torn record.
 
     Format of a record: https://www.tensorflow.org/tutorials/load_data/tfrecord
     """
@@ -253,12 +253,18 @@ def cut_session_end(path: Path) -> None:
 
 
 def _event_records(fd: int) -> Iterator[tuple[int, bytes]]:
-    """(bytes in the file, data) of each complete record; the data is left out if it is too long to end a session."""
+    """(bytes in the file, data) of each complete record, up to one whose length does not have its checksum.
+
+    The data is left out if it is too long to end a session.
+    """
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
     offset, size = 0, os.fstat(fd).st_size
     while offset + 12 <= size:
-        (length,) = struct.unpack("<Q", os.pread(fd, 8, offset))
+        header = os.pread(fd, 12, offset)
+        length, checksum = struct.unpack("<QI", header)
         total = 8 + 4 + length + 4  # length, its checksum, data, their checksum
-        if offset + total > size:
+        if offset + total > size or masked_crc32c(header[:8]) != checksum:
             return
         yield total, os.pread(fd, length, offset + 12) if length < 4096 else b""
         offset += total
