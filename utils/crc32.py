@@ -33,6 +33,24 @@ def file_crc32(file: BufferedReader | FileIO) -> int:
     return checksum
 
 
+def part_crc32(handle: int, start: int, length: int) -> int:
+    """Of `length` bytes of an open file, from the place `start` on.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it ends before.
+    """
+    checksum, end = 0, start + length
+    buffer = memoryview(bytearray(min(length, READ_BYTES)))
+    while start < end:
+        count = os.preadv(handle, [buffer[: end - start]], start)
+        if not count:
+            raise ValueError("it became shorter while it was read")
+        checksum = crc32(buffer[:count], checksum)
+        start += count
+    return checksum
+
+
 def joined(first: int, second: int, length: int) -> int:
     """crc32(a + b), given that of a, that of b, and len(b).
 

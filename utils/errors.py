@@ -40,10 +40,18 @@ def first_line(error: BaseException) -> str:
     >>> first_line(RuntimeError("no\\nbackend")), first_line(EOFError()), first_line(KeyError("rows"))
     ('no', 'EOFError', "KeyError: 'rows'")
     """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and not isinstance(error, KeyError) else typed_line(error)
+
+
+def typed_line(error: BaseException) -> str:
+    """The type of an exception and the first line of what it says, as at the end of a traceback.
+
+    >>> typed_line(ValueError("no\\nbackend")), typed_line(EOFError())
+    ('ValueError: no', 'EOFError')
+    """
     lines, name = str(error).strip().splitlines(), type(error).__name__
-    if not lines:
-        return name
-    return f"{name}: {lines[0]}" if isinstance(error, KeyError) else lines[0]
+    return f"{name}: {lines[0]}" if lines else name
 
 
 def number_text(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,12 +19,13 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from utils import crc32 as crc32_module
 from utils.checkpoints import header as header_module
 from utils.checkpoints import tensors as reading
 from utils.checkpoints.folder import CheckpointError
-from utils.checkpoints.header import HEADER_BYTES, TensorEntry, read_header
-from utils.checkpoints.tensors import map_entries, map_tensors, open_tensors
-from utils.crc32 import joined
+from utils.checkpoints.header import HEADER_BYTES, TensorEntry, read_header, tensors_sha256
+from utils.checkpoints.tensors import map_entries, map_tensors, open_tensors, write_tensors
+from utils.crc32 import joined, part_crc32
 from utils.errors import cut, shown
 
 
@@ -169,9 +171,9 @@ def test_what_the_format_allows_is_read_up_to_its_limits(tmp_path: Path, monkeyp
         read_header(path)
 
 
-def read_tensors(path: Path, expected: str | None = None) -> dict[str, torch.Tensor]:
-    with open_tensors(path, expected=expected) as tensors:
-        return dict(tensors)
+def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
+    with open_tensors(path, expected) as tensors:
+        return tensors
 
 
 def test_only_a_named_file_may_be_a_link_that_leads_elsewhere(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_only_a_named_file_may_be_a_link_that_leads_elsewhere(tmp_path: Path) ->
     save_file({"a": torch.tensor([1.0])}, path)
     link.symlink_to(path)
     with pytest.raises(CheckpointError, match=f"^{link}: cannot be read: leads out of {link.parent}$"):
-        read_tensors(link)
+        read_tensors(link, "")
     readers: list[Callable[..., Any]] = [read_header, map_tensors]
     for read in readers:
         with pytest.raises(CheckpointError, match=f"^{link}: cannot be read: leads out of {link.parent}$"):
@@ -222,67 +224,84 @@ def test_a_length_that_lies_allocates_nothing(tmp_path: Path, length: int) -> No
     assert expected in result.stdout
 
 
-def test_tensors_are_read_one_at_a_time_with_the_checksum_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reading, "READ_BYTES", 4096)
+def test_tensors_are_mapped_while_the_file_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "PART_BYTES", 10_000)
+    monkeypatch.setattr(crc32_module, "READ_BYTES", 4096)
+    path = tmp_path / "a.safetensors"
     tensors = {
-        "parts": torch.randn(3, 1001),  # read by two threads, in several pieces each
+        "parts": torch.randn(3, 1001),
         "a": torch.randn(3, 1000),
         "b": torch.randn(7).bfloat16(),
         "none": torch.zeros(0),
         "one": torch.tensor(2),
     }
-    save_file(tensors, tmp_path / "a.safetensors")
-    crc32 = f"{zlib.crc32((tmp_path / 'a.safetensors').read_bytes()):08x}"
-    read = read_tensors(tmp_path / "a.safetensors", expected=crc32)
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values() if tensor.numel())
-    with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
-        read_tensors(tmp_path / "a.safetensors", expected="00000000")
-    assert len(read_tensors(tmp_path / "a.safetensors")) == 5
-    with (tmp_path / "a.safetensors").open("r+b") as file:  # in the part of the second thread
-        file.seek(-9000, 2)
-        file.write(b"?")
-    with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
-        read_tensors(tmp_path / "a.safetensors", expected=crc32)
+    for write_file in (functools.partial(save_file, filename=path), functools.partial(write_tensors, path)):
+        write_file(tensors)
+        crc32 = f"{zlib.crc32(path.read_bytes()):08x}"
+        read = read_tensors(path, crc32)
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values() if tensor.numel())
+        with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
+            read_tensors(path, "00000000")
+        read["a"].zero_()
+        with path.open("r+b") as file:  # what was written to a tensor is not in the file
+            file.seek(-9000, 2)
+            file.write(b"?")
+        with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
+            read_tensors(path, crc32)
+
+
+def test_what_is_written_here_begins_where_it_can_be_mapped(tmp_path: Path) -> None:
+    for name in ("a", "a" * 60):
+        write_tensors(tmp_path / "a.safetensors", {name: torch.zeros(3)}, {"format": "pt"})
+        assert read_header(tmp_path / "a.safetensors").tensors[name].begin % 64 == 0
 
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 22])
 @pytest.mark.parametrize("tensors", [{}, {"a": torch.arange(9.0), "b": torch.tensor([7], dtype=torch.uint8)}])
-def test_a_flipped_bit_is_found_after_the_last_tensor(
+def test_a_flipped_bit_is_found_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, tensors: dict[str, torch.Tensor]
 ) -> None:
-    monkeypatch.setattr(reading, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(crc32_module, "READ_BYTES", read_bytes)
     path = tmp_path / "a.safetensors"
     save_file(tensors, path, metadata={"note": "text"})
     content = path.read_bytes()
     crc32 = f"{zlib.crc32(content):08x}"
-    read = read_tensors(path, expected=crc32)
+    read = read_tensors(path, crc32)
     assert {name: tensor.tolist() for name, tensor in read.items()} == {n: t.tolist() for n, t in tensors.items()}
     body = len(content) - sum(tensor.nbytes for tensor in tensors.values())
     for position in {content.index(b"text"), *range(body, len(content), 9)}:
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         message = f"{path}: damaged: its CRC-32 is {zlib.crc32(path.read_bytes()):08x}, not {crc32}"
         with pytest.raises(CheckpointError, match=f"^{message}$"):
-            read_tensors(path, expected=crc32)
+            read_tensors(path, crc32)
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_while_it_is_checked_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file({"a": torch.zeros(100_000), "b": torch.zeros(100_000)}, path)
-    monkeypatch.setattr(reading, "AHEAD_BYTES", 0)
-    with open_tensors(path) as tensors:
-        next(tensors)
+    write_tensors(path, {"a": torch.zeros(100_000)})
+    with path.open("rb") as file:
         os.truncate(path, path.stat().st_size - 100_000)
-        with pytest.raises(CheckpointError, match="not a safetensors file: it became shorter while it was"):
-            next(tensors)
+        with pytest.raises(ValueError, match="it became shorter while it was read"):
+            part_crc32(file.fileno(), 0, 400_000)
+
+
+def test_weights_are_the_same_whatever_their_header(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_tensors(first, {"a": torch.arange(3.0), "b": torch.zeros(1)})
+    save_file({"a": torch.arange(3.0), "b": torch.zeros(1)}, second, metadata={"format": "pt"})
+    assert first.read_bytes() != second.read_bytes()
+    assert tensors_sha256(first) == tensors_sha256(second)
+    others = [{"a": torch.arange(3.0), "b": torch.ones(1)}, {"a": torch.arange(3.0), "c": torch.zeros(1)}]
+    for tensors in (*others, {"a": torch.arange(4.0)}, {"a": torch.arange(3.0).view(3, 1), "b": torch.zeros(1)}):
+        write_tensors(second, tensors)
+        assert tensors_sha256(first) != tensors_sha256(second)
 
 
 def test_a_type_that_torch_is_not_asked_for_is_one_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"a": entry(0, 1, "F4", [2])}, 1)
-    for read in (map_tensors, read_tensors):
+    for read in (map_tensors, lambda path: read_tensors(path, "")):
         with pytest.raises(CheckpointError, match=f"^{path}: not a safetensors file: a: F4 is not read here$"):
             read(path)
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from model import LanguageModel
 from tests.tiny_export import char_tokenizer
+from utils.checkpoints.tensors import write_tensors
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.inference import export as export_module
@@ -80,6 +82,29 @@ def test_the_tied_weight_is_stored_once(folder: Path) -> None:
     assert 4 * model.num_parameters() < size < 4 * model.num_parameters() + 2000
 
 
+def test_a_loaded_model_may_be_trained_and_its_file_replaced(folder: Path) -> None:
+    """The weights are the file in memory: it does not change with them, and they do not change with a new one."""
+    before, model = (folder / "model.safetensors").read_bytes(), load_export(folder, CPU).model
+    first = model.token_embedding.weight.detach().clone()
+    with torch.no_grad():
+        model.token_embedding.weight.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+    save_export(folder, make_model(seed=1), TOKENIZER, {"run": "b"})
+    assert torch.equal(model.token_embedding.weight, first + 1)
+
+
+def test_the_weights_of_an_older_export_lie_where_the_kernels_want_them(folder: Path) -> None:
+    """Written by the library, behind a header of any length."""
+    path = folder / "model.safetensors"
+    for length in range(1, 9):
+        save_file(load_file(path), path, metadata={"format": "pt", "note": "x" * 8 * length})
+        config = json.loads((folder / "config.json").read_text())
+        config["weights_crc32"] = f"{zlib.crc32(path.read_bytes()):08x}"
+        (folder / "config.json").write_text(json.dumps(config))
+        model = load_export(folder, CPU).model
+        assert all(weight.data_ptr() % 64 == 0 for weight in model.parameters())
+
+
 def test_an_export_can_be_moved(folder: Path, tmp_path: Path) -> None:
     shutil.move(folder, tmp_path / "elsewhere")
     assert load_export(tmp_path / "elsewhere", CPU).training["run"] == "a"
@@ -97,17 +122,17 @@ def fail_on_write(*_args: object, **_options: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def lose_a_bit(weights: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+def lose_a_bit(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     weights["token_embedding.weight"] = weights["token_embedding.weight"] * 1.01
-    save_file(weights, path, **options)
+    return write_tensors(path, weights, metadata)
 
 
 @pytest.mark.parametrize(
     ("name", "replacement", "error"),
     [
-        ("save_file", fail_on_write, OSError),
+        ("write_tensors", fail_on_write, OSError),
         ("write_json", fail_on_write, OSError),
-        ("save_file", lose_a_bit, RuntimeError),
+        ("write_tensors", lose_a_bit, RuntimeError),
     ],
     ids=["weights", "config", "logits"],
 )

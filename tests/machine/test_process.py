@@ -55,3 +55,12 @@ def test_objects_are_hidden_from_the_garbage_collector_only_inside_the_block() -
     with gc_frozen():
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
+
+
+def test_a_process_ends_without_looking_for_garbage() -> None:
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
+        "from utils.machine.process import tune_process; tune_process()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"

@@ -6,6 +6,7 @@ the other, without gaps [https://github.com/huggingface/safetensors#format].
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from utils.files import open_named, open_regular
 HEADER_BYTES = 100_000_000  # the limit of the format
 HEADER_VALUES = 4_000_000  # of numbers, lists and objects, which take more memory than their text
 MOST_DIMENSIONS = 64
+PART_BYTES = 1 << 20  # of one read
 BITS = {  # of one element; what has fewer than 8 is packed
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -75,6 +77,27 @@ def read_header(path: Path, named: bool = False) -> Header:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+
+
+def tensors_sha256(path: Path) -> str:
+    """The SHA-256 of the names, types, shapes and bytes of all tensors, as hexadecimal digits.
+
+    Neither the notes of who wrote the file play a part, nor the spaces of its header.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not a safetensors file.
+    """
+    tensors = read_header(path).tensors
+    outlines = [(name, entry.dtype, entry.shape) for name, entry in tensors.items()]
+    digest = hashlib.sha256(json.dumps(outlines).encode())
+    try:
+        with open_regular(path) as file:
+            file.seek(min((entry.begin for entry in tensors.values()), default=0))
+            while part := file.read(PART_BYTES):
+                digest.update(part)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def header_of(file: BinaryIO) -> Header:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: written straight from memory, mapped, or read by several threads.
+"""Tensors in safetensors files: written straight from memory, and mapped into it, perhaps while the file is checked.
 
 https://github.com/huggingface/safetensors#format
 """
@@ -6,13 +6,11 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import mmap
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,12 +18,12 @@ import torch
 
 from utils.checkpoints.folder import CheckpointError, write_parts
 from utils.checkpoints.header import TensorEntry, header_of
-from utils.crc32 import READ_BYTES, crc32, joined
+from utils.crc32 import joined, part_crc32
 from utils.files import open_named, open_regular
 
-READERS = 2  # threads; most of their time goes into new pages of memory, see docs/LOG.md
-PART_BYTES = 1 << 23  # that a thread reads at a time
-AHEAD_BYTES = 1 << 25  # that are read before they are asked for
+READERS = 2  # threads that compute the checksum of a file
+PART_BYTES = 1 << 26  # of the file, that one of them reads at a time
+ALIGNMENT = 64  # bytes: at other addresses, kernels may add up in another order, which changes the last bits
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -47,14 +45,16 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Write a safetensors file straight from the memory of the tensors; returns its entry in the manifest.
 
     The library's own writer first copies every tensor into a bytes object: half the speed, twice the memory
     (docs/LOG.md).
     """
     outlines = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    return write_stream(path, outlines, lambda name: [tensors[name]])
+    return write_stream(path, outlines, lambda name: [tensors[name]], metadata)
 
 
 Outlines = Mapping[str, tuple[torch.dtype, torch.Size]]  # types and shapes of tensors, by their names
@@ -87,7 +87,7 @@ def write_stream(
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
@@ -118,80 +118,41 @@ def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
         return _mapped(file, header_of(file).tensors)
 
 
-Tensors = Iterator[tuple[str, torch.Tensor]]
-Read = tuple[str, torch.Tensor, list[tuple[int, Future[int]]]]  # a tensor, and the length and checksum of its parts
-
-
 @contextlib.contextmanager
-def open_tensors(path: Path, *, expected: str | None = None) -> Iterator[Tensors]:
-    """The tensors of a safetensors file in the order of their bytes, each in memory of its own.
+def open_tensors(path: Path, expected: str) -> Iterator[dict[str, torch.Tensor]]:
+    """As `map_tensors`; meanwhile threads read the file for its checksum, which is compared at the end.
 
-    Several threads begin to read at once and stay a little ahead of the caller. What the caller does not keep is freed,
-    so a large file needs the memory of its largest tensor, or of AHEAD_BYTES.
+    Tensors that do not begin at a multiple of ALIGNMENT are copied to one.
 
     Args:
-        expected: the CRC-32 of the whole file, if it is known.
+        expected: the CRC-32 of the whole file.
 
     Raises:
-        CheckpointError: it is not a safetensors file; or, after the last tensor, has another checksum.
+        CheckpointError: it is not a safetensors file; at the end, it has another checksum.
     """
     with contextlib.ExitStack() as stack:
         with _one_error(path, "not a safetensors file: "):
             file = stack.enter_context(open_regular(path))
-            pool = stack.enter_context(ThreadPoolExecutor(READERS))
-            entries = header_of(file).tensors
-            position = min((entry.begin for entry in entries.values()), default=os.fstat(file.fileno()).st_size)
-            file.seek(0)
-            checksum = crc32(file.read(position))
-            reads = _reads_ahead(pool, file.fileno(), entries, check=expected is not None)
-            reads = itertools.chain(list(itertools.islice(reads, 1)), reads)  # begins to read
-        yield _filled(path, reads, checksum, expected)
-
-
-def _filled(path: Path, reads: Iterator[Read], checksum: int, expected: str | None) -> Tensors:
-    """The tensors that are being read, each once it has its values; `checksum` is that of what comes before them."""
-    with _one_error(path, "not a safetensors file: "):
-        for name, tensor, parts in reads:
-            for length, part in parts:
+            pool = ThreadPoolExecutor(READERS)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            size = os.fstat(file.fileno()).st_size
+            lengths = [min(PART_BYTES, size - start) for start in range(0, size, PART_BYTES)]
+            parts = [
+                pool.submit(part_crc32, file.fileno(), number * PART_BYTES, length)
+                for number, length in enumerate(lengths)
+            ]
+            tensors = _mapped(file, header_of(file).tensors)
+        yield {name: _aligned(tensor) for name, tensor in tensors.items()}
+        with _one_error(path, "not a safetensors file: "):
+            checksum = 0
+            for length, part in zip(lengths, parts, strict=True):
                 checksum = joined(checksum, part.result(), length)
-            yield name, tensor
-        if expected is not None and f"{checksum:08x}" != expected:
+        if f"{checksum:08x}" != expected:
             raise CheckpointError(f"{path}: damaged: its CRC-32 is {checksum:08x}, not {expected}")
 
 
-def _reads_ahead(
-    pool: ThreadPoolExecutor, handle: int, entries: Mapping[str, TensorEntry], check: bool
-) -> Iterator[Read]:
-    """Tensors that threads are filling, with as many of the next ones as fit into AHEAD_BYTES."""
-    begun: deque[Read] = deque()
-    ahead = 0
-    for name, entry in entries.items():
-        while begun and ahead + entry.bytes > AHEAD_BYTES:
-            ahead -= sum(length for length, _ in begun[0][2])
-            yield begun.popleft()
-        tensor = torch.empty(entry.shape, dtype=_dtype(name, entry))
-        memory = _memory(tensor)
-        parts = []
-        for start in range(0, len(memory), PART_BYTES):
-            part = memory[start : start + PART_BYTES]
-            parts.append((len(part), pool.submit(_read_part, handle, part, entry.begin + start, check)))
-        ahead += len(memory)
-        begun.append((name, tensor, parts))
-    yield from begun
-
-
-def _read_part(handle: int, memory: memoryview, place: int, check: bool) -> int:
-    """Fill memory with the bytes of a file from a place on; returns their CRC-32, or 0 without a check."""
-    checksum = done = 0
-    while done < len(memory):
-        chunk = memory[done : done + READ_BYTES]
-        count = os.preadv(handle, [chunk], place + done)
-        if not count:
-            raise ValueError("it became shorter while it was read")
-        if check:  # while the bytes are in the caches
-            checksum = crc32(chunk[:count], checksum)
-        done += count
-    return checksum
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def map_entries(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:

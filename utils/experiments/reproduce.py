@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
+from utils.checkpoints.header import tensors_sha256
 from utils.config.loader import ConfigLoader, flag_name
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import environment_of
@@ -27,7 +28,7 @@ from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LO
 from utils.runs.log import last_record, read_metrics
 from utils.runs.origin import PER_SESSION, PINNED, PRETRAINED_PREFIX
 from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
-from utils.runs.seal import file_sha256, write_seal
+from utils.runs.seal import write_seal
 from utils.runs.trust import made_elsewhere, made_here, require_trust
 from utils.terminal.words import printable
 
@@ -135,7 +136,7 @@ def reproduce(
     repetition = read_run(path)
     logs = compare_logs(run.path, path, first)
     both = all((one / WEIGHTS).is_file() for one in (run.path, path)) and end is None and not from_checkpoint
-    weights = file_sha256(run.path / WEIGHTS) == file_sha256(path / WEIGHTS) if both else None
+    weights = tensors_sha256(run.path / WEIGHTS) == tensors_sha256(path / WEIGHTS) if both else None
     environment = environment_differences(run, repetition)
     status = repetition.status
     return Reproduction(run.id, path.name, status, exit_status, first, expected, logs, weights, environment, unknown)

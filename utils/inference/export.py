@@ -7,7 +7,6 @@ and the origin of the weights, tokenizer.json the tokenizer.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 
 from model import LanguageModel, outline
 from tokenizer import Tokenizer, load_tokenizer
 from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, CheckpointError
 from utils.checkpoints.header import read_header
-from utils.checkpoints.tensors import Outlines, open_tensors, write_stream
+from utils.checkpoints.tensors import Outlines, open_tensors, write_stream, write_tensors
 from utils.config.settings import ModelConfig
 from utils.crc32 import file_crc32
 from utils.errors import UserError
@@ -36,6 +34,7 @@ from utils.runs.metrics import decode_number
 FORMAT_VERSION = 1
 MERGED_TOLERANCE = 1e-4  # of logits, relative to the largest if that is above 1: a merged weight is rounded
 LOSSES = {"val/loss", "train/eval_loss"}
+METADATA = {"format": "pt"}  # of the file of weights: transformers asks for it
 EXPORT_FILES = (WEIGHTS_FILE, EXPORT_CONFIG_FILE, TOKENIZER_FILE)
 
 
@@ -84,9 +83,9 @@ def save_export(
     """
     with _new_export(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_weights(model).items()}
-        save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        crc32 = write_tensors(temporary / WEIGHTS_FILE, weights, METADATA)["crc32"]
         del weights  # of merged matrices the only copy
-        _describe(temporary, model.config, model.vocab_size, _crc32(temporary / WEIGHTS_FILE), training)
+        _describe(temporary, model.config, model.vocab_size, crc32, training)
         tokenizer.save(temporary / TOKENIZER_FILE)
         write_more(temporary)
         reopened = load_export(temporary, next(model.parameters()).device).model
@@ -114,7 +113,7 @@ def stream_export(
     """
     with _new_export(folder) as temporary:
         path = temporary / WEIGHTS_FILE
-        crc32 = write_stream(path, outlines_of(model), pieces, {"format": "pt"})["crc32"]
+        crc32 = write_stream(path, outlines_of(model), pieces, METADATA)["crc32"]
         _describe(temporary, model.config, model.vocab_size, crc32, training)
         tokenizer.save(temporary / TOKENIZER_FILE)
         if weight_differences(read_header(path).tensors, model) or _crc32(path) != crc32:
@@ -150,8 +149,6 @@ def _describe(folder: Path, config: ModelConfig, vocab_size: int, crc32: str, tr
         "training": dict(training),
     }
     write_json(folder / EXPORT_CONFIG_FILE, content)
-    # safetensors closes its file to all others, whatever the umask
-    shutil.copymode(folder / EXPORT_CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
@@ -182,6 +179,8 @@ def _full_precision() -> Iterator[None]:
 def load_export(folder: Path, device: torch.device) -> Export:
     """Read an export and check the names and shapes of all weights.
 
+    On a CPU the weights are the file, mapped into memory: it may be replaced while they are in use, but not written to.
+
     Raises:
         ExportError: a file is missing or damaged, or the weights do not fit the configuration.
         TokenizerError: a damaged tokenizer file.
@@ -206,11 +205,11 @@ def load_export(folder: Path, device: torch.device) -> Export:
         raise
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
-    with _damage(weights_path), open_tensors(weights_path, expected=crc32) as weights:  # which begins to read
+    with _damage(weights_path), open_tensors(weights_path, crc32) as weights:  # which begins to read
         model = _outline(weights_path, model_config, vocab_size)
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
         own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights}, assign=True)
+        model.load_state_dict({name: tensor.to(device, own[name]) for name, tensor in weights.items()}, assign=True)
     model.initialised = declared_roles(model)
     if tokenizer.vocab_size != model.vocab_size:
         raise ExportError(

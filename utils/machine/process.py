@@ -1,7 +1,8 @@
-"""The process: settings that make it fast, and fair to others (before importing torch), and its first descriptors."""
+"""The process: settings that make it fast, and fair to others (before importing torch); its first descriptors."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -18,12 +19,16 @@ GIB, LARGEST_BEFORE_2_35 = 1 << 30, 1 << 25
 
 
 def tune_process() -> None:
-    """Make idle threads sleep soon, and keep freed memory for the next step; settings of the user's take precedence."""
+    """Make idle threads sleep soon, keep freed memory for the next step, and end at once.
+
+    Settings of the user's take precedence.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints a line for each of its stages
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         keep_freed_memory()
+    atexit.register(gc.freeze)  # else Python looks for garbage in all that torch has imported, only to end (docs/LOG.md)
 
 
 def keep_freed_memory() -> None:

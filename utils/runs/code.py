@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.errors import first_line
 from utils.files import read_bytes, read_text, real_path, write_atomic
 from utils.runs.environment import environment_text, package_versions
 from utils.runs.imported import imported_files, source_of, unknown_modules
@@ -176,7 +177,7 @@ class MetadataCapture:
         except git.GitCommandError as error:
             facts.problem = f"git cannot be read: {_stderr_line(error)}"
         except (git.GitError, OSError, ValueError) as error:
-            facts.problem = f"git cannot be read: {_first_line(str(error))}"
+            facts.problem = f"git cannot be read: {first_line(error)}"
         return facts
 
     def _read(self, repo: git.Repo, facts: GitFacts) -> None:
@@ -324,13 +325,10 @@ def _paths(listing: str) -> list[str]:
     return [name for name in listing.split("\0") if name]
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "unknown reason"
-
-
 def _stderr_line(error: git.GitCommandError) -> str:
     """The first line that git wrote, without what GitPython adds to it."""
-    return _first_line(str(error.stderr).strip().removeprefix("stderr:").strip(" '"))
+    lines = str(error.stderr).strip().removeprefix("stderr:").strip(" '").splitlines()
+    return lines[0] if lines else "unknown reason"
 
 
 def git_text(facts: GitFacts) -> str:

@@ -91,6 +91,9 @@ def load_runs(
     served: dict[str, Served] = {}
     for word, export in zip(words, exports, strict=True):
         generator = Generator.from_export(export, device, weights, settings)
+        for weight in generator.model.parameters():
+            if weight.is_cpu:  # perhaps mapped from a file, which somebody may write to while the server runs
+                weight.data = weight.data.clone()
         if unknown_token is not None:
             generator.tokenizer = generator.tokenizer.adjusted(DataConfig(unknown_token=unknown_token))
         name = generator.name if "/" in word or word in ("", "latest") else word

@@ -19,7 +19,7 @@ from typing import Any
 
 from utils.config.fields import get_value
 from utils.config.loader import ConfigError, ConfigLoader, flag_name
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import read_text
 from utils.folders import remove
 from utils.runs.layout import CONFIG, LOCK, METRICS_LOG, NOTES, RECORD
@@ -185,7 +185,7 @@ class Trials:
             try:
                 command = self._command(work, place, seed, run)
             except ConfigError as error:
-                return run, str(error).splitlines()[0], False
+                return run, first_line(error), False
             start = output.stat().st_size if output.exists() else 0
             status, pruned = self._run(command, work, place, activity, output)
             first = False

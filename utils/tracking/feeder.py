@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.errors import typed_line
 from utils.files import put_aside, read_json, write_json
 from utils.runs.layout import fed_note
 from utils.runs.log import LOG_FILES, offset_of_step, read_from, read_lines, record_at
@@ -116,7 +117,7 @@ class Feeder(threading.Thread):
             assert self._end is not None
             self.close(self._end)
         except Exception as error:  # the tracker boundary: whatever fails there, training continues
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            reason = typed_line(error)
             message = f"{self.view.name} is off: {reason}; later: {self.rebuild_command}"
             # The tracker first: what it keeps open can hold up the end of the process.
             attempt_each(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
-from utils.errors import UserError
+from utils.errors import UserError, typed_line
 from utils.files import is_regular
 from utils.runs.curves import draw_curves
 from utils.runs.layout import CONFIG, LOGS, METRIC_REGISTRY, SEAL
@@ -136,8 +136,7 @@ def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int],
     try:
         feeder.rebuild(end, lambda: report(view.name, sum(feeder.offsets.values())))
     except Exception as error:  # the tracker boundary
-        message = next(filter(None, str(error).splitlines()), "no message")
-        reason = f"{type(error).__name__}: {message}"
+        reason = typed_line(error)
         attempt_each(view.abandon, lambda: run.update_view(view.name, state="off", reason=reason))
         raise RebuildError(f"{view.name} was not rebuilt: {reason}") from error
 

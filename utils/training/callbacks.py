@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, typed_line
 from utils.machine.signals import StopRequest
 from utils.runs.trust import check_callback_place
 from utils.training.state import TrainState
@@ -153,7 +153,7 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
 
 def _in_one_line(error: BaseException) -> str:
     """What went wrong, and where in the user's code."""
-    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    message = typed_line(error)
     not_own = ("<", __file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))  # "<": built in
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_own)]
     return f"{message} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else message

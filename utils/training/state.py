@@ -19,6 +19,7 @@ from utils.checkpoints.files import Checkpoint, weight_differences
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.optimizer import Named, flatten_optimizer, restore_optimizer
 from utils.config.settings import Config, ModelConfig, TrainConfig
+from utils.errors import typed_line
 from utils.inference.adapters import without_adapters
 from utils.inference.evaluation import BatchLoss
 from utils.inference.exact_match import Question
@@ -188,8 +189,7 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
     except torch.OutOfMemoryError:  # without the compiler it would not fit either
         raise
     except Exception as error:  # a compiler can fail in any way, and training works without it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        terminal.warn(f"torch.compile failed, continuing in eager mode: {type(error).__name__}: {reason}")
+        terminal.warn(f"torch.compile failed, continuing in eager mode: {typed_line(error)}")
         return
     finally:
         state.optimizer.zero_grad(set_to_none=True)
