@@ -28,7 +28,7 @@ def tune_process() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         keep_freed_memory()
-    atexit.register(gc.freeze)  # else Python looks for garbage in all that torch has imported, only to end (docs/LOG.md)
+    atexit.register(gc.freeze)  # else Python looks for garbage among all of torch, only to end (docs/LOG.md)
 
 
 def keep_freed_memory() -> None:
