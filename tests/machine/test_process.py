@@ -57,10 +57,11 @@ def test_objects_are_hidden_from_the_garbage_collector_only_inside_the_block() -
     assert gc.get_freeze_count() == 0
 
 
-def test_a_process_ends_without_looking_for_garbage() -> None:
+@pytest.mark.parametrize(("imported", "frozen"), [("json", True), ("duckdb", False), ("triton._C.libtriton", False)])
+def test_a_process_ends_without_looking_for_garbage_or_talking_of_leaks(imported: str, frozen: bool) -> None:
     code = (
         "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
-        "from utils.machine.process import tune_process; tune_process()"
+        f"from utils.machine.process import tune_process; tune_process(); import {imported}"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout == "True\n"
+    assert (result.stdout, result.stderr) == (f"{frozen}\n", "")
