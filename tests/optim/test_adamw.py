@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +139,17 @@ def test_scheduled_settings_are_read_from_the_device_and_all_others_from_the_gro
     assert next(optimizer.settings())["lr"].item() == 0.25  # while it is recorded, nothing is copied
     optimizer.publish()
     assert first["lr"].item() == 0.125
+
+
+def test_neither_an_optimizer_nor_its_saved_state_needs_the_compiler() -> None:
+    """torch's own classes import it in both: a second at each start and each resume."""
+    code = (
+        "import sys, torch; from utils.optim.adamw import AdamW\n"
+        "weight = torch.nn.Parameter(torch.ones(2, 2)); weight.grad = torch.ones(2, 2)\n"
+        "optimizer = AdamW([{'params': [weight], 'lr': 0.1, 'betas': (0.9, 0.9), 'eps': 1e-8, 'weight_decay': 0.0}])\n"
+        "optimizer.step()\n"
+        "groups = [{**group, 'params': [0]} for group in optimizer.param_groups]\n"
+        "optimizer.load_state_dict({'state': {}, 'param_groups': groups})\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -11,8 +11,11 @@ from torch.optim.adamw import adamw
 from utils.nn.private import private_operator
 
 FUSED_ADAMW = private_operator("_fused_adamw_")
-_ADD_PARAM_GROUP = torch.optim.Optimizer.add_param_group
-_ADD_PARAM_GROUP = getattr(_ADD_PARAM_GROUP, "__wrapped__", _ADD_PARAM_GROUP)  # without the guard against compilation
+
+
+def _unguarded(method: Any) -> Any:
+    """A method of torch's optimizers without its guard against compilation."""
+    return getattr(method, "__wrapped__", method)
 
 
 class EagerOptimizer(torch.optim.Optimizer):
@@ -29,7 +32,8 @@ class EagerOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
     found_inf: torch.Tensor | None = None
     scheduled: tuple[str, ...] = ("lr",)
-    add_param_group = _ADD_PARAM_GROUP
+    add_param_group = _unguarded(torch.optim.Optimizer.add_param_group)
+    load_state_dict = _unguarded(torch.optim.Optimizer.load_state_dict)
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
