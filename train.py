@@ -141,7 +141,7 @@ def train(
 
 
 def train_session(session: Session) -> None:
-    """Train until the end, and profile the step that is to be."""
+    """Train until the end, and profile the step that `profile_step` names."""
     from utils.profiling.in_run import RunProfiler
 
     training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))

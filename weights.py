@@ -232,7 +232,7 @@ def download(args: argparse.Namespace) -> Answer:
         lines += [
             f"{counted(len(checked['hashed']), 'file')} with the hash that the hub states"
             if checked["hashed"]
-            else "hashes: not compared, nothing says which they should be",
+            else "hashes: not compared, because a local folder states none",
             f"{checked['architecture']}, {checked['parameters']:,} parameters",
             *([f"keys of config.json that are not used: {', '.join(checked['unused'])}"] if checked["unused"] else []),
             "logits: not compared, transformers is not installed"

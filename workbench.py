@@ -634,6 +634,8 @@ def _dataset(data: str | Path, config: Config) -> str:
 def load_model(run: RunName | None = None, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:
     """The trained model of a run, in eval mode, and its tokenizer.
 
+    On a CPU the weights are those of the file, mapped into memory; training them does not change it.
+
     Args:
         run: a path, id, tag, part of an id, `latest`, a Run, or an export folder; None: the newest run with an export.
         device: auto, cpu, cuda, cuda:N or mps.

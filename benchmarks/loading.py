@@ -4,10 +4,10 @@ python -m benchmarks.loading                    # two minutes on 2 CPU cores; wr
 python -m benchmarks.loading --shape small --repeats 1
 
 An export of GPT-2's shape (124M parameters, 498 MB) is loaded into a model that is ready to generate, with its
-checksum. It is set against safetensors.torch.load_file whose tensors are then copied, as into any model that has memory
-of its own: load_file alone only maps the file and reads nothing of it, which is the third arm. Each measurement is a
-process of its own; the arms take turns. Anonymous memory is what the process has beside the pages of files, sampled
-every 2 ms and counted from before the load. Loads are timed in other processes, where nothing samples.
+checksum; its weights are the mapped file. It is set against safetensors.torch.load_file whose tensors are then copied,
+which reads the file as a checksum does: load_file alone only maps it and reads nothing, the third arm. Each
+measurement is a process of its own; the arms take turns. Anonymous memory is what the process has beside the pages of
+files, sampled every 2 ms and counted from before the load. Loads are timed in other processes, where nothing samples.
 
 Then exports for transformers, in files of 100 MB, written and read again: the time, and the anonymous memory beside
 that of the model itself. Then `weights.py inspect` of the same file: the time and memory of the whole process. Then the

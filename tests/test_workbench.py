@@ -284,4 +284,4 @@ def test_the_facts_of_a_model_equal_those_of_its_run() -> None:
     assert (facts["layers"], facts["heads"], facts["width"], facts["context"]) == (1, 2, 16, 8)
     assert facts["config"]["n_embd"] == 16
     assert facts["training"]["run"] == run.id
-    assert "1 blocks" in facts["architecture"]
+    assert "1 block," in facts["architecture"]

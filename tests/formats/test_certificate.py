@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,26 @@ def test_an_export_of_other_weights_than_its_run_has_is_not_certified(
     certificate = read_json(path.parent / "certificate.json")
     assert not certificate["agrees"]
     assert certificate["other_weights"] == {"hf": "model.norm.weight", "gguf": "output.weight"}[format]
+
+
+def test_an_export_whose_weights_changed_since_its_certificate_is_not_certified_again(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
+    made = run()
+    assert export(made, "--format", "hf") == 0
+    folder = Path(shutil.copytree(made / "artifacts" / "hf", tmp_path / "alone"))
+    assert main(["certify", str(folder)]) == 0
+    before = read_json(folder / "certificate.json")["weights"]
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 0x40
+    path.write_bytes(content)
+    for _ in range(2):  # the second does not take the first one's word for it
+        capsys.readouterr()
+        assert main(["certify", str(folder)]) == 1
+        assert "its weights are not those that were certified: model.safetensors" in capsys.readouterr().out
+        assert read_json(folder / "certificate.json")["weights"] == before
 
 
 def test_an_export_that_the_engine_computes_otherwise_is_not_kept(

@@ -100,6 +100,7 @@ def test_what_is_absent_without_a_network_is_one_line(
     assert download() == 2
     error = capsys.readouterr().err
     assert "http://127.0.0.1:9 cannot be reached" in error
+    assert f"python weights.py download {NAME} --out DIR" in error
     assert error.count("\n") == 1
 
 

@@ -15,7 +15,7 @@ import torch
 from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.errors import UserError
-from utils.files import real_path, write_json
+from utils.files import read_json, real_path, write_json
 from utils.formats.engines import ENGINES, Engine, installed
 from utils.formats.gguf import MODEL as GGUF
 from utils.formats.gguf import differing_weight, stored_model, stored_type
@@ -102,7 +102,7 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
 
     Args:
         source: what it was made from, whose weights it must have; None: for transformers, our own reading of the
-            folder is enough.
+            folder is enough, and the certificate beside it says which weights it had.
 
     Raises:
         UserError: it is no export, damaged, needs its run, or is of a model of another shape.
@@ -113,16 +113,19 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
     tokenizer = open_pretrained(folder).tokenizer() if source is None else source.tokenizer
     engine = ENGINES[format]
     version = installed(engine)
+    weights = {path.name: file_sha256(path) for path in _weights(folder)}
+    certified = weights if source is not None else _certified_weights(folder) or weights
+    changed = next((name for name in {**certified, **weights} if weights.get(name) != certified.get(name)), None)
     certificate: dict[str, Any] = {
         "format": format,
         "model": source.name if source is not None else folder.name,
         "time": utc_now(),
         "torch": torch.__version__,
-        "weights": {path.name: file_sha256(path) for path in _weights(folder)},
+        "weights": certified,
         "tokenizer_sha256": tokenizer.hash(),
         "engines": [],
         "not_installed": {},
-        "other_weights": None if source is None else other_weights(folder, format, source),
+        "other_weights": changed if source is None else other_weights(folder, format, source),
     }
     if version is None:
         certificate["not_installed"][engine.name] = f"pip install {engine.install}"
@@ -147,7 +150,7 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
 def other_weights(folder: Path, format: str, source: Source) -> str | None:
     """The first tensor of an export that is not the source's, rounded to its type; None: all are the source's.
 
-    A graph of ONNX has no such tensors: its logits are compared with the source's.
+    An ONNX graph has no such tensors: its logits are compared with the source's.
     """
     if format == "onnx":
         return None
@@ -179,6 +182,15 @@ def _ours(folder: Path, format: str, source: Source | None, tokenizer: Tokenizer
         return Ours(source.model, tokenizer, TOLERANCE)
     model = stored_model(folder / GGUF, source)
     return Ours(model, tokenizer, TOLERANCES_OF_GGUF[stored_type(folder / GGUF)])
+
+
+def _certified_weights(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of weights in the certificate of an export; empty if it has none that can be read."""
+    try:
+        certified = read_json(folder / CERTIFICATE)["weights"]
+        return {str(name): str(digest) for name, digest in certified.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -283,7 +295,10 @@ def certificate_lines(certificate: Mapping[str, Any]) -> list[str]:
     """A certificate in words, a line for each engine and each difference."""
     lines = []
     if (name := certificate.get("other_weights")) is not None:
-        lines.append(f"its weights are not those of {certificate['model']}, which may have been trained since: {name}")
+        which = f"of {certificate['model']}, which may have been trained since"
+        if name in certificate["weights"]:
+            which = "that were certified"
+        lines.append(f"its weights are not those {which}: {name}")
     for found in certificate["engines"]:
         name = f"{found['engine']} {found['version']}"
         if found["agrees"]:

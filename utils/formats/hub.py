@@ -198,7 +198,10 @@ def _errors_explained(hub: Any, name: str, page: str, local_dir: Path | None, re
     except Exception as error:  # the errors of its client for HTTP, which is another package with each release
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet"):
             raise
-        raise HubError(f"{name}: {hub.constants.ENDPOINT} cannot be reached: {first_line(error)}") from None
+        raise HubError(
+            f"{name}: {hub.constants.ENDPOINT} cannot be reached: {first_line(error)}; where it can be, "
+            f"python weights.py download {name} --out DIR makes a folder that can be named instead"
+        ) from None
 
 
 def _check_files(name: str, files: list[str]) -> None:

@@ -52,7 +52,7 @@ def export_onnx(
     licence: str | None = None,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
-    """Write a model as a graph of ONNX, in float32, with its tokenizer.json.
+    """Write a model as an ONNX graph, in float32, with its tokenizer.json.
 
     Args:
         place: the folder; an older export is replaced.
@@ -83,7 +83,7 @@ def export_onnx(
         files = sorted(path for path in hidden.iterdir() if path.name.startswith(MODEL))
         size = sum(path.stat().st_size for path in files)
     return {
-        "architecture": "a graph of ONNX",
+        "architecture": "an ONNX graph",
         "folder": place,
         "files": [path.name for path in files],
         "bytes": size,

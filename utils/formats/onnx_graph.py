@@ -1,4 +1,4 @@
-"""The model as a graph of ONNX: one step with a cache of fixed capacity, which goes in and comes out."""
+"""The model as an ONNX graph: one step with a cache of fixed capacity, which goes in and comes out."""
 
 from __future__ import annotations
 

@@ -198,6 +198,6 @@ def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
         yield from layout.tensors.items()
     else:
         raise UserError(
-            f"{path}: expected safetensors, or a model of llm.c or llama2.c; of a pickle, only "
-            "python weights.py convert reads what needs no unpickling"
+            f"{path}: expected safetensors, or a model of llm.c or llama2.c; python weights.py convert reads ckpt.pt "
+            "and model.pt, too"
         )

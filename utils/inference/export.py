@@ -179,7 +179,8 @@ def _full_precision() -> Iterator[None]:
 def load_export(folder: Path, device: torch.device) -> Export:
     """Read an export and check the names and shapes of all weights.
 
-    On a CPU the weights are the file, mapped into memory: it may be replaced while they are in use, but not written to.
+    On a CPU the weights are the file, mapped into memory, so it may be replaced while they are in use, but not written
+    to. Those that do not lie where kernels want them are copied.
 
     Raises:
         ExportError: a file is missing or damaged, or the weights do not fit the configuration.

@@ -22,7 +22,7 @@ from utils.inference.export import Export
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.layout import RECORD
 from utils.runs.metrics import decode_number
-from utils.terminal.words import column_text, fact_lines, printable, size
+from utils.terminal.words import column_text, counted, fact_lines, printable, size
 
 SHOWN_TOKENS = 64
 NAMES = {"token_embedding": "token embedding, head", "position_embedding": "positions", "ngram_embedding": "n-grams"}
@@ -76,7 +76,7 @@ def architecture(config: ModelConfig) -> str:
     if window and config.full_attention_layers:
         window += f" from block {config.full_attention_layers}"
     words = [
-        f"{config.n_layer} blocks",
+        counted(config.n_layer, "block"),
         f"width {config.n_embd}",
         heads,
         f"MLP {config.ffn_width} {config.mlp}",

@@ -199,7 +199,8 @@ def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
     size, rows = tokenizer.vocab_size, foreign.vocab_size
     if size > rows:
         raise UserError(
-            f"{foreign.path}: the model has {rows:,} tokens, the tokenizer {tokenizer.kind} {size:,}: it is another one"
+            f"{foreign.path}: the model has {rows:,} tokens, its tokenizer ({tokenizer.kind}) {size:,}: they do not "
+            "belong together"
         )
     if size == rows:
         return
