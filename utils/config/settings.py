@@ -687,6 +687,7 @@ class TrainConfig(Section):
         return self
 
     def _check_shard(self) -> None:
+        """Raises RuleError for a setting that does not work with `shard`."""
         if self.shard == "none":
             return
         refused = {
@@ -703,6 +704,7 @@ class TrainConfig(Section):
                 raise RuleError(f"shard fsdp does not work with {words}", key, "shard")
 
     def _check_lanes(self) -> None:
+        """Raises RuleError unless lanes, sequences and micro-steps divide each other."""
         if self.lanes is None:
             return
         if self.lanes & (self.lanes - 1):

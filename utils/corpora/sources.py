@@ -178,6 +178,7 @@ def _read_shakespeare(path: Path) -> str:
 
 
 def _checked_shakespeare(data: bytes, place: str) -> bytes:
+    """`data`; raises CorpusError unless it is the corpus, by its hash."""
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHAKESPEARE_SHA256:
         raise CorpusError(f"{place}: not Tiny Shakespeare: sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...")

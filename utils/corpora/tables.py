@@ -94,6 +94,7 @@ def _parts(buffer: Any) -> Iterator[bytes]:
 
 
 def _check(path: Path, schema: Any, field: str) -> None:
+    """Raises CorpusError unless the table has a column `field` of text."""
     pyarrow = _package("pyarrow", path)
     if field not in schema.names:
         words = str(fields_text(schema.names, field)).replace("it has", "its columns are", 1)

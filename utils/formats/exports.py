@@ -39,16 +39,16 @@ def export_as(
     check_numbers(source.model, dtype)
     certificate: dict[str, Any] = {}
 
-    def check(folder: Path) -> None:
+    def certify(folder: Path) -> None:
         certificate.update(check_export(folder, source))
 
     if format == "onnx":
-        found = export_onnx(source, place, licence=licence, check=check)
+        found = export_onnx(source, place, licence=licence, check=certify)
     elif format == "gguf":
-        found = export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence, check=check)
+        found = export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence, check=certify)
     else:
         kind = HUGGINGFACE_TYPES[dtype]
-        found = export_huggingface(source, place, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=check)
+        found = export_huggingface(source, place, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=certify)
     return {**found, "certificate": certificate}
 
 

@@ -93,6 +93,7 @@ def export_onnx(
 
 
 def _check_packages() -> None:
+    """Raises UserError unless what torch.onnx needs is installed."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)

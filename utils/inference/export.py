@@ -152,6 +152,7 @@ def _describe(folder: Path, config: ModelConfig, vocab_size: int, crc32: str, tr
 
 
 def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
+    """Raises RuntimeError unless both models give the same logits."""
     device = next(model.parameters()).device
     length = model.config.block_size
     idx = (torch.arange(length, device=device) % model.vocab_size)[None]  # (1, T)

@@ -156,6 +156,7 @@ class ProcessRanks(Ranks):
             raise RanksOverError(over)
 
     def _check_alive(self, ranks: Sequence[int], seconds: float) -> None:
+        """Raises RankError if one of the ranks has given no sign of life for so many seconds."""
         if (silent := self.board.silent(ranks, seconds)) and not self.board.gone:
             raise self._found(f"{names(silent)} gave no sign of life: stopped, or cut off")
 

@@ -115,6 +115,7 @@ def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work:
 
 
 def check_end_of_text(tokenizer: Tokenizer, config: DataConfig) -> None:
+    """Raises TokenizerError unless the tokenizer has a token that ends a text."""
     if tokenizer.end_of_text is None:
         raise TokenizerError(
             f"tokenizer {config.tokenizer}: has no token that ends a text, such as <|endoftext|> or </s>; "

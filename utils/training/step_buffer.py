@@ -152,6 +152,7 @@ class StepBuffer:
         return metric_record(s.step, s.time, {"tokens": s.step * self.tokens_per_step, **numbers, **speed})
 
     def _check_finite(self, steps: list[StepRecord], losses: list[float], grad_norms: list[float]) -> None:
+        """Raises NonFiniteError at the first step that is one too many in a row without a finite loss and gradient."""
         for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.nonfinite_in_a_row = 0
