@@ -26,6 +26,7 @@ from utils.config.loader import flag_name
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
 from utils.inference.flags import add_arguments
+from utils.machine.process import hide_imports
 from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.config_flags import parse_experiment
@@ -276,6 +277,7 @@ def load(args: argparse.Namespace, export: Path, settings: InferenceConfig) -> t
     from utils.inference.generator import Generator, Request, find_draft
     from utils.inference.prompts import banned_tokens, stop_strings
 
+    hide_imports()
     request = replace(Request.configured(settings), seed=args.seed, window=args.window)
     if args.draft is not None and args.window != "sliding":
         raise UserError(f"--draft needs --window sliding, not {args.window}")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError
-from utils.machine.process import several_ranks, tune_process
+from utils.machine.process import hide_imports, several_ranks, tune_process
 from utils.machine.signals import Deadline
 from utils.runs.origin import Origin
 from utils.runs.run import RunLockedError
@@ -118,6 +118,7 @@ def train(
     tune_process()  # before torch is imported
     from utils.training.session import StartInterruptedError, open_session
 
+    hide_imports()
     try:
         with (
             lasting_output(),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from utils.checkpoints.folder import WEIGHTS_FILE, list_checkpoints
+from utils.checkpoints.folder import WEIGHTS_FILE, CheckpointError, list_checkpoints
 from utils.checkpoints.header import tensors_sha256
 from utils.config.loader import ConfigLoader, flag_name
 from utils.experiments.bits import LogComparison, compare_logs
@@ -136,10 +136,18 @@ def reproduce(
     repetition = read_run(path)
     logs = compare_logs(run.path, path, first)
     both = all((one / WEIGHTS).is_file() for one in (run.path, path)) and end is None and not from_checkpoint
-    weights = tensors_sha256(run.path / WEIGHTS) == tensors_sha256(path / WEIGHTS) if both else None
+    weights = _have_same_tensors(run.path / WEIGHTS, path / WEIGHTS) if both else None
     environment = environment_differences(run, repetition)
     status = repetition.status
     return Reproduction(run.id, path.name, status, exit_status, first, expected, logs, weights, environment, unknown)
+
+
+def _have_same_tensors(first: Path, second: Path) -> bool:
+    """Whether two files of weights hold the same; a damaged one does not."""
+    try:
+        return tensors_sha256(first) == tensors_sha256(second)
+    except CheckpointError:
+        return False
 
 
 def _part(

@@ -1,8 +1,7 @@
-"""The process: settings that make it fast, and fair to others (before importing torch); its first descriptors."""
+"""The process: settings that make it fast, and fair to others (before importing torch), and its first descriptors."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import gc
@@ -16,19 +15,16 @@ from collections.abc import Iterator, Mapping
 SPIN_COUNT = "6000"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 GIB, LARGEST_BEFORE_2_35 = 1 << 30, 1 << 25
+_is_script = False
 
 
 def tune_process() -> None:
-    """Make idle threads sleep soon, keep freed memory for the next step, and end at once.
-
-    Settings of the user's take precedence.
-    """
+    """Make idle threads sleep soon, and keep freed memory for the next step; settings of the user's take precedence."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints a line for each of its stages
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         keep_freed_memory()
-    atexit.register(skip_last_collection)
 
 
 def keep_freed_memory() -> None:
@@ -43,15 +39,21 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, GIB) or mallopt(M_MMAP_THRESHOLD, LARGEST_BEFORE_2_35)  # older glibc: 32 MiB
 
 
-def skip_last_collection() -> None:
-    """Hide all objects from the garbage collector, which Python calls when it ends: 0.4 s after torch (docs/LOG.md).
+def hide_imports() -> None:
+    """Hide what a script has imported from the garbage collector, which looks at it whenever it runs, and at the end.
 
-    Not where a library was made with nanobind (duckdb, triton, onnx): it would report what it still has as leaks.
+    torch has 166,000 objects: 0.4 s at the end (docs/LOG.md). Nothing in another program, and nothing that comes later,
+    such as callbacks: a file in a cycle of references is written when the collector finds it.
     """
-    state = ctypes.PYFUNCTYPE(ctypes.c_void_p)(("PyInterpreterState_Get", ctypes.pythonapi))()
-    place = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("PyInterpreterState_GetDict", ctypes.pythonapi))(state)
-    if not any(str(name).startswith("__nb_internals") for name in ctypes.cast(place, ctypes.py_object).value):
+    if _is_script:
         gc.freeze()
+
+
+def begin_script() -> None:
+    """Call it at the start of a script, in a process that runs nothing else."""
+    global _is_script
+    _is_script = True
+    hide_imports()
 
 
 def keep_standard_descriptors() -> None:

@@ -29,7 +29,7 @@ from utils.errors import (
     shown,
 )
 from utils.files import DISK_ERRORS, expand_home
-from utils.machine.process import tune_process
+from utils.machine.process import begin_script, tune_process
 from utils.terminal.completion import complete_if_asked
 from utils.terminal.streams import drop, prepare_streams, why_lost
 from utils.terminal.words import one_line, printable
@@ -195,6 +195,8 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
         prepare_streams()
         sys.excepthook = _print_traceback
         tune_process()
+        if main.__module__ == "__main__":
+            begin_script()
         try:
             try:
                 return main(sys.argv[1:] if argv is None else argv)
