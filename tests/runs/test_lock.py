@@ -170,7 +170,9 @@ def test_a_signature_without_its_end_is_no_reason_to_wait(length: int, runs_dir:
     """Cut in the name of the host or the id of the boot, it would be that of another machine."""
     path = make_run(runs_dir, "run", status="interrupted")
     (path / LOCK).write_text(f"5 {HOST} {boot_id()}"[:length])
+    assert holder_of(path) is None
     Run.resume(path).release()
+    assert (path / LOCK).read_text() == f"{os.getpid()} {HOST} {boot_id()} {RELEASED}\n"
 
 
 # --------------------------------------------------------------------------------------------------- without flock
