@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +39,19 @@ def test_other_names_are_not_there() -> None:
         exec("from utils.config import Confog")
     assert importlib.import_module("utils.config.loader")
     assert not hasattr(sys.modules["utils.config"], "anything")
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_the_author_of_a_callback_sees_the_warning_once(
+    tmp_path: Path, train_command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["from utils.callbacks import Callback", "from utils.config import Config", "class Old(Callback): ..."]
+    (tmp_path / "old.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run(train_command("--callbacks", "old:Old"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    warned = [line.removeprefix(f"{tmp_path}/") for line in done.stderr.splitlines() if "Deprecat" in line]
+    assert warned == [
+        "old.py:1: DeprecationWarning: utils.callbacks is deprecated: from workbench import Callback, TrainingRun",
+        "old.py:2: DeprecationWarning: utils.config.Config is deprecated: from workbench import Config",
+    ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import sysconfig
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -133,6 +135,8 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
     Raises:
         UserError: it is inside a run directory, cannot be imported or made, or is no Callback.
     """
+    if names and not sys.warnoptions:  # Python shows them for __main__ only, and here their reader is the author
+        warnings.filterwarnings("default", r"utils\.[\w.]+ is deprecated", DeprecationWarning)
     callbacks: dict[str, Callback] = {}
     for name in names:
         module, _, attribute = name.partition(":")

@@ -162,9 +162,9 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
 def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) -> None:
     """Update the weights and clear the gradients; the step is done.
 
-    With a non-finite gradient, weights and optimizer stay as they are. On CUDA that needs no synchronisation: the
-    optimizer's kernels read `found_inf`, torch's convention for its GradScaler, which takes care of this itself under
-    float16. Where they do not (a CPU, MPS, an optimizer without this convention) the host reads the norms.
+    With a non-finite gradient, weights and optimizer stay as they are. That needs no synchronisation: the optimizer
+    reads `found_inf` on the device, torch's convention for its GradScaler, which takes care of this itself under
+    float16.
 
     Args:
         grad_norms: (groups,), of `clip_gradients`; None: the gradients are known to be finite.
@@ -182,9 +182,10 @@ def step_if_finite(state: TrainState, grad_norms: torch.Tensor | None) -> None:
         state.scaler.update()
     elif grad_norms is None:
         optimizer.step()
-    elif state.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
+    elif state.device.type == "cpu":  # nothing to wait for: it has computed the norms
+        if torch.isfinite(grad_norms.norm()):
+            optimizer.step()
+    else:
         optimizer.found_inf = (~torch.isfinite(grad_norms.norm())).float()
         optimizer.step()
         del optimizer.found_inf
-    elif torch.isfinite(grad_norms.norm()):
-        optimizer.step()
