@@ -12,47 +12,9 @@ Train, look at runs, generate:
 Settings are those of the command line, with the same names and the same checks. They are given as keywords
 (`learning_rate=3e-3`), as a mapping, flat or by section, or as a Config. What keywords and mappings leave out comes
 from the files in configs/, as on the command line; `load_config` gives the same as a Config. A Config made by hand has
-the built-in defaults for what it leaves out. It ignores configs/, and is taken as it is:
+the built-in defaults for what it leaves out. It ignores configs/, and is taken as it is. A mistake is a UserError.
 
-    >>> from workbench import ArithmeticConfig, Config, DataConfig, InferenceConfig, ModelConfig
-    >>> from workbench import OptimizerConfig, TrackingConfig, TrainConfig
-    >>> config = Config(
-    ...     data=DataConfig(dataset="pydocs"),
-    ...     model=ModelConfig(n_layer=2, n_embd=64),
-    ...     optimizer=OptimizerConfig(learning_rate=3e-3),
-    ...     train=TrainConfig(max_iters=100),
-    ...     tracking=TrackingConfig(run_tag="small"),
-    ...     inference=InferenceConfig(qa_template="Q: {question}\\nA: "),
-    ...     arithmetic=ArithmeticConfig(arithmetic_digits=2),  # for the dataset arithmetic
-    ... )
-    >>> config.model.n_layer
-    2
-
-A mistake is a UserError, with the words of the command line:
-
-    >>> from workbench import UserError
-    >>> try:
-    ...     train(learning_rat=3e-3)
-    ... except UserError as error:
-    ...     print(error)
-    unknown key learning_rat; did you mean learning_rate?
-
-Generation can be steered, repeated and batched:
-
-    >>> from workbench import Request, SamplingOptions
-    >>> request = Request(max_new_tokens=20, options=SamplingOptions(temperature=0.5, top_k=40), seed=1)
-    >>> completions = Generator.from_run("baseline").generate_batch(["The ", "A "], request)
-    >>> len(completions)
-    2
-
-A callback is called by the training loop. It belongs in a module of its own, so that a resumed run finds it again, and
-is named by the setting `callbacks`: `train(callbacks=["perplexity:Perplexity"])` (docs/callbacks.md):
-
-    >>> from workbench import Callback, Metric, TrainingRun, register_metric
-    >>> metric = register_metric(Metric("val/perplexity", "1", "lower"))
-    >>> class Perplexity(Callback):
-    ...     def on_eval(self, run: TrainingRun, losses):
-    ...         run.log({"val/perplexity": 2.718281828 ** losses["val/loss"]})
+Each name has an example of its own: `help(workbench.Request)`. A run can be steered from within by a Callback.
 
 Filters for texts, and packing of token ids. docs/data.md has the whole pipeline, which prepare.py runs:
 
@@ -334,7 +296,7 @@ class Run:
     status: running, completed, interrupted, failed, diverged, crashed or damaged.
     problem: what cannot be read; None if there is nothing.
 
-    >>> run = runs.find("baseline")
+    >>> run: Run = runs.find("baseline")
     >>> run.status, run.config.train.max_iters
     ('completed', 20)
     >>> steps, losses = zip(*run.metrics("train/loss"))
@@ -411,7 +373,12 @@ RunName: TypeAlias = str | Path | Run
 
 
 class RunTable(list[Run]):
-    """A list of runs, which a notebook shows as `experiments.py list` does."""
+    """A list of runs, which a notebook shows as `experiments.py list` does.
+
+    >>> table: RunTable = runs()
+    >>> "baseline" in [run.tag for run in table]
+    True
+    """
 
     def _repr_html_(self) -> str:
         from utils.experiments.tables import columns_of, list_table
@@ -468,6 +435,11 @@ class Comparison:
 
     metric: what was compared.
     data: groups of runs, verdicts, and values at equal steps, tokens and time: `experiments.py compare --json`.
+
+    >>> others = [train(max_iters=20, seed=seed, learning_rate=0.01, run_tag="fast", quiet=True) for seed in (1, 2)]
+    >>> comparison: Comparison = compare("baseline", "fast")
+    >>> comparison.metric, [len(group["runs"]) for group in comparison.data["groups"]]
+    ('val/loss', [1, 2])
     """
 
     def __init__(self, found: Any) -> None:
@@ -505,8 +477,10 @@ def compare(*names: RunName, metric: str | None = None, runs_dir: str | Path | N
     Raises:
         UserError: no such run, or fewer than two have logged the metric.
 
-    >>> table: RunTable = runs()
-    >>> show = lambda *names: isinstance(compare(*names), Comparison)
+    >>> other = train(max_iters=20, learning_rate=0.02, run_tag="faster", quiet=True)
+    >>> print(compare("baseline", "faster"))
+    val/loss at the end
+    ...
     """
     from utils.experiments.compare import compare as compare_runs
 
@@ -567,7 +541,14 @@ def create_model(
 
 
 class _Fit:
-    """What a TrainableModel has beyond a LanguageModel."""
+    """A LanguageModel that trains itself, made by `create_model`.
+
+    >>> model: TrainableModel = create_model(n_layer=1, max_iters=20)
+    >>> model.fit("to be or not to be\\n" * 100, quiet=True).steps
+    20
+    >>> Generator(model.eval(), model.tokenizer).generate("to ").text != ""
+    True
+    """
 
     tokenizer: Tokenizer | None = None
     _loaded: LoadedConfig | None = None  # the settings that `create_model` was given
@@ -775,7 +756,7 @@ def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, An
 if TYPE_CHECKING:
 
     class TrainableModel(_Fit, LanguageModel):  # at run time `_late` makes it
-        """A LanguageModel that trains itself."""
+        __doc__ = _Fit.__doc__
 
 
 @functools.cache
@@ -784,8 +765,7 @@ def _late(name: str) -> Any:
     if name == "TrainableModel":
         from model import LanguageModel
 
-        docs = "A LanguageModel that trains itself: `create_model(...).fit(...)`."
-        return type(name, (_Fit, LanguageModel), {"__doc__": docs, "__module__": __name__})
+        return type(name, (_Fit, LanguageModel), {"__doc__": _Fit.__doc__, "__module__": __name__})
     return getattr(importlib.import_module(IMPORTED_LATER[name]), name)
 
 

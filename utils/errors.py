@@ -9,7 +9,14 @@ SHOWN = 200  # characters of a value in a message
 
 
 class UserError(ValueError):
-    """What is wrong, where, and what was expected, in words for the person at the terminal; a line for each mistake."""
+    """What is wrong, where, and what was expected, in words for the person at the terminal; a line for each mistake.
+
+    >>> try:
+    ...     train(learning_rat=3e-3)
+    ... except UserError as error:
+    ...     print(error)
+    unknown key learning_rat; did you mean learning_rate?
+    """
 
 
 class OutOfMemoryError(RuntimeError):

@@ -124,6 +124,8 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     flat_properties = {key: schema["$defs"][SECTIONS[SECTION_OF[key]].__name__]["properties"][key] for key in FIELDS}
     schema["properties"] = {**schema["properties"], **flat_properties}
+    for described in (schema, *schema["$defs"].values()):
+        described["description"] = described["description"].partition("\n")[0]  # without the example of its docstring
     schema["title"] = "Experiment configuration"
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema

@@ -97,7 +97,12 @@ def check_tokenizer(name: str) -> str:
 
 
 class DataConfig(Section):
-    """The text that the model learns."""
+    """The text that the model learns.
+
+    >>> config = Config(data=DataConfig(dataset="pydocs", tokenizer="byte"))
+    >>> create_model(config).vocab_size
+    256
+    """
 
     dataset: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
         "pydocs",
@@ -173,7 +178,12 @@ OPERATORS = ("+", "-", "*", "//", "%")
 
 
 class ArithmeticConfig(Section):
-    """The problems of `dataset: arithmetic`; other datasets ignore these settings."""
+    """The problems of `dataset: arithmetic`; other datasets ignore these settings.
+
+    >>> config = Config(data=DataConfig(dataset="arithmetic"), arithmetic=ArithmeticConfig(arithmetic_digits=1))
+    >>> create_model(config).tokenizer.encode("1+2")
+    [7, 3, 8]
+    """
 
     arithmetic_operators: tuple[str, ...] = setting(
         ("+", "-"), "operators between operands: +, -, *, // or %, as in Python", kind=TRAJECTORY
@@ -227,7 +237,12 @@ FFN_WIDTHS: dict[str, Callable[[int], int]] = {
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer; settings that are none are derived."""
+    """A decoder-only transformer; settings that are none are derived.
+
+    >>> model = create_model(ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32), vocab_size=65)
+    >>> get_model_info(model)["layers"]
+    2
+    """
 
     n_layer: Int = setting(4, "transformer blocks", kind=TRAJECTORY, ge=1, le=1024)
     n_head: Int = setting(4, "query heads", kind=TRAJECTORY, ge=1, le=1024)
@@ -388,7 +403,12 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The optimizer and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule.
+
+    >>> muon = OptimizerConfig(optimizer_name="muon", learning_rate=3e-3, warmup_iters=10)
+    >>> Trainer(Config(optimizer=muon)).config.optimizer.learning_rate
+    0.003
+    """
 
     optimizer_name: Literal["adamw", "muon"] = setting(
         "adamw", "rule of the weight updates; muon: for hidden matrices, with AdamW for all else", kind=TRAJECTORY
@@ -486,7 +506,12 @@ CallbackName = Annotated[str, AfterValidator(check_callback)]
 
 
 class TrainConfig(Section):
-    """The training loop and the machine it runs on."""
+    """The training loop and the machine it runs on.
+
+    >>> config = Config(train=TrainConfig(max_iters=100, batch_size=8, seed=7, device="cpu"))
+    >>> config.train.seed
+    7
+    """
 
     max_iters: Int | None = setting(2000, "optimizer updates of the run", kind=TRAJECTORY, unit="steps", ge=1)
     epochs: Float | None = setting(
@@ -731,7 +756,12 @@ def check_aim_repo(repo: str) -> str:
 
 
 class TrackingConfig(Section):
-    """What is recorded of a run, where, and how often."""
+    """What is recorded of a run, where, and how often.
+
+    >>> config = Config(tracking=TrackingConfig(run_tag="baseline", note="before the change", aim_logging=False))
+    >>> config.tracking.note
+    'before the change'
+    """
 
     run_tag: Tag | None = setting(None, "name of the run, part of its directory's name", kind=OBSERVATION)
     tags: tuple[str, ...] = setting((), "labels for finding the run again", kind=OBSERVATION)
@@ -790,7 +820,11 @@ def check_qa_template(template: str) -> str:
 
 
 class InferenceConfig(Section):
-    """How text is generated from a trained model: the defaults of inference.py and of a Generator."""
+    """How text is generated from a trained model: the defaults of inference.py and of a Generator.
+
+    >>> Request.configured(InferenceConfig(max_new_tokens=20, temperature=0.5)).max_new_tokens
+    20
+    """
 
     max_new_tokens: Int = setting(
         300, "tokens to generate after a prompt", kind=OBSERVATION, unit="tokens", ge=1, le=1_000_000
@@ -823,7 +857,12 @@ class InferenceConfig(Section):
 
 
 class Config(Section):
-    """One experiment. What is left out has its built-in default: `workbench.load_config` reads configs/, too."""
+    """One experiment. What is left out has its built-in default: `workbench.load_config` reads configs/, too.
+
+    >>> config = Config(model=ModelConfig(n_layer=2, n_embd=64), train=TrainConfig(max_iters=100))
+    >>> config.model.n_layer, config.optimizer.learning_rate
+    (2, 0.001)
+    """
 
     data: DataConfig = DataConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()

@@ -58,6 +58,11 @@ class Request:
 
     Raises:
         UserError: out of bounds.
+
+    >>> request = Request(max_new_tokens=20, options=SamplingOptions(temperature=0.5, top_k=40), stops=["\\n"], seed=1)
+    >>> completions = Generator.from_run("baseline").generate_batch(["The ", "A "], request)
+    >>> len(completions)
+    2
     """
 
     max_new_tokens: int = 300
@@ -128,6 +133,11 @@ class Generator:
 
     Raises:
         UserError: the draft has another tokenizer, or the device is MPS.
+
+    >>> generator = Generator.from_run("baseline")
+    >>> completion = generator.generate("The ", Request(max_new_tokens=20, seed=1))
+    >>> len(completion.tokens), completion.text == generator.generate("The ", Request(max_new_tokens=20, seed=1)).text
+    (20, True)
     """
 
     def __init__(

@@ -37,6 +37,10 @@ class SamplingOptions:
 
     Raises:
         SamplingError: out of bounds.
+
+    >>> greedy, careful = SamplingOptions(temperature=0), SamplingOptions(temperature=0.5, top_k=40)
+    >>> Generator.from_run("baseline").generate("The ", Request(10, options=greedy)).finish
+    'length'
     """
 
     temperature: float = 0.8

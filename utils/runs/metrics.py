@@ -33,6 +33,10 @@ class Metric:
     direction: which way is better.
     views: which of VIEWS show it.
     reproducible: True if repeating the run must give the same numbers: false for times and what the machine decides.
+
+    >>> metric = Metric("val/perplexity", unit="1", direction="lower")
+    >>> metric.subset, metric.short_name
+    ('val', 'perplexity')
     """
 
     name: str
@@ -59,6 +63,9 @@ def register_metric(metric: Metric) -> Metric:
     Raises:
         ValueError: another metric has this name, the name is reserved (NOT_METRICS), or there is no such view or
             direction.
+
+    >>> register_metric(Metric("val/perplexity", "1", "lower")).name
+    'val/perplexity'
     """
     if metric.name in NOT_METRICS:
         raise ValueError(f"no metric can be named {metric.name}: each record has that field already")

@@ -28,6 +28,11 @@ class TrainingRun:
     path: the run directory.
     state: model, optimizer, step, losses, ...: what training changes, and so may a callback.
     loss: of the batch of the last update, 0-dimensional, on the device; reading its value waits for the device.
+
+    >>> class StopEarly(Callback):
+    ...     def on_step(self, run: TrainingRun):
+    ...         if run.state.step == 1000:
+    ...             run.stop("a thousand steps are enough")
     """
 
     def __init__(self, path: Path, state: TrainState, log: Log, stop: StopRequest) -> None:
@@ -67,6 +72,14 @@ class Callback:
     on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes), on_step
     after each update, on_eval after each evaluation, on_end once when a session ends for
     any reason but SIGKILL and a second Ctrl-C.
+
+    It belongs in a module of its own, so that a resumed run finds it again, and is named by the setting `callbacks`:
+    `train(callbacks=["perplexity:Perplexity"])` (docs/callbacks.md).
+
+    >>> metric = register_metric(Metric("val/perplexity", "1", "lower"))
+    >>> class Perplexity(Callback):
+    ...     def on_eval(self, run: TrainingRun, losses):
+    ...         run.log({"val/perplexity": math.exp(losses["val/loss"])})
     """
 
     def on_start(self, run: TrainingRun) -> None: ...

@@ -34,6 +34,10 @@ class TrainResult(Mapping[str, Any]):
     """How a run ended. Losses are in nats per token; None where there was no evaluation.
 
     It is a mapping too: `results["val_loss"]` is `results.val_loss`.
+
+    >>> results: TrainResult = train(max_iters=20, quiet=True)
+    >>> results.status, results["steps"], results["val_loss"] == results.val_loss
+    ('completed', 20, True)
     """
 
     run_dir: Path
