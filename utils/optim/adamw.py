@@ -108,7 +108,7 @@ def adamw_update(
     if isinstance(decay, torch.Tensor):  # the kernel takes a number only
         torch._foreach_mul_(params, decay_factor(group, None if found_inf is None else found_inf == 0))
         decay = 0.0
-    lists = (
+    lists: tuple[list[torch.Tensor], ...] = (
         params,
         [p.grad for p in params],
         [state["exp_avg"] for state in of_params],
