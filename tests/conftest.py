@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import multiprocessing
 import os
 import shutil
@@ -14,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm_python import WarmPython
+from warm_python import PIXEL, WarmPython
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if some module imports it, runs its kernels on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("fork")
-PIXEL = base64.b64decode(  # a PNG of one pixel
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
-)
 TINY_FLAGS = {
     "--n-layer": "1",
     "--n-head": "2",
@@ -56,6 +52,19 @@ def in_child(prepare: Callable[[], object], action: Callable[[], object]) -> Any
     result = receiver.recv()
     process.join()
     return result
+
+
+def copy_code(folder: Path, *names: str) -> None:
+    """Copy files and folders of the project with their times and their compiled code, which is seconds a copy."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
+            continue
+        shutil.copy2(ROOT / name, folder / name)
+        for compiled in (ROOT / name).parent.glob(f"__pycache__/{Path(name).stem}.*.pyc"):
+            (folder / name).parent.joinpath("__pycache__").mkdir(exist_ok=True)
+            shutil.copy2(compiled, folder / compiled.relative_to(ROOT))
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,7 @@ def training(train_command: Callable[..., list[str]], runs_dir: Path) -> Iterato
         process.communicate()
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(("signum", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_after_the_step(
     signum: signal.Signals, exit_status: int, training: tuple[subprocess.Popen[bytes], Path]
@@ -65,6 +66,7 @@ def test_sigkill_is_seen_as_crashed_at_once(training: tuple[subprocess.Popen[byt
     assert read_status(run) == "crashed"
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_sigterm_stops_a_start_that_waits(tiny_argv: Callable[..., list[str]], only_run: Callable[[], Path]) -> None:
     """Before the first step there is nothing to finish: the first signal stops at once."""
     reader, writer = os.pipe()

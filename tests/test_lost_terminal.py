@@ -85,6 +85,7 @@ def broken_pipe() -> int:
 # ------------------------------------------------------------------------------------------------- training goes on
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize("output", ["full", "broken", "read-only"])
 def test_training_needs_no_output(output: str, train_command: Command, only_run: Callable[[], Path]) -> None:
     opened = {"full": lambda: os.open("/dev/full", os.O_WRONLY), "broken": broken_pipe}
@@ -96,6 +97,7 @@ def test_training_needs_no_output(output: str, train_command: Command, only_run:
     assert all(text in log for text in ("max_iters", "step 0/6", "step 6/6", "completed", "Next"))
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_training_goes_on_when_the_disk_behind_stdout_fills_up(
     train_command: Command, only_run: Callable[[], Path], small_disk: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_training_goes_on_when_the_disk_behind_stdout_fills_up(
     assert "step 6/6" in (only_run() / "logs" / "train.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_full_disk_under_the_log_of_what_was_printed_ends_no_run(
     train_command: Command, only_run: Callable[[], Path], tmp_path: Path
 ) -> None:
@@ -127,6 +130,7 @@ def test_a_full_disk_under_the_log_of_what_was_printed_ends_no_run(
     assert read_record(only_run())["status"] == "completed"
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_callbacks_and_warnings_may_print(train_command: Command, only_run: Callable[[], Path], tmp_path: Path) -> None:
     (tmp_path / "loud.py").write_text(
         "import sys, warnings\n"
@@ -148,6 +152,7 @@ def test_callbacks_and_warnings_may_print(train_command: Command, only_run: Call
 # ---------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_in_order_although_its_message_cannot_be_written(
     signum: signal.Signals, status: int, train_command: Command, start: Callable[..., Any], runs_dir: Path
@@ -206,6 +211,7 @@ def test_nothing_is_opened_in_place_of_a_standard_stream(
 # --------------------------------------------------------------------------------------------------------- encodings
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_every_script_prints_any_text_to_a_stream_that_is_no_utf8(
     train_command: Command, tiny_argv: Command, runs_dir: Path
 ) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, copy_code
 
 from utils.runs.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("warm_processes")
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("train.py", "model.py", "data.py", "tokenizer.py", "utils", "configs")
 
 
@@ -38,12 +37,7 @@ def test_a_recipe_works(
     name: str, flags: list[str], metric: str, tmp_path: Path, tiny_argv: Callable[..., list[str]], runs_dir: Path
 ) -> None:
     copy = tmp_path / "project"
-    copy.mkdir()
-    for source in SOURCES:
-        if (ROOT / source).is_dir():
-            shutil.copytree(ROOT / source, copy / source, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / source, copy)
+    copy_code(copy, *SOURCES)
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
     subprocess.run(["git", "apply", "-"], cwd=copy, input=recipe(name), text=True, check=True)
     command = [sys.executable, "train.py", *tiny_argv(*flags)]

@@ -58,6 +58,6 @@ def test_signals_go_both_ways(signum: signal.Signals, warm_python: WarmPython) -
 
 def test_what_a_fork_cannot_take_over_is_left_to_the_real_interpreter(warm_python: WarmPython) -> None:
     code = "import sys; print('torch' in sys.modules, sys.stdout.encoding)"
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([warm_python.path, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "False ascii\n"

@@ -6,6 +6,8 @@ the script in it. The client passes its signals on, and ends as the script does:
 The server has imported no module of the project, so it serves any copy of the project. What a script starts in its turn
 is started as ever, by the real interpreter.
 
+Pictures are plotted, but not rendered, which would be a third of a tiny training.
+
 Where a fork would differ (another user, a variable that is read when Python or a library starts, a closed standard
 stream, an option of the interpreter), the client becomes the real interpreter. What a fork cannot show is tested with
 sys.executable: start and imports, the process's id, group and terminal, and its death when the client is killed, which
@@ -14,6 +16,7 @@ follows a moment later.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -41,6 +44,9 @@ EARLY = (
     "TZ",
     "HOME",
 )
+PIXEL = base64.b64decode(  # a PNG of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+)
 NUMBER = struct.Struct("=q")  # a length, a process id or a wait status
 PRELOADED = (  # not torch._dynamo: its triton reports leaks at the end of each process, used or not
     "PIL.PngImagePlugin",
@@ -67,7 +73,14 @@ PRELOADED = (  # not torch._dynamo: its triton reports leaks at the end of each 
 
 def early(environment: Any) -> dict[str, str]:
     """What a forked process cannot take over: that part of its environment, and its user."""
-    ignored = ("PYTEST", "PYTHONPATH", "PYTHONUNBUFFERED", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")
+    ignored = (
+        "PYTEST",
+        "PYTHONPATH",
+        "PYTHONUNBUFFERED",
+        "PYTHONIOENCODING",
+        "GOMP_SPINCOUNT",
+        "TORCHINDUCTOR_CACHE_DIR",
+    )
     ignored += ("TORCHELASTIC_", "TORCH_NCCL_")  # which torchrun gives its ranks
     found = {name: environment[name] for name in sorted(environment) if name.startswith(EARLY)}
     return {name: value for name, value in found.items() if not name.startswith(ignored)} | {"user": str(os.getuid())}
@@ -191,9 +204,10 @@ def become(task: dict[str, Any]) -> None:
     os.environ.update(task["environment"])
     os.umask(task["umask"])
     os.chdir(task["folder"])
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    encoding = os.environ.get("PYTHONIOENCODING")
+    sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     program, *words = task["words"]
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
@@ -211,6 +225,21 @@ def become(task: dict[str, Any]) -> None:
         runpy.run_path(program, run_name="__main__")
 
 
+def draw_pixels() -> None:
+    """From now on a picture that matplotlib makes in memory is one pixel."""
+    from matplotlib.figure import Figure
+
+    render = Figure.savefig
+
+    def savefig(self: Figure, file: Any, *, format: str | None = None, **options: Any) -> None:
+        if format == "png":
+            file.write(PIXEL)
+        else:
+            render(self, file, format=format, **options)
+
+    Figure.savefig = savefig  # type: ignore[method-assign]
+
+
 def preload() -> None:
     import contextlib
     import gc
@@ -219,6 +248,8 @@ def preload() -> None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        draw_pixels()
     gc.collect()
     gc.freeze()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, copy_code
 from warm_python import WarmPython
 
 import experiments
@@ -34,14 +34,7 @@ def git(folder: Path, *words: str) -> str:
 def project(tmp_path: Path) -> Path:
     """A copy of this project, in a repository of its own, with uncommitted changes and an untracked module."""
     folder = tmp_path / "project"
-    for name in [*git(ROOT, "ls-files", "*.py", "*.j2", "configs", ".gitignore").splitlines(), "utils", "configs"]:
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "benchmarks/")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    for path in (ROOT / "utils").rglob("*.py"):  # those that are not committed yet, too
-        place = folder / path.relative_to(ROOT)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
+    copy_code(folder, "utils", "configs", ".gitignore", *(path.name for path in ROOT.glob("*.py")))
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "code")

@@ -35,6 +35,7 @@ from utils.tracking import feeder
 from utils.tracking.tensorboard import event_files
 from utils.training.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
 MIDDLE = 20  # of 40 steps

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aim import Repo
-from conftest import ROOT, TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, copy_code
 
 import experiments
 import inference
@@ -122,15 +122,12 @@ def test_a_path_of_a_moved_project_is_found_below_its_new_root(tmp_path: Path) -
 def project(tmp_path: Path, tiny_text: str) -> Path:
     """A copy of this project, without git."""
     folder = tmp_path / "project"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("utils", "configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder / path.name)
+    copy_code(folder, "utils", "configs", *(path.name for path in ROOT.glob("*.py")))
     (folder / "notes.txt").write_text(tiny_text)
     return folder
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_moved_project_resumes_forks_and_reproduces_what_it_had(project: Path, tmp_path: Path) -> None:
     words = [word for pair in TINY_FLAGS.items() for word in pair]
 

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 import utils.training.step
+from utils.config.settings import OptimizerConfig
+from utils.optim import groups
 from utils.runs.run import read_record
 from utils.training.state import TrainState, capture
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
-OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+
+
+class NoReads(TorchDispatchMode):
+    """Forbids what a device would have to be waited for: to read a number of a tensor on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """One that knows nothing of found_inf."""
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
 
 
 @pytest.fixture
-def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Callable[[str], TrainState]:
+def new_state(
+    tiny_argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], TrainState]:
     """A state before its first step."""
     from utils.terminal.cli import Parser
     from utils.terminal.config_flags import parse_experiment
@@ -28,7 +48,10 @@ def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Callable[[
     from utils.training.state import build_state
 
     def make(optimizer: str) -> TrainState:
-        words = tiny_argv("--optimizer-name", optimizer, "--weight-decay", "0.1")
+        if optimizer == "sgd":
+            monkeypatch.setitem(groups.OPTIMIZERS, "adamw", sgd)
+        name = optimizer if optimizer == "muon" else "adamw"
+        words = tiny_argv("--optimizer-name", name, "--weight-decay", "0.1")
         setup = make_setup(parse_experiment(words, Parser(prog="train.py")).load(), tmp_path)
         torch.manual_seed(1)
         return build_state(setup.config, 6, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True))
@@ -36,15 +59,16 @@ def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> Callable[[
     return make
 
 
-def update(state: TrainState, *, nan: bool = False, waits: bool = True) -> None:
-    """One update; `waits`: whether the norms may be read on the host."""
+def update(state: TrainState, device: str = "cpu", *, nan: bool = False) -> None:
+    """One update, as on this device: on another than a CPU nothing is read, and its kernel may ignore `found_inf`."""
     forward_backward(state)
     if nan:
         next(state.model.parameters()).grad[0, 0] = torch.nan  # type: ignore[index]
-    norms, device = clip_gradients(state), state.device
-    state.device = device if waits else torch.device("cuda")
-    optimizer_step(state, norms)
-    state.device = device
+    norms, real = clip_gradients(state), state.device
+    state.device = torch.device(device)
+    with contextlib.nullcontext() if device == "cpu" else NoReads():
+        optimizer_step(state, norms)
+    state.device = real
 
 
 def contents(state: TrainState) -> dict[str, torch.Tensor]:
@@ -53,15 +77,15 @@ def contents(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 @OPTIMIZERS
-@pytest.mark.parametrize("waits", [True, False])
+@DEVICES
 def test_a_nan_gradient_changes_no_weight_and_no_optimizer_state(
-    optimizer: str, waits: bool, new_state: Callable[[str], TrainState]
+    optimizer: str, device: str, new_state: Callable[[str], TrainState]
 ) -> None:
     state = new_state(optimizer)
     for _ in range(3):
-        update(state, waits=waits)
+        update(state, device)
     before = contents(state)
-    update(state, nan=True, waits=waits)
+    update(state, device, nan=True)
     after = contents(state)
     assert state.step == 4
     assert before.keys() == after.keys()
@@ -69,25 +93,29 @@ def test_a_nan_gradient_changes_no_weight_and_no_optimizer_state(
 
 
 @OPTIMIZERS
-def test_a_first_gradient_may_be_nan(optimizer: str, new_state: Callable[[str], TrainState]) -> None:
+@DEVICES
+def test_a_first_gradient_may_be_nan(optimizer: str, device: str, new_state: Callable[[str], TrainState]) -> None:
     state = new_state(optimizer)
     before = {name: p.clone() for name, p in state.model.named_parameters()}
-    update(state, nan=True, waits=False)
+    update(state, device, nan=True)
     assert all(torch.equal(p, before[name]) for name, p in state.model.named_parameters())
-    update(state, waits=False)
+    update(state, device)
     assert all(torch.isfinite(tensor).all() for tensor in contents(state).values())
 
 
 @OPTIMIZERS
-def test_finite_updates_are_the_same_bits_either_way(optimizer: str, new_state: Callable[[str], TrainState]) -> None:
-    host, device = new_state(optimizer), new_state(optimizer)
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_finite_updates_are_the_same_bits_on_any_device(
+    optimizer: str, device: str, new_state: Callable[[str], TrainState]
+) -> None:
+    host, other = new_state(optimizer), new_state(optimizer)
     for _ in range(3):
         update(host)
-        update(device, waits=False)
-    assert all(torch.equal(tensor, contents(device)[name]) for name, tensor in contents(host).items())
+        update(other, device)
+    assert all(torch.equal(tensor, contents(other)[name]) for name, tensor in contents(host).items())
 
 
-@OPTIMIZERS
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_with_a_nan_gradient_ends_as_diverged_with_the_weights_before_it(
     optimizer: str,
     tiny_argv: Callable[..., list[str]],

@@ -11,7 +11,6 @@ from torch.optim.adamw import adamw
 from utils.nn.private import private_operator
 
 FUSED_ADAMW = private_operator("_fused_adamw_")
-HEED_FOUND_INF = ("cpu", "cuda")  # its kernels there; that of MPS ignores found_inf
 
 
 def _unguarded(method: Any) -> Any:
@@ -108,29 +107,22 @@ def adamw_update(
     if isinstance(decay, torch.Tensor):  # the kernel takes a number only
         torch._foreach_mul_(params, decay_factor(group, None if found_inf is None else found_inf == 0))
         decay = 0.0
-    lists: tuple[list[torch.Tensor], ...] = (
+    (FUSED_ADAMW or _public_adamw)(
         params,
         [p.grad for p in params],
         [state["exp_avg"] for state in of_params],
         [state["exp_avg_sq"] for state in of_params],
         [],
         steps,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=decay,
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+        found_inf=found_inf,
     )
-    settings = {
-        "lr": group["lr"],
-        "beta1": beta1,
-        "beta2": beta2,
-        "weight_decay": decay,
-        "eps": group["eps"],
-        "amsgrad": False,
-        "maximize": False,
-    }
-    if FUSED_ADAMW and params[0].device.type in HEED_FOUND_INF:
-        FUSED_ADAMW(*lists, found_inf=found_inf, **settings)
-    elif found_inf is None:
-        (FUSED_ADAMW or _public_adamw)(*lists, **settings)
-    else:
-        _one_by_one(*lists, finite=found_inf == 0, **settings)
     if found_inf is not None:
         torch._foreach_sub_(steps, [found_inf] * len(steps))
 
@@ -148,19 +140,11 @@ def _public_adamw(
     exp_avg_sqs: list[torch.Tensor],
     max_exp_avg_sqs: list[torch.Tensor],
     steps: list[torch.Tensor],
+    *,
+    found_inf: torch.Tensor | None,
     **settings: Any,
 ) -> None:
-    """What FUSED_ADAMW does without `found_inf`, by torch's documented function, which waits for the step counts."""
-    before = [step - 1 for step in steps]  # the function counts this update itself
-    adamw(params, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, before, **settings)
-
-
-def _one_by_one(*lists: list[torch.Tensor], finite: torch.Tensor, **settings: Any) -> None:
-    """Update each parameter and put it back unless `finite`, which is () and on the device: nobody waits for it."""
-    params, gradients, exp_avgs, exp_avg_sqs, _, steps = lists
-    for p, gradient, exp_avg, exp_avg_sq, step in zip(params, gradients, exp_avgs, exp_avg_sqs, steps, strict=True):
-        changed = (p, exp_avg, exp_avg_sq)
-        before = [tensor.clone() for tensor in changed]
-        (FUSED_ADAMW or _public_adamw)([p], [gradient], [exp_avg], [exp_avg_sq], [], [step], **settings)
-        for tensor, old in zip(changed, before, strict=True):
-            tensor.copy_(torch.where(finite, tensor, old))
+    """What FUSED_ADAMW does, by torch's documented function; `found_inf` makes it wait for the device."""
+    if found_inf is None or not found_inf:
+        before = [step - 1 for step in steps]  # the function counts this update itself
+        adamw(params, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, before, **settings)

@@ -162,9 +162,9 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
 def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) -> None:
     """Update the weights and clear the gradients; the step is done.
 
-    With a non-finite gradient, weights and optimizer stay as they are. That needs no synchronisation: the optimizer
-    reads `found_inf` on the device, torch's convention for its GradScaler, which takes care of this itself under
-    float16.
+    With a non-finite gradient, weights and optimizer stay as they are, and the host waits for no device to know it. On
+    CUDA the optimizer's kernels read `found_inf`, torch's convention for its GradScaler, which takes care of this
+    itself under float16. What they change although they cannot read it is put back (MPS, optimizers of torch).
 
     Args:
         grad_norms: (groups,), of `clip_gradients`; None: the gradients are known to be finite.
@@ -185,7 +185,25 @@ def step_if_finite(state: TrainState, grad_norms: torch.Tensor | None) -> None:
     elif state.device.type == "cpu":  # nothing to wait for: it has computed the norms
         if torch.isfinite(grad_norms.norm()):
             optimizer.step()
-    else:
+    elif state.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = (~torch.isfinite(grad_norms.norm())).float()
         optimizer.step()
         del optimizer.found_inf
+    else:
+        step_and_put_back(optimizer, torch.isfinite(grad_norms.norm()))
+
+
+def step_and_put_back(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """A step of an optimizer, undone on the device unless `finite`, (); needs the memory of all that it changes."""
+
+    def changed() -> dict[tuple[torch.Tensor, str], torch.Tensor]:
+        params = {
+            (p, ""): p.detach() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        }
+        states = {(p, key): value for p, state in optimizer.state.items() for key, value in state.items()}
+        return params | {key: value for key, value in states.items() if isinstance(value, torch.Tensor)}
+
+    before = {key: tensor.clone() for key, tensor in changed().items()}
+    optimizer.step()
+    for key, tensor in changed().items():  # state that is new is zero, as it would be before a first step
+        tensor.copy_(torch.where(finite, tensor, before.get(key, torch.zeros_like(tensor))))
