@@ -14,7 +14,7 @@ from conftest import ROOT, copy_code
 from utils.runs.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("warm_processes")
-SOURCES = ("train.py", "model.py", "data.py", "tokenizer.py", "utils", "configs")
+SOURCES = (".gitignore", "train.py", "model.py", "data.py", "tokenizer.py", "utils", "configs")
 
 
 def recipe(name: str) -> str:
@@ -38,7 +38,9 @@ def test_a_recipe_works(
 ) -> None:
     copy = tmp_path / "project"
     copy_code(copy, *SOURCES)
-    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a copy"]):  # else all of it is a patch
+        subprocess.run([*git, *words], cwd=copy, check=True)
     subprocess.run(["git", "apply", "-"], cwd=copy, input=recipe(name), text=True, check=True)
     command = [sys.executable, "train.py", *tiny_argv(*flags)]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
