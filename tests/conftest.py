@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm_python import PIXEL, WarmPython
+from warm_python import PIXEL, WarmPython, copy_databases
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if some module imports it, runs its kernels on the CPU
@@ -85,6 +85,13 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     import utils.runs.curves
 
     monkeypatch.setattr(utils.runs.curves, "picture_of", lambda figure: PIXEL)
+
+
+@pytest.fixture(autouse=True)
+def quick_databases(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Once a test has imported Aim, its new databases are copies."""
+    if "aim.storage.migrations.utils" in sys.modules:
+        copy_databases(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

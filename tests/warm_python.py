@@ -6,7 +6,7 @@ the script in it. The client passes its signals on, and ends as the script does:
 The server has imported no module of the project, so it serves any copy of the project. What a script starts in its turn
 is started as ever, by the real interpreter.
 
-Pictures are plotted, but not rendered, which would be a third of a tiny training.
+Pictures are plotted, but not rendered, which would be a third of a tiny training, and a new database of Aim is a copy.
 
 Where a fork would differ (another user, a variable that is read when Python or a library starts, a closed standard
 stream, an option of the interpreter), the client becomes the real interpreter. What a fork cannot show is tested with
@@ -17,6 +17,7 @@ follows a moment later.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import signal
@@ -47,6 +48,14 @@ EARLY = (
 PIXEL = base64.b64decode(  # a PNG of one pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
 )
+NEW_DATABASE = """
+place="${{AIM_RUN_META_DATA_DB_URL#sqlite:///}}"
+upgrade() {{ AIM_RUN_META_DATA_DB_URL="sqlite:///$1" '{python}' -m alembic -c "$config" upgrade head; }}
+config="$2"
+if [ -s "$place" ]; then upgrade "$place"; exit; fi
+if [ ! -e '{first}' ]; then upgrade '{first}'.$$ && mv '{first}'.$$ '{first}'; fi
+cp '{first}' "$place"
+"""
 NUMBER = struct.Struct("=q")  # a length, a process id or a wait status
 PRELOADED = (  # not torch._dynamo: its triton reports leaks at the end of each process, used or not
     "PIL.PngImagePlugin",
@@ -240,7 +249,22 @@ def draw_pixels() -> None:
     Figure.savefig = savefig  # type: ignore[method-assign]
 
 
-def preload() -> None:
+@functools.cache
+def copy_databases(folder: Path) -> None:
+    """From now on Aim's new databases are copies of the first one: alembic, which makes them, takes two seconds."""
+    from aim.storage.migrations import utils
+
+    real, script = utils.create_migration_cmd, folder / "new_database.sh"
+    script.write_text(NEW_DATABASE.format(python=sys.executable, first=folder / "first.sqlite"))
+
+    def create_migration_cmd() -> list[str]:
+        command = real()
+        return ["sh", str(script), "-c", command[command.index("-c") + 1]]
+
+    utils.create_migration_cmd = create_migration_cmd
+
+
+def preload(folder: Path) -> None:
     import contextlib
     import gc
     import importlib
@@ -250,6 +274,7 @@ def preload() -> None:
             importlib.import_module(name)
     with contextlib.suppress(ImportError):
         draw_pixels()
+        copy_databases(folder)
     gc.collect()
     gc.freeze()
 
@@ -286,7 +311,7 @@ class WarmPython:
             listener.bind(address)
             listener.listen(64)
             self._server = subprocess.Popen(
-                [python, str(here), str(listener.fileno())],
+                [python, str(here), str(listener.fileno()), str(folder)],
                 stdin=subprocess.PIPE,
                 env=environment,
                 pass_fds=[listener.fileno()],
@@ -300,5 +325,5 @@ class WarmPython:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    preload()
+    preload(Path(sys.argv[2]))
     become(serve(socket.socket(fileno=int(sys.argv[1]))))
