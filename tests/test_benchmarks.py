@@ -120,6 +120,7 @@ def test_a_run_that_diverges_has_no_result(tmp_path: Path, tiny_file: Path, monk
         shakespeare.measure(common.load_config([tiny_file], tmp_path, {"aim_logging": False}))
 
 
+@pytest.mark.slow
 def test_a_switched_run_measures_blocks_of_every_kind(tmp_path: Path, tiny_file: Path) -> None:
     kinds = switched_run.schedule((OFF, LOG, ALL, NAIVE), 2)
     assert sorted(kinds[:4]) == sorted(kinds[4:]) == sorted((OFF, LOG, ALL, NAIVE))
@@ -148,6 +149,7 @@ def test_the_clock_of_the_views_stands_still_while_they_are_held() -> None:
     assert 0.04 < switch.clock() - before < 1
 
 
+@pytest.mark.slow
 def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--parts", "steps", "--step-ms", "2", "--repeats", "1", "--block", "10", "--warmup", "55"]
     assert tracking.main([*words, "--config", str(tiny_file)]) == 0
@@ -155,6 +157,7 @@ def test_tracking_prints_each_ratio(tiny_file: Path, capsys: pytest.CaptureFixtu
     assert all(word in printed for word in (LOG, ALL, NAIVE, "off, ms", "batch_size", "budget 2%", "F.linear"))
 
 
+@pytest.mark.slow
 def test_tracking_counts_records_and_closes_a_run(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--parts", "records,closing", "--records", "3000", "--steps", "60"]
     assert tracking.main([*words, "--config", str(tiny_file)]) == 0
@@ -212,6 +215,7 @@ def test_startup_reports_a_command_that_fails() -> None:
         startup.run_python("train.py", "--no-such-flag")
 
 
+@pytest.mark.slow
 def test_speedrun_compares_recipes_and_trains_the_last_for_the_time_of_the_first(
     tiny_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +275,7 @@ def test_a_bad_flag_is_one_line(name: str, words: list[str], message: str, capsy
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+@pytest.mark.slow
 def test_data_sets_each_tokenizer_against_its_library(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

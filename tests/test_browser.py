@@ -26,7 +26,10 @@ from warm_python import WarmPython
 from utils.runs.log import read_records
 from utils.runs.run import read_record
 
-pytestmark = pytest.mark.xdist_group("browser")  # with --dist loadgroup the runs and servers are made once
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),  # with --dist loadgroup the runs and servers are made once
+]
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]

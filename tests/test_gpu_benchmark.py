@@ -80,6 +80,7 @@ def read(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- dry runs
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_writes_and_judges_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main([*DRY, "--parts", "limits,tracking", "--out", str(out)]) == 0

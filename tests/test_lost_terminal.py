@@ -167,6 +167,7 @@ def test_a_signal_ends_in_order_although_its_message_cannot_be_written(
     check_interrupted(run, signum.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_terminal_that_is_closed_is_a_signal_unless_it_is_ignored(
     ignored: bool, train_command: Command, start: Callable[..., Any], runs_dir: Path
@@ -211,6 +212,7 @@ def test_nothing_is_opened_in_place_of_a_standard_stream(
 # --------------------------------------------------------------------------------------------------------- encodings
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm_processes")
 def test_every_script_prints_any_text_to_a_stream_that_is_no_utf8(
     train_command: Command, tiny_argv: Command, runs_dir: Path
@@ -258,6 +260,7 @@ def test_messages_that_cannot_be_written_change_no_exit_status() -> None:
 # ------------------------------------------------------------------------------------------------- the next commands
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm_processes")
 def test_the_next_commands_work_as_pasted_from_another_folder(train_command: Command, tmp_path: Path) -> None:
     here = tmp_path / "another folder"

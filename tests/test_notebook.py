@@ -23,6 +23,7 @@ def executed(folder: Path, *cells: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_quiet_training_shows_nothing_and_other_training_each_line_once(tmp_path: Path, tiny_corpus: Path) -> None:
     places = {"dataset": tiny_corpus, "corpora_dir": tmp_path / "corpora", "runs_dir": tmp_path / "runs"}
     settings = SETTINGS | {key: str(path) for key, path in places.items()} | {"aim_logging": False}
@@ -48,6 +49,7 @@ def outputs_of(cell: Any, kind: str) -> list[str]:
     return ["".join(output.data[kind]) for output in cell.outputs if kind in output.get("data", {})]
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_its_results_are_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """examples/tour.ipynb, with few steps, in another folder of runs."""
     monkeypatch.setenv("TOUR_SCALE", "0.01")

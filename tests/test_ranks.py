@@ -107,6 +107,7 @@ def check_one_run_is_seen(run: Path, folder: Path, steps: int) -> None:
     assert verify_seal(run).good
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
     launch: Launch, tiny_argv: Callable[..., list[str]], runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def check_equal_from_step_3(whole: Path, forked: Path) -> None:
     assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
 
 
+@pytest.mark.slow
 def test_two_ranks_train_in_shards_what_one_does(
     tiny_argv: Callable[..., list[str]],
     runs_dir: Path,

@@ -161,6 +161,7 @@ class TestForked:
         assert found.causes[0].startswith("an operator that is not deterministic")
 
 
+@pytest.mark.slow
 def test_the_order_of_a_set_in_processes_of_their_own(
     tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_of_changed_code_with_an_untracked_module_is_reproduced(
     project: Path, tmp_path: Path, tiny_corpus: Path, warm_python: WarmPython
 ) -> None:

@@ -233,6 +233,7 @@ HOLDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locked", HOLDERS)
 def test_a_repository_locked_by_another_process(
     locked: str,
@@ -282,6 +283,7 @@ def fill(disk: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_training(
     training: Callable[..., Training],
     only_run: Callable[[], Path],
@@ -440,6 +442,7 @@ def rebuild_elsewhere(run: Path) -> None:
     assert read_record(run)["views"]["aim"]["state"] == "complete"
 
 
+@pytest.mark.slow
 def test_an_aim_server_that_is_killed_and_comes_back(
     aim_server: AimServer,
     training: Callable[..., Training],
@@ -460,6 +463,7 @@ def test_an_aim_server_that_is_killed_and_comes_back(
     assert_aim_equals_log(aim_server.folder, only_run(), *(tmp_path / "lucky").iterdir())
 
 
+@pytest.mark.slow
 def test_an_aim_server_that_hangs(
     aim_server: AimServer,
     training: Callable[..., Training],
@@ -501,6 +505,7 @@ def test_a_kill_during_a_write(
     assert_tensorboard_equals_log(run)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_create_a_repository_and_share_it(
     training: Callable[..., Training], runs_dir: Path, untroubled_log: list[dict[str, Any]], tmp_path: Path
 ) -> None:

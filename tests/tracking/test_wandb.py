@@ -27,7 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 KEY = 2 * "0123456789abcdef" + "01234567"  # looks like a key; in pieces, since this file may be part of code.patch
 BLOCK = 32_768
 
-pytestmark = pytest.mark.xdist_group("wandb")  # with --dist loadgroup the run of all these tests is made once
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("wandb"),  # with --dist loadgroup the run of all these tests is made once
+]
 
 
 def records(path: Path) -> Iterator[Record]:

@@ -127,6 +127,7 @@ def project(tmp_path: Path, tiny_text: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm_processes")
 def test_a_moved_project_resumes_forks_and_reproduces_what_it_had(project: Path, tmp_path: Path) -> None:
     words = [word for pair in TINY_FLAGS.items() for word in pair]
@@ -215,6 +216,7 @@ def export(tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path]) -> Pat
     return folder
 
 
+@pytest.mark.slow
 def test_a_copied_export_generates_and_begins_a_run(
     export: Path, tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -571,6 +571,7 @@ def test_float16_steps_in_a_row_may_be_bad(
 # ------------------------------------------------------------------------------------------ views
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_continuous_curve_and_one_aim_run(
     tiny_argv: Argv, tmp_path: Path, run_of: Callable[[str], Path]
 ) -> None:
@@ -607,6 +608,7 @@ def test_a_resumed_run_is_one_continuous_curve_and_one_aim_run(
     assert list(values[0]) == pytest.approx([value for _, value in read_metrics(run / "logs", "val/loss")])
 
 
+@pytest.mark.slow
 def test_aim_shows_no_steps_that_a_shorter_resume_never_reached(
     tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
