@@ -353,7 +353,7 @@ def seen(args: argparse.Namespace) -> Answer:
     return Answer(found, lambda console: seen_screen(found, console.width))
 
 
-# --------------------------------------------------------------------------------------- checksums, again, and anew
+# ---------------------------------------------------------------------------------------- checksums, repetitions
 
 
 @command(

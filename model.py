@@ -243,7 +243,7 @@ class LanguageModel(nn.Module):
         vocab_size: V, from the tokenizer.
 
     document_token: where it is set, each document of a row begins with this token, attention stays within documents
-        and positions start anew with each. A cache holds one document.
+        and positions start again with each. A cache holds one document.
     """
 
     cos: torch.Tensor

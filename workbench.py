@@ -556,8 +556,8 @@ class _Fit:
     def fit(self, data: Settings | str | Path | None = None, *, quiet: bool = False, **settings: Any) -> TrainResult:
         """Train this architecture in a run directory of its own, then take over the weights and the vocabulary.
 
-        Training starts from the initial weights of the configured seed, as `fit` does elsewhere: a second call starts
-        anew. A run that did not complete leaves the model as it is; `resume(results.run_dir)` continues it.
+        Training starts from the initial weights of the configured seed, as `fit` does elsewhere, at a second call, too.
+        A run that did not complete leaves the model as it is; `resume(results.run_dir)` continues it.
 
         Args:
             data: a text of several lines; the name of a corpus; the path of a text file or a folder of them; or a

@@ -260,7 +260,7 @@ class Fuzzer:
 
 
 def _copy(source: str, target: str) -> str:
-    """Copy a regular file; make a pipe anew."""
+    """Copy a regular file; make another pipe for a pipe."""
     if os.path.isfile(source):
         return str(shutil.copy2(source, target))
     os.mkfifo(target)

@@ -83,7 +83,7 @@ class Switch:
 
 
 def schedule(kinds: Sequence[str], repeats: int) -> list[str]:
-    """One block of each kind per repeat, shuffled anew each time (with a fixed seed)."""
+    """One block of each kind per repeat, shuffled each time (with a fixed seed)."""
     generator = random.Random(0)
     return [kind for _ in range(repeats) for kind in generator.sample(kinds, len(kinds))]
 

@@ -177,7 +177,7 @@ def train_command(tiny_argv: Callable[..., list[str]]) -> Callable[..., list[str
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte, made anew; without the right to mount one skipped, but not in CI."""
+    """A new file system of one megabyte; without the right to mount one skipped, but not in CI."""
     folder = tmp_path / "disk"
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs"]

@@ -147,7 +147,7 @@ def test_a_host_that_is_cut_off_is_left_behind(
     assert len(ranks) == 1
     hosts.cut_off(1)
     wait_for(lambda: ranks[0].status() == psutil.STATUS_ZOMBIE, printed(), END_SECONDS)  # torchrun hangs, too
-    hosts.processes[1].send_signal(signal.SIGKILL)  # torchrun itself asks its store for ever
+    hosts.processes[1].send_signal(signal.SIGKILL)  # torchrun itself asks its store forever
     assert hosts.processes[0].wait(SECONDS) == 0, printed()
     (run,) = runs_dir.glob("*_two")
     record = read_record(run)

@@ -42,7 +42,7 @@ def _old(folder: Path) -> Path:
 def remove(path: Path) -> None:
     """Delete a folder with its content, or whatever else is there; what cannot be deleted stays.
 
-    shutil.rmtree opens what it is to delete, so at a pipe it would wait for ever.
+    shutil.rmtree opens what it is to delete, so at a pipe it would wait forever.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

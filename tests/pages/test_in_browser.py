@@ -145,7 +145,7 @@ def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) 
     page.get_by_role("button", name="best val").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#table tbody th a").first).to_have_text("run0")
-    page.keyboard.press("Enter")  # the button that was made anew has the focus
+    page.keyboard.press("Enter")  # the new button has the focus
     expect(page.locator("#table tbody th a").first).to_have_text("run5")
     page.get_by_label("Choose all that are shown").check()
     page.locator("#group").select_option("learning_rate")

@@ -1,4 +1,4 @@
-"""Several writers of one JSON file: none undoes what another has written, and none waits for ever."""
+"""Several writers of one JSON file: none undoes what another has written, and none waits forever."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def read_mypt(folder: Path) -> Foreign:
     weights = _ours(tensors, folder / MODEL)
     settings |= _layers(config, weights)
     if "device" in config:
-        notes.append(f"device = {shown(config['device'])} is not taken over: the device is chosen anew")
+        notes.append(f"device = {shown(config['device'])} is not taken over: the device is chosen again")
     if type(config.get("batch_size")) is int and config["batch_size"] >= 1:
         settings["batch_size"] = Setting(config["batch_size"], f"{CONFIG}: batch_size")
     foreign = Foreign("MyPT", folder, settings, weights, vocab_size, notes=notes)
@@ -142,6 +142,7 @@ def _orders(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> l
     """Orders of the parameters in the optimizer: in two groups, with and without weight decay; or in one."""
     tied = config.get("tie_weights") is True
     names = [name for name in tensors if not (tied and name == "lm_head.weight")]
+    # MyPT's own rule, which decides by name; the moments lie in this order.
     kept = [name for name in names if tensors[name].dim() == 1 or "embedding" in name or "ln" in name]
     return [[name for name in names if name not in kept] + kept, names]
 

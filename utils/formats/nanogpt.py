@@ -110,8 +110,8 @@ def _training(config: Mapping[str, Any], source: str, notes: list[str]) -> dict[
         }
     for name, why in (
         ("dataset", "--dataset names the text"),
-        ("device", "the device is chosen anew"),
-        ("dtype", "the precision is chosen anew"),
+        ("device", "the device is chosen again"),
+        ("dtype", "the precision is chosen again"),
         ("compile", "a run is compiled if --compile is given"),
     ):
         if name in config:

@@ -155,7 +155,7 @@ class Deadline:
         self._last = now
 
     def continued(self) -> None:
-        """The process was stopped for a while: the step that it is in begins anew, as far as its length counts."""
+        """The process was stopped for a while: the step that it is in begins again, as far as its length counts."""
         if self._last is not None:
             self._last = time.monotonic()
 

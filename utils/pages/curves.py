@@ -121,7 +121,7 @@ def shown_points(series: Series, request: ChartRequest) -> tuple[Sequence[float]
 def _groups(runs: Sequence[IndexedRun], series: Sequence[Series], request: ChartRequest) -> list[dict[str, Any]]:
     """The groups of runs, with their bands; one run alone has its curve as the mean.
 
-    They are made anew whenever a run has gained points: a group is at most 400 places.
+    They are made again whenever a run has gained points: a group is at most 400 places.
     """
     members: dict[str, list[tuple[IndexedRun, Series]]] = {}
     for run, of_run in zip(runs, series, strict=True):

@@ -32,7 +32,7 @@ NOT_SHOWN = ("id", "status", "problem", "start", "age", "path")  # facts that co
 NAMED_TWICE = ("run_tag", "run_note")  # settings that the columns tag and note show
 HASHES = ("commit", "config_hash", "corpus_hash")
 NOTE_LENGTH = 300  # characters of a note in the table; the page of the run has the whole
-FRESH_SECONDS = 0.5  # for so long an answer is not made anew
+FRESH_SECONDS = 0.5  # an answer is used again for so long
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 

@@ -1,6 +1,6 @@
 """One function over many jobs in worker processes, with the results in the order of the jobs.
 
-Each worker has a pipe of its own. So none waits for ever when the process that gave it work is killed, and one that is
+Each worker has a pipe of its own. So none waits forever when the process that gave it work is killed, and one that is
 killed itself is noticed.
 """
 

@@ -31,9 +31,9 @@ WRITTEN_ANEW = (SEAL, CURVES, FLIGHT_RECORDER, TRAIN_LOG)  # whatever they say
 
 
 def mend(run: Path, warn: Warn) -> None:
-    """Put aside what cannot be read of the run directory `run`, with a warning; notes.json is made anew.
+    """Put aside what cannot be read of the run directory `run`, with a warning; notes.json is made again.
 
-    The rest is made anew by what writes it: training, a rebuild, the seal. Call with the lock of the run held.
+    The rest is made again by what writes it: training, a rebuild, the seal. Call with the lock of the run held.
     """
     for folder in (ARTIFACTS, OLD_TENSORBOARD):
         if os.path.lexists(run / folder) and not (run / folder).is_dir():

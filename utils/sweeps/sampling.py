@@ -1,6 +1,6 @@
 """Which values a trial gets: a pure function of the trials before it, the seed of the sampler, and its number.
 
-Optuna's samplers are asked in a study in memory that is made anew for each trial, so that the journal of a sweep gets
+Optuna's samplers are asked in a study in memory that is made for each trial, so that the journal of a sweep gets
 a trial with all of its parameters at once, and nothing of a sampler's state has to be kept. With `random` and `grid`
 the values depend on the seed and the number alone.
 """

@@ -362,7 +362,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
 def branch(state: TrainState, checkpoint: Checkpoint) -> None:
     """Start another experiment at the step of a checkpoint: its weights, optimizer state and random streams.
 
-    Best loss and early stopping start anew, since they belong to this run; with another seed, the random streams
+    Best loss and early stopping start again, since they belong to this run; with another seed, the random streams
     do, too.
 
     Raises:
