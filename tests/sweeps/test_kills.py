@@ -12,6 +12,7 @@ from benchmarks.sweep import SPACE, killed_sweep
 STAND_IN = f"{os.path.relpath(Path(__file__).parent / 'stand_in.py', Path(__file__).parents[2])} sweep"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_no_trial_is_lost_doubled_or_renumbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "0.02")
