@@ -33,6 +33,7 @@ SLOW = (
     "README.md",
     "docs/api.md",
     "docs/comparing.md",
+    "docs/configuration.md",
     "docs/data.md",
     "docs/deploying.md",
     "docs/evaluating.md",
