@@ -1,9 +1,13 @@
-"""Models of other programs for the tests: their files, written by their layouts, and what each computes."""
+"""Models of other programs for the tests: their files, written by their layouts, and what each computes.
+
+python tests/foreign_models.py FOLDER TEXT     # a checkpoint of nanoGPT, with the characters of TEXT for tokens
+"""
 
 from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +108,17 @@ def nanogpt_checkpoint(
         "best_val_loss": torch.tensor(1.5),
         "config": config,
     }
+
+
+def write_nanogpt(folder: Path, text: Path, step: int = 5) -> None:
+    p = {name: x.requires_grad_() for name, x in gpt2(vocab_size=len(set(text.read_text(encoding="utf-8")))).items()}
+    optimizer = adamw_of(p)
+    for parameter in p.values():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(step):
+        optimizer.step()
+    folder.mkdir()
+    torch.save(nanogpt_checkpoint(p, optimizer, step), folder / "ckpt.pt")
 
 
 GPT2_TENSORS = (
@@ -277,3 +292,7 @@ def write_mypt(folder: Path, p: Tensors, step: int = 7, optimizer: bool = True, 
         state["optimizer_file"] = "optimizer.pt"
         torch.save({"state_dict": p}, folder / "model.pt")
     (folder / "training_state.json").write_text(json.dumps(state))
+
+
+if __name__ == "__main__":
+    write_nanogpt(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -6,14 +6,19 @@ page run in order in one copy, so a later block sees the runs of an earlier one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +33,21 @@ SLOW = (
     "README.md",
     "docs/api.md",
     "docs/comparing.md",
+    "docs/configuration.md",
+    "docs/data.md",
+    "docs/deploying.md",
     "docs/evaluating.md",
     "docs/exporting.md",
+    "docs/gate.md",
     "docs/generating.md",
     "docs/performance.md",
+    "docs/pretrained.md",
+    "docs/ranks.md",
     "docs/resume.md",
+    "docs/serving.md",
+    "docs/sweeps.md",
     "docs/tracking.md",
+    "docs/weights.md",
 )
 NOT_RUN = ("docs/LOG.md", "docs/index.md")  # a log of what was run; README.md once more
 PAGES = [
@@ -43,45 +57,66 @@ PAGES = [
 ]
 LANGUAGES = ("bash", "console", "python", "yaml", "json", "text")
 TINY = {
-    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "ngram_rows": []},
+    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "ngram_rows": []},
     "optimizer": {"warmup_iters": 2},
-    "train": {"max_iters": 51, "batch_size": 4, "eval_interval": 25, "eval_iters": 2, "threads": 1},
+    "train": {
+        "max_iters": 51,
+        "batch_size": 4,
+        "eval_interval": 25,
+        "eval_iters": 2,
+        "threads": 1,
+        "gradient_accumulation_steps": 1,
+    },
     "tracking": {"histogram_interval": 25, "sample_tokens": 8, "aim_logging": False},
 }
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of Tiny Shakespeare
 SECONDS = 900  # for one block, on a busy machine
 
 # A tenth of the steps is trained, if there are 50 or more; TINY has a tenth of the default, too.
-STEPS = re.compile(r"(--(?:max-iters|stop-at-step|eval-interval|profile-step|steps) (?:\d{2,}|[5-9]))0\b")
+STEPS = re.compile(
+    r"((?:--(?:max-iters|stop-at-step|eval-interval|profile-step|steps|min-steps) |max_iters=|max_iters: )"
+    r"(?:\d{2,}|[5-9]))0\b"
+)
+SMALLER = ((STEPS, r"\1"), (re.compile(r"(--trials \d)\d+"), r"\1"), (re.compile(r"(--budget \d+)m"), r"\1s"))
+DEFAULT_PORTS = {"python serve.py": 8000, "tensorboard": 6006, "aim up": 43800}
+PORT = re.compile(r"(127\.0\.0\.1:|--port )(\d+)")
 
-MARKER = re.compile(r"<!-- docs: (skip|help) because (.+) -->|<!-- docs: (file) (\S+) -->")
+MARKER = re.compile(
+    r"<!-- docs: (?:(skip|help) because|(file|first|with|then|read|type|status)) (.+) -->|<!-- docs: (serves) -->"
+)
 RUN_ID = r"\d{8}_\d{6}_[\w.-]+?"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; marker: skip, help, file or empty; detail: its reason or file name."""
+    """A fenced block; marks: what the comments before it say, as (kind, reason, file name, command or words)."""
 
     line: int
     language: str
     text: str
-    marker: str = ""
-    detail: str = ""
+    marks: tuple[tuple[str, str], ...] = ()
+
+    def marked(self, kind: str) -> list[str]:
+        return [words for name, words in self.marks if name == kind]
 
 
 def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a page, with the marker of the line before each."""
+    """The fenced blocks of a page, with the markers on the lines before each."""
     found, lines = [], text.splitlines()
+    marks: list[tuple[str, str]] = []
     i = 0
     while i < len(lines):
         if lines[i].startswith("```"):
             start, language = i, lines[i][3:]
             while lines[i := i + 1] != "```":
                 pass
-            marker = MARKER.fullmatch(lines[start - 1]) if start else None
-            kind, reason, file, name = marker.groups() if marker else (None, None, None, None)
             body = "\n".join(lines[start + 1 : i]) + "\n"
-            found.append(Block(start + 1, language, body, kind or file or "", reason or name or ""))
+            found.append(Block(start + 1, language, body, tuple(marks)))
+        if marker := MARKER.fullmatch(lines[i]):
+            because, kind, words, alone = marker.groups()
+            marks.append((because or kind or alone, words or ""))
+        else:
+            marks = []
         i += 1
     return found
 
@@ -89,7 +124,9 @@ def blocks(text: str) -> list[Block]:
 def commands(block: Block) -> list[tuple[str, list[str]]]:
     """The commands of a bash or console block, each with the output that is shown below it."""
     if block.language == "bash":
-        return [(block.text, [])]
+        apart = block.marked("help") or block.marked("serves") or block.marked("status")
+        texts = re.sub(r" *\\\n *", " ", block.text).splitlines() if apart else [block.text]
+        return [(text, []) for text in texts]
     found: list[tuple[str, list[str]]] = []
     for line in block.text.splitlines():
         if line.startswith("$ "):
@@ -101,26 +138,98 @@ def commands(block: Block) -> list[tuple[str, list[str]]]:
     return found
 
 
+def smaller(text: str) -> str:
+    """A command or a file of a page with fewer steps and trials."""
+    for pattern, replacement in SMALLER:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of the project in `path`, whose scripts run with the Python of the tests."""
 
     path: Path
+    ports: dict[str, int] = field(default_factory=dict)  # a free one for each port of the page
+    servers: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def run(self, command: str) -> subprocess.CompletedProcess[str]:
+    def here(self, text: str) -> str:
+        """A command or script of a page with free ports."""
+        return PORT.sub(lambda found: found[1] + str(self.ports.setdefault(found[2], free_port())), text)
+
+    def start(self, command: str, **options: Any) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(self.path / ".venv" / "bin"), os.environ["PATH"]])
-        env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_DIR": str(self.path)}
+        env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_DIR": str(self.path), "WARM_CHILDREN": "1"}
+        env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.path.parent / "hub")}
         env.pop("WORKBENCH_DATA", None)
-        return subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", STEPS.sub(r"\1", command)],
+        return subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", smaller(self.here(command))],
             cwd=self.path,
             env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=SECONDS,
+            start_new_session=True,
+            **options,
         )
+
+    def run(self, command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        with self.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            try:
+                printed, _ = process.communicate(typed, timeout=SECONDS)
+            except BaseException:
+                end(process, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, printed)
+
+    def serve(self, command: str) -> None:
+        """Start a server, which runs until the page ends; raises AssertionError if its port does not answer."""
+        if not PORT.search(command):
+            command += next(f" --port {port}" for program, port in DEFAULT_PORTS.items() if command.startswith(program))
+        log = self.path.parent / f"server{len(self.servers)}.txt"
+        with log.open("w") as file:
+            server = self.start(command, stdin=subprocess.DEVNULL, stdout=file)
+        port = int(PORT.findall(self.here(command))[-1][1])
+        deadline = time.monotonic() + SECONDS
+        try:
+            while not answers(port):
+                waits = server.poll() is None and time.monotonic() < deadline
+                assert waits, f"{command}\n{log.read_text()}"
+                time.sleep(0.05)
+        except BaseException:
+            end(server, signal.SIGKILL)
+            server.wait()
+            raise
+        self.servers.append(server)
+
+    def close(self) -> None:
+        """End the servers as Ctrl-C does; raises AssertionError if one has ended before, or takes it for a failure."""
+        before = [server.poll() for server in self.servers]
+        for server in self.servers:
+            end(server, signal.SIGINT)
+        try:
+            after = [server.wait(SECONDS) for server in self.servers]
+        finally:
+            for server in self.servers:
+                end(server, signal.SIGKILL)
+        assert not any(status is not None for status in before), before
+        assert all(status in (0, 1, 130, -signal.SIGINT) for status in after), after  # 1: click's word for Ctrl-C
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def end(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+    """Send a signal to all that a command has started; what runs by `warm_python` ends with its client."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)
 
 
 def shrink(folder: Path) -> None:
@@ -134,19 +243,20 @@ def shrink(folder: Path) -> None:
                 sections.setdefault(name, {}).update(values)
             elif name in sections:
                 sections[name].update({key: value for key, value in values.items() if key in sections[name]})
-        sections.get("train", {}).pop("compile", None)
+        for name in ("compile", "epochs"):
+            sections.get("train", {}).pop(name, None)
         path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
 
 
 def shakespeare() -> bytes:
     """Stands for Tiny Shakespeare: short, with its dollar sign, which pydocs lacks."""
-    return b"".join(b"First Citizen: we have %d $ and no corn; speak, speak.\n" % i for i in range(200))
+    return b"".join(b"ROMEO: we have %d $ and no corn; speak, First Citizen.\n" % i for i in range(200))
 
 
-@pytest.fixture
-def project(tmp_path: Path, warm_python: WarmPython) -> Project:
+@pytest.fixture(scope="session")
+def tiny_project(tmp_path_factory: pytest.TempPathFactory, warm_python: WarmPython) -> Path:
     """The files that git tracks, with tiny settings, committed in a repository of their own."""
-    path = tmp_path / "project"
+    path = tmp_path_factory.mktemp("docs") / "project"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in tracked.split("\0"):
         if name and (ROOT / name).is_file():
@@ -160,29 +270,53 @@ def project(tmp_path: Path, warm_python: WarmPython) -> Project:
         if SHAKESPEARE_SHA256 in text:
             digest = hashlib.sha256(shakespeare()).hexdigest()
             source.write_text(text.replace(SHAKESPEARE_SHA256, digest), encoding="utf-8")
-    (path / ".venv").mkdir()  # `make` finds everything installed
+    (path / ".venv" / "bin").mkdir(parents=True)  # `make` finds everything installed
     for entry in Path(sys.prefix).iterdir():
-        (path / ".venv" / entry.name).symlink_to(warm_python.bin if entry.name == "bin" else entry)
+        if entry.name != "bin":
+            (path / ".venv" / entry.name).symlink_to(entry)
+    for entry in warm_python.bin.iterdir():
+        if entry.name not in ("torchrun", "lm-workbench"):
+            (path / ".venv" / "bin" / entry.name).symlink_to(entry)
+    torchrun = path / ".venv" / "bin" / "torchrun"  # the installed one names its interpreter
+    torchrun.write_text('#!/bin/sh\nexec python -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
     for name in (".installed", ".installed-dev", ".installed-bench"):
         (path / ".venv" / name).unlink(missing_ok=True)
         (path / ".venv" / name).touch()
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a copy"]):
-        subprocess.run([*git, *words], cwd=path, check=True)
-    return Project(path)
+    settings = {"user.name": "test", "user.email": "test@localhost", "commit.gpgsign": "false"}
+    named = [["config", key, value] for key, value in settings.items()]
+    for words in (["init", "-q"], *named, ["add", "-A"], ["commit", "-q", "-m", "a copy"]):
+        subprocess.run(["git", *words], cwd=path, check=True)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_project: Path) -> Iterator[Project]:
+    """A copy of the project for one page, whose servers end with it."""
+    subprocess.run(["cp", "-Rp", tiny_project, tmp_path / "project"], check=True)
+    project = Project(tmp_path / "project")
+    try:
+        yield project
+    finally:
+        project.close()
 
 
 def check_commands(block: Block, project: Project) -> None:
     """Runs a bash or console block; raises AssertionError if a command does not do what the page says."""
+    statuses = [int(status) for words in block.marked("status") for status in words.split()]
+    typed = "".join(f"{words}\n" for words in block.marked("type"))
     for command, shown in commands(block):
-        if block.marker == "help":
-            for line in command.splitlines():
-                done = project.run(re.sub(r"^make\b", "make -n", line) if line.startswith("make") else f"{line} --help")
-                assert done.returncode == 0, f"{line}\n{done.stdout}"
+        if block.marked("help"):
+            make = re.match(r"make\b", command)
+            done = project.run(re.sub(r"^make\b", "make -n", command) if make else f"{command} --help")
+            assert done.returncode == 0, f"{command}\n{done.stdout}"
             continue
-        done = project.run(command)
+        if block.marked("serves"):
+            project.serve(command)
+            continue
+        done = project.run(command, typed)
         errors = [line for line in shown if line.startswith("error: ")]
-        assert done.returncode == (2 if errors else 0), f"{command}\n{done.stdout}"
+        assert done.returncode in (statuses or [2 if errors else 0]), f"{command}\n{done.stdout}"
         printed = " ".join(done.stdout.split())
         for error in errors:  # in words, whatever the id of the run and the size of the vocabulary are
             pattern = re.escape(" ".join(error.split())).replace(r"20261121_071807_long", RUN_ID)
@@ -190,16 +324,30 @@ def check_commands(block: Block, project: Project) -> None:
 
 
 def check(block: Block, project: Project) -> None:
-    """Does with a block what its language and marker ask for."""
-    if block.marker == "file":
-        (project.path / block.detail).write_text(block.text, encoding="utf-8")
-    elif block.marker == "skip" or block.language == "text":
+    """Does with a block what its language and its markers ask for."""
+    for command in block.marked("first"):
+        check_commands(Block(block.line, "bash", command), project)
+    for command in block.marked("with"):
+        project.serve(command)
+    check_block(block, project)
+    for command in block.marked("then"):
+        check_commands(Block(block.line, "bash", command), project)
+
+
+def check_block(block: Block, project: Project) -> None:
+    for words in block.marked("read"):
+        shown, _, meant = words.partition(" as ")
+        assert shown in block.text, words
+        block = replace(block, text=block.text.replace(shown, meant))
+    if block.marked("file"):
+        (project.path / block.marked("file")[0]).write_text(smaller(block.text), encoding="utf-8")
+    elif block.marked("skip") or block.language == "text":
         pass
     elif block.language in ("bash", "console"):
         check_commands(block, project)
     elif block.language == "python":
         script = project.path / "page_example.py"
-        script.write_text(block.text, encoding="utf-8")
+        script.write_text(project.here(block.text), encoding="utf-8")
         done = project.run(f"python {script.name}")
         script.unlink()
         assert done.returncode == 0, done.stdout
@@ -225,7 +373,7 @@ def test_every_block_is_one_that_is_checked(page: str) -> None:
         assert block.language in LANGUAGES or re.fullmatch(r"diff recipe=\w+", block.language), f"{page}:{block.line}"
         if block.language == "python":
             assert not re.search(r"^\s*(from|import) utils", block.text, re.MULTILINE), "import from workbench"
-    assert text.count("<!-- docs:") == sum(bool(block.marker) for block in found) + text.count("`<!-- docs:")
+    assert text.count("<!-- docs:") == sum(len(block.marks) for block in found) + text.count("`<!-- docs:")
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"^    \S", outside, flags=re.MULTILINE), "an indented block is not run: use a fenced one"
 
@@ -263,3 +411,32 @@ def test_a_page_that_is_wrong_is_noticed(project: Project) -> None:
     ):
         with pytest.raises(Exception, match=r".*"):
             check(Block(1, language, text + "\n"), project)
+
+
+def test_a_comment_whose_command_fails_is_noticed(project: Project) -> None:
+    for text, kind, words in (
+        ("true", "first", "false"),
+        ("true", "then", "false"),
+        ("true", "with", "echo no server --port 8000"),
+        ("echo no server --port 8000", "serves", ""),
+        ("true", "read", "false as true"),
+        ("true\nexit 3", "status", "0 1"),
+        ("read -r line; test $line = yes", "type", "no"),
+        ("python no_such_script.py", "help", "it takes long"),
+    ):
+        with pytest.raises(AssertionError):
+            check(Block(1, "bash", text + "\n", ((kind, words),)), project)
+
+
+def test_a_page_with_servers_leaves_none_behind(project: Project) -> None:
+    """Each gets a port of its own, and Ctrl-C at the end."""
+    script = "from http.server import *; import sys; HTTPServer(('127.0.0.1', int(sys.argv[-1])), None).serve_forever()"
+    project.serve(f'python -c "{script}" --port 8000')
+    project.serve(f'python -c "{script}" --port 8001')
+    first, second = project.ports.values()
+    assert answers(first)
+    assert answers(second)
+    project.close()
+    assert not answers(first)
+    assert not answers(second)
+    project.servers.clear()

@@ -61,3 +61,31 @@ def test_what_a_fork_cannot_take_over_is_left_to_the_real_interpreter(warm_pytho
     env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([warm_python.path, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "False ascii\n"
+
+
+CHILD = """
+import os, signal, sys
+own = os.getpid()
+if (forked := os.fork()) == 0:
+    os._exit(os.getpid() == own)
+print("torch" in sys.modules, own, os.waitpid(forked, 0)[1] == 0, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+print("later")
+"""
+PARENT = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, "-u", "child.py"], stdout=subprocess.PIPE, text=True)
+printed, _ = process.communicate()
+print(printed == f"{sys.argv[1]} {process.pid} True\\n", process.returncode)
+"""
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_what_a_script_starts_is_forked_if_that_is_wanted(warm: bool, warm_python: WarmPython, tmp_path: Path) -> None:
+    """Its process is the one that the script has started: it reports that id, and ends it when it ends itself."""
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "parent.py").write_text(PARENT)
+    env = {**os.environ, "WARM_CHILDREN": "1" if warm else ""}
+    command = [warm_python.path, "parent.py", str(warm)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"True -{int(signal.SIGKILL)}\n"

@@ -4,7 +4,7 @@ A training of a second spends four in imports. The client, `WarmPython.path`, st
 line. A server forks a process that has the client's open descriptors, directory, environment, umask and words, and runs
 the script in it. The client passes its signals on, and ends as the script does: with its exit status, or by its signal.
 The server has imported no module of the project, so it serves any copy of the project. What a script starts in its turn
-is started as ever, by the real interpreter.
+is started as ever, by the real interpreter; with WARM_CHILDREN in its environment, it is forked as well.
 
 Pictures are plotted, but not rendered, which would be a third of a tiny training, and a new database of Aim is a copy.
 
@@ -102,11 +102,16 @@ def client(address: str, python: str, server_early: dict[str, str]) -> None:
     """Run the command line of this process on the server, or else by the real interpreter; does not return."""
     words = sys.argv[1:]
     fds = [int(name) for name in os.listdir("/proc/self/fd") if is_open(int(name))]
-    runs = words and (words[0].endswith(".py") or (words[0] in ("-c", "-m") and len(words) > 1))
+    unbuffered = words[:1] == ["-u"]  # as torchrun starts its ranks
+    script = words[unbuffered:]
+    runs = script and (script[0].endswith(".py") or (script[0] in ("-c", "-m") and len(script) > 1))
     if not (runs and {0, 1, 2} <= set(fds) and early(os.environ) == server_early):
         os.execv(python, [python, *words])
     task = {
-        "words": words,
+        "words": script,
+        "unbuffered": unbuffered,
+        "python": os.path.abspath(sys.argv[0]),
+        "pid": os.getpid(),
         "fds": fds,
         "folder": os.getcwd(),
         "environment": dict(os.environ),
@@ -200,6 +205,7 @@ def receive_task(connection: socket.socket) -> dict[str, Any]:
 
 def become(task: dict[str, Any]) -> None:
     """Run the script of a task as this process."""
+    import io
     import runpy
     import types
 
@@ -217,7 +223,15 @@ def become(task: dict[str, Any]) -> None:
     sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    if task["unbuffered"]:
+        raw = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
+        sys.stdout = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    if os.environ.get("WARM_CHILDREN"):
+        sys.executable = task["python"]
+        if os.environ.get("WARM_CHILD"):
+            take_id(task["pid"])
+        os.environ["WARM_CHILD"] = "1"
     program, *words = task["words"]
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if program in ("-c", "-m"):
@@ -232,6 +246,14 @@ def become(task: dict[str, Any]) -> None:
         sys.argv = [program, *words]
         sys.path[:1] = [str(Path(program).resolve().parent), *folders]
         runpy.run_path(program, run_name="__main__")
+
+
+def take_id(client: int) -> None:
+    """Go by the process id of the client, which is the one that the script that started it knows."""
+    own, getpid, kill = os.getpid(), os.getpid, os.kill
+    os.getpid = lambda: client
+    os.kill = lambda pid, number: kill(own if pid == client else pid, number)
+    os.register_at_fork(after_in_child=lambda: os.__dict__.update(getpid=getpid, kill=kill))
 
 
 def draw_pixels() -> None:

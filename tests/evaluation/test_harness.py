@@ -132,6 +132,8 @@ def test_tasks_are_run_recorded_shown_and_compared(runs: Path, capsys: pytest.Ca
 
     assert evaluate.main(["small", "--task", "tiny_choise", *words]) == 2
     assert "unknown task tiny_choise; did you mean tiny_choice?" in capsys.readouterr().err
+    assert evaluate.main(["small", "--task", "tiny_choice,tiny_answer", "--few-shot", "5", *words]) == 2
+    assert "error: tiny_choice: --few-shot 5: it has only 4 examples" in capsys.readouterr().err
     folder = runs.parent / "data"
     folder.mkdir()
     assert evaluate.main(["small", "--task", "hellaswag", "--task-data", str(folder), *words]) == 2

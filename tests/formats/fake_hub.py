@@ -1,4 +1,7 @@
-"""A server on this machine that stands in for the Hugging Face hub: models in folders, and its ways to fail."""
+"""A server on this machine that stands in for the Hugging Face hub: models in folders, and its ways to fail.
+
+python tests/formats/fake_hub.py FOLDER NAME ... --port PORT     # the model in FOLDER has these names; until Ctrl-C
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -152,3 +156,10 @@ def serve_hub() -> Iterator[Hub]:
         hub.go.set()
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    folder, *names, _, port = sys.argv[1:]
+    hub = Hub()
+    hub.models = dict.fromkeys(names, Path(folder))
+    ThreadingHTTPServer(("127.0.0.1", int(port)), partial(Handler, hub)).serve_forever()

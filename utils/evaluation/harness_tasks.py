@@ -26,7 +26,7 @@ from rich.text import Text
 from utils.errors import UserError, first_line, nearest
 from utils.evaluation.report import evaluation_record
 from utils.evaluation.weights import Trained
-from utils.terminal.words import one_line
+from utils.terminal.words import counted, one_line
 
 TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three of our own, of one kind each
 FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task that names one of these brings its own files
@@ -85,7 +85,7 @@ class HarnessTasks:
             limit: evaluate the first N documents of each task only.
 
         Raises:
-            UserError: the data of a task cannot be read, or the model cannot read or answer it.
+            UserError: the data of a task cannot be read or has too few examples, or the model cannot read or answer it.
         """
         from lm_eval.evaluator import evaluate
 
@@ -193,10 +193,20 @@ def quiet_bars() -> Iterator[None]:
 
 
 def configure(task: Any, few_shot: int | None) -> None:
-    """Set the examples before each question, as lm_eval's own command does: a task that says 0 keeps it."""
+    """Set the examples before each question, as lm_eval's own command does: a task that says 0 keeps it.
+
+    Raises:
+        UserError: the task does not have so many.
+    """
     own = task.get_config("num_fewshot")
     if few_shot is not None and own != 0:
         task.set_config(key="num_fewshot", value=few_shot)
+        if few_shot and task.OUTPUT_TYPE != "loglikelihood_rolling":  # of a text, which has no examples
+            own_question = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
+            if few_shot > (examples := len(task.fewshot_docs()) - own_question):
+                raise UserError(
+                    f"{task.config.task}: --few-shot {few_shot}: it has only {counted(examples, 'example')}"
+                )
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEW_SHOT_SEED)
