@@ -82,7 +82,7 @@ DEFAULT_PORTS = {"python serve.py": 8000, "tensorboard": 6006, "aim up": 43800}
 PORT = re.compile(r"(127\.0\.0\.1:|--port )(\d+)")
 
 MARKER = re.compile(
-    r"<!-- docs: (?:(skip|help) because|(file|first|with|then|read|type|status)) (.+) -->|<!-- docs: (serves) -->"
+    r"<!-- docs: (?:(help) because|(file|first|with|then|read|type|status)) (.+) -->|<!-- docs: (serves) -->"
 )
 RUN_ID = r"\d{8}_\d{6}_[\w.-]+?"
 
@@ -341,7 +341,7 @@ def check_block(block: Block, project: Project) -> None:
         block = replace(block, text=block.text.replace(shown, meant))
     if block.marked("file"):
         (project.path / block.marked("file")[0]).write_text(smaller(block.text), encoding="utf-8")
-    elif block.marked("skip") or block.language == "text":
+    elif block.language == "text":
         pass
     elif block.language in ("bash", "console"):
         check_commands(block, project)
