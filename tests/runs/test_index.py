@@ -30,9 +30,10 @@ def use(run: IndexedRun, good: IndexedRun) -> None:
     non_default_settings(run)
     code_identity(run)
     database = RunDatabase([run, good])
-    assert database.select("SELECT id FROM runs").rows == [(run.id,), (good.id,)]
     assert good.row()["val_loss"] == 2.0
-    assert database.select("SELECT * FROM runs WHERE id = 'good' AND val_loss = 2 AND seed = 1337").rows
+    found = database.select("SELECT id, id = 'good' AND val_loss = 2 AND seed = 1337 FROM runs").rows
+    assert [id_ for id_, _ in found] == [run.id, good.id]
+    assert found[1][1]
     database.select("SELECT * FROM metrics")
 
 
