@@ -31,9 +31,8 @@ def use(run: IndexedRun, good: IndexedRun) -> None:
     code_identity(run)
     database = RunDatabase([run, good])
     assert good.row()["val_loss"] == 2.0
-    found = database.select("SELECT id, id = 'good' AND val_loss = 2 AND seed = 1337 FROM runs").rows
-    assert [id_ for id_, _ in found] == [run.id, good.id]
-    assert found[1][1]
+    (id_, *_), (*of_good, seed) = database.select("SELECT id, val_loss, seed FROM runs").rows
+    assert (id_, *of_good, str(seed)) == (run.id, good.id, 2.0, "1337")
     database.select("SELECT * FROM metrics")
 
 
