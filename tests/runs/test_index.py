@@ -32,7 +32,7 @@ def use(run: IndexedRun, good: IndexedRun) -> None:
     database = RunDatabase([run, good])
     assert good.row()["val_loss"] == 2.0
     (id_, *_), (*of_good, seed) = database.select("SELECT id, val_loss, seed FROM runs").rows
-    assert (id_, *of_good, str(seed)) == (run.id, good.id, 2.0, "1337")
+    assert (id_, *of_good, float(seed)) == (run.id, good.id, 2.0, 1337.0)
     database.select("SELECT * FROM metrics")
 
 
