@@ -233,7 +233,7 @@ class Trial:
         self.state.sampler = replace(self.state.sampler, batch_size=sequences)
         forward_backward(self.state)
         grad_norms = clip_gradients(self.state)
-        optimizer_step(self.state, grad_norms if self.state.device.type == "cuda" else None)  # fake ones have no value
+        optimizer_step(self.state, None if self.state.device.type == "cpu" else grad_norms)  # fake ones have no value
 
 
 class CudaTrials:
