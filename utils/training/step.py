@@ -206,4 +206,5 @@ def step_and_put_back(optimizer: torch.optim.Optimizer, finite: torch.Tensor) ->
     before = {key: tensor.clone() for key, tensor in changed().items()}
     optimizer.step()
     for key, tensor in changed().items():  # state that is new is zero, as it would be before a first step
-        tensor.copy_(torch.where(finite, tensor, before.get(key, torch.zeros_like(tensor))))
+        old = before[key] if key in before else torch.zeros_like(tensor)
+        tensor.copy_(torch.where(finite, tensor, old))
