@@ -7,6 +7,7 @@ import http.server
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,7 +16,7 @@ import pytest
 
 from data import load_corpus
 from utils.config.settings import DataConfig
-from utils.corpora import sources
+from utils.corpora import source_files, sources
 from utils.corpora.sources import CorpusError, find_source
 from utils.errors import UserError
 
@@ -309,3 +310,12 @@ def test_the_folder_of_datasets_is_not_the_package_of_that_name(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
     with pytest.raises(CorpusError, match="pip install datasets"):
         source_files._downloaded("someone/texts", "someone/texts", None)
+
+
+def test_too_little_memory_for_a_download_is_not_taken_for_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_words: object, **_options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(MemoryError):
+        source_files._downloaded("org/name", "org/name", None)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from utils.corpora.blocks import COMPRESSED, named
 from utils.corpora.sources import CORPORA, TEXT_SUFFIXES, CorpusError, Source, find_source, visible_files
-from utils.errors import first_line, nearest
+from utils.errors import first_line, is_out_of_memory, nearest
 from utils.files import expand_home
 from utils.terminal.words import one_line
 
@@ -170,5 +170,7 @@ def _downloaded(source: str, name: str, config: str | None) -> list[Path]:
     try:
         loaded = load_dataset(name, config, split="train")
     except Exception as error:  # whatever the network, the hub and the package raise
+        if is_out_of_memory(error):
+            raise
         raise CorpusError(f"{source}: cannot be downloaded: {one_line(first_line(error))}") from None
     return [Path(entry["filename"]) for entry in loaded.cache_files]

@@ -23,7 +23,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from utils.errors import UserError, first_line, nearest
+from utils.errors import UserError, first_line, is_out_of_memory, nearest
 from utils.evaluation.report import evaluation_record
 from utils.evaluation.weights import Trained
 from utils.terminal.words import counted, one_line
@@ -116,6 +116,8 @@ class HarnessTasks:
             except UserError:
                 raise
             except Exception as error:  # of the hub, of a file, of the task
+                if is_out_of_memory(error):
+                    raise
                 hint = "" if self._folder else "; --task-data DIR reads data sets from a folder"
                 raise UserError(f"{name}: its data cannot be loaded: {first_line(error)}{hint}") from None
             loaded += built if isinstance(built, list) else [built]

@@ -14,7 +14,7 @@ import torch
 
 from model import LanguageModel
 from tokenizer import Tokenizer
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 from utils.files import read_json, real_path, write_json
 from utils.formats.engines import ENGINES, Engine, installed
 from utils.formats.gguf import MODEL as GGUF
@@ -134,6 +134,8 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         try:
             opened = engine(folder, ours.model.config.block_size)
         except Exception as error:  # whatever the other program raises, it does not open the export
+            if is_out_of_memory(error):
+                raise
             reason = f"does not open the export: {type(error).__name__}: {error}"
             found = {"agrees": False, "differences": [reason], "largest_logit_difference": None, "prompts": []}
         else:
