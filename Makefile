@@ -20,7 +20,7 @@ baseline: $(VENV)/.installed
 	$(BIN)/python train.py --run-tag baseline $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)  # a worker a core: more threads would fight
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)  # threads of several workers would fight for the cores
 
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadgroup $(ARGS)

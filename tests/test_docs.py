@@ -32,6 +32,7 @@ from utils.config.loader import ConfigLoader
 SLOW = (
     "README.md",
     "docs/api.md",
+    "docs/callbacks.md",
     "docs/comparing.md",
     "docs/configuration.md",
     "docs/data.md",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +15,9 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
 import train
 from utils.runs.log import LOG_FILES, METRICS_FILE, RunLog, offset_of_step, read_metrics, read_records, truncate
@@ -301,6 +306,23 @@ def test_an_event_file_is_cut_where_zeros_begin_at_once(tmp_path: Path) -> None:
     cut_session_end(events.path)
     assert events.path.stat().st_size == whole
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("package", ["google_crc32c", None], ids=["google_crc32c", "without it"])
+def test_records_are_framed_as_tensorboard_frames_them(
+    package: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if package is None:
+        monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    events = EventFile(tmp_path, purge_step=0)
+    events.add(scalar("x", 1.0), step=1, when=2.0)
+    events.close()
+    records = list(RawEventFileLoader(str(events.path)).Load())
+    assert len(records) == 3
+    expected = io.BytesIO()
+    for record in records:
+        RecordWriter(expected).write(record)
+    assert events.path.read_bytes() == expected.getvalue()
 
 
 def test_aim_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path) -> None:
