@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from warm_python import PIXEL, WarmPython, copy_databases
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of `make test &` in a script: it would be inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if some module imports it, runs its kernels on the CPU
 

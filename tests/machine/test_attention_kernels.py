@@ -25,11 +25,15 @@ def test_without_a_kernel_the_reason_is_torchs() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("capability", "changed"), [((9, 0), True), ((8, 0), False)])
-def test_only_hopper_has_an_order_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], changed: bool
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "changed"),
+    [((9, 0), 91900, True), ((9, 0), 91500, False), ((9, 0), None, False), ((8, 0), 91900, False)],
+)
+def test_only_hopper_with_a_new_cudnn_has_an_order_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int | None, changed: bool
 ) -> None:
     entered = []
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     monkeypatch.setattr(attention_kernels, "_only", lambda *names: entered.append(names))
     attention_order(CUDA)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -133,10 +132,8 @@ def test_autocast_computes_products_in_that_precision(dtype: torch.dtype) -> Non
 
 
 @pytest.fixture
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def restored() -> Iterator[None]:
     """Restores the settings of this process after the test."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is removed or restored afterwards
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     benchmark = torch.backends.cudnn.benchmark
@@ -157,15 +154,6 @@ def test_determinism_is_set_and_restored(deterministic: bool) -> None:
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert torch.backends.cudnn.benchmark is not deterministic
     assert torch.are_deterministic_algorithms_enabled() is before
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-
-
-@pytest.mark.usefixtures("restored")
-def test_cublas_gets_a_fixed_workspace_only_for_determinism() -> None:
-    with torch_settings(TrainConfig(deterministic=False), CUDA):
-        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    with torch_settings(TrainConfig(deterministic=True), CUDA):
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.usefixtures("restored")
@@ -188,13 +176,6 @@ def test_determinism_is_the_default_only_on_the_cpu(
     setting: bool | None, device: torch.device, deterministic: bool
 ) -> None:
     assert is_deterministic(TrainConfig(deterministic=setting), device) is deterministic
-
-
-@pytest.mark.usefixtures("restored")
-def test_a_workspace_chosen_by_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    with torch_settings(TrainConfig(deterministic=True), CUDA):
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 @pytest.mark.parametrize("seed", [0, 1337, 2**63 - 1])

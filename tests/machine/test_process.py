@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 
 def run(code: str, **environment: str) -> str:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GOMP_", "OMP_"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GOMP_", "OMP_", "CUBLAS_"))}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=inherited | environment
     )
@@ -49,6 +49,14 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(environment: dic
         "import os; from utils.machine.process import tune_process as t; t(); print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     assert run(code, **environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")]
+)
+def test_cublas_has_a_fixed_workspace_before_its_first_product(environment: dict[str, str], expected: str) -> None:
+    code = "import os; from utils.machine.process import tune_process as t; t(); print(os.environ[{!r}])"
+    assert run(code.format("CUBLAS_WORKSPACE_CONFIG"), **environment) == expected
 
 
 def test_objects_are_hidden_from_the_garbage_collector_only_inside_the_block() -> None:

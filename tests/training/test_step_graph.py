@@ -16,6 +16,7 @@ from utils.optim.schedules import apply_schedules
 from utils.terminal.cli import Parser
 from utils.terminal.config_flags import parse_experiment
 from utils.terminal.console import Terminal
+from utils.training.callbacks import Callback
 from utils.training.evaluate import sample_text
 from utils.training.feed import Feed
 from utils.training.setup import make_setup
@@ -108,6 +109,30 @@ def test_a_setting_that_a_callback_changes_is_recorded_anew(
             state.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
         step(state, update)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("change", "recordings"), [("hook", 1), ("frozen", 2), ("moved", 2), ("nothing", 1)])
+def test_what_a_callback_changes_in_the_model_is_seen(
+    change: str, recordings: int, new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recording] = []
+    own = Recording.__init__
+    monkeypatch.setattr(Recording, "__init__", lambda self, state: (made.append(self), own(self, state))[1])
+    state, warnings, called = new_state(), list[str](), list[int]()
+    state.callbacks = {"own": Callback()}
+    update = GraphUpdate(state, warnings.append)
+    weight = next(state.model.parameters())
+    for index in range(6):
+        if index == 4 and change == "hook":
+            state.model.blocks[0].register_forward_hook(lambda *_: called.append(1))
+        elif index == 4 and change == "frozen":
+            weight.requires_grad_(False)
+        elif index == 4 and change == "moved":
+            weight.data = weight.data.clone()
+        step(state, update)
+    assert len(made) == recordings
+    assert len(warnings) == (change == "hook")
+    assert len(called) == (2 if change == "hook" else 0)
 
 
 @pytest.mark.parametrize("obstacle", ["hook", "optimizer", "cuda"])

@@ -59,7 +59,8 @@ def greedy_tokens(model: LanguageModel, prompts: Sequence[Sequence[int]], count:
     """The `count` most likely tokens after each prompt, one after the other, with a key-value cache."""
     assert not model.training
     idx, lengths = padded(prompts, next(model.parameters()).device)
-    lean_model, cache = lean(model), new_cache(model, len(prompts))
+    longest = min(max(lengths) + count - 1, model.config.block_size)  # the last token is not attended to
+    lean_model, cache = lean(model), new_cache(model, len(prompts), longest)
     logits = prefill(lean_model, idx, cache, None if len(set(lengths)) == 1 else lengths)  # (B, V)
     steps = [logits.argmax(-1)]
     while len(steps) < count:

@@ -18,11 +18,17 @@ HOPPER = 9  # the major compute capability of H100 and H200
 # In training on Hopper. The backward pass of cuDNN does not repeat bit for bit, and torch does not use it with
 # deterministic algorithms; that of FlashAttention does then.
 ORDER = ("cudnn", "flash")
+OLDEST_CUDNN = 91501  # 9.15.1; older ones are wrong for lengths that are no multiple of 128: pytorch/pytorch#169849
 
 
 def attention_order(device: torch.device) -> AbstractContextManager[None]:
-    """Try the fused kernels in the measured order; restores torch's own order on exit. Does nothing but on Hopper."""
+    """Try the fused kernels in the measured order; restores torch's own order on exit.
+
+    Does nothing but on Hopper, and with a cuDNN that torch itself would not prefer.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return contextlib.nullcontext()
+    if (torch.backends.cudnn.version() or 0) < OLDEST_CUDNN:
         return contextlib.nullcontext()
     return _only(*(FUSED[name] for name in ORDER), *OTHERS)
 

@@ -153,8 +153,6 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     precision = products.fp32_precision
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     if config.compile:
         torch.use_deterministic_algorithms(deterministic)  # also tells the compiler, and imports it
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TypeVar
@@ -26,16 +27,29 @@ def record(work: Callable[[], R], device: torch.device) -> Callable[[], R]:
     """
     if device.type != "cuda":
         return work
-    graph = torch.cuda.CUDAGraph()
+    graph, pool, before = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream(device)
     # Other threads (a checkpoint being written, say) go on using the device meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
-        result = work()
+    recording = torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local")
+    try:
+        with torch.cuda.device(device), recording:
+            result = work()
+    except BaseException:
+        _end_recording(device, pool, before)
+        raise
 
     def repeat() -> R:
         graph.replay()
         return result
 
     return repeat
+
+
+def _end_recording(device: torch.device, pool: tuple[int, int], before: torch.cuda.Stream) -> None:
+    """Undo what torch leaves of a failed recording: its stream as the current one, its memory pool open."""
+    with torch.cuda.device(device):
+        torch.cuda.set_stream(before)
+        with contextlib.suppress(RuntimeError):  # closed already
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 @functools.cache

@@ -20,6 +20,8 @@ _is_script = False
 
 def tune_process() -> None:
     """Make idle threads sleep soon, and keep freed memory for the next step; settings of the user's take precedence."""
+    # For determinism on CUDA. cuBLAS looks at it once, so it cannot wait for the first run that asks for that.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints a line for each of its stages
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -22,6 +22,7 @@ from utils.checkpoints.folder import (
 )
 from utils.config.settings import TrainConfig
 from utils.files import write_json
+from utils.machine.device import synchronize
 from utils.nn.lora import frozen_weights
 from utils.runs.log import RunLog
 from utils.runs.metrics import decode_number, encode_number
@@ -41,7 +42,7 @@ class HostMemory:
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Host copies of `tensors`; the copies of the previous call are overwritten."""
-        on_gpu = False
+        gpus = set()  # to be waited for
         result = {}
         for name, tensor in tensors.items():
             copy = self._copies.get(name)
@@ -49,10 +50,11 @@ class HostMemory:
                 on_cuda = tensor.device.type == "cuda"
                 copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_cuda)
             copy.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
-            on_gpu |= tensor.device.type == "cuda"
+            if tensor.device.type == "cuda":
+                gpus.add(tensor.device)
             result[name] = copy
-        if on_gpu:
-            torch.cuda.synchronize()
+        for device in gpus:
+            synchronize(device)
         self._copies = result
         return result
 

@@ -52,7 +52,7 @@ class Recording:
     """
 
     def __init__(self, state: TrainState) -> None:
-        self.state, self.settings = state, fixed_settings(state.optimizer)
+        self.state, self._kept = state, (fixed_settings(state.optimizer), fixed_parts(state))
         self.loss = torch.zeros((), device=state.device)
         self.grad_norms = torch.zeros(len(state.optimizer.param_groups), device=state.device)
         self._feed = Feed(state.sampler, state.config.train.gradient_accumulation_steps)
@@ -60,6 +60,10 @@ class Recording:
         self._launch_gradients = record(self._gradients, state.device)
         self._grads = [(parameter, parameter.grad) for parameter in state.model.parameters()]
         self._launch_optimizer = record(lambda: step_if_finite(state, self.grad_norms), state.device)
+
+    def is_current(self) -> bool:
+        """Whether model and optimizer are as they were recorded: a callback may have changed them."""
+        return self._kept == (fixed_settings(self.state.optimizer), fixed_parts(self.state))
 
     def _gradients(self) -> None:
         self.state.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +121,7 @@ class GraphUpdate:
         """Whether there is a recording of the state as it is; makes one if it can."""
         if self._refused:
             return False
-        if self._recording is not None and self._recording.settings == fixed_settings(self.state.optimizer):
+        if self._recording is not None and self._recording.is_current():
             return True
         self._recording = None
         reason = obstacle(self.state)
@@ -133,10 +137,21 @@ class GraphUpdate:
 
 
 def fixed_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The settings of the parameter groups that a recording keeps; a callback may have changed them."""
+    """The settings of the parameter groups that a recording keeps."""
     assert isinstance(optimizer, EagerOptimizer)
     changing = {"params", *optimizer.scheduled}
     return [{name: value for name, value in group.items() if name not in changing} for group in optimizer.param_groups]
+
+
+def fixed_parts(state: TrainState) -> object:
+    """What a recording keeps of the model: where its weights are, which are trained, whether a call runs hooks.
+
+    Only callbacks change it, so without any it is not looked at in each step.
+    """
+    if not state.callbacks:
+        return None
+    weights = [(weight.data_ptr(), weight.requires_grad) for weight in state.model.parameters()]
+    return weights, any(map(is_patched, state.model.modules()))
 
 
 def obstacle(state: TrainState) -> str:
