@@ -41,7 +41,8 @@ EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losse
 class Corpus:
     """Encoded text: memory-mapped tokens, split into train and val.
 
-    tokens: shape (n,), uint16 or uint32, on disk once the corpus is stored. hash: sha256 of the text.
+    tokens: shape (n,), uint16 or uint32, on disk once the corpus is stored.
+    hash: sha256 of the text; of a prepared dataset, that of its record.
     prepared: the dataset that the tokens are of; None: they are those of one text.
     """
 

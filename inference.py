@@ -97,7 +97,7 @@ def compare_runs(args: argparse.Namespace, exports: Sequence[Path], settings: In
             print(*(completion_line(record, completion) for completion in run.completions), sep="\n")
     if args.html is not None:
         values = settings.model_dump() | vars(args)
-        chosen = [f"{flag_name(key)[2:]} {values[key]}" for key in SAMPLING if values[key]]
+        chosen = [f"{flag_name(key)[2:]} {values[key]}" for key in SAMPLING if values[key] not in (None, "", [], ())]
         write_out(args.html, completion_page(runs, ", ".join(chosen)))
         print(printable(f"wrote {args.html}"), file=sys.stderr)
     return 0

@@ -384,7 +384,7 @@ class LanguageModel(nn.Module):
         return logits
 
     def num_parameters(self) -> int:
-        """The number of trainable parameters; a tied embedding counts once."""
+        """The number of parameters; a tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
 

@@ -534,7 +534,7 @@ def create_model(
     elif vocab_size < 1:
         raise UserError(f"vocab_size must be at least 1, not {vocab_size}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(loaded.config.train.seed)
+        torch.default_generator.manual_seed(loaded.config.train.seed)  # not those of GPUs
         model = _late("TrainableModel")(loaded.config.model, vocab_size)
     model.tokenizer, model._loaded = tokenizer, loaded
     return cast("TrainableModel", model)
@@ -587,15 +587,12 @@ class _Fit:
 
 def _check_architecture(model: TrainableModel, config: ModelConfig) -> None:
     """Raises UserError unless `model` is what training with `config` would make."""
-    import torch
-
-    from model import LanguageModel
+    from model import outline
 
     differing = [key for key, value in model.config if getattr(config, key) != value]
     if differing:
         raise UserError(f"the model has another {', '.join(differing)}: make a new one with create_model")
-    with torch.device("meta"):
-        plain = LanguageModel(config, model.vocab_size)
+    plain = outline(config, model.vocab_size)
     kinds, own = ([(name, type(part)) for name, part in m.named_modules() if name] for m in (plain, model))
     if kinds != own:
         raise UserError("the layers of the model were changed by hand: fit trains what the configuration describes")

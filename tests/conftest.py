@@ -43,6 +43,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) * 3 // 2
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """A text of many kilobytes is no name of a test."""
+    return f"{argname} of {len(val):,}" if isinstance(val, str | bytes) and len(val) > 1000 else None
+
+
 def in_child(prepare: Callable[[], object], action: Callable[[], object]) -> Any:
     """What `action` returns or raises in a forked process, after `prepare` has changed that process."""
 

@@ -638,12 +638,13 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_several_runs_stand_side_by_side(two_runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     words = ["--prompt", "an", "--max-new-tokens", "5", "--logprobs", "--html", str(page), "--runs-dir", str(two_runs)]
-    assert inference.main(["one", "two", *words]) == 0
+    assert inference.main(["one", "two", *words, "--temperature", "0"]) == 0
     out = capsys.readouterr().out
     assert "one" in out
     assert "two" in out
     assert out.count("mean logprob") == 2
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "temperature 0, " in page.read_text(encoding="utf-8")
 
 
 def test_runs_scores_and_facts_are_lines_of_json(

@@ -105,6 +105,16 @@ def test_keywords_mappings_and_sections_mean_the_same() -> None:
     assert kinds[0].model.n_embd == 16  # of the files
 
 
+def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    first, second = (create_model(ModelConfig(n_layer=1), vocab_size=5) for _ in range(2))
+    assert torch.equal(first.token_embedding.weight, second.token_embedding.weight)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
 def test_a_config_is_taken_as_it_is() -> None:
     assert Trainer(Config()).config == Config()
     assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))

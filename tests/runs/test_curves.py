@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import time
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 import train
-from utils.runs.curves import draw_curves
-from utils.runs.layout import CURVES
+from utils.runs import curves
+from utils.runs.curves import draw_curves, thinned_records
+from utils.runs.layout import CURVES, METRICS_LOG
 from utils.runs.metrics import decode_number, metric_record
 
 Argv = Callable[..., list[str]]
@@ -104,6 +106,16 @@ def test_the_same_log_gives_the_same_picture(run: Path) -> None:
     write_log(run, [*steps([3.0, 2.5, 2.1]), evaluation])
     assert draw_curves(run)
     assert (run / CURVES).read_bytes() != first
+
+
+def test_records_of_callbacks_take_no_losses_out_of_the_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "POINTS", 500)
+    pairs = ((record, {"step": record["step"], "own": 1.0}) for record in steps(2.0 for _ in range(6000)))
+    write_log(run, [*itertools.chain.from_iterable(pairs)])
+    shown = [record["step"] for record in thinned_records(run / METRICS_LOG)]
+    gaps = {after - before for before, after in itertools.pairwise(shown)}
+    assert len(gaps) == 1
+    assert 100 < len(shown) < 1200
 
 
 def test_a_long_run_is_drawn_in_seconds(run: Path) -> None:

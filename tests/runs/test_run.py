@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -287,6 +289,8 @@ def test_runs_are_listed_by_start_then_id(runs_dir: Path) -> None:
     names = [path.name for path in list_run_paths(runs_dir)]
     assert names == ["20260103_000000", "20260102_000000_a", "20260102_000000_b"]
     assert list_run_paths(runs_dir / "nowhere") == []
+    (runs_dir / names[-1]).rename(runs_dir / f".{names[-1]}.pruned")
+    assert [path.name for path in list_run_paths(runs_dir)] == names[:-1]
 
 
 @pytest.fixture
@@ -474,6 +478,14 @@ def test_a_run_that_is_being_trained_is_refused_with_process_and_host(runs_dir: 
     assert read_status(first.path) == "running"
     first.release()
     Run.resume(first.path).release()
+
+
+def test_a_glance_at_the_lock_does_not_refuse_a_resume(runs_dir: Path) -> None:
+    path = ended(runs_dir)
+    with open(path / "lock") as glance:
+        fcntl.flock(glance, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (glance, fcntl.LOCK_UN)).start()
+        Run.resume(path).release()
 
 
 def test_a_second_resume_is_refused_as_well(runs_dir: Path) -> None:

@@ -15,7 +15,7 @@ from fake_runs import held_lock, make_run
 import experiments
 import train
 from utils.runs.index import read_run
-from utils.runs.layout import CURVES, LOGS, METRIC_REGISTRY, MODEL_SUMMARY, NOTES, SEAL, fed_note
+from utils.runs.layout import CURVES, LOGS, METRIC_REGISTRY, METRICS_LOG, MODEL_SUMMARY, NOTES, SEAL, fed_note
 from utils.runs.run import read_record
 
 pytestmark = pytest.mark.usefixtures("warm_processes")
@@ -48,6 +48,14 @@ def test_a_run_that_still_closes_is_not_called_unfinished(tmp_path: Path) -> Non
     assert "finish" in str(read_run(run).problem)
     with held_lock(run):
         assert read_run(run).problem is None
+
+
+def test_a_run_that_cannot_be_finished_is_not_sealed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "run", views={"tensorboard": {"state": "on"}})
+    (run / METRICS_LOG).unlink(missing_ok=True)
+    assert experiments.main(["finish", "run", "--runs-dir", str(tmp_path)]) == 2
+    assert "is missing" in capsys.readouterr().err
+    assert not (run / SEAL).exists()
 
 
 def test_a_run_that_has_not_ended_cannot_be_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

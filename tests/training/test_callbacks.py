@@ -25,7 +25,7 @@ from utils.runs import metrics
 from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import Metric, register_metric
 from utils.runs.run import read_record
-from utils.training.callbacks import Callback, Callbacks, TrainingRun
+from utils.training.callbacks import Callback, Callbacks, TrainingRun, load_callbacks
 from utils.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("prompt_writes", "warm_processes")
@@ -505,3 +505,14 @@ def test_a_resume_refuses_other_callbacks(
     assert "--callbacks: callbacks changes the numbers of a run" in capsys.readouterr().err
     assert train.main(["--resume", str(only_run()), *flags("Stopping")]) == 0
     assert read_record(only_run())["status"] == "completed"
+
+
+def test_a_module_that_was_edited_since_an_earlier_run_is_imported_again(
+    module: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    source = "from workbench import Callback\nclass Mine(Callback):\n    version = {}\n"
+    versions = []
+    for version in (1, 1, 22):  # of another length: the times of the two files may be equal
+        module("edited", source.format(version))
+        versions.append(load_callbacks(["edited:Mine"], tmp_path / "runs", tmp_path)["edited:Mine"].version)  # type: ignore[attr-defined]
+    assert versions == [1, 1, 22]

@@ -79,6 +79,15 @@ class Messages(list[str]):
         self.append(message)
 
 
+class Large:
+    """A callback with more state than is written."""
+
+    def state_dict(self) -> Any:
+        return {"text": "x" * (2 << 20)}
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
 @pytest.fixture
 def messages() -> Messages:
     return Messages()
@@ -285,6 +294,46 @@ def test_saving_waits_for_the_write_of_before(
     assert gate.most == 1
     assert steps_in(folder) == [3, 2]
     assert messages == []
+
+
+def test_a_checkpoint_that_is_abandoned_is_not_completed(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, gate: Gate
+) -> None:
+    checkpoints = checkpointer(folder, log, messages)
+    checkpoints.save(state)
+    gate.began.acquire()
+    checkpoints.abandon()
+    gate.open.release()
+    checkpoints.wait()
+    assert [*folder.iterdir()] == []
+    assert messages == []
+
+
+def test_state_that_could_not_be_read_again_is_not_written(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.checkpoints.files.JSON_BYTES", 1 << 20)
+    checkpoints = checkpointer(folder, log, messages)
+    save(checkpoints, state, 10)
+    state.callbacks = {"own": Large()}
+    save(checkpoints, state, 20)
+    assert steps_in(folder) == [10]
+    assert messages == [
+        "the checkpoint of step 20 was not written: state.json has 2 MiB, and at most 1 can be read: does a callback's "
+        "state_dict return whole tensors?; the newest is of step 10"
+    ]
+
+
+def test_what_cannot_be_pruned_was_written_nevertheless(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(checkpointing, "prune", stale)
+    save(checkpointer(folder, log, messages), state, 10)
+    assert messages == [f"{folder}: the older checkpoints were not deleted: Stale file handle"]
+    assert json.loads((folder / LATEST_FILE).read_text())["step"] == 10
 
 
 def test_waiting_without_a_write_returns_at_once(folder: Path, log: RunLog, messages: Messages) -> None:

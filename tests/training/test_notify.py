@@ -7,16 +7,18 @@ import json
 import os
 import sys
 import threading
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 import train
 from utils.training import notify
-from utils.training.notify import VARIABLE, message, take_url, without_url
+from utils.training.notify import VARIABLE, Notifier, message, take_url, without_url
 from utils.training.result import TrainResult
 
 SECRET = "T0KEN-of-a-webhook"
@@ -86,6 +88,14 @@ def test_a_run_that_ends_sends_its_status_and_its_directory_has_no_secret(
         assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
     assert SECRET not in " ".join(sys.argv)
     assert VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("user", "pair"), [("ada:l%40ve", "ada:l@ve"), ("tok", "tok:"), ("a%3Ab:c:d", "a:b:c:d"), (":key", ":key")]
+)
+def test_user_and_password_are_sent_as_curl_sends_them(user: str, pair: str) -> None:
+    notifier = Notifier(urlsplit(f"https://{user}@example.org/x"), "--notify")
+    assert b64decode(notifier._headers["Authorization"].removeprefix("Basic ")).decode() == pair
 
 
 @pytest.mark.parametrize(("flags", "status"), [(["--stop-at-step", "2"], "interrupted"), (["--callbacks", "x"], None)])

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from conftest import ROOT
 
 import train
 from data import load_corpus
-from tests.fake_runs import indexed, record_of
+from tests.fake_runs import held_lock, indexed, make_run, record_of
 from utils.config.settings import Config, DataConfig
 from utils.errors import number_text
 from utils.experiments.reproduce import reproduce
@@ -25,6 +26,7 @@ from utils.machine.ranks import ONE
 from utils.runs.code import GitFacts
 from utils.runs.identity import code_identity, later_code
 from utils.runs.index import read_run
+from utils.runs.layout import LOCK
 from utils.runs.run import Run, duration_of, read_record
 from utils.terminal.words import column_text
 from utils.training import session as of_session
@@ -141,6 +143,24 @@ def test_the_duration_is_the_sum_of_the_sessions(tmp_path: Path, monkeypatch: py
     again.release()
     assert read_record(run.path)["seconds"] == pytest.approx(5)
     assert read_run(run.path).row()["duration"] == pytest.approx(5)
+
+
+def test_who_only_looks_after_a_crashed_run_does_not_prolong_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run", status="running", start="2026-01-01T00:00:00+00:00", end=None)
+    died = datetime(2026, 1, 1, 0, 1, tzinfo=UTC).timestamp()
+    with held_lock(run):
+        pass
+    os.utime(run / LOCK, (died, died))
+    assert duration_of(run, read_record(run), alive=False) == 60
+    looking = Run.resume(run)
+    looking.settle()
+    looking.release()
+    assert duration_of(run, read_record(run), alive=False) == 60
+    again = Run.resume(run)
+    again.restart(["train.py"], 1)
+    again.release()
+    assert read_record(run)["seconds"] == 60
+    assert time.time() - (run / LOCK).stat().st_mtime < 60
 
 
 def test_the_duration_of_older_records_leaves_the_pauses_out(tmp_path: Path) -> None:

@@ -117,7 +117,4 @@ def prune(folder: Path, keep_last: int, best: int | None) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process left half written or half deleted."""
     for path in folder.glob(".*"):
-        if path.is_dir():
-            remove(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)

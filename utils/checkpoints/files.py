@@ -40,6 +40,7 @@ from utils.checkpoints.folder import (
 from utils.checkpoints.header import TensorEntry
 from utils.checkpoints.shards import JoinedTensors
 from utils.checkpoints.tensors import map_tensors, write_tensors
+from utils.files import JSON_BYTES
 from utils.folders import remove, sync_folder
 
 
@@ -136,8 +137,18 @@ def write_base(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, A
 
 
 def write_object(path: Path, value: Any) -> dict[str, Any]:
-    """Write and sync a JSON file; returns its entry in the manifest."""
-    return write_parts(path, [_json_bytes(value)])
+    """Write and sync a JSON file; returns its entry in the manifest.
+
+    Raises:
+        ValueError: it would be larger than what is read.
+    """
+    content = _json_bytes(value)
+    if len(content) > JSON_BYTES:
+        raise ValueError(
+            f"{path.name} has {len(content) >> 20:,} MiB, and at most {JSON_BYTES >> 20} can be read: "
+            "does a callback's state_dict return whole tensors?"
+        )
+    return write_parts(path, [content])
 
 
 def _json_bytes(value: Any) -> memoryview:

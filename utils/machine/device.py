@@ -158,6 +158,7 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     else:
         torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Nothing here reads memory that was not written, so it need not be filled.
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cuda":
@@ -170,6 +171,7 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.set_deterministic_debug_mode(before[0])
         torch.set_num_threads(before[1])
         torch.backends.cudnn.benchmark = before[2]
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         products.fp32_precision = precision
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +20,16 @@ COLORS = {"train/loss": "#b8c4d6", "train/eval_loss": "#3b6fb6", "val/loss": "#d
 
 
 def thinned_records(path: Path) -> Iterator[dict[str, Any]]:
-    """All evaluations and about POINTS other records of a log: more would not be visible in the picture."""
+    """All evaluations of a log and at most about POINTS losses of steps: more would not be visible in the picture."""
     stride = 1 + (path.stat().st_size // RECORD_BYTES if path.exists() else 0) // POINTS
-    offset, numbers = 0, itertools.count()
+    offset = steps = 0
     while lines := (read_lines(path, offset) if path.exists() else []):
         offset += sum(map(len, lines))
-        for number, line in zip(numbers, lines, strict=False):
-            if b'"val/loss"' in line or number % stride == 0:
+        for line in lines:
+            of_step = b'"train/loss"' in line
+            if b'"val/loss"' in line or (of_step and steps % stride == 0):
                 yield json.loads(line)
+            steps += of_step
 
 
 def draw_curves(run: Path) -> bool:

@@ -17,9 +17,12 @@ from utils.runs.run import RunError, read_record, read_status
 
 
 def list_run_paths(runs_dir: Path) -> list[Path]:
-    """The run directories in `runs_dir`, oldest first: by start time, then id."""
+    """The run directories in `runs_dir`, oldest first: by start time, then id.
+
+    A hidden folder is none: it is being made, or deleted.
+    """
     found = []
-    for path in runs_dir.glob(f"*/{RECORD}"):
+    for path in runs_dir.glob(f"[!.]*/{RECORD}"):
         try:
             found.append((read_record(path.parent).get("start") or "", path.parent.name, path.parent))
         except RunError:

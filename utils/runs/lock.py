@@ -53,11 +53,18 @@ class RunLock:
         self._write(Holder.this().signature)
         self._signed = True
 
-    def release(self) -> None:
-        """Others may take the lock at once, on other machines too."""
+    def release(self, silent_since: float | None = None) -> None:
+        """Others may take the lock at once, on other machines too.
+
+        Args:
+            silent_since: of a holder that did not train: when the one before gave its last sign of life, which says how
+                long it trained.
+        """
         if self._signed:
             with contextlib.suppress(OSError):  # a read-only disk: after a minute of silence it is free, too
                 self._write(f"{Holder.this().signature} {RELEASED}")
+                if silent_since is not None:
+                    os.utime(self.fd, (silent_since, silent_since))
         os.close(self.fd)
 
     def _write(self, text: str) -> None:

@@ -137,11 +137,7 @@ def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
         return f"it is being trained by process {record.get('pid')} on {record.get('host')}"
     if status not in (*RESUMABLE, "running"):
         return f"it {status}: {record.get('exit_reason')}"
-    return None if _config_path(path).is_file() else "it ended before its configuration was written"
-
-
-def _config_path(run: Path) -> Path:
-    return run / CONFIG
+    return None if (path / CONFIG).is_file() else "it ended before its configuration was written"
 
 
 def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
@@ -153,9 +149,9 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     Raises:
         ConfigError: the recorded configuration is missing or damaged.
     """
-    if not _config_path(run).is_file():
+    if not (run / CONFIG).is_file():
         raise ConfigError(f"{run.name} ended before its configuration was written: nothing can be resumed")
-    config, current = loader.load_only(_config_path(run)).config, loader.load()
+    config, current = loader.load_only(run / CONFIG).config, loader.load()
     try:
         sources = read_json(run / CONFIG_SOURCES, run)
     except (OSError, ValueError):  # the values count; where they came from is only reported

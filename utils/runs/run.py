@@ -30,6 +30,7 @@ from utils.runs.lock import (
     STALE_HEARTBEAT_SECONDS,
     RunLock,
     heart_beats,
+    heartbeat_of,
     holder_words,
     is_elsewhere,
     is_held,
@@ -38,6 +39,7 @@ from utils.runs.lock import (
 
 SCHEMA_VERSION = 1
 REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
+GLANCE_SECONDS = 0.2  # a process that looks whether the lock is free holds it for a moment
 NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
 IN_TRACKERS = {"aim", "wandb"}  # views whose data is not in the run directory
 
@@ -116,9 +118,17 @@ class Run:
     `run.finish(status, reason)` and `run.release()`, once each.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any], lock: RunLock, seconds_before: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        record: dict[str, Any],
+        lock: RunLock,
+        seconds_before: float = 0.0,
+        silent_since: float | None = None,
+    ) -> None:
         self.path = path
         self.seconds_before = seconds_before
+        self._silent_since = silent_since  # the last sign of life of the previous process, until this one trains
         self.has_flock = lock.has_flock
         self._record = record
         self._lock = lock
@@ -169,14 +179,14 @@ class Run:
             RunError: `path` is not a run directory, cannot be written, or has a link that leads out of it.
         """
         record, patience = read_record(path), 0.0
-        seconds = duration_of(path, record, alive=False)  # before the lock file gets another sign of life
+        seconds, last = duration_of(path, record, alive=False), heartbeat_of(path)  # before this process signs the lock
         if is_elsewhere(path, record) and heart_beats(path):
             if report is None or not wait_until_silent(path, lambda: read_record(path), report):
                 raise _being_trained(path, record)
             patience = STALE_HEARTBEAT_SECONDS  # for the server of a network disk to free the lock of a dead machine
         check_links(path)
         lock = _take_lock(path, record, patience)
-        return cls(path, {**record, **read_record(path)}, lock, seconds)
+        return cls(path, {**record, **read_record(path)}, lock, seconds, last)
 
     def restart(self, argv: Sequence[str], step: int, **facts: Any) -> None:
         """Record in run.json that this process continues training at `step`, and how the previous session ended.
@@ -184,7 +194,7 @@ class Run:
         Args:
             facts: further facts about the new session (git, say).
         """
-        record = self.record
+        record, self._silent_since = self.record, None
         previous = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
         if previous["status"] == "running":
             previous["status"] = "crashed"
@@ -279,7 +289,7 @@ class Run:
         """Release the lock; this process no longer uses the directory."""
         with self._mutex:
             self._ended.set()
-        self._lock.release()
+        self._lock.release(self._silent_since)
 
 
 def new_record(path: Path, tag: str | None, **facts: Any) -> dict[str, Any]:
@@ -355,16 +365,17 @@ def _take_lock(path: Path, record: Mapping[str, Any], patience: float) -> RunLoc
         RunLockedError: another process holds it.
         RunError: it cannot be written.
     """
-    deadline = time.monotonic() + patience
+    began = time.monotonic()
     try:
         while True:
             try:
                 lock = RunLock(path)
                 break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
+                waited = time.monotonic() - began
+                if waited >= max(patience, GLANCE_SECONDS):
                     raise _being_trained(path, record) from None
-                time.sleep(0.5)
+                time.sleep(0.01 if waited < GLANCE_SECONDS else 0.5)
         lock.sign()
     except OSError as error:
         raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None

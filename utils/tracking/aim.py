@@ -82,7 +82,7 @@ class AimView:
                 self._make_repo(aim)
         if self._run is None and self.run_hash is not None:
             with contextlib.suppress(MissingRunError):  # deleted in Aim: make a new one
-                self._run = self._open_run(aim, aim.Run.__new__(aim.Run), run_hash=self.run_hash, force_resume=True)
+                self._run = self._open_run(aim.Run.__new__(aim.Run), run_hash=self.run_hash, force_resume=True)
         if self._run is None:  # a second attempt continues with the run of the first
             self._run = self._new_run(aim)
         return {"hash": self.run.hash, "repo": self.repo}
@@ -102,7 +102,7 @@ class AimView:
             new = Path(shutil.copytree(made, Path(beside, made.name)))
             new.rename(Path(self.repo, made.name))  # fails where another process was faster
 
-    def _open_run(self, aim: ModuleType, run: aim.Run, **which: Any) -> aim.Run:
+    def _open_run(self, run: aim.Run, **which: Any) -> aim.Run:
         """Initialise the SDK's Run, without its own system metrics, terminal capture and threads."""
         settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
         run.__init__(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
@@ -127,7 +127,7 @@ class AimView:
         """A new Aim run; if it cannot be created completely, nothing is left of it."""
         self._unfinished = aim.Run.__new__(aim.Run)  # has its hash even if its constructor fails
         try:
-            run = self._open_run(aim, self._unfinished)
+            run = self._open_run(self._unfinished)
         except BaseException:  # Ctrl-C while a run is rebuilt, too
             self.abandon()
             raise

@@ -102,17 +102,20 @@ def finish(
     names = [name for name in VIEWS if name in views and views[name].get("state") != "complete" and is_installed(name)]
     try:
         if names:
-            return rebuild(path, root, names, report, warn)
-        run = Run.resume(path)
-        try:
-            mend(path, warn)
-            with contextlib.suppress(Exception):  # a picture
-                draw_curves(path)
-        finally:
-            run.release()
-        return names
-    finally:
+            rebuild(path, root, names, report, warn)
+        else:
+            run = Run.resume(path)
+            try:
+                mend(path, warn)
+                with contextlib.suppress(Exception):  # a picture
+                    draw_curves(path)
+            finally:
+                run.release()
+    except RebuildError:
         _seal_once(path, warn)
+        raise
+    _seal_once(path, warn)
+    return names
 
 
 def _seal_once(path: Path, warn: Callable[[str], None]) -> None:

@@ -10,14 +10,19 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from utils.errors import UserError, typed_line
 from utils.machine.signals import StopRequest
+from utils.runs.imported import source_of
 from utils.runs.trust import check_callback_place
 from utils.training.state import TrainState
+
+_SOURCES: WeakKeyDictionary[ModuleType, bytes] = WeakKeyDictionary()  # of the modules of callbacks, as imported
 
 Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step and its numbers
 
@@ -157,7 +162,7 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
             raise UserError(f"callbacks: {name} is listed twice")
         check_callback_place(name, runs_dir, root)
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            found = getattr(_up_to_date(module), attribute)
             if not (isinstance(found, type) and issubclass(found, Callback)):
                 raise UserError(f"callbacks: {name} is not a subclass of workbench.Callback")
             callbacks[name] = found()
@@ -166,6 +171,20 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise UserError(f"callbacks: {name} cannot be used: {_in_one_line(error)}") from error
     return callbacks
+
+
+def _up_to_date(name: str) -> ModuleType:
+    """The module, imported again if its file has changed since an earlier run of this process, as it may in a notebook.
+
+    Otherwise the run would record the file as it is, and call the code as it was.
+    """
+    module = importlib.import_module(name)
+    if (path := source_of(name)) is not None and path.is_file():
+        source = path.read_bytes()
+        if _SOURCES.setdefault(module, source) != source:
+            importlib.reload(module)
+            _SOURCES[module] = source
+    return module
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -94,7 +94,7 @@ class Checkpointer:
         self._last_time = time.monotonic()
         self._thread: threading.Thread | None = None
         self._write_seconds: float | None = None
-        self._was_stopped = False
+        self._was_stopped = self._is_abandoned = False
 
     def due(self, step: int) -> bool:
         """Whether checkpoint_interval or checkpoint_minutes asks for one now and none is being written."""
@@ -137,6 +137,10 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
+    def abandon(self) -> None:
+        """Leave the checkpoint that is being written unfinished: another process may train the run from now on."""
+        self._is_abandoned = True
+
     def seconds_to_save(self, state: TrainState) -> float:
         """How long a checkpoint may take, in seconds, with a margin."""
         if self._write_seconds is None:  # estimated once, since this is asked at every step
@@ -166,11 +170,12 @@ class Checkpointer:
                 self._base = write_base(self.folder, frozen)
             self._write_files(path, weights, optimizer, tokenizer, facts)
             self._written_step = step
-            prune(self.folder, self.settings.keep_last, facts["best_step"] if self.settings.keep_best else None)
         except Exception as error:  # the boundary of the thread: training continues with the earlier checkpoints
-            with contextlib.suppress(OSError):
-                self._report_failure(step, error)
+            if not self._is_abandoned:
+                with contextlib.suppress(OSError):
+                    self._report_failure(step, error)
         else:
+            self._prune(facts["best_step"] if self.settings.keep_best else None)
             self._point(step, facts["best_step"], decode_number(facts["best_val_loss"]))
         if not self._was_stopped:
             self._write_seconds = time.monotonic() - began
@@ -183,7 +188,19 @@ class Checkpointer:
         tokenizer: Mapping[str, Any],
         facts: Mapping[str, Any],
     ) -> None:
-        write_checkpoint(path, weights, optimizer, tokenizer, facts, self.log.sync, self._base)
+        write_checkpoint(path, weights, optimizer, tokenizer, facts, self._complete, self._base)
+
+    def _complete(self) -> None:
+        """What precedes the last file of a checkpoint."""
+        if self._is_abandoned:
+            raise InterruptedError("its run has ended")
+        self.log.sync()
+
+    def _prune(self, best_step: int | None) -> None:
+        try:
+            prune(self.folder, self.settings.keep_last, best_step)
+        except OSError as error:
+            self._warn(f"{self.folder}: the older checkpoints were not deleted: {reason_of(error)}")
 
     def _report_failure(self, step: int, error: Exception) -> None:
         """Say that a checkpoint was not written, and which is the newest one."""

@@ -89,7 +89,8 @@ class Notifier:
         self._headers = {"Content-Type": "application/json", "User-Agent": "lm-workbench"}
         user, at, _ = parts.netloc.rpartition("@")
         if at:
-            credentials = base64.b64encode(unquote(user).encode()).decode()
+            name, _, password = user.partition(":")
+            credentials = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode()
             self._headers["Authorization"] = f"Basic {credentials}"
         self._parts = parts
         self._path = urlunsplit(("", "", parts.path or "/", parts.query, ""))

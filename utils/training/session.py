@@ -166,6 +166,7 @@ class Session:
         write_meta(setup, run, git)
         log = RunLog(run.path / LOGS)
         after_status.callback(self._attempt, self._close_log, log)
+        after_views = after_status.enter_context(ExitStack())
         before_status.callback(self._attempt, log.sync)
         self.state = state = prepare_run(setup, run, self._start, terminal)
         before_status.callback(self.outcome.read, state)
@@ -187,6 +188,7 @@ class Session:
         base = self._start.checkpoint.base if self._start.own and self._start.checkpoint else None
         arguments = folder, state.config.train, config_hash, log, self._warn, saved_step, base
         self.checkpoints = make_checkpointer(state, *arguments)
+        after_views.callback(self.checkpoints.abandon)
         self._stop.on_continue.append(self.checkpoints.continued)
         before_status.callback(self._wait_for_checkpoint)
 

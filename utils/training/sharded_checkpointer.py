@@ -76,7 +76,7 @@ class ShardedCheckpointer(Checkpointer):
             files[INDEX_FILE] = write_object(folder / INDEX_FILE, index_of(self._ranks.world_size, outlines))
             return files
 
-        write_folder(path, write, tokenizer, facts, self.log.sync)
+        write_folder(path, write, tokenizer, facts, self._complete)
 
     def _outlines(self, tensors: Tensors) -> Outlines:
         return {name: (tensor.dtype, self._shards.shape_of(name, tensor)) for name, tensor in tensors.items()}
