@@ -399,6 +399,7 @@ def test_only_the_steps_after_the_warmup_are_timed(tmp_path: Path, monkeypatch: 
     assert clock.step_ms == pytest.approx(3.0)  # the mean of 1, 2, 3, 4 and 5
 
 
+@pytest.mark.slow
 def test_an_arm_is_a_new_process_whose_memory_and_threads_are_reported(tmp_path: Path) -> None:
     result, memory_mb = training_benchmark.measure(tiny_task(PEAK, tmp_path))
     assert result.threads == 1

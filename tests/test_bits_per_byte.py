@@ -72,6 +72,7 @@ def runs_of(tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return trained
 
 
+@pytest.mark.slow
 def test_every_kind_trains_resumes_forks_and_generates(
     runs_of: Callable[..., Path],
     tiny_argv: Argv,

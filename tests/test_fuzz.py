@@ -29,6 +29,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
     return fuzzer
 
 
+@pytest.mark.slow
 def test_a_few_cases_have_no_fault(fuzzer: Fuzzer) -> None:
     for index in CASES:
         case, ended, faults = fuzzer.try_case(index)

@@ -192,6 +192,7 @@ def test_a_terminal_that_is_closed_is_a_signal_unless_it_is_ignored(
 # ------------------------------------------------------------------------------------------------ closed descriptors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
 def test_nothing_is_opened_in_place_of_a_standard_stream(
     closed: tuple[int, ...], train_command: Command, start: Callable[..., Any], runs_dir: Path

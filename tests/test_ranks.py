@@ -146,6 +146,7 @@ def test_one_two_and_four_ranks_give_the_same_bits_and_resume_each_other(
         assert verify_seal(run).good
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "reason", "checkpoint"),
     [
@@ -190,6 +191,7 @@ def test_a_rank_that_is_frozen_is_ended_and_the_run_goes_on(
     assert time.monotonic() - began < SECONDS
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_rank_0_ends_all_and_keeps_the_checkpoint(
     launch: Launch, small_disk: Path, no_process_left: None
 ) -> None:

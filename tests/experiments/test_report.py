@@ -298,6 +298,7 @@ def keep_picture(page: Page, tmp_path: Path, name: str, whole: bool = True) -> N
     page.screenshot(path=pictures / f"{name}.png", full_page=whole, animations="disabled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_page_draws_its_curves_and_fits(size: str, scheme: str, visit: Visitor, tmp_path: Path) -> None:
@@ -314,6 +315,7 @@ def test_the_page_draws_its_curves_and_fits(size: str, scheme: str, visit: Visit
     keep_picture(page, tmp_path, f"report_{size}_{scheme}")
 
 
+@pytest.mark.slow
 def test_hovering_tells_the_values(visit: Visitor, tmp_path: Path) -> None:
     visited = visit("desktop", "light")
     page = visited.page
@@ -333,6 +335,7 @@ def test_hovering_tells_the_values(visit: Visitor, tmp_path: Path) -> None:
     keep_picture(page, tmp_path, "report_hover", whole=False)
 
 
+@pytest.mark.slow
 def test_the_axis_can_be_switched(visit: Visitor) -> None:
     page = visit("desktop", "dark").page
     title = page.locator("#chart .xtitle")
@@ -344,6 +347,7 @@ def test_the_axis_can_be_switched(visit: Visitor) -> None:
     assert dict(ends) == {"step": 600, "tokens": 768 * 600, "time": 150.0}
 
 
+@pytest.mark.slow
 def test_colours_follow_the_scheme_while_the_page_is_open(visit: Visitor) -> None:
     page = visit("desktop", "light").page
     title = page.locator("#chart .xtitle")
@@ -352,6 +356,7 @@ def test_colours_follow_the_scheme_while_the_page_is_open(visit: Visitor) -> Non
     expect(title).not_to_have_css("fill", light)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_run_is_markup_in_the_browser(visit: Visitor) -> None:
     page = visit("desktop", "light").page
     assert page.locator("main img").count() == page.locator("main script").count() == 0

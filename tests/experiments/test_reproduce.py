@@ -89,12 +89,14 @@ def run(tiny_argv: Argv, only_run: Callable[[], Path], prompt_writes: None) -> P
     return only_run()
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_with_the_current_code(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--from-checkpoint", "--code", "current", "--runs-dir", str(run.parent)]
     assert experiments.main(["reproduce", "one", *words]) == 0
     assert "identical for 4 steps" in capsys.readouterr().out  # 8 is the newest checkpoint before the end
 
 
+@pytest.mark.slow
 def test_another_dropout_is_found_at_its_first_step(run: Path) -> None:
     path = run / "meta" / "full_config.json"
     config = json.loads(path.read_text())

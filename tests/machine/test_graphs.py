@@ -26,3 +26,18 @@ def test_recording_computes_nothing_and_each_launch_repeats_the_work(index: int)
         result = repeat()
     assert result is total
     assert total.tolist() == [2, 2, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_after_a_recording_that_failed_the_device_can_be_used_as_before() -> None:
+    device = torch.device("cuda", 0)
+    total, before = torch.zeros(3, device=device), torch.cuda.current_stream(device)
+    earlier = record(lambda: total.add_(1), device)
+    with pytest.raises(RuntimeError):
+        record(lambda: total.sum().item(), device)
+    assert torch.cuda.current_stream(device) == before
+    torch.cuda.empty_cache()
+    assert torch.nn.functional.dropout(total, 0.5).shape == (3,)
+    earlier()
+    record(lambda: total.add_(1), device)()
+    assert total.tolist() == [2, 2, 2]

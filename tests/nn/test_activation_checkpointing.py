@@ -34,6 +34,7 @@ def test_the_bits_are_the_same_also_with_dropout(dropout: float, position: str) 
     assert all(torch.equal(mine, reference) for mine, reference in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_it_can_be_compiled() -> None:
     torch.testing.assert_close(
         loss_and_gradients(checkpointing=True, compiled=True), loss_and_gradients(checkpointing=False)

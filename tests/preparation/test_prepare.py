@@ -303,6 +303,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_preparation_that_is_killed_goes_on(tmp_path: Path) -> None:
     source = json_lines(tmp_path / "a.jsonl", TEXTS * 3)
     target = tmp_path / "sets" / "mine"

@@ -80,6 +80,7 @@ def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
     assert len(Study(sweep).trials()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> None:
     """Two trials of two seeds with one rung: the better one goes on from its checkpoints, in the same directories."""
@@ -105,6 +106,7 @@ def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> Non
     assert seeds == {1337, 1338}
 
 
+@pytest.mark.slow
 def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainings stop with a checkpoint, exit status 143; --resume continues them; --json is the result."""
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "0.1")

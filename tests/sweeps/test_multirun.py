@@ -48,6 +48,7 @@ def test_a_mistake_is_one_line(word: str, message: str) -> None:
     assert message in line
 
 
+@pytest.mark.slow
 def test_runs_are_trained_compared_and_not_trained_again(tmp_path: Path) -> None:
     words = [sys.executable, "tests/sweeps/stand_in.py", f"--runs-dir={tmp_path / 'runs'}", "--max-iters=2"]
     words += ["--eval-interval=1", "--run-tag=grid", "--jobs=2", "--multirun", "learning_rate=1e-3,1e-2", "seed=1,2"]

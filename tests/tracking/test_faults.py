@@ -315,6 +315,7 @@ def in_process(argv: list[str], repo: Path, capfd: pytest.CaptureFixture[str]) -
     return output
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_for_a_repository(
     tiny_argv: Argv,
     untroubled_log: list[dict[str, Any]],
@@ -358,6 +359,7 @@ def test_a_read_only_disk(
 # ------------------------------------------------------------------------------------------ deleted
 
 
+@pytest.mark.slow
 def test_an_aim_repository_deleted_during_training(
     training: Callable[..., Training],
     only_run: Callable[[], Path],

@@ -239,6 +239,7 @@ def test_a_torn_last_line_is_ignored(tracked: tuple[Path, Path]) -> None:
     assert shown(run, folder) == whole
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_shown_as_such_and_can_be_resumed_after_a_rebuild(
     tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +268,7 @@ def test_an_interrupted_run_is_shown_as_such_and_can_be_resumed_after_a_rebuild(
     assert again[1] == whole[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_callback_is_rebuilt_without_its_module(
     tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

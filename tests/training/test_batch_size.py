@@ -181,6 +181,7 @@ def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
     assert 3 * weights <= kept < 3.3 * weights  # with the two moments of AdamW, and the table of rotations
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_is_counted() -> None:
     deep = TINY.model_copy(update={"n_layer": 8, "dropout": 0.1})
     whole, less = (
@@ -326,6 +327,7 @@ def test_a_run_is_that_with_the_same_numbers_by_hand(
     assert found.shadowed == [("auto", "--batch-size"), (12, "configs/train.yaml:4"), (12, "default")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("six_fit", "prompt_writes")
 def test_resume_and_fork_keep_the_numbers_on_a_machine_with_less_memory(
     tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -120,6 +120,7 @@ def assert_damaged_base_is_found_before_it_is_trained_on(run: Path) -> None:
     assert any("base.safetensors: damaged" in line for line in verify_seal(run).damaged)
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

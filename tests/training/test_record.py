@@ -175,6 +175,7 @@ def test_the_duration_of_older_records_leaves_the_pauses_out(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------ grown
 
 
+@pytest.mark.slow
 def test_a_run_that_grew_is_reproduced_with_the_evaluation_at_its_old_end(
     tiny_argv: Argv, only_run: Callable[[], Path]
 ) -> None:

@@ -75,6 +75,7 @@ def killed(words: list[str], moment: str, step: int) -> None:
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 
+@pytest.mark.slow
 def test_kills_in_a_micro_step_a_write_and_after_an_evaluation_change_nothing(
     tiny_argv: Argv, run_of: Callable[[str], Path]
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_second_signal_stops_at_once_and_leaves_nothing_half(
     assert train.main(["--resume", str(only_run())]) == 0
 
 
+@pytest.mark.slow
 def test_max_minutes_stops_in_time_with_a_checkpoint(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +180,7 @@ def test_the_time_limit_is_that_of_one_process(
 # ------------------------------------------------------------------------------------------ which run
 
 
+@pytest.mark.slow
 def test_resume_auto_is_one_command_for_a_job_that_is_stopped_again_and_again(
     tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +265,7 @@ def test_observation_settings_may_be_overridden_and_stay(
     assert config["tracking"]["log_interval"] == 5
 
 
+@pytest.mark.slow
 def test_max_iters_may_grow_where_the_schedule_does_not_depend_on_it(
     tiny_argv: Argv, run_of: Callable[[str], Path]
 ) -> None:
@@ -305,6 +309,7 @@ def test_flags_that_do_not_go_together_are_a_mistake(words: list[str], tiny_argv
 # ------------------------------------------------------------------------------------------ damage
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     tiny_argv: Argv,
     run_of: Callable[[str], Path],
@@ -329,6 +334,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     assert differences(run_of("straight"), run) == SAME
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_reported_and_nothing_is_lost(
     tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,6 +429,7 @@ def test_fine_tuning_starts_at_step_0_with_the_best_weights_of_another_run(
     assert all(torch.allclose(weights[name], tuned_weights[name], atol=1e-3) for name in weights)
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_forks_that_die_before_their_first_checkpoint_begin_again_where_they_began(
     tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
