@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY_FLAGS
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
-from warm_python import WarmPython
 
 from utils.runs.log import read_records
 from utils.runs.run import read_record
@@ -78,8 +77,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path, warm_python: WarmPython) -> list[TinyRun]:
-    """Three completed runs, in the order of their learning rates. Their process is not that of the tests."""
+def runs(folder: Path) -> list[TinyRun]:
+    """Three completed runs, in the order of their learning rates, by a process that renders their pictures."""
     text = "".join(f"line {i}: the quick brown fox jumps over {i * i % 97} lazy dogs.\n" for i in range(100))
     (folder / "tiny.txt").write_text(text, encoding="utf-8")
     places = {
@@ -93,7 +92,7 @@ def runs(folder: Path, warm_python: WarmPython) -> list[TinyRun]:
     commands = [
         [*flags, "--aim-logging", "--run-tag", tag, "--learning-rate", rate] for tag, rate in LEARNING_RATES.items()
     ]
-    process = [warm_python.path, "-c", TRAIN_THREE, json.dumps(commands)]
+    process = [sys.executable, "-c", TRAIN_THREE, json.dumps(commands)]
     subprocess.run(process, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     paths = {path.name.rpartition("_")[2]: path for path in (folder / "runs").iterdir()}
     return [TinyRun(paths[tag], rate) for tag, rate in LEARNING_RATES.items()]

@@ -349,11 +349,11 @@ def test_an_exception_while_state_is_loaded_ends_the_run_as_failed_and_loses_not
     assert [step for step, _ in read_metrics(only_run() / "logs", "train/loss")] == list(range(6))
 
 
-@pytest.mark.parametrize("value", [math.nan, {1, 2}])
+@pytest.mark.parametrize("state", [{"value": math.nan}, {"value": {1, 2}}, [1.0], None], ids=str)
 def test_a_state_that_is_not_json_ends_the_run_as_failed(
-    value: object, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+    state: object, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Callback, "state_dict", lambda self: {"value": value})
+    monkeypatch.setattr(Callback, "state_dict", lambda self: state)
     with pytest.raises((TypeError, ValueError)):
         train.main(tiny_argv(*flags("Recorder")))
     assert read_record(only_run())["status"] == "failed"

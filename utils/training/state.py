@@ -243,10 +243,11 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """A deep copy, since training continues while it is written.
 
     Raises:
-        TypeError, ValueError: it is not JSON.
+        TypeError, ValueError: it is not JSON, or no dictionary.
     """
-    copy = json.loads(json.dumps(state, allow_nan=False))
-    assert isinstance(copy, dict)
+    if not isinstance(state, dict):
+        raise TypeError(f"state_dict of a callback must return a dictionary, not {type(state).__name__}")
+    copy: dict[str, Any] = json.loads(json.dumps(state, allow_nan=False))
     return copy
 
 
