@@ -485,7 +485,9 @@ def test_a_glance_at_the_lock_does_not_refuse_a_resume(runs_dir: Path) -> None:
     with open(path / "lock") as glance:
         fcntl.flock(glance, fcntl.LOCK_SH)
         threading.Timer(0.05, fcntl.flock, (glance, fcntl.LOCK_UN)).start()
-        Run.resume(path).release()
+        run = Run.resume(path)
+    assert run.id == path.name
+    run.release()
 
 
 def test_a_second_resume_is_refused_as_well(runs_dir: Path) -> None:
