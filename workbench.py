@@ -696,10 +696,7 @@ def _note(line: str) -> None:
 
 
 def _export_folder(run: RunName | None) -> Path:
-    path = None if run is None else Path(_path(run))
-    if path is not None and (path / "model.safetensors").is_file():
-        return path
-    return find_export(None if path is None else str(path), _runs_dir())
+    return find_export(None if run is None else os.fspath(_path(run)), _runs_dir())
 
 
 def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, Any]:
