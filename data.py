@@ -168,7 +168,7 @@ def load_corpus(
     Args:
         tokenizer: of the model that is trained further; None: one is made from the corpus.
         warn, report: print one line to the user.
-        keep: write what is encoded now; otherwise only `stored` does, so that a mistake found meanwhile leaves nothing.
+        keep: write the tokens now. Otherwise `Corpus.stored` does later, so that a mistake found before leaves no file.
         datasets_dir: folder of prepared datasets; by default that of `config`.
 
     Raises:
@@ -177,9 +177,15 @@ def load_corpus(
     datasets_dir = Path(config.datasets_dir) if datasets_dir is None else datasets_dir
     if config.dataset not in CORPORA and (found := find_dataset(config.dataset, datasets_dir)) is not None:
         prepared = open_prepared(found, config, block_size, corpora_dir / "plans", tokenizer, warn, report)
-        tokens, n_train = prepared.tokens, len(prepared.documents["train"].tokens)
-        facts = (prepared.dataset.hash, prepared.tokenizer, tokens, n_train, prepared.save_plans, prepared)
-        corpus = Corpus(config.dataset, *facts)
+        corpus = Corpus(
+            name=config.dataset,
+            hash=prepared.dataset.hash,
+            tokenizer=prepared.tokenizer,
+            tokens=prepared.tokens,
+            n_train=len(prepared.documents["train"].tokens),
+            store=prepared.save_plans,
+            prepared=prepared,
+        )
         return corpus.stored() if keep else corpus
     if config.packing != "random":
         raise CorpusError(
@@ -195,18 +201,17 @@ def load_corpus(
             tokenizer = build_tokenizer(config.model_copy(update={"corpora_dir": str(corpora_dir)}), ())
     except TokenizerError as error:
         raise CorpusError(str(error)) from None
-    others = {"dataset", "val_fraction", "corpora_dir", "datasets_dir", "packing", "loss_after"}
-    of_tokenizer = config.model_dump_json(exclude=others)
-    wanted = of_tokenizer if tokenizer is None else tokenizer.hash()
+    not_of_tokenizer = {"dataset", "val_fraction", "corpora_dir", "datasets_dir", "packing", "loss_after"}
+    key = config.model_dump_json(exclude=not_of_tokenizer) if tokenizer is None else tokenizer.hash()
     stamp = source.stamp()  # before the text is read: it may change meanwhile
-    file = _recorded_file(folder, record_path(folder, source.name, wanted), stamp, warn)
+    file = _recorded_file(folder, record_path(folder, source.name, key), stamp, warn)
     if file is not None:
         n_train = _split(config, file.n_tokens, block_size)
         corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, _mapped(file), n_train)
     else:
         file, ids = _encode(source.read(), config, block_size, folder, tokenizer)
-        names = [record_path(folder, source.name, name) for name in {wanted, file.tokenizer.hash()}]
-        store, n_train = functools.partial(_store, file, ids, stamp, names), _split(config, len(ids), block_size)
+        records = [record_path(folder, source.name, name) for name in {key, file.tokenizer.hash()}]
+        store, n_train = functools.partial(_store, file, ids, stamp, records), _split(config, len(ids), block_size)
         corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, ids, n_train, store)
         corpus = corpus.stored() if keep else corpus
     for note in source.notes(config.val_fraction):
@@ -317,7 +322,7 @@ class BatchSampler:
     seed: int
     device: torch.device
     _ahead: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _update: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of rows: the last, by its step
+    _update: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # the update made last, by its step
 
     def train_batch(
         self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world_size: int = 1
@@ -328,14 +333,14 @@ class BatchSampler:
         return self._ahead.pop((first, share), None) or self._batch("train", self.seed, first, share)
 
     def target_share(self, step: int, micro_step: int, micro_steps: int) -> torch.Tensor | None:
-        """Of the targets of an update, the share in a micro-step, () on the device; None: all have the same."""
+        """The share of an update's targets that is in a micro-step, () on the device; None: all have the same share."""
         if (shares := self.target_shares(step, micro_steps)) is None:
             return None
         share = torch.tensor(shares[micro_step], dtype=torch.float32)
         return (share.pin_memory() if self.device.type == "cuda" else share).to(self.device, non_blocking=True)
 
     def target_shares(self, step: int, micro_steps: int) -> list[float] | None:
-        """Of the targets of an update, the share in each micro-step; None: all have the same."""
+        """The share of an update's targets that is in each micro-step; None: all have the same share."""
         if self.corpus.rows("train", self.block_size) is None:
             return None
         _, targets = self.update(step)
@@ -378,8 +383,8 @@ class BatchSampler:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`count` fixed batches of `train_eval` or `val`, each in `micro_steps` parts: the same at every evaluation.
 
-        They depend on the number and length of the sequences, not on the seed. Where the split has fewer of them, they
-        are all of these, once, and the last part is smaller.
+        They depend on the number and length of the sequences, not on the seed. If the split has fewer sequences than
+        that, each is used once, and the last part is smaller.
 
         Args:
             leaks: whether documents of validation that nearly equal one of training have targets.

@@ -40,6 +40,8 @@ from utils.nn.roles import (
 )
 from utils.nn.rotary import rope_factors, rotate
 
+Rope = tuple[torch.Tensor, torch.Tensor]  # the cosines and sines of `rope_factors`
+
 
 @may_be_plain
 class LayerNorm(nn.LayerNorm):
@@ -63,7 +65,7 @@ class RMSNorm(nn.RMSNorm):
         declare(self, weight=SCALE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C). The fused kernel wants both in one precision; it sums up in float32."""
+        """(..., C) -> (..., C). The fused kernel needs x and weight in one precision; it accumulates in float32."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -108,7 +110,8 @@ class NgramEmbedding(nn.Module):
         """(B, T, C) for the tokens idx (B, T), with the tokens (B, N - 1) that precede them.
 
         Args:
-            positions: (B, T), from the start of each document, where a row has several: what precedes it is no token.
+            positions: (B, T), from the start of each token's document, where a row has several: n-grams do not reach
+                back beyond that start.
         """
         T, reach = idx.size(1), before.size(1)
         tokens = torch.cat((before, idx), dim=1) + 1  # (B, N - 1 + T)
@@ -134,8 +137,8 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.window = config.window(layer)
         self.norm = functools.partial(NORMS[config.norm].plain, eps=config.norm_eps) if config.qk_norm else None
-        self.q_norm: nn.Module | None = None  # in the place of norm,
-        self.k_norm: nn.Module | None = None  # with learned weights
+        self.q_norm: nn.Module | None = None  # with learned weights, q_norm and k_norm take the place of norm
+        self.k_norm: nn.Module | None = None
         if config.qk_norm_weights:
             of_head = config.model_copy(update={"n_embd": config.head_width})
             self.q_norm, self.k_norm = NORMS[config.norm](of_head), NORMS[config.norm](of_head)
@@ -144,9 +147,7 @@ class Attention(nn.Module):
         self.proj = declare(Linear(rows[0], config.n_embd, config.bias), weight=RESIDUAL)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | Documents | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, cache: KVCache | Documents | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.kv_heads, self.head_width
@@ -224,9 +225,7 @@ class Block(nn.Module):
         self.mlp_norm = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | Documents | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, cache: KVCache | Documents | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attention(self.attention_norm(x), rope, cache)
         return x + self.mlp(self.mlp_norm(x))
@@ -295,7 +294,7 @@ class LanguageModel(nn.Module):
         return logits, plain_cross_entropy(logits, targets)
 
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss of `forward`, (), without logits: on CUDA all of them never exist."""
+        """The loss of `forward`, (), without its logits: on CUDA they are never in memory all at once."""
         if type(self).forward is not LanguageModel.forward or is_patched(self):
             return self(idx, targets)[1]
         return self.head_loss(self.hidden(idx), targets)
@@ -343,7 +342,7 @@ class LanguageModel(nn.Module):
 
     def embed(
         self, idx: torch.Tensor, cache: KVCache | Documents | None = None, lengths: Sequence[int] | None = None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    ) -> tuple[torch.Tensor, Rope | None]:
         """The input of the first block, (B, T, C), and the factors of rotary positions (see `rotate`); as `hidden`."""
         T = idx.size(1)
         x = self.token_embedding(idx)  # (B, T, C)
@@ -391,7 +390,7 @@ class LanguageModel(nn.Module):
 def run_block(
     block: nn.Module,
     x: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    rope: Rope | None,
     cache: KVCache | Documents | None,
 ) -> torch.Tensor:
     """(B, T, C) -> (B, T, C). One function for all layers, so that its compiled code serves them all."""

@@ -44,9 +44,16 @@ if TYPE_CHECKING:  # arguments are parsed before torch is imported
 @script
 def main(argv: Sequence[str]) -> int:
     if several_ranks():
-        from utils.training.follow import together
+        from utils.training.follow import run_on_ranks
 
-        return together(lambda: facts_of(parse(argv)[1]["loaded"].config, {}), *2 * [lambda ranks: run(argv, ranks)])
+        def facts() -> dict[str, Any]:
+            _, arguments = parse(argv)
+            return facts_of(arguments["loaded"].config, {})
+
+        def work(ranks: Ranks) -> int:
+            return run(argv, ranks)
+
+        return run_on_ranks(facts, lead=work, work=work)
     return run(argv)
 
 
@@ -280,7 +287,7 @@ def arguments_of(mode: str, parsed: ExperimentArguments) -> dict[str, Any]:
     Raises:
         UserError: a flag or setting that the mode does not take, or a mistake in the configuration.
     """
-    taken = {name: inspect.signature(run).parameters for name, run in MODES.items()}
+    taken = {name: inspect.signature(function).parameters for name, function in MODES.items()}
     given = {name: value for name, value in vars(parsed.own).items() if any(name in names for names in taken.values())}
     for name in given:
         if name not in taken[mode]:

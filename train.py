@@ -40,9 +40,9 @@ if TYPE_CHECKING:  # torch takes a second to import: --help and mistakes must no
 @script
 def main(argv: Sequence[str]) -> int:
     if several_ranks():
-        from utils.training.follow import on_ranks
+        from utils.training.follow import train_on_ranks
 
-        return on_ranks(argv, lambda ranks: experiment(argv, ranks), train_session)
+        return train_on_ranks(argv, lambda ranks: experiment(argv, ranks), train_session)
     return experiment(argv)
 
 
@@ -52,30 +52,39 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
     add_origin_flags(parser)
     add_multirun_flags(parser)
     parsed = parse_experiment(argv, parser)
-    notifier = take_url(parsed.own.notify)
+    own = parsed.own
+    notifier = take_url(own.notify)
     argv = without_url(argv)
-    if parsed.own.notify is not None and (parsed.own.multirun is not None or parsed.own.prove is not None):
+    if own.notify is not None and (own.multirun is not None or own.prove is not None):
         raise UserError("--notify reports the end of one run: leave it out, or leave out --multirun and --prove")
     for flag in ("prove", "multirun", "budget"):
-        if ranks is not None and getattr(parsed.own, flag) is not None:
+        if ranks is not None and getattr(own, flag) is not None:
             raise UserError(f"--{flag} starts or measures trainings of one process: leave out torchrun")
-    if parsed.own.prove is not None:
+    if own.prove is not None:
         from utils.experiments.prove import prove_command
 
         return prove_command(argv, parsed)
-    if parsed.own.multirun is not None:
+    if own.multirun is not None:
         from utils.sweeps.multirun import multirun
 
         return multirun(parsed, PROJECT_ROOT)
-    words, own = ("train.py", *argv), parsed.own
+    words = ("train.py", *argv)
     for loaded, origin in launches(parsed):
-        loaded, facts = with_budget(parsed.own, loaded, origin)
+        loaded, facts = with_budget(own, loaded, origin)
         try:
-            given = {"argv": words, "strict": own.strict, "quiet": own.json, "facts": facts, "ranks": ranks}
-            given["notifier"] = notifier
-            return train(loaded, origin=origin, **given).report(as_json=own.json)
+            result = train(
+                loaded,
+                origin=origin,
+                quiet=own.json,
+                argv=words,
+                strict=own.strict,
+                facts=facts,
+                ranks=ranks,
+                notifier=notifier,
+            )
+            return result.report(as_json=own.json)
         except RunLockedError as error:
-            if parsed.own.resume != "auto" or ranks is not None:
+            if own.resume != "auto" or ranks is not None:
                 raise
             note(str(error))
     raise AssertionError("--resume auto ends with a new run")
@@ -145,7 +154,7 @@ def train_session(session: Session) -> None:
     """Train until the end, and profile the step that `profile_step` names."""
     from utils.profiling.in_run import RunProfiler
 
-    training_loop(session, RunProfiler(session.state, session.run.path, session.terminal))
+    training_loop(session, RunProfiler(session.state, session.path, session.terminal))
 
 
 def training_loop(session: Session, profiler: RunProfiler) -> None:

@@ -345,7 +345,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Steps done, last losses and best val/loss, in nats per token and bits per byte; what there is of them."""
+        """Steps done, last losses and best val/loss, in nats per token and bits per byte, as far as they are known."""
         return self._read.summary()
 
     def metrics(self, name: str) -> list[tuple[int, float]]:

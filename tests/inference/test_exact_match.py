@@ -25,7 +25,7 @@ def questions(vocab_size: int) -> list[Question]:
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @pytest.mark.parametrize("at_once", [1, 4, 100])
 def test_answers_are_those_of_greedy_generation(position: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AT_ONCE", at_once)
+    monkeypatch.setattr(module, "BATCH_SIZE", at_once)
     model, counts = tiny_model(position=position), []
     asked = questions(model.vocab_size)
     expected = [

@@ -192,7 +192,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(monkeypatch: pyt
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model = lively_model(position="rope").double()
-    monkeypatch.setattr(graphs, "record", refuse)
+    monkeypatch.setattr(graphs, "capture_graph", refuse)
     with pytest.warns(RuntimeWarning, match="not permitted") as caught:
         assert_same(model, [[1, 2]], 2 * BLOCK, SamplingOptions(1.0), StaticDecoders())
     assert len(caught) == 1
@@ -205,7 +205,7 @@ def test_what_is_recorded_ran_before_and_is_recorded_once(monkeypatch: pytest.Mo
         recorded.append(work)
         return work
 
-    monkeypatch.setattr(graphs, "record", note)
+    monkeypatch.setattr(graphs, "capture_graph", note)
     model, decoders = lively_model(position="rope"), StaticDecoders()
     for _ in range(2):
         list(decoders.generate(model, [[1]], 3 * BLOCK, GREEDY, [0]))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.machine.graphs import record
+from utils.machine.graphs import capture_graph
 
 
 def test_without_cuda_the_function_stays_as_it_is() -> None:
     def work() -> int:
         return 3
 
-    assert record(work, torch.device("cpu")) is work
+    assert capture_graph(work, torch.device("cpu")) is work
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -20,7 +20,7 @@ def test_without_cuda_the_function_stays_as_it_is() -> None:
 def test_recording_computes_nothing_and_each_launch_repeats_the_work(index: int) -> None:
     device = torch.device("cuda", index)
     total = torch.zeros(3, device=device)
-    repeat = record(lambda: total.add_(1), device)
+    repeat = capture_graph(lambda: total.add_(1), device)
     assert total.tolist() == [0, 0, 0]
     for _ in range(2):
         result = repeat()
@@ -32,12 +32,12 @@ def test_recording_computes_nothing_and_each_launch_repeats_the_work(index: int)
 def test_after_a_recording_that_failed_the_device_can_be_used_as_before() -> None:
     device = torch.device("cuda", 0)
     total, before = torch.zeros(3, device=device), torch.cuda.current_stream(device)
-    earlier = record(lambda: total.add_(1), device)
+    earlier = capture_graph(lambda: total.add_(1), device)
     with pytest.raises(RuntimeError):
-        record(lambda: total.sum().item(), device)
+        capture_graph(lambda: total.sum().item(), device)
     assert torch.cuda.current_stream(device) == before
     torch.cuda.empty_cache()
     assert torch.nn.functional.dropout(total, 0.5).shape == (3,)
     earlier()
-    record(lambda: total.add_(1), device)()
+    capture_graph(lambda: total.add_(1), device)()
     assert total.tolist() == [2, 2, 2]

@@ -19,8 +19,8 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> lis
 
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "FASTER", True)  # on every processor
+    monkeypatch.setattr(module, "SMALL_PRODUCT", 0)
+    monkeypatch.setattr(module, "ONEDNN_IS_FASTER", True)  # on every processor
 
 
 def test_this_build_of_torch_has_onednn() -> None:
@@ -87,7 +87,7 @@ def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch: pytest.Mon
         layer.float()(x)
 
 
-@pytest.mark.parametrize(("name", "value"), [("ONEDNN", None), ("FASTER", False)])
+@pytest.mark.parametrize(("name", "value"), [("ONEDNN", None), ("ONEDNN_IS_FASTER", False)])
 def test_without_onednn_or_where_it_is_slower_torch_computes(
     name: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_product_repeats_bit_for_bit() -> None:
 def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = tensors((4, 8), (3, 8))
     for small, name in ((4 * 8 * 3, "LinearBackward"), (4 * 8 * 3 - 1, "OneDNNLinearBackward")):
-        monkeypatch.setattr(module, "SMALL", small)
+        monkeypatch.setattr(module, "SMALL_PRODUCT", small)
         y = linear(x, weight)
         assert y.grad_fn is not None
         assert (name == "OneDNNLinearBackward") == (y.grad_fn.name() == name)

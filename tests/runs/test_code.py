@@ -15,10 +15,11 @@ import pytest
 from utils.runs.code import (
     MAX_PATCH_FILE_BYTES,
     UNREAD,
+    CodeReader,
     GitFacts,
-    MetadataCapture,
     git_environment,
     listed_files,
+    write_code_and_environment,
 )
 from utils.runs.patch import patched_files
 
@@ -88,7 +89,7 @@ def repo(tmp_path: Path) -> Path:
 
 
 def facts_of(repo: Path, *excluded: Path) -> GitFacts:
-    return MetadataCapture(repo, excluded).git_facts()
+    return CodeReader(repo, excluded).git_facts()
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, bool]]:
@@ -153,8 +154,8 @@ def test_a_bare_repository_and_a_broken_one_are_told(tmp_path: Path, repo: Path)
 
 def test_without_a_git_program_training_would_go_on(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    code = "import dataclasses, json, sys; from pathlib import Path; from utils.runs.code import MetadataCapture\n"
-    code += "facts = MetadataCapture(Path(sys.argv[1])).git_facts(); print(json.dumps([facts.problem, facts.commit]))"
+    code = "import dataclasses, json, sys; from pathlib import Path; from utils.runs.code import CodeReader\n"
+    code += "facts = CodeReader(Path(sys.argv[1])).git_facts(); print(json.dumps([facts.problem, facts.commit]))"
     result = subprocess.run(
         [sys.executable, "-c", code, str(repo)],
         cwd=ROOT,
@@ -222,9 +223,9 @@ def test_odd_file_names_are_in_the_patch(repo: Path, tmp_path: Path, tracked: bo
 def test_file_names_that_are_not_utf_8_do_not_stop_training(repo: Path, tmp_path: Path, suffix: str) -> None:
     name = os.fsdecode(b"caf\xe9" + suffix.encode())
     write(repo, {name: "x = 1\n"})
-    capture = MetadataCapture(repo)
+    capture = CodeReader(repo)
     facts = capture.git_facts()
-    capture.write(tmp_path, facts, {})
+    write_code_and_environment(tmp_path, facts, {})
     assert "commit: " in (tmp_path / "git.txt").read_text(encoding="utf-8", errors="replace")
     if suffix == ".py":
         assert rebuilt(repo, facts, tmp_path) == tree(repo)
@@ -310,7 +311,7 @@ def test_what_is_left_out_is_listed_with_the_reason(repo: Path, tmp_path: Path) 
         "weights.safetensors (not a source file)",
     ]
     assert b"edge.py" in facts.patch
-    MetadataCapture(repo).write(tmp_path, facts, {})
+    write_code_and_environment(tmp_path, facts, {})
     text = (tmp_path / "git.txt").read_text()
     assert "left out of code.patch:\n" in text
     assert all(f"  {item}\n" in text for item in facts.left_out)
@@ -330,7 +331,7 @@ def test_an_untracked_module_that_is_not_imported_is_kept_but_is_no_code(repo: P
     facts = facts_of(repo)
     assert b"+notes" in facts.patch
     assert facts.fingerprint() is None
-    MetadataCapture.write(tmp_path / "run" / "meta", facts, {})
+    write_code_and_environment(tmp_path / "run" / "meta", facts, {})
     assert listed_files(tmp_path / "run", UNREAD) == [name]
     assert rebuilt(repo, facts, tmp_path)[name] == (b"notes\n", False)
 
@@ -372,7 +373,7 @@ def test_no_password_of_the_remote_reaches_the_run_directory(repo: Path, tmp_pat
     assert facts.remote == facts.summary()["remote"] == "https://example.org/repo.git"
     meta = tmp_path / "meta"
     meta.mkdir()
-    MetadataCapture(repo).write(meta, facts, {})
+    write_code_and_environment(meta, facts, {})
     assert b"hunter2" not in b"".join(path.read_bytes() for path in meta.iterdir())
 
 
@@ -384,16 +385,16 @@ def test_another_remote_stands_in_for_origin(repo: Path) -> None:
 def test_git_txt_says_what_is_known(repo: Path, tmp_path: Path) -> None:
     meta = tmp_path / "meta"
     meta.mkdir()
-    capture = MetadataCapture(repo)
-    capture.write(meta, capture.git_facts(), {})
+    capture = CodeReader(repo)
+    write_code_and_environment(meta, capture.git_facts(), {})
     head = git(repo, "rev-parse", "HEAD")
     assert (meta / "git.txt").read_text() == f"commit: {head}\nbranch: main\nremote: none\ndirty: no\npatch: none\n"
     assert not (meta / "code.patch").exists()
     write(repo, {"a.py": "a = 2\n"})
-    capture.write(meta, capture.git_facts(), {})
+    write_code_and_environment(meta, capture.git_facts(), {})
     assert "dirty: yes\npatch: code.patch\n" in (meta / "git.txt").read_text()
     assert (meta / "code.patch").read_bytes() == capture.git_facts().patch
-    capture.write(meta, GitFacts(problem="not a git repository"), {})
+    write_code_and_environment(meta, GitFacts(problem="not a git repository"), {})
     assert (meta / "git.txt").read_text() == "git: not a git repository\n"
 
 
@@ -414,7 +415,7 @@ def test_changes_that_git_was_told_to_ignore_are_named(repo: Path, flag: str) ->
     git(repo, "update-index", flag, "hidden.py", "same.py", "absent.py")
     write(repo, {"hidden.py": "x = 2\n"})
     (repo / "absent.py").unlink()
-    facts = MetadataCapture(repo).git_facts()
+    facts = CodeReader(repo).git_facts()
     assert [item for item in facts.left_out if "assume" in item] == [
         "hidden.py (changed, but git was told to assume that it is not)"
     ]
@@ -429,10 +430,10 @@ def test_changes_inside_a_submodule_are_named_and_leave_the_patch_alone(repo: Pa
     commit(library)
     git(repo, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), "lib")
     commit(repo)
-    assert not MetadataCapture(repo).git_facts().dirty
+    assert not CodeReader(repo).git_facts().dirty
     write(repo, {"lib/lib.py": "x = 2\n"})
     git(repo, "config", "diff.ignoreSubmodules", "all")
-    facts = MetadataCapture(repo).git_facts()
+    facts = CodeReader(repo).git_facts()
     assert facts.left_out == ["lib (uncommitted changes of a submodule)"]
     assert facts.dirty
     assert facts.patch == b""
@@ -451,7 +452,7 @@ def test_sources_of_callbacks_are_kept_wherever_they_come_from(
     names = ["callback_ignored", "callback_from_path"]
     for name in names:
         __import__(name)
-    capture = MetadataCapture(repo, callbacks=names)
+    capture = CodeReader(repo, callbacks=names)
     facts = capture.git_facts()
     for name in (*names, "helper_ignored"):
         del sys.modules[name]
@@ -461,7 +462,7 @@ def test_sources_of_callbacks_are_kept_wherever_they_come_from(
         "callback_ignored.py (imported, but git ignores it; kept in meta/callbacks)",
         "helper_ignored.py (imported, but git ignores it)",
     ]
-    capture.write(tmp_path / "meta", facts, {})
+    write_code_and_environment(tmp_path / "meta", facts, {})
     assert (tmp_path / "meta" / "callbacks" / "callback_from_path.py").read_text() == "x = 1\n"
     without = GitFacts(commit=facts.commit)
     assert facts.fingerprint() != without.fingerprint()
@@ -471,7 +472,7 @@ def test_variables_that_point_git_elsewhere_are_not_heard(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(repo, {"changed.py": "x = 1\n"})
-    expected = MetadataCapture(repo).git_facts()
+    expected = CodeReader(repo).git_facts()
     other = tmp_path / "other"
     other.mkdir()
     git(other, "init", "--quiet")
@@ -494,11 +495,11 @@ def test_variables_that_point_git_elsewhere_are_not_heard(
         with monkeypatch.context() as patch:
             for name in names:
                 patch.setenv(name, misleading[name])
-            assert MetadataCapture(repo).git_facts() == expected, names
+            assert CodeReader(repo).git_facts() == expected, names
             assert names[0] in os.environ
     for name, value in misleading.items():
         monkeypatch.setenv(name, value)
-    assert MetadataCapture(repo).git_facts() == expected
+    assert CodeReader(repo).git_facts() == expected
     assert not set(misleading) & git_environment().keys()
     assert "GIT_CONFIG_GLOBAL" in git_environment()
 
@@ -518,7 +519,7 @@ def test_of_untracked_files_only_code_is_recorded(repo: Path) -> None:
          "runs/a.py", ".hidden/a.py", "lib/python3/site-packages/a.py", "configs/run.sh"), "x"
     )  # fmt: skip
     write(repo, code | other)
-    facts = MetadataCapture(repo, named={"presets/named.yaml"}).git_facts()
+    facts = CodeReader(repo, named={"presets/named.yaml"}).git_facts()
     assert sorted(facts.files) == sorted(code)
     assert sorted(item.partition(" (")[0] for item in facts.left_out) == sorted(other)
 
@@ -565,5 +566,5 @@ def test_the_source_of_a_callback_is_kept_without_its_secrets(tmp_path: Path, mo
     module.write_text("TOKEN = 'AbCdEf0123456789xyzT'\nx = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     __import__("my_reporter")
-    source = MetadataCapture(tmp_path, callbacks=["my_reporter"]).git_facts().callbacks["my_reporter"]
+    source = CodeReader(tmp_path, callbacks=["my_reporter"]).git_facts().callbacks["my_reporter"]
     assert source == b"TOKEN = '***'\nx = 1\n"

@@ -17,8 +17,8 @@ from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
 from utils.config.settings import Config, InferenceConfig, ModelConfig, TrainConfig
 from utils.errors import UserError
 from utils.runs.origin import (
-    BATCH,
-    FOUND,
+    BATCH_KEYS,
+    FOUND_BATCH,
     Origin,
     config_of_fork,
     find_origin,
@@ -373,14 +373,14 @@ AUTO = {"batch_size": "auto", "tokens_per_step": "640"}
 def searched(runs_dir: Path, loader: ConfigLoader) -> LoadedConfig:
     """A recorded configuration whose batch was found."""
     found = {"batch_size": 10, "gradient_accumulation_steps": 2, "tokens_per_step": None}
-    loaded = put_on_top(loader.load((), AUTO), found, FOUND)
+    loaded = put_on_top(loader.load((), AUTO), found, FOUND_BATCH)
     path = make(runs_dir, "20260101_000000_auto", loaded.config)
     (path / "meta" / "config_sources.json").write_text(json.dumps(loaded.sources_json()))
     return recorded_config(path, loader)
 
 
 def batch(loaded: LoadedConfig) -> list[Any]:
-    return [flat(loaded.config)[key] for key in BATCH]
+    return [flat(loaded.config)[key] for key in BATCH_KEYS]
 
 
 @pytest.mark.parametrize("overrides", [AUTO, {"tokens_per_step": "640"}, {**AUTO, "note": "again"}, {}])
@@ -389,7 +389,7 @@ def test_the_search_that_found_the_batch_of_a_run_is_not_repeated(
 ) -> None:
     loaded = keep_batch(searched, loader.load_onto(searched, (), overrides))
     assert batch(loaded) == [10, 2, None]
-    assert loaded.source("batch_size") == FOUND
+    assert loaded.source("batch_size") == FOUND_BATCH
     assert loaded.layers["batch_size"] == searched.layers["batch_size"]  # also after many resumes
     assert loaded.config.tracking.note == overrides.get("note", "")
 
@@ -399,11 +399,11 @@ def test_a_search_whose_question_is_not_recorded_is_made_again(
 ) -> None:
     path = runs_dir / "20260101_000000_auto"
     sources = json.loads((path / "meta" / "config_sources.json").read_text())
-    for key in BATCH:
+    for key in BATCH_KEYS:
         sources[key]["shadowed"] = []
     (path / "meta" / "config_sources.json").write_text(json.dumps(sources))
     recorded = recorded_config(path, loader)
-    assert recorded.source("batch_size") == FOUND
+    assert recorded.source("batch_size") == FOUND_BATCH
     loaded = loader.load_onto(recorded, (), AUTO)
     assert keep_batch(recorded, loaded) is loaded
 

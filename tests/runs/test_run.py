@@ -30,12 +30,12 @@ from utils.runs.find import list_run_paths, resolve_run
 from utils.runs.lock import STALE_HEARTBEAT_SECONDS, lock_is_free
 from utils.runs.run import (
     Run,
-    RunDirectoryCreator,
     RunError,
-    RunIDGenerator,
     RunLockedError,
+    create_run_directory,
     read_record,
     read_status,
+    run_ids,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,24 +73,23 @@ def make(runs_dir: Path, run_id: str, **facts: Any) -> Path:
 
 
 def test_an_id_is_the_local_time_and_the_tag() -> None:
-    assert next(iter(RunIDGenerator(None, NOW))) == "20260131_142501"
-    assert next(iter(RunIDGenerator("base.line-1", NOW))) == "20260131_142501_base.line-1"
+    assert next(run_ids(None, NOW)) == "20260131_142501"
+    assert next(run_ids("base.line-1", NOW)) == "20260131_142501_base.line-1"
     before = datetime.now().replace(microsecond=0)
-    made = datetime.strptime(next(iter(RunIDGenerator())), "%Y%m%d_%H%M%S")
+    made = datetime.strptime(next(run_ids()), "%Y%m%d_%H%M%S")
     assert before <= made <= datetime.now()
 
 
 def test_further_attempts_end_in_2_3_4() -> None:
-    ids = iter(RunIDGenerator("a", NOW))
+    ids = run_ids("a", NOW)
     assert [next(ids) for _ in range(4)] == [f"20260131_142501_a{end}" for end in ("", "_2", "_3", "_4")]
 
 
 def test_the_same_second_and_tag_give_numbered_directories(runs_dir: Path) -> None:
-    creator = RunDirectoryCreator(runs_dir)
-    names = [creator.create("a", NOW).name for _ in range(3)]
+    names = [create_run_directory(runs_dir, "a", NOW).name for _ in range(3)]
     assert names == ["20260131_142501_a", "20260131_142501_a_2", "20260131_142501_a_3"]
-    assert creator.create(None, NOW).name == "20260131_142501"
-    assert creator.create(None, NOW).name == "20260131_142501_2"
+    assert create_run_directory(runs_dir, None, NOW).name == "20260131_142501"
+    assert create_run_directory(runs_dir, None, NOW).name == "20260131_142501_2"
     assert all(not list(path.iterdir()) for path in runs_dir.iterdir())
 
 
@@ -99,13 +98,13 @@ def test_a_bad_tag_is_refused_and_nothing_is_made(runs_dir: Path, tag: str) -> N
     with pytest.raises(RunError, match="tag"):
         Run.create(runs_dir, tag)
     with pytest.raises(RunError, match="tag"):
-        RunDirectoryCreator(runs_dir).create(tag)
+        create_run_directory(runs_dir, tag)
     assert not runs_dir.exists()
 
 
 def make_one(runs_dir: Path, barrier: Barrier) -> None:
     barrier.wait(60)
-    RunDirectoryCreator(runs_dir).create("same", NOW)
+    create_run_directory(runs_dir, "same", NOW)
 
 
 def test_50_processes_in_the_same_second_get_50_directories(runs_dir: Path) -> None:

@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.experiments.reproduce import reproduce
 from utils.runs import trust
 from utils.runs.index import read_run
-from utils.runs.origin import OWN, Origin, config_of_fork, recorded_config
+from utils.runs.origin import LOCAL_PATH, Origin, config_of_fork, recorded_config
 from utils.runs.origin_checks import check_callbacks
 from utils.runs.run import read_record
 from utils.runs.trust import check_callback_place, made_elsewhere, made_here, require_trust
@@ -104,7 +104,7 @@ def test_a_foreign_run_does_not_say_where_to_write(runs_dir: Path, tmp_path: Pat
             tracking, data = loaded.config.tracking, loaded.config.data
             assert (tracking.runs_dir, tracking.aim_repo, data.corpora_dir) == expected
         assert recorded_settings(run, tmp_path).tracking.aim_repo == expected[1]
-    assert recorded_config(runs_dir / "eve", loader).source("runs_dir") == OWN
+    assert recorded_config(runs_dir / "eve", loader).source("runs_dir") == LOCAL_PATH
 
 
 @pytest.mark.parametrize("module", ["runs.x.evil", "x.evil", "evil", "linked", "package.evil"])

@@ -32,10 +32,10 @@ from utils.nn.attention import causal_mask
 from utils.runs.index import read_run, resolved_setting
 from utils.runs.run import read_record
 from utils.training.batch_size import (
-    FOUND,
+    FOUND_BATCH,
     ByteCounter,
-    CudaTrials,
-    Trial,
+    CudaProbe,
+    Probe,
     bytes_of_training,
     divisors,
     find_batch,
@@ -93,7 +93,7 @@ def find(
     of_text = load_corpus(data, TINY.block_size, corpus.parent / "corpora")
     found = find_batch(loaded, of_text, CPU, torch.float32, printed.append, ranks)
     changed = {key: value for key, value in flat(found.config).items() if value != flat(loaded.config)[key]}
-    assert all(found.source(key) == FOUND for key in changed)
+    assert all(found.source(key) == FOUND_BATCH for key in changed)
     return changed, printed
 
 
@@ -173,7 +173,7 @@ def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
     config = Config(model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position, mlp=mlp))
     causal_mask(8)  # is kept from one model to the next
     with ByteCounter() as counter:
-        real = Trial(config, CORPUS, CPU, torch.float32)
+        real = Probe(config, CORPUS, CPU, torch.float32)
         kept = counter.held
         real.step(sequences)
     assert bytes_of_training(config, CORPUS, torch.float32, sequences) == counter.peak + kept
@@ -201,22 +201,22 @@ def test_memory_grows_with_the_batch_and_large_batches_cost_nothing_to_count() -
 def test_a_size_that_runs_out_of_cuda_memory_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[None] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
-    step = Trial.step
+    step = Probe.step
 
-    def small(self: Trial, sequences: int) -> None:
+    def small(self: Probe, sequences: int) -> None:
         if sequences > 6:
             raise torch.OutOfMemoryError
         step(self, sequences)
 
-    monkeypatch.setattr(Trial, "step", small)
-    trials = CudaTrials(Config(model=TINY), CORPUS, CPU, torch.float32)
-    assert largest_fitting([2**n for n in range(10)], trials.fits) == 4
+    monkeypatch.setattr(Probe, "step", small)
+    cuda_probe = CudaProbe(Config(model=TINY), CORPUS, CPU, torch.float32)
+    assert largest_fitting([2**n for n in range(10)], cuda_probe.fits) == 4
     assert len(emptied) == 4
-    assert trials.trial is not None
-    assert all(p.grad is None for p in trials.trial.state.model.parameters())
+    assert cuda_probe.probe is not None
+    assert all(p.grad is None for p in cuda_probe.probe.state.model.parameters())
 
-    monkeypatch.setattr(Trial, "step", lambda self, sequences: small(self, 7))
-    assert largest_fitting([1, 2], CudaTrials(Config(model=TINY), CORPUS, CPU, torch.float32).fits) is None
+    monkeypatch.setattr(Probe, "step", lambda self, sequences: small(self, 7))
+    assert largest_fitting([1, 2], CudaProbe(Config(model=TINY), CORPUS, CPU, torch.float32).fits) is None
 
 
 def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from utils.machine.board import Board
 from utils.machine.process_ranks import ProcessRanks
 from utils.machine.ranks import Ranks, RanksOverError
 from utils.machine.signals import StopSignal
-from utils.training.follow import follow
+from utils.training.follow import run_other_rank
 
 
 @pytest.fixture
@@ -55,23 +55,23 @@ def test_a_rank_that_is_left_alone_says_why(
     rank_1: ProcessRanks, work: Callable[[ProcessRanks], None], message: str
 ) -> None:
     with pytest.raises(RankError) as caught:
-        follow(facts, rank_1, work)
+        run_other_rank(facts, rank_1, work)
     assert str(caught.value) == message
 
 
 def test_nothing_is_reported_twice(rank_1: ProcessRanks) -> None:
     """Another rank is the reporter, torchrun is gone and all stop by themselves, or rank 0 still has a status."""
     rank_1.board.post("reporter", 2)
-    assert follow(facts, rank_1, raises(ValueError("boom"))) == 1
+    assert run_other_rank(facts, rank_1, raises(ValueError("boom"))) == 1
     rank_1.board.gone = True
-    assert follow(facts, rank_1, raises(StopSignal(signal.SIGTERM))) == 128 + signal.SIGTERM
+    assert run_other_rank(facts, rank_1, raises(StopSignal(signal.SIGTERM))) == 128 + signal.SIGTERM
     rank_1.board.gone = False
     rank_1.board.post("end", 3)
-    assert follow(facts, rank_1, raises(ValueError("boom"))) == 3
+    assert run_other_rank(facts, rank_1, raises(ValueError("boom"))) == 3
 
 
 def test_rank_0_that_has_ended_itself_is_not_waited_for(rank_1: ProcessRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_ranks, "LEAVE_SECONDS", 1000.0)
     rank_1.board.post("left/0", True)
     with pytest.raises(RankError, match="rank 0 did not get as far"):
-        follow(facts, rank_1, raises(RankError("rank 0 did not get as far as the others within 20 s")))
+        run_other_rank(facts, rank_1, raises(RankError("rank 0 did not get as far as the others within 20 s")))

@@ -30,7 +30,7 @@ from utils.runs.index import read_run
 from utils.runs.layout import CHECKPOINTS, EXPORT
 from utils.runs.log import read_metrics
 from utils.runs.seal import verify_seal
-from utils.training.batch_size import ByteCounter, Trial, bytes_of_training
+from utils.training.batch_size import ByteCounter, Probe, bytes_of_training
 from utils.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("prompt_writes")
@@ -206,7 +206,7 @@ def test_adapters_learn_and_leave_the_base_alone(optimizer: Any) -> None:
         optimizer=OptimizerConfig(optimizer_name=optimizer, lora_rank=2, weight_decay=0.1),
     )
     corpus: Any = type("Corpus", (), {"tokenizer": type("Tokenizer", (), {"vocab_size": 20})})
-    state = Trial(config, corpus, CPU, torch.float32).state
+    state = Probe(config, corpus, CPU, torch.float32).state
     before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
     idx = torch.arange(64).view(8, 8) % 20
     losses = []
@@ -231,7 +231,7 @@ def test_memory_is_counted_without_gradients_and_moments_of_the_base() -> None:
     model = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=8)
     config = Config(model=model, optimizer=OptimizerConfig(lora_rank=2))
     with ByteCounter() as counter:
-        real = Trial(config, corpus, CPU, torch.float32)
+        real = Probe(config, corpus, CPU, torch.float32)
         kept = counter.held - sum(weight.nbytes for weight in frozen_weights(real.state.model).values())
         real.step(4)
     needed = bytes_of_training(config, corpus, torch.float32, 4)

@@ -151,7 +151,7 @@ def test_what_cannot_be_recorded_trains_on_after_one_warning(
         def refuse(*_: object) -> None:
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
-        monkeypatch.setattr(step_graph, "record", refuse)
+        monkeypatch.setattr(step_graph, "capture_graph", refuse)
     numbers = [step(state, GraphUpdate(state, warnings.append)) for _ in range(1)]
     update = GraphUpdate(state, warnings.append)
     numbers += [step(state, update) for _ in range(4)]

@@ -87,7 +87,7 @@ TOKENIZER_SCHEMA = WithJsonSchema(
 )
 
 
-def check_tokenizer(name: str) -> str:
+def check_tokenizer_name(name: str) -> str:
     """Returns `name`; raises ValueError unless it is one of TOKENIZERS or hf:PATH."""
     if name not in TOKENIZERS and not re.match(r"hf:.", name):
         raise ValueError(
@@ -111,7 +111,7 @@ class DataConfig(Section):
         kind=MACHINE,  # the text decides, wherever it is: corpus_hash takes its place
         min_length=1,
     )
-    tokenizer: Annotated[str, AfterValidator(check_tokenizer), TOKENIZER_SCHEMA] = setting(
+    tokenizer: Annotated[str, AfterValidator(check_tokenizer_name), TOKENIZER_SCHEMA] = setting(
         "char",
         "how text becomes token ids: characters, bytes of UTF-8, byte-pair encoding learned from the corpus, "
         "the encoding of GPT-2, or any tokenizer.json",
@@ -494,7 +494,7 @@ class OptimizerConfig(Section):
         return self
 
 
-def check_callback(name: str) -> str:
+def check_callback_name(name: str) -> str:
     """Returns `name`; raises ValueError unless it has the form module:Class."""
     module, colon, attribute = name.partition(":")
     if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
@@ -502,7 +502,7 @@ def check_callback(name: str) -> str:
     return name
 
 
-CallbackName = Annotated[str, AfterValidator(check_callback)]
+CallbackName = Annotated[str, AfterValidator(check_callback_name)]
 
 
 class TrainConfig(Section):

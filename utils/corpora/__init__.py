@@ -1,1 +1,1 @@
-"""Corpora: the sources of their text, and records of text that is already encoded."""
+"""Texts: where they come from, how they are read and cleaned, and the format of prepared datasets."""

@@ -22,7 +22,8 @@ from utils.experiments.delta import Outcome, first_bad, smallest_set
 from utils.experiments.reproduce import environment_differences
 from utils.experiments.sequential import look
 from utils.experiments.subjects import Code, Experiment, Subjects
-from utils.experiments.trials import TrialError, Trials, last_value, seed_order, stopping_at_once
+from utils.experiments.trials import TrialError, Trials, last_value, seed_order
+from utils.machine.signals import raise_on_signals
 from utils.runs.code import open_repo
 from utils.runs.index import IndexedRun
 from utils.terminal.words import printable, setting_text
@@ -82,7 +83,7 @@ def bisect(
     Raises:
         UserError: the two cannot be compared, or do not differ.
     """
-    with stopping_at_once(), tempfile.TemporaryDirectory(prefix="bisect-") as folder:
+    with raise_on_signals(), tempfile.TemporaryDirectory(prefix="bisect-") as folder:
         subjects = Subjects(root, runs_dir, Path(folder), trusted)
         bad_one, good_one = subjects.pair(bad, good, settings)
         runs_dir.mkdir(parents=True, exist_ok=True)

@@ -89,31 +89,31 @@ class Comparison:
     note: str | None = None
 
 
-def compare(runs: Sequence[IndexedRun], name: str | None = None) -> Comparison:
+def compare(runs: Sequence[IndexedRun], metric_name: str | None = None) -> Comparison:
     """Group runs by experiment, judge each pair of groups, and compare the metric at equal steps, tokens and time.
 
     Args:
-        name: the metric; by default val/loss, or bits per byte where the tokenizers differ.
+        metric_name: by default val/loss, or bits per byte where the tokenizers differ.
 
     Raises:
         UserError: fewer than two runs have logged the metric.
     """
-    name, note = comparable_metric(runs, name)
+    metric_name, note = comparable_metric(runs, metric_name)
     curves: dict[str, Curve] = {}
     left_out = []
     for run in {run.path: run for run in runs}.values():
         try:
-            curve = read_curve(run.path, name)
+            curve = read_curve(run.path, metric_name)
         except UserError as error:
             left_out.append(str(error))
             continue
         if curve.values:
             curves[run.id] = curve
         else:
-            left_out.append(f"{run.id}: {run.problem or f'no {name} in its log'}")
+            left_out.append(f"{run.id}: {run.problem or f'no {metric_name} in its log'}")
     runs = list({run.path: run for run in runs if run.id in curves}.values())
     if len(runs) < 2:
-        raise UserError(f"a comparison needs two runs with {name}" + "".join(f"; {line}" for line in left_out))
+        raise UserError(f"a comparison needs two runs with {metric_name}" + "".join(f"; {line}" for line in left_out))
     by_experiment: dict[str, list[IndexedRun]] = {}
     for run in runs:
         by_experiment.setdefault(repr(identity(run)), []).append(run)
@@ -125,10 +125,10 @@ def compare(runs: Sequence[IndexedRun], name: str | None = None) -> Comparison:
         counted = {run.id for run in _first_of_each_seed(members)}
         repeated = (run for run in members if run.status == "completed" and run.id not in counted)
         left_out += [f"{run.id}: repeats a seed of its group, so it does not count again" for run in repeated]
-    lower = {"lower": True, "higher": False}.get(metric_direction(name, runs))
+    lower = {"lower": True, "higher": False}.get(metric_direction(metric_name, runs))
     verdicts = [judge(a, b, lower) for a, b in itertools.combinations(groups, 2)]
     splits = _splits(names, [members[0] for members in by_experiment.values()])
-    return Comparison(name, groups, verdicts, _at_equal(groups, curves), left_out, splits, note)
+    return Comparison(metric_name, groups, verdicts, _at_equal(groups, curves), left_out, splits, note)
 
 
 def comparable_metric(runs: Sequence[IndexedRun], name: str | None) -> tuple[str, str | None]:

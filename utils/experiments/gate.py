@@ -19,7 +19,8 @@ from utils.experiments.compare import comparable_metric, metric_direction
 from utils.experiments.ledger import append, read_ledger, trial_lock
 from utils.experiments.sequential import MAX_SEEDS, Evidence, look
 from utils.experiments.subjects import Experiment, Subjects, hash_of
-from utils.experiments.trials import BudgetError, TrialError, Trials, last_value, seed_order, stopping_at_once
+from utils.experiments.trials import BudgetError, TrialError, Trials, last_value, seed_order
+from utils.machine.signals import raise_on_signals
 from utils.runs.metrics import registered_metrics
 
 Verdict = Literal["keep", "discard", "unsure"]
@@ -96,7 +97,7 @@ def gate(
     """
     if metric is not None and metric not in registered_metrics() and (hint := nearest(metric, registered_metrics())):
         raise UserError(f"--metric: no metric {metric}{hint}")
-    with stopping_at_once(), tempfile.TemporaryDirectory(prefix="gate-") as folder:
+    with raise_on_signals(), tempfile.TemporaryDirectory(prefix="gate-") as folder:
         subjects = Subjects(root, runs_dir, Path(folder), trusted)
         pair = subjects.pair(candidate, baseline, settings)
         runs_dir.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from utils.errors import UserError
 from utils.experiments.compare import comparable_metric
 from utils.experiments.sequential import seeds_for
 from utils.experiments.subjects import Subjects
-from utils.experiments.trials import Trials, last_value, seed_order, stopping_at_once
+from utils.experiments.trials import Trials, last_value, seed_order
+from utils.machine.signals import raise_on_signals
 
 NOISE_SEEDS = 5  # unless another number is asked for
 EFFECTS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations, for which the seeds needed are listed
@@ -76,7 +77,7 @@ def noise(
     Raises:
         UserError: the subject means nothing, or a run has no result.
     """
-    with stopping_at_once(), tempfile.TemporaryDirectory(prefix="noise-") as folder:
+    with raise_on_signals(), tempfile.TemporaryDirectory(prefix="noise-") as folder:
         experiment = Subjects(root, runs_dir, Path(folder), trusted).one(subject)
         runs_dir.mkdir(parents=True, exist_ok=True)
         trials = Trials(root, runs_dir, Path(folder), output)

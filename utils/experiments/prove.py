@@ -25,8 +25,8 @@ from utils.errors import UserError
 from utils.experiments.bits import compare_logs
 from utils.experiments.reproduce import UNTRACKED
 from utils.experiments.subjects import flags_of
-from utils.experiments.trials import SIGNALS, stopping_at_once
-from utils.machine.signals import StopSignal
+from utils.experiments.trials import SIGNALS
+from utils.machine.signals import StopSignal, raise_on_signals
 from utils.machine.watchdog import watched
 from utils.runs.layout import RECORD
 from utils.terminal.cli import PROJECT_ROOT, script_file
@@ -34,7 +34,6 @@ from utils.terminal.commands import as_plain
 from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.words import json_text, printable
 
-PROVE_STEPS = 40  # unless another number is asked for
 LEAST_STEPS = 8
 KILLS = 2
 FORGETFUL = "state of a callback that its state_dict does not save"
@@ -86,7 +85,7 @@ def prove(words: Sequence[str], config: Config, root: Path, steps: int, output: 
         UserError: there are too few steps.
         SessionError: a training ended otherwise than planned.
     """
-    with stopping_at_once(), tempfile.TemporaryDirectory(prefix="prove-") as folder:
+    with raise_on_signals(), tempfile.TemporaryDirectory(prefix="prove-") as folder:
         return Prover(words, config, root, steps, Path(folder), output).run()
 
 

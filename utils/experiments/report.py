@@ -19,7 +19,8 @@ from utils.experiments.curve import AXES, Axis, Curve, read_curve
 from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.plot import names_of, thinned, x_scale, y_label
-from utils.files import read_text, write_output
+from utils.files import write_output
+from utils.runs.environment import read_environment
 from utils.runs.identity import non_default_settings
 from utils.runs.index import IndexedRun
 from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
@@ -66,7 +67,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
             **attempt(run, "its results", _results, dict.fromkeys(_results(IndexedRun(run.path)))),
             "sample": attempt(run, str(SAMPLES_LOG), _last_sample, None),
             "origin": attempt(run, str(RECORD), _origin, []),
-            "environment": attempt(run, str(ENVIRONMENT), _environment, ""),
+            "environment": attempt(run, str(ENVIRONMENT), lambda run: read_environment(run.path), ""),
             "settings": attempt(run, "its settings", _own_settings, []),
             "problems": problems[run.id],
         }
@@ -145,13 +146,6 @@ def _results(run: IndexedRun) -> dict[str, Any]:
 def _last_sample(run: IndexedRun) -> dict[str, Any] | None:
     record = last_record(run.path / SAMPLES_LOG)
     return None if record is None else {"step": f"{record['step']:,}", "text": record["text"]}
-
-
-def _environment(run: IndexedRun) -> str:
-    try:
-        return read_text(run.path / ENVIRONMENT, run.path, "replace")
-    except FileNotFoundError:
-        return ""
 
 
 def _own_settings(run: IndexedRun) -> list[tuple[str, Any, str]]:

@@ -26,7 +26,7 @@ from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, TOKENIZER
 from utils.runs.log import last_record, read_metrics
-from utils.runs.origin import PER_SESSION, PINNED, PRETRAINED_PREFIX
+from utils.runs.origin import PER_SESSION, PINNED_KEYS, PRETRAINED_PREFIX
 from utils.runs.run import REPRODUCTION, RunError, change_record, read_record
 from utils.runs.seal import write_seal
 from utils.runs.trust import made_elsewhere, made_here, require_trust
@@ -235,7 +235,7 @@ def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> It
     """Flags for settings of the repetition: the values that "auto" resolved to, the same folders, and no trackers."""
     tag = run.record.get("tag")
     overrides: dict[str, Any] = {
-        **{key: resolved_setting(run, key) for key in PINNED},
+        **{key: resolved_setting(run, key) for key in PINNED_KEYS},
         **UNTRACKED,
         **dict.fromkeys(PER_SESSION),
         "runs_dir": real_path(run.path.parent),
@@ -281,7 +281,7 @@ def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
     """Facts of the environment that differ, those that can change the numbers first."""
     old, new = (environment_of(one) for one in (run, other))
     resolved: list[Mapping[str, Any]] = [one.record.get("resolved") or {} for one in (run, other)]
-    for key in ("corpus_hash", "processor", *PINNED):
+    for key in ("corpus_hash", "processor", *PINNED_KEYS):
         old[key], new[key] = (str(of_run.get(key)) for of_run in resolved)
     names = [name for name in dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *old, *new))]
     repeated = ("torch threads",)  # in env.txt; it is the setting `threads`

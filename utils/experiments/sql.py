@@ -148,14 +148,14 @@ class RunDatabase:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
 
-    def choose(self, where: str | None = None, order: str | None = None, limit: int | None = None) -> list[str]:
+    def choose(self, where: str | None = None, order: str | None = None) -> list[str]:
         """Ids of the runs that fulfil the SQL condition `where`, sorted by `order` (unknown values last).
 
         Raises:
             SqlError: as `select`.
         """
         clauses = [f"WHERE ({where}\n)" if where else "", f"ORDER BY {order}\n" if order else ""]
-        query = " ".join(["SELECT id FROM runs", *clauses, f"LIMIT {limit}" if limit is not None else ""])
+        query = " ".join(["SELECT id FROM runs", *clauses])
         words = f"{where or ''} {order or ''}".lower()
         return [row[0] for row in self._select(query, ["SELECT_NODE"], self._used(words)).rows]
 
@@ -173,21 +173,20 @@ def choose_runs(
     runs: Sequence[IndexedRun],
     where: str | None = None,
     order: str | None = None,
-    limit: int | None = None,
     seconds: float | None = None,
 ) -> list[IndexedRun]:
-    """The runs that fulfil the SQL condition `where`, sorted by `order`; without an order, the newest `limit` of them.
+    """The runs that fulfil the SQL condition `where`, sorted by `order`; without one, in the order given.
 
     Raises:
         SqlError: `where` or `order` is not valid SQL over the columns of a run, or takes longer than `seconds`.
     """
     if where or order:
-        ids = RunDatabase(runs, seconds).choose(where, order, limit if order else None)
+        ids = RunDatabase(runs, seconds).choose(where, order)
         chosen = {name: i for i, name in enumerate(ids)}
         runs = [run for run in runs if run.id in chosen]
         if order:
             runs.sort(key=lambda run: chosen[run.id])
-    return list(runs) if order or limit is None else list(runs)[-limit:]
+    return list(runs)
 
 
 def _check_sources(query: str, connection: duckdb.DuckDBPyConnection) -> str:

@@ -30,12 +30,12 @@ from utils.experiments.recorded_code import (
 )
 from utils.experiments.reproduce import UNTRACKED, first_weights, settings_of_again
 from utils.files import expand_home, read_bytes, real_path
-from utils.runs.code import GitFacts, MetadataCapture, open_repo
+from utils.runs.code import CodeReader, GitFacts, open_repo
 from utils.runs.find import moved_path, resolve_runs
 from utils.runs.identity import TRAJECTORY_KEYS, code_identity, corpus_of, origin_of
 from utils.runs.index import IndexedRun, read_run, resolved_setting
 from utils.runs.layout import PATCH
-from utils.runs.origin import PINNED, recorded_config
+from utils.runs.origin import PINNED_KEYS, recorded_config
 from utils.runs.run import RunError
 from utils.runs.trust import require_trust
 
@@ -82,7 +82,7 @@ class Experiment:
         """The values of the settings that decide the numbers, except for the seed, in the types of JSON."""
         values = {key: value for key, value in _plain(self.loaded.config).items() if key in (*COMPARED, "dataset")}
         if self.run is not None:
-            pins = {key: resolved_setting(self.run, key) for key in PINNED if key not in self.overrides}
+            pins = {key: resolved_setting(self.run, key) for key in PINNED_KEYS if key not in self.overrides}
             values |= {key: value for key, value in pins.items() if value is not None}
         return values
 
@@ -202,7 +202,7 @@ class Subjects:
         """The project folder as it is now, with configs/ and `settings`."""
         data = ConfigLoader(self.root).load().config.data
         kept = (self.runs_dir, self.root / data.corpora_dir, self.root / data.datasets_dir)
-        facts = MetadataCapture(self.root, excluded=kept).git_facts()
+        facts = CodeReader(self.root, excluded=kept).git_facts()
         if facts.commit is None:
             base = Experiment("checkout", self.root, ConfigLoader(self.root).load())
         else:
@@ -385,7 +385,7 @@ def chosen_settings(base: Experiment) -> dict[str, Any]:
         key: values[key] for key in (*sorted(COMPARED), "dataset") if not base.loaded.source(key).startswith(FROM_FILES)
     }
     if base.run is not None:
-        chosen |= {key: value for key in PINNED if (value := resolved_setting(base.run, key)) is not None}
+        chosen |= {key: value for key in PINNED_KEYS if (value := resolved_setting(base.run, key)) is not None}
         if "dataset" in chosen:
             chosen["dataset"] = moved_path(chosen["dataset"], Path.cwd())
     return chosen

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -146,21 +144,3 @@ def seed_order(first: Sequence[int], second: Sequence[int]) -> Iterator[int]:
         seed += 1
         if seed not in known:
             yield seed
-
-
-@contextlib.contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work in order: temporary folders are removed, and the exit status names the signal."""
-
-    def stop(signum: int, _frame: object) -> None:
-        raise StopSignal(signum)
-
-    wanted = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread():
-        wanted = []
-    previous = {signum: signal.signal(signum, stop) for signum in wanted}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

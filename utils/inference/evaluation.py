@@ -78,24 +78,24 @@ class EvaluationStoppedError(Exception):
 def mean_loss(
     loss: BatchLoss,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    parts: int | None = None,
-    ranks: Ranks = ONE,
+    parts: int,
+    ranks: Ranks,
 ) -> float:
     """Mean loss over the targets of batches, in nats; NaN without one. The device is waited for at the end only.
 
     Args:
         batches: those of this rank.
-        parts: batches of all ranks; None: it has them all.
+        parts: the number of batches that all ranks have together.
     """
     losses, counts = [], []
     with evaluating(loss.model):
         for inputs, targets in batches:
             losses.append(loss(inputs, targets))
             counts.append((targets != IGNORED).sum())
-        if loss.together and parts is not None and len(losses) < -(-parts // ranks.world_size):
+        if loss.together and len(losses) < -(-parts // ranks.world_size):
             nothing = torch.zeros((1, 1), dtype=torch.int64, device=next(loss.model.parameters()).device)
-            loss(nothing, nothing)  # the others' last
-    if parts is not None and ranks.several:
+            loss(nothing, nothing)  # this rank has one batch fewer; the last one of the others needs its weights
+    if ranks.several:
         device = next(loss.model.parameters()).device
         own = torch.stack(losses) if losses else torch.zeros(0, device=device)
         own_counts = torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64, device=device)
@@ -125,8 +125,8 @@ def estimate_loss(
     Args:
         eval_iters: batches of each split, which is read at most once.
         micro_steps: parts that each batch is split into, so that it needs no more memory than training does.
-        watch: called before each part, on several ranks before each has one, with the number of sequences done and of
-            all; False, which all ranks must get, ends the evaluation.
+        watch: called with the number of sequences done and their total before each part, or on several ranks before
+            each round of one part a rank; the evaluation ends when it returns False, which it must do on all ranks.
 
     Raises:
         EvaluationStoppedError: `watch` returned False.
@@ -146,8 +146,7 @@ def estimate_loss(
             done = before + min(first + size, end)
 
     def own_parts(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        place = (True, ranks.rank, ranks.world_size)
-        return sampler.evaluation_batches(stream, eval_iters, micro_steps, *place)
+        return sampler.evaluation_batches(stream, eval_iters, micro_steps, rank=ranks.rank, world_size=ranks.world_size)
 
     parts = {name: sampler.evaluation_parts(stream, eval_iters, micro_steps) for name, stream in streams.items()}
     return {name: mean_loss(loss, watched(stream), parts[name], ranks) for name, stream in streams.items()}
@@ -163,7 +162,9 @@ def loss_without_leaks(
     prepared = sampler.corpus.prepared
     if prepared is None or not len(prepared.leaks):
         return None
-    batches = sampler.evaluation_batches("val", eval_iters, micro_steps, False, ranks.rank, ranks.world_size)
+    batches = sampler.evaluation_batches(
+        "val", eval_iters, micro_steps, leaks=False, rank=ranks.rank, world_size=ranks.world_size
+    )
     found = mean_loss(loss, batches, sampler.evaluation_parts("val", eval_iters, micro_steps), ranks)
     return None if math.isnan(found) else found
 

@@ -11,7 +11,7 @@ from model import LanguageModel
 from utils.inference.decode import decode_one_token, make_room, new_cache, padded, prefill
 from utils.nn.lean import lean
 
-AT_ONCE = 512  # questions: more are hardly faster on a CPU
+BATCH_SIZE = 512  # questions in one pass: more are hardly faster on a CPU
 
 
 class Question(NamedTuple):
@@ -25,16 +25,9 @@ class Question(NamedTuple):
         return len(self.prompt) + len(self.answer) - 1 <= block_size
 
 
-def exact_match(
-    model: LanguageModel, questions: Sequence[Question], watch: Callable[[int], None] = lambda count: None
-) -> float:
-    """The share of the questions whose answer the model gives, greedily and to the end.
-
-    Args:
-        model: in eval mode.
-        watch: called with the number of questions that were just answered.
-    """
-    given = greedy_answers(model, questions, watch)
+def exact_match(model: LanguageModel, questions: Sequence[Question]) -> float:
+    """The share of the questions whose answer the model gives, greedily and to the end; `model` is in eval mode."""
+    given = greedy_answers(model, questions)
     right = sum(tokens == question.answer for tokens, question in zip(given, questions, strict=True))
     return right / len(questions)
 
@@ -42,11 +35,16 @@ def exact_match(
 def greedy_answers(
     model: LanguageModel, questions: Sequence[Question], watch: Callable[[int], None] = lambda count: None
 ) -> list[list[int]]:
-    """The most likely tokens after each prompt, as many as its answer has. See `exact_match`."""
+    """The most likely tokens after each prompt, as many as its answer has.
+
+    Args:
+        model: in eval mode.
+        watch: called with the number of questions that were just answered.
+    """
     assert all(question.fits(model.config.block_size) for question in questions)
     found: list[list[int]] = []
-    for first in range(0, len(questions), AT_ONCE):
-        part = questions[first : first + AT_ONCE]
+    for first in range(0, len(questions), BATCH_SIZE):
+        part = questions[first : first + BATCH_SIZE]
         count = max(len(question.answer) for question in part)
         tokens = greedy_tokens(model, [question.prompt for question in part], count)
         found += [row[: len(question.answer)] for row, question in zip(tokens, part, strict=True)]

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from model import LanguageModel
-from utils.machine.graphs import record
+from utils.machine.graphs import capture_graph
 
 D = TypeVar("D")
 
@@ -47,7 +47,7 @@ class Graphs:
     def _record(self, work: Callable[[], None]) -> Callable[[], object]:
         if self._can_record:
             try:
-                return record(work, self._device)
+                return capture_graph(work, self._device)
             except RuntimeError as error:
                 self._can_record = False
                 warnings.warn(f"no CUDA graph, so the host launches each kernel: {error}", RuntimeWarning, stacklevel=2)

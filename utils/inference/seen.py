@@ -109,7 +109,7 @@ def seen(
     model.load_state_dict(checkpoint.weights)
     model.document_token = corpus.document_token
     inputs, targets = (torch.from_numpy(part) for part in sampler.update(step))
-    losses, counted = token_losses(model, inputs, targets), (targets != IGNORED).numpy()
+    losses, counted = target_losses(model, inputs, targets), (targets != IGNORED).numpy()
     ranked = []
     for passage, columns in found:
         of_passage = losses[passage.sample, columns][counted[passage.sample, columns]]
@@ -127,7 +127,7 @@ def _corpus(run: IndexedRun, config: Config, root: Path) -> Corpus:
     return load_corpus(data, config.model.block_size, places[0], tokenizer, keep=False, datasets_dir=places[1])
 
 
-def token_losses(model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+def target_losses(model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
     """The loss of each target (B, T), in nats, float32; 0 where there is none."""
     at_once = max(TOKENS_AT_ONCE // inputs.size(1), 1)
     parts = []

@@ -239,15 +239,15 @@ class Speculator:
         self._logits[:1] = prefill(self._lean, idx, self._cache)
         self._draw_uniform()
         self._judge(0)
-        tokens, chances, _ = self._read(0)
-        yield Block([tokens], [chances], 1, self._cache.lengths[0])
+        tokens, logprobs, _ = self._read(0)
+        yield Block([tokens], [logprobs], 1, self._cache.lengths[0])
         text, missing = [*prompt, *tokens], max_new_tokens - 1
         while missing > 0:
             proposed = self._propose(text)
-            tokens, chances, accepted = self._pass(proposed)
+            tokens, logprobs, accepted = self._pass(proposed)
             text += tokens
             context = min(self._cache.lengths[0] + proposed - accepted, self._cache.capacity)
-            yield Block([tokens[:missing]], [chances[:missing]], 1, context, proposed, accepted)
+            yield Block([tokens[:missing]], [logprobs[:missing]], 1, context, proposed, accepted)
             missing -= len(tokens)
 
     def _propose(self, text: list[int]) -> int:
@@ -264,7 +264,7 @@ class Speculator:
         self._uniform.copy_(numbers)
 
     def _pass(self, proposed: int) -> tuple[list[int], list[float], int]:
-        """One pass over the newest token and the proposals: the new tokens, their chances, how many are accepted."""
+        """One pass over the newest token and the proposals: the new tokens, their logprobs, how many are accepted."""
         longest = self._cache.lengths[0] + proposed + 1
         attended = bucket(longest, self._cache.capacity)
         slides = longest > self._config.block_size
@@ -278,14 +278,14 @@ class Speculator:
         self._graphs.run((proposed, attended, slides), work)
         self._cache.count(proposed + 1)
         self._graphs.run((proposed, self._options), lambda: self._judge(proposed))
-        tokens, chances, accepted = self._read(proposed)
+        tokens, logprobs, accepted = self._read(proposed)
         if proposed:
             self._cache.forget(proposed - accepted)
             self._draft.keep(accepted)
-        return tokens, chances, accepted
+        return tokens, logprobs, accepted
 
     def _judge(self, proposed: int) -> None:
-        """From the logits of a pass to the result: the number accepted, the tokens, and their chances."""
+        """From the logits of a pass to the result: the number accepted, the tokens, and their log-probabilities."""
         logits, tokens = self._logits[: proposed + 1], self._draft.proposed[:proposed]
         seen = self._seen
         if self._options.repetition_penalty != 1 and proposed:
@@ -295,10 +295,10 @@ class Speculator:
         q = points(tokens, logits.size(1)) if self._draft.q is None else self._draft.q[:proposed]
         uniform = self._uniform[self._count : self._count + proposed + 1]
         tokens, accepted = judge(p, q, tokens, uniform)
-        chances = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]  # (K + 1,)
+        logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]  # (K + 1,)
         self._token.copy_(tokens[-1:])
         self._seen.scatter_(1, tokens[None], True)
-        result = torch.cat((accepted.double(), tokens.double(), chances.double()))
+        result = torch.cat((accepted.double(), tokens.double(), logprobs.double()))
         self._result[: len(result)] = result
 
     def _read(self, proposed: int) -> tuple[list[int], list[float], int]:

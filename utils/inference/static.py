@@ -41,14 +41,14 @@ class Report(NamedTuple):
     """Tokens on their way to the host."""
 
     tokens: torch.Tensor  # (n, B)
-    chances: torch.Tensor  # (n, B)
+    logprobs: torch.Tensor  # (n, B)
     context: int
     arrived: torch.cuda.Event | None
 
     def read(self) -> Block:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return Block(self.tokens.t().tolist(), self.chances.t().tolist(), len(self.tokens), self.context)
+        return Block(self.tokens.t().tolist(), self.logprobs.t().tolist(), len(self.tokens), self.context)
 
 
 class StaticDecoder:
@@ -71,7 +71,7 @@ class StaticDecoder:
         self._seen = torch.zeros(B, V, dtype=torch.bool, device=device)
         self._uniform = torch.zeros(AHEAD, B, dtype=torch.float64, device=device)
         self._drawn = torch.zeros(AHEAD, B, dtype=torch.int64, device=device)
-        self._chances = torch.zeros(AHEAD, B, device=device)
+        self._logprobs = torch.zeros(AHEAD, B, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)  # of the last three, the next one
         self._next = AHEAD  # _row, as the host counts; AHEAD: their numbers are used up
 
@@ -105,12 +105,12 @@ class StaticDecoder:
         uniform = self._uniform.index_select(0, self._row)[0]  # (B,)
         penalised = self._options.repetition_penalty != 1
         tokens = sample(self._logits, self._options, uniform, self._seen if penalised else None)  # (B,)
-        chances = self._logits.log_softmax(-1).gather(-1, tokens[:, None])  # (B, 1)
+        logprobs = self._logits.log_softmax(-1).gather(-1, tokens[:, None])  # (B, 1)
         if penalised:
             self._seen.scatter_(1, tokens[:, None], True)
         self._tokens.copy_(tokens)
         self._drawn.index_copy_(0, self._row, tokens[None])
-        self._chances.index_copy_(0, self._row, chances.t())
+        self._logprobs.index_copy_(0, self._row, logprobs.t())
         self._row += 1
 
     def decode(self) -> None:
@@ -130,12 +130,12 @@ class StaticDecoder:
     def report(self, count: int, context: int) -> Report:
         """The last `count` tokens of each sequence, on their way to the host."""
         rows = slice(self._next - count, self._next)
-        tokens, chances = (ring[rows].to("cpu", non_blocking=True) for ring in (self._drawn, self._chances))
+        tokens, logprobs = (ring[rows].to("cpu", non_blocking=True) for ring in (self._drawn, self._logprobs))
         arrived = None
         if self._device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self._device))
-        return Report(tokens, chances, context, arrived)
+        return Report(tokens, logprobs, context, arrived)
 
     def blocks(self, max_new_tokens: int) -> Iterator[Block]:
         """The first token of each sequence after `start`, then blocks of several; the device is a block ahead."""

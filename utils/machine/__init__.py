@@ -1,1 +1,1 @@
-"""The machine: devices, the process, signals, system metrics, and the limits of the hardware."""
+"""The machine: devices, the process, signals, system metrics, the limits of the hardware, and several ranks."""

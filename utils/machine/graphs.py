@@ -12,7 +12,7 @@ import torch
 R = TypeVar("R")
 
 
-def record(work: Callable[[], R], device: torch.device) -> Callable[[], R]:
+def capture_graph(work: Callable[[], R], device: torch.device) -> Callable[[], R]:
     """A function that repeats the kernels of `work` on the same tensors, for one launch's worth of the host's time.
 
     `work` runs here once, and nothing is computed by that: call the result for that. It reads and writes tensors that

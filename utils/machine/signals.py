@@ -155,7 +155,7 @@ class Deadline:
         self._last = now
 
     def continued(self) -> None:
-        """The process was stopped for a while: the step that it is in begins again, as far as its length counts."""
+        """The process was suspended for a while: the step in progress is timed from now on."""
         if self._last is not None:
             self._last = time.monotonic()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from utils.nn.linear import first_order
+from utils.nn.linear import once_differentiable
 from utils.nn.private import private_operator
 
 SOFTMAX_BACKWARD = private_operator("_softmax_backward_data")
@@ -104,7 +104,7 @@ class ShortAttention(torch.autograd.Function):
         return torch.bmm(weights, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, -1)
 
     @staticmethod
-    @first_order
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert SOFTMAX_BACKWARD is not None
         q, k, v, weights = ctx.saved_tensors

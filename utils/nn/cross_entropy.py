@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.nn.float8 import VALUES, product, rounded
-from utils.nn.linear import first_order, product_dtype
+from utils.nn.linear import once_differentiable, product_dtype
 from utils.nn.targets import IGNORED
 
 ALIGNMENT = 128  # rows of the weight: matrix products of other sizes miss the fast kernels
@@ -177,7 +177,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             return torch.cat(all_losses).sum() / count
 
     @staticmethod
-    @first_order
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_x, of_matrix, count = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]

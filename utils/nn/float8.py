@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.nn.linear import Linear, first_order, linear, product_dtype
+from utils.nn.linear import Linear, linear, once_differentiable, product_dtype
 from utils.nn.lora import LoraLinear
 from utils.nn.private import private_operator
 
@@ -72,7 +72,7 @@ class Float8Linear(torch.autograd.Function):
         return product(x8, weight8, x_scale, weight_scale, dtype, fast=True)  # (rows, out)
 
     @staticmethod
-    @first_order
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors  # (in, rows), (), (in, out), ()
         x_dtype, weight_dtype = ctx.dtypes

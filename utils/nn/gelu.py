@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from utils.nn.linear import first_order
+from utils.nn.linear import once_differentiable
 from utils.nn.private import private_operator
 
 CUBIC = 0.044715
@@ -52,7 +52,7 @@ class SigmoidGELU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (derivative,) = ctx.saved_tensors
         return gradient * derivative

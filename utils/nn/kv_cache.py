@@ -43,7 +43,7 @@ class KVCache:
         self._numbers = torch.arange(capacity, device=device)  # of slots
         self._rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self._static = device.type == "cuda"
-        self._window, self._without_window = config.sliding_window, config.full_attention_layers
+        self._window, self._full_attention_layers = config.sliding_window, config.full_attention_layers
 
     @property
     def positions(self) -> torch.Tensor:
@@ -133,7 +133,7 @@ class KVCache:
         else:
             keys[self._rows, :, self._slots] = k
             values[self._rows, :, self._slots] = v
-        full = self._window is None or layer < self._without_window
+        full = self._window is None or layer < self._full_attention_layers
         if self._is_empty:
             return causal_attention(q, k, v, window=None if full else self._window)
         mask = self._mask if full else self._window_mask

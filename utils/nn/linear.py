@@ -21,11 +21,11 @@ from utils.nn.roles import BIAS, MATRIX, declare
 # The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
 ONEDNN = private_operator("ops.mkldnn._linear_pointwise.default") if torch.backends.mkldnn.is_available() else None
 
-FASTER = torch.backends.cpu.get_cpu_capability() != "AVX2"  # than MKL
+ONEDNN_IS_FASTER = torch.backends.cpu.get_cpu_capability() != "AVX2"  # than MKL
 
 R = TypeVar("R")
 
-SMALL = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
+SMALL_PRODUCT = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,8 +40,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         x.is_cpu
         and x.dtype is torch.float32 is weight.dtype
         and ONEDNN is not None
-        and FASTER
-        and x.numel() * weight.shape[0] > SMALL  # false for empty tensors, too
+        and ONEDNN_IS_FASTER
+        and x.numel() * weight.shape[0] > SMALL_PRODUCT  # false for empty tensors, too
         and x.shape[-1] == weight.shape[1]  # if not, torch's message is the better one
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -83,10 +83,10 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def first_order(backward: Callable[..., R]) -> Callable[..., R]:
+def once_differentiable(backward: Callable[..., R]) -> Callable[..., R]:
     """Mark the backward pass of an autograd function that has no second derivative.
 
-    With create_graph it raises a RuntimeError. torch's once_differentiable does the same in 10 microseconds a call.
+    With create_graph it raises a RuntimeError. torch has a decorator of this name, which takes 10 microseconds a call.
     """
 
     @functools.wraps(backward)
@@ -107,7 +107,7 @@ class OneDNNLinear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @first_order
+    @once_differentiable
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:

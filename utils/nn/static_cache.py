@@ -26,8 +26,8 @@ class StaticCache(KVCache):
         self._flat = self._by_slot.flatten(1, 2).unbind()  # 2 L of (B * S, K, D), the same memory
         self._first = self._rows * capacity  # (B, 1), where each sequence begins in _flat
         self._group = config.n_head // config.kv_heads
-        self._shown = torch.zeros((), device=device, dtype=dtype)  # added to the scores
-        self._hidden = torch.full((), -math.inf, device=device, dtype=dtype)
+        self._zero = torch.zeros((), device=device, dtype=dtype)  # added to the scores
+        self._minus_inf = torch.full((), -math.inf, device=device, dtype=dtype)
         self._attended = 0
 
     @contextlib.contextmanager
@@ -54,16 +54,16 @@ class StaticCache(KVCache):
         self._places = (positions % self.capacity + self._first).flatten()  # (B * T,)
         self.tokens.view(-1).index_copy_(0, self._places, idx.flatten())
         visible = self._numbers[: self._attended] <= positions[:, :, None]  # (B, T, attended)
-        self._mask = self._to_add(visible[:, None])
+        self._mask = self._additive_mask(visible[:, None])
         self._window_mask = self._mask
         if self._window is not None:
-            self._window_mask = self._to_add(self._within_window(positions, visible[:, None]))
+            self._window_mask = self._additive_mask(self._within_window(positions, visible[:, None]))
         self._read = self._by_head[:, :, :, : self._attended].unbind()  # 2 L of (B, K, attended, D)
         return positions
 
-    def _to_add(self, visible: torch.Tensor) -> torch.Tensor:
+    def _additive_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """The mask (B, 1, T | G T, attended) to add to the scores, of what tokens see (B, 1, T, attended)."""
-        mask = torch.where(visible, self._shown, self._hidden)
+        mask = torch.where(visible, self._zero, self._minus_inf)
         return mask.repeat(1, 1, self._group, 1) if mask.size(2) > 1 and self._group > 1 else mask
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class StaticCache(KVCache):
         self._flat[layer].index_copy_(0, self._places, k.reshape(B * T, K, D))
         self._flat[of_values].index_copy_(0, self._places, v.reshape(B * T, K, D))
         q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-        mask = self._mask if layer < self._without_window else self._window_mask
+        mask = self._mask if layer < self._full_attention_layers else self._window_mask
         assert mask is not None
         y = F.scaled_dot_product_attention(q, self._read[layer], self._read[of_values], attn_mask=mask)
         return y.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)

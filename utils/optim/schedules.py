@@ -16,7 +16,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
 }
 
-FIRST_MOMENTUM = 0.85  # of Muon, at the start of its warm-up
+FIRST_MOMENTUM = 0.85  # of Muon, at the start of its momentum warmup
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, max_iters: int) -> float:

@@ -13,8 +13,9 @@ from utils.config.fields import FIELDS, SECTION_OF, field_fact
 from utils.config.settings import TRAJECTORY
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.tables import EVALUATIONS_SHOWN, number_cell, provenance_facts, result_facts
-from utils.files import open_regular, read_text
+from utils.files import open_regular
 from utils.pages.keys import key_of
+from utils.runs.environment import read_environment
 from utils.runs.evaluations import NUMBERS, newest_evaluations
 from utils.runs.identity import non_default_settings
 from utils.runs.index import DAMAGED, IndexedRun, resolved_setting
@@ -67,7 +68,7 @@ def describe(run: IndexedRun, others: Iterable[IndexedRun]) -> dict[str, Any]:
         "relatives": [{"key": key_of(name), "id": one_line(name)} for name in [*([parent] if parent else []), *ids]],
         "evaluations": attempt("its evaluations", lambda: _evaluations(run), {"columns": [], "rows": []}),
         "settings": attempt("its settings", lambda: _settings(run), []),
-        "environment": printable(attempt(str(ENVIRONMENT), lambda: _environment(run), "")),
+        "environment": printable(attempt(str(ENVIRONMENT), lambda: read_environment(run.path), "")),
         "metrics": attempt("its log", lambda: logged_names(run), []),
         "problems": [printable(problem) for problem in problems],
     }
@@ -114,13 +115,6 @@ def _settings(run: IndexedRun) -> list[dict[str, Any]]:
             facts["changes_numbers"] = field_fact(key, "kind") == TRAJECTORY
         found.append(facts)
     return found
-
-
-def _environment(run: IndexedRun) -> str:
-    try:
-        return read_text(run.path / ENVIRONMENT, run.path, "replace")
-    except FileNotFoundError:
-        return ""
 
 
 def logged_names(run: IndexedRun) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from pathlib import Path
@@ -20,10 +20,9 @@ from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.tables import LIST_COLUMNS
 from utils.pages.keys import key_of
 from utils.runs.identity import differing_settings
-from utils.runs.index import FACTS, LOSSES, NOT_RUNS, IndexedRun, read_index, read_run, seconds_of
+from utils.runs.index import FACTS, NOT_RUNS, IndexedRun, add_losses, read_index, read_run, seconds_of
 from utils.runs.layout import CONFIG, EVALUATIONS, METRICS_LOG, NOTES, RECORD
 from utils.runs.log import read_lines
-from utils.runs.metrics import decode_number
 from utils.runs.run import status_of
 from utils.terminal.words import HASH_LENGTH, one_line, printable
 
@@ -244,19 +243,10 @@ def _read_on(entry: _Entry) -> None:
             entry.offset += sum(map(len, lines))
             for line in lines:
                 if b'"val/loss"' in line:
-                    _add_losses(entry.summary, orjson.loads(line))
+                    add_losses(entry.summary, orjson.loads(line))
             entry.summary["steps"] = orjson.loads(lines[-1])["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not written by us
         return
-
-
-def _add_losses(summary: dict[str, float], record: Mapping[str, Any]) -> None:
-    losses = {name: decode_number(record[name]) for name in LOSSES if name in record}
-    summary |= losses
-    if losses["val/loss"] < summary.setdefault("best_val_loss", math.inf):
-        summary["best_val_loss"] = losses["val/loss"]
-        if (bits := losses.get("val/bits_per_byte")) is not None:
-            summary["best_bits_per_byte"] = bits
 
 
 def _cell(column: str, value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Texts into prepared datasets, with numpy: documents that repeat others."""
+"""What prepare.py does: it reads texts, cleans them, removes duplicates, and tokenizes them into a dataset."""

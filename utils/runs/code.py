@@ -132,8 +132,8 @@ def open_repo(folder: Path) -> Iterator[git.Repo]:
         os.environ.update(misleading)
 
 
-class MetadataCapture:
-    """Reads the state of the code once, before training, and writes it into a run directory.
+class CodeReader:
+    """Reads the state of the code once, before training.
 
     Args:
         root: the project folder.
@@ -267,17 +267,17 @@ class MetadataCapture:
             return False
         return True
 
-    @staticmethod
-    def write(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
-        """Write git.txt, code.patch, callbacks/ and env.txt into `meta_dir`: meta/ of a run, or of a later session."""
-        meta_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(meta_dir / GIT.name, git_text(facts))
-        if facts.patch:
-            write_atomic(meta_dir / PATCH.name, facts.patch)
-        for name, source in facts.callbacks.items():
-            (meta_dir / CALLBACKS.name).mkdir(exist_ok=True)
-            write_atomic(meta_dir / CALLBACKS.name / f"{name}.py", source)
-        write_atomic(meta_dir / ENVIRONMENT.name, environment_text(devices))
+
+def write_code_and_environment(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
+    """Write git.txt, code.patch, callbacks/ and env.txt into `meta_dir`: meta/ of a run, or of a later session."""
+    meta_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(meta_dir / GIT.name, git_text(facts))
+    if facts.patch:
+        write_atomic(meta_dir / PATCH.name, facts.patch)
+    for name, source in facts.callbacks.items():
+        (meta_dir / CALLBACKS.name).mkdir(exist_ok=True)
+        write_atomic(meta_dir / CALLBACKS.name / f"{name}.py", source)
+    write_atomic(meta_dir / ENVIRONMENT.name, environment_text(devices))
 
 
 def hidden_changes(repo: git.Repo) -> Iterator[str]:

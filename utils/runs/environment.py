@@ -9,6 +9,10 @@ import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata as importlib_metadata
+from pathlib import Path
+
+from utils.files import read_text
+from utils.runs.layout import ENVIRONMENT
 
 
 @functools.cache
@@ -24,6 +28,18 @@ def package_versions() -> Mapping[str, str]:
         if len(headers) == 2:
             found[headers["Name"].strip()] = headers["Version"].strip()
     return found
+
+
+def read_environment(run: Path) -> str:
+    """meta/env.txt of the run directory `run`; empty where it has none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return read_text(run / ENVIRONMENT, run, "replace")
+    except FileNotFoundError:
+        return ""
 
 
 def environment_text(devices: Mapping[str, str]) -> str:

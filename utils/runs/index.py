@@ -180,15 +180,21 @@ def summary_of_log(path: Path) -> dict[str, float]:
     offset = 0
     while lines := read_lines(path, offset):
         offset += sum(map(len, lines))
-        for record in (json.loads(line) for line in lines if b'"val/loss"' in line):
-            losses = {name: decode_number(record[name]) for name in LOSSES if name in record}
-            summary |= losses
-            if losses["val/loss"] < summary.setdefault("best_val_loss", math.inf):
-                summary["best_val_loss"] = losses["val/loss"]
-                if (bits := losses.get("val/bits_per_byte")) is not None:
-                    summary["best_bits_per_byte"] = bits
+        for line in lines:
+            if b'"val/loss"' in line:
+                add_losses(summary, json.loads(line))
     last = last_record(path)
     return {**summary, **({"steps": int(last["step"])} if last else {})}
+
+
+def add_losses(summary: dict[str, float], record: Mapping[str, Any]) -> None:
+    """Bring the last and the best losses of a summary up to date with the record of a further evaluation."""
+    losses = {name: decode_number(record[name]) for name in LOSSES if name in record}
+    summary |= losses
+    if losses["val/loss"] < summary.setdefault("best_val_loss", math.inf):
+        summary["best_val_loss"] = losses["val/loss"]
+        if (bits := losses.get("val/bits_per_byte")) is not None:
+            summary["best_bits_per_byte"] = bits
 
 
 def read_run(path: Path) -> IndexedRun:

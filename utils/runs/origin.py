@@ -34,15 +34,16 @@ from utils.runs.trust import callback_words, enclosing_run, made_elsewhere, requ
 
 Relation = Literal["resume", "fork", "init"]
 RESUMABLE = ("interrupted", "crashed", "failed")  # a failure may be over: a full disk, a mistake in a callback
-BATCH = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
+BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
 PRETRAINED_PREFIX = "hf:"  # of a published model, where --init-from expects a RUN
-FOUND = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
+FOUND_BATCH = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which a resume does not inherit
-PLACES = ("dataset", "corpora_dir", "datasets_dir", "runs_dir", "aim_repo")  # paths, unless they are names or addresses
-WRITTEN = ("corpora_dir", "datasets_dir", "runs_dir", "aim_repo")  # those that training writes to
-MOVED = "found in this project"  # the source of a path that is no longer where it was
-OWN = "of this project, as the run was made elsewhere"  # the source of a path that was not taken over
-PINNED = ("device", "dtype", "threads", "deterministic")  # a resume keeps the values that "auto" resolved to
+# paths, unless they are names or addresses
+PATH_KEYS = ("dataset", "corpora_dir", "datasets_dir", "runs_dir", "aim_repo")
+OUTPUT_KEYS = ("corpora_dir", "datasets_dir", "runs_dir", "aim_repo")  # those that training writes to
+MOVED_PATH = "found in this project"  # the source of a path that is no longer where it was
+LOCAL_PATH = "of this project, as the run was made elsewhere"  # the source of a path that was not taken over
+PINNED_KEYS = ("device", "dtype", "threads", "deterministic")  # a resume keeps the values that "auto" resolved to
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,12 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     layers = {key: _recorded_layers(sources, key, value, place) for key, value in flat(config).items()}
     layers |= {key: current.layers[key] for key in PER_SESSION}
     recorded = LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
-    now, source = {key: moved_path(get_value(config, key), loader.root) for key in PLACES}, MOVED
+    now, source = {key: moved_path(get_value(config, key), loader.root) for key in PATH_KEYS}, MOVED_PATH
     if made_elsewhere(run, loader.root):
-        now, source = {"dataset": now["dataset"], **{key: get_value(current.config, key) for key in WRITTEN}}, OWN
+        now, source = (
+            {"dataset": now["dataset"], **{key: get_value(current.config, key) for key in OUTPUT_KEYS}},
+            LOCAL_PATH,
+        )
     return put_on_top(recorded, {key: path for key, path in now.items() if path != get_value(config, key)}, source)
 
 
@@ -192,7 +196,7 @@ def without_foreign_places(loaded: LoadedConfig, files: Iterable[Path], root: Pa
             continue
         if loaded.source("callbacks").rpartition(":")[0] == name:
             require_trust(run, root, callback_words(loaded.config.train.callbacks), trusted)
-        for key in WRITTEN:
+        for key in OUTPUT_KEYS:
             kept = [layer for layer in layers[key] if layer.source.rpartition(":")[0] != name]
             if len(kept) < len(layers[key]):
                 layers[key], values[key] = kept, kept[-1].value
@@ -213,9 +217,10 @@ def config_of_fork(
 
 
 def pinned_settings(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that the open settings in PINNED resolved to when the run started: others could change the numbers."""
+    """The values that open settings in PINNED_KEYS resolved to when the run started: others might change numbers."""
     resolved = record.get("resolved") or {}
-    return {key: resolved[key] for key in PINNED if key in resolved and get_value(config, key) in (None, "auto")}
+    is_open = {key: get_value(config, key) in (None, "auto") for key in PINNED_KEYS}
+    return {key: resolved[key] for key in PINNED_KEYS if key in resolved and is_open[key]}
 
 
 def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
@@ -238,11 +243,13 @@ def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
 
     So the command that started a run with batch_size auto can resume it, even on a machine with less memory.
     """
-    asked = [next((str(s.value) for s in reversed(recorded.layers[key]) if s.source != FOUND), "") for key in BATCH]
-    if recorded.source("batch_size") != FOUND or asked != [str(get_value(loaded.config, key)) for key in BATCH]:
+    given = [[s for s in recorded.layers[key] if s.source != FOUND_BATCH] for key in BATCH_KEYS]
+    asked_then = [str(layers[-1].value) if layers else "" for layers in given]
+    asked_now = [str(get_value(loaded.config, key)) for key in BATCH_KEYS]
+    if recorded.source("batch_size") != FOUND_BATCH or asked_then != asked_now:
         return loaded
-    config = pin(loaded.config, {key: get_value(recorded.config, key) for key in BATCH})
-    return LoadedConfig(config, {**loaded.layers, **{key: recorded.layers[key] for key in BATCH}})
+    config = pin(loaded.config, {key: get_value(recorded.config, key) for key in BATCH_KEYS})
+    return LoadedConfig(config, {**loaded.layers, **{key: recorded.layers[key] for key in BATCH_KEYS}})
 
 
 def parent_facts(origin: Origin, step: int, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -60,53 +61,36 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-class RunIDGenerator:
-    """Yields ids to try: `YYYYMMDD_HHMMSS[_tag]` in local time, then the same with `_2`, `_3`, ... appended.
+def run_ids(tag: str | None = None, now: datetime | None = None) -> Iterator[str]:
+    """Ids to try: `YYYYMMDD_HHMMSS[_tag]` in local time, then the same with `_2`, `_3`, ... appended."""
+    base = (now or datetime.now()).strftime("%Y%m%d_%H%M%S") + (f"_{tag}" if tag else "")
+    yield base
+    for attempt in itertools.count(2):
+        yield f"{base}_{attempt}"
+
+
+def create_run_directory(runs_dir: Path, tag: str | None = None, now: datetime | None = None) -> Path:
+    """Create an empty directory that belongs to no other process: where another one was faster, under the next id.
 
     Raises:
-        RunError: the tag is not valid.
+        RunError: the tag is not valid, or `runs_dir` cannot be written.
     """
-
-    def __init__(self, tag: str | None = None, now: datetime | None = None) -> None:
-        if tag is not None:
-            try:
-                check_tag(tag)
-            except ValueError as error:
-                raise RunError(str(error)) from None
-        self.base = (now or datetime.now()).strftime("%Y%m%d_%H%M%S") + (f"_{tag}" if tag else "")
-
-    def __iter__(self) -> Iterator[str]:
-        yield self.base
-        attempt = 2
-        while True:
-            yield f"{self.base}_{attempt}"
-            attempt += 1
-
-
-class RunDirectoryCreator:
-    """Creates directories in `runs_dir` that belong to no other process."""
-
-    def __init__(self, runs_dir: Path) -> None:
-        self.runs_dir = runs_dir
-
-    def create(self, tag: str | None = None, now: datetime | None = None) -> Path:
-        """Create an empty directory; where another process was faster, under the next id.
-
-        Raises:
-            RunError: the tag is not valid, or `runs_dir` cannot be written.
-        """
-        candidates = RunIDGenerator(tag, now)
+    if tag is not None:
         try:
-            self.runs_dir.mkdir(parents=True, exist_ok=True)
-            for run_id in candidates:
-                try:
-                    (self.runs_dir / run_id).mkdir()
-                except FileExistsError:
-                    continue
-                return self.runs_dir / run_id
-        except OSError as error:
-            raise RunError(f"cannot create a run directory in {self.runs_dir}: {error.strerror}") from None
-        raise AssertionError("RunIDGenerator never ends")
+            check_tag(tag)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        for run_id in run_ids(tag, now):
+            try:
+                (runs_dir / run_id).mkdir()
+            except FileExistsError:
+                continue
+            return runs_dir / run_id
+    except OSError as error:
+        raise RunError(f"cannot create a run directory in {runs_dir}: {error.strerror}") from None
+    raise AssertionError("run_ids never ends")
 
 
 class Run:
@@ -150,7 +134,7 @@ class Run:
         Raises:
             RunError: the directory cannot be created; nothing is left behind.
         """
-        path = RunDirectoryCreator(runs_dir).create(tag)
+        path = create_run_directory(runs_dir, tag)
         try:
             lock = RunLock(path)
             lock.sign()

@@ -8,7 +8,6 @@ unfinished trial with a free lock goes on with it.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -346,8 +345,3 @@ class Study:
 def rung_of(trial: FrozenTrial) -> int:
     """The index of the rung that a trial may train to."""
     return int(trial.user_attrs.get(RUNG, 0))
-
-
-def is_full(error: OSError) -> bool:
-    """Whether a disk had no room."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -7,13 +7,13 @@ import numpy as np
 from data import Corpus
 from utils.inference.exact_match import Question
 
-MOST = 500  # questions: an evaluation should take no longer than a few steps
+MAX_QUESTIONS = 500  # an evaluation should take no longer than a few steps
 
 
 def held_out_questions(corpus: Corpus, block_size: int) -> list[Question]:
-    """The first MOST documents of validation that have such an answer and fit into `block_size`.
+    """The first MAX_QUESTIONS documents of validation that have such an answer and fit into `block_size`.
 
-    None without a prepared dataset and `loss_after`.
+    Empty without a prepared dataset and `loss_after`.
     """
     if corpus.prepared is None or not corpus.prepared.loss_after:
         return []
@@ -25,8 +25,9 @@ def held_out_questions(corpus: Corpus, block_size: int) -> list[Question]:
             tokens = documents.tokens.take(np.arange(start, start + length)).tolist()
             if (end := _end_of(loss_after, tokens)) is not None:
                 question = Question(tokens[:end], [*tokens[end:], corpus.prepared.dataset.end_of_text])
-                found += [question] if question.fits(block_size) else []
-        if len(found) == MOST:
+                if question.fits(block_size):
+                    found.append(question)
+        if len(found) == MAX_QUESTIONS:
             break
     return found
 

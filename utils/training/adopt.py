@@ -182,7 +182,9 @@ def _corpus(
         folder, datasets = root / config.data.corpora_dir, root / config.data.datasets_dir
         data = with_problems(config, folder)
         with naming("--dataset"):
-            corpus = load_corpus(data, config.model.block_size, folder, tokenizer, warn, warn, False, datasets)
+            corpus = load_corpus(
+                data, config.model.block_size, folder, tokenizer, warn, warn, keep=False, datasets_dir=datasets
+            )
         return replace(corpus, name=config.data.dataset)
     if tokenizer is None:
         data = config.data.model_copy(update={"corpora_dir": str(root / config.data.corpora_dir)})

@@ -115,8 +115,8 @@ def receive_state(state: TrainState) -> None:
 # ------------------------------------------------------------------------------------------- models in shards
 
 
-def announced(state: TrainState, checkpoint: Checkpoint | None, relation: Relation) -> Checkpoint | None:
-    """On rank 0: tell the other ranks what a state in shards starts from; returns that, to be read as they do.
+def announce_start(state: TrainState, checkpoint: Checkpoint | None, relation: Relation) -> Checkpoint | None:
+    """On rank 0: tell the other ranks which checkpoint a sharded state starts from; returns it for rank 0 to read.
 
     A checkpoint of a run is read by each rank for itself. Of other weights, each tensor is sent when it is read.
     """

@@ -30,7 +30,7 @@ from utils.machine.device import available_memory, torch_settings
 from utils.machine.ranks import ONE, Ranks
 from utils.nn.lora import add_adapters, frozen_weights
 from utils.optim.groups import build_optimizer
-from utils.runs.origin import FOUND, put_on_top
+from utils.runs.origin import FOUND_BATCH, put_on_top
 from utils.training.state import TrainState, apply_layer_settings
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
@@ -98,7 +98,7 @@ def find_batch(
         words += f" ({limit})"
     report(words)
     found = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps, "tokens_per_step": None}
-    return put_on_top(loaded, found, FOUND)
+    return put_on_top(loaded, found, FOUND_BATCH)
 
 
 def slices_of(config: Config, ranks: Ranks) -> int:
@@ -177,12 +177,12 @@ def fitting(config: Config, corpus: Corpus, device: torch.device, dtype: torch.d
         if not on_cuda:
             yield lambda size: bytes_of_training(config, corpus, dtype, size) <= usable
             return
-        trials = CudaTrials(config, corpus, device, dtype)
+        cuda_probe = CudaProbe(config, corpus, device, dtype)
         try:
             with limited_cuda(device, usable):
-                yield trials.fits
+                yield cuda_probe.fits
         finally:
-            trials.trial = None
+            cuda_probe.probe = None
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -201,7 +201,7 @@ class ZeroBatches(BatchSampler):
     def prefetch(self, *_place: int) -> None: ...
 
 
-class Trial:
+class Probe:
     """A model with its optimizer, whose state exists from the start, that makes updates of any number of sequences."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
@@ -236,22 +236,22 @@ class Trial:
         optimizer_step(self.state, None if self.state.device.type == "cpu" else grad_norms)  # fake ones have no value
 
 
-class CudaTrials:
+class CudaProbe:
     """Updates of several sizes on a CUDA device, with one model."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
         self.arguments = (config, corpus, device, dtype)
-        self.trial: Trial | None = None
+        self.probe: Probe | None = None
 
     def fits(self, size: int) -> bool:
         try:
-            self.trial = self.trial or Trial(*self.arguments)
-            self.trial.step(size)
+            self.probe = self.probe or Probe(*self.arguments)
+            self.probe.step(size)
             fits = True
         except torch.OutOfMemoryError:
             fits = False
-        if self.trial is not None:
-            self.trial.state.optimizer.zero_grad(set_to_none=True)
+        if self.probe is not None:
+            self.probe.state.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # the cache of one size must not limit the next
         return fits
 
@@ -272,10 +272,10 @@ def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
 def bytes_of_training(config: Config, corpus: Corpus, dtype: torch.dtype, sequences: int) -> int:
     """The peak memory of training with micro-steps of that many sequences: a step, and the copy for a checkpoint."""
     with FakeTensorMode(), ByteCounter() as counter:
-        trial = Trial(config, corpus, torch.device("cpu"), dtype)
-        frozen = sum(weight.nbytes for weight in frozen_weights(trial.state.model).values())
+        probe = Probe(config, corpus, torch.device("cpu"), dtype)
+        frozen = sum(weight.nbytes for weight in frozen_weights(probe.state.model).values())
         kept = counter.held - frozen  # what a checkpoint copies: weights and the state of the optimizer
-        trial.step(sequences)
+        probe.step(sequences)
     return counter.peak + kept
 
 

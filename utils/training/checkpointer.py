@@ -149,7 +149,7 @@ class Checkpointer:
         return 1.0 + 2 * self._write_seconds
 
     def continued(self) -> None:
-        """The process was stopped for a while: how long a checkpoint took that was being written says nothing."""
+        """The process was suspended for a while: the time of a write in progress is not used as an estimate."""
         self._was_stopped = True
 
     def _write(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from utils.inference.decode import SamplingOptions, generate_tokens, start_tokens
+from utils.inference.decode import generate_tokens, start_tokens
 from utils.inference.evaluation import (
     BatchLoss,
     EvaluationStoppedError,
@@ -17,6 +17,7 @@ from utils.inference.evaluation import (
     loss_without_leaks,
 )
 from utils.inference.exact_match import exact_match
+from utils.inference.sampling import SamplingOptions
 from utils.inference.static import StaticDecoders, is_static
 from utils.machine.device import autocast
 from utils.nn.lean import is_patched
@@ -49,9 +50,9 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     """
     settings = state.config.train
     graph = settings.cuda_graph and not any(map(is_patched, state.model.modules()))  # it would call no hooks
-    if state.evaluation is None or state.evaluation.graph != graph:
+    if state.eval_loss is None or state.eval_loss.graph != graph:
         precision = functools.partial(autocast, state.device, state.dtype)
-        state.evaluation = BatchLoss(state.model, precision, graph=graph, together=state.shards is not None)
+        state.eval_loss = BatchLoss(state.model, precision, graph=graph, together=state.shards is not None)
         state.decoders = StaticDecoders() if graph and is_static(state.device) else None
 
     def watch(done: int, total: int) -> bool:
@@ -60,7 +61,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
 
     micro_steps = settings.gradient_accumulation_steps
     try:
-        losses = estimate_loss(state.evaluation, state.sampler, settings.eval_iters, micro_steps, watch, state.ranks)
+        losses = estimate_loss(state.eval_loss, state.sampler, settings.eval_iters, micro_steps, watch, state.ranks)
     except EvaluationStoppedError:
         return
     if state.questions:
@@ -70,7 +71,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
             state.ranks.busy(),
         ):  # each rank for itself: all need the number
             losses["val/accuracy"] = exact_match(state.model, state.questions)
-    monitor.losses(losses)
+    monitor.log_losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise NonFiniteError(state.step, name, loss)
@@ -79,13 +80,13 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
     state.early_stopping.update(losses["val/loss"])
     if state.finished:
-        without = loss_without_leaks(state.evaluation, state.sampler, settings.eval_iters, micro_steps, state.ranks)
+        without = loss_without_leaks(state.eval_loss, state.sampler, settings.eval_iters, micro_steps, state.ranks)
         if without is not None:
             state.losses = {**losses, "val/loss_without_leaks": without}
             monitor.log(state.step, {"val/loss_without_leaks": without})
     if state.config.tracking.sample_tokens:
         with state.ranks.busy():
-            monitor.sample(sample_text(state))
+            monitor.log_sample(sample_text(state))
     monitor.progress.evaluation(state.step, {**losses, **state.bits_per_byte(losses)})
     callbacks.on_eval(losses)
 

@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from data import BatchSampler, sample_windows
+from data import BatchSampler
+from utils.packing.windows import sample_windows
 
 ON_DEVICE = 1 << 28  # tokens of a training split that are kept on the device, in 4 bytes each
 
@@ -55,7 +56,7 @@ class Feed:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def target_share(self, micro_step: int) -> torch.Tensor | None:
-        """Of the targets of the update, the share in a micro-step, () on the device; None: all have the same."""
+        """The share of the update's targets that is in a micro-step, () on the device; None: all shares are equal."""
         return self._next[2][micro_step] if self._has_rows else None
 
     def _made(self, step: int) -> list[torch.Tensor]:

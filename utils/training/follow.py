@@ -41,7 +41,7 @@ NOT_FOLLOWED = {"tracking": {"sample_tokens": 0, "histogram_interval": 0}, "trai
 Loop = Callable[[Any], None]  # trains a session
 
 
-def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loop) -> int:
+def train_on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loop) -> int:
     """Train one run with the other processes that torchrun has started; returns the exit status, the same for all.
 
     Args:
@@ -49,12 +49,12 @@ def on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loo
         loop: the training loop.
 
     Raises:
-        UserError, RankError: see `together`.
+        UserError, RankError: see `run_on_ranks`.
     """
-    return together(lambda: launch_facts(argv), lead, lambda ranks: _follow(ranks, loop))
+    return run_on_ranks(lambda: launch_facts(argv), lead, lambda ranks: _train_as_follower(ranks, loop))
 
 
-def together(
+def run_on_ranks(
     find_facts: Callable[[], dict[str, Any]],
     lead: Callable[[ProcessRanks], int],
     work: Callable[[ProcessRanks], object],
@@ -73,7 +73,7 @@ def together(
     for signum in STOP_SIGNALS:
         signal.signal(signum, ranks.handle_signal)
     if ranks.rank:
-        return follow(find_facts, ranks, work)
+        return run_other_rank(find_facts, ranks, work)
     status = 1
     try:
         facts = ranks.collect("facts", with_memory(find_facts(), ranks))
@@ -97,7 +97,7 @@ def together(
     return status
 
 
-def follow(
+def run_other_rank(
     find_facts: Callable[[], dict[str, Any]], ranks: ProcessRanks, work: Callable[[ProcessRanks], object]
 ) -> int:
     """What another rank than rank 0 does; returns the exit status of that one.
@@ -149,7 +149,7 @@ def _facts_or_mistake(find_facts: Callable[[], dict[str, Any]], ranks: ProcessRa
         return {}
 
 
-def _follow(ranks: ProcessRanks, loop: Loop) -> None:
+def _train_as_follower(ranks: ProcessRanks, loop: Loop) -> None:
     assignment = ranks.share("assignment", None)
     config = Config.model_validate(assignment["config"])
     ranks.seconds = config.train.rank_timeout
@@ -209,11 +209,11 @@ class NoMonitor(Monitor):
     def __init__(self) -> None:
         self.progress = NoProgress()  # type: ignore[assignment]
 
-    def losses(self, losses: Mapping[str, float]) -> None: ...
+    def log_losses(self, losses: Mapping[str, float]) -> None: ...
 
     def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None: ...
 
-    def sample(self, text: str) -> None: ...
+    def log_sample(self, text: str) -> None: ...
 
 
 class NoProgress:
@@ -230,7 +230,6 @@ class Follower:
     def __init__(self, state: TrainState, update: Update, path: Path, stop: StopRequest) -> None:
         self.state, self.update, self._stop = state, update, stop
         self.path, self.terminal = path, Silent()
-        self.run = self  # of which the loop knows the path only
         self._monitor = NoMonitor()
         run = TrainingRun(path, state, self._monitor.log, stop)
         self.callbacks = Callbacks(list(state.callbacks.values()), run)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ class Monitor:
         self._histograms, self._histogram_interval = Histograms(), tracking.histogram_interval
         self._after_flush = after_flush
 
-    def step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+    def log_step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
         """Record update `step`, whose gradients exist and whose weights do not yet; nothing leaves the device.
 
         Args:
@@ -65,7 +65,7 @@ class Monitor:
             grad_norms: of the parameter groups, (groups,), on the device.
         """
         if self._histogram_interval and step % self._histogram_interval == 0:
-            self.histograms()
+            self.log_histograms()
         self.recorder.record(self._buffer.add(step, loss, grad_norms, lr))
 
     def step_done(self) -> None:
@@ -107,7 +107,7 @@ class Monitor:
         """Leave the time since the last flush (an evaluation, a checkpoint) out of the time of steps."""
         self._buffer.restart_clock()
 
-    def histograms(self) -> None:
+    def log_histograms(self) -> None:
         """Log histograms of the parameters before update `state.step` and of the clipped gradients of its batch."""
         if self.state.shards is not None:
             for name, tensor in self.state.shards.whole_tensors():
@@ -117,11 +117,11 @@ class Monitor:
         tensors |= {f"grads/{name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
         self._log.histograms.write(self._histograms.records(self.state.step, time.time(), tensors))
 
-    def losses(self, losses: Mapping[str, float]) -> None:
+    def log_losses(self, losses: Mapping[str, float]) -> None:
         """Log an evaluation after `state.step` updates, its losses also in bits per byte."""
         values = {"tokens": self.state.step * self.state.tokens_per_step, **losses, **self.state.bits_per_byte(losses)}
         self._log.metrics.write([metric_record(self.state.step, time.time(), values)])
 
-    def sample(self, text: str) -> None:
+    def log_sample(self, text: str) -> None:
         """Log a sample text of the model after `state.step` updates."""
         self._log.samples.write([{"step": self.state.step, "time": round(time.time(), 4), "text": text}])

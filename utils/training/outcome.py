@@ -11,7 +11,7 @@ from utils.training.state import TrainState
 
 @dataclass
 class Outcome:
-    """How a session ends, as far as is known: a failure, until something better is.
+    """How a session ends, as far as is known: `failed` until another end is recorded.
 
     at_once: a second signal asked not to wait for anything.
     """

@@ -23,9 +23,9 @@ from utils.runs.layout import PATCH
 from utils.runs.origin import parent_facts, pin
 from utils.terminal.console import Terminal
 from utils.terminal.words import one_line
-from utils.training.setup import BYTES_OF_FROZEN, Setup, decisive_settings, trained_outline
+from utils.training.setup import BYTES_PER_FROZEN_PARAMETER, Setup, decisive_settings, trained_outline
 
-BYTES_OF_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
 LEAST_SEEDS = 2  # besides the one that starts, for a word about the noise
 
@@ -118,8 +118,8 @@ def _disk(setup: Setup) -> Iterator[str]:
     """A finding if the disk cannot hold the checkpoints that are kept and the one that is being written."""
     parameters = count_parameters(trained_outline(setup.config, setup.corpus.tokenizer.vocab_size))
     count = setup.config.train.keep_last + setup.config.train.keep_best + 1
-    of_one = parameters.trainable * BYTES_OF_PARAMETER
-    base = parameters.frozen * BYTES_OF_FROZEN
+    of_one = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER
+    base = parameters.frozen * BYTES_PER_FROZEN_PARAMETER
     needed = count * of_one + base
     folder = next(path for path in (setup.runs_dir, *real_path(setup.runs_dir).parents) if path.exists())
     free = shutil.disk_usage(folder).free

@@ -80,6 +80,11 @@ class Session:
     # ------------------------------------------------------------------------------------------ the loop asks
 
     @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.run.path
+
+    @property
     def evaluation_due(self) -> bool:
         return evaluation_due(self.state)
 
@@ -143,7 +148,7 @@ class Session:
             grad_norms: (groups,), before clipping.
         """
         with self.state.ranks.busy():
-            self.monitor.step(self.state.step, loss, grad_norms, lr)
+            self.monitor.log_step(self.state.step, loss, grad_norms, lr)
 
     def step_done(self, loss: torch.Tensor) -> None:
         """The update is made. `loss`: (), of its batch, on the device."""
@@ -186,8 +191,9 @@ class Session:
         folder, config_hash = run.path / CHECKPOINTS, run.record["config_hash"]
         saved_step = state.step if self._start.own else None
         base = self._start.checkpoint.base if self._start.own and self._start.checkpoint else None
-        arguments = folder, state.config.train, config_hash, log, self._warn, saved_step, base
-        self.checkpoints = make_checkpointer(state, *arguments)
+        self.checkpoints = make_checkpointer(
+            state, folder, state.config.train, config_hash, log, self._warn, saved_step=saved_step, base=base
+        )
         after_views.callback(self.checkpoints.abandon)
         self._stop.on_continue.append(self.checkpoints.continued)
         before_status.callback(self._wait_for_checkpoint)
@@ -253,7 +259,7 @@ class Session:
         self._attempt(self.terminal.print, words)
         with contextlib.suppress(OSError):
             trace = error.trace if isinstance(error, RankError) else ""
-            self.terminal.print(trace or trace_of(error), log_only=True)
+            self.terminal.print(trace or traceback_of(error), log_only=True)
 
     def write_status(self) -> None:
         """Write how the run ended into run.json, before views are closed: a kill during that leaves the true status.
@@ -342,8 +348,8 @@ class Session:
         feeders.finish(end, self.terminal.print, seconds)
 
 
-def trace_of(error: BaseException) -> str:
-    """As Python prints it."""
+def traceback_of(error: BaseException) -> str:
+    """The traceback of an exception, as Python prints it."""
     return "".join(traceback.format_exception(error))
 
 
@@ -416,7 +422,7 @@ def open_session(
                 raise dead from None
             session.interrupt()
         except BaseException as error:
-            failure = named(error, ranks)
+            failure = with_rank(error, ranks)
             session.fail(failure)
             if failure is error:
                 raise
@@ -437,11 +443,11 @@ def report_findings(setup: Setup, git: GitFacts, strict: bool, terminal: Termina
     report_noise(setup, git, runs, terminal)
 
 
-def named(error: BaseException, ranks: Ranks) -> BaseException:
-    """An error, of several ranks with the name of this one, rank 0."""
+def with_rank(error: BaseException, ranks: Ranks) -> BaseException:
+    """`error`; where several ranks train, as a RankError that names this one, rank 0."""
     if not ranks.several or isinstance(error, RankError):
         return error
-    return RankError(f"rank 0: {type(error).__name__}: {error}", trace_of(error))
+    return RankError(f"rank 0: {type(error).__name__}: {error}", traceback_of(error))
 
 
 def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feeders:

@@ -48,14 +48,14 @@ from utils.preparation.arithmetic import check_block_size, with_problems
 from utils.runs.find import is_export, moved_path
 from utils.runs.index import read_settings
 from utils.runs.layout import CHECKPOINTS, TOKENIZER
-from utils.runs.origin import WRITTEN, Origin, pin, pinned_settings
+from utils.runs.origin import OUTPUT_KEYS, Origin, pin, pinned_settings
 from utils.runs.origin_checks import check_fork, check_model
 from utils.runs.run import read_record
 from utils.training.batch_size import check_micro_step, find_batch
 from utils.training.callbacks import Callback, load_callbacks
 
-BYTES_OF_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, moments; another: 8
-BYTES_OF_FROZEN = 4
+TRAINING_BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, moments; another: 8
+BYTES_PER_FROZEN_PARAMETER = 4
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def read_corpus(
     if config.data.dataset == ARITHMETIC:
         check_block_size(data, block_size)
     datasets_dir = root / config.data.datasets_dir
-    corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, False, datasets_dir)
+    corpus = load_corpus(data, block_size, folder, tokenizer, warn, report, keep=False, datasets_dir=datasets_dir)
     return replace(corpus, name=config.data.dataset)
 
 
@@ -247,7 +247,7 @@ def check_places(loaded: LoadedConfig, root: Path) -> None:
     Args:
         root: the folder that relative paths start from.
     """
-    for key in WRITTEN:
+    for key in OUTPUT_KEYS:
         name = str(get_value(loaded.config, key))
         if key == "aim_repo" and ("://" in name or not loaded.config.tracking.aim_logging):
             continue
@@ -288,10 +288,10 @@ def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device, ra
     except UserError as error:
         raise UserError(f"{loaded.source('lora_targets')}: {error}") from None
     free = available_memory(device) + (psutil.swap_memory().free if device.type == "cpu" else 0)
-    bytes_of_trained: float = BYTES_OF_PARAMETER.get(config.optimizer.optimizer_name, 8)
+    bytes_of_trained: float = TRAINING_BYTES_PER_PARAMETER.get(config.optimizer.optimizer_name, 8)
     if config.train.shard != "none" and device.type == "cuda":
         bytes_of_trained /= ranks.world_size
-    if counts is None or counts.trainable * bytes_of_trained + counts.frozen * BYTES_OF_FROZEN > free:
+    if counts is None or counts.trainable * bytes_of_trained + counts.frozen * BYTES_PER_FROZEN_PARAMETER > free:
         has = f"{counts.total:,} parameters" if counts is not None else "more parameters than can be counted"
         raise UserError(
             f"the model has {has}, which do not fit into the {free / 2**30:.1f} GiB that are free on {device} with "

@@ -30,16 +30,18 @@ if TYPE_CHECKING:  # which takes torch seconds to import
 Tensors = Mapping[str, torch.Tensor]
 
 
-def make_checkpointer(state: TrainState, *arguments: Any) -> Checkpointer:
-    """The checkpointer that suits a state; the arguments are those of `Checkpointer`."""
-    return Checkpointer(*arguments) if state.shards is None else ShardedCheckpointer(state.shards, *arguments)
+def make_checkpointer(state: TrainState, *args: Any, **kwargs: Any) -> Checkpointer:
+    """The checkpointer that suits a state; the further arguments are those of `Checkpointer`."""
+    if state.shards is None:
+        return Checkpointer(*args, **kwargs)
+    return ShardedCheckpointer(state.shards, *args, **kwargs)
 
 
 class ShardedCheckpointer(Checkpointer):
-    """The checkpointer of rank 0. `save` is called by all ranks at the same steps, on the others of a `ShardWriter`."""
+    """The checkpointer of rank 0. At the same steps the other ranks call `ShardWriter.save`."""
 
-    def __init__(self, shards: Shards, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, shards: Shards, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._shards, self._ranks = shards, shards.ranks
         self._number = 0  # of calls of save
         self._named = True  # whether the others know the folder of this one
@@ -66,7 +68,7 @@ class ShardedCheckpointer(Checkpointer):
     ) -> None:
         def write(folder: Path) -> dict[str, Any]:
             self._name(str(folder))
-            note = written(folder, self._ranks, weights, optimizer)
+            note = write_own_shards(folder, self._ranks, weights, optimizer)
             files: dict[str, Any] = {}
             for rank, of_rank in enumerate(self._ranks.collect(f"shards/{self._number}", note)):
                 if "error" in of_rank:
@@ -82,7 +84,7 @@ class ShardedCheckpointer(Checkpointer):
         return {name: (tensor.dtype, self._shards.shape_of(name, tensor)) for name, tensor in tensors.items()}
 
 
-def written(folder: Path, ranks: Ranks, weights: Tensors, optimizer: Tensors) -> dict[str, Any]:
+def write_own_shards(folder: Path, ranks: Ranks, weights: Tensors, optimizer: Tensors) -> dict[str, Any]:
     """Write what a rank has: `files`, their entries in the manifest, or `error`, why it was not written."""
     try:
         return {"files": write_shards(folder, ranks.rank, ranks.world_size, {"model": weights, "optimizer": optimizer})}
@@ -119,6 +121,6 @@ class ShardWriter:
     def _write(self, number: int, weights: Tensors, optimizer: Tensors) -> None:
         try:
             if folder := self._ranks.share(f"checkpoint/{number}", None):
-                self._ranks.collect(f"shards/{number}", written(Path(folder), self._ranks, weights, optimizer))
+                self._ranks.collect(f"shards/{number}", write_own_shards(Path(folder), self._ranks, weights, optimizer))
         except (RankError, RanksOverError):  # the loop notices it, too
             pass

@@ -26,7 +26,7 @@ from utils.formats.hub import find_pretrained
 from utils.inference.export import export_as_checkpoint
 from utils.machine.device import device_facts, processor_name
 from utils.nn.lora import count_parameters
-from utils.runs.code import GitFacts, MetadataCapture
+from utils.runs.code import CodeReader, GitFacts, write_code_and_environment
 from utils.runs.find import parent_path
 from utils.runs.identity import git_of_last_session, patch_hash
 from utils.runs.index import read_settings
@@ -57,7 +57,7 @@ from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
 from utils.terminal.words import HASH_LENGTH, fact_lines
 from utils.tracking.feeder import cut_progress
-from utils.training.agreement import announced
+from utils.training.agreement import announce_start
 from utils.training.setup import Setup, decisive_settings
 from utils.training.state import TrainState, build_state, foreign, take_over
 from utils.training.step import Update
@@ -223,7 +223,7 @@ def read_git(setup: Setup) -> GitFacts:
     callbacks = {type(callback).__module__: None for callback in setup.callbacks.values()}
     modules = dict.fromkeys([*(name.partition(":")[0] for name in setup.callbacks), *callbacks])
     named = config_files(setup.loaded) if setup.origin is None or setup.origin.relation == "init" else ()
-    return MetadataCapture(setup.root, excluded=tuple(kept), callbacks=modules, named=named).git_facts()
+    return CodeReader(setup.root, excluded=tuple(kept), callbacks=modules, named=named).git_facts()
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
@@ -231,7 +231,7 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
     meta, tracking = run.path / META, setup.config.tracking
     if not setup.resumes:  # these describe how the run was started
         setup.corpus.tokenizer.save(run.path / TOKENIZER)
-        MetadataCapture.write(meta, git, device_facts(setup.device))
+        write_code_and_environment(meta, git, device_facts(setup.device))
         if pretrained := pretrained_of(setup):
             write_json(run.path / PRETRAINED, pretrained)
         if tracking.tags or tracking.note:
@@ -239,7 +239,7 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
             change_json(run.path / NOTES, lambda notes: {**NO_NOTES, **notes, **said})
     else:
         number = len(run.record["resumes"]) + 1
-        MetadataCapture.write(run.path / session_meta(number), git, device_facts(setup.device))
+        write_code_and_environment(run.path / session_meta(number), git, device_facts(setup.device))
     write_json(run.path / CONFIG_SOURCES, setup.loaded.sources_json())
     # Last: once it exists, the run can be resumed.
     write_json(run.path / CONFIG, setup.loaded.config.model_dump(mode="json"))
@@ -267,7 +267,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     write_for_readers(run, state, terminal)
     checkpoint = start.checkpoint
     if state.shards is not None:
-        checkpoint = announced(state, checkpoint, start.relation)
+        checkpoint = announce_start(state, checkpoint, start.relation)
     if checkpoint is not None:
         take_over(state, checkpoint, start.relation)
     decisive = decisive_settings(setup)

@@ -65,13 +65,13 @@ class TrainState:
     loss: Loss  # the model's, or what torch.compile made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    evaluation: BatchLoss | None = None  # once there has been one,
-    decoders: StaticDecoders | None = None  # and its sample text, if a device has some
+    eval_loss: BatchLoss | None = None  # made by the first evaluation
+    decoders: StaticDecoders | None = None  # likewise, for its sample text; None where the device uses no CUDA graphs
     compiled: bool = False
     compile_seconds: float | None = None
     step: int = 0
-    losses: dict[str, float] | None = None  # of the last evaluation,
-    losses_step: int | None = None  # which was at this step
+    losses: dict[str, float] | None = None  # of the last evaluation
+    losses_step: int | None = None  # the step of that evaluation
     best_val_loss: float = math.inf
     best_step: int | None = None
     nonfinite_in_a_row: int = 0  # steps that the scaler skipped just before this one

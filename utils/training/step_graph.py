@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from utils.errors import first_line
-from utils.machine.graphs import record
+from utils.machine.graphs import capture_graph
 from utils.nn.lean import is_patched
 from utils.optim.adamw import EagerOptimizer
 from utils.training.feed import Feed
@@ -57,9 +57,9 @@ class Recording:
         self.grad_norms = torch.zeros(len(state.optimizer.param_groups), device=state.device)
         self._feed = Feed(state.sampler, state.config.train.gradient_accumulation_steps)
         self._feed.load(state.step)
-        self._launch_gradients = record(self._gradients, state.device)
+        self._launch_gradients = capture_graph(self._gradients, state.device)
         self._grads = [(parameter, parameter.grad) for parameter in state.model.parameters()]
-        self._launch_optimizer = record(lambda: step_if_finite(state, self.grad_norms), state.device)
+        self._launch_optimizer = capture_graph(lambda: step_if_finite(state, self.grad_norms), state.device)
 
     def is_current(self) -> bool:
         """Whether model and optimizer are as they were recorded: a callback may have changed them."""
@@ -85,7 +85,7 @@ class Recording:
 
 
 class GraphUpdate:
-    """Updates that are recorded once one has been made without; what cannot be recorded goes on without.
+    """Updates by a CUDA graph, which is captured after a first eager one; if that fails, updates stay eager.
 
     An update that is watched in phases (by a profiler) is made without the recording.
 
