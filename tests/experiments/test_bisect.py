@@ -105,7 +105,7 @@ def test_a_pair_of_interacting_settings_among_ten(
     runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds_of(runs_dir, "good", {}, [2.01, 2.02, 2.03])
-    seeds_of(runs_dir, "bad", TEN, [2.51, 2.52, 2.53])
+    seeds_of(runs_dir, "bad", TEN, [2.51, 2.521, 2.532])
 
     def loss(flags: dict[str, str], _: Path) -> float:
         noise = random.Random(repr(sorted(flags.items()))).gauss(0, 0.005)
@@ -186,3 +186,34 @@ def test_the_same_numbers_are_not_bisected(
     training(lambda *_: 2.0)
     assert find("HEAD~2", "HEAD", runs_dir, sixteen).problem == "both log the same numbers"
     assert find("HEAD", "HEAD", runs_dir, sixteen).problem == "no setting and no code differs"
+
+
+def test_the_good_code_without_its_patch_is_a_step_of_its_own(
+    sixteen: Path, runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]], tmp_path: Path
+) -> None:
+    patch = tmp_path / "good.patch"
+    (sixteen / "model.py").write_text("better\n")
+    git(sixteen, "add", "-A")
+    patch.write_text(git(sixteen, "diff", "--cached"))
+    git(sixteen, "reset", "-q", "--hard")
+
+    def loss(flags: dict[str, str], project: Path) -> float:
+        return 2.0 + 0.001 * int(flags["seed"]) ** 2 + (0.0 if (project / "model.py").is_file() else 0.1)
+
+    training(loss)
+    found = find(str(patch), "HEAD", runs_dir, sixteen, oracle="bits")
+    assert str(found.commit).endswith("without its uncommitted changes")
+
+
+def test_histories_without_a_common_commit_name_none(
+    sixteen: Path, runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]]
+) -> None:
+    git(sixteen, "checkout", "-q", "--orphan", "other")
+    (sixteen / "code.py").write_text("0\n")
+    git(sixteen, "commit", "-qam", "another beginning")
+    training(lambda flags, project: 2.0 + int((project / "code.py").read_text()) / 10)
+    found = find("other", "other~0", runs_dir, sixteen, oracle="bits")
+    assert found.problem == "no setting and no code differs"
+    main = git(sixteen, "branch", "--format=%(refname:short)").split()
+    found = find("other", next(name for name in main if name != "other"), runs_dir, sixteen, oracle="bits")
+    assert (found.problem, found.code, found.commit) == (None, True, None)

@@ -7,12 +7,13 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
-from fake_runs import make_run, training_records
+from fake_runs import RESOLVED, make_run, training_records
 
 import experiments
 from utils.config.fields import FIELDS
@@ -23,6 +24,7 @@ from utils.experiments.ledger import append, read_ledger, trial_lock
 from utils.experiments.noise import noise
 from utils.experiments.subjects import Subjects, parse_overrides
 from utils.machine.signals import StopSignal
+from utils.runs.run import change_record
 
 NO_GIT = {"commit": None, "branch": None, "dirty": None, "remote": None, "code": None}
 Losses = Callable[[dict[str, str]], float]
@@ -31,8 +33,10 @@ Losses = Callable[[dict[str, str]], float]
 class Training:
     """Stands in for train.py: the loss of a run follows from its flags."""
 
-    def __init__(self, loss: Losses, status: str = "completed", exit_status: int = 0) -> None:
-        self.loss, self.status, self.exit_status = loss, status, exit_status
+    def __init__(
+        self, loss: Losses, status: str = "completed", exit_status: int = 0, exit_reason: str | None = None
+    ) -> None:
+        self.loss, self.status, self.exit_status, self.exit_reason = loss, status, exit_status, exit_reason
         self.commands: list[dict[str, str]] = []
 
     def __call__(
@@ -48,6 +52,8 @@ class Training:
         path = make_run(
             runs_dir, run_id, settings=settings, metrics=metrics, tag=named["run_tag"], git=NO_GIT, status=self.status
         )
+        if self.exit_reason:
+            change_record(path, exit_reason=self.exit_reason)
         (path / "artifacts").mkdir(exist_ok=True)
         return path, self.exit_status
 
@@ -153,6 +159,49 @@ def test_a_change_without_any_effect_stops_early(runs_dir: Path, training: Calla
     assert len(answer.pairs) == 2
 
 
+def test_equal_shares_are_no_proof_that_nothing_changed(runs_dir: Path, training: Callable[..., Training]) -> None:
+    for tag, rate in (("base", 1e-3), ("fast", 3e-3)):
+        for seed in range(1, 9):
+            records = [{"step": 10, "time": 1.0, "tokens": 1, "val/loss": 2.0 + rate, "val/accuracy": 0.25}]
+            settings = {"seed": seed, "learning_rate": rate}
+            make_run(runs_dir, f"{tag}_{seed}", tag=tag, settings=settings, metrics=records, git=NO_GIT)
+    answer = ask(runs_dir, "fast", metric="val/accuracy", max_seeds=5)
+    assert (answer.verdict, answer.reason) == ("unsure", "5 seeds cannot tell the effect from the noise")
+
+
+def of_text(runs_dir: Path, text: str, seeds: Sequence[int], rate: float, tag: str) -> None:
+    for seed in seeds:
+        settings = {"seed": seed, "learning_rate": rate, "dataset": "notes.txt"}
+        metrics = training_records([3.0, noisy(2.0, seed) + rate])
+        resolved = RESOLVED | {"corpus_hash": text * 64}
+        make_run(runs_dir, f"{tag}_{seed}", settings=settings, metrics=metrics, git=NO_GIT, tag=tag, resolved=resolved)
+
+
+def test_runs_on_another_text_of_the_same_name_do_not_compare(
+    runs_dir: Path, training: Callable[..., Training]
+) -> None:
+    of_text(runs_dir, "a", (1, 2, 3), 1e-3, "base")
+    trained = training(of_flags)  # on the text of RESOLVED: notes.txt was replaced
+    with pytest.raises(UserError, match=r"the text of notes\.txt is no longer the one that base_1 was trained on"):
+        ask(runs_dir, "dropout=0.1", "base")
+    with pytest.raises(UserError, match=r"the text of notes\.txt is no longer"):
+        noise("base", ROOT, runs_dir, seeds=5, output=io.StringIO())
+    assert len(trained.commands) == 2
+    assert not read_ledger(runs_dir)
+    of_text(runs_dir, "b", (1, 2, 3), 3e-3, "other")
+    with pytest.raises(UserError, match=r"base_1 was trained on another text of notes\.txt than other_1"):
+        ask(runs_dir, "other", "base")
+
+
+def test_existing_runs_are_those_on_the_newest_text(runs_dir: Path, tmp_path: Path) -> None:
+    of_text(runs_dir, "a", (1, 2, 3), 1e-3, "2025")
+    of_text(runs_dir, "b", (3, 4), 1e-3, "2026")
+    subjects = Subjects(ROOT, runs_dir, tmp_path)
+    experiment = replace(subjects.pair("2025_1", "2026_3")[1], run=None)
+    [found] = trials.Trials(ROOT, runs_dir, tmp_path, io.StringIO()).existing(experiment)
+    assert {seed: run.id for seed, run in found.items()} == {3: "2026_3", 4: "2026_4"}
+
+
 def test_two_names_of_one_configuration_are_not_compared(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
     baseline_runs(runs_dir, (4, 5), "other")
@@ -167,6 +216,38 @@ def test_a_candidate_that_diverges_is_discarded(runs_dir: Path, training: Callab
     answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == "discard"
     assert "diverged" in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "verdict"),
+    [
+        ("failed", "ValueError: no such layer", "discard"),
+        ("failed", "OSError: [Errno 28] No space left on device", "unsure"),
+        ("failed", "OutOfMemoryError: out of memory: a micro-step of 8 x 64 tokens does not fit", "unsure"),
+        ("running", None, "unsure"),  # of a process that is gone
+    ],
+)
+def test_what_the_machine_did_is_not_held_against_a_candidate(
+    runs_dir: Path, training: Callable[..., Training], status: str, reason: str | None, verdict: str
+) -> None:
+    baseline_runs(runs_dir)
+    training(of_flags, status=status, exit_status=1, exit_reason=reason)
+    assert ask(runs_dir, "learning_rate=3e-3").verdict == verdict
+    training(of_flags)
+    again = ask(runs_dir, "learning_rate=3e-3")
+    assert again.verdict == ("discard" if verdict == "discard" else "keep")
+
+
+def test_a_later_call_looks_at_the_pairs_of_the_earlier_one_first(
+    runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline_runs(runs_dir, (50,))
+    training(lambda flags: noisy(2.0, int(flags["seed"]) * (3 if "dropout" in flags else 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(trials.Trials, "seconds", property(lambda self: 3600.0 * len(self.trained)))
+        first = ask(runs_dir, "dropout=0.1", budget=3600 * 3.5)
+    assert [pair.seed for pair in first.pairs] == [50, 1]
+    assert [pair.seed for pair in ask(runs_dir, "dropout=0.1").pairs][:4] == [50, 1, 2, 3]
 
 
 def test_a_baseline_that_fails_is_an_error(runs_dir: Path, training: Callable[..., Training]) -> None:
@@ -202,7 +283,13 @@ def test_a_metric_where_higher_is_better(runs_dir: Path, training: Callable[...,
     for tag, rate, shift in (("base", 1e-3, 0.0), ("fast", 3e-3, 0.2)):
         for seed in (1, 2, 3):
             records = [
-                {"step": 10, "time": 1.0, "tokens": 1, "val/loss": 2.0, "val/accuracy": noisy(0.1, seed) + shift}
+                {
+                    "step": 10,
+                    "time": 1.0,
+                    "tokens": 1,
+                    "val/loss": 2.0,
+                    "val/accuracy": noisy(0.1, seed) + shift * (1 + seed / 100),
+                }
             ]
             settings = {"seed": seed, "learning_rate": rate}
             make_run(runs_dir, f"{tag}_{seed}", tag=tag, settings=settings, metrics=records, git=NO_GIT)

@@ -122,3 +122,12 @@ def test_pairing_saves_seeds() -> None:
     assert found.paired is not None
     assert found.unpaired is not None
     assert found.paired < found.unpaired
+
+
+def test_equal_improvements_count_by_their_sign() -> None:
+    """Shares of right answers are often equal: three equal steps are no certainty."""
+    assert look([0.25] * 3, 8).decision is None
+    assert look([0.25] * 5, 8).interval is None
+    assert verdict([0.25] * 8) == "keep"
+    assert verdict([0.25] * 4, max_seeds=4) == "unsure"  # all of one sign by chance: an eighth
+    assert verdict([0.0] * 8, min_effect=0.1) == "discard"

@@ -157,11 +157,15 @@ class Bisector:
         if good.commit is None or bad.commit is None:
             return None
         with open_repo(self.subjects.root) as repo:
-            if repo.git.merge_base(good.commit, bad.commit) != good.commit:
+            status, *_ = repo.git.merge_base(
+                good.commit, bad.commit, is_ancestor=True, with_extended_output=True, with_exceptions=False
+            )
+            if status != 0:  # 1: not an ancestor; above: one of them is not here
                 return None
             listing = repo.git.log("--first-parent", "--reverse", "--format=%H %s", f"{good.commit}..{bad.commit}")
         commits = [Code(line.split(" ", 1)[0], b"", f"{line[:12]} {line[41:]}") for line in listing.splitlines()]
-        return [good, *commits, *([bad] if bad.patch or not commits else [])]
+        committed = [Code(good.commit, b"", f"{good.name} without its uncommitted changes")] if good.patch else []
+        return [good, *committed, *commits, *([bad] if bad.patch or not commits else [])]
 
 
 class Judge:
@@ -196,7 +200,7 @@ class Judge:
 
     def runs_of(self, experiment: Experiment) -> dict[int, IndexedRun]:
         if experiment.key not in self._existing:
-            self._existing[experiment.key] = self.trials.existing(experiment)
+            [self._existing[experiment.key]] = self.trials.existing(experiment)
         return self._existing[experiment.key]
 
     def run(self, experiment: Experiment, seed: int) -> IndexedRun:

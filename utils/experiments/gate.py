@@ -7,6 +7,7 @@ twice.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from utils.errors import UserError, nearest
+from utils.experiments.bits import compare_logs
 from utils.experiments.compare import comparable_metric, metric_direction
 from utils.experiments.ledger import append, read_ledger, trial_lock
 from utils.experiments.sequential import MAX_SEEDS, Evidence, look
@@ -25,7 +27,7 @@ from utils.runs.metrics import registered_metrics
 
 Verdict = Literal["keep", "discard", "unsure"]
 EXIT_STATUS: dict[Verdict, int] = {"keep": 0, "discard": 1, "unsure": 3}
-SAME_AGAIN = 2  # pairs without any difference, after which no more are trained
+SAME_AGAIN = 2  # pairs with the same numbers in their logs, after which no more are trained
 BUDGET = "budget"
 
 
@@ -129,7 +131,8 @@ def _decide(question: Question, trials: Trials) -> GateAnswer:
     if before and before[-1].get("final"):
         return _answer_of(before[-1], question, trials, len(entries))
     max_seeds = int(before[-1]["max_seeds"]) if before else question.max_seeds  # the levels of its looks are spent
-    collected = Collected(question, trials, max_seeds)
+    seeds = [int(pair["seed"]) for pair in before[-1].get("pairs") or ()] if before else []
+    collected = Collected(question, trials, max_seeds, seeds)
     verdict, reason, final = collected.verdict()
     answer = GateAnswer(
         verdict,
@@ -152,10 +155,13 @@ def _decide(question: Question, trials: Trials) -> GateAnswer:
 
 
 class Collected:
-    """The pairs so far, and what they say."""
+    """The pairs so far, and what they say.
 
-    def __init__(self, question: Question, trials: Trials, max_seeds: int) -> None:
-        self.question, self.trials, self.max_seeds = question, trials, max_seeds
+    seeds: of the pairs of an earlier call, in its order, so that no look is taken twice with other pairs.
+    """
+
+    def __init__(self, question: Question, trials: Trials, max_seeds: int, seeds: Sequence[int]) -> None:
+        self.question, self.trials, self.max_seeds, self.seeds = question, trials, max_seeds, seeds
         self.pairs: list[Pair] = []
         self.evidence = Evidence(None, None, None)
         self.metric: str | None = None
@@ -173,9 +179,11 @@ class Collected:
 
     def _from_pairs(self) -> tuple[Verdict, str, bool]:
         candidate, baseline = self.question.candidate, self.question.baseline
-        of_candidate, of_baseline = self.trials.existing(candidate), self.trials.existing(baseline)
+        of_candidate, of_baseline = self.trials.existing(candidate, baseline)
         improvements: list[float] = []
-        seeds = seed_order(list(of_candidate), list(of_baseline))
+        same_logs: list[bool] = []
+        order = seed_order(list(of_candidate), list(of_baseline))
+        seeds = itertools.chain(self.seeds, (seed for seed in order if seed not in self.seeds))
         while len(self.pairs) < self.max_seeds:
             seed = next(seeds)
             base = of_baseline.get(seed) or self.trials.train(baseline, seed)
@@ -190,14 +198,17 @@ class Collected:
                     base_value = last_value(base, self.metric)
                 value = last_value(run, self.metric)
             except TrialError as error:
-                return "discard", f"the candidate has no result where the baseline has one: {error}", True
+                reason = f"the candidate has no result where the baseline has one: {error}"
+                return "discard" if error.final else "unsure", reason, error.final
             self.pairs.append(Pair(seed, run.id, base.id, value, base_value))
             improvements.append(self._sign * (value - base_value))
             self.evidence = look(improvements, self.max_seeds, self.question.min_effect)
             print(self._progress(), file=self.trials.output, flush=True)
             if self.evidence.decision is not None:
                 return self.evidence.decision, f"after {len(self.pairs)} seeds", True
-            if len(self.pairs) == SAME_AGAIN and not any(improvements):
+            logs = compare_logs(base.path, run.path)
+            same_logs.append(logs.difference is None and logs.problem is None)
+            if len(self.pairs) == SAME_AGAIN and not any(improvements) and all(same_logs):
                 return "unsure", f"no difference at all with {SAME_AGAIN} seeds: the change has no effect", True
         return "unsure", f"{len(self.pairs)} seeds cannot tell the effect from the noise", True
 

@@ -81,7 +81,7 @@ def noise(
         experiment = Subjects(root, runs_dir, Path(folder), trusted).one(subject)
         runs_dir.mkdir(parents=True, exist_ok=True)
         trials = Trials(root, runs_dir, Path(folder), output)
-        runs = trials.existing(experiment)
+        [runs] = trials.existing(experiment)
         order = seed_order(list(runs), ())
         chosen = [next(order) for _ in range(max(seeds, len(runs)))]
         runs |= {seed: trials.train(experiment, seed) for seed in chosen if seed not in runs}

@@ -34,7 +34,8 @@ class Evidence:
     """What the pairs so far say.
 
     effect: the mean of the improvements; None without any.
-    interval: of the mean, at the level of this look. The intervals of all looks hold together with 1 - LEVEL.
+    interval: of the mean, at the level of this look. The intervals of all looks hold together with 1 - LEVEL. None
+        before the first look, and while all improvements are the same number, not 0, and too few for a sign test.
     decision: None while there is none.
     """
 
@@ -67,7 +68,10 @@ def look(improvements: Sequence[float], max_seeds: int, min_effect: float = 0.0)
     level = look_levels(max_seeds).get(count)
     if level is None or not math.isfinite(effect):
         return Evidence(effect, None, None)
-    half = _critical(level, count) * statistics.stdev(improvements) / math.sqrt(count)
+    deviation = statistics.stdev(improvements)
+    if deviation == 0 and effect and 2.0 ** (1 - count) > level:  # equal ones, as of shares: only their sign counts
+        return Evidence(effect, None, None)
+    half = _critical(level, count) * deviation / math.sqrt(count)
     low, high = effect - half, effect + half
     decision: Decision | None = "keep" if low > min_effect else "discard" if high < min_effect else None
     return Evidence(effect, (low, high), decision)

@@ -98,6 +98,16 @@ class Experiment:
         return hash_of([self.config_key, *self.code])
 
     @property
+    def dataset(self) -> str:
+        """The setting, which is a path where the text has no name of its own."""
+        return str(self.settings["dataset"])
+
+    @property
+    def text_of(self) -> IndexedRun | None:
+        """The run on whose text it is trained; None: whatever text is there."""
+        return None if "dataset" in self.overrides else self.run
+
+    @property
     def source(self) -> Code:
         return Code(self.code[0], self.patch, f"the code of {self.name}")
 

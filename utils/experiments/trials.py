@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from utils.errors import UserError, nearest
 from utils.experiments.curve import logged_metrics, read_curve
@@ -17,6 +17,7 @@ from utils.experiments.training_process import train_again
 from utils.files import write_atomic
 from utils.machine.signals import StopSignal
 from utils.runs.code import git_text
+from utils.runs.identity import corpus_of
 from utils.runs.index import IndexedRun, read_index, read_run
 from utils.runs.layout import GIT, PATCH
 from utils.runs.run import change_record
@@ -24,6 +25,7 @@ from utils.runs.seal import write_seal
 from utils.runs.trust import made_here
 from utils.terminal.words import printable
 
+OF_THE_MACHINE = ("OSError", "MemoryError", "OutOfMemoryError", "out of memory")  # beginnings of reasons
 SIGNALS = {128 + s: s for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}  # by the exit status after them
 
 
@@ -32,7 +34,15 @@ class BudgetError(Exception):
 
 
 class TrialError(UserError):
-    """A run ended without a result."""
+    """A run ended without a result.
+
+    final: it would end so again. Otherwise the machine may have been the reason: it lacked memory or space on the disk,
+        or ended the process.
+    """
+
+    def __init__(self, message: str, final: bool) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 @dataclass
@@ -53,22 +63,43 @@ class Trials:
     trained: list[float] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
     _index: list[IndexedRun] | None = None
+    _texts: dict[Any, IndexedRun] = field(default_factory=dict)  # dataset: a run, whose text is that of all of them
 
     @property
     def seconds(self) -> float:
         """Since this was made."""
         return time.monotonic() - self._began
 
-    def existing(self, experiment: Experiment) -> dict[int, IndexedRun]:
-        """The oldest complete run of each seed."""
+    def existing(self, *experiments: Experiment) -> list[dict[int, IndexedRun]]:
+        """The oldest complete run of each seed, for each experiment; those of one dataset were trained on one text.
+
+        It is the text of the run that an experiment is of, else of the newest one that is found.
+
+        Raises:
+            UserError: two experiments are of runs that were trained on different texts of one name.
+        """
         if self._index is None:
             self._index = read_index(self.runs_dir)
-        found: dict[int, IndexedRun] = {}
-        for run in self._index:
-            seed = run.settings.get("seed")
-            if run.status == "completed" and isinstance(seed, int) and experiment.is_of(run):
-                found.setdefault(seed, run)
-        return found
+        complete = [run for run in self._index if run.status == "completed" and isinstance(_seed(run), int)]
+        for experiment in experiments:
+            if (run := experiment.text_of) is not None and not self._has_the_text(experiment, run):
+                other = self._texts[experiment.dataset].id
+                raise UserError(f"{run.id} was trained on another text of {experiment.dataset} than {other}")
+        for run in reversed(complete):
+            for experiment in experiments:
+                if experiment.is_of(run):
+                    self._texts.setdefault(experiment.dataset, run)
+        return [
+            {
+                _seed(run): run
+                for run in reversed(complete)
+                if experiment.is_of(run) and self._has_the_text(experiment, run)
+            }
+            for experiment in experiments
+        ]
+
+    def _has_the_text(self, experiment: Experiment, run: IndexedRun) -> bool:
+        return corpus_of(run) == corpus_of(self._texts.setdefault(experiment.dataset, run))
 
     def train(self, experiment: Experiment, seed: int) -> IndexedRun:
         """Train one seed of an experiment.
@@ -91,7 +122,8 @@ class Trials:
         if path is None:
             if status in SIGNALS:
                 raise StopSignal(SIGNALS[status])
-            raise TrialError(f"{experiment.name} made no run with seed {seed} (exit status {status}): see above")
+            message = f"{experiment.name} made no run with seed {seed} (exit status {status}): see above"
+            raise TrialError(message, final=status == 2)
         self._record(experiment, path)
         run = read_run(path)
         if status in SIGNALS:
@@ -101,8 +133,14 @@ class Trials:
         if self._index is not None:
             self._index.append(run)
         if run.status != "completed":
-            reason = run.record.get("exit_reason")
-            raise TrialError(f"{run.id} {run.status}" + (f": {reason}" if reason else ""))
+            reason = str(run.record.get("exit_reason") or "")
+            final = run.status == "diverged" or (run.status == "failed" and not reason.startswith(OF_THE_MACHINE))
+            raise TrialError(f"{run.id} {run.status}" + (f": {reason}" if reason else ""), final)
+        if not self._has_the_text(experiment, run):
+            raise UserError(
+                f"{run.id}: the text of {experiment.dataset} is no longer the one that "
+                f"{self._texts[experiment.dataset].id} was trained on, so they do not compare"
+            )
         return run
 
     def _record(self, experiment: Experiment, path: Path) -> None:
@@ -119,6 +157,10 @@ class Trials:
         write_seal(path)
 
 
+def _seed(run: IndexedRun) -> Any:
+    return run.settings.get("seed")
+
+
 def last_value(run: IndexedRun, metric: str) -> float:
     """The last value of a metric in the log of a run.
 
@@ -129,7 +171,7 @@ def last_value(run: IndexedRun, metric: str) -> float:
     if not values:
         raise UserError(f"{run.id} has not logged {metric}{nearest(metric, logged_metrics(run.path))}")
     if not math.isfinite(values[-1]):
-        raise TrialError(f"{run.id}: its last {metric} is {values[-1]}")
+        raise TrialError(f"{run.id}: its last {metric} is {values[-1]}", final=True)
     return values[-1]
 
 
