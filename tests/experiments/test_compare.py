@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_runs import PARENT, RESOLVED, indexed, make_run, training_records, write
+from rich.console import Console
 
 from utils.errors import UserError
 from utils.experiments.compare import SeedGroup, comparable_metric, compare, judge, metric_direction
+from utils.experiments.comparison_tables import comparison_screen, verdict_words
 from utils.experiments.curve import Curve, logged_metrics, read_curve
 from utils.runs.index import IndexedRun, read_run
 
@@ -125,10 +130,11 @@ def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[fl
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_no_difference(broken: float) -> None:
+def test_a_mean_that_is_not_finite_is_named_as_such(broken: float) -> None:
     verdict = judge(group([1, 2, broken], "a"), group([1, 2, 3], "b"))
     assert (verdict.first, verdict.second) == ("a", "b")
-    assert (verdict.verdict, verdict.p) == ("within noise", None)
+    assert (verdict.verdict, verdict.p) == ("not finite", None)
+    assert verdict_words(verdict) == ("not finite", "a mean is infinite or not a number")
     assert repr(verdict.difference) == repr(broken)
 
 
@@ -196,7 +202,7 @@ def test_other_code_corpus_or_settings_are_another_group_and_it_says_which(
     assert len({group.name for group in comparison.groups}) == 2
     assert [verdict.verdict for verdict in comparison.verdicts] == ["too few seeds"]
     first, second = (group.name for group in comparison.groups)
-    assert comparison.splits == [f"{second} is not {first}: {words}"]
+    assert comparison.splits == [f"{second} differs from {first}: {words}"]
 
 
 @pytest.mark.parametrize(("chosen", "words"), [(2, "n_head 2, not 1"), (1, "head_dim 2, not 1")])
@@ -350,7 +356,7 @@ def test_metrics_are_compared_at_equal_steps_tokens_and_time(runs_dir: Path) -> 
 
 def test_a_group_shows_the_mean_of_its_runs_at_each_place(runs_dir: Path) -> None:
     runs = seeds(runs_dir, "a", [1.0, 2.0])
-    assert compare(runs).at["step"] == [(2.5, [7.125]), (5.0, [5.25]), (7.5, [3.375]), (10.0, [1.5])]
+    assert compare(runs).at["step"] == [(3, [6.75]), (5, [5.25]), (8, [pytest.approx(3.0)]), (10, [1.5])]
 
 
 def test_a_run_without_a_value_yet_leaves_the_place_empty(runs_dir: Path) -> None:
@@ -439,12 +445,14 @@ def test_a_damaged_registry_leaves_the_direction_that_is_known(runs_dir: Path, r
     assert metric_direction("of_a_callback", [read_run(path)]) == "none"
 
 
-def test_a_group_of_several_tags_has_the_name_of_the_shortest(runs_dir: Path) -> None:
+def test_a_group_of_several_tags_has_the_name_of_the_first_that_counts(runs_dir: Path) -> None:
     runs = [
         indexed(runs_dir, tag, tag=tag, settings={"seed": i}, metrics=training_records([1.0]))
         for i, tag in enumerate(("wide-seed2", "wide-seed10", "wide", "thin"))
     ]
-    assert [group.name for group in compare(runs).groups] == ["thin"]
+    assert [group.name for group in compare(runs).groups] == ["wide-seed2"]
+    unfinished = indexed(runs_dir, "first", settings={"seed": 9}, metrics=training_records([1.0]), status="interrupted")
+    assert [group.name for group in compare([unfinished, *runs]).groups] == ["wide-seed2"]
 
 
 @pytest.mark.parametrize("other", ["tokenizer", "another"])
@@ -473,3 +481,54 @@ def test_losses_of_different_tokens_are_compared_by_bits_per_byte(
     else:
         expected = ("val/loss", f"{differ}, and val/loss is per token, but b has not logged val/bits_per_byte")
     assert comparable_metric(runs, asked) == expected
+
+
+def test_a_run_that_crashed_early_does_not_end_the_tables(runs_dir: Path) -> None:
+    for seed, losses in ((1, [9, 5, 3]), (2, [9, 6, 4])):
+        make_run(runs_dir, f"base{seed}", settings={"seed": seed}, metrics=training_records(losses), tag="base")
+        make_run(
+            runs_dir,
+            f"fast{seed}",
+            settings={"seed": seed, "dropout": 0.1},
+            metrics=training_records(losses),
+            tag="fast",
+        )
+    indexed(runs_dir, "base3", settings={"seed": 3}, metrics=training_records([9]), tag="base", status="interrupted")
+    found = compare([read_run(path) for path in sorted(runs_dir.iterdir())])
+    assert found.at["step"] == [(10.0, [5.5, 5.5]), (20.0, [3.5, 3.5])]
+
+
+def test_a_repeated_seed_counts_once_in_the_tables_too(runs_dir: Path) -> None:
+    runs = [
+        indexed(runs_dir, name, settings={"seed": seed}, metrics=training_records([9, loss]), tag="base")
+        for name, seed, loss in (("a", 1, 2.0), ("b", 2, 4.0), ("c", 1, 8.0))
+    ]
+    found = compare(runs)
+    assert found.groups[0].mean == 3.0
+    assert found.at["step"][-1] == (10.0, [3.0])
+
+
+def test_copies_of_a_run_keep_their_own_numbers(runs_dir: Path, tmp_path: Path) -> None:
+    first = indexed(runs_dir, "run", settings={"seed": 1}, metrics=training_records([9, 2.0]), tag="a")
+    other = indexed(
+        tmp_path / "other", "run", settings={"seed": 1, "dropout": 0.1}, metrics=training_records([9, 3.0]), tag="b"
+    )
+    found = compare([first, other])
+    assert [group.finals for group in found.groups] == [(2.0,), (3.0,)]
+    assert found.at["step"][-1] == (10.0, [2.0, 3.0])
+
+
+@pytest.mark.parametrize(("direction", "green"), [("lower", ["0.5000"]), ("higher", ["0.9000"]), ("none", [])])
+def test_green_is_the_better_value(runs_dir: Path, direction: str, green: list[str]) -> None:
+    runs = []
+    for name, value in (("a", 0.9), ("b", 0.5)):
+        records = [{"step": 10, "time": 1.0, "tokens": 1, "mine": value}]
+        run = indexed(runs_dir, name, settings={"learning_rate": value}, metrics=records)
+        write(run.path / "meta" / "metrics.json", [{"name": "mine", "direction": direction}])
+        runs.append(run)
+    found = compare(runs, "mine")
+    console = Console(record=True, width=100, color_system="standard", file=io.StringIO(), force_terminal=True)
+    for part in comparison_screen(replace(found, verdicts=[], groups=[])):
+        console.print(part)
+    text = console.export_text(styles=True)
+    assert sorted(set(re.findall("\x1b\\[32m([0-9.]+)", text))) == green

@@ -12,6 +12,8 @@ import pytest
 from fake_runs import indexed, training_records
 
 from utils.errors import UserError
+from utils.experiments.bands import band
+from utils.experiments.curve import Curve
 from utils.experiments.plot import PlottedCurve, load_curves, names_of, save_plot, smoothed, terminal_plot, thinned
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -176,3 +178,12 @@ def test_a_log_by_training_can_be_drawn(tmp_path: Path) -> None:
     assert len(curves[0].y) == 100
     assert json.dumps(curves[0].y)  # finite
     assert "train/loss" in terminal_plot(curves, "train/loss", "step", 80, 24, colour=False)
+
+
+@pytest.mark.parametrize("count", [3, 401, 2000])
+def test_a_band_ends_where_its_curves_end(count: int) -> None:
+    steps = [float(step) for step in range(count)]
+    curves = [Curve(step=steps, values=[seed] * count) for seed in (1.0, 2.0)]
+    found = band(curves, "step")
+    assert (found.places[0], found.places[-1]) == (0, count - 1)
+    assert len(found.places) <= 402

@@ -142,6 +142,21 @@ def test_a_run_that_was_taken_up_after_the_plan_is_not_removed(runs_dir: Path) -
         assert (run / "artifacts" / "checkpoints" / "step_000001").is_dir()
 
 
+def test_what_a_live_run_is_writing_stays_even_if_its_notes_are_lost(runs_dir: Path) -> None:
+    run = old_run(runs_dir, "run")
+    half = write(run / "artifacts" / "checkpoints" / ".step_000002.tmp" / "model.safetensors", "x").parent
+    write(run / "notes.json", "{")
+    with held_lock(run):
+        plan = plan_pruning(runs_dir)
+        assert (plan.kept, plan.removals) == ({"run": "running"}, [])
+    (removal,) = plan_pruning(runs_dir).removals
+    with held_lock(run):
+        assert list(remove_all([removal])) == [removal]
+        assert half.is_dir()
+    assert remove_all([removal]) == {}
+    assert not half.exists()
+
+
 @pytest.mark.parametrize("status", ["running", "interrupted"])
 def test_a_resumable_run_is_pruned_only_on_request(runs_dir: Path, status: str) -> None:
     old_run(runs_dir, "run", status=status)

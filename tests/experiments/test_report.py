@@ -137,7 +137,7 @@ def test_several_seeds_are_groups_with_mean_band_and_verdict(tmp_path: Path) -> 
         "2.0200",
         "0.0100",
         "worse by 1.0000",
-        "wide is not small: n_embd 64, not 32",
+        "wide differs from small: n_embd 64, not 32",
     ):
         assert words in groups
     data = json.loads(re.search(r"const data = (.*);\n", text).group(1))  # type: ignore[union-attr]
@@ -149,6 +149,30 @@ def test_several_seeds_are_groups_with_mean_band_and_verdict(tmp_path: Path) -> 
     assert of_steps["x"] == [0, 10]
     assert [of_steps[key][1] for key in ("mean", "low", "high")] == pytest.approx([3.02, 3.01, 3.03])
     assert 'id="groups"' not in report(runs[::3], tmp_path)  # one seed each
+
+
+def test_runs_with_different_tokenizers_are_judged_by_bits_per_byte(tmp_path: Path) -> None:
+    runs = [
+        indexed(
+            tmp_path,
+            f"{tag}-{seed}",
+            tag=tag,
+            settings={"seed": seed},
+            metrics=[
+                {**record, "val/bits_per_byte": bits + seed / 100}
+                for record in training_records([4.0, loss + seed / 100])
+            ],
+            summary={"val/loss": loss, "val/bits_per_byte": bits},
+            resolved=RESOLVED | {"tokenizer_hash": tag},
+        )
+        for tag, loss, bits in (("bytes", 2.0, 3.0), ("words", 4.0, 2.0))
+        for seed in (1, 2, 3)
+    ]
+    text = report(runs, tmp_path)
+    groups = text[text.index('id="groups"') : text.index('id="curves"')]
+    for words in ("mean val/bits_per_byte", "val/loss is per token", "worse by 1.0000"):
+        assert words in groups
+    assert len(json.loads(re.search(r"const data = (.*);\n", text).group(1))["bands"]) == 2  # type: ignore[union-attr]
 
 
 def test_differences_come_with_their_places(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,20 @@ def test_a_column_whose_type_a_run_does_not_keep_is_unknown_there_only(runs_dir:
     make_run(runs_dir, "b")
     rows = RunDatabase(read_index(runs_dir)).select("SELECT id, start IS NULL, dirty FROM runs ORDER BY id").rows
     assert rows == [("a", True, None), ("b", False, False)]
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
+def test_now_and_start_are_of_one_zone(runs_dir: Path, monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        now = datetime.now(UTC)
+        for name, age in (("new", 60), ("old", 3600)):
+            start = (now - timedelta(seconds=age)).isoformat()
+            make_run(runs_dir, name, start=start)
+        found = RunDatabase(read_index(runs_dir))
+        assert found.choose("start > now() - INTERVAL 5 MINUTE") == ["new"]
+        assert found.choose("start > now() - INTERVAL 2 HOUR", "id") == ["new", "old"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -30,7 +30,7 @@ def band(curves: Sequence[Curve], axis: Axis) -> Band:
     start = max(curve.places(axis)[0] for curve in curves)
     end = min(curve.places(axis)[-1] for curve in curves)
     places = [place for place in dict.fromkeys(curves[0].places(axis)) if start <= place <= end]
-    for place in places[:: 1 + len(places) // POINTS]:
+    for place in dict.fromkeys([*places[:: 1 + len(places) // POINTS], *places[-1:]]):
         values = [value for curve in curves if (value := curve.at(axis, place)) is not None and math.isfinite(value)]
         if len(values) == len(curves):
             mean, deviation = statistics.fmean(values), statistics.stdev(values)

@@ -9,10 +9,11 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from utils.errors import UserError
-from utils.experiments.curve import AXES, Curve, read_curve
+from utils.experiments.curve import AXES, Axis, Curve, read_curve
 from utils.experiments.diff import differing_files, uncommitted_code
 from utils.files import read_json
 from utils.runs.identity import (
@@ -35,13 +36,14 @@ UNCOMMITTED = "uncommitted code"
 FILES_SHOWN = 3  # of those in which the code of two groups differs
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the place that all runs have reached: there their values are compared
 Rows = list[tuple[float, list[float | None]]]  # (place, one value for each group)
-Verdict = Literal["better", "worse", "different", "within noise", "too few seeds"]
+Verdict = Literal["better", "worse", "different", "within noise", "not finite", "too few seeds"]
 
 
 @dataclass(frozen=True)
 class SeedGroup:
     """Runs that differ only in their seed.
 
+    paths: their folders, in the same order: copies of a run have its id.
     finals: the last value of the metric, from one complete run for each seed.
     mean, deviation: of these values; None where there are too few.
     interval: 95% confidence interval of the mean, by Student's t.
@@ -53,6 +55,7 @@ class SeedGroup:
     mean: float | None = None
     deviation: float | None = None
     interval: tuple[float, float] | None = None
+    paths: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,13 @@ class PairVerdict:
 class Comparison:
     """Groups of runs, a verdict for each pair, and their values at equal places.
 
-    at: axis -> rows of (place, one value for each group: the mean over its runs, None where one is not that far).
+    at: axis -> rows of (place, one value for each group: the mean over its runs, None where one is not that far). Of
+        a group with complete runs, the first of each seed counts. An axis that a run has not left 0 of has no rows.
+    interpolated: the axes with places at which a run was not evaluated.
     left_out: "run: reason" of each run, or last value, that does not count.
     splits: in words, what sets each group but the first apart from the one that differs least from it.
     note: what the tokenizers of the runs mean for the metric, if they differ.
+    lower_is_better: None where neither direction is better.
     """
 
     metric: str
@@ -87,6 +93,8 @@ class Comparison:
     left_out: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
     note: str | None = None
+    lower_is_better: bool | None = True
+    interpolated: tuple[str, ...] = ()
 
 
 def compare(runs: Sequence[IndexedRun], metric_name: str | None = None) -> Comparison:
@@ -99,7 +107,7 @@ def compare(runs: Sequence[IndexedRun], metric_name: str | None = None) -> Compa
         UserError: fewer than two runs have logged the metric.
     """
     metric_name, note = comparable_metric(runs, metric_name)
-    curves: dict[str, Curve] = {}
+    curves: dict[Path, Curve] = {}
     left_out = []
     for run in {run.path: run for run in runs}.values():
         try:
@@ -108,10 +116,10 @@ def compare(runs: Sequence[IndexedRun], metric_name: str | None = None) -> Compa
             left_out.append(str(error))
             continue
         if curve.values:
-            curves[run.id] = curve
+            curves[run.path] = curve
         else:
             left_out.append(f"{run.id}: {run.problem or f'no {metric_name} in its log'}")
-    runs = list({run.path: run for run in runs if run.id in curves}.values())
+    runs = list({run.path: run for run in runs if run.path in curves}.values())
     if len(runs) < 2:
         raise UserError(f"a comparison needs two runs with {metric_name}" + "".join(f"; {line}" for line in left_out))
     by_experiment: dict[str, list[IndexedRun]] = {}
@@ -122,13 +130,15 @@ def compare(runs: Sequence[IndexedRun], metric_name: str | None = None) -> Compa
     unfinished = (run for run in runs if run.status != "completed")
     left_out += [f"{run.id}: {run.status}, so its last value is not a result" for run in unfinished]
     for members in by_experiment.values():
-        counted = {run.id for run in _first_of_each_seed(members)}
-        repeated = (run for run in members if run.status == "completed" and run.id not in counted)
+        counted = {run.path for run in _first_of_each_seed(members)}
+        repeated = (run for run in members if run.status == "completed" and run.path not in counted)
         left_out += [f"{run.id}: repeats a seed of its group, so it does not count again" for run in repeated]
     lower = {"lower": True, "higher": False}.get(metric_direction(metric_name, runs))
     verdicts = [judge(a, b, lower) for a, b in itertools.combinations(groups, 2)]
     splits = _splits(names, [members[0] for members in by_experiment.values()])
-    return Comparison(metric_name, groups, verdicts, _at_equal(groups, curves), left_out, splits, note)
+    at = _at_equal(list(by_experiment.values()), curves)
+    between = tuple(axis for axis in AXES if not _are_evaluated([place for place, _ in at.get(axis, ())], curves, axis))
+    return Comparison(metric_name, groups, verdicts, at, left_out, splits, note, lower, between)
 
 
 def comparable_metric(runs: Sequence[IndexedRun], name: str | None) -> tuple[str, str | None]:
@@ -172,7 +182,7 @@ def judge(first: SeedGroup, second: SeedGroup, lower_is_better: bool | None = Tr
     assert second.mean is not None
     difference = first.mean - second.mean
     if not math.isfinite(difference):
-        return PairVerdict(first.name, second.name, "within noise", difference, None)
+        return PairVerdict(first.name, second.name, "not finite", difference, None)
     if first.deviation == second.deviation == 0:  # nothing varies, so the test is not defined
         p = 1.0 if difference == 0 else 0.0
     else:
@@ -216,7 +226,7 @@ def _splits(names: Sequence[str], firsts: Sequence[IndexedRun]) -> list[str]:
             _difference(key, facts[nearest].get(key), facts[index].get(key), firsts[nearest], firsts[index])
             for key in _causes(differing[nearest], firsts[nearest], firsts[index])
         ]
-        lines.append(f"{names[index]} is not {names[nearest]}: {'; '.join(words)}")
+        lines.append(f"{names[index]} differs from {names[nearest]}: {'; '.join(words)}")
     return lines
 
 
@@ -244,9 +254,9 @@ def _fact_text(key: str, value: Any) -> str:
 
 
 def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:
-    """A short name for each group: the tag of its runs, with the settings that set it apart where tags are equal."""
+    """A short name for each group: the tag of its first run that counts, and what sets it apart if tags are equal."""
     firsts = [members[0] for members in groups]
-    names = [_common_tag(members) for members in groups]
+    names = [_tag_of(members) for members in groups]
     if len(set(names)) < len(names):
         keys = [key for key in differing_settings(firsts) if key != "seed"]
         words = [" ".join(f"{key}={resolved_setting(run, key)}" for key in keys[:3]) for run in firsts]
@@ -254,9 +264,9 @@ def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _common_tag(members: Sequence[IndexedRun]) -> str:
-    tags = {str(run.record.get("tag") or run.id) for run in members}
-    return tags.pop() if len(tags) == 1 else min(tags, key=lambda tag: (len(tag), tag))
+def _tag_of(members: Sequence[IndexedRun]) -> str:
+    first = (_first_of_each_seed(members) or members)[0]
+    return str(first.record.get("tag") or first.id)
 
 
 def _first_of_each_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
@@ -265,37 +275,52 @@ def _first_of_each_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
     return list(reversed(of_seed.values()))
 
 
-def _group(name: str, members: Sequence[IndexedRun], curves: dict[str, Curve]) -> SeedGroup:
-    finals = tuple(curves[run.id].values[-1] for run in _first_of_each_seed(members))
-    ids = tuple(run.id for run in members)
+def _group(name: str, members: Sequence[IndexedRun], curves: dict[Path, Curve]) -> SeedGroup:
+    finals = tuple(curves[run.path].values[-1] for run in _first_of_each_seed(members))
+    ids, paths = tuple(run.id for run in members), tuple(run.path for run in members)
     if not finals:
-        return SeedGroup(name, ids, finals)
+        return SeedGroup(name, ids, finals, paths=paths)
     mean = statistics.fmean(finals)
     if len(finals) < 2 or not math.isfinite(mean):
-        return SeedGroup(name, ids, finals, mean)
+        return SeedGroup(name, ids, finals, mean, paths=paths)
     from scipy.stats import t
 
     deviation = statistics.stdev(finals)
     half = float(t.ppf(1 - LEVEL / 2, len(finals) - 1)) * deviation / math.sqrt(len(finals))
-    return SeedGroup(name, ids, finals, mean, deviation, (mean - half, mean + half))
+    return SeedGroup(name, ids, finals, mean, deviation, (mean - half, mean + half), paths)
 
 
-def _at_equal(groups: Sequence[SeedGroup], curves: dict[str, Curve]) -> dict[str, Rows]:
-    """The metric of each group at FRACTIONS of the place that all runs have reached, on each axis."""
+def _at_equal(groups: Sequence[Sequence[IndexedRun]], curves: dict[Path, Curve]) -> dict[str, Rows]:
+    """The metric of each group at FRACTIONS of the place that all runs have reached, on each axis.
+
+    Of a group with complete runs, the first of each seed counts: a run that crashed early would end the tables there.
+    """
+    counted = [_first_of_each_seed(group) or group for group in groups]
+    of_groups = [[curves[run.path] for run in group] for group in counted]
+    every = list(itertools.chain.from_iterable(of_groups))
     tables: dict[str, Rows] = {}
     for axis in AXES:
-        reached = min(curve.places(axis)[-1] for curve in curves.values() if curve.values)
+        reached = min(curve.places(axis)[-1] for curve in every)
+        if reached == 0:
+            continue
         # Places where all runs were evaluated, if there are any: there nothing is interpolated.
-        shared = sorted(set.intersection(*(set(curve.places(axis)) for curve in curves.values())) - {0})
-        wanted = [fraction * reached for fraction in FRACTIONS]
-        places = (
-            sorted({min(shared, key=lambda one: abs(one - place)) for place in wanted}) if len(shared) > 1 else wanted
-        )
+        shared = sorted(set.intersection(*(set(curve.places(axis)) for curve in every)) - {0})
+        places = {fraction * reached for fraction in FRACTIONS}
+        if len(shared) > 1:
+            places = {min(shared, key=lambda one: abs(one - place)) for place in places}
+        elif axis != "time":
+            places = {math.ceil(place) for place in places}
         tables[axis] = [
-            (place, [_mean([curves[run].at(axis, place) for run in group.runs]) for group in groups])
-            for place in places
+            (place, [_mean([curve.at(axis, place) for curve in group]) for group in of_groups])
+            for place in sorted(places)
         ]
     return tables
+
+
+def _are_evaluated(places: Sequence[float], curves: dict[Path, Curve], axis: Axis) -> bool:
+    """Whether all curves that are that far have a value of their own at each of these places."""
+    of_curves = [curve.places(axis) for curve in curves.values()]
+    return all(place in of_curve for of_curve in of_curves for place in places if place <= of_curve[-1])
 
 
 def _mean(values: Sequence[Any]) -> float | None:

@@ -21,6 +21,7 @@ VERDICT_STYLES = {
     "worse": "red",
     "different": "yellow",
     "within noise": "yellow",
+    "not finite": "red",
     "too few seeds": "dim",
 }
 KINDS: dict[str, str] = {
@@ -103,15 +104,24 @@ def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
         verdicts.add_row(Text(pair_name), Text(word, style=VERDICT_STYLES[pair.verdict]), Text(why, style="dim"))
     if comparison.verdicts:
         yield Group("", title("Verdicts (Welch's t-test, 5%)"), verdicts)
+    best_of = {True: min, False: max, None: None}[comparison.lower_is_better]
     for axis, rows in comparison.at.items():
         table = plain_table(right=[axis, *(group.name for group in comparison.groups)])
         for place, values in rows:
-            best = min((value for value in values if value is not None and math.isfinite(value)), default=None)
-            cells = [Text(loss_text(value) or "-", style="green" if value == best else "") for value in values]
+            finite = [value for value in values if value is not None and math.isfinite(value)]
+            best = best_of(finite, default=None) if best_of else None
+            styles = ["green" if value is not None and value == best else "" for value in values]
+            cells = [Text(loss_text(value) or "-", style=style) for value, style in zip(values, styles, strict=True)]
             table.add_row(place_text(axis, place), *cells)
-        yield Group("", title(f"{comparison.metric} at equal {'steps' if axis == 'step' else axis}"), table)
+        yield Group("", title(title_at(comparison, axis)), table)
     if comparison.left_out:
         yield Group("", *(Text.assemble(("! ", "yellow"), line) for line in comparison.left_out))
+
+
+def title_at(comparison: Comparison, axis: str) -> str:
+    """The title of the table with the values at equal places of an axis."""
+    between = ", interpolated between evaluations" if axis in comparison.interpolated else ""
+    return f"{comparison.metric} at equal {'steps' if axis == 'step' else axis}{between}"
 
 
 def verdict_words(pair: PairVerdict) -> tuple[str, str]:
@@ -119,6 +129,8 @@ def verdict_words(pair: PairVerdict) -> tuple[str, str]:
     word: str = "too few seeds to say" if pair.verdict == "too few seeds" else pair.verdict
     if pair.difference is not None and pair.verdict in ("better", "worse", "different"):
         word += f" by {loss_text(abs(pair.difference))}"
+    if pair.verdict == "not finite":
+        return word, "a mean is infinite or not a number"
     return word, f"p = {pair.p:.2g}" if pair.p is not None else f"needs {SEEDS_NEEDED} complete seeds each"
 
 

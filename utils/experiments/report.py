@@ -45,14 +45,14 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    problems: dict[str, list[str]] = {run.id: [run.problem] if run.problem else [] for run in runs}
+    problems: dict[Path, list[str]] = {run.path: [run.problem] if run.problem else [] for run in runs}
 
     def attempt(run: IndexedRun, what: str, make: Callable[[IndexedRun], Any], otherwise: Any) -> Any:
         """The result of `make`; on failure `otherwise`, and the reason is listed with the problems of the run."""
         try:
             return make(run) if run.readable else otherwise
         except UNREADABLE as error:
-            problems[run.id].append(f"{what} cannot be read: {type(error).__name__}: {error}")
+            problems[run.path].append(f"{what} cannot be read: {type(error).__name__}: {error}")
             return otherwise
 
     curves = [attempt(run, str(METRICS_LOG), _curves, {}) for run in runs]
@@ -61,6 +61,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
     described = [
         {
             "id": run.id,
+            "path": run.path,
             "name": name,
             "color": HEX_COLORS[index % len(HEX_COLORS)],
             "status": run.status,
@@ -69,7 +70,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
             "origin": attempt(run, str(RECORD), _origin, []),
             "environment": attempt(run, str(ENVIRONMENT), lambda run: read_environment(run.path), ""),
             "settings": attempt(run, "its settings", _own_settings, []),
-            "problems": problems[run.id],
+            "problems": problems[run.path],
         }
         for index, (run, name) in enumerate(zip(runs, names_of(runs), strict=True))
     ]
@@ -84,12 +85,15 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
         chart=data,
         plotly=_plotly() if data["traces"] else "",
         groups=_group_rows(comparison) if comparison else [],
+        metric=comparison.metric if comparison else "",
+        note=comparison.note if comparison else None,
         verdicts=[(f"{pair.first} against {pair.second}", *verdict_words(pair)) for pair in comparison.verdicts]
         if comparison
         else [],
         splits=comparison.splits if comparison else [],
         left_out=comparison.left_out if comparison else [],
         differences=differences,
+        different_names=[run["name"] for run, of_run in zip(described, curves, strict=True) if of_run],
         difference_problem=difference_problem,
         divergences=[(run, _divergence(logs)) for run, logs in differences.curves] if differences else [],
     )
@@ -179,8 +183,8 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
 def _comparison(runs: Sequence[IndexedRun]) -> Comparison | None:
     """The runs in groups of seeds; None unless a group has several."""
     try:
-        found = compare(runs, CHARTS[0])
-    except UserError:  # fewer than two have logged it
+        found = compare(runs)
+    except UserError:  # fewer than two have logged a loss
         return None
     return found if any(len(group.runs) > 1 for group in found.groups) else None
 
@@ -193,11 +197,11 @@ def _bands(
     comparison: Comparison, runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]], axes: Iterable[Axis]
 ) -> list[dict[str, Any]]:
     """The mean and the band of each group of several runs, for each chart, on each axis."""
-    index = {run["id"]: number for number, run in enumerate(runs)}
+    index = {run["path"]: number for number, run in enumerate(runs)}
     scales = {axis: x_scale(axis, _longest(curves, axis))[0] for axis in axes}
     found = []
     for group in comparison.groups:
-        members = [index[run] for run in group.runs]
+        members = [index[path] for path in group.paths]
         for row, name in enumerate(CHARTS):
             of_group = [curves[number][name] for number in members]
             bands = {axis: band(of_group, axis) for axis in scales}

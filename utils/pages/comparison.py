@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.experiments.compare import Comparison, compare
-from utils.experiments.comparison_tables import group_cells, place_text, verdict_words
+from utils.experiments.comparison_tables import group_cells, place_text, title_at, verdict_words
 from utils.experiments.diff import Row, RunDiff, diff
 from utils.experiments.plot import names_of
 from utils.pages.keys import key_of
@@ -58,10 +58,14 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "members": [[one_line(run) for run in group.runs] for group in found.groups],
         "splits": [printable(line) for line in found.splits],
         "verdicts": verdicts,
-        "at": {
-            axis: [[place_text(axis, place), *(loss_text(value) for value in values)] for place, values in rows]
+        "at": [
+            {
+                "axis": axis,
+                "title": printable(title_at(found, axis)),
+                "rows": [[place_text(axis, place), *(loss_text(value) for value in values)] for place, values in rows],
+            }
             for axis, rows in found.at.items()
-        },
+        ],
         "left_out": [printable(line) for line in found.left_out],
         "note": found.note,
     }

@@ -22,10 +22,10 @@ function showVerdict(found) {
   $("#groups-title").textContent = `${found.metric} at the end`;
   table($("#groups"), ["group", "runs", "mean", "std", "95% of the mean"], found.groups);
   $("#splits").textContent = found.splits.join("; ");
-  fill($("#at"), Object.entries(found.at).filter(([, rows]) => rows.length).map(([axis, rows]) => {
+  fill($("#at"), found.at.map(({ axis, title, rows }) => {
     const place = el("table", { class: "auto" }, el("thead"), el("tbody"));
     table(place, [axis, ...found.groups.map(([name]) => name)], rows);
-    return el("div", {}, el("h3", {}, `${found.metric} at equal ${axis === "step" ? "steps" : axis}`), el("div", { class: "scroll" }, place));
+    return el("div", {}, el("h3", {}, title), el("div", { class: "scroll" }, place));
   }));
   fill($("#left-out"), found.left_out.map((text) => el("p", { class: "quiet small" }, `left out: ${text}`)));
 }

@@ -128,8 +128,7 @@ let seen = 0;
 async function refresh() {
   const answer = await ask("runs", [["since", version]]);
   version = answer.version;
-  const row = answer.rows.find(([one]) => one === key);
-  if (!row || answer.all) return;
+  if (!answer.rows.some(([one]) => one === key)) return;
   await reload();
   await Promise.all([panel?.extend(), system?.extend()]);
   seen += 1;
