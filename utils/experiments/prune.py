@@ -130,8 +130,8 @@ def _kept(
     readable = [run for run in runs if run.readable]
     newest = {run.id for run in readable[max(0, len(readable) - keep_last) :]} if keep_last else set()
     reasons = {
-        "cannot be read": lambda run: not run.readable or run.notes_are_lost,
         RUNNING: lambda run: run.status == "running" or is_held(run.path, run.record),
+        "cannot be read": lambda run: not run.readable or run.notes_are_lost,
         "pinned": lambda run: run.notes["pinned"],
         "promoted": lambda run: run.id in promoted,
         "parent of another run": lambda run: run.id in parents,
@@ -165,7 +165,7 @@ def remove(removal: Removal) -> None:
         OSError: the folder cannot be deleted.
     """
     if removal.what == "leftover":
-        _remove_leftover(removal.path)
+        _remove_leftover(removal)
         return
     aside = removal.path.with_name(f".{removal.path.name}{ASIDE}")
     run = removal.path if removal.what == "run" else removal.path.parents[len(CHECKPOINTS.parts) - 1]
@@ -179,13 +179,23 @@ def remove(removal: Removal) -> None:
         lock.release()
 
 
-def _remove_leftover(path: Path) -> None:
-    """Delete a leftover, unless it is gone meanwhile; no JSON file beside it is being written at that time."""
-    with folder_lock(path.parent), contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _remove_leftover(removal: Removal) -> None:
+    """Delete a leftover, unless it is gone meanwhile.
+
+    Nobody trains its run at that time, and no JSON file beside it is being written.
+    """
+    path = removal.path
+    runs = [folder for folder in path.parents if removal.run and folder.name == removal.run]
+    lock = RunLock(runs[0]) if runs else None
+    try:
+        with folder_lock(path.parent), contextlib.suppress(FileNotFoundError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _delete(folder: Path) -> None:
