@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +105,11 @@ def test_tasks_are_run_recorded_shown_and_compared(runs: Path, capsys: pytest.Ca
     assert choice["problems"] == 12
     assert (choice["few_shot"], choice["task_version"], choice["harness"][:8]) == (1, 1.0, "lm_eval ")
     assert choice["accuracy"] == choice["metrics"]["acc"]
+    assert choice["higher_is_better"]["acc"] is True
+    share = choice["accuracy"]
+    assert choice["errors"]["acc"] == pytest.approx(math.sqrt(share * (1 - share) / 11))
+    assert text["higher_is_better"]["bits_per_byte"] is False
+    assert "bits_per_byte" not in text["errors"]
     assert text["bits_per_byte"] == text["metrics"]["bits_per_byte"]
     assert answer["metrics"].keys() == {"exact_match"}
     recorded, problem = read_evaluations(runs / "small")
@@ -193,7 +200,21 @@ def test_a_recorded_metric_that_is_no_number_is_kept(tmp_path: Path) -> None:
 def test_the_best_value_is_the_best_number() -> None:
     facts = {"task": "t", "few_shot": 0, "problems": 10, "data_hash": "d"}
     scores = [float("nan"), 0.2, 0.1]
-    records = [{**facts, "metrics": {"acc": score, "brier_score": score}} for score in scores]
+    directions = {"acc": True, "ter": False, "pct_stereotype": None}
+    records = [
+        {**facts, "metrics": dict.fromkeys(directions, score), "higher_is_better": directions} for score in scores
+    ]
     (table,) = harness_tasks.tasks_screen(["a", "b", "c"], records)
     styles = [[str(cell.style) for cell in column._cells] for column in table.columns[4:]]
-    assert styles == [["", ""], ["bold green", ""], ["", "bold green"]]
+    assert styles == [["", "", ""], ["bold green", "", ""], ["", "bold green", ""]]
+
+
+def test_the_error_of_a_metric_is_that_of_its_mean() -> None:
+    shares = [1.0, 0.0, 1.0, 1.0]
+    p = statistics.fmean(shares)
+    assert harness_tasks.error_of_mean(shares, p) == pytest.approx(math.sqrt(p * (1 - p) / 3))
+    probabilities = [0.4, 0.5, 0.6, 0.5]  # the documents of truthfulqa_mc2
+    assert harness_tasks.error_of_mean(probabilities, 0.5) == pytest.approx(statistics.stdev(probabilities) / 2)
+    assert harness_tasks.error_of_mean(probabilities, 1.65) is None  # a perplexity, say
+    assert harness_tasks.error_of_mean([[1, 2], [3, 4]], 0.5) is None
+    assert harness_tasks.error_of_mean([1.0], 1.0) is None

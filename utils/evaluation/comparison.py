@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from utils.evaluation.harness_tasks import accuracy_error, is_lower_better
+from utils.evaluation.harness_tasks import is_higher_better, recorded_error
 from utils.evaluation.report import comparison_notes
 from utils.evaluation.weights import Trained
 from utils.inference.quantization import weight_bytes
@@ -89,12 +89,9 @@ def _quality(records: Sequence[Mapping[str, Any]]) -> Iterator[_Row]:
     if "metrics" in records[0]:
         for metric in records[0]["metrics"]:
             values = [record["metrics"].get(metric) for record in records]
-            errors = [
-                accuracy_error(metric, value or 0.0, record["problems"])
-                for value, record in zip(values, records, strict=True)
-            ]
-            of = "" if not errors[0] else f" (± {max(errors):.4f})"
-            yield _Row(f"{data}: {metric}{of}", values, "{:.4f}".format, not is_lower_better(metric))
+            error = max(recorded_error(metric, record) for record in records)
+            of = f" (± {error:.4f})" if error else ""
+            yield _Row(f"{data}: {metric}{of}", values, "{:.4f}".format, is_higher_better(metric, records[0]))
     elif "accuracy" in records[0]:
         yield _Row(f"{data}: right answers", [record["accuracy"] for record in records], "{:.2%}".format, True)
     else:

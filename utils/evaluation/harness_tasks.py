@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from utils.terminal.words import counted, one_line
 TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three of our own, of one kind each
 FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task that names one of these brings its own files
 SEED, FEW_SHOT_SEED = 0, 1234  # of lm_eval: they choose the examples of few-shot questions
-LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "brier_score")
+COUNTS = ("sample_len", "sample_count")  # among the results of a task: no metrics
 ACCURACIES = ("acc", "exact_match", "em")  # what counts as the accuracy of a task, the first that it has
 
 
@@ -234,16 +235,28 @@ def task_record(trained: Trained, name: str, found: Mapping[str, Any], settings:
         found: what lm_eval's `evaluate` returns.
         settings: how it was evaluated.
     """
-    metrics = {}
+    metrics, errors, directions = {}, {}, {}
+    known_directions = found["higher_is_better"].get(name) or {}
     for key, value in found["results"][name].items():
         metric, _, filtered = key.partition(",")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not metric.endswith("_stderr"):
-            metrics[metric if filtered in ("", "none") else f"{metric} ({filtered})"] = float(value)
+        if metric in COUNTS or metric.endswith("_stderr") or isinstance(value, bool):
+            continue
+        if isinstance(value, int | float):
+            shown = metric if filtered in ("", "none") else f"{metric} ({filtered})"
+            metrics[shown] = float(value)
+            directions[shown] = known_directions.get(metric)
+            samples = [s for s in found["samples"].get(name, ()) if s.get("filter", filtered) == filtered]
+            if (error := error_of_mean([sample.get(metric) for sample in samples], value)) is not None:
+                errors[shown] = error
     documents = found["n-samples"].get(name, {}).get("effective")
-    for count in ("sample_len", "sample_count"):
-        metrics.pop(count, None)
     record = evaluation_record(trained, name, task_hash(name, found))
-    record |= {"task": name, "metrics": metrics, "problems": documents}
+    record |= {
+        "task": name,
+        "metrics": metrics,
+        "errors": errors,
+        "higher_is_better": directions,
+        "problems": documents,
+    }
     if (accuracy := next((metrics[one] for one in ACCURACIES if one in metrics), None)) is not None:
         record["accuracy"] = accuracy
     if "bits_per_byte" in metrics:
@@ -278,11 +291,12 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
         for place, metric in enumerate(some["metrics"]):
             values = [record["metrics"].get(metric, math.nan) for record in of_runs.values()]
             numbers = [value for value in values if not math.isnan(value)]
-            best = (min if is_lower_better(metric) else max)(numbers, default=math.nan)
+            higher = is_higher_better(metric, some)
+            best = math.nan if higher is None else (max if higher else min)(numbers, default=math.nan)
             head = (task, metric, str(some["few_shot"]), f"{some['problems']:,}" if some["problems"] else "")
             cells = []
             for value, record in zip(values, of_runs.values(), strict=True):
-                error = accuracy_error(metric, value, record["problems"])
+                error = recorded_error(metric, record)
                 text = f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
                 cells.append(Text(text, style="bold green" if len(runs) > 1 and value == best else ""))
             table.add_row(*(head if place == 0 else ("", metric, "", "")), *cells)
@@ -291,12 +305,23 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
         yield Text("The runs were evaluated on different documents: their results do not compare.", style="yellow")
 
 
-def accuracy_error(metric: str, value: float, documents: int | None) -> float:
-    """The standard error of a share of right answers, as lm_eval computes it; 0 for another metric."""
-    if metric.partition(" ")[0] not in (*ACCURACIES, "acc_norm") or not documents or documents < 2:
-        return 0.0
-    return math.sqrt(max(value * (1 - value), 0.0) / (documents - 1))
+def error_of_mean(values: Sequence[Any], mean: float) -> float | None:
+    """The standard error of a metric that is the mean of one number for each document, as lm_eval computes it.
+
+    None for another metric, and for fewer than two documents.
+    """
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    if len(numbers) < max(2, len(values)) or not math.isclose(statistics.fmean(numbers), mean, abs_tol=1e-9):
+        return None
+    return statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
-def is_lower_better(metric: str) -> bool:
-    return any(word in metric for word in LOWER_IS_BETTER)
+def recorded_error(metric: str, record: Mapping[str, Any]) -> float:
+    """The standard error of a metric in the record of a task; 0 where it is not known."""
+    return float((record.get("errors") or {}).get(metric, 0.0))
+
+
+def is_higher_better(metric: str, record: Mapping[str, Any]) -> bool | None:
+    """As the task says; None where it does not, or neither direction is better."""
+    direction = (record.get("higher_is_better") or {}).get(metric)
+    return None if direction is None else bool(direction)
