@@ -245,8 +245,7 @@ class Follower:
             self.save()
 
     def should_stop(self) -> bool:
-        agree(self._stop, self.state.ranks)
-        return self.state.finished or bool(self._stop)
+        return agree(self._stop, self.state.ranks) or self.state.finished
 
     @property
     def checkpoint_due(self) -> bool:

@@ -101,8 +101,7 @@ class Session:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
         if state.shards is not None and self.checkpoints.due(state.step):
             self._stop.save = True  # on all ranks
-        agree(self._stop, state.ranks)
-        return state.finished or bool(self._stop)
+        return agree(self._stop, state.ranks) or state.finished
 
     def _must_stop(self) -> bool:
         """Whether an evaluation may not go on: a signal came, or the time is over."""
