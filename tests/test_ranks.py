@@ -236,3 +236,13 @@ def test_a_signal_to_one_rank_while_it_waits_for_the_others_stops_all_after_the_
     record = read_record(only_run())
     assert (record["status"], record["exit_reason"], record["last_step"]) == ("interrupted", "SIGTERM", 4), printed
     assert [step for step, _ in list_checkpoints(only_run() / CHECKPOINTS)] == [4]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_that_is_asked_for_while_a_rank_waits_for_the_others_is_saved(
+    launch: Launch, only_run: Callable[[], Path], no_process_left: None, rank: int
+) -> None:
+    words = ["--max-iters", "8", "--eval-interval", "8", "--checkpoint-interval", "100"]
+    printed = ended(launch(2, *words, trouble=f"lateSIGUSR1 {rank} 3"))
+    assert read_record(only_run())["status"] == "completed", printed
+    assert sorted(step for step, _ in list_checkpoints(only_run() / CHECKPOINTS)) == [4, 8]

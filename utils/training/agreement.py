@@ -31,14 +31,17 @@ def agree(stop: StopRequest, ranks: Ranks) -> bool:
         Whether they stop, which all ranks answer alike: what a signal asks of one of them while it waits for the others
         is agreed on at the next step.
     """
+    stop.save_due = stop.save
+    if stop.save_due:  # one that comes from here on is kept for the next step
+        stop.save = False
     if not ranks.several:
         return bool(stop)
     marks = torch.zeros(ranks.world_size, 2)
     if stop:
         marks[ranks.rank, 0] = stop.signum or NO_SIGNAL
-    marks[ranks.rank, 1] = stop.save
+    marks[ranks.rank, 1] = stop.save_due
     stops, saves = ranks.sum_exactly(marks).int().T.tolist()
-    stop.save = any(saves)
+    stop.save_due = any(saves)
     if not any(stops):
         return False
     # At most once, since training ends; not for a signal, which may come because the store is gone.

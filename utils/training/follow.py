@@ -249,10 +249,10 @@ class Follower:
 
     @property
     def checkpoint_due(self) -> bool:
-        return self._stop.save
+        return self._stop.save_due
 
     def save(self) -> None:
-        self._stop.save = False
+        self._stop.save = self._stop.save_due = False
         if self._writer is not None:
             self._writer.save(self.state)
 

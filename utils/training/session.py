@@ -90,7 +90,7 @@ class Session:
 
     @property
     def checkpoint_due(self) -> bool:
-        return self._stop.save or (self.state.shards is None and self.checkpoints.due(self.state.step))
+        return self._stop.save_due or (self.state.shards is None and self.checkpoints.due(self.state.step))
 
     def should_stop(self) -> bool:
         """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
@@ -135,7 +135,7 @@ class Session:
 
     def save(self) -> None:
         """Save a checkpoint; everything in it is known to be finite."""
-        self._stop.save = False
+        self._stop.save = self._stop.save_due = False
         with self.pause():
             self.checkpoints.save(self.state)
 
