@@ -247,10 +247,7 @@ class Study:
             {t.number: t.intermediate_values[step] for t in trials if step in t.intermediate_values} for step in below
         ]
         at_rungs.append({t.number: t.value for t in trials if self.is_complete(t) and t.value is not None})
-        promoted = [
-            {t.number for t in trials if t.user_attrs.get(RUNG, 0) > rung or not self.runs(t)}
-            for rung in range(len(below))
-        ]
+        promoted = [{t.number for t in trials if rung_of(t) > rung or not self.runs(t)} for rung in range(len(below))]
         return promotion(at_rungs, promoted, pruner.eta, self.sweep.maximize, last_call=last_call)
 
     def _promote(self, found: Promotion) -> Work | Nothing:
