@@ -18,13 +18,14 @@ from utils.experiments.sql import choose_runs
 from utils.runs.find import list_run_paths
 from utils.runs.index import read_index
 from utils.runs.layout import CONFIG
-from utils.runs.run import read_record
+from utils.runs.run import Run, read_record
 from utils.sweeps import trial as trials
 from utils.sweeps.driver import Driver
 from utils.sweeps.folder import Sweep, open_sweep
 from utils.sweeps.results import seconds_to_loss
 from utils.sweeps.space import Dimension, Goal, Space
-from utils.sweeps.study import Study
+from utils.sweeps.study import Study, Work
+from utils.sweeps.trial import Trials
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = "tests/sweeps/stand_in.py"
@@ -78,6 +79,34 @@ def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
     assert ending.problem is not None
     assert ending.problem.startswith(beginning)
     assert len(Study(sweep).trials()) == 3
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted"])
+def test_a_run_that_refuses_to_resume_fails_its_trial(
+    make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """`running` is what run.json says of a run that was killed."""
+    sweep = rooted(make_sweep())
+    study = Study(sweep)
+    work = study.claim(1)
+    assert isinstance(work, Work)
+    facts = {"name": sweep.name, "id": sweep.id, "number": 0, "place": 0}
+    run = Run.create(sweep.runs_dir, sweep.tag(0), sweep=facts)
+    (run.path / CONFIG).write_text("{}")
+    run.update(status=status)
+    run.release()
+    commands: list[list[str]] = []
+
+    def refuse(_: Trials, command: list[str], _work: Work, _place: int, _activity: object, output: Path) -> tuple:
+        commands.append(command)
+        assert len(commands) == 1, "it was started again"
+        output.write_text("error: no checkpoint can be read\n")
+        return 2, False
+
+    monkeypatch.setattr(Trials, "_run", refuse)
+    outcome = Trials(sweep, study).carry_out(work)
+    assert f"--resume={run.path}" in commands[0]
+    assert (outcome.failed, outcome.reason) == (True, "no checkpoint can be read")
 
 
 @pytest.mark.slow

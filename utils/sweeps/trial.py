@@ -25,7 +25,7 @@ from utils.folders import remove
 from utils.runs.layout import CONFIG, LOCK, METRICS_LOG, NOTES, RECORD
 from utils.runs.lock import lock_is_free, wait_until_free
 from utils.runs.log import last_record
-from utils.runs.run import RunError, read_record, status_of
+from utils.runs.run import RunError, read_record, read_status, status_of
 from utils.sweeps.folder import CONFIG as SWEEP_CONFIG
 from utils.sweeps.folder import Sweep
 from utils.sweeps.results import Evaluations, value_of_run
@@ -193,7 +193,7 @@ class Trials:
                 return self._find_run(work.number, place), "median: worse than half of the trials at that step", True
             if self.stopping.is_set():
                 continue  # whatever it has reached is looked at once more
-            if 0 < status < 128 and ((run := self._find_run(work.number, place)) is None or self._is_paused(run)):
+            if 0 < status < 128 and self._has_refused(run := self._find_run(work.number, place)):
                 reason = last_error(output, start) or f"train.py ended with status {status}"
                 if any(words in reason for words in NO_SPACE):
                     raise DiskFullError(reason)
@@ -206,9 +206,9 @@ class Trials:
                     name = signal.Signals(-status if status < 0 else status - 128).name
                     return run, f"killed by {name} {kills} times without a step of progress", False
 
-    def _is_paused(self, run: Path) -> bool:
-        """Whether the process that was to continue a run has refused to."""
-        return bool(read_record(run)["status"] == "interrupted")
+    def _has_refused(self, run: Path | None) -> bool:
+        """Whether the process that was to start or continue a run has not done so, but ended with an error."""
+        return run is None or read_status(run) in ("interrupted", "crashed")
 
     # --------------------------------------------------------------------------------------------------- runs
 
