@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from utils.config.settings import Config, TrackingConfig, TrainConfig
 from utils.experiments.sql import choose_runs
 from utils.runs.find import list_run_paths
 from utils.runs.index import read_index
@@ -22,6 +23,7 @@ from utils.runs.run import Run, read_record
 from utils.sweeps import trial as trials
 from utils.sweeps.driver import Driver
 from utils.sweeps.folder import Sweep, open_sweep
+from utils.sweeps.pruning import Pruner
 from utils.sweeps.results import seconds_to_loss
 from utils.sweeps.space import Dimension, Goal, Space
 from utils.sweeps.study import Study, Work
@@ -109,12 +111,23 @@ def test_a_run_that_refuses_to_resume_fails_its_trial(
     assert (outcome.failed, outcome.reason) == (True, "no checkpoint can be read")
 
 
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("pruner", [Pruner("asha", (2, 4), 2), Pruner("pbt", (2, 4), population=2)])
+def test_a_trial_that_stops_early_before_its_rung_is_complete(
+    make_sweep: MakeSweep, tmp_path: Path, pruner: Pruner
+) -> None:
+    train, tracking = TrainConfig(max_iters=4, patience=1), TrackingConfig(runs_dir=str(tmp_path / "runs"))
+    config = Config(train=train, tracking=tracking)
+    sweep = rooted(make_sweep(space=choices(0.1, 0.01), sampler="grid", pruner=pruner, config=config))
+    study = Study(sweep)
+    assert Driver(sweep, study, 2, 1, 0).run().exit_status == 0
+    assert [(trial.state.name, trial.value) for trial in study.trials()] == [("COMPLETE", 3.46), ("COMPLETE", 2.46)]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> None:
     """Two trials of two seeds with one rung: the better one goes on from its checkpoints, in the same directories."""
-    from utils.sweeps.pruning import Pruner
-
     sweep = make_sweep(space=Space((Dimension("learning_rate", "choice", (0.1, 0.01)),), seeds=2), sampler="grid",
                        pruner=Pruner("asha", (2, 4), 2), max_iters=4)  # fmt: skip
     sweep = rooted(sweep)

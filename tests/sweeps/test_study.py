@@ -146,6 +146,17 @@ def test_asha_trains_one_trial_to_the_end_although_the_best_one_diverges(
     assert [trial.number for trial in study.best()] == [1]
 
 
+def test_asha_trains_another_trial_although_one_has_stopped_before_the_first_rung(make_sweep: MakeSweep) -> None:
+    study = Study(make_sweep(pruner=Pruner("asha", (10, 30, 90))))
+    while isinstance(work := study.claim(3), Work):
+        if work.number == 0 or work.step is None:
+            study.finish(work.number, 9.0 - work.number)
+        else:
+            study.report(work.number, work.step, 9.0 - work.number)
+        work.release()
+    assert [trial.number for trial in study.best()] == [2, 0]
+
+
 def test_the_median_rule_looks_at_the_same_step(make_sweep: MakeSweep) -> None:
     study = Study(make_sweep(pruner=Pruner("median", (10,))))
     for number in range(5):

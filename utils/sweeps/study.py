@@ -246,7 +246,9 @@ class Study:
         at_rungs: list[dict[int, float]] = [
             {t.number: t.intermediate_values[step] for t in trials if step in t.intermediate_values} for step in below
         ]
-        at_rungs.append({t.number: t.value for t in trials if self.is_complete(t) and t.value is not None})
+        # One that stopped by itself before the first rung was compared with no other.
+        complete = [t for t in trials if self.is_complete(t) and rung_of(t) > 0]
+        at_rungs.append({t.number: t.value for t in complete if t.value is not None})
         promoted = [{t.number for t in trials if rung_of(t) > rung or not self.runs(t)} for rung in range(len(below))]
         return promotion(at_rungs, promoted, pruner.eta, self.sweep.maximize, last_call=last_call)
 

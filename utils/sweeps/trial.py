@@ -54,6 +54,7 @@ class Outcome:
     """How a piece of work ended.
 
     value: of the trial, at the step of the work or at its end.
+    at_end: its runs are trained to their ends, which `patience` or `max_minutes` may bring before the step of the work.
     reason: why there is none: it failed, or with `pruned` it ended early. None with no value: it was asked to stop.
     """
 
@@ -61,6 +62,7 @@ class Outcome:
     reason: str | None = None
     pruned: bool = False
     runs: tuple[str, ...] = ()
+    at_end: bool = False
 
     @property
     def was_stopped(self) -> bool:
@@ -73,7 +75,7 @@ class Outcome:
 
 def record(study: Study, work: Work, outcome: Outcome) -> None:
     """Write into the journal how a piece of work ended; one that was stopped stays as it is."""
-    if outcome.value is not None and work.step is not None:
+    if outcome.value is not None and work.step is not None and not outcome.at_end:
         study.report(work.number, work.step, outcome.value, outcome.runs)
     elif not outcome.was_stopped:
         study.finish(work.number, outcome.value, reason=outcome.reason, pruned=outcome.pruned, runs=outcome.runs)
@@ -123,7 +125,7 @@ class Trials:
             DiskFullError: a run could not be written.
         """
         activity = self.activities[work.number] = Activity(work.number)
-        values, runs = [], []
+        values, runs, at_end = [], [], True
         try:
             for place, seed in enumerate(self.sweep.seeds):
                 run, reason, pruned = self._train(work, place, seed, activity)
@@ -132,7 +134,9 @@ class Trials:
                     return Outcome(reason=reason, pruned=pruned, runs=tuple(runs))
                 if run is None or (self.stopping.is_set() and not self._is_done(run, work.step)):
                     return Outcome(runs=tuple(runs))
-                value = self._value(run, work.step)
+                step = work.step if self._has_reached(run, work.step) else None
+                at_end = at_end and step is None
+                value = self._value(run, step)
                 if value is None or not math.isfinite(value):
                     goal = self.sweep.plan.space.goal
                     never = f"{goal.metric} {goal.seconds_to_loss:g} was never reached" if goal.seconds_to_loss else ""
@@ -143,18 +147,20 @@ class Trials:
             return Outcome(reason=str(error), runs=tuple(runs))
         finally:
             self.activities.pop(work.number, None)
-        return Outcome(statistics.fmean(values), runs=tuple(runs))
+        return Outcome(statistics.fmean(values), runs=tuple(runs), at_end=at_end)
 
     def _value(self, run: Path, step: int | None) -> float | None:
         plan = self.sweep.plan
         return value_of_run(run, plan.space.goal, step, best_weights=step is None and plan.config.train.exports_best)
 
+    def _has_reached(self, run: Path, step: int | None) -> bool:
+        return step is not None and (read_record(run).get("last_step") or 0) >= step
+
     def _is_done(self, run: Path, step: int | None) -> bool:
         """Whether a run is complete, was ended by its own limit of time, or has reached `step`."""
         record = read_record(run)
         if record["status"] == "interrupted":
-            reached = step is not None and (record.get("last_step") or 0) >= step
-            return reached or str(record.get("exit_reason")).startswith("max_minutes")
+            return self._has_reached(run, step) or str(record.get("exit_reason")).startswith("max_minutes")
         return record["status"] == "completed"
 
     def _train(self, work: Work, place: int, seed: int, activity: Activity) -> tuple[Path | None, str | None, bool]:
