@@ -124,6 +124,22 @@ def test_a_trial_that_stops_early_before_its_rung_is_complete(
     assert [(trial.state.name, trial.value) for trial in study.trials()] == [("COMPLETE", 3.46), ("COMPLETE", 2.46)]
 
 
+@pytest.mark.parametrize(
+    ("reason", "done"),
+    [("enough, says a callback", True), ("max_minutes (1) are almost over", True), ("SIGTERM, at once", False),
+     ("SIGHUP", False), ("stop_at_step (5) is reached", False)],
+)  # fmt: skip
+def test_a_run_that_stopped_by_itself_is_not_continued(make_sweep: MakeSweep, reason: str, done: bool) -> None:
+    sweep = rooted(make_sweep())
+    run = Run.create(sweep.runs_dir, "x")
+    run.finish("interrupted", reason, last_step=7)
+    run.release()
+    trials = Trials(sweep, Study(sweep))
+    assert trials._is_done(run.path, None) == done
+    assert trials._is_done(run.path, 7)
+    assert trials._is_done(run.path, 8) == done
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> None:

@@ -54,7 +54,7 @@ class Outcome:
     """How a piece of work ended.
 
     value: of the trial, at the step of the work or at its end.
-    at_end: its runs are trained to their ends, which `patience` or `max_minutes` may bring before the step of the work.
+    at_end: its runs are trained to their ends, which `patience`, `max_minutes` or a callback may bring before the step.
     reason: why there is none: it failed, or with `pruned` it ended early. None with no value: it was asked to stop.
     """
 
@@ -157,10 +157,12 @@ class Trials:
         return step is not None and (read_record(run).get("last_step") or 0) >= step
 
     def _is_done(self, run: Path, step: int | None) -> bool:
-        """Whether a run is complete, was ended by its own limit of time, or has reached `step`."""
+        """Whether a run is complete, was ended by its own limit of time or a callback, or has reached `step`."""
         record = read_record(run)
         if record["status"] == "interrupted":
-            return self._has_reached(run, step) or str(record.get("exit_reason")).startswith("max_minutes")
+            reason = record.get("exit_reason")
+            by_itself = reason is not None and not reason.startswith(("SIG", "stop_at_step"))
+            return by_itself or self._has_reached(run, step)
         return record["status"] == "completed"
 
     def _train(self, work: Work, place: int, seed: int, activity: Activity) -> tuple[Path | None, str | None, bool]:
