@@ -188,7 +188,8 @@ def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypa
     assert [trial["state"] for trial in found["trials"]] == ["complete", "complete"]
     assert [len(read_record(path)["resumes"]) for path in list_run_paths(tmp_path / "runs")] == [1, 1]
     longer = found["train_longer"]
-    assert re.search(r"train\.py --config \S+/meta/full_config\.json --run-tag lr-best --max-iters 300$", longer)
+    flags = "--run-tag lr-best --max-iters 300 --threads none"
+    assert re.search(rf"train\.py --config \S+/meta/full_config\.json {flags}$", longer)
 
 
 def test_seconds_to_a_loss_leave_out_the_time_between_sessions(tmp_path: Path) -> None:
