@@ -18,7 +18,8 @@ from utils.config.settings import Config, TrackingConfig, TrainConfig
 from utils.experiments.sql import choose_runs
 from utils.runs.find import list_run_paths
 from utils.runs.index import read_index
-from utils.runs.layout import CONFIG
+from utils.runs.layout import CONFIG, LOGS
+from utils.runs.log import RunLog
 from utils.runs.run import Run, read_record
 from utils.sweeps import trial as trials
 from utils.sweeps.driver import Driver
@@ -27,7 +28,7 @@ from utils.sweeps.pruning import Pruner
 from utils.sweeps.results import seconds_to_loss
 from utils.sweeps.space import Dimension, Goal, Space
 from utils.sweeps.study import Study, Work
-from utils.sweeps.trial import Trials
+from utils.sweeps.trial import Activity, Trials
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = "tests/sweeps/stand_in.py"
@@ -138,6 +139,26 @@ def test_a_run_that_stopped_by_itself_is_not_continued(make_sweep: MakeSweep, re
     assert trials._is_done(run.path, None) == done
     assert trials._is_done(run.path, 7)
     assert trials._is_done(run.path, 8) == done
+
+
+def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
+    make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = rooted(make_sweep(pruner=Pruner("median", (10,)), max_iters=20))
+    study = Study(sweep)
+    work = study.claim(1)
+    assert isinstance(work, Work)
+    run = Run.create(sweep.runs_dir, sweep.tag(0))
+    log = RunLog(run.path / LOGS)
+    monkeypatch.setattr(Study, "should_stop", lambda *_: True)
+    ends = Trials(sweep, study)._watch(work, 0, Activity(0), os.getpid())
+    found = []
+    for step in (10, 20):
+        log.metrics.write([{"step": step, "val/loss": 9.0}])
+        found.append(next(ends))
+    assert found == [True, False]
+    assert study.trials()[0].intermediate_values == {10: 9.0, 20: 9.0}
+    run.release()
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from utils.runs.lock import lock_is_free, wait_until_free
 from utils.runs.log import last_record
 from utils.runs.run import RunError, read_record, read_status, status_of
 from utils.sweeps.folder import CONFIG as SWEEP_CONFIG
-from utils.sweeps.folder import Sweep
+from utils.sweeps.folder import Sweep, steps_of
 from utils.sweeps.results import Evaluations, value_of_run
 from utils.sweeps.space import Value
 from utils.sweeps.study import Study, Work
@@ -325,6 +325,7 @@ class Trials:
             pid: of the training process. Until run.json names it, the log may still be cut back.
         """
         judged = self.sweep.plan.pruner.name == "median" and place == 0
+        end = steps_of(self.sweep.plan.config, self.sweep.plan.space)
         evaluations: Evaluations | None = None
         reported: dict[int, float] = {}
         while True:
@@ -340,6 +341,7 @@ class Trials:
                         reported[step] = value
                         self.study.report(work.number, step, value)
                         stop = stop or self.study.should_stop(work.number)
+                stop = stop and evaluations.last_step != end  # there it is trained, and exports
                 activity.step = max(activity.step, evaluations.last_step)
             yield stop
 
