@@ -6,14 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Group
 
 from utils.config.settings import Config, TrackingConfig, TrainConfig
 from utils.sweeps.folder import Sweep
 from utils.sweeps.space import Dimension, Space
 from utils.sweeps.study import Study, Work
-from utils.sweeps.table import longer_command
+from utils.sweeps.table import Display, longer_command
+from utils.terminal.console import Terminal
 
 MakeSweep = Callable[..., Sweep]
+
+
+def test_a_grid_has_no_more_trials_than_points(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    space = Space((Dimension("learning_rate", "choice", (0.1, 0.2, 0.3)),))
+    for sampler, total in (("grid", 3), ("random", 50)):
+        sweep = make_sweep(space=space, sampler=sampler, folder=tmp_path / sampler)
+        display = Display(Terminal(quiet=True), sweep, Study(sweep), {}, 50)
+        assert isinstance(screen := display.screen(), Group)
+        assert f"lr: 0 of {total} trials done" in str(screen.renderables[0])
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,10 @@ class Study:
         sign = -1 if self.sweep.maximize else 1
         return sorted(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
+    def limit(self, total: int) -> int:
+        """Trials of a sweep of which `total` are wanted: a grid has no more than points."""
+        return total if self._points is None else min(total, self._points)
+
     def _target(self, trial: FrozenTrial) -> int | None:
         """The step that a trial may train to; None: the end."""
         rungs = self.sweep.plan.pruner.rungs
@@ -166,7 +170,7 @@ class Study:
                     return self._work(trial, lock)
             if (found := self._promotion(trials)) is not None:
                 return self._promote(found)
-            if len(trials) < (total if self._points is None else min(total, self._points)):
+            if len(trials) < self.limit(total):
                 return self._create(trials)
             if unfinished:
                 return Nothing(finished=False)

@@ -47,13 +47,14 @@ class Display:
 
     Args:
         activities: of the trials that this process carries out, by number.
-        total: trials of the sweep.
+        total: trials that are wanted of the sweep.
     """
 
     def __init__(
         self, terminal: Terminal, sweep: Sweep, study: Study, activities: Mapping[int, Activity], total: int
     ) -> None:
-        self.terminal, self.sweep, self.study, self.activities, self.total = terminal, sweep, study, activities, total
+        self.terminal, self.sweep, self.study, self.activities = terminal, sweep, study, activities
+        self.total = study.limit(total)
         self._began = time.monotonic()
         self._done_before = sum(not study.runs(trial) for trial in study.trials())
         self._live: Live | None = None
