@@ -129,6 +129,16 @@ def test_a_population_trains_to_the_end(make_sweep: MakeSweep) -> None:
     assert reasons == {"replaced by a fork", "diverged"}
 
 
+def test_a_population_of_a_grid_with_fewer_points_trains_to_the_end(make_sweep: MakeSweep) -> None:
+    space = Space((Dimension("learning_rate", "choice", (0.001, 0.01, 0.02)),))
+    study = Study(make_sweep(space=space, sampler="grid", pruner=POPULATION, max_iters=40))
+    while isinstance(work := study.claim(8), Work):
+        end(study, work)
+        work.release()
+    assert work.finished
+    assert sorted(trial.user_attrs.get("member", trial.number) for trial in study.best()) == [0, 1, 2]
+
+
 def test_a_study_that_is_killed_ends_as_an_undisturbed_one(make_sweep: MakeSweep, tmp_path: Path) -> None:
     """Processes with several trials at a time, each of which dies before a random line of the journal."""
     straight = Study(make_sweep(pruner=POPULATION, max_iters=40, folder=tmp_path / "straight"))

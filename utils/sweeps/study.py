@@ -160,7 +160,7 @@ class Study:
             OSError: the journal cannot be written.
         """
         with folder_lock(self.sweep.path / TRIALS):
-            trials = self.trials()
+            trials, total = self.trials(), self.limit(total)
             if self.sweep.plan.pruner.name == "pbt" and len(trials) >= total:
                 trials = self._next_generation(trials)
             unfinished = [trial for trial in trials if self.runs(trial) and not self.is_paused(trial)]
@@ -170,7 +170,7 @@ class Study:
                     return self._work(trial, lock)
             if (found := self._promotion(trials)) is not None:
                 return self._promote(found)
-            if len(trials) < self.limit(total):
+            if len(trials) < total:
                 return self._create(trials)
             if unfinished:
                 return Nothing(finished=False)
