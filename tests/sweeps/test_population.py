@@ -65,6 +65,8 @@ def test_members_that_were_lost_are_replaced_first() -> None:
         (Dimension("weight_decay", "range", (0.0, 0.3)), 0.1, {0.08, 0.125}),
         (Dimension("beta2", "range", (0.9, 0.99, 0.03)), 0.93, {0.9, 0.96}),
         (Dimension("batch_size", "log", (4, 64), whole=True), 10, {8, 12}),
+        (Dimension("batch_size", "log", (1, 64), whole=True), 2, {1, 3}),
+        (Dimension("batch_size", "log", (1, 64), whole=True), 1, {1, 2}),
         (BATCH, 8, {16}),
         (BATCH, 16, {8, 32}),
         (Dimension("batch_size", "choice", (8,)), 8, {8}),
