@@ -74,6 +74,19 @@ def test_the_slurm_script_starts_again_what_was_stopped(
     assert (tmp_path / "scontrol.txt").exists() == requeued
 
 
+def test_the_slurm_script_does_not_start_again_what_completed_as_the_signal_came(tmp_path: Path) -> None:
+    srun = 'trap "exit 0" TERM; touch started; while :; do sleep 0.05; done'
+    stand_ins(tmp_path, srun=srun, scontrol='echo "$@" > scontrol.txt')
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    process = subprocess.Popen(["bash", SLURM, "--run-tag", "x"], cwd=tmp_path, env=env)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not (tmp_path / "scontrol.txt").exists()
+
+
 def test_the_slurm_script_starts_a_rank_for_each_gpu_and_passes_the_signal_on(tmp_path: Path) -> None:
     """
     Two nodes of four GPUs; torchrun ends with 1 after a signal, as it does after any failure. More names of nodes than

@@ -227,3 +227,22 @@ def test_sigterm_stops_all_ranks_at_one_step(launch: Launch, runs_dir: Path) -> 
     assert [step for step, _ in read_metrics(run / "logs", "train/loss")] == list(range(record["last_step"]))
     assert "Traceback" not in printed.split("Received 15")[0]
     assert json.loads((run / "run.json").read_text())["resolved"]["message_bytes_per_step"] > 0
+
+
+def test_a_signal_to_one_rank_while_it_waits_for_the_others_stops_all_after_the_next_step(
+    launch: Launch, only_run: Callable[[], Path], no_process_left: None
+) -> None:
+    printed = ended(launch(2, "--max-iters", "20", "--eval-interval", "20", trouble="lateSIGTERM 1 3"))
+    record = read_record(only_run())
+    assert (record["status"], record["exit_reason"], record["last_step"]) == ("interrupted", "SIGTERM", 4), printed
+    assert [step for step, _ in list_checkpoints(only_run() / CHECKPOINTS)] == [4]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_that_is_asked_for_while_a_rank_waits_for_the_others_is_saved(
+    launch: Launch, only_run: Callable[[], Path], no_process_left: None, rank: int
+) -> None:
+    words = ["--max-iters", "8", "--eval-interval", "8", "--checkpoint-interval", "100"]
+    printed = ended(launch(2, *words, trouble=f"lateSIGUSR1 {rank} 3"))
+    assert read_record(only_run())["status"] == "completed", printed
+    assert sorted(step for step, _ in list_checkpoints(only_run() / CHECKPOINTS)) == [4, 8]

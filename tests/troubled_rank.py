@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from utils.checkpoints import shards
 from workbench import Callback, Metric, TrainingRun, register_metric
 
@@ -59,6 +61,8 @@ class Trouble(Callback):
             run.stop("enough")
         if self.what == "full":
             fill_disk_once()
+        if self.what.startswith("late"):
+            signal_in_next_sum(run, signal.Signals[self.what.removeprefix("late")])
         if self.what == "hang":
             while True:
                 time.sleep(1)
@@ -69,6 +73,19 @@ def called(run: TrainingRun, hook: str) -> None:
     if folder := os.environ.get("TROUBLE_CALLS"):
         with (Path(folder) / f"rank{run.rank}").open("a") as file:
             file.write(f"{run.path} {run.state.step} {hook}\n")
+
+
+def signal_in_next_sum(run: TrainingRun, signum: int) -> None:
+    """Let a signal reach this rank while it waits for the others, to which it has given what they are to agree on."""
+    ranks = run.state.ranks
+    add = ranks.sum_exactly
+
+    def interrupted(vector: torch.Tensor) -> torch.Tensor:
+        ranks.sum_exactly = add  # type: ignore[method-assign]
+        os.kill(os.getpid(), signum)
+        return add(vector)
+
+    ranks.sum_exactly = interrupted  # type: ignore[method-assign]
 
 
 def fill_disk_once() -> None:

@@ -156,6 +156,10 @@ def test_an_entry_that_is_not_a_run_is_listed_with_the_reason(runs_dir: Path, ki
     use(bad, good)
 
 
+def test_a_run_that_was_deleted_is_gone(runs_dir: Path) -> None:
+    assert read_run(runs_dir / "x") == IndexedRun(runs_dir / "x", problem="it is gone: no such run directory")
+
+
 def test_a_run_that_cannot_be_entered_is_listed(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(runs_dir, "good")
     (runs_dir / "bad").mkdir()

@@ -4,7 +4,8 @@
     python stand_in.py FLAGS                    train.py
 
 The loss at step k is |log10(learning_rate) + 3| + 1 / (k + 1) + the distance of n_embd from 32. A learning rate above
-0.5 diverges, one of exactly 0.25 fails. SWEEP_STEP_SECONDS is the time that a step takes.
+0.5 diverges, one of exactly 0.25 fails. With `patience` a run ends at that step. SWEEP_STEP_SECONDS is the time that a
+step takes.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def steps(run: Run, loaded: LoadedConfig, step: int, stop: object) -> tuple[str,
     loss = loss_at(rate, config.model.n_embd, step)
     while True:
         loss = loss_at(rate, config.model.n_embd, step)
-        if step % config.train.eval_interval == 0 or step in (config.train.max_iters, *config.train.eval_at):
+        patience = config.train.patience
+        if step % config.train.eval_interval == 0 or step in (config.train.max_iters, patience, *config.train.eval_at):
             log.metrics.write([{"step": step, "time": time.time(), "val/loss": loss}])
         write_json(run.path / "artifacts" / "step.json", {"step": step, "offset": log.metrics.offset})
         if rate > 0.5:
@@ -88,6 +90,8 @@ def steps(run: Run, loaded: LoadedConfig, step: int, stop: object) -> tuple[str,
             return "failed", "ValueError: planted", step, loss
         if step == config.train.max_iters:
             return "completed", None, step, loss
+        if step == patience:
+            return "completed", "early stopping", step, loss
         if config.train.stop_at_step is not None and step >= config.train.stop_at_step:
             return "interrupted", f"stop_at_step ({config.train.stop_at_step:,}) is reached", step, loss
         if stop:

@@ -14,17 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from utils.config.settings import Config, TrackingConfig, TrainConfig
 from utils.experiments.sql import choose_runs
 from utils.runs.find import list_run_paths
 from utils.runs.index import read_index
-from utils.runs.layout import CONFIG
-from utils.runs.run import read_record
+from utils.runs.layout import CONFIG, LOGS
+from utils.runs.log import RunLog
+from utils.runs.run import Run, read_record
 from utils.sweeps import trial as trials
 from utils.sweeps.driver import Driver
 from utils.sweeps.folder import Sweep, open_sweep
+from utils.sweeps.pruning import Pruner
 from utils.sweeps.results import seconds_to_loss
 from utils.sweeps.space import Dimension, Goal, Space
-from utils.sweeps.study import Study
+from utils.sweeps.study import Study, Work
+from utils.sweeps.trial import Activity, Trials
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = "tests/sweeps/stand_in.py"
@@ -80,12 +84,87 @@ def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
     assert len(Study(sweep).trials()) == 3
 
 
+@pytest.mark.parametrize("status", ["running", "interrupted"])
+def test_a_run_that_refuses_to_resume_fails_its_trial(
+    make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """`running` is what run.json says of a run that was killed."""
+    sweep = rooted(make_sweep())
+    study = Study(sweep)
+    work = study.claim(1)
+    assert isinstance(work, Work)
+    facts = {"name": sweep.name, "id": sweep.id, "number": 0, "place": 0}
+    run = Run.create(sweep.runs_dir, sweep.tag(0), sweep=facts)
+    (run.path / CONFIG).write_text("{}")
+    run.update(status=status)
+    run.release()
+    commands: list[list[str]] = []
+
+    def refuse(_: Trials, command: list[str], _work: Work, _place: int, _activity: object, output: Path) -> tuple:
+        commands.append(command)
+        assert len(commands) == 1, "it was started again"
+        output.write_text("error: no checkpoint can be read\n")
+        return 2, False
+
+    monkeypatch.setattr(Trials, "_run", refuse)
+    outcome = Trials(sweep, study).carry_out(work)
+    assert f"--resume={run.path}" in commands[0]
+    assert (outcome.failed, outcome.reason) == (True, "no checkpoint can be read")
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("pruner", [Pruner("asha", (2, 4), 2), Pruner("pbt", (2, 4), population=2)])
+def test_a_trial_that_stops_early_before_its_rung_is_complete(
+    make_sweep: MakeSweep, tmp_path: Path, pruner: Pruner
+) -> None:
+    train, tracking = TrainConfig(max_iters=4, patience=1), TrackingConfig(runs_dir=str(tmp_path / "runs"))
+    config = Config(train=train, tracking=tracking)
+    sweep = rooted(make_sweep(space=choices(0.1, 0.01), sampler="grid", pruner=pruner, config=config))
+    study = Study(sweep)
+    assert Driver(sweep, study, 2, 1, 0).run().exit_status == 0
+    assert [(trial.state.name, trial.value) for trial in study.trials()] == [("COMPLETE", 3.46), ("COMPLETE", 2.46)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "done"),
+    [("enough, says a callback", True), ("max_minutes (1) are almost over", True), ("SIGTERM, at once", False),
+     ("SIGHUP", False), ("stop_at_step (5) is reached", False)],
+)  # fmt: skip
+def test_a_run_that_stopped_by_itself_is_not_continued(make_sweep: MakeSweep, reason: str, done: bool) -> None:
+    sweep = rooted(make_sweep())
+    run = Run.create(sweep.runs_dir, "x")
+    run.finish("interrupted", reason, last_step=7)
+    run.release()
+    trials = Trials(sweep, Study(sweep))
+    assert trials._is_done(run.path, None) == done
+    assert trials._is_done(run.path, 7)
+    assert trials._is_done(run.path, 8) == done
+
+
+def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
+    make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = rooted(make_sweep(pruner=Pruner("median", (10,)), max_iters=20))
+    study = Study(sweep)
+    work = study.claim(1)
+    assert isinstance(work, Work)
+    run = Run.create(sweep.runs_dir, sweep.tag(0))
+    log = RunLog(run.path / LOGS)
+    monkeypatch.setattr(Study, "should_stop", lambda *_: True)
+    ends = Trials(sweep, study)._watch(work, 0, Activity(0), os.getpid())
+    found = []
+    for step in (10, 20):
+        log.metrics.write([{"step": step, "val/loss": 9.0}])
+        found.append(next(ends))
+    assert found == [True, False]
+    assert study.trials()[0].intermediate_values == {10: 9.0, 20: 9.0}
+    run.release()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> None:
     """Two trials of two seeds with one rung: the better one goes on from its checkpoints, in the same directories."""
-    from utils.sweeps.pruning import Pruner
-
     sweep = make_sweep(space=Space((Dimension("learning_rate", "choice", (0.1, 0.01)),), seeds=2), sampler="grid",
                        pruner=Pruner("asha", (2, 4), 2), max_iters=4)  # fmt: skip
     sweep = rooted(sweep)
@@ -130,7 +209,8 @@ def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypa
     assert [trial["state"] for trial in found["trials"]] == ["complete", "complete"]
     assert [len(read_record(path)["resumes"]) for path in list_run_paths(tmp_path / "runs")] == [1, 1]
     longer = found["train_longer"]
-    assert re.search(r"train\.py --config \S+/meta/full_config\.json --run-tag lr-best --max-iters 300$", longer)
+    flags = "--run-tag lr-best --max-iters 300 --threads none"
+    assert re.search(rf"train\.py --config \S+/meta/full_config\.json {flags}$", longer)
 
 
 def test_seconds_to_a_loss_leave_out_the_time_between_sessions(tmp_path: Path) -> None:

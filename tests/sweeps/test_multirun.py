@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,9 @@ def test_runs_are_trained_compared_and_not_trained_again(tmp_path: Path) -> None
     assert [trial["state"] for trial in found["trials"]] == ["complete"] * 4
     assert [len(group["runs"]) for group in found["comparison"]["groups"]] == [2, 2]
     assert len(list_run_paths(tmp_path / "runs")) == 4
+    shutil.rmtree(list_run_paths(tmp_path / "runs")[0])
+    without = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"! \S+_grid-\d: it is gone: no such run directory", without.stdout)
     other = subprocess.run([*words, "weight_decay=0,1"], cwd=ROOT, capture_output=True, text=True)
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
     assert "is another sweep: weight_decay: not searched there" in other.stderr

@@ -65,6 +65,8 @@ def test_members_that_were_lost_are_replaced_first() -> None:
         (Dimension("weight_decay", "range", (0.0, 0.3)), 0.1, {0.08, 0.125}),
         (Dimension("beta2", "range", (0.9, 0.99, 0.03)), 0.93, {0.9, 0.96}),
         (Dimension("batch_size", "log", (4, 64), whole=True), 10, {8, 12}),
+        (Dimension("batch_size", "log", (1, 64), whole=True), 2, {1, 3}),
+        (Dimension("batch_size", "log", (1, 64), whole=True), 1, {1, 2}),
         (BATCH, 8, {16}),
         (BATCH, 16, {8, 32}),
         (Dimension("batch_size", "choice", (8,)), 8, {8}),
@@ -127,6 +129,16 @@ def test_a_population_trains_to_the_end(make_sweep: MakeSweep) -> None:
     assert len(ended) == 8 + len(replaced)
     reasons = {trial.user_attrs["reason"].split(" of ")[0] for trial in replaced}
     assert reasons == {"replaced by a fork", "diverged"}
+
+
+def test_a_population_of_a_grid_with_fewer_points_trains_to_the_end(make_sweep: MakeSweep) -> None:
+    space = Space((Dimension("learning_rate", "choice", (0.001, 0.01, 0.02)),))
+    study = Study(make_sweep(space=space, sampler="grid", pruner=POPULATION, max_iters=40))
+    while isinstance(work := study.claim(8), Work):
+        end(study, work)
+        work.release()
+    assert work.finished
+    assert sorted(trial.user_attrs.get("member", trial.number) for trial in study.best()) == [0, 1, 2]
 
 
 def test_a_study_that_is_killed_ends_as_an_undisturbed_one(make_sweep: MakeSweep, tmp_path: Path) -> None:

@@ -37,6 +37,13 @@ def test_at_the_end_one_trial_at_least_goes_on() -> None:
     assert promotion([{0: 2.0, 1: 1.0}, {1: 0.9}, {1: 0.5}], [{1}, {1}], 3, last_call=True) is None
 
 
+def test_at_the_end_a_trial_that_cannot_go_on_keeps_no_other_from_it() -> None:
+    failed_before, failed_after, ended = [{2}, {2}], [{0}, {0}], [{0, 1}, {0, 1}]
+    for gone, expected in ((failed_before, Promotion(0, 1)), (failed_after, Promotion(1, 1)), (ended, None)):
+        assert promotion([{0: 1.0, 1: 2.0}, {}, {}], gone, 3, last_call=True) == expected
+        assert promotion([{0: 1.0, 1: 2.0}, {}, {}], gone, 3) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -129,6 +129,34 @@ def test_asha_finds_the_best_of_recorded_trials_with_half_of_the_steps(make_swee
     assert len(ended) + len(study.best()) == len(curves)
 
 
+@pytest.mark.parametrize("diverges_at", [10, 30, None])
+def test_asha_trains_one_trial_to_the_end_although_the_best_one_diverges(
+    make_sweep: MakeSweep, diverges_at: int | None
+) -> None:
+    study = Study(make_sweep(pruner=Pruner("asha", (10, 30, 90))))
+    while isinstance(work := study.claim(3), Work):
+        if work.number == 0 and work.step == diverges_at:
+            study.finish(work.number, reason="diverged", pruned=True)
+        elif work.step is None:
+            study.finish(work.number, float(work.number))
+        else:
+            study.report(work.number, work.step, float(work.number))
+        work.release()
+    assert work.finished
+    assert [trial.number for trial in study.best()] == [1]
+
+
+def test_asha_trains_another_trial_although_one_has_stopped_before_the_first_rung(make_sweep: MakeSweep) -> None:
+    study = Study(make_sweep(pruner=Pruner("asha", (10, 30, 90))))
+    while isinstance(work := study.claim(3), Work):
+        if work.number == 0 or work.step is None:
+            study.finish(work.number, 9.0 - work.number)
+        else:
+            study.report(work.number, work.step, 9.0 - work.number)
+        work.release()
+    assert [trial.number for trial in study.best()] == [2, 0]
+
+
 def test_the_median_rule_looks_at_the_same_step(make_sweep: MakeSweep) -> None:
     study = Study(make_sweep(pruner=Pruner("median", (10,))))
     for number in range(5):

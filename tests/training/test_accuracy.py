@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import pytest
 
 import evaluate
 import experiments
+from model import LanguageModel
 from train import train
 from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.config.settings import Config
+from utils.inference.exact_match import Question, greedy_answers
 from utils.runs.evaluations import read_evaluations
 from utils.runs.layout import ARITHMETIC_PICTURE, CONFIG, METRICS_LOG
 from utils.runs.origin import Origin
 from utils.runs.run import read_record
+from utils.terminal.console import Terminal
+from utils.training.budget import measure
+from utils.training.setup import make_setup
 
 
 def settings(folder: Path, **train_settings: Any) -> Config:
@@ -67,3 +73,17 @@ def test_a_run_on_arithmetic_logs_its_accuracy_and_can_be_evaluated_and_resumed(
     assert experiments.main(["seen", run.name, "--step", "1", "--json"]) == 0
     passages = json.loads(capsys.readouterr().out)["passages"]
     assert all(re.fullmatch(r"\d[+-]\d=-?\d\d", passage["text"]) for passage in passages)
+
+
+def test_a_budget_counts_the_time_of_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, answered = Terminal(quiet=True), []
+    loaded = LoadedConfig.from_config(settings(tmp_path, max_iters=4))
+    setup = make_setup(loaded, tmp_path, None, terminal.warn, terminal.print)
+
+    def answers(model: LanguageModel, questions: Sequence[Question]) -> list[list[int]]:
+        answered.append(model.training)
+        return greedy_answers(model, questions)
+
+    monkeypatch.setattr("utils.inference.exact_match.greedy_answers", answers)
+    measure(setup, 1.0, terminal)
+    assert answered == [False]

@@ -202,7 +202,7 @@ def test_ranks_agree_to_stop_or_to_save(requests: dict[int, StopRequest], signum
         assert bool(stop) == (signum is not None)
         assert (stop.signum or stop.signum_of_others) == signum
         assert stop.signum is None or rank == 2  # a signal of its own later is the first one
-        assert stop.save == (1 in requests)
+        assert (stop.save, stop.save_due) == (False, 1 in requests)
 
 
 def test_an_evaluation_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path, tiny_corpus: Path) -> None:

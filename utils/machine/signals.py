@@ -32,7 +32,8 @@ class StopRequest:
 
     reason: why to stop; None: training continues.
     signum: the signal that asked to stop.
-    save: a checkpoint is requested (SIGUSR1) while training continues; the loop clears it.
+    save: a checkpoint is requested (SIGUSR1) while training continues.
+    save_due: such a request, of any rank, is to be met at this step; the loop clears both.
     patient: False once there is no step left to finish: from then on even the first signal raises.
     signum_of_others: the signal by which another rank was asked to stop.
     silent: say nothing, since another process does.
@@ -44,6 +45,7 @@ class StopRequest:
     reason: str | None = None
     signum: int | None = None
     save: bool = False
+    save_due: bool = False
     patient: bool = True
     on_continue: list[Callable[[], None]] = field(default_factory=list)
     signum_of_others: int | None = None

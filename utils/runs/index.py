@@ -200,6 +200,8 @@ def add_losses(summary: dict[str, float], record: Mapping[str, Any]) -> None:
 def read_run(path: Path) -> IndexedRun:
     """What is known about one entry of the folder of runs. Raises nothing: a damaged entry has a `problem`."""
     try:
+        if not os.path.lexists(path):
+            return IndexedRun(path, problem="it is gone: no such run directory")
         if not path.is_dir():
             return IndexedRun(path, problem="a file, where a run directory was expected")
         if not (path / RECORD).exists():

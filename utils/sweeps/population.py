@@ -96,12 +96,18 @@ def forks(
 
 
 def perturbed(dimension: Dimension, value: Value, draw: random.Random) -> Value:
-    """A value near `value`: of values that can be counted a neighbour, else 0.8 or 1.25 times as much, in the range."""
+    """A value near `value`: of values that can be counted a neighbour, else 0.8 or 1.25 times as much, in the range.
+
+    Whole numbers change by at least 1."""
     if (steps := dimension.steps()) is not None:
         place = steps.index(value)
         return draw.choice([*steps[max(0, place - 1) : place], *steps[place + 1 : place + 2]] or steps)
     low, high = (bound for bound in dimension.values[:2] if isinstance(bound, int | float))
     assert isinstance(value, int | float)
-    scaled = value * draw.choice(FACTORS)
-    scaled = round(scaled) if dimension.whole else float(f"{scaled:.{DIGITS}g}")
+    factor = draw.choice(FACTORS)
+    scaled = value * factor
+    if dimension.whole:
+        scaled = min(round(scaled), value - 1) if factor < 1 else max(round(scaled), value + 1)
+    else:
+        scaled = float(f"{scaled:.{DIGITS}g}")
     return min(max(scaled, low), high)

@@ -136,15 +136,15 @@ def promotion(
 
     Args:
         at_rungs: of each rung, the values of the trials that have reached it, by number.
-        promoted: of each rung, the trials that went on from it.
-        last_call: nothing else can be done: then at least one trial of each rung goes on.
+        promoted: of each rung, the trials that cannot go on from it: they did, or they have ended.
+        last_call: nothing else can be done: then, unless a trial has reached the end, the best one of the highest rung
+            goes on, of those that can.
     """
     for rung in reversed(range(len(at_rungs) - 1)):
         values = at_rungs[rung]
-        count = len(values) // eta
-        if last_call and not promoted[rung] and not at_rungs[rung + 1]:
-            count = max(1, count)
-        best = sorted(values, key=lambda number: (-values[number] if maximize else values[number], number))[:count]
+        best = sorted(values, key=lambda number: (-values[number] if maximize else values[number], number))
+        if not last_call or at_rungs[-1]:
+            best = best[: len(values) // eta]
         for number in best:
             if number not in promoted[rung]:
                 return Promotion(number, rung + 1)

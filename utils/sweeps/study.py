@@ -136,6 +136,10 @@ class Study:
         sign = -1 if self.sweep.maximize else 1
         return sorted(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
+    def limit(self, total: int) -> int:
+        """Trials of a sweep of which `total` are wanted: a grid has no more than points."""
+        return total if self._points is None else min(total, self._points)
+
     def _target(self, trial: FrozenTrial) -> int | None:
         """The step that a trial may train to; None: the end."""
         rungs = self.sweep.plan.pruner.rungs
@@ -156,7 +160,7 @@ class Study:
             OSError: the journal cannot be written.
         """
         with folder_lock(self.sweep.path / TRIALS):
-            trials = self.trials()
+            trials, total = self.trials(), self.limit(total)
             if self.sweep.plan.pruner.name == "pbt" and len(trials) >= total:
                 trials = self._next_generation(trials)
             unfinished = [trial for trial in trials if self.runs(trial) and not self.is_paused(trial)]
@@ -166,7 +170,7 @@ class Study:
                     return self._work(trial, lock)
             if (found := self._promotion(trials)) is not None:
                 return self._promote(found)
-            if len(trials) < (total if self._points is None else min(total, self._points)):
+            if len(trials) < total:
                 return self._create(trials)
             if unfinished:
                 return Nothing(finished=False)
@@ -246,11 +250,10 @@ class Study:
         at_rungs: list[dict[int, float]] = [
             {t.number: t.intermediate_values[step] for t in trials if step in t.intermediate_values} for step in below
         ]
-        at_rungs.append({t.number: t.value for t in trials if self.is_complete(t) and t.value is not None})
-        promoted = [
-            {t.number for t in trials if t.user_attrs.get(RUNG, 0) > rung or not self.runs(t)}
-            for rung in range(len(below))
-        ]
+        # One that stopped by itself before the first rung was compared with no other.
+        complete = [t for t in trials if self.is_complete(t) and rung_of(t) > 0]
+        at_rungs.append({t.number: t.value for t in complete if t.value is not None})
+        promoted = [{t.number for t in trials if rung_of(t) > rung or not self.runs(t)} for rung in range(len(below))]
         return promotion(at_rungs, promoted, pruner.eta, self.sweep.maximize, last_call=last_call)
 
     def _promote(self, found: Promotion) -> Work | Nothing:

@@ -47,13 +47,14 @@ class Display:
 
     Args:
         activities: of the trials that this process carries out, by number.
-        total: trials of the sweep.
+        total: trials that are wanted of the sweep.
     """
 
     def __init__(
         self, terminal: Terminal, sweep: Sweep, study: Study, activities: Mapping[int, Activity], total: int
     ) -> None:
-        self.terminal, self.sweep, self.study, self.activities, self.total = terminal, sweep, study, activities, total
+        self.terminal, self.sweep, self.study, self.activities = terminal, sweep, study, activities
+        self.total = study.limit(total)
         self._began = time.monotonic()
         self._done_before = sum(not study.runs(trial) for trial in study.trials())
         self._live: Live | None = None
@@ -193,7 +194,11 @@ def longer_command(sweep: Sweep, study: Study) -> str | None:
     if not runs or not (run := sweep.runs_dir / runs[0]).is_dir():
         return None
     config = shlex.quote(relative_name(run / CONFIG, Path.cwd()))
-    steps, epochs = best[0].params.get("max_iters", sweep.plan.config.train.max_iters), sweep.plan.config.train.epochs
-    length = f"--max-iters {LONGER * steps}" if steps else f"--epochs {number_text(LONGER * (epochs or 1))}"
-    rungs = " --eval-at ''" if sweep.plan.pruner.pauses else ""
-    return f"{script_command('train.py')} --config {config} --run-tag {sweep.name}-best {length}{rungs}"
+    train, params = sweep.plan.config.train, best[0].params
+    steps = None if "epochs" in params else params.get("max_iters", train.max_iters)
+    epochs = params.get("epochs", train.epochs or 1)
+    flags = [f"--max-iters {LONGER * steps}" if steps else f"--epochs {number_text(LONGER * epochs)}"]
+    flags += ["--eval-at ''"] if sweep.plan.pruner.pauses else []
+    flags += ["--threads none"] if sweep.plan.threads is not None else []  # the share of one of several jobs
+    flags += ["--max-minutes none"] if params.get("max_minutes", train.max_minutes) is not None else []
+    return f"{script_command('train.py')} --config {config} --run-tag {sweep.name}-best {' '.join(flags)}"

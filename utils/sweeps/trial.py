@@ -25,9 +25,9 @@ from utils.folders import remove
 from utils.runs.layout import CONFIG, LOCK, METRICS_LOG, NOTES, RECORD
 from utils.runs.lock import lock_is_free, wait_until_free
 from utils.runs.log import last_record
-from utils.runs.run import RunError, read_record, status_of
+from utils.runs.run import RunError, read_record, read_status, status_of
 from utils.sweeps.folder import CONFIG as SWEEP_CONFIG
-from utils.sweeps.folder import Sweep
+from utils.sweeps.folder import Sweep, steps_of
 from utils.sweeps.results import Evaluations, value_of_run
 from utils.sweeps.space import Value
 from utils.sweeps.study import Study, Work
@@ -54,6 +54,7 @@ class Outcome:
     """How a piece of work ended.
 
     value: of the trial, at the step of the work or at its end.
+    at_end: its runs are trained to their ends, which `patience`, `max_minutes` or a callback may bring before the step.
     reason: why there is none: it failed, or with `pruned` it ended early. None with no value: it was asked to stop.
     """
 
@@ -61,6 +62,7 @@ class Outcome:
     reason: str | None = None
     pruned: bool = False
     runs: tuple[str, ...] = ()
+    at_end: bool = False
 
     @property
     def was_stopped(self) -> bool:
@@ -73,7 +75,7 @@ class Outcome:
 
 def record(study: Study, work: Work, outcome: Outcome) -> None:
     """Write into the journal how a piece of work ended; one that was stopped stays as it is."""
-    if outcome.value is not None and work.step is not None:
+    if outcome.value is not None and work.step is not None and not outcome.at_end:
         study.report(work.number, work.step, outcome.value, outcome.runs)
     elif not outcome.was_stopped:
         study.finish(work.number, outcome.value, reason=outcome.reason, pruned=outcome.pruned, runs=outcome.runs)
@@ -123,7 +125,7 @@ class Trials:
             DiskFullError: a run could not be written.
         """
         activity = self.activities[work.number] = Activity(work.number)
-        values, runs = [], []
+        values, runs, at_end = [], [], True
         try:
             for place, seed in enumerate(self.sweep.seeds):
                 run, reason, pruned = self._train(work, place, seed, activity)
@@ -132,7 +134,9 @@ class Trials:
                     return Outcome(reason=reason, pruned=pruned, runs=tuple(runs))
                 if run is None or (self.stopping.is_set() and not self._is_done(run, work.step)):
                     return Outcome(runs=tuple(runs))
-                value = self._value(run, work.step)
+                step = work.step if self._has_reached(run, work.step) else None
+                at_end = at_end and step is None
+                value = self._value(run, step)
                 if value is None or not math.isfinite(value):
                     goal = self.sweep.plan.space.goal
                     never = f"{goal.metric} {goal.seconds_to_loss:g} was never reached" if goal.seconds_to_loss else ""
@@ -143,18 +147,22 @@ class Trials:
             return Outcome(reason=str(error), runs=tuple(runs))
         finally:
             self.activities.pop(work.number, None)
-        return Outcome(statistics.fmean(values), runs=tuple(runs))
+        return Outcome(statistics.fmean(values), runs=tuple(runs), at_end=at_end)
 
     def _value(self, run: Path, step: int | None) -> float | None:
         plan = self.sweep.plan
         return value_of_run(run, plan.space.goal, step, best_weights=step is None and plan.config.train.exports_best)
 
+    def _has_reached(self, run: Path, step: int | None) -> bool:
+        return step is not None and (read_record(run).get("last_step") or 0) >= step
+
     def _is_done(self, run: Path, step: int | None) -> bool:
-        """Whether a run is complete, was ended by its own limit of time, or has reached `step`."""
+        """Whether a run is complete, was ended by its own limit of time or a callback, or has reached `step`."""
         record = read_record(run)
         if record["status"] == "interrupted":
-            reached = step is not None and (record.get("last_step") or 0) >= step
-            return reached or str(record.get("exit_reason")).startswith("max_minutes")
+            reason = record.get("exit_reason")
+            by_itself = reason is not None and not reason.startswith(("SIG", "stop_at_step"))
+            return by_itself or self._has_reached(run, step)
         return record["status"] == "completed"
 
     def _train(self, work: Work, place: int, seed: int, activity: Activity) -> tuple[Path | None, str | None, bool]:
@@ -193,7 +201,7 @@ class Trials:
                 return self._find_run(work.number, place), "median: worse than half of the trials at that step", True
             if self.stopping.is_set():
                 continue  # whatever it has reached is looked at once more
-            if 0 < status < 128 and ((run := self._find_run(work.number, place)) is None or self._is_paused(run)):
+            if 0 < status < 128 and self._has_refused(run := self._find_run(work.number, place)):
                 reason = last_error(output, start) or f"train.py ended with status {status}"
                 if any(words in reason for words in NO_SPACE):
                     raise DiskFullError(reason)
@@ -206,9 +214,9 @@ class Trials:
                     name = signal.Signals(-status if status < 0 else status - 128).name
                     return run, f"killed by {name} {kills} times without a step of progress", False
 
-    def _is_paused(self, run: Path) -> bool:
-        """Whether the process that was to continue a run has refused to."""
-        return bool(read_record(run)["status"] == "interrupted")
+    def _has_refused(self, run: Path | None) -> bool:
+        """Whether the process that was to start or continue a run has not done so, but ended with an error."""
+        return run is None or read_status(run) in ("interrupted", "crashed")
 
     # --------------------------------------------------------------------------------------------------- runs
 
@@ -317,6 +325,7 @@ class Trials:
             pid: of the training process. Until run.json names it, the log may still be cut back.
         """
         judged = self.sweep.plan.pruner.name == "median" and place == 0
+        end = steps_of(self.sweep.plan.config, self.sweep.plan.space)
         evaluations: Evaluations | None = None
         reported: dict[int, float] = {}
         while True:
@@ -332,6 +341,7 @@ class Trials:
                         reported[step] = value
                         self.study.report(work.number, step, value)
                         stop = stop or self.study.should_stop(work.number)
+                stop = stop and evaluations.last_step != end  # there it is trained, and exports
                 activity.step = max(activity.step, evaluations.last_step)
             yield stop
 

@@ -24,18 +24,26 @@ CPU = torch.device("cpu")
 NO_SIGNAL = 1000  # the mark of a rank that stops for another reason
 
 
-def agree(stop: StopRequest, ranks: Ranks) -> None:
-    """Let all ranks stop, or rank 0 save, if one of them is asked to. Called by all at each step."""
+def agree(stop: StopRequest, ranks: Ranks) -> bool:
+    """Let all ranks stop, or rank 0 save, if one of them is asked to. Called by all at each step.
+
+    Returns:
+        Whether they stop, which all ranks answer alike: what a signal asks of one of them while it waits for the others
+        is agreed on at the next step.
+    """
+    stop.save_due = stop.save
+    if stop.save_due:  # one that comes from here on is kept for the next step
+        stop.save = False
     if not ranks.several:
-        return
+        return bool(stop)
     marks = torch.zeros(ranks.world_size, 2)
     if stop:
         marks[ranks.rank, 0] = stop.signum or NO_SIGNAL
-    marks[ranks.rank, 1] = stop.save
+    marks[ranks.rank, 1] = stop.save_due
     stops, saves = ranks.sum_exactly(marks).int().T.tolist()
-    stop.save = any(saves)
+    stop.save_due = any(saves)
     if not any(stops):
-        return
+        return False
     # At most once, since training ends; not for a signal, which may come because the store is gone.
     reasons = ranks.collect("reason", stop.reason or "") if NO_SIGNAL in stops else []
     rank = next(rank for rank, mark in enumerate(stops) if mark)  # rank 0 before others
@@ -44,6 +52,7 @@ def agree(stop: StopRequest, ranks: Ranks) -> None:
         stop.stop(signal.Signals(stops[rank]).name)
     else:
         stop.stop(f"rank {rank}: {reasons[rank]}" if reasons else "another rank has a reason")
+    return True
 
 
 def check_same(facts: Sequence[Mapping[str, Any]]) -> None:

@@ -20,7 +20,8 @@ import torch
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import RuleError, warmup_steps
 from utils.errors import UserError, number_text
-from utils.inference.evaluation import BatchLoss, estimate_loss
+from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating
+from utils.inference.exact_match import exact_match
 from utils.machine.device import autocast, synchronize, torch_settings
 from utils.optim.schedules import apply_schedules
 from utils.runs.origin import Origin, put_on_top
@@ -139,6 +140,9 @@ def _evaluate(state: TrainState) -> None:
     settings = state.config.train
     loss = BatchLoss(state.model, functools.partial(autocast, state.device, state.dtype), graph=False)
     estimate_loss(loss, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
+    if state.questions:
+        with evaluating(state.model):
+            exact_match(state.model, state.questions)
     if state.config.tracking.sample_tokens:
         sample_text(state)
 

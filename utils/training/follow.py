@@ -245,15 +245,14 @@ class Follower:
             self.save()
 
     def should_stop(self) -> bool:
-        agree(self._stop, self.state.ranks)
-        return self.state.finished or bool(self._stop)
+        return agree(self._stop, self.state.ranks) or self.state.finished
 
     @property
     def checkpoint_due(self) -> bool:
-        return self._stop.save
+        return self._stop.save_due
 
     def save(self) -> None:
-        self._stop.save = False
+        self._stop.save = self._stop.save_due = False
         if self._writer is not None:
             self._writer.save(self.state)
 

@@ -90,7 +90,7 @@ class Session:
 
     @property
     def checkpoint_due(self) -> bool:
-        return self._stop.save or (self.state.shards is None and self.checkpoints.due(self.state.step))
+        return self._stop.save_due or (self.state.shards is None and self.checkpoints.due(self.state.step))
 
     def should_stop(self) -> bool:
         """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
@@ -101,8 +101,7 @@ class Session:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
         if state.shards is not None and self.checkpoints.due(state.step):
             self._stop.save = True  # on all ranks
-        agree(self._stop, state.ranks)
-        return state.finished or bool(self._stop)
+        return agree(self._stop, state.ranks) or state.finished
 
     def _must_stop(self) -> bool:
         """Whether an evaluation may not go on: a signal came, or the time is over."""
@@ -136,7 +135,7 @@ class Session:
 
     def save(self) -> None:
         """Save a checkpoint; everything in it is known to be finite."""
-        self._stop.save = False
+        self._stop.save = self._stop.save_due = False
         with self.pause():
             self.checkpoints.save(self.state)
 
