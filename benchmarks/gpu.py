@@ -11,8 +11,9 @@ with filled caches. tracking: all of it against none. resume: a killed run has t
 
 References on the same card, in turn with ours: nanoGPT in a copy of the checkout that --nanogpt names, and the cached
 generate of transformers where it is installed. Each measurement is a process with a time limit, so a failure or a hang
-loses no other. The JSON is written after each of them; Ctrl-C and SIGTERM print the table of what there is. Nothing is
-estimated: what was not measured is blank. Needs no network if WORKBENCH_DATA names a folder with tinyshakespeare.txt.
+loses no other. The JSON is written after each of them; Ctrl-C, SIGTERM and SIGHUP print the table of what there is.
+Nothing is estimated: what was not measured is blank. Needs no network if WORKBENCH_DATA names a folder with
+tinyshakespeare.txt.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from benchmarks.gpu_task import Task, read_report
 from utils.corpora.sources import find_source
 from utils.errors import UserError
 from utils.files import json_text, write_output
+from utils.machine.signals import STOP_SIGNALS
 from utils.runs.run import utc_now
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.console import Terminal
@@ -50,7 +52,6 @@ RESERVE = 3.0  # seconds for the table and for what a killed process leaves
 LEAST = 15.0  # seconds that a job is worth starting for
 REPEATS, MINUTES_FOR_REPEATS = 2, 6
 POLL_SECONDS = 1.0  # between two looks at what a job has printed
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 VOCABULARY, FIRST_CHARACTER = 50304, 0x20000  # as nanoGPT pads GPT-2's 50,257; Chinese characters, one token each
 WIDTH = 132  # of the table where the output is no terminal
 
@@ -133,26 +134,43 @@ def main(argv: Sequence[str]) -> int:
     terminal = Terminal()
     if not terminal.console.is_terminal:
         terminal.console.width = WIDTH
-    with stop_on_signals(), tempfile.TemporaryDirectory(prefix="gpu_benchmark_", ignore_cleanup_errors=True) as name:
-        repeats = 1 if args.dry_run or args.minutes < MINUTES_FOR_REPEATS else REPEATS
-        task = make_task(Path(name), args.nanogpt, repeats, args.dry_run)
-        bench = Bench(parts, args.minutes, args.out, task, terminal)
-        return measure(bench, chosen(parts, with_nanogpt=task.nanogpt is not None, dry=task.dry))
+    folder = tempfile.TemporaryDirectory(prefix="gpu_benchmark_", ignore_cleanup_errors=True)
+    try:
+        with stop_on_signals(), folder as name:
+            repeats = 1 if args.dry_run or args.minutes < MINUTES_FOR_REPEATS else REPEATS
+            task = make_task(Path(name), args.nanogpt, repeats, args.dry_run)
+            bench = Bench(parts, args.minutes, args.out, task, terminal)
+            return measure(bench, chosen(parts, with_nanogpt=task.nanogpt is not None, dry=task.dry))
+    except StoppedError as stopped:
+        terminal.print(f"stopped: {stopped}, before the first measurement")
+        return 128 + stopped.signum
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise StoppedError inside the block; restores the previous handlers on exit."""
+    """The first SIGINT, SIGTERM or SIGHUP raises StoppedError; restores the previous handlers on exit.
+
+    Later ones are ignored: what is left to do is worth more than another signal. So is a SIGHUP that nohup ignores.
+    """
 
     def handle(signum: int, _frame: FrameType | None) -> None:
+        ignore_signals()
         raise StoppedError(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in STOP_SIGNALS}
+    before = {s: handler for s in STOP_SIGNALS if (handler := signal.getsignal(s)) != signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, handle)
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def ignore_signals() -> None:
+    """Ignore the signals that stop, until the end of `stop_on_signals`."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def make_task(folder: Path, checkout: Path | None, repeats: int, dry: bool) -> Task:
@@ -181,6 +199,7 @@ def measure(bench: Bench, jobs: Sequence[Job]) -> int:
     """Run the jobs, print the table; returns the exit status."""
     status = 0
     try:
+        bench.write()
         for job in jobs:
             seconds = min(job.seconds, bench.seconds_left)
             if seconds < LEAST:
@@ -191,17 +210,16 @@ def measure(bench: Bench, jobs: Sequence[Job]) -> int:
             bench.terminal.print(progress_line(bench, job.name))
             if NO_CUDA in bench.jobs[job.name].get("error", ""):
                 raise UserError(NO_CUDA)
+        ignore_signals()
         bench.complete = True
     except StoppedError as stopped:
         status = 128 + stopped.signum
-        bench.terminal.print(f"stopped: {stopped}")
-    with contextlib.ExitStack() as later:
-        for signum in STOP_SIGNALS:  # the last lines are worth more than another signal
-            later.callback(signal.signal, signum, signal.signal(signum, signal.SIG_IGN))
-        bench.write()
-        title = "Dry run on the CPU: the numbers mean nothing" if bench.task.dry else card(bench)
-        bench.terminal.print("", table(bench.figures, title))
-        bench.terminal.print(f"written: {bench.out}, after {bench.seconds:.0f} s")
+    bench.write()  # before anything is printed: the terminal may be gone
+    if status:
+        bench.terminal.print(f"stopped: {signal.Signals(status - 128).name}")
+    title = "Dry run on the CPU: the numbers mean nothing" if bench.task.dry else card(bench)
+    bench.terminal.print("", table(bench.figures, title))
+    bench.terminal.print(f"written: {bench.out}, after {bench.seconds:.0f} s")
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.runs.layout import CHECKPOINTS
+from utils.terminal.console import Terminal
 
 DRY = ["--dry-run", "--minutes", "4"]
 FAKE_TRAIN = """
@@ -156,7 +158,7 @@ def test_a_job_that_fails_or_hangs_loses_no_other_and_keeps_what_it_reported(
     assert "limits: failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_prints_the_table_and_keeps_what_there_is(
     signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +176,40 @@ def test_a_signal_prints_the_table_and_keeps_what_there_is(
     printed = capsys.readouterr().out
     assert f"stopped: {signum.name}" in printed
     assert "700" in printed
+
+
+def test_a_second_signal_does_not_lose_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_jobs(
+        monkeypatch, lambda name: f"import os, time; os.kill(os.getppid(), {int(signal.SIGINT)}); time.sleep(600)"
+    )
+    real = Terminal.print
+
+    def print_and_interrupt(terminal: Terminal, *words: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(terminal, *words, **options)
+
+    monkeypatch.setattr(Terminal, "print", print_and_interrupt)
+    out = tmp_path / "gpu.json"
+    assert gpu.main([*DRY, "--parts", "limits", "--out", str(out)]) == 130
+    assert "written:" in capsys.readouterr().out
+    assert read(out)["jobs"]["limits"]["status"] == "stopped"
+
+
+def test_a_signal_before_the_first_measurement_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "make_task", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert gpu.main([*DRY, "--out", str(tmp_path / "gpu.json")]) == 143
+    assert capsys.readouterr().out == "stopped: SIGTERM, before the first measurement\n"
+
+
+def test_the_json_is_there_before_the_first_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "gpu.json"
+    with_jobs(monkeypatch, lambda name: f"open({str(out)!r})")
+    assert gpu.main([*DRY, "--parts", "limits", "--out", str(out)]) == 0
+    assert read(out)["jobs"]["limits"]["status"] == "done"
 
 
 def test_what_no_time_is_left_for_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

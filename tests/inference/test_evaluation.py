@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
+import utils.inference.graphs as graphs
 from data import BatchSampler, Corpus, sample_offsets
 from model import LanguageModel
 from tests.tiny_export import char_tokenizer
@@ -112,6 +114,34 @@ def test_a_recorded_loss_is_the_loss(
     with torch.no_grad():
         model.token_embedding.weight.mul_(2)
     assert estimate_loss(recorded, sampler, 3, 1) == estimate_loss(plain, sampler, 3, 1) != expected
+
+
+def test_a_recorded_loss_is_that_of_weights_which_were_put_in_the_place_of_others(
+    model: LanguageModel, sampler: BatchSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture_graph(work: Callable[[], None], _device: torch.device) -> Callable[[], None]:
+        """What a CUDA graph does: it reads the memory that the weights were in."""
+        memory = [weight.data for weight in model.parameters()]
+
+        def repeat() -> None:
+            now = [weight.data for weight in model.parameters()]
+            for weight, data in zip(model.parameters(), memory, strict=True):
+                weight.data = data
+            work()
+            for weight, data in zip(model.parameters(), now, strict=True):
+                weight.data = data
+
+        return repeat
+
+    monkeypatch.setattr(graphs, "capture_graph", capture_graph)
+    plain, recorded = BatchLoss(model, contextlib.nullcontext), BatchLoss(model, contextlib.nullcontext)
+    monkeypatch.setattr(recorded, "_graphs", Graphs(torch.device("cpu")))
+    before = [estimate_loss(recorded, sampler, 3, 1) for _ in range(3)]
+    for weight in model.parameters():
+        weight.data = weight.data / 2
+    after = [estimate_loss(recorded, sampler, 3, 1) for _ in range(3)]
+    assert after == [estimate_loss(plain, sampler, 3, 1)] * 3
+    assert after != before
 
 
 def test_evaluating_restores_the_mode_after_an_exception(model: LanguageModel) -> None:

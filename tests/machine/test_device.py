@@ -160,12 +160,35 @@ def test_determinism_is_set_and_restored(deterministic: bool) -> None:
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "tf32"), (False, "ieee")])
 def test_float32_products_on_cuda_have_the_requested_precision(tf32: bool, precision: str) -> None:
     products = torch.backends.cuda.matmul
-    before = products.fp32_precision
+    before = float32_precisions()
     with torch_settings(TrainConfig(tf32=tf32), CPU):
-        assert products.fp32_precision == before
+        assert float32_precisions() == before
     with torch_settings(TrainConfig(tf32=tf32), CUDA):
         assert products.fp32_precision == precision
-    assert products.fp32_precision == before
+        assert products.allow_tf32 is tf32  # the older interface raises where it disagrees, and torch.compile reads it
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert float32_precisions() == before
+
+
+def float32_precisions() -> tuple[str, str, str]:
+    backends = torch.backends
+    return (
+        torch.get_float32_matmul_precision(),
+        backends.cuda.matmul.fp32_precision,
+        backends.mkldnn.matmul.fp32_precision,
+    )
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_precision_that_only_the_newer_interface_set_is_restored() -> None:
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"  # now torch.get_float32_matmul_precision raises
+    try:
+        with torch_settings(TrainConfig(tf32=False), CUDA):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
 
 
 @pytest.mark.parametrize(

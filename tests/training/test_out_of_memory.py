@@ -16,7 +16,7 @@ from utils.errors import is_out_of_memory
 from utils.runs.layout import TRAIN_LOG
 from utils.runs.run import read_record
 from utils.terminal.cli import script
-from utils.training import step
+from utils.training import state, step
 
 Argv = Callable[..., list[str]]
 TOO_MANY = 1 << 50
@@ -84,3 +84,17 @@ def test_a_batch_that_does_not_fit_names_the_remedies(
     assert "DefaultCPUAllocator" in (run / TRAIN_LOG).read_text(encoding="utf-8")
     assert profile_model.main([*argv, "--steps", "1", "--warmup", "0"]) == 1
     assert capsys.readouterr().err == REMEDY
+
+
+def test_a_batch_that_does_not_fit_when_the_model_is_compiled_names_the_remedies(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(state, "compiled_loss", fail)
+    assert train.main(tiny_argv("--gradient-accumulation-steps", "2", "--compile")) == 1
+    assert capsys.readouterr().err.endswith(REMEDY)
+    assert read_record(only_run())["status"] == "failed"

@@ -111,28 +111,57 @@ def test_a_setting_that_a_callback_changes_is_recorded_anew(
     assert len(made) == 2
 
 
-@pytest.mark.parametrize(("change", "recordings"), [("hook", 1), ("frozen", 2), ("moved", 2), ("nothing", 1)])
-def test_what_a_callback_changes_in_the_model_is_seen(
-    change: str, recordings: int, new_state: NewState, monkeypatch: pytest.MonkeyPatch
+def move(weight: torch.Tensor) -> None:
+    weight.data = weight.data.clone()
+
+
+CHANGES: dict[str, Callable[[TrainState], object]] = {
+    "nothing": lambda state: None,
+    "frozen": lambda state: next(state.model.parameters()).requires_grad_(False),
+    "moved": lambda state: move(next(state.model.parameters())),
+    "no dropout": lambda state: setattr(state.model.blocks[0].mlp.resid_dropout, "p", 0.0),
+    "no dropout in attention": lambda state: setattr(state.model.blocks[0].attention, "dropout", 0.0),
+    "a window": lambda state: setattr(state.model.blocks[0].attention, "window", 4),
+    "a block that is not trained": lambda state: state.model.blocks[0].eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_callback_changes_in_the_model_is_recorded_anew(
+    change: str, new_state: NewState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Recording] = []
     own = Recording.__init__
     monkeypatch.setattr(Recording, "__init__", lambda self, state: (made.append(self), own(self, state))[1])
+    state = new_state("--dropout", "0.2")
+    state.callbacks = {"own": Callback()}
+    update = GraphUpdate(state, no_warning)
+    for index in range(6):
+        if index == 4:
+            CHANGES[change](state)
+        step(state, update)
+    assert len(made) == (1 if change == "nothing" else 2)
+
+
+HOOKS: dict[str, Callable[[TrainState, Callable[..., None]], object]] = {
+    "module": lambda state, hook: state.model.blocks[0].register_forward_hook(hook),
+    "gradient": lambda state, hook: next(state.model.parameters()).register_hook(hook),
+    "finished gradient": lambda state, hook: next(state.model.parameters()).register_post_accumulate_grad_hook(hook),
+}
+
+
+@pytest.mark.parametrize("place", HOOKS)
+def test_a_hook_of_a_callback_ends_the_recordings(place: str, new_state: NewState) -> None:
     state, warnings, called = new_state(), list[str](), list[int]()
     state.callbacks = {"own": Callback()}
     update = GraphUpdate(state, warnings.append)
-    weight = next(state.model.parameters())
     for index in range(6):
-        if index == 4 and change == "hook":
-            state.model.blocks[0].register_forward_hook(lambda *_: called.append(1))
-        elif index == 4 and change == "frozen":
-            weight.requires_grad_(False)
-        elif index == 4 and change == "moved":
-            weight.data = weight.data.clone()
+        if index == 4:
+            HOOKS[place](state, lambda *_: called.append(1))
         step(state, update)
-    assert len(made) == recordings
-    assert len(warnings) == (change == "hook")
-    assert len(called) == (2 if change == "hook" else 0)
+    assert len(warnings) == 1
+    assert "hooks" in warnings[0]
+    assert len(called) == 2
 
 
 @pytest.mark.parametrize("obstacle", ["hook", "optimizer", "cuda"])

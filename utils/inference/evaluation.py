@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from data import BatchSampler
 from model import LanguageModel
-from utils.inference.graphs import Graphs
+from utils.inference.graphs import Graphs, addresses
 from utils.machine.ranks import ONE, Ranks
 from utils.nn.targets import IGNORED
 from utils.packing.joined import Joined
@@ -49,8 +49,14 @@ class BatchLoss:
         self.model, self.graph, self.together, self._precision = model, graph, together, precision
         self._device = next(model.parameters()).device
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
+        self._memory: list[int] = []  # of the weights that the graphs read
         self._batches: dict[torch.Size, torch.Tensor] = {}  # (2, B, T), inputs and targets, where a graph reads them
         self._result = torch.zeros((), device=self._device)
+
+    def renew(self) -> None:
+        """Forget the graphs if the weights are elsewhere by now, as a callback leaves them that averages weights."""
+        if self._graphs is not None and self._memory != (memory := addresses(self.model)):
+            self._graphs, self._memory = Graphs(self._device), memory
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._graphs is None:
@@ -88,6 +94,7 @@ def mean_loss(
         parts: the number of batches that all ranks have together.
     """
     losses, counts = [], []
+    loss.renew()
     with evaluating(loss.model):
         for inputs, targets in batches:
             losses.append(loss(inputs, targets))

@@ -54,6 +54,11 @@ class Graphs:
         return work
 
 
+def addresses(model: LanguageModel) -> list[int]:
+    """Where the weights are: a graph reads them there, even if the model has other ones by then."""
+    return [weight.data_ptr() for weight in model.parameters()]
+
+
 class Reserve(Generic[D]):
     """Decoders that wait for the next text of their kind (a batch size, say)."""
 
@@ -63,7 +68,7 @@ class Reserve(Generic[D]):
     @contextlib.contextmanager
     def borrow(self, key: Hashable, models: Sequence[LanguageModel], make: Callable[[], D]) -> Iterator[D]:
         """A decoder that nobody else uses meanwhile; a new one if there is none, or weights of `models` moved."""
-        memory = [(model, *(weight.data_ptr() for weight in model.parameters())) for model in models]
+        memory = [(model, *addresses(model)) for model in models]
         found, decoder = self._idle.pop(key, (None, None))
         if decoder is None or found != memory:
             decoder = make()

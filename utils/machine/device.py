@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -149,8 +150,6 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Set seeds, determinism, kernels and threads of a run; restores all but the seed on exit, for notebooks."""
     deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
-    products = torch.backends.cuda.matmul
-    precision = products.fp32_precision
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.compile:
@@ -161,18 +160,40 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
-    if device.type == "cuda":
-        products.fp32_precision = "tf32" if config.tf32 else "ieee"
+    products = float32_products(tf32=config.tf32) if device.type == "cuda" else contextlib.nullcontext()
     torch.manual_seed(config.seed)
     try:
-        with attention_order(device):
+        with products, attention_order(device):
             yield
     finally:
         torch.set_deterministic_debug_mode(before[0])
         torch.set_num_threads(before[1])
         torch.backends.cudnn.benchmark = before[2]
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        products.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Whether a GPU rounds the factors of float32 products to TF32; restores the previous precision on exit.
+
+    It is set by torch's older interface, which sets the newer one (`fp32_precision`) as well. Set by the newer alone,
+    the older one raises when it is read, and torch.compile reads it.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API settings")  # torch 2.9
+        try:
+            older = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set by the newer interface alone
+            older = "highest"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 @contextlib.contextmanager

@@ -45,11 +45,23 @@ def capture_graph(work: Callable[[], R], device: torch.device) -> Callable[[], R
 
 
 def _end_recording(device: torch.device, pool: tuple[int, int], before: torch.cuda.Stream) -> None:
-    """Undo what torch leaves of a failed recording: its stream as the current one, its memory pool open."""
+    """Undo what torch leaves of a failed recording: its stream as the current one, its memory pool open.
+
+    Before torch 2.11 the random numbers stay marked as being recorded, too, and the next dropout raises
+    (pytorch/pytorch#171263). The end of a recording that succeeds removes the mark.
+    """
     with torch.cuda.device(device):
         torch.cuda.set_stream(before)
         with contextlib.suppress(RuntimeError):  # closed already
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        if torch.__version__ < "2.11":
+            number = torch.zeros((), device=device)
+            with (
+                contextlib.suppress(RuntimeError),  # the first failure is the one that is reported
+                torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(device), capture_error_mode="thread_local"),
+            ):
+                number.add_(1)
+            torch.cuda.set_stream(before)
 
 
 @functools.cache

@@ -411,10 +411,11 @@ def open_session(
         stack.callback(session.write_status)
         before_status = stack.enter_context(ExitStack())
         try:
-            session.begin(git, before_status, after_status)
-            begun = True
-            with memory_explained(setup.config, setup.device), session.training():
-                yield session
+            with memory_explained(setup.config, setup.device):
+                session.begin(git, before_status, after_status)
+                begun = True
+                with session.training():
+                    yield session
         except KeyboardInterrupt:
             if not begun and (dead := ranks.dead()) is not None:
                 session.fail(dead)

@@ -29,6 +29,8 @@ from utils.training.step import (
     step_if_finite,
 )
 
+NUMBERS = {bool, int, float}  # types of attributes of modules that a recording keeps
+
 
 def make_update(state: TrainState, warn: Callable[[str], None]) -> Update:
     """The update that suits device and settings."""
@@ -52,7 +54,7 @@ class Recording:
     """
 
     def __init__(self, state: TrainState) -> None:
-        self.state, self._kept = state, (fixed_settings(state.optimizer), fixed_parts(state))
+        self.state = state
         self.loss = torch.zeros((), device=state.device)
         self.grad_norms = torch.zeros(len(state.optimizer.param_groups), device=state.device)
         self._feed = Feed(state.sampler, state.config.train.gradient_accumulation_steps)
@@ -60,6 +62,7 @@ class Recording:
         self._launch_gradients = capture_graph(self._gradients, state.device)
         self._grads = [(parameter, parameter.grad) for parameter in state.model.parameters()]
         self._launch_optimizer = capture_graph(lambda: step_if_finite(state, self.grad_norms), state.device)
+        self._kept = fixed_settings(state.optimizer), fixed_parts(state)
 
     def is_current(self) -> bool:
         """Whether model and optimizer are as they were recorded: a callback may have changed them."""
@@ -144,14 +147,27 @@ def fixed_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def fixed_parts(state: TrainState) -> object:
-    """What a recording keeps of the model: where its weights are, which are trained, whether a call runs hooks.
+    """What a recording keeps of the model.
+
+    That is where its weights are, which are trained, the numbers and switches of its modules (a dropout's rate, the
+    mode), and that neither a call nor a backward pass runs hooks.
 
     Only callbacks change it, so without any it is not looked at in each step.
     """
     if not state.callbacks:
         return None
-    weights = [(weight.data_ptr(), weight.requires_grad) for weight in state.model.parameters()]
-    return weights, any(map(is_patched, state.model.modules()))
+    modules = list(state.model.modules())
+    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+    return (
+        [(weight.data_ptr(), weight.requires_grad) for weight in weights],
+        [value for module in modules for value in vars(module).values() if type(value) in NUMBERS],
+        any(map(is_patched, modules)) or any(map(has_hooks, weights)),
+    )
+
+
+def has_hooks(weight: torch.Tensor) -> bool:
+    """Whether its gradient goes through hooks."""
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def obstacle(state: TrainState) -> str:
@@ -162,6 +178,8 @@ def obstacle(state: TrainState) -> str:
         return "activation_checkpointing saves the random state of dropout on the host"
     if any(map(is_patched, state.model.modules())):
         return "a module has hooks or a patched forward, which a recording would not call"
+    if any(map(has_hooks, state.model.parameters())):
+        return "a parameter has hooks, which a recording would not call"
     if state.device.type == "cuda":
         needed = torch.cuda.max_memory_allocated(state.device) - torch.cuda.memory_allocated(state.device)
         unused = torch.cuda.memory_reserved(state.device) - torch.cuda.memory_allocated(state.device)
