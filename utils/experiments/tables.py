@@ -195,7 +195,7 @@ def sql_screen(columns: Sequence[str], rows: Sequence[Sequence[Any]], console: C
     by_column = zip(columns, zip(*texts, strict=True), strict=True) if texts else ()
     if sum(2 + max(len(name), *(text.cell_len for text in cells)) for name, cells in by_column) > console.width + 2:
         for row in texts:
-            yield fact_lines([*zip(columns, map(str, row), strict=True), ("", "")])
+            yield fact_lines([*zip(columns, map(str, row), strict=True), ("", "")], copied=True)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
