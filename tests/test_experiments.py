@@ -122,7 +122,7 @@ def test_a_tag_means_all_its_runs_where_several_runs_are_compared(ask: Ask) -> N
 @pytest.mark.parametrize("width", [60, 80])
 def test_no_setting_takes_the_place_of_what_matters_most(runs_dir: Path, width: int) -> None:
     runs = [
-        indexed(runs_dir, f"20260131_14250{i}_a_long_tag_for_a_run", tag="a_long_tag_for_a_run", settings=settings)
+        indexed(runs_dir, f"20260131_14250{i}_a_long_tag_for_a_run", tag="a_tag_from_a_person", settings=settings)
         for i, settings in enumerate(({"n_embd": 64}, {"n_embd": 32, "learning_rate": 0.00123456789, "seed": 3}))
     ]
     console = Console(width=width, file=io.StringIO())
@@ -134,6 +134,32 @@ def test_no_setting_takes_the_place_of_what_matters_most(runs_dir: Path, width: 
     assert "learning_rate" not in lines[0]
     assert max(map(len, lines)) <= width
     assert "".join(line[:12].strip() for line in lines).count("a_long_tag_for_a_run") >= (1 if width < 80 else 0)
+
+
+@pytest.mark.parametrize(("tag", "best", "repeated"), [("slow", 2.5, True), (None, 2.5, True), ("mine", 2.0, False)])
+def test_what_differs_takes_the_place_of_what_is_repeated(
+    tag: str | None, best: float, repeated: bool, runs_dir: Path
+) -> None:
+    runs = [
+        indexed(
+            runs_dir,
+            f"20261128_02210{seed}_slow",
+            tag=tag,
+            settings={"seed": seed, "learning_rate": seed / 10},
+            summary={"val/loss": 2.5, "best_val_loss": best},
+        )
+        for seed in (1, 2)
+    ]
+
+    def columns(width: int) -> set[str]:
+        console = Console(width=width, file=io.StringIO())
+        console.print(list_table(runs, columns_of(runs), width))
+        return set(re.split("  +", console.file.getvalue().splitlines()[0]))  # type: ignore[attr-defined]
+
+    narrow = columns(60)
+    assert "seed" not in narrow
+    assert ("learning_rate" in narrow, "tag" in narrow, "last val" in narrow) == (repeated, not repeated, not repeated)
+    assert {"tag", "last val", "learning_rate", "seed"} <= columns(200)
 
 
 def test_list_where_sort_columns_and_limit(ask: Ask) -> None:

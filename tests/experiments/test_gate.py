@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -437,6 +439,33 @@ def test_the_noise_floor_of_a_run(runs_dir: Path, training: Callable[..., Traini
     assert small.unpaired is not None
     assert large.unpaired is not None
     assert small.unpaired > large.unpaired
+
+
+def test_noise_prints_how_many_runs_it_trains(
+    runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
+    training(of_flags)
+    output = io.StringIO()
+    noise("learning_rate=3e-3", ROOT, runs_dir, seeds=3, output=output)
+    assert output.getvalue().splitlines() == [
+        "training learning_rate=3e-3 with seed 1 (1 of 3)",
+        "training learning_rate=3e-3 with seed 2 (2 of 3, about 1:40 min each)",
+        "training learning_rate=3e-3 with seed 3 (3 of 3, about 1:40 min)",
+    ]
+
+
+@pytest.mark.parametrize("words", [["noise", "base", "--seeds", "5"], ["gate", "dropout=0.1", "base"]])
+def test_an_interruption_says_that_the_same_command_goes_on(
+    words: list[str], runs_dir: Path, training: Callable[..., Training], capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline_runs(runs_dir)
+    training(of_flags, status="interrupted", exit_status=130)
+    assert experiments.main([*words, "--runs-dir", str(runs_dir)]) == 130
+    out = capsys.readouterr().out
+    assert out.endswith("complete runs are kept; the same command goes on with the others\n")
+    if words[0] == "noise":
+        assert "training base with seed 4 (1 of 2, about 10 s each)" in out
 
 
 def test_noise_prints_how_many_seeds_an_effect_needs(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,12 @@ def test_runs_stand_next_to_each_other_where_there_is_room() -> None:
     )
 
 
+def test_the_texts_begin_on_one_line_however_long_the_names_are() -> None:
+    first, second = two_runs()
+    lines = shown([first._replace(name="a long name " * 5), second], 80).splitlines()
+    assert any(re.search(r"a bab +a bba", line) for line in lines)
+
+
 def test_runs_stand_one_below_the_other_where_there_is_none() -> None:
     lines = shown(two_runs(), 2 * NARROWEST + 2).splitlines()
     assert lines.index("baseline  val loss 1.5000") < lines.index("[bold]")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from utils.machine.signals import StopRequest
 from utils.terminal import progress
 from utils.terminal.console import PrintableConsole, Terminal
 from utils.terminal.progress import TrainingProgress
@@ -81,6 +82,21 @@ def test_the_remaining_time_counts_evaluations_apart_from_steps(
         elif step >= 11:
             assert display._seconds_left(step) == pytest.approx(0.5 * (100 - step) + 2 * 20)
     assert "estimated: 1:24 min for the 89 steps left" in shown(terminal)
+
+
+def test_a_training_that_is_asked_to_stop_is_not_estimated(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stop = [1000.0], StopRequest()
+    clock = {"monotonic": lambda: now[0], "time": int, "localtime": int, "strftime": lambda *_: "12:00"}
+    monkeypatch.setattr(progress, "time", SimpleNamespace(**clock))
+    display = TrainingProgress(terminal, total=100, stops=lambda: bool(stop))
+    for step in range(1, 20):
+        now[0] += 1.0
+        if step == 5:
+            stop.stop("SIGINT")
+        display.update(step, loss=1.0)
+    assert "step  19/100" not in shown(terminal)
+    assert "step  10/100  loss 1.0000" in shown(terminal)
+    assert not any(word in shown(terminal) for word in ("estimated", "left"))
 
 
 def test_control_characters_of_others_reach_neither_the_terminal_nor_the_log(tmp_path: Path) -> None:

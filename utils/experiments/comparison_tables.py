@@ -69,7 +69,7 @@ def _code_diff(diff: RunDiff) -> Iterator[RenderableType]:
         yield Group("", title("Commits (< only in A, > only in the other)"), *map(Text, diff.commits))
     if diff.patch:
         styles = {"+": "green", "-": "red", "@": "cyan"}
-        lines = [Text(line, style=styles.get(line[:1], "")) for line in diff.patch]
+        lines = [Text(line, style=styles.get(line[:1], ""), no_wrap=True) for line in diff.patch]
         yield Group("", title("Uncommitted changes that differ (- A, + the other)"), *lines)
 
 

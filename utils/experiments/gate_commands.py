@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from typing import IO
 
 from utils.errors import UserError
@@ -24,6 +26,17 @@ BUDGET = flag(
 def output(args: argparse.Namespace) -> IO[str]:
     """Where progress is printed: JSON has stdout for itself."""
     return sys.stderr if args.json else sys.stdout
+
+
+@contextlib.contextmanager
+def goes_on_later(args: argparse.Namespace) -> Iterator[None]:
+    """Say, where a signal ends the block, that the runs it has completed are not trained again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("complete runs are kept; the same command goes on with the others", file=output(args), flush=True)
+        raise
 
 
 @command(
@@ -50,19 +63,20 @@ def gate(args: argparse.Namespace) -> Answer:
         raise UserError(f"--max-seeds must be from {FIRST_LOOK} to 1000, not {args.max_seeds}")
     if not 0 <= args.min_effect < math.inf:
         raise UserError(f"--min-effect must be at least 0, not {args.min_effect:g}")
-    answer = gate(
-        args.candidate,
-        args.baseline,
-        PROJECT_ROOT,
-        runs_folder(args),
-        metric=args.metric,
-        min_effect=args.min_effect,
-        max_seeds=args.max_seeds,
-        budget=args.budget,
-        settings=args.set,
-        trusted=args.trust,
-        output=output(args),
-    )
+    with goes_on_later(args):
+        answer = gate(
+            args.candidate,
+            args.baseline,
+            PROJECT_ROOT,
+            runs_folder(args),
+            metric=args.metric,
+            min_effect=args.min_effect,
+            max_seeds=args.max_seeds,
+            budget=args.budget,
+            settings=args.set,
+            trusted=args.trust,
+            output=output(args),
+        )
     return Answer(answer, lambda console: gate_screen(answer), EXIT_STATUS[answer.verdict])
 
 
@@ -83,16 +97,17 @@ def noise(args: argparse.Namespace) -> Answer:
         raise UserError(f"--seeds must be at least 3, not {args.seeds}")
     if any(not 0 < effect < math.inf for effect in args.effect):
         raise UserError("--effect must be above 0")
-    found = noise(
-        args.subject,
-        PROJECT_ROOT,
-        runs_folder(args),
-        seeds=args.seeds,
-        metric=args.metric,
-        effects=args.effect,
-        trusted=args.trust,
-        output=output(args),
-    )
+    with goes_on_later(args):
+        found = noise(
+            args.subject,
+            PROJECT_ROOT,
+            runs_folder(args),
+            seeds=args.seeds,
+            metric=args.metric,
+            effects=args.effect,
+            trusted=args.trust,
+            output=output(args),
+        )
     return Answer(found, lambda console: noise_screen(found))
 
 
@@ -118,16 +133,17 @@ def bisect(args: argparse.Namespace) -> Answer:
 
     if not 1 <= args.seeds <= 1000:
         raise UserError(f"--seeds must be from 1 to 1000, not {args.seeds}")
-    found = bisect(
-        args.good,
-        args.bad,
-        PROJECT_ROOT,
-        runs_folder(args),
-        oracle=args.oracle,
-        metric=args.metric,
-        seeds=args.seeds,
-        settings=args.set,
-        trusted=args.trust,
-        output=output(args),
-    )
+    with goes_on_later(args):
+        found = bisect(
+            args.good,
+            args.bad,
+            PROJECT_ROOT,
+            runs_folder(args),
+            oracle=args.oracle,
+            metric=args.metric,
+            seeds=args.seeds,
+            settings=args.set,
+            trusted=args.trust,
+            output=output(args),
+        )
     return Answer(found, lambda console: bisection_screen(found), 3 if found.problem else 0)

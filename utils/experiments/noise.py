@@ -16,6 +16,7 @@ from utils.experiments.sequential import seeds_for
 from utils.experiments.subjects import Subjects
 from utils.experiments.trials import Trials, last_value, seed_order
 from utils.machine.signals import raise_on_signals
+from utils.terminal.words import duration
 
 NOISE_SEEDS = 5  # unless another number is asked for
 EFFECTS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations, for which the seeds needed are listed
@@ -84,7 +85,12 @@ def noise(
         [runs] = trials.existing(experiment)
         order = seed_order(list(runs), ())
         chosen = [next(order) for _ in range(max(seeds, len(runs)))]
-        runs |= {seed: trials.train(experiment, seed) for seed in chosen if seed not in runs}
+        missing = [seed for seed in chosen if seed not in runs]
+        known = [run.row()["duration"] for run in runs.values()]
+        for number, seed in enumerate(missing, 1):
+            seconds = (trials.trained or known or [None])[-1]
+            about = "" if seconds is None else f", about {duration(seconds)}" + (" each" if missing[number:] else "")
+            runs[seed] = trials.train(experiment, seed, f" ({number} of {len(missing)}{about})")
     name, _ = comparable_metric(list(runs.values()), metric)
     values = {seed: last_value(runs[seed], name) for seed in chosen}
     return summary(experiment.name, name, values, effects, trials)

@@ -46,7 +46,8 @@ STATUS_STYLES = {
 }
 RESULTS = ("val_loss", "last_val_loss")
 LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", *RESULTS)  # then what differs, commit, note
-ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then settings that differ, then these:
+ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then settings that differ, then
+# columns that repeat others, then these:
 LESS_WANTED = ("evaluated", "steps", "commit", "note", "duration", "age")
 HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns whose name alone would say too little
 NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
@@ -133,7 +134,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     rows = [run.row() for run in runs]
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
     widths = {name: _width(name, texts) for name, texts in cells.items()}
-    kept = _fitting(widths, width)
+    kept = _fitting(widths, width, _repeating(cells))
     for column in ("id", "tag"):
         if column in kept and (excess := sum(widths[name] for name in kept) - width - 2) > 0:
             widths[column] = max(NAME_WIDTH, widths[column] - excess)
@@ -178,11 +179,21 @@ def _width(column: str, cells: Sequence[Text]) -> int:
     return 2 + max(len(_header(column)), min(longest, LONG.get(column, longest)))
 
 
-def _fitting(widths: Mapping[str, int], width: int) -> list[str]:
-    """The columns that fit side by side: ALWAYS, then settings, those of LESS_WANTED last."""
-    kept = {column for column in ALWAYS if column in widths}
-    settings = (column for column in widths if column not in {*kept, *LESS_WANTED})
-    for column in (*settings, *(column for column in LESS_WANTED if column in widths)):
+def _repeating(cells: Mapping[str, Sequence[Text]]) -> list[str]:
+    """The columns that say in each row what another one says: the tag, which ends the id, and the last val/loss."""
+    texts = {column: [cell.plain.removesuffix(" pinned") for cell in of_column] for column, of_column in cells.items()}
+    ids, tags = texts.get("id", ()), texts.get("tag", ())
+    found = ["tag"] if all(name.endswith(tag) for name, tag in zip(ids, tags, strict=False)) else []
+    best, last = (texts.get(column) for column in RESULTS)
+    return [*found, *(RESULTS[1:] if best == last else ())]
+
+
+def _fitting(widths: Mapping[str, int], width: int, repeating: Sequence[str]) -> list[str]:
+    """The columns that fit side by side: ALWAYS, then settings (the seed last), `repeating`, those of LESS_WANTED."""
+    last = [column for column in (*repeating, *LESS_WANTED) if column in widths]
+    kept = {column for column in ALWAYS if column in widths and column not in last}
+    settings = sorted((column for column in widths if column not in {*kept, *last}), key="seed".__eq__)
+    for column in (*settings, *last):
         if sum(widths[name] for name in kept) + widths[column] <= width + 2:
             kept.add(column)
     return [column for column in widths if column in kept]
@@ -195,7 +206,7 @@ def sql_screen(columns: Sequence[str], rows: Sequence[Sequence[Any]], console: C
     by_column = zip(columns, zip(*texts, strict=True), strict=True) if texts else ()
     if sum(2 + max(len(name), *(text.cell_len for text in cells)) for name, cells in by_column) > console.width + 2:
         for row in texts:
-            yield fact_lines([*zip(columns, map(str, row), strict=True), ("", "")])
+            yield fact_lines([*zip(columns, map(str, row), strict=True), ("", "")], copied=True)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):

@@ -101,8 +101,11 @@ class Trials:
     def _has_the_text(self, experiment: Experiment, run: IndexedRun) -> bool:
         return corpus_of(run) == corpus_of(self._texts.setdefault(experiment.dataset, run))
 
-    def train(self, experiment: Experiment, seed: int) -> IndexedRun:
+    def train(self, experiment: Experiment, seed: int, place: str = "") -> IndexedRun:
         """Train one seed of an experiment.
+
+        Args:
+            place: of this run among those that are trained, as it is printed.
 
         Raises:
             BudgetError: no time is left for it.
@@ -112,7 +115,7 @@ class Trials:
         left = None if self.budget is None else self.budget - self.seconds
         if left is not None and left <= (max(self.trained) if self.trained else 0):
             raise BudgetError
-        print(printable(f"training {experiment.name} with seed {seed}"), file=self.output, flush=True)
+        print(printable(f"training {experiment.name} with seed {seed}{place}"), file=self.output, flush=True)
         began = time.monotonic()
         flags = list(experiment.flags(self.root, self.runs_dir, seed))
         if left is not None:

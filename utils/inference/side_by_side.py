@@ -61,11 +61,12 @@ def completion_tables(runs: Sequence[RunCompletions], width: int, logprobs: bool
             grid = Table.grid(padding=(0, GAP, 0, 0), expand=True)
             for _ in runs:
                 grid.add_column(ratio=1, overflow="fold")
-            grid.add_row(*cells)
+            for parts in zip(*cells, strict=True):  # a row each, so that the texts begin on one line
+                grid.add_row(*parts)
             yield grid
         else:
             for cell in cells:
-                yield Group(cell, "")
+                yield Group(*cell, "")
 
 
 def prompt_title(completion: Completion) -> str:
@@ -74,15 +75,15 @@ def prompt_title(completion: Completion) -> str:
     return title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 3]}..."
 
 
-def _cell(run: RunCompletions, completion: Completion, logprobs: bool) -> RenderableType:
-    """One run's completion of one prompt."""
+def _cell(run: RunCompletions, completion: Completion, logprobs: bool) -> list[RenderableType]:
+    """One run's completion of one prompt, in parts: heading, text, summary, tokens."""
     loss = "" if run.val_loss is None else f"  val loss {run.val_loss:.4f}"
     head = Text.assemble((printable(run.name), "bold cyan"), (loss, "dim"))
     text = Text.assemble((printable(completion.prompt), "dim"), printable(completion.text))
     parts: list[RenderableType] = [head, text, Text(summary(completion), style="dim")]
     if logprobs:
         parts.append(_token_table(run.tokenizer, completion))
-    return Group(*parts)
+    return parts
 
 
 def summary(completion: Completion) -> str:

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from utils.terminal.streams import Output, drop, in_notebook, why_lost
 from utils.terminal.words import printable, setting_text
+from utils.terminal.wrapping import wrapped
 
 LOG_WIDTH = 110  # columns of logs/train.log
 
@@ -43,8 +44,15 @@ class _Stdout(PrintableConsole):
 
 
 def print_to(console: Console, renderable: RenderableType) -> None:
-    """Print on lines of its own; text is not wrapped, tables are."""
-    console.print(renderable, soft_wrap=isinstance(renderable, str | Text), markup=False, emoji=False)
+    """Print on lines of its own; text is broken on a terminal alone, and only as `wrapped` does it, tables anywhere."""
+    if isinstance(renderable, Group):
+        for part in renderable.renderables:
+            print_to(console, part)
+        return
+    text = Text(renderable) if isinstance(renderable, str) else renderable
+    if isinstance(text, Text) and console.is_terminal:
+        text = wrapped(text, console.width)
+    console.print(text, soft_wrap=isinstance(text, Text), markup=False, emoji=False)
 
 
 class Terminal:
@@ -79,7 +87,7 @@ class Terminal:
                 print_to(console, renderable)
 
     def warn(self, message: str) -> None:
-        """Print one visible line, on stderr when quiet."""
+        """Print a sentence that is seen, on stderr when quiet."""
         if self.quiet:
             print(f"warning: {printable(message)}", file=sys.stderr)
         self.print(Text.assemble(("warning: ", "bold yellow"), message))

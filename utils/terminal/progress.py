@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 from rich.console import Console
@@ -88,10 +89,20 @@ class TrainingProgress:
         total: the last step.
         start: the step that training starts from.
         eval_interval: steps between evaluations, whose time is estimated apart from that of the steps; None: unknown.
+        stops: whether training ends before the last step; from then on the rest is not estimated.
     """
 
-    def __init__(self, terminal: Terminal, total: int, start: int = 0, *, eval_interval: int | None = None) -> None:
+    def __init__(
+        self,
+        terminal: Terminal,
+        total: int,
+        start: int = 0,
+        *,
+        eval_interval: int | None = None,
+        stops: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.terminal = terminal
+        self._stops = stops
         self.total, self.start = total, start
         self.fields: dict[str, Any] = {"loss": None, "val_loss": None, "tokens_per_second": None, "evaluating": None}
         self._eval_interval = eval_interval
@@ -187,7 +198,7 @@ class TrainingProgress:
 
         The first step does not count, unless it is one of many: it is slower than the others.
         """
-        if self._first is None or step - self._first[0] < STEPS_BEFORE_ESTIMATE:
+        if self._first is None or step - self._first[0] < STEPS_BEFORE_ESTIMATE or self._stops():
             return None
         seconds = (self._training_seconds(time.monotonic()) - self._first[1]) / (step - self._first[0])
         evaluations = 0

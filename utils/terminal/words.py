@@ -120,14 +120,23 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def fact_lines(rows: Iterable[tuple[str, str]], title: str | None = None) -> Text:
-    """One line for each (name, value), the values aligned; long values are not wrapped, so that they can be copied."""
+def fact_lines(rows: Iterable[tuple[str, str]], title: str | None = None, copied: bool = False) -> Text:
+    """One line for each (name, value), the values aligned, also in the lines that continue it on a narrow terminal.
+
+    Args:
+        copied: the values are commands or data, in which no line may be broken.
+    """
+    from rich.style import Style
     from rich.text import Text
+
+    from utils.terminal.wrapping import INDENT
 
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0) + 2
     text = Text(f"{title}\n" if title else "", style="")
     text.stylize("bold")
     for name, value in rows:
-        text.append(f"{name:<{width}}", style="cyan").append(f"{value}\n")
-    return text[:-1]
+        text.append(f"{name:<{width}}", style=Style(color="cyan", meta={INDENT: width})).append(f"{value}\n")
+    text = text[:-1]
+    text.no_wrap = copied
+    return text

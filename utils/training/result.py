@@ -127,7 +127,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         commands.append(("continue", f"{script_command('train.py')} --resume {name}"))
     if result.status == "completed":
         commands.append(("generate", f"{script_command('inference.py')} {name}{_prompt_flag(setup)}"))
-    terminal.print("", fact_lines(commands, title="Next"))
+    terminal.print("", fact_lines(commands, title="Next", copied=True))
 
 
 def short_name(run: Run) -> str:

@@ -181,7 +181,11 @@ class Session:
         feeders = build_feeders(setup, run, terminal, state.step)
         after_status.callback(self._attempt, self._close_views, feeders)
         self.progress = TrainingProgress(
-            terminal, setup.max_iters, state.step, eval_interval=setup.config.train.eval_interval
+            terminal,
+            setup.max_iters,
+            state.step,
+            eval_interval=setup.config.train.eval_interval,
+            stops=lambda: bool(self._stop),
         )
         self.monitor = Monitor(state, log, run.path, self.progress, feeders.watch)
         before_status.callback(self._dump_flight_recorder)

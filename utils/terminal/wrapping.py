@@ -1,0 +1,54 @@
+"""Lines that are too long for a terminal, broken between words.
+
+What people copy gets no line break, however long it is: a word (a path, an id), what quotes enclose, and the command in
+a sentence. The terminal alone breaks those, where the line ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from rich.cells import cell_len
+from rich.style import Style
+from rich.text import Text
+
+INDENT = "indent"  # in the meta of the style that a line begins with: spaces before the lines that continue it
+UNBROKEN = re.compile(
+    r"""
+    (?:\S*python'?\ \S+\.py'?|\S*lm-workbench)\ (?:'[^']*'|[^;)'])*[^;)\s][;)]*  # a command, to the end of its clause
+    | (?<!\S)(?:'[^']*'|"[^"]*")\S*
+    | \S+
+    """,
+    re.VERBOSE,
+)
+
+
+def wrapped(text: Text, width: int) -> Text:
+    """`text` in lines of at most `width` characters, as far as words allow; a text with `no_wrap` stays as it is."""
+    if text.no_wrap:
+        return text
+    lines = text.split("\n", allow_blank=True)
+    return Text("\n").join(part for line in lines for part in _parts(line, width))
+
+
+def _parts(line: Text, width: int) -> Iterator[Text]:
+    if line.cell_len <= width:
+        yield line
+        return
+    indent = _indent(line)
+    starts = [0]
+    for word in UNBROKEN.finditer(line.plain):
+        margin, name = (indent, 0) if starts[1:] else (0, indent)  # each part keeps a word; the name of a fact is none
+        if word.start() > starts[-1] + name and margin + cell_len(line.plain[starts[-1] : word.end()]) > width:
+            starts.append(word.start())
+    first, *others = line.divide(starts[1:])
+    for part in (first, *(Text(" " * indent).append_text(other) for other in others)):
+        part.rstrip()
+        yield part
+
+
+def _indent(line: Text) -> int:
+    """The spaces before the lines that continue `line`."""
+    styles = (span.style for span in line.spans if span.start == 0 and isinstance(span.style, Style))
+    return max((style.meta.get(INDENT, 0) for style in styles), default=0)
