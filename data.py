@@ -34,6 +34,7 @@ from utils.packing.shuffle import in_random_order
 from utils.packing.windows import STREAMS, sample_offsets, sample_windows, windows_of_pass
 
 SAMPLED_TOKENS = 1 << 20
+INEXACT = 0.01  # share of a text's bytes by which the bytes of its tokens may differ without a warning
 EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losses are comparable
 
 
@@ -44,6 +45,7 @@ class Corpus:
     tokens: shape (n,), uint16 or uint32, on disk once the corpus is stored.
     hash: sha256 of the text; of a prepared dataset, that of its record.
     prepared: the dataset that the tokens are of; None: they are those of one text.
+    byte_scale: bytes of the text per byte that its tokens stand for: not 1 where the tokenizer does not keep the text.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Corpus:
     n_train: int
     store: Callable[[], np.ndarray | Joined] | None = None  # writes the tokens; returns those on disk
     prepared: Prepared | None = None
+    byte_scale: float = 1.0
 
     def stored(self) -> Corpus:
         """This corpus with its tokens on disk, where they need no memory and later runs find them.
@@ -70,8 +73,9 @@ class Corpus:
 
     @functools.cached_property
     def byte_counts(self) -> np.ndarray:
-        """Bytes of text that each token stands for, by id."""
-        return self.tokenizer.byte_counts()
+        """Bytes of text that each token stands for, by id; scaled so that those of the whole text add up."""
+        counts = self.tokenizer.byte_counts()
+        return counts if self.byte_scale == 1 else counts * self.byte_scale
 
     @functools.cached_property
     def bytes_per_token(self) -> float:
@@ -116,12 +120,14 @@ class TokenFile:
     """An encoded text in the folder of token files, which may still have to be written.
 
     corpus_hash: sha256 of the text.
+    byte_scale: as of `Corpus`.
     """
 
     folder: Path
     corpus_hash: str
     tokenizer: Tokenizer
     n_tokens: int
+    byte_scale: float = 1.0
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -185,7 +191,9 @@ def load_corpus(
             n_train=len(prepared.documents["train"].tokens),
             store=prepared.save_plans,
             prepared=prepared,
+            byte_scale=prepared.byte_scale(),
         )
+        _report_byte_scale(corpus, warn)
         return corpus.stored() if keep else corpus
     if config.packing != "random":
         raise CorpusError(
@@ -208,12 +216,15 @@ def load_corpus(
     if file is not None:
         n_train = _split(config, file.n_tokens, block_size)
         corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, _mapped(file), n_train)
+        corpus = dataclasses.replace(corpus, byte_scale=file.byte_scale)
     else:
         file, ids = _encode(source.read(), config, block_size, folder, tokenizer)
         records = [record_path(folder, source.name, name) for name in {key, file.tokenizer.hash()}]
         store, n_train = functools.partial(_store, file, ids, stamp, records), _split(config, len(ids), block_size)
         corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, ids, n_train, store)
+        corpus = dataclasses.replace(corpus, byte_scale=file.byte_scale)
         corpus = corpus.stored() if keep else corpus
+    _report_byte_scale(corpus, warn)
     for note in source.notes(config.val_fraction):
         report(note)
     return corpus
@@ -235,7 +246,8 @@ def _store(file: TokenFile, ids: np.ndarray, stamp: str | None, records: Sequenc
     if stamp is not None:
         with contextlib.suppress(OSError):  # without a record the text is read again
             state = file_state(file.path)
-            record = TokenRecord(stamp, file.corpus_hash, file.tokenizer.to_json(), file.n_tokens, crc32, state)
+            form = file.tokenizer.to_json()
+            record = TokenRecord(stamp, file.corpus_hash, form, file.n_tokens, crc32, state, file.byte_scale)
             for path in records:
                 write_record(path, record)
     return _mapped(file)
@@ -256,17 +268,29 @@ def _encode(
             tokenizer.check(text)  # the vocabulary of a trained model does not grow
     except TokenizerError as error:
         raise CorpusError(f"{config.dataset}: {error}") from None
-    file = TokenFile(folder, hashlib.sha256(text.encode("utf-8")).hexdigest(), tokenizer, n_tokens=0)
-    parts = []
+    content = text.encode("utf-8")
+    file = TokenFile(folder, hashlib.sha256(content).hexdigest(), tokenizer, n_tokens=0)
+    parts, byte_counts, n_bytes = [], tokenizer.byte_counts(), 0
     for part in tokenizer.encode_parts(text):
         if part.size and (part.min() < 0 or part.max() >= tokenizer.vocab_size):
             raise CorpusError(
                 f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
             )
+        n_bytes += int(byte_counts[part].sum())
         parts.append(part.astype(file.dtype))  # a quarter of the memory
     ids = np.concatenate(parts)
     _split(config, len(ids), block_size)
-    return dataclasses.replace(file, n_tokens=len(ids)), ids
+    return dataclasses.replace(file, n_tokens=len(ids), byte_scale=len(content) / (n_bytes or len(content))), ids
+
+
+def _report_byte_scale(corpus: Corpus, warn: Callable[[str], None]) -> None:
+    """Warn if the tokens stand for clearly more or fewer bytes than the text has."""
+    off = 1 / corpus.byte_scale - 1
+    if abs(off) > INEXACT:
+        warn(
+            f"{corpus.name}: decoding its tokens gives {abs(off):.1%} {'more' if off > 0 else 'fewer'} bytes than its "
+            "text has, as the tokenizer does not keep the text: bits per byte are estimates"
+        )
 
 
 def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[str], None]) -> TokenFile | None:
@@ -278,8 +302,10 @@ def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[
         return None
     try:
         tokenizer = tokenizer_from_json(record.tokenizer, str(path))
-        file = TokenFile(folder, record.corpus_hash, tokenizer, record.n_tokens)
-        if record.crc32 is None or not file.is_whole():
+        if record.crc32 is None or record.byte_scale is None:
+            return None
+        file = TokenFile(folder, record.corpus_hash, tokenizer, record.n_tokens, record.byte_scale)
+        if not file.is_whole():
             return None
         state = file_state(file.path)
         if state != record.verified:
@@ -406,11 +432,11 @@ class BatchSampler:
 
     def evaluation_bytes(self, stream: str, count: int) -> float:
         """Bytes of text per token that is predicted in `count` evaluation batches of `train_eval` or `val`."""
-        end, n_bytes, n_targets = self.evaluation_windows(stream, count), 0, 0
+        end, n_bytes, n_targets = self.evaluation_windows(stream, count), 0.0, 0
         for first in range(0, end, self.batch_size):
             _, targets = self._gather(stream, EVALUATION_SEED, first, min(self.batch_size, end - first))
             counted = targets[targets != IGNORED]
-            n_bytes += int(self.corpus.byte_counts[counted].sum())
+            n_bytes += float(self.corpus.byte_counts[counted].sum())
             n_targets += len(counted)
         return n_bytes / max(n_targets, 1)
 

@@ -6,7 +6,7 @@ python experiments.py diff baseline wider
 python experiments.py reproduce baseline --steps 200
 
 RUN is a path, an id, a tag, latest, NAME@vN of a promoted run, or a part of an id. A tag names its newest run; for
-compare, plot and report it names all its runs.
+compare, plot and report it names all its runs, and so does a sweep.
 """
 
 from __future__ import annotations

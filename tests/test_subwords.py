@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from benchmarks.data import differing_ids
+from data import load_corpus
 from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
 from utils.config.settings import DataConfig
 from utils.tokenization import byte_tokens, subwords
@@ -405,6 +406,35 @@ def test_bytes_of_a_vocabulary_with_byte_fallback() -> None:
     assert len(ids) == 5
     assert ours.decode_bytes(ids) == "a 漢".encode()
     assert ours.decode(ids[:-1]) == "a \ufffd"
+
+
+def test_without_a_decoder_decoding_undoes_how_words_are_cut(bpe: BpeTokenizer) -> None:
+    text = "The quick brown fox's über 漢字"
+    without = {**json.loads(bpe.specification), "decoder": None}
+    ours = HuggingFaceTokenizer(checked_specification(without))
+    assert ours.decode_bytes(ours.encode(text)) == text.encode()
+    assert ours.specification == checked_specification(without)
+    for made in (word_pieces, unigram):
+        library = made()
+        ids = library.encode(CORPUS, add_special_tokens=False).ids
+        whole = of_library(library).decode(ids)
+        specification = {**json.loads(library.to_str()), "decoder": None}
+        assert HuggingFaceTokenizer(checked_specification(specification)).decode(ids) == whole
+
+
+def test_bytes_of_a_corpus_add_up_with_a_tokenizer_that_changes_the_text(tmp_path: Path) -> None:
+    text = "The quick,\n\n    brown fox!  Jumps;\n" * 40
+    (tmp_path / "text.txt").write_text(text)
+    word_pieces().save(str(tmp_path / "tokenizer.json"))
+    config = DataConfig(dataset=str(tmp_path / "text.txt"), tokenizer=f"hf:{tmp_path / 'tokenizer.json'}")
+    for _ in range(2):  # then from the record
+        warnings: list[str] = []
+        corpus = load_corpus(config, 8, tmp_path / "corpora", warn=warnings.append)
+        tokens = np.asarray(corpus.tokens)
+        assert corpus.byte_counts[tokens].sum() == pytest.approx(len(text))
+        off = corpus.tokenizer.byte_counts()[tokens].sum() / len(text) - 1
+        assert off < -0.1
+        assert [f"gives {-off:.1%} fewer bytes than its text has" in warning for warning in warnings] == [True]
 
 
 def test_a_run_is_the_tokenizer_of_another(bpe: BpeTokenizer, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import pytest
 from conftest import FORK, in_child
 
 from utils.runs import run as run_manager
-from utils.runs.find import list_run_paths, resolve_run
+from utils.runs.find import list_run_paths, resolve_run, resolve_runs
 from utils.runs.lock import STALE_HEARTBEAT_SECONDS, lock_is_free
 from utils.runs.run import (
     Run,
@@ -327,6 +327,19 @@ def test_a_path_comes_before_everything_else(five_runs: Path, tmp_path: Path, mo
     assert resolve_run("wide", five_runs).resolve() == elsewhere
     (tmp_path / "deep").mkdir()  # a folder that is not a run is never found
     assert resolve_run("deep", five_runs).name == "20260104_000000_deep"
+
+
+def test_a_sweep_names_all_its_runs_and_none_of_them_alone(runs_dir: Path) -> None:
+    paths = []
+    for number in (1, 2):
+        sweep = {"name": "grid", "id": "a1", "number": number, "place": 0}
+        paths.append(make(runs_dir, f"2026010{number}_000000_grid-{number}", tag=f"grid-{number}", sweep=sweep))
+    assert resolve_runs("grid", runs_dir) == paths
+    assert resolve_runs("grid-2", runs_dir) == paths[1:]
+    with pytest.raises(RunError, match=r"^grid is a sweep of 2 runs: name one of them: 20260101_000000_grid-1"):
+        resolve_run("grid", runs_dir)
+    tagged = make(runs_dir, "20260103_000000_grid", tag="grid")
+    assert resolve_runs("grid", runs_dir) == [tagged]
 
 
 def test_an_exact_id_comes_before_a_tag_of_that_name(five_runs: Path) -> None:

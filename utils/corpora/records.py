@@ -22,6 +22,7 @@ class TokenRecord:
     n_tokens: number of tokens in the token file.
     crc32: checksum of the token file; None in an older record, whose file is not trusted.
     verified: state of the token file when its checksum was last found right (`file_state`).
+    byte_scale: bytes of the text per byte that its tokens stand for; None in an older record, whose text is read again.
     """
 
     stamp: str
@@ -30,6 +31,7 @@ class TokenRecord:
     n_tokens: int
     crc32: int | None = None
     verified: str | None = None
+    byte_scale: float | None = None
 
 
 def file_state(path: Path) -> str:

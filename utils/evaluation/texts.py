@@ -110,7 +110,7 @@ class ValidationDocuments:
     def tokens(self, trained: Trained) -> Tokens:
         documents, leaks, tokenizer = self.prepared.documents["val"], self.prepared.leaks, trained.tokenizer
         if tokenizer.hash() == self.prepared.dataset.tokenizer_hash:
-            n_bytes = _bytes_of(documents.tokens, tokenizer.byte_counts())
+            n_bytes = self.prepared.dataset.splits["val"].bytes  # the first token begins a document: it has none
             return Tokens(documents.tokens, n_bytes, True, leaks.have if len(leaks) else None)
         parts, n_bytes = [], 0
         for number, (start, length) in enumerate(zip(*documents.bounds(np.arange(len(documents))), strict=True)):
@@ -131,7 +131,7 @@ class ValidationDocuments:
 def _bytes_of(ids: np.ndarray | Joined, byte_counts: np.ndarray) -> int:
     """Bytes of all tokens but the first."""
     parts = (np.asarray(ids[start : start + AT_ONCE]) for start in range(1, len(ids), AT_ONCE))
-    return sum(int(byte_counts[part].sum()) for part in parts)
+    return round(sum(float(byte_counts[part].sum()) for part in parts))
 
 
 def named_data(data: str, config: DataConfig, root: Path) -> Data:

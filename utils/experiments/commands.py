@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,13 @@ RUN_HELP = "path, id, tag, NAME@vN, part of an id, or latest"
 RUN = flag("run", metavar="RUN", help=RUN_HELP)
 RUNS = flag("runs", metavar="RUN", nargs="+", help=RUN_HELP)
 WHERE = flag("--where", metavar="SQL", help="condition: \"status = 'completed' and learning_rate > 1e-3\"")
-ALL_RUNS = (  # several runs, of which a tag or a condition can name many at once
-    flag("runs", metavar="RUN", nargs="*", help="path, id, tag (all its runs), NAME@vN, part of an id, or latest"),
+ALL_RUNS = (  # several runs, of which a tag, a sweep or a condition can name many at once
+    flag(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        help="path, id, tag or sweep (all runs), NAME@vN, part of an id, latest",
+    ),
     flag("--where", metavar="SQL", help="of the named runs, or of all, those that fulfil a condition, as for list"),
 )
 METRIC = flag("--metric", default="val/loss", metavar="NAME", help="name in the log (default: val/loss)")
@@ -55,15 +60,15 @@ def named_run(text: str, runs_dir: Path) -> IndexedRun:
     Raises:
         UserError: there is no such run, or a folder of that name that is not a run, with the reason.
     """
-    return _named(text, runs_dir)[-1]
+    return _named(text, runs_dir, lambda text, runs_dir: [resolve_run(text, runs_dir)])[0]
 
 
-def _named(text: str, runs_dir: Path) -> list[IndexedRun]:
+def _named(text: str, runs_dir: Path, resolve: Callable[[str, Path], list[Path]] = resolve_runs) -> list[IndexedRun]:
     """What is known about each run that RUN names."""
     from utils.runs.index import read_run
 
     try:
-        return [read_run(Path(os.path.abspath(path))) for path in resolve_runs(text, runs_dir)]
+        return [read_run(Path(os.path.abspath(path))) for path in resolve(text, runs_dir)]
     except RunError:
         if text and (runs_dir / text).exists():
             raise UserError(f"{text} is not a run: {read_run(runs_dir / text).problem}") from None
@@ -86,7 +91,7 @@ def named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
 
 
 def all_named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
-    """The runs that the flags ALL_RUNS name, each once: all of a tag, those that fulfil a condition.
+    """The runs that the flags ALL_RUNS name, each once: all of a tag or a sweep, those that fulfil a condition.
 
     Raises:
         UserError: there is no such run, or fewer than `least`; or the condition is not valid SQL.

@@ -126,6 +126,13 @@ class Prepared:
         split = self.dataset.splits["train"]
         return split.bytes / max(split.tokens, 1)
 
+    def byte_scale(self) -> float:
+        """Bytes of the text per byte that its tokens stand for, of validation."""
+        n_bytes, tokens = self.dataset.splits["val"].bytes, self.documents["val"].tokens
+        counts = self.tokenizer.byte_counts()
+        parts = (np.asarray(tokens[start : start + AT_ONCE]) for start in range(0, len(tokens), AT_ONCE))
+        return n_bytes / (sum(int(counts[part].sum()) for part in parts) or n_bytes or 1)
+
 
 def open_prepared(
     folder: Path,

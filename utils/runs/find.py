@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,19 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
     """The run directory that RUN on a command line names; of a tag, its newest run.
 
     Raises:
-        RunError: as `resolve_runs`.
+        RunError: as `resolve_runs`, or it is the name of a sweep of several runs.
     """
-    return resolve_runs(name, runs_dir)[-1]
+    paths = resolve_runs(name, runs_dir)
+    if len(paths) > 1 and read_record(paths[-1]).get("tag") != name:
+        raise RunError(f"{name} is a sweep of {len(paths)} runs: name one of them: {_listed(paths)}")
+    return paths[-1]
 
 
 def resolve_runs(name: str, runs_dir: Path) -> list[Path]:
-    """The run directories that RUN on a command line names, oldest first: several if it is a tag.
+    """The run directories that RUN on a command line names, oldest first: several if it is a tag or a sweep.
 
-    The first that exists of: a path, NAME@vN of a promoted run, an id, `latest`, a tag, a part of exactly one id.
+    The first that exists of: a path, NAME@vN of a promoted run, an id, `latest`, a tag, a sweep (or --multirun), a part
+    of exactly one id.
 
     Raises:
         RunError: there is no such run, or several ids contain the part.
@@ -63,21 +67,28 @@ def resolve_runs(name: str, runs_dir: Path) -> list[Path]:
     if name == "latest":
         return paths[-1:]
     tags: dict[str, list[Path]] = {}
+    sweeps: dict[str, list[Path]] = {}
     for path in paths:
         try:
-            if tag := read_record(path).get("tag"):
-                tags.setdefault(tag, []).append(path)
+            record = read_record(path)
         except RunError:
             continue
-    if name in tags:
-        return tags[name]
-    matches = [run_id for run_id in by_id if name and name in run_id]
-    if len(matches) == 1:
-        return [by_id[matches[0]]]
+        if tag := record.get("tag"):
+            tags.setdefault(tag, []).append(path)
+        if sweep := (record.get("sweep") or {}).get("name"):
+            sweeps.setdefault(sweep, []).append(path)
+    if found := tags.get(name) or sweeps.get(name):
+        return found
+    matches = [path for run_id, path in by_id.items() if name and name in run_id]
+    if len(matches) > 1:
+        raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {_listed(matches)}")
     if matches:
-        ids = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
-        raise RunError(f"run {name} is ambiguous, {len(matches)} ids contain it: {ids}")
-    raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *by_id])}")
+        return matches
+    raise RunError(f"no run {name} in {runs_dir}{nearest(name, [*tags, *sweeps, *by_id])}")
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
 
 
 def parent_path(run: Path, parent: Mapping[str, Any]) -> Path:

@@ -177,6 +177,7 @@ def next_commands(sweep: Sweep, study: Study) -> Iterator[tuple[str, str]]:
     )
     experiments = script_command("experiments.py")
     yield "all runs", f"{experiments} list --where \"sweep = '{sweep.name}'\" --sort val_loss{flag}"
+    yield "compare", f"{experiments} compare {sweep.name}{flag}"
     if (longer := longer_command(sweep, study)) is not None:
         yield "train longer", longer
 

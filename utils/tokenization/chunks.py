@@ -55,6 +55,19 @@ def boundary_of(specification: Mapping[str, Any]) -> re.Pattern[str] | None:
     return BEFORE_SPACE if known and any(map(_cuts, parts)) else None
 
 
+def decoder_of(specification: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The decoder of a tokenizer.json; of one without it, the inverse of how it cuts words, if that is known."""
+    if (decoder := specification.get("decoder")) is not None:
+        return decoder
+    for part in _parts(specification.get("pre_tokenizer"), "pretokenizers"):
+        if part["type"] in ("ByteLevel", "Metaspace"):
+            return part  # the decoder of the same name has the same settings
+    model = specification["model"]
+    if model.get("type") == "WordPiece":
+        return {"type": "WordPiece", "prefix": model.get("continuing_subword_prefix", "##"), "cleanup": True}
+    return None
+
+
 def _parts(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
     """The members of a sequence, or the only one."""
     if part is None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.config.settings import DataConfig
 from utils.tokenization.byte_tokens import Utf8Tokenizer
-from utils.tokenization.chunks import GPT2_BOUNDARY, boundary_of, chunks
+from utils.tokenization.chunks import GPT2_BOUNDARY, boundary_of, chunks, decoder_of
 from utils.tokenization.protocol import VERSION, TokenizerError, joined
 from utils.tokenization.specifications import gpt2_specification
 from utils.tokenization.vocabularies import (
@@ -98,7 +98,7 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
     """Any tokenizer.json, of the package tokenizers.
 
     Decoding gives what each token adds in the middle of a text: where the first word of a text has a token with a space
-    before it, the space stays.
+    before it, the space stays. Without a decoder in it, decoding undoes how words are cut (`decoder_of`).
 
     Args:
         specification: the content of the tokenizer.json.
@@ -120,7 +120,8 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
         self.specification = specification
         self._facts = json.loads(specification)
         try:
-            self._tokenizer = package.Tokenizer.from_str(specification)
+            self._facts["decoder"] = decoder_of(self._facts)
+            self._tokenizer = package.Tokenizer.from_str(json.dumps(self._facts))
         except Exception as error:  # the package has no type for it
             raise ValueError(f"the package tokenizers cannot use it: {error}") from None
         self._tokenizer.encode_special_tokens = True
