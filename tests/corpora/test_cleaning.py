@@ -17,6 +17,7 @@ from utils.corpora import filters, language
 from utils.corpora.cleaning import Cleaned, CleaningReport, Pipeline, load_pipeline
 from utils.corpora.filters import paragraph_length_filter, paragraph_repetition_filter
 from utils.corpora.language import language_filter
+from utils.corpora.long_cleaning import LongCleaning
 from utils.corpora.steps import COMPARING, STEPS, Step, example_text
 from utils.errors import UserError
 
@@ -65,6 +66,40 @@ def test_the_shipped_pipeline_is_idempotent(text: str) -> None:
     assert SHIPPED.apply(text) == once
     if once.text is not None:
         assert SHIPPED.apply(once.text) == Cleaned(once.text)
+
+
+LINES = ("", " ", "x", "a line of a page", "me@example.org", "all rights reserved", "e\u0301", "\u200b", "  two words ")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_document_in_pieces_is_cleaned_as_one(seed: int) -> None:
+    rng = random.Random(seed)
+    pieces = ["".join(rng.choice(LINES) + "\n" for _ in range(rng.randrange(6))) for _ in range(rng.randrange(1, 5))]
+    pieces[-1] = pieces[-1].rstrip("\n")
+    names = ("control_characters", "unicode_normalization", "boilerplate_lines", "emails", "secrets")
+    least, most = sorted(rng.randrange(120) for _ in range(2))
+    lengths = step("document_length", min_characters=least, max_characters=most)
+    paragraphs = step("paragraph_length", min_paragraphs=rng.randrange(8), min_characters=rng.randrange(12))
+    steps = [*map(step, names), lengths, paragraphs, step("repetition"), step("language", min_probability=0.1)]
+    rng.shuffle(steps)
+    expected = Pipeline(steps).apply("".join(pieces))
+    cleaning = LongCleaning(Pipeline(steps))
+    text = "".join(map(cleaning.add, pieces))
+    cleaned = cleaning.finish()
+    assert (cleaned.removed_by, cleaned.counts) == (expected.removed_by, expected.counts)
+    if expected.text is not None:
+        assert text == expected.text
+        assert cleaned.text == ""
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_line_may_go_on_in_the_next_piece(good: bool) -> None:
+    for kind, name, least in (("document_length", "min_characters", 7), ("paragraph_length", "min_characters", 7)):
+        thresholds = {name: least + (not good)} | ({"min_paragraphs": 1} if kind == "paragraph_length" else {})
+        cleaning = LongCleaning(Pipeline([step(kind, **thresholds)]))
+        for piece in ("  a", "  ", " ", "b c  ", "\n", " "):
+            cleaning.add(piece)
+        assert (cleaning.finish().removed_by is None) == good
 
 
 def test_the_shipped_pipeline() -> None:

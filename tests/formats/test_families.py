@@ -77,7 +77,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", LLAMA_LIKE | {"n_kv_head": 1, "tie_embeddings": False}),
     "llama, biases": ("LlamaForCausalLM", LLAMA_LIKE | {"bias": True, "head_dim": 6}),
     "window": ("MistralForCausalLM", LLAMA_LIKE | {"sliding_window": 3}),
-    "q, k, v biases": ("Qwen2ForCausalLM", LLAMA_LIKE | {"qkv_bias": True}),
+    "q, k, v biases": ("LlamaForCausalLM", LLAMA_LIKE | {"qkv_bias": True}),
     "plain qk norm": ("Qwen3ForCausalLM", LLAMA_LIKE | {"qk_norm": True, "head_dim": 12, "rope_theta": 50.0}),
     "qk norm, later window": (
         "Qwen3ForCausalLM",

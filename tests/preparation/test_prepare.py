@@ -279,6 +279,25 @@ def test_a_long_document_is_cleaned_in_pieces(tmp_path: Path, run: Run, monkeypa
     assert train + val == re.sub(r"jo\d+@example.com", "<EMAIL>", text)
 
 
+def test_a_long_document_stays_or_goes_as_a_whole(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONG", 500)
+    monkeypatch.setattr(reading, "CLEANED_TOGETHER", 300)
+    (tmp_path / "steps.yaml").write_text("- emails\n- document_length: {min_characters: 100, max_characters: 1000}\n")
+    long, longer = ("".join(f"paragraph {i}\n\n" for i in range(n)) for n in (60, 100))
+    texts = [f"jo@example.com {long}", f"jo@example.com {longer}", " " * 600, *TEXTS[8:20:7]]
+    source = json_lines(tmp_path / "a.jsonl", texts)
+    assert run(source, "--clean", tmp_path / "steps.yaml") == 0
+    dataset = dataset_of(tmp_path)
+    kept = texts_of(dataset, "train") + texts_of(dataset, "val")
+    assert sorted(kept) == sorted([f"<EMAIL> {long}", *texts[3:]])
+    report = read_json(dataset.folder / "report.json")
+    steps = {step["step"]: step for step in report["cleaning"]}
+    assert (steps["document_length"]["documents_removed"], steps["document_length"]["count"]) == (1, 1)
+    assert steps["document_length"]["examples"][0].startswith("1,396 characters: <EMAIL> paragraph 0")
+    assert steps["emails"]["documents_changed"] == 2
+    assert report["left_out"]["empty"]["count"] == 1
+
+
 # ----------------------------------------------------------------------------------------------- processes and kills
 
 

@@ -273,7 +273,10 @@ class DocumentLength(Step):
         return value
 
     def apply(self, text: str) -> Result:
-        length = len(text.strip())
+        return self.judge(len(text.strip()), text)
+
+    def judge(self, length: int, text: str) -> Result:
+        """The same, for a text of which only the beginning may be at hand."""
         good = self.min_characters <= length and (self.max_characters is None or length <= self.max_characters)
         return Result(text) if good else Result(None, 1, f"{counted(length, 'character')}: {text[:WINDOW]}")
 
@@ -287,7 +290,10 @@ class ParagraphLength(Step):
     min_characters: Count = 3
 
     def apply(self, text: str) -> Result:
-        good = paragraph_length_filter(text, self.min_paragraphs, self.min_characters)
+        return self.judge(paragraph_length_filter(text, self.min_paragraphs, self.min_characters), text)
+
+    def judge(self, good: bool, text: str) -> Result:
+        """The same, for a text of which only the beginning may be at hand."""
         return Result(text) if good else Result(None, 1, f"fewer than {self.min_paragraphs}: {text[:WINDOW]}")
 
 

@@ -61,7 +61,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 def _byte_pairs(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     model = facts["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    pattern = _pattern(facts) if pairs else "gpt-2"  # without merges each byte is a token, whatever the words are
+    pattern = pattern_of(facts) if pairs else "gpt-2"  # without merges each byte is a token, whatever the words are
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise FormatError(f"GGUF cannot hold this tokenizer: {key} {model[key]!r}")
@@ -88,8 +88,15 @@ def _byte_pairs(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary("gpt2", pattern, tokens, kinds, pairs or [NO_MERGE], end, notes)
 
 
-def _pattern(facts: Mapping[str, Any]) -> str:
-    """The name of the pattern of words."""
+def pattern_of(facts: Mapping[str, Any]) -> str:
+    """The name of the pattern of words.
+
+    Args:
+        facts: a tokenizer.json with a pre-tokenizer.
+
+    Raises:
+        FormatError: none that has a name.
+    """
     split = facts["pre_tokenizer"]
     steps = [_essence(step) for step in (split["pretokenizers"] if split["type"] == "Sequence" else [split])]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False}

@@ -15,10 +15,12 @@ from utils.files import write_atomic, write_json
 from utils.formats.card import model_card
 from utils.formats.families import family_for
 from utils.formats.folder import MARKER, new_folder
+from utils.formats.gguf_tokenizer import pattern_of
 from utils.formats.pretrained import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, open_pretrained
+from utils.formats.qwen import QWEN2, QWEN2_AS_LLAMA
 from utils.formats.shards import Entry, write_shards
 from utils.formats.source import Source
-from utils.formats.table import Family, Place, places
+from utils.formats.table import Family, FormatError, Place, places
 from utils.inference.evaluation import evaluating
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -64,8 +66,8 @@ def export_huggingface(
             cannot be written.
     """
     model = source.model
-    family = family_for(model.config, source.pretrained.get("architecture"))
     specification = source.tokenizer.huggingface()
+    family = _family(source, specification)
     expected = places(family, model.config, model.vocab_size, filled=True)
     notes = _notes(source, family, expected)
     weights = model.state_dict()
@@ -93,6 +95,37 @@ def export_huggingface(
         "largest_logit_difference": difference,
         "notes": notes,
     }
+
+
+def _family(source: Source, specification: str) -> Family:
+    """The family of an export: Qwen 2 only with its own tokenizer or weights.
+
+    AutoTokenizer takes every tokenizer of a Qwen 2 for Qwen's: it reads the vocabulary of tokenizer.json, and finds
+    words by Qwen's pattern, whatever tokenizer_config.json says.
+
+    Raises:
+        FormatError: no family can represent the model.
+    """
+    family = family_for(source.model.config, source.pretrained.get("architecture"))
+    started_there = source.pretrained.get("architecture") == QWEN2.architecture
+    if family is not QWEN2 or started_there or _is_of_qwen(json.loads(specification)):
+        return family
+    if refusals := QWEN2_AS_LLAMA.refusals(source.model.config):
+        raise FormatError(
+            f"transformers would read this tokenizer as one of Qwen 2, and {QWEN2_AS_LLAMA.architecture}, as which the "
+            f"model could be written, cannot hold: {', '.join(refusals)}"
+        )
+    return QWEN2_AS_LLAMA
+
+
+def _is_of_qwen(specification: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json finds words as Qwen 2 does."""
+    if specification["model"].get("type", "BPE") != "BPE" or specification.get("normalizer") != {"type": "NFC"}:
+        return False
+    try:
+        return specification.get("pre_tokenizer") is not None and pattern_of(specification) == "qwen2"
+    except FormatError:
+        return False
 
 
 def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str, Any]:

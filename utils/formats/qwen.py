@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.config.settings import ModelConfig
 from utils.formats.foreign_config import ForeignConfig, layer_windows
-from utils.formats.llama import HOLDS, IGNORED, ROWS, read_shared, write_shared
+from utils.formats.llama import HOLDS, IGNORED, LLAMA, ROWS, read_shared, write_shared
 from utils.formats.table import Family, Row
 
 
@@ -71,6 +71,13 @@ QWEN2 = Family(
     obstacles=obstacles_of_qwen2,
     read=read_qwen2,
     write=write_qwen2,
+)
+# A Qwen 2 without a window as the Llama that computes the same, which has a bias of the output projection, too: zeros.
+QWEN2_AS_LLAMA = replace(
+    LLAMA,
+    rows=tuple(replace(row, fill="zeros") if row.theirs.endswith("o_proj.bias") else row for row in ROWS),
+    obstacles=obstacles_of_qwen2,
+    write=lambda config: {**write_shared(config), "attention_bias": True, "mlp_bias": False},
 )
 QWEN3 = replace(
     QWEN2,

@@ -23,6 +23,7 @@ import numpy as np
 
 from utils.corpora.cleaning import Cleaned, Pipeline
 from utils.corpora.json_lines import RecordError
+from utils.corpora.long_cleaning import LongCleaning
 from utils.corpora.readers import Document, NotTextError, Reading, Unit, UnitReader, checked, pieces
 from utils.files import read_json, write_json
 from utils.preparation.duplicates import fingerprint
@@ -175,32 +176,38 @@ def _at_most(found: Iterator[str], length: int) -> Iterator[str]:
 
 def _take_long(found: Iterator[str], document: Document, job: ReadJob, writer: _PartWriter, part: Part) -> None:
     """Clean and write a document that is not in memory as a whole."""
-    has_text = False
-    for piece in found if job.pipeline is None else _cleaned(found, job.pipeline, writer):
-        writer.write(piece)
+    has_text = stays = False
+    cleaning = LongCleaning(job.pipeline) if job.pipeline is not None else None
+    for piece in found if cleaning is None else _ending_with_lines(found):
         has_text = has_text or not piece.isspace()
-    if has_text:
+        text = piece if cleaning is None else cleaning.add(piece)
+        writer.write(text)
+        stays = stays or bool(text and not text.isspace())
+    if cleaning is not None and has_text:
+        cleaned = cleaning.finish()
+        writer.note(cleaned)
+        if cleaned.text is None:
+            writer.drop()
+            part.removed += 1
+            return
+    if stays:
         writer.end(document)
     else:
         writer.drop()
         part.empty += 1
 
 
-def _cleaned(found: Iterator[str], pipeline: Pipeline, writer: _PartWriter) -> Iterator[str]:
-    """A long document, cleaned in pieces that end with a paragraph or a line."""
+def _ending_with_lines(found: Iterator[str]) -> Iterator[str]:
+    """The same text in pieces that end with a paragraph or a line where they can."""
     rest = ""
-    for piece in itertools.chain(found, [""]):
+    for piece in found:
         rest += piece
-        if piece and len(rest) < CLEANED_TOGETHER:
-            continue
-        end = len(rest)
-        if piece:
-            end = max(rest.rfind("\n\n") + 2, 0) if "\n\n" in rest else rest.rfind("\n") + 1 or len(rest)
-        cleaned = pipeline.apply(rest[:end])
-        writer.note(cleaned)
-        rest = rest[end:]
-        if cleaned.text:
-            yield cleaned.text
+        if len(rest) >= CLEANED_TOGETHER:
+            end = rest.rfind("\n\n") + 2 if "\n\n" in rest else rest.rfind("\n") + 1 or len(rest)
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
 
 
 class _PartWriter:
