@@ -136,3 +136,39 @@ def test_a_long_text_can_be_stopped_and_what_a_link_says_is_only_text(page: Page
     page.get_by_role("link", name="All runs").click()
     page.get_by_role("link", name="Playground").click()
     expect(page.get_by_role("heading", name="Playground")).to_be_visible()
+
+
+# Gives tokens to an Output as the events of a stream do; returns the text that it shows, and what is struck through.
+OUTPUT = """([tokens, text, finish]) => {
+  const output = new Output({ id: "run", val_loss: null });
+  const take = (token, text, finish_reason) =>
+    output.take({ text, finish_reason, logprobs: { tokens: token, token_logprobs: [-1], top_logprobs: [{}] } });
+  tokens.forEach((token) => take([token], "", null));
+  take([], text, finish);
+  const cut = [...output.pre.querySelectorAll(".cut")].map((span) => span.textContent);
+  return [output.pre.textContent, cut.join("")];
+}"""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ([r"bytes:\x53\x74\x72\x61\xc3", r"bytes:\x9f", "e ", "gut"], "Straße gut"),
+        ([r"bytes:\xe6\x97\xa5\xe6\x9c\xac\xe8", r"bytes:\xaa", r"bytes:\x9e", "!"], "日本語!"),
+        ([r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98\x80\xf0\x9f", r"bytes:\x98\x80"], "😀😀"),
+        ([r"bytes:\xc3", "a", r"bytes:\xc3", r"bytes:\xa9"], "�aé"),
+        (["a", r"bytes:\xe6\x97"], "a�"),
+        (["\ufeff", "a"], "\ufeffa"),
+    ],
+)
+def test_characters_that_several_tokens_make_are_shown_whole(
+    page: Page, url: str, tokens: list[str], text: str
+) -> None:
+    page.goto(url)
+    assert page.evaluate(OUTPUT, [tokens, text, "length"]) == [text, ""]
+
+
+def test_a_stop_string_after_an_invalid_byte_is_struck_through(page: Page, url: str) -> None:
+    page.goto(url)
+    tokens = ["a", r"bytes:\xc3", "b", r"bytes:\xc3", r"bytes:\xa9", "E", "N", "D"]
+    assert page.evaluate(OUTPUT, [tokens, "a�bé", "stop"]) == ["a�béEND", "END"]

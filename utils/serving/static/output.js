@@ -14,16 +14,17 @@ function quoted(text) {
   return JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll(" ", "·");
 }
 
-// The bytes of a token that is part of a character (bytes:\xe2\x82); null: it is whole.
-function partialBytes(token) {
+// The bytes of a token; one that is part of a character is written bytes:\xe2\x82.
+function bytesOf(token) {
   const match = /^bytes:((?:\\x[0-9a-f]{2})+)$/.exec(token);
-  return match && match[1].slice(2).split("\\x").map((byte) => parseInt(byte, 16));
+  if (!match) return new TextEncoder().encode(token);
+  return new Uint8Array(match[1].slice(2).split("\\x").map((byte) => parseInt(byte, 16)));
 }
 
 class Output {
   constructor(run) {
     this.tokens = 0;
-    this.bytes = []; // of a character that is not whole yet
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // holds back an unfinished character
     this.length = 0; // characters in the spans
     this.text = "";
     this.section = document.createElement("section");
@@ -59,24 +60,14 @@ class Output {
     tokens.forEach((token, index) => this.add(token, logprobs[index], tops[index]));
     const seconds = (performance.now() - this.began) / 1000;
     this.say(`${this.tokens} tokens, ${Math.round(this.tokens / seconds)} a second`);
+    if (choice.finish_reason) this.flush();
     if (choice.finish_reason === "stop") this.cutAfter(this.text.length);
     if (choice.finish_reason) this.say(`${this.status.textContent}${choice.finish_reason === "stop" ? ", ended by a stop string" : ""}`);
   }
 
   add(token, logprob, top) {
     this.tokens += 1;
-    let text = token;
-    const bytes = partialBytes(token);
-    if (bytes) {
-      this.bytes.push(...bytes);
-      try {
-        text = new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(this.bytes));
-        this.bytes = [];
-      } catch {
-        text = this.bytes.length < 4 ? "" : "\ufffd";
-        if (text) this.bytes = [];
-      }
-    }
+    const text = this.decoder.decode(bytesOf(token), { stream: true });
     const span = document.createElement("span");
     const level = BOUNDS.filter((bound) => Math.exp(logprob) >= bound).length;
     span.className = `t p${level}${text.includes("\n") ? " nl" : ""}`;
@@ -86,6 +77,15 @@ class Output {
     span.setAttribute("aria-label", `${quoted(token)}, ${percent(logprob)}`);
     this.length += text.length;
     this.pre.append(span);
+  }
+
+  // What is left is no whole character: show U+FFFD for it in the last span.
+  flush() {
+    const text = this.decoder.decode(), last = this.pre.lastElementChild;
+    if (!text) return;
+    last.textContent += text;
+    last.token.end += text.length;
+    this.length += text.length;
   }
 
   // Strike through the tokens of a stop string.
