@@ -155,7 +155,22 @@ def gpt2(results: Results) -> list[Figure]:
         Figure("gpt2", "fp8 against bf16, 64x1024", "tokens/s", fp8, large, ratio(fp8, large), at_least=1.15),
         Figure("gpt2", "peak memory, 64x1024", "GB", memory, number(results, "nanogpt_gpt2", "64x1024", "peak_gb")),
         Figure("gpt2", "with activation checkpointing", "GB", saved, memory),
+        *heads(results),
     ]
+
+
+def heads(results: Results) -> list[Figure]:
+    """The output head and its loss, forward and backward, against each other implementation that there is."""
+    found = find(results, "heads", "heads") or {}
+    ours, memory = (number(results, "heads", "heads", "ours", key) for key in ("ms", "peak_gb"))
+    named = {"compiled": "plain, compiled", "torch": "torch's own", "liger": "Liger's"}
+    rows = [
+        Figure("gpt2", f"head and loss, against {words}", "ms", ours, number(results, "heads", "heads", name, "ms"))
+        for name, words in named.items()
+        if name in found
+    ]
+    peaks = [number(results, "heads", "heads", name, "peak_gb") for name in named]
+    return [*rows, Figure("gpt2", "its peak memory, against the least of the others", "GB", memory, least(peaks))]
 
 
 def decode(results: Results) -> list[Figure]:

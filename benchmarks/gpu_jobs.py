@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import gpu_decode, gpu_measure, gpu_runs, nanogpt
+from benchmarks import gpu_decode, gpu_head, gpu_measure, gpu_runs, nanogpt
 from benchmarks.gpu_task import Task
 from utils.errors import UserError
 from utils.machine.process import tune_process
@@ -52,6 +52,7 @@ JOBS: Sequence[Job] = (
     Job("nanogpt_gpt2", ("gpt2",), 120, nanogpt.time_gpt2, nanogpt=True),
     Job("start_warm", ("gpt2", "start"), 60, functools.partial(gpu_runs.time_start, kind="warm"), caches="start"),
     Job("gpt2", ("gpt2",), 150, gpu_measure.time_gpt2),
+    Job("heads", ("gpt2",), 60, gpu_head.time_heads),
     Job("decode", ("decode",), 100, gpu_decode.time_decode),
     Job("resume", ("resume",), 90, gpu_runs.check_resume),
     Job("decode_compiled", ("decode",), 90, gpu_decode.time_compiled_decode, dry=False),
