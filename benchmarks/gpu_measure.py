@@ -216,7 +216,7 @@ def timed_training(loaded: LoadedConfig, clock: StepClock, tracked: bool = True)
     with ExitStack() as patches:
         patches.enter_context(patch.object(Session, "step_done", timed_step_done))
         if not tracked:
-            for name in ("step", "step_done"):
+            for name in ("log_step", "step_done"):
                 patches.enter_context(patch.object(Monitor, name, lambda *arguments, **keywords: None))
         result = train.train(loaded, quiet=True)
     if not clock.windows:
