@@ -184,10 +184,19 @@ def decode(results: Results) -> list[Figure]:
 
 
 def start(results: Results) -> list[Figure]:
-    cold, warm = (number(results, job, "seconds") for job in ("start_cold", "start_warm"))
+    """Until the first step is done, which the gradients of the second one show, and until its gradients alone."""
+    cold, cold_gradients, warm, warm_gradients = (
+        number(results, job, key)
+        for job in ("start_cold", "start_warm")
+        for key in ("seconds", "first_gradients_seconds")
+    )
+    if cold is None:  # nothing has filled the caches
+        warm = warm_gradients = None
     return [
-        Figure("start", "12 layers compiled, cold, to the first step", "s", cold, None, cold, at_most=15.0),
+        Figure("start", "12 layers compiled, cold, first step with recordings", "s", cold, None, cold, at_most=15.0),
         Figure("start", "the same, warm", "s", warm, None, warm, at_most=5.0),
+        Figure("start", "cold, gradients of the first step", "s", cold_gradients),
+        Figure("start", "warm, gradients of the first step", "s", warm_gradients),
         Figure("start", "compiling, cold", "s", number(results, "start_cold", "compile_seconds")),
     ]
 
