@@ -219,6 +219,8 @@ def measure(bench: Bench, jobs: Sequence[Job]) -> int:
         bench.terminal.print(f"stopped: {signal.Signals(status - 128).name}")
     title = "Dry run on the CPU: the numbers mean nothing" if bench.task.dry else card(bench)
     bench.terminal.print("", table(bench.figures, title))
+    if skipped := [name for name, job in bench.jobs.items() if job["status"] == "skipped"]:
+        bench.terminal.print(f"no time was left for: {', '.join(skipped)} (--minutes, --parts)")
     bench.terminal.print(f"written: {bench.out}, after {bench.seconds:.0f} s")
     return status
 

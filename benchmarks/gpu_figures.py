@@ -145,6 +145,7 @@ def gpt2(results: Results) -> list[Figure]:
     )
     large, flops = (arm(results, "gpt2", "bf16", key) for key in ("tokens_per_second", "flops"))
     fp8 = arm(results, "gpt2", "fp8", "tokens_per_second")
+    fp8_loss, bf16_loss = (arm(results, "gpt2", name, "last_loss") for name in ("fp8", "bf16"))
     memory, saved = (arm(results, "gpt2", name, "peak_gb") for name in ("bf16", "activation_checkpointing"))
     percent = 100 * share if (share := ratio(flops, peak)) is not None else None
     small_ratio, large_ratio = ratio(small_ours, small_theirs), ratio(large, large_theirs)
@@ -153,6 +154,7 @@ def gpt2(results: Results) -> list[Figure]:
         Figure("gpt2", "GPT-2, 64x1024", "tokens/s", large, large_theirs, large_ratio, at_least=1.10),
         Figure("gpt2", "its share of the matrix product", "%", percent, None, percent, at_least=60.0),
         Figure("gpt2", "fp8 against bf16, 64x1024", "tokens/s", fp8, large, ratio(fp8, large), at_least=1.15),
+        Figure("gpt2", "the same: loss of the last step", "nats", fp8_loss, bf16_loss),
         Figure("gpt2", "peak memory, 64x1024", "GB", memory, number(results, "nanogpt_gpt2", "64x1024", "peak_gb")),
         Figure("gpt2", "with activation checkpointing", "GB", saved, memory),
         *heads(results),
@@ -199,10 +201,19 @@ def decode(results: Results) -> list[Figure]:
 
 
 def start(results: Results) -> list[Figure]:
-    cold, warm = (number(results, job, "seconds") for job in ("start_cold", "start_warm"))
+    """Until the first step is done, which the gradients of the second one show, and until its gradients alone."""
+    cold, cold_gradients, warm, warm_gradients = (
+        number(results, job, key)
+        for job in ("start_cold", "start_warm")
+        for key in ("seconds", "first_gradients_seconds")
+    )
+    if cold is None:  # nothing has filled the caches
+        warm = warm_gradients = None
     return [
-        Figure("start", "12 layers compiled, cold, to the first step", "s", cold, None, cold, at_most=15.0),
+        Figure("start", "12 layers compiled, cold, first step with recordings", "s", cold, None, cold, at_most=15.0),
         Figure("start", "the same, warm", "s", warm, None, warm, at_most=5.0),
+        Figure("start", "cold, gradients of the first step", "s", cold_gradients),
+        Figure("start", "warm, gradients of the first step", "s", warm_gradients),
         Figure("start", "compiling, cold", "s", number(results, "start_cold", "compile_seconds")),
     ]
 

@@ -52,10 +52,10 @@ JOBS: Sequence[Job] = (
     Job("nanogpt_gpt2", ("gpt2",), 120, nanogpt.time_gpt2, nanogpt=True),
     Job("start_warm", ("gpt2", "start"), 60, functools.partial(gpu_runs.time_start, kind="warm"), caches="start"),
     Job("gpt2", ("gpt2",), 150, gpu_measure.time_gpt2),
-    Job("heads", ("gpt2",), 60, gpu_head.time_heads),
     Job("decode", ("decode",), 100, gpu_decode.time_decode),
     Job("resume", ("resume",), 90, gpu_runs.check_resume),
     Job("decode_compiled", ("decode",), 90, gpu_decode.time_compiled_decode, dry=False),
+    Job("heads", ("gpt2",), 60, gpu_head.time_heads),
 )
 
 

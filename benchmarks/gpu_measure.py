@@ -207,16 +207,18 @@ def timed_training(loaded: LoadedConfig, clock: StepClock, tracked: bool = True)
     from utils.training.session import Session
 
     step_done = Session.step_done
+    losses: dict[str, torch.Tensor] = {}
 
-    def timed_step_done(self: Session, *arguments: Any, **keywords: Any) -> None:
-        step_done(self, *arguments, **keywords)
+    def timed_step_done(self: Session, loss: torch.Tensor) -> None:
+        losses["last"] = loss  # stays on the device until the end
+        step_done(self, loss)
         clock.step_done()
 
     began = time.perf_counter()
     with ExitStack() as patches:
         patches.enter_context(patch.object(Session, "step_done", timed_step_done))
         if not tracked:
-            for name in ("step", "step_done"):
+            for name in ("log_step", "step_done"):
                 patches.enter_context(patch.object(Monitor, name, lambda *arguments, **keywords: None))
         result = train.train(loaded, quiet=True)
     if not clock.windows:
@@ -224,7 +226,8 @@ def timed_training(loaded: LoadedConfig, clock: StepClock, tracked: bool = True)
     resolved = read_record(result.run_dir).get("resolved") or {}
     facts = {**{key: resolved.get(key) for key in COMPILER_FACTS}, "warnings": warnings_of(result.run_dir)}
     peak = torch.cuda.max_memory_allocated() / 1e9 if clock.device.type == "cuda" else None
-    return {**clock.results(), "peak_gb": peak, "seconds": time.perf_counter() - began, **facts}
+    last_loss = losses["last"].item()
+    return {**clock.results(), "last_loss": last_loss, "peak_gb": peak, "seconds": time.perf_counter() - began, **facts}
 
 
 def forget() -> None:

@@ -160,10 +160,10 @@ def _switched_monitor(
         _left, _began, _spent = warmup, 0.0, 0.0
         _naive: NaiveTracking | None = None
 
-        def step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
+        def log_step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
             began = time.perf_counter()
             if switch.kind in (ALL, LOG):
-                super().step(step, loss, grad_norms, lr)
+                super().log_step(step, loss, grad_norms, lr)
             elif switch.kind == NAIVE:
                 self._naive = self._naive or NaiveTracking(self._log.metrics.path.parent.parent)
                 self._naive.step(step, self.state.model, loss, grad_norms, lr)

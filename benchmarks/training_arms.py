@@ -141,7 +141,7 @@ def ours(task: Task, tracking: bool) -> tuple[float, int]:
     with ExitStack() as patches:
         patches.enter_context(patch.object(StepListener, "step_done", lambda step: clock.step_done(), create=True))
         if not tracking:
-            for name in ("step", "step_done"):
+            for name in ("log_step", "step_done"):
                 patches.enter_context(patch.object(monitor.Monitor, name, lambda *arguments: None))
         result = train.train(common.load_config([Path(task.config)], folder, overrides), quiet=not tracking)
     check(result.run_dir, result.status)

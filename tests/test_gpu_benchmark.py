@@ -92,7 +92,7 @@ def test_a_dry_run_measures_writes_and_judges_nothing(tmp_path: Path, capsys: py
     assert written["complete"]
     assert written["dry_run"]
     by_name = {figure["name"]: figure for figure in written["figures"]}
-    assert by_name["all tracking against none"]["ours"] > 0
+    assert all(by_name["all tracking against none"][side] > 0 for side in ("ours", "reference"))
     assert by_name["bf16 matrix product, median"]["ours"] > 0
     assert by_name["GPT-2, 12x1024"]["ours"] is None
     assert all(figure["reached"] is None for figure in written["figures"])
@@ -114,7 +114,13 @@ def test_a_dry_run_of_everything_has_every_figure_that_a_cpu_can_have(tmp_path: 
     blank = {figure["name"] for figure in written["figures"] if figure["ours"] is None}
     only_on_a_gpu = {"attention, cudnn", "attention, efficient", "peak memory, 64x1024", "transformers, compiled"}
     only_on_a_gpu |= {"its peak memory, against the least of the others"}
-    not_built = {"without CUDA graphs", "fp8 against bf16, 64x1024", "with activation checkpointing", "compiling, cold"}
+    not_built = {
+        "without CUDA graphs",
+        "fp8 against bf16, 64x1024",
+        "the same: loss of the last step",
+        "with activation checkpointing",
+        "compiling, cold",
+    }
     assert blank <= only_on_a_gpu | not_built
     with_reference = {figure["name"] for figure in written["figures"] if figure["reference"] is not None}
     assert {"GPT-2, 12x1024", "GPT-2, 64x1024", "shakespeare_gpu to 1.47, training"} <= with_reference
@@ -213,11 +219,14 @@ def test_the_json_is_there_before_the_first_measurement(tmp_path: Path, monkeypa
     assert read(out)["jobs"]["limits"]["status"] == "done"
 
 
-def test_what_no_time_is_left_for_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_time_is_left_for_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with_jobs(monkeypatch, lambda name: "")
     out = tmp_path / "gpu.json"
     assert gpu.main(["--dry-run", "--minutes", "0.1", "--parts", "limits", "--out", str(out)]) == 0
     assert read(out)["jobs"]["limits"] == {"status": "skipped", "error": "no time left"}
+    assert "no time was left for: limits" in capsys.readouterr().out
 
 
 def test_results_are_the_last_whole_line_of_a_job() -> None:
@@ -281,6 +290,15 @@ def test_an_arm_that_failed_counts_as_not_measured_and_the_others_are_judged() -
     assert by_name["speedrun_gpu, mean of 3 seeds"].ours is None
     assert by_name["124M, one sequence, bf16"].reached is True
     assert by_name["124M, first token after 200"].reached is False
+
+
+def test_a_start_is_warm_only_after_a_cold_one() -> None:
+    def seconds(results: dict[str, Any]) -> list[float | None]:
+        return [figure.ours for figure in figures(results) if figure.part == "start"][:4]
+
+    cold, warm = ({"seconds": s, "first_gradients_seconds": s - 3} for s in (20.0, 9.0))
+    assert seconds({"start_cold": cold, "start_warm": warm}) == [20, 9, 17, 6]
+    assert seconds({"start_warm": warm}) == [None] * 4
 
 
 def test_the_clock_measures_windows_after_the_warmup_and_then_stops(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,11 +199,29 @@ def test_a_gpu_has_the_kernel_except_in_float64_and_where_torch_compiles(monkeyp
     monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=reversed_losses))
     monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype=None: torch.ones(size, dtype=dtype))
     gpu = torch.device("cuda")
-    assert fastest_by_row(gpu, torch.bfloat16) is fastest_by_row(gpu, torch.float32) is reversed_losses
-    assert fastest_by_row(gpu, torch.float64) is fastest_by_row(torch.device("cpu"), torch.float32)
-    assert fastest_by_row(gpu, torch.float64) is losses_and_gradient
+    assert fastest_by_row(gpu, torch.bfloat16, 200, None) is reversed_losses
+    assert fastest_by_row(gpu, torch.float32, 200, None) is reversed_losses
+    assert fastest_by_row(gpu, torch.float64, 200, None) is losses_and_gradient
+    assert fastest_by_row(torch.device("cpu"), torch.float32, 200, None) is losses_and_gradient
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert fastest_by_row(gpu, torch.bfloat16) is losses_and_gradient
+    assert fastest_by_row(gpu, torch.bfloat16, 200, None) is losses_and_gradient
+
+
+@pytest.mark.usefixtures("no_kernel_yet")
+def test_the_trial_of_the_kernel_compiles_the_code_that_the_loss_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()  # the width, the stride and the cap, which are compiled in or decide what is
+
+    def kernel(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        seen.add((logits.size(1), logits.stride(), logits.dtype, targets.dtype, softcap))
+        return losses_and_gradient(logits, targets, softcap)
+
+    monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=kernel))
+    monkeypatch.setattr(
+        "utils.nn.cross_entropy.fastest_by_row", lambda *arguments: kernel_on(*arguments) or losses_and_gradient
+    )
+    hidden, weight, targets = example(23, 16, 77, torch.float32)
+    chunked_cross_entropy(hidden, weight, targets, 5, softcap=15.0)
+    assert seen == {(77, (128, 1), torch.float32, torch.int64, 15.0)}
 
 
 def reversed_losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -215,7 +233,7 @@ def test_without_triton_torch_computes_the_loss(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
     monkeypatch.delattr("utils.nn.cross_entropy_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert fastest_by_row(torch.device("cuda"), torch.bfloat16) is losses_and_gradient
+    assert fastest_by_row(torch.device("cuda"), torch.bfloat16, 200, None) is losses_and_gradient
 
 
 @pytest.mark.usefixtures("no_kernel_yet")
@@ -225,14 +243,14 @@ def test_where_triton_cannot_compile_torch_computes_the_loss(monkeypatch: pytest
 
     monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=fails))
     with pytest.warns(RuntimeWarning, match="RuntimeError: Failed to find C compiler"):
-        assert kernel_on(torch.device("cpu"), torch.float32) is None
-    assert kernel_on(torch.device("cpu"), torch.float32) is None  # says so once
+        assert kernel_on(torch.device("cpu"), torch.float32, 200, None) is None
+    assert kernel_on(torch.device("cpu"), torch.float32, 200, None) is None  # says so once
 
 
 def test_the_fastest_is_what_the_loss_is_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = example(23, 16, 77, torch.float32)
     expected = chunked_cross_entropy(hidden, weight, targets, 5)
-    monkeypatch.setattr("utils.nn.cross_entropy.fastest_by_row", lambda _device, _dtype: reversed_losses)
+    monkeypatch.setattr("utils.nn.cross_entropy.fastest_by_row", lambda *_: reversed_losses)
     assert torch.equal(chunked_cross_entropy(hidden, weight, targets, 5), -expected)
 
 

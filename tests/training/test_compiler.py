@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.async_compile import AsyncCompile
 
 import utils.training.compiler as compiler
 from model import LanguageModel
 from utils.config.settings import ModelConfig
-from utils.training.compiler import compiled_loss, compiler_options
+from utils.training.compiler import begin_compiler, compiled_loss, compiler_options, hash_triton
 
 CPU = torch.device("cpu")
 IDX = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -76,3 +81,54 @@ def test_options_that_this_torch_does_not_have_are_left_out(monkeypatch: pytest.
     assert compiler_options(torch.device("cuda"), "default") == {"options": compiler.FASTER_ON_CUDA}
     monkeypatch.setattr(torch._inductor, "list_options", lambda: [name for name in known if "mix_order" not in name])
     assert compiler_options(torch.device("cuda"), "default") == {"options": {"fallback_random": True}}
+
+
+@pytest.fixture
+def nothing_hashed() -> Iterator[None]:
+    """As in a process that has not compiled anything."""
+    hash_triton.cache_clear()
+    yield
+    hash_triton.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_hashed")
+def test_triton_is_hashed_in_a_thread_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, hashed = threading.Event(), list[threading.Thread]()
+
+    def triton_key() -> None:
+        done.wait()
+        hashed.append(threading.current_thread())
+
+    cache = ModuleType("triton.runtime.cache")
+    cache.triton_key = triton_key  # type: ignore[attr-defined]
+    for name in ("triton", "triton.runtime"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", cache)
+    begin_compiler(CPU)
+    begin_compiler(CPU)
+    assert not hashed
+    done.set()
+    compiled_loss(model_of({}), CPU, "default", 32)
+    (thread,) = hashed
+    assert thread is hash_triton() is not threading.main_thread()
+
+
+@pytest.mark.usefixtures("nothing_hashed")
+def test_without_triton_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", None)
+    begin_compiler(CPU)
+    assert hash_triton() is None
+    compiled_loss(model_of({}), CPU, "default", 32)
+
+
+@pytest.mark.usefixtures("nothing_hashed")
+def test_on_cuda_the_processes_that_compile_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", None)
+    woken = list[str]()
+    monkeypatch.setattr(AsyncCompile, "wakeup", lambda: woken.append("pool"))
+    begin_compiler(CPU)
+    assert woken == []
+    begin_compiler(torch.device("cuda"))
+    assert woken == ["pool"]
+    monkeypatch.delattr(AsyncCompile, "wakeup")  # another version of torch
+    begin_compiler(torch.device("cuda"))

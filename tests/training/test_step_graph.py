@@ -192,6 +192,30 @@ def test_what_cannot_be_recorded_trains_on_after_one_warning(
     assert "\n" not in warnings[0]
 
 
+def test_a_step_that_does_not_fit_twice_is_measured_before_the_optimizer_has_its_state(
+    new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, warnings = new_state(), list[str]()
+    update = GraphUpdate(state, warnings.append)
+    gigabyte, used, peak = 10**9, [2], [0]
+
+    def eager(_phase: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        peak[0] = used[0] + 6  # the gradients and what they are computed from
+        return torch.zeros(()), torch.zeros(1)
+
+    monkeypatch.setattr(state, "device", torch.device("cuda"))
+    monkeypatch.setattr(update._eager, "gradients", eager)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: used[0] * gigabyte)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: used[0] * gigabyte)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak[0] * gigabyte)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * gigabyte, 16 * gigabyte))
+    update.gradients(no_phase)
+    used[0] = 6  # with the moments of Adam
+    update.gradients(no_phase)
+    (warning,) = warnings
+    assert "it would keep 6.0 GB, and evaluations need as much again of the 10.0 GB" in warning
+
+
 def test_the_sample_text_of_static_decoders_is_that_of_the_loop(new_state: NewState) -> None:
     state = new_state("--sample-tokens", "40")
     expected = sample_text(state)

@@ -81,16 +81,22 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: fl
     return losses.where(counted, 0.0)
 
 
-def fastest_by_row(device: torch.device, dtype: torch.dtype) -> LossesAndGradient:
+def fastest_by_row(
+    device: torch.device, dtype: torch.dtype, vocab_size: int, softcap: float | None
+) -> LossesAndGradient:
     """The kernel that does what `losses_and_gradient` does, where it works; torch.compile makes one of its own."""
-    kernel = kernel_on(device, dtype) if device.type == "cuda" and not torch.compiler.is_compiling() else None
-    return kernel or losses_and_gradient
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return losses_and_gradient
+    return kernel_on(device, dtype, vocab_size, softcap) or losses_and_gradient
 
 
 @functools.cache
-def kernel_on(device: torch.device, dtype: torch.dtype) -> LossesAndGradient | None:
-    """The kernel for logits of this precision; None where it does not work, which is tried once.
+def kernel_on(
+    device: torch.device, dtype: torch.dtype, vocab_size: int, softcap: float | None
+) -> LossesAndGradient | None:
+    """The kernel for such logits; None where it does not work, which is tried once.
 
+    The trial compiles the code that is used from then on: another width, padding or cap would be compiled once more.
     Triton is a part of torch's builds for CUDA on Linux. It needs a C compiler.
     """
     if torch.finfo(dtype).bits > 32:
@@ -100,7 +106,8 @@ def kernel_on(device: torch.device, dtype: torch.dtype) -> LossesAndGradient | N
     except ImportError:
         return None
     try:
-        kernel(torch.zeros(1, ALIGNMENT, device=device, dtype=dtype), torch.zeros(1, device=device).long(), None)
+        logits = torch.zeros(1, vocab_size + -vocab_size % ALIGNMENT, device=device, dtype=dtype)
+        kernel(logits[:, :vocab_size], torch.zeros(1, device=device).long(), softcap)
     except Exception as error:  # a compiler can fail in any way, and torch's own kernels do not need it
         warnings.warn(
             f"no Triton, so the loss is slower: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
@@ -221,7 +228,7 @@ def gradients_of_logits(
     by_row: LossesAndGradient | None = None
     for chunk, targets_of_chunk in enumerate(targets.split(rows)):
         logits = multiply(chunk)
-        by_row = by_row or fastest_by_row(logits.device, logits.dtype)
+        by_row = by_row or fastest_by_row(logits.device, logits.dtype, vocab_size, softcap)
         yield by_row(logits[:, :vocab_size], targets_of_chunk, softcap), logits
         del logits
 

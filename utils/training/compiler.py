@@ -7,7 +7,10 @@ that matters: between two blocks there is only the residual stream.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,9 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
         mode: setting compile_mode.
         tokens: of a micro-step.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))  # read when the compiler is first used
+    begin_compiler(device)
+    if (hashing := hash_triton()) is not None:
+        hashing.join()
     options = compiler_options(device, mode)
     parts = (LanguageModel.forward, LanguageModel.loss, LanguageModel.hidden, LanguageModel.embed)
     if any(getattr(type(model), part.__name__) is not part for part in parts):
@@ -62,6 +67,40 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
         return model.head_loss(end(model, x), targets) if in_chunks else end(model, x, targets)
 
     return loss
+
+
+def begin_compiler(device: torch.device) -> None:
+    """Begin what torch.compile needs once a process and what needs no model, so that it goes on beside other work.
+
+    On CUDA that includes the processes which compile kernels: by itself the compiler starts them after its first trace.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))  # read when the compiler is first used
+    hash_triton()
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):  # another version of torch, or no Triton: whoever compiles will see
+            from torch._inductor.async_compile import AsyncCompile
+
+            AsyncCompile.wakeup()
+
+
+@functools.cache
+def hash_triton() -> threading.Thread | None:
+    """A thread in which Triton hashes its own libraries, half a gigabyte; the compiler asks for the hash at each start.
+
+    It must end before the compiler asks, who would hash them once more. None where there is no Triton.
+    """
+    try:
+        from triton.runtime.cache import triton_key
+    except Exception:  # not installed, another version, or broken: whoever compiles will see
+        return None
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            triton_key()
+
+    thread = threading.Thread(target=run, name="triton_key", daemon=True)
+    thread.start()
+    return thread
 
 
 def compiler_options(device: torch.device, mode: str) -> dict[str, Any]:

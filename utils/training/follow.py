@@ -25,6 +25,7 @@ from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
 from utils.training.agreement import agree, check_same, receive_start, receive_state
 from utils.training.callbacks import Callbacks, TrainingRun, load_callbacks
+from utils.training.compiler import begin_compiler
 from utils.training.evaluate import evaluate, evaluation_due, is_best
 from utils.training.finish import follow_export
 from utils.training.launch import launch_facts
@@ -169,6 +170,8 @@ def _train_as_follower(ranks: ProcessRanks, loop: Loop) -> None:
             ranks.collect("ready", str(error))
             ranks.share("run", None)  # does not come
             raise
+        if config.train.compile:
+            begin_compiler(device)
         stack.enter_context(torch_settings(config.train, device))
         ranks.collect("ready", "")
         run = ranks.share("run", None)

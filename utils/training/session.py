@@ -37,6 +37,7 @@ from utils.training.agreement import agree, assign, send_state
 from utils.training.batch_size import memory_explained
 from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
+from utils.training.compiler import begin_compiler
 from utils.training.evaluate import evaluate, evaluation_due, is_best
 from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
 from utils.training.monitor import Monitor
@@ -397,6 +398,8 @@ def open_session(
         stop = stack.enter_context(stop_on_signals())
         stop.on_continue.append(deadline.continued)
         stop.patient = False  # until there are steps to finish
+        if setup.config.train.compile:
+            begin_compiler(setup.device)
         stack.enter_context(torch_settings(setup.config.train, setup.device))
         if not setup.resumes:
             report_findings(setup, git, strict, terminal)

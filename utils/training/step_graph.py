@@ -103,15 +103,25 @@ class GraphUpdate:
         self._eager = EagerUpdate(state)
         self._warm = self._refused = self._launched = False
         self._recording: Recording | None = None
+        self._needed = 0  # bytes for the gradients of an update and all that they are computed from
 
     def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
         self._launched = self._warm and phase is no_phase and self._is_recorded()
-        self._warm = True
         if not self._launched or self._recording is None:
             self.state.optimizer.zero_grad(set_to_none=True)
-            return self._eager.gradients(phase)
+            return self._eager.gradients(phase) if self._warm else self._first_gradients(phase)
         self._recording.gradients()
         return self._recording.loss.clone(), self._recording.grad_norms.clone()
+
+    def _first_gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the first update, and what they need: later the optimizer's state is in memory as well."""
+        device, self._warm = self.state.device, True
+        if device.type != "cuda":
+            return self._eager.gradients(phase)
+        stays = torch.cuda.memory_allocated(device)
+        result = self._eager.gradients(phase)
+        self._needed = torch.cuda.max_memory_allocated(device) - stays
+        return result
 
     def apply(self, grad_norms: torch.Tensor) -> None:
         if not self._launched or self._recording is None:
@@ -127,7 +137,7 @@ class GraphUpdate:
         if self._recording is not None and self._recording.is_current():
             return True
         self._recording = None
-        reason = obstacle(self.state)
+        reason = obstacle(self.state, self._needed)
         if not reason:
             try:
                 self._recording = Recording(self.state)
@@ -170,8 +180,12 @@ def has_hooks(weight: torch.Tensor) -> bool:
     return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
-def obstacle(state: TrainState) -> str:
-    """Why the updates of a state cannot be recorded; empty if nothing is known to be in the way."""
+def obstacle(state: TrainState, needed: int) -> str:
+    """Why the updates of a state cannot be recorded; empty if nothing is known to be in the way.
+
+    Args:
+        needed: bytes that the gradients of an update take on CUDA, with all that they are computed from.
+    """
     if not isinstance(state.optimizer, EagerOptimizer):
         return f"{type(state.optimizer).__name__} is not made for it"
     if state.model.recomputes and state.config.model.dropout:
@@ -181,7 +195,6 @@ def obstacle(state: TrainState) -> str:
     if any(map(has_hooks, state.model.parameters())):
         return "a parameter has hooks, which a recording would not call"
     if state.device.type == "cuda":
-        needed = torch.cuda.max_memory_allocated(state.device) - torch.cuda.memory_allocated(state.device)
         unused = torch.cuda.memory_reserved(state.device) - torch.cuda.memory_allocated(state.device)
         free = torch.cuda.mem_get_info(state.device)[0] + unused
         if 2 * needed > free:  # a recording keeps what it needs, and evaluations need as much again
