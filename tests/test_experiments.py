@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from fake_runs import indexed, make_run, training_records, write
+from fake_runs import RESOLVED, indexed, make_run, training_records, write
 from rich.console import Console
 
 import experiments
 import inference
-from utils.experiments.tables import columns_of, list_table
+from utils.experiments.tables import columns_of, list_table, provenance_facts
 
 Ask = Callable[..., Any]
 
@@ -206,6 +206,12 @@ def test_sql_over_both_views(ask: Ask) -> None:
 
 
 # ------------------------------------------------------------------------------------ show, diff, compare, explain
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "2.4.0, 1 thread"), (2, "2.4.0, 2 threads"), (None, "2.4.0")])
+def test_threads_are_counted(threads: int | None, words: str, runs_dir: Path) -> None:
+    run = indexed(runs_dir, resolved={**RESOLVED, "threads": threads})
+    assert ("torch", words) in provenance_facts(run, [], [])
 
 
 def test_show_is_one_screen(ask: Ask, runs: Path) -> None:

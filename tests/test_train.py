@@ -21,6 +21,7 @@ from utils.runs.log import read_metrics, read_records
 from utils.runs.run import read_record, read_status
 from utils.terminal.cli import Parser
 from utils.terminal.config_flags import parse_experiment
+from utils.terminal.words import counted
 
 Argv = Callable[..., list[str]]
 TIMINGS = {"time", "tokens_per_second", "step_ms"}
@@ -70,6 +71,7 @@ def test_a_run_directory_explains_itself(tiny_argv: Argv, only_run: Callable[[],
     assert [shadow["source"] for shadow in sources["n_layer"]["shadowed"]] == ["configs/model.yaml:3", "default"]
     terminal = (run / "logs" / "train.log").read_text()
     assert "Settings that differ" in terminal
+    assert f"cpu, float32, {counted(record['resolved']['threads'], 'CPU thread')}\n" in terminal
     assert f"inference.py {run}" in terminal
     assert "\x1b" not in terminal
 

@@ -340,6 +340,18 @@ def test_the_page_draws_its_curves_and_fits(size: str, scheme: str, visit: Visit
 
 
 @pytest.mark.slow
+def test_a_phone_shows_the_loss_beside_the_name_and_that_there_is_more(visit: Visitor) -> None:
+    page = visit("phone", "light").page
+    row = page.locator("#runs tbody tr").first
+    assert row.locator("th > span.fixed").first.bounding_box()["height"] < 30  # type: ignore[index]
+    box = row.locator("td").first.bounding_box()
+    assert box
+    assert box["x"] + box["width"] <= SIZES["phone"][0]
+    assert row.locator("td").first.inner_text() == "2.0000\nstep 50"
+    assert "gradient" in page.locator("#runs .scroll").evaluate("place => getComputedStyle(place).backgroundImage")
+
+
+@pytest.mark.slow
 def test_hovering_tells_the_values(visit: Visitor, tmp_path: Path) -> None:
     visited = visit("desktop", "light")
     page = visited.page

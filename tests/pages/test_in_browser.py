@@ -28,6 +28,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PAGE_MS = 20_000  # for a slow machine
 HOSTILE = "<img src=x onerror='document.title=1'>"
 RATES = (1e-3, 3e-3)
+BINS = {"min": -1.0, "max": 1.0, "counts": [1, 5, 9, 5], "nonfinite": 0}
+HISTOGRAM = {"step": 0, "time": 1.0, "name": "params/head", **BINS}
 
 
 def records(first: int, last: int, value: float) -> list[dict[str, Any]]:
@@ -44,14 +46,14 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     for i in range(6):
         value, settings = 1.0 + i / 100 + i // 3, {"learning_rate": RATES[i // 3], "seed": i % 3}
-        bins = {"min": -1.0, "max": 1.0, "counts": [1, 5, 9, 5], "nonfinite": 0}
-        histograms = [{"step": step, "time": 1.0, "name": "params/head", **bins} for step in (0, 50)]
+        histograms = [{**HISTOGRAM, "step": step} for step in (0, 50)]
         extra = {"samples": [{"step": 90, "time": 1.0, "text": "ROMEO: O!"}], "histograms": histograms}
         losses = {"val/loss": value, "best_val_loss": value}
         start = f"2026-01-31T14:2{i}:01.000+00:00"
         made = records(0, 100, value)
         make_run(folder, f"run{i}", settings=settings, metrics=made, summary=losses, start=start, **extra)
-    make_run(folder, "live", status="running", end=None, metrics=records(0, 20, 1.0), start="2026-02-01T00:00:00+00:00")
+    live = {"status": "running", "end": None, "start": "2026-02-01T00:00:00+00:00", "histograms": [HISTOGRAM]}
+    make_run(folder, "live", metrics=records(0, 20, 1.0), **live)
     make_run(folder, HOSTILE.replace("/", ""), tag=HOSTILE, notes={"note": HOSTILE * 50, "tags": [HOSTILE]})
     (folder / "empty").mkdir()
     return folder
@@ -192,6 +194,16 @@ def test_the_page_of_a_run_shows_everything(page: Page) -> None:
     with page.expect_download() as download:
         page.get_by_role("link", name="run.json").click()
     assert download.value.suggested_filename == "run.json"
+
+
+def test_the_histogram_of_one_step_is_a_column(page: Page) -> None:
+    visit(page, "/runs/run?run=live", "one_step")
+    end = """canvas => {
+        const row = canvas.height / 2, { data } = canvas.getContext('2d').getImageData(0, row, canvas.width, 1);
+        let last = 0;
+        for (let x = 0; x < canvas.width; x += 1) if (data[4 * x + 3]) last = x;
+        return last / canvas.width; }"""
+    assert 0 < page.locator("#heat").evaluate(end) < 0.5
 
 
 def test_a_comparison_has_a_verdict_and_differences(page: Page) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -359,8 +360,12 @@ def test_the_script_writes_profile_trace_and_picture(
     shown = capsys.readouterr().out
     titles = ("Phases of a step", "Where the time goes", "Operators", "Memory", "Generation in float32")
     assert all(title in shown for title in titles)
+    assert shown.count("of other steps") + shown.count("undisturbed") == 3  # of the three times of a step
+    growth = re.findall(r"^growth of the process +([\d.]+)$", shown, re.MULTILINE)
+    assert growth == ([] if memory["peak"] is None else [f"{memory['peak'] / 1e6:,.1f}"])
     assert str(out / "profile.json") in shown.replace("\n", "")
-    assert max(len(line) for line in shown.split("written:")[0].splitlines()) <= 80
+    tables = [line for line in shown.split("written:")[0].splitlines() if not line.endswith(".")]  # no sentences
+    assert max(map(len, tables)) <= 80
     assert not runs_dir.exists()  # profiling makes no run
 
 

@@ -18,8 +18,7 @@ SHORT = [("corpus", "python: 1,000 tokens")]
 
 
 def printed(renderable: RenderableType, width: int = 30, terminal: bool = True) -> list[str]:
-    console = PrintableConsole(file=io.StringIO(), force_terminal=terminal, width=width, highlight=False)
-    console._color_system = None
+    console = PrintableConsole(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
     print_to(console, renderable)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 

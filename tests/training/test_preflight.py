@@ -52,11 +52,17 @@ def test_there_is_nothing_to_say_of_a_first_run(load: Callable[..., LoadedConfig
 
 def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
     patch = b"diff --git a/a b/a\n+1\ndiff --git a/b b/b\n+2\n"
-    git = GitFacts(commit="c", dirty=True, patch=patch, left_out=[f"f{i}.bin (not a source file)" for i in range(7)])
+    left_out = ["a.bin (not a source file)", ".env (looks like a secret)", "b.bin (not a source file)"]
+    git = GitFacts(commit="c", dirty=True, patch=patch, left_out=left_out)
     first, second = findings(load(aim_logging=True), tmp_path, git)
     assert first == "uncommitted, kept in meta/code.patch: a, b"
-    assert second.startswith("not recorded: f0.bin (not a source file), ")
-    assert second.endswith(" and 2 more")
+    assert second == "not recorded: .env (looks like a secret), 2 files that are not source files, such as a.bin"
+    one, seven = (
+        GitFacts(commit="c", left_out=left_out[:1]),
+        GitFacts(commit="c", left_out=[f"{i} (x)" for i in range(7)]),
+    )
+    assert findings(load(aim_logging=True), tmp_path, one) == ["not recorded: a.bin (not a source file)"]
+    assert findings(load(aim_logging=True), tmp_path, seven)[0].endswith("4 (x) and 2 more")
     assert findings(load(aim_logging=True), tmp_path, GitFacts(problem="not a git repository")) == [
         "the code is not recorded: not a git repository"
     ]

@@ -311,7 +311,9 @@ def provenance_facts(run: IndexedRun, children: Sequence[str], models: Sequence[
     code = f"{(row['commit'] or '')[:HASH_LENGTH]} on {row['branch'] or 'no branch'}{dirty}"
     yield "code", code if row["commit"] else "not known"
     yield "machine", ", ".join(str(resolved[key]) for key in ("processor", "device", "dtype") if resolved.get(key))
-    yield "torch", f"{row['torch']}, {resolved.get('threads')} threads" if row["torch"] else ""
+    threads = resolved.get("threads")
+    of_threads = f", {counted(threads, 'thread')}" if isinstance(threads, int) else ""
+    yield "torch", f"{row['torch']}{of_threads}" if row["torch"] else ""
     known = (f"{name} {environment[name]}" for name in ("python", "platform") if name in environment)
     yield "environment", ", ".join(known)
     yield "command", "python " + shlex.join(map(str, record["argv"])) if record.get("argv") else ""

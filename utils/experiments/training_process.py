@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from utils.machine.watchdog import watched
@@ -42,24 +43,34 @@ def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Pat
     Losing our own output does not stop it.
 
     Returns:
-        Its exit status and process id.
+        Its exit status and process id. After a signal the status is never 0: training may have ended by itself just
+        then, but no further one must begin.
     """
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
     assert process.stdout is not None
     passed_on = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     previous = {signum: signal.getsignal(signum) for signum in passed_on}
+    stopped_by = 0
+
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        nonlocal stopped_by
+        stopped_by = stopped_by or signum
+        process.send_signal(signum)
+
     with contextlib.suppress(ValueError):  # not in the main thread
         for signum in passed_on:
-            signal.signal(signum, lambda signum, _: process.send_signal(signum))
+            signal.signal(signum, pass_on)
     try:
         with watched(process.pid, temporary):
             while True:
-                with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child too, which then stops in order
+                try:
                     for line in process.stdout:
                         if line.startswith(FORWARDED):  # not the hint how to resume: the code is deleted at the end
                             with contextlib.suppress(OSError):  # lost, like the output of training itself
                                 print(printable(line), end="", file=output, flush=True)
-                    return process.wait(), process.pid
+                    return process.wait() or (stopped_by and 128 + stopped_by), process.pid
+                except KeyboardInterrupt:  # Ctrl-C reaches the child too, which then stops in order
+                    stopped_by = stopped_by or signal.SIGINT
     finally:
         with contextlib.suppress(ValueError):
             for signum, handler in previous.items():

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.profiling.record import MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
-from utils.terminal.words import fact_lines
+from utils.terminal.words import counted, fact_lines
 
 BAR_WIDTH = 20  # characters for 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
@@ -64,11 +64,12 @@ def head(profile: Profile) -> RenderableType:
     machine, limits = profile.machine, profile.limits
     train, model = profile.config["train"], profile.config["model"]
     compiled = ", compiled" if machine.compile else ""
+    undisturbed = " (median, undisturbed)" if profile.step_ms is not None else ""
     rows = [
-        ("device", f"{machine.device}, {machine.dtype}, {_count(machine.threads, 'CPU thread')}{compiled}"),
+        ("device", f"{machine.device}, {machine.dtype}, {counted(machine.threads, 'CPU thread')}{compiled}"),
         ("model", f"{profile.parameters:,} parameters, {profile.gflop:,.2f} GFLOP a step"),
         ("batch", f"{train['batch_size']} x {model['block_size']} tokens"),
-        ("step", f"{profile.best_ms:.2f} ms, {profile.tokens_per_second:,.0f} tokens/s"),
+        ("step", f"{profile.best_ms:.2f} ms{undisturbed}, {profile.tokens_per_second:,.0f} tokens/s"),
     ]
     if (of_ranks := profile.communication) is not None:
         lanes = "no lanes" if of_ranks.lanes is None else f"{of_ranks.lanes} lanes"
@@ -110,7 +111,10 @@ def phase_table(profile: Profile) -> RenderableType:
         *(rate(total), share_of(total, profile.gemm)),
         style="dim",
     )
-    return _titled("Phases of a step", table)
+    notes = (
+        ["Means of other steps, with a wait for the device after each phase."] if profile.step_ms is not None else []
+    )
+    return _titled("Phases of a step", table, *notes)
 
 
 def work_table(profile: Profile) -> RenderableType:
@@ -122,7 +126,7 @@ def work_table(profile: Profile) -> RenderableType:
         if ms or name == MATRIX_PRODUCTS:
             share = ms / profile.profiled_ms
             table.add_row(name, percent(share), bar(share), f"{ms:.3f}")
-    notes = [f"Under the profiler, where a step takes {profile.profiled_ms:.2f} ms."]
+    notes = [f"Under the profiler, again of other steps: a step takes {profile.profiled_ms:.2f} ms there."]
     if profile.gemm is not None:
         least = 1000 * profile.gflop / profile.gemm
         notes.append(f"At the limit the model's matrix products, with attention, would take {least:.2f} ms.")
@@ -172,10 +176,13 @@ def memory_table(profile: Profile) -> RenderableType:
             table.add_row(name, percent(size / total), bar(size / total), megabytes(size))
     table.add_section()
     table.add_row("sum", "100.0%", "", megabytes(total), style="dim")
-    if memory.peak is not None:
-        word = "most at once" if profile.machine.device.startswith("cuda") else "growth of the process"
-        table.add_row(word, percent(memory.peak / total), "", megabytes(memory.peak))
-    return _titled("Memory", table)
+    if memory.peak is None:
+        return _titled("Memory", table)
+    if profile.machine.device.startswith("cuda"):
+        table.add_row("most at once", "", "", megabytes(memory.peak))
+        return _titled("Memory", table)
+    table.add_row("growth of the process", "", "", megabytes(memory.peak))
+    return _titled("Memory", table, "The process grows by more than these: by libraries and their buffers, too.")
 
 
 def generation_table(profile: Profile) -> RenderableType:
@@ -339,10 +346,6 @@ def _number(value: float | None, sign: str = "") -> str:
         if abs(value) < 100
         else f"{value:{sign}.1f}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _setting_text(value: Any) -> str:

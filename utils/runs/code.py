@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_PATCH_FILE_BYTES = 1_000_000
 MAX_UNTRACKED_FILES = 500  # each takes a call of git
+NOT_SOURCE = "not a source file"  # why a file is left out
 SECRET_NAME = re.compile(
     r"^\.env|\.(env|pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
     r"|secrets?([._-]|$)|credential|passw(or)?d|(api|access|private)[._-]?key|(^|[._-])(auth|tokens?)([._-]|$)"
@@ -238,7 +239,7 @@ class CodeReader:
         path = top / name
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else name
         if not is_source(place, self.named):
-            reason = "looks like a secret" if _has_secret_name(name) else "not a source file"
+            reason = "looks like a secret" if _has_secret_name(name) else NOT_SOURCE
         elif path.is_symlink():
             reason = "a symbolic link"
         elif not self._keep(top, name, left_out):

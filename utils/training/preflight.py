@@ -16,7 +16,7 @@ from utils.errors import UserError, shown
 from utils.files import real_path
 from utils.machine.attention_kernels import fused_attention
 from utils.nn.lora import adapted_layers, count_parameters
-from utils.runs.code import GitFacts
+from utils.runs.code import NOT_SOURCE, GitFacts
 from utils.runs.identity import code_identity, origin_of
 from utils.runs.index import IndexedRun, read_index
 from utils.runs.layout import PATCH
@@ -27,6 +27,7 @@ from utils.training.setup import BYTES_PER_FROZEN_PARAMETER, Setup, decisive_set
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
+NO_SOURCE = f" ({NOT_SOURCE})"  # after the names of files that are left out for this reason
 LEAST_SEEDS = 2  # besides the one that starts, for a word about the noise
 
 # Settings that change nothing if the condition holds, with the reason.
@@ -105,7 +106,16 @@ def _code(git: GitFacts) -> Iterator[str]:
     if git.patch:
         yield f"uncommitted, kept in {PATCH}: {_listed(git.files)}"
     if git.left_out:
-        yield f"not recorded: {_listed(git.left_out)}"
+        yield f"not recorded: {_listed(_left_out(git.left_out))}"
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    """What is left out, with the reasons; files that are not source files, at the end, as a number and an example."""
+    data = [name.removesuffix(NO_SOURCE) for name in names if name.endswith(NO_SOURCE)]
+    if len(data) < 2:
+        return list(names)
+    others = (name for name in names if not name.endswith(NO_SOURCE))
+    return [*others, f"{len(data):,} files that are not source files, such as {data[0]}"]
 
 
 def _listed(files: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ from utils.runs.origin_checks import check_longer
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run, RunError
 from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
-from utils.terminal.words import HASH_LENGTH, fact_lines
+from utils.terminal.words import HASH_LENGTH, counted, fact_lines
 from utils.tracking.feeder import cut_progress
 from utils.training.agreement import announce_start
 from utils.training.setup import Setup, decisive_settings
@@ -298,7 +298,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
         fact_lines(
             [
                 ("run", run.id),
-                ("device", f"{setup.device}, {decisive['dtype']}, {decisive['threads']} CPU threads"),
+                ("device", f"{setup.device}, {decisive['dtype']}, {counted(decisive['threads'], 'CPU thread')}"),
                 (
                     "corpus",
                     f"{corpus_name(corpus)}: {corpus.n_train:,} training and {corpus.n_val:,} validation tokens",

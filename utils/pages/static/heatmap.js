@@ -4,6 +4,7 @@ import { el, fill, number } from "./common.js";
 
 const LEFT = 58, RIGHT = 12, TOP = 8, BOTTOM = 24;
 const ROWS = 96; // of the picture
+const WIDEST = 80; // pixels of a column: a single step must not look as if it went on
 
 export class Heatmap {
   constructor(canvas, tip) {
@@ -43,7 +44,8 @@ export class Heatmap {
     const style = getComputedStyle(canvas);
     let low = Math.min(...steps.map((one) => one.min)), high = Math.max(...steps.map((one) => one.max));
     if (!(high > low)) { low -= 0.5; high += 0.5; }
-    const right = width - RIGHT, bottom = height - BOTTOM, wide = (right - LEFT) / steps.length, tall = (bottom - TOP) / ROWS;
+    const wide = Math.min(WIDEST, (width - RIGHT - LEFT) / steps.length), right = LEFT + wide * steps.length;
+    const bottom = height - BOTTOM, tall = (bottom - TOP) / ROWS;
     g.fillStyle = style.getPropertyValue("--link");
     steps.forEach((one, column) => {
       const rows = onRows(one, low, high);
