@@ -88,7 +88,7 @@ def _cell(run: RunCompletions, completion: Completion, logprobs: bool) -> Render
 def summary(completion: Completion) -> str:
     """The mean log-probability, perplexity and length of a completion, in one line."""
     mean, count = mean_logprob([completion]), len(completion.tokens)
-    end = ", ended by a stop string" if completion.finish == "stop" else ""
+    end = ", ended by a stop string or end-of-text" if completion.finish == "stop" else ""
     return f"mean logprob {mean:.4f}, perplexity {perplexity(-mean):.2f}, {count:,} tokens{end}"
 
 

@@ -124,7 +124,7 @@ def completion_jobs(body: CompletionRequest, run: Served) -> Asked:
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
         lengths.append(len(ids) - skip)
         for _ in range(body.n or 1):
-            jobs.append(replace(first, prompt=ids, seed=first.seed + len(jobs)))
+            jobs.append(replace(first, prompt=ids, seed=first.seed + len(jobs), ends=run.generator.ends))
             echoes.append(Echo(text, skip))
     return Asked(jobs, Answer(run.name, tokenizer, body.logprobs, echoes if body.echo else None), lengths)
 

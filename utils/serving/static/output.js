@@ -62,7 +62,7 @@ class Output {
     this.say(`${this.tokens} tokens, ${Math.round(this.tokens / seconds)} a second`);
     if (choice.finish_reason) this.flush();
     if (choice.finish_reason === "stop") this.cutAfter(this.text.length);
-    if (choice.finish_reason) this.say(`${this.status.textContent}${choice.finish_reason === "stop" ? ", ended by a stop string" : ""}`);
+    if (choice.finish_reason) this.say(`${this.status.textContent}${choice.finish_reason === "stop" ? ", ended by a stop string or end-of-text" : ""}`);
   }
 
   add(token, logprob, top) {
@@ -88,7 +88,7 @@ class Output {
     this.length += text.length;
   }
 
-  // Strike through the tokens of a stop string.
+  // Strike through the tokens of a stop string, and end-of-text.
   cutAfter(length) {
     for (const span of this.pre.querySelectorAll(".t")) span.classList.toggle("cut", span.token.end > length);
   }
