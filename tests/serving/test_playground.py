@@ -172,3 +172,4 @@ def test_a_stop_string_after_an_invalid_byte_is_struck_through(page: Page, url: 
     page.goto(url)
     tokens = ["a", r"bytes:\xc3", "b", r"bytes:\xc3", r"bytes:\xa9", "E", "N", "D"]
     assert page.evaluate(OUTPUT, [tokens, "a�bé", "stop"]) == ["a�béEND", "END"]
+    assert page.evaluate(OUTPUT, [["a", r"bytes:\xc3", "END"], "a�", "stop"]) == ["a�END", "END"]

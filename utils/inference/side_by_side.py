@@ -14,6 +14,8 @@ from rich.text import Text
 from tokenizer import Tokenizer
 from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
+from utils.inference.text_stream import INCOMPLETE
+from utils.inference.token_text import token_text
 from utils.terminal.words import printable
 
 NARROWEST = 36  # characters in a column; narrower ones are put below each other
@@ -92,11 +94,17 @@ def summary(completion: Completion) -> str:
     return f"mean logprob {mean:.4f}, perplexity {perplexity(-mean):.2f}, {count:,} tokens{end}"
 
 
+def shown_token(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token in quotes; of one that is part of a character, its bytes."""
+    text = tokenizer.decode([token])
+    return token_text(tokenizer, token) if INCOMPLETE in text else repr(text)
+
+
 def _token_table(tokenizer: Tokenizer, completion: Completion) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("token", overflow="fold")
     table.add_column("logprob", justify="right")
     table.add_column("probability", justify="right")
     for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
-        table.add_row(Text(repr(tokenizer.decode([token]))), f"{logprob:.4f}", probability(logprob))
+        table.add_row(Text(shown_token(tokenizer, token)), f"{logprob:.4f}", probability(logprob))
     return table

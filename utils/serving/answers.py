@@ -8,16 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizer import Tokenizer
-from utils.inference.text_stream import INCOMPLETE
+from utils.inference.token_text import token_text
 from utils.serving.sequence import Job, Piece, Token
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The text of a token; of one that is part of a character, its bytes: bytes:\\xe2\\x82."""
-    text = tokenizer.decode([token])
-    if INCOMPLETE not in text:
-        return text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.decode_bytes([token]))
 
 
 class Echo(NamedTuple):
