@@ -179,7 +179,7 @@ class Usage(BaseModel):
 class Logprobs(BaseModel):
     """What the model found how likely, a place for each token.
 
-    text_offset: characters of the text before the token.
+    text_offset: whole characters of the text before the token.
     """
 
     tokens: list[str]
