@@ -28,6 +28,7 @@ from utils.serving.schemas import (
     Completion,
     CompletionRequest,
     Health,
+    Model,
     ModelList,
     Sampling,
 )
@@ -50,6 +51,11 @@ def add_routes(app: FastAPI, runs: Runs, desk: Desk) -> None:
     async def models() -> ModelList:
         """The runs."""
         return ModelList(object="list", data=[run.described() for run in runs.by_name.values()])
+
+    @app.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody, "description": "no such run"}})
+    async def model(name: str) -> Model:
+        """A run."""
+        return find(runs, name).described()
 
     @app.post("/v1/completions", response_model=Completion, responses=BUSY)
     async def completions(body: CompletionRequest, request: Request) -> Response:

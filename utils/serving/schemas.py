@@ -256,7 +256,7 @@ class ChatCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """A run. The fields from `run` on are not of OpenAI's API.
+    """A run, as /v1/models/{name} describes it. The fields from `run` on are not of OpenAI's API.
 
     defaults: the settings of the section `inference`. chat: whether /v1/chat/completions serves it.
     """
