@@ -134,6 +134,35 @@ def test_a_batch_ends_when_all_of_its_sequences_have(generator: Generator, monke
     assert generator.stats.steps + 1 == max(len(completion.tokens) for completion in ended) < 40
 
 
+@pytest.mark.parametrize("packing", ["random", "documents", "none"])
+def test_a_model_of_whole_documents_ends_its_text_at_end_of_text(packing: str) -> None:
+    tokenizer = char_tokenizer(["\0", *TOKENIZER.decode(range(TOKENIZER.vocab_size))])
+    model, request = tiny_model(tokenizer).double(), Request(40, HOT, stops=["zzz"])
+    of_documents = Generator(model, tokenizer, training={"packing": packing})
+    begins = "\0" if packing != "random" else ""
+    prompts = ["ab", "b", "a?"]
+    whole = Generator(model, tokenizer).generate_batch([begins + prompt for prompt in prompts], request)
+    assert sum("\0" in completion.text for completion in whole) >= 2
+    for blocks in (False, True):
+        of_documents._is_static = blocks
+        for before, after in zip(whole, of_documents.generate_batch(prompts, request), strict=True):
+            text, end, _ = before.text.partition("\0") if begins else (before.text, "", "")
+            assert (after.text, after.finish) == (text, "stop" if end else "length")
+            assert after.tokens == tokenizer.encode(text + end)
+            assert after.logprobs == pytest.approx(before.logprobs[: len(after.tokens)], abs=1e-5)
+        assert "".join(of_documents.stream("ab", request)) == of_documents.generate("ab", request).text
+
+
+def test_what_may_begin_a_stop_string_is_text_if_end_of_text_follows() -> None:
+    tokenizer = char_tokenizer(["\0", *TOKENIZER.decode(range(TOKENIZER.vocab_size))])
+    of_documents = Generator(tiny_model(tokenizer), tokenizer, training={"packing": "documents"})
+    whole = of_documents.generate("ab", Request(40, HOT))
+    assert whole.finish == "stop"
+    assert whole.text
+    completion = of_documents.generate("ab", Request(40, HOT, stops=[whole.text[-1] + "\0", whole.text[-1] + "zz"]))
+    assert (completion.text, completion.tokens) == (whole.text, whole.tokens)
+
+
 def test_no_prompts_give_no_completions(generator: Generator) -> None:
     assert generator.generate_batch([]) == []
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import sync_playwright
 
+from tests.inference.test_token_text import Pieces
 from tests.tiny_export import char_tokenizer
 from utils.inference.generator import Completion
 from utils.inference.page import BOUNDS, LEGEND, completion_page, level, pieces
@@ -90,6 +92,31 @@ def test_the_tokens_of_a_stop_string_are_struck_out() -> None:
     assert [bool(stop) for _, stop, *_ in TOKEN.findall(text)] == [False, True, True]
     assert "the stop string" in text
     assert "the stop string" not in one(completion("a", [-1.0]))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "shown"),
+    [
+        ([b"Stra", b"\xc3", b"\x9f", b"e"], "Straße", ["Stra", "", "ß", "e"]),
+        ([b"\xe6\x97\xa5\xe8", b"\xaa", b"\x9e", b"!"], "日語", ["日", "", "語", "stop !"]),
+        ([b"a", b"\xc3", b"b", b"\xc3\xa9", b"EN", b"D"], "a�bé", ["a", "�", "b", "é", "stop EN", "stop D"]),
+        ([b"a", b"\xc3", b"\x9f"], "a", ["a", "stop ", "stop ß"]),
+        ([b"a", b"\xe6\x97"], "a�", ["a", "�"]),
+    ],
+)
+def test_a_character_of_several_tokens_is_shown_where_it_is_whole(
+    pieces: list[bytes], text: str, shown: list[str]
+) -> None:
+    made = Completion("ab", text, list(range(len(pieces))), [-1.0] * len(pieces), "stop", 7)
+    tokenizer: Any = Pieces(pieces)
+    found = TOKEN.findall(page(RunCompletions("baseline", 1.5, [made], tokenizer)))
+    assert [f"{stop.strip()} {text}" if stop else text for _, stop, _, text in found] == shown
+
+
+def test_the_tip_of_a_token_that_is_part_of_a_character_has_its_bytes() -> None:
+    tokenizer: Any = Pieces([b"\xc3", b"\x9f"])
+    text = page(RunCompletions("baseline", 1.5, [Completion("", "ß", [0, 1], [-1.0, -1.0], "length", 7)], tokenizer))
+    assert [tip.split()[0] for _, _, tip, _ in TOKEN.findall(text)] == [r"bytes:\xc3", r"bytes:\x9f"]
 
 
 def test_runs_stand_side_by_side_for_each_prompt_with_their_losses() -> None:

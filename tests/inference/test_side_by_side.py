@@ -12,6 +12,7 @@ from rich.console import Console
 from tests.tiny_export import char_tokenizer
 from utils.inference.generator import Completion
 from utils.inference.side_by_side import NARROWEST, RunCompletions, completion_tables, mean_logprob, prompt_title
+from utils.tokenization.byte_tokens import ByteTokenizer
 
 TOKENIZER = char_tokenizer("ab \n\x1b")
 
@@ -71,6 +72,14 @@ def test_the_tokens_come_with_their_logprobs_if_asked_for() -> None:
     rows = [line.split() for line in lines]
     assert ["'a'", "-0.5000", "60.65%"] in rows
     assert [r"'\n'", "-0.1000", "90.48%"] in rows
+
+
+def test_a_token_that_is_part_of_a_character_is_listed_as_its_bytes() -> None:
+    tokenizer = ByteTokenizer()
+    made = Completion("", "aß", tokenizer.encode("aß"), [-0.5, -1.5, -0.1], "length", 7)
+    rows = [line.split()[:2] for line in shown([RunCompletions("run", 1.0, [made], tokenizer)], 100, True).splitlines()]
+    for row in (["'a'", "-0.5000"], [r"bytes:\xc3", "-1.5000"], [r"bytes:\x9f", "-0.1000"]):
+        assert row in rows
 
 
 def test_control_characters_never_reach_the_terminal() -> None:

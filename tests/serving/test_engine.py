@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_export import TOKENIZER, tiny_model
+from tests.tiny_export import TOKENIZER, char_tokenizer, tiny_model
 from utils.inference.generator import Completion, Generator, Request
 from utils.inference.sampling import SamplingOptions
 from utils.serving.batch import Batch, Delivery
+from utils.serving.chat import QuestionTemplate
 from utils.serving.engine import Engine, QueueFullError
+from utils.serving.openai import chat_jobs, completion_jobs
+from utils.serving.schemas import ChatMessage, ChatRequest, CompletionRequest
 from utils.serving.sequence import Job, Piece
+from utils.serving.served import Served
 
 PROMPTS = ["ab", "the quick brown fox jumps over", "z", "a?", "lazy dogs sleep", "Q: b", "hello there", "x y z"]
 OPTIONS = [
@@ -92,6 +96,21 @@ def test_a_stop_string_ends_a_text_and_frees_its_slot() -> None:
     pieces = drive(Batch(alone, 2), [job("z", 40), of_job])
     check_same(pieces[of_job], expected)
     assert expected.finish == "stop"
+
+
+def test_a_model_of_whole_documents_ends_its_text_at_end_of_text() -> None:
+    tokenizer = char_tokenizer(["\0", *TOKENIZER.decode(range(TOKENIZER.vocab_size))])
+    alone = Generator(tiny_model(tokenizer), tokenizer, "run", training={"packing": "documents"})
+    served = Served("run", alone, QuestionTemplate(alone), 0)
+    sampling = {"model": "run", "max_tokens": 40, "seed": 1337, "temperature": 1}
+    of_text = completion_jobs(CompletionRequest(prompt="ab", **sampling), served).jobs[0]
+    of_chat = chat_jobs(ChatRequest(messages=[ChatMessage(role="user", content="ab")], **sampling), served).jobs[0]
+    pieces = drive(Batch(alone, 2), [of_text, of_chat])
+    request = Request(40, OPTIONS[1])
+    for of_job, expected in ((of_text, alone.generate("ab", request)), (of_chat, alone.generate_qa("ab", request))):
+        check_same(pieces[of_job], expected)
+        assert expected.finish == "stop"
+        assert expected.tokens[-1] == tokenizer.end_of_text
 
 
 def test_a_prompt_is_scored_by_the_tokens_before_each_of_its_own() -> None:

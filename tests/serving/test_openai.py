@@ -55,6 +55,12 @@ def test_the_models_are_the_runs(client: openai.OpenAI) -> None:
     assert [(model.id, model.object) for model in models] == [("first", "model"), ("second", "model")]
     assert models[0].model_dump()["run"] == "20260131_142501_first"
     assert models[0].model_dump()["context"] == 64
+    assert client.models.retrieve("first") == models[0]
+    assert client.models.retrieve("20260131_142502_second") == models[1]
+    for name in ("frist", "a/b"):
+        with pytest.raises(openai.NotFoundError, match=f"no model '{name}'.*this server has first, second") as error:
+            client.models.retrieve(name)
+        assert error.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

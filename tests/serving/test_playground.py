@@ -124,6 +124,18 @@ def test_several_runs_side_by_side_on_a_desk_and_below_each_other_on_a_phone(
     shot(page, tmp_path, "playground_dark")
 
 
+def test_a_link_empties_the_fields_that_it_leaves_out(page: Page, url: str) -> None:
+    page.goto(f"{url}/#prompt=a&top_p=0.9&top_k=3&min_p=0.1&repetition_penalty=1.5&stop=z&seed=3")
+    names = ["top_p", "top_k", "min_p", "repetition_penalty", "stop"]
+    fields = [page.locator(f"#{name}") for name in names]
+    for field in fields:
+        expect(field).not_to_have_value("")
+    page.goto(f"{url}/#prompt=b&seed=3")
+    expect(page.get_by_label("Prompt")).to_have_value("b")
+    for field in fields:
+        expect(field).to_have_value("")
+
+
 def test_a_long_text_can_be_stopped_and_what_a_link_says_is_only_text(page: Page, url: str) -> None:
     page.goto(f"{url}/#run=first&prompt=a&max_tokens=50000&temperature=1&repetition_penalty=1&seed=3")
     expect(page.locator(".status")).to_contain_text("tokens, ")
@@ -172,3 +184,4 @@ def test_a_stop_string_after_an_invalid_byte_is_struck_through(page: Page, url: 
     page.goto(url)
     tokens = ["a", r"bytes:\xc3", "b", r"bytes:\xc3", r"bytes:\xa9", "E", "N", "D"]
     assert page.evaluate(OUTPUT, [tokens, "a�bé", "stop"]) == ["a�béEND", "END"]
+    assert page.evaluate(OUTPUT, [["a", r"bytes:\xc3", "END"], "a�", "stop"]) == ["a�END", "END"]

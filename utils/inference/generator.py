@@ -39,9 +39,9 @@ class Completion:
     """The text generated after a prompt.
 
     text: without the prompt and the stop string.
-    tokens: ids of all generated tokens, including those of a stop string.
+    tokens: ids of all generated tokens, including those of a stop string and the end-of-text token.
     logprobs: natural logarithm of the probability that the model gave to each of them, before any filter.
-    finish: "stop" at a stop string, else "length".
+    finish: "stop" at a stop string or the end-of-text token (`Generator.ends`), else "length".
     """
 
     prompt: str
@@ -94,13 +94,25 @@ class _Sequence:
     prompt: str
     seed: int
     stream: TextStream
+    ends: frozenset[int]
+    has_ended: bool = False
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     def extend(self, tokens: list[int], logprobs: list[float]) -> tuple[str, int]:
-        """Append tokens until a stop string; returns the text that this makes certain, and the number of tokens."""
-        new, count = self.stream.extend(tokens)
+        """Append tokens until a stop string or one that ends the text.
+
+        Returns:
+            The text that this makes certain, and the number of tokens.
+        """
+        if self.has_ended:
+            return "", 0
+        end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        new, count = self.stream.extend(tokens[:end])
+        if end is not None and not self.stream.stopped:
+            count += 1
+        self.has_ended = self.stream.stopped or end is not None
         self.tokens += tokens[:count]
         self.logprobs += logprobs[:count]
         self.text += new
@@ -113,7 +125,7 @@ class _Sequence:
         return rest
 
     def completion(self) -> Completion:
-        finish = "stop" if self.stream.stopped else "length"
+        finish = "stop" if self.has_ended else "length"
         return Completion(self.prompt, self.text, self.tokens, self.logprobs, finish, self.seed)
 
 
@@ -223,6 +235,12 @@ class Generator:
             generator._exact = functools.cache(lambda: load_export(folder, place).model)
         return generator
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text: end-of-text, if the model was trained on whole documents."""
+        end = document_token(self.tokenizer, self.training)
+        return frozenset() if end is None else frozenset({end})
+
     def generate(self, prompt: str, request: Request | None = None) -> Completion:
         """One completion."""
         (completion,) = self.completions([prompt], request)
@@ -299,7 +317,7 @@ class Generator:
 
     def _sequences(self, prompts: Sequence[str], request: Request, first: int) -> list[_Sequence]:
         return [
-            _Sequence(prompt, request.seed + first + index, TextStream(self.tokenizer, request.stops))
+            _Sequence(prompt, request.seed + first + index, TextStream(self.tokenizer, request.stops), self.ends)
             for index, prompt in enumerate(prompts)
         ]
 
@@ -332,7 +350,7 @@ class Generator:
                 self.stats.add_block(block, sum(counts), seconds)
             is_first = False
             yield list(news)
-            if all(sequence.stream.stopped for sequence in sequences):
+            if all(sequence.has_ended for sequence in sequences):
                 break
             began = time.perf_counter()
         yield [sequence.end() for sequence in sequences]

@@ -13,7 +13,15 @@ from typing import Any
 from tokenizer import Tokenizer
 from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
-from utils.inference.side_by_side import RunCompletions, mean_logprob, probability, prompt_title, summary
+from utils.inference.side_by_side import (
+    RunCompletions,
+    mean_logprob,
+    probability,
+    prompt_title,
+    shown_token,
+    summary,
+)
+from utils.inference.token_text import TokenCharacters
 from utils.terminal.html import render
 from utils.terminal.words import HEX_COLORS, printable
 
@@ -61,19 +69,31 @@ def completion_page(runs: Sequence[RunCompletions], settings: str = "") -> str:
 
 def _cell(tokenizer: Tokenizer, completion: Completion) -> dict[str, Any]:
     """One run's completion of one prompt."""
-    tokens, place, end = [], 0, len(completion.text.encode("utf-8", errors="surrogatepass"))  # in bytes
-    for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
-        text = tokenizer.decode([token])
+    tokens, place = [], 0  # in characters
+    texts = _token_texts(tokenizer, completion.tokens)
+    for token, text, logprob in zip(completion.tokens, texts, completion.logprobs, strict=True):
+        quoted = shown_token(tokenizer, token)
         tokens.append(
             {
                 "level": level(logprob),
-                "stop": place >= end,
-                "tip": f"{text!r}  probability {probability(logprob)}, logprob {logprob:.4f}",
+                "stop": place >= len(completion.text),
+                "tip": f"{quoted}  probability {probability(logprob)}, logprob {logprob:.4f}",
                 "pieces": pieces(text),
             }
         )
-        place += len(tokenizer.decode_bytes([token]))
+        place += len(text)
     return {"prompt": pieces(completion.prompt), "tokens": tokens, "summary": summary(completion)}
+
+
+def _token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """The characters that each token completes; together they are the text of the tokens."""
+    characters, texts = TokenCharacters(tokenizer), [""]
+    for token in tokens:
+        unfinished, text = characters.add(token)
+        texts[-1] += unfinished
+        texts.append(text)
+    texts[-1] += characters.rest()
+    return texts[1:]
 
 
 def level(logprob: float) -> int:

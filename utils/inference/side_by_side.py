@@ -14,6 +14,8 @@ from rich.text import Text
 from tokenizer import Tokenizer
 from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
+from utils.inference.text_stream import INCOMPLETE
+from utils.inference.token_text import token_text
 from utils.terminal.words import printable
 
 NARROWEST = 36  # characters in a column; narrower ones are put below each other
@@ -89,8 +91,14 @@ def _cell(run: RunCompletions, completion: Completion, logprobs: bool) -> list[R
 def summary(completion: Completion) -> str:
     """The mean log-probability, perplexity and length of a completion, in one line."""
     mean, count = mean_logprob([completion]), len(completion.tokens)
-    end = ", ended by a stop string" if completion.finish == "stop" else ""
+    end = ", ended by a stop string or end-of-text" if completion.finish == "stop" else ""
     return f"mean logprob {mean:.4f}, perplexity {perplexity(-mean):.2f}, {count:,} tokens{end}"
+
+
+def shown_token(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token in quotes; of one that is part of a character, its bytes."""
+    text = tokenizer.decode([token])
+    return token_text(tokenizer, token) if INCOMPLETE in text else repr(text)
 
 
 def _token_table(tokenizer: Tokenizer, completion: Completion) -> RenderableType:
@@ -99,5 +107,5 @@ def _token_table(tokenizer: Tokenizer, completion: Completion) -> RenderableType
     table.add_column("logprob", justify="right")
     table.add_column("probability", justify="right")
     for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
-        table.add_row(Text(repr(tokenizer.decode([token]))), f"{logprob:.4f}", probability(logprob))
+        table.add_row(Text(shown_token(tokenizer, token)), f"{logprob:.4f}", probability(logprob))
     return table

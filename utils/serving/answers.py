@@ -8,16 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizer import Tokenizer
-from utils.inference.text_stream import INCOMPLETE
+from utils.inference.token_text import TokenCharacters, token_text
 from utils.serving.sequence import Job, Piece, Token
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The text of a token; of one that is part of a character, its bytes: bytes:\\xe2\\x82."""
-    text = tokenizer.decode([token])
-    if INCOMPLETE not in text:
-        return text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.decode_bytes([token]))
 
 
 class Echo(NamedTuple):
@@ -44,7 +36,8 @@ class Answer:
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._tokenizer, self._top, self._echoes = tokenizer, top, echoes
         self._texts: dict[int, str] = {}
-        self._lengths: dict[int, int] = {}  # characters before the next token
+        self._lengths: dict[int, int] = {}  # whole characters before the next token of each text
+        self._characters: dict[int, TokenCharacters] = {}  # that they are made of
 
     def _text(self, token: int) -> str:
         if token not in self._texts:
@@ -77,13 +70,15 @@ class Answer:
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         offsets, length = [], self._lengths.get(index, 0)
-        texts = [self._text(token.id) for token in tokens]
-        for text in texts:
+        characters = self._characters.setdefault(index, TokenCharacters(self._tokenizer))
+        for token in tokens:
+            unfinished, text = characters.add(token.id)
+            length += len(unfinished)
             offsets.append(length)
             length += len(text)
         self._lengths[index] = length
         return {
-            "tokens": texts,
+            "tokens": [self._text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._tops(token) for token in tokens] if self._top else None,
             "text_offset": offsets,

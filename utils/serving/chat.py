@@ -67,7 +67,7 @@ class QuestionTemplate:
         if len(messages) % 2 == 0:
             raise UserError("messages: the last one must be a question (role user)")
         stops = [settings.qa_stop] if settings.qa_stop else []
-        return ChatPrompt(self.generator.tokenizer.encode(text), stops)
+        return ChatPrompt(self.generator.tokenizer.encode(text), stops, self.generator.ends)
 
 
 class PublishedTemplate:

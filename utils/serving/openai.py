@@ -28,6 +28,7 @@ from utils.serving.schemas import (
     Completion,
     CompletionRequest,
     Health,
+    Model,
     ModelList,
     Sampling,
 )
@@ -50,6 +51,11 @@ def add_routes(app: FastAPI, runs: Runs, desk: Desk) -> None:
     async def models() -> ModelList:
         """The runs."""
         return ModelList(object="list", data=[run.described() for run in runs.by_name.values()])
+
+    @app.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody, "description": "no such run"}})
+    async def model(name: str) -> Model:
+        """A run."""
+        return find(runs, name).described()
 
     @app.post("/v1/completions", response_model=Completion, responses=BUSY)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -124,7 +130,7 @@ def completion_jobs(body: CompletionRequest, run: Served) -> Asked:
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
         lengths.append(len(ids) - skip)
         for _ in range(body.n or 1):
-            jobs.append(replace(first, prompt=ids, seed=first.seed + len(jobs)))
+            jobs.append(replace(first, prompt=ids, seed=first.seed + len(jobs), ends=run.generator.ends))
             echoes.append(Echo(text, skip))
     return Asked(jobs, Answer(run.name, tokenizer, body.logprobs, echoes if body.echo else None), lengths)
 

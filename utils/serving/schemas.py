@@ -179,7 +179,7 @@ class Usage(BaseModel):
 class Logprobs(BaseModel):
     """What the model found how likely, a place for each token.
 
-    text_offset: characters of the text before the token.
+    text_offset: whole characters of the text before the token.
     """
 
     tokens: list[str]
@@ -256,7 +256,7 @@ class ChatCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """A run. The fields from `run` on are not of OpenAI's API.
+    """A run, as /v1/models/{name} describes it. The fields from `run` on are not of OpenAI's API.
 
     defaults: the settings of the section `inference`. chat: whether /v1/chat/completions serves it.
     """

@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
     text: as far as later tokens cannot change it.
     prompt: the tokens of the prompt, if they are scored; in a piece before all others.
-    finish: "stop" at a stop string, "length", or None: more follows.
+    finish: "stop" at a stop string or a token that ends the text, "length", or None: more follows.
     error: why there is no more, instead of all else.
     """
 

@@ -14,11 +14,10 @@ function quoted(text) {
   return JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll(" ", "·");
 }
 
-// The bytes of a token; one that is part of a character is written bytes:\xe2\x82.
-function bytesOf(token) {
+// The bytes of a token that is part of a character (bytes:\xe2\x82); null: it is whole.
+function partialBytes(token) {
   const match = /^bytes:((?:\\x[0-9a-f]{2})+)$/.exec(token);
-  if (!match) return new TextEncoder().encode(token);
-  return new Uint8Array(match[1].slice(2).split("\\x").map((byte) => parseInt(byte, 16)));
+  return match && new Uint8Array(match[1].slice(2).split("\\x").map((byte) => parseInt(byte, 16)));
 }
 
 class Output {
@@ -62,12 +61,14 @@ class Output {
     this.say(`${this.tokens} tokens, ${Math.round(this.tokens / seconds)} a second`);
     if (choice.finish_reason) this.flush();
     if (choice.finish_reason === "stop") this.cutAfter(this.text.length);
-    if (choice.finish_reason) this.say(`${this.status.textContent}${choice.finish_reason === "stop" ? ", ended by a stop string" : ""}`);
+    if (choice.finish_reason) this.say(`${this.status.textContent}${choice.finish_reason === "stop" ? ", ended by a stop string or end-of-text" : ""}`);
   }
 
   add(token, logprob, top) {
     this.tokens += 1;
-    const text = this.decoder.decode(bytesOf(token), { stream: true });
+    const bytes = partialBytes(token);
+    if (!bytes) this.flush();
+    const text = bytes ? this.decoder.decode(bytes, { stream: true }) : token;
     const span = document.createElement("span");
     const level = BOUNDS.filter((bound) => Math.exp(logprob) >= bound).length;
     span.className = `t p${level}${text.includes("\n") ? " nl" : ""}`;
@@ -79,7 +80,7 @@ class Output {
     this.pre.append(span);
   }
 
-  // What is left is no whole character: show U+FFFD for it in the last span.
+  // The bytes that are held back are no character: show U+FFFD for them in the last span.
   flush() {
     const text = this.decoder.decode(), last = this.pre.lastElementChild;
     if (!text) return;
@@ -88,7 +89,7 @@ class Output {
     this.length += text.length;
   }
 
-  // Strike through the tokens of a stop string.
+  // Strike through the tokens of a stop string, and end-of-text.
   cutAfter(length) {
     for (const span of this.pre.querySelectorAll(".t")) span.classList.toggle("cut", span.token.end > length);
   }

@@ -37,7 +37,7 @@ function fillForm(link) {
   const named = link.getAll("run");
   for (const box of document.querySelectorAll("#runs input")) box.checked = named.includes(box.value);
   for (const name of FIELDS) if (link.has(name)) byId(name).value = link.get(name);
-  for (const name of ["top_p", "top_k", "min_p", "stop"]) if (!link.has(name)) byId(name).value = "";
+  for (const name of ["top_p", "top_k", "min_p", "repetition_penalty", "stop"]) if (!link.has(name)) byId(name).value = "";
   const missing = named.filter((id) => !runs.some((run) => run.id === id));
   problem(missing.length ? `This server does not have ${missing.join(", ")}.` : "");
 }
