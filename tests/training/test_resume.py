@@ -383,6 +383,29 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
     assert not list(checkpoints(only_run()).glob(".*"))
 
 
+def test_a_last_checkpoint_that_could_not_be_written_is_in_the_summary(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import utils.checkpoints.files
+
+    write = utils.checkpoints.files.write_tensors
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        if path.parent.name.startswith(".step_000025.tmp"):
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(utils.checkpoints.files, "write_tensors", full)
+    monkeypatch.setattr("utils.training.session.is_best", lambda state: state.step == 25)  # it is tried twice
+    assert train.main(tiny_argv(*SIXTY, "--max-iters", "25")) == 0
+    captured = capsys.readouterr()
+    printed = " ".join((captured.out + captured.err).split())
+    assert "checkpoint of step 20, not 25: No space left on device" in printed
+    assert printed.count("the checkpoint of step 25 was not written") == 1
+    assert train.main(["--resume", str(only_run())]) == 2
+    assert "starts a new run from its checkpoint of step 20" in " ".join(capsys.readouterr().err.split())
+
+
 # ------------------------------------------------------------------------------------------ fork, fine-tune
 
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoints.folder import list_checkpoints
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig, OptimizerConfig
+from utils.runs.layout import CHECKPOINTS
 from utils.runs.origin import Origin, recorded_config
 from utils.runs.trust import callback_words, require_trust
 from utils.terminal.words import setting_text
@@ -82,9 +84,11 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
     if grows < 0:
         raise ConfigError(f"--max-iters: {run.name} may grow, not shrink, from {old['max_iters']:,} to {max_iters:,}")
     if grows == 0 and complete:
+        newest = next((step for step, _ in list_checkpoints(run / CHECKPOINTS)), last_step)
+        of_step = f" of step {newest:,}" if newest != last_step else ""  # the disk was full, say
         raise ConfigError(
             f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters continues it where the schedule "
-            "allows, --fork starts a new run from its checkpoint"
+            f"allows, --fork starts a new run from its checkpoint{of_step}"
         )
     if grows and config.optimizer.weight_decay and config.optimizer.weight_decay_schedule != "constant":
         raise ConfigError(

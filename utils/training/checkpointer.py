@@ -95,6 +95,16 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._write_seconds: float | None = None
         self._was_stopped = self._is_abandoned = False
+        self._failure: tuple[int, str] | None = None  # the last write has failed: its step, and why
+
+    @property
+    def unsaved(self) -> str | None:
+        """Which checkpoint is the newest, and why there is no later one; None if the last write succeeded."""
+        if self._failure is None:
+            return None
+        step, reason = self._failure
+        kept = [found for found, _ in list_checkpoints(self.folder)]
+        return (f"of step {kept[0]:,}, not {step:,}: " if kept else f"none, not even of step {step:,}: ") + reason
 
     def due(self, step: int) -> bool:
         """Whether checkpoint_interval or checkpoint_minutes asks for one now and none is being written."""
@@ -169,7 +179,7 @@ class Checkpointer:
             if frozen:
                 self._base = write_base(self.folder, frozen)
             self._write_files(path, weights, optimizer, tokenizer, facts)
-            self._written_step = step
+            self._written_step, self._failure = step, None
         except Exception as error:  # the boundary of the thread: training continues with the earlier checkpoints
             if not self._is_abandoned:
                 with contextlib.suppress(OSError):
@@ -203,7 +213,10 @@ class Checkpointer:
             self._warn(f"{self.folder}: the older checkpoints were not deleted: {reason_of(error)}")
 
     def _report_failure(self, step: int, error: Exception) -> None:
-        """Say that a checkpoint was not written, and which is the newest one."""
+        """Say once that a checkpoint was not written, and which is the newest one."""
+        before, self._failure = self._failure, (step, reason_of(error))
+        if self._failure == before:
+            return  # the last step may be tried twice: as the best one, and as the last
         kept = [found for found, _ in list_checkpoints(self.folder)]
         newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
         self._warn(f"the checkpoint of step {step:,} was not written: {reason_of(error)}; {newest}")

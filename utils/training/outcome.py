@@ -25,6 +25,7 @@ class Outcome:
     losses_step: int | None = None
     best_step: int | None = None
     parameters: int = 0
+    unsaved: str | None = None  # why the last checkpoint is missing
 
     def read(self, state: TrainState) -> None:
         """Copy the step, the losses and the size of the model."""

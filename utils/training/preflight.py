@@ -160,7 +160,7 @@ def _adapters(setup: Setup) -> Iterator[str]:
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
+    return f"{count / 1e6:,.{1 if count < 1e7 else 0}f} MB"
 
 
 def _of_dataset(setup: Setup) -> Iterator[str]:

@@ -55,6 +55,7 @@ class TrainResult(Mapping[str, Any]):
     signum: int | None = None
     val_bits_per_byte: float | None = None  # val_loss per byte of the text instead of per token
     val_loss_without_leaks: float | None = None  # without documents that nearly equal one of the training split
+    unsaved: str | None = None  # which checkpoint is the newest, and why that of the last step was not written
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
@@ -112,6 +113,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         ("steps", f"{result.steps:,} of {setup.max_iters:,} in {duration(result.seconds)}"),
         ("parameters", f"{result.parameters:,}"),
         ("run directory", where),
+        *([("checkpoint", result.unsaved)] if result.unsaved else []),
     ]
     if result.status == "completed":
         rows.append(("export", f"{export} ({result.exported})"))

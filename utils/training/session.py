@@ -313,6 +313,7 @@ class Session:
             seconds=time.monotonic() - self._began,
             parameters=outcome.parameters,
             exported=outcome.exported,
+            unsaved=outcome.unsaved,
             signum=(self._stop.signum or self._stop.signum_of_others) if outcome.status == "interrupted" else None,
         )
         if outcome.status != "failed":
@@ -328,6 +329,7 @@ class Session:
         if not self.outcome.at_once:
             with contextlib.suppress(KeyboardInterrupt):
                 self.checkpoints.wait()
+        self.outcome.unsaved = self.checkpoints.unsaved
 
     def _close_log(self, log: RunLog) -> None:
         if not self.outcome.at_once:  # at once: a checkpoint may still be written, and needs the log
