@@ -497,8 +497,11 @@ class OptimizerConfig(Section):
 def check_callback_name(name: str) -> str:
     """Returns `name`; raises ValueError unless it has the form module:Class."""
     module, colon, attribute = name.partition(":")
-    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise ValueError(f"a callback is named module:Class, not {shown(name)}")
+    is_file = module.endswith(".py")
+    if is_file or not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        own = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+        hint = f"; did you mean {own}:{attribute}?" if is_file and attribute.isidentifier() else ""
+        raise ValueError(f"a callback is named module:Class, not {shown(name)}{hint}")
     return name
 
 
