@@ -262,6 +262,11 @@ class Trainer:
     def config(self) -> Config:
         return self._loaded.config
 
+    def __repr__(self) -> str:
+        tag = self.config.tracking.run_tag
+        ended = "not trained yet" if self.results is None else f"{self.results.status}, {self.results.run_dir}"
+        return f"<Trainer{f' of {tag}' if tag else ''}: {ended}>"
+
     def train(self, *, quiet: bool = False, strict: bool = False) -> TrainResult:
         """A new run of this experiment; see the function `train`."""
         self.results = _train(self._loaded, quiet=quiet, strict=strict)

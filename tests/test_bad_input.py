@@ -28,6 +28,9 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
     ("words", "expected"),
     [
         (["--batch-sise", "3"], "did you mean --batch-size?"),
+        (["--lr", "3e-4"], "did you mean --learning-rate?"),
+        (["--wd", "0"], "did you mean --weight-decay?"),
+        (["--quiet"], "unknown flag --quiet"),
         (["--batch-size", "many"], "expected integer >= 1"),
         (["--dropout", "1"], "expected number >= 0 and < 1"),
         (["--learning-rate", "nan"], "expected number > 0"),

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import TINY_FLAGS
 import utils.inference.generator
 import workbench
 from model import LanguageModel
+from tokenizer import CharTokenizer
 from utils.config.fields import SECTIONS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
@@ -92,6 +94,15 @@ def test_its_names_are_complete() -> None:
 
 
 # ------------------------------------------------------------------------------------------ training
+
+
+def test_what_print_shows_of_a_trainer_and_a_tokenizer() -> None:
+    assert repr(Trainer(run_tag="base")) == "<Trainer of base: not trained yet>"
+    assert repr(Trainer()) == "<Trainer: not trained yet>"
+    trainer = Trainer(run_tag="base")
+    trainer.results = SimpleNamespace(status="completed", run_dir=Path("runs/x"))  # type: ignore[assignment]
+    assert repr(trainer) == "<Trainer of base: completed, runs/x>"
+    assert repr(CharTokenizer("abc")) == "<CharTokenizer: 3 tokens>"
 
 
 def test_keywords_mappings_and_sections_mean_the_same() -> None:

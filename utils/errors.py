@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 SHOWN = 200  # characters of a value in a message
+ALIASES = {  # short names that other programs have: too short for their letters to tell
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "steps": "max_iters",
+    "wd": "weight_decay",
+}
 
 
 class UserError(ValueError):
@@ -94,8 +100,14 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
     >>> nearest("batch_sise", ["batch_size", "seed"])
     '; did you mean batch_size?'
+    >>> nearest("--lr", ["--mlp", "--learning-rate"])
+    '; did you mean --learning-rate?'
     """
     if len(name) > SHOWN:  # comparing takes the square of its length
         return ""
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    words = {word.lstrip("-").replace("-", "_"): word for word in valid}  # the dashes of flags are no likeness
+    given = name.lstrip("-").replace("-", "_")
+    if (alias := ALIASES.get(given)) in words:
+        return f"; did you mean {words[alias]}?"
+    matches = difflib.get_close_matches(given, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {words[matches[0]]}?" if matches else ""

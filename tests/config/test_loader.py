@@ -276,7 +276,7 @@ MULTIPLE = "must be a multiple of block_size"
         ("gradient_accumulation_steps: 2\nbatch_size: auto\n", {}, "b.yaml:1: batch_size auto finds"),
         ("batch_size: 8\ntokens_per_step: 640\n", {}, "b.yaml:2: tokens_per_step (640) and batch_size (8) are"),
         ("tokens_per_step: 100\n", {}, f"b.yaml:1: tokens_per_step (100) {MULTIPLE} (64): 64 or 128"),
-        ("tokens_per_step: 64\n", {"block_size": "100"}, f"b.yaml:1: tokens_per_step (64) {MULTIPLE} (100): 100"),
+        ("tokens_per_step: 64\n", {"block_size": "100"}, f"--block-size: tokens_per_step (64) {MULTIPLE} (100): 100"),
     ],
 )
 def test_a_batch_that_is_named_twice_or_in_part_is_refused_with_its_place(
@@ -490,6 +490,15 @@ def test_a_mistake_in_the_legacy_file_names_it(project: Path, write: Write) -> N
 )
 def test_a_mistake_on_the_command_line_names_its_flag(project: Path, overrides: dict[str, Any], message: str) -> None:
     assert refusal(project, **overrides) == message
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_broken_rule_names_what_was_set_last(flag: bool, project: Path, write: Write) -> None:
+    write("configs/model.yaml", "n_embd: 64\nn_head: 4\n")
+    if flag:
+        assert refusal(project, n_head="5").startswith("--n-head: n_embd (64) must be divisible by n_head (5)")
+    else:
+        assert refusal(project, write("mine.yaml", "n_head: 5\n")).startswith("mine.yaml:1: n_embd (64) must be")
 
 
 def test_a_length_that_is_wrong_is_said_as_such(project: Path, write: Write) -> None:
@@ -732,11 +741,12 @@ def test_a_mistake_in_python_is_named(project: Path, settings: dict[str, Any], m
     assert str(caught.value).startswith(message)
 
 
-def test_a_rule_that_is_broken_later_has_the_place_of_its_first_setting(project: Path, write: Write) -> None:
+def test_a_rule_that_is_broken_later_has_the_place_that_was_set_last(project: Path, write: Write) -> None:
     write("configs/a.yaml", "warmup_iters: 5\n")
     loaded = ConfigLoader(project).load((), {"max_iters": "100"})
     for keys, place in (
-        (("warmup_iters", "max_iters"), "configs/a.yaml:1"),
+        (("warmup_iters", "lr_decay_iters"), "configs/a.yaml:1"),
+        (("warmup_iters", "max_iters"), "--max-iters"),
         (("lr_decay_iters", "max_iters"), "--max-iters"),
         (("lr_decay_iters",), "default"),
     ):

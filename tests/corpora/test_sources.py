@@ -126,8 +126,8 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
     [
         ("shakespere", "did you mean shakespeare?"),
         ("pydoc", "did you mean pydocs?"),
-        ("no/such/file.txt", "expected pydocs, shakespeare, arithmetic or the path"),
-        ("x" * 300, "expected pydocs, shakespeare, arithmetic or the path"),  # longer than a file name may be
+        ("no/such/file.txt", "no such file or folder; expected pydocs, shakespeare, arithmetic, another dataset made"),
+        ("x" * 300, "no such file or folder; expected pydocs, "),  # longer than a file name may be
         ("~no-such-user-here/text.txt", "no-such-user-here"),
         ("arithmetic", "its problems are made for training"),
     ],

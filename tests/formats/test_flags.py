@@ -26,7 +26,10 @@ CONVERT = ("convert", "model.bin", "--out", "runs/new")
         ((*CONVERT, "--tokenizer", "chars"), "--tokenizer chars: expected char, byte, bpe, gpt2, hf:PATH or a tokeniz"),
         ((*CONVERT, "--tokenizer", "hf:no"), "--tokenizer hf:no: expected char, byte, bpe, gpt2, hf:PATH or a tokeniz"),
         ((*CONVERT, "--tokenizer", "model.bin"), "--tokenizer: model.bin: damaged tokenizer file"),
-        ((*CONVERT, "--tokenizer", "char", "--dataset", "no"), "--dataset: unknown dataset no: expected "),
+        (
+            (*CONVERT, "--tokenizer", "char", "--dataset", "no"),
+            "--dataset: unknown dataset no: no such file or folder; expected ",
+        ),
         (("convert", "model.bin", "--out", "."), "--out .: expected the name of a new run"),
     ],
 )

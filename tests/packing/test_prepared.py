@@ -218,7 +218,7 @@ def test_only_a_dataset_is_packed(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_datasets_that_there_are(folder: Path) -> None:
-    with pytest.raises(CorpusError, match=r"dataset smal: expected pydocs, .*, small or .* mean small"):
+    with pytest.raises(CorpusError, match=r"dataset smal: no .* expected pydocs, .*, small, .* mean small"):
         load(folder.with_name("smal"))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,19 @@ def test_a_clock_that_is_set_back_gives_no_negative_times(runs_dir: Path) -> Non
     sessions = [{"time": "2026-01-31T15:00:00+00:00", "before": {"end": "2026-01-31T14:25:11+00:00"}}]
     resumed = indexed(runs_dir, "b", end="2026-01-31T14:59:00+00:00", resumes=sessions)
     assert resumed.row()["duration"] == 10.0  # the second session counts as none, and takes nothing from the first
+
+
+@pytest.mark.parametrize(("logged", "seconds"), [(8.0, 8.0), (-5.0, 2.0), ("nan", 2.0), (1e9, 2.0), (None, 2.0)])
+def test_the_duration_of_a_killed_run_goes_up_to_its_last_sign_of_life(
+    logged: Any, seconds: float, runs_dir: Path
+) -> None:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    moment = logged if logged in (None, "nan") else start.timestamp() + logged
+    facts = {"start": start.isoformat(), "end": None, "status": "running", "seconds": 0.0}
+    path = make_run(runs_dir, "killed", metrics=[{"step": 1, "time": moment}], **facts)
+    os.utime(path / "lock", (start.timestamp() + 2,) * 2)
+    run = read_run(path)
+    assert (run.status, run.duration()) == ("crashed", seconds)
 
 
 def test_the_duration_of_a_running_run_grows(runs_dir: Path) -> None:

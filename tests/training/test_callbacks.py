@@ -457,6 +457,11 @@ class Broken(Callback):
         raise KeyError("data")
 
 
+class Misspelt(Callback):
+    def on_steps(self, run):
+        raise AssertionError
+
+
 class Stranger:
     pass
 """
@@ -472,6 +477,13 @@ class Stranger:
         ("broken:Broken", "callbacks: broken:Broken cannot be used: KeyError: 'data' (broken.py:6)"),
         ("typo:Mine", "callbacks: typo:Mine cannot be used: SyntaxError: "),
         ("a_script:Mine", "callbacks: a_script:Mine cannot be used: SystemExit: 3 (a_script.py:2)"),
+        (
+            "broken:Misspelt",
+            "broken:Misspelt has a method on_steps, which nothing calls: expected on_start, on_step, on_eval, on_end; "
+            "did you mean on_step?",
+        ),
+        ("broken.py:Broken", "module:Class, not 'broken.py:Broken'; did you mean broken:Broken?"),
+        ("./mine/broken.py:Broken", "module:Class, not './mine/broken.py:Broken'; did you mean mine.broken:Broken?"),
         ("broken", "a callback is named module:Class, not 'broken'"),
         ("broken.py:Broken.x", "a callback is named module:Class, not 'broken.py:Broken.x'"),
         (f"{__name__}:Recorder,{__name__}:Recorder", f"callbacks: {__name__}:Recorder is listed twice"),

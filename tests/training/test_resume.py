@@ -383,6 +383,15 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
     assert not list(checkpoints(only_run()).glob(".*"))
 
 
+def test_the_steps_of_the_session_are_told_from_all_steps(
+    tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv("--max-iters", "6", "--stop-at-step", "4")) == 0
+    assert "4 of 6 in " in capsys.readouterr().out
+    assert train.main(["--resume", str(only_run()), "--stop-at-step", "none"]) == 0
+    assert "6 of 6, 2 of them in " in capsys.readouterr().out
+
+
 def test_a_last_checkpoint_that_could_not_be_written_is_in_the_summary(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

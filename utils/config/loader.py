@@ -7,7 +7,7 @@ that a mistake is reported with its place and a value can be explained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -362,8 +362,7 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
     """One line: the place, the key, what was expected and what was given."""
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, RuleError):
-        set_by = [layers[key][-1].source for key in cause.keys if layers[key][-1].source != "default"]
-        return f"{set_by[0] if set_by else 'default'}: {cause}"
+        return f"{_set_last(cause, layers)}: {cause}"
     key = str(detail["loc"][1])
     setting = layers[key][-1]
     named = setting.source if setting.source.startswith("--") else f"{setting.source}: {key}"
@@ -375,5 +374,11 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
 
 def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:
     """The error for a rule that was found broken after loading, with the place where its first key was set."""
-    sources = [s for s in map(loaded.source, error.keys) if s != "default"]
-    return ConfigError(f"{sources[0] if sources else 'default'}: {error}")
+    return ConfigError(f"{_set_last(error, loaded.layers)}: {error}")
+
+
+def _set_last(error: RuleError, layers: Mapping[str, Sequence[Setting]]) -> str:
+    """The source to name for a broken rule: a flag before a file, then what overrides the most, then the first."""
+    found = [layers[key] for key in error.keys if layers[key][-1].source != "default"]
+    found.sort(key=lambda settings: (not settings[-1].source.startswith("--"), -len(settings)))
+    return found[0][-1].source if found else "default"

@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from utils.config.tags import check_tag
-from utils.errors import nearest, number_text, shown
+from utils.errors import UserError, nearest, number_text, shown
 from utils.files import expand_home
 
 Kind = Literal["trajectory", "observation", "machine"]
@@ -70,6 +70,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UserError(
+            f"{name} cannot be set: a configuration is frozen; train(config, {name}=...) changes a setting of one run"
+        )
 
     @field_validator("*")
     @classmethod
@@ -497,8 +502,11 @@ class OptimizerConfig(Section):
 def check_callback_name(name: str) -> str:
     """Returns `name`; raises ValueError unless it has the form module:Class."""
     module, colon, attribute = name.partition(":")
-    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise ValueError(f"a callback is named module:Class, not {shown(name)}")
+    is_file = module.endswith(".py")
+    if is_file or not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        own = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+        hint = f"; did you mean {own}:{attribute}?" if is_file and attribute.isidentifier() else ""
+        raise ValueError(f"a callback is named module:Class, not {shown(name)}{hint}")
     return name
 
 

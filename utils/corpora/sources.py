@@ -123,8 +123,8 @@ def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
     except (OSError, ValueError):  # ValueError: a NUL
         raise CorpusError(
-            f"unknown dataset {dataset}: expected {', '.join([*NAMES, *prepared])} or the path of a text file or "
-            f"folder{nearest(dataset, [*NAMES, *prepared])}"
+            f"unknown dataset {dataset}: no such file or folder; expected {', '.join([*NAMES, *prepared])}, another "
+            f"dataset made by prepare.py, or the path of a text file or folder{nearest(dataset, [*NAMES, *prepared])}"
         ) from None
     files, skipped = [path], []
     if os.path.isdir(path):

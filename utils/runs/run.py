@@ -25,7 +25,7 @@ from utils.config.tags import check_tag
 from utils.errors import UserError
 from utils.files import change_json, read_json, write_json
 from utils.folders import links_out, remove
-from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, NOTES, RECORD, WANDB, fed_note
+from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, METRICS_LOG, NOTES, RECORD, WANDB, fed_note
 from utils.runs.lock import (
     HEARTBEAT_SECONDS,
     STALE_HEARTBEAT_SECONDS,
@@ -437,10 +437,23 @@ def duration_of(path: Path, record: Mapping[str, Any], *, alive: bool) -> float:
             return float(recorded)
         total, starts, ends = float(recorded), starts[-1:], ends[-1:]
     if ends[-1] is None and record.get("status") == "running":
-        with contextlib.suppress(OSError):
-            ends[-1] = time.time() if alive else (path / LOCK).stat().st_mtime
+        ends[-1] = time.time() if alive else _last_sign_of_life(path)
     spans = (end - start for start, end in zip(starts, ends, strict=True) if start is not None and end is not None)
     return total + sum(max(0.0, span) for span in spans)
+
+
+def _last_sign_of_life(path: Path) -> float | None:
+    """The later of the heartbeat, which may be HEARTBEAT_SECONDS old, and the last record of the log."""
+    from utils.runs.log import last_record  # orjson, which --help does not need
+
+    times = []
+    with contextlib.suppress(OSError):
+        times.append((path / LOCK).stat().st_mtime)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # not written by us
+        logged = float((last_record(path / METRICS_LOG) or {})["time"])
+        if logged < time.time():  # not nan, and of no other clock
+            times.append(logged)
+    return max(times, default=None)
 
 
 def read_status(path: Path) -> str:

@@ -40,6 +40,9 @@ class Tokenizer(Protocol):
     learns: ClassVar[bool] = True
     learns_characters: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.vocab_size:,} tokens>"
+
     @property
     @abstractmethod
     def vocab_size(self) -> int: ...

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from utils.errors import UserError, typed_line
+from utils.errors import UserError, nearest, typed_line
 from utils.machine.signals import StopRequest
 from utils.runs.imported import source_of
 from utils.runs.trust import check_callback_place
@@ -105,6 +105,9 @@ class Callback:
         """Restore the state that `state_dict` returned."""
 
 
+HOOKS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
 class Callbacks:
     """The callbacks of one run, called in the order of the setting."""
 
@@ -151,7 +154,7 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
         root: the project folder.
 
     Raises:
-        UserError: it is inside a run directory, cannot be imported or made, or is no Callback.
+        UserError: it is inside a run directory, cannot be imported or made, is no Callback, or has an unknown hook.
     """
     if names and not sys.warnoptions:  # Python shows them for __main__ only, and here their reader is the author
         warnings.filterwarnings("default", r"utils\.[\w.]+ is deprecated", DeprecationWarning)
@@ -165,6 +168,11 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
             found = getattr(_up_to_date(module), attribute)
             if not (isinstance(found, type) and issubclass(found, Callback)):
                 raise UserError(f"callbacks: {name} is not a subclass of workbench.Callback")
+            for wrong in (method for method in dir(found) if method.startswith("on_") and method not in HOOKS):
+                raise UserError(
+                    f"callbacks: {name} has a method {wrong}, which nothing calls: expected {', '.join(HOOKS)}"
+                    f"{nearest(wrong, HOOKS)}"
+                )
             callbacks[name] = found()
         except UserError:
             raise

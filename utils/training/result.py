@@ -92,8 +92,12 @@ class TrainResult(Mapping[str, Any]):
         return 0 if self.status in ("completed", "interrupted") else 1
 
 
-def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal) -> None:
-    """Print losses, time, where files are, and what to type next."""
+def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, first_step: int = 0) -> None:
+    """Print losses, time, where files are, and what to type next.
+
+    Args:
+        first_step: with which the session began, whose time is printed.
+    """
     here = Path.cwd()
     where = shlex.quote(relative_name(run.path, here))
     export = shlex.quote(relative_name(run.path / EXPORT, here))
@@ -109,8 +113,9 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
         if result.val_loss_without_leaks is not None:
             rows.append(("without leaks", f"val {result.val_loss_without_leaks:.4f}"))
         rows.append(("best val loss", f"{result.best_val_loss:.4f} at step {result.best_step:,}"))
+    of_session = f", {result.steps - first_step:,} of them" if first_step else ""
     rows += [
-        ("steps", f"{result.steps:,} of {setup.max_iters:,} in {duration(result.seconds)}"),
+        ("steps", f"{result.steps:,} of {setup.max_iters:,}{of_session} in {duration(result.seconds)}"),
         ("parameters", f"{result.parameters:,}"),
         ("run directory", where),
         *([("checkpoint", result.unsaved)] if result.unsaved else []),

@@ -321,7 +321,7 @@ class Session:
             signum=(self._stop.signum or self._stop.signum_of_others) if outcome.status == "interrupted" else None,
         )
         if outcome.status != "failed":
-            self._attempt(print_result, self.result, self.run, self.setup, self.terminal)
+            self._attempt(print_result, self.result, self.run, self.setup, self.terminal, self._start.step)
 
     def _dump_flight_recorder(self) -> None:
         if self.outcome.status in ("diverged", "failed"):
