@@ -223,6 +223,14 @@ def test_the_split_stays_when_data_is_added(tmp_path: Path, run: Run) -> None:
     assert 0.02 < len(more) / len(TEXTS) < 0.25
 
 
+def test_a_range_without_a_record_is_read_to_its_end_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * (5 << 20) + b"--y")
+    for end, found, most in ((2 << 20, [], 3 << 20), (None, [b"y"], 5 << 20)):
+        read: list[int] = []
+        assert list(readers.records(tmp_path / "a.txt", b"--", 1 << 20, end, tmp_path, read.append)) == found
+        assert sum(read) <= most
+
+
 @pytest.mark.parametrize("log", [27, 31])
 def test_zstd_may_look_back_as_far_as_it_can(log: int, tmp_path: Path) -> None:
     import zstandard
