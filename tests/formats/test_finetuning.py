@@ -189,6 +189,34 @@ def test_a_shorter_context_keeps_the_first_positions(work: Path) -> None:
         torch.testing.assert_close(export.model(idx)[0], whole(idx)[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("end_is_named", [True, False])
+def test_the_tokenizer_of_an_export_has_its_special_tokens(end_is_named: bool, work: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "gpt2"
+    shutil.copytree(work / "gpt2", model)
+    facts = read_json(model / "tokenizer.json")
+    facts["model"]["vocab"] |= {"<|endoftext|>": 30, "<s>": 31}
+    facts["added_tokens"] = [
+        {"id": place, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False} for text, place in (("<|endoftext|>", 30), ("<s>", 31))
+    ]  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(facts))
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    if end_is_named:
+        names = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<s>"}
+        (model / "special_tokens_map.json").write_text(json.dumps(names))
+    tag = f"named-{end_is_named}"
+    flags = ("--init-from", f"hf:{model}", "--block-size", "8", "--max-iters", "1", "--run-tag", tag)
+    assert run_train(work, *flags) == 0
+    run = resolve_run(tag, work / "runs")
+    assert main(["export", str(run), "--format", "hf"]) == 0
+    theirs = AutoTokenizer.from_pretrained(run / "artifacts" / "hf")
+    assert (theirs.eos_token, theirs.bos_token) == ("<|endoftext|>", "<s>" if end_is_named else None)
+    assert theirs.model_max_length == 8
+    assert theirs("the cat")["input_ids"] == load_tokenizer(run / "meta" / "tokenizer.json").encode("the cat")
+
+
 def test_a_broken_model_leaves_no_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = work / "broken"
     shutil.copytree(work / "gpt2", broken)

@@ -23,6 +23,7 @@ from conftest import ROOT
 import prepare
 from tokenizer import load_tokenizer
 from utils.corpora import readers
+from utils.corpora.blocks import blocks
 from utils.corpora.datasets import VERIFIED_JSON, Dataset, read_dataset
 from utils.corpora.source_files import SourceFile
 from utils.files import read_json
@@ -222,6 +223,25 @@ def test_the_split_stays_when_data_is_added(tmp_path: Path, run: Run) -> None:
     assert 0.02 < len(more) / len(TEXTS) < 0.25
 
 
+def test_a_range_without_a_record_is_read_to_its_end_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * (5 << 20) + b"--y")
+    for end, found, most in ((2 << 20, [], 3 << 20), (None, [b"y"], 5 << 20)):
+        read: list[int] = []
+        assert list(readers.records(tmp_path / "a.txt", b"--", 1 << 20, end, tmp_path, read.append)) == found
+        assert sum(read) <= most
+
+
+@pytest.mark.parametrize("log", [27, 31])
+def test_zstd_may_look_back_as_far_as_it_can(log: int, tmp_path: Path) -> None:
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters(window_log=log, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compressor.compress(b"a text\n" * 1000) + compressor.flush())
+    assert b"".join(blocks(path)) == b"a text\n" * 1000
+
+
 def test_two_documents_are_one_for_each_split(tmp_path: Path, run: Run) -> None:
     assert run(json_lines(tmp_path / "a.jsonl", TEXTS[:2]), "--tokenizer", "byte") == 0
     dataset = dataset_of(tmp_path)
@@ -315,6 +335,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, run: Run, small_p
 KILLED = """
 import sys
 from utils.corpora import readers
+from utils.corpora.blocks import blocks
 from utils.preparation import encoding
 import prepare
 readers.UNIT_BYTES, encoding.JOB_BYTES = 3000, 2000

@@ -14,6 +14,7 @@ from utils.terminal.words import one_line
 
 BLOCK = 1 << 20  # bytes of a file that are held at a time
 ZSTD_BLOCK = 1 << 14  # of these, compressed by zstd: a thousand times as many may come out
+ZSTD_WINDOW = 1 << 31  # bytes: of zstd --long=31, the most there is
 COMPRESSED = (".gz", ".zst")
 
 
@@ -69,7 +70,7 @@ def _zstd(path: Path, raw: object) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise CorpusError(f"{named(path)}: .zst needs the package zstandard: pip install zstandard") from None
-    decompressor = zstandard.ZstdDecompressor()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     frame, data = None, b""
     try:
         while data or (data := raw.read(ZSTD_BLOCK)):  # type: ignore[attr-defined]

@@ -265,6 +265,8 @@ def records(
             kept = rest[-width + 1 :] if width > 1 else b""
             place += len(rest) - len(kept)
             rest = kept
+            if end is not None and place >= end:  # the next record begins in a later range
+                return
         elif len(rest) > LONG:
             spilled = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed when its map is)
             spilled.write(rest)

@@ -169,13 +169,17 @@ def tokenizer_config(source: Source) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if kept:
-        return kept | common
-    found: dict[str, Any] = {**common, "model_max_length": source.model.config.block_size}
     added = json.loads(source.tokenizer.huggingface()).get("added_tokens") or []
     ends = [token["content"] for token in added if token["id"] == source.tokenizer.end_of_text]
-    # In our tokenizers, a special token that is written in a text is text.
-    return found | ({"eos_token": ends[0]} if ends else {}) | {"split_special_tokens": True}
+    end = {"eos_token": ends[0]} if ends else {}
+    context = source.model.config.block_size
+    if not kept:
+        # In our tokenizers, a special token that is written in a text is text.
+        return {**common, "model_max_length": context, **end, "split_special_tokens": True}
+    if source.model.config.position == "learned":  # there are no others
+        given = kept.get("model_max_length")
+        kept["model_max_length"] = min(given, context) if isinstance(given, int | float) else context
+    return end | {key: value for key, value in kept.items() if key != "eos_token" or value} | common
 
 
 def _notes(source: Source, family: Family, expected: list[Place]) -> list[str]:

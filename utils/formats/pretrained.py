@@ -24,12 +24,8 @@ from utils.formats.shards import LOADABLE, Shards, check_regular
 from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
 from utils.tokenization.subwords import LARGEST_VOCABULARY
 
-CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-)
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
 HEAD = "lm_head.weight"  # of all families
 
@@ -133,14 +129,21 @@ class Pretrained:
     def facts(self) -> dict[str, Any]:
         """What a run that starts with the model keeps, so that its own export is complete."""
         found: dict[str, Any] = {"architecture": self.family.architecture, "config": dict(self.foreign)}
-        for key, name in (("generation_config", GENERATION), ("tokenizer_config", TOKENIZER_CONFIG)):
-            path = self.folder / name
-            found[key] = read_bounded_json(path) if path.is_file() else {}
+        found |= {"generation_config": self._object(GENERATION), "tokenizer_config": self._object(TOKENIZER_CONFIG)}
+        for key, token in self._object(SPECIAL_TOKENS).items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if key in ("bos_token", "eos_token", "unk_token", "pad_token") and isinstance(text, str):
+                found["tokenizer_config"].setdefault(key, text)
         for key, name, read in (("chat_template", CHAT_TEMPLATE, str), ("license", CARD, licence_of)):
             path = self.folder / name
             if path.is_file() and (text := read(read_bounded(path).decode("utf-8", "replace"))):
                 found[key] = text
         return found
+
+    def _object(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file of the folder; empty without the file."""
+        path = self.folder / name
+        return read_bounded_json(path) if path.is_file() else {}
 
 
 class _Weights(Mapping[str, torch.Tensor]):
