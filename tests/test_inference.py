@@ -603,6 +603,7 @@ def test_lines_from_a_pipe_that_are_not_text(
         (["--draft", "ngram", "--window", "exact"], "--draft needs --window sliding, not exact"),
         (["--draft", "ngram", "--samples", "2", "--batch-size", "2"], "one sequence at a time: batch_size must be 1"),
         (["--draft-tokens", "0"], "--draft-tokens: expected a whole number from 1"),
+        (["--draft", "ngram", "--draft-tokens", "15"], "draft-tokens must be at most 14, not 15"),
         (["--out", "x"], "--out cannot go with one RUN; it goes with: --prompt-file"),
         (["--interactive", "--samples", "2"], "--samples cannot go with --interactive"),
         (["--html", "x.html"], "--html cannot go with one RUN; it goes with: several RUNs"),

@@ -212,11 +212,16 @@ def test_a_draft_with_another_tokenizer_is_an_error_that_names_both() -> None:
         Generator(tiny_model(), TOKENIZER, "large", draft=helper)
 
 
-def test_a_draft_that_sees_too_little_is_an_error() -> None:
-    helper = Generator(tiny_model(block_size=4), TOKENIZER, "small")
-    generator = Generator(tiny_model(), TOKENIZER, "large", draft=helper)
-    with pytest.raises(UserError, match="the draft sees only 4 tokens: it needs at least 7"):
-        generator.generate("ab", Request(5))
+def test_more_draft_tokens_than_a_context_holds_are_an_error() -> None:
+    helper, large = Generator(tiny_model(block_size=4), TOKENIZER, "small"), tiny_model()
+    with pytest.raises(UserError, match="draft-tokens must be at most 2, not 3: the draft sees only 4 tokens"):
+        Generator(large, TOKENIZER, "large", draft=helper, draft_tokens=3)
+    assert Generator(large, TOKENIZER, draft=helper, draft_tokens=2).generate("ab", Request(5)).tokens
+    with pytest.raises(UserError, match="draft-tokens must be at most 14, not 15: the model sees only 16 tokens"):
+        Generator(large, TOKENIZER, draft="ngram", draft_tokens=15)
+    most = Generator(large, TOKENIZER, draft=Generator(large, TOKENIZER), draft_tokens=14)
+    most.generate("a", Request(5))
+    assert most.stats.proposed == 14
 
 
 def test_a_draft_is_found_like_a_run(tmp_path: Path) -> None:

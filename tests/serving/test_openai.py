@@ -22,6 +22,7 @@ from tests.serving.conftest import TEMPLATE, serving
 from tests.tiny_export import TOKENIZER
 from utils.inference.generator import Generator, Request
 from utils.inference.sampling import SamplingOptions
+from utils.serving.schemas import CompletionRequest
 
 pytestmark = pytest.mark.xdist_group("serving")
 
@@ -194,6 +195,34 @@ def test_a_mistake_has_its_status_and_one_message(url: str, status: int, message
     assert response.status_code == status
     assert re.search(message, error["message"])
     assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("param", "message", "fields"),
+    [
+        ("stop", "stop: expected a text in Unicode, or a list of texts", {"stop": 5}),
+        ("stop", "stop: expected a text in Unicode, or a list of texts", {"stop": ["a", 5]}),
+        ("temprature", "unknown field 'temprature'; did you mean temperature?", {"temprature": 1}),
+        (r"\ud800\n", r"unknown field '\ud800\n'", {"\ud800\n": 1}),
+        ("stream_options", "stream_options goes with stream: true", {"stream_options": {"include_usage": True}}),
+        ("suffix", "suffix is not served here: leave it out", {"suffix": "a"}),
+        ("seed", "seed: expected less than 2^63 - 4096", {"seed": 2**63 - 1}),
+        ("temperature", "temperature: Input should be greater than or equal to 0", {"temperature": -1}),
+    ],
+)
+def test_a_mistake_names_its_field(url: str, param: str, message: str, fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "first", "prompt": "a"} | fields)
+    response = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (error["param"], error["message"]) == (param, message)
+
+
+def test_every_field_that_may_be_left_out_may_be_null(url: str, alone: Generator) -> None:
+    expected = alone.generate("", Request(9, HOT, seed=7)).text
+    asked = {"model": "first", "max_tokens": 9, "temperature": 1, "seed": 7}
+    nulls = dict.fromkeys(CompletionRequest.model_fields)
+    answer = httpx.post(f"{url}/v1/completions", json=nulls | asked).json()
+    assert answer["choices"][0]["text"] == expected
 
 
 def test_a_full_queue_is_status_429_and_says_when_to_try_again(url: str) -> None:

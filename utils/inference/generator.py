@@ -144,7 +144,7 @@ class Generator:
         draft_tokens: how many it proposes at a time.
 
     Raises:
-        UserError: the draft has another tokenizer, or the device is MPS.
+        UserError: the draft has another tokenizer, draft_tokens do not fit into a context, or the device is MPS.
 
     >>> generator = Generator.from_run("baseline")
     >>> completion = generator.generate("The ", Request(max_new_tokens=20, seed=1))
@@ -173,8 +173,14 @@ class Generator:
         if draft is not None:
             if device.type == "mps":
                 raise UserError("a draft needs double precision, which MPS does not have")
+            models = {"the model": model}
             if draft != "ngram":
                 check_draft(self, draft)
+                models["the draft"] = draft.model
+            for which, each in models.items():
+                if draft_tokens + 2 > (context := each.config.block_size):
+                    message = f"draft-tokens must be at most {context - 2}, not {draft_tokens}"
+                    raise UserError(f"{message}: {which} sees only {context} tokens")
             self._speculators = Speculators(None if draft == "ngram" else draft.model, draft_tokens)
 
     @classmethod

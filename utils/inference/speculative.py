@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 
 from model import LanguageModel
-from utils.errors import UserError
 from utils.inference.decode import Block, decode_one_token, make_room, prefill
 from utils.inference.graphs import Graphs, Reserve
 from utils.inference.sampling import GREEDY_BELOW, SamplingOptions, filter_logits
@@ -145,8 +144,7 @@ class ModelDraft:
         self._lean, self._count, self._graphs = lean(model), count, Graphs(device)
         self._cache = StaticCache(model.config, 1, block_size, device, parameter.dtype)
         self._kept = min(block_size // 2, block_size - count - 1)  # tokens of the text, when the cache is renewed
-        if self._kept < 1:
-            raise UserError(f"the draft sees only {block_size} tokens: it needs at least {count + 2}")
+        assert self._kept > 0
         self._logits = torch.zeros(1, model.vocab_size, device=device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)

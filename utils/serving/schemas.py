@@ -15,8 +15,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from utils.errors import nearest, shown
+from utils.errors import SHOWN, cut, nearest, shown
+from utils.terminal.words import one_line
 
 MOST_CHOICES = 16  # texts for one prompt
 MOST_PROMPTS = 256  # of one request
@@ -36,19 +38,29 @@ Number = Annotated[float, BeforeValidator(_no_bool)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Text = Annotated[str, Field(max_length=4 << 20)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Prompt = Text | list[Text] | list[TokenId] | list[list[TokenId]] | None
 
 
-def _one_mistake(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """One message for a prompt that is none of the four kinds."""
-    try:
-        return check(value)
-    except ValidationError:
-        raise ValueError("expected a text in Unicode, token ids from 0 on, or a list of either") from None
+def _one_of(kinds: str) -> WrapValidator:
+    """One message for a value that is of none of several kinds."""
+
+    def check_all(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError(f"expected {kinds}") from None
+
+    return WrapValidator(check_all)
+
+
+def _mistake(field: str, message: str) -> PydanticCustomError:
+    """A mistake that only the whole request shows; `field` becomes the `param` of the error."""
+    return PydanticCustomError("request", message, {"param": cut(one_line(field), SHOWN)})
 
 
 def _neutral(value: Any, neutral: Any, name: str) -> None:
     if value not in (None, neutral):
-        raise ValueError(f"{name} is not served here: leave it out")
+        raise _mistake(name, f"{name} is not served here: leave it out")
 
 
 class StreamOptions(BaseModel):
@@ -72,7 +84,9 @@ class Sampling(BaseModel):
     repetition_penalty: Number | None = Field(None, ge=0.001, le=1000, description="not of OpenAI's API")
     n: Whole | None = Field(None, ge=1, le=MOST_CHOICES, description="texts for each prompt")
     seed: Whole | None = Field(None, ge=0, lt=SEEDS, description="text i draws from the random stream of seed + i")
-    stop: Text | list[Text] | None = Field(None, description="where a text ends; not part of it")
+    stop: Annotated[Text | list[Text] | None, _one_of("a text in Unicode, or a list of texts")] = Field(
+        None, description="where a text ends; not part of it"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="ignored")
@@ -85,7 +99,7 @@ class Sampling(BaseModel):
     def _known(cls, values: Any) -> Any:
         if isinstance(values, dict):
             for name in values.keys() - cls.model_fields.keys():
-                raise ValueError(f"unknown field {shown(name)}{nearest(str(name), cls.model_fields)}")
+                raise _mistake(str(name), f"unknown field {shown(name)}{nearest(str(name), cls.model_fields)}")
         return values
 
     @model_validator(mode="after")
@@ -94,9 +108,9 @@ class Sampling(BaseModel):
         _neutral(self.frequency_penalty, 0, "frequency_penalty")
         _neutral(self.logit_bias, {}, "logit_bias")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
+            raise _mistake("stream_options", "stream_options goes with stream: true")
         if self.seed is not None and self.seed + MOST_CHOICES * MOST_PROMPTS >= SEEDS:
-            raise ValueError(f"seed: expected less than 2^63 - {MOST_CHOICES * MOST_PROMPTS}")
+            raise _mistake("seed", f"seed: expected less than 2^63 - {MOST_CHOICES * MOST_PROMPTS}")
         return self
 
     @field_validator("stop")
@@ -115,7 +129,7 @@ class Sampling(BaseModel):
 class CompletionRequest(Sampling):
     """The body of /v1/completions."""
 
-    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], WrapValidator(_one_mistake)] = Field(
+    prompt: Annotated[Prompt, _one_of("a text in Unicode, token ids from 0 on, or a list of either")] = Field(
         "", description="a text, token ids, or several of either"
     )
     max_tokens: Whole | None = Field(None, ge=0, le=MOST_TOKENS, description="0 is for a prompt that is only scored")
@@ -134,8 +148,8 @@ class CompletionRequest(Sampling):
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or token ids; an empty list is one prompt without tokens."""
         prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
+        if prompt is None or isinstance(prompt, str):
+            return [prompt or ""]
         if not prompt:
             return [[]]
         if isinstance(prompt[0], int):
@@ -164,7 +178,7 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _with_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true")
+            raise _mistake("top_logprobs", "top_logprobs goes with logprobs: true")
         return self
 
 

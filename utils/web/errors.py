@@ -82,8 +82,13 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def validation_error(error: RequestValidationError) -> ApiError:
-    """The first mistake of a request, in one line."""
+    """The first mistake of a request, in one line.
+
+    A validator of several fields names the one that is to blame in the context `param` of its PydanticCustomError.
+    """
     detail = error.errors()[0]
+    if "param" in detail.get("ctx", {}):
+        return ApiError(400, detail["msg"], param=detail["ctx"]["param"])
     if detail["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {detail.get('ctx', {}).get('error', detail['msg'])}")
     place = [str(part) for part in detail["loc"] if part not in ("body", "query", "path", "header")]
