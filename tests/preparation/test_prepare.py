@@ -25,7 +25,7 @@ from tokenizer import load_tokenizer
 from utils.corpora import readers
 from utils.corpora.blocks import blocks
 from utils.corpora.datasets import VERIFIED_JSON, Dataset, read_dataset
-from utils.corpora.source_files import SourceFile
+from utils.corpora.source_files import SourceFile, find_files
 from utils.files import read_json
 from utils.preparation import encoding, pipeline, reading, shards, workers
 from utils.preparation.work import work_folder
@@ -221,6 +221,14 @@ def test_the_split_stays_when_data_is_added(tmp_path: Path, run: Run) -> None:
     fewer, more = (set(texts_of(dataset_of(tmp_path, name), "val")) for name in "ab")
     assert fewer == more & set(TEXTS[100:])
     assert 0.02 < len(more) / len(TEXTS) < 0.25
+
+
+def test_a_cache_in_a_saved_data_set_is_no_data(tmp_path: Path) -> None:
+    for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+        (tmp_path / name).touch()
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    found = find_files([str(tmp_path)], tmp_path / "corpora").files
+    assert [Path(file.path).name for file in found] == ["data-00000-of-00001.arrow"]
 
 
 def test_a_range_without_a_record_is_read_to_its_end_only(tmp_path: Path) -> None:

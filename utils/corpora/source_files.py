@@ -14,7 +14,7 @@ from typing import Literal
 from utils.corpora.blocks import COMPRESSED, named
 from utils.corpora.sources import CORPORA, TEXT_SUFFIXES, CorpusError, Source, find_source, visible_files
 from utils.errors import first_line, is_out_of_memory, nearest
-from utils.files import expand_home
+from utils.files import expand_home, read_json
 from utils.terminal.words import one_line
 
 Kind = Literal["text", "json_lines", "parquet", "arrow", "corpus"]
@@ -143,13 +143,22 @@ def _folder(folder: Path, kinds: dict[str, Kind], notes: list[str]) -> list[Path
         if (folder / SAVED).is_file() and (folder / "train").is_dir():
             place = folder / "train"
             notes.append(f"{folder}: a saved data set with splits, of which only train is read")
-        return _some([path for path in visible_files(place) if _suffix(path) == ".arrow"], folder)
+        return _some([path for path in visible_files(place) if _suffix(path) == ".arrow" and _is_data(path)], folder)
     everything = visible_files(folder)
     chosen = [path for path in everything if _suffix(path) in kinds or _suffix(path) in TEXT_SUFFIXES]
     files = _some(chosen, folder)
     if len(everything) > len(files):
         notes.append(Source(str(folder), files, str, sorted({*everything} - {*files})).files_text())
     return files
+
+
+def _is_data(path: Path) -> bool:
+    """Whether an Arrow file is part of a saved data set, and no cache that the package datasets put beside it."""
+    try:
+        listed = read_json(path.parent / SAVED_SPLIT)["_data_files"]
+        return path.name in [entry["filename"] for entry in listed]
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # nothing says which files belong to it
 
 
 def _some(files: list[Path], folder: Path) -> list[Path]:
