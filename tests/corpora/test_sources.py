@@ -80,6 +80,17 @@ def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
     assert find_source(str(folder), tmp_path).read() == "[a/b.py]\n[a/z.md]\n[b.txt]\n[c]"
 
 
+def test_linked_folders_are_read_once_and_no_link_leads_astray(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for name in ("texts/b.txt", "texts/z/old.txt", "elsewhere/book.txt", "elsewhere/.git/config.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"[{name}]")
+    (folder / "a").symlink_to(elsewhere)
+    (folder / "current").symlink_to(folder / "z")
+    (elsewhere / "back").symlink_to(folder)
+    assert find_source(str(folder), tmp_path).read() == "[elsewhere/book.txt]\n[texts/b.txt]\n[texts/z/old.txt]"
+
+
 @pytest.mark.parametrize("files", [[], ["picture.png"], [".hidden.txt"]])
 def test_a_folder_without_text_files_is_an_error(files: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "texts"

@@ -172,6 +172,7 @@ def test_ranges_of_a_file_have_each_record_once(
                 tmp_path / "a.txt", separator.encode(), unit.start, unit.end, tmp_path, lambda count: None
             )
             found += [bytes(record).decode() for record in ranged]
+        assert sum(unit.bytes for unit in readers.units([file], readers.Reading(separator=separator))) == len(text)
         expected = text.split(separator)
         assert found == (expected if expected[-1] else expected[:-1])
 

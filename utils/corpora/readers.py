@@ -55,16 +55,14 @@ class Unit:
     """What one worker reads at a time: whole files, or a range of one.
 
     files: each with its index among all.
+    bytes: of the files, or of the range; of a part of a table, in proportion to its text.
     start, end: bytes of a file of records, or row groups of a table; end None: to its end.
     """
 
     files: Sequence[tuple[int, SourceFile]]
+    bytes: int
     start: int = 0
     end: int | None = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.bytes for _, file in self.files)
 
 
 @dataclass(frozen=True)
@@ -107,34 +105,38 @@ def units(files: Sequence[SourceFile], reading: Reading) -> list[Unit]:
     for index, file in enumerate(files):
         limits = _ranges(file, reading)
         if whole and (size + file.bytes > UNIT_BYTES or len(whole) >= UNIT_FILES or len(limits) > 1):
-            found.append(Unit(tuple(whole)))
+            found.append(Unit(tuple(whole), size))
             whole, size = [], 0
         if len(limits) > 1:
-            found += [Unit(((index, file),), start, end) for start, end in limits]
+            found += [Unit(((index, file),), part, start, end) for start, end, part in limits]
         else:
             whole.append((index, file))
             size += file.bytes
-    return found + ([Unit(tuple(whole))] if whole else [])
+    return found + ([Unit(tuple(whole), size)] if whole else [])
 
 
-def _ranges(file: SourceFile, reading: Reading) -> list[tuple[int, int | None]]:
-    """The ranges in which a large file can be read independently."""
+def _ranges(file: SourceFile, reading: Reading) -> list[tuple[int, int | None, int]]:
+    """The ranges in which a large file can be read independently, each with its bytes."""
     if file.kind == "arrow":
         tables.check_arrow(Path(file.path), reading.field)
     if file.kind == "parquet":
-        limits: list[tuple[int, int | None]] = []
+        limits: list[tuple[int, int | None, int]] = []
+        groups = [count for count, _ in tables.row_groups(Path(file.path), reading.field)]
+        of_text = file.bytes / max(sum(groups), 1)
         start, size = 0, 0
-        for number, (count, _) in enumerate(tables.row_groups(Path(file.path), reading.field)):
+        for number, count in enumerate(groups):
             if size and size + count > UNIT_BYTES:
-                limits.append((start, number))
+                limits.append((start, number, round(size * of_text)))
                 start, size = number, 0
             size += count
-        return [*limits, (start, None)]
+        return [*limits, (start, None, round(size * of_text))]
     separator = separator_of(file, reading)
     if not separator or file.compressed or _overlaps_itself(separator):
-        return [(0, None)]
+        return [(0, None, file.bytes)]
     starts = [*range(0, max(file.bytes, 1), UNIT_BYTES)]
-    return list(zip(starts, [*starts[1:], None], strict=True))
+    ends = [*starts[1:], file.bytes]
+    last = starts[-1]
+    return [(start, None if start == last else end, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
 def separator_of(file: SourceFile, reading: Reading) -> bytes:

@@ -202,15 +202,23 @@ def _kinds_text(files: Iterable[Path]) -> str:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files by path; hidden files and folders are left out."""
+    """All files by path, those in linked folders too, each folder once; hidden files and folders are left out."""
 
     def fail(error: OSError) -> None:
         raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
 
-    found = []
-    for place, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
+    found: list[Path] = []
+    seen: set[str] = set()
+    waiting = [folder]  # links come last: what they lead to may be in `folder` itself
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0), onerror=fail):
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 
