@@ -251,6 +251,18 @@ def test_zstd_may_look_back_as_far_as_it_can(log: int, tmp_path: Path) -> None:
     assert b"".join(blocks(path)) == b"a text\n" * 1000
 
 
+@pytest.mark.parametrize("fraction", ["0.0001", "0.9999"])
+def test_equal_documents_stay_together_where_a_split_would_be_empty(tmp_path: Path, run: Run, fraction: str) -> None:
+    texts = ["the same text"] * 3 + ["another text"] * 2
+    assert run(json_lines(tmp_path / "a.jsonl", texts), "--tokenizer", "byte", "--val-fraction", fraction) == 0
+    dataset = dataset_of(tmp_path)
+    train, val = (texts_of(dataset, split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts)
+    assert train
+    assert val
+    assert not set(train) & set(val)
+
+
 def test_two_documents_are_one_for_each_split(tmp_path: Path, run: Run) -> None:
     assert run(json_lines(tmp_path / "a.jsonl", TEXTS[:2]), "--tokenizer", "byte") == 0
     dataset = dataset_of(tmp_path)

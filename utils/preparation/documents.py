@@ -98,7 +98,7 @@ class Documents:
     def split(self, val_fraction: float) -> None:
         """Choose those for validation by the hash of their text, so that more documents change nothing for these.
 
-        With two documents or more, each split gets at least one.
+        With two documents or more, each split gets at least one. Equal ones stay together, unless there are no others.
         """
         limit = min(int(val_fraction * KEYS), KEYS - 1)
         counts = {False: 0, True: 0}
@@ -108,9 +108,11 @@ class Documents:
             counts[False] += int((~part.val & ~part.removed).sum())
         if 0 in counts.values() and sum(counts.values()) >= 2:
             places = [self.place(int(number)) for number in self.kept()]
-            nearest = min if counts[True] == 0 else max
-            part, index = nearest(places, key=lambda place: int(place[0].documents["key"][place[1]]))
-            part.val[index] = counts[True] == 0
+            keys = [int(part.documents["key"][index]) for part, index in places]
+            nearest = min(keys) if counts[True] == 0 else max(keys)
+            equal = [place for place, key in zip(places, keys, strict=True) if key == nearest]
+            for part, index in equal[:1] if len(equal) == len(places) else equal:
+                part.val[index] = counts[True] == 0
 
     def find_leaks(self) -> None:
         """Find the documents for validation that nearly equal one for training."""
