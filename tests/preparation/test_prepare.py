@@ -263,6 +263,17 @@ def test_equal_documents_stay_together_where_a_split_would_be_empty(tmp_path: Pa
     assert not set(train) & set(val)
 
 
+@pytest.mark.parametrize(("newline", "warned"), [("\n", False), ("\r\n", True)])
+def test_a_separator_that_no_file_has_is_told(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], newline: str, warned: bool
+) -> None:
+    (tmp_path / "a.txt").write_bytes((newline * 2).join(["a paragraph", "another one", "the last"]).encode())
+    assert run(tmp_path / "a.txt", "--separator", "\\n\\n", "--tokenizer", "byte") == 0
+    captured = capsys.readouterr()
+    hint = r"no file has the separator '\n\n', so each is one document; lines end with \r\n: --separator '\r\n\r\n'"
+    assert (hint in captured.out + captured.err) == warned
+
+
 def test_two_documents_are_one_for_each_split(tmp_path: Path, run: Run) -> None:
     assert run(json_lines(tmp_path / "a.jsonl", TEXTS[:2]), "--tokenizer", "byte") == 0
     dataset = dataset_of(tmp_path)

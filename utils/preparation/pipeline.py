@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer, tokenizer_class
 from utils.config.settings import DataConfig
+from utils.corpora.blocks import blocks
 from utils.corpora.cleaning import Cleaned, CleaningReport
 from utils.corpora.datasets import Dataset, Split, is_dataset, read_dataset
 from utils.corpora.readers import Unit, units, where
@@ -62,6 +63,7 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
             if work.begin({"plan": digest, "mtimes": [file.mtime_ns for file in found.files]}):
                 terminal.print(f"going on with the parts in {work.path}")
             outcome = read_all(order, work, all_units, found.files, terminal)
+            _note_absent_separator(order, outcome, terminal)
             decide(order, outcome, work, terminal)
             if order.dry_run:
                 work.delete()
@@ -156,6 +158,24 @@ def read_all(
     if not any(part.documents for part in outcome.parts) and not shows:
         raise CorpusError(f"{', '.join(map(one_line, order.sources))}: no documents: {_reasons(outcome.parts)}")
     return outcome
+
+
+def _note_absent_separator(order: Preparation, outcome: Outcome, terminal: Terminal) -> None:
+    """Warn if a separator was given and no file has it, so that each is one document."""
+    separator, files = order.reading.separator, outcome.files
+    if not separator or any(file.kind != "text" for file in files):
+        return
+    if sum(part.found for part in outcome.parts) > len(files):
+        return
+    hint = ""
+    if "\n" in separator and any(map(_has_windows_lines, files)):
+        of_windows = separator.replace("\n", "\r\n").encode("unicode_escape").decode()
+        hint = f"; lines end with \\r\\n: --separator '{of_windows}'"
+    terminal.warn(f"no file has the separator {separator!r}, so each is one document{hint}")
+
+
+def _has_windows_lines(file: SourceFile) -> bool:
+    return b"\r\n" in next(blocks(Path(file.path)), b"")
 
 
 def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> None:
