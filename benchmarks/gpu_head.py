@@ -42,7 +42,7 @@ def time_heads(task: Task) -> None:
             try:
                 if round_ == 0:
                     difference = gradient(loss, hidden[few], weight, targets[few]) - expected
-                    found["relative_error"] = float(difference.norm() / expected.norm())
+                    found["gradient_difference"] = float(difference.norm() / expected.norm())
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats(device)
                 step = functools.partial(gradient, loss, hidden, weight, targets)
