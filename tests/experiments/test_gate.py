@@ -184,9 +184,9 @@ def test_runs_on_another_text_of_the_same_name_do_not_compare(
 ) -> None:
     of_text(runs_dir, "a", (1, 2, 3), 1e-3, "base")
     trained = training(of_flags)  # on the text of RESOLVED: notes.txt was replaced
-    with pytest.raises(UserError, match=r"the text of notes\.txt is no longer the one that base_1 was trained on"):
+    with pytest.raises(UserError, match=r"the text of notes\.txt is not the one that base_1 was trained on"):
         ask(runs_dir, "dropout=0.1", "base")
-    with pytest.raises(UserError, match=r"the text of notes\.txt is no longer"):
+    with pytest.raises(UserError, match=r"the text of notes\.txt is not the one"):
         noise("base", ROOT, runs_dir, seeds=5, output=io.StringIO())
     assert len(trained.commands) == 2
     assert not read_ledger(runs_dir)
@@ -474,3 +474,29 @@ def test_noise_prints_how_many_seeds_an_effect_needs(runs_dir: Path, capsys: pyt
     out = capsys.readouterr().out
     assert "from seed to seed" in out
     assert "Seeds of each that find an effect in 80% of cases" in out
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(1, "discard"), (2, "discard"), (-9, "unsure"), (137, "unsure")])
+def test_a_candidate_that_made_no_run_is_tried_again(
+    runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch, status: int, verdict: str
+) -> None:
+    baseline_runs(runs_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "train_again", lambda *_: (None, status))
+        answer = ask(runs_dir, "learning_rate=3e-3")
+    assert answer.verdict == verdict
+    assert "made no run with seed 1" in answer.reason
+    training(of_flags)
+    assert ask(runs_dir, "learning_rate=3e-3").verdict == "keep"
+
+
+def test_problems_of_arithmetic_are_no_text(runs_dir: Path, training: Callable[..., Training]) -> None:
+    for tag, digits in (("base", 2), ("more", 3)):
+        for seed in (1, 2, 3):
+            settings = {"seed": seed, "dataset": "arithmetic", "arithmetic_digits": digits}
+            metrics = training_records([3.0, noisy(2.0, seed) + digits + seed * digits / 1000])
+            resolved = RESOLVED | {"corpus_hash": str(digits) * 64}
+            make_run(
+                runs_dir, f"{tag}_{seed}", settings=settings, metrics=metrics, git=NO_GIT, tag=tag, resolved=resolved
+            )
+    assert ask(runs_dir, "more", "base", max_seeds=3).verdict == "discard"

@@ -15,6 +15,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -723,3 +724,17 @@ def test_the_first_start_on_a_new_dataset_compares_no_checksum(
     assert run(json_lines(tmp_path / "a.jsonl")) == 0
     monkeypatch.setattr("utils.corpora.datasets.checksum", lambda path: pytest.fail(f"{path} was read"))
     read_dataset(tmp_path / "sets" / "mine").verify()
+
+
+def test_a_dropped_document_leaves_no_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.preparation.reading.FLAT", 4)
+    job = SimpleNamespace(stem=tmp_path / "part", characters=True, fingerprints=False)
+    writer = reading._PartWriter(job)  # type: ignore[arg-type]
+    writer.write("abca")
+    writer.end(readers.Document(0, 1, ""))
+    for piece in ("axyz", "xyzé"):
+        writer.write(piece)
+    writer.drop()
+    writer.write("bz")
+    writer.end(readers.Document(0, 3, ""))
+    assert writer.characters() == "abcz"

@@ -72,9 +72,9 @@ class Section(BaseModel):
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise UserError(
-            f"{name} cannot be set: a configuration is frozen; train(config, {name}=...) changes a setting of one run"
-        )
+        is_setting = name in type(self).model_fields and not isinstance(getattr(self, name), Section)
+        hint = f"; train(config, {name}=...) changes a setting of one run" if is_setting else ""
+        raise UserError(f"{name} cannot be set: a configuration is frozen{hint}")
 
     @field_validator("*")
     @classmethod

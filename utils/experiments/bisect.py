@@ -110,6 +110,7 @@ class Bisector:
         facts["environment"] = environment
         if not self.changes:
             return Bisection(**facts, problem="no setting and no code differs")
+        self.trials.one_text = chosen == "loss"  # else another text is one of the differences that are looked for
         judge = Bits(self, seeds=1) if chosen == "bits" else Losses(self, metric, seeds)
         try:
             problem = judge.prepare()

@@ -199,15 +199,16 @@ class Collected:
                 value = last_value(run, self.metric)
             except TrialError as error:
                 reason = f"the candidate has no result where the baseline has one: {error}"
-                return "discard" if error.final else "unsure", reason, error.final
+                return "unsure" if error.by_machine else "discard", reason, error.final
             self.pairs.append(Pair(seed, run.id, base.id, value, base_value))
             improvements.append(self._sign * (value - base_value))
             self.evidence = look(improvements, self.max_seeds, self.question.min_effect)
             print(self._progress(), file=self.trials.output, flush=True)
             if self.evidence.decision is not None:
                 return self.evidence.decision, f"after {len(self.pairs)} seeds", True
-            logs = compare_logs(base.path, run.path)
-            same_logs.append(logs.difference is None and logs.problem is None)
+            if len(self.pairs) <= SAME_AGAIN:
+                logs = compare_logs(base.path, run.path)
+                same_logs.append(logs.difference is None and logs.problem is None)
             if len(self.pairs) == SAME_AGAIN and not any(improvements) and all(same_logs):
                 return "unsure", f"no difference at all with {SAME_AGAIN} seeds: the change has no effect", True
         return "unsure", f"{len(self.pairs)} seeds cannot tell the effect from the noise", True

@@ -186,7 +186,10 @@ def _remove_leftover(removal: Removal) -> None:
     """
     path = removal.path
     runs = [folder for folder in path.parents if removal.run and folder.name == removal.run]
-    lock = RunLock(runs[0]) if runs else None
+    try:
+        lock = RunLock(runs[0]) if runs else None
+    except FileNotFoundError:
+        return
     try:
         with folder_lock(path.parent), contextlib.suppress(FileNotFoundError):
             if path.is_dir() and not path.is_symlink():

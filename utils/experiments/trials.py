@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from utils.corpora.sources import ARITHMETIC
 from utils.errors import UserError, nearest
 from utils.experiments.curve import logged_metrics, read_curve
 from utils.experiments.subjects import Experiment
@@ -36,13 +37,13 @@ class BudgetError(Exception):
 class TrialError(UserError):
     """A run ended without a result.
 
-    final: it would end so again. Otherwise the machine may have been the reason: it lacked memory or space on the disk,
-        or ended the process.
+    by_machine: it lacked memory or space on the disk, or ended the process.
+    final: it would end so again.
     """
 
-    def __init__(self, message: str, final: bool) -> None:
+    def __init__(self, message: str, *, by_machine: bool = False, final: bool = True) -> None:
         super().__init__(message)
-        self.final = final
+        self.by_machine, self.final = by_machine, final and not by_machine
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Trials:
     output: where the progress of training is printed.
     budget: seconds from now on; None: no limit.
     trained: seconds that each run took that was trained here.
+    one_text: runs with one dataset must have been trained on one text.
     """
 
     root: Path
@@ -61,6 +63,7 @@ class Trials:
     output: IO[str]
     budget: float | None = None
     trained: list[float] = field(default_factory=list)
+    one_text: bool = True
     _began: float = field(default_factory=time.monotonic)
     _index: list[IndexedRun] | None = None
     _texts: dict[Any, IndexedRun] = field(default_factory=dict)  # dataset: a run, whose text is that of all of them
@@ -99,6 +102,9 @@ class Trials:
         ]
 
     def _has_the_text(self, experiment: Experiment, run: IndexedRun) -> bool:
+        """Whether a run was trained on the text of the others with this dataset. Problems of arithmetic are no text."""
+        if not self.one_text or experiment.dataset == ARITHMETIC:
+            return True
         return corpus_of(run) == corpus_of(self._texts.setdefault(experiment.dataset, run))
 
     def train(self, experiment: Experiment, seed: int, place: str = "") -> IndexedRun:
@@ -126,7 +132,7 @@ class Trials:
             if status in SIGNALS:
                 raise StopSignal(SIGNALS[status])
             message = f"{experiment.name} made no run with seed {seed} (exit status {status}): see above"
-            raise TrialError(message, final=status == 2)
+            raise TrialError(message, by_machine=status not in (1, 2), final=False)  # or there was no space for a run
         self._record(experiment, path)
         run = read_run(path)
         if status in SIGNALS:
@@ -137,11 +143,11 @@ class Trials:
             self._index.append(run)
         if run.status != "completed":
             reason = str(run.record.get("exit_reason") or "")
-            final = run.status == "diverged" or (run.status == "failed" and not reason.startswith(OF_THE_MACHINE))
-            raise TrialError(f"{run.id} {run.status}" + (f": {reason}" if reason else ""), final)
+            by_machine = run.status != "diverged" and (run.status != "failed" or reason.startswith(OF_THE_MACHINE))
+            raise TrialError(f"{run.id} {run.status}" + (f": {reason}" if reason else ""), by_machine=by_machine)
         if not self._has_the_text(experiment, run):
             raise UserError(
-                f"{run.id}: the text of {experiment.dataset} is no longer the one that "
+                f"{run.id}: the text of {experiment.dataset} is not the one that "
                 f"{self._texts[experiment.dataset].id} was trained on, so they do not compare"
             )
         return run
@@ -174,7 +180,7 @@ def last_value(run: IndexedRun, metric: str) -> float:
     if not values:
         raise UserError(f"{run.id} has not logged {metric}{nearest(metric, logged_metrics(run.path))}")
     if not math.isfinite(values[-1]):
-        raise TrialError(f"{run.id}: its last {metric} is {values[-1]}", final=True)
+        raise TrialError(f"{run.id}: its last {metric} is {values[-1]}")
     return values[-1]
 
 

@@ -235,6 +235,7 @@ class _PartWriter:
         self._hash = hashlib.blake2b(digest_size=8)
         self._beginning: list[str] = []
         self._n_beginning = 0
+        self._new: list[np.ndarray] = []  # characters that no document before it has
 
     @property
     def documents(self) -> int:
@@ -252,13 +253,18 @@ class _PartWriter:
         if self.job.characters:
             for start in range(0, len(text), FLAT):
                 points = text[start : start + FLAT].encode("utf-32-le")
-                self._occurs[np.frombuffer(points, dtype="<u4")] = True
+                found = np.frombuffer(points, dtype="<u4")
+                new = np.unique(found[~self._occurs[found]])
+                self._occurs[new] = True
+                self._new.append(new)
 
     def drop(self) -> None:
         """Forget the document."""
         if self.length:
             self._file.seek(self.bytes)
             self._file.truncate()
+        for new in self._new:
+            self._occurs[new] = False
         self._begin()
 
     def end(self, document: Document) -> None:
