@@ -168,7 +168,8 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
             found = getattr(_up_to_date(module), attribute)
             if not (isinstance(found, type) and issubclass(found, Callback)):
                 raise UserError(f"callbacks: {name} is not a subclass of workbench.Callback")
-            for wrong in (method for method in dir(found) if method.startswith("on_") and method not in HOOKS):
+            methods = [name for name in dir(found) if name.startswith("on_") and callable(getattr(found, name))]
+            for wrong in (method for method in methods if method not in HOOKS):
                 raise UserError(
                     f"callbacks: {name} has a method {wrong}, which nothing calls: expected {', '.join(HOOKS)}"
                     f"{nearest(wrong, HOOKS)}"

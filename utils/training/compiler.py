@@ -87,7 +87,7 @@ def begin_compiler(device: torch.device) -> None:
 def hash_triton() -> threading.Thread | None:
     """A thread in which Triton hashes its own libraries, half a gigabyte; the compiler asks for the hash at each start.
 
-    It must end before the compiler asks, who would hash them once more. None where there is no Triton.
+    It must end before the compiler asks, which would otherwise hash them again. None where there is no Triton.
     """
     try:
         from triton.runtime.cache import triton_key
