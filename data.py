@@ -215,14 +215,16 @@ def load_corpus(
     file = _recorded_file(folder, record_path(folder, source.name, key), stamp, warn)
     if file is not None:
         n_train = _split(config, file.n_tokens, block_size)
-        corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, _mapped(file), n_train)
-        corpus = dataclasses.replace(corpus, byte_scale=file.byte_scale)
+        corpus = Corpus(
+            config.dataset, file.corpus_hash, file.tokenizer, _mapped(file), n_train, byte_scale=file.byte_scale
+        )
     else:
         file, ids = _encode(source.read(), config, block_size, folder, tokenizer)
         records = [record_path(folder, source.name, name) for name in {key, file.tokenizer.hash()}]
         store, n_train = functools.partial(_store, file, ids, stamp, records), _split(config, len(ids), block_size)
-        corpus = Corpus(config.dataset, file.corpus_hash, file.tokenizer, ids, n_train, store)
-        corpus = dataclasses.replace(corpus, byte_scale=file.byte_scale)
+        corpus = Corpus(
+            config.dataset, file.corpus_hash, file.tokenizer, ids, n_train, store, byte_scale=file.byte_scale
+        )
         corpus = corpus.stored() if keep else corpus
     _report_byte_scale(corpus, warn)
     for note in source.notes(config.val_fraction):
@@ -302,9 +304,10 @@ def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[
         return None
     try:
         tokenizer = tokenizer_from_json(record.tokenizer, str(path))
-        if record.crc32 is None or record.byte_scale is None:
+        scale = 1.0 if record.byte_scale is None and tokenizer.keeps_text else record.byte_scale
+        if record.crc32 is None or scale is None:
             return None
-        file = TokenFile(folder, record.corpus_hash, tokenizer, record.n_tokens, record.byte_scale)
+        file = TokenFile(folder, record.corpus_hash, tokenizer, record.n_tokens, scale)
         if not file.is_whole():
             return None
         state = file_state(file.path)

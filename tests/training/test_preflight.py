@@ -56,13 +56,17 @@ def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfi
     git = GitFacts(commit="c", dirty=True, patch=patch, left_out=left_out)
     first, second = findings(load(aim_logging=True), tmp_path, git)
     assert first == "uncommitted, kept in meta/code.patch: a, b"
-    assert second == "not recorded: .env (looks like a secret), 2 files that are not source files, such as a.bin"
+    assert second == "not recorded: 2 files that are not source files, such as a.bin, .env (looks like a secret)"
     one, seven = (
         GitFacts(commit="c", left_out=left_out[:1]),
         GitFacts(commit="c", left_out=[f"{i} (x)" for i in range(7)]),
     )
     assert findings(load(aim_logging=True), tmp_path, one) == ["not recorded: a.bin (not a source file)"]
     assert findings(load(aim_logging=True), tmp_path, seven)[0].endswith("4 (x) and 2 more")
+    nine = GitFacts(commit="c", left_out=[*seven.left_out, "a.bin (not a source file)", "b.bin (not a source file)"])
+    (told,) = findings(load(aim_logging=True), tmp_path, nine)
+    assert told.startswith("not recorded: 2 files that are not source files, such as a.bin, 0 (x), ")
+    assert told.endswith("3 (x) and 3 more")
     assert findings(load(aim_logging=True), tmp_path, GitFacts(problem="not a git repository")) == [
         "the code is not recorded: not a git repository"
     ]

@@ -22,7 +22,7 @@ class TokenRecord:
     n_tokens: number of tokens in the token file.
     crc32: checksum of the token file; None in an older record, whose file is not trusted.
     verified: state of the token file when its checksum was last found right (`file_state`).
-    byte_scale: bytes of the text per byte that its tokens stand for; None in an older record, whose text is read again.
+    byte_scale: bytes of the text per byte that its tokens stand for; None in an older record.
     """
 
     stamp: str

@@ -189,19 +189,22 @@ class WithoutLeaks:
 
     def __init__(self, tokens: Tokens, byte_counts: np.ndarray) -> None:
         self._tokens, self._byte_counts = tokens, byte_counts
-        self.total, self.count, self.bytes = 0.0, 0, 0
+        self.total, self.count, self.bytes, self.all_bytes = 0.0, 0, 0, 0  # all_bytes: with leaked documents
 
     def add(self, first: int, losses: np.ndarray) -> None:
         """Losses of the tokens from the place `first` on."""
         assert self._tokens.leaked is not None
         kept = ~self._tokens.leaked(np.arange(first, first + len(losses)))
-        ids = np.asarray(self._tokens.ids[first : first + len(losses)])[kept]
+        counts = self._byte_counts[np.asarray(self._tokens.ids[first : first + len(losses)])]
         self.total += float(losses[kept].sum())
-        self.count += len(ids)
-        self.bytes += int(self._byte_counts[ids].sum())
+        self.count += int(kept.sum())
+        self.bytes += int(counts[kept].sum())
+        self.all_bytes += int(counts.sum())
 
     def score(self) -> Score:
-        return Score(self.total / max(self.count, 1), self.count, max(self.bytes, 1), 0.0)
+        """Its bytes are scaled as those of all tokens are, where the tokenizer does not keep the text."""
+        n_bytes = round(self.bytes * (self._tokens.bytes / max(self.all_bytes, 1)))
+        return Score(self.total / max(self.count, 1), self.count, max(n_bytes, 1), 0.0)
 
 
 def score_data(

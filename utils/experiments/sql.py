@@ -142,7 +142,7 @@ class RunDatabase:
         connection.execute(f"CREATE TABLE runs AS SELECT {', '.join(columns)}", values)
         connection.execute(_metrics_view(logs))
         connection.execute("SET default_null_order = 'nulls_last'")
-        connection.execute("SET TimeZone = 'UTC'")  # the zone of `start`, so also that of now()
+        connection.execute("SET TimeZone = 'UTC'")  # `start` is in UTC, so now() must be, too
         connection.execute("SET python_enable_replacements = false")
         names = [name for path in logs for name in {os.fspath(path), escaped(os.fspath(path))}]
         connection.execute(f"SET allowed_paths = {_literal(names)}")

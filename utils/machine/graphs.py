@@ -55,12 +55,10 @@ def _end_recording(device: torch.device, pool: tuple[int, int], before: torch.cu
         with contextlib.suppress(RuntimeError):  # closed already
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         if torch.__version__ < "2.11":
-            number = torch.zeros((), device=device)
-            with (
-                contextlib.suppress(RuntimeError),  # the first failure is the one that is reported
-                torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(device), capture_error_mode="thread_local"),
-            ):
-                number.add_(1)
+            with contextlib.suppress(RuntimeError):  # the first failure is the one that is reported
+                number, stream = torch.zeros((), device=device), _stream(device)
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                    number.add_(1)
             torch.cuda.set_stream(before)
 
 

@@ -128,6 +128,8 @@ class Prepared:
 
     def byte_scale(self) -> float:
         """Bytes of the text per byte that its tokens stand for, of validation."""
+        if self.tokenizer.keeps_text:
+            return 1.0
         n_bytes, tokens = self.dataset.splits["val"].bytes, self.documents["val"].tokens
         counts = self.tokenizer.byte_counts()
         parts = (np.asarray(tokens[start : start + AT_ONCE]) for start in range(0, len(tokens), AT_ONCE))

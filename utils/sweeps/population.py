@@ -98,7 +98,8 @@ def forks(
 def perturbed(dimension: Dimension, value: Value, draw: random.Random) -> Value:
     """A value near `value`: of values that can be counted a neighbour, else 0.8 or 1.25 times as much, in the range.
 
-    Whole numbers change by at least 1."""
+    Whole numbers change by at least 1, unless the range ends there.
+    """
     if (steps := dimension.steps()) is not None:
         place = steps.index(value)
         return draw.choice([*steps[max(0, place - 1) : place], *steps[place + 1 : place + 2]] or steps)

@@ -34,11 +34,13 @@ class Tokenizer(Protocol):
     kind: its name in the setting `tokenizer` and in the JSON form.
     learns: whether `build` reads the texts; otherwise the vocabulary is known before them.
     learns_characters: whether it needs the characters of the texts only, each once.
+    keeps_text: whether decoding gives back the bytes of every text; otherwise it may change some.
     """
 
     kind: ClassVar[str]
     learns: ClassVar[bool] = True
     learns_characters: ClassVar[bool] = False
+    keeps_text: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.vocab_size:,} tokens>"

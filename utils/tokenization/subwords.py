@@ -112,6 +112,7 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
 
     kind = "hf"
     learns = False
+    keeps_text = False
     vocab_size = 0
     special_tokens: Mapping[str, int] = {}
 
@@ -184,6 +185,7 @@ class BpeTokenizer(HuggingFaceTokenizer):
 
     kind = "bpe"
     learns = True
+    keeps_text = True
 
     @classmethod
     def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:

@@ -110,12 +110,12 @@ def _code(git: GitFacts) -> Iterator[str]:
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
-    """What is left out, with the reasons; files that are not source files, at the end, as a number and an example."""
+    """What is left out, with the reasons; files that are not source files, first, as a number and an example."""
     data = [name.removesuffix(NO_SOURCE) for name in names if name.endswith(NO_SOURCE)]
     if len(data) < 2:
         return list(names)
     others = (name for name in names if not name.endswith(NO_SOURCE))
-    return [*others, f"{len(data):,} files that are not source files, such as {data[0]}"]
+    return [f"{len(data):,} files that are not source files, such as {data[0]}", *others]
 
 
 def _listed(files: Sequence[str]) -> str:

@@ -114,10 +114,11 @@ class GraphUpdate:
         return self._recording.loss.clone(), self._recording.grad_norms.clone()
 
     def _first_gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the first update, and what they need: later the optimizer's state is in memory as well."""
+        """The gradients of the first update; also measures their memory, before the optimizer's state is there."""
         device, self._warm = self.state.device, True
         if device.type != "cuda":
             return self._eager.gradients(phase)
+        torch.cuda.reset_peak_memory_stats(device)  # of an evaluation, or of another training in this process
         stays = torch.cuda.memory_allocated(device)
         result = self._eager.gradients(phase)
         self._needed = torch.cuda.max_memory_allocated(device) - stays
