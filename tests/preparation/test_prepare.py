@@ -111,6 +111,9 @@ def every_source(folder: Path) -> dict[str, list[Any]]:
     lines = json_lines(folder / "plain.jsonl")
     table = pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS})
     pyarrow.parquet.write_table(table, folder / "table.parquet", row_group_size=30)
+    texts = pyarrow.array(TEXTS)
+    for name, column in {"view": texts.cast(pyarrow.string_view()), "dictionary": texts.dictionary_encode()}.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), folder / f"{name}.parquet", row_group_size=30)
     saved = folder / "saved" / "train"
     saved.mkdir(parents=True)
     (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
@@ -130,6 +133,8 @@ def every_source(folder: Path) -> dict[str, list[Any]]:
         "gzip": [folder / "plain.jsonl.gz"],
         "zstd": [folder / "plain.jsonl.zst"],
         "parquet": [folder / "table.parquet"],
+        "parquet, views": [folder / "view.parquet"],
+        "parquet, a dictionary": [folder / "dictionary.parquet"],
         "saved data set": [folder / "saved"],
         "folder": [folder / "files"],
         "glob": [folder / "files" / "*.txt"],

@@ -71,7 +71,7 @@ def arrow_cells(path: Path, field: str, report: Report) -> Iterator[Cell]:
 
 
 def _cells(column: Any) -> Iterator[Cell]:
-    for cell in column:
+    for cell in column.dictionary_decode() if hasattr(column, "dictionary") else column:
         if not cell.is_valid:
             yield RecordError("null, expected a text")
         elif (buffer := cell.as_buffer()).size > LONG:
@@ -100,7 +100,8 @@ def _check(path: Path, schema: Any, field: str) -> None:
         words = str(fields_text(schema.names, field)).replace("it has", "its columns are", 1)
         raise CorpusError(f"{named(path)}: no column {field!r}: {words} (--field NAME)")
     kind = schema.field(field).type
-    if kind not in (pyarrow.string(), pyarrow.large_string()):
+    of_values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a dictionary has each text once
+    if of_values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         raise CorpusError(f"{named(path)}: column {field!r} is {kind}, expected text (string)")
 
 
