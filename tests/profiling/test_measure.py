@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import record_function
 
 import profile_model
@@ -317,6 +318,17 @@ def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cach
     assert result.decode_gbyte * 1e9 == pytest.approx(4 * (weights + 2 * 2 * 32 * context))
     assert min(result.prefill_ms, result.decode_ms) > 0
     assert model.training
+
+
+def test_generation_is_measured_without_calls_of_modules_as_it_is_made() -> None:
+    called: list[str] = []
+    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8), vocab_size=11)
+    watching = register_module_forward_hook(lambda module, *_: called.append(type(module).__name__))
+    try:
+        measure_generation(model)
+    finally:
+        watching.remove()
+    assert not called
 
 
 # ------------------------------------------------------------------------------------------------ the script
