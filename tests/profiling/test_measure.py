@@ -435,6 +435,8 @@ def test_the_script_without_out_writes_no_files(
         (("--top", "0"), "--top: must be at least 1, not 0"),
         (("--steps", "many"), "--steps: invalid whole number value: 'many'"),
         (("--dataset", "/no/such/text"), "unknown dataset /no/such/text"),
+        (("--shard", "fsdp"), "--shard: only a model that each rank has as a whole is measured: shard none"),
+        (("--lr-range", "--shard", "fsdp"), "--shard: only a model that each rank has as a whole is measured"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
