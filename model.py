@@ -172,8 +172,11 @@ class Attention(nn.Module):
         return self.resid_dropout(self.proj(y))
 
     def mixing_products(self, context: float) -> float:
-        """Multiplications for one token that meets `context` keys: q k^T, and the attention weights times v."""
-        return 2 * self.n_head * self.head_width * (context if self.window is None else min(context, self.window))
+        """Multiplications of q k^T, and of the attention weights times v; see MixesTokens."""
+        if self.window is not None and self.window < (length := 2 * context - 1):
+            # The first tokens meet 1, 2, ... keys, all others those of the window.
+            context = self.window * (1 - (self.window - 1) / (2 * length))
+        return 2 * self.n_head * self.head_width * context
 
 
 @may_be_plain

@@ -212,6 +212,8 @@ def prepare(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks: Ranks | 
     from utils.terminal.console import Terminal
     from utils.training.setup import make_setup
 
+    if loaded.config.train.shard != "none":
+        raise UserError(f"{loaded.source('shard')}: only a model that each rank has as a whole is measured: shard none")
     ranks = ranks or ONE
     terminal = Terminal(quiet or ranks.rank > 0)
     setup = make_setup(loaded, PROJECT_ROOT, report=terminal.print, ranks=ranks)

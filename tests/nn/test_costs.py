@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import LanguageModel, outline
 from utils.config.settings import ModelConfig
+from utils.inference.decode import prefill
 from utils.nn import linear
-from utils.nn.costs import MixesTokens, forward_flops, training_flops
+from utils.nn.costs import MixesTokens, forward_flops, prefill_flops, training_flops
 
 VARIANTS = [
     {},
@@ -42,6 +43,34 @@ def test_a_forward_pass_is_what_torch_counts(config: ModelConfig, monkeypatch: p
 def test_training_costs_three_forward_passes_over_the_lower_triangle() -> None:
     model, T = LanguageModel(SHAPES[0], 11), SHAPES[0].block_size
     assert training_flops(model, 3, T) == 3 * forward_flops(model, 3 * T, (T + 1) / 2)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 9])
+def test_with_a_window_the_first_tokens_meet_fewer_keys_than_it_has(window: int) -> None:
+    T, H, D = 8, 2, 16
+    settings = {"n_layer": 3, "n_head": H, "n_embd": H * D, "block_size": T, "full_attention_layers": 1}
+    full, windowed = (
+        outline(ModelConfig(**settings, sliding_window=limit), 11)  # type: ignore[arg-type]
+        for limit in (None, window)
+    )
+    keys = sum(min(place + 1, window) for place in range(T))
+    saved = sum(range(1, T + 1)) - keys
+    assert forward_flops(full, T, (T + 1) / 2) - forward_flops(windowed, T, (T + 1) / 2) == 2 * 2 * 2 * H * D * saved
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_a_prompt_the_last_token_alone_meets_the_head(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "ONEDNN", None)
+    config = SHAPES[0].model_copy(update={"tie_embeddings": tied})
+    model, T = LanguageModel(config, vocab_size=1000), 7
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        torch.no_grad(),
+    ):
+        prefill(model, torch.zeros(1, T, dtype=torch.int64), None)
+    upper = forward_flops(model, T, T) - forward_flops(model, T, (T + 1) / 2)  # the kernel computes all T keys
+    assert counter.get_total_flops() == prefill_flops(model, T) + upper
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import record_function
 
 import profile_model
@@ -319,6 +320,17 @@ def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cach
     assert model.training
 
 
+def test_generation_is_measured_without_calls_of_modules_as_it_is_made() -> None:
+    called: list[str] = []
+    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8), vocab_size=11)
+    watching = register_module_forward_hook(lambda module, *_: called.append(type(module).__name__))
+    try:
+        measure_generation(model)
+    finally:
+        watching.remove()
+    assert not called
+
+
 # ------------------------------------------------------------------------------------------------ the script
 
 
@@ -423,6 +435,8 @@ def test_the_script_without_out_writes_no_files(
         (("--top", "0"), "--top: must be at least 1, not 0"),
         (("--steps", "many"), "--steps: invalid whole number value: 'many'"),
         (("--dataset", "/no/such/text"), "unknown dataset /no/such/text"),
+        (("--shard", "fsdp"), "--shard: only a model that each rank has as a whole is measured: shard none"),
+        (("--lr-range", "--shard", "fsdp"), "--shard: only a model that each rank has as a whole is measured"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

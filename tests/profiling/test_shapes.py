@@ -51,6 +51,17 @@ def test_a_shape_changes_nothing_but_the_sizes_and_the_micro_steps(setup: Setup)
     assert with_shape(shaped, 4, 8) == setup.config
 
 
+@pytest.mark.parametrize(("micro_steps", "lanes", "micro_batch"), [(1, 4, 6), (8, 4, 3), (2, None, 12), (1, None, 24)])
+def test_a_shape_is_one_micro_step_whatever_shares_the_batch(
+    micro_steps: int, lanes: int | None, micro_batch: int, setup: Setup
+) -> None:
+    sharing = {"batch_size": 24, "gradient_accumulation_steps": micro_steps, "lanes": lanes}
+    config = setup.config.model_copy(update={"train": setup.config.train.model_copy(update=sharing)})
+    assert micro_batch in shapes.default_batch_sizes(config)
+    assert max(shapes.default_batch_sizes(config)) == 4 * micro_batch
+    assert time_shape(setup, with_shape(config, 3, 8), 1, 0, QUIET).batch_size == 3
+
+
 def test_rates_follow_from_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     stepped: list[int] = []
     monkeypatch.setattr(shapes, "training_step", lambda state: lambda phase: stepped.append(1))

@@ -181,6 +181,23 @@ def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
     assert 3 * weights <= kept < 3.3 * weights  # with the two moments of AdamW, and the table of rotations
 
 
+@pytest.mark.parametrize(
+    ("settings", "several"),
+    [
+        ({"batch_size": 8, "gradient_accumulation_steps": 1}, False),
+        ({"batch_size": 8, "gradient_accumulation_steps": 2}, True),
+        ({"batch_size": "auto", "tokens_per_step": 32}, True),
+        ({"batch_size": 8, "lanes": 2}, True),
+    ],
+    ids=str,
+)
+def test_a_second_micro_step_finds_the_gradients_of_the_first(settings: dict[str, Any], several: bool) -> None:
+    alone = bytes_of_training(Config(model=TINY), CORPUS, torch.float32, 64)
+    needed = bytes_of_training(Config(model=TINY, train=TrainConfig(**settings)), CORPUS, torch.float32, 64)
+    gradients = 4 * LanguageModel(TINY, VOCAB).num_parameters()
+    assert needed - alone == pytest.approx(gradients if several else 0, abs=64)
+
+
 @pytest.mark.slow
 def test_activation_checkpointing_is_counted() -> None:
     deep = TINY.model_copy(update={"n_layer": 8, "dropout": 0.1})
@@ -285,7 +302,8 @@ def test_a_limit_of_the_process_is_seen(kind: str, field: int) -> None:
 @pytest.fixture
 def six_fit(monkeypatch: pytest.MonkeyPatch, tiny_text: str) -> None:
     """Memory for micro-batches of six sequences of the tiny experiment."""
-    config = Config(model=TINY.model_copy(update={"dropout": 0.2}))
+    train = TrainConfig(batch_size="auto", tokens_per_step=96)
+    config = Config(model=TINY.model_copy(update={"dropout": 0.2}), train=train)
     needed = bytes_of_training(config, corpus_of(len(set(tiny_text))), torch.float32, 6)
     monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: int(needed / 0.75) + 1)
 

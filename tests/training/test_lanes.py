@@ -26,10 +26,15 @@ from utils.inference.evaluation import BatchLoss, estimate_loss
 from utils.machine.board import Board
 from utils.machine.ranks import Ranks
 from utils.machine.signals import StopRequest
+from utils.terminal.cli import Parser
+from utils.terminal.config_flags import parse_experiment
+from utils.terminal.console import Terminal
 from utils.training.agreement import agree, check_same
+from utils.training.compiler import Loss
 from utils.training.lanes import GradientSum, Tree, lane_seed, tree_sum
 from utils.training.launch import launch_facts
-from utils.training.setup import check_ranks
+from utils.training.setup import check_ranks, make_setup
+from utils.training.state import build_state
 
 
 @dataclass
@@ -291,3 +296,40 @@ def test_signs_of_life_say_who_is_gone_and_who_is_behind() -> None:
     assert boards[1].post_first("failure", "one")
     assert not boards[2].post_first("failure", "two")
     assert (boards[0].read("failure"), boards[0].read("nothing")) == ("one", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "sequences"),
+    [
+        ((), 1, 8),
+        (("--gradient-accumulation-steps", "4"), 1, 2),
+        (("--lanes", "4"), 1, 2),
+        (("--lanes", "4"), 2, 2),
+        (("--lanes", "2", "--gradient-accumulation-steps", "8"), 1, 1),
+        ((), 2, 4),
+        (("--gradient-accumulation-steps", "4"), 2, 2),
+    ],
+)
+def test_the_trial_of_the_compiler_has_the_shape_of_a_micro_step(
+    flags: tuple[str, ...],
+    world_size: int,
+    sequences: int,
+    tiny_argv: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, int]] = []
+
+    def compiled(model: LanguageModel, _device: torch.device, _mode: str, tokens: int) -> Loss:
+        def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            found.append((len(idx), tokens))
+            return model.loss(idx, targets)
+
+        return loss
+
+    monkeypatch.setattr("utils.training.state.compiled_loss", compiled)
+    words = tiny_argv("--compile", "--batch-size", "8", "--block-size", "8", *flags)
+    setup = make_setup(parse_experiment(words, Parser(prog="train.py")).load(), tmp_path)
+    ranks = Ranks(rank=0, world_size=world_size)
+    build_state(setup.config, 6, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True), ranks)
+    assert found == [(sequences, 8 * sequences)]

@@ -25,6 +25,7 @@ from utils.evaluation.weights import load_trained
 from utils.formats.stored import find_weights
 from utils.inference.export import load_export
 from utils.inference.seen import seen
+from utils.nn.attention import causal_mask
 from utils.nn.lora import frozen_weights, merged_weights
 from utils.runs.index import read_run
 from utils.runs.layout import CHECKPOINTS, EXPORT
@@ -230,6 +231,7 @@ def test_memory_is_counted_without_gradients_and_moments_of_the_base() -> None:
     corpus: Any = type("Corpus", (), {"tokenizer": type("Tokenizer", (), {"vocab_size": 50})})
     model = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=8)
     config = Config(model=model, optimizer=OptimizerConfig(lora_rank=2))
+    causal_mask(8)  # is kept from one model to the next
     with ByteCounter() as counter:
         real = Probe(config, corpus, CPU, torch.float32)
         kept = counter.held - sum(weight.nbytes for weight in frozen_weights(real.state.model).values())

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import profile_model
+from model import LanguageModel
 from utils.errors import UserError
 from utils.training.lr_range import DIVERGED, LrRange, analyse, draw, rising_rates, save, table, terminal_plot
 
@@ -125,6 +127,22 @@ def test_the_script_tests_the_configuration_and_makes_no_run(
     shown = capsys.readouterr().out
     assert all(words in shown for words in ("loss (nats per token)", "falls fastest", "suggestion", "lr_range.png"))
     assert not runs_dir.exists()
+
+
+def test_a_batch_in_lanes_is_never_in_memory_as_a_whole(
+    tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: list[int] = []
+    loss = LanguageModel.loss
+
+    def watched(model: LanguageModel, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(idx))
+        return loss(model, idx, targets)
+
+    monkeypatch.setattr(LanguageModel, "loss", watched)
+    words = ("--lr-range", "--lr-steps", "20", "--batch-size", "8", "--lanes", "4", "--json")
+    assert profile_model.main(tiny_argv(*words)) == 0
+    assert sizes == [2] * 4 * len(json.loads(capsys.readouterr().out)["losses"])
 
 
 @pytest.mark.parametrize(

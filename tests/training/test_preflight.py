@@ -103,6 +103,45 @@ def test_settings_without_effect_are_reported_with_their_place(
 
 
 @pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"bpe_vocab_size": "300"}, "tokenizer is not bpe"),
+        ({"arithmetic_digits": "3"}, "dataset is not arithmetic"),
+        ({"rope_factor": "8", "position": "rope"}, "rope_scaling is none"),
+        ({"rope_original_context": "8", "position": "rope"}, "rope_scaling is neither llama3 nor yarn"),
+        (
+            {"rope_high_freq": "32", "position": "rope", "rope_scaling": "linear"},
+            "rope_scaling is neither llama3 nor yarn",
+        ),
+        ({"full_attention_layers": "1"}, "sliding_window is none"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_what_is_not_chosen_has_no_effect(
+    settings: dict[str, str], reason: str, load: Callable[..., LoadedConfig], tmp_path: Path
+) -> None:
+    key = next(iter(settings))
+    expected = f"--{key.replace('_', '-')}: {key} has no effect: {reason}"
+    assert findings(load(**settings, aim_logging=True), tmp_path, CLEAN) == [expected]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bpe_vocab_size": "260", "tokenizer": "bpe"},
+        {"rope_factor": "8", "position": "rope", "rope_scaling": "linear"},
+        {"rope_original_context": "8", "rope_high_freq": "32", "position": "rope", "rope_scaling": "yarn"},
+        {"full_attention_layers": "1", "sliding_window": "3"},
+    ],
+    ids=str,
+)
+def test_a_setting_of_what_is_chosen_has_an_effect(
+    settings: dict[str, str], load: Callable[..., LoadedConfig], tmp_path: Path
+) -> None:
+    assert findings(load(**settings, aim_logging=True), tmp_path, CLEAN) == []
+
+
+@pytest.mark.parametrize(
     ("device", "dtype", "kernel", "count"),
     [
         ("cuda", torch.bfloat16, "", 1),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from utils.nn.roles import declared_roles
+from utils.nn.roles import HEAD, TIED_EMBEDDING, declared_roles
 
 IN_PLACE = ("normal_", "uniform_", "fill_", "zero_")  # what a module may initialise its parameters with
 
@@ -20,7 +20,10 @@ class MixesTokens(Protocol):
     """A layer with matrix products in which no parameter takes part, such as attention."""
 
     def mixing_products(self, context: float) -> float:
-        """Multiplications for one token that meets `context` keys."""
+        """Multiplications for one token, the mean over a sequence in which `context` keys precede one on average.
+
+        So the sequence has 2 context - 1 tokens: each meets itself and all before it, 1, 2, 3, ... keys.
+        """
 
 
 def forward_flops(model: nn.Module, tokens: int, context: float) -> float:
@@ -32,11 +35,17 @@ def forward_flops(model: nn.Module, tokens: int, context: float) -> float:
 
     Args:
         tokens: positions that pass through the model, over all sequences.
-        context: keys that a query meets on average: (T + 1) / 2 in causal attention over T tokens.
+        context: keys that a query meets on average where no window limits them: (T + 1) / 2 of T tokens.
     """
     matrices = sum(parameter.numel() for parameter in multiplying(model))
     mixing = sum(layer.mixing_products(context) for layer in model.modules() if isinstance(layer, MixesTokens))
     return 2.0 * tokens * (matrices + mixing)
+
+
+def prefill_flops(model: nn.Module, tokens: int) -> float:
+    """Floating-point operations of one pass over a prompt, of which only the last token meets the output head."""
+    head = sum(weight.numel() for weight, role in declared_roles(model).items() if role in (HEAD, TIED_EMBEDDING))
+    return forward_flops(model, tokens, (tokens + 1) / 2) - 2.0 * (tokens - 1) * head
 
 
 def multiplying(model: nn.Module) -> list[nn.Parameter]:

@@ -15,8 +15,9 @@ from utils.inference.quantization import weight_bytes
 from utils.inference.sampling import SamplingOptions
 from utils.inference.static import StaticDecoder, is_static
 from utils.machine.device import synchronize
-from utils.nn.costs import forward_flops
+from utils.nn.costs import prefill_flops
 from utils.nn.kv_cache import KVCache
+from utils.nn.lean import lean
 from utils.profiling.record import Generation
 
 REPEATS = 5
@@ -34,13 +35,19 @@ def measure_generation(model: LanguageModel) -> Generation:
     begin = T // 2
     decoded = min(T - begin, DECODED)
 
-    def one_prefill() -> None:
-        cache.reset()
-        prefill(model, tokens, cache)
-
     with evaluating(model):
+        lean_model = lean(model)
+
+        def one_prefill() -> None:
+            cache.reset()
+            prefill(lean_model, tokens, cache)
+
         prefill_ms = _median_ms(one_prefill, parameter.device)
-        fill, decode = (_static_steps if is_static(parameter.device) else _steps)(model, tokens[:, :begin], cache)
+        prompt = tokens[:, :begin]
+        if is_static(parameter.device):
+            fill, decode = _static_steps(model, prompt)
+        else:
+            fill, decode = _steps(lean_model, prompt, cache)
 
         def one_decode() -> None:
             for _ in range(decoded):
@@ -51,7 +58,7 @@ def measure_generation(model: LanguageModel) -> Generation:
         dtype=str(parameter.dtype).removeprefix("torch."),
         prompt=T,
         prefill_ms=prefill_ms,
-        prefill_gflop=forward_flops(model, T, (T + 1) / 2) / 1e9,
+        prefill_gflop=prefill_flops(model, T) / 1e9,
         decoded=decoded,
         decode_ms=decode_ms,
         decode_gbyte=decode_bytes(model, cache, begin + (decoded + 1) / 2) / 1e9,
@@ -73,9 +80,7 @@ def _steps(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> tuple[
     return fill, decode
 
 
-def _static_steps(
-    model: LanguageModel, tokens: torch.Tensor, _: KVCache
-) -> tuple[Callable[[], None], Callable[[], None]]:
+def _static_steps(model: LanguageModel, tokens: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
     """As `_steps`, by a static decoder with a cache of its own."""
     decoder, prompt = StaticDecoder(model, 1), tokens[0].tolist() or [0]
     return lambda: decoder.start([prompt], SamplingOptions(), [0]), decoder.decode

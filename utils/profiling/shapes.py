@@ -12,10 +12,12 @@ from rich.table import Table
 from utils.config.settings import Config
 from utils.errors import UserError, is_out_of_memory
 from utils.files import json_text, write_output
+from utils.machine.ranks import ONE
 from utils.nn.costs import training_flops
 from utils.profiling.measure import time_steps, training_step
 from utils.profiling.memory import activation_phase
 from utils.terminal.console import Terminal
+from utils.training.batch_size import micro_batch_of
 from utils.training.setup import Setup
 from utils.training.state import build_state
 from utils.training.step import no_phase
@@ -43,8 +45,9 @@ class ShapeTiming:
 
 
 def with_shape(config: Config, batch_size: int, block_size: int) -> Config:
-    """The same experiment with other sizes, and one micro-step per batch."""
-    train = config.train.model_copy(update={"batch_size": batch_size, "gradient_accumulation_steps": 1})
+    """The same experiment with other sizes, and one micro-step per batch, which no lanes share."""
+    one = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "lanes": None}
+    train = config.train.model_copy(update=one)
     return config.model_copy(
         update={"train": train, "model": config.model.model_copy(update={"block_size": block_size})}
     )
@@ -52,7 +55,7 @@ def with_shape(config: Config, batch_size: int, block_size: int) -> Config:
 
 def default_batch_sizes(config: Config) -> list[int]:
     """Micro-batches around the configured one."""
-    return sizes_around(config.train.sequences // config.train.gradient_accumulation_steps, BATCH_FACTORS)
+    return sizes_around(micro_batch_of(config, ONE), BATCH_FACTORS)
 
 
 def default_block_sizes(config: Config) -> list[int]:

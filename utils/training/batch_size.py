@@ -202,11 +202,14 @@ class ZeroBatches(BatchSampler):
 
 
 class Probe:
-    """A model with its optimizer, whose state exists from the start, that makes updates of any number of sequences."""
+    """A model with its optimizer, whose state exists from the start, that makes updates in micro-steps of any size."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
-        # One micro-step without clipping, which is done in place and looks at a value: a fake tensor has none.
-        train = config.train.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
+        # Without clipping, which is done in place and looks at a value: a fake tensor has none. Of several micro-steps
+        # (or lanes), the second one needs most: the gradients of the first are there while its activations are.
+        settings = config.train
+        several = settings.tokens_per_step or settings.gradient_accumulation_steps > 1 or (settings.lanes or 1) > 1
+        train = settings.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 2 if several else 1})
         optimizer = config.optimizer.model_copy(update={"grad_clip": 0.0})
         config = config.model_copy(update={"train": train, "optimizer": optimizer})
         with device:
@@ -229,7 +232,7 @@ class Probe:
         self.step(1)
 
     def step(self, sequences: int) -> None:
-        """One update of that many sequences."""
+        """One update, in micro-steps of that many sequences."""
         self.state.sampler = replace(self.state.sampler, batch_size=sequences)
         forward_backward(self.state)
         grad_norms = clip_gradients(self.state)

@@ -23,8 +23,9 @@ from utils.optim.schedules import set_learning_rate
 from utils.terminal.console import Terminal
 from utils.terminal.pictures import new_figure, picture_of
 from utils.terminal.words import fact_lines
+from utils.training.lanes import LaneUpdate
 from utils.training.state import TrainState
-from utils.training.step import clip_gradients, forward_backward, optimizer_step
+from utils.training.step import EagerUpdate, no_phase
 
 DIVERGED = 1.1  # times the first loss: worse than the initial weights
 WINDOW = 0.1  # share of the steps that a straight line is fitted through, for the loss and its slope at one step
@@ -69,11 +70,12 @@ def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrR
         UserError: the loss diverges within the first few steps.
     """
     state.model.train()
+    update = EagerUpdate(state) if state.config.train.lanes is None else LaneUpdate(state)
 
     def step(lr: float) -> float:
         set_learning_rate(state.optimizer, lr)
-        loss = forward_backward(state)
-        optimizer_step(state, clip_gradients(state))
+        loss, grad_norms = update.gradients(no_phase)
+        update.apply(grad_norms)
         return loss.item()
 
     rates, losses, diverged_at = rising_rates(step, low, high, steps)

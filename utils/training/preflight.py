@@ -11,7 +11,8 @@ import torch
 from rich.text import Text
 
 from utils.config.fields import FIELDS, config_hash, get_value
-from utils.config.settings import Config, DataConfig
+from utils.config.settings import ArithmeticConfig, Config, DataConfig
+from utils.corpora.sources import ARITHMETIC
 from utils.errors import UserError, shown
 from utils.files import real_path
 from utils.machine.attention_kernels import fused_attention
@@ -32,7 +33,24 @@ LEAST_SEEDS = 2  # besides the one that starts, for a word about the noise
 
 # Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
+    "bpe_vocab_size": (
+        lambda s: s.corpus.prepared is None and s.config.data.tokenizer != "bpe",  # else see _of_dataset
+        "tokenizer is not bpe",
+    ),
+    **{
+        key: (lambda s: s.config.data.dataset != ARITHMETIC, f"dataset is not {ARITHMETIC}")
+        for key in ArithmeticConfig.model_fields
+    },
     "rope_theta": (lambda s: s.config.model.position != "rope", "position is learned"),
+    "rope_factor": (lambda s: s.config.model.rope_scaling == "none", "rope_scaling is none"),
+    **{
+        key: (
+            lambda s: s.config.model.rope_scaling not in ("llama3", "yarn"),
+            "rope_scaling is neither llama3 nor yarn",
+        )
+        for key in ("rope_original_context", "rope_low_freq", "rope_high_freq")
+    },
+    "full_attention_layers": (lambda s: s.config.model.sliding_window is None, "sliding_window is none"),
     "min_lr": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
     "lr_decay_iters": (lambda s: s.config.optimizer.schedule == "constant", "schedule is constant"),
     "min_delta": (lambda s: s.config.train.patience is None, "patience is none"),

@@ -176,15 +176,15 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
     Random streams continue as if there had been no trial, on CPU and CUDA.
     """
     settings, began = state.config.train, time.perf_counter()
-    micro_steps = settings.gradient_accumulation_steps
+    parts = max(settings.gradient_accumulation_steps, settings.lanes or state.ranks.world_size)  # of a batch
     terminal.print("compiling: up to a minute the first time, seconds from then on")
     devices = [state.device] if state.device.type == "cuda" else []
     try:
-        tokens = state.tokens_per_step // micro_steps
+        tokens = state.tokens_per_step // parts
         compiled = compiled_loss(state.model, state.device, settings.compile_mode, tokens)
         with torch.random.fork_rng(devices=devices):
             with autocast(state.device, state.dtype):
-                loss = compiled(*state.sampler.train_batch(0, 0, micro_steps))
+                loss = compiled(*state.sampler.train_batch(0, 0, parts))
             loss.backward()
     except torch.OutOfMemoryError:  # without the compiler it would not fit either
         raise
