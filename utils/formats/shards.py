@@ -23,7 +23,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LOADABLE = {"F64", "F32", "F16", "BF16"}
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """Where a tensor is, and what it is."""
 
     file: Path
@@ -43,7 +43,7 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self._mapped: dict[Path, dict[str, torch.Tensor]] = {}
         for path, names in self._files():
             self._add(path, names)
@@ -77,7 +77,7 @@ class Shards:
             raise FormatError(f"{path}: {min(missing)} is missing, which {INDEX} names")
         if twice := self.tensors.keys() & header.tensors.keys():
             raise FormatError(f"{path}: {min(twice)} is in {self.tensors[min(twice)].file.name}, too")
-        self.tensors |= {name: Stored(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
+        self.tensors |= {name: StoredTensor(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor, in the memory of its file.
