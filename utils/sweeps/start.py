@@ -115,7 +115,7 @@ def drive(sweep: Sweep, total: int, jobs: int, max_failures: int, quiet: bool) -
     terminal = Terminal(quiet=quiet)
     display: Display | None = None
     driver = Driver(sweep, study, total, jobs, max_failures, lambda *end: display.ended(*end) if display else None)
-    display = Display(terminal, sweep, study, driver.trials.activities, total)
+    display = Display(terminal, sweep, study, driver.runner.activities, total)
     with display:
         return study, driver.run(display.update)
 
