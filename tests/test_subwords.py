@@ -196,7 +196,7 @@ def test_parts_have_the_ids_of_the_whole(each: Tokenizer, size: int, monkeypatch
     whole = [each.encode(random_text(seed)) for seed in range(300)]
     of_corpus = each.encode_array(CORPUS)
     monkeypatch.setattr(subwords, "WORDS_PART", size)
-    monkeypatch.setattr(byte_tokens, "PART", size)
+    monkeypatch.setattr(byte_tokens, "PART_CHARACTERS", size)
     assert [each.encode(random_text(seed)) for seed in range(300)] == whole
     np.testing.assert_array_equal(np.concatenate([*each.encode_parts(CORPUS)]), of_corpus)
 

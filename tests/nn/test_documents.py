@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_those_of_each_document_alone(
     kind: dict[str, Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not by_products:
-        monkeypatch.setattr(attention, "SHORT", 0)
+        monkeypatch.setattr(attention, "SHORT_TOKENS", 0)
     alone, model = model_of(kind, None), model_of(kind)
     total = torch.zeros(())
     for part in (part for row in documents() for part in row):

@@ -51,7 +51,7 @@ ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then s
 LESS_WANTED = ("evaluated", "steps", "commit", "note", "duration", "age")
 HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns whose name alone would say too little
 NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
-LONG = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
+FOLDED_WIDTHS = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
 EVALUATIONS_SHOWN = 12  # of a run, on its screen
 
 
@@ -142,7 +142,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     for column in kept:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         justify: JustifyMethod = "right" if numbers else "left"
-        if column in LONG:
+        if column in FOLDED_WIDTHS:
             table.add_column(_header(column), justify=justify)
         else:  # its width is known: rich would measure each cell again
             table.add_column(_header(column), justify=justify, overflow="fold", width=widths[column] - 2)
@@ -176,7 +176,7 @@ def _header(column: str) -> str:
 def _width(column: str, cells: Sequence[Text]) -> int:
     """Characters that a column takes, with the space after it."""
     longest = max((cell.cell_len for cell in cells), default=0)
-    return 2 + max(len(_header(column)), min(longest, LONG.get(column, longest)))
+    return 2 + max(len(_header(column)), min(longest, FOLDED_WIDTHS.get(column, longest)))
 
 
 def _repeating(cells: Mapping[str, Sequence[Text]]) -> list[str]:

@@ -6,13 +6,13 @@ import argparse
 
 from utils.terminal.cli import place
 
-MOST = 1_000_000  # sequences
+MOST_SEQUENCES = 1_000_000
 
 
 def count(text: str) -> int:
     """A number of sequences; what argparse calls for a flag."""
-    if not text.isdecimal() or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST:,}, got {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_SEQUENCES:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_SEQUENCES:,}, got {text!r}")
     return int(text)
 
 
