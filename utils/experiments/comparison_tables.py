@@ -13,7 +13,7 @@ from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.compare import SEEDS_NEEDED, Comparison, PairVerdict, SeedGroup
 from utils.experiments.diff import RunDiff
 from utils.experiments.explain import Explanation
-from utils.experiments.tables import plain_table, title
+from utils.terminal.tables import plain_table, title
 from utils.terminal.words import column_text, fact_lines, loss_text, rough_duration, setting_text
 
 VERDICT_STYLES = {

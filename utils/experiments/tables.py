@@ -22,6 +22,7 @@ from utils.runs.identity import differing_settings, non_default_settings, tokeni
 from utils.runs.index import DAMAGED, FACTS, IndexedRun
 from utils.runs.layout import ARTIFACTS, BASE_WEIGHTS, CHECKPOINTS, LOGS
 from utils.runs.seal import SealCheck
+from utils.terminal.tables import plain_table, title
 from utils.terminal.words import (
     HASH_LENGTH,
     column_text,
@@ -53,21 +54,6 @@ HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns wh
 NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
 FOLDED_WIDTHS = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
 EVALUATIONS_SHOWN = 12  # of a run, on its screen
-
-
-def title(text: str) -> Text:
-    """The heading of a table."""
-    return Text(text, style="bold")
-
-
-def plain_table(left: Sequence[str] = (), right: Sequence[str] = (), show_header: bool = True) -> Table:
-    """A table without lines: columns of text, then columns of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim", show_header=show_header, padding=(0, 2, 0, 0))
-    for header in left:
-        table.add_column(Text(header), overflow="fold")
-    for header in right:
-        table.add_column(Text(header), justify="right")
-    return table
 
 
 # ------------------------------------------------------------------------------------------------ list, sql and show

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.profiling.record import MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
+from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, fact_lines
 
 BAR_WIDTH = 20  # characters for 100%
@@ -249,11 +250,9 @@ def difference_table(a: Profile, b: Profile) -> RenderableType:
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if not differing:
         return Text("Settings and machine are the same.", style="dim")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for header in ("", "A", "B"):
-        table.add_column(header, overflow="fold", style="cyan" if not header else "")
+    table = plain_table(["", "A", "B"])
     for key in differing:
-        table.add_row(key, *(Text(_setting_text(values.get(key))) for values in (ours, theirs)))
+        table.add_row(Text(key, style="cyan"), *(Text(_setting_text(values.get(key))) for values in (ours, theirs)))
     return _titled("What differs", table)
 
 
@@ -294,7 +293,7 @@ def _pairs(
 
 def _table(*headers: str) -> Table:
     """A column of names, then one for each header; a column without a header holds bars."""
-    table = Table(header_style="dim", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     table.add_column(headers[0], style="cyan", no_wrap=True, overflow="ellipsis")
     for header in headers[1:]:
         if header:
