@@ -421,6 +421,13 @@ def seconds_of(moment: Any) -> float | None:
         return None
 
 
+def resume_times(record: Mapping[str, Any]) -> list[float]:
+    """When the run was resumed, in seconds since the epoch: what lies before each is a pause."""
+    resumes = [session for session in record.get("resumes") or [] if isinstance(session, dict)]
+    starts = (seconds_of(session.get("time")) for session in resumes)
+    return [start for start in starts if start is not None]
+
+
 def duration_of(path: Path, record: Mapping[str, Any], *, alive: bool) -> float:
     """Seconds that all sessions of a run took together; a session that is alive counts until now.
 
