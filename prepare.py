@@ -23,6 +23,7 @@ from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import expand_home
+from utils.machine.process import available_cores
 from utils.machine.signals import raise_on_signals
 from utils.terminal.cli import CODE_ROOT, PROJECT_ROOT, Parser, place, script
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
@@ -199,10 +200,6 @@ def cleaning_file(name: str) -> Path:
         return Path(expand_home(name))
     own = PROJECT_ROOT / CLEANING
     return own if own.exists() else CODE_ROOT / CLEANING
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def target_of(name: str, folder: Path) -> Path:

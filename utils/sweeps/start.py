@@ -13,6 +13,7 @@ from rich.text import Text
 from utils.config.loader import LoadedConfig
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError
+from utils.machine.process import available_cores
 from utils.sweeps.driver import Driver, Ending
 from utils.sweeps.folder import RECORD as SWEEP_RECORD
 from utils.sweeps.folder import Plan, Sweep, check_name, open_sweep, read_sweep, steps_of
@@ -99,8 +100,7 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
 
 def threads_of_job(jobs: int) -> int:
     """CPU threads of each of several trials at a time: the cores that this process may use, shared out."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // jobs)
+    return max(1, available_cores() // jobs)
 
 
 def check_goal(space: Space, pruner: Pruner) -> None:

@@ -92,7 +92,7 @@ class TrainResult(Mapping[str, Any]):
         return 0 if self.status in ("completed", "interrupted") else 1
 
 
-def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, first_step: int = 0) -> None:
+def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, first_step: int) -> None:
     """Print losses, time, where files are, and what to type next.
 
     Args:
