@@ -26,9 +26,9 @@ from utils.files import expand_home
 from utils.machine.process import available_cores
 from utils.machine.signals import raise_on_signals
 from utils.terminal.cli import CODE_ROOT, PROJECT_ROOT, Parser, place, script
+from utils.terminal.commands import print_json
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
-from utils.terminal.streams import is_unicode
-from utils.terminal.words import counted, json_text, size
+from utils.terminal.words import counted, size
 
 if TYPE_CHECKING:  # arguments are parsed before numpy is imported
     from utils.corpora.datasets import Dataset
@@ -146,10 +146,6 @@ def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
         for line in lines():
             print_to(console, line)
     return 0
-
-
-def print_json(data: Any) -> None:
-    print(json_text(data, indent=2, ensure_ascii=not is_unicode(sys.stdout)))
 
 
 def datasets_folder(config: Config) -> Path:

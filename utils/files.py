@@ -164,6 +164,15 @@ def read_json(path: Path, inside: Path | None = None) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_json_or_empty(path: Path, inside: Path | None = None) -> dict[str, Any]:
+    """The object in a JSON file that serves people; empty if it is missing, damaged or something else."""
+    try:
+        value = read_json(path, inside)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def expand_home(text: str) -> str:
     """A path as a person wrote it, with their home folder in place of a leading `~`, as a shell does.
 

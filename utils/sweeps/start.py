@@ -23,11 +23,9 @@ from utils.sweeps.sampling import SamplerName, grid
 from utils.sweeps.space import Space, read_space
 from utils.sweeps.study import PARENT, REASON, RUNS, Study
 from utils.sweeps.table import Display, longer_command, summary
-from utils.terminal.commands import as_plain
+from utils.terminal.commands import print_json
 from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.console import Terminal
-from utils.terminal.streams import is_unicode
-from utils.terminal.words import json_text
 
 if TYPE_CHECKING:
     from utils.experiments.compare import Comparison
@@ -85,7 +83,6 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
     sampler: SamplerName = own.sampler or (known.sampler if known else usual)
     check_goal(space, pruner)
     check_population(space, sampler, pruner, own.trials)
-    plan = Plan(space, config, sampler, seed, pruner)
     if sampler == "grid":
         grid(space, {})
     searched = {dimension.key for dimension in space.dimensions}
@@ -95,7 +92,7 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
         threads = None
     else:
         threads = threads_of_job(own.jobs)
-    return Plan(plan.space, config, sampler, seed, pruner, threads)
+    return Plan(space, config, sampler, seed, pruner, threads)
 
 
 def threads_of_job(jobs: int) -> int:
@@ -148,7 +145,7 @@ def finish(
     if as_json:
         data = as_data(sweep, study, dict(importance), files)
         compared = {"comparison": comparison} if compare is not None else {}
-        print(json_text(as_plain({**data, **compared}), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+        print_json({**data, **compared})
     else:
         Terminal().print("", *summary(sweep, study, dict(importance), files))
         if comparison is not None:
