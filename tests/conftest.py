@@ -84,6 +84,12 @@ def copy_code(folder: Path, *names: str) -> None:
             shutil.copy2(compiled, folder / compiled.relative_to(ROOT))
 
 
+def git(folder: Path, *words: str) -> str:
+    """What git prints; commits are Ada's, whatever this machine configures."""
+    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
 @pytest.fixture(autouse=True)
 def torch_settings() -> Iterator[None]:
     """What a run in this process sets for itself (determinism, threads, precision) ends with the test."""
