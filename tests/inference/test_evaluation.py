@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import utils.inference.graphs as graphs
+from benchmarks.common import split_loss
 from data import BatchSampler, Corpus, sample_offsets
 from model import LanguageModel
 from tests.tiny_export import char_tokenizer, lively
 from utils.config.settings import ModelConfig
-from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating, split_loss
+from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating
 from utils.inference.graphs import Graphs
 
 VOCAB, BLOCK = 13, 8

@@ -12,7 +12,11 @@ import pytest
 from benchmarks.data_duplicates import edited_copy, planted, random_text, reference_similarity
 from utils.errors import UserError
 from utils.preparation import duplicates
-from utils.preparation.duplicates import deduplication, find_duplicates, find_leaks, fingerprint, jaccard
+from utils.preparation.duplicates import deduplication, find_duplicates, find_leaks, fingerprint
+
+
+def jaccard(a: str, b: str) -> float:
+    return duplicates._jaccard(duplicates._shingles(a), duplicates._shingles(b))
 
 
 def found(texts: Sequence[str], threshold: float | None = 0.8) -> dict[int, int]:

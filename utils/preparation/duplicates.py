@@ -49,16 +49,8 @@ def fingerprint(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() + bands.tobytes()
 
 
-def jaccard(a: str, b: str) -> float:
-    """The similarity of two texts, from 0 to 1.
-
-    >>> jaccard("It was the best of times, it was the worst of times", "It was the BEST of  times, it was the worst!")
-    0.8157894736842105
-    """
-    return _jaccard(_shingles(a), _shingles(b))
-
-
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """The similarity of two texts with these shingles, from 0 to 1."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
