@@ -12,7 +12,7 @@ from rich.text import Text
 
 from utils.profiling.record import MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
 from utils.terminal.tables import plain_table
-from utils.terminal.words import counted, fact_lines
+from utils.terminal.words import counted, fact_lines, setting_text
 
 BAR_WIDTH = 20  # characters for 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
@@ -252,7 +252,9 @@ def difference_table(a: Profile, b: Profile) -> RenderableType:
         return Text("Settings and machine are the same.", style="dim")
     table = plain_table(["", "A", "B"])
     for key in differing:
-        table.add_row(Text(key, style="cyan"), *(Text(_setting_text(values.get(key))) for values in (ours, theirs)))
+        table.add_row(
+            Text(key, style="cyan"), *(Text(setting_text(values.get(key)) or "none") for values in (ours, theirs))
+        )
     return _titled("What differs", table)
 
 
@@ -338,18 +340,6 @@ def _in_mb(size: int | None) -> float | None:
 def _number(value: float | None, sign: str = "") -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:{sign},.0f}"
-        if abs(value) >= 1000
-        else f"{value:{sign}.3f}"
-        if abs(value) < 100
-        else f"{value:{sign}.1f}"
-    )
-
-
-def _setting_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value in (None, "") else str(value)
+    if abs(value) >= 1000:
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign}.1f}"
