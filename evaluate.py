@@ -26,8 +26,7 @@ from utils.runs.evaluations import append_evaluation
 from utils.runs.find import find_export
 from utils.runs.layout import ARITHMETIC_PICTURE
 from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
-from utils.terminal.streams import is_unicode
-from utils.terminal.words import json_text, printable
+from utils.terminal.words import printable
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from rich.console import RenderableType
@@ -350,15 +349,12 @@ def show(
 ) -> None:
     """Print the results, as JSON (with `more`) or for people."""
     from utils.runs.evaluations import as_json
+    from utils.terminal.commands import print_json
     from utils.terminal.console import Terminal
 
     if args.json:
         runs = [{"run": name, **as_json(record)} for name, record in zip(names, records, strict=True)]
-        print(
-            json_text(
-                {"evaluations": runs, "notes": list(notes), **more}, indent=2, ensure_ascii=not is_unicode(sys.stdout)
-            )
-        )
+        print_json({"evaluations": runs, "notes": list(notes), **more})
         return
     Terminal().print(*screen)
 

@@ -30,7 +30,7 @@ from utils.machine.process import hide_imports
 from utils.runs.find import find_export
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
 from utils.terminal.config_flags import parse_experiment
-from utils.terminal.words import json_text, printable
+from utils.terminal.words import printable
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.inference.generator import Generator, Request
@@ -155,7 +155,7 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
     from utils.inference.prompts import read_text
     from utils.inference.quantization import with_weights
     from utils.inference.scoring import score, score_report
-    from utils.terminal.commands import as_plain
+    from utils.terminal.commands import print_json
     from utils.terminal.console import Terminal
 
     text, terminal = read_text(args.score), Terminal(quiet=args.json)
@@ -178,7 +178,7 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
         if args.json:
             for kind, found in scores:
                 facts = {"run": generator.name, "text": args.score, "weights": kind, **found.facts()}
-                print(json_text(as_plain(facts)))
+                print_json(facts, indent=None)
     return 0
 
 
@@ -187,7 +187,7 @@ def show_info(args: argparse.Namespace, exports: Sequence[Path], settings: Infer
     from utils.inference.export import load_export
     from utils.inference.info import info_data, info_screen
     from utils.machine.device import choose_device
-    from utils.terminal.commands import as_plain
+    from utils.terminal.commands import print_json
     from utils.terminal.console import Terminal
 
     terminal = Terminal(quiet=args.json)
@@ -195,7 +195,7 @@ def show_info(args: argparse.Namespace, exports: Sequence[Path], settings: Infer
         export = load_export(folder, choose_device(args.device))
         terminal.print(*info_screen(export, folder))
         if args.json:
-            print(json_text(as_plain(info_data(export, folder))))
+            print_json(info_data(export, folder), indent=None)
     return 0
 
 

@@ -20,7 +20,7 @@ from utils.nn.activation_checkpointing import recomputed
 from utils.nn.attention import causal_attention
 from utils.nn.costs import shapes_only
 from utils.nn.cross_entropy import chunked_cross_entropy, plain_cross_entropy, rows_at_once
-from utils.nn.documents import Documents
+from utils.nn.documents import DocumentMask
 from utils.nn.gelu import gelu_tanh
 from utils.nn.kv_cache import NO_TOKEN, KVCache
 from utils.nn.lean import is_patched, may_be_plain
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         self.proj = declare(Linear(rows[0], config.n_embd, config.bias), weight=RESIDUAL)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, rope: Rope | None, cache: KVCache | Documents | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, cache: KVCache | DocumentMask | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.kv_heads, self.head_width
@@ -228,7 +228,7 @@ class Block(nn.Module):
         self.mlp_norm = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x: torch.Tensor, rope: Rope | None, cache: KVCache | Documents | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, cache: KVCache | DocumentMask | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attention(self.attention_norm(x), rope, cache)
         return x + self.mlp(self.mlp_norm(x))
@@ -312,7 +312,7 @@ class LanguageModel(nn.Module):
         return chunked_cross_entropy(hidden, weight, targets, rows, self.config.logit_softcap, self.fp8_logits)
 
     def hidden(
-        self, idx: torch.Tensor, cache: KVCache | Documents | None = None, lengths: Sequence[int] | None = None
+        self, idx: torch.Tensor, cache: KVCache | DocumentMask | None = None, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
         """The input of the head: (B, T, C) for tokens idx (B, T).
 
@@ -330,7 +330,7 @@ class LanguageModel(nn.Module):
             cache.end()
         return self.final_norm(x)
 
-    def documents(self, idx: torch.Tensor) -> Documents | None:
+    def documents(self, idx: torch.Tensor) -> DocumentMask | None:
         """The documents in rows of tokens idx (B, T); None: each row is one text."""
         if self.document_token is None:
             return None
@@ -341,10 +341,10 @@ class LanguageModel(nn.Module):
         windows = (
             [self.config.window(layer) for layer in range(self.config.n_layer)] if self.config.sliding_window else ()
         )
-        return Documents(idx, self.document_token, dtype, dropout, windows)
+        return DocumentMask(idx, self.document_token, dtype, dropout, windows)
 
     def embed(
-        self, idx: torch.Tensor, cache: KVCache | Documents | None = None, lengths: Sequence[int] | None = None
+        self, idx: torch.Tensor, cache: KVCache | DocumentMask | None = None, lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, Rope | None]:
         """The input of the first block, (B, T, C), and the factors of rotary positions (see `rotate`); as `hidden`."""
         T = idx.size(1)
@@ -354,7 +354,7 @@ class LanguageModel(nn.Module):
             before = (
                 cache.tokens_before(reach) if isinstance(cache, KVCache) else idx.new_full((len(idx), reach), NO_TOKEN)
             )
-            x = x + self.ngram_embedding(idx, before, cache.positions if isinstance(cache, Documents) else None)
+            x = x + self.ngram_embedding(idx, before, cache.positions if isinstance(cache, DocumentMask) else None)
         positions: slice | torch.Tensor  # (B, T), or the same slice for all sequences
         if cache is None:
             assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
@@ -394,7 +394,7 @@ def run_block(
     block: nn.Module,
     x: torch.Tensor,
     rope: Rope | None,
-    cache: KVCache | Documents | None,
+    cache: KVCache | DocumentMask | None,
 ) -> torch.Tensor:
     """(B, T, C) -> (B, T, C). One function for all layers, so that its compiled code serves them all."""
     return block(x, rope, cache)

@@ -23,11 +23,12 @@ from utils.config.loader import ConfigLoader
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import expand_home
+from utils.machine.process import available_cores
 from utils.machine.signals import raise_on_signals
 from utils.terminal.cli import CODE_ROOT, PROJECT_ROOT, Parser, place, script
+from utils.terminal.commands import print_json
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
-from utils.terminal.streams import is_unicode
-from utils.terminal.words import counted, json_text, size
+from utils.terminal.words import counted, size
 
 if TYPE_CHECKING:  # arguments are parsed before numpy is imported
     from utils.corpora.datasets import Dataset
@@ -147,10 +148,6 @@ def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
     return 0
 
 
-def print_json(data: Any) -> None:
-    print(json_text(data, indent=2, ensure_ascii=not is_unicode(sys.stdout)))
-
-
 def datasets_folder(config: Config) -> Path:
     return PROJECT_ROOT / config.data.datasets_dir
 
@@ -199,10 +196,6 @@ def cleaning_file(name: str) -> Path:
         return Path(expand_home(name))
     own = PROJECT_ROOT / CLEANING
     return own if own.exists() else CODE_ROOT / CLEANING
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def target_of(name: str, folder: Path) -> Path:

@@ -30,9 +30,8 @@ from utils.errors import UserError, number_text
 from utils.machine.process import several_ranks
 from utils.runs.origin import without_foreign_places
 from utils.terminal.cli import PROJECT_ROOT, Parser, numbers, place, script
+from utils.terminal.commands import print_json
 from utils.terminal.config_flags import ExperimentArguments, parse_experiment
-from utils.terminal.streams import is_unicode
-from utils.terminal.words import json_text
 from utils.training.launch import add_trust_flag, facts_of
 
 if TYPE_CHECKING:  # arguments are parsed before torch is imported
@@ -110,7 +109,8 @@ def profile(
     if setup.ranks.rank:
         return
     terminal.print(*profile_tables(measured, top))
-    print_json(json, measured.model_dump(mode="json"))
+    if json:
+        print_json(measured.model_dump(mode="json"))
     write(out, lambda folder: save_profile(folder, measured, read_trace(times.profiler), draw_profile), terminal)
 
 
@@ -137,7 +137,8 @@ def sweep(
     dtype = str(setup.dtype).removeprefix("torch.")
     terminal.print(sweep_table(timings), f"{setup.device}, {dtype}; medians over {steps} steps")
     terminal.print("GFLOP/s counts the operations that the matrix products need.")
-    print_json(json, {"shapes": timings})
+    if json:
+        print_json({"shapes": timings})
     write(out, lambda folder: save_sweep(timings, folder), terminal)
 
 
@@ -167,7 +168,8 @@ def lr_range(
         state = build_state(setup.config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
         result = lr_range_test(state, lr_min, lr_max, lr_steps)
     report(result, terminal)
-    print_json(json, {**dataclasses.asdict(result), "rule": RULE})
+    if json:
+        print_json({**dataclasses.asdict(result), "rule": RULE})
     write(out, lambda folder: save(result, folder), terminal)
 
 
@@ -180,7 +182,8 @@ def show_comparison(*, compare: Sequence[Path], top: int = 12, json: bool = Fals
     a, b = map(read_profile, compare)
     Terminal(quiet=json).print(*comparison_tables(a, b, [str(path) for path in compare], top))
     pairs = zip(compare, (a, b), strict=True)
-    print_json(json, [{"path": path, "profile": found.model_dump(mode="json")} for path, found in pairs])
+    if json:
+        print_json([{"path": path, "profile": found.model_dump(mode="json")} for path, found in pairs])
 
 
 # What a mode takes from the command line are the parameters of its function; --sweep chooses "sweep", and so on.
@@ -223,14 +226,6 @@ def prepare(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks: Ranks | 
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
     return dataclasses.replace(setup, corpus=setup.corpus.stored()), terminal
-
-
-def print_json(wanted: bool, data: Any) -> None:
-    """With --json, print the result."""
-    if wanted:
-        from utils.terminal.commands import as_plain
-
-        print(json_text(as_plain(data), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
 
 
 def write(out: Path | None, save: Callable[[Path], Sequence[Path]], terminal: Terminal) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from utils.config.settings import DataConfig
 from utils.files import read_json
 from utils.tokenization.byte_tokens import ByteTokenizer
-from utils.tokenization.protocol import PART, VERSION, Tokenizer, TokenizerError, joined
+from utils.tokenization.protocol import PART_CHARACTERS, VERSION, Tokenizer, TokenizerError, joined
 from utils.tokenization.specifications import character_specification
 from utils.tokenization.subwords import BpeTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer
 from utils.tokenization.vocabularies import read_specification
@@ -78,8 +78,8 @@ class CharTokenizer(Tokenizer):
         return joined(self.encode_parts(text))
 
     def encode_parts(self, text: str) -> Iterator[np.ndarray]:
-        for start in range(0, len(text), PART):
-            points = _code_points(text[start : start + PART])
+        for start in range(0, len(text), PART_CHARACTERS):
+            points = _code_points(text[start : start + PART_CHARACTERS])
             ids = self._ids[np.minimum(points, len(self._ids) - 1)]
             if (ids < 0).any():
                 raise self._missing(text, start + int(np.argmax(ids < 0)))
@@ -164,8 +164,8 @@ def _characters(texts: Iterable[str]) -> list[str]:
     """The characters of `texts`, in the order of their code points."""
     seen = np.zeros(0x110000, dtype=bool)
     for text in texts:
-        for start in range(0, len(text), PART):
-            seen[_code_points(text[start : start + PART])] = True
+        for start in range(0, len(text), PART_CHARACTERS):
+            seen[_code_points(text[start : start + PART_CHARACTERS])] = True
     return [chr(point) for point in np.flatnonzero(seen)]
 
 

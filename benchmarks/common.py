@@ -10,11 +10,17 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.errors import UserError
 from utils.terminal.cli import PROJECT_ROOT, Parser, place
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from model import LanguageModel
+    from utils.packing.joined import Joined
 
 T = TypeVar("T")
 RESAMPLES = 2000
@@ -148,3 +154,34 @@ def _bootstrap(
 
 def verdict(reached: bool) -> str:
     return "reached" if reached else "missed"
+
+
+def split_loss(model: LanguageModel, tokens: np.ndarray | Joined, batch_size: int = 64) -> float:
+    """Mean loss over all tokens of a split except the first, in nats per token.
+
+    The split is cut into adjacent windows of block_size tokens, and a token attends only to the tokens
+    before it in its own window. The last window may be shorter.
+    """
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from utils.inference.evaluation import evaluating
+
+    block_size = model.config.block_size
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(np.array(tokens, dtype=np.int64))
+    n_windows = (len(ids) - 1) // block_size
+    end = n_windows * block_size
+    inputs = list(ids[:end].view(-1, block_size).split(batch_size)) if n_windows else []  # (n, T) each
+    targets = list(ids[1 : end + 1].view(-1, block_size).split(batch_size)) if n_windows else []
+    if end + 1 < len(ids):
+        inputs.append(ids[None, end:-1])
+        targets.append(ids[None, end + 1 :])
+    total = torch.zeros((), dtype=torch.float64)
+    with evaluating(model):
+        for x, y in zip(inputs, targets, strict=True):
+            logits, _ = model(x.to(device))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), reduction="sum")
+            total += loss.cpu().double()
+    return float(total) / (len(ids) - 1)

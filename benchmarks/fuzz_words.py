@@ -59,7 +59,7 @@ COSTLY = {
     *("eval_iters", "sample_tokens", "max_new_tokens", "checkpoint_interval", "threads", "compile", "compile_mode"),
     *("wandb_mode", "aim_logging", "aim_repo", "closing_seconds", "max_minutes", "dataset"),
 }
-LONG = ("reproduce", "gate", "noise", "bisect", "ui")  # commands of experiments.py that train for minutes, or never end
+LONG_COMMANDS = ("reproduce", "gate", "noise", "bisect", "ui")  # of experiments.py: they train for minutes or never end
 NEVER_VALID = ("", " ", "-1", "nan", "-inf", "x" * 300, "१२x", "a\nb", "\x1b[31m", "{}", "1e999", "\udcff")
 PLACES = ("--runs-dir", "--corpora-dir", "--aim-repo", "--dataset")  # below the folder of the case, whatever happens
 RUN_WORDS = (GOOD, BAD, "latest", f"runs/{GOOD}", "", ".", "..", "/", "x", "\udcff", "a\nb", "x" * 5000, f"{BAD}:best")
@@ -120,7 +120,7 @@ def training_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
 
 def experiments_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
     """A command of experiments.py with arguments that fit more or less."""
-    return command_words([one for one in experiments.COMMANDS if one.name not in LONG], rng)
+    return command_words([one for one in experiments.COMMANDS if one.name not in LONG_COMMANDS], rng)
 
 
 def weights_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:

@@ -332,9 +332,9 @@ def time_speedrun(task: Task) -> None:
     import torch
 
     import train
+    from benchmarks.common import split_loss
     from benchmarks.shakespeare import training_seconds
     from data import load_corpus
-    from utils.inference.evaluation import split_loss
     from utils.inference.export import load_export
 
     sizes: Overrides = {"max_iters": "6", "warmup_iters": "0"} if task.dry else {}

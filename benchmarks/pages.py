@@ -34,7 +34,7 @@ from utils.terminal.console import Terminal
 
 CHROMIUM = "/usr/bin/chromium"
 CURVES = 50
-LONG = "20991231_000000_long"  # the newest
+LONG_RUN = "20991231_000000_long"  # the newest
 LIMITS = {  # seconds
     "table: first answer": 1.0,
     "table in Chromium": 2.0,
@@ -111,11 +111,11 @@ def main(argv: Sequence[str]) -> int:
 
 def make_long_run(runs_dir: Path, template: str, points: int) -> None:
     """A run with a record for each of `points` steps."""
-    path = runs_dir / LONG
+    path = runs_dir / LONG_RUN
     source = runs_dir / template
     (path / METRICS_LOG).parent.mkdir(parents=True)
     record = json.loads((source / RECORD).read_text())
-    (path / RECORD).write_text(json.dumps({**record, "id": LONG, "last_step": points}))
+    (path / RECORD).write_text(json.dumps({**record, "id": LONG_RUN, "last_step": points}))
     line = (source / METRICS_LOG).read_text().splitlines()[-2]
     facts = {key: value for key, value in json.loads(line).items() if key not in ("step", "time", "train/loss")}
     rest = json.dumps(facts, separators=(",", ":"))[1:]
@@ -146,7 +146,7 @@ def measure(server: Server, runs_dir: Path, ids: Sequence[str], results: dict[st
     table = timed(server, results["table: first answer"], "runs")
     runs = [("run", name) for name in ids]
     curves = timed(server, results["50 curves"], "curves", ("metric", "train/loss"), ("points", 4000), *runs)
-    timed(server, results["a run of a million points"], "curves", ("metric", "train/loss"), ("run", LONG))
+    timed(server, results["a run of a million points"], "curves", ("metric", "train/loss"), ("run", LONG_RUN))
     log = runs_dir / ids[0] / METRICS_LOG
     last = json.loads(log.read_text().splitlines()[-1])
     with log.open("a") as file:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.common import add_config_flag, at_least, load_config, machine_facts, verdict
+from benchmarks.common import add_config_flag, at_least, load_config, machine_facts, split_loss, verdict
 from utils.config.loader import LoadedConfig
 from utils.errors import UserError
 from utils.runs.layout import EXPORT, LOGS
@@ -89,7 +89,6 @@ def measure(loaded: LoadedConfig) -> Trained:
 
     from data import load_corpus
     from train import train
-    from utils.inference.evaluation import split_loss
     from utils.inference.export import load_export
 
     config = loaded.config

@@ -138,28 +138,28 @@ def driver_overhead(folder: Path, trials: int, steps: int) -> tuple[float, Path]
     """Seconds of a sweep with one job that are not those of its training processes, for each trial; and one run."""
     from utils.sweeps.driver import Driver
     from utils.sweeps.study import Study
-    from utils.sweeps.trial import POLL_SECONDS, Trials
+    from utils.sweeps.trial import POLL_SECONDS, TrialRunner
 
     folder.mkdir()
     subprocess.run(command(folder, 1, steps), cwd=PROJECT_ROOT, check=True, stdout=subprocess.DEVNULL)
     sweep = read_sweep(folder / "sweeps" / "space", PROJECT_ROOT)
     study, spent = Study(sweep), []
-    run = Trials._run
+    run = TrialRunner._run
 
-    def timed(self: Trials, *args: Any) -> tuple[int, bool]:
+    def timed(self: TrialRunner, *args: Any) -> tuple[int, bool]:
         began = time.perf_counter()
         try:
             return run(self, *args)
         finally:
             spent.append(time.perf_counter() - began)
 
-    setattr(Trials, run.__name__, timed)
+    setattr(TrialRunner, run.__name__, timed)
     try:
         began = time.perf_counter()
         Driver(sweep, study, trials + 1, 1, 0).run()
         seconds = time.perf_counter() - began
     finally:
-        setattr(Trials, run.__name__, run)
+        setattr(TrialRunner, run.__name__, run)
     assert len(spent) == trials
     return (seconds - sum(spent)) / trials + POLL_SECONDS, list_run_paths(folder / "runs")[0]
 

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from warm_python import PIXEL, WarmPython, copy_databases
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of `make test &` in a script: it would be inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,6 +25,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if some module imports it, runs its kernels on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE_MS = 60_000  # for a page of a browser on a slow machine, where it takes one to five seconds
 FORK = multiprocessing.get_context("fork")
 TINY_FLAGS = {
     "--n-layer": "1",
@@ -78,6 +82,12 @@ def copy_code(folder: Path, *names: str) -> None:
         for compiled in (ROOT / name).parent.glob(f"__pycache__/{Path(name).stem}.*.pyc"):
             (folder / name).parent.joinpath("__pycache__").mkdir(exist_ok=True)
             shutil.copy2(compiled, folder / compiled.relative_to(ROOT))
+
+
+def git(folder: Path, *words: str) -> str:
+    """What git prints; commits are Ada's, whatever this machine configures."""
+    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +216,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def make_read_only(small_disk: Path) -> Callable[[], None]:
     """Turns `small_disk` into a read-only one (file permissions do not stop root)."""
     return lambda: subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium, without what it asks of the network by itself."""
+    from playwright.sync_api import expect, sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
+        expect.set_options(timeout=PAGE_MS)
+        yield browser
+        browser.close()

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY_FLAGS
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from conftest import PAGE_MS, ROOT, TINY_FLAGS
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from utils.runs.log import read_records
 from utils.runs.run import read_record
@@ -30,9 +30,6 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),  # with --dist loadgroup the runs and servers are made once
 ]
 
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-PAGE_MS = 60_000  # for a slow machine: a page takes one to five seconds
 LEARNING_RATES = {"low": "0.0003", "middle": "0.001", "high": "0.003"}
 LEARNING_RATE = "hparams.optimizer.learning_rate"
 VAL_LOSS = 'loss subset="val"'
@@ -141,15 +138,6 @@ def aim_url(runs: list[TinyRun], folder: Path) -> Iterator[str]:
 def tensorboard_url(runs: list[TinyRun], folder: Path) -> Iterator[str]:
     with _server("tensorboard", "--logdir", str(folder / "runs")) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        expect.set_options(timeout=PAGE_MS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

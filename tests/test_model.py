@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model import MLPS, NORMS, KVCache, LanguageModel
+from tests.tiny_export import lively
 from utils.config.settings import FFN_WIDTHS, ModelConfig
 
 VOCAB = 11
@@ -62,11 +63,7 @@ def config_of(variant: str, **settings: Any) -> ModelConfig:
 def lively_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model whose weights are large enough for every part to matter, biases and norm weights too."""
     torch.manual_seed(0)
-    model = LanguageModel(config, VOCAB)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.to(dtype).eval()
+    return lively(LanguageModel(config, VOCAB)).to(dtype)
 
 
 def random_tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,19 +24,23 @@ def char_tokenizer(vocabulary: Iterable[str], unknown_token: str | None = None) 
     return tokenizer_from_json(form, "a test")
 
 
+M = TypeVar("M", bound=torch.nn.Module)
 TOKENIZER = char_tokenizer(" \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 BLOCK_SIZE = 16
 
 
-def tiny_model(tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> LanguageModel:
-    """In eval mode; weights large enough that the tokens depend on the whole context."""
-    torch.manual_seed(0)
-    tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK_SIZE, "position": "rope"}
-    model = LanguageModel(ModelConfig(**tiny | settings), tokenizer.vocab_size)
+def lively(model: M, scale: float = 0.3) -> M:
+    """`model` in eval mode, with weights so large that each part matters: tokens depend on all that precede them."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            parameter.add_(torch.randn_like(parameter), alpha=scale)
     return model.eval()
+
+
+def tiny_model(tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK_SIZE, "position": "rope"}
+    return lively(LanguageModel(ModelConfig(**tiny | settings), tokenizer.vocab_size))
 
 
 def save_tiny_run(runs_dir: Path, name: str, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Path:

@@ -118,7 +118,21 @@ def read_bytes(path: Path, inside: Path | None = None, limit: int = JSON_BYTES) 
         OSError: it cannot be opened, or is larger than `limit` bytes.
     """
     with open_regular(path, inside) as file:
-        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+        return _content(file, path, limit)
+
+
+def read_named(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """The content of a file that a person named (see `open_named`).
+
+    Raises:
+        OSError: as `read_bytes`.
+    """
+    with open_named(path) as file:
+        return _content(file, path, limit)
+
+
+def _content(file: io.BufferedReader, path: Path, limit: int) -> bytes:
+    content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
     if content is None or len(content) > limit:
         raise OSError(errno.EFBIG, f"is larger than {limit >> 20:,} MiB", str(path))
     return content
@@ -148,6 +162,15 @@ def read_json(path: Path, inside: Path | None = None) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_json_or_empty(path: Path, inside: Path | None = None) -> dict[str, Any]:
+    """The object in a JSON file that serves people; empty if it is missing, damaged or something else."""
+    try:
+        value = read_json(path, inside)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def expand_home(text: str) -> str:

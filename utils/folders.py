@@ -39,8 +39,20 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
+def delete(path: Path) -> None:
+    """Delete a folder with its content, or whatever else is there.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
-    """Delete a folder with its content, or whatever else is there; what cannot be deleted stays.
+    """As `delete`, but what cannot be deleted stays.
 
     shutil.rmtree opens what it is to delete, so at a pipe it would wait forever.
     """

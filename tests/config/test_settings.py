@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
+from fake_runs import config_of
 from pydantic import ValidationError
 
 from utils.config.fields import (
@@ -31,14 +32,6 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make(**settings: Any) -> Config:
-    """A validated Config from settings by leaf name."""
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in settings.items():
-        sections.setdefault(SECTION_OF[key], {})[key] = value
-    return Config.model_validate(sections)
-
-
 def types_of(key: str) -> set[type]:
     """The plain types that a setting may have: {int, NoneType} for `Int | None`."""
     if get_origin(FIELDS[key].annotation) is tuple:
@@ -57,7 +50,7 @@ def test_every_setting_has_a_meaning_a_kind_and_a_default_within_its_bounds(key:
     assert field_fact(key, "kind") in ("trajectory", "observation", "machine")
     assert isinstance(field_fact(key, "unit"), str)
     default = FIELDS[key].default
-    assert flat(make(**{key: default}))[key] == default
+    assert flat(config_of(**{key: default}))[key] == default
 
 
 def test_leaf_names_are_unique_and_differ_from_section_names() -> None:
@@ -136,30 +129,30 @@ def test_kind_says_whether_a_setting_changes_the_numbers(key: str, kind: str) ->
 )
 def test_bounds_hold_at_their_edges(key: str, inside: list[Any], outside: list[Any]) -> None:
     for value in inside:
-        assert flat(make(**{key: value}))[key] == value
+        assert flat(config_of(**{key: value}))[key] == value
     for value in outside:
         with pytest.raises(ValidationError, match=key):
-            make(**{key: value})
+            config_of(**{key: value})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("key", FLOATS)
 def test_nan_and_infinity_are_refused(key: str, value: float) -> None:
     with pytest.raises(ValidationError, match=key):
-        make(**{key: value})
+        config_of(**{key: value})
 
 
 @pytest.mark.parametrize("value", [True, False, "many", [1], {"a": 1}])
 @pytest.mark.parametrize("key", NUMBERS)
 def test_numbers_are_numbers(key: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=key):
-        make(**{key: value})
+        config_of(**{key: value})
 
 
 @pytest.mark.parametrize("key", [key for key in NUMBERS if float not in types_of(key)])
 def test_an_integer_has_no_fraction(key: str) -> None:
     with pytest.raises(ValidationError, match=key):
-        make(**{key: 2.5})
+        config_of(**{key: 2.5})
 
 
 def test_settings_are_frozen() -> None:
@@ -235,7 +228,7 @@ EVEN = "position rope rotates pairs of channels: the head dimension must be even
 )
 def test_broken_rules_between_settings_are_reported_with_the_values(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        make(**settings)
+        config_of(**settings)
     assert [detail["msg"] for detail in caught.value.errors()] == [f"Value error, {message}"]
 
 
@@ -259,19 +252,19 @@ def test_broken_rules_between_settings_are_reported_with_the_values(settings: di
     ],
 )
 def test_settings_that_keep_the_rules_are_accepted(settings: dict[str, Any]) -> None:
-    config = flat(make(**settings))
+    config = flat(config_of(**settings))
     assert {key: config[key] for key in settings} == settings
 
 
 def test_settings_that_are_none_are_derived() -> None:
-    model = make(n_head=4, n_embd=96).model
+    model = config_of(n_head=4, n_embd=96).model
     assert (model.kv_heads, model.head_width, model.ffn_width) == (4, 24, 384)
-    assert make(n_embd=96, mlp="swiglu").model.ffn_width == 256  # 8/3 * 96
-    assert make(n_embd=100, mlp="swiglu").model.ffn_width == 288  # 266.7, rounded up to a multiple of 32
-    assert make(ffn_dim=7, mlp="swiglu").model.ffn_width == 7
-    assert make(n_kv_head=2, head_dim=10).model.head_width == 10
-    assert make(learning_rate=0.5).optimizer.final_lr == 0.05
-    assert make(min_lr=0.0).optimizer.final_lr == 0.0
+    assert config_of(n_embd=96, mlp="swiglu").model.ffn_width == 256  # 8/3 * 96
+    assert config_of(n_embd=100, mlp="swiglu").model.ffn_width == 288  # 266.7, rounded up to a multiple of 32
+    assert config_of(ffn_dim=7, mlp="swiglu").model.ffn_width == 7
+    assert config_of(n_kv_head=2, head_dim=10).model.head_width == 10
+    assert config_of(learning_rate=0.5).optimizer.final_lr == 0.05
+    assert config_of(min_lr=0.0).optimizer.final_lr == 0.0
 
 
 def test_warmup_is_a_twentieth_of_the_run_unless_given() -> None:
@@ -283,7 +276,7 @@ def test_warmup_is_a_twentieth_of_the_run_unless_given() -> None:
 @pytest.mark.parametrize("tag", ["a", "A.b_c-9", "2026", "x" * 64, ".hidden", "latest2"])
 def test_tags_of_letters_digits_dots_underscores_and_dashes_are_accepted(tag: str) -> None:
     assert check_tag(tag) == tag
-    assert make(run_tag=tag).tracking.run_tag == tag
+    assert config_of(run_tag=tag).tracking.run_tag == tag
 
 
 @pytest.mark.parametrize(
@@ -296,7 +289,7 @@ def test_tags_that_cannot_name_a_folder_are_refused(tag: str) -> None:
         check_tag(tag)
     assert str(caught.value) == words
     with pytest.raises(ValidationError, match="run_tag"):
-        make(run_tag=tag)
+        config_of(run_tag=tag)
 
 
 @pytest.mark.parametrize("key", FIELDS)
@@ -313,7 +306,7 @@ def test_the_hash_of_the_defaults_is_that_of_runs_before_packing_and_arithmetic(
 
 
 def test_hash_sees_resolved_values_in_place_of_settings() -> None:
-    auto, cpu = make(device="auto"), make(device="cpu")
+    auto, cpu = config_of(device="auto"), config_of(device="cpu")
     assert config_hash(auto, {}) != config_hash(cpu, {})
     assert config_hash(auto, {"device": "cpu"}) == config_hash(cpu, {"device": "cpu"})
     assert config_hash(auto, {"device": "cpu"}) != config_hash(auto, {"device": "cuda"})
@@ -363,7 +356,7 @@ def test_every_setting_has_an_expectation_in_words(key: str) -> None:
 
 
 def test_dump_and_validate_is_the_identity() -> None:
-    config = make(n_layer=2, tags=("a", "b"), run_tag="x", learning_rate=0.1 + 0.2, max_iters=None, epochs=1 / 3)
+    config = config_of(n_layer=2, tags=("a", "b"), run_tag="x", learning_rate=0.1 + 0.2, max_iters=None, epochs=1 / 3)
     assert Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
 
 
@@ -413,7 +406,7 @@ def test_derived_settings_are_those_of_the_run() -> None:
 
 @pytest.mark.parametrize("repo", [".", "/runs", "a:b", "aim://host:53800", "aim://10.0.0.1:1"])
 def test_an_aim_repository_is_a_folder_or_a_server(repo: str) -> None:
-    assert make(aim_repo=repo).tracking.aim_repo == repo
+    assert config_of(aim_repo=repo).tracking.aim_repo == repo
 
 
 @pytest.mark.parametrize(
@@ -421,19 +414,19 @@ def test_an_aim_repository_is_a_folder_or_a_server(repo: str) -> None:
     [(".aim", "."), (".aim/", "."), ("/.aim", "/"), ("a/.aim", "a"), ("/a/.aim/", "/a"), ("a.aim", "a.aim")],
 )
 def test_an_aim_repository_is_the_folder_of_its_dot_aim(repo: str, folder: str) -> None:
-    assert make(aim_repo=repo).tracking.aim_repo == folder
+    assert config_of(aim_repo=repo).tracking.aim_repo == folder
 
 
 @pytest.mark.parametrize("repo", ["http://host:53800", "aim://host", "aim://host:", "aim://u@host:1", "aim://host:1/x"])
 def test_another_address_is_no_aim_repository(repo: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        make(aim_repo=repo)
+        config_of(aim_repo=repo)
     (detail,) = caught.value.errors()
     assert detail["loc"] == ("tracking", "aim_repo")
     assert detail["msg"] == f"Value error, expected a folder or aim://HOST:PORT, got {repo!r}"
 
 
 def test_a_template_for_questions_says_where_they_stand() -> None:
-    assert make(qa_template="{question}").inference.qa_template == "{question}"
+    assert config_of(qa_template="{question}").inference.qa_template == "{question}"
     with pytest.raises(ValidationError, match=r"expected text that contains \{question\}, got 'Q: \{\}' "):
-        make(qa_template="Q: {}")
+        config_of(qa_template="Q: {}")

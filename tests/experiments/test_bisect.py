@@ -6,13 +6,12 @@ import io
 import json
 import math
 import random
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, git
 from fake_runs import make_run, training_records
 
 import experiments
@@ -130,11 +129,6 @@ def test_a_difference_within_the_noise_is_not_bisected(
     commands = training(lambda *_: 2.0)
     assert "too little for 3 seeds to tell from noise" in str(find("good", "bad", runs_dir).problem)
     assert not commands
-
-
-def git(folder: Path, *words: str) -> str:
-    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture

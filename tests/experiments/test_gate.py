@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, git
 from fake_runs import RESOLVED, make_run, training_records
 
 import experiments
@@ -346,11 +345,6 @@ def test_runs_of_a_tag_that_are_different_experiments_are_refused(runs_dir: Path
 
 
 # ------------------------------------------------------------------------------------------------ code
-
-
-def git(folder: Path, *words: str) -> str:
-    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fake_runs import indexed, training_records
 from utils.errors import UserError
 from utils.experiments.bands import band
 from utils.experiments.curve import Curve
-from utils.experiments.plot import PlottedCurve, load_curves, names_of, save_plot, smoothed, terminal_plot, thinned
+from utils.experiments.plot import PlottedCurve, load_curves, names_of, save_plot, smoothed, terminal_plot
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 FALLING = PlottedCurve("falling", [0, 10, 20, 30], [4.0, 3.0, 2.5, 2.25])
@@ -76,16 +76,6 @@ def test_smoothing_is_a_moving_average_without_a_pull_to_zero() -> None:
 def test_runs_are_named_by_tag_and_equal_tags_by_id(tmp_path: Path) -> None:
     tags = {"a": "same", "b": "same", "c": "own", "d": None}
     assert names_of([indexed(tmp_path, name, tag=tag) for name, tag in tags.items()]) == ["a", "b", "own", "d"]
-
-
-def test_thinning_keeps_ends_and_extremes() -> None:
-    values = [float(i % 7) for i in range(10_000)]
-    values[1234], values[9876] = 100.0, -100.0
-    kept = thinned(values, 200)
-    assert 100 <= len(kept) <= 210
-    assert kept == sorted(set(kept))
-    assert {1234, 9876} <= set(kept)
-    assert thinned(values[:200], 200) == list(range(200))
 
 
 @pytest.mark.parametrize("size", [(100, 30), (80, 24), (60, 12)])

@@ -16,16 +16,13 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from fake_runs import RESOLVED, indexed, make_run, record_of, training_records, write
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from utils.experiments.report import write_report
 from utils.runs.index import IndexedRun, read_run
 
 pytestmark = pytest.mark.xdist_group("browser")  # with --dist loadgroup Chromium is started once
 
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-PAGE_MS = 60_000  # for a slow machine: a page takes a second
 PATCH = """diff --git a/model.py b/model.py
 --- a/model.py
 +++ b/model.py
@@ -251,15 +248,6 @@ def test_long_curves_are_thinned_and_infinite_values_left_out(tmp_path: Path) ->
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        expect.set_options(timeout=PAGE_MS)
-        yield browser
-        browser.close()
 
 
 class Visit:

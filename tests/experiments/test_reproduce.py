@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_FLAGS, copy_code
+from conftest import ROOT, TINY_FLAGS, copy_code, git
 from warm_python import WarmPython
 
 import experiments
@@ -23,11 +23,6 @@ from utils.experiments.reproduce import Reproduction, environment_differences, r
 from utils.runs.index import read_run
 
 Argv = Callable[..., list[str]]
-
-
-def git(folder: Path, *words: str) -> str:
-    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture

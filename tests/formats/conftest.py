@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny_export import lively
+
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 SIZES = {
     "num_hidden_layers": 2,
@@ -74,11 +76,7 @@ def make_model(name: str, **settings: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(**{**given, **settings})
     head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}{head}")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return lively(getattr(transformers, f"{kind}{head}")(config), 0.1)
 
 
 @pytest.fixture(scope="session")

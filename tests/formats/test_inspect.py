@@ -166,7 +166,7 @@ def test_diff_says_which_layers_moved_and_by_how_much(file: Path, tmp_path: Path
 
 def test_numbers_are_read_a_part_at_a_time(file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = answer(capsys, "inspect", file, "--stats", "--json")
-    monkeypatch.setattr("utils.formats.numbers.PART", 7)
+    monkeypatch.setattr("utils.formats.numbers.PART_ELEMENTS", 7)
     parts = answer(capsys, "inspect", file, "--stats", "--json")["tensors"]
     for name, found in whole["tensors"].items():
         assert parts[name]["norm"] == pytest.approx(found["norm"])

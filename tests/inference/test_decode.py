@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import LanguageModel
-from tests.tiny_export import char_tokenizer
+from tests.tiny_export import char_tokenizer, lively
 from tokenizer import TokenizerError
 from utils.config.settings import ModelConfig
 from utils.inference.decode import Window, generate, generate_tokens, new_cache, start_tokens
@@ -23,11 +23,7 @@ def lively_model(**settings: Any) -> LanguageModel:
     """Weights large enough that the tokens depend on the whole context."""
     torch.manual_seed(0)
     tiny = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": BLOCK}
-    model = LanguageModel(ModelConfig(**tiny | settings), VOCAB)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.eval()
+    return lively(LanguageModel(ModelConfig(**tiny | settings), VOCAB))
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import utils.inference.graphs as graphs
+from benchmarks.common import split_loss
 from data import BatchSampler, Corpus, sample_offsets
 from model import LanguageModel
-from tests.tiny_export import char_tokenizer
+from tests.tiny_export import char_tokenizer, lively
 from utils.config.settings import ModelConfig
-from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating, split_loss
+from utils.inference.evaluation import BatchLoss, EvaluationStoppedError, estimate_loss, evaluating
 from utils.inference.graphs import Graphs
 
 VOCAB, BLOCK = 13, 8
@@ -24,11 +25,8 @@ VOCAB, BLOCK = 13, 8
 def model() -> LanguageModel:
     """With dropout, so that a loss in training mode would differ."""
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, dropout=0.3), VOCAB)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, dropout=0.3)
+    return lively(LanguageModel(config, VOCAB)).train()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 
 from tests.inference.test_token_text import Pieces
 from tests.tiny_export import char_tokenizer
@@ -16,8 +16,6 @@ from utils.inference.generator import Completion
 from utils.inference.page import BOUNDS, LEGEND, completion_page, level, pieces
 from utils.inference.side_by_side import RunCompletions
 
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 TOKENIZER = char_tokenizer("ab \n\t<>&\"'\x1b")
 MARKUP = "<b>&\"'"
 TOKEN = re.compile(r'<span class="t p(\d)( stop)?" title="([^"]*)">(.*?)</span>', re.DOTALL)
@@ -154,19 +152,16 @@ def test_tokens_are_readable_on_every_colour_in_both_schemes() -> None:
 
 
 @pytest.mark.xdist_group("browser")
-def test_columns_scroll_on_a_phone_and_the_page_does_not(tmp_path: Path) -> None:
+def test_columns_scroll_on_a_phone_and_the_page_does_not(browser: Browser, tmp_path: Path) -> None:
     made = completion("a " * 60 + "b" * 200 + "\n", [-1.0] * 321)
     runs = [RunCompletions("a-long-name-of-a-run-" * 4, 1.5, [made], TOKENIZER) for _ in range(3)]
     (tmp_path / "page.html").write_text(page(*runs), encoding="utf-8")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        shown = browser.new_page(viewport={"width": 375, "height": 812})
-        complaints: list[str] = []
-        shown.on("console", lambda message: complaints.append(message.text))
-        shown.goto((tmp_path / "page.html").as_uri())
-        assert shown.evaluate("document.documentElement.scrollWidth") == 375
-        wide, seen = shown.evaluate("(e => [e.scrollWidth, e.clientWidth])(document.querySelectorAll('.scroll')[1])")
-        assert wide > 2 * seen
-        assert shown.locator("pre").first.inner_text().endswith("b\n")  # what is copied has no signs in it
-        browser.close()
+    shown = browser.new_page(viewport={"width": 375, "height": 812})
+    complaints: list[str] = []
+    shown.on("console", lambda message: complaints.append(message.text))
+    shown.goto((tmp_path / "page.html").as_uri())
+    assert shown.evaluate("document.documentElement.scrollWidth") == 375
+    wide, seen = shown.evaluate("(e => [e.scrollWidth, e.clientWidth])(document.querySelectorAll('.scroll')[1])")
+    assert wide > 2 * seen
+    assert shown.locator("pre").first.inner_text().endswith("b\n")  # what is copied has no signs in it
     assert complaints == []

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import LanguageModel
+from tests.tiny_export import lively
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.inference import quantization
@@ -27,11 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def model_of(variant: str) -> LanguageModel:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "dropout": 0.0}
-    model = LanguageModel(ModelConfig(**sizes | VARIANTS[variant]), VOCAB)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model.eval()
+    return lively(LanguageModel(ModelConfig(**sizes | VARIANTS[variant]), VOCAB), 0.2)
 
 
 def test_a_weight_is_rounded_to_the_nearest_of_255_steps() -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from model import LanguageModel
-from tests.tiny_export import char_tokenizer
+from tests.tiny_export import char_tokenizer, lively
 from tokenizer import Tokenizer, TokenizerError
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
@@ -31,11 +31,7 @@ def make_model(variant: str, block_size: int, tokenizer: Tokenizer | None = None
     """Weights large enough that a token's chance depends on the whole context."""
     torch.manual_seed(0)
     tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size}
-    model = LanguageModel(ModelConfig(**tiny | VARIANTS[variant]), (tokenizer or TOKENIZER).vocab_size)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.eval()
+    return lively(LanguageModel(ModelConfig(**tiny | VARIANTS[variant]), (tokenizer or TOKENIZER).vocab_size))
 
 
 def random_text(length: int) -> str:

@@ -12,7 +12,7 @@ from scipy.stats import chi2
 
 from model import LanguageModel
 from tests.inference.test_decode import BLOCK, GREEDY, SETTINGS, VOCAB, lively_model
-from tests.tiny_export import TOKENIZER, char_tokenizer, save_tiny_run, tiny_model
+from tests.tiny_export import TOKENIZER, char_tokenizer, lively, save_tiny_run, tiny_model
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
 from utils.inference import speculative, static
@@ -27,11 +27,7 @@ CPU = torch.device("cpu")
 def tiny_draft(**settings: Any) -> LanguageModel:
     torch.manual_seed(1)
     config = ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": BLOCK} | settings)
-    model = LanguageModel(config, VOCAB).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.eval()
+    return lively(LanguageModel(config, VOCAB).double())
 
 
 def generated(
@@ -70,10 +66,7 @@ def test_the_distribution_is_that_of_the_model_alone(draft: str, options: Sampli
     models = []
     for width in (8, 4):
         config = ModelConfig(n_layer=1, n_head=1, n_embd=width, block_size=16, position="rope", tie_embeddings=False)
-        model = LanguageModel(config, vocab).eval()
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.5)
-        models.append(model)
+        models.append(lively(LanguageModel(config, vocab), 0.5))
     model, small = models
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.foreign_weights import from_transformers
 from model import LanguageModel
+from tests.tiny_export import lively
 from utils.inference.decode import decode_one_token, generate, generate_tokens, new_cache, prefill
 from utils.inference.sampling import SamplingOptions
 
@@ -37,10 +38,7 @@ def llama() -> Any:
 def models(request: pytest.FixtureRequest) -> tuple[Any, LanguageModel]:
     make: Callable[[], Any] = request.param
     torch.manual_seed(0)
-    theirs = make().eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # so that tokens depend on all that stands before them
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs = lively(make(), 0.1)
     return theirs, from_transformers(theirs)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from utils.nn import attention as module
-from utils.nn.attention import SHORT, ShortAttention, causal_attention, causal_mask
+from utils.nn.attention import SHORT_TOKENS, ShortAttention, causal_attention, causal_mask
 
 
 def q_k_v(batch: int, length: int, kv_heads: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -23,7 +23,7 @@ def by_torch(*q_k_v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("length", [2, 3, 64, SHORT])
+@pytest.mark.parametrize("length", [2, 3, 64, SHORT_TOKENS])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_short_attention_and_its_gradients_are_those_of_torch(batch: int, length: int) -> None:
     inputs = q_k_v(batch, length)
@@ -38,8 +38,8 @@ def test_short_attention_and_its_gradients_are_those_of_torch(batch: int, length
 @pytest.mark.parametrize(
     ("tensors", "dropout", "ours"),
     [
-        (q_k_v(2, SHORT), 0.0, True),
-        (q_k_v(2, SHORT + 1), 0.0, False),
+        (q_k_v(2, SHORT_TOKENS), 0.0, True),
+        (q_k_v(2, SHORT_TOKENS + 1), 0.0, False),
         (q_k_v(2, 1), 0.0, False),
         (q_k_v(2, 8, kv_heads=1), 0.0, False),
         (q_k_v(2, 8), 0.5, False),

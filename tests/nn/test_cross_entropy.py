@@ -17,7 +17,7 @@ import model as model_module
 from model import LanguageModel
 from utils.config.settings import ModelConfig
 from utils.nn.cross_entropy import (
-    AT_ONCE,
+    CHUNK_LOGITS,
     IGNORED,
     SMALL_VOCABULARY,
     chunked_cross_entropy,
@@ -177,7 +177,7 @@ def test_a_small_vocabulary_has_no_chunks() -> None:
     assert rows_at_once(gpu, 1 << 20, SMALL_VOCABULARY - 1) == 0
     assert rows_at_once(gpu, 8, SMALL_VOCABULARY) == 8
     assert rows_at_once(gpu, 65536, 50304) == 16384
-    assert rows_at_once(gpu, 3, AT_ONCE) == 1
+    assert rows_at_once(gpu, 3, CHUNK_LOGITS) == 1
     assert rows_at_once(torch.device("cpu"), 65536, 50304) == 0
 
 

@@ -11,7 +11,7 @@ import utils.nn.attention as attention
 from model import LanguageModel
 from utils.config.settings import ModelConfig
 from utils.nn.cross_entropy import ChunkedCrossEntropy, chunked_cross_entropy, plain_cross_entropy
-from utils.nn.documents import Documents
+from utils.nn.documents import DocumentMask
 from utils.nn.targets import IGNORED
 
 START, T, VOCAB = 3, 12, 20  # the token that begins a document
@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_those_of_each_document_alone(
     kind: dict[str, Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not by_products:
-        monkeypatch.setattr(attention, "SHORT", 0)
+        monkeypatch.setattr(attention, "SHORT_TOKENS", 0)
     alone, model = model_of(kind, None), model_of(kind)
     total = torch.zeros(())
     for part in (part for row in documents() for part in row):
@@ -75,7 +75,7 @@ def test_loss_and_gradient_are_those_of_each_document_alone(
 
 
 def test_the_short_kernel_takes_the_mask_as_the_other_does() -> None:
-    mask = Documents(rows()[0], START, torch.float32).mask
+    mask = DocumentMask(rows()[0], START, torch.float32).mask
     q, k, v = (torch.randn(len(LENGTHS), T, 2, 8, requires_grad=True) for _ in range(3))
     found = attention.causal_attention(q, k, v, mask=mask)
     assert found.grad_fn is not None
@@ -92,7 +92,7 @@ def test_the_short_kernel_takes_the_mask_as_the_other_does() -> None:
 
 def test_a_row_that_begins_within_a_document_has_positions_from_its_start() -> None:
     idx = torch.tensor([[5, 6, START, 7, START, START]])
-    found = Documents(idx, START, torch.float32)
+    found = DocumentMask(idx, START, torch.float32)
     assert found.positions.tolist() == [[0, 1, 0, 1, 0, 0]]
     seen = (found.mask[0, 0] == 0).long()
     assert seen.tolist() == [

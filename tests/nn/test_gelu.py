@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from utils.nn import gelu
-from utils.nn.gelu import FEW, SigmoidGELU, gelu_tanh
+from utils.nn.gelu import FEW_ELEMENTS, SigmoidGELU, gelu_tanh
 
 
 @pytest.fixture(autouse=True)
 def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gelu, "FEW", 0)
+    monkeypatch.setattr(gelu, "FEW_ELEMENTS", 0)
 
 
 def test_value_and_derivative_are_those_of_torch() -> None:
@@ -49,7 +49,7 @@ def test_the_input_is_not_changed() -> None:
 def test_small_tensors_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(SigmoidGELU, "apply", None)
-    x = torch.randn(FEW)
+    x = torch.randn(FEW_ELEMENTS)
     assert torch.equal(gelu_tanh(x), F.gelu(x, approximate="tanh"))
 
 

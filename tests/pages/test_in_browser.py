@@ -15,17 +15,15 @@ from typing import Any
 
 import pytest
 import uvicorn
+from conftest import PAGE_MS
 from fake_runs import held_lock, log_lines, make_run
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from utils.pages.server import pages_app
 from utils.runs.layout import METRICS_LOG
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-PAGE_MS = 20_000  # for a slow machine
 HOSTILE = "<img src=x onerror='document.title=1'>"
 RATES = (1e-3, 3e-3)
 BINS = {"min": -1.0, "max": 1.0, "counts": [1, 5, 9, 5], "nonfinite": 0}
@@ -70,15 +68,6 @@ def url(runs_dir: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join(30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        expect.set_options(timeout=PAGE_MS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1280, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])

@@ -13,9 +13,9 @@ from fake_runs import indexed, log_lines
 
 from utils.errors import UserError
 from utils.experiments.curve import AXES, read_curve
+from utils.experiments.thinning import kept_points
 from utils.pages import series as series_module
 from utils.pages.curves import ChartRequest, chart
-from utils.pages.downsample import kept_points
 from utils.pages.series import SERIES_POINTS, Series, SeriesStore
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.layout import METRICS_LOG

@@ -13,7 +13,7 @@ from fake_runs import held_lock, log_lines, make_run, training_records
 
 from utils.pages import table
 from utils.pages.keys import key_of
-from utils.pages.table import RunTable
+from utils.pages.table import RunRows
 from utils.runs.index import read_index
 from utils.runs.layout import METRICS_LOG, NOTES, RECORD
 
@@ -32,7 +32,7 @@ def test_the_table_has_the_rows_of_the_index(tmp_path: Path) -> None:
     make_run(tmp_path, "a", settings={"learning_rate": 0.1}, notes={"tags": ["good"], "note": "n"})
     make_run(tmp_path, "b", settings={"learning_rate": 0.2, "eval_iters": 3}, status="failed")
     (tmp_path / "c").mkdir()
-    answer = RunTable(tmp_path).changes(None)
+    answer = RunRows(tmp_path).changes(None)
     rows = rows_of(answer)
     assert {"learning_rate", "eval_iters"} <= set(answer["columns"])
     assert "seed" not in answer["columns"]
@@ -49,7 +49,7 @@ def test_the_table_has_the_rows_of_the_index(tmp_path: Path) -> None:
 def test_only_rows_that_have_changed_are_sent_again(tmp_path: Path) -> None:
     for i in range(20):
         make_run(tmp_path, f"run{i}", settings={"seed": i})
-    runs = RunTable(tmp_path)
+    runs = RunRows(tmp_path)
     first = runs.changes(None)
     nothing = runs.changes(first["version"])
     assert (nothing["rows"], nothing["removed"], nothing["version"]) == ([], [], first["version"])
@@ -68,7 +68,7 @@ def test_only_rows_that_have_changed_are_sent_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("since", ["", "x", "0-0", "-", "{begun}-99999", "{begun}-x", "\x00"])
 def test_a_version_that_the_server_does_not_know_gets_all_rows(tmp_path: Path, since: str) -> None:
     make_run(tmp_path, "a")
-    runs = RunTable(tmp_path)
+    runs = RunRows(tmp_path)
     begun = runs.changes(None)["version"].split("-")[0]
     answer = runs.changes(since.format(begun=begun))
     assert answer["all"]
@@ -77,7 +77,7 @@ def test_a_version_that_the_server_does_not_know_gets_all_rows(tmp_path: Path, s
 
 def test_another_column_is_a_new_table(tmp_path: Path) -> None:
     make_run(tmp_path, "a", settings={"dropout": 0.0})
-    runs = RunTable(tmp_path)
+    runs = RunRows(tmp_path)
     first = runs.changes(None)
     make_run(tmp_path, "b", settings={"dropout": 0.5})
     second = runs.changes(first["version"])
@@ -89,7 +89,7 @@ def test_another_column_is_a_new_table(tmp_path: Path) -> None:
 def test_a_run_that_is_being_trained_is_followed_until_it_ends(tmp_path: Path) -> None:
     losses = [3.0, 2.0, 2.5]
     run = make_run(tmp_path, "a", status="running", end=None, metrics=training_records(losses))
-    runs = RunTable(tmp_path)
+    runs = RunRows(tmp_path)
     with held_lock(run):
         first = runs.changes(None)
         row = rows_of(first)["a"]
@@ -111,7 +111,7 @@ def test_hostile_names_and_texts_are_harmless_json(tmp_path: Path) -> None:
     for name in names:
         make_run(tmp_path, name, tag="<b>", notes={"note": "<img src=x onerror=alert(1)>\x1b" + "x" * 100_000})
     os.mkdir(os.fsencode(tmp_path) + b"/\xff\xfe")
-    runs = RunTable(tmp_path)
+    runs = RunRows(tmp_path)
     answer = runs.changes(None)
     rows = rows_of(answer)
     assert set(rows) == {key_of(name) for name in names} | {"~fffe"}
@@ -132,7 +132,7 @@ def test_hostile_names_and_texts_are_harmless_json(tmp_path: Path) -> None:
 
 def test_notes_that_change_within_a_tick_of_the_clock_are_seen(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", notes={"note": "one"})
-    runs = RunTable(tmp_path)
+    runs = RunRows(tmp_path)
     first = runs.changes(None)
     facts = (run / NOTES).stat()
     (run / NOTES).write_text((run / NOTES).read_text().replace("one", "two"))
@@ -142,4 +142,4 @@ def test_notes_that_change_within_a_tick_of_the_clock_are_seen(tmp_path: Path) -
 
 
 def test_no_folder_is_no_run(tmp_path: Path) -> None:
-    assert RunTable(tmp_path / "none").changes(None)["rows"] == []
+    assert RunRows(tmp_path / "none").changes(None)["rows"] == []

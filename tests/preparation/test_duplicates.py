@@ -12,7 +12,11 @@ import pytest
 from benchmarks.data_duplicates import edited_copy, planted, random_text, reference_similarity
 from utils.errors import UserError
 from utils.preparation import duplicates
-from utils.preparation.duplicates import deduplication, find_duplicates, find_leaks, fingerprint, jaccard
+from utils.preparation.duplicates import deduplication, find_duplicates, find_leaks, fingerprint
+
+
+def jaccard(a: str, b: str) -> float:
+    return duplicates._jaccard(duplicates._shingles(a), duplicates._shingles(b))
 
 
 def found(texts: Sequence[str], threshold: float | None = 0.8) -> dict[int, int]:
@@ -42,7 +46,7 @@ def test_similarity_is_the_jaccard_index_of_runs_of_9_characters(a: str, b: str)
 def test_parts_of_a_long_text_are_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = random_text(random.Random(0), 3000)
     whole = fingerprint(text), sorted(duplicates._shingles(text))
-    monkeypatch.setattr(duplicates, "PART", 100)
+    monkeypatch.setattr(duplicates, "HASHED_CHARACTERS", 100)
     assert (fingerprint(text), sorted(duplicates._shingles(text))) == whole
 
 
@@ -96,7 +100,7 @@ def test_thousands_of_candidates_are_not_all_compared(monkeypatch: pytest.Monkey
     monkeypatch.setattr(duplicates, "_jaccard", lambda a, b: compared.append(1) or 0.0)
     prints = [number.to_bytes(16, "big") + bytes(100) for number in range(400)]
     assert find_duplicates(prints, lambda number: f"text {number}") == {}
-    assert len(compared) < 400 * duplicates.CHECKED
+    assert len(compared) < 400 * duplicates.MOST_CANDIDATES
 
 
 def test_leaks_are_documents_of_validation_that_training_has() -> None:

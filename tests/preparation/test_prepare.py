@@ -53,7 +53,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "JOB_BYTES", 1500)
     monkeypatch.setattr(encoding, "BATCH", 500)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 5000)
-    monkeypatch.setattr(readers, "LONG", 2000)
+    monkeypatch.setattr(readers, "LONG_RECORD_BYTES", 2000)
 
 
 def json_lines(path: Path, texts: Sequence[str] = TEXTS, field: str = "text") -> Path:
@@ -165,7 +165,7 @@ def test_ranges_of_a_file_have_each_record_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str
 ) -> None:
     monkeypatch.setattr("utils.corpora.blocks.BLOCK", 5)
-    monkeypatch.setattr(readers, "LONG", 6)
+    monkeypatch.setattr(readers, "LONG_RECORD_BYTES", 6)
     generator = random.Random(separator)
     for size in range(1, 12):
         monkeypatch.setattr(readers, "UNIT_BYTES", size)
@@ -326,7 +326,7 @@ def test_cleaning_and_what_it_removed(
 
 
 def test_a_long_document_is_cleaned_in_pieces(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LONG", 500)
+    monkeypatch.setattr(reading, "LONG_CHARACTERS", 500)
     monkeypatch.setattr(reading, "CLEANED_TOGETHER", 300)
     (tmp_path / "steps.yaml").write_text("- emails: {mask: <EMAIL>}\n")
     text = "".join(f"paragraph {i} of jo{i}@example.com\n\n" for i in range(100))
@@ -338,7 +338,7 @@ def test_a_long_document_is_cleaned_in_pieces(tmp_path: Path, run: Run, monkeypa
 
 
 def test_a_long_document_stays_or_goes_as_a_whole(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LONG", 500)
+    monkeypatch.setattr(reading, "LONG_CHARACTERS", 500)
     monkeypatch.setattr(reading, "CLEANED_TOGETHER", 300)
     (tmp_path / "steps.yaml").write_text("- emails\n- document_length: {min_characters: 100, max_characters: 1000}\n")
     long, longer = ("".join(f"paragraph {i}\n\n" for i in range(n)) for n in (60, 100))
@@ -592,11 +592,11 @@ def test_a_long_record_is_read_in_pieces(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lines that do not fit into memory, here of thousands of bytes, give the same texts."""
-    monkeypatch.setattr(readers, "LONG", 1000)
+    monkeypatch.setattr(readers, "LONG_RECORD_BYTES", 1000)
     monkeypatch.setattr(readers, "BLOCK", 700)
     monkeypatch.setattr("utils.corpora.blocks.BLOCK", 700)
     monkeypatch.setattr("utils.corpora.json_lines.PIECE", 97)
-    monkeypatch.setattr(reading, "LONG", 1000)
+    monkeypatch.setattr(reading, "LONG_CHARACTERS", 1000)
     monkeypatch.setattr(encoding, "JOB_BYTES", 600)
     generator = random.Random(1)
     letters = ["a", "\n", "\\", '"', "é", "😀", "\t", "\u2028", "ሴ", "b ", "u"]
@@ -732,7 +732,7 @@ def test_the_first_start_on_a_new_dataset_compares_no_checksum(
 
 
 def test_a_dropped_document_leaves_no_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.preparation.reading.FLAT", 4)
+    monkeypatch.setattr("utils.preparation.reading.LOOKED_UP_CHARACTERS", 4)
     job = SimpleNamespace(stem=tmp_path / "part", characters=True, fingerprints=False)
     writer = reading._PartWriter(job)  # type: ignore[arg-type]
     writer.write("abca")

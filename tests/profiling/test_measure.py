@@ -25,7 +25,7 @@ import profile_model
 from model import LanguageModel
 from utils.config.settings import ModelConfig
 from utils.machine import limits
-from utils.nn.attention import SHORT, ShortAttention
+from utils.nn.attention import SHORT_TOKENS, ShortAttention
 from utils.nn.costs import training_flops
 from utils.profiling import picture
 from utils.profiling.assemble import measure_limits
@@ -106,7 +106,7 @@ def test_each_measurement_makes_its_own_steps_after_the_warmup() -> None:
 
 
 def test_the_operators_of_both_passes_add_up_to_the_count_from_the_shapes() -> None:
-    T = SHORT + 16  # for shorter sequences attention also multiplies the upper triangle
+    T = SHORT_TOKENS + 16  # for shorter sequences attention also multiplies the upper triangle
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, position="rope")
     model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, T, dtype=torch.int64)
 
@@ -123,8 +123,8 @@ def test_the_operators_of_both_passes_add_up_to_the_count_from_the_shapes() -> N
 
 
 def test_the_attention_of_short_sequences_is_attention() -> None:
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=SHORT // 2)
-    model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, SHORT // 2, dtype=torch.int64)
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=SHORT_TOKENS // 2)
+    model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, SHORT_TOKENS // 2, dtype=torch.int64)
 
     def step(phase: Phase) -> None:
         with phase("forward"):
@@ -138,7 +138,7 @@ def test_the_attention_of_short_sequences_is_attention() -> None:
         "forward": ShortAttention.__name__,
         "backward": f"{ShortAttention.__name__}Backward",
     }
-    product = 2 * 3 * (SHORT // 2) ** 2 * 32 / 1e9  # of all heads
+    product = 2 * 3 * (SHORT_TOKENS // 2) ** 2 * 32 / 1e9  # of all heads
     assert [rows[phase].gflop for phase in ("forward", "backward")] == pytest.approx([2 * 2 * product, 2 * 4 * product])
     assert not any(row.name in ("bmm", "baddbmm") for row in operators)
 

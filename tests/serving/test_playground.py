@@ -10,32 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from conftest import PAGE_MS
+from playwright.sync_api import Browser, Page, expect
 
 from utils.inference.generator import Generator, Request
 from utils.inference.sampling import SamplingOptions
 
 pytestmark = pytest.mark.xdist_group("serving")
 
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 TEXT = "#outputs pre"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        expect.set_options(timeout=60_000)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
     """A page that has seen none before; it fails if the page asks another server, or breaks a rule of its own."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(PAGE_MS)
     asked: list[str] = []
     problems: list[str] = []
     page = context.new_page()

@@ -28,7 +28,7 @@ from utils.sweeps.pruning import Pruner
 from utils.sweeps.results import seconds_to_loss
 from utils.sweeps.space import Dimension, Goal, Space
 from utils.sweeps.study import Study, Work
-from utils.sweeps.trial import Activity, Trials
+from utils.sweeps.trial import Activity, TrialRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = "tests/sweeps/stand_in.py"
@@ -100,14 +100,14 @@ def test_a_run_that_refuses_to_resume_fails_its_trial(
     run.release()
     commands: list[list[str]] = []
 
-    def refuse(_: Trials, command: list[str], _work: Work, _place: int, _activity: object, output: Path) -> tuple:
+    def refuse(_: TrialRunner, command: list[str], _work: Work, _place: int, _activity: object, output: Path) -> tuple:
         commands.append(command)
         assert len(commands) == 1, "it was started again"
         output.write_text("error: no checkpoint can be read\n")
         return 2, False
 
-    monkeypatch.setattr(Trials, "_run", refuse)
-    outcome = Trials(sweep, study).carry_out(work)
+    monkeypatch.setattr(TrialRunner, "_run", refuse)
+    outcome = TrialRunner(sweep, study).carry_out(work)
     assert f"--resume={run.path}" in commands[0]
     assert (outcome.failed, outcome.reason) == (True, "no checkpoint can be read")
 
@@ -135,10 +135,10 @@ def test_a_run_that_stopped_by_itself_is_not_continued(make_sweep: MakeSweep, re
     run = Run.create(sweep.runs_dir, "x")
     run.finish("interrupted", reason, last_step=7)
     run.release()
-    trials = Trials(sweep, Study(sweep))
-    assert trials._is_done(run.path, None) == done
-    assert trials._is_done(run.path, 7)
-    assert trials._is_done(run.path, 8) == done
+    runner = TrialRunner(sweep, Study(sweep))
+    assert runner._is_done(run.path, None) == done
+    assert runner._is_done(run.path, 7)
+    assert runner._is_done(run.path, 8) == done
 
 
 def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
@@ -151,7 +151,7 @@ def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
     run = Run.create(sweep.runs_dir, sweep.tag(0))
     log = RunLog(run.path / LOGS)
     monkeypatch.setattr(Study, "should_stop", lambda *_: True)
-    ends = Trials(sweep, study)._watch(work, 0, Activity(0), os.getpid())
+    ends = TrialRunner(sweep, study)._watch(work, 0, Activity(0), os.getpid())
     found = []
     for step in (10, 20):
         log.metrics.write([{"step": step, "val/loss": 9.0}])

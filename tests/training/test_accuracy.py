@@ -59,7 +59,7 @@ def test_a_run_on_arithmetic_logs_its_accuracy_and_can_be_evaluated_and_resumed(
     assert evaluate.main(words) == 0
     captured = capsys.readouterr()
     (found,) = json.loads(captured.out)["evaluations"]
-    assert found["accuracy"] == accuracy[4]  # there are fewer than MOST problems
+    assert found["accuracy"] == accuracy[4]  # there are fewer than MAX_QUESTIONS
     assert (run / ARITHMETIC_PICTURE).read_bytes().startswith(b"\x89PNG")
     assert read_evaluations(run)[0][0]["by_operator_and_digits"] == found["by_operator_and_digits"]
     assert evaluate.main(words[:-2]) == 0  # the loss over its own validation split

@@ -169,7 +169,7 @@ def test_bytes_are_counted_once_a_storage_and_given_back() -> None:
 def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
     sequences: int, position: Any, mlp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gelu, "FEW", 0)
+    monkeypatch.setattr(gelu, "FEW_ELEMENTS", 0)
     config = Config(model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position, mlp=mlp))
     causal_mask(8)  # is kept from one model to the next
     with ByteCounter() as counter:

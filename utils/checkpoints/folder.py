@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.crc32 import crc32, file_crc32
 from utils.errors import UserError
-from utils.files import read_json, regular_fd
+from utils.files import read_json, read_json_or_empty, regular_fd
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
@@ -55,11 +55,7 @@ def best_path(folder: Path) -> Path | None:
 
 def read_pointer(path: Path) -> dict[str, Any]:
     """The contents of a pointer; empty if it is missing or damaged."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json_or_empty(path)
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:

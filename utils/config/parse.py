@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from utils.errors import SHOWN, UserError, cut, nearest, shown
-from utils.files import open_named
+from utils.files import read_named
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 CONFIG_BYTES = 1 << 20
@@ -37,11 +37,7 @@ def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        with open_named(path) as file:
-            content = file.read(CONFIG_BYTES + 1)
-        if len(content) > CONFIG_BYTES:
-            raise ConfigError(f"{name}: cannot be read: is larger than {CONFIG_BYTES >> 20} MiB")
-        return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        return read_named(path, CONFIG_BYTES).decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
         raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None

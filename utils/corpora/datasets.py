@@ -28,7 +28,7 @@ from typing import Any
 from utils.corpora.records import file_state
 from utils.crc32 import crc32, file_crc32
 from utils.errors import UserError
-from utils.files import open_regular, read_json, write_json
+from utils.files import open_regular, read_json, read_json_or_empty, write_json
 
 SCHEMA_VERSION = 1
 DATASET_JSON, TOKENIZER_JSON, VERIFIED_JSON = "dataset.json", "tokenizer.json", "verified.json"
@@ -160,11 +160,7 @@ class Dataset:
                 write_json(self.folder / VERIFIED_JSON, found)
 
     def _verified(self) -> dict[str, str]:
-        try:
-            content = read_json(self.folder / VERIFIED_JSON)
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_json_or_empty(self.folder / VERIFIED_JSON)
 
 
 def is_dataset(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from utils.terminal.words import one_line
 
 UNIT_BYTES = 1 << 25  # of the files that a worker reads at a time
 UNIT_FILES = 10_000
-LONG = 1 << 24  # bytes of a record that is read in pieces
+LONG_RECORD_BYTES = 1 << 24  # a longer one is read in pieces
 SURROGATE = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
 
@@ -269,7 +269,7 @@ def records(
             rest = kept
             if end is not None and place >= end:  # the next record begins in a later range
                 return
-        elif len(rest) > LONG:
+        elif len(rest) > LONG_RECORD_BYTES:
             spilled = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed when its map is)
             spilled.write(rest)
             rest = b""

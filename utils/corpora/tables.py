@@ -15,7 +15,7 @@ from utils.terminal.words import one_line
 
 BATCH_BYTES = 1 << 22  # of a table that are decoded at a time
 PIECE = 1 << 20  # bytes of a long cell that are copied at a time
-LONG = 1 << 24  # bytes of a cell that is read in pieces
+LONG_CELL_BYTES = 1 << 24  # a longer one is read in pieces
 MAGIC = b"ARROW1"  # an Arrow file with an index of its batches; without it, a stream of them
 
 Report = Callable[[int], None]  # called with the number of bytes that were read since the last call
@@ -74,7 +74,7 @@ def _cells(column: Any) -> Iterator[Cell]:
     for cell in column.dictionary_decode() if hasattr(column, "dictionary") else column:
         if not cell.is_valid:
             yield RecordError("null, expected a text")
-        elif (buffer := cell.as_buffer()).size > LONG:
+        elif (buffer := cell.as_buffer()).size > LONG_CELL_BYTES:
             yield _parts(buffer)
         else:
             yield _text(buffer)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from tokenizer import TokenizerError
@@ -21,7 +20,8 @@ from utils.errors import UserError
 from utils.evaluation.weights import Trained
 from utils.inference.exact_match import Question, greedy_answers
 from utils.preparation.arithmetic import END_OF_TEXT, arithmetic_dataset
-from utils.terminal.words import one_line
+from utils.terminal.tables import plain_table
+from utils.terminal.words import counted, one_line
 
 WRONG_SHOWN = 8  # wrong answers of a run
 END = "end"  # the end of an answer, in the confusion of characters
@@ -131,11 +131,7 @@ def task_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> I
         )
         by = record["by_operator_and_digits"]
         digits = sorted({int(number) for cells in by.values() for number in cells})
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-        table.add_column("operator")
-        for number in digits:
-            table.add_column(f"{number} digit{'s' if number > 1 else ''}", justify="right")
-        table.add_column("all", justify="right")
+        table = plain_table(["operator"], [*(counted(number, "digit") for number in digits), "all"])
         for kind, cells in by.items():
             found = [cells.get(str(number), [0, 0]) for number in digits]
             table.add_row(Text(kind, style="cyan"), *(_cell(*cell) for cell in (*found, _sum(found))))

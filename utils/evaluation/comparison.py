@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from utils.evaluation.harness_tasks import is_higher_better, recorded_error
 from utils.evaluation.report import comparison_notes
 from utils.evaluation.weights import Trained
 from utils.inference.quantization import weight_bytes
+from utils.terminal.tables import plain_table
 from utils.terminal.words import one_line, size
 
 ROUNDS = 3  # in which the models take turns, because machines have better and worse seconds
@@ -66,8 +66,7 @@ def comparison_table(
     Args:
         records: the evaluations of each run, the same texts or tasks in the same order.
     """
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column()
+    table = plain_table([""])
     for name in names:
         table.add_column(Text(one_line(name), style="cyan"), justify="right", overflow="fold")
     notes: dict[str, None] = {}

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from utils.errors import UserError, first_line, is_out_of_memory, nearest
 from utils.evaluation.report import evaluation_record
 from utils.evaluation.weights import Trained
+from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, one_line
 
 TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three of our own, of one kind each
@@ -279,11 +279,7 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
     by_task: dict[str, dict[str, Mapping[str, Any]]] = {}
     for run, record in zip(names, records, strict=True):
         by_task.setdefault(record["task"], {})[run] = record
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("task", style="cyan", overflow="fold")
-    table.add_column("metric")
-    for header in ("few-shot", "documents"):
-        table.add_column(header, justify="right")
+    table = plain_table(["task", "metric"], ["few-shot", "documents"])
     for run in runs:
         table.add_column(Text(one_line(run)), justify="right", overflow="fold")
     for task, of_runs in by_task.items():
@@ -293,7 +289,8 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
             numbers = [value for value in values if not math.isnan(value)]
             higher = is_higher_better(metric, some)
             best = math.nan if higher is None else (max if higher else min)(numbers, default=math.nan)
-            head = (task, metric, str(some["few_shot"]), f"{some['problems']:,}" if some["problems"] else "")
+            problems = f"{some['problems']:,}" if some["problems"] else ""
+            head = (Text(task, style="cyan"), metric, str(some["few_shot"]), problems)
             cells = []
             for value, record in zip(values, of_runs.values(), strict=True):
                 error = recorded_error(metric, record)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from utils.evaluation.weights import Trained
 from utils.inference.scoring import Score, perplexity
 from utils.runs.run import utc_now
+from utils.terminal.tables import plain_table
 from utils.terminal.words import one_line
 
 SAME_BYTES = 256  # a text's first token, which is not predicted, has fewer
@@ -74,15 +74,11 @@ def scores_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) ->
     yield Text(", ".join(map(one_line, data)), style="bold")
     notes = list(comparison_notes(records))
     best = min(record["bits_per_byte"] for record in records)
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold", style="cyan")
-    table.add_column("tokenizer")
-    for header in ("step", "loss", "perplexity", "bits/byte", "tokens"):
-        table.add_column(header, justify="right")
+    table = plain_table(["run", "tokenizer"], ["step", "loss", "perplexity", "bits/byte", "tokens"])
     for name, record in zip(names, records, strict=True):
         is_best = len(records) > 1 and OTHER_TEXTS not in notes and record["bits_per_byte"] == best
         table.add_row(
-            Text(one_line(name)),
+            Text(one_line(name), style="cyan"),
             record["tokenizer"],
             f"{record['step']:,}" if record["step"] is not None else "",
             f"{record['loss']:.4f}",
@@ -92,7 +88,8 @@ def scores_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) ->
         )
         if (loss := record.get("loss_without_leaks")) is not None:
             bits = f"{record['bits_per_byte_without_leaks']:.4f}"
-            table.add_row(Text("  without leaks", style="dim"), "", "", f"{loss:.4f}", f"{perplexity(loss):.4f}", bits)
+            name_cell = Text("  without leaks", style="dim cyan")
+            table.add_row(name_cell, "", "", f"{loss:.4f}", f"{perplexity(loss):.4f}", bits)
     yield table
     yield from (Text(line, style="dim") for line in window_lines(names, records))
     yield from (Text(note, style="yellow") for note in notes)

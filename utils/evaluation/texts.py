@@ -24,7 +24,7 @@ from utils.packing.prepared import Prepared, verify_shards
 from utils.preparation.arithmetic import with_problems
 from utils.runs.find import moved_path
 
-AT_ONCE = 1 << 22  # tokens whose bytes are counted together
+TOKENS_AT_ONCE = 1 << 22  # whose bytes are counted
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class ValidationDocuments:
 
 def _bytes_of(ids: np.ndarray | Joined, byte_counts: np.ndarray) -> int:
     """Bytes of all tokens but the first."""
-    parts = (np.asarray(ids[start : start + AT_ONCE]) for start in range(1, len(ids), AT_ONCE))
+    parts = (np.asarray(ids[start : start + TOKENS_AT_ONCE]) for start in range(1, len(ids), TOKENS_AT_ONCE))
     return round(sum(float(byte_counts[part].sum()) for part in parts))
 
 

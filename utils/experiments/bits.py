@@ -46,6 +46,11 @@ class LogComparison:
     def identical(self) -> bool:
         return self.difference is None and self.problem is None and self.steps > 0
 
+    def __str__(self) -> str:
+        if self.identical:
+            return f"identical in all {self.steps:,} steps that both have"
+        return str(self.difference or self.problem or "no step that both have logged")
+
 
 def compare_logs(before: Path, after: Path, first: int = 0) -> LogComparison:
     """Compare, bit by bit, what two run directories logged at the same steps, from step `first` on.

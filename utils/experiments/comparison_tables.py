@@ -13,7 +13,7 @@ from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.compare import SEEDS_NEEDED, Comparison, PairVerdict, SeedGroup
 from utils.experiments.diff import RunDiff
 from utils.experiments.explain import Explanation
-from utils.experiments.tables import plain_table, title
+from utils.terminal.tables import plain_table, title
 from utils.terminal.words import column_text, fact_lines, loss_text, rough_duration, setting_text
 
 VERDICT_STYLES = {
@@ -56,12 +56,8 @@ def diff_screen(diff: RunDiff) -> Iterator[RenderableType]:
         results.add_row(Text(row.name.replace("_", " "), style="cyan"), *cells)
     yield Group("", title("Results"), results, "")
     for letter, (_, logs) in zip(letters[1:], diff.curves, strict=True):
-        if logs.identical:
-            yield Text(f"A and {letter}: identical in all {logs.steps:,} steps that both have", style="green")
-        elif logs.problem:
-            yield Text(f"A and {letter}: {logs.problem}", style="red")
-        else:
-            yield Text(f"A and {letter}: {logs.difference or 'no step that both have logged'}")
+        style = "green" if logs.identical else "red" if logs.problem else ""
+        yield Text(f"A and {letter}: {logs}", style=style)
 
 
 def _code_diff(diff: RunDiff) -> Iterator[RenderableType]:

@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.runs.layout import METRICS_LOG
 from utils.runs.log import RunLogError, read_records
 from utils.runs.metrics import NOT_METRICS, decode_number
+from utils.runs.run import resume_times
 
 Axis = Literal["step", "tokens", "time"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -62,7 +63,9 @@ def read_curve(run: Path, metric: str) -> Curve:
 def _read_curve(run: Path, metric: str) -> Curve:
     curve = Curve()
     elapsed, previous = 0.0, None
-    sessions = _session_starts(run)
+    from utils.runs.index import read_run  # pydantic: a third of a second, which --help does not need
+
+    sessions = resume_times(read_run(run).record)
     for record in read_records(run / METRICS_LOG):
         now = record["time"]
         if previous is not None and not any(previous < start <= now for start in sessions):
@@ -74,15 +77,6 @@ def _read_curve(run: Path, metric: str) -> Curve:
             curve.time.append(elapsed)
             curve.values.append(decode_number(record[metric]))
     return curve
-
-
-def _session_starts(run: Path) -> list[float]:
-    """When the run was resumed, in seconds since the epoch."""
-    from utils.runs.index import read_run, seconds_of
-
-    resumes = read_run(run).record.get("resumes") or []
-    starts = (seconds_of(session.get("time")) for session in resumes)
-    return [start for start in starts if start is not None]
 
 
 def logged_metrics(run: Path) -> set[str]:

@@ -10,7 +10,7 @@ from rich.text import Text
 from utils.experiments.bisect import Bisection
 from utils.experiments.gate import GateAnswer
 from utils.experiments.noise import PAIRED, Noise
-from utils.experiments.tables import plain_table, title
+from utils.terminal.tables import plain_table, title
 from utils.terminal.words import counted, duration, fact_lines, loss_text, setting_text
 
 VERDICT_STYLES = {"keep": "green", "discard": "red", "unsure": "yellow"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, nearest
 from utils.experiments.curve import Axis, logged_metrics, read_curve
+from utils.experiments.thinning import kept_points
 from utils.files import write_output
 from utils.runs.index import IndexedRun
 from utils.runs.metrics import metric
@@ -117,7 +118,7 @@ def terminal_plot(
     figure.theme("curves")
     figure.plot_size(width, height - len(head))
     for index, curve in enumerate(curves):
-        kept = thinned(curve.y, POINTS_PER_COLUMN * width)
+        kept = kept_points(range(len(curve.y)), curve.y, POINTS_PER_COLUMN * width)
         x, y = [curve.x[i] / divisor for i in kept], [curve.y[i] for i in kept]
         marker = "braille" if colour or len(curves) == 1 else PLAIN_MARKERS[index % len(PLAIN_MARKERS)]
         figure.draw(figure.signal(x, y, marker=marker).lines())
@@ -157,18 +158,6 @@ def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:
         lines[-1] += f"{'   ' if used else ''}{mark} {name}"
         used += len(name) + (6 if used else 3)
     return lines
-
-
-def thinned(values: Sequence[float], points: int) -> list[int]:
-    """Indices of about `points` values that draw the same curve: the smallest and the largest of each stretch."""
-    if len(values) <= points:
-        return list(range(len(values)))
-    stretch = math.ceil(2 * len(values) / points)
-    kept = []
-    for start in range(0, len(values), stretch):
-        indices = range(start, min(start + stretch, len(values)))
-        kept += sorted({min(indices, key=values.__getitem__), max(indices, key=values.__getitem__)})
-    return kept
 
 
 def _ticks(low: float, high: float, room: int, least: float = 0.0) -> list[float]:

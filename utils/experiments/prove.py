@@ -30,9 +30,9 @@ from utils.machine.signals import StopSignal, raise_on_signals
 from utils.machine.watchdog import watched
 from utils.runs.layout import RECORD
 from utils.terminal.cli import PROJECT_ROOT, script_file
-from utils.terminal.commands import as_plain
+from utils.terminal.commands import print_json
 from utils.terminal.config_flags import ExperimentArguments
-from utils.terminal.words import json_text, printable
+from utils.terminal.words import printable
 
 LEAST_STEPS = 8
 KILLS = 2
@@ -271,7 +271,8 @@ def prove_command(argv: Sequence[str], parsed: ExperimentArguments) -> int:
     except SessionError as error:
         print(printable(error.output.strip()), file=sys.stderr)
         return error.status if error.status in (1, 2) else 1
-    lines = [json_text(as_plain(proof), indent=2)] if own.json else map(printable, proof_lines(proof))
-    for line in lines:
-        print(line)
+    if own.json:
+        print_json(proof)
+    else:
+        print(*map(printable, proof_lines(proof)), sep="\n")
     return 0 if proof.proven else 1

@@ -12,13 +12,13 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.experiments.bands import band
-from utils.experiments.bits import LogComparison
 from utils.experiments.compare import Comparison, compare
 from utils.experiments.comparison_tables import group_cells, verdict_words
 from utils.experiments.curve import AXES, Axis, Curve, read_curve
 from utils.experiments.diff import RunDiff, diff
 from utils.experiments.explain import settings_with_sources
-from utils.experiments.plot import names_of, thinned, x_scale, y_label
+from utils.experiments.plot import names_of, x_scale, y_label
+from utils.experiments.thinning import kept_points
 from utils.files import write_output
 from utils.runs.environment import read_environment
 from utils.runs.identity import non_default_settings
@@ -95,7 +95,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
         differences=differences,
         different_names=[run["name"] for run, of_run in zip(described, curves, strict=True) if of_run],
         difference_problem=difference_problem,
-        divergences=[(run, _divergence(logs)) for run, logs in differences.curves] if differences else [],
+        divergences=[(run, str(logs)) for run, logs in differences.curves] if differences else [],
     )
     write_output(out, page)
 
@@ -118,16 +118,6 @@ def _differences(runs: Sequence[IndexedRun], root: Path) -> tuple[RunDiff | None
         return diff(runs, root), None
     except UNREADABLE as error:
         return None, f"{type(error).__name__}: {error}"
-
-
-def _divergence(logs: LogComparison) -> str:
-    if logs.difference:
-        return str(logs.difference)
-    return (
-        f"the same numbers in all {logs.steps:,} steps that both have"
-        if logs.identical
-        else logs.problem or "no step in common"
-    )
 
 
 def _results(run: IndexedRun) -> dict[str, Any]:
@@ -236,7 +226,7 @@ def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -
     for index, (run, of_run) in enumerate(zip(runs, curves, strict=True)):
         for name, curve in of_run.items():
             finite = [i for i, value in enumerate(curve.values) if math.isfinite(value)]
-            kept = [finite[i] for i in thinned([curve.values[i] for i in finite], POINTS)]
+            kept = [finite[i] for i in kept_points(range(len(finite)), [curve.values[i] for i in finite], POINTS)]
             if kept:
                 traces.append(
                     {

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.config.settings import is_unicode
 from utils.errors import UserError, nearest
 from utils.files import is_regular, read_json
 from utils.runs.index import FACTS, IndexedRun, seconds_of
@@ -79,7 +80,7 @@ class RunDatabase:
         """As `select`, for a query whose outermost node is one of `allowed` and that uses these columns at most."""
         import duckdb
 
-        if not _is_unicode(query):
+        if not is_unicode(query):
             raise SqlError("the query is not valid Unicode")
 
         logs = []
@@ -290,10 +291,6 @@ def escaped(path: str) -> str:
     return re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def _metric_names(logs: Sequence[Path]) -> list[str]:
     """The metrics of this workbench, and those that callbacks registered in the runs."""
     names = dict.fromkeys(registered_metrics())
@@ -305,7 +302,7 @@ def _metric_names(logs: Sequence[Path]) -> list[str]:
             continue  # an old or damaged run: its own metrics are left out
     taken = {FILE_COLUMN, "run", "", *COORDINATES}  # DuckDB ignores case
     kept = []
-    for name in filter(_is_unicode, names):
+    for name in filter(is_unicode, names):
         if (column := name.replace("/", "_").lower()) not in taken:
             taken |= {column, name.lower()}
             kept.append(name)

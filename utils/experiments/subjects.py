@@ -43,7 +43,7 @@ OVERRIDE = re.compile(r"(?:--)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 NEXT_OVERRIDE = re.compile(r"[\s,]+(?=(?:--)?[A-Za-z][\w-]*=)")
 PATCH_ENDINGS = (".patch", ".diff")
 SUBJECT_HELP = "RUN or tag, commit, FILE.patch, or settings: learning_rate=3e-3,dropout=0.1"
-COMPARED = TRAJECTORY_KEYS - {"seed"}
+COMPARED_KEYS = TRAJECTORY_KEYS - {"seed"}
 CHOSEN_HERE = ("seed", "runs_dir", "run_tag")
 FROM_FILES = ("default", "configs/")  # beginnings of the sources of settings that the code brings along
 
@@ -80,7 +80,7 @@ class Experiment:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The values of the settings that decide the numbers, except for the seed, in the types of JSON."""
-        values = {key: value for key, value in _plain(self.loaded.config).items() if key in (*COMPARED, "dataset")}
+        values = {key: value for key, value in _plain(self.loaded.config).items() if key in (*COMPARED_KEYS, "dataset")}
         if self.run is not None:
             pins = {key: resolved_setting(self.run, key) for key in PINNED_KEYS if key not in self.overrides}
             values |= {key: value for key, value in pins.items() if value is not None}
@@ -392,7 +392,9 @@ def chosen_settings(base: Experiment) -> dict[str, Any]:
     """What the command line of a run has chosen on top of configs/, and what "auto" resolved to."""
     values = _plain(base.loaded.config)
     chosen = {
-        key: values[key] for key in (*sorted(COMPARED), "dataset") if not base.loaded.source(key).startswith(FROM_FILES)
+        key: values[key]
+        for key in (*sorted(COMPARED_KEYS), "dataset")
+        if not base.loaded.source(key).startswith(FROM_FILES)
     }
     if base.run is not None:
         chosen |= {key: value for key in PINNED_KEYS if (value := resolved_setting(base.run, key)) is not None}

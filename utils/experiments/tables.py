@@ -22,6 +22,7 @@ from utils.runs.identity import differing_settings, non_default_settings, tokeni
 from utils.runs.index import DAMAGED, FACTS, IndexedRun
 from utils.runs.layout import ARTIFACTS, BASE_WEIGHTS, CHECKPOINTS, LOGS
 from utils.runs.seal import SealCheck
+from utils.terminal.tables import plain_table, title
 from utils.terminal.words import (
     HASH_LENGTH,
     column_text,
@@ -51,23 +52,8 @@ ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then s
 LESS_WANTED = ("evaluated", "steps", "commit", "note", "duration", "age")
 HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns whose name alone would say too little
 NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
-LONG = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
+FOLDED_WIDTHS = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
 EVALUATIONS_SHOWN = 12  # of a run, on its screen
-
-
-def title(text: str) -> Text:
-    """The heading of a table."""
-    return Text(text, style="bold")
-
-
-def plain_table(left: Sequence[str] = (), right: Sequence[str] = (), show_header: bool = True) -> Table:
-    """A table without lines: columns of text, then columns of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim", show_header=show_header, padding=(0, 2, 0, 0))
-    for header in left:
-        table.add_column(Text(header), overflow="fold")
-    for header in right:
-        table.add_column(Text(header), justify="right")
-    return table
 
 
 # ------------------------------------------------------------------------------------------------ list, sql and show
@@ -142,7 +128,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     for column in kept:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         justify: JustifyMethod = "right" if numbers else "left"
-        if column in LONG:
+        if column in FOLDED_WIDTHS:
             table.add_column(_header(column), justify=justify)
         else:  # its width is known: rich would measure each cell again
             table.add_column(_header(column), justify=justify, overflow="fold", width=widths[column] - 2)
@@ -176,7 +162,7 @@ def _header(column: str) -> str:
 def _width(column: str, cells: Sequence[Text]) -> int:
     """Characters that a column takes, with the space after it."""
     longest = max((cell.cell_len for cell in cells), default=0)
-    return 2 + max(len(_header(column)), min(longest, LONG.get(column, longest)))
+    return 2 + max(len(_header(column)), min(longest, FOLDED_WIDTHS.get(column, longest)))
 
 
 def _repeating(cells: Mapping[str, Sequence[Text]]) -> list[str]:

@@ -16,7 +16,7 @@ from utils.formats.table import FormatError
 from utils.runs.origin import PRETRAINED_PREFIX, Origin, put_on_top
 
 CHOSEN = ("dropout", "zero_init", "block_size")  # settings of a model that are not those of its weights
-LONGEST = 1024  # the context that is trained, unless one is asked for
+CONTEXT_TOKENS = 1024  # the context that is trained, unless one is asked for
 
 
 def start_from_pretrained(
@@ -29,7 +29,7 @@ def start_from_pretrained(
     """The configuration of a run that begins with a published model, and its origin.
 
     Architecture and tokenizer are those of the model. What the command line or a file named on it says stays, so that
-    a contradiction is a mistake; block_size is at most LONGEST unless they say more.
+    a contradiction is a mistake; block_size is at most CONTEXT_TOKENS unless they say more.
 
     Args:
         name: after hf:.
@@ -56,7 +56,7 @@ def start_from_pretrained(
         key: value for key, value in opened.config.model_dump().items() if key not in CHOSEN and not is_explicit(key)
     }
     if not is_explicit("block_size"):
-        values["block_size"] = min(opened.config.block_size, LONGEST)
+        values["block_size"] = min(opened.config.block_size, CONTEXT_TOKENS)
     if not is_explicit("tokenizer"):
         values["tokenizer"] = f"hf:{os.path.abspath(found.folder / TOKENIZER)}"
         values |= {"unknown_token": None, "special_tokens": ()}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import SHOWN, UserError, cut
 from utils.files import read_text, unwritable
-from utils.folders import remove, replace_folder, restore_folder, sync_files
+from utils.folders import delete, remove, replace_folder, restore_folder, sync_files
 from utils.formats.card import MADE_HERE
 from utils.locks import try_flock
 
@@ -41,7 +40,8 @@ def new_folder(place: Path) -> Iterator[Path]:
         hidden.mkdir(parents=True, exist_ok=True)
         with _locked(hidden, place):
             try:
-                _empty(hidden)  # an export that was killed leaves its files
+                for path in hidden.iterdir():  # an export that was killed leaves its files
+                    delete(path)
                 yield hidden
                 sync_files(hidden)
                 replace_folder(place, hidden)
@@ -87,11 +87,3 @@ def _locked(hidden: Path, place: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import JSON_BYTES, open_regular
+from utils.files import read_bytes
 
 
 class ForeignConfigError(UserError):
@@ -23,31 +23,27 @@ def boundary(folder: Path) -> Path:
     return folder.parent.parent if folder.parent.name == "snapshots" else folder
 
 
-def read_bounded(path: Path, limit: int = JSON_BYTES) -> bytes:
+def read_bounded(path: Path) -> bytes:
     """The content of a file in the folder of a model.
 
     Raises:
         ForeignConfigError: missing, too large, not a file, or a link out of the folder (see `boundary`).
     """
     try:
-        with open_regular(path, boundary(path.parent)) as file:
-            content = file.read(limit + 1)
+        return read_bytes(path, boundary(path.parent))
     except FileNotFoundError:
         raise ForeignConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ForeignConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > limit:
-        raise ForeignConfigError(f"{path}: cannot be read: is larger than {limit >> 20} MiB")
-    return content
 
 
-def read_bounded_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+def read_bounded_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of another program.
 
     Raises:
         ForeignConfigError: missing, too large, damaged or something else.
     """
-    content = read_bounded(path, limit)
+    content = read_bounded(path)
     try:
         value = json.loads(content)
     except RecursionError:

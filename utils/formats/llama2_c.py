@@ -13,7 +13,7 @@ from tokenizer import Tokenizer, tokenizer_from_json
 from utils.checkpoints.tensors import map_entries
 from utils.config.loader import Setting
 from utils.errors import UserError
-from utils.files import open_named
+from utils.files import read_named
 from utils.formats.c_files import Layout
 from utils.formats.foreign import Foreign
 from utils.tokenization.protocol import VERSION
@@ -130,12 +130,9 @@ def _pieces(path: Path, vocab_size: int) -> list[tuple[str, float]]:
         UserError: the file ends too early, or is larger than any vocabulary.
     """
     try:
-        with open_named(path) as file:
-            content = file.read(TOKENIZER_BYTES + 1)
+        content = read_named(path, TOKENIZER_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > TOKENIZER_BYTES:
-        raise UserError(f"{path}: is larger than {TOKENIZER_BYTES >> 20} MiB")
     pieces: list[tuple[str, float]] = []
     place = 4  # after the length of the longest piece
     try:

@@ -14,7 +14,7 @@ from utils.checkpoints.folder import EXPORT_CONFIG_FILE, TOKENIZER_FILE
 from utils.config.loader import Setting
 from utils.config.parse import CONFIG_BYTES
 from utils.errors import UserError, shown
-from utils.files import open_named
+from utils.files import read_named
 from utils.formats.foreign import Foreign, adamw_moments, number, renamed, settings_of, tensors_of
 from utils.formats.pickles import read_pickle
 from utils.tokenization.protocol import VERSION
@@ -185,17 +185,11 @@ def _object(path: Path, limit: int) -> dict[str, Any]:
         UserError: it cannot be read, is larger than `limit` bytes, or something else.
     """
     try:
-        with open_named(path) as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise UserError(f"{path}: is larger than {limit >> 20} MiB")
-        value = json.loads(content)
+        value = json.loads(read_named(path, limit))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):

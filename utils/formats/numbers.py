@@ -18,11 +18,11 @@ from utils.files import open_named
 from utils.formats.inspection import module_of
 from utils.formats.stored import Place, Stored
 
-PART = 1 << 20  # elements that are looked at together
+PART_ELEMENTS = 1 << 20  # of a tensor, that are looked at together
 
 
 def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
-    """The numbers of a tensor in float64, (n,) for n up to PART; float64 holds each exactly.
+    """The numbers of a tensor in float64, (n,) for n up to PART_ELEMENTS; float64 holds each exactly.
 
     Raises:
         UserError: torch has no such type, or the file cannot be read.
@@ -34,8 +34,8 @@ def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
     with ExitStack() as stack:
         ranges = iter(place.ranges)
         file, left = None, 0
-        for start in range(0, entry.elements, PART):
-            buffer = torch.empty(min(PART, entry.elements - start), dtype=dtype)
+        for start in range(0, entry.elements, PART_ELEMENTS):
+            buffer = torch.empty(min(PART_ELEMENTS, entry.elements - start), dtype=dtype)
             memory = buffer.view(torch.uint8).numpy().data
             while memory:
                 if not left:

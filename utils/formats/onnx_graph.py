@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 
 from model import LanguageModel, run_block
 from utils.nn.kv_cache import KVCache
+from utils.terminal.streams import without_warnings
 
 INPUTS = ("input_ids", "position", "keys", "values")
 OUTPUTS = ("logits", "new_keys", "new_values")
@@ -93,7 +91,7 @@ def write_graph(model: LanguageModel, path: Path) -> None:
     example = (torch.zeros(1, T, dtype=torch.int64), torch.tensor(0), empty, empty.clone())
     tokens = {1: torch.export.Dim.DYNAMIC} if T > 1 else {}
     size = sum(parameter.nbytes for parameter in model.parameters())
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), without_warnings(), contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
             CachedStep(model),
             example,
@@ -105,16 +103,3 @@ def write_graph(model: LanguageModel, path: Path) -> None:
             external_data=size > LARGEST_FILE,
             dynamo=True,
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter prints and warns of."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +10,7 @@ import torch
 
 from utils.checkpoints.folder import CheckpointError
 from utils.checkpoints.header import read_header
-from utils.checkpoints.tensors import DTYPE_NAMES, map_tensors
+from utils.checkpoints.tensors import map_tensors, write_stream
 from utils.files import open_regular, write_json
 from utils.formats.foreign_files import ForeignConfigError, boundary
 from utils.formats.table import FormatError, Shape
@@ -23,7 +21,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LOADABLE = {"F64", "F32", "F16", "BF16"}
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """Where a tensor is, and what it is."""
 
     file: Path
@@ -43,7 +41,7 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self._mapped: dict[Path, dict[str, torch.Tensor]] = {}
         for path, names in self._files():
             self._add(path, names)
@@ -77,7 +75,7 @@ class Shards:
             raise FormatError(f"{path}: {min(missing)} is missing, which {INDEX} names")
         if twice := self.tensors.keys() & header.tensors.keys():
             raise FormatError(f"{path}: {min(twice)} is in {self.tensors[min(twice)].file.name}, too")
-        self.tensors |= {name: Stored(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
+        self.tensors |= {name: StoredTensor(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor, in the memory of its file.
@@ -143,32 +141,21 @@ def write_shards(folder: Path, entries: Sequence[Entry], dtype: torch.dtype, sha
     else:
         names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
-        write_tensors(folder / name, group, dtype)
+        _write(folder / name, group, dtype)
     if len(groups) > 1:
         mapping = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(size_of.values())}, "weight_map": mapping})
     return [folder / name for name in names]
 
 
-def write_tensors(path: Path, entries: Sequence[Entry], dtype: torch.dtype) -> None:
+def _write(path: Path, entries: Sequence[Entry], dtype: torch.dtype) -> None:
     """Write a safetensors file, one tensor at a time."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        end = offset + torch.Size(entry.shape).numel() * dtype.itemsize
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "xb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for entry in entries:
-            tensor = entry.make().detach().to("cpu", dtype).contiguous()
-            assert tuple(tensor.shape) == entry.shape
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    entry_of = {entry.name: entry for entry in entries}
+
+    def made(name: str) -> list[torch.Tensor]:
+        tensor = entry_of[name].make().detach().to("cpu", dtype).contiguous()
+        assert tuple(tensor.shape) == entry_of[name].shape
+        return [tensor]
+
+    outlines = {name: (dtype, torch.Size(entry.shape)) for name, entry in entry_of.items()}
+    write_stream(path, outlines, made, {"format": "pt"})

@@ -13,7 +13,7 @@ import torch
 from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_json_or_empty
 from utils.inference.export import load_export
 from utils.runs.find import find_export
 from utils.runs.layout import ARTIFACTS, CONFIG, EXPORT, PRETRAINED, RECORD
@@ -52,7 +52,7 @@ def open_source(name: str, runs_dir: Path) -> Source:
     run = Path(os.path.abspath(folder)).parent.parent
     if run / EXPORT != Path(os.path.abspath(folder)) or not (run / RECORD).is_file():
         return Source(folder.name, export.model, export.tokenizer, None, export.training)
-    record, settings, pretrained = (_object(run / name, run) for name in (RECORD, CONFIG, PRETRAINED))
+    record, settings, pretrained = (read_json_or_empty(run / name, run) for name in (RECORD, CONFIG, PRETRAINED))
     return Source(run.name, export.model, export.tokenizer, run, export.training, record, settings, pretrained)
 
 
@@ -65,12 +65,3 @@ def default_place(source: Source, format: str) -> Path:
     if source.run is None:
         raise UserError(f"{source.name} is an export without its run: --out DIR says where to write")
     return source.run / ARTIFACTS / format
-
-
-def _object(path: Path, run: Path) -> Mapping[str, Any]:
-    """The object in a JSON file of a run; empty if it is missing or damaged."""
-    try:
-        value = read_json(path, run)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

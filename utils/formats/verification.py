@@ -16,7 +16,7 @@ from utils.inference.generator import Generator, Request
 from utils.inference.sampling import SamplingOptions
 
 PROMPT = "The "
-LONGEST = 4096  # tokens of context of a loaded model, unless more are asked for: its cache takes memory
+CONTEXT_TOKENS = 4096  # of a loaded model, unless more are asked for: its cache takes memory
 TOLERANCE = 1e-4  # of logits in float32, or of the largest one, if that is above 1
 TOKENS = 20
 
@@ -36,7 +36,7 @@ def verify(found: Found) -> dict[str, Any]:
     hashed = check_hashes(found.folder)
     opened = open_pretrained(found.folder)
     tokenizer = opened.tokenizer()
-    model = opened.load(torch.device("cpu"), torch.float32, LONGEST)
+    model = opened.load(torch.device("cpu"), torch.float32, CONTEXT_TOKENS)
     prompt = PROMPT
     try:
         tokenizer.encode(prompt)

@@ -7,16 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import BatchSampler
 from model import LanguageModel
 from utils.inference.graphs import Graphs, addresses
 from utils.machine.ranks import ONE, Ranks
 from utils.nn.targets import IGNORED
-from utils.packing.joined import Joined
 
 Precision = Callable[[], AbstractContextManager[None]]  # autocast, or nothing
 
@@ -174,28 +171,3 @@ def loss_without_leaks(
     )
     found = mean_loss(loss, batches, sampler.evaluation_parts("val", eval_iters, micro_steps), ranks)
     return None if math.isnan(found) else found
-
-
-def split_loss(model: LanguageModel, tokens: np.ndarray | Joined, batch_size: int = 64) -> float:
-    """Mean loss over all tokens of a split except the first, in nats per token.
-
-    The split is cut into adjacent windows of block_size tokens, and a token attends only to the tokens
-    before it in its own window. The last window may be shorter.
-    """
-    block_size = model.config.block_size
-    device = next(model.parameters()).device
-    ids = torch.from_numpy(np.array(tokens, dtype=np.int64))
-    n_windows = (len(ids) - 1) // block_size
-    end = n_windows * block_size
-    inputs = list(ids[:end].view(-1, block_size).split(batch_size)) if n_windows else []  # (n, T) each
-    targets = list(ids[1 : end + 1].view(-1, block_size).split(batch_size)) if n_windows else []
-    if end + 1 < len(ids):
-        inputs.append(ids[None, end:-1])
-        targets.append(ids[None, end + 1 :])
-    total = torch.zeros((), dtype=torch.float64)
-    with evaluating(model):
-        for x, y in zip(inputs, targets, strict=True):
-            logits, _ = model(x.to(device))
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), reduction="sum")
-            total += loss.cpu().double()
-    return float(total) / (len(ids) - 1)

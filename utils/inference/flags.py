@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from utils.terminal.cli import place
+from utils.terminal.cli import place, whole
 
-MOST = 1_000_000  # sequences
-
-
-def count(text: str) -> int:
-    """A number of sequences; what argparse calls for a flag."""
-    if not text.isdecimal() or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST:,}, got {text!r}")
-    return int(text)
+COUNT = whole(1, 1_000_000)  # of sequences or tokens
 
 
 def one_character(text: str) -> str:
@@ -83,10 +76,10 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         help="qa: a prompt is a question, put into the setting qa_template; the answer ends at qa_stop (default: text)",
     )
     group.add_argument(
-        "--samples", type=count, default=1, metavar="N", help="completions of each prompt, each with the next seed"
+        "--samples", type=COUNT, default=1, metavar="N", help="completions of each prompt, each with the next seed"
     )
     group.add_argument(
-        "--batch-size", type=count, metavar="N", help="sequences generated together (default: 16, with a draft 1)"
+        "--batch-size", type=COUNT, metavar="N", help="sequences generated together (default: 16, with a draft 1)"
     )
     group.add_argument(
         "--out", type=place, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"
@@ -105,7 +98,7 @@ def add_draft_arguments(group: argparse._ArgumentGroup) -> None:
         "judges several in one pass; ngram: what followed the last few tokens before is proposed",
     )
     group.add_argument(
-        "--draft-tokens", type=count, default=5, metavar="N", help="tokens to propose at a time (default: 5)"
+        "--draft-tokens", type=COUNT, default=5, metavar="N", help="tokens to propose at a time (default: 5)"
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from model import LanguageModel
@@ -22,6 +21,7 @@ from utils.inference.export import Export
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.layout import RECORD
 from utils.runs.metrics import decode_number
+from utils.terminal.tables import plain_table, title
 from utils.terminal.words import column_text, counted, fact_lines, printable, size
 
 SHOWN_TOKENS = 64
@@ -190,10 +190,7 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
 def _table(model: LanguageModel) -> RenderableType:
     """Parameters by module."""
     total = model.num_parameters()
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column()
-    for header in ("parameters", "share"):
-        table.add_column(header, justify="right")
+    table = plain_table([""], ["parameters", "share"])
     table.add_column("shapes")
     for part in summarize_modules(model):
         shapes = " + ".join(" x ".join(f"{length:,}" for length in shape) for shape in part.shapes)
@@ -201,4 +198,4 @@ def _table(model: LanguageModel) -> RenderableType:
         share = f"{part.parameters / total:.1%}"
         table.add_row(Text(part.name, style="cyan"), f"{part.parameters:,}", share, Text(shapes, style="dim"))
     table.add_row(Text("total", style="bold"), Text(f"{total:,}", style="bold"), "100.0%", "")
-    return Group(Text("Parameters", style="bold"), table)
+    return Group(title("Parameters"), table)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,6 +18,7 @@ from model import LanguageModel
 from tokenizer import Tokenizer
 from utils.errors import UserError
 from utils.packing.joined import Joined
+from utils.terminal.tables import plain_table
 from utils.terminal.words import duration, fact_lines
 
 TOKENS_AT_ONCE = 2048  # in one pass through the model
@@ -177,13 +177,9 @@ def score_report(name: str, scores: Sequence[tuple[str, Score]]) -> RenderableTy
     (weights, first), *others = scores
     if not others:
         return fact_lines([("text", name), ("weights", weights), *zip(QUANTITIES, _words(first), strict=True)])
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column()
-    for header, _ in scores:
-        table.add_column(header, justify="right")
+    headers = [*(header for header, _ in scores), *(f"{header} - {weights}" for header, _ in others)]
+    table = plain_table([""], headers)
     differences = [_differences(first, other) for _, other in others]
-    for header, _ in others:
-        table.add_column(f"{header} - {weights}", justify="right")
     columns = [*(_words(score) for _, score in scores), *differences]
     for quantity, *cells in zip(QUANTITIES, *columns, strict=True):
         table.add_row(Text(quantity, style="cyan"), *cells)

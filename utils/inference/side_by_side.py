@@ -16,6 +16,7 @@ from utils.inference.generator import Completion
 from utils.inference.scoring import perplexity
 from utils.inference.text_stream import INCOMPLETE
 from utils.inference.token_text import token_text
+from utils.terminal.tables import plain_table
 from utils.terminal.words import printable
 
 NARROWEST = 36  # characters in a column; narrower ones are put below each other
@@ -102,10 +103,7 @@ def shown_token(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _token_table(tokenizer: Tokenizer, completion: Completion) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("token", overflow="fold")
-    table.add_column("logprob", justify="right")
-    table.add_column("probability", justify="right")
+    table = plain_table(["token"], ["logprob", "probability"])
     for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
         table.add_row(Text(shown_token(tokenizer, token)), f"{logprob:.4f}", probability(logprob))
     return table

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Protocol
 
 from utils.errors import RankError
+from utils.machine.board import Store
 
 MEETING_SECONDS = 60.0  # for all ranks to start
-
-
-class Store(Protocol):
-    """What is used of torch.distributed.Store."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def get(self, key: str) -> bytes: ...
-
-    def check(self, keys: list[str]) -> bool: ...
-
-    def add(self, key: str, amount: int) -> int: ...
 
 
 def meet(store: Store, rank: int, world_size: int, seconds: float = MEETING_SECONDS) -> str:

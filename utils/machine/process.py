@@ -7,7 +7,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 # How often a waiting thread checks for work before it sleeps. libgomp's own 300,000 keep a core from other processes:
 # two processes on two cores then take more than ten times as long. With 4,000 or fewer, threads fall asleep between the
@@ -39,6 +39,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, GIB)
         mallopt(M_MMAP_THRESHOLD, GIB) or mallopt(M_MMAP_THRESHOLD, LARGEST_BEFORE_2_35)  # older glibc: 32 MiB
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hide_imports() -> None:
@@ -82,6 +87,6 @@ def gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def several_ranks(environment: Mapping[str, str] = os.environ) -> bool:
+def several_ranks() -> bool:
     """Whether torchrun has started this process together with others."""
-    return "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1"
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"

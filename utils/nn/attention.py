@@ -17,7 +17,7 @@ from utils.nn.linear import once_differentiable
 from utils.nn.private import private_operator
 
 SOFTMAX_BACKWARD = private_operator("_softmax_backward_data")
-SHORT = 128  # tokens; from about 192 on torch's kernel is as fast, and it needs no memory for the scores
+SHORT_TOKENS = 128  # from about 192 on torch's kernel is as fast, and it needs no memory for the scores
 
 
 def causal_attention(
@@ -48,7 +48,7 @@ def causal_attention(
         and SOFTMAX_BACKWARD is not None
         and q.dtype is v.dtype is torch.float32
         and q.shape == v.shape
-        and 1 < T <= SHORT
+        and 1 < T <= SHORT_TOKENS
         and not dropout
         and not torch.compiler.is_compiling()
     )

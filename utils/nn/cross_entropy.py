@@ -24,7 +24,7 @@ from utils.nn.targets import IGNORED
 
 ALIGNMENT = 128  # rows of the weight: matrix products of other sizes miss the fast kernels
 SMALL_VOCABULARY = 4096  # below, the logits are small beside the rest, and one compiled kernel is faster than chunks
-AT_ONCE = 1 << 30  # logits of a chunk at most: 2 GB in bfloat16, 16,384 rows of GPT-2's words (docs/LOG.md)
+CHUNK_LOGITS = 1 << 30  # at most: 2 GB in bfloat16, 16,384 rows of GPT-2's words (docs/LOG.md)
 
 # Overwrites logits (n, V) with the gradient of the sum of their losses; returns the losses, (n,).
 LossesAndGradient = Callable[[torch.Tensor, torch.Tensor, float | None], torch.Tensor]
@@ -40,7 +40,7 @@ def rows_at_once(device: torch.device, rows: int, vocab_size: int) -> int:
     """
     if device.type != "cuda" or vocab_size < SMALL_VOCABULARY:
         return 0
-    while rows * vocab_size > AT_ONCE and rows > 1:
+    while rows * vocab_size > CHUNK_LOGITS and rows > 1:
         rows = -(-rows // 2)
     return rows
 

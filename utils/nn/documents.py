@@ -10,7 +10,7 @@ import torch
 from utils.nn.attention import causal_attention
 
 
-class Documents:
+class DocumentMask:
     """The documents in a batch of rows, each of which begins with the same token; a row may begin within one.
 
     A forward pass uses it in the place of a KVCache: `begin` gives the positions, each layer calls `attend`.

@@ -12,7 +12,7 @@ from utils.nn.linear import once_differentiable
 from utils.nn.private import private_operator
 
 CUBIC = 0.044715
-FEW = 1 << 13  # numbers; with fewer, the calls take longer than a tanh
+FEW_ELEMENTS = 1 << 13  # with fewer, the calls take longer than a tanh
 SCALE = 2 * math.sqrt(2 / math.pi)
 SIGMOID_BACKWARD = private_operator("ops.aten.sigmoid_backward.grad_input")
 
@@ -20,7 +20,7 @@ SIGMOID_BACKWARD = private_operator("ops.aten.sigmoid_backward.grad_input")
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 [Hendrycks and Gimpel 2016], any shape."""
     by_sigmoid = (
-        x.numel() > FEW
+        x.numel() > FEW_ELEMENTS
         and x.is_cpu
         and x.dtype is torch.float32
         and SIGMOID_BACKWARD is not None

@@ -21,7 +21,7 @@ from utils.packing.plan import VERSION, Plan, best_fit, load_plan
 from utils.packing.rows import Layout, Packed, Rows, Single
 from utils.terminal.words import counted
 
-AT_ONCE = 1 << 22  # ids of a shard that are looked at together
+IDS_AT_ONCE = 1 << 22  # of a shard
 LOOKED_AT = 256  # rows in which loss_after is looked for
 MANY_LEAKS = 0.01  # of the documents of validation
 
@@ -132,7 +132,7 @@ class Prepared:
             return 1.0
         n_bytes, tokens = self.dataset.splits["val"].bytes, self.documents["val"].tokens
         counts = self.tokenizer.byte_counts()
-        parts = (np.asarray(tokens[start : start + AT_ONCE]) for start in range(0, len(tokens), AT_ONCE))
+        parts = (np.asarray(tokens[start : start + IDS_AT_ONCE]) for start in range(0, len(tokens), IDS_AT_ONCE))
         return n_bytes / (sum(int(counts[part].sum()) for part in parts) or n_bytes or 1)
 
 
@@ -207,7 +207,7 @@ def verify_shards(dataset: Dataset, vocab_size: int, thorough: bool = False) -> 
     def look(path: Path) -> None:
         if path.suffix == ".bin" and path.stat().st_size:
             ids = np.memmap(path, dtype=f"<u{TYPES[dataset.dtype]}", mode="r")
-            largest = max(int(ids[first : first + AT_ONCE].max()) for first in range(0, len(ids), AT_ONCE))
+            largest = max(int(ids[first : first + IDS_AT_ONCE].max()) for first in range(0, len(ids), IDS_AT_ONCE))
             if largest >= vocab_size:
                 raise DatasetError(f"{path}: token id {largest:,} is beyond the vocabulary of {vocab_size:,} tokens")
 

@@ -76,7 +76,7 @@ def _diff(found: RunDiff) -> dict[str, Any]:
         (
             one_line(run),
             "identical" if logs.identical else "problem" if logs.problem else "differs",
-            printable(_logs_text(logs)),
+            printable(str(logs)),
         )
         for run, logs in found.curves
     ]
@@ -87,14 +87,6 @@ def _diff(found: RunDiff) -> dict[str, Any]:
         "patch": [printable(line) for line in found.patch],
         "curves": curves,
     }
-
-
-def _logs_text(logs: Any) -> str:
-    if logs.difference:
-        return str(logs.difference)
-    if logs.identical:
-        return f"identical in all {logs.steps:,} steps that both have"
-    return logs.problem or "no step in common"
 
 
 def _row(row: Row, result: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.experiments.bands import band
 from utils.experiments.curve import Axis, Curve
 from utils.experiments.plot import smoothed, y_label
-from utils.pages.downsample import kept_points
+from utils.experiments.thinning import kept_points
 from utils.pages.keys import key_of
 from utils.pages.series import RESERVED, Series, SeriesStore
 from utils.runs.index import IndexedRun, resolved_setting

@@ -27,7 +27,7 @@ from utils.pages.curves import ChartRequest, chart
 from utils.pages.run_files import chunks, list_files, open_file
 from utils.pages.run_page import describe, histograms, logged_names, samples
 from utils.pages.series import SeriesStore
-from utils.pages.table import RunTable
+from utils.pages.table import RunRows
 from utils.runs.index import IndexedRun
 from utils.terminal import html
 from utils.terminal.cli import PROJECT_ROOT
@@ -72,7 +72,7 @@ def router(runs_dir: Path, edit: bool = False, playground: bool = False) -> APIR
         edit: tags and notes can be changed.
         playground: the app has one at /, to which the table links.
     """
-    table, store = RunTable(runs_dir), SeriesStore()
+    table, store = RunRows(runs_dir), SeriesStore()
     threading.Thread(target=importlib.import_module, args=("duckdb",), daemon=True).start()  # the first chart needs it
     routes = APIRouter(prefix=PREFIX, tags=["runs"])
     _add_pages(routes)
@@ -95,7 +95,7 @@ def _add_pages(routes: APIRouter) -> None:
         return _asset(ASSETS[name])
 
 
-def _add_table(routes: APIRouter, table: RunTable, edit: bool, playground: bool) -> None:
+def _add_table(routes: APIRouter, table: RunRows, edit: bool, playground: bool) -> None:
     @routes.get("/api/runs", summary="The table of runs, or the rows that have changed since")
     def runs(since: Annotated[str | None, Query(max_length=100)] = None) -> Response:
         return _json({**table.changes(since), "edit": edit, "playground": playground})
@@ -115,7 +115,7 @@ def _add_table(routes: APIRouter, table: RunTable, edit: bool, playground: bool)
         return _json(compare_runs(runs, metric, PROJECT_ROOT))
 
 
-def _add_curves(routes: APIRouter, table: RunTable, store: SeriesStore) -> None:
+def _add_curves(routes: APIRouter, table: RunRows, store: SeriesStore) -> None:
     @routes.get("/api/metrics", summary="The metrics that some of these runs have logged")
     def metrics(run: Keys) -> Response:
         names = dict.fromkeys(name for one in _named(table, run) for name in logged_names(one))
@@ -141,7 +141,7 @@ def _add_curves(routes: APIRouter, table: RunTable, store: SeriesStore) -> None:
         return _json(chart(_named(table, run), store, request))
 
 
-def _add_run(routes: APIRouter, table: RunTable) -> None:
+def _add_run(routes: APIRouter, table: RunRows) -> None:
     @routes.get("/api/run", summary="What is known about a run")
     def run(run: Key) -> Response:
         return _json(describe(_named(table, [run])[0], table.runs()))
@@ -171,7 +171,7 @@ def _add_run(routes: APIRouter, table: RunTable) -> None:
         return StreamingResponse(chunks(content), media_type="application/octet-stream", headers=headers)
 
 
-def _add_edit(routes: APIRouter, table: RunTable) -> None:
+def _add_edit(routes: APIRouter, table: RunRows) -> None:
     @routes.post("/api/edit", summary="Change the tag, note, tags or pin of a run")
     def change(body: Edit, header: Annotated[str, Header(alias=EDIT_HEADER)] = "") -> Response:
         from utils.experiments.notes import edit
@@ -185,7 +185,7 @@ def _add_edit(routes: APIRouter, table: RunTable) -> None:
         return _json({key: notes[key] for key in ("tag", "tags", "note", "pinned")})
 
 
-def _named(table: RunTable, keys: Sequence[str]) -> list[IndexedRun]:
+def _named(table: RunRows, keys: Sequence[str]) -> list[IndexedRun]:
     """The runs of these keys.
 
     Raises:

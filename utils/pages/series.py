@@ -15,10 +15,11 @@ from typing import Any
 from utils.experiments.curve import Axis
 from utils.experiments.sql import MEMORY_LIMIT, escaped
 from utils.files import is_regular, open_regular
-from utils.runs.index import IndexedRun, seconds_of
+from utils.runs.index import IndexedRun
 from utils.runs.layout import METRICS_LOG
 from utils.runs.log import RunLogError, read_from
 from utils.runs.metrics import decode_number
+from utils.runs.run import resume_times
 
 MOST_POINTS = 4_000_000  # kept in memory for all runs and metrics together; a point takes 32 bytes
 SERIES_POINTS = 40  # that a series without any takes as much memory as
@@ -102,13 +103,6 @@ def _size(series: Series) -> int:
     return SERIES_POINTS + len(series.values)
 
 
-def _session_starts(run: IndexedRun) -> list[float]:
-    """When the run was resumed, in seconds since the epoch: what lies before is a pause."""
-    sessions = run.record.get("resumes") or []
-    starts = (seconds_of(session.get("time")) for session in sessions if isinstance(session, Mapping))
-    return [start for start in starts if start is not None]
-
-
 # ------------------------------------------------------------------------------- the rest of a log that has grown
 
 
@@ -119,7 +113,7 @@ def _extend(series: Series, run: IndexedRun, metric: str) -> bool:
         size = log.stat().st_size
         if size < series.offset or (size != series.offset and _mark(log, run.path, series.offset) != series.mark):
             return False
-        starts = _session_starts(run)
+        starts = resume_times(run.record)
         while size > series.offset:
             records, end = read_from(log, series.offset)
             if end == series.offset:
@@ -218,7 +212,7 @@ def _series(log: _Log, step: Any, time: Any, tokens: Any, values: Any, is_record
         return series
     time = time[is_record]
     gaps = (time[1:] - time[:-1]).clip(min=0.0)
-    for start in _session_starts(log.run):
+    for start in resume_times(log.run.record):
         gaps[(time[:-1] < start) & (time[1:] >= start)] = 0.0
     elapsed = time - time
     elapsed[1:] = gaps.cumsum()

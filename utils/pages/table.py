@@ -52,7 +52,7 @@ class _Entry:
     version: int = 0
 
 
-class RunTable:
+class RunRows:
     """All runs of a folder.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.preparation.duplicates import find_duplicates, find_leaks
-from utils.preparation.reading import COMPARED, DOCUMENT, compared_text
+from utils.preparation.reading import COMPARED_CHARACTERS, DOCUMENT, compared_text
 
 CUT_WINDOW = 1 << 12  # bytes before the place of a cut in which a line or a word ends
 KEYS = 1 << 64  # of documents
@@ -66,8 +66,8 @@ class Documents:
         start, end = part.span(index)
         with part.text.open("rb") as file:
             file.seek(start)
-            text = file.read(min(end - start, 4 * COMPARED)).decode(errors="ignore")
-        beginning, length = text[:COMPARED], len(text) + (end - start > 4 * COMPARED)
+            text = file.read(min(end - start, 4 * COMPARED_CHARACTERS)).decode(errors="ignore")
+        beginning, length = text[:COMPARED_CHARACTERS], len(text) + (end - start > 4 * COMPARED_CHARACTERS)
         return compared_text(beginning, length, int(part.documents["key"][index]).to_bytes(8, "little"))
 
     def kept(self, val: bool | None = None) -> np.ndarray:

@@ -22,9 +22,9 @@ SHINGLE = 9  # characters: so many that long texts that have nothing to do with 
 BANDS, ROWS = 25, 5  # a pair of similarity 0.8 is found with probability 0.9999, of 0.7 with 0.990, of 0.5 with 0.55
 SEED = 1
 HASH_BYTES = 16
-PART = 1 << 18  # characters that are hashed at a time
-BUCKET = 100  # documents with one hash of a band that later ones are compared with
-CHECKED = 50  # candidates whose similarity to a document is computed
+HASHED_CHARACTERS = 1 << 18  # at a time
+BUCKET_DOCUMENTS = 100  # documents with one hash of a band that later ones are compared with
+MOST_CANDIDATES = 50  # whose similarity to a document is computed
 KEPT_BYTES = 1 << 26  # of shingles, for further comparisons
 Document = TypeVar("Document", str, Mapping[str, Any])
 
@@ -49,16 +49,8 @@ def fingerprint(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() + bands.tobytes()
 
 
-def jaccard(a: str, b: str) -> float:
-    """The similarity of two texts, from 0 to 1.
-
-    >>> jaccard("It was the best of times, it was the worst of times", "It was the BEST of  times, it was the worst!")
-    0.8157894736842105
-    """
-    return _jaccard(_shingles(a), _shingles(b))
-
-
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """The similarity of two texts with these shingles, from 0 to 1."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
@@ -72,8 +64,8 @@ def _shingles(text: str) -> np.ndarray:
 def _shingle_hashes(text: str) -> Iterator[np.ndarray]:
     """The hashes of all shingles of a text, part by part; a text that is too short is one shingle."""
     text = " ".join(text.lower().split()).ljust(SHINGLE, "\0")
-    for start in range(0, len(text) - SHINGLE + 1, PART):
-        part = text[start : start + PART + SHINGLE - 1].encode("utf-32-le", "surrogatepass")
+    for start in range(0, len(text) - SHINGLE + 1, HASHED_CHARACTERS):
+        part = text[start : start + HASHED_CHARACTERS + SHINGLE - 1].encode("utf-32-le", "surrogatepass")
         yield _mixed(_joined(np.frombuffer(part, dtype="<u4").astype(np.uint64), SHINGLE))
 
 
@@ -197,7 +189,7 @@ class _Candidates:
 
     def add(self, number: int, keys: Iterable[tuple[int, int]]) -> None:
         for key in keys:
-            if len(self._buckets[key]) < BUCKET:
+            if len(self._buckets[key]) < BUCKET_DOCUMENTS:
                 self._buckets[key].append(number)
 
     def find(self, text: str, keys: Iterable[tuple[int, int]]) -> int | None:
@@ -206,7 +198,7 @@ class _Candidates:
         if not shared:
             return None
         shingles = _shingles(text)
-        candidates = sorted(shared, key=lambda number: (-shared[number], number))[:CHECKED]
+        candidates = sorted(shared, key=lambda number: (-shared[number], number))[:MOST_CANDIDATES]
         return next((n for n in candidates if _jaccard(shingles, self._shingles(n)) >= self._threshold), None)
 
     def _shingles(self, number: int) -> np.ndarray:

@@ -31,11 +31,11 @@ from utils.preparation.workers import Report
 
 # end: bytes from the start of the part. key: of the text, for the split. record: its line or row, from 1.
 DOCUMENT = np.dtype([("end", "<u8"), ("key", "<u8"), ("record", "<u4"), ("source", "<u4")])
-LONG = 1 << 23  # characters of a document that is read, cleaned and encoded in pieces
-COMPARED = 1 << 20  # characters of a document that are compared with other documents
+LONG_CHARACTERS = 1 << 23  # of a document; a longer one is read, cleaned and encoded in pieces
+COMPARED_CHARACTERS = 1 << 20  # of a document that are compared with other documents
 CLEANED_TOGETHER = 1 << 22  # characters of a long document that are cleaned at a time
 EXAMPLES = 3  # of each thing that is reported
-FLAT = 1 << 16  # code points of which a table tells whether they occur
+LOOKED_UP_CHARACTERS = 1 << 16  # of a text, that are looked up at a time among those that occur
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ def _take(document: Document, job: ReadJob, writer: _PartWriter, part: Part) -> 
     """Clean and write one document, or count why it is left out."""
     if isinstance(document.data, RecordError):
         raise document.data
-    if isinstance(document.data, str) and len(document.data) <= LONG:
+    if isinstance(document.data, str) and len(document.data) <= LONG_CHARACTERS:
         text = checked(document.data, job.reading.errors)
         found: Iterator[str] = iter(())
     else:
         found = pieces(document.data, job.reading.errors)
-        text = "".join(_at_most(found, LONG))
-    if len(text) > LONG:
+        text = "".join(_at_most(found, LONG_CHARACTERS))
+    if len(text) > LONG_CHARACTERS:
         _take_long(itertools.chain([text], found), document, job, writer, part)
         return
     if job.pipeline is not None and text and not text.isspace():
@@ -247,12 +247,12 @@ class _PartWriter:
         self._file.write(data)
         self._hash.update(data)
         self.length += len(data)
-        if self.job.fingerprints and self._n_beginning < COMPARED:
-            self._beginning.append(text[: COMPARED - self._n_beginning])
+        if self.job.fingerprints and self._n_beginning < COMPARED_CHARACTERS:
+            self._beginning.append(text[: COMPARED_CHARACTERS - self._n_beginning])
             self._n_beginning += len(text)
         if self.job.characters:
-            for start in range(0, len(text), FLAT):
-                points = text[start : start + FLAT].encode("utf-32-le")
+            for start in range(0, len(text), LOOKED_UP_CHARACTERS):
+                points = text[start : start + LOOKED_UP_CHARACTERS].encode("utf-32-le")
                 found = np.frombuffer(points, dtype="<u4")
                 new = np.unique(found[~self._occurs[found]])
                 self._occurs[new] = True
@@ -302,7 +302,7 @@ class _PartWriter:
 
 def compared_text(beginning: str, length: int, key: bytes) -> str:
     """What stands for a document when documents are compared: of a long one the beginning, and a hash of all of it."""
-    return beginning if length <= COMPARED else beginning + key.hex()
+    return beginning if length <= COMPARED_CHARACTERS else beginning + key.hex()
 
 
 def effects(stem: Path) -> Iterator[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from utils.corpora.datasets import TOKENIZER_JSON
 from utils.errors import UserError
 from utils.files import read_json, read_text, write_json
-from utils.folders import remove, sync_folder
+from utils.folders import delete, remove, sync_folder
 from utils.locks import Holder, try_flock
 
 PLAN, LOCK = "plan.json", "preparation.lock"
@@ -50,11 +49,11 @@ class WorkFolder:
         if not kept:
             for name in os.listdir(self.path):
                 if name != LOCK:
-                    _delete(self.path / name)
+                    delete(self.path / name)
             write_json(self.path / PLAN, plan)
         for folder in (self.texts, self.tokens):
             folder.mkdir(exist_ok=True)
-        _delete(self.dataset)
+        delete(self.dataset)
         self.dataset.mkdir()
         return kept and any(self.texts.iterdir())
 
@@ -67,7 +66,7 @@ class WorkFolder:
         sync_folder(self.dataset)
         if replace and self.target.exists():
             old = self.path / "old"
-            _delete(old)
+            delete(old)
             self.target.rename(old)
         self.dataset.rename(self.target)
         sync_folder(self.target.parent)
@@ -80,13 +79,6 @@ class WorkFolder:
 
     def delete(self) -> None:
         remove(self.path)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.profiling.record import MATRIX_PRODUCTS, NO_OPERATOR, OTHER_OPERATORS, Profile
-from utils.terminal.words import counted, fact_lines
+from utils.terminal.tables import plain_table
+from utils.terminal.words import counted, fact_lines, setting_text
 
 BAR_WIDTH = 20  # characters for 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
@@ -249,11 +250,11 @@ def difference_table(a: Profile, b: Profile) -> RenderableType:
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if not differing:
         return Text("Settings and machine are the same.", style="dim")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for header in ("", "A", "B"):
-        table.add_column(header, overflow="fold", style="cyan" if not header else "")
+    table = plain_table(["", "A", "B"])
     for key in differing:
-        table.add_row(key, *(Text(_setting_text(values.get(key))) for values in (ours, theirs)))
+        table.add_row(
+            Text(key, style="cyan"), *(Text(setting_text(values.get(key)) or "none") for values in (ours, theirs))
+        )
     return _titled("What differs", table)
 
 
@@ -294,7 +295,7 @@ def _pairs(
 
 def _table(*headers: str) -> Table:
     """A column of names, then one for each header; a column without a header holds bars."""
-    table = Table(header_style="dim", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     table.add_column(headers[0], style="cyan", no_wrap=True, overflow="ellipsis")
     for header in headers[1:]:
         if header:
@@ -339,18 +340,6 @@ def _in_mb(size: int | None) -> float | None:
 def _number(value: float | None, sign: str = "") -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:{sign},.0f}"
-        if abs(value) >= 1000
-        else f"{value:{sign}.3f}"
-        if abs(value) < 100
-        else f"{value:{sign}.1f}"
-    )
-
-
-def _setting_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value in (None, "") else str(value)
+    if abs(value) >= 1000:
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign}.1f}"

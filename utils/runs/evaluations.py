@@ -28,6 +28,7 @@ from utils.runs.metrics import encode_number
 from utils.terminal.words import loss_text
 
 READ_BYTES = 1 << 20  # from the end of the file: some thousand evaluations
+MOST_TEXTS = 3  # that are named in a few words
 NUMBERS = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
 
@@ -116,10 +117,10 @@ def result_text(evaluation: Mapping[str, Any]) -> str:
     return loss_text(bits)
 
 
-def evaluations_text(evaluations: Sequence[Mapping[str, Any]], most: int = 3) -> str:
+def evaluations_text(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """The newest results in a few words, each text once: "notes.txt 2.0145, arithmetic 99.40%"."""
     by_data: dict[str, str] = {}
     for evaluation in newest_evaluations(evaluations):
         by_data.setdefault(str(evaluation["data"]), result_text(evaluation))
     texts = [f"{data} {result}" for data, result in by_data.items()]
-    return ", ".join([*texts[:most], *(["..."] if len(texts) > most else [])])
+    return ", ".join([*texts[:MOST_TEXTS], *(["..."] if len(texts) > MOST_TEXTS else [])])

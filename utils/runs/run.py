@@ -421,13 +421,23 @@ def seconds_of(moment: Any) -> float | None:
         return None
 
 
+def resume_times(record: Mapping[str, Any]) -> list[float]:
+    """When the run was resumed, in seconds since the epoch: what lies before each is a pause."""
+    starts = (seconds_of(session.get("time")) for session in _resumes(record))
+    return [start for start in starts if start is not None]
+
+
+def _resumes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [session for session in record.get("resumes") or [] if isinstance(session, dict)]
+
+
 def duration_of(path: Path, record: Mapping[str, Any], *, alive: bool) -> float:
     """Seconds that all sessions of a run took together; a session that is alive counts until now.
 
     A session adds what a monotonic clock says when it ends. Where that is missing (it was killed, or the record is
     older), the clock of the wall gives it, from its start to its end or last sign of life, and never less than zero.
     """
-    resumes = [session for session in record.get("resumes") or [] if isinstance(session, dict)]
+    resumes = _resumes(record)
     starts = [seconds_of(record.get("start")), *(seconds_of(session.get("time")) for session in resumes)]
     befores = (session.get("before") or {} for session in resumes)
     ends = [*(seconds_of(before.get("end")) for before in befores), seconds_of(record.get("end"))]

@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizer import Tokenizer
 from utils.config.settings import InferenceConfig
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_json_or_empty
 from utils.inference.generator import Generator
 from utils.runs.layout import CONFIG, EXPORT, PRETRAINED
 
@@ -124,7 +124,7 @@ def find_template(export: Path, generator: Generator) -> Template | None:
     something else than the built-in default; that of the run's own configuration, in the same case.
     """
     run = export.parent.parent if export.parts[-2:] == EXPORT.parts else export
-    facts = _read(run / PRETRAINED, run)
+    facts = read_json_or_empty(run / PRETRAINED, run)
     template = facts.get("chat_template")
     if isinstance(template, str) and 0 < len(template) <= LONGEST_TEMPLATE:
         try:
@@ -133,7 +133,7 @@ def find_template(export: Path, generator: Generator) -> Template | None:
             raise UserError(f"{run / PRETRAINED}: its chat template is damaged: {error}") from None
     default = InferenceConfig()
     if generator.settings.qa_template == default.qa_template:
-        own = _read(run / CONFIG, run).get("inference") or {}
+        own = read_json_or_empty(run / CONFIG, run).get("inference") or {}
         try:
             trained = InferenceConfig(**{key: own[key] for key in ("qa_template", "qa_stop") if key in own})
         except ValueError:
@@ -147,12 +147,3 @@ def find_template(export: Path, generator: Generator) -> Template | None:
 def replace_template(settings: InferenceConfig, trained: InferenceConfig) -> InferenceConfig:
     """The settings with the template that a run was trained with."""
     return settings.model_copy(update={"qa_template": trained.qa_template, "qa_stop": trained.qa_stop})
-
-
-def _read(path: Path, inside: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run; empty without one."""
-    try:
-        value = read_json(path, inside)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 from utils.inference.flags import one_character
-from utils.terminal.cli import place
+from utils.terminal.cli import place, whole
 
 MOST_SLOTS, MOST_WAITING = 1024, 100_000
-
-
-def whole(least: int, most: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most:,}, got {text!r}")
-        return int(text)
-
-    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:

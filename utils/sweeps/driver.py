@@ -18,7 +18,7 @@ from utils.machine.signals import StopRequest, StopSignal, stop_on_signals
 from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.sweeps.folder import Sweep
 from utils.sweeps.study import Nothing, Study, Work
-from utils.sweeps.trial import DiskFullError, Outcome, Trials, record
+from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 MAX_FAILURES = 5  # in a row, by default
 WAIT_SECONDS = 0.5  # between looks for work, while other drivers have it
@@ -68,7 +68,7 @@ class Driver:
         self, sweep: Sweep, study: Study, total: int, jobs: int, max_failures: int, report: Report = lambda *_: None
     ) -> None:
         self.sweep, self.study, self.total, self.jobs = sweep, study, total, jobs
-        self.trials = Trials(sweep, study)
+        self.runner = TrialRunner(sweep, study)
         self.ending = Ending()
         self._max_failures, self._report = max_failures, report
         self._failures_in_a_row = 0
@@ -89,7 +89,7 @@ class Driver:
             try:
                 self._wait(slots, stop, show)
             except StopSignal:
-                self.trials.stop(signal.SIGTERM)  # the second one, after which training stops at once
+                self.runner.stop(signal.SIGTERM)  # the second one, after which training stops at once
                 for slot in slots:
                     slot.join()
             self.ending.signum = stop.signum
@@ -103,7 +103,7 @@ class Driver:
         while any(slot.is_alive() for slot in slots):
             if stop and not passed_on:
                 passed_on = True
-                self.trials.stop(signal.SIGTERM)
+                self.runner.stop(signal.SIGTERM)
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_SECONDS
                 self._beat()
@@ -121,17 +121,17 @@ class Driver:
     def _slot(self) -> None:
         """What each of the parallel slots does."""
         try:
-            while not self.trials.stopping.is_set():
+            while not self.runner.stopping.is_set():
                 work = self.study.claim(self.total)
                 if isinstance(work, Nothing):
                     if work.finished:
                         return
-                    self.trials.stopping.wait(WAIT_SECONDS)
+                    self.runner.stopping.wait(WAIT_SECONDS)
                     continue
                 with self._mutex:
                     self._works[work.number] = work
                 try:
-                    self._record(work, self.trials.carry_out(work))
+                    self._record(work, self.runner.carry_out(work))
                 finally:
                     with self._mutex:
                         del self._works[work.number]
@@ -148,7 +148,7 @@ class Driver:
         """The sweep cannot go on: the others stop with a checkpoint."""
         with self._mutex:
             self.ending.problem = self.ending.problem or problem
-        self.trials.stop(signal.SIGTERM)
+        self.runner.stop(signal.SIGTERM)
 
     def _record(self, work: Work, outcome: Outcome) -> None:
         """Write into the journal how a piece of work ended."""

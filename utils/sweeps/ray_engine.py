@@ -22,7 +22,7 @@ from utils.sweeps import trial as trials
 from utils.sweeps.driver import WAIT_SECONDS, Ending, Report, disk_full_words, too_many_words
 from utils.sweeps.folder import Sweep, read_sweep
 from utils.sweeps.study import Nothing, Study
-from utils.sweeps.trial import DiskFullError, Outcome, Trials, record
+from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 INSTALL = "pip install 'ray[tune]'"
 RETRIES = 20  # of a piece of work whose worker is lost
@@ -135,7 +135,7 @@ def carry_out_piece(config: dict[str, Any]) -> None:
         time.sleep(WAIT_SECONDS)
     found: dict[str, Any] = {"trial": work.number, "step": work.step, **work.values}
     try:
-        outcome = Trials(sweep, study, _stopped_with_this_process).carry_out(work)
+        outcome = TrialRunner(sweep, study, _stopped_with_this_process).carry_out(work)
         record(study, work, outcome)
         found["value"] = math.nan if outcome.value is None else outcome.value
         found |= {REASON: outcome.reason, "pruned": outcome.pruned}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from utils.sweeps.folder import REPORT, Sweep
 from utils.sweeps.sampling import quiet_optuna
 from utils.sweeps.study import Study
 from utils.terminal.html import render
+from utils.terminal.streams import without_warnings
 
 TEMPLATE = Path(__file__).with_name("picture.html.j2")
 
@@ -37,7 +35,7 @@ def write_report(sweep: Sweep, study: Study) -> tuple[Mapping[str, float], list[
         return {}, []
     folder = sweep.path / REPORT
     folder.mkdir(exist_ok=True)
-    with _without_warnings():
+    with without_warnings():  # pictures are experimental in Optuna, and say so for each
         return importance(study), [*_write(folder, study)]
 
 
@@ -93,16 +91,3 @@ def _page(figure: Any, title: str, width: int) -> str:
     options = {"displaylogo": False, "responsive": True}  # the logo is a link into the network
     drawn = figure.to_html(full_html=False, include_plotlyjs=True, config=options, default_height="100%")
     return render(TEMPLATE, title=title, width=width, figure=Markup(drawn))
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Any:
-    """Pictures are experimental in Optuna, and say so for each."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

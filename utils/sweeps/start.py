@@ -13,6 +13,7 @@ from rich.text import Text
 from utils.config.loader import LoadedConfig
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError
+from utils.machine.process import available_cores
 from utils.sweeps.driver import Driver, Ending
 from utils.sweeps.folder import RECORD as SWEEP_RECORD
 from utils.sweeps.folder import Plan, Sweep, check_name, open_sweep, read_sweep, steps_of
@@ -22,11 +23,9 @@ from utils.sweeps.sampling import SamplerName, grid
 from utils.sweeps.space import Space, read_space
 from utils.sweeps.study import PARENT, REASON, RUNS, Study
 from utils.sweeps.table import Display, longer_command, summary
-from utils.terminal.commands import as_plain
+from utils.terminal.commands import print_json
 from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.console import Terminal
-from utils.terminal.streams import is_unicode
-from utils.terminal.words import json_text
 
 if TYPE_CHECKING:
     from utils.experiments.compare import Comparison
@@ -84,7 +83,6 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
     sampler: SamplerName = own.sampler or (known.sampler if known else usual)
     check_goal(space, pruner)
     check_population(space, sampler, pruner, own.trials)
-    plan = Plan(space, config, sampler, seed, pruner)
     if sampler == "grid":
         grid(space, {})
     searched = {dimension.key for dimension in space.dimensions}
@@ -94,13 +92,12 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
         threads = None
     else:
         threads = threads_of_job(own.jobs)
-    return Plan(plan.space, config, sampler, seed, pruner, threads)
+    return Plan(space, config, sampler, seed, pruner, threads)
 
 
 def threads_of_job(jobs: int) -> int:
     """CPU threads of each of several trials at a time: the cores that this process may use, shared out."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // jobs)
+    return max(1, available_cores() // jobs)
 
 
 def check_goal(space: Space, pruner: Pruner) -> None:
@@ -115,7 +112,7 @@ def drive(sweep: Sweep, total: int, jobs: int, max_failures: int, quiet: bool) -
     terminal = Terminal(quiet=quiet)
     display: Display | None = None
     driver = Driver(sweep, study, total, jobs, max_failures, lambda *end: display.ended(*end) if display else None)
-    display = Display(terminal, sweep, study, driver.trials.activities, total)
+    display = Display(terminal, sweep, study, driver.runner.activities, total)
     with display:
         return study, driver.run(display.update)
 
@@ -148,7 +145,7 @@ def finish(
     if as_json:
         data = as_data(sweep, study, dict(importance), files)
         compared = {"comparison": comparison} if compare is not None else {}
-        print(json_text(as_plain({**data, **compared}), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+        print_json({**data, **compared})
     else:
         Terminal().print("", *summary(sweep, study, dict(importance), files))
         if comparison is not None:

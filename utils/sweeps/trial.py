@@ -92,7 +92,7 @@ class Activity:
     run: Path | None = None
 
 
-class Trials:
+class TrialRunner:
     """Carries out the trials of a sweep. Several threads may do so at once.
 
     Args:

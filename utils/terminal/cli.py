@@ -113,6 +113,17 @@ def script_file(project: Path, name: str) -> Path:
     return CODE_ROOT / name if project == PROJECT_ROOT else project / name
 
 
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most:,}, got {text!r}")
+        return int(text)
+
+    return number
+
+
 TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

@@ -35,19 +35,19 @@ class NotebookLine:
             self._handle.update(line)
 
 
-def html_of(renderables: Iterable[RenderableType], width: int = WIDTH) -> str:
+def html_of(renderables: Iterable[RenderableType]) -> str:
     """HTML that looks as in a terminal; all text is escaped."""
     console = PrintableConsole(
-        record=True, width=width, file=io.StringIO(), force_terminal=True, highlight=False, color_system="truecolor"
+        record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, highlight=False, color_system="truecolor"
     )
     for renderable in renderables:
         print_to(console, renderable)
     return console.export_html(inline_styles=True, code_format=PAGE)
 
 
-def text_of(renderables: Iterable[RenderableType], width: int = WIDTH) -> str:
+def text_of(renderables: Iterable[RenderableType]) -> str:
     """The same as plain text."""
-    console = PrintableConsole(width=width, file=io.StringIO(), force_terminal=False, highlight=False)
+    console = PrintableConsole(width=WIDTH, file=io.StringIO(), force_terminal=False, highlight=False)
     with console.capture() as capture:
         for renderable in renderables:
             print_to(console, renderable)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from utils.config.settings import DataConfig
-from utils.tokenization.protocol import PART, VERSION, Tokenizer, TokenizerError, joined
+from utils.tokenization.protocol import PART_CHARACTERS, VERSION, Tokenizer, TokenizerError, joined
 from utils.tokenization.specifications import byte_specification
 from utils.tokenization.vocabularies import surrogate_error
 
@@ -51,9 +51,9 @@ def _utf8(text: str) -> Iterator[bytes]:
     Raises:
         TokenizerError: it has half a surrogate pair, which has no UTF-8.
     """
-    for start in range(0, len(text), PART):
+    for start in range(0, len(text), PART_CHARACTERS):
         try:
-            yield text[start : start + PART].encode()
+            yield text[start : start + PART_CHARACTERS].encode()
         except UnicodeEncodeError:
             raise surrogate_error(text) or AssertionError from None
 

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import write_json
 
 VERSION = 1  # of the JSON form
-PART = 1 << 17  # characters of a text that are encoded at a time: their code points and ids fit in a processor's cache
+PART_CHARACTERS = 1 << 17  # of a text, that are encoded at a time: code points and ids fit in a processor's cache
 
 
 class TokenizerError(UserError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib
 import json
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.files import JSON_BYTES, open_named, read_bytes
+from utils.files import read_bytes, read_named
 from utils.tokenization.protocol import TokenizerError
 
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")  # what the package tokenizers has
@@ -47,11 +46,7 @@ def read_specification(path: Path) -> str:
     if path.is_dir():
         path = path / "tokenizer.json"
     try:
-        with open_named(path) as file:  # in the cache of a hub it is a link
-            content = file.read(JSON_BYTES + 1)
-        if len(content) > JSON_BYTES:
-            raise OSError(errno.EFBIG, f"is larger than {JSON_BYTES >> 20} MiB")
-        value = json.loads(content)
+        value = json.loads(read_named(path))  # in the cache of a hub it is a link
         if isinstance(value, dict) and isinstance(value.get("tokenizer"), str):
             value = json.loads(value["tokenizer"])
     except FileNotFoundError:

@@ -13,7 +13,7 @@ import torch
 from utils.checkpoints.files import Checkpoint, read_checkpoint
 from utils.checkpoints.folder import CheckpointError, folder_name
 from utils.checkpoints.tensors import stream_order
-from utils.files import read_json
+from utils.files import read_json_or_empty
 from utils.formats.adapter import write_adapter
 from utils.inference.export import outlines_of, save_export, stream_export
 from utils.nn.lora import adapter_settings
@@ -102,10 +102,9 @@ def follow_export(state: TrainState) -> None:
 
 def _write_adapter(folder: Path, state: TrainState, run: Run) -> None:
     """Write the adapters by themselves into an export, if there are any."""
-    settings, pretrained = state.config.optimizer, {}
+    settings = state.config.optimizer
     if settings.lora_rank is not None:
-        with contextlib.suppress(OSError, ValueError):  # most runs did not start from a published model
-            pretrained = read_json(run.path / PRETRAINED, run.path)
+        pretrained = read_json_or_empty(run.path / PRETRAINED, run.path)  # most did not start from a published model
         parent = (run.record.get("parent") or {}).get("run")
         if not str(parent).startswith(PRETRAINED_PREFIX):  # but a run that began with the model, say
             pretrained = {key: value for key, value in pretrained.items() if key not in ("name", "revision")}

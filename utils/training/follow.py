@@ -31,7 +31,7 @@ from utils.training.finish import follow_export
 from utils.training.launch import launch_facts
 from utils.training.monitor import Monitor
 from utils.training.setup import device_of_rank, read_corpus
-from utils.training.sharded_checkpointer import ShardWriter
+from utils.training.sharded_checkpointer import FollowerCheckpointer
 from utils.training.state import TrainState, build_state
 from utils.training.step import Update
 from utils.training.step_graph import make_update
@@ -236,7 +236,7 @@ class Follower:
         self._monitor = NoMonitor()
         run = TrainingRun(path, state, self._monitor.log, stop)
         self.callbacks = Callbacks(list(state.callbacks.values()), run)  # type: ignore[arg-type]
-        self._writer = ShardWriter(state.ranks) if state.shards is not None else None
+        self._checkpointer = FollowerCheckpointer(state.ranks) if state.shards is not None else None
 
     @property
     def evaluation_due(self) -> bool:
@@ -256,8 +256,8 @@ class Follower:
 
     def save(self) -> None:
         self._stop.save = self._stop.save_due = False
-        if self._writer is not None:
-            self._writer.save(self.state)
+        if self._checkpointer is not None:
+            self._checkpointer.save(self.state)
 
     def log_step(self, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
         interval = self.state.config.tracking.histogram_interval
@@ -289,5 +289,5 @@ class Follower:
             with ranks.busy():
                 self.callbacks.on_end(status)
                 ranks.collect("ended", status)
-                if self._writer is not None:
-                    self._writer.wait()
+                if self._checkpointer is not None:
+                    self._checkpointer.wait()

@@ -23,8 +23,8 @@ BUCKET_BYTES = 25 << 20  # of gradients that are sent at once, while the backwar
 Gradients = list[torch.Tensor | None]  # of the trainable parameters; None: the parameter has none
 
 
-def added(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
-    """The sum, in the memory of one of them. None counts as zeros, except if both are None."""
+def add_into(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
+    """Add `right` to `left`, in place, and return the sum. None counts as zeros, and the sum of two None is None."""
     if left is None or right is None:
         there = right if left is None else left
         return None if there is None else there.add_(0.0)  # a zero turns -0.0 into 0.0
@@ -42,7 +42,7 @@ class Tree:
         size = 1
         while self._sums and self._sums[-1][0] == size:
             _, left = self._sums.pop()
-            gradients = [added(*pair) for pair in zip(left, gradients, strict=True)]
+            gradients = [add_into(*pair) for pair in zip(left, gradients, strict=True)]
             size *= 2
         self._sums.append((size, gradients))
 
@@ -54,7 +54,7 @@ class Tree:
     def with_last(self, index: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of all lanes for one parameter, with its gradient in the last lane, which completes the tree."""
         for _, left in reversed(self._sums):
-            gradient = added(left[index], gradient)
+            gradient = add_into(left[index], gradient)
         return gradient
 
 
@@ -171,10 +171,10 @@ class GradientSum:
         highest = len(self._levels) - 1
         for bucket in self.buckets[: self._started]:
             while bucket.level < highest and bucket.work is not None and bucket.work.is_completed():
-                self._raise(bucket)
+                self._start_next_level(bucket)
             highest = bucket.level
 
-    def _raise(self, bucket: Bucket) -> None:
+    def _start_next_level(self, bucket: Bucket) -> None:
         """Start the next level of a bucket, once the sum of this one is there."""
         assert bucket.work is not None
         self.ranks.wait(bucket.work)
@@ -192,7 +192,7 @@ class GradientSum:
         for level in range(1, len(self._levels)):
             for bucket in self.buckets:
                 if bucket.level < level:
-                    self._raise(bucket)
+                    self._start_next_level(bucket)
         for bucket in self.buckets:
             assert bucket.work is not None
             self.ranks.wait(bucket.work)

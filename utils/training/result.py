@@ -17,9 +17,8 @@ from utils.runs.find import resolve_run
 from utils.runs.layout import EXPORT
 from utils.runs.run import Run, Status
 from utils.terminal.cli import INSTALLED, PROJECT_ROOT
-from utils.terminal.commands import as_plain
-from utils.terminal.streams import is_unicode
-from utils.terminal.words import bits_text, duration, fact_lines, json_text
+from utils.terminal.commands import print_json
+from utils.terminal.words import bits_text, duration, fact_lines
 
 if TYPE_CHECKING:
     from utils.terminal.console import Terminal
@@ -81,7 +80,7 @@ class TrainResult(Mapping[str, Any]):
     def report(self, *, as_json: bool) -> int:
         """Print the result as JSON if asked to (training prints it for people itself); the exit status."""
         if as_json:
-            print(json_text(as_plain(dict(self)), indent=2, ensure_ascii=not is_unicode(sys.stdout)))
+            print_json(dict(self))
         return self.exit_status
 
     @property
@@ -92,7 +91,7 @@ class TrainResult(Mapping[str, Any]):
         return 0 if self.status in ("completed", "interrupted") else 1
 
 
-def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, first_step: int = 0) -> None:
+def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, first_step: int) -> None:
     """Print losses, time, where files are, and what to type next.
 
     Args:

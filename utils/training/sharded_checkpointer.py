@@ -38,7 +38,7 @@ def make_checkpointer(state: TrainState, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 class ShardedCheckpointer(Checkpointer):
-    """The checkpointer of rank 0. At the same steps the other ranks call `ShardWriter.save`."""
+    """The checkpointer of rank 0. At the same steps the other ranks call `FollowerCheckpointer.save`."""
 
     def __init__(self, shards: Shards, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,7 +92,7 @@ def write_own_shards(folder: Path, ranks: Ranks, weights: Tensors, optimizer: Te
         return {"error": reason_of(error)}
 
 
-class ShardWriter:
+class FollowerCheckpointer:
     """Writes what a rank other than 0 has of each checkpoint."""
 
     def __init__(self, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from utils.optim.muon import Muon, orthogonal_blocks
-from utils.training.lanes import Gradients, Tree, added, lane_seed, tree_sum
+from utils.training.lanes import Gradients, Tree, add_into, lane_seed, tree_sum
 from utils.training.state import TrainState
 from utils.training.step import EagerUpdate, Phase, micro_step
 
@@ -52,7 +52,7 @@ class ShardedUpdate(EagerUpdate):
                 lane = first + state.ranks.rank
                 losses[lane] += self._micro_step(lane, part, phase)
                 tree.add(self.shards.take_gradients())
-            total = _both(total, tree.total())
+            total = _sum(total, tree.total())
         with phase("backward"):
             state.ranks.sum_exactly(losses)
         for parameter, gradient in zip(self._parameters, total or [], strict=True):
@@ -181,8 +181,8 @@ def _padded(parameter: torch.Tensor, states: dict[Any, dict[str, torch.Tensor]])
         state.update({key: tensor[:count].view(shape) for key, tensor in state.items() if is_moment(tensor)})
 
 
-def _both(left: Gradients | None, right: Gradients) -> Gradients:
-    return right if left is None else [added(*pair) for pair in zip(left, right, strict=True)]
+def _sum(left: Gradients | None, right: Gradients) -> Gradients:
+    return right if left is None else [add_into(*pair) for pair in zip(left, right, strict=True)]
 
 
 def _row_norms(gradient: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from utils.config.fields import config_hash
 from utils.config.loader import config_files
 from utils.config.settings import ModelConfig
 from utils.errors import UserError
-from utils.files import change_json, read_json, write_json
+from utils.files import change_json, read_json, read_json_or_empty, write_json
 from utils.formats.finetuning import pretrained_as_checkpoint
 from utils.formats.hub import find_pretrained
 from utils.inference.export import export_as_checkpoint
@@ -252,11 +252,7 @@ def pretrained_of(setup: Setup) -> Mapping[str, Any]:
     if setup.origin.pretrained is not None:
         facts: Mapping[str, Any] = setup.checkpoint.state["facts"]
         return facts
-    try:
-        inherited = read_json(setup.origin.run / PRETRAINED, setup.origin.run)
-    except (OSError, ValueError):
-        return {}
-    return inherited if isinstance(inherited, dict) else {}
+    return read_json_or_empty(setup.origin.run / PRETRAINED, setup.origin.run)
 
 
 def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> TrainState:

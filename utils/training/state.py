@@ -267,22 +267,21 @@ def random_states() -> dict[str, Any]:
 
 def set_random_states(states: Mapping[str, Any]) -> None:
     """Continue the random streams of `random_states`; those of missing devices are left out."""
-
-    def decode(text: str) -> torch.Tensor:
-        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-    torch.set_rng_state(decode(states["cpu"]))
+    torch.set_rng_state(_decoded(states["cpu"]))
     for index, text in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(decode(text), index)
+        torch.cuda.set_rng_state(_decoded(text), index)
     if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(decode(states["mps"]))
+        torch.mps.set_rng_state(_decoded(states["mps"]))
 
 
 def move_random_state(states: Mapping[str, Any], before: torch.device, now: torch.device) -> None:
     """On another GPU than before, continue the random stream of the previous one."""
     if before.type == now.type == "cuda" and (before.index or 0) != (now.index or 0):
-        text = states["cuda"][before.index or 0]
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8), now)
+        torch.cuda.set_rng_state(_decoded(states["cuda"][before.index or 0]), now)
+
+
+def _decoded(state: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
 
 
 def take_over(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> None:

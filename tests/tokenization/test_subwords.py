@@ -196,7 +196,7 @@ def test_parts_have_the_ids_of_the_whole(each: Tokenizer, size: int, monkeypatch
     whole = [each.encode(random_text(seed)) for seed in range(300)]
     of_corpus = each.encode_array(CORPUS)
     monkeypatch.setattr(subwords, "WORDS_PART", size)
-    monkeypatch.setattr(byte_tokens, "PART", size)
+    monkeypatch.setattr(byte_tokens, "PART_CHARACTERS", size)
     assert [each.encode(random_text(seed)) for seed in range(300)] == whole
     np.testing.assert_array_equal(np.concatenate([*each.encode_parts(CORPUS)]), of_corpus)
 
@@ -321,11 +321,12 @@ def test_learned_subwords_are_those_of_the_library(bpe: BpeTokenizer) -> None:
 
 def test_learning_again_gives_the_same_subwords_in_another_process(bpe: BpeTokenizer) -> None:
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests']; from test_subwords import CORPUS, DataConfig, build_tokenizer; "
+        "import sys; sys.path[:0] = ['.', 'tests/tokenization']; "
+        "from test_subwords import CORPUS, DataConfig, build_tokenizer; "
         "config = DataConfig(tokenizer='bpe', bpe_vocab_size=400, special_tokens=('<|user|>',)); "
         "print(build_tokenizer(config, [CORPUS]).hash())"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == bpe.hash()
 
