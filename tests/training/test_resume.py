@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import experiments
 import train
 import utils.training.step
 from benchmarks.run_equality import differences, last_checkpoint
@@ -274,6 +275,37 @@ def test_max_iters_may_grow_where_the_schedule_does_not_depend_on_it(
     assert train.main(tiny_argv(*constant, "--max-iters", "40", "--run-tag", "short")) == 0
     assert train.main(["--resume", str(run_of("short")), "--max-iters", "60"]) == 0
     assert differences(run_of("long"), run_of("short")) == SAME
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (("--stop-at-step", "4"), ()),
+        (("--warmup-iters", "1", "--lr-decay-iters", "20"), ("--max-iters", "9")),
+    ],
+)
+def test_a_run_whose_checkpoints_were_pruned_keeps_its_log(
+    first: tuple[str, ...],
+    again: tuple[str, ...],
+    tiny_argv: Argv,
+    runs_dir: Path,
+    run_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train.main(tiny_argv(*first, "--run-tag", "kept")) == 0
+    run = run_of("kept")
+    log = (run / "logs" / "metrics.jsonl").read_bytes()
+    prune = ["prune", "--older-than", "0h", "--unfinished", "--yes", "--runs-dir", str(runs_dir)]
+    assert experiments.main(prune) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(run), *again]) == 2
+    assert "kept has no checkpoints any more: it could only begin again at step 0" in capsys.readouterr().err
+    assert (run / "logs" / "metrics.jsonl").read_bytes() == log
+    assert experiments.main(["check", str(run)]) == 0
+    if not again:  # a complete run is not resumed anyway
+        assert train.main(tiny_argv(*first, "--run-tag", "kept", "--resume", "auto")) == 0
+        assert f"{run.name} is not resumed: its checkpoints were deleted" in capsys.readouterr().err
+        assert len(list(runs_dir.iterdir())) == 2
 
 
 def test_a_missing_configuration_or_a_changed_corpus_is_a_mistake(

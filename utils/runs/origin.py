@@ -30,6 +30,7 @@ from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.lock import is_elsewhere
 from utils.runs.run import RunError, read_record, status_of
+from utils.runs.seal import checkpoints_are_gone
 from utils.runs.trust import callback_words, enclosing_run, made_elsewhere, require_trust
 
 Relation = Literal["resume", "fork", "init"]
@@ -138,6 +139,8 @@ def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
         return f"it is being trained by process {record.get('pid')} on {record.get('host')}"
     if status not in (*RESUMABLE, "running"):
         return f"it {status}: {record.get('exit_reason')}"
+    if checkpoints_are_gone(path):
+        return "its checkpoints were deleted"
     return None if (path / CONFIG).is_file() else "it ended before its configuration was written"
 
 
