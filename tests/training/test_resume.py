@@ -474,6 +474,18 @@ def test_a_fork_without_another_setting_repeats_its_parent(tiny_argv: Argv, run_
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
 
 
+def test_a_fork_with_another_batch_counts_on_the_tokens_of_its_parent(
+    tiny_argv: Argv, run_of: Callable[[str], Path]
+) -> None:
+    assert train.main(tiny_argv("--run-tag", "small")) == 0  # 6 steps of 4 x 8 tokens
+    fork = ["--resume", f"{run_of('small')}:3", "--fork", "--batch-size", "8", "--max-iters", "8", "--run-tag", "large"]
+    assert train.main([*fork, "--stop-at-step", "5"]) == 0
+    assert train.main(["--resume", str(run_of("large"))]) == 0
+    tokens = dict(read_metrics(run_of("large") / "logs", "tokens"))
+    assert tokens == {step: 3 * 32 + (step - 3) * 64 for step in range(3, 9)}
+    assert json.loads((checkpoints(run_of("large")) / "step_000008" / "state.json").read_text())["tokens"] == tokens[8]
+
+
 def test_fine_tuning_starts_at_step_0_with_the_best_weights_of_another_run(
     tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: Callable[[str], Path]
 ) -> None:
