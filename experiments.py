@@ -33,6 +33,7 @@ from utils.experiments.commands import (
     runs_folder,
 )
 from utils.experiments.curve import AXES
+from utils.files import unwritable
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
 from utils.runs.run import RunError, check_links
@@ -246,11 +247,12 @@ def write_out(path: Path, write: Callable[[], None]) -> None:
 
     Raises:
         UserError: the file cannot be written.
+        OSError: its disk is full or fails.
     """
     try:
         write()
     except OSError as error:
-        raise UserError(f"--out {path}: cannot be written: {error.strerror}") from None
+        raise unwritable(path, error, UserError(f"--out {path}: cannot be written: {error.strerror}")) from None
 
 
 # ----------------------------------------------------------------------------------------- what is kept, and its name
@@ -371,7 +373,8 @@ def seal(args: argparse.Namespace) -> Answer:
     try:
         write_seal(run.path)
     except OSError as error:
-        raise RunError(f"{run.path / SEAL} cannot be written: {error.strerror}") from None
+        seal = run.path / SEAL
+        raise unwritable(seal, error, RunError(f"{seal} cannot be written: {error.strerror}")) from None
     return Answer({"run": run.id, "seal": run.path / SEAL}, lambda console: [f"{run.id}: sealed"])
 
 

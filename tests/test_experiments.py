@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -285,6 +287,23 @@ def test_edit_changes_tag_note_tags_and_pin(ask: Ask, runs: Path) -> None:
     assert "expected --tag, --note" in ask("edit", "quick", status=2)
     for flag in ("--note", "--add-tag"):  # what a shell makes of bytes that are no UTF-8
         assert f"{flag}: expected Unicode text" in ask("edit", "quick", flag, "caf\udce9", status=2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("edit", "fast", "--note", "x"), ("edit", "fast", "--tag", "x"), ("promote", "fast", "x"), ("seal", "fast"),
+     ("report", "fast", "--out", "page.html")],
+)  # fmt: skip
+def test_a_full_disk_is_no_mistake_in_the_command(
+    words: tuple[str, ...], ask: Ask, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    exported(max(path for path in runs.iterdir() if path.name.endswith("fast")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.files.os.fsync", no_space)
+    assert re.fullmatch(r"error: .*(\.json|page\.html): No space left on device\n", ask(*words, status=1))
 
 
 def exported(run: Path, weights: bytes = b"weights") -> None:

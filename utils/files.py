@@ -336,8 +336,12 @@ def put_aside(path: Path) -> Path:
     return aside
 
 
-def unwritable(place: Path, error: OSError) -> OSError | UserError:
-    """The error for a place that a person named: an OSError if the disk is full or fails, else a mistake of theirs."""
+def unwritable(place: Path, error: OSError, mistake: UserError | None = None) -> OSError | UserError:
+    """The error for a place that a person named: an OSError if the disk is full or fails, else a mistake of theirs.
+
+    Args:
+        mistake: that mistake, if it is said in other words.
+    """
     if error.errno in DISK_ERRORS:
         return OSError(error.errno, error.strerror, str(place))
-    return UserError(f"{place}: cannot be written: {error.strerror or error}")
+    return mistake or UserError(f"{place}: cannot be written: {error.strerror or error}")

@@ -92,6 +92,20 @@ def test_from_a_checkpoint_with_the_current_code(run: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
+def test_what_a_resume_changed_of_the_record_is_no_difference(
+    tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tiny_argv("--max-iters", "12", "--run-tag=-x", "--sample-tokens", "5", "--stop-at-step", "6")
+    assert train.main(first) == 0
+    run = only_run()
+    resume = ["--resume", str(run), "--log-interval", "4", "--sample-tokens", "7", "--sample-prompt", "a"]
+    assert train.main([*resume, "--checkpoint-interval", "3"]) == 0
+    capsys.readouterr()
+    assert experiments.main(["reproduce", str(run), "--code", "current"]) == 0
+    assert "identical for 7 steps, and the same weights" in capsys.readouterr().out  # 0 to 5, and 8
+
+
+@pytest.mark.slow
 def test_another_dropout_is_found_at_its_first_step(run: Path) -> None:
     path = run / "meta" / "full_config.json"
     config = json.loads(path.read_text())

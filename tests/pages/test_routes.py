@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -301,6 +302,17 @@ def test_a_page_of_another_origin_changes_nothing(editor: TestClient, tmp_path: 
     before = (tmp_path / "a" / "notes.json").read_bytes()
     assert edit(editor, {"run": "a", "note": "x"}, **headers).status_code == 403
     assert (tmp_path / "a" / "notes.json").read_bytes() == before
+
+
+def test_a_full_disk_is_told_to_the_page(editor: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.files.os.fsync", no_space)
+    response = edit(editor, {"run": "a", "note": "x"})
+    assert response.status_code == 500
+    assert response.json()["error"]["message"].endswith("a/notes.json: No space left on device")
+
+
+def no_space(*_arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_form_of_another_page_cannot_change_notes(editor: TestClient) -> None:

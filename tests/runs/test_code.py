@@ -439,6 +439,25 @@ def test_changes_inside_a_submodule_are_named_and_leave_the_patch_alone(repo: Pa
     assert facts.patch == b""
 
 
+@pytest.mark.parametrize("form", ["short", "log", "diff"])
+def test_the_commit_of_a_submodule_is_in_the_patch_whatever_form_git_shows_it_in(
+    repo: Path, tmp_path: Path, form: str
+) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    git(library, "init", "--quiet")
+    write(library, {"lib.py": "x = 1\n"})
+    commit(library)
+    git(repo, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), "lib")
+    commit(repo)
+    write(repo / "lib", {"lib.py": "x = 2\n"})
+    commit(repo / "lib")
+    git(repo, "config", "diff.submodule", form)
+    facts = CodeReader(repo).git_facts()
+    assert facts.files == ["lib"]
+    assert f"+Subproject commit {git(repo / 'lib', 'rev-parse', 'HEAD').strip()}".encode() in facts.patch
+
+
 def test_sources_of_callbacks_are_kept_wherever_they_come_from(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

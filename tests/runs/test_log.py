@@ -367,7 +367,7 @@ def test_a_full_disk_keeps_the_whole_lines_and_truncate_mends_the_rest(log: Path
     code = "import sys; from pathlib import Path; from utils.runs.log import LogWriter\n"
     code += "writer = LogWriter(Path(sys.argv[1]))\n"
     code += "try: writer.write({'step': step} for step in range(1000))\n"
-    code += "except OSError as error: print('full')\n"
+    code += "except OSError as error: print(error.filename)\n"
     result = subprocess.run(
         [sys.executable, "-c", code, str(log)],
         cwd=ROOT,
@@ -376,7 +376,7 @@ def test_a_full_disk_keeps_the_whole_lines_and_truncate_mends_the_rest(log: Path
         check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )
-    assert result.stdout == "full\n"
+    assert result.stdout == f"{log}\n"
     records = list(read_records(log))
     assert records == []  # the batch that did not fit is gone as a whole
     truncate(log)

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 from conftest import FORK, in_child
 
+import train
 from utils.runs import run as run_manager
 from utils.runs.find import list_run_paths, resolve_run, resolve_runs
 from utils.runs.lock import STALE_HEARTBEAT_SECONDS, lock_is_free
@@ -181,9 +182,20 @@ def test_a_failure_while_creating_leaves_nothing_behind(runs_dir: Path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_manager, "write_json", fail)
-    with pytest.raises(RunError, match=r"cannot write the run directory .*No space left on device"):
+    with pytest.raises(OSError, match=r"No space left on device: .*_a'"):  # not a mistake of the user
         Run.create(runs_dir, "a")
     assert list(runs_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 1), (errno.EROFS, 1), (errno.EACCES, 2)])
+def test_a_disk_without_room_for_a_run_is_no_mistake_in_the_command(
+    number: int, status: int, tiny_argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_manager, "write_json", fail)
+    assert train.main(tiny_argv()) == status
 
 
 def test_facts_that_cannot_be_written_leave_nothing_behind(runs_dir: Path) -> None:

@@ -154,6 +154,17 @@ def aim_runs(repo: Path) -> dict[str, str]:
     return {run.name: run.hash for run in Repo(str(repo)).iter_runs()}
 
 
+def test_a_fork_of_a_run_whose_folder_was_moved_is_made_beside_it(
+    tiny_argv: Argv, runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny_argv(*STOPPED, "--run-tag", "far")) == 0
+    (run,) = runs_dir.rename(tmp_path / "archive").iterdir()
+    assert train.main(["--resume", str(run), "--stop-at-step", "4"]) == 0
+    assert train.main(["--resume", str(run), "--fork", "--max-iters", "7"]) == 0
+    assert not runs_dir.exists()
+    assert sorted(path.name.partition("_far")[2] for path in (tmp_path / "archive").iterdir()) == ["", "-fork"]
+
+
 def test_a_copied_run_gets_its_own_run_in_aim_by_resume_and_by_rebuild(
     tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,7 +243,8 @@ def test_a_copied_export_generates_and_begins_a_run(
     training = json.loads((export / "config.json").read_text())
     assert (parent["run"], parent["step"]) == (training["training"]["run"], 6)
     assert parent["export"] == training["weights_crc32"]
-    shutil.rmtree(run / "artifacts" / "checkpoints")  # it starts again, from the weights that it began with
+    shutil.rmtree(run / "artifacts" / "checkpoints")  # as if it had been killed before the first one
+    (run / "artifacts" / "seal.json").unlink()  # it starts again, from the weights that it began with
     assert train.main(["--resume", str(run), "--max-iters", "6"]) == 0
     beside = run.with_name(parent["run"]) / "artifacts" / "export"
     beside.parent.mkdir(parents=True)

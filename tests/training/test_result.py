@@ -12,8 +12,9 @@ import pytest
 
 from tests.tiny_export import char_tokenizer
 from tokenizer import TokenizerError
+from utils.runs.run import Run
 from utils.tracking import views
-from utils.training.result import TrainResult
+from utils.training.result import TrainResult, short_name
 
 
 def result(last: float | None, best: float | None, exported: str | None) -> TrainResult:
@@ -29,6 +30,16 @@ def test_last_weights_that_are_far_worse_than_the_best_are_reported() -> None:
     assert result(422.0, 4.55, "best weights, of step 5").warning is None
     assert result(4.6, 4.55, "last weights, of step 10").warning is None
     assert result(None, None, None).warning is None
+
+
+@pytest.mark.parametrize(("tag", "by_tag"), [("wide", True), ("-wide", False)])
+def test_a_command_names_a_run_by_its_tag_unless_that_reads_as_a_flag(
+    tag: str, by_tag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.training.result.is_default_runs_dir", lambda folder: True)
+    run = Run.create(tmp_path / "runs", tag)
+    assert short_name(run) == tag if by_tag else short_name(run).endswith(run.id)
+    run.release()
 
 
 def test_where_aim_has_no_builds_no_rebuild_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:

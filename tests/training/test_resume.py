@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import experiments
 import train
 import utils.training.step
 from benchmarks.run_equality import differences, last_checkpoint
@@ -276,6 +277,37 @@ def test_max_iters_may_grow_where_the_schedule_does_not_depend_on_it(
     assert differences(run_of("long"), run_of("short")) == SAME
 
 
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (("--stop-at-step", "4"), ()),
+        (("--warmup-iters", "1", "--lr-decay-iters", "20"), ("--max-iters", "9")),
+    ],
+)
+def test_a_run_whose_checkpoints_were_pruned_keeps_its_log(
+    first: tuple[str, ...],
+    again: tuple[str, ...],
+    tiny_argv: Argv,
+    runs_dir: Path,
+    run_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train.main(tiny_argv(*first, "--run-tag", "kept")) == 0
+    run = run_of("kept")
+    log = (run / "logs" / "metrics.jsonl").read_bytes()
+    prune = ["prune", "--older-than", "0h", "--unfinished", "--yes", "--runs-dir", str(runs_dir)]
+    assert experiments.main(prune) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(run), *again]) == 2
+    assert "kept has no checkpoints any more: it could only begin again at step 0" in capsys.readouterr().err
+    assert (run / "logs" / "metrics.jsonl").read_bytes() == log
+    assert experiments.main(["check", str(run)]) == 0
+    if not again:  # a complete run is not resumed anyway
+        assert train.main(tiny_argv(*first, "--run-tag", "kept", "--resume", "auto")) == 0
+        assert f"{run.name} is not resumed: its checkpoints were deleted" in capsys.readouterr().err
+        assert len(list(runs_dir.iterdir())) == 2
+
+
 def test_a_missing_configuration_or_a_changed_corpus_is_a_mistake(
     tiny_argv: Argv,
     tiny_corpus: Path,
@@ -440,6 +472,18 @@ def test_a_fork_without_another_setting_repeats_its_parent(tiny_argv: Argv, run_
     assert train.main(["--resume", f"{run_of('first')}:30", "--fork"]) == 0
     one, other = last_checkpoint(run_of("first")), last_checkpoint(run_of("first-fork"))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+
+
+def test_a_fork_with_another_batch_counts_on_the_tokens_of_its_parent(
+    tiny_argv: Argv, run_of: Callable[[str], Path]
+) -> None:
+    assert train.main(tiny_argv("--run-tag", "small")) == 0  # 6 steps of 4 x 8 tokens
+    fork = ["--resume", f"{run_of('small')}:3", "--fork", "--batch-size", "8", "--max-iters", "8", "--run-tag", "large"]
+    assert train.main([*fork, "--stop-at-step", "5"]) == 0
+    assert train.main(["--resume", str(run_of("large"))]) == 0
+    tokens = dict(read_metrics(run_of("large") / "logs", "tokens"))
+    assert tokens == {step: 3 * 32 + (step - 3) * 64 for step in range(3, 9)}
+    assert json.loads((checkpoints(run_of("large")) / "step_000008" / "state.json").read_text())["tokens"] == tokens[8]
 
 
 def test_fine_tuning_starts_at_step_0_with_the_best_weights_of_another_run(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.runs.layout import LOGS
-from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, RunLogError, read_records
+from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, SAMPLES_FILE, RunLogError, read_records
 from utils.runs.metrics import NOT_METRICS, is_reproducible
 
 # What a line that our writer did not write may raise.
@@ -52,23 +52,27 @@ class LogComparison:
         return str(self.difference or self.problem or "no step that both have logged")
 
 
-def compare_logs(before: Path, after: Path, first: int = 0) -> LogComparison:
+def compare_logs(before: Path, after: Path, first: int = 0, first_text: int = 0) -> LogComparison:
     """Compare, bit by bit, what two run directories logged at the same steps, from step `first` on.
 
     Metrics that depend on the machine (times, speeds, system metrics: not Metric.reproducible) do not count.
+
+    Args:
+        first_text: sample texts count from this step on: a resume may have changed their prompt and their length.
     """
     try:
-        return _compare(before, after, first)
+        return _compare(before, after, first, first_text)
     except RunLogError as error:
         return LogComparison(0, None, str(error))
     except DAMAGED_LOG as error:
         return LogComparison(0, None, f"a log is damaged: {type(error).__name__}: {error}")
 
 
-def _compare(before: Path, after: Path, first: int) -> LogComparison:
+def _compare(before: Path, after: Path, first: int, first_text: int) -> LogComparison:
     steps, differences = 0, []
     for log_file in LOG_FILES:
-        logs = (_numbers(run / LOGS / log_file, log_file, first) for run in (before, after))
+        begin = max(first, first_text) if log_file == SAMPLES_FILE else first
+        logs = (_numbers(run / LOGS / log_file, log_file, begin) for run in (before, after))
         for step, old, new in _same_steps(*logs):
             differing = (name for name in old if name in new and repr(old[name]) != repr(new[name]))  # -0.0 is not 0.0
             name = next(differing, None)

@@ -12,7 +12,7 @@ from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
 from utils.config.settings import is_unicode
 from utils.config.tags import check_tag
 from utils.errors import UserError
-from utils.files import change_json, read_json, real_path
+from utils.files import change_json, read_json, real_path, unwritable
 from utils.runs.index import read_notes
 from utils.runs.layout import EXPORT, MODELS, NOTES
 from utils.runs.names import add_version
@@ -40,6 +40,7 @@ def edit(
     Raises:
         UserError: the tag is not valid, a text is no Unicode, the notes are damaged, or the run is being trained and
             its tag would change (only the training process writes run.json).
+        OSError: the disk is full or fails.
     """
     for flag, texts in (("--note", [note or ""]), ("--add-tag", add_tags)):
         for text in texts:
@@ -65,7 +66,8 @@ def edit(
         reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
         raise RunError(f"{path / NOTES} cannot be read: {reason}") from None
     except OSError as error:
-        raise RunError(f"{path / NOTES} cannot be changed: {error.strerror}") from None
+        mistake = RunError(f"{path / NOTES} cannot be changed: {error.strerror}")
+        raise unwritable(path / NOTES, error, mistake) from None
     if tag is not None:
         change_record(path, tag=tag)
     return {"tag": record.get("tag") if tag is None else tag, **notes}
@@ -79,6 +81,7 @@ def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]
 
     Raises:
         UserError: the run has no export or is not in `runs_dir`, or the name is not valid.
+        OSError: the disk is full or fails.
     """
     path = Path(os.path.abspath(path))  # not resolved: a run that was moved away and linked is still one of them
     if real_path(path.parent) != real_path(runs_dir):

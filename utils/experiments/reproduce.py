@@ -129,12 +129,15 @@ def reproduce(
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
         flags = [*_origin(run, first, parent, from_checkpoint), *settings_of_again(run, root, end)]
+        if "log_interval" in run.settings:  # a resume may have changed it: now every step is in the new log
+            flags.append(f"{flag_name('log_interval')}=1")
         path, exit_status = train_again(project, flags, run.path.parent, progress, Path(folder))
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
     _adopt(run, path, root, keep_code=project == root)
     repetition = read_run(path)
-    logs = compare_logs(run.path, path, first)
+    sessions = run.record.get("resumes") or []
+    logs = compare_logs(run.path, path, first, 1 + int(sessions[-1].get("step") or 0) if sessions else 0)
     both = all((one / WEIGHTS).is_file() for one in (run.path, path)) and end is None and not from_checkpoint
     weights = _have_same_tensors(run.path / WEIGHTS, path / WEIGHTS) if both else None
     environment = environment_differences(run, repetition)
@@ -169,7 +172,7 @@ def _part(
     if last is None:
         raise ReproductionError(f"{run.id} has logged nothing")
     if from_checkpoint:
-        first = _checkpoint_step(run, steps, last["step"])
+        first = _checkpoint_step(run, steps, losses[-1][0] + 1 if losses else 0)
     else:
         first = parent["step"] if parent is not None and parent["relation"] == "fork" else 0
     end = None
@@ -253,7 +256,7 @@ def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> It
         if isinstance(value, bool):
             yield flag_name(key, value)
         else:
-            yield from (flag_name(key), "none" if value is None else str(value))
+            yield f"{flag_name(key)}={'none' if value is None else value}"  # in one word: a tag may begin with a dash
 
 
 def _folder(key: str, run: IndexedRun, root: Path) -> str:

@@ -180,7 +180,10 @@ def _add_edit(routes: APIRouter, table: RunRows) -> None:
             raise ApiError(403, f"refused: only a page of this server changes notes, with the header {EDIT_HEADER}: 1")
         run = _named(table, [body.run])[0]
         tags = {"add_tags": tuple(body.add_tags), "remove_tags": tuple(body.remove_tags)}
-        notes = edit(run.path, tag=body.tag, note=body.note, pinned=body.pinned, **tags)
+        try:
+            notes = edit(run.path, tag=body.tag, note=body.note, pinned=body.pinned, **tags)
+        except OSError as error:
+            raise ApiError(500, f"{error.filename}: {error.strerror}") from None
         table.forget(body.run)
         return _json({key: notes[key] for key in ("tag", "tags", "note", "pinned")})
 

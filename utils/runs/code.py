@@ -55,6 +55,7 @@ DIFF_FLAGS = (
     "--full-index",
     "--no-renames",
     "--unified=3",
+    "--submodule=short",
     "--ignore-submodules=dirty",
 )
 PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")

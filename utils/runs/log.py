@@ -54,8 +54,9 @@ class LogWriter:
         try:
             while data:
                 data = data[os.write(self._fd, data) :]
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._fd, start)  # a torn line would spoil the next one
+            error.filename = os.fspath(self.path)  # which disk it was
             raise
 
     def check_place(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.config.tags import TAG_PATTERN
 from utils.errors import UserError, nearest
-from utils.files import change_json, read_json
+from utils.files import change_json, read_json, unwritable
 from utils.runs.layout import MODELS
 
 VERSIONED = re.compile(r"(.+)@v(\d+)")
@@ -102,6 +102,7 @@ def add_version(runs_dir: Path, name: str, facts: dict[str, Any]) -> int:
 
     Raises:
         PromotionError: the name is not valid, or models.json is damaged or cannot be written.
+        OSError: its disk is full or fails.
     """
     assert isinstance(facts.get("run"), str), "a version without a run would damage the file"
     if not TAG_PATTERN.fullmatch(name):
@@ -116,5 +117,6 @@ def add_version(runs_dir: Path, name: str, facts: dict[str, Any]) -> int:
     try:
         models = change_json(runs_dir / MODELS, change, lambda place: read_models(place.parent))
     except OSError as error:
-        raise PromotionError(f"{runs_dir / MODELS} cannot be written: {error.strerror}") from None
+        mistake = PromotionError(f"{runs_dir / MODELS} cannot be written: {error.strerror}")
+        raise unwritable(runs_dir / MODELS, error, mistake) from None
     return len(models[name])

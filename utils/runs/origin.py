@@ -30,6 +30,7 @@ from utils.runs.find import is_export, list_run_paths, moved_path, resolve_run
 from utils.runs.layout import CONFIG, CONFIG_SOURCES
 from utils.runs.lock import is_elsewhere
 from utils.runs.run import RunError, read_record, status_of
+from utils.runs.seal import checkpoints_are_gone
 from utils.runs.trust import callback_words, enclosing_run, made_elsewhere, require_trust
 
 Relation = Literal["resume", "fork", "init"]
@@ -41,7 +42,7 @@ PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which 
 # paths, unless they are names or addresses
 PATH_KEYS = ("dataset", "corpora_dir", "datasets_dir", "runs_dir", "aim_repo")
 OUTPUT_KEYS = ("corpora_dir", "datasets_dir", "runs_dir", "aim_repo")  # those that training writes to
-MOVED_PATH = "found in this project"  # the source of a path that is no longer where it was
+MOVED_PATH = "found after a move"  # the source of a path that is no longer where it was
 LOCAL_PATH = "of this project, as the run was made elsewhere"  # the source of a path that was not taken over
 PINNED_KEYS = ("device", "dtype", "threads", "deterministic")  # a resume keeps the values that "auto" resolved to
 
@@ -138,6 +139,8 @@ def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
         return f"it is being trained by process {record.get('pid')} on {record.get('host')}"
     if status not in (*RESUMABLE, "running"):
         return f"it {status}: {record.get('exit_reason')}"
+    if checkpoints_are_gone(path):
+        return "its checkpoints were deleted"
     return None if (path / CONFIG).is_file() else "it ended before its configuration was written"
 
 
@@ -145,7 +148,8 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     """The configuration that a run was started with, with the recorded source of each value.
 
     The settings in PER_SESSION are taken from the current configuration files instead, and a path that no longer
-    exists is looked for in this project: it may have moved. A run that was made elsewhere does not say where to write.
+    exists is looked for in this project: it may have moved. The folder of the runs moved with the run. A run that was
+    made elsewhere does not say where to write.
 
     Raises:
         ConfigError: the recorded configuration is missing or damaged.
@@ -162,6 +166,8 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     layers |= {key: current.layers[key] for key in PER_SESSION}
     recorded = LoadedConfig(pin(config, {key: get_value(current.config, key) for key in PER_SESSION}), layers)
     now, source = {key: moved_path(get_value(config, key), loader.root) for key in PATH_KEYS}, MOVED_PATH
+    if os.path.isabs(config.tracking.runs_dir) and not os.path.lexists(config.tracking.runs_dir):
+        now["runs_dir"] = os.fspath(run.absolute().parent)  # not another folder of that name in this project
     if made_elsewhere(run, loader.root):
         now, source = (
             {"dataset": now["dataset"], **{key: get_value(current.config, key) for key in OUTPUT_KEYS}},

@@ -10,8 +10,9 @@ from utils.checkpoints.folder import list_checkpoints
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, flag_name
 from utils.config.settings import TRAJECTORY, Config, ModelConfig, OptimizerConfig
-from utils.runs.layout import CHECKPOINTS
+from utils.runs.layout import CHECKPOINTS, CONFIG
 from utils.runs.origin import Origin, recorded_config
+from utils.runs.seal import checkpoints_are_gone
 from utils.runs.trust import callback_words, require_trust
 from utils.terminal.words import setting_text
 
@@ -102,6 +103,20 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
                 f"--max-iters: {max_iters:,} steps would change {key} from {old[key]:,} to {new[key]:,} and so the "
                 f"learning rates that {run.name} was trained with; --fork starts a new run from its checkpoint"
             )
+
+
+def check_checkpoints(run: Path, record: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the checkpoints that a run ended with are gone: at step 0 its log would begin again, empty.
+
+    Args:
+        record: run.json of the run.
+    """
+    complete = record["status"] == "completed" and not list_checkpoints(run / CHECKPOINTS)
+    if complete or checkpoints_are_gone(run):
+        raise ConfigError(
+            f"{run.name} has no checkpoints any more: it could only begin again at step 0, and its log would be lost; "
+            f"--config {run / CONFIG} starts a new run with its settings"
+        )
 
 
 def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from utils.config.tags import check_tag
 from utils.errors import UserError
-from utils.files import change_json, read_json, write_json
+from utils.files import change_json, read_json, unwritable, write_json
 from utils.folders import links_out, remove
 from utils.runs.layout import ARTIFACTS, LOCK, LOGS, META, METRICS_LOG, NOTES, RECORD, WANDB, fed_note
 from utils.runs.lock import (
@@ -74,6 +74,7 @@ def create_run_directory(runs_dir: Path, tag: str | None = None, now: datetime |
 
     Raises:
         RunError: the tag is not valid, or `runs_dir` cannot be written.
+        OSError: its disk is full or fails.
     """
     if tag is not None:
         try:
@@ -89,7 +90,8 @@ def create_run_directory(runs_dir: Path, tag: str | None = None, now: datetime |
                 continue
             return runs_dir / run_id
     except OSError as error:
-        raise RunError(f"cannot create a run directory in {runs_dir}: {error.strerror}") from None
+        mistake = RunError(f"cannot create a run directory in {runs_dir}: {error.strerror}")
+        raise unwritable(runs_dir, error, mistake) from None
     raise AssertionError("run_ids never ends")
 
 
@@ -133,6 +135,7 @@ class Run:
 
         Raises:
             RunError: the directory cannot be created; nothing is left behind.
+            OSError: likewise, as the disk is full or fails.
         """
         path = create_run_directory(runs_dir, tag)
         try:
@@ -146,7 +149,8 @@ class Run:
         except BaseException as error:
             remove(path)
             if isinstance(error, OSError):
-                raise RunError(f"cannot write the run directory {path}: {error.strerror}") from None
+                mistake = RunError(f"cannot write the run directory {path}: {error.strerror}")
+                raise unwritable(path, error, mistake) from None
             raise
         return cls(path, record, lock)
 
@@ -161,6 +165,7 @@ class Run:
         Raises:
             RunLockedError: the run is being trained; the message names process and host.
             RunError: `path` is not a run directory, cannot be written, or has a link that leads out of it.
+            OSError: its disk is full or fails.
         """
         record, patience = read_record(path), 0.0
         seconds, last = duration_of(path, record, alive=False), heartbeat_of(path)  # before this process signs the lock
@@ -348,6 +353,7 @@ def _take_lock(path: Path, record: Mapping[str, Any], patience: float) -> RunLoc
     Raises:
         RunLockedError: another process holds it.
         RunError: it cannot be written.
+        OSError: its disk is full or fails.
     """
     began = time.monotonic()
     try:
@@ -362,7 +368,7 @@ def _take_lock(path: Path, record: Mapping[str, Any], patience: float) -> RunLoc
                 time.sleep(0.01 if waited < GLANCE_SECONDS else 0.5)
         lock.sign()
     except OSError as error:
-        raise RunError(f"{path}: the run cannot be resumed: {error.strerror}") from None
+        raise unwritable(path, error, RunError(f"{path}: the run cannot be resumed: {error.strerror}")) from None
     return lock
 
 
@@ -406,11 +412,13 @@ def change_record(path: Path, **facts: Any) -> None:
 
     Raises:
         RunError: it is missing, damaged, or cannot be written.
+        OSError: its disk is full or fails.
     """
     try:
         change_json(path / RECORD, lambda record: {**record, **facts}, lambda place: read_record(place.parent))
     except OSError as error:
-        raise RunError(f"{path / RECORD} cannot be written: {error.strerror}") from None
+        mistake = RunError(f"{path / RECORD} cannot be written: {error.strerror}")
+        raise unwritable(path / RECORD, error, mistake) from None
 
 
 def seconds_of(moment: Any) -> float | None:

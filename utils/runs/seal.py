@@ -127,6 +127,17 @@ def read_seal(run: Path) -> tuple[Mapping[str, str], Mapping[str, str], str]:
         raise RunError(f"{run / SEAL} cannot be read: {error}") from None
 
 
+def checkpoints_are_gone(run: Path) -> bool:
+    """Whether a run ended with checkpoints, by its seal, and has none now: they were pruned, or not copied along."""
+    if list_checkpoints(run / CHECKPOINTS):
+        return False
+    try:
+        _, manifests, _ = read_seal(run)
+    except RunError:
+        return False
+    return bool(manifests)
+
+
 def verify_seal(run: Path) -> SealCheck:
     """Compare the files of the run directory `run` with its seal; a file that cannot be read counts as changed.
 

@@ -48,6 +48,7 @@ class Monitor:
             tolerance=settings.skip_nonfinite if state.scaler.is_enabled() else 0,
             nonfinite_in_a_row=state.nonfinite_in_a_row,
             bytes_per_token=state.bytes_per_token["train/loss"],
+            extra_tokens=state.extra_tokens,
         )
         groups = [group["name"] for group in state.optimizer.param_groups]
         draws = bool(state.config.model.dropout)
@@ -119,7 +120,7 @@ class Monitor:
 
     def log_losses(self, losses: Mapping[str, float]) -> None:
         """Log an evaluation after `state.step` updates, its losses also in bits per byte."""
-        values = {"tokens": self.state.step * self.state.tokens_per_step, **losses, **self.state.bits_per_byte(losses)}
+        values = {"tokens": self.state.tokens_at(self.state.step), **losses, **self.state.bits_per_byte(losses)}
         self._log.metrics.write([metric_record(self.state.step, time.time(), values)])
 
     def log_sample(self, text: str) -> None:

@@ -137,9 +137,13 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
 
 
 def short_name(run: Run) -> str:
-    """How a command names the run: by its tag, or by its directory if scripts would not find it by its tag."""
+    """How a command names the run: by its tag, or by its directory if scripts would not find it by its tag.
+
+    A tag that begins with a dash would be read as a flag.
+    """
     tag, runs_dir = run.record["tag"], run.path.parent
-    if tag and is_default_runs_dir(runs_dir) and real_path(resolve_run(tag, runs_dir)) == real_path(run.path):
+    usable = tag and not tag.startswith("-") and is_default_runs_dir(runs_dir)
+    if usable and real_path(resolve_run(tag, runs_dir)) == real_path(run.path):
         return str(tag)
     return shlex.quote(relative_name(run.path, Path.cwd()))
 

@@ -51,7 +51,7 @@ from utils.runs.log import cut_logs
 from utils.runs.mend import mend
 from utils.runs.metrics import read_registry, write_registry
 from utils.runs.origin import PRETRAINED_PREFIX, Relation, parent_facts, pin, put_on_top
-from utils.runs.origin_checks import check_longer
+from utils.runs.origin_checks import check_checkpoints, check_longer
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run, RunError
 from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
@@ -109,6 +109,7 @@ def open_run(
         mend(run.path, terminal.warn)
         record, recorded_tag = run.record, read_settings(run.path).get("run_tag")
         check_longer(run.path, record, setup.config, setup.max_iters)
+        check_checkpoints(run.path, record)
         check_corpus(run, record, setup)
         folder = run.path / CHECKPOINTS
         problem = functools.partial(foreign, model=setup.config.model, corpus=setup.corpus)

@@ -70,6 +70,7 @@ class TrainState:
     compiled: bool = False
     compile_seconds: float | None = None
     step: int = 0
+    extra_tokens: int = 0  # of a fork: by how many the steps before it had more than so many steps have here
     losses: dict[str, float] | None = None  # of the last evaluation
     losses_step: int | None = None  # the step of that evaluation
     best_val_loss: float = math.inf
@@ -93,6 +94,10 @@ class TrainState:
     @property
     def tokens_per_step(self) -> int:
         return self.config.train.sequences * self.config.model.block_size
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens that the first `step` updates were made from, those before a fork included."""
+        return step * self.tokens_per_step + self.extra_tokens
 
     @functools.cached_property
     def bytes_per_token(self) -> dict[str, float]:
@@ -210,7 +215,7 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
     frozen = frozen_weights(state.model)
     facts = {
         "step": state.step,
-        "tokens": state.step * state.tokens_per_step,
+        "tokens": state.tokens_at(state.step),
         "losses": {name: encode_number(loss) for name, loss in (state.losses or {}).items()},
         "losses_step": state.losses_step,
         "best_val_loss": encode_number(state.best_val_loss),
@@ -385,6 +390,7 @@ def _branch(state: TrainState, checkpoint: Checkpoint, *, same_settings: bool) -
         if state.scaler.is_enabled() and facts["scaler"]:
             state.scaler.load_state_dict(facts["scaler"])
         state.step = checkpoint.step
+        state.extra_tokens = facts["tokens"] - state.step * state.tokens_per_step
         if facts["seed"] == state.config.train.seed:
             set_random_states(facts["rng"])
             move_random_state(facts["rng"], torch.device(facts["device"]), state.device)

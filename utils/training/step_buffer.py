@@ -59,6 +59,7 @@ class StepBuffer:
         tolerance: steps in a row that may be non-finite (under float16 the scaler skips them).
         nonfinite_in_a_row: how many the last steps were, after a resume.
         bytes_per_token: of the training text: the loss is logged in bits per byte, too; None: it is not.
+        extra_tokens: of a fork (see TrainState).
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class StepBuffer:
         tolerance: int = 0,
         nonfinite_in_a_row: int = 0,
         bytes_per_token: float | None = None,
+        extra_tokens: int = 0,
     ) -> None:
         self.writer, self.bytes_per_token = writer, bytes_per_token
         self.tolerance, self.nonfinite_in_a_row = tolerance, nonfinite_in_a_row
         self.flush_interval, self.log_interval = flush_interval, log_interval
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step, self.extra_tokens = tokens_per_step, extra_tokens
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
         self._steps: list[StepRecord] = []
@@ -149,7 +151,8 @@ class StepBuffer:
         numbers = {"train/loss": loss, "lr": s.lr, "grad_norm": grad_norm}
         if self.bytes_per_token is not None:
             numbers[BITS_PER_BYTE["train/loss"]] = bits_per_byte(loss, self.bytes_per_token)
-        return metric_record(s.step, s.time, {"tokens": s.step * self.tokens_per_step, **numbers, **speed})
+        tokens = s.step * self.tokens_per_step + self.extra_tokens
+        return metric_record(s.step, s.time, {"tokens": tokens, **numbers, **speed})
 
     def _check_finite(self, steps: list[StepRecord], losses: list[float], grad_norms: list[float]) -> None:
         """Raises NonFiniteError at the first step that is one too many in a row without a finite loss and gradient."""
