@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from utils.config.fields import FIELDS
-from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
+from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, from_code
 from utils.config.settings import (
     ArithmeticConfig,
     Config,
@@ -231,7 +231,8 @@ def resume(
     for key in settings.keys() - FIELDS.keys():
         raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
     origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict, trusted=trust)
-    loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=settings)
+    overrides = {key: from_code(key, value) for key, value in settings.items()}
+    loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=overrides)
     return _train(loaded, quiet=quiet, origin=origin)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -168,6 +169,12 @@ def test_a_mistake_leaves_nothing_behind(settings: dict[str, object], message: s
         train(settings, quiet=True)
     assert str(caught.value).startswith(message)
     assert list((project / "runs").iterdir()) == before
+
+
+def test_a_resume_takes_values_as_training_does(project: Path) -> None:
+    first = train(max_iters=4, stop_at_step=2, quiet=True, corpora_dir=project / "corpora", keep_last=np.int64(1))
+    again = workbench.resume(first.run_dir, quiet=True, keep_last=np.int64(3), runs_dir=project / "runs")
+    assert (again.status, Run(again.run_dir).config.tracking.runs_dir) == ("completed", str(project / "runs"))
 
 
 def test_a_resume_refuses_what_the_command_line_refuses() -> None:

@@ -7,6 +7,7 @@ that a mistake is reported with its place and a value can be explained.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -173,6 +174,19 @@ def _from_flag(key: str, text: str) -> Any:
     return text
 
 
+def from_code(key: str, value: Any) -> Any:
+    """A value given in Python as a file could have it, since it is recorded: paths and the numbers of NumPy and torch
+    are texts and numbers there, and what can be iterated only once is a list.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # of NumPy and torch: a number, or a list of them
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        return [from_code(key, item) for item in value]
+    return None if _is_none(key, value) else value
+
+
 class ConfigLoader:
     """Merges the layers of one project folder.
 
@@ -248,7 +262,7 @@ class ConfigLoader:
                     raise ConfigError(unknown_key(key, section))
                 if key in layer:
                     raise ConfigError(f"{key} is set twice")
-                layer[key] = Setting(leaf, CODE)
+                layer[key] = Setting(from_code(key, leaf), CODE)
         if base is None:
             return _merge(_default_layers(), [*self._file_layers([]), layer])
         return self.put_layer(base, layer)
