@@ -54,7 +54,7 @@ from utils.config.settings import (
     TrackingConfig,
     TrainConfig,
 )
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, shown
 from utils.files import expand_home, write_atomic
 from utils.machine.process import tune_process
 from utils.runs.find import find_export, resolve_run, resolve_runs
@@ -146,14 +146,14 @@ def __dir__() -> list[str]:
 # ------------------------------------------------------------------------------------------------ configuration
 
 
-def load_config(*layers: Mapping[str, Any] | str | Path, trust: bool = False, **settings: Any) -> Config:
+def load_config(*layers: Settings | str | Path, trust: bool = False, **settings: Any) -> Config:
     """The configuration that the command line would train with: the defaults, then configs/, then what is given here.
 
     `Config()` is not that: it has the built-in defaults only.
 
     Args:
         layers: files like those of `--config`, from the current folder, or settings by name, flat or by section; the
-            later ones win.
+            later ones win, and a Config, which has all settings, over everything before it.
         trust: take the callbacks, and the folders to write to, that a file in a run made elsewhere names (`--trust`).
         settings: by name, on top of all.
 
@@ -166,12 +166,13 @@ def load_config(*layers: Mapping[str, Any] | str | Path, trust: bool = False, **
     """
     loader = ConfigLoader(PROJECT_ROOT)
     loaded = loader.load()
+    files: list[Path] = []
     for layer in (*layers, settings):
-        if isinstance(layer, Mapping):
-            loaded = loader.load_code(layer, loaded)
+        if isinstance(layer, str | os.PathLike):
+            files.append(Path(expand_home(os.fspath(layer))))
+            loaded = loader.load_onto(loaded, files[-1:])
         else:
-            loaded = loader.load_onto(loaded, [Path(layer)])
-    files = [Path(layer) for layer in layers if not isinstance(layer, Mapping)]
+            loaded = _put_on(loaded, layer, "files, or settings by name")
     return without_foreign_places(loaded, files, PROJECT_ROOT, trust).config
 
 
@@ -276,12 +277,22 @@ class Trainer:
 
 def _load(config: Settings | None, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
     """`settings` on top of `config`; where that is no Config, on top of `base`, or of defaults and configs/."""
-    loader = ConfigLoader(PROJECT_ROOT)
-    if isinstance(config, Config):
-        base = LoadedConfig.from_config(config)
-    elif config is not None:
-        base = loader.load_code(config, base)
-    return loader.load_code(settings, base)
+    if config is not None:
+        base = _put_on(base, config, "a Config, or settings by name (load_config reads files)")
+    return ConfigLoader(PROJECT_ROOT).load_code(settings, base)
+
+
+def _put_on(base: LoadedConfig | None, layer: Settings, expected: str) -> LoadedConfig:
+    """Settings on top of `base`, or else of defaults and configs/; a Config, which has all of them, in its place.
+
+    Raises:
+        UserError: `layer` is neither, or has a mistake.
+    """
+    if isinstance(layer, Config):
+        return LoadedConfig.from_config(layer)
+    if not isinstance(layer, Mapping):
+        raise UserError(f"expected {expected}, got {shown(layer)}")
+    return ConfigLoader(PROJECT_ROOT).load_code(layer, base)
 
 
 def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False, origin: Origin | None = None) -> TrainResult:

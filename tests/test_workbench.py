@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,19 @@ from tokenizer import CharTokenizer
 from utils.config.fields import SECTIONS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
-from workbench import Config, ModelConfig, Run, Trainer, UserError, create_model, load_model, runs, train
+from workbench import (
+    Config,
+    ModelConfig,
+    Run,
+    TrainConfig,
+    Trainer,
+    UserError,
+    create_model,
+    load_config,
+    load_model,
+    runs,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,6 +143,25 @@ def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.Monk
 def test_a_config_is_taken_as_it_is() -> None:
     assert Trainer(Config()).config == Config()
     assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))
+
+
+def test_a_config_may_be_changed_by_load_config() -> None:
+    assert load_config({"n_embd": 8}, Config(), n_layer=2) == Config(model=ModelConfig(n_layer=2))
+
+
+def test_load_config_reads_a_file_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "deep.yaml").write_text("n_layer: 3\n")
+    assert load_config("~/deep.yaml").model.n_layer == load_config(tmp_path / "deep.yaml").model.n_layer == 3
+
+
+@pytest.mark.parametrize("make", [Trainer, create_model, train, lambda given: create_model(vocab_size=5).fit(given)])
+@pytest.mark.parametrize("given", [5, [("n_layer", 2)], TrainConfig()], ids=lambda given: type(given).__name__)
+def test_what_is_neither_a_config_nor_settings_by_name_is_a_mistake(make: Any, given: Any) -> None:
+    with pytest.raises(UserError, match=r"expected a Config, or settings by name \(load_config reads files\), got "):
+        make(given)
+    with pytest.raises(UserError, match="expected files, or settings by name, got "):
+        load_config(given)
 
 
 def test_what_was_set_in_code_is_recorded_as_such() -> None:

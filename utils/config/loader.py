@@ -256,10 +256,12 @@ class ConfigLoader:
         """
         layer: dict[str, Setting] = {}
         for name, value in settings.items():
-            section = name if name in SECTIONS and isinstance(value, Mapping) else None
+            section = name if name in SECTIONS else None
+            if section and not isinstance(value, Mapping):
+                raise ConfigError(f"section {section}: expected a mapping, got {shown(value)}")
             for key, leaf in value.items() if section else [(name, value)]:
                 if key not in FIELDS or section not in (None, SECTION_OF[key]):
-                    raise ConfigError(unknown_key(key, section))
+                    raise ConfigError(unknown_key(str(key), section))
                 if key in layer:
                     raise ConfigError(f"{key} is set twice")
                 layer[key] = Setting(from_code(key, leaf), CODE)
