@@ -231,7 +231,7 @@ def resume(
 
     for key in settings.keys() - FIELDS.keys():
         raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
-    origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict, trusted=trust)
+    origin = find_origin("resume", os.fspath(run), _runs_dir(), strict=strict, trusted=trust)
     overrides = {key: from_code(key, value) for key, value in settings.items()}
     loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=overrides)
     return _train(loaded, quiet=quiet, origin=origin)
@@ -330,6 +330,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.status}>"
+
+    def __fspath__(self) -> str:
+        """The run directory: wherever a path of a run is taken, a Run is."""
+        return os.fspath(self.path)
 
     def _repr_html_(self) -> str:
         """For notebooks: what `experiments.py show` says, and the curves."""
@@ -506,10 +510,6 @@ def compare(*names: RunName, metric: str | None = None, runs_dir: str | Path | N
         paths = [name.path] if isinstance(name, Run) else resolve_runs(os.fspath(name), _runs_dir(runs_dir))
         found += [read_run(Path(os.path.abspath(path))) for path in paths]
     return Comparison(compare_runs(found, metric))
-
-
-def _path(run: RunName) -> str | Path:
-    return run.path if isinstance(run, Run) else run
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -713,7 +713,7 @@ def _note(line: str) -> None:
 
 
 def _export_folder(run: RunName | None) -> Path:
-    return find_export(None if run is None else os.fspath(_path(run)), _runs_dir())
+    return find_export(None if run is None else os.fspath(run), _runs_dir())
 
 
 def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, Any]:

@@ -336,6 +336,13 @@ def test_a_model_is_loaded_from_a_run_or_an_export() -> None:
         load_model("other")
 
 
+def test_a_run_stands_for_its_path() -> None:
+    run = runs.find("baseline")
+    generator = workbench.Generator.from_run(run, device="cpu", draft=run)
+    assert generator.tokenizer.hash() == load_model(run)[1].hash()
+    assert runs.find(run).path == Run(run).path == run.path
+
+
 def test_the_facts_of_a_model_equal_those_of_its_run() -> None:
     facts, run = workbench.get_model_info("baseline"), runs.find("baseline")
     model, _ = load_model(run, device="cpu")
