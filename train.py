@@ -125,12 +125,14 @@ def train(
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)
     tune_process()  # before torch is imported
+    from utils.machine.device import torch_defaults
     from utils.training.session import StartInterruptedError, open_session
 
     hide_imports()
     try:
         with (
             lasting_output(),
+            torch_defaults(),
             open_session(
                 loaded,
                 origin,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +145,31 @@ def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.Monk
 def test_a_config_is_taken_as_it_is() -> None:
     assert Trainer(Config()).config == Config()
     assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == torch.float64
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [torch.no_grad, torch.inference_mode, float64, lambda: torch.device("meta")],
+    ids=["no_grad", "inference_mode", "float64", "device"],
+)
+def test_what_a_notebook_has_set_for_torch_changes_no_number(setting: Callable[[], Any]) -> None:
+    """float64 gave other losses under the same record; the others ended the run as failed."""
+    settings = {"max_iters": 3, "eval_interval": 1, "sample_tokens": 5, "quiet": True}
+    expected = Run(train(**settings).run_dir)
+    with setting():
+        found = Run(train(**settings).run_dir)
+    assert found.metrics("val/loss") == expected.metrics("val/loss")
+    assert found.metrics("grad_norm") == expected.metrics("grad_norm")
 
 
 def test_a_config_may_be_changed_by_load_config() -> None:
