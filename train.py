@@ -126,12 +126,13 @@ def train(
     deadline = Deadline(loaded.config.train.max_minutes)
     tune_process()  # before torch is imported
     from utils.machine.device import torch_defaults
-    from utils.training.session import StartInterruptedError, open_session
+    from utils.training.session import StartInterruptedError, one_at_a_time, open_session
 
     hide_imports()
     try:
         with (
             lasting_output(),
+            one_at_a_time(),
             torch_defaults(),
             open_session(
                 loaded,

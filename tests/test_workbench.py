@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,13 @@ from utils.config.fields import SECTIONS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
 from workbench import (
+    Callback,
     Config,
     ModelConfig,
     Run,
     TrainConfig,
     Trainer,
+    TrainingRun,
     UserError,
     create_model,
     load_config,
@@ -145,6 +148,24 @@ def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.Monk
 def test_a_config_is_taken_as_it_is() -> None:
     assert Trainer(Config()).config == Config()
     assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))
+
+
+class Nested(Callback):
+    def on_step(self, run: TrainingRun) -> None:
+        with pytest.raises(UserError, match="this process is training already"):
+            train(max_iters=1, quiet=True)
+        with futures.ThreadPoolExecutor() as pool, pytest.raises(UserError, match="this process is training already"):
+            pool.submit(train, max_iters=1, quiet=True).result()
+
+
+def test_a_process_trains_one_run_at_a_time(project: Path) -> None:
+    """Of two at a time, each took random numbers of the other, and both were recorded as bit-exact."""
+    before = len(runs())
+    assert train(max_iters=2, callbacks=[f"{__name__}:Nested"], quiet=True).status == "completed"
+    with pytest.raises(UserError):
+        train(callbacks=[f"{__name__}:None"], quiet=True)
+    assert train(max_iters=1, quiet=True).status == "completed"
+    assert len(runs()) == before + 2
 
 
 @contextlib.contextmanager
