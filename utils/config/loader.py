@@ -122,7 +122,7 @@ def read_config_file(path: Path, name: str, ignored: list[str] | None = None) ->
             raise ConfigError(f"{name}:{line}: {key} is set twice in this file (also at {settings[key].source})")
         if not isinstance(value, str | int | float | list | None):  # YAML has dates, bytes and sets as well
             raise ConfigError(f"{name}:{line}: {key}: expected {expected(key)}, got a {type(value).__name__}")
-        none = _is_none(key, value) and path.name != RECORDED  # in which a value is what it is
+        none = is_none(key, value) and path.name != RECORDED  # in which a value is what it is
         settings[key] = Setting(None if none else value, f"{name}:{line}")
 
     for key, value in document.items():
@@ -159,7 +159,7 @@ def unknown_key(key: str, section: str | None = None) -> str:
     return f"unknown key {cut(key, SHOWN)}{nearest(key, [*FIELDS, *SECTIONS])}"
 
 
-def _is_none(key: str, value: Any) -> bool:
+def is_none(key: str, value: Any) -> bool:
     """Whether the text of a setting says that it has no value."""
     optional = type(None) in getattr(FIELDS[key].annotation, "__args__", ())
     return optional and isinstance(value, str) and value.lower() in NONE_WORDS
@@ -167,7 +167,7 @@ def _is_none(key: str, value: Any) -> bool:
 
 def _from_flag(key: str, text: str) -> Any:
     """The text after a flag as a value that pydantic can validate."""
-    if _is_none(key, text):
+    if is_none(key, text):
         return None
     if get_origin(FIELDS[key].annotation) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
@@ -184,7 +184,7 @@ def from_code(key: str, value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return [from_code(key, item) for item in value]
-    return None if _is_none(key, value) else value
+    return None if is_none(key, value) else value
 
 
 class ConfigLoader:
