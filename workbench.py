@@ -541,11 +541,13 @@ def create_model(
     tokenizer = None
     if vocab_size is None:
         from data import load_corpus
+        from utils.corpora.places import with_absolute_paths
         from utils.preparation.arithmetic import with_problems
 
-        data, block_size = loaded.config.data, loaded.config.model.block_size
+        placed = with_absolute_paths(loaded, PROJECT_ROOT).config
+        data, block_size = placed.data, placed.model.block_size
         folder, datasets_dir = PROJECT_ROOT / data.corpora_dir, PROJECT_ROOT / data.datasets_dir
-        data = with_problems(loaded.config, folder)
+        data = with_problems(placed, folder)
         tokenizer = load_corpus(data, block_size, folder, datasets_dir=datasets_dir).tokenizer
         vocab_size = tokenizer.vocab_size
     elif vocab_size < 1:

@@ -23,7 +23,9 @@ import utils.inference.generator
 import workbench
 from model import LanguageModel
 from tokenizer import CharTokenizer
+from train import train as train_script
 from utils.config.fields import SECTIONS
+from utils.config.loader import ConfigLoader
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
 from workbench import (
@@ -300,6 +302,25 @@ def test_a_damaged_run_is_no_error(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ models
+
+
+def test_a_dataset_that_a_file_names_is_in_the_project_wherever_one_works(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of this name in the current folder was taken instead, and recorded as a relative path."""
+    file = tmp_path / "own.yaml"
+    file.write_text("dataset: own.txt\n")
+    (tmp_path / "own.txt").write_text("to be or not to be\n" * 50)
+    monkeypatch.chdir(tmp_path)
+    command = ConfigLoader(project).load([file])
+    with pytest.raises(UserError, match=f"unknown dataset {project}/own.txt"):
+        train_script(command, quiet=True, root=project)
+    (project / "own.txt").write_text("abc\n" * 50)
+    (project / "configs" / "own.yaml").write_text("dataset: own.txt\n")
+    try:
+        assert create_model().vocab_size == 4
+    finally:
+        (project / "configs" / "own.yaml").unlink()
 
 
 def test_a_new_model_has_the_weights_that_training_starts_from() -> None:
