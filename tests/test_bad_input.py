@@ -61,6 +61,11 @@ def test_a_mistake_on_the_command_line(
     assert not runs_dir.exists()
 
 
+def test_a_flag_that_only_a_sweep_gives_is_no_suggestion(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(tiny_argv("--trail")) == 2
+    assert one_error(capsys) == "error: unknown flag --trail"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
