@@ -68,6 +68,8 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
         from utils.sweeps.multirun import multirun
 
         return multirun(parsed, PROJECT_ROOT)
+    if own.jobs != 1:
+        raise UserError("--jobs is for the runs of --multirun: this is one run")
     words = ("train.py", *argv)
     for loaded, origin in launches(parsed):
         loaded, facts = with_budget(own, loaded, origin)

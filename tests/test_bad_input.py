@@ -49,6 +49,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--ngram-rows", "512,few"], "--ngram-rows: expected list of integers >= 1"),
         (["--warmup-iters", "7"], "must not exceed max_iters (6)"),
         (["surplus"], "unknown argument surplus"),
+        (["--jobs", "2"], "--jobs is for the runs of --multirun"),
         (["--note", "caf\udce9"], "--note: expected text"),  # what a shell makes of bytes that are no UTF-8
         (["--dataset", "~nobodyx/foo"], "unknown dataset ~nobodyx/foo"),
     ],
