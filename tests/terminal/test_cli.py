@@ -164,9 +164,17 @@ def test_help_has_every_flag_under_its_section(capsys: pytest.CaptureFixture[str
             assert f"\n  --{key.replace('_', '-')}" in text[start:end], f"{key} is missing in {section}"
 
 
+def test_help_has_no_python_and_no_blanks_at_ends_of_lines(capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    text = help_text(capsys, root)
+    assert "\nmodel:\n  A decoder-only transformer; settings that are none are derived.\n\n  --n-layer N" in text
+    assert ">>>" not in text
+    assert not re.search(" $", text, re.MULTILINE)
+
+
 def test_help_shows_meaning_unit_choices_and_default(capsys: pytest.CaptureFixture[str], root: Path) -> None:
     text = help_text(capsys, root)
     assert entry(text, "--block-size") == "--block-size N context length (T) (>= 1 and <= 65536, tokens, default: 64)"
+    assert entry(text, "--ngram-rows").endswith("no such tables (>= 1, default: none)")
     assert entry(text, "--norm").startswith("--norm layernorm|rmsnorm normalisation")
     assert "default: none" in entry(text, "--threads")
     assert "default: none" in entry(text, "--tags")
