@@ -241,7 +241,7 @@ class Trainer:
     """An experiment as an object, for those who prefer `Trainer(config).train()` to `train(config)`.
 
     config: the merged configuration.
-    results: of the last `train()`; None before it.
+    results: of the last `train()`; None before it, or if it raised.
 
     Args:
         config: a Config, or settings by name, flat or by section.
@@ -271,6 +271,7 @@ class Trainer:
 
     def train(self, *, quiet: bool = False, strict: bool = False) -> TrainResult:
         """A new run of this experiment; see the function `train`."""
+        self.results = None  # if it raises, those of an earlier run are not its own
         self.results = _train(self._loaded, quiet=quiet, strict=strict)
         return self.results
 

@@ -126,6 +126,15 @@ def test_what_print_shows_of_a_trainer_and_a_tokenizer() -> None:
     assert repr(CharTokenizer("abc")) == "<CharTokenizer: 3 tokens>"
 
 
+def test_a_training_that_raises_leaves_no_results_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(max_iters=1)
+    trainer.train(quiet=True)
+    monkeypatch.setattr("train.train_session", lambda session: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(quiet=True)
+    assert trainer.results is None
+
+
 def test_keywords_mappings_and_sections_mean_the_same() -> None:
     kinds = [
         Trainer(n_layer=2, max_iters=5).config,
