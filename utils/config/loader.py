@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
 from utils.config.legacy import NO_COUNTERPART, RENAMED, ignored_line
 from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
-from utils.config.settings import Config, RuleError
+from utils.config.settings import Config, RuleError, Section
 from utils.errors import SHOWN, cut, nearest, shown
 from utils.files import open_regular, real_path
 
@@ -386,6 +386,32 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
         return f"{named}: {cause}"
     hint = nearest(str(setting.value), get_args(FIELDS[key].annotation)) if detail["type"] == "literal_error" else ""
     return f"{named}: expected {expected(key)}, got {shown(setting.value)}{hint}"
+
+
+def mistakes_by_hand(kind: type[Section], error: ValidationError) -> str:
+    """What is wrong with a section, or a Config, that was made in Python: one line for each mistake."""
+    section = next((name for name, model in SECTIONS.items() if issubclass(kind, model)), None)
+    lines: dict[object, str] = {}
+    for detail in error.errors(include_url=False):
+        place = detail["loc"] if section is None else (section, *detail["loc"])
+        if place[:2] not in lines:  # pydantic reports every member of a union type
+            lines[place[:2]] = _mistake_by_hand({**detail, "loc": place})
+    return "\n".join(lines.values())
+
+
+def _mistake_by_hand(detail: ErrorDetails) -> str:
+    """One line. `loc` begins with the name of the section, or is a surplus name of a Config."""
+    cause, (section, *keys) = detail.get("ctx", {}).get("error"), map(str, detail["loc"] or ("",))
+    if isinstance(cause, RuleError):
+        return str(cause)
+    if detail["type"] == "extra_forbidden":
+        if keys:
+            return unknown_key(keys[0], section)
+        return f"{section} belongs to section {SECTION_OF[section]}" if section in SECTION_OF else unknown_key(section)
+    if not keys:
+        kind = SECTIONS[section].__name__
+        return f"section {section}: expected a {kind} or a mapping, got {shown(detail['input'])}"
+    return _explain(detail, {keys[0]: [Setting(detail["input"], CODE)]})
 
 
 def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:

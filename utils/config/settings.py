@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -70,6 +71,21 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
+
+    def __init__(self, **settings: Any) -> None:
+        """A section made by hand. Its mistakes have the words of the command line, unlike those of pydantic.
+
+        Raises:
+            UserError: one line for each mistake.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            from utils.config.loader import mistakes_by_hand  # which imports this module
+
+            raise UserError(mistakes_by_hand(type(self), error)) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # validating a mapping does not go through it
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_setting = name in type(self).model_fields and not isinstance(getattr(self, name), Section)
