@@ -182,6 +182,13 @@ def test_settings_are_frozen() -> None:
     assert config.model_copy(update={"train": TrainConfig(seed=7)}).train.seed == 7
 
 
+def test_a_copy_has_the_settings_of_the_original_only() -> None:
+    with pytest.raises(UserError, match=r"^Config has no n_layer$"):
+        Config().model_copy(update={"n_layer": 2})
+    with pytest.raises(UserError, match=r"^ModelConfig has no n_layers; did you mean n_layer\?$"):
+        ModelConfig().model_copy(update={"n_layers": 2})
+
+
 @pytest.mark.parametrize("section", [None, *SECTIONS])
 def test_unknown_keys_are_forbidden(section: str | None) -> None:
     surplus = {"no_such_key": 1}

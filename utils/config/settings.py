@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -91,6 +91,17 @@ class Section(BaseModel):
         is_setting = name in type(self).model_fields and not isinstance(getattr(self, name), Section)
         hint = f"; train(config, {name}=...) changes a setting of one run" if is_setting else ""
         raise UserError(f"{name} cannot be set: a configuration is frozen{hint}")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, which are checked when it is trained with.
+
+        Raises:
+            UserError: a name that this section does not have; pydantic takes it, and nothing would read it.
+        """
+        fields = type(self).model_fields
+        for name in (update or {}).keys() - fields:
+            raise UserError(f"{type(self).__name__} has no {name}{nearest(name, fields)}")
+        return super().model_copy(update=update, deep=deep)
 
     @field_validator("*")
     @classmethod
