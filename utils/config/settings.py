@@ -120,12 +120,13 @@ TOKENIZER_SCHEMA = WithJsonSchema(
 
 
 def check_tokenizer_name(name: str) -> str:
-    """Returns `name`; raises ValueError unless it is one of TOKENIZERS or hf:PATH."""
+    """Returns `name`, with the home folder for a `~`; raises ValueError unless it is one of TOKENIZERS or hf:PATH."""
     if name not in TOKENIZERS and not re.match(r"hf:.", name):
         raise ValueError(
             f"expected {', '.join(TOKENIZERS)} or hf:PATH of a tokenizer.json, got {name!r}{nearest(name, TOKENIZERS)}"
         )
-    return name
+    kind, colon, path = name.partition(":")
+    return kind + colon + os.path.expanduser(path)
 
 
 class DataConfig(Section):
