@@ -149,21 +149,19 @@ def compare(args: argparse.Namespace) -> Answer:
 @command(
     "explain",
     "a setting: its value, where it was set, what that shadows, what it means",
-    flag("words", metavar="[RUN] KEY", nargs="+", help="without RUN: as the configuration files say now"),
+    flag("run", metavar="RUN", nargs="?", help="as a run had it (default: as the configuration files say now)"),
+    flag("key", metavar="KEY", help="its name"),
 )
 def explain(args: argparse.Namespace) -> Answer:
     from utils.experiments.comparison_tables import explanation_screen
     from utils.experiments.explain import explain, explain_of_run
 
-    if len(args.words) > 2:
-        raise UserError(f"explain takes [RUN] KEY, got {' '.join(args.words)}")
-    *run, key = args.words
-    if run:
-        found = explain_of_run(key, named_run(run[0], runs_folder(args)))
+    if args.run is not None:
+        found = explain_of_run(args.key, named_run(args.run, runs_folder(args)))
     else:
         from utils.config.loader import ConfigLoader
 
-        found = explain(key, ConfigLoader(PROJECT_ROOT).load())
+        found = explain(args.key, ConfigLoader(PROJECT_ROOT).load())
     return Answer(found, lambda console: explanation_screen(found))
 
 

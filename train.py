@@ -68,6 +68,8 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
         from utils.sweeps.multirun import multirun
 
         return multirun(parsed, PROJECT_ROOT)
+    if own.jobs != 1:
+        raise UserError("--jobs is for the runs of --multirun: this is one run")
     words = ("train.py", *argv)
     for loaded, origin in launches(parsed):
         loaded, facts = with_budget(own, loaded, origin)
@@ -125,12 +127,15 @@ def train(
     loaded = config if isinstance(config, LoadedConfig) else LoadedConfig.from_config(config)
     deadline = Deadline(loaded.config.train.max_minutes)
     tune_process()  # before torch is imported
-    from utils.training.session import StartInterruptedError, open_session
+    from utils.machine.device import torch_defaults
+    from utils.training.session import StartInterruptedError, one_at_a_time, open_session
 
     hide_imports()
     try:
         with (
             lasting_output(),
+            one_at_a_time(),
+            torch_defaults(),
             open_session(
                 loaded,
                 origin,

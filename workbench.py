@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from utils.config.fields import FIELDS
-from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig
+from utils.config.loader import ConfigError, ConfigLoader, LoadedConfig, from_code
 from utils.config.settings import (
     ArithmeticConfig,
     Config,
@@ -54,7 +54,7 @@ from utils.config.settings import (
     TrackingConfig,
     TrainConfig,
 )
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, shown
 from utils.files import expand_home, write_atomic
 from utils.machine.process import tune_process
 from utils.runs.find import find_export, resolve_run, resolve_runs
@@ -146,14 +146,14 @@ def __dir__() -> list[str]:
 # ------------------------------------------------------------------------------------------------ configuration
 
 
-def load_config(*layers: Mapping[str, Any] | str | Path, trust: bool = False, **settings: Any) -> Config:
+def load_config(*layers: Settings | str | Path, trust: bool = False, **settings: Any) -> Config:
     """The configuration that the command line would train with: the defaults, then configs/, then what is given here.
 
     `Config()` is not that: it has the built-in defaults only.
 
     Args:
         layers: files like those of `--config`, from the current folder, or settings by name, flat or by section; the
-            later ones win.
+            later ones win, and a Config, which has all settings, over everything before it.
         trust: take the callbacks, and the folders to write to, that a file in a run made elsewhere names (`--trust`).
         settings: by name, on top of all.
 
@@ -166,12 +166,13 @@ def load_config(*layers: Mapping[str, Any] | str | Path, trust: bool = False, **
     """
     loader = ConfigLoader(PROJECT_ROOT)
     loaded = loader.load()
+    files: list[Path] = []
     for layer in (*layers, settings):
-        if isinstance(layer, Mapping):
-            loaded = loader.load_code(layer, loaded)
+        if isinstance(layer, str | os.PathLike):
+            files.append(Path(expand_home(os.fspath(layer))))
+            loaded = loader.load_onto(loaded, files[-1:])
         else:
-            loaded = loader.load_onto(loaded, [Path(layer)])
-    files = [Path(layer) for layer in layers if not isinstance(layer, Mapping)]
+            loaded = _put_on(loaded, layer, "files, or settings by name")
     return without_foreign_places(loaded, files, PROJECT_ROOT, trust).config
 
 
@@ -230,8 +231,9 @@ def resume(
 
     for key in settings.keys() - FIELDS.keys():
         raise ConfigError(f"unknown key {key}{nearest(key, FIELDS)}")
-    origin = find_origin("resume", os.fspath(_path(run)), _runs_dir(), strict=strict, trusted=trust)
-    loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=settings)
+    origin = find_origin("resume", os.fspath(run), _runs_dir(), strict=strict, trusted=trust)
+    overrides = {key: from_code(key, value) for key, value in settings.items()}
+    loaded = config_of_resume(origin, ConfigLoader(PROJECT_ROOT), overrides=overrides)
     return _train(loaded, quiet=quiet, origin=origin)
 
 
@@ -239,7 +241,7 @@ class Trainer:
     """An experiment as an object, for those who prefer `Trainer(config).train()` to `train(config)`.
 
     config: the merged configuration.
-    results: of the last `train()`; None before it.
+    results: of the last `train()`; None before it, or if it raised.
 
     Args:
         config: a Config, or settings by name, flat or by section.
@@ -269,18 +271,29 @@ class Trainer:
 
     def train(self, *, quiet: bool = False, strict: bool = False) -> TrainResult:
         """A new run of this experiment; see the function `train`."""
+        self.results = None  # if it raises, those of an earlier run are not its own
         self.results = _train(self._loaded, quiet=quiet, strict=strict)
         return self.results
 
 
 def _load(config: Settings | None, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
     """`settings` on top of `config`; where that is no Config, on top of `base`, or of defaults and configs/."""
-    loader = ConfigLoader(PROJECT_ROOT)
-    if isinstance(config, Config):
-        base = LoadedConfig.from_config(config)
-    elif config is not None:
-        base = loader.load_code(config, base)
-    return loader.load_code(settings, base)
+    if config is not None:
+        base = _put_on(base, config, "a Config, or settings by name (load_config reads files)")
+    return ConfigLoader(PROJECT_ROOT).load_code(settings, base)
+
+
+def _put_on(base: LoadedConfig | None, layer: Settings, expected: str) -> LoadedConfig:
+    """Settings on top of `base`, or else of defaults and configs/; a Config, which has all of them, in its place.
+
+    Raises:
+        UserError: `layer` is neither, or has a mistake.
+    """
+    if isinstance(layer, Config):
+        return LoadedConfig.from_config(layer)
+    if not isinstance(layer, Mapping):
+        raise UserError(f"expected {expected}, got {shown(layer)}")
+    return ConfigLoader(PROJECT_ROOT).load_code(layer, base)
 
 
 def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False, origin: Origin | None = None) -> TrainResult:
@@ -318,6 +331,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.status}>"
+
+    def __fspath__(self) -> str:
+        """The run directory: wherever a path of a run is taken, a Run is."""
+        return os.fspath(self.path)
 
     def _repr_html_(self) -> str:
         """For notebooks: what `experiments.py show` says, and the curves."""
@@ -496,10 +513,6 @@ def compare(*names: RunName, metric: str | None = None, runs_dir: str | Path | N
     return Comparison(compare_runs(found, metric))
 
 
-def _path(run: RunName) -> str | Path:
-    return run.path if isinstance(run, Run) else run
-
-
 # ------------------------------------------------------------------------------------------------ models
 
 
@@ -529,11 +542,13 @@ def create_model(
     tokenizer = None
     if vocab_size is None:
         from data import load_corpus
+        from utils.corpora.places import with_absolute_paths
         from utils.preparation.arithmetic import with_problems
 
-        data, block_size = loaded.config.data, loaded.config.model.block_size
+        placed = with_absolute_paths(loaded, PROJECT_ROOT).config
+        data, block_size = placed.data, placed.model.block_size
         folder, datasets_dir = PROJECT_ROOT / data.corpora_dir, PROJECT_ROOT / data.datasets_dir
-        data = with_problems(loaded.config, folder)
+        data = with_problems(placed, folder)
         tokenizer = load_corpus(data, block_size, folder, datasets_dir=datasets_dir).tokenizer
         vocab_size = tokenizer.vocab_size
     elif vocab_size < 1:
@@ -701,7 +716,7 @@ def _note(line: str) -> None:
 
 
 def _export_folder(run: RunName | None) -> Path:
-    return find_export(None if run is None else os.fspath(_path(run)), _runs_dir())
+    return find_export(None if run is None else os.fspath(run), _runs_dir())
 
 
 def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, Any]:

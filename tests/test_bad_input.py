@@ -49,6 +49,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--ngram-rows", "512,few"], "--ngram-rows: expected list of integers >= 1"),
         (["--warmup-iters", "7"], "must not exceed max_iters (6)"),
         (["surplus"], "unknown argument surplus"),
+        (["--jobs", "2"], "--jobs is for the runs of --multirun"),
         (["--note", "caf\udce9"], "--note: expected text"),  # what a shell makes of bytes that are no UTF-8
         (["--dataset", "~nobodyx/foo"], "unknown dataset ~nobodyx/foo"),
     ],
@@ -59,6 +60,11 @@ def test_a_mistake_on_the_command_line(
     assert train.main(tiny_argv(*words)) == 2
     assert expected in one_error(capsys)
     assert not runs_dir.exists()
+
+
+def test_a_flag_that_only_a_sweep_gives_is_no_suggestion(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(tiny_argv("--trail")) == 2
+    assert one_error(capsys) == "error: unknown flag --trail"
 
 
 @pytest.mark.parametrize(

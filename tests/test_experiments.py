@@ -263,6 +263,7 @@ def test_explain_names_every_layer(ask: Ask, tmp_path: Path) -> None:
     answer = ask("explain", "fast", "learning-rate", "--json")
     assert (answer["value"], answer["source"], answer["default"]) == (0.003, "code", 0.001)
     assert "did you mean batch_size?" in ask("explain", "batch_sise", status=2)
+    assert "unknown argument seed" in ask("explain", "fast", "batch_size", "seed", status=2)
 
 
 def test_plot_and_report(ask: Ask, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from conftest import in_child
 from fake_runs import make_run, training_records
-from pydantic import ValidationError
 
 import experiments
 import inference
@@ -35,6 +34,7 @@ from utils.runs.find import find_export, resolve_run
 from utils.runs.log import RunLog
 from utils.runs.origin import find_origin
 from utils.runs.run import Run, read_record
+from utils.tokenization.subwords import HuggingFaceTokenizer
 
 
 def make_device(path: Path, kind: int = stat.S_IFCHR, number: tuple[int, int] = (1, 3)) -> Path:
@@ -180,6 +180,7 @@ def test_a_setting_that_is_a_path_knows_the_home_folder(home: Path, tmp_path: Pa
     config = ConfigLoader(tmp_path).load([file]).config
     assert (config.tracking.runs_dir, config.data.corpora_dir) == (f"{home}/runs", f"{home}")
     assert (config.tracking.aim_repo, config.data.dataset) == (f"{home}", f"{home}/text.txt")
+    assert ConfigLoader(tmp_path).load([], {"tokenizer": "hf:~/t.json"}).config.data.tokenizer == f"hf:{home}/t.json"
     flags: dict[str, str | bool] = {"runs_dir": "~/other", "aim_repo": "~"}
     config = ConfigLoader(tmp_path).load([], flags).config
     assert (config.tracking.runs_dir, config.tracking.aim_repo) == (f"{home}/other", f"{home}")
@@ -190,7 +191,10 @@ def test_a_setting_that_is_a_path_knows_the_home_folder(home: Path, tmp_path: Pa
 def test_the_home_of_nobody_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--runs-dir: ~nobodyx/runs: there is no home folder ~nobodyx"):
         ConfigLoader(tmp_path).load([], {"runs_dir": "~nobodyx/runs"})
-    with pytest.raises(ValidationError, match="no home folder"):
+    tokenizer = DataConfig(tokenizer="hf:~nobodyx/t.json")  # as a run made by another user may have recorded it
+    with pytest.raises(UserError, match=r"~nobodyx/t\.json: no such file"):
+        HuggingFaceTokenizer.build(tokenizer, ())
+    with pytest.raises(UserError, match="no home folder"):
         DataConfig(corpora_dir="~nobodyx")
     with pytest.raises(UserError, match=r"no home folder ~nobodyx \(\./~nobodyx for a file of that name\)"):
         expand_home("~nobodyx")

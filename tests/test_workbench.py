@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,10 +23,26 @@ import utils.inference.generator
 import workbench
 from model import LanguageModel
 from tokenizer import CharTokenizer
+from train import train as train_script
 from utils.config.fields import SECTIONS
+from utils.config.loader import ConfigLoader
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
-from workbench import Config, ModelConfig, Run, Trainer, UserError, create_model, load_model, runs, train
+from workbench import (
+    Callback,
+    Config,
+    ModelConfig,
+    Run,
+    TrainConfig,
+    Trainer,
+    TrainingRun,
+    UserError,
+    create_model,
+    load_config,
+    load_model,
+    runs,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,6 +126,15 @@ def test_what_print_shows_of_a_trainer_and_a_tokenizer() -> None:
     assert repr(CharTokenizer("abc")) == "<CharTokenizer: 3 tokens>"
 
 
+def test_a_training_that_raises_leaves_no_results_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(max_iters=1)
+    trainer.train(quiet=True)
+    monkeypatch.setattr("train.train_session", lambda session: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(quiet=True)
+    assert trainer.results is None
+
+
 def test_keywords_mappings_and_sections_mean_the_same() -> None:
     kinds = [
         Trainer(n_layer=2, max_iters=5).config,
@@ -129,6 +159,68 @@ def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.Monk
 def test_a_config_is_taken_as_it_is() -> None:
     assert Trainer(Config()).config == Config()
     assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))
+
+
+class Nested(Callback):
+    def on_step(self, run: TrainingRun) -> None:
+        with pytest.raises(UserError, match="this process is training already"):
+            train(max_iters=1, quiet=True)
+        with futures.ThreadPoolExecutor() as pool, pytest.raises(UserError, match="this process is training already"):
+            pool.submit(train, max_iters=1, quiet=True).result()
+
+
+def test_a_process_trains_one_run_at_a_time(project: Path) -> None:
+    """Of two at a time, each took random numbers of the other, and both were recorded as bit-exact."""
+    before = len(runs())
+    assert train(max_iters=2, callbacks=[f"{__name__}:Nested"], quiet=True).status == "completed"
+    with pytest.raises(UserError):
+        train(callbacks=[f"{__name__}:None"], quiet=True)
+    assert train(max_iters=1, quiet=True).status == "completed"
+    assert len(runs()) == before + 2
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == torch.float64
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [torch.no_grad, torch.inference_mode, float64, lambda: torch.device("meta")],
+    ids=["no_grad", "inference_mode", "float64", "device"],
+)
+def test_what_a_notebook_has_set_for_torch_changes_no_number(setting: Callable[[], Any]) -> None:
+    """float64 gave other losses under the same record; the others ended the run as failed."""
+    settings = {"max_iters": 3, "eval_interval": 1, "sample_tokens": 5, "quiet": True}
+    expected = Run(train(**settings).run_dir)
+    with setting():
+        found = Run(train(**settings).run_dir)
+    assert found.metrics("val/loss") == expected.metrics("val/loss")
+    assert found.metrics("grad_norm") == expected.metrics("grad_norm")
+
+
+def test_a_config_may_be_changed_by_load_config() -> None:
+    assert load_config({"n_embd": 8}, Config(), n_layer=2) == Config(model=ModelConfig(n_layer=2))
+
+
+def test_load_config_reads_a_file_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "deep.yaml").write_text("n_layer: 3\n")
+    assert load_config("~/deep.yaml").model.n_layer == load_config(tmp_path / "deep.yaml").model.n_layer == 3
+
+
+@pytest.mark.parametrize("make", [Trainer, create_model, train, lambda given: create_model(vocab_size=5).fit(given)])
+@pytest.mark.parametrize("given", [5, [("n_layer", 2)], TrainConfig()], ids=lambda given: type(given).__name__)
+def test_what_is_neither_a_config_nor_settings_by_name_is_a_mistake(make: Any, given: Any) -> None:
+    with pytest.raises(UserError, match=r"expected a Config, or settings by name \(load_config reads files\), got "):
+        make(given)
+    with pytest.raises(UserError, match="expected files, or settings by name, got "):
+        load_config(given)
 
 
 def test_what_was_set_in_code_is_recorded_as_such() -> None:
@@ -168,6 +260,12 @@ def test_a_mistake_leaves_nothing_behind(settings: dict[str, object], message: s
         train(settings, quiet=True)
     assert str(caught.value).startswith(message)
     assert list((project / "runs").iterdir()) == before
+
+
+def test_a_resume_takes_values_as_training_does(project: Path) -> None:
+    first = train(max_iters=4, stop_at_step=2, quiet=True, corpora_dir=project / "corpora", keep_last=np.int64(1))
+    again = workbench.resume(first.run_dir, quiet=True, keep_last=np.int64(3), runs_dir=project / "runs")
+    assert (again.status, Run(again.run_dir).config.tracking.runs_dir) == ("completed", str(project / "runs"))
 
 
 def test_a_resume_refuses_what_the_command_line_refuses() -> None:
@@ -213,6 +311,25 @@ def test_a_damaged_run_is_no_error(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ models
+
+
+def test_a_dataset_that_a_file_names_is_in_the_project_wherever_one_works(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of this name in the current folder was taken instead, and recorded as a relative path."""
+    file = tmp_path / "own.yaml"
+    file.write_text("dataset: own.txt\n")
+    (tmp_path / "own.txt").write_text("to be or not to be\n" * 50)
+    monkeypatch.chdir(tmp_path)
+    command = ConfigLoader(project).load([file])
+    with pytest.raises(UserError, match=f"unknown dataset {project}/own.txt"):
+        train_script(command, quiet=True, root=project)
+    (project / "own.txt").write_text("abc\n" * 50)
+    (project / "configs" / "own.yaml").write_text("dataset: own.txt\n")
+    try:
+        assert create_model().vocab_size == 4
+    finally:
+        (project / "configs" / "own.yaml").unlink()
 
 
 def test_a_new_model_has_the_weights_that_training_starts_from() -> None:
@@ -295,6 +412,13 @@ def test_a_model_is_loaded_from_a_run_or_an_export() -> None:
     assert load_model(device="cpu")[0].config  # the newest one
     with pytest.raises(UserError, match="no run other"):
         load_model("other")
+
+
+def test_a_run_stands_for_its_path() -> None:
+    run = runs.find("baseline")
+    generator = workbench.Generator.from_run(run, device="cpu", draft=run)
+    assert generator.tokenizer.hash() == load_model(run)[1].hash()
+    assert runs.find(run).path == Run(run).path == run.path
 
 
 def test_the_facts_of_a_model_equal_those_of_its_run() -> None:

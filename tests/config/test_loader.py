@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from utils.config.fields import FIELDS, flat
 from utils.config.loader import (
@@ -723,6 +725,35 @@ def test_settings_in_python_are_a_layer_of_their_own(project: Path, write: Write
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "plain"),
+    [
+        ("max_iters", np.int64(5), 5),
+        ("max_iters", torch.tensor(5), 5),
+        ("learning_rate", np.float64(1e-3), 1e-3),
+        ("bias", np.bool_(False), False),
+        ("dataset", Path("texts/a.txt"), "texts/a.txt"),
+        ("dataset", np.str_("pydocs"), "pydocs"),
+        ("eval_at", range(1, 4), [1, 2, 3]),
+        ("eval_at", np.arange(1, 4), [1, 2, 3]),
+        ("eval_at", (step for step in (1, 2)), [1, 2]),
+        ("eval_at", map(np.int64, (1, 2)), [1, 2]),
+        ("tags", {"wide"}, ["wide"]),
+        ("n_kv_head", "none", None),  # as yaml.safe_load reads it
+        ("rope_scaling", "none", "none"),
+    ],
+)
+def test_a_value_in_python_is_recorded_as_a_file_would_have_it(project: Path, key: str, value: Any, plain: Any) -> None:
+    """A generator was read by the first check, so nothing of it was left; a shadowed range could not be written."""
+    loaded = ConfigLoader(project).load_code({key: value})
+    assert loaded.layers[key][-1] == Setting(plain, "code")
+    assert type(loaded.layers[key][-1].value) is type(plain)
+    found = flat(loaded.config)[key]
+    assert (list(found) if isinstance(found, tuple) else found) == plain
+    onto = ConfigLoader(project).load_code({key: flat(Config())[key]}, loaded)
+    json.dumps(onto.sources_json())
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"n_layers": 2}, "unknown key n_layers; did you mean n_layer?"),
@@ -730,7 +761,9 @@ def test_settings_in_python_are_a_layer_of_their_own(project: Path, write: Write
         ({"model": {"n_layers": 2}}, "unknown key n_layers in section model; did you mean n_layer?"),
         ({"model": {"seed": 2}}, "seed belongs to section train, not model"),
         ({"seed": 1, "train": {"seed": 1}}, "seed is set twice"),
-        ({"model": 3}, "unknown key model"),
+        ({"model": 3}, "section model: expected a mapping, got 3"),
+        ({"model": ModelConfig()}, "section model: expected a mapping, got ModelConfig(n_layer=4, "),
+        ({3: 3}, "unknown key 3"),
         ({"seed": "x"}, "code: seed: expected integer >= 0 "),
     ],
     ids=str,

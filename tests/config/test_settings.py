@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -25,7 +26,15 @@ from utils.config.fields import (
     iter_fields,
     json_schema,
 )
-from utils.config.settings import Config, InferenceConfig, OptimizerConfig, TrainConfig, warmup_steps
+from utils.config.settings import (
+    Config,
+    InferenceConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Section,
+    TrainConfig,
+    warmup_steps,
+)
 from utils.config.tags import RESERVED_TAGS, check_tag
 from utils.errors import UserError
 
@@ -164,6 +173,13 @@ def test_settings_are_frozen() -> None:
     with pytest.raises(UserError, match="frozen"):
         config.tracking.tags = ("a",)
     assert config.model_copy(update={"train": TrainConfig(seed=7)}).train.seed == 7
+
+
+def test_a_copy_has_the_settings_of_the_original_only() -> None:
+    with pytest.raises(UserError, match=r"^Config has no n_layer$"):
+        Config().model_copy(update={"n_layer": 2})
+    with pytest.raises(UserError, match=r"^ModelConfig has no n_layers; did you mean n_layer\?$"):
+        ModelConfig().model_copy(update={"n_layers": 2})
 
 
 @pytest.mark.parametrize("section", [None, *SECTIONS])
@@ -342,7 +358,7 @@ def test_the_hash_of_a_run_does_not_change_when_settings_are_added() -> None:
         ("run_tag", "text or none"),
         ("seed", "integer >= 0 and < 9223372036854775808"),
         ("tracking_budget", "number > 0 and <= 1"),
-        ("callbacks", "list of names (in a file: [wide, long])"),
+        ("callbacks", 'list of names module:Class (in a file: ["smooth_loss:SmoothLoss"])'),
         ("ngram_rows", "list of integers >= 1 (in a file: [1024, 512])"),
     ],
 )
@@ -383,11 +399,42 @@ def test_a_callback_is_named_by_module_and_class(name: str) -> None:
     ["", ":", "a", "a:", ":B", "a:B:C", "a..b:C", ".a:B", "a.:B", "a b:C", "a:B.c", "1a:B", "a:1B", "a-b:C", "a/b:C"],
 )
 def test_another_form_of_a_callback_is_refused(name: str) -> None:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(UserError) as caught:
         TrainConfig(callbacks=(name,))
-    assert [detail["msg"] for detail in caught.value.errors()] == [
-        f"Value error, a callback is named module:Class, not {name!r}"
-    ]
+    assert str(caught.value) == f"code: callbacks: a callback is named module:Class, not {name!r}"
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "message"),
+    [
+        (lambda: ModelConfig(n_layers=2), "unknown key n_layers in section model; did you mean n_layer?"),
+        (lambda: ModelConfig(n_layer="x"), "code: n_layer: expected integer >= 1 and <= 1024, got 'x'"),
+        (lambda: ModelConfig(mlp="gelo"), "code: mlp: expected gelu, gelu_tanh, relu2 or swiglu, got 'gelo'; did you"),
+        (lambda: ModelConfig(n_embd=15), "n_embd (15) must be divisible by n_head (4), or head_dim be set"),
+        (lambda: TrainConfig(batch_size=0), "code: batch_size: expected integer >= 1 or auto, got 0"),
+        (
+            lambda: TrainConfig(max_iters=0, seed=-1),
+            "code: max_iters: expected integer >= 1 or none, got 0\ncode: seed:",
+        ),
+        (lambda: Config(n_layer=2), "n_layer belongs to section model"),
+        (lambda: Config(modell=2), "unknown key modell; did you mean model?"),
+        (lambda: Config(model=2), "section model: expected a ModelConfig or a mapping, got 2"),
+        (lambda: Config(train=ModelConfig()), "section train: expected a TrainConfig or a mapping, got ModelConfig(n_"),
+        (lambda: Config(model={"n_layers": 2}), "unknown key n_layers in section model; did you mean n_layer?"),
+        (lambda: Config(model={"n_embd": 15}), "n_embd (15) must be divisible by n_head (4), or head_dim be set"),
+        (
+            lambda: Config(optimizer=OptimizerConfig(warmup_iters=9), train=TrainConfig(max_iters=5)),
+            "warmup_iters (9) must not exceed max_iters (5)",
+        ),
+    ],
+)
+def test_a_mistake_in_a_section_made_by_hand_has_the_words_of_the_command_line(
+    by_hand: Callable[[], Section], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        by_hand()
+    assert str(caught.value).startswith(message)
+    assert caught.value.__suppress_context__
 
 
 def test_derived_settings_are_those_of_the_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import stat
@@ -456,6 +457,24 @@ def test_the_commit_of_a_submodule_is_in_the_patch_whatever_form_git_shows_it_in
     facts = CodeReader(repo).git_facts()
     assert facts.files == ["lib"]
     assert f"+Subproject commit {git(repo / 'lib', 'rev-parse', 'HEAD').strip()}".encode() in facts.patch
+
+
+def test_a_module_that_was_edited_since_its_import_is_not_what_runs(
+    repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook, the second training recorded the new code and ran the old."""
+    write(repo, {"edited_here.py": "x = 1\n"})
+    monkeypatch.syspath_prepend(str(repo))
+    module = importlib.import_module("edited_here")
+    old = "edited_here.py (edited since this process imported it: the run has the code from before)"
+    left_out = [facts_of(repo).left_out]
+    for text in ("x = 22\n", "x = 1\n", "x = 333\n"):
+        write(repo, {"edited_here.py": text})
+        left_out.append(facts_of(repo).left_out)
+    importlib.reload(module)
+    left_out.append(facts_of(repo).left_out)
+    del sys.modules["edited_here"]
+    assert left_out == [[], [old], [], [old], []]
 
 
 def test_sources_of_callbacks_are_kept_wherever_they_come_from(

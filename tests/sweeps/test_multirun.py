@@ -30,6 +30,20 @@ def test_words_are_a_grid() -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("rope_scaling=none,linear", ("none", "linear")),  # where none is one of the words, it is no missing value
+        ("packing=none,documents", ("none", "documents")),
+        ("logit_softcap=None,30", (None, 30)),
+        ("bias=yes,off", (True, False)),
+    ],
+)
+def test_a_word_means_what_it_means_in_a_file(word: str, values: tuple[object, ...]) -> None:
+    (dimension,) = space_of([word]).dimensions
+    assert dimension.values == values
+
+
+@pytest.mark.parametrize(
     ("word", "message"),
     [
         ("seed", "--multirun: expected SETTING=VALUE,VALUE, got 'seed'"),
@@ -40,6 +54,12 @@ def test_words_are_a_grid() -> None:
         ("seed=1", "--multirun: expected a setting with several values: SETTING=A,B"),
         ("run_tag=a,b", "--multirun: run_tag is set for each run"),
         ("optimizer_name=adamw,muo", "did you mean muon?"),
+        ("bias=true,yes", "--multirun: bias: a value stands there twice: true,yes"),
+        ("qkv_bias=none,true", "--multirun: qkv_bias: expected true or false, got none"),
+        (
+            "ngram_rows=64,128",
+            "--multirun: ngram_rows is a list, and commas separate values here: --ngram-rows sets it",
+        ),
         ("bias=true,maybe", "--multirun: bias: expected true or false, got 'maybe'"),
     ],
 )

@@ -56,6 +56,13 @@ def test_goals(tmp_path: Path, text: str, goal: Goal, maximize: bool) -> None:
     assert Space.from_json(space.as_json()).goal == goal
 
 
+def test_none_is_a_word_of_some_settings_and_no_value_of_others(tmp_path: Path) -> None:
+    text = "position: rope\nrope_scaling: {choice: [none, linear]}\nlogit_softcap: {choice: [none, 30]}\n"
+    space = read(tmp_path, f"{text}rope_factor: {{range: [1, 4], when: {{rope_scaling: none}}}}\n")
+    assert [one.values for one in space.dimensions] == [("none", "linear"), (None, 30), (1.0, 4.0)]
+    assert space.dimensions[-1].when == {"rope_scaling": ("none",)}
+
+
 def test_values_that_can_be_counted(tmp_path: Path) -> None:
     space = read(tmp_path, "n_layer: {range: [1, 3]}\ndropout: {range: [0, 0.3, 0.1]}\nlearning_rate: {log: [1e-4, 1]}")
     assert [dimension.steps() for dimension in space.dimensions] == [[1, 2, 3], [0.0, 0.1, 0.2, 0.3], None]

@@ -66,8 +66,12 @@ def test_every_switch_can_be_turned_on_and_off(key: str) -> None:
     dashed = key.replace("_", "-")
     assert flags_only(f"--{dashed}") == flags_only(f"--{key}") == {key: True}
     assert flags_only(f"--no-{dashed}") == flags_only(f"--no_{key}") == {key: False}
-    with pytest.raises(UserError, match=r"ignored explicit argument|unknown flag"):
-        flags_only(f"--{dashed}=true")
+    without = f"expected --{dashed} or --no-{dashed} without a value"
+    for flag in (f"--{dashed}", f"--no-{dashed}", f"--{key}"):
+        with pytest.raises(UserError, match=f"^{without}, got 'true'"):
+            flags_only(f"{flag}=true")
+        with pytest.raises(UserError, match=f"^unknown argument true: {without}$"):
+            flags_only(flag, "true")
 
 
 def test_flags_that_are_not_given_set_nothing() -> None:
@@ -116,6 +120,7 @@ def test_the_last_of_repeated_flags_wins(root: Path) -> None:
         (["--zzzzzzzz"], "unknown flag --zzzzzzzz"),
         (["--batch", "8"], "unknown flag --batch"),  # no abbreviations: they would change meaning with a new setting
         (["large"], "unknown argument large"),
+        (["n_layer=3"], "unknown argument n_layer=3; did you mean --n-layer?"),
         (["--batch-size"], "argument --batch-size: expected one argument; one that begins with a dash is given as"),
         (["--batch-size", "--seed", "1"], "argument --batch-size: expected one argument; one that"),
         (["--batch-size", "0"], "--batch-size: expected integer >= 1 or auto, got '0'"),
@@ -159,9 +164,17 @@ def test_help_has_every_flag_under_its_section(capsys: pytest.CaptureFixture[str
             assert f"\n  --{key.replace('_', '-')}" in text[start:end], f"{key} is missing in {section}"
 
 
+def test_help_has_no_python_and_no_blanks_at_ends_of_lines(capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    text = help_text(capsys, root)
+    assert "\nmodel:\n  A decoder-only transformer; settings that are none are derived.\n\n  --n-layer N" in text
+    assert ">>>" not in text
+    assert not re.search(" $", text, re.MULTILINE)
+
+
 def test_help_shows_meaning_unit_choices_and_default(capsys: pytest.CaptureFixture[str], root: Path) -> None:
     text = help_text(capsys, root)
     assert entry(text, "--block-size") == "--block-size N context length (T) (>= 1 and <= 65536, tokens, default: 64)"
+    assert entry(text, "--ngram-rows").endswith("no such tables (>= 1, default: none)")
     assert entry(text, "--norm").startswith("--norm layernorm|rmsnorm normalisation")
     assert "default: none" in entry(text, "--threads")
     assert "default: none" in entry(text, "--tags")

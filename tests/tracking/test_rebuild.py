@@ -319,7 +319,7 @@ def test_a_run_that_is_being_trained_is_refused(tracked: tuple[Path, Path], caps
     [
         ([], "the following arguments are required: COMMAND"),
         (["rebuild"], "the following arguments are required: RUN"),
-        (["rebuilt", "latest"], "invalid choice: 'rebuilt'"),
+        (["rebuilt", "latest"], "got 'rebuilt'; did you mean rebuild?"),
         (["rebuild", "latest", "--aimm"], "unknown flag --aimm"),
         (["rebuild", "latest", "--runs-dir", "/nowhere/runs"], "no run latest: /nowhere/runs has no runs yet"),
         (["rebuild", "no-such-run-anywhere"], "no run no-such-run-anywhere"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -528,3 +528,17 @@ def test_a_module_that_was_edited_since_an_earlier_run_is_imported_again(
         module("edited", source.format(version))
         versions.append(load_callbacks(["edited:Mine"], tmp_path / "runs", tmp_path)["edited:Mine"].version)  # type: ignore[attr-defined]
     assert versions == [1, 1, 22]
+
+
+def test_a_callback_of_the_script_itself_is_used_as_it_was_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A script that was edited while it trained one run after the other ended there: it cannot be imported again."""
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    script.Mine = type("Mine", (Callback,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    for text in ("x = 1\n", "x = 22\n"):
+        (tmp_path / "script.py").write_text(text)
+        callbacks = load_callbacks(["__main__:Mine"], tmp_path / "runs", tmp_path)
+        assert type(callbacks["__main__:Mine"]) is script.Mine  # type: ignore[attr-defined]

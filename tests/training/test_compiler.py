@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -39,6 +42,21 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 def model_of(kind: dict[str, Any], model_class: type[LanguageModel] = LanguageModel) -> LanguageModel:
     torch.manual_seed(0)
     return model_class(ModelConfig.model_validate({**SHAPE, **kind}), vocab_size=50)
+
+
+def test_a_user_without_a_home_folder_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container with a user id that it does not know, importing the module raised."""
+
+    def unknown(_user: int) -> NoReturn:
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    compiler.begin_compiler(CPU)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert compiler.cache_folder() == Path("/caches/workbench/compiled")
 
 
 @pytest.mark.parametrize(("recomputes", "document_token"), [(False, None), (True, None), (False, 7)])

@@ -59,7 +59,9 @@ def expected(key: str) -> str:
     if get_origin(field.annotation) is Literal:
         return f"{', '.join(members[:-1])} or {members[-1]}" if len(members) > 1 else str(members[0])
     if get_origin(field.annotation) is tuple:
-        if get_args(field.annotation)[0] is str or key == "callbacks":
+        if key == "callbacks":
+            return 'list of names module:Class (in a file: ["smooth_loss:SmoothLoss"])'
+        if get_args(field.annotation)[0] is str:
             return "list of names (in a file: [wide, long])"
         return "list of integers >= 1 (in a file: [1024, 512])"
     names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}

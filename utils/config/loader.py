@@ -7,6 +7,7 @@ that a mistake is reported with its place and a value can be explained.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic_core import ErrorDetails
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
 from utils.config.legacy import NO_COUNTERPART, RENAMED, ignored_line
 from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
-from utils.config.settings import Config, RuleError
+from utils.config.settings import Config, RuleError, Section
 from utils.errors import SHOWN, cut, nearest, shown
 from utils.files import open_regular, real_path
 
@@ -121,7 +122,7 @@ def read_config_file(path: Path, name: str, ignored: list[str] | None = None) ->
             raise ConfigError(f"{name}:{line}: {key} is set twice in this file (also at {settings[key].source})")
         if not isinstance(value, str | int | float | list | None):  # YAML has dates, bytes and sets as well
             raise ConfigError(f"{name}:{line}: {key}: expected {expected(key)}, got a {type(value).__name__}")
-        none = _is_none(key, value) and path.name != RECORDED  # in which a value is what it is
+        none = is_none(key, value) and path.name != RECORDED  # in which a value is what it is
         settings[key] = Setting(None if none else value, f"{name}:{line}")
 
     for key, value in document.items():
@@ -158,7 +159,7 @@ def unknown_key(key: str, section: str | None = None) -> str:
     return f"unknown key {cut(key, SHOWN)}{nearest(key, [*FIELDS, *SECTIONS])}"
 
 
-def _is_none(key: str, value: Any) -> bool:
+def is_none(key: str, value: Any) -> bool:
     """Whether the text of a setting says that it has no value."""
     optional = type(None) in getattr(FIELDS[key].annotation, "__args__", ())
     return optional and isinstance(value, str) and value.lower() in NONE_WORDS
@@ -166,11 +167,24 @@ def _is_none(key: str, value: Any) -> bool:
 
 def _from_flag(key: str, text: str) -> Any:
     """The text after a flag as a value that pydantic can validate."""
-    if _is_none(key, text):
+    if is_none(key, text):
         return None
     if get_origin(FIELDS[key].annotation) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
+
+
+def from_code(key: str, value: Any) -> Any:
+    """A value given in Python as a file could have it, since it is recorded: paths and the numbers of NumPy and torch
+    are texts and numbers there, and what can be iterated only once is a list.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # of NumPy and torch: a number, or a list of them
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        return [from_code(key, item) for item in value]
+    return None if is_none(key, value) else value
 
 
 class ConfigLoader:
@@ -242,13 +256,15 @@ class ConfigLoader:
         """
         layer: dict[str, Setting] = {}
         for name, value in settings.items():
-            section = name if name in SECTIONS and isinstance(value, Mapping) else None
+            section = name if name in SECTIONS else None
+            if section and not isinstance(value, Mapping):
+                raise ConfigError(f"section {section}: expected a mapping, got {shown(value)}")
             for key, leaf in value.items() if section else [(name, value)]:
                 if key not in FIELDS or section not in (None, SECTION_OF[key]):
-                    raise ConfigError(unknown_key(key, section))
+                    raise ConfigError(unknown_key(str(key), section))
                 if key in layer:
                     raise ConfigError(f"{key} is set twice")
-                layer[key] = Setting(leaf, CODE)
+                layer[key] = Setting(from_code(key, leaf), CODE)
         if base is None:
             return _merge(_default_layers(), [*self._file_layers([]), layer])
         return self.put_layer(base, layer)
@@ -370,6 +386,32 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
         return f"{named}: {cause}"
     hint = nearest(str(setting.value), get_args(FIELDS[key].annotation)) if detail["type"] == "literal_error" else ""
     return f"{named}: expected {expected(key)}, got {shown(setting.value)}{hint}"
+
+
+def mistakes_by_hand(kind: type[Section], error: ValidationError) -> str:
+    """What is wrong with a section, or a Config, that was made in Python: one line for each mistake."""
+    section = next((name for name, model in SECTIONS.items() if issubclass(kind, model)), None)
+    lines: dict[object, str] = {}
+    for detail in error.errors(include_url=False):
+        place = detail["loc"] if section is None else (section, *detail["loc"])
+        if place[:2] not in lines:  # pydantic reports every member of a union type
+            lines[place[:2]] = _mistake_by_hand({**detail, "loc": place})
+    return "\n".join(lines.values())
+
+
+def _mistake_by_hand(detail: ErrorDetails) -> str:
+    """One line. `loc` begins with the name of the section, or is a surplus name of a Config."""
+    cause, (section, *keys) = detail.get("ctx", {}).get("error"), map(str, detail["loc"] or ("",))
+    if isinstance(cause, RuleError):
+        return str(cause)
+    if detail["type"] == "extra_forbidden":
+        if keys:
+            return unknown_key(keys[0], section)
+        return f"{section} belongs to section {SECTION_OF[section]}" if section in SECTION_OF else unknown_key(section)
+    if not keys:
+        kind = SECTIONS[section].__name__
+        return f"section {section}: expected a {kind} or a mapping, got {shown(detail['input'])}"
+    return _explain(detail, {keys[0]: [Setting(detail["input"], CODE)]})
 
 
 def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -71,10 +72,36 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
 
+    def __init__(self, **settings: Any) -> None:
+        """A section made by hand. Its mistakes have the words of the command line, unlike those of pydantic.
+
+        Raises:
+            UserError: one line for each mistake.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            from utils.config.loader import mistakes_by_hand  # which imports this module
+
+            raise UserError(mistakes_by_hand(type(self), error)) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # validating a mapping does not go through it
+
     def __setattr__(self, name: str, value: Any) -> None:
         is_setting = name in type(self).model_fields and not isinstance(getattr(self, name), Section)
         hint = f"; train(config, {name}=...) changes a setting of one run" if is_setting else ""
         raise UserError(f"{name} cannot be set: a configuration is frozen{hint}")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, which are checked when it is trained with.
+
+        Raises:
+            UserError: a name that this section does not have; pydantic takes it, and nothing would read it.
+        """
+        fields = type(self).model_fields
+        for name in (update or {}).keys() - fields:
+            raise UserError(f"{type(self).__name__} has no {name}{nearest(name, fields)}")
+        return super().model_copy(update=update, deep=deep)
 
     @field_validator("*")
     @classmethod
@@ -93,12 +120,13 @@ TOKENIZER_SCHEMA = WithJsonSchema(
 
 
 def check_tokenizer_name(name: str) -> str:
-    """Returns `name`; raises ValueError unless it is one of TOKENIZERS or hf:PATH."""
+    """Returns `name`, with the home folder for a `~`; raises ValueError unless it is one of TOKENIZERS or hf:PATH."""
     if name not in TOKENIZERS and not re.match(r"hf:.", name):
         raise ValueError(
             f"expected {', '.join(TOKENIZERS)} or hf:PATH of a tokenizer.json, got {name!r}{nearest(name, TOKENIZERS)}"
         )
-    return name
+    kind, colon, path = name.partition(":")
+    return kind + colon + os.path.expanduser(path)
 
 
 class DataConfig(Section):

@@ -18,11 +18,14 @@ def with_absolute_paths(loaded: LoadedConfig, root: Path) -> LoadedConfig:
     data = loaded.config.data
 
     def absolute(key: str, path: str) -> str:
-        """`path` as it is where there is nothing: then the error names what was written."""
+        """`path` as it is where there is nothing: then the error names what was written.
+
+        What has this name in the current folder instead is not meant, and must not be found there later.
+        """
         source = loaded.source(key)
         start = Path.cwd() if source.startswith("--") or source == "code" else root
         found = os.path.abspath(start / path)
-        return found if os.path.exists(found) else path
+        return found if os.path.exists(found) or os.path.exists(path) else path
 
     kind, colon, file = data.tokenizer.partition(":")
     paths = {"tokenizer": kind + colon + absolute("tokenizer", file)} if colon else {}

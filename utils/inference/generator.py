@@ -186,11 +186,11 @@ class Generator:
     @classmethod
     def from_run(
         cls,
-        run: str | None = None,
-        runs_dir: Path | None = None,
+        run: str | os.PathLike[str] | None = None,
+        runs_dir: str | Path | None = None,
         device: str = "auto",
         weights: WeightsChoice = "auto",
-        draft: str | None = None,
+        draft: str | os.PathLike[str] | None = None,
         draft_tokens: int = PROPOSED,
     ) -> Generator:
         """The export of a run: path, id, tag, part of an id, latest; None: the newest with an export.
@@ -208,11 +208,11 @@ class Generator:
         config = ConfigLoader(PROJECT_ROOT).load().config
         folder = PROJECT_ROOT / expand_home(os.fspath(runs_dir or config.tracking.runs_dir))
         return cls.from_export(
-            find_export(run, folder),
+            find_export(None if run is None else os.fspath(run), folder),
             device,
             weights,
             config.inference,
-            find_draft(draft, folder),
+            find_draft(None if draft is None else os.fspath(draft), folder),
             draft_tokens,
         )
 

@@ -173,6 +173,22 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Inside, torch is as in a new process, whatever a notebook has set: gradients, and new tensors float32 on the CPU.
+
+    Its settings are back on exit.
+    """
+    dtype, is_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
+    device = contextlib.nullcontext() if is_cpu else torch.device("cpu")  # a default takes time at every call
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), device:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Whether a GPU rounds the factors of float32 products to TF32; restores the previous precision on exit.
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import first_line
 from utils.files import read_bytes, read_text, real_path, write_atomic
 from utils.runs.environment import environment_text, package_versions
-from utils.runs.imported import imported_files, source_of, unknown_modules
+from utils.runs.imported import edited_modules, imported_files, source_of, unknown_modules
 from utils.runs.layout import CALLBACKS, ENVIRONMENT, GIT, PATCH
 from utils.runs.patch import added_lines, file_of, parts_of_patch, patched_files
 from utils.runs.secrets import clean_url, find_secret, without_secrets
@@ -206,7 +206,8 @@ class CodeReader:
         facts.left_out += [f"{name} (uncommitted changes of a submodule)" for name in submodules]
         known = {*_paths(repo.git.ls_files("-z")), *untracked}
         imported = imported_files()
-        facts.left_out += list(unknown_modules(top, known, imported, self.callbacks))
+        facts.left_out += edited_modules(top, imported, self.callbacks)
+        facts.left_out += unknown_modules(top, known, imported, self.callbacks)
         recorded = [name for name in changed if self._keep(top, name, facts.left_out)]
         if recorded:
             patch = repo.git.diff(

@@ -7,10 +7,13 @@ import os
 import site
 import sys
 import sysconfig
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from utils.runs.layout import CALLBACKS
+
+_KNOWN: dict[str, tuple[object, int]] = {}  # module -> its spec, and the checksum of its file
 
 
 def source_of(module: str) -> Path | None:
@@ -38,6 +41,41 @@ def imported_files() -> dict[str, tuple[str, str]]:
     return {name: (path, resolved(path)) for name, path in paths if path is not None}
 
 
+def _without_libraries(imported: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+    libraries = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    libraries |= {os.path.realpath(sys.prefix), *(os.path.realpath(place) for place in site.getsitepackages())}
+    above = tuple(place + os.sep for place in libraries)
+    for name, (path, real) in sorted(imported.items()):
+        if not (real.startswith(above) or f"{os.sep}site-packages{os.sep}" in real):
+            yield name, (path, real)
+
+
+def is_edited(module: str) -> bool:
+    """Whether the file of an imported module has changed since the first call after its import."""
+    path, spec = source_of(module), getattr(sys.modules[module], "__spec__", None)
+    try:
+        checksum = zlib.crc32(path.read_bytes()) if path is not None else 0
+    except OSError:
+        return False
+    known = _KNOWN.get(module)
+    if known is None or known[0] is not spec:  # importing a module again gives it another spec
+        _KNOWN[module] = known = spec, checksum
+    return known[1] != checksum
+
+
+def edited_modules(top: Path, imported: Mapping[str, tuple[str, str]], callbacks: Mapping[str, Path]) -> Iterator[str]:
+    """Modules of the project, and of callbacks, that were edited between trainings: this process runs the old code.
+
+    The arguments are those of `unknown_modules`.
+    """
+    root = os.path.realpath(top)
+    for name, (path, real) in _without_libraries(imported):
+        inside = real.startswith(root + os.sep)
+        if (inside or name in callbacks) and is_edited(name):
+            place = os.path.relpath(real, root) if inside else os.path.basename(path)
+            yield f"{place} (edited since this process imported it: the run has the code from before)"
+
+
 def unknown_modules(
     top: Path, known: Collection[str], imported: Mapping[str, tuple[str, str]], callbacks: Mapping[str, Path]
 ) -> Iterator[str]:
@@ -48,13 +86,8 @@ def unknown_modules(
         imported: what `imported_files` returns.
         callbacks: module -> file.
     """
-    libraries = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    libraries |= {os.path.realpath(sys.prefix), *(os.path.realpath(place) for place in site.getsitepackages())}
-    above = tuple(place + os.sep for place in libraries)
     root = os.path.realpath(top)
-    for name, (path, real) in sorted(imported.items()):
-        if real.startswith(above) or f"{os.sep}site-packages{os.sep}" in real:
-            continue
+    for name, (path, real) in _without_libraries(imported):
         kept = f"; kept in {CALLBACKS}" if name in callbacks else ""
         if real.startswith(root + os.sep):
             relative = os.path.relpath(real, root)

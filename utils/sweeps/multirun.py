@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from utils.config.fields import FIELDS
-from utils.config.loader import Setting, check_values
+from utils.config.loader import Setting, check_values, flag_name
 from utils.config.parse import ConfigError
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError, nearest, shown
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FLAG = "--multirun"
 NAME = "multirun"  # where there is no --run-tag
+SWITCHES = {**dict.fromkeys(("true", "on", "yes", "1"), True), **dict.fromkeys(("false", "off", "no", "0"), False)}
 
 
 def multirun(parsed: ExperimentArguments, root: Path) -> int:
@@ -78,6 +79,9 @@ def space_of(words: Sequence[str]) -> Space:
         elif key in OF_THE_SWEEP or key == "runs_dir" or key in {one.key for one in dimensions} | fixed.keys():
             why = "stands there twice" if key not in (*OF_THE_SWEEP, "runs_dir") else "is set for each run"
             mistakes.append(f"{FLAG}: {key} {why}")
+        elif get_origin(FIELDS[key].annotation) is tuple:
+            why = f"is a list, and commas separate values here: {flag_name(key)} sets it for all runs"
+            mistakes.append(f"{FLAG}: {key} {why}")
         else:
             values = [_value(key, part) for part in texts]
             mistakes += _mistakes(key, values)
@@ -95,16 +99,20 @@ def space_of(words: Sequence[str]) -> Space:
 
 
 def _value(key: str, text: str) -> Value:
-    """A value as a flag has it: a switch takes true and false."""
-    if bool in (FIELDS[key].annotation, *getattr(FIELDS[key].annotation, "__args__", ())):
-        return {"true": True, "on": True, "false": False, "off": False}.get(text.lower(), text)
+    """A value as a file has it: a switch is true or false, by any of its words."""
     value: Value = plain_value(key, text)
-    return value
+    return SWITCHES.get(text.lower(), value) if _is_switch(key) else value
+
+
+def _is_switch(key: str) -> bool:
+    return bool in (FIELDS[key].annotation, *get_args(FIELDS[key].annotation))
 
 
 def _mistakes(key: str, values: Iterable[Any]) -> list[str]:
     found = []
     for value in values:
+        if value is None and _is_switch(key):  # a run gets its settings as flags, and none has no flag
+            found.append(f"{FLAG}: {key}: expected true or false, got none")
         try:
             check_values({key: Setting(value, FLAG)})
         except ConfigError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected
-from utils.config.loader import Setting, check_values, relative_name, unknown_key
+from utils.config.loader import Setting, check_values, is_none, relative_name, unknown_key
 from utils.config.parse import ConfigError, Lines, parse_file
 from utils.errors import nearest, shown
 from utils.runs.metrics import metric, registered_metrics
@@ -360,11 +360,11 @@ class _Reader:
 
 def plain_value(key: str, value: Any) -> Any:
     """A value of YAML as the setting takes it: `1e-4` without a point is text there."""
+    if is_none(key, value):
+        return None
     numeric = expected(key).startswith(("integer", "number"))
     if numeric and isinstance(value, str):
         value = _number(value)
-    if isinstance(value, str) and value.lower() in ("none", "null") and "none" in expected(key):
-        return None
     if is_whole(key) and isinstance(value, float) and value.is_integer():
         return int(value)
     return value

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -57,6 +58,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
             message += "; one that begins with a dash is given as --FLAG=VALUE"
+        if switch := re.fullmatch(r"argument (\S+): ignored explicit argument (.*)", message, re.DOTALL):
+            message = f"{_without_value(switch[1].split('/'))}, got {cut(switch[2], SHOWN)}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
@@ -64,6 +67,14 @@ class Parser(argparse.ArgumentParser):
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
             raise argparse.ArgumentError(action, "expected a value, got --")
         return super()._get_values(action, arg_strings)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuses what is none of the choices of a flag, or no command, as a setting with choices does."""
+        if action.choices is not None and value not in action.choices:
+            *others, last = map(str, action.choices)
+            words = f"{', '.join(others)} or {last}" if others else last
+            near = nearest(str(value), [*others, last])
+            raise argparse.ArgumentError(action, f"expected {words}, got {shown(value)}{near}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print the help; unlike argparse's own method, it does not hide that it could not."""
@@ -77,20 +88,35 @@ class Parser(argparse.ArgumentParser):
         """
         complete_if_asked(self)
         flags = self._flags(argv)
-        args, unknown = self.parse_known_args([dashed(word, flags) for word in argv])
+        words = [dashed(word, [*flags]) for word in argv]
+        args, unknown = self.parse_known_args(words)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            kind = "flag" if flag.startswith("-") else "argument"
-            raise UserError(f"unknown {kind} {flag}{nearest(flag, flags)}")
+            raise UserError(self._unknown(unknown[0], words, flags))
         return args
 
-    def _flags(self, argv: Sequence[str]) -> list[str]:
+    def _unknown(self, word: str, words: Sequence[str], flags: Mapping[str, argparse.Action]) -> str:
+        """What is wrong with a word that no flag and no argument took."""
+        flag = word.split("=")[0]
+        near = nearest(flag, [name for name, action in flags.items() if action.help != argparse.SUPPRESS])
+        if flag.startswith("-"):
+            return f"unknown flag {flag}{near}"
+        before = [flags[first] for first, second in itertools.pairwise(words) if second == word and first in flags]
+        if before and before[0].nargs == 0:
+            return f"unknown argument {word}: {_without_value(before[0].option_strings)}"
+        return f"unknown argument {word}{near if dashed(f'--{flag}', [*flags]) in flags else ''}"
+
+    def _flags(self, argv: Sequence[str]) -> dict[str, argparse.Action]:
         """The flags that may be given: the own ones, and those of the command."""
         parsers: list[argparse.ArgumentParser] = [self]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers += [action.choices[word] for word in argv if word in action.choices][:1]
-        return [flag for parser in parsers for flag in parser._option_string_actions]
+        return {flag: action for parser in parsers for flag, action in parser._option_string_actions.items()}
+
+
+def _without_value(switch: Sequence[str]) -> str:
+    """How a switch of these names is given."""
+    return f"expected {' or '.join(switch)} without a value"
 
 
 def dashed(word: str, flags: Sequence[str]) -> str:

@@ -61,7 +61,7 @@ def complete_run(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
         with contextlib.suppress(Exception):  # a broken file: its message would be lost here
             folder = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
-    runs = PROJECT_ROOT / Path(folder or "runs").expanduser()
+    runs = PROJECT_ROOT / (folder or "runs")
     found: dict[str, None] = {}
     with contextlib.suppress(OSError):
         ids = sorted(

@@ -25,7 +25,7 @@ def add_config_flags(
     """One flag for every setting among `keys`, grouped by section; the help shows the value in `defaults`."""
     for section in sections:
         model = SECTIONS[section]
-        group = parser.add_argument_group(section, model.__doc__)
+        group = parser.add_argument_group(section, str(model.__doc__).partition("\n")[0])  # without the example
         for key in filter(keys.__contains__, model.model_fields):
             help_text = f"{FIELDS[key].description} ({_limits(key, defaults)})".replace("%", "%%")
             if FIELDS[key].annotation in (bool, bool | None):
@@ -42,7 +42,7 @@ def _limits(key: str, defaults: Config) -> str:
     default = setting_text(None if value == () else value)
     if not default.strip() or not default.isprintable():
         default = repr(value)
-    bounds = re.search(r"[<>].*?(?= or |$)", expected(key))
+    bounds = re.search(r"[<>].*?(?= or | \(|$)", expected(key))
     parts = (bounds and bounds.group(), field_fact(key, "unit"), f"default: {default}")
     return ", ".join(part for part in parts if part)
 

@@ -141,7 +141,7 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
 
     @classmethod
     def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
-        path = Path(config.tokenizer.partition(":")[2]).expanduser()
+        path = Path(config.tokenizer.partition(":")[2])
         specification = read_specification(path)
         try:
             return cls(specification)

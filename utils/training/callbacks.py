@@ -12,17 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from utils.errors import UserError, nearest, typed_line
 from utils.machine.signals import StopRequest
-from utils.runs.imported import source_of
+from utils.runs.imported import is_edited
 from utils.runs.trust import check_callback_place
 from utils.training.state import TrainState
-
-_SOURCES: WeakKeyDictionary[ModuleType, bytes] = WeakKeyDictionary()  # of the modules of callbacks, as imported
 
 Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step and its numbers
 
@@ -188,11 +185,9 @@ def _up_to_date(name: str) -> ModuleType:
     Otherwise the run would record the file as it is, and call the code as it was.
     """
     module = importlib.import_module(name)
-    if (path := source_of(name)) is not None and path.is_file():
-        source = path.read_bytes()
-        if _SOURCES.setdefault(module, source) != source:
-            importlib.reload(module)
-            _SOURCES[module] = source
+    if is_edited(name) and name != "__main__":  # a script cannot be imported again: what is recorded says so
+        importlib.reload(module)
+        is_edited(name)  # it is not, from now on
     return module
 
 

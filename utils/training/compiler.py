@@ -24,7 +24,6 @@ from utils.nn.linear import product_dtype
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, (B, T) each -> ()
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "workbench" / "compiled"
 # The recordings of utils/training/step_graph.py take the place of the compiler's own CUDA graphs.
 MODES = {"default": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -39,7 +38,7 @@ FASTER_ON_CUDA = {  # docs/LOG.md has the times
 def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens: int) -> Loss:
     """`model.loss` of three compiled parts; of a model with a forward pass of its own, compiled as a whole.
 
-    The code is kept in CACHE (or TORCHINDUCTOR_CACHE_DIR): a second start of the same shape finds it there.
+    The code is kept in `cache_folder`, or TORCHINDUCTOR_CACHE_DIR: a second start of the same shape finds it there.
 
     Args:
         mode: setting compile_mode.
@@ -74,13 +73,23 @@ def begin_compiler(device: torch.device) -> None:
 
     On CUDA that includes the processes which compile kernels: by itself the compiler starts them after its first trace.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))  # read when the compiler is first used
+    if (cache := cache_folder()) is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # read when the compiler is first used
     hash_triton()
     if device.type == "cuda":
         with contextlib.suppress(Exception):  # another version of torch, or no Triton: whoever compiles will see
             from torch._inductor.async_compile import AsyncCompile
 
             AsyncCompile.wakeup()
+
+
+def cache_folder() -> Path | None:
+    """Where compiled code is kept; None for a user without a home folder, as in some containers."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return caches / "workbench" / "compiled"
 
 
 @functools.cache

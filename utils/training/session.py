@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from utils.config.loader import LoadedConfig, relative_name
-from utils.errors import RankError, number_text
+from utils.errors import RankError, UserError, number_text
 from utils.machine.device import torch_settings
 from utils.machine.process import gc_frozen
 from utils.machine.ranks import ONE, Ranks
@@ -52,6 +53,8 @@ from utils.training.state import TrainState
 from utils.training.step import Update
 from utils.training.step_buffer import NonFiniteError
 from utils.training.step_graph import make_update
+
+TRAINING = threading.Lock()  # held while this process trains
 
 
 class Session:
@@ -352,6 +355,20 @@ class Session:
                 draw(self.run, self.terminal)
         end = RunEnd(outcome.status, outcome.losses, outcome.last_step or 0)
         feeders.finish(end, self.terminal.print, seconds)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Raises UserError if this process trains already, in another thread or around this call.
+
+    Random numbers and settings of torch belong to the whole process: of two trainings neither would have its own.
+    """
+    if not TRAINING.acquire(blocking=False):
+        raise UserError("this process is training already: start the other training after it, or in its own process")
+    try:
+        yield
+    finally:
+        TRAINING.release()
 
 
 def traceback_of(error: BaseException) -> str:
