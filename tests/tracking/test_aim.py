@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import sqlite3
 from pathlib import Path
@@ -25,6 +26,26 @@ def test_a_percent_sign_in_the_path_of_aim_does_no_harm_and_a_damaged_database_i
     with pytest.raises(OSError, match=r"its database cannot be upgraded: .*file is not a database"):
         _upgrade_database(f"sqlite:///{tmp_path / 'bad.sqlite'}")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_and_a_description_that_were_given_in_aim_outlast_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Repo, "_all_run_hashes", Repo._all_run_hashes.__wrapped__)  # which is cached for half a second
+    facts = RunFacts("one", tmp_path / "one", (), "", Config().model_dump(mode="json"), {}, {}, ())
+    moved = dataclasses.replace(facts, id="two", path=tmp_path / "two")
+    shown = []
+    for new_name in ("one", "the baseline"):
+        first = AimView(facts, str(tmp_path))
+        run_hash = str(first.open(0)["hash"])
+        first.run.name, first.run.description = new_name, "the good one"
+        first.close(RunEnd("interrupted"))
+        resumed = AimView(moved, str(tmp_path), run_hash)
+        resumed.open(0)
+        shown.append((resumed.run.name, resumed.run.description, resumed.run["run_dir"]))
+        resumed.close(RunEnd("completed"))
+    place = str(tmp_path / "two")
+    assert shown == [("two", "the good one", place), ("the baseline", "the good one", place)]
 
 
 def test_a_write_to_the_database_of_runs_that_failed_does_not_spoil_the_next_attempt(tmp_path: Path) -> None:

@@ -120,8 +120,11 @@ class AimView:
         if self.is_remote:  # now: the garbage collector would contact the server from any thread, even training's
             run._checkins.file_manager._resources.close()
         run._heartbeat = run._checkins = run._resources._heartbeat = run._resources._checkins = None
-        run.name = self.facts.id
-        run.description = self.facts.note
+        before = run.get("run_dir")  # of a run that is continued
+        if before is None or run.name == Path(before).name:  # else it was renamed in Aim
+            run.name = self.facts.id
+        if self.facts.note:  # else a description may have been written in Aim
+            run.description = self.facts.note
         for tag in [tag for tag in self.facts.tags if tag not in run.tags]:
             run.add_tag(tag)
         run["hparams"] = _plain(self.facts.hparams)
