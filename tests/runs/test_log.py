@@ -313,6 +313,7 @@ def test_without_a_registry_file_nothing_is_added(tmp_path: Path) -> None:
     [
         (Metric("step", "steps"), "no metric can be named step"),
         (Metric("time", "s"), "no metric can be named time"),
+        (Metric("sample", "1"), "no metric in Aim can be named sample: it shows something else of a run there"),
         (Metric("x/y", "1", views=("tensorbord",)), "no view tensorbord; there are tensorboard, aim, wandb"),
         (Metric("x/y", "1", "up"), "direction 'up' is not one of"),  # type: ignore[arg-type]
     ],

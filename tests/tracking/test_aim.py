@@ -1,14 +1,19 @@
-"""Aim's database where Aim itself would print tracebacks."""
+"""Aim's database: where Aim itself would print tracebacks, and after a write has failed."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
-from aim import storage
+from aim import Repo, storage
 
-from utils.tracking.aim import _upgrade_database
+from utils.config.settings import Config
+from utils.tracking import RunEnd, RunFacts
+from utils.tracking.aim import AimView, _upgrade_database
 
 
 def test_a_percent_sign_in_the_path_of_aim_does_no_harm_and_a_damaged_database_is_one_line(
@@ -21,3 +26,40 @@ def test_a_percent_sign_in_the_path_of_aim_does_no_harm_and_a_damaged_database_i
     with pytest.raises(OSError, match=r"its database cannot be upgraded: .*file is not a database"):
         _upgrade_database(f"sqlite:///{tmp_path / 'bad.sqlite'}")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_and_a_description_that_were_given_in_aim_outlast_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Repo, "_all_run_hashes", Repo._all_run_hashes.__wrapped__)  # which is cached for half a second
+    facts = RunFacts("one", tmp_path / "one", (), "", Config().model_dump(mode="json"), {}, {}, ())
+    moved = dataclasses.replace(facts, id="two", path=tmp_path / "two")
+    shown = []
+    for new_name in ("one", "the baseline"):
+        first = AimView(facts, str(tmp_path))
+        run_hash = str(first.open(0)["hash"])
+        first.run.name, first.run.description = new_name, "the good one"
+        first.close(RunEnd("interrupted"))
+        resumed = AimView(moved, str(tmp_path), run_hash)
+        resumed.open(0)
+        shown.append((resumed.run.name, resumed.run.description, resumed.run["run_dir"]))
+        resumed.close(RunEnd("completed"))
+    place = str(tmp_path / "two")
+    assert shown == [("two", "the good one", place), ("the baseline", "the good one", place)]
+
+
+def test_a_write_to_the_database_of_runs_that_failed_does_not_spoil_the_next_attempt(tmp_path: Path) -> None:
+    """Another process that holds the lock for long makes it fail, say, or a file that only its owner may write."""
+    facts = RunFacts("one", tmp_path, ("a tag",), "", Config().model_dump(mode="json"), {}, {}, ())
+    Repo(str(tmp_path), init=True).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / ".aim" / "run_metadata.sqlite")) as database:
+        database.execute("CREATE TRIGGER refused BEFORE INSERT ON run BEGIN SELECT RAISE(FAIL, 'refused'); END")
+        view = AimView(facts, str(tmp_path))
+        for _ in range(2):
+            with pytest.raises(Exception, match=r"^\(sqlite3.IntegrityError\) refused"):
+                view.open(0)
+        database.execute("DROP TRIGGER refused")
+    run_hash = view.open(0)["hash"]
+    assert view.run.tags == ["a tag"]
+    view.close(RunEnd("completed"))
+    assert [path.name for path in (tmp_path / ".aim" / "meta" / "chunks").iterdir()] == [run_hash]

@@ -16,17 +16,20 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.plugins.hparams.api_pb2 import DataType
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
 import train
+from utils.config.loader import ConfigLoader
 from utils.runs.log import LOG_FILES, METRICS_FILE, RunLog, offset_of_step, read_metrics, read_records, truncate
 from utils.runs.metrics import decode_number, metric_record
 from utils.runs.run import read_record
 from utils.tracking import RunEnd, RunFacts, feeder
 from utils.tracking.aim import AimView
 from utils.tracking.feeder import Budget, Feeder, Feeders
-from utils.tracking.tensorboard import EventFile, cut_session_end
+from utils.tracking.tensorboard import EventFile, TensorBoardView, cut_session_end
 
 Argv = Callable[..., list[str]]
 
@@ -295,6 +298,29 @@ def test_tensorboard_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path
     assert [event.step for event in texts] == [0, 3, 6]
     assert {"config/text_summary", "git/text_summary", "model/text_summary"} <= set(events.Tags()["tensors"])
     assert len(list(only_run().rglob("events.*"))) == 1
+
+
+def test_a_column_of_the_hparams_page_has_numbers_or_texts_and_not_both(tmp_path: Path) -> None:
+    """TensorBoard answers 500 when such a column is sorted; what is left out of a session is an empty cell."""
+    kinds: dict[str, set[str]] = {}
+    overrides: tuple[dict[str, str | bool], ...] = (
+        {"epochs": "1.5", "ngram_rows": "64", "qkv_bias": True, "lora_rank": "4", "lora_targets": "attention"},
+        {"max_iters": "100", "n_kv_head": "2", "min_lr": "1e-4", "unknown_token": "?"},
+    )
+    for settings in overrides:
+        hparams = ConfigLoader(tmp_path).load((), settings).config.model_dump(mode="json")
+        facts = RunFacts("a", tmp_path, (), "", hparams, {}, {}, ())
+        experiment, start, _ = (
+            HParamsPluginData.FromString(summary.value[0].metadata.plugin_data.content)
+            for summary in TensorBoardView(facts, tmp_path)._session_records()
+        )
+        for column in experiment.experiment.hparam_infos:
+            kinds.setdefault(column.name, set()).add(DataType.Name(column.type))
+        for name, cell in start.session_start_info.hparams.items():
+            kinds[name].add({"number_value": "DATA_TYPE_FLOAT64"}.get(cell.WhichOneof("kind"), "DATA_TYPE_STRING"))
+    assert kinds["train.max_iters"] == kinds["model.n_kv_head"] == {"DATA_TYPE_FLOAT64"}
+    assert kinds["model.ngram_rows"] == kinds["model.qkv_bias"] == {"DATA_TYPE_STRING"}
+    assert all(len(of_column) == 1 for of_column in kinds.values()), kinds
 
 
 def test_an_event_file_is_cut_where_zeros_begin_at_once(tmp_path: Path) -> None:

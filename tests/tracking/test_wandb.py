@@ -20,8 +20,11 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 import experiments
 import train
+from utils.config.settings import Config, TrackingConfig
 from utils.runs.log import read_metrics, read_records
 from utils.runs.run import read_record
+from utils.tracking import RunEnd, RunFacts
+from utils.tracking.wandb import WandbView
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = 2 * "0123456789abcdef" + "01234567"  # looks like a key; in pieces, since this file may be part of code.patch
@@ -209,6 +212,20 @@ def test_a_rebuild_makes_one_session_of_all(
     (session,) = sessions(run)
     assert session.metric("train/loss") == read_metrics(run / "logs", "train/loss")
     assert session.summary["status"] == "completed"
+
+
+def test_names_that_wandb_refuses_are_fitted(tmp_path: Path) -> None:
+    tracking = TrackingConfig(experiment="size: 1/2 " + "x" * 128)
+    hparams = Config(tracking=tracking).model_dump(mode="json")
+    facts = RunFacts("one", tmp_path, ("t" * 70, "short"), "", hparams, {}, {}, ())
+    (tmp_path / "logs").mkdir()
+    with wandb_in_this_process():
+        view = WandbView(facts, "offline")
+        view.open(0)
+        view.close(RunEnd("completed"))
+    (session,) = sessions(tmp_path)
+    assert session.project == "size- 1-2 " + "x" * 118
+    assert sorted(session.tags) == ["short", "t" * 64]
 
 
 def test_without_the_package_there_is_one_warning(

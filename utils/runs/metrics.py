@@ -22,6 +22,7 @@ BITS_PER_BYTE = {
 }
 
 NOT_METRICS = frozenset(("step", "time"))  # fields that every record has
+NOT_METRICS_OF_AIM = frozenset(("sample", "curves"))  # texts and a picture of each run: Aim has one kind under a name
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,16 @@ def register_metric(metric: Metric) -> Metric:
     """Make the log accept `metric.name`; registering an equal metric again does nothing.
 
     Raises:
-        ValueError: another metric has this name, the name is reserved (NOT_METRICS), or there is no such view or
-            direction.
+        ValueError: another metric has this name, the name is reserved (NOT_METRICS, NOT_METRICS_OF_AIM), or there is
+            no such view or direction.
 
     >>> register_metric(Metric("val/perplexity", "1", "lower")).name
     'val/perplexity'
     """
     if metric.name in NOT_METRICS:
         raise ValueError(f"no metric can be named {metric.name}: each record has that field already")
+    if metric.name in NOT_METRICS_OF_AIM and "aim" in metric.views:
+        raise ValueError(f"no metric in Aim can be named {metric.name}: it shows something else of a run there")
     if unknown := set(metric.views) - set(VIEWS):
         raise ValueError(f"metric {metric.name}: no view {', '.join(sorted(unknown))}; there are {', '.join(VIEWS)}")
     if metric.direction not in get_args(Direction):

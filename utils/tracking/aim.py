@@ -104,6 +104,14 @@ class AimView:
 
     def _open_run(self, run: aim.Run, **which: Any) -> aim.Run:
         """Initialise the SDK's Run, without its own system metrics, terminal capture and threads."""
+        try:
+            self._initialize(run, **which)
+        except BaseException:
+            _roll_back(run)
+            raise
+        return run
+
+    def _initialize(self, run: aim.Run, **which: Any) -> None:
         settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
         run.__init__(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
         # The threads that report signs of life are not needed: `status` and the lock of the run directory are ours.
@@ -112,8 +120,11 @@ class AimView:
         if self.is_remote:  # now: the garbage collector would contact the server from any thread, even training's
             run._checkins.file_manager._resources.close()
         run._heartbeat = run._checkins = run._resources._heartbeat = run._resources._checkins = None
-        run.name = self.facts.id
-        run.description = self.facts.note
+        before = run.get("run_dir")  # of a run that is continued
+        if before is None or run.name == Path(before).name:  # else it was renamed in Aim
+            run.name = self.facts.id
+        if self.facts.note:  # else a description may have been written in Aim
+            run.description = self.facts.note
         for tag in [tag for tag in self.facts.tags if tag not in run.tags]:
             run.add_tag(tag)
         run["hparams"] = _plain(self.facts.hparams)
@@ -121,7 +132,6 @@ class AimView:
         run["resolved"] = _plain(self.facts.resolved)
         run["run_dir"] = str(self.facts.path)
         run["status"] = "running"
-        return run
 
     def _new_run(self, aim: ModuleType) -> aim.Run:
         """A new Aim run; if it cannot be created completely, nothing is left of it."""
@@ -282,6 +292,13 @@ def _ticks(task: Path) -> int:
     except OSError:
         return 0
     return int(after_name[11]) + int(after_name[12])
+
+
+def _roll_back(run: aim.Run) -> None:
+    """Undo a write to Aim's database of runs that has failed: until then, it refuses every other one."""
+    database = getattr(getattr(run, "repo", None), "structured_db", None)
+    if database is not None:  # an `aim server` has its own
+        database.session_cls.rollback()
 
 
 def _remove(run: aim.Run) -> None:

@@ -9,7 +9,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from utils.config.fields import FIELDS, field_fact
 from utils.config.settings import TRAJECTORY
@@ -89,13 +89,15 @@ class TensorBoardView:
         from torch.utils.tensorboard.summary import hparams
 
         flat = {
-            f"{section}.{key}": value if type(value) in (int, float, str) else str(value)  # bools are shown as 1.0000
+            f"{section}.{key}": _cell(key, value)
             for section, values in self.facts.hparams.items()
             for key, value in values.items()
             if field_fact(key, "kind") == TRAJECTORY or key in SESSION_COLUMNS or key == "dataset"
         }
-        experiment, *session = hparams(flat, dict.fromkeys(SESSION_METRICS, 0.0))
-        return _with_columns(experiment), *session
+        _, start, end = hparams(flat, {})  # leaves out what is None
+        columns = {name: 0 if cell is None else cell for name, cell in flat.items()}
+        experiment, *_ = hparams(columns, dict.fromkeys(SESSION_METRICS, 0.0))
+        return _with_columns(experiment), start, end
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import scalar
@@ -208,6 +210,15 @@ class EventFile:
 def event_files(folder: Path) -> list[Path]:
     """The event files of a run, oldest first."""
     return sorted(folder.glob("events.out.tfevents.[0-9]*"))
+
+
+def _cell(key: str, value: Any) -> float | str | None:
+    """The value of a setting as the HParams page gets it: numbers and texts in one column cannot be sorted there."""
+    if get_origin(annotation := FIELDS[key].annotation) is not tuple:
+        members = {getattr(member, "__origin__", member) for member in get_args(annotation) or (annotation,)}
+        if members & {int, float}:
+            return value if type(value) in (int, float) else None
+    return str(value)  # bools would be shown as 1.0000
 
 
 def _with_columns(experiment: Any) -> Any:

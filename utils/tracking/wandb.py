@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from utils.tracking import RunEnd, RunFacts
 
 if TYPE_CHECKING:
     import wandb
+
+LONGEST_TAG, LONGEST_PROJECT = 64, 128  # characters; W&B refuses a run with longer ones
+NOT_IN_A_PROJECT = re.compile(r"[/\\#?%:]")
 
 
 class WandbView:
@@ -57,11 +61,11 @@ class WandbView:
         settings = settings.model_copy(update={"x_disable_stats": True, "x_disable_meta": True})
         run = wandb.init(
             mode=self.mode,
-            project=self.facts.experiment,
+            project=NOT_IN_A_PROJECT.sub("-", self.facts.experiment)[:LONGEST_PROJECT],
             id=self.run_id,
             name=self.facts.id,
             notes=self.facts.note,
-            tags=self.facts.tags,
+            tags=[tag[:LONGEST_TAG] for tag in self.facts.tags],
             config={**self.facts.hparams, "git": dict(self.facts.git)},
             dir=self.facts.path / LOGS,
             resume="allow",
