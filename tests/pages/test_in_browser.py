@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import uvicorn
 from fake_runs import held_lock, log_lines, make_run
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from utils.pages.server import pages_app
 from utils.runs.layout import METRICS_LOG
@@ -155,6 +155,40 @@ def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) 
     page.locator("canvas").first.focus()
     page.keyboard.press("End")
     expect(page.locator(".tip").first).to_contain_text("learning_rate=0.003 (3)")
+    expect(page.locator("#panel .legend")).to_have_text("learning_rate=0.001 (5)learning_rate=0.003 (3)")
+    page.locator("#group").select_option("")
+    expect(page.locator("#panel .legend")).to_be_empty()
+
+
+def test_a_group_has_the_same_colour_in_all_charts(page: Page) -> None:
+    def answer(route: Route) -> None:
+        has_first = "train" in route.request.url
+        groups = [
+            {"key": name, "name": name, "runs": ["run0"], "cursor": "0.2", "x": x, "y": x, "not_finite": 0}
+            for name, x in (("a", [1, 2] if has_first else []), ("b", [1, 2]))
+        ]
+        route.fulfill(json={"metric": "x", "label": "x", "direction": "none", "groups": groups})
+
+    page.route("**/api/curves?*", answer)
+    visit(page, "/runs?group=seed", "groups")
+    expect(page.locator("#panel .legend")).to_have_text("a (1)b (1)")
+    colours = set()
+    for chart in (0, 1):
+        page.locator("canvas").nth(chart).focus()
+        page.keyboard.press("End")
+        row = page.locator(".tip").nth(chart).locator(".tip-row", has_text="b (1)")
+        colours.add(row.locator(".swatch").get_attribute("style"))
+        page.keyboard.press("Escape")
+    assert len(colours) == 1
+
+
+@pytest.mark.parametrize(("lost", "says"), [(3, "no value of val/loss is finite"), (0, "val/loss is not logged")])
+def test_a_chart_without_points_says_why(page: Page, lost: int, says: str) -> None:
+    curve = {"run": "run0", "cursor": "0.0", "x": [], "y": [], "not_finite": lost}
+    answer = {"metric": "val/loss", "label": "val/loss", "direction": "down", "curves": [curve]}
+    page.route("**/api/curves?*", lambda route: route.fulfill(json=answer))
+    visit(page, "/runs?run=run0", "empty")
+    expect(page.locator("canvas").first).to_have_attribute("aria-label", f"val/loss: {says}")
 
 
 def test_curves_of_a_running_run_grow_by_deltas(page: Page, runs_dir: Path) -> None:
