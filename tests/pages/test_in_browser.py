@@ -5,6 +5,7 @@ Pictures are kept in the folder named by WORKBENCH_SCREENSHOTS, if it is set.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -245,6 +246,22 @@ def test_a_comparison_has_a_verdict_and_differences(page: Page) -> None:
     expect(page.locator("#verdict-list")).to_contain_text("better by")
     expect(page.locator("#diff")).to_contain_text("learning_rate")
     assert drawn(page)
+
+
+def test_a_comparison_of_long_names_has_its_numbers_in_sight(page: Page) -> None:
+    name = "lr3e-3_wd0.1_layers12_heads12_embd768_dropout0.05_seed1337"
+
+    def renamed(route: Route) -> None:
+        answer = route.fetch().json()
+        comparison = json.loads(json.dumps(answer["comparison"]).replace("run0", name))
+        route.fulfill(json={**answer, "comparison": comparison})
+
+    page.route("**/api/compare?*", renamed)
+    visit(page, "/runs/compare?" + "&".join(f"run=run{i}" for i in range(6)), "long_names")
+    expect(page.locator("#verdict-list")).to_contain_text(f"{name} against run3")
+    for last in (page.locator("#verdict-list tr td").last, page.locator("#at tr td").last):
+        right = "(element) => element.getBoundingClientRect().right"
+        assert last.evaluate(right) <= last.locator("xpath=ancestor::div[@class='scroll']").evaluate(right) + 1
 
 
 def test_notes_are_changed_in_a_dialog_and_hostile_texts_stay_texts(page: Page) -> None:

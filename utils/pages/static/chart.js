@@ -71,7 +71,7 @@ export class Chart {
     this.drawAxes(g, box);
     g.save();
     g.beginPath();
-    g.rect(box.left, box.top - 2, box.right - box.left, box.bottom - box.top + 4);
+    g.rect(box.left - 3, box.top - 2, box.right - box.left + 6, box.bottom - box.top + 4); // with the dots at the ends
     g.clip();
     for (const curve of this.curves) this.drawBand(g, curve);
     for (const curve of this.curves) this.drawLine(g, curve);
