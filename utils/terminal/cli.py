@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -57,6 +57,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
             message += "; one that begins with a dash is given as --FLAG=VALUE"
+        message = message.replace("ignored explicit argument", "takes no value, got")  # --compile=false
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
@@ -77,23 +78,28 @@ class Parser(argparse.ArgumentParser):
         """
         complete_if_asked(self)
         flags = self._flags(argv)
-        args, unknown = self.parse_known_args([dashed(word, flags) for word in argv])
+        words = [dashed(word, flags) for word in argv]
+        args, unknown = self.parse_known_args(words)
         if unknown:
+            place = words.index(unknown[0]) if unknown[0] in words else 0
+            before = flags.get(words[place - 1]) if place else None
+            if before and before.nargs == 0 and not unknown[0].startswith("-"):  # --compile false
+                self.error(f"argument {'/'.join(before.option_strings)}: takes no value, got {unknown[0]!r}")
             flag = unknown[0].split("=")[0]
             kind = "flag" if flag.startswith("-") else "argument"
             raise UserError(f"unknown {kind} {flag}{nearest(flag, flags)}")
         return args
 
-    def _flags(self, argv: Sequence[str]) -> list[str]:
-        """The flags that may be given: the own ones, and those of the command."""
+    def _flags(self, argv: Sequence[str]) -> dict[str, argparse.Action]:
+        """The flags that may be given, with what they do: the own ones, and those of the command."""
         parsers: list[argparse.ArgumentParser] = [self]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers += [action.choices[word] for word in argv if word in action.choices][:1]
-        return [flag for parser in parsers for flag in parser._option_string_actions]
+        return {flag: action for parser in parsers for flag, action in parser._option_string_actions.items()}
 
 
-def dashed(word: str, flags: Sequence[str]) -> str:
+def dashed(word: str, flags: Collection[str]) -> str:
     """`word` with dashes for underscores in its name if that makes it a flag; any other word may be a text."""
     name, equals, value = word.partition("=")
     flag = name.replace("_", "-")
