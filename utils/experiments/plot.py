@@ -139,8 +139,10 @@ def plot_screen(curves: Sequence[PlottedCurve], metric: str, axis: Axis, console
     """The curves as large as the terminal, within reason."""
     from rich.text import Text
 
+    from utils.terminal.console import is_coloured
+
     width, height = min(console.width, 140), max(12, min(console.height - 2, 36))
-    yield Text.from_ansi(terminal_plot(curves, metric, axis, width, height, colour=console.is_terminal))
+    yield Text.from_ansi(terminal_plot(curves, metric, axis, width, height, colour=is_coloured(console)))
 
 
 def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:

@@ -20,7 +20,7 @@ from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.files import json_text, write_output
 from utils.optim.schedules import set_learning_rate
-from utils.terminal.console import Terminal
+from utils.terminal.console import Terminal, is_coloured
 from utils.terminal.pictures import new_figure, picture_of
 from utils.terminal.words import fact_lines
 from utils.training.state import TrainState
@@ -155,7 +155,7 @@ def report(result: LrRange, terminal: Terminal) -> None:
     console = terminal.console
     if not terminal.quiet:
         print(
-            terminal_plot(result, min(console.width, 110), max(14, min(console.height - 12, 24)), console.is_terminal)
+            terminal_plot(result, min(console.width, 110), max(14, min(console.height - 12, 24)), is_coloured(console))
         )
     terminal.print("", table(result))
 
