@@ -161,6 +161,36 @@ def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) 
     expect(page.locator("#panel .legend")).to_be_empty()
 
 
+def test_nothing_that_opens_over_the_page_is_cut(page: Page) -> None:
+    long_name = '"run5","' + "r" * 60
+    page.route(
+        "**/api/runs*", lambda route: route.fulfill(body=route.fetch().text().replace('"run5","run5', long_name))
+    )
+    visit(page, "/runs?run=run5&run=run1", "opened")
+    fits = "box => { const { left, right } = box.getBoundingClientRect(); return left >= 0 && right <= innerWidth; }"
+    box = page.locator("canvas").first.bounding_box()
+    assert box
+    for share in (0.3, 0.48, 0.56, 0.9):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 50)
+        expect(page.locator(".tip").first).to_contain_text("r" * 60)
+        assert page.locator(".tip").first.evaluate(fits), share
+    page.locator("#columns summary").click()
+    assert page.locator("#column-list").evaluate(fits)
+    expect(page.locator("#column-list")).to_contain_text("val_loss (best val)")
+
+
+def test_no_curve_stays_lit_after_its_row_is_gone(page: Page) -> None:
+    visit(page, "/runs?run=run1&run=run5", "lit")
+    image = "canvas => canvas.toDataURL()"
+    canvas = page.locator("canvas").first
+    before = canvas.evaluate(image)
+    page.locator("#table tbody tr").filter(has_text="run1").locator("a").hover()
+    assert canvas.evaluate(image) != before
+    page.locator("#search").fill("nothing is called so")
+    expect(page.locator("#table tbody tr")).to_have_count(0)
+    page.wait_for_function("before => document.querySelector('canvas').toDataURL() === before", arg=before)
+
+
 def test_a_group_has_the_same_colour_in_all_charts(page: Page) -> None:
     def answer(route: Route) -> None:
         has_first = "train" in route.request.url

@@ -221,8 +221,10 @@ export class Chart {
     const at = shown.length === 1 ? shown[0].curve.x[shown[0].i] : place;
     fill(this.tip, el("div", { class: "quiet" }, `${view.xName ?? "step"} ${number(Number((at / (view.xScale ?? 1)).toPrecision(6)))}`), ...rows, more);
     this.tip.hidden = !shown.length;
-    const isRight = this.pointer > (box.left + box.right) / 2;
+    const isRight = this.pointer > this.canvas.clientWidth / 2;
     this.tip.style.left = isRight ? "auto" : `${this.pointer + 14}px`;
+    const room = isRight ? this.pointer : this.canvas.clientWidth - this.pointer;
+    this.tip.style.maxWidth = `${room - 14}px`; // what is longer ends in dots
     this.tip.style.right = isRight ? `${this.canvas.clientWidth - this.pointer + 14}px` : "auto";
     this.draw();
   }

@@ -95,6 +95,8 @@ export class Panel {
   }
 
   highlight(key) {
+    if (key === this.highlighted) return;
+    this.highlighted = key;
     for (const { chart } of this.charts.values()) { chart.highlight = key; chart.draw(); }
   }
 
