@@ -30,7 +30,8 @@ export class Chart {
 
   /**
    * @param curves [{name, color, x, y, low?, high?}] with x never decreasing.
-   * @param view {xLabel, yLabel, logX, logY, xScale}: xScale divides x (seconds to hours, say).
+   * @param view {xLabel, yLabel, logX, logY, xScale, whole}: xScale divides x (seconds to hours, say); whole: x has no
+   *   fractions.
    */
   show(curves, view) {
     this.curves = curves;
@@ -218,7 +219,8 @@ export class Chart {
     const shown = listed.slice(0, NAMED).sort((a, b) => b.curve.y[b.i] - a.curve.y[a.i]);
     const rows = shown.map(({ curve, i }) => el("div", { class: "tip-row" }, swatch(curve.color), el("span", { class: "tip-name" }, curve.name), el("b", {}, number(curve.y[i]))));
     const more = this.near.length > shown.length ? el("div", { class: "quiet" }, `and ${this.near.length - shown.length} more`) : null;
-    const at = shown.length === 1 ? shown[0].curve.x[shown[0].i] : place;
+    const between = view.whole ? Math.round(place) : place;
+    const at = shown.length === 1 ? shown[0].curve.x[shown[0].i] : between;
     fill(this.tip, el("div", { class: "quiet" }, `${view.xName ?? "step"} ${number(Number((at / (view.xScale ?? 1)).toPrecision(6)))}`), ...rows, more);
     this.tip.hidden = !shown.length;
     const isRight = this.pointer > this.canvas.clientWidth / 2;

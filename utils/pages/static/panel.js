@@ -149,7 +149,7 @@ export class Panel {
     const empty = this.whyEmpty(entry, drawn.length, lost);
     entry.chart.show(drawn, {
       xLabel: settings.x === "time" ? `time of training (${unit})` : settings.x === "tokens" ? "tokens of training" : "step",
-      xName: unit ? `${xName} (${unit})` : xName, xScale: scale, logX: settings.logX, logY: settings.logY,
+      xName: unit ? `${xName} (${unit})` : xName, xScale: scale, whole: settings.x !== "time", logX: settings.logX, logY: settings.logY,
       empty,
     });
     const problems = [...entry.curves.values()].filter((curve) => curve.problem).map((curve) => `${curve.run}: ${curve.problem}`);
