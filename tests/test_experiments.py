@@ -135,7 +135,16 @@ def test_no_setting_takes_the_place_of_what_matters_most(runs_dir: Path, width: 
         assert word in text, lines
     assert "learning_rate" not in lines[0]
     assert max(map(len, lines)) <= width
-    assert "".join(line[:12].strip() for line in lines).count("a_long_tag_for_a_run") >= (1 if width < 80 else 0)
+    ids = "".join(line[: lines[0].index("tag")].strip() for line in lines)
+    assert ids.count("a_long_tag_for_a_run") == 2
+
+
+def test_a_long_id_and_a_long_tag_share_the_room(runs_dir: Path) -> None:
+    run = indexed(runs_dir, "20260131_142501_" + "a" * 60, tag="b" * 60)
+    console = Console(width=80, file=io.StringIO())
+    console.print(list_table([run], columns_of([run]), 80))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len([line for line in lines if "a" * 9 in line or "b" * 9 in line]) <= 5
 
 
 @pytest.mark.parametrize(("tag", "best", "repeated"), [("slow", 2.5, True), (None, 2.5, True), ("mine", 2.0, False)])

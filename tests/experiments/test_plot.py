@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
@@ -10,11 +11,20 @@ from typing import Any
 
 import pytest
 from fake_runs import indexed, training_records
+from rich.console import Console
 
 from utils.errors import UserError
 from utils.experiments.bands import band
 from utils.experiments.curve import Curve
-from utils.experiments.plot import PlottedCurve, load_curves, names_of, save_plot, smoothed, terminal_plot
+from utils.experiments.plot import (
+    PlottedCurve,
+    load_curves,
+    names_of,
+    plot_screen,
+    save_plot,
+    smoothed,
+    terminal_plot,
+)
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 FALLING = PlottedCurve("falling", [0, 10, 20, 30], [4.0, 3.0, 2.5, 2.25])
@@ -100,6 +110,19 @@ def test_curves_can_be_told_apart_with_and_without_colours() -> None:
     head, *plot = terminal_plot([FALLING, RISING], "lr", "step", 80, 24, colour=False).split("\n")[1:]
     assert head == "** falling   oo rising"
     assert all(mark in "".join(plot) for mark in "*o")
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm-256color")])
+def test_a_terminal_without_colours_has_a_mark_for_each_curve(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv(name, value)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    console.print(*plot_screen([FALLING, RISING], "lr", "step", console))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("** falling   oo rising" in text) == (value != "xterm-256color")
 
 
 def test_numbers_on_the_axes_are_round() -> None:

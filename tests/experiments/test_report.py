@@ -228,6 +228,23 @@ def test_runs_that_cannot_be_read_are_shown_with_their_problem(tmp_path: Path) -
         report([read_run(tmp_path / name)], tmp_path)
 
 
+def test_values_that_are_not_finite_are_counted_below_the_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run", metrics=training_records([3.0, "nan", 2.0, "inf"]))
+    assert "2 values are not finite and not drawn." in without_scripts(report([read_run(run)], tmp_path))
+    diverged = make_run(tmp_path, "diverged", metrics=training_records(["nan", "nan"]))
+    page = report([read_run(diverged)], tmp_path)
+    assert "No loss of these runs is finite." in page
+    assert "None of these runs has logged a loss." not in page
+
+
+def test_facts_of_a_run_are_said_in_words(tmp_path: Path) -> None:
+    page = re.sub("<[^>]+>", "", without_scripts(report([indexed(tmp_path, "run")], tmp_path)))
+    assert re.search(r"uncommitted changes\s*no", page)
+    assert "Every setting has its default." in page
+    (tmp_path / "run" / "meta" / "full_config.json").unlink()
+    assert "They are not known." in report([read_run(tmp_path / "run")], tmp_path)
+
+
 def test_without_curves_the_page_is_small(tmp_path: Path) -> None:
     page = report([indexed(tmp_path, "run")], tmp_path)
     assert "None of these runs has logged a loss." in page

@@ -5,6 +5,7 @@ Pictures are kept in the folder named by WORKBENCH_SCREENSHOTS, if it is set.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ import pytest
 import uvicorn
 from conftest import PAGE_MS
 from fake_runs import held_lock, log_lines, make_run
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from utils.pages.server import pages_app
 from utils.runs.layout import METRICS_LOG
@@ -144,6 +145,70 @@ def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) 
     page.locator("canvas").first.focus()
     page.keyboard.press("End")
     expect(page.locator(".tip").first).to_contain_text("learning_rate=0.003 (3)")
+    expect(page.locator("#panel .legend")).to_have_text("learning_rate=0.001 (5)learning_rate=0.003 (3)")
+    page.locator("#group").select_option("")
+    expect(page.locator("#panel .legend")).to_be_empty()
+
+
+def test_nothing_that_opens_over_the_page_is_cut(page: Page) -> None:
+    long_name = '"run5","' + "r" * 60
+    page.route(
+        "**/api/runs*", lambda route: route.fulfill(body=route.fetch().text().replace('"run5","run5', long_name))
+    )
+    visit(page, "/runs?run=run5&run=run1", "opened")
+    fits = "box => { const { left, right } = box.getBoundingClientRect(); return left >= 0 && right <= innerWidth; }"
+    box = page.locator("canvas").first.bounding_box()
+    assert box
+    for share in (0.3, 0.48, 0.56, 0.9):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 50)
+        expect(page.locator(".tip").first).to_have_text(re.compile(rf"^step \d+{'r' * 60}"))
+        assert page.locator(".tip").first.evaluate(fits), share
+    page.locator("#columns summary").click()
+    assert page.locator("#column-list").evaluate(fits)
+    expect(page.locator("#column-list")).to_contain_text("val_loss (best val)")
+
+
+def test_no_curve_stays_lit_after_its_row_is_gone(page: Page) -> None:
+    visit(page, "/runs?run=run1&run=run5", "lit")
+    image = "canvas => canvas.toDataURL()"
+    canvas = page.locator("canvas").first
+    before = canvas.evaluate(image)
+    page.locator("#table tbody tr").filter(has_text="run1").locator("a").hover()
+    assert canvas.evaluate(image) != before
+    page.locator("#search").fill("nothing is called so")
+    expect(page.locator("#table tbody tr")).to_have_count(0)
+    page.wait_for_function("before => document.querySelector('canvas').toDataURL() === before", arg=before)
+
+
+def test_a_group_has_the_same_colour_in_all_charts(page: Page) -> None:
+    def answer(route: Route) -> None:
+        has_first = "train" in route.request.url
+        groups = [
+            {"key": name, "name": name, "runs": ["run0"], "cursor": "0.2", "x": x, "y": x, "not_finite": 0}
+            for name, x in (("a", [1, 2] if has_first else []), ("b", [1, 2]))
+        ]
+        route.fulfill(json={"metric": "x", "label": "x", "direction": "none", "groups": groups})
+
+    page.route("**/api/curves?*", answer)
+    visit(page, "/runs?group=seed", "groups")
+    expect(page.locator("#panel .legend")).to_have_text("a (1)b (1)")
+    colours = set()
+    for chart in (0, 1):
+        page.locator("canvas").nth(chart).focus()
+        page.keyboard.press("End")
+        row = page.locator(".tip").nth(chart).locator(".tip-row", has_text="b (1)")
+        colours.add(row.locator(".swatch").get_attribute("style"))
+        page.keyboard.press("Escape")
+    assert len(colours) == 1
+
+
+@pytest.mark.parametrize(("lost", "says"), [(3, "no value of val/loss is finite"), (0, "val/loss is not logged")])
+def test_a_chart_without_points_says_why(page: Page, lost: int, says: str) -> None:
+    curve = {"run": "run0", "cursor": "0.0", "x": [], "y": [], "not_finite": lost}
+    answer = {"metric": "val/loss", "label": "val/loss", "direction": "down", "curves": [curve]}
+    page.route("**/api/curves?*", lambda route: route.fulfill(json=answer))
+    visit(page, "/runs?run=run0", "empty")
+    expect(page.locator("canvas").first).to_have_attribute("aria-label", f"val/loss: {says}")
 
 
 def test_curves_of_a_running_run_grow_by_deltas(page: Page, runs_dir: Path) -> None:
@@ -200,6 +265,22 @@ def test_a_comparison_has_a_verdict_and_differences(page: Page) -> None:
     expect(page.locator("#verdict-list")).to_contain_text("better by")
     expect(page.locator("#diff")).to_contain_text("learning_rate")
     assert drawn(page)
+
+
+def test_a_comparison_of_long_names_has_its_numbers_in_sight(page: Page) -> None:
+    name = "lr3e-3_wd0.1_layers12_heads12_embd768_dropout0.05_seed1337"
+
+    def renamed(route: Route) -> None:
+        answer = route.fetch().json()
+        comparison = json.loads(json.dumps(answer["comparison"]).replace("run0", name))
+        route.fulfill(json={**answer, "comparison": comparison})
+
+    page.route("**/api/compare?*", renamed)
+    visit(page, "/runs/compare?" + "&".join(f"run=run{i}" for i in range(6)), "long_names")
+    expect(page.locator("#verdict-list")).to_contain_text(f"{name} against run3")
+    for last in (page.locator("#verdict-list tr td").last, page.locator("#at tr td").last):
+        right = "(element) => element.getBoundingClientRect().right"
+        assert last.evaluate(right) <= last.locator("xpath=ancestor::div[@class='scroll']").evaluate(right) + 1
 
 
 def test_notes_are_changed_in_a_dialog_and_hostile_texts_stay_texts(page: Page) -> None:

@@ -240,6 +240,12 @@ def test_runs_are_compared_with_a_verdict(client: TestClient) -> None:
     assert len(answer["comparison"]["groups"]) == 2
     rows = {row["name"]: row["values"] for section in answer["diff"]["sections"] for row in section["rows"]}
     assert rows["learning_rate"] == ["0.1", "0.1", "0.2", "0.2"]
+    results = {row["name"]: row["values"][0] for row in answer["diff"]["results"]}
+    assert (results["best val loss"], results["last val loss"], results["last train loss"]) == (
+        "2.0000",
+        "2.5000",
+        "2.2500",
+    )
     assert client.get("/runs/api/compare", params={"run": "run0"}).status_code == 400
 
 

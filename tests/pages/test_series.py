@@ -180,6 +180,17 @@ def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path) ->
     (curve,) = chart([run], SeriesStore(), ChartRequest("val/loss"))["curves"]
     assert (curve["y"], curve["not_finite"]) == ([1, 2, 3], 2)
     assert all(map(math.isfinite, curve["y"]))
+    (group,) = chart([run], SeriesStore(), ChartRequest("val/loss", group="seed"))["groups"]
+    assert (group["y"], group["not_finite"]) == ([1, 2, 3], 2)
+
+
+def test_a_curve_that_is_continued_counts_all_values_that_are_not_finite(tmp_path: Path) -> None:
+    run, store = indexed(tmp_path, metrics=[{"step": 0, "time": 0.0, "x": "nan"}]), SeriesStore()
+    (whole,) = chart([run], store, ChartRequest("x"))["curves"]
+    with (run.path / METRICS_LOG).open("a") as log:
+        log.write(log_lines([{"step": 1, "time": 1.0, "x": 1.0}, {"step": 2, "time": 2.0, "x": "nan"}]))
+    (added,) = chart([run], store, ChartRequest("x", known={whole["run"]: whole["cursor"]}))["curves"]
+    assert (added["added"], added["y"], added["not_finite"]) == (True, [1], 2)
 
 
 def test_a_cursor_that_is_no_number_of_points_is_none(tmp_path: Path) -> None:

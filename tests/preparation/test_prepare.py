@@ -335,6 +335,7 @@ def test_a_long_document_is_cleaned_in_pieces(tmp_path: Path, run: Run, monkeypa
     dataset = dataset_of(tmp_path)
     (train,), (val,) = texts_of(dataset, "train"), texts_of(dataset, "val")
     assert train + val == re.sub(r"jo\d+@example.com", "<EMAIL>", text)
+    assert "Nothing, apart from what the cleaning removed." in (dataset.folder / "CARD.md").read_text()
 
 
 def test_a_long_document_stays_or_goes_as_a_whole(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,14 @@ def shown(terminal: Terminal) -> str:
     return terminal.console.file.getvalue()
 
 
+def test_a_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "dumb")
+    with TrainingProgress(terminal, total=100) as display:
+        display.update(60, loss=1.25)
+    assert "step  60/100  loss 1.2500" in shown(terminal)
+
+
 def test_a_field_without_a_value_is_not_shown(terminal: Terminal) -> None:
     with TrainingProgress(terminal, total=100):
         pass

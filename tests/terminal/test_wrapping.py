@@ -49,10 +49,13 @@ def test_facts_go_on_below_their_value() -> None:
         (f"it is off; later: {COMMAND}; so it is", ["it is off; later:", f"{COMMAND};", "so it is"]),
         (f"not fed (later: {COMMAND})", ["not fed (later:", f"{COMMAND})"]),
         ("the folder '/home/a b/c d e f g'/run is long", ["the folder", "'/home/a b/c d e f g'/run is", "long"]),
+        ("step 5/60  train 6.2  1 s elapsed", ["step 5/60  train 6.2", "1 s elapsed"]),
+        ("a  one field of more than thirty characters", ["a  one field of more than", "thirty characters"]),
+        ("see 'a  b' and what  follows it here", ["see 'a  b' and what", "follows it here"]),
         ("x" * 50 + " is kept", ["x" * 50, "is kept"]),
     ],
 )
-def test_commands_paths_and_ids_stay_whole(text: str, lines: list[str]) -> None:
+def test_commands_paths_ids_and_fields_stay_whole(text: str, lines: list[str]) -> None:
     assert printed(text) == lines
 
 

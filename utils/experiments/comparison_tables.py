@@ -11,7 +11,7 @@ from rich.text import Text
 
 from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.compare import SEEDS_NEEDED, Comparison, PairVerdict, SeedGroup
-from utils.experiments.diff import RunDiff
+from utils.experiments.diff import RunDiff, result_name
 from utils.experiments.explain import Explanation
 from utils.terminal.tables import plain_table, title
 from utils.terminal.words import column_text, fact_lines, loss_text, rough_duration, setting_text
@@ -53,7 +53,7 @@ def diff_screen(diff: RunDiff) -> Iterator[RenderableType]:
     results = plain_table(left=[""], right=letters)
     for row in diff.results:
         cells = [_against_first(row.name, value, row.values[0], i) for i, value in enumerate(row.values)]
-        results.add_row(Text(row.name.replace("_", " "), style="cyan"), *cells)
+        results.add_row(Text(result_name(row.name), style="cyan"), *cells)
     yield Group("", title("Results"), results, "")
     for letter, (_, logs) in zip(letters[1:], diff.curves, strict=True):
         style = "green" if logs.identical else "red" if logs.problem else ""

@@ -29,6 +29,7 @@ CORPUS = ("corpus_hash", "tokenizer_hash", "vocab_size", "train_tokens", "val_to
 HARDWARE = ("processor", "torch")
 FIRST_FACTS = ("torch", "processor", "cpu", "numpy", "python")  # of the environment: they can change the numbers
 RESULTS = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
+RESULT_NAMES = {"val_loss": "best val loss", "train_loss": "last train loss", "bits_per_byte": "best bits per byte"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Row:
     name: str
     values: list[Any]
     sources: list[str] = field(default_factory=list)  # of settings: where each value was set
+
+
+def result_name(column: str) -> str:
+    """The name of a result for people."""
+    return RESULT_NAMES.get(column, column.replace("_", " "))
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,10 @@ def plot_screen(curves: Sequence[PlottedCurve], metric: str, axis: Axis, console
     """The curves as large as the terminal, within reason."""
     from rich.text import Text
 
+    from utils.terminal.console import is_coloured
+
     width, height = min(console.width, 140), max(12, min(console.height - 2, 36))
-    yield Text.from_ansi(terminal_plot(curves, metric, axis, width, height, colour=console.is_terminal))
+    yield Text.from_ansi(terminal_plot(curves, metric, axis, width, height, colour=is_coloured(console)))
 
 
 def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:
@@ -202,7 +204,9 @@ def save_plot(curves: Sequence[PlottedCurve], metric: str, axis: Axis, out: Path
         axes.set_ylabel(y_label(metric), parse_math=False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        legend = axes.legend(axes.lines, [str(index) for index in range(len(curves))], frameon=False)
+        legend = axes.legend(
+            axes.lines, [str(index) for index in range(len(curves))], framealpha=0.85, edgecolor="none"
+        )
         for text, curve in zip(legend.get_texts(), curves, strict=True):
             text.set(text=curve.name, parse_math=False)  # a label that begins with _ would be hidden
         write_output(out, picture_of(figure, out.suffix.lower()[1:]))

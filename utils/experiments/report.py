@@ -32,7 +32,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 CHARTS = ("val/loss", "train/loss")  # metrics, one chart each
 POINTS = 2000  # of a curve, which is more than a screen has columns
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by damaged files
-GIT_FACTS = ("commit", "branch", "remote", "dirty")
+GIT_FACTS = ("commit", "branch", "remote")
 
 
 def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
@@ -69,7 +69,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
             "sample": attempt(run, str(SAMPLES_LOG), _last_sample, None),
             "origin": attempt(run, str(RECORD), _origin, []),
             "environment": attempt(run, str(ENVIRONMENT), lambda run: read_environment(run.path), ""),
-            "settings": attempt(run, "its settings", _own_settings, []),
+            "settings": attempt(run, "its settings", _own_settings, None),
             "problems": problems[run.path],
         }
         for index, (run, name) in enumerate(zip(runs, names_of(runs), strict=True))
@@ -142,8 +142,10 @@ def _last_sample(run: IndexedRun) -> dict[str, Any] | None:
     return None if record is None else {"step": f"{record['step']:,}", "text": record["text"]}
 
 
-def _own_settings(run: IndexedRun) -> list[tuple[str, Any, str]]:
-    """(key, value, source) of each setting that differs from its default."""
+def _own_settings(run: IndexedRun) -> list[tuple[str, Any, str]] | None:
+    """(key, value, source) of each setting that differs from its default; None where the settings are not known."""
+    if not run.settings:
+        return None
     sources = settings_with_sources(run)
     return [(key, value, sources.get(key, "")) for key, value in non_default_settings(run).items()]
 
@@ -158,6 +160,7 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
         "ended": record.get("end"),
         "host": record.get("host"),
         **{f"git {name}": git.get(name) for name in GIT_FACTS},
+        "uncommitted changes": None if git.get("dirty") is None else "yes" if git["dirty"] else "no",
         "configuration": record.get("config_hash"),
         "corpus": resolved.get("corpus_hash"),
         "tokenizer": resolved.get("tokenizer_hash"),
@@ -220,12 +223,16 @@ def _longest(curves: Sequence[dict[str, Curve]], axis: Axis) -> float:
 
 
 def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -> dict[str, Any]:
-    """The data that the script of the page draws: the axes, and one trace for each curve with its x on every axis."""
+    """The data that the script of the page draws: the axes, and one trace for each curve with its x on every axis.
+
+    lost: how many values are not finite, and not in a trace.
+    """
     scales = {axis: x_scale(axis, _longest(curves, axis)) for axis in AXES}
-    traces = []
+    traces, lost = [], 0
     for index, (run, of_run) in enumerate(zip(runs, curves, strict=True)):
         for name, curve in of_run.items():
             finite = [i for i, value in enumerate(curve.values) if math.isfinite(value)]
+            lost += len(curve.values) - len(finite)
             kept = [finite[i] for i in kept_points(range(len(finite)), [curve.values[i] for i in finite], POINTS)]
             if kept:
                 traces.append(
@@ -245,6 +252,7 @@ def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -
         "axes": {axis: label for axis, (_, label) in scales.items()},
         "metrics": [y_label(name) for name in CHARTS],
         "traces": traces,
+        "lost": lost,
     }
 
 

@@ -121,9 +121,11 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
     widths = {name: _width(name, texts) for name, texts in cells.items()}
     kept = _fitting(widths, width, _repeating(cells))
-    for column in ("id", "tag"):
-        if column in kept and (excess := sum(widths[name] for name in kept) - width - 2) > 0:
-            widths[column] = max(NAME_WIDTH, widths[column] - excess)
+    names = sorted({"id", "tag"}.intersection(kept), key=lambda name: widths[name])
+    room = width + 2 - sum(widths[name] for name in kept if name not in names)
+    for left, column in zip(range(len(names), 0, -1), names, strict=True):  # the shorter one leaves room to the other
+        widths[column] = min(widths[column], max(NAME_WIDTH, room // left))
+        room -= widths[column]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in kept:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)

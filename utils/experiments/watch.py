@@ -16,6 +16,7 @@ from utils.experiments.curve import Axis
 from utils.experiments.plot import PlottedCurve, load_curves, terminal_plot
 from utils.runs.index import IndexedRun, read_run
 from utils.runs.layout import METRICS_LOG
+from utils.terminal.console import can_redraw, is_coloured
 from utils.terminal.words import loss_text, one_line, rough_duration
 
 LOSSES = ("train/loss", "val/loss")
@@ -91,7 +92,7 @@ class Watch:
         lines = max(LINES[0], min(console.height - 3, LINES[1]))
         width = min(console.width, 140)
         label = self.metrics[0] if len(self._curves) == 1 else "loss"
-        plot = terminal_plot(self._curves, label, self.axis, width, lines, colour=console.is_terminal)
+        plot = terminal_plot(self._curves, label, self.axis, width, lines, colour=is_coloured(console))
         return Group(line, Text.from_ansi(plot, no_wrap=True))
 
 
@@ -110,7 +111,7 @@ def watch(
     next_line = 0.0
     with ExitStack() as stack:
         live = None
-        if console is not None and console.is_terminal:
+        if console is not None and can_redraw(console):
             live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
         while True:
             began = time.monotonic()

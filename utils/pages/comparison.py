@@ -9,7 +9,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.experiments.compare import Comparison, compare
 from utils.experiments.comparison_tables import group_cells, place_text, title_at, verdict_words
-from utils.experiments.diff import Row, RunDiff, diff
+from utils.experiments.diff import Row, RunDiff, diff, result_name
 from utils.experiments.plot import names_of
 from utils.pages.keys import key_of
 from utils.pages.run_page import UNREADABLE
@@ -90,7 +90,7 @@ def _diff(found: RunDiff) -> dict[str, Any]:
 
 
 def _row(row: Row, result: bool = False) -> dict[str, Any]:
-    name = row.name.replace("_", " ") if result else row.name
+    name = result_name(row.name) if result else row.name
     texts = [column_text(row.name, value) if result else setting_text(value) for value in row.values]
     values = ["–" if value is None else printable(text[:SHOWN]) for value, text in zip(row.values, texts, strict=True)]
     return {"name": one_line(name), "values": values, "sources": [one_line(source) for source in row.sources]}

@@ -81,18 +81,17 @@ def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, 
     cursor = f"{series.generation}.{count}"
     if request.known.get(key) == cursor:
         return None
-    facts: dict[str, Any] = {"run": key, "cursor": cursor}
+    places, values = shown_points(series, request)
+    facts: dict[str, Any] = {"run": key, "cursor": cursor, "not_finite": count - len(values)}
     generation, _, seen = request.known.get(key, "").partition(".")
     is_known = generation == str(series.generation) and seen.isdecimal() and len(seen) <= LONGEST_COUNT
     first = int(seen) if is_known else 0
-    places, values = shown_points(series, request)
     if first:
         facts["added"] = True
         added = sum(map(math.isfinite, series.values[first:]))
         places, values = places[len(places) - added :], values[len(values) - added :]
     else:
         facts["points"] = count
-        facts["not_finite"] = count - len(values)
         if series.problem:
             facts["problem"] = printable(series.problem)
     if request.start is not None or request.end is not None:
@@ -133,11 +132,19 @@ def _groups(runs: Sequence[IndexedRun], series: Sequence[Series], request: Chart
         if request.known.get(key) == cursor:
             continue
         curves = []
+        not_finite = 0
         for _, of_run in group:
             places, values = shown_points(of_run, request)
+            not_finite += len(of_run.values) - len(values)
             if values:
                 curves.append(Curve(**{"values": list(values), request.axis: list(places)}))
-        facts = {"name": printable(key), "key": key, "runs": [key_of(run.id) for run, _ in group], "cursor": cursor}
+        facts = {
+            "name": printable(key),
+            "key": key,
+            "runs": [key_of(run.id) for run, _ in group],
+            "cursor": cursor,
+            "not_finite": not_finite,
+        }
         if len(curves) > 1:
             of_group = band(curves, request.axis)
             columns = {"x": of_group.places, "y": of_group.mean, "low": of_group.low, "high": of_group.high}

@@ -108,7 +108,7 @@ def _origin(report: Mapping[str, Any]) -> Iterator[str]:
 def _left_out(report: Mapping[str, Any], cleaning: CleaningReport | None) -> Iterator[str]:
     yield from ("", "## What was left out", "")
     if not report["left_out"]:
-        yield "Nothing that was read."
+        yield "Nothing." if cleaning is None else "Nothing, apart from what the cleaning removed."
     for reason, facts in report["left_out"].items():
         yield f"- {reason}: {facts['count']:,}"
         for example in facts["examples"]:

@@ -121,11 +121,11 @@ def _table(*columns: str) -> Table:
 
 
 def best_table(study: Study, most: int) -> Iterator[RenderableType]:
-    """The best trials."""
+    """The best trials, the best first."""
     best = study.best()[:most]
     if not best:
         return
-    table = _table("best", str(study.sweep.plan.space.goal), "settings")
+    table = _table("trial", str(study.sweep.plan.space.goal), "settings")
     for trial in best:
         table.add_row(str(trial.number), value_text(trial.value), params_text(trial.params))
     yield Text("")

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         """
         complete_if_asked(self)
         flags = self._flags(argv)
-        words = [dashed(word, [*flags]) for word in argv]
+        words = [dashed(word, flags) for word in argv]
         args, unknown = self.parse_known_args(words)
         if unknown:
             raise UserError(self._unknown(unknown[0], words, flags))
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         before = [flags[first] for first, second in itertools.pairwise(words) if second == word and first in flags]
         if before and before[0].nargs == 0:
             return f"unknown argument {word}: {_without_value(before[0].option_strings)}"
-        return f"unknown argument {word}{near if dashed(f'--{flag}', [*flags]) in flags else ''}"
+        return f"unknown argument {word}{near if dashed(f'--{flag}', flags) in flags else ''}"
 
     def _flags(self, argv: Sequence[str]) -> dict[str, argparse.Action]:
         """The flags that may be given: the own ones, and those of the command."""
@@ -119,7 +119,7 @@ def _without_value(switch: Sequence[str]) -> str:
     return f"expected {' or '.join(switch)} without a value"
 
 
-def dashed(word: str, flags: Sequence[str]) -> str:
+def dashed(word: str, flags: Collection[str]) -> str:
     """`word` with dashes for underscores in its name if that makes it a flag; any other word may be a text."""
     name, equals, value = word.partition("=")
     flag = name.replace("_", "-")

@@ -43,6 +43,16 @@ class _Stdout(PrintableConsole):
         drop(sys.stdout)
 
 
+def can_redraw(console: Console) -> bool:
+    """Whether a picture on it can be drawn again: on a terminal, unless TERM=dumb says that it cannot move."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def is_coloured(console: Console) -> bool:
+    """Whether it shows colours: on a terminal, unless NO_COLOR or TERM=dumb asks for none."""
+    return console.color_system is not None and not console.no_color
+
+
 def print_to(console: Console, renderable: RenderableType) -> None:
     """Print on lines of its own; text is broken on a terminal alone, and only as `wrapped` does it, tables anywhere."""
     if isinstance(renderable, Group):
@@ -69,7 +79,7 @@ class Terminal:
     @property
     def live(self) -> bool:
         """True if stdout is a terminal that can show a moving progress bar."""
-        return self.console.is_terminal and not self.quiet and not in_notebook()
+        return can_redraw(self.console) and not self.quiet and not in_notebook()
 
     def attach(self, path: Path) -> None:
         """Append everything that is printed from now on, and what was printed so far, to the file `path`."""

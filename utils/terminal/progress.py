@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-from utils.terminal.console import PrintableConsole, Terminal
+from utils.terminal.console import PrintableConsole, Terminal, can_redraw
 from utils.terminal.notebook import NotebookLine
 from utils.terminal.streams import in_notebook
 from utils.terminal.words import bits_text, duration, loss_text, size
@@ -335,7 +335,7 @@ class CompletionProgress:
         console = PrintableConsole(stderr=True, highlight=False)
         self._total, self._done, self._tokens, self._noun = total, 0, 0, noun
         self._began = time.monotonic()
-        moves = console.is_terminal and not in_notebook() and not quiet
+        moves = can_redraw(console) and not in_notebook() and not quiet
         self._next_line = float("inf") if moves or quiet else self._began + PLAIN_LINE_SECONDS
         self._progress = Progress(
             BarColumn(bar_width=24),

@@ -81,6 +81,15 @@ def loss_text(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def ratio_text(value: float) -> str:
+    """A ratio with two decimals; a small one with two digits, which those would not show.
+
+    >>> [ratio_text(value) for value in (1234.567, 0.5, 0.00384)]
+    ['1,234.57', '0.50', '0.0038']
+    """
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def bits_text(loss: float | None, bits: float | None) -> str:
     """A loss in bits per byte, to stand after the loss in nats per token; empty where a token is about a byte."""
     if loss is None or not bits or not math.isfinite(bits) or abs(loss / math.log(2) / bits - 1) < 0.1:

@@ -1,4 +1,4 @@
-"""Lines that are too long for a terminal, broken between words.
+"""Lines that are too long for a terminal, broken between words; and between fields, if two spaces separate them.
 
 What people copy gets no line break, however long it is: a word (a path, an id), what quotes enclose, and the command in
 a sentence. The terminal alone breaks those, where the line ends.
@@ -23,6 +23,8 @@ UNBROKEN = re.compile(
     re.VERBOSE,
 )
 
+FIELD = re.compile(r"\S+(?: \S+)*")  # one of several in a line, with two spaces or more between them
+
 
 def wrapped(text: Text, width: int) -> Text:
     """`text` in lines of at most `width` characters, as far as words allow; a text with `no_wrap` stays as it is."""
@@ -37,11 +39,16 @@ def _parts(line: Text, width: int) -> Iterator[Text]:
         yield line
         return
     indent = _indent(line)
+    words = list(UNBROKEN.finditer(line.plain))
+    places = {word.start() for word in words}
+    fields = [field for field in FIELD.finditer(line.plain) if field.start() in places]
     starts = [0]
-    for word in UNBROKEN.finditer(line.plain):
+    for word in words:
         margin, name = (indent, 0) if starts[1:] else (0, indent)  # each part keeps a word; the name of a fact is none
         if word.start() > starts[-1] + name and margin + cell_len(line.plain[starts[-1] : word.end()]) > width:
-            starts.append(word.start())
+            field = [field for field in fields if field.start() <= word.start()][-1]
+            is_whole = field.start() > starts[-1] + name and indent + cell_len(field.group()) <= width
+            starts.append((field if is_whole else word).start())
     first, *others = line.divide(starts[1:])
     for part in (first, *(Text(" " * indent).append_text(other) for other in others)):
         part.rstrip()

@@ -20,7 +20,7 @@ from utils.config.loader import flag_name
 from utils.errors import UserError
 from utils.files import json_text, write_output
 from utils.optim.schedules import set_learning_rate
-from utils.terminal.console import Terminal
+from utils.terminal.console import Terminal, is_coloured
 from utils.terminal.pictures import new_figure, picture_of
 from utils.terminal.words import fact_lines
 from utils.training.lanes import LaneUpdate
@@ -157,7 +157,7 @@ def report(result: LrRange, terminal: Terminal) -> None:
     console = terminal.console
     if not terminal.quiet:
         print(
-            terminal_plot(result, min(console.width, 110), max(14, min(console.height - 12, 24)), console.is_terminal)
+            terminal_plot(result, min(console.width, 110), max(14, min(console.height - 12, 24)), is_coloured(console))
         )
     terminal.print("", table(result))
 
@@ -238,5 +238,5 @@ def draw(result: LrRange) -> bytes:
         axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_ends(result))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.85, edgecolor="none")
         return picture_of(figure)

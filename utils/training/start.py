@@ -55,7 +55,7 @@ from utils.runs.origin_checks import check_checkpoints, check_longer
 from utils.runs.run import NO_NOTES, REPRODUCTION, Run, RunError
 from utils.runs.trust import made_here
 from utils.terminal.console import Terminal
-from utils.terminal.words import HASH_LENGTH, counted, fact_lines
+from utils.terminal.words import HASH_LENGTH, counted, fact_lines, ratio_text
 from utils.tracking.feeder import cut_progress
 from utils.training.agreement import announce_start
 from utils.training.setup import Setup, decisive_settings
@@ -302,8 +302,14 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
                 ),
                 *packing_fact(setup),
                 *ranks_fact(setup),
-                ("epochs", f"{setup.epochs:.2f} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens"),
-                ("parameters", f"{parameters:,}, {corpus.n_train / parameters:.2f} training tokens per parameter"),
+                (
+                    "epochs",
+                    f"{ratio_text(setup.epochs)} in {setup.max_iters:,} steps of {state.tokens_per_step:,} tokens",
+                ),
+                (
+                    "parameters",
+                    f"{parameters:,}, {ratio_text(corpus.n_train / parameters)} training tokens per parameter",
+                ),
                 *([("adapters", counts.words)] if adapted else []),
                 *([("start", start_words(setup, start))] if setup.origin else []),
             ]

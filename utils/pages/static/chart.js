@@ -30,7 +30,8 @@ export class Chart {
 
   /**
    * @param curves [{name, color, x, y, low?, high?}] with x never decreasing.
-   * @param view {xLabel, yLabel, logX, logY, xScale}: xScale divides x (seconds to hours, say).
+   * @param view {xLabel, yLabel, logX, logY, xScale, whole}: xScale divides x (seconds to hours, say); whole: x has no
+   *   fractions.
    */
   show(curves, view) {
     this.curves = curves;
@@ -71,7 +72,7 @@ export class Chart {
     this.drawAxes(g, box);
     g.save();
     g.beginPath();
-    g.rect(box.left, box.top - 2, box.right - box.left, box.bottom - box.top + 4);
+    g.rect(box.left - 3, box.top - 2, box.right - box.left + 6, box.bottom - box.top + 4); // with the dots at the ends
     g.clip();
     for (const curve of this.curves) this.drawBand(g, curve);
     for (const curve of this.curves) this.drawLine(g, curve);
@@ -218,11 +219,14 @@ export class Chart {
     const shown = listed.slice(0, NAMED).sort((a, b) => b.curve.y[b.i] - a.curve.y[a.i]);
     const rows = shown.map(({ curve, i }) => el("div", { class: "tip-row" }, swatch(curve.color), el("span", { class: "tip-name" }, curve.name), el("b", {}, number(curve.y[i]))));
     const more = this.near.length > shown.length ? el("div", { class: "quiet" }, `and ${this.near.length - shown.length} more`) : null;
-    const at = shown.length === 1 ? shown[0].curve.x[shown[0].i] : place;
+    const between = view.whole ? Math.round(place) : place;
+    const at = shown.length === 1 ? shown[0].curve.x[shown[0].i] : between;
     fill(this.tip, el("div", { class: "quiet" }, `${view.xName ?? "step"} ${number(Number((at / (view.xScale ?? 1)).toPrecision(6)))}`), ...rows, more);
     this.tip.hidden = !shown.length;
-    const isRight = this.pointer > (box.left + box.right) / 2;
+    const isRight = this.pointer > this.canvas.clientWidth / 2;
     this.tip.style.left = isRight ? "auto" : `${this.pointer + 14}px`;
+    const room = isRight ? this.pointer : this.canvas.clientWidth - this.pointer;
+    this.tip.style.maxWidth = `${room - 14}px`; // what is longer ends in dots
     this.tip.style.right = isRight ? `${this.canvas.clientWidth - this.pointer + 14}px` : "auto";
     this.draw();
   }

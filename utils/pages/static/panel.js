@@ -1,7 +1,7 @@
 // Charts of several metrics for the same runs, with what is common to them: axis, smoothing, logarithms, grouping.
 
 import { Chart } from "./chart.js";
-import { COLORS, ask, el, fill, showError } from "./common.js";
+import { COLORS, ask, el, fill, showError, swatch } from "./common.js";
 
 const MORE = 4; // a curve that has grown to so many times the points that a screen shows is asked for anew
 const X_NAMES = { step: "step", tokens: "tokens", time: "time" };
@@ -19,7 +19,8 @@ export class Panel {
     this.charts = new Map();
     this.problem = el("div");
     this.grid = el("div", { class: "charts" });
-    fill(root, this.controls(), this.problem, this.grid);
+    this.legend = el("div", { class: "legend" }); // of groups
+    fill(root, this.controls(), this.problem, this.grid, this.legend);
     for (const metric of this.settings.metrics) this.add(metric);
   }
 
@@ -40,6 +41,7 @@ export class Panel {
       event.target.value = "";
     } });
     this.setGroups([]);
+    this.setMetrics([]);
     return el("div", { class: "controls" },
       el("label", {}, "x ", x), el("label", {}, "smoothing ", smooth, " ", smoothText), box("logX", "log x"), box("logY", "log y"),
       this.options.groups && el("label", {}, "group by ", this.group), this.metric);
@@ -73,6 +75,7 @@ export class Panel {
 
   changed(onlyDraw) {
     this.keep();
+    if (!this.settings.group) fill(this.legend);
     if (onlyDraw) for (const entry of this.charts.values()) this.show(entry);
     else this.load();
   }
@@ -92,6 +95,8 @@ export class Panel {
   }
 
   highlight(key) {
+    if (key === this.highlighted) return;
+    this.highlighted = key;
     for (const { chart } of this.charts.values()) { chart.highlight = key; chart.draw(); }
   }
 
@@ -110,6 +115,7 @@ export class Panel {
     const turn = isDelta ? entry.turn : ++entry.turn;
     if (!this.runs.length) {
       entry.curves.clear();
+      fill(this.legend);
       this.show(entry);
       return;
     }
@@ -134,28 +140,41 @@ export class Panel {
 
   show(entry) {
     const { settings } = this;
-    const drawn = settings.group ? this.groupCurves(entry) : this.runs.map((run) => ({ ...entry.curves.get(run.key), ...run })).filter((curve) => curve.x?.length);
+    const drawn = (settings.group ? this.groupCurves(entry) : this.runs.map((run) => ({ ...entry.curves.get(run.key), ...run }))).filter((curve) => curve.x?.length);
     const longest = Math.max(0, ...drawn.map((curve) => curve.x.at(-1)));
     const [, scale, unit] = settings.x === "time" ? TIME_UNITS.find(([least]) => longest >= least) : [0, 1, ""];
     const xName = X_NAMES[settings.x];
+    const lost = [...entry.curves.values()].reduce((sum, curve) => sum + (curve.not_finite ?? 0), 0);
     entry.chart.title.textContent = entry.label ?? entry.metric;
+    const empty = this.whyEmpty(entry, drawn.length, lost);
     entry.chart.show(drawn, {
       xLabel: settings.x === "time" ? `time of training (${unit})` : settings.x === "tokens" ? "tokens of training" : "step",
-      xName: unit ? `${xName} (${unit})` : xName, xScale: scale, logX: settings.logX, logY: settings.logY,
-      empty: this.runs.length ? `no run that is chosen has logged ${entry.metric}` : "no run is chosen",
+      xName: unit ? `${xName} (${unit})` : xName, xScale: scale, whole: settings.x !== "time", logX: settings.logX, logY: settings.logY,
+      empty,
     });
-    const lost = [...entry.curves.values()].reduce((sum, curve) => sum + (curve.not_finite ?? 0), 0);
     const problems = [...entry.curves.values()].filter((curve) => curve.problem).map((curve) => `${curve.run}: ${curve.problem}`);
     const notes = [lost ? `${lost.toLocaleString("en")} values are not finite and not drawn` : "", ...problems.slice(0, 3)];
     entry.chart.note.textContent = notes.filter(Boolean).join("; ");
     const count = drawn.length;
-    entry.chart.canvas.setAttribute("aria-label", `${entry.label ?? entry.metric}: ${count} ${count === 1 ? "curve" : "curves"} over ${xName}. Arrow keys read values.`);
+    const content = count ? `${count} ${count === 1 ? "curve" : "curves"} over ${xName}. Arrow keys read values.` : empty;
+    entry.chart.canvas.setAttribute("aria-label", `${entry.label ?? entry.metric}: ${content}`);
   }
 
+  /** What a chart without curves says. */
+  whyEmpty(entry, count, lost) {
+    if (!this.runs.length) return "no run is chosen";
+    if (count) return "a logarithmic axis has only values above 0";
+    if (entry.range) return `no value of ${entry.metric} in this part`;
+    return lost ? `no value of ${entry.metric} is finite` : `${entry.metric} is not logged`;
+  }
+
+  /** The curves of the groups, and the legend; a group has one colour in all charts, so those without points count. */
   groupCurves(entry) {
-    return [...entry.curves.values()].filter((curve) => curve.x.length).map((curve, i) => ({
+    const groups = [...entry.curves.values()].map((curve, i) => ({
       ...curve, color: COLORS[i % COLORS.length], name: `${curve.name} (${curve.runs.length})`,
     }));
+    fill(this.legend, groups.map(({ key, color, name }) => el("span", { onmouseenter: () => this.highlight(key), onmouseleave: () => this.highlight(undefined) }, swatch(color), name)));
+    return groups;
   }
 }
 
@@ -164,7 +183,7 @@ function merge(curves, curve) {
   const key = curve.key ?? curve.run;
   const known = curves.get(key);
   if (curve.added && known) {
-    curves.set(key, { ...known, cursor: curve.cursor, x: [...known.x, ...curve.x], y: [...known.y, ...curve.y] });
+    curves.set(key, { ...known, cursor: curve.cursor, not_finite: curve.not_finite, x: [...known.x, ...curve.x], y: [...known.y, ...curve.y] });
   } else {
     curves.set(key, curve);
   }

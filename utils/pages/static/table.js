@@ -51,7 +51,7 @@ function chooseColumns() {
     state.shown = [...known].filter((one) => (one === name ? event.target.checked : state.shown.includes(one)));
     localStorage.setItem("columns", JSON.stringify(state.shown));
     draw();
-  } }), name);
+  } }), HEADERS[name] ? `${name} (${HEADERS[name]})` : name);
   fill($("#column-list"), ...[...known].map(box), el("button", { type: "button", onclick: () => { localStorage.removeItem("columns"); chooseColumns(); draw(); } }, "As at first"));
   const groups = [...state.columns.slice(state.columns.indexOf("processor") + 1), "tag", "status"];
   panel.setGroups(groups);
@@ -155,7 +155,7 @@ function tableRow(row) {
   const edit = state.edit && el("td", {}, row.status !== "damaged" && focusable(el("button", { type: "button", class: "plain", "aria-label": `Edit ${row.id}`, onclick: () => openEditor(row.key, refresh) }, "edit"), `edit ${row.key}`));
   const pinned = row.pinned ? el("span", { class: "badge", title: "prune never touches it" }, "pinned") : null;
   const problem = row.problem ? el("span", { class: "problem small block" }, row.problem) : null;
-  const element = el("tr", { class: color ? "is-chosen" : null, onmouseenter: () => panel.highlight(state.chosen.has(row.key) && !panel.settings.group ? row.key : undefined), onmouseleave: () => panel.highlight(undefined) }, el("td", { class: "pick" }, box), el("th", { scope: "row", class: "name" }, name, pinned, problem), ...cells, edit);
+  const element = el("tr", { class: color ? "is-chosen" : null }, el("td", { class: "pick" }, box), el("th", { scope: "row", class: "name" }, name, pinned, problem), ...cells, edit);
   element.dataset.key = row.key;
   return element;
 }
@@ -182,6 +182,13 @@ new IntersectionObserver((entries) => {
     showMore();
   }
 }, { rootMargin: "600px" }).observe($("#more"));
+
+// Rows come and go below the pointer: the table, which stays, says where it is.
+$("#table tbody").addEventListener("mouseover", (event) => {
+  const key = event.target.closest("tr")?.dataset.key;
+  panel.highlight(state.chosen.has(key) && !panel.settings.group ? key : undefined);
+});
+$("#table tbody").addEventListener("mouseleave", () => panel.highlight(undefined));
 
 /** Replace the rows that have changed where they are. */
 function drawChanged(keys) {
