@@ -178,6 +178,7 @@ class CountingView:
 
     name = "counting"
     rolls_back = True
+    starts_empty = False
 
     def __init__(self) -> None:
         self.count = self.out_of_order = 0

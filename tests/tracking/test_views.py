@@ -29,7 +29,7 @@ from utils.runs.run import read_record
 from utils.tracking import RunEnd, RunFacts, feeder
 from utils.tracking.aim import AimView
 from utils.tracking.feeder import Budget, Feeder, Feeders
-from utils.tracking.tensorboard import EventFile, TensorBoardView, cut_session_end
+from utils.tracking.tensorboard import EventFile, TensorBoardView, cut_session_end, event_files
 
 Argv = Callable[..., list[str]]
 
@@ -39,6 +39,7 @@ class RecordingView:
 
     name = "recording"
     rolls_back = False
+    starts_empty = False
 
     def __init__(self, failures: int = 0, hang: threading.Event | None = None) -> None:
         self.fed: list[tuple[str, int]] = []
@@ -379,6 +380,34 @@ def test_aim_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path], tmp_p
     assert sequence.data.items_list()[1][0][0].weights.tolist() == record["counts"]
     found = repo.query_metrics("run.hparams.model.n_embd == 16 and metric.context.subset == 'val'")
     assert {m.name for group in found.iter_runs() for m in group} == {"loss", "bits_per_byte"}
+
+
+def test_a_tracker_that_has_lost_the_run_gets_all_of_it_when_it_is_resumed(
+    tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path
+) -> None:
+    from aim import Repo, Run
+    from aim.sdk.index_manager import RepoIndexManager
+    from aim.storage.context import Context
+
+    assert train.main(tiny_argv("--aim-logging", "--stop-at-step", "3")) == 0
+    (event_file,) = event_files(only_run())
+    event_file.unlink()
+    assert train.main(["--resume", str(only_run()), "--aim-repo", str(tmp_path / "elsewhere")]) == 0
+    logged = read_metrics(only_run() / "logs", "train/loss")
+    assert [step for step, _ in logged] == [0, 1, 2, 3, 4, 5]
+
+    events = EventAccumulator(str(only_run()), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4, 5]
+    assert {"config/text_summary", "_hparams_/session_start_info"} <= {
+        *events.Tags()["tensors"],
+        *events.summary_metadata,
+    }
+    repo, run_hash = Repo(str(tmp_path / "elsewhere")), read_record(only_run())["views"]["aim"]["hash"]
+    RepoIndexManager.get_index_manager(repo).index(run_hash)
+    sequence = Run(run_hash, repo=repo, read_only=True).get_metric("loss", Context({"subset": "train"}))
+    steps, (values, *_) = sequence.data.items_list()
+    assert list(zip(steps, values, strict=True)) == logged
 
 
 def test_aim_keeps_no_thread_of_its_own(tmp_path: Path, tiny_argv: Argv, only_run: Callable[[], Path]) -> None:

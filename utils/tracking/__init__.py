@@ -107,10 +107,13 @@ class View(Protocol):
 
     name: one of metrics.VIEWS.
     rolls_back: whether `open(first_step)` hides what an earlier session fed for that step and later ones.
+    starts_empty: once opened, whether the tracker has nothing of the run, whatever earlier sessions have fed: it was
+        deleted there, or the run is resumed with another repository. It is then fed from step 0.
     """
 
     name: str
     rolls_back: bool
+    starts_empty: bool
 
     def open(self, first_step: int) -> Mapping[str, Any]:
         """Import the tracker's package and begin.

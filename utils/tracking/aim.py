@@ -53,6 +53,7 @@ class AimView:
         self.facts = facts
         self.repo = repo
         self.run_hash = run_hash
+        self.starts_empty = False
         self._run: aim.Run | None = None
         self._unfinished: aim.Run | None = None  # being created
         self._stale: tuple[aim.Repo, str]  # being deleted: its repository and hash
@@ -84,7 +85,7 @@ class AimView:
             with contextlib.suppress(MissingRunError):  # deleted in Aim: make a new one
                 self._run = self._open_run(aim.Run.__new__(aim.Run), run_hash=self.run_hash, force_resume=True)
         if self._run is None:  # a second attempt continues with the run of the first
-            self._run = self._new_run(aim)
+            self._run, self.starts_empty = self._new_run(aim), True
         return {"hash": self.run.hash, "repo": self.repo}
 
     def _check_disk(self) -> None:

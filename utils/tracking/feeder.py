@@ -110,6 +110,8 @@ class Feeder(threading.Thread):
             first_step = self._pick_up()
             facts = self._attempt(lambda: self.view.open(first_step))
             self._record(self.view.name, state="on", reason=None, **facts)
+            if self.view.starts_empty:
+                self.offsets, self.last_step_before = dict.fromkeys(LOG_FILES, 0), -1
             self._background = self.view.background_seconds()
             self._tail()
             if self.last_step < self.last_step_before and not self.view.rolls_back:

@@ -44,6 +44,7 @@ class TensorBoardView:
     def __init__(self, facts: RunFacts, log_dir: Path) -> None:
         self.facts = facts
         self.log_dir = log_dir
+        self.starts_empty = False
         self._events: EventFile | None = None
 
     @property
@@ -54,10 +55,11 @@ class TensorBoardView:
     def open(self, first_step: int) -> Mapping[str, Any]:
         if self._events is None:  # a second attempt continues with the file of the first
             self.log_dir.mkdir(exist_ok=True)
+            self.starts_empty = not event_files(self.log_dir)
             for path in event_files(self.log_dir)[-1:]:  # earlier ones were cut when this one was created
                 cut_session_end(path)
-            self._events = EventFile(self.log_dir, purge_step=first_step)
-        if first_step == 0:
+            self._events = EventFile(self.log_dir, purge_step=0 if self.starts_empty else first_step)
+        if first_step == 0 or self.starts_empty:
             self._describe()
         return {"path": self.events.path.name}
 

@@ -35,6 +35,7 @@ class WandbView:
 
     name = "wandb"
     rolls_back = False
+    starts_empty = False  # files that were synced may have been deleted here
 
     def __init__(self, facts: RunFacts, mode: Literal["offline", "online"], run_id: str | None = None) -> None:
         self.facts = facts
