@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 
@@ -132,3 +135,13 @@ def test_on_cuda_the_processes_that_compile_start_at_once(monkeypatch: pytest.Mo
     assert woken == ["pool"]
     monkeypatch.delattr(AsyncCompile, "wakeup")  # another version of torch
     begin_compiler(torch.device("cuda"))
+
+
+def test_a_user_without_a_home_can_train() -> None:
+    code = "import os, pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))\n"
+    code += "import torch, utils.training.session\nfrom utils.training.compiler import begin_compiler\n"
+    code += "begin_compiler(torch.device('cpu')); print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    unset = ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.stdout == "None\n", result.stderr

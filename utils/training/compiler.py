@@ -24,7 +24,6 @@ from utils.nn.linear import product_dtype
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, (B, T) each -> ()
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "workbench" / "compiled"
 # The recordings of utils/training/step_graph.py take the place of the compiler's own CUDA graphs.
 MODES = {"default": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -39,7 +38,7 @@ FASTER_ON_CUDA = {  # docs/LOG.md has the times
 def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens: int) -> Loss:
     """`model.loss` of three compiled parts; of a model with a forward pass of its own, compiled as a whole.
 
-    The code is kept in CACHE (or TORCHINDUCTOR_CACHE_DIR): a second start of the same shape finds it there.
+    The code is kept in a folder (see `begin_compiler`): a second start of the same shape finds it there.
 
     Args:
         mode: setting compile_mode.
@@ -73,8 +72,11 @@ def begin_compiler(device: torch.device) -> None:
     """Begin what torch.compile needs once a process and what needs no model, so that it goes on beside other work.
 
     On CUDA that includes the processes which compile kernels: by itself the compiler starts them after its first trace.
+    Its code is kept in the user's cache, or in TORCHINDUCTOR_CACHE_DIR if that is set.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))  # read when the compiler is first used
+    with contextlib.suppress(RuntimeError):  # a user without a home, as in a container
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "workbench" / "compiled"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # read when the compiler is first used
     hash_triton()
     if device.type == "cuda":
         with contextlib.suppress(Exception):  # another version of torch, or no Triton: whoever compiles will see
