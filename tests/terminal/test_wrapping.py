@@ -59,6 +59,14 @@ def test_commands_paths_ids_and_fields_stay_whole(text: str, lines: list[str]) -
     assert printed(text) == lines
 
 
+def test_a_table_in_a_file_ends_its_lines_where_the_text_ends() -> None:
+    table = Table("a", "note", box=None)
+    table.add_row("1", "")
+    table.add_row("2", "x" * 20)
+    assert printed(table, terminal=False) == [" a  note", " 1", f" 2  {'x' * 20}"]
+    assert printed(table)[1].endswith("  ")
+
+
 def test_what_is_copied_has_no_break() -> None:
     value = "a value of several words, longer than the line"
     assert printed(fact_lines([("name", value)], copied=True)) == [f"name  {value}"]

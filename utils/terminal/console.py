@@ -62,6 +62,10 @@ def print_to(console: Console, renderable: RenderableType) -> None:
     text = Text(renderable) if isinstance(renderable, str) else renderable
     if isinstance(text, Text) and console.is_terminal:
         text = wrapped(text, console.width)
+    elif not isinstance(text, Text) and not console.is_terminal:  # without the spaces that fill the last column
+        with console.capture() as capture:
+            console.print(text, markup=False, emoji=False)
+        text = Text("\n".join(line.rstrip() for line in capture.get().splitlines()))
     console.print(text, soft_wrap=isinstance(text, Text), markup=False, emoji=False)
 
 
