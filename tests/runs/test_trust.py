@@ -97,6 +97,7 @@ def test_callbacks_that_only_a_foreign_record_names_need_trust(runs_dir: Path, t
 
 def test_a_foreign_run_does_not_say_where_to_write(runs_dir: Path, tmp_path: Path) -> None:
     places = {"runs_dir": str(tmp_path / "a"), "aim_repo": str(tmp_path / "b"), "corpora_dir": str(tmp_path / "c")}
+    (tmp_path / "a").mkdir()
     loader = ConfigLoader(tmp_path)
     for host, expected in (("eve", ("runs", ".", "corpora")), (socket.gethostname(), tuple(places.values()))):
         run = make_run(runs_dir, host, host=host, settings=places)
