@@ -227,6 +227,19 @@ def _assert_aim_run_equals_log(shown: Any, run: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ locks
 
+
+@pytest.fixture
+def released() -> Iterator[None]:
+    """At the end Aim, whose caches keep repositories open, releases their files: another may have the same path."""
+    from aim.storage.structured.db import DB
+
+    yield
+    gc.collect()
+    for database in [thing for thing in gc.get_objects() if type(thing) is DB]:
+        database.session_cls.remove()
+        database.engine.dispose()
+
+
 HOLDERS = {
     "run_metadata.sqlite": "import sqlite3\nheld = sqlite3.connect(path).execute('BEGIN EXCLUSIVE')",
     "locks/structured_db_lock": "import filelock\nheld = filelock.SoftFileLock(path).acquire()",
@@ -234,6 +247,7 @@ HOLDERS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("released")
 @pytest.mark.parametrize("locked", HOLDERS)
 def test_a_repository_locked_by_another_process(
     locked: str,
@@ -261,15 +275,9 @@ def test_a_repository_locked_by_another_process(
 
 
 @pytest.fixture
-def disk(small_disk: Path) -> Iterator[Path]:
-    """`small_disk`; at the end it is released by Aim, whose caches keep repositories open."""
-    from aim.storage.structured.db import DB
-
-    yield small_disk
-    gc.collect()
-    for database in [thing for thing in gc.get_objects() if type(thing) is DB]:
-        database.session_cls.remove()
-        database.engine.dispose()
+def disk(small_disk: Path, released: None) -> Path:
+    """`small_disk`, which Aim releases at the end."""
+    return small_disk
 
 
 def resize(disk: Path, size: str) -> None:
