@@ -423,14 +423,18 @@ def test_changes_that_git_was_told_to_ignore_are_named(repo: Path, flag: str) ->
     assert facts.dirty
 
 
-def test_changes_inside_a_submodule_are_named_and_leave_the_patch_alone(repo: Path, tmp_path: Path) -> None:
-    library = tmp_path / "library"
+def add_submodule(repo: Path, library: Path) -> None:
+    """Commit a submodule in `lib`, whose repository is made at `library`."""
     library.mkdir()
     git(library, "init", "--quiet")
     write(library, {"lib.py": "x = 1\n"})
     commit(library)
     git(repo, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), "lib")
     commit(repo)
+
+
+def test_changes_inside_a_submodule_are_named_and_leave_the_patch_alone(repo: Path, tmp_path: Path) -> None:
+    add_submodule(repo, tmp_path / "library")
     assert not CodeReader(repo).git_facts().dirty
     write(repo, {"lib/lib.py": "x = 2\n"})
     git(repo, "config", "diff.ignoreSubmodules", "all")
@@ -444,13 +448,7 @@ def test_changes_inside_a_submodule_are_named_and_leave_the_patch_alone(repo: Pa
 def test_the_commit_of_a_submodule_is_in_the_patch_whatever_form_git_shows_it_in(
     repo: Path, tmp_path: Path, form: str
 ) -> None:
-    library = tmp_path / "library"
-    library.mkdir()
-    git(library, "init", "--quiet")
-    write(library, {"lib.py": "x = 1\n"})
-    commit(library)
-    git(repo, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), "lib")
-    commit(repo)
+    add_submodule(repo, tmp_path / "library")
     write(repo / "lib", {"lib.py": "x = 2\n"})
     commit(repo / "lib")
     git(repo, "config", "diff.submodule", form)
