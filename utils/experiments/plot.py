@@ -204,9 +204,7 @@ def save_plot(curves: Sequence[PlottedCurve], metric: str, axis: Axis, out: Path
         axes.set_ylabel(y_label(metric), parse_math=False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        legend = axes.legend(
-            axes.lines, [str(index) for index in range(len(curves))], framealpha=0.85, edgecolor="none"
-        )
+        legend = axes.legend(axes.lines, [str(index) for index in range(len(curves))])
         for text, curve in zip(legend.get_texts(), curves, strict=True):
             text.set(text=curve.name, parse_math=False)  # a label that begins with _ would be hidden
         write_output(out, picture_of(figure, out.suffix.lower()[1:]))

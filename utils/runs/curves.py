@@ -63,6 +63,6 @@ def draw_curves(run: Path) -> bool:
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(framealpha=0.85, edgecolor="none")
+        axes.legend()
         write_atomic(run / CURVES, picture_of(figure))
     return True

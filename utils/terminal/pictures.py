@@ -32,6 +32,7 @@ def new_figure(width: float, height: float, dpi: int, **layout: Any) -> Iterator
     from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
 
     style: dict[Any, Any] = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    style |= {"legend.framealpha": 0.85, "legend.edgecolor": "none"}  # to be read where a curve crosses it
     with matplotlib.rc_context({**style, "svg.hashsalt": "curves"}):
         figure = Figure(figsize=(width, height), dpi=dpi)
         figure.set_layout_engine("constrained", **layout)

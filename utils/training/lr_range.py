@@ -238,5 +238,5 @@ def draw(result: LrRange) -> bytes:
         axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_ends(result))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(framealpha=0.85, edgecolor="none")
+        axes.legend()
         return picture_of(figure)
