@@ -16,6 +16,7 @@ from utils.terminal.completion import SHELLS, write_completions
 CASES = [
     ("train.py --lear", {"--learning-rate"}),
     ("train.py --tokenizer b", {"byte", "bpe"}),
+    ("train.py --batch-size ", {"auto"}),
     ("experiments.py sh", {"show"}),
     ("experiments.py show --runs-dir {runs} ba", {"baseline"}),
 ]

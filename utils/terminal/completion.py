@@ -36,7 +36,8 @@ def complete_if_asked(parser: Parser) -> None:
         if name.startswith(("RUN", "[RUN")):
             action.completer = complete_run  # type: ignore[attr-defined]
         elif "|" in name and action.choices is None:
-            action.completer = argcomplete.ChoicesCompleter(name.split("|"))  # type: ignore[attr-defined]
+            words = [word for word in name.split("|") if not word.isupper()]  # N stands for a number
+            action.completer = argcomplete.ChoicesCompleter(words)  # type: ignore[attr-defined]
         elif action.dest == "words":  # of explain
             action.completer = complete_setting  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
