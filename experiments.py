@@ -47,7 +47,7 @@ TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Bias
 
 @script
 def main(argv: Sequence[str]) -> int:
-    os.environ.pop(NOTIFY_VARIABLE, None)  # the runs that a command trains are not what it is for
+    os.environ.pop(NOTIFY_VARIABLE, None)  # notifications are for runs that the user starts, not for those of a command
     parser = Parser(prog="experiments.py", description=__doc__)
     return COMMANDS.run(parser, argv)
 
@@ -447,7 +447,7 @@ def finish(args: argparse.Namespace) -> Answer:
 
 
 def _feed(args: argparse.Namespace, feed: Callable[..., list[str]], done: str) -> Answer:
-    """Feed the trackers of a run with a progress line; what went wrong with one is one line and the exit status 1."""
+    """Feed the trackers of a run with a progress line; if one fails, print one line and answer with status 1."""
     from utils.terminal.console import Terminal
     from utils.terminal.progress import FeedingProgress
     from utils.tracking.rebuild import RebuildError
@@ -469,7 +469,7 @@ import utils.experiments.gate_commands  # noqa: E402, F401
 
 
 def warn(message: str) -> None:
-    """Print one line on stderr."""
+    """Print a warning as one line on stderr."""
     print(printable(f"warning: {message}"), file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The commands of experiments.py that train what a comparison needs: gate, noise, bisect."""
+"""The commands of experiments.py that train the runs they need: gate, noise, bisect."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BUDGET = flag(
 
 
 def output(args: argparse.Namespace) -> IO[str]:
-    """Where progress is printed: JSON has stdout for itself."""
+    """Where progress is printed: stderr with --json, so that stdout has the JSON alone."""
     return sys.stderr if args.json else sys.stdout
 
 
 @contextlib.contextmanager
 def goes_on_later(args: argparse.Namespace) -> Iterator[None]:
-    """Say, where a signal ends the block, that the runs it has completed are not trained again."""
+    """If a signal ends the block, print that the completed runs will not be trained again."""
     try:
         yield
     except KeyboardInterrupt:

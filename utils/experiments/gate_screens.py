@@ -1,4 +1,4 @@
-"""What experiments.py prints about the gate, the noise floor and a bisection."""
+"""The screens of experiments.py about the gate, the noise floor and a bisection."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from utils.terminal.tables import plain_table, title
 from utils.terminal.words import counted, duration, fact_lines, loss_text, setting_text
 
 VERDICT_STYLES = {"keep": "green", "discard": "red", "unsure": "yellow"}
-MANY = 20  # comparisons, of which one in twenty errs by chance
+MANY = 20  # comparisons: from then on a verdict by chance is likely among them
 
 
 def gate_screen(answer: GateAnswer) -> Iterator[RenderableType]:
-    """The pairs, and the verdict with what it rests on."""
+    """The pairs, the verdict, and the evidence for it."""
     if answer.pairs:
         table = plain_table(right=["seed", answer.candidate, answer.baseline, "improvement"])
         better = -1 if _improves_downwards(answer) else 1
@@ -49,7 +49,7 @@ def _interval_words(answer: GateAnswer) -> str:
 
 
 def _improves_downwards(answer: GateAnswer) -> bool:
-    """Whether lower values are better: as the effect and the values say."""
+    """Whether lower values are better, inferred from the signs of the effect and of the differences."""
     total = sum(pair.candidate_value - pair.baseline_value for pair in answer.pairs)
     return (answer.effect or 0.0) * total <= 0
 
@@ -77,7 +77,7 @@ def noise_screen(noise: Noise) -> Iterator[RenderableType]:
 
 
 def bisection_screen(found: Bisection) -> Iterator[RenderableType]:
-    """What makes the difference."""
+    """What makes the difference between two experiments."""
     if found.problem:
         yield Text.assemble(("not found", "bold yellow"), f": {found.problem}")
     else:

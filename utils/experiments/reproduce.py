@@ -1,6 +1,6 @@
 """Training a run again, from its recorded code, configuration and corpus, and comparing the two bit by bit.
 
-The repetition is a process of its own, so that it can run the recorded code.
+The repetition runs in a process of its own, so that it can run the recorded code.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from utils.runs.trust import made_elsewhere, made_here, require_trust
 from utils.terminal.words import printable
 
 WEIGHTS = EXPORT / WEIGHTS_FILE
-UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # a repetition is compared by its log
+UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # only the log of a repetition is needed
 
 
 @dataclass(frozen=True)
 class Reproduction:
     """The result of training a run again.
 
-    first: the step of the checkpoint that it began with, or 0.
-    expected: number of updates that the old log has in the part that was trained again.
-    weights: whether the exported weights are the same; None where there are no two exports of the same step.
-    environment: what differs, as "torch 2.13.0 -> 2.14.0".
-    unknown: what the record of the run does not say.
+    first: the step of the checkpoint that the repetition began with, or 0.
+    expected: number of updates in the old log that were to be trained again.
+    weights: whether the exported weights are the same; None without two exports of the same step.
+    environment: facts that differ, such as "torch 2.13.0 -> 2.14.0".
+    unknown: what the record of the run does not say, in words.
     """
 
     run: str
@@ -91,18 +91,18 @@ def reproduce(
     trusted: bool = False,
     progress: IO[str] | None = None,
 ) -> Reproduction:
-    """Train a run again into a new run directory beside it, whose parent it becomes, and compare their logs.
+    """Train a run again in a new run directory beside it, which names it as its parent, and compare their logs.
 
     Args:
         root: the project folder, whose git repository has the commit of the run.
         steps: number of steps to train; None: all.
         from_checkpoint: begin with a checkpoint of the run instead of step 0: the newest with enough steps after it.
         code: "recorded": the commit with its patch, in a temporary folder; "current": the project folder as it is.
-        trusted: let the code of a run that was made elsewhere run.
+        trusted: allow the code of a run that was made elsewhere to run.
         progress: where the progress of training is printed; stdout by default.
 
     Raises:
-        UserError: the run was made elsewhere, and its code may not run.
+        UserError: the run was made elsewhere, and its code is not trusted.
         ReproductionError: the run has no log or no checkpoint to begin with, or its code is not available.
     """
     progress = progress or sys.stdout
@@ -129,7 +129,7 @@ def reproduce(
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
         flags = [*_origin(run, first, parent, from_checkpoint), *settings_of_again(run, root, end)]
-        if "log_interval" in run.settings:  # a resume may have changed it: now every step is in the new log
+        if "log_interval" in run.settings:  # log every step: a resume may have changed the interval
             flags.append(f"{flag_name('log_interval')}=1")
         path, exit_status = train_again(project, flags, run.path.parent, progress, Path(folder))
     if path is None:
@@ -146,7 +146,7 @@ def reproduce(
 
 
 def _have_same_tensors(first: Path, second: Path) -> bool:
-    """Whether two files of weights hold the same; a damaged one does not."""
+    """Whether two weight files hold the same tensors; False if one is damaged."""
     try:
         return tensors_sha256(first) == tensors_sha256(second)
     except CheckpointError:
@@ -156,7 +156,7 @@ def _have_same_tensors(first: Path, second: Path) -> bool:
 def _part(
     run: IndexedRun, parent: Mapping[str, Any] | None, steps: int | None, from_checkpoint: bool
 ) -> tuple[int, int | None, int]:
-    """Choose the updates that are trained again.
+    """Choose the updates to train again.
 
     Returns:
         The first step, the step to stop at (None: the end of the schedule), and how many of these updates are logged.
@@ -184,7 +184,7 @@ def _part(
 
 
 def _checkpoint_step(run: IndexedRun, steps: int | None, last_step: int) -> int:
-    """The step of the newest checkpoint with `steps` logged steps after it, or else of the oldest checkpoint.
+    """The step of the newest checkpoint with `steps` logged steps after it; if there is none, of the oldest checkpoint.
 
     Raises:
         ReproductionError: there is no checkpoint before the end of the log.
@@ -211,10 +211,10 @@ def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
 
 
 def first_weights(run: IndexedRun) -> list[str]:
-    """Flags that begin a run with the configuration and the first weights of this one.
+    """Flags with which a new run begins with the configuration and the first weights of `run`.
 
     Raises:
-        ReproductionError: the run whose weights it began with was deleted.
+        ReproductionError: the run whose weights `run` began with was deleted.
     """
     parent = _parent(run)
     first, *_ = _part(run, parent, None, False)
@@ -222,7 +222,7 @@ def first_weights(run: IndexedRun) -> list[str]:
 
 
 def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
-    """Flags for the start of the repetition: a checkpoint of the run, one of its parent, or the configuration alone."""
+    """Flags for the start of a repetition: a checkpoint of the run, the weights of its parent, or neither."""
     if from_checkpoint:
         yield from ("--resume", f"{os.path.abspath(run.path)}:{first}", "--fork")
         return
@@ -235,7 +235,7 @@ def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_
 
 
 def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> Iterator[str]:
-    """Flags for settings of the repetition: the values that "auto" resolved to, the same folders, and no trackers."""
+    """Flags for settings of a repetition: the values that "auto" resolved to, the same folders, and no trackers."""
     tag = run.record.get("tag")
     overrides: dict[str, Any] = {
         **{key: resolved_setting(run, key) for key in PINNED_KEYS},
@@ -244,7 +244,7 @@ def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> It
         "runs_dir": real_path(run.path.parent),
         "dataset": moved_path(run.settings.get("dataset", ""), root),
         **{key: root / _folder(key, run, root) for key in ("corpora_dir", "datasets_dir")},
-        "callbacks": ",".join(run.settings.get("callbacks") or ()),  # named here, so that no --trust is needed again
+        "callbacks": ",".join(run.settings.get("callbacks") or ()),  # as flags they need no --trust
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
     }
@@ -260,14 +260,14 @@ def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> It
 
 
 def _folder(key: str, run: IndexedRun, root: Path) -> str:
-    """Where the repetition writes or finds its corpus; a run that was made elsewhere does not say where to write."""
+    """The folder where a repetition finds or writes its corpus; as configured here if the run was made elsewhere."""
     if made_elsewhere(run.path, root):
         return str(getattr(ConfigLoader(root).load().config.data, key))
     return moved_path(run.settings.get(key, ""), root)
 
 
 def _adopt(run: IndexedRun, path: Path, root: Path, keep_code: bool) -> None:
-    """Make the repetition name its parent and the code that it was trained with, and renew its seal."""
+    """Record in the repetition its parent and the code that it was trained with, and renew its seal."""
     facts: dict[str, Any] = {"made": made_here(root)}
     if read_record(path).get("parent") is None:
         facts["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
@@ -281,7 +281,7 @@ def _adopt(run: IndexedRun, path: Path, root: Path, keep_code: bool) -> None:
 
 
 def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
-    """Facts of the environment that differ, those that can change the numbers first."""
+    """The facts of the environment that differ; those that can change the numbers come first."""
     old, new = (environment_of(one) for one in (run, other))
     resolved: list[Mapping[str, Any]] = [one.record.get("resolved") or {} for one in (run, other)]
     for key in ("corpus_hash", "processor", *PINNED_KEYS):
