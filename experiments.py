@@ -136,7 +136,7 @@ def diff(args: argparse.Namespace) -> Answer:
     "compare",
     "which runs are better, and is it more than noise? Runs that differ only in seed are one group",
     *ALL_RUNS,
-    flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)"),
+    flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte if the tokenizers differ)"),
 )
 def compare(args: argparse.Namespace) -> Answer:
     from utils.experiments.compare import compare
@@ -190,12 +190,12 @@ def plot(args: argparse.Namespace) -> Answer:
 
 @command(
     "watch",
-    "the curves of a run in the terminal, drawn again as it trains, until it ends; status 1 if it failed",
+    "the curves of a run in the terminal, redrawn while it trains, until it ends; status 1 if it failed",
     RUN,
     flag("--metric", metavar="NAME", help="(default: train/loss and val/loss)"),
     flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
     flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
-    flag("--interval", type=timespan, default=1.0, metavar="TIME", help="between two looks at the log (default: 1s)"),
+    flag("--interval", type=timespan, default=1.0, metavar="TIME", help="between readings of the log (default: 1s)"),
 )
 def watch(args: argparse.Namespace) -> Answer:
     from utils.experiments.watch import GOOD, LOSSES, Watch, watch
@@ -229,7 +229,7 @@ def report(args: argparse.Namespace) -> Answer:
     "pages of the runs in a browser: table, curves, comparison, live while they train",
     flag("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here (default: 127.0.0.1, this machine only)"),
     flag("--port", type=int, default=8265, metavar="N", help="(default: 8265; 0: any free one)"),
-    flag("--edit", action="store_true", help="tags and notes can be changed in the pages"),
+    flag("--edit", action="store_true", help="let the pages change tags and notes"),
     note="The pages read the run directories: no tracker and no database is needed. serve.py has them at /runs, too.",
 )
 def ui(args: argparse.Namespace) -> Answer:
@@ -300,7 +300,7 @@ def promote(args: argparse.Namespace) -> Answer:
     flag("--older-than", metavar="AGE", help="leave runs alone that started within 12h, 30d, 8w"),
     flag("--max-size", metavar="SIZE", help="stop when all runs together are not larger than 20GB"),
     flag("--whole-runs", action="store_true", help="delete runs, not only their checkpoints"),
-    flag("--unfinished", action="store_true", help="also of runs that could still be resumed"),
+    flag("--unfinished", action="store_true", help="also delete from runs that could still be resumed"),
     flag("--yes", action="store_true", help="delete"),
 )
 def prune(args: argparse.Namespace) -> Answer:
@@ -345,7 +345,7 @@ def seen(args: argparse.Namespace) -> Answer:
     if args.top is not None and args.top < 1:
         raise UserError(f"--top must be at least 1, not {args.top}")
     if args.checkpoint and args.top is None:
-        raise UserError("--checkpoint ranks by its losses: expected --top N, too")
+        raise UserError("--checkpoint is the one that --top ranks by: expected --top N, too")
     run = named_run(args.run, runs_folder(args))
     from utils.inference.seen import seen, seen_screen
 
@@ -358,7 +358,7 @@ def seen(args: argparse.Namespace) -> Answer:
 
 @command(
     "seal",
-    "write the checksums of a run again, after a change that was meant (training writes them when a run ends)",
+    "write the checksums of a run again, after an intended change (training writes them when a run ends)",
     RUN,
 )
 def seal(args: argparse.Namespace) -> Answer:
@@ -429,7 +429,7 @@ def reproduce(args: argparse.Namespace) -> Answer:
 
 @command(
     "rebuild",
-    "replace what trackers show of a run by what its logs say (default: all trackers that it was fed to)",
+    "feed the logs of a run to trackers anew, replacing what they show (default: all trackers that it was fed to)",
     RUN,
     *(flag(f"--{name}", action="append_const", const=name, dest="views", help=TRACKERS[name]) for name in VIEWS),
 )
@@ -439,7 +439,7 @@ def rebuild(args: argparse.Namespace) -> Answer:
     return _feed(args, lambda path, report: rebuild(path, PROJECT_ROOT, args.views or (), report, warn), "rebuilt")
 
 
-@command("finish", "do what was left when a process was killed at the end of its run: trackers, curves, seal", RUN)
+@command("finish", "complete what a process killed at the end of its run has left: trackers, curves, seal", RUN)
 def finish(args: argparse.Namespace) -> Answer:
     from utils.tracking.rebuild import finish
 

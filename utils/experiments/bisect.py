@@ -116,7 +116,7 @@ class Bisector:
         try:
             problem = judge.prepare()
             if problem is None and judge.outcome(self.variant(self.changes)) != "bad":
-                problem = "the good one with all settings and the code of the bad one does not behave as the bad one"
+                problem = "with all settings and the code of the bad one, the good one does not behave like the bad one"
             if problem is not None:
                 return Bisection(**facts, **self._cost(), problem=problem)
             needed = smallest_set(self.changes, lambda some: judge.outcome(self.variant(some)))
@@ -224,7 +224,7 @@ class Bits(Judge):
         again = self.trials.train(good, self.seeds[0])
         logs = compare_logs(first.path, again.path)
         if not logs.identical:
-            return f"the good one does not repeat here: {logs.difference or logs.problem}"
+            return f"the good one is not repeatable here: {logs.difference or logs.problem}"
         if compare_logs(first.path, self.run(bad, self.seeds[0]).path).identical:
             return "both log the same numbers"
         return None

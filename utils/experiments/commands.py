@@ -31,7 +31,7 @@ ALL_RUNS = (  # a tag, a sweep or a condition can each name many runs
         nargs="*",
         help="path, id, tag or sweep (all runs), NAME@vN, part of an id, latest",
     ),
-    flag("--where", metavar="SQL", help="of the named runs, or of all, those that fulfil a condition, as for list"),
+    flag("--where", metavar="SQL", help="only the runs (of those named, or of all) that fulfil a condition; see list"),
 )
 METRIC = flag("--metric", default="val/loss", metavar="NAME", help="name in the log (default: val/loss)")
 

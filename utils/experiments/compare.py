@@ -152,7 +152,7 @@ def comparable_metric(runs: Sequence[IndexedRun], name: str | None) -> tuple[str
         return loss, None
     bits = BITS_PER_BYTE[loss]
     if name is not None:
-        return loss, f"the tokenizers differ, and {loss} is per token: {bits} compares"
+        return loss, f"the tokenizers differ, and {loss} is per token: only {bits} is comparable"
     lacking = [run.id for run in runs if "val/loss" in run.summary() and bits not in run.summary()]
     if lacking:
         return loss, f"the tokenizers differ, and {loss} is per token, but {lacking[0]} has not logged {bits}"

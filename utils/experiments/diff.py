@@ -78,7 +78,7 @@ def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
             raise UserError(f"{run.id}: {run.problem}")
     sources = [settings_with_sources(run) for run in runs]
     sections = {
-        "Where it began": _differing({"weights": _origin_text(run)} for run in runs),
+        "First weights": _differing({"weights": _origin_text(run)} for run in runs),
         "Settings that change the numbers": _settings(runs, sources, TRAJECTORY),
         "Code": _differing(_code(run) for run in runs),
         "Corpus and tokenizer": _differing(_resolved(run, CORPUS) for run in runs),
@@ -141,7 +141,7 @@ def _code(run: IndexedRun) -> dict[str, Any]:
         f"{(commit or 'no commit')[:10]} from step {step:,}" for step, commit, _ in later_code(run.path, run.record)
     ]
     facts = {"commit": commit, "branch": (run.record.get("git") or {}).get("branch"), "patch (sha256)": patch}
-    return {**facts, "changed on the way": ", ".join(later) or None}
+    return {**facts, "changed during the run": ", ".join(later) or None}
 
 
 def environment_of(run: IndexedRun) -> dict[str, str]:

@@ -174,7 +174,7 @@ class Collected:
         try:
             return self._from_pairs()
         except BudgetError:
-            return "unsure", f"the budget of time is over after {len(self.pairs)} seeds; another call goes on", False
+            return "unsure", f"the time budget ran out after {len(self.pairs)} seeds; another call continues", False
 
     def _from_pairs(self) -> tuple[Verdict, str, bool]:
         candidate, baseline = self.question.candidate, self.question.baseline

@@ -16,10 +16,10 @@ from utils.terminal.commands import Answer, flag
 
 SUBJECT_HELP = "RUN or tag (all its seeds), commit, FILE.patch, or settings: learning_rate=3e-3,dropout=0.1"
 TRUST = flag("--trust", action="store_true", help="run the code that a run made elsewhere brings along or names")
-METRIC = flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)")
-SET = flag("--set", metavar="SETTINGS", help="settings of both, where neither is a run: max_iters=500,dropout=0.1")
+METRIC = flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte if the tokenizers differ)")
+SET = flag("--set", metavar="SETTINGS", help="settings of both, if neither is a run: max_iters=500,dropout=0.1")
 BUDGET = flag(
-    "--budget", type=timespan, metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call goes on"
+    "--budget", type=timespan, metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call continues"
 )
 
 
@@ -35,7 +35,7 @@ def goes_on_later(args: argparse.Namespace) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
-            print("complete runs are kept; the same command goes on with the others", file=output(args), flush=True)
+            print("complete runs are kept; the same command continues with the others", file=output(args), flush=True)
         raise
 
 
@@ -47,7 +47,7 @@ def goes_on_later(args: argparse.Namespace) -> Iterator[None]:
     flag("baseline", metavar="BASELINE", help="the same"),
     METRIC,
     flag("--min-effect", type=float, default=0.0, metavar="X", help="the improvement to exceed (default: 0)"),
-    flag("--max-seeds", type=int, default=8, metavar="N", help="pairs of runs at most, from 3 (default: 8)"),
+    flag("--max-seeds", type=int, default=8, metavar="N", help="the most pairs of runs, at least 3 (default: 8)"),
     BUDGET,
     SET,
     TRUST,
@@ -84,7 +84,7 @@ def gate(args: argparse.Namespace) -> Answer:
     "noise",
     "how much a result varies with the seed alone, and how many seeds an effect needs; trains what is missing",
     flag("subject", metavar="RUN", help=f"{RUN_HELP}; or a commit, FILE.patch or settings"),
-    flag("--seeds", type=int, default=5, metavar="N", help="complete runs at least, from 3 (default: 5)"),
+    flag("--seeds", type=int, default=5, metavar="N", help="the fewest complete runs, at least 3 (default: 5)"),
     METRIC,
     flag("--effect", type=float, action="append", default=[], metavar="X", help="in units of the metric (repeatable)"),
     TRUST,
@@ -119,10 +119,10 @@ def noise(args: argparse.Namespace) -> Answer:
     flag(
         "--oracle",
         choices=("bits", "loss"),
-        help="bits: the numbers in the log; loss: nearer to which of the two (default: loss if settings differ)",
+        help="judge a trial by the numbers in its log, or by its loss (default: loss if settings differ)",
     ),
     METRIC,
-    flag("--seeds", type=int, default=3, metavar="N", help="of each trial, for the loss (default: 3)"),
+    flag("--seeds", type=int, default=3, metavar="N", help="seeds of each trial, if judged by the loss (default: 3)"),
     SET,
     TRUST,
     note="The commits in between run with your rights. Package versions are named, but not changed.",

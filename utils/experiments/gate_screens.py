@@ -37,7 +37,8 @@ def gate_screen(answer: GateAnswer) -> Iterator[RenderableType]:
     if answer.before:
         rows.append(("ledger", f"this was compared before, at {answer.before}; it is not tried again"))
     if answer.compared >= MANY:
-        rows.append(("ledger", f"{answer.compared:,} comparisons: one in twenty without an effect errs"))
+        words = f"{answer.compared:,} comparisons: without any effect, one in twenty gets a verdict by chance"
+        rows.append(("ledger", words))
     yield fact_lines(rows)
 
 
@@ -73,7 +74,7 @@ def noise_screen(noise: Noise) -> Iterator[RenderableType]:
         table.add_row(
             f"{row.effect:.4g}", *("over 1,000" if n is None else f"{n:,}" for n in (row.paired, row.unpaired))
         )
-    yield Group("", title("Seeds of each that find an effect in 80% of cases"), table)
+    yield Group("", title("Pairs of seeds that find an effect in 80% of cases"), table)
 
 
 def bisection_screen(found: Bisection) -> Iterator[RenderableType]:
@@ -88,7 +89,7 @@ def bisection_screen(found: Bisection) -> Iterator[RenderableType]:
     if found.commit:
         rows.append(("first bad commit", found.commit))
     elif found.code:
-        rows.append(("commit", "the good commit is no ancestor of the bad one, so none can be named"))
+        rows.append(("commit", "the good commit is not an ancestor of the bad one, so none can be named"))
     rows += [("not judged", f"it may also be {commit}") for commit in found.doubtful]
     cost = f"{counted(found.trials, 'trial')}, {counted(found.trained, 'run')} trained, {duration(found.seconds)}"
     rows.append(("cost", cost))

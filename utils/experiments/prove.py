@@ -183,7 +183,7 @@ class Prover:
 
     def _causes_of_chance(self, first: Path) -> list[str]:
         """The likely causes why two undisturbed trainings differ; trains a third time to find out."""
-        self._say("they differ: a third one, to find out why")
+        self._say("they differ; a third one finds out why")
         third = self._train("third", hash_seed=1, complain=True)
         if self._difference(first, third) is None:
             return ["the order of a set or of hashes of texts: it changes with PYTHONHASHSEED; sort before you iterate"]
@@ -244,7 +244,7 @@ def proof_lines(proof: Proof) -> Iterator[str]:
             yield f"note: a resume does not restore {', '.join(proof.forgotten)}, but that changed no number"
         return
     what = "two undisturbed trainings differ" if not proof.deterministic else "a killed and resumed training differs"
-    yield f"not proven: {what}: first {proof.difference}"
+    yield f"not proven: {what}, first in {proof.difference}"
     for cause in proof.causes:
         yield f"likely cause: {cause}"
 

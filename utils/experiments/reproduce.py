@@ -112,7 +112,7 @@ def reproduce(
     ranks = run.record["resolved"].get("world_size", 1)
     if ranks > 1 and run.settings.get("lanes") is None:
         raise ReproductionError(
-            f"{run.id}: was trained on {ranks} ranks without lanes, whose sums depend on how many there are; "
+            f"{run.id}: was trained on {ranks} ranks without lanes, so its sums depend on the number of ranks; "
             f"torchrun --standalone --nproc-per-node {ranks} train.py with its settings (experiments.py show {run.id}) "
             "repeats it, on the same kind of machine"
         )

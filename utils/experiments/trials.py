@@ -148,7 +148,7 @@ class Trials:
         if not self._has_the_text(experiment, run):
             raise UserError(
                 f"{run.id}: the text of {experiment.dataset} is not the one that "
-                f"{self._texts[experiment.dataset].id} was trained on, so they do not compare"
+                f"{self._texts[experiment.dataset].id} was trained on, so they cannot be compared"
             )
         return run
 

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
-            message += "; one that begins with a dash is given as --FLAG=VALUE"
+            message += "; a value that begins with a dash is written --FLAG=VALUE"
         if switch := re.fullmatch(r"argument (\S+): ignored explicit argument (.*)", message, re.DOTALL):
             message = f"{_without_value(switch[1].split('/'))}, got {cut(switch[2], SHOWN)}"
         raise UserError(f"{message} (see {self.prog} --help)")
