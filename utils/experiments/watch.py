@@ -91,7 +91,7 @@ class Watch:
             return Group(line, Text("nothing is logged yet", style="dim"))
         lines = max(LINES[0], min(console.height - 3, LINES[1]))
         width = min(console.width, 140)
-        label = self.metrics[0] if len(self._curves) == 1 else "loss"
+        label = self._curves[0].name if len(self._curves) == 1 else "loss"
         plot = terminal_plot(self._curves, label, self.axis, width, lines, colour=is_coloured(console))
         return Group(line, Text.from_ansi(plot, no_wrap=True))
 
