@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from utils.errors import UserError
 from utils.experiments.compare import comparable_metric
 from utils.experiments.sequential import seeds_for
 from utils.experiments.subjects import Subjects
@@ -98,7 +97,7 @@ def noise(
 
 def summary(name: str, metric: str, values: dict[int, float], effects: Sequence[float], trials: Trials) -> Noise:
     deviation = statistics.stdev(values.values())
-    wanted = effects or [round_up(times * deviation) for times in EFFECTS if deviation]
+    wanted = effects or [two_digits(times * deviation) for times in EFFECTS if deviation]
     return Noise(
         name,
         metric,
@@ -114,8 +113,6 @@ def summary(name: str, metric: str, values: dict[int, float], effects: Sequence[
 
 def needed(effect: float, deviation: float) -> NeededSeeds:
     """The seeds that an effect needs if the standard deviation from seed to seed is `deviation`."""
-    if effect <= 0:
-        raise UserError(f"--effect must be above 0, not {effect:g}")
     of_pairs = [math.sqrt(2 * (1 - correlation)) * deviation for correlation in (PAIRED, 0.0)]
     return NeededSeeds(effect, *(seeds_for(effect, of_pair) for of_pair in of_pairs))
 
@@ -128,6 +125,6 @@ def deviation_interval(deviation: float, count: int) -> tuple[float, float]:
     return deviation * math.sqrt((count - 1) / low), deviation * math.sqrt((count - 1) / high)
 
 
-def round_up(value: float) -> float:
+def two_digits(value: float) -> float:
     """`value` rounded to two significant digits, for a table."""
     return float(f"{value:.1e}")

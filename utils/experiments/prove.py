@@ -23,8 +23,7 @@ from typing import IO, Any
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.experiments.bits import compare_logs
-from utils.experiments.reproduce import UNTRACKED
-from utils.experiments.subjects import flags_of
+from utils.experiments.reproduce import UNTRACKED, flags_of
 from utils.experiments.trials import SIGNALS
 from utils.machine.signals import StopSignal, raise_on_signals
 from utils.machine.watchdog import watched
@@ -119,7 +118,8 @@ class Prover:
         self._say(f"one that is killed after steps {', '.join(map(str, kills))}, and resumed")
         killed = self._train("killed", hash_seed=3, kills=kills)
         difference = self._difference(first, killed)
-        lost = _lost_state(first, killed, unstable=_differing_state(first, second))  # unstable: clocks, for example
+        unstable = _differing_state(first, second)  # clocks, for example
+        lost = sorted(_differing_state(first, killed) - unstable)  # not restored by a resume
         if difference is None:
             return Proof(self.steps, kills, None, True, forgotten=lost)
         if lost:
@@ -216,11 +216,6 @@ def _differing_state(one: Path, other: Path) -> set[str]:
         for key, value in expected[line["step"]].items()
         if line["callbacks"].get(key) != value
     }
-
-
-def _lost_state(first: Path, killed: Path, unstable: set[str]) -> list[str]:
-    """The attributes of callbacks that a resume has not restored, without the unstable ones."""
-    return sorted(_differing_state(first, killed) - unstable)
 
 
 def first_difference(expected: Line, line: Line) -> str | None:

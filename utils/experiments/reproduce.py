@@ -244,19 +244,26 @@ def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> It
         "runs_dir": real_path(run.path.parent),
         "dataset": moved_path(run.settings.get("dataset", ""), root),
         **{key: root / _folder(key, run, root) for key in ("corpora_dir", "datasets_dir")},
-        "callbacks": ",".join(run.settings.get("callbacks") or ()),  # as flags they need no --trust
+        "callbacks": run.settings.get("callbacks") or (),  # as flags they need no --trust
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
     }
     if str(run.settings.get("tokenizer")).startswith("hf:"):  # the run has a copy of that file
         overrides["tokenizer"] = f"hf:{os.path.abspath(run.path / TOKENIZER)}"
-    for key, value in overrides.items():
-        if key not in run.settings or (key == "callbacks" and not value):  # older code may not have this setting
-            continue
+    if not overrides["callbacks"]:
+        del overrides["callbacks"]
+    # Older code may not have all settings.
+    yield from flags_of({key: value for key, value in overrides.items() if key in run.settings})
+
+
+def flags_of(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Write settings as flags of a command line, each in one word: a value may begin with a dash."""
+    for key, value in settings.items():
         if isinstance(value, bool):
             yield flag_name(key, value)
         else:
-            yield f"{flag_name(key)}={'none' if value is None else value}"  # in one word: a tag may begin with a dash
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield f"{flag_name(key)}={'none' if value is None else text}"
 
 
 def _folder(key: str, run: IndexedRun, root: Path) -> str:
@@ -286,7 +293,7 @@ def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
     resolved: list[Mapping[str, Any]] = [one.record.get("resolved") or {} for one in (run, other)]
     for key in ("corpus_hash", "processor", *PINNED_KEYS):
         old[key], new[key] = (str(of_run.get(key)) for of_run in resolved)
-    names = [name for name in dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *old, *new))]
+    names = dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *old, *new))
     repeated = ("torch threads",)  # in env.txt; it is the setting `threads`
     differing = (name for name in names if old.get(name) != new.get(name) and name not in repeated)
     return [f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in differing]

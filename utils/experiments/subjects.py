@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.fields import FIELDS, flat
-from utils.config.loader import ConfigLoader, LoadedConfig, flag_name
+from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.experiments.compare import identity
@@ -27,7 +27,7 @@ from utils.experiments.recorded_code import (
     recorded_code,
     unpack_commit,
 )
-from utils.experiments.reproduce import UNTRACKED, first_weights, settings_of_again
+from utils.experiments.reproduce import UNTRACKED, first_weights, flags_of, settings_of_again
 from utils.files import expand_home, read_bytes, real_path
 from utils.runs.code import CodeReader, GitFacts, open_repo
 from utils.runs.find import moved_path, resolve_runs
@@ -149,16 +149,6 @@ class Experiment:
 
     def git_facts(self) -> GitFacts:
         return GitFacts(commit=self.code[0], dirty=bool(self.patch), patch=self.patch)
-
-
-def flags_of(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Write settings as flags of a command line."""
-    for key, value in settings.items():
-        if isinstance(value, bool):
-            yield flag_name(key, value)
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            yield f"{flag_name(key)}={'none' if value is None else text}"
 
 
 def _plain(config: Config) -> dict[str, Any]:
