@@ -149,8 +149,8 @@ def compare(args: argparse.Namespace) -> Answer:
 @command(
     "explain",
     "a setting: its value, where it was set, what that shadows, what it means",
-    flag("run", metavar="RUN", nargs="?", help="as a run had it (default: as the configuration files say now)"),
-    flag("key", metavar="KEY", help="its name"),
+    flag("run", metavar="RUN", nargs="?", help="as it was for a run (default: as the configuration files say now)"),
+    flag("key", metavar="KEY", help="name of the setting"),
 )
 def explain(args: argparse.Namespace) -> Answer:
     from utils.experiments.comparison_tables import explanation_screen
@@ -439,7 +439,7 @@ def rebuild(args: argparse.Namespace) -> Answer:
     return _feed(args, lambda path, report: rebuild(path, PROJECT_ROOT, args.views or (), report, warn), "rebuilt")
 
 
-@command("finish", "complete what a process killed at the end of its run has left: trackers, curves, seal", RUN)
+@command("finish", "do what a process that was killed at the end of its run left undone: trackers, curves, seal", RUN)
 def finish(args: argparse.Namespace) -> Answer:
     from utils.tracking.rebuild import finish
 

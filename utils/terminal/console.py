@@ -112,7 +112,7 @@ class Terminal:
         self._log.close()
         self._log = io.StringIO()
         if lost is not None:
-            self.warn(f"the log of what was printed is incomplete: {lost.strerror}")
+            self.warn(f"the log of the output is incomplete: {lost.strerror}")
 
 
 def settings_table(rows: Sequence[tuple[str, Any, str]]) -> RenderableType:
