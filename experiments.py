@@ -345,7 +345,7 @@ def seen(args: argparse.Namespace) -> Answer:
     if args.top is not None and args.top < 1:
         raise UserError(f"--top must be at least 1, not {args.top}")
     if args.checkpoint and args.top is None:
-        raise UserError("--checkpoint is the one that --top ranks by: expected --top N, too")
+        raise UserError("--checkpoint is of use only with --top N, which ranks by its losses")
     run = named_run(args.run, runs_folder(args))
     from utils.inference.seen import seen, seen_screen
 

@@ -63,7 +63,7 @@ class Training:
 def training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Training]:
     def replace(loss: Losses, **outcome: Any) -> Training:
         found = Training(loss, **outcome)
-        monkeypatch.setattr(trials, "train_again", found)
+        monkeypatch.setattr(trials, "run_training", found)
         return found
 
     return replace
@@ -476,7 +476,7 @@ def test_a_candidate_that_made_no_run_is_tried_again(
 ) -> None:
     baseline_runs(runs_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "train_again", lambda *_: (None, status))
+        patch.setattr(trials, "run_training", lambda *_: (None, status))
         answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == verdict
     assert "made no run with seed 1" in answer.reason

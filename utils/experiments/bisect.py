@@ -82,7 +82,7 @@ def bisect(
         settings: settings of both, if neither is a run.
 
     Raises:
-        UserError: the two cannot be compared, or do not differ.
+        UserError: the two cannot be compared.
     """
     with raise_on_signals(), tempfile.TemporaryDirectory(prefix="bisect-") as folder:
         subjects = Subjects(root, runs_dir, Path(folder), trusted)

@@ -139,6 +139,7 @@ def group_cells(group: SeedGroup) -> list[str]:
 
 
 def place_text(axis: str, place: float) -> str:
+    """A place on an axis as text."""
     if axis != "time":
         return f"{place:,.0f}"
     return f"{place:.1f} s" if place < 60 else rough_duration(place)

@@ -29,7 +29,7 @@ def output(args: argparse.Namespace) -> IO[str]:
 
 
 @contextlib.contextmanager
-def goes_on_later(args: argparse.Namespace) -> Iterator[None]:
+def report_kept_runs(args: argparse.Namespace) -> Iterator[None]:
     """If a signal ends the block, print that the completed runs will not be trained again."""
     try:
         yield
@@ -63,7 +63,7 @@ def gate(args: argparse.Namespace) -> Answer:
         raise UserError(f"--max-seeds must be from {FIRST_LOOK} to 1000, not {args.max_seeds}")
     if not 0 <= args.min_effect < math.inf:
         raise UserError(f"--min-effect must be at least 0, not {args.min_effect:g}")
-    with goes_on_later(args):
+    with report_kept_runs(args):
         answer = gate(
             args.candidate,
             args.baseline,
@@ -97,7 +97,7 @@ def noise(args: argparse.Namespace) -> Answer:
         raise UserError(f"--seeds must be at least 3, not {args.seeds}")
     if any(not 0 < effect < math.inf for effect in args.effect):
         raise UserError("--effect must be above 0")
-    with goes_on_later(args):
+    with report_kept_runs(args):
         found = noise(
             args.subject,
             PROJECT_ROOT,
@@ -133,7 +133,7 @@ def bisect(args: argparse.Namespace) -> Answer:
 
     if not 1 <= args.seeds <= 1000:
         raise UserError(f"--seeds must be from 1 to 1000, not {args.seeds}")
-    with goes_on_later(args):
+    with report_kept_runs(args):
         found = bisect(
             args.good,
             args.bad,

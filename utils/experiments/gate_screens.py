@@ -21,7 +21,7 @@ def gate_screen(answer: GateAnswer) -> Iterator[RenderableType]:
     """The pairs, the verdict, and the evidence for it."""
     if answer.pairs:
         table = plain_table(right=["seed", answer.candidate, answer.baseline, "improvement"])
-        better = -1 if _improves_downwards(answer) else 1
+        better = -1 if _lower_is_better(answer) else 1
         for pair in answer.pairs:
             values = (pair.candidate_value, pair.baseline_value)
             difference = better * (values[0] - values[1])
@@ -49,7 +49,7 @@ def _interval_words(answer: GateAnswer) -> str:
     return f", {low:+.4f} to {high:+.4f} with 95%"
 
 
-def _improves_downwards(answer: GateAnswer) -> bool:
+def _lower_is_better(answer: GateAnswer) -> bool:
     """Whether lower values are better, inferred from the signs of the effect and of the differences."""
     total = sum(pair.candidate_value - pair.baseline_value for pair in answer.pairs)
     return (answer.effect or 0.0) * total <= 0

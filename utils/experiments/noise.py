@@ -96,6 +96,7 @@ def noise(
 
 
 def summary(name: str, metric: str, values: dict[int, float], effects: Sequence[float], trials: Trials) -> Noise:
+    """The noise floor from the values of a metric by seed."""
     deviation = statistics.stdev(values.values())
     wanted = effects or [two_digits(times * deviation) for times in EFFECTS if deviation]
     return Noise(

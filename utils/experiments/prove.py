@@ -113,7 +113,7 @@ class Prover:
         first = self._train("first", hash_seed=1)
         second = self._train("second", hash_seed=2)
         if (difference := self._difference(first, second)) is not None:
-            return Proof(self.steps, [], difference, False, self._causes_of_chance(first))
+            return Proof(self.steps, [], difference, False, self._causes_of_randomness(first))
         kills = sorted(random.sample(range(self.interval + 1, self.steps), KILLS))
         self._say(f"one that is killed after steps {', '.join(map(str, kills))}, and resumed")
         killed = self._train("killed", hash_seed=3, kills=kills)
@@ -181,7 +181,7 @@ class Prover:
             return f"metric {logs.difference.name} at step {logs.difference.step}"
         return logs.problem
 
-    def _causes_of_chance(self, first: Path) -> list[str]:
+    def _causes_of_randomness(self, first: Path) -> list[str]:
         """The likely causes why two undisturbed trainings differ; trains a third time to find out."""
         self._say("they differ; a third one finds out why")
         third = self._train("third", hash_seed=1, complain=True)

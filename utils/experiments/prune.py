@@ -27,7 +27,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 RUNNING = "running"  # a reason not to touch a run
 TEMPORARY = ".*.tmp"  # files that were being written
-ASIDE = ".pruned"  # ending of a folder that is being deleted, so that after a crash a half-deleted one is recognised
+ASIDE = ".pruned"  # ending of the name of a folder that is being deleted
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def remove_all(removals: Sequence[Removal]) -> dict[Removal, str]:
 
 
 def remove(removal: Removal) -> None:
-    """Delete a folder while holding the lock of its run, after renaming it so that half of it is not taken for all.
+    """Delete a folder while holding the lock of its run; it is renamed first, so that a half-deleted one is recognised.
 
     Raises:
         BlockingIOError: the run is being trained now.

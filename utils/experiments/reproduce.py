@@ -20,7 +20,7 @@ from utils.config.loader import ConfigLoader, flag_name
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import environment_of
 from utils.experiments.recorded_code import Code, ReproductionError, code_of_its_own, recorded_code
-from utils.experiments.training_process import train_again
+from utils.experiments.training_process import run_training
 from utils.files import real_path
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, read_run, resolved_setting
@@ -128,10 +128,10 @@ def reproduce(
         print(printable(f"training {run.id} again from step {first:,}, with {which}"), file=progress, flush=True)
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
-        flags = [*_origin(run, first, parent, from_checkpoint), *settings_of_again(run, root, end)]
+        flags = [*_start_flags(run, first, parent, from_checkpoint), *settings_flags(run, root, end)]
         if "log_interval" in run.settings:  # log every step: a resume may have changed the interval
             flags.append(f"{flag_name('log_interval')}=1")
-        path, exit_status = train_again(project, flags, run.path.parent, progress, Path(folder))
+        path, exit_status = run_training(project, flags, run.path.parent, progress, Path(folder))
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
     _adopt(run, path, root, keep_code=project == root)
@@ -210,7 +210,7 @@ def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
         raise ReproductionError(str(error)) from None
 
 
-def first_weights(run: IndexedRun) -> list[str]:
+def first_weights_flags(run: IndexedRun) -> list[str]:
     """Flags with which a new run begins with the configuration and the first weights of `run`.
 
     Raises:
@@ -218,10 +218,10 @@ def first_weights(run: IndexedRun) -> list[str]:
     """
     parent = _parent(run)
     first, *_ = _part(run, parent, None, False)
-    return list(_origin(run, first, parent, False))
+    return list(_start_flags(run, first, parent, False))
 
 
-def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
+def _start_flags(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
     """Flags for the start of a repetition: a checkpoint of the run, the weights of its parent, or neither."""
     if from_checkpoint:
         yield from ("--resume", f"{os.path.abspath(run.path)}:{first}", "--fork")
@@ -234,7 +234,7 @@ def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_
     yield from ("--config", os.path.join(os.path.abspath(run.path), CONFIG))
 
 
-def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> Iterator[str]:
+def settings_flags(run: IndexedRun, root: Path, end: int | None = None) -> Iterator[str]:
     """Flags for settings of a repetition: the values that "auto" resolved to, the same folders, and no trackers."""
     tag = run.record.get("tag")
     overrides: dict[str, Any] = {

@@ -27,7 +27,7 @@ from utils.experiments.recorded_code import (
     recorded_code,
     unpack_commit,
 )
-from utils.experiments.reproduce import UNTRACKED, first_weights, flags_of, settings_of_again
+from utils.experiments.reproduce import UNTRACKED, first_weights_flags, flags_of, settings_flags
 from utils.files import expand_home, read_bytes, real_path
 from utils.runs.code import CodeReader, GitFacts, open_repo
 from utils.runs.find import moved_path, resolve_runs
@@ -134,8 +134,8 @@ class Experiment:
     def flags(self, root: Path, runs_dir: Path, seed: int) -> Iterator[str]:
         """The flags of train.py for one seed."""
         if self.run is not None:
-            yield from first_weights(self.run)
-            yield from settings_of_again(self.run, root)
+            yield from first_weights_flags(self.run)
+            yield from settings_flags(self.run, root)
         else:
             data, dataset = self.loaded.config.data, self.loaded.config.data.dataset
             if (root / dataset).exists():
@@ -157,6 +157,7 @@ def _plain(config: Config) -> dict[str, Any]:
 
 
 def hash_of(value: Any) -> str:
+    """The SHA-256 of a value, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from utils.terminal.words import printable
 FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # how the lines begin that are shown
 
 
-def train_again(
+def run_training(
     project: Path, flags: Sequence[str], runs_dir: Path, output: IO[str], temporary: Path
 ) -> tuple[Path | None, int]:
     """Run train.py of the project folder `project` in a process of its own.

@@ -14,7 +14,7 @@ from utils.corpora.sources import ARITHMETIC
 from utils.errors import UserError, nearest
 from utils.experiments.curve import logged_metrics, read_curve
 from utils.experiments.subjects import Experiment
-from utils.experiments.training_process import train_again
+from utils.experiments.training_process import run_training
 from utils.files import write_atomic
 from utils.machine.signals import StopSignal
 from utils.runs.code import git_text
@@ -26,7 +26,7 @@ from utils.runs.seal import write_seal
 from utils.runs.trust import made_here
 from utils.terminal.words import printable
 
-OF_THE_MACHINE = ("OSError", "MemoryError", "OutOfMemoryError", "out of memory")  # how such exit reasons begin
+MACHINE_FAILURES = ("OSError", "MemoryError", "OutOfMemoryError", "out of memory")  # how such exit reasons begin
 SIGNALS = {128 + s: s for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}  # exit status -> the signal behind it
 
 
@@ -126,7 +126,7 @@ class Trials:
         flags = list(experiment.flags(self.root, self.runs_dir, seed))
         if left is not None:
             flags.append(f"--max-minutes={left / 60}")
-        path, status = train_again(experiment.project, flags, self.runs_dir, self.output, self.folder)
+        path, status = run_training(experiment.project, flags, self.runs_dir, self.output, self.folder)
         self.trained.append(time.monotonic() - began)
         if path is None:
             if status in SIGNALS:
@@ -143,7 +143,7 @@ class Trials:
             self._index.append(run)
         if run.status != "completed":
             reason = str(run.record.get("exit_reason") or "")
-            by_machine = run.status != "diverged" and (run.status != "failed" or reason.startswith(OF_THE_MACHINE))
+            by_machine = run.status != "diverged" and (run.status != "failed" or reason.startswith(MACHINE_FAILURES))
             raise TrialError(f"{run.id} {run.status}" + (f": {reason}" if reason else ""), by_machine=by_machine)
         if not self._has_the_text(experiment, run):
             raise UserError(
