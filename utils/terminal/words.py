@@ -99,9 +99,10 @@ def bits_text(loss: float | None, bits: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """A duration to the second: "42 s", "3:05 min" or "2:10:00 h"."""
+    seconds = round(seconds)
     if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
     if minutes < 60:
         return f"{minutes}:{rest:02d} min"
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
@@ -109,7 +110,7 @@ def duration(seconds: float) -> str:
 
 def rough_duration(seconds: float) -> str:
     """A duration as in `duration` below an hour, then to the minute ("2:10 h"), from two days on in days ("12 d")."""
-    if seconds < 3600:
+    if round(seconds) < 3600:
         return duration(seconds)
     minutes = round(seconds / 60)
     return f"{seconds / 86400:.0f} d" if seconds >= 2 * 86400 else f"{minutes // 60}:{minutes % 60:02d} h"
