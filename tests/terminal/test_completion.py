@@ -19,6 +19,8 @@ CASES = [
     ("train.py --batch-size ", {"auto"}),
     ("experiments.py sh", {"show"}),
     ("experiments.py show --runs-dir {runs} ba", {"baseline"}),
+    ("experiments.py explain --runs-dir {runs} warmup", {"warmup_iters"}),
+    ("experiments.py explain --runs-dir {runs} baseline warmup", {"warmup_iters"}),
 ]
 
 

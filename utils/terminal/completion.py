@@ -38,7 +38,7 @@ def complete_if_asked(parser: Parser) -> None:
         elif "|" in name and action.choices is None:
             words = [word for word in name.split("|") if not word.isupper()]  # N stands for a number
             action.completer = argcomplete.ChoicesCompleter(words)  # type: ignore[attr-defined]
-        elif action.dest == "words":  # of explain
+        elif name == "KEY":
             action.completer = complete_setting  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
 
