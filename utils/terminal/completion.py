@@ -33,7 +33,7 @@ def complete_if_asked(parser: Parser) -> None:
         sys.exit(1)
     for action in actions_of(parser):
         name = str(action.metavar or "")
-        if name.startswith(("RUN", "[RUN")):
+        if name.startswith("RUN"):
             action.completer = complete_run  # type: ignore[attr-defined]
         elif "|" in name and action.choices is None:
             words = [word for word in name.split("|") if not word.isupper()]  # N stands for a number
