@@ -21,6 +21,8 @@ from utils.errors import UserError
 from utils.experiments.commands import (
     ALL_RUNS,
     COMMANDS,
+    COMPARED_METRIC,
+    CURVE,
     METRIC,
     RUN,
     RUNS,
@@ -32,7 +34,6 @@ from utils.experiments.commands import (
     run_path,
     runs_folder,
 )
-from utils.experiments.curve import AXES
 from utils.files import unwritable
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
@@ -136,7 +137,7 @@ def diff(args: argparse.Namespace) -> Answer:
     "compare",
     "which runs are better, and is it more than noise? Runs that differ only in seed are one group",
     *ALL_RUNS,
-    flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte if the tokenizers differ)"),
+    COMPARED_METRIC,
 )
 def compare(args: argparse.Namespace) -> Answer:
     from utils.experiments.compare import compare
@@ -170,15 +171,12 @@ def explain(args: argparse.Namespace) -> Answer:
     "curves of runs, in the terminal or as a picture",
     *ALL_RUNS,
     METRIC,
-    flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
-    flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
+    *CURVE,
     flag("--out", type=place, metavar="FILE", help="write a .png or .svg instead of drawing in the terminal"),
 )
 def plot(args: argparse.Namespace) -> Answer:
     from utils.experiments.plot import load_curves, plot_screen, save_plot
 
-    if not 0 <= args.smooth < 1:
-        raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
     curves = load_curves(all_named_runs(args), args.metric, args.x, args.smooth)
     if args.out:
         write_out(args.out, lambda: save_plot(curves, args.metric, args.x, args.out))
@@ -193,16 +191,13 @@ def plot(args: argparse.Namespace) -> Answer:
     "the curves of a run in the terminal, redrawn while it trains, until it ends; status 1 if it failed",
     RUN,
     flag("--metric", metavar="NAME", help="(default: train/loss and val/loss)"),
-    flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
-    flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
+    *CURVE,
     flag("--interval", type=timespan, default=1.0, metavar="TIME", help="between readings of the log (default: 1s)"),
 )
 def watch(args: argparse.Namespace) -> Answer:
     from utils.experiments.watch import GOOD, LOSSES, Watch, watch
     from utils.terminal.console import Terminal
 
-    if not 0 <= args.smooth < 1:
-        raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
     path = named_run(args.run, runs_folder(args)).path
     shown = Watch(path, [args.metric] if args.metric else LOSSES, args.x, args.smooth)
     run = watch(shown, None if args.json else Terminal().console, args.interval)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError
+from utils.errors import UserError, shown
+from utils.experiments.curve import AXES
 from utils.runs.find import resolve_run, resolve_runs
 from utils.runs.run import RunError
 from utils.terminal.cli import PROJECT_ROOT
@@ -34,6 +36,23 @@ ALL_RUNS = (  # a tag, a sweep or a condition can each name many runs
     flag("--where", metavar="SQL", help="only the runs (of those named, or of all) that fulfil a condition; see list"),
 )
 METRIC = flag("--metric", default="val/loss", metavar="NAME", help="name in the log (default: val/loss)")
+COMPARED_METRIC = flag(
+    "--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte if the tokenizers differ)"
+)
+
+
+def weight(text: str) -> float:
+    """Argument type for the weight of the past in a moving average: at least 0 and below 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number >= 0 and < 1, got {shown(text)}")
+
+
+CURVE = (
+    flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
+    flag("--smooth", type=weight, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
+)
 
 
 def runs_folder(args: argparse.Namespace) -> Path:

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from typing import IO
 
 from utils.errors import UserError
-from utils.experiments.commands import RUN_HELP, command, runs_folder
+from utils.experiments.commands import COMPARED_METRIC, RUN_HELP, command, runs_folder
 from utils.terminal.cli import PROJECT_ROOT, timespan
 from utils.terminal.commands import Answer, flag
 
 SUBJECT_HELP = "RUN or tag (all its seeds), commit, FILE.patch, or settings: learning_rate=3e-3,dropout=0.1"
 TRUST = flag("--trust", action="store_true", help="run the code that a run made elsewhere brings along or names")
-METRIC = flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte if the tokenizers differ)")
 SET = flag("--set", metavar="SETTINGS", help="settings of both, if neither is a run: max_iters=500,dropout=0.1")
 BUDGET = flag(
     "--budget", type=timespan, metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call continues"
@@ -45,7 +44,7 @@ def report_kept_runs(args: argparse.Namespace) -> Iterator[None]:
     "discard, 3: unsure",
     flag("candidate", metavar="CANDIDATE", help=SUBJECT_HELP),
     flag("baseline", metavar="BASELINE", help="the same"),
-    METRIC,
+    COMPARED_METRIC,
     flag("--min-effect", type=float, default=0.0, metavar="X", help="the improvement to exceed (default: 0)"),
     flag("--max-seeds", type=int, default=8, metavar="N", help="the most pairs of runs, at least 3 (default: 8)"),
     BUDGET,
@@ -85,7 +84,7 @@ def gate(args: argparse.Namespace) -> Answer:
     "how much a result varies with the seed alone, and how many seeds an effect needs; trains what is missing",
     flag("subject", metavar="RUN", help=f"{RUN_HELP}; or a commit, FILE.patch or settings"),
     flag("--seeds", type=int, default=5, metavar="N", help="the fewest complete runs, at least 3 (default: 5)"),
-    METRIC,
+    COMPARED_METRIC,
     flag("--effect", type=float, action="append", default=[], metavar="X", help="in units of the metric (repeatable)"),
     TRUST,
 )
@@ -121,7 +120,7 @@ def noise(args: argparse.Namespace) -> Answer:
         choices=("bits", "loss"),
         help="judge a trial by the numbers in its log, or by its loss (default: loss if settings differ)",
     ),
-    METRIC,
+    COMPARED_METRIC,
     flag("--seeds", type=int, default=3, metavar="N", help="seeds of each trial, if judged by the loss (default: 3)"),
     SET,
     TRUST,

@@ -45,11 +45,8 @@ def load_curves(runs: Sequence[IndexedRun], metric: str, axis: Axis, smooth: flo
         smooth: weight of the past in an exponential moving average, at least 0 (as logged) and below 1.
 
     Raises:
-        UserError: no run has logged the metric, no value of it is finite, a log is damaged, or `smooth` is not a
-            valid weight.
+        UserError: no run has logged the metric, no value of it is finite, or a log is damaged.
     """
-    if not 0 <= smooth < 1:
-        raise UserError(f"smoothing by {smooth:g}: expected a weight from 0 to below 1")
     loaded = [read_curve(run.path, metric) for run in runs]
     if not any(curve.values for curve in loaded):
         known = {name for run in runs for name in logged_metrics(run.path)}
