@@ -730,7 +730,7 @@ def test_a_run_is_described(two_runs: Path, capsys: pytest.CaptureFixture[str]) 
         (["one", "two", "--show-info", "--html", "x.html"], "--html cannot go with --show-info"),
         (["one", "--show-info", "--quantize", "int8"], "--quantize cannot go with --show-info"),
         (["one", "two", "--prompt", "€"], "one/artifacts/export: character '€'"),
-        (["one", "--prompt", "-ab"], "one that begins with a dash is given as --FLAG=VALUE"),
+        (["one", "--prompt", "-ab"], "a value that begins with a dash is written --FLAG=VALUE"),
         (["one", "two", "--interactive"], "--interactive is for one RUN"),
         (["one", "--score", "missing.txt"], "missing.txt: cannot be read"),
     ],
