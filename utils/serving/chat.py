@@ -90,7 +90,7 @@ class PublishedTemplate:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
-        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise UserError(f"messages: the chat template of the model does not accept them: {error}") from None
         ids: list[int] = []
         parts = re.split("|".join(f"({re.escape(name)})" for name in self._special), text) if self._special else [text]
