@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="precision of the weights and activations; auto: bfloat16 on a GPU with units for it, else float32, and "
-        "always float32 with --score (default: auto)",
+        help="precision of the weights and activations; auto: bfloat16 on a GPU with bfloat16 units, otherwise "
+        "float32, and always float32 with --score (default: auto)",
     )
     weights.add_argument("--quantize", choices=("int8",), help="8-bit matrices with a scale per row, on a CPU")
     add_mode_arguments(parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group())

@@ -199,7 +199,7 @@ class Generator:
 
         Args:
             run: a path, id, tag, part of an id, or "latest"; None: the newest run with an export.
-            weights: auto: bfloat16 on a GPU with units for it, otherwise float32. Scores are then in float32.
+            weights: auto: bfloat16 on a GPU with bfloat16 units, otherwise float32; scores are in float32 on both.
             draft: a run, named like `run`, or "ngram": see `Generator`.
 
         Raises:

@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
 
 def choose_weights(weights: WeightsChoice, device: torch.device) -> Weights:
-    """The precision to generate in; `auto` is bfloat16 on a GPU with units for it, otherwise float32.
+    """The precision to generate in; `auto` is bfloat16 on a GPU with bfloat16 units, otherwise float32.
 
     On a CPU, `auto` does not choose smaller weights: whether they are faster depends on the model (docs/LOG.md).
     """

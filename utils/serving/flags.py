@@ -70,7 +70,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--weights",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="precision of the weights and activations; auto: bfloat16 on a GPU with units for it, else float32 "
+        help="precision of the weights and activations; auto: bfloat16 on a GPU with bfloat16 units, otherwise float32 "
         "(default: auto)",
     )
     weights.add_argument("--quantize", choices=("int8",), help="8-bit matrices with a scale per row, on a CPU")

@@ -38,8 +38,8 @@ from utils.web.errors import ApiError, ErrorBody, error_detail
 
 DONE = b"data: [DONE]\n\n"
 BUSY: dict[int | str, dict[str, Any]] = {
-    429: {"model": ErrorBody, "description": "too many texts are waiting; Retry-After says for how long"},
-    500: {"model": ErrorBody, "description": "the model failed, because its training diverged, say"},
+    429: {"model": ErrorBody, "description": "too many texts are waiting; Retry-After says when to try again"},
+    500: {"model": ErrorBody, "description": "the model failed, for instance because its training diverged"},
     503: {"model": ErrorBody, "description": "the server is shutting down"},
 }
 

@@ -80,7 +80,9 @@ def load_runs(
     settings: InferenceConfig,
     unknown_token: str | None = None,
 ) -> Runs:
-    """Load the models of these exports. Each is named by its word on the command line, or if that is a path by its id.
+    """Load the models of these exports, named by their words on the command line.
+
+    If the word is a path, `latest` or empty, the name is the run id.
 
     Args:
         unknown_token: a character that stands for those outside the vocabulary; None: as trained.
@@ -98,6 +100,6 @@ def load_runs(
             generator.tokenizer = generator.tokenizer.adjusted(DataConfig(unknown_token=unknown_token))
         name = generator.name if "/" in word or word in ("", "latest") else word
         if name in served:
-            raise UserError(f"two runs have the name {name}: give one of them by its id")
+            raise UserError(f"two runs have the name {name}: name one of them by its id")
         served[name] = Served(name, generator, find_template(export, generator), int(time.time()))
     return Runs(list(served.values()))
