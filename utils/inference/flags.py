@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unknown-token",
         type=one_character,
         metavar="C",
-        help="character of the vocabulary that stands for those outside it (default: as trained)",
+        help="read characters that are not in the vocabulary as C, which is (default: as in training)",
     )
     parser.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
     weights = parser.add_mutually_exclusive_group()
@@ -76,10 +76,10 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         help="qa: put each prompt, a question, into qa_template, and end the answer at qa_stop (default: text)",
     )
     group.add_argument(
-        "--samples", type=COUNT, default=1, metavar="N", help="completions of each prompt, each with the next seed"
+        "--samples", type=COUNT, default=1, metavar="N", help="completions for each prompt, each with the next seed"
     )
     group.add_argument(
-        "--batch-size", type=COUNT, metavar="N", help="sequences generated together (default: 16, with a draft 1)"
+        "--batch-size", type=COUNT, metavar="N", help="sequences generated together (default: 16, or 1 with a draft)"
     )
     group.add_argument(
         "--out", type=place, metavar="FILE", help="JSONL with the completions of --prompt-file (default: stdout)"

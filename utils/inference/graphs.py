@@ -22,7 +22,7 @@ MOST_IDLE = 4  # idle decoders that a pool keeps
 class Graphs:
     """Runs functions: normally the first time, which sets up what they need, and as CUDA graphs from then on.
 
-    A function that CUDA cannot record keeps running normally, with one warning. So does every function on a CPU.
+    A function that CUDA cannot record keeps running normally, with one warning. On a CPU, every function does.
     """
 
     def __init__(self, device: torch.device) -> None:

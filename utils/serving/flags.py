@@ -63,7 +63,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--unknown-token",
         type=one_character,
         metavar="C",
-        help="character of the vocabulary that stands for those outside it (default: as trained)",
+        help="read characters that are not in the vocabulary as C, which is (default: as in training)",
     )
     weights = group.add_mutually_exclusive_group()
     weights.add_argument(

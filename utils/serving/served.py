@@ -85,7 +85,7 @@ def load_runs(
     If the word is a path, `latest` or empty, the name is the run id.
 
     Args:
-        unknown_token: a character that stands for those outside the vocabulary; None: as trained.
+        unknown_token: a character as which those outside the vocabulary are read; None: as in training.
 
     Raises:
         UserError: a damaged export, no such device, or one name for two runs.
