@@ -142,16 +142,15 @@ def estimate_loss(
     def watched(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal done
         before, size = done, sampler.batch_size // micro_steps * ranks.world_size
-        batches = own_parts(stream)
+        batches = sampler.evaluation_batches(
+            stream, eval_iters, micro_steps, rank=ranks.rank, world_size=ranks.world_size
+        )
         for first in range(0, end := sampler.evaluation_windows(stream, eval_iters), size):
             if not watch(done, total):
                 raise EvaluationStoppedError
             if (batch := next(batches, None)) is not None:
                 yield batch
             done = before + min(first + size, end)
-
-    def own_parts(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return sampler.evaluation_batches(stream, eval_iters, micro_steps, rank=ranks.rank, world_size=ranks.world_size)
 
     parts = {name: sampler.evaluation_parts(stream, eval_iters, micro_steps) for name, stream in streams.items()}
     return {name: mean_loss(loss, watched(stream), parts[name], ranks) for name, stream in streams.items()}
