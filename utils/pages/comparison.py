@@ -55,7 +55,6 @@ def _comparison(found: Comparison) -> dict[str, Any]:
     return {
         "metric": printable(found.metric),
         "groups": [[printable(group.name), *group_cells(group)] for group in found.groups],
-        "members": [[one_line(run) for run in group.runs] for group in found.groups],
         "splits": [printable(line) for line in found.splits],
         "verdicts": verdicts,
         "at": [

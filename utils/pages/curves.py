@@ -16,7 +16,6 @@ from utils.experiments.thinning import kept_points
 from utils.pages.keys import key_of
 from utils.pages.series import RESERVED, Series, SeriesStore
 from utils.runs.index import IndexedRun, resolved_setting
-from utils.runs.metrics import metric as registered_metric
 from utils.terminal.words import one_line, printable, setting_text
 
 MOST_POINTS = 4000  # of one curve; a screen has fewer columns
@@ -59,20 +58,13 @@ def chart(runs: Sequence[IndexedRun], store: SeriesStore, request: ChartRequest)
     if not name or name.lower() in RESERVED or (name.lower() == "tokens" and name != "tokens"):
         raise UserError(f"{one_line(name)!r} is not a metric")
     series = store.read(runs, name)
-    answer: dict[str, Any] = {"metric": name, "label": one_line(y_label(name)), "direction": _direction(name)}
+    answer: dict[str, Any] = {"metric": name, "label": one_line(y_label(name))}
     if request.group:
         answer["groups"] = _groups(runs, series, request)
     else:
         curves = (_curve(run, of_run, request) for run, of_run in zip(runs, series, strict=True))
         answer["curves"] = [curve for curve in curves if curve]
     return answer
-
-
-def _direction(name: str) -> str:
-    try:
-        return registered_metric(name).direction
-    except KeyError:
-        return "none"
 
 
 def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, Any] | None:
@@ -90,10 +82,8 @@ def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, 
         facts["added"] = True
         added = sum(map(math.isfinite, series.values[first:]))
         places, values = places[len(places) - added :], values[len(values) - added :]
-    else:
-        facts["points"] = count
-        if series.problem:
-            facts["problem"] = printable(series.problem)
+    elif series.problem:
+        facts["problem"] = printable(series.problem)
     if request.start is not None or request.end is not None:
         low = -math.inf if request.start is None else request.start
         high = math.inf if request.end is None else request.end

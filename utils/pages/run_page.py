@@ -9,8 +9,7 @@ from typing import Any
 
 import orjson
 
-from utils.config.fields import FIELDS, SECTION_OF, field_fact
-from utils.config.settings import TRAJECTORY
+from utils.config.fields import FIELDS, SECTION_OF
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.tables import EVALUATIONS_SHOWN, number_cell, provenance_facts, result_facts
 from utils.files import open_regular
@@ -112,7 +111,6 @@ def _settings(run: IndexedRun) -> list[dict[str, Any]]:
             facts["resolved"] = printable(setting_text(resolved)[:LONGEST_FACT])
         if key in FIELDS:
             facts["meaning"] = FIELDS[key].description or ""
-            facts["changes_numbers"] = field_fact(key, "kind") == TRAJECTORY
         found.append(facts)
     return found
 
