@@ -189,7 +189,7 @@ class BpeTokenizer(HuggingFaceTokenizer):
 
     @classmethod
     def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
-        """Learn `bpe_vocab_size` tokens from the texts; from TRAINING_CHARACTERS spread over them, if they are longer."""
+        """Learn `bpe_vocab_size` tokens from the texts, or, if they are longer, from TRAINING_CHARACTERS of them."""
         package = optional_package("tokenizers", cls.kind)
         byte_level = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer = package.Tokenizer(package.models.BPE())
