@@ -1,4 +1,4 @@
-"""The bytes of a file block by block, decompressed if it ends in .gz or .zst."""
+"""The bytes of a file, block by block, decompressed if its name ends in .gz or .zst."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from utils.files import open_named
 from utils.terminal.words import one_line
 
 BLOCK = 1 << 20  # bytes of a file that are held at a time
-ZSTD_BLOCK = 1 << 14  # of these, compressed by zstd: a thousand times as many may come out
-ZSTD_WINDOW = 1 << 31  # bytes: of zstd --long=31, the most there is
+ZSTD_BLOCK = 1 << 14  # compressed bytes read at a time: they may decompress to a thousand times as many
+ZSTD_WINDOW = 1 << 31  # bytes: the window of zstd --long=31, the largest possible
 COMPRESSED = (".gz", ".zst")
 
 
 def named(path: Path | str) -> str:
-    """A path as an error names it: from the current folder, if it lies there."""
+    """A path as error messages show it: relative to the current folder, if it lies below it."""
     folder = os.getcwd() + os.sep
     return one_line(str(path).removeprefix(folder))
 
@@ -28,11 +28,11 @@ def blocks(path: Path, start: int = 0, report: Callable[[int], None] = lambda co
     """The content of a file from byte `start` on.
 
     Args:
-        start: 0 for a compressed file.
-        report: called with the number of bytes on disk that were read since the last call.
+        start: must be 0 for a compressed file.
+        report: called with the number of bytes read from disk since the last call.
 
     Raises:
-        CorpusError: it cannot be read, or its compressed data is truncated or damaged.
+        CorpusError: the file cannot be read, or its compressed data is truncated or damaged.
     """
     kind = path.suffix.lower()
     done = start
