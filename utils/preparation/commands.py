@@ -1,4 +1,4 @@
-"""prepare.py list, show and verify: the datasets that there are."""
+"""The commands list, show and verify of prepare.py, for existing datasets."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from utils.terminal.words import counted, size
 
 
 def work_folders(folder: Path) -> list[tuple[str, Path]]:
-    """Name and work folder of each dataset that is not finished."""
+    """The name and work folder of each unfinished dataset."""
     found = sorted(folder.glob(".*.preparing"))
     return [(path.name.removeprefix(".").removesuffix(".preparing"), path) for path in found]
 
 
 def list_datasets(folder: Path) -> list[dict[str, Any]]:
-    """One row for each dataset in a folder, and for each that is not finished."""
+    """One row for each dataset in a folder, finished or not."""
     rows = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_dataset(path):
@@ -81,10 +81,10 @@ def list_lines(rows: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
 
 
 def named_dataset(name: str, folder: Path) -> Dataset:
-    """The dataset in `folder` of a name, or at a path.
+    """The dataset `name` in `folder`, or at the path `name`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such dataset.
     """
     if (path := find_dataset(name, folder)) is not None:
         return read_dataset(Path(os.path.abspath(path)))
@@ -95,7 +95,7 @@ def named_dataset(name: str, folder: Path) -> Dataset:
 
 
 def show_dataset(dataset: Dataset) -> dict[str, Any]:
-    """All that is known of a dataset: a row of the list, its report, and where it is."""
+    """All facts about a dataset: its row of the list, its folder and its report."""
     try:
         report = read_json(dataset.folder / REPORT, dataset.folder)
     except (OSError, ValueError):
@@ -112,13 +112,13 @@ def show_lines(dataset: Dataset) -> Iterator[str]:
 
 
 def verify_dataset(dataset: Dataset) -> list[str]:
-    """Read every byte of a dataset.
+    """Read every byte of a dataset and check it.
 
     Returns:
-        What was found right, a line each.
+        A line for each check that passed.
 
     Raises:
-        DatasetError: what is wrong with it.
+        DatasetError: a check failed.
     """
     tokenizer = load_tokenizer(dataset.tokenizer_path)
     if tokenizer.hash() != dataset.tokenizer_hash:

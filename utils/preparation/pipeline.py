@@ -1,4 +1,4 @@
-"""A preparation from its sources to its dataset: two passes over parts, and what is decided between them."""
+"""A preparation from its sources to its dataset: two passes over the documents, and the decisions between them."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from utils.terminal.progress import PreparationProgress
 from utils.terminal.words import counted, one_line
 from utils.tokenization.subwords import TRAINING_CHARACTERS
 
-END_OF_TEXT = "\0"  # the character that stands for it where tokens are characters
+END_OF_TEXT = "\0"  # the end-of-text token of the character tokenizer
 
 
 def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
-    """Make a dataset, or go on with one that was interrupted.
+    """Make a dataset, or continue a preparation that was interrupted.
 
     Returns:
-        The dataset; of a dry run, what would become of the documents.
+        The dataset, or the outcome of a dry run.
 
     Raises:
-        UserError: a mistake in the sources, or a dataset of this name exists. Nothing is left behind.
-        OSError: the disk is full or fails. What is done stays in the work folder.
+        UserError: there is a mistake in the sources, or a dataset of this name exists. Nothing is left behind.
+        OSError: the disk is full or fails. Finished parts stay in the work folder.
     """
     found = find_files(order.sources, Path(order.reading.corpora_dir), order.reading.json)
     for note in found.notes:
@@ -82,15 +82,15 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
             reason = f"{error.strerror}; what is done stays there, and the same command goes on with it"
             raise OSError(error.errno, reason, str(work.path)) from error
     dataset = read_dataset(order.target)
-    verify_shards(dataset, tokenizer.vocab_size)  # so that the first start of training need not
+    verify_shards(dataset, tokenizer.vocab_size)  # so that the first training need not do it
     return dataset
 
 
 def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work: WorkFolder) -> Dataset | None:
-    """The dataset of this name, if it is the one that is asked for; None if there is none or it may be replaced.
+    """The dataset of this name if it is the requested one; None if there is none, or if it may be replaced.
 
     Raises:
-        UserError: it is another one.
+        UserError: there is a different dataset, or something else, with this name.
     """
     if order.dry_run or not order.target.exists():
         return None
@@ -117,7 +117,7 @@ def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work:
 
 
 def check_end_of_text(tokenizer: Tokenizer, config: DataConfig) -> None:
-    """Raises TokenizerError unless the tokenizer has a token that ends a text."""
+    """Raises TokenizerError unless the tokenizer has an end-of-text token."""
     if tokenizer.end_of_text is None:
         raise TokenizerError(
             f"tokenizer {config.tokenizer}: has no token that ends a text, such as <|endoftext|> or </s>; "
@@ -131,10 +131,10 @@ def check_end_of_text(tokenizer: Tokenizer, config: DataConfig) -> None:
 def read_all(
     order: Preparation, work: WorkFolder, all_units: Sequence[Unit], files: Sequence[SourceFile], terminal: Terminal
 ) -> Outcome:
-    """All parts of the first pass, those that are missing by worker processes.
+    """Run the first pass. Worker processes read the parts that the work folder does not have yet.
 
     Raises:
-        UserError: a document that must not be there, with its place.
+        UserError: a document is not text, more records than tolerated have no text, or there are no documents.
     """
     characters = tokenizer_class(order.config).learns_characters
     rest = (order.reading, order.tolerated, order.pipeline, characters, order.fingerprints)
@@ -161,7 +161,7 @@ def read_all(
 
 
 def _note_absent_separator(order: Preparation, outcome: Outcome, terminal: Terminal) -> None:
-    """Warn if a separator was given and no file has it, so that each is one document."""
+    """Warn if a separator was given that no file contains, so that each file is one document."""
     separator, files = order.reading.separator, outcome.files
     if not separator or any(file.kind != "text" for file in files):
         return
@@ -179,7 +179,7 @@ def _has_windows_lines(file: SourceFile) -> bool:
 
 
 def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> None:
-    """Note what is left out of a part; raises CorpusError where that must not be."""
+    """Note the documents of a part that are left out. Raises CorpusError if that is not allowed."""
 
     def place(found: Sequence[Any], short: bool = False) -> str:
         source, record, lines, reason = found
@@ -218,7 +218,7 @@ def _reasons(parts: Sequence[Part]) -> str:
 
 
 def decide(order: Preparation, outcome: Outcome, work: WorkFolder, terminal: Terminal) -> None:
-    """Which documents stay, and which are for validation."""
+    """Decide which documents are kept, and which are for validation."""
     stems = [work.texts / f"{number:05d}" for number in range(len(outcome.parts))]
     documents = outcome.documents = load_documents(stems, outcome.bases)
     if order.pipeline is not None:
@@ -259,7 +259,7 @@ def _remove_duplicates(order: Preparation, outcome: Outcome, documents: Document
 def learned(
     order: Preparation, work: WorkFolder, outcome: Outcome, tokenizer: Tokenizer | None, terminal: Terminal
 ) -> Tokenizer:
-    """The tokenizer: as given, as an interrupted process has learned it, or learned now.
+    """The tokenizer: the given one, or the one that an interrupted preparation has learned, or a new one.
 
     Raises:
         OSError: it cannot be written.
@@ -287,7 +287,7 @@ def described(
     splits: dict[str, Split],
     digest: str,
 ) -> Dataset:
-    """The dataset in the work folder, which is not saved yet, with its tokenizer."""
+    """The dataset in the work folder, whose dataset.json is not written yet; writes its tokenizer."""
     assert tokenizer.end_of_text is not None
     assert outcome.documents is not None
     dataset = Dataset(

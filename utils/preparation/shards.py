@@ -1,4 +1,4 @@
-"""The shards of a dataset, from the parts that worker processes encode."""
+"""Writes the shards of a dataset from the parts that worker processes encode."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from utils.preparation.workers import in_order
 from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
 
-SHARD_TOKENS = 1 << 27  # from which a shard is full
+SHARD_TOKENS = 1 << 27  # a shard with so many tokens gets no further documents
 
 
 def type_of_ids(tokenizer: Tokenizer) -> str:
-    """The type of token ids in a dataset: the smaller one that has room for the vocabulary."""
+    """The dtype of token ids in a dataset: the smallest one that holds the vocabulary."""
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def write_shards(
     documents: Documents, work: WorkFolder, tokenizer: Tokenizer, workers: int, terminal: Terminal
 ) -> dict[str, Split]:
-    """The shards of both splits, from parts that worker processes encode.
+    """Encode the documents in worker processes, and write the shards of both splits.
 
     Raises:
-        TokenizerError: a text has no tokens.
+        TokenizerError: a text cannot be encoded.
         OSError: a file cannot be written.
     """
     dtype = type_of_ids(tokenizer)
@@ -49,7 +49,7 @@ def write_shards(
 
 
 def _append(job: EncodeJob, writers: dict[str, _SplitWriter]) -> None:
-    """Write the documents of an encoded part into the shards of their splits."""
+    """Append the documents of an encoded part to the shards of their splits."""
     lengths, tokens = job.lengths(), job.tokens()
     assert lengths is not None
     begin = 0
@@ -70,7 +70,7 @@ def _append(job: EncodeJob, writers: dict[str, _SplitWriter]) -> None:
 
 
 class _SplitWriter:
-    """The shards of a split."""
+    """Writes the shards of a split."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -79,7 +79,7 @@ class _SplitWriter:
         self._bytes = 0
 
     def writer(self, n_bytes: int) -> ShardWriter:
-        """The writer for the next documents, which have so many bytes of text."""
+        """The writer for the next documents, whose text has `n_bytes`."""
         self._bytes += n_bytes
         if self._writer is None:
             self._writer = ShardWriter(self._folder, self._name, len(self._shards))
