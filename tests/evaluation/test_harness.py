@@ -157,7 +157,7 @@ def test_tasks_are_run_recorded_shown_and_compared(runs: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "arithmetic,hellaswag"], "arithmetic is a task of ours, which is evaluated by itself"),
+        (["--task", "arithmetic,hellaswag"], "arithmetic cannot be combined with other tasks"),
         (["--task", "hellaswag,"], "--task: expected names separated by commas, got 'hellaswag,'"),
         (["--few-shot", "2"], "--few-shot is for the tasks of lm-evaluation-harness"),
         (["--task", "arithmetic", "--limit", "2"], "--limit is for the tasks of lm-evaluation-harness"),

@@ -407,7 +407,7 @@ def test_a_preparation_that_is_killed_goes_on(tmp_path: Path) -> None:
             break
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "going on with the parts" in done.stdout or "prepared already" in done.stdout
+    assert "continuing with the parts" in done.stdout or "already prepared" in done.stdout
     assert contents(target) == expected
     assert [path.name for path in target.parent.iterdir()] == ["mine"]
 
@@ -449,9 +449,9 @@ def test_the_same_command_again_has_nothing_to_do(tmp_path: Path, run: Run, caps
     assert run(source) == 0
     before = contents(tmp_path / "sets" / "mine")
     assert run(source) == 0
-    assert "prepared already" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
     assert run(source, "--tokenizer", "byte") == 2
-    assert "exists already, made from other files or with other settings" in error_of(capsys)
+    assert "already exists, made from other files or with other settings" in error_of(capsys)
     assert contents(tmp_path / "sets" / "mine") == before
     assert run(source, "--tokenizer", "byte", "--replace") == 0
     assert read_json(tmp_path / "sets" / "mine" / "tokenizer.json")["type"] == "byte"
@@ -464,7 +464,7 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(
     (tmp_path / "sets" / "mine").mkdir(parents=True)
     (tmp_path / "sets" / "mine" / "letters.txt").write_text("dear")
     assert run(json_lines(tmp_path / "a.jsonl"), "--replace") == 2
-    assert "exists already and is no dataset" in error_of(capsys)
+    assert "already exists and is not a dataset" in error_of(capsys)
     assert contents(tmp_path / "sets" / "mine") == {"letters.txt": b"dear"}
 
 
@@ -527,14 +527,14 @@ def bad_sources(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "no text column": ([folder / "t.parquet", "--field", "n"], r"t.parquet: column 'n' is int64, expected text"),
         "no parquet": ([file("p.parquet", b"PAR1 no")], r"p.parquet: (damaged|cannot be read)"),
         "no file": ([folder / "nothing.txt"], r"nothing.txt: no such file or folder"),
-        "no glob": ([folder / "*.nothing"], r"\*.nothing: no file fits"),
+        "no glob": ([folder / "*.nothing"], r"\*.nothing: no file matches"),
         "empty folder": ([folder / "none"], r"none: no files in this folder that can be read"),
         "hub": (["someone/texts"], r"someone/texts: no such file or folder; .*pip install datasets"),
         "one tolerated": (
             [file("v.jsonl", b"\n".join([*lines[:50], b"1", *lines[:50], b"2"])), "--tolerate", "1"],
             r"v.jsonl:102: expected a JSON object, got a number; 1 tolerated",
         ),
-        "no end": (["good.jsonl", "--tokenizer", f"hf:{no_end_of_text(folder)}"], "has no token that ends a text"),
+        "no end": (["good.jsonl", "--tokenizer", f"hf:{no_end_of_text(folder)}"], "has no end-of-text token"),
         "no separator": ([good, "--separator", "\\x"], r"--separator '\\\\x'"),
     }
 
@@ -641,11 +641,11 @@ def test_a_full_disk_is_one_line_and_the_parts_stay(
         patch.setattr(shards.ShardWriter, "add_all", full)
         assert run(source) == 1
     assert re.search(
-        r"error: .*/\.mine\.preparing: No space left on device; what is done stays there", error_of(capsys)
+        r"error: .*/\.mine\.preparing: No space left on device; finished parts stay there", error_of(capsys)
     )
     assert not (tmp_path / "sets" / "mine").exists()
     assert run(source) == 0
-    assert "going on with the parts" in capsys.readouterr().out
+    assert "continuing with the parts" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -668,7 +668,7 @@ def test_list_show_and_verify(tmp_path: Path, run: Run, capsys: pytest.CaptureFi
     assert "Licence: CC0" in shown
     assert "Origin: a test" in shown
     assert prepare.main(["verify", "mine", *folder]) == 0
-    assert "all checksums are right" in capsys.readouterr().out
+    assert "all checksums match" in capsys.readouterr().out
     path = tmp_path / "sets" / "mine" / "train_00000.bin"
     path.write_bytes(b"\1" + path.read_bytes()[1:])
     assert prepare.main(["verify", "mine", *folder]) == 2

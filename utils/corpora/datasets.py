@@ -172,13 +172,13 @@ def find_dataset(name: str, datasets_dir: Path) -> Path | None:
     """The folder of a prepared dataset: `name` in datasets_dir, or the path `name`; None if neither is a dataset.
 
     Raises:
-        DatasetError: the only thing with this name is an unfinished folder in datasets_dir.
+        DatasetError: the only thing with this name is a folder in datasets_dir that is not a dataset.
     """
     folder = datasets_dir / name
     if found := next((place for place in (folder, Path(name)) if is_dataset(place)), None):
         return found
     if os.path.isdir(folder) and not os.path.lexists(name):
-        raise DatasetError(f"{folder}: no {DATASET_JSON}: the dataset was not prepared to its end; prepare.py goes on")
+        raise DatasetError(f"{folder}: not a dataset: it has no {DATASET_JSON}")
     return None
 
 

@@ -125,7 +125,7 @@ def _paths(source: str, corpora_dir: Path, kinds: dict[str, Kind], notes: list[s
     elif glob.has_magic(source):
         paths = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if not os.path.isdir(name)]
         if not paths:
-            raise CorpusError(f"{one_line(source)}: no file fits")
+            raise CorpusError(f"{one_line(source)}: no file matches")
         yield from paths
     elif found := HUB_ID.fullmatch(source):
         yield from _downloaded(source, found[1], found[2])
@@ -142,7 +142,7 @@ def _folder(folder: Path, kinds: dict[str, Kind], notes: list[str]) -> list[Path
         place = folder
         if (folder / SAVED).is_file() and (folder / "train").is_dir():
             place = folder / "train"
-            notes.append(f"{folder}: a saved data set with splits, of which only train is read")
+            notes.append(f"{folder}: a saved dataset with splits; only train is read")
         return _some([path for path in visible_files(place) if _suffix(path) == ".arrow" and _is_data(path)], folder)
     everything = visible_files(folder)
     chosen = [path for path in everything if _suffix(path) in kinds or _suffix(path) in TEXT_SUFFIXES]
@@ -173,7 +173,7 @@ def _downloaded(source: str, name: str, config: str | None) -> list[Path]:
         load_dataset = importlib.import_module("datasets").load_dataset
     except (ImportError, AttributeError):  # AttributeError: the folder datasets/ was imported instead
         raise CorpusError(
-            f"{source}: no such file or folder; to download the Hugging Face data set of that name: "
+            f"{source}: no such file or folder; to download the Hugging Face dataset of that name: "
             "pip install datasets (or download its files and name their folder)"
         ) from None
     try:

@@ -58,7 +58,7 @@ class Source:
         """How many files of a folder are read and skipped, in words."""
         words = f"{counted(len(self.files), 'file')} read ({_kinds_text(self.files)})"
         if self.skipped:
-            words += f", {counted(len(self.skipped), 'file')} skipped, of other kinds ({_kinds_text(self.skipped)})"
+            words += f", {counted(len(self.skipped), 'file')} of other kinds skipped ({_kinds_text(self.skipped)})"
         return words
 
     def split_files(self, val_fraction: float) -> tuple[Sequence[Path], Sequence[Path]]:
@@ -81,12 +81,13 @@ class Source:
             training, validation = self.split_files(val_fraction)
             first = os.path.relpath(validation[0], self.name)
             yield (
-                f"the validation split is the last {val_fraction:.0%} of this text, in the order of paths: about from "
-                f"{first} on ({_kinds_text(validation)})"
+                f"the validation split is the last {val_fraction:.0%} of this text, whose files are sorted by path; it "
+                f"begins near {first} ({_kinds_text(validation)})"
             )
             alone = [kind for kind in kinds(validation) if kind not in kinds(training)]
             if alone:
-                yield f"no file of the training split is {' or '.join(alone)}: val/loss is about another kind of text"
+                words = [f"{kind} files" if kind.startswith(".") else f"files {kind}" for kind in alone]
+                yield f"only the validation split has {' and '.join(words)}: val/loss is about another kind of text"
 
     def stamp(self) -> str | None:
         """A digest of the path, inode, size, mtime and ctime of each file, which changes when a file does.
@@ -115,7 +116,7 @@ def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -
     if dataset in CORPORA:
         return CORPORA[dataset](corpora_dir)
     if dataset == ARITHMETIC:
-        raise CorpusError(f"{ARITHMETIC} is not a text: its problems are made for training, by section {ARITHMETIC}")
+        raise CorpusError(f"{ARITHMETIC} is not a text: training generates its problems (section {ARITHMETIC})")
     path = Path(dataset)
     try:
         path.stat()

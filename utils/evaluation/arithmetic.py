@@ -53,7 +53,7 @@ def own_problems(trained: Trained, corpora_dir: Path) -> tuple[ArithmeticConfig,
     fields = ArithmeticConfig.model_fields.keys() & known.keys()
     settings = ArithmeticConfig.model_validate({key: known[key] for key in fields})
     found = read_dataset(arithmetic_dataset(settings, corpora_dir)).hash
-    trained.check_corpus(found, "which problems were held out is not known")
+    trained.check_corpus(found, "it is not known which problems were held out")
     return settings, found
 
 

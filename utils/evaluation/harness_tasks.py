@@ -119,7 +119,7 @@ class HarnessTasks:
             except Exception as error:  # from the hub, from a file, or from the code of the task
                 if is_out_of_memory(error):
                     raise
-                hint = "" if self._folder else "; --task-data DIR reads data sets from a folder"
+                hint = "" if self._folder else "; --task-data DIR reads the data from a folder"
                 raise UserError(f"{name}: its data cannot be loaded: {first_line(error)}{hint}") from None
             loaded += built if isinstance(built, list) else [built]
         return loaded
@@ -299,7 +299,7 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
             table.add_row(*(head if place == 0 else ("", metric, "", "")), *cells)
     yield table
     if any(len({record["data_hash"] for record in of_runs.values()}) > 1 for of_runs in by_task.values()):
-        yield Text("The runs were evaluated on different documents: their results do not compare.", style="yellow")
+        yield Text("The runs were evaluated on different documents: their results are not comparable.", style="yellow")
 
 
 def error_of_mean(values: Sequence[Any], mean: float) -> float | None:

@@ -15,8 +15,8 @@ from utils.terminal.tables import plain_table
 from utils.terminal.words import one_line
 
 SAME_BYTES = 256  # the same text may differ by fewer bytes, those of its first token, which is not predicted
-OTHER_TEXTS = "The runs were evaluated on different texts: their results do not compare."
-OTHER_SPLITS = "The validation splits begin at different places of the text, because their tokens differ."
+OTHER_TEXTS = "The runs were evaluated on different texts: their results are not comparable."
+OTHER_SPLITS = "The validation splits begin at different places of the text, because the tokenizers differ."
 OTHER_TOKENIZERS = "The tokenizers differ: compare bits per byte. Loss and perplexity are per token."
 
 

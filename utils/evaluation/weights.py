@@ -64,7 +64,7 @@ class Trained:
         recorded = (record.get("resolved") or {}).get("corpus_hash")
         if recorded not in (None, corpus_hash):
             found = f"sha256 {corpus_hash[:12]}..., not {str(recorded)[:12]}..."
-            raise UserError(f"{self.name}: its data is not what it was trained on any more ({found}); {remedy}")
+            raise UserError(f"{self.name}: its data has changed since it was trained ({found}); {remedy}")
 
 
 def load_trained(

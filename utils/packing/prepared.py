@@ -110,8 +110,8 @@ class Prepared:
             return None
         return (
             f"{self.dataset.folder}: {leaks:,} of {documents:,} validation documents ({leaks / documents:.1%}) nearly "
-            "equal a training document: val/loss says too little about other texts; the last evaluation is also "
-            "made without them"
+            "equal a training document, which makes val/loss look better than it is; the last evaluation is also made "
+            "without them"
         )
 
     def packing_facts(self, block_size: int) -> Mapping[str, float]:
@@ -173,7 +173,7 @@ def open_prepared(
         loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
     except TokenizerError:
         raise DatasetError(
-            f"{folder}: loss_after {config.loss_after!r} has characters that no document has: expected a text of them"
+            f"{folder}: loss_after {config.loss_after!r} has characters that no document contains"
         ) from None
     prepared = Prepared(dataset, own, config.packing, plans, loss_after)
     for split, name in (("train", "training"), ("val", "validation")):
@@ -189,7 +189,7 @@ def open_prepared(
         if rows is not None and loss_after and not _has_targets(rows):
             raise DatasetError(
                 f"{folder}: loss_after {config.loss_after!r} is in none of the first rows of its {name} split, so that "
-                f"nothing would be learned: expected a text of its documents, within block_size {block_size}"
+                f"nothing would be learned: expected a text that its documents have within block_size {block_size}"
             )
     report(prepared.note())
     if (note := prepared.leaks_note()) is not None:

@@ -76,7 +76,7 @@ def list_lines(rows: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
         table.add_row(row["name"], kind, *counts, size(row["disk"]) if "disk" in row else "", row["status"])
     yield table
     if any(row["status"] == "interrupted" for row in rows):
-        yield "interrupted: the command that began it goes on with it"
+        yield "interrupted: to continue, run the same command again"
     yield from (row["problem"] for row in rows if "problem" in row)
 
 
@@ -90,7 +90,7 @@ def named_dataset(name: str, folder: Path) -> Dataset:
         return read_dataset(Path(os.path.abspath(path)))
     names = [row["name"] for row in list_datasets(folder)]
     if name in (unfinished for unfinished, _ in work_folders(folder)):
-        raise UserError(f"{name}: not finished; the command that began it goes on with it")
+        raise UserError(f"{name}: not finished; to continue, run the same command again")
     raise UserError(f"no dataset {name} in {folder}: there is {', '.join(names) or 'none'}{nearest(name, names)}")
 
 
@@ -122,7 +122,7 @@ def verify_dataset(dataset: Dataset) -> list[str]:
     """
     tokenizer = load_tokenizer(dataset.tokenizer_path)
     if tokenizer.hash() != dataset.tokenizer_hash:
-        raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was made with")
+        raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was prepared with")
     verify_shards(dataset, tokenizer.vocab_size, thorough=True)
     count, total = sum(1 for _ in dataset.files()), sum(size for _, size, _ in dataset.files())
     for split in dataset.splits.values():
@@ -135,7 +135,7 @@ def verify_dataset(dataset: Dataset) -> list[str]:
             if (ids[begins] != dataset.end_of_text).any():
                 raise DatasetError(f"{dataset.path(shard)}: a document does not begin with the end-of-text token")
     return [
-        f"{dataset.name}: {counted(count, 'file')} of shards, {size(total)}: all checksums are right",
-        f"tokenizer.json is the one that the dataset was made with ({dataset.tokenizer_hash[:16]})",
+        f"{dataset.name}: {counted(count, 'shard file')}, {size(total)}: all checksums match",
+        f"tokenizer.json is the one that the dataset was prepared with ({dataset.tokenizer_hash[:16]})",
         "every document begins with end-of-text, and every token is in the vocabulary",
     ]

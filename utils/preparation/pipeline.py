@@ -57,11 +57,11 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
     with work_folder(order.work_target) as work:
         if (finished := existing(order, digest, found.files, work)) is not None:
             work.delete()
-            terminal.print(f"{order.target}: prepared already, from these files with these settings")
+            terminal.print(f"{order.target}: already prepared from these files with these settings")
             return finished
         try:
             if work.begin({"plan": digest, "mtimes": [file.mtime_ns for file in found.files]}):
-                terminal.print(f"going on with the parts in {work.path}")
+                terminal.print(f"continuing with the parts in {work.path}")
             outcome = read_all(order, work, all_units, found.files, terminal)
             _note_absent_separator(order, outcome, terminal)
             decide(order, outcome, work, terminal)
@@ -79,7 +79,7 @@ def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
             work.delete()
             raise
         except OSError as error:
-            reason = f"{error.strerror}; what is done stays there, and the same command goes on with it"
+            reason = f"{error.strerror}; finished parts stay there; run the same command again to continue"
             raise OSError(error.errno, reason, str(work.path)) from error
     dataset = read_dataset(order.target)
     verify_shards(dataset, tokenizer.vocab_size)  # so that the first training need not do it
@@ -109,9 +109,9 @@ def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work:
             return None
     work.delete_if_new()
     if not is_dataset(order.target):
-        raise UserError(f"{order.target}: exists already and is no dataset; choose another name")
+        raise UserError(f"{order.target}: already exists and is not a dataset; choose another name")
     raise UserError(
-        f"{order.target}: exists already, made from other files or with other settings; "
+        f"{order.target}: already exists, made from other files or with other settings; "
         "choose another name, or --replace it"
     )
 
@@ -120,8 +120,8 @@ def check_end_of_text(tokenizer: Tokenizer, config: DataConfig) -> None:
     """Raises TokenizerError unless the tokenizer has an end-of-text token."""
     if tokenizer.end_of_text is None:
         raise TokenizerError(
-            f"tokenizer {config.tokenizer}: has no token that ends a text, such as <|endoftext|> or </s>; "
-            "each document of a dataset begins with it"
+            f"tokenizer {config.tokenizer}: has no end-of-text token, such as <|endoftext|> or </s>, with which each "
+            "document of a dataset begins"
         )
 
 
@@ -200,7 +200,7 @@ def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> 
     if n_bad > order.tolerated:
         limit = f"; {order.tolerated:,} tolerated" if order.tolerated else ""
         last = part.bad[-1 if part.n_bad > order.tolerated else 0]
-        raise CorpusError(f"{place(last, short=True)}{limit} (--tolerate N leaves out as many)")
+        raise CorpusError(f"{place(last, short=True)}{limit} (--tolerate N leaves out up to N such records)")
 
 
 def _reasons(parts: Sequence[Part]) -> str:

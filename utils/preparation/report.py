@@ -115,7 +115,7 @@ def _left_out(report: Mapping[str, Any], cleaning: CleaningReport | None) -> Ite
             yield f"    - {code(example)}"
     yield from ("", "## Cleaning", "")
     if cleaning is None:
-        yield "None: the texts are as they were (prepare.py --clean)."
+        yield "None: the texts were not changed (prepare.py --clean)."
     else:
         yield from cleaning.lines()
 
@@ -125,8 +125,8 @@ def leak_words(leaks: Mapping[str, Any], val_documents: int) -> str:
     if not leaks["looked_for"]:
         return "not looked for"
     return (
-        f"{leaks['documents']:,} of {val_documents:,} documents for validation ({leaks['share']:.1%}) nearly equal one "
-        "for training"
+        f"{leaks['documents']:,} of {val_documents:,} validation documents ({leaks['share']:.1%}) nearly equal a "
+        "training document"
     )
 
 

@@ -80,7 +80,7 @@ def _results(team: Sequence[Worker], jobs: Sequence[Any], report: Report) -> Ite
                     worker.process.join()
                     raise OutOfMemoryError(
                         f"a worker process was killed (exit status {worker.process.exitcode}), perhaps because memory "
-                        "is too small: --workers 1 needs less; the same command goes on with what is done"
+                        "ran out: --workers 1 needs less; the same command continues with the finished parts"
                     ) from None
                 if kind == PROGRESS:
                     report(value)

@@ -101,7 +101,7 @@ def gpt2_merges(folders: Sequence[Path]) -> str:
                 except ValueError as error:
                     raise TokenizerError(f"{path}: {error}") from None
     raise TokenizerError(
-        f"tokenizer gpt2: its vocabulary is not there: put vocab.bpe and encoder.json ({GPT2_URL}), or the "
+        f"tokenizer gpt2: its vocabulary was not found: put vocab.bpe and encoder.json ({GPT2_URL}), or the "
         f"tokenizer.json of GPT-2, into {folders[-1]} or into gpt2/ of the folder that WORKBENCH_DATA names"
     )
 
