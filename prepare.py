@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return answer(argv)
     arguments = parse(argv)
-    return make(order_of(arguments), datasets_folder(arguments.load().config), arguments.own.json)
+    return make(order_of(arguments), arguments.own.json)
 
 
 def parse(argv: Sequence[str]) -> ExperimentArguments:
@@ -203,18 +203,23 @@ def target_of(name: str, folder: Path) -> Path:
     """The folder of the dataset that --out names.
 
     Raises:
-        UserError: the name is not valid.
+        UserError: the name is not valid, or it already names a corpus.
     """
+    from utils.corpora.sources import NAMES
+
     path = Path(expand_home(name))
     if not path.name or path.name.startswith(".") or "\0" in name:
         raise UserError(f"--out {name!r}: expected a name that does not begin with a dot, or a path")
     if len(os.fsencode(path.name)) > 200:
         raise UserError(f"--out {name[:20]}...: a name of {len(path.name)} characters is too long")
-    return Path(os.path.abspath(path)) if os.sep in name else folder / name
+    target = Path(os.path.abspath(path)) if os.sep in name else folder / name
+    if target.parent == folder and target.name in NAMES:
+        raise UserError(f"--out {name}: --dataset {target.name} means the registered corpus; choose another name")
+    return target
 
 
-def make(order: Preparation, folder: Path, as_json: bool) -> int:
-    """Prepare the dataset and print the outcome; `folder` is that of the datasets."""
+def make(order: Preparation, as_json: bool) -> int:
+    """Prepare the dataset and print the outcome."""
     from utils.preparation.commands import show_dataset
     from utils.preparation.order import Outcome
     from utils.preparation.pipeline import prepare
@@ -232,7 +237,7 @@ def make(order: Preparation, folder: Path, as_json: bool) -> int:
     if isinstance(made, Outcome):
         print_dry_run(made, order, terminal)
     else:
-        print_result(made, folder, terminal)
+        print_result(made, terminal)
     if as_json:
         print_json(made.summary(order) if isinstance(made, Outcome) else show_dataset(made))
     return 0
@@ -252,8 +257,8 @@ def print_removed(report: dict[str, Any], terminal: Terminal) -> None:
         terminal.print(f"left out, {reason}: {facts['count']:,}{examples}")
 
 
-def print_result(dataset: Dataset, folder: Path, terminal: Terminal) -> None:
-    """Print the contents of the dataset, and how to train on it: by its name if it is in `folder`."""
+def print_result(dataset: Dataset, terminal: Terminal) -> None:
+    """Print the contents of the dataset, and how to train on it."""
     from utils.files import read_json
     from utils.preparation.report import LEAKS_WARNED, REPORT, leak_words
 
@@ -272,6 +277,7 @@ def print_result(dataset: Dataset, folder: Path, terminal: Terminal) -> None:
     elif leaks["looked_for"]:
         terminal.print(leak_words(leaks, report["splits"]["val"]["documents"]))
     terminal.print(f"{dataset.folder}: ready; its card is CARD.md")
+    folder = datasets_folder(ConfigLoader(PROJECT_ROOT).load().config)  # where train.py looks without further flags
     name = dataset.name if dataset.folder.parent == folder else str(dataset.folder)
     terminal.print(f"python train.py --dataset {name}")
 
