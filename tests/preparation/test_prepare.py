@@ -624,6 +624,24 @@ def test_a_long_record_is_read_in_pieces(
             pipeline.prepare(order(tmp_path / "bad.jsonl", tmp_path), pipeline.Terminal(quiet=True))
 
 
+def test_a_piece_of_a_long_document_may_have_no_tokens(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer such as BERT's drops white space, of which a document may have megabytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(encoding, "JOB_BYTES", 1500)
+    monkeypatch.setattr(encoding, "CUT_WINDOW", 500)
+    source = json_lines(tmp_path / "a.jsonl", ["a b " * 700 + " " * 6000 + "b " * 600, "a", "b"])
+    assert run(source, "--tokenizer", f"hf:{tmp_path / 'tokenizer.json'}") == 0
+    splits = dataset_of(tmp_path).splits
+    assert splits["train"].tokens + splits["val"].tokens == 2000 + 1 + 1 + 3
+
+
 def order(source: Path, folder: Path) -> pipeline.Preparation:
     words = [str(source), "--out", str(folder / "sets" / "other"), "--tokenizer", "byte"]
     return prepare.order_of(prepare.parse(words))

@@ -65,7 +65,7 @@ class EncodeJob:
         return lengths if whole else None
 
     def tokens(self) -> np.ndarray:
-        return np.asarray(np.memmap(f"{self.stem}.bin", dtype=self.dtype, mode="r"))
+        return np.fromfile(f"{self.stem}.bin", dtype=self.dtype)
 
 
 def encode_jobs(documents: Documents, folder: Path, tokenizer: Path, dtype: str, cuttable: bool) -> list[EncodeJob]:
