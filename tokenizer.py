@@ -22,7 +22,7 @@ from utils.tokenization.specifications import character_specification
 from utils.tokenization.subwords import BpeTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer
 from utils.tokenization.vocabularies import read_specification
 
-NUL = "\0"  # never part of a text
+NUL = "\0"  # the end-of-text token of CharTokenizer: no text contains it
 
 
 class CharTokenizer(Tokenizer):

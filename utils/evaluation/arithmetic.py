@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from tokenizer import TokenizerError
+from tokenizer import NUL, TokenizerError
 from utils.config.settings import ArithmeticConfig
 from utils.corpora.arithmetic import Problem
 from utils.corpora.datasets import read_dataset
@@ -19,7 +19,7 @@ from utils.corpora.sources import ARITHMETIC
 from utils.errors import UserError
 from utils.evaluation.weights import Trained
 from utils.inference.exact_match import Question, greedy_answers
-from utils.preparation.arithmetic import END_OF_TEXT, arithmetic_dataset
+from utils.preparation.arithmetic import arithmetic_dataset
 from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, one_line
 
@@ -77,7 +77,7 @@ def answer_problems(
     block_size, end = trained.model.config.block_size, tokenizer.end_of_text
     try:
         questions = [
-            Question(tokenizer.encode(END_OF_TEXT + prompt), [*tokenizer.encode(solution), end or 0])
+            Question(tokenizer.encode(NUL + prompt), [*tokenizer.encode(solution), end or 0])
             for prompt, solution in texts
         ]
     except TokenizerError as error:
@@ -98,7 +98,7 @@ def answer_problems(
 def _text(trained: Trained, given: Sequence[int]) -> str:
     """The text of an answer up to its end; "..." is appended if it does not end."""
     text = trained.tokenizer.decode(given)
-    return text.partition(END_OF_TEXT)[0] if END_OF_TEXT in text else text + "..."
+    return text.partition(NUL)[0] if NUL in text else text + "..."
 
 
 def task_record(answers: Sequence[Answer]) -> dict[str, Any]:

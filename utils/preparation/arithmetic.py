@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizer import Tokenizer, build_tokenizer
+from tokenizer import NUL, Tokenizer, build_tokenizer
 from utils.config.settings import OPERATORS, ArithmeticConfig, Config, DataConfig
 from utils.corpora.arithmetic import EQUALS, Problem, problem_set
 from utils.corpora.datasets import TOKENIZER_JSON, Dataset, ShardWriter, Split, is_dataset, read_dataset
@@ -19,13 +19,12 @@ from utils.folders import remove
 
 VERSION = 1  # to be raised when the same settings give other problems; part of a dataset's name
 DTYPE = "uint16"
-END_OF_TEXT = "\0"  # the end-of-text token of the character tokenizer
 
 
 def arithmetic_tokenizer() -> Tokenizer:
     """A tokenizer for the characters of all possible problems, so that a model can be trained further on others."""
     characters = sorted({*"0123456789", *EQUALS, *"".join(OPERATORS)})
-    return build_tokenizer(DataConfig(tokenizer="char"), [END_OF_TEXT, *characters])
+    return build_tokenizer(DataConfig(tokenizer="char"), [NUL, *characters])
 
 
 def arithmetic_dataset(settings: ArithmeticConfig, corpora_dir: Path) -> Path:
@@ -96,7 +95,7 @@ def _write(folder: Path, settings: ArithmeticConfig) -> None:
 def _write_split(
     folder: Path, name: str, problems: Sequence[Problem], settings: ArithmeticConfig, tokenizer: Tokenizer
 ) -> Split:
-    texts = [END_OF_TEXT + problem.prompt(settings) + problem.solution(settings) for problem in problems]
+    texts = [NUL + problem.prompt(settings) + problem.solution(settings) for problem in problems]
     ids = tokenizer.encode_array("".join(texts)).astype(DTYPE)  # each character is one token
     writer, begin = ShardWriter(folder, name, 0), 0
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer, tokenizer_class
+from tokenizer import NUL, Tokenizer, TokenizerError, build_tokenizer, load_tokenizer, tokenizer_class
 from utils.config.settings import DataConfig
 from utils.corpora.blocks import blocks
 from utils.corpora.cleaning import Cleaned, CleaningReport
@@ -30,8 +30,6 @@ from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
 from utils.terminal.words import counted, one_line
 from utils.tokenization.subwords import TRAINING_CHARACTERS
-
-END_OF_TEXT = "\0"  # the end-of-text token of the character tokenizer
 
 
 def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
@@ -269,7 +267,7 @@ def learned(
     if tokenizer is None:
         assert outcome.documents is not None
         if tokenizer_class(order.config).learns_characters:
-            texts = [END_OF_TEXT, *(part.characters for part in outcome.parts)]
+            texts = [NUL, *(part.characters for part in outcome.parts)]
         else:
             terminal.print(f"learning the tokenizer {order.config.tokenizer}")
             texts = training_sample(outcome.documents, TRAINING_CHARACTERS)
