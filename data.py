@@ -466,7 +466,7 @@ class BatchSampler:
             windows = sample_windows(self.corpus.split(stream), places[:, 0], self.block_size)  # (count, T + 1)
             inputs, targets = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
         if not leaks and self.corpus.prepared is not None:
-            targets[self.corpus.prepared.leaks.have(places)] = IGNORED
+            targets[self.corpus.prepared.leaks.contain(places)] = IGNORED
         return inputs, targets
 
     def _batch(

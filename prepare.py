@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return answer(argv)
     arguments = parse(argv)
-    return make(order_of(arguments), arguments.own.json)
+    return make(preparation_options(arguments), arguments.own.json)
 
 
 def parse(argv: Sequence[str]) -> ExperimentArguments:
@@ -153,7 +153,7 @@ def datasets_folder(config: Config) -> Path:
     return PROJECT_ROOT / config.data.datasets_dir
 
 
-def order_of(arguments: ExperimentArguments) -> Preparation:
+def preparation_options(arguments: ExperimentArguments) -> Preparation:
     """The preparation that the command line describes.
 
     Raises:
@@ -218,7 +218,7 @@ def target_of(name: str, folder: Path) -> Path:
     return target
 
 
-def make(order: Preparation, as_json: bool) -> int:
+def make(options: Preparation, as_json: bool) -> int:
     """Prepare the dataset and print the outcome."""
     from utils.preparation.commands import show_dataset
     from utils.preparation.order import Outcome
@@ -229,22 +229,22 @@ def make(order: Preparation, as_json: bool) -> int:
 
     try:
         with raise_on_signals():
-            made = prepare(order, terminal)
+            made = prepare(options, terminal)
     except KeyboardInterrupt:
-        if not order.dry_run:
+        if not options.dry_run:
             terminal.print("finished parts are kept; run the same command again to continue")
         raise
     if isinstance(made, Outcome):
-        print_dry_run(made, order, terminal)
+        print_dry_run(made, options, terminal)
     else:
         print_result(made, terminal)
     if as_json:
-        print_json(made.summary(order) if isinstance(made, Outcome) else show_dataset(made))
+        print_json(made.summary(options) if isinstance(made, Outcome) else show_dataset(made))
     return 0
 
 
-def print_dry_run(outcome: Outcome, order: Preparation, terminal: Terminal) -> None:
-    summary = outcome.summary(order)
+def print_dry_run(outcome: Outcome, options: Preparation, terminal: Terminal) -> None:
+    summary = outcome.summary(options)
     terminal.print(f"{counted(summary['documents_read'], 'document')} read, {summary['documents_kept']:,} would stay")
     print_removed(summary, terminal)
     if outcome.cleaning is not None:

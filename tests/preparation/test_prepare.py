@@ -621,7 +621,7 @@ def test_a_long_record_is_read_in_pieces(
     ):
         (tmp_path / "bad.jsonl").write_text(line)
         with pytest.raises(pipeline.CorpusError, match=re.escape(expected)):
-            pipeline.prepare(order(tmp_path / "bad.jsonl", tmp_path), pipeline.Terminal(quiet=True))
+            pipeline.prepare(options(tmp_path / "bad.jsonl", tmp_path), pipeline.Terminal(quiet=True))
 
 
 def test_a_piece_of_a_long_document_may_have_no_tokens(
@@ -642,9 +642,9 @@ def test_a_piece_of_a_long_document_may_have_no_tokens(
     assert splits["train"].tokens + splits["val"].tokens == 2000 + 1 + 1 + 3
 
 
-def order(source: Path, folder: Path) -> pipeline.Preparation:
+def options(source: Path, folder: Path) -> pipeline.Preparation:
     words = [str(source), "--out", str(folder / "sets" / "other"), "--tokenizer", "byte"]
-    return prepare.order_of(prepare.parse(words))
+    return prepare.preparation_options(prepare.parse(words))
 
 
 def test_a_full_disk_is_one_line_and_the_parts_stay(

@@ -161,7 +161,7 @@ class CleaningReport:
         for step, count in cleaned.counts.items():
             self._counts[step] += count
             (self._removed if step == cleaned.removed_by else self._changed)[step] += 1
-            self._show(step, cleaned.examples[step])
+            self._add_example(step, cleaned.examples[step])
 
     def add_removed(self, step: str, text: str = "") -> None:
         """Count a document that was already added as a duplicate that is removed.
@@ -176,9 +176,9 @@ class CleaningReport:
         self._removed[step] += 1
         self._counts[step] += 1
         if text:
-            self._show(step, example_text(text))
+            self._add_example(step, example_text(text))
 
-    def _show(self, step: str, example: str) -> None:
+    def _add_example(self, step: str, example: str) -> None:
         if len(self._examples[step]) < EXAMPLES and example not in self._examples[step]:
             self._examples[step].append(example)
 

@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):
             for one in stem.members:
                 targets = one.targets if len(stem.members) == 1 else one.targets[:1]
                 places.append((row, length - len(targets), one, targets))
-        self._judge(hidden, places)
+        self._add_logprobs(hidden, places)
         if cache is not None:
             pairs = [(row, one) for row, stem in enumerate(batch) for one in stem.branches]
             pairs.sort(key=lambda pair: len(pair[1].targets))  # so that there is little padding
@@ -183,9 +183,9 @@ class HarnessModel(TemplateLM):
                 idx, _ = padded([one.targets[:-1] for _, one in part], self._device)
                 branch = branched(self.model, cache, [row for row, _ in part], idx.size(1))
                 hidden = self._lean.hidden(idx, branch)
-                self._judge(hidden, [(row, 0, one, one.targets[1:]) for row, (_, one) in enumerate(part)])
+                self._add_logprobs(hidden, [(row, 0, one, one.targets[1:]) for row, (_, one) in enumerate(part)])
 
-    def _judge(self, hidden: torch.Tensor, places: Sequence[tuple[int, int, _Scored, Sequence[int]]]) -> None:
+    def _add_logprobs(self, hidden: torch.Tensor, places: Sequence[tuple[int, int, _Scored, Sequence[int]]]) -> None:
         """Add the log-probabilities of targets to their continuations.
 
         Args:

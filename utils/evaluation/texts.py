@@ -112,7 +112,7 @@ class ValidationDocuments:
         documents, leaks, tokenizer = self.prepared.documents["val"], self.prepared.leaks, trained.tokenizer
         if tokenizer.hash() == self.prepared.dataset.tokenizer_hash:
             n_bytes = self.prepared.dataset.splits["val"].bytes  # the first token, end-of-text, has none of them
-            return Tokens(documents.tokens, n_bytes, True, leaks.have if len(leaks) else None)
+            return Tokens(documents.tokens, n_bytes, True, leaks.contain if len(leaks) else None)
         parts, n_bytes = [], 0
         for number, (start, length) in enumerate(zip(*documents.bounds(np.arange(len(documents))), strict=True)):
             text = self.prepared.tokenizer.decode(np.asarray(documents.tokens[start + 1 : start + length]))

@@ -62,7 +62,7 @@ def mapped(dataset: Dataset, shard: Shard, suffix: str, count: int, dtype: str) 
         raise DatasetError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-class Marked:
+class DocumentSubset:
     """A subset of the documents, which can be asked whether it contains a token."""
 
     def __init__(self, documents: Documents, numbers: Sequence[int]) -> None:
@@ -73,7 +73,7 @@ class Marked:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def have(self, places: np.ndarray) -> np.ndarray:
+    def contain(self, places: np.ndarray) -> np.ndarray:
         """Whether the token at each place is in one of these documents, bool."""
         if not len(self.starts):
             return np.zeros(places.shape, dtype=bool)

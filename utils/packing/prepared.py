@@ -15,7 +15,7 @@ from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
 from utils.config.settings import DataConfig
 from utils.corpora.datasets import DATASET_JSON, TYPES, Dataset, DatasetError, read_dataset
 from utils.nn.targets import IGNORED
-from utils.packing.documents import Documents, Marked
+from utils.packing.documents import Documents, DocumentSubset
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
 from utils.packing.rows import Layout, Packed, Rows, Single
@@ -54,9 +54,9 @@ class Prepared:
         return Joined([*self.documents["train"].tokens.parts, *self.documents["val"].tokens.parts])
 
     @functools.cached_property
-    def leaks(self) -> Marked:
+    def leaks(self) -> DocumentSubset:
         """The validation documents that nearly equal a training document."""
-        return Marked(self.documents["val"], self.dataset.leaks)
+        return DocumentSubset(self.documents["val"], self.dataset.leaks)
 
     def rows(self, split: str, block_size: int) -> Rows | None:
         """The rows of `train` or `val`; None if packing is random."""

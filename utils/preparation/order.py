@@ -1,4 +1,4 @@
-"""A preparation as the user orders it, and its outcome."""
+"""The options of a preparation, and its outcome."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ class Outcome:
     documents: Documents | None = None
     left_out: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
-    def place(self, order: Preparation, number: int) -> str:
+    def place(self, options: Preparation, number: int) -> str:
         """The place of a document in its source, in words."""
         assert self.documents is not None
         part, index = self.documents.place(number)
         row = part.documents[index]
-        return where(self.files[row["source"]], order.reading, int(row["record"]))
+        return where(self.files[row["source"]], options.reading, int(row["record"]))
 
-    def summary(self, order: Preparation) -> dict[str, Any]:
+    def summary(self, options: Preparation) -> dict[str, Any]:
         """The part of report.json that does not depend on tokens."""
         assert self.documents is not None
         train, val = self.documents.kept(False), self.documents.kept(True)
@@ -124,15 +124,15 @@ class Outcome:
             "cleaning": [] if self.cleaning is None else self.cleaning.to_json(),
             "duplicates": self.duplicates,
             "leaks": {
-                "looked_for": order.leaks and not self.single,
+                "looked_for": options.leaks and not self.single,
                 "documents": len(pairs),
                 "share": len(pairs) / len(val) if len(val) else 0.0,
                 "examples": [
-                    {"val": self.place(order, int(val[a])), "train": self.place(order, int(train[b]))}
+                    {"val": self.place(options, int(val[a])), "train": self.place(options, int(train[b]))}
                     for a, b in pairs[:EXAMPLES]
                 ],
             },
-            "notes": order.notes,
+            "notes": options.notes,
         }
 
 
