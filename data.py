@@ -293,7 +293,7 @@ def _report_byte_scale(corpus: Corpus, warn: Callable[[str], None]) -> None:
     if abs(off) > INEXACT:
         warn(
             f"{corpus.name}: decoding its tokens gives {abs(off):.1%} {'more' if off > 0 else 'fewer'} bytes than its "
-            "text has, as the tokenizer does not keep the text: bits per byte are estimates"
+            "text has, because the tokenizer does not preserve the text: bits per byte are estimates"
         )
 
 

@@ -30,7 +30,7 @@ class CharTokenizer(Tokenizer):
 
     Args:
         vocabulary: the characters, each once; a token's id is its index.
-        unknown_token: the character that replaces all others; appended to the vocabulary if it is not in it.
+        unknown_token: the character that replaces those outside the vocabulary; appended to it if it is not in it.
 
     Raises:
         TokenizerError: a token is not one character, or a character appears twice.
