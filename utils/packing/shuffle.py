@@ -47,7 +47,7 @@ def _network(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _block(seed: int, stream: int, epoch: int, n: int, block: int) -> np.ndarray:
-    """Elements block * BLOCK onwards of the order of a pass; computing a whole block takes hardly longer than a few."""
+    """Elements block * BLOCK onwards of the order of a pass; a whole block hardly takes longer than a few elements."""
     places = np.arange(block * BLOCK, min((block + 1) * BLOCK, n), dtype=np.uint64)
     return permuted(places, n, epoch_words(seed, stream, epoch, ROUNDS + 1)[1:])
 

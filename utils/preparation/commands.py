@@ -76,7 +76,7 @@ def list_lines(rows: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
         table.add_row(row["name"], kind, *counts, size(row["disk"]) if "disk" in row else "", row["status"])
     yield table
     if any(row["status"] == "interrupted" for row in rows):
-        yield "interrupted: to continue, run the same command again"
+        yield "interrupted: to continue, repeat the command that began the preparation"
     yield from (row["problem"] for row in rows if "problem" in row)
 
 
@@ -90,7 +90,7 @@ def named_dataset(name: str, folder: Path) -> Dataset:
         return read_dataset(Path(os.path.abspath(path)))
     names = [row["name"] for row in list_datasets(folder)]
     if name in (unfinished for unfinished, _ in work_folders(folder)):
-        raise UserError(f"{name}: not finished; to continue, run the same command again")
+        raise UserError(f"{name}: not finished; to continue, repeat the command that began the preparation")
     raise UserError(f"no dataset {name} in {folder}: there is {', '.join(names) or 'none'}{nearest(name, names)}")
 
 

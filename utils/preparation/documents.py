@@ -99,7 +99,7 @@ class Documents:
         return find_duplicates(self.fingerprints(), self.compared_text, threshold)
 
     def split(self, val_fraction: float) -> None:
-        """Choose the documents for validation by the hash of their text, so that adding documents moves none.
+        """Choose the documents for validation by the hash of their text, so that adding documents moves no others.
 
         With two or more documents, each split gets at least one. Equal documents go into the same split, unless all are
         equal.

@@ -30,7 +30,7 @@ SAMPLE_PIECES = 64
 class EncodeJob:
     """Documents of one part, or a piece of a long document, for a worker to encode.
 
-    spans: (n, 2) bytes at which each document begins and ends; a piece is moved from there to safe places to cut.
+    spans: (n, 2) bytes at which each document begins and ends; the bounds of a piece are moved on to safe cuts.
     origins: (n, 2) source and record of each. n_train: the first n_train of them are for training.
     begins, ends: False if the document continues before or after the piece.
     """

@@ -48,7 +48,7 @@ class Preparation:
 
     @property
     def work_target(self) -> Path:
-        """The path from which that of the work folder is derived; a dry run has a work folder of its own."""
+        """The path from which the work folder takes its name: another one for a dry run than for the dataset."""
         return self.target.with_name(f"{self.target.name}.dry") if self.dry_run else self.target
 
     @property

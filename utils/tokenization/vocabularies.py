@@ -211,7 +211,7 @@ def surrogate_error(text: str) -> TokenizerError | None:
 
 
 def sample(texts: Iterable[str], characters: int, pieces: int = 64) -> list[str]:
-    """The texts if they have at most `characters`; otherwise evenly spaced parts, about `pieces`, that have so many."""
+    """The texts; if they have more than `characters`, about `pieces` evenly spaced parts with that many in all."""
     texts = list(texts)
     total = sum(map(len, texts))
     if total <= characters:
