@@ -19,7 +19,7 @@ COMPRESSED = (".gz", ".zst")
 
 
 def named(path: Path | str) -> str:
-    """A path as error messages show it: relative to the current folder, if it lies below it."""
+    """A path as error messages show it: relative to the current folder if it is inside that folder."""
     folder = os.getcwd() + os.sep
     return one_line(str(path).removeprefix(folder))
 

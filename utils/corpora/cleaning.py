@@ -164,7 +164,7 @@ class CleaningReport:
             self._add_example(step, cleaned.examples[step])
 
     def add_removed(self, step: str, text: str = "") -> None:
-        """Count a document that was already added as a duplicate that is removed.
+        """Count a duplicate, which was added as kept before, as removed.
 
         Args:
             step: exact_duplicates or near_duplicates; if the pipeline has only one of them, that one is counted.

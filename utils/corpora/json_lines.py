@@ -1,4 +1,4 @@
-"""The text in a JSON object, which may have hundreds of megabytes and is then never in memory as a whole."""
+"""The text in a JSON object. An object of hundreds of megabytes is read without holding all of it in memory."""
 
 from __future__ import annotations
 

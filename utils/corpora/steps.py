@@ -120,7 +120,7 @@ def _after_secret(text: str, place: int) -> int:
 
 
 def _around(text: str, place: int) -> str:
-    """The text around a place. If the place lies in a secret, the place after the secret is used."""
+    """The text around a place or, if the place lies in a secret, around the end of the secret."""
     place = _after_secret(text, place)
     before = text[:place] if "PRIVATE KEY" in text else text[max(place - WINDOW, 0) : place]
     before = _without_secrets(PRIVATE_KEY.sub("<SECRET>", before)[-WINDOW:])
