@@ -135,7 +135,7 @@ def every_source(folder: Path) -> dict[str, list[Any]]:
         "parquet": [folder / "table.parquet"],
         "parquet, views": [folder / "view.parquet"],
         "parquet, a dictionary": [folder / "dictionary.parquet"],
-        "saved data set": [folder / "saved"],
+        "saved dataset": [folder / "saved"],
         "folder": [folder / "files"],
         "glob": [folder / "files" / "*.txt"],
         "separator": [folder / "separated.txt", "--separator", "<|endoftext|>"],

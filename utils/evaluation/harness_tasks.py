@@ -30,7 +30,7 @@ from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, one_line
 
 TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three tasks of the workbench, each of a different kind
-FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task whose data set is one of these brings its own files
+FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task whose dataset is one of these brings its own files
 SEED, FEW_SHOT_SEED = 0, 1234  # the defaults of lm_eval, which choose the few-shot examples
 COUNTS = ("sample_len", "sample_count")  # results of a task that are not metrics
 ACCURACIES = ("acc", "exact_match", "em")  # the first of these that a task has is recorded as its accuracy
@@ -56,7 +56,7 @@ class HarnessTasks:
 
     Args:
         names: names of lm-evaluation-harness, or `tiny_choice`, `tiny_text` and `tiny_answer` of the workbench.
-        folder: the folder from which data sets are read, as FOLDER/ORGANISATION/NAME or FOLDER/NAME; None to use the
+        folder: the folder from which datasets are read, as FOLDER/ORGANISATION/NAME or FOLDER/NAME; None to use the
             cache of the Hugging Face hub, and then the hub.
 
     Raises:
@@ -153,7 +153,7 @@ def local_data(folder: Path | None) -> Iterator[None]:
         if folder is None:
             return original(path=path, name=name, **options)
         raise UserError(
-            f"{folder} has no data set {path}: expected {folder / path} (hf download --repo-type dataset {path} "
+            f"{folder} has no dataset {path}: expected {folder / path} (hf download --repo-type dataset {path} "
             f"--local-dir {folder / path})"
         )
 
