@@ -43,7 +43,7 @@ class Corpus:
     """Encoded text: memory-mapped tokens, split into train and val.
 
     tokens: shape (n,), uint16 or uint32, on disk once the corpus is stored.
-    hash: sha256 of the text, or of the record of a prepared dataset.
+    hash: sha256 of the text, or `Dataset.hash` of a prepared dataset.
     prepared: the dataset that the tokens belong to; None if they are those of a single text.
     byte_scale: bytes of the text divided by the bytes that its tokens decode to; 1 if the tokenizer is lossless.
     """

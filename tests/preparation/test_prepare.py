@@ -508,6 +508,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "not UTF-8": ([file("latin.txt", b"abc\nd\xe9f\n")], r"latin.txt:2: not UTF-8 text \(byte 5 is 0xe9\)"),
         "binary": ([file("b.txt", b"abc\n\0")], r"b.txt:2: a binary file \(NUL at byte 4\)"),
         "empty": ([file("e.txt", b" \n\t\n")], r"e.txt: no documents: 1 empty"),
+        "no lines": ([file("no.jsonl", b"")], r"no.jsonl: no documents$"),
         "not JSON": ([file("x.jsonl", b"\n".join([*lines[:90], b"{oops", *lines]))], r"x.jsonl:91: not JSON"),
         "not UTF-8 in JSON": ([file("y.jsonl", lines[0] + b'\n{"text": "\xff"}')], r"y.jsonl:2: not UTF-8 text"),
         "no field": ([good, "--field", "txt"], r"good.jsonl:1: no field 'txt': it has id, text; did you mean text\?"),

@@ -110,7 +110,7 @@ def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
         steps.append(_step(STEPS[item], thresholds, name, line, lines.get(id(thresholds), {})))
         if len(steps) > 1 and isinstance(steps[-2], COMPARING) and not isinstance(steps[-1], COMPARING):
             raise ConfigError(
-                f"{name}:{line}: {item} comes after {steps[-2].name}: steps that compare documents are the last ones"
+                f"{name}:{line}: {item} comes after {steps[-2].name}: steps that compare documents must come last"
             )
     if NearDuplicates.name in first and importlib.util.find_spec("rensa") is None:
         raise ConfigError(

@@ -213,7 +213,7 @@ def read_dataset(folder: Path) -> Dataset:
         if content["dtype"] not in TYPES or not {"train", "val"} <= set(splits):
             raise ValueError("its dtype or its splits are unknown")
         if not _is_count(content["end_of_text"]):
-            raise ValueError("its end_of_text is no token")
+            raise ValueError("its end_of_text is not a token id")
         if not all(_is_count(leak) and leak < splits["val"].documents for leak in content["leaks"]):
             raise ValueError("its leaks are not among the documents of val")
         if not all(isinstance(source, dict) for source in content["sources"]):

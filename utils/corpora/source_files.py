@@ -95,7 +95,7 @@ def _registered(source: Source) -> SourceFile:
 def _source_file(path: Path, kinds: dict[str, Kind]) -> SourceFile:
     kind = _kind(path, kinds)
     if kind in ("parquet", "arrow") and path.suffix.lower() in COMPRESSED:
-        raise CorpusError(f"{one_line(str(path))}: decompress it first: {kind} files are read at many places")
+        raise CorpusError(f"{one_line(str(path))}: decompress it first: {kind} files need random access")
     try:
         return SourceFile(os.path.abspath(path), kind, *state(path))
     except OSError as error:

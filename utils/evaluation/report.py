@@ -58,11 +58,10 @@ def score_record(score: Score, without: Score | None, block_size: int, stride: i
 
 def comparison_notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Warnings for users who compare the results of several runs."""
+    sizes = [record["bytes"] for record in records if "bytes" in record]
     if len({record["data_hash"] for record in records}) > 1:
         yield OTHER_TEXTS
-    elif (sizes := [record["bytes"] for record in records if "bytes" in record]) and max(sizes) - min(
-        sizes
-    ) >= SAME_BYTES:
+    elif sizes and max(sizes) - min(sizes) >= SAME_BYTES:
         yield OTHER_SPLITS
     if len({record["tokenizer_hash"] for record in records}) > 1:
         yield OTHER_TOKENIZERS

@@ -156,7 +156,7 @@ def read_all(
             outcome.bases.append(base)
     shows = options.dry_run and any(part.removed for part in outcome.parts)
     if not any(part.documents for part in outcome.parts) and not shows:
-        raise CorpusError(f"{', '.join(map(one_line, options.sources))}: no documents: {_reasons(outcome.parts)}")
+        raise CorpusError(f"{', '.join(map(one_line, options.sources))}: no documents{_reasons(outcome.parts)}")
     return outcome
 
 
@@ -211,7 +211,8 @@ def _reasons(parts: Sequence[Part]) -> str:
         (bad, "without text"),
         (removed, "removed by the cleaning (--dry-run shows by which step)"),
     ]
-    return ", ".join(f"{count:,} {word}" for count, word in words if count) or "there are none"
+    reasons = ", ".join(f"{count:,} {word}" for count, word in words if count)
+    return f": {reasons}" if reasons else ""
 
 
 # -------------------------------------------------------------------------------------------------- between the passes

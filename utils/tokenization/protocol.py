@@ -15,7 +15,7 @@ from utils.config.settings import DataConfig
 from utils.errors import UserError
 from utils.files import write_json
 
-VERSION = 1  # of the JSON form
+VERSION = 1  # version of the JSON form
 PART_CHARACTERS = 1 << 17  # characters encoded at a time: their code points and ids fit in a processor's cache
 
 
