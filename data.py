@@ -32,6 +32,7 @@ from utils.packing.prepared import Prepared, open_prepared
 from utils.packing.rows import Rows
 from utils.packing.shuffle import in_random_order
 from utils.packing.windows import STREAMS, sample_offsets, sample_windows, windows_of_pass
+from utils.tokenization.protocol import id_dtype
 
 SAMPLED_TOKENS = 1 << 20
 INEXACT = 0.01  # relative difference between the bytes of a text and of its tokens above which a warning is printed
@@ -131,7 +132,7 @@ class TokenFile:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        return id_dtype(self.tokenizer.vocab_size)
 
     @property
     def path(self) -> Path:

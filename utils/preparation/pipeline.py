@@ -23,12 +23,13 @@ from utils.preparation.encoding import training_sample
 from utils.preparation.order import Outcome, Preparation, versions
 from utils.preparation.reading import EXAMPLES, Part, ReadJob, effects, finished_part, read_unit
 from utils.preparation.report import write_report
-from utils.preparation.shards import type_of_ids, write_shards
+from utils.preparation.shards import write_shards
 from utils.preparation.work import WorkFolder, work_folder
 from utils.preparation.workers import in_order
 from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
 from utils.terminal.words import counted, one_line
+from utils.tokenization.protocol import id_dtype
 from utils.tokenization.subwords import TRAINING_CHARACTERS
 
 
@@ -295,7 +296,7 @@ def describe_dataset(
         work.dataset,
         tokenizer.hash(),
         tokenizer.end_of_text,
-        type_of_ids(tokenizer),
+        id_dtype(tokenizer.vocab_size).name,
         splits,
         [{"path": file.path, "kind": file.kind, "bytes": file.bytes} for file in outcome.files],
         sorted(outcome.documents.leaks),

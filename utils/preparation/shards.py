@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from tokenizer import Tokenizer
 from utils.corpora.datasets import Shard, ShardWriter, Split
 from utils.preparation.documents import Documents
@@ -14,13 +12,9 @@ from utils.preparation.work import WorkFolder
 from utils.preparation.workers import in_order
 from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
+from utils.tokenization.protocol import id_dtype
 
 SHARD_TOKENS = 1 << 27  # a shard with so many tokens gets no further documents
-
-
-def type_of_ids(tokenizer: Tokenizer) -> str:
-    """The dtype of token ids in a dataset: the smallest one that holds the vocabulary."""
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def write_shards(
@@ -32,9 +26,9 @@ def write_shards(
         TokenizerError: a text cannot be encoded.
         OSError: a file cannot be written.
     """
-    dtype = type_of_ids(tokenizer)
+    dtype = id_dtype(tokenizer.vocab_size)
     cuttable = tokenizer.first_cut(" a. b") is not None
-    jobs = encode_jobs(documents, work.tokens, work.tokenizer, f"<u{np.dtype(dtype).itemsize}", cuttable)
+    jobs = encode_jobs(documents, work.tokens, work.tokenizer, f"<u{dtype.itemsize}", cuttable)
     missing = [job for job in jobs if job.lengths() is None]
     todo = {job.number for job in missing}
     writers = {name: _SplitWriter(work.dataset, name) for name in ("train", "val")}

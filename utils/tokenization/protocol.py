@@ -161,6 +161,11 @@ class Tokenizer(Protocol):
         write_json(path, self.to_json())
 
 
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest dtype in which the ids of a vocabulary are stored: uint16 or uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
     """Concatenate the parts of `encode_parts` into the result of `encode_array`, shape (tokens,), int64."""
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
