@@ -260,7 +260,8 @@ def print_removed(report: dict[str, Any], terminal: Terminal) -> None:
 def print_result(dataset: Dataset, terminal: Terminal) -> None:
     """Print the contents of the dataset, and how to train on it."""
     from utils.files import read_json
-    from utils.preparation.report import LEAKS_WARNED, REPORT, leak_words
+    from utils.packing.prepared import MANY_LEAKS
+    from utils.preparation.report import REPORT, leak_words
 
     report = read_json(dataset.folder / REPORT)
     print_removed(report, terminal)
@@ -272,7 +273,7 @@ def print_result(dataset: Dataset, terminal: Terminal) -> None:
         words = f"{counted(facts['documents'], 'document')}, {facts['tokens']:,} tokens, {size(facts['bytes'])} of text"
         terminal.print(f"{name:<5} {words}")
     leaks = report["leaks"]
-    if leaks["share"] > LEAKS_WARNED:
+    if leaks["share"] > MANY_LEAKS:
         terminal.warn(f"{leak_words(leaks, report['splits']['val']['documents'])}: val/loss looks better than it is")
     elif leaks["looked_for"]:
         terminal.print(leak_words(leaks, report["splits"]["val"]["documents"]))

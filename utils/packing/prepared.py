@@ -23,7 +23,7 @@ from utils.terminal.words import counted
 
 IDS_AT_ONCE = 1 << 22  # tokens of a shard that are read at a time
 LOOKED_AT = 256  # the first rows, which are searched for loss_after
-MANY_LEAKS = 0.01  # fraction of the validation documents
+MANY_LEAKS = 0.01  # fraction of the validation documents above which a warning is printed
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from utils.terminal.words import counted, one_line, setting_text, size
 
 REPORT, CARD = "report.json", "CARD.md"
 SOURCES_SHOWN = 20
-LEAKS_WARNED = 0.01  # fraction of the validation documents
 
 
 def write_report(dataset: Dataset, summary: dict[str, Any], name: str, cleaning: CleaningReport | None) -> None:
