@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.corpora.sources import CorpusError
 from utils.files import open_named
@@ -59,13 +60,13 @@ def blocks(path: Path, start: int = 0, report: Callable[[int], None] = lambda co
         raise CorpusError(f"{named(path)}: cannot be read: {error.strerror or error}") from None
 
 
-def _gzip(raw: object) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=raw) as file:  # type: ignore[call-overload]
+def _gzip(raw: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=raw) as file:
         while block := file.read(BLOCK):
             yield block
 
 
-def _zstd(path: Path, raw: object) -> Iterator[bytes]:
+def _zstd(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
@@ -73,7 +74,7 @@ def _zstd(path: Path, raw: object) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     frame, data = None, b""
     try:
-        while data or (data := raw.read(ZSTD_BLOCK)):  # type: ignore[attr-defined]
+        while data or (data := raw.read(ZSTD_BLOCK)):
             frame = frame or decompressor.decompressobj()
             if block := frame.decompress(data):
                 yield block

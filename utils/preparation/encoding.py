@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -140,21 +141,21 @@ def encode(job: EncodeJob, report: Report) -> None:
     Path(f"{job.stem}.lengths").write_bytes(np.array(lengths, dtype="<u8").tobytes())
 
 
-def _batches(job: EncodeJob, file: object, tokenizer: Tokenizer) -> Iterator[list[str]]:
+def _batches(job: EncodeJob, file: BinaryIO, tokenizer: Tokenizer) -> Iterator[list[str]]:
     """The texts of the documents, in batches."""
 
     def read(start: int, end: int) -> str:
-        file.seek(start)  # type: ignore[attr-defined]
-        return str(file.read(end - start), "utf-8")  # type: ignore[attr-defined]
+        file.seek(start)
+        return str(file.read(end - start), "utf-8")
 
     if not (job.begins and job.ends):
         start, end = map(int, job.spans[0])
-        start = start if job.begins else _safe(file, start, tokenizer)
-        yield [read(start, end if job.ends else _safe(file, end, tokenizer))]
+        start = start if job.begins else _safe_cut(file, start, tokenizer)
+        yield [read(start, end if job.ends else _safe_cut(file, end, tokenizer))]
         return
     begin, after = int(job.spans[:, 0].min()), int(job.spans[:, 1].max())
-    file.seek(begin)  # type: ignore[attr-defined]
-    data = memoryview(file.read(after - begin))  # type: ignore[attr-defined]
+    file.seek(begin)
+    data = memoryview(file.read(after - begin))
     texts: list[str] = []
     size = 0
     for start, end in (job.spans - begin).tolist():
@@ -167,10 +168,10 @@ def _batches(job: EncodeJob, file: object, tokenizer: Tokenizer) -> Iterator[lis
         yield texts
 
 
-def _safe(file: object, place: int, tokenizer: Tokenizer) -> int:
+def _safe_cut(file: BinaryIO, place: int, tokenizer: Tokenizer) -> int:
     """The first byte from `place` on at which cutting the text is safe; near `place` if CUT_WINDOW has no such byte."""
-    file.seek(place)  # type: ignore[attr-defined]
-    window: bytes = file.read(CUT_WINDOW)  # type: ignore[attr-defined]
+    file.seek(place)
+    window: bytes = file.read(CUT_WINDOW)
     skipped = next((i for i, byte in enumerate(window[:4]) if not 0x80 <= byte < 0xC0), 0)
     text = window[skipped:].decode(errors="ignore")
     return place + skipped + len(text[: tokenizer.first_cut(text) or 0].encode())
