@@ -17,6 +17,7 @@ from utils.folders import size_of
 from utils.packing.prepared import verify_shards
 from utils.preparation.report import CARD, REPORT
 from utils.preparation.work import is_being_prepared
+from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, size
 
 
@@ -60,16 +61,11 @@ def _row(dataset: Dataset) -> dict[str, Any]:
 
 def list_lines(rows: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
     """The rows as a table."""
-    from rich.table import Table
-
     if not rows:
         yield f"{folder} has no datasets yet: python prepare.py SOURCE --out NAME makes one"
         return
-    table = Table(box=None, pad_edge=False)
-    for name, justify in (("name", "left"), ("tokenizer", "left"), ("documents", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("train tokens", "val tokens", "disk", "status"):
-        table.add_column(name, justify="left" if name == "status" else "right")
+    table = plain_table(["name", "tokenizer"], ["documents", "train tokens", "val tokens", "disk"])
+    table.add_column("status")
     for row in rows:
         kind = f"{row['tokenizer']} {row['vocab_size']:,}" if row.get("tokenizer") else ""
         counts = [f"{row[key]:,}" if key in row else "" for key in ("documents", "train_tokens", "val_tokens")]
