@@ -165,7 +165,7 @@ def evaluate(args: argparse.Namespace, config: Config, trained: Trained) -> list
     else:
         records = solve_tasks(args, trained)
     for record in records:
-        keep(args, trained, record)
+        record_evaluation(args, trained, record)
     return records
 
 
@@ -332,7 +332,7 @@ def window_stride(stride: int | None, trained: Trained) -> int:
     return stride or max(block_size // 2, 1)
 
 
-def keep(args: argparse.Namespace, trained: Trained, record: Mapping[str, Any]) -> None:
+def record_evaluation(args: argparse.Namespace, trained: Trained, record: Mapping[str, Any]) -> None:
     """Append an evaluation to those recorded in the run directory, unless --no-record is given."""
     if args.no_record or trained.run is None:
         return

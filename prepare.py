@@ -51,7 +51,7 @@ DRY_RUN = "dry_run"  # the name of the dataset in a dry run without --out
 @script
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        return answer(argv)
+        return run_command(argv)
     arguments = parse(argv)
     return make(preparation_options(arguments), arguments.own.json)
 
@@ -114,7 +114,7 @@ def parse(argv: Sequence[str]) -> ExperimentArguments:
     return parse_experiment(argv, parser, sections=("data",), keys=SETTINGS)
 
 
-def answer(argv: Sequence[str]) -> int:
+def run_command(argv: Sequence[str]) -> int:
     """Run the command list, show or verify."""
     name = argv[0]
     parser = Parser(prog=f"prepare.py {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.")
@@ -129,15 +129,15 @@ def answer(argv: Sequence[str]) -> int:
     folder = PROJECT_ROOT / (args.datasets_dir or ConfigLoader(PROJECT_ROOT).load().config.data.datasets_dir)
     if name == "list":
         rows = commands.list_datasets(folder)
-        return shown(args.json, rows, lambda: commands.list_lines(rows, folder))
+        return print_answer(args.json, rows, lambda: commands.list_lines(rows, folder))
     dataset = commands.named_dataset(args.name, folder)
     if name == "show":
-        return shown(args.json, commands.show_dataset(dataset), lambda: commands.show_lines(dataset))
+        return print_answer(args.json, commands.show_dataset(dataset), lambda: commands.show_lines(dataset))
     lines = commands.verify_dataset(dataset)
-    return shown(args.json, {"name": dataset.name, "good": True, "found": lines}, lambda: lines)
+    return print_answer(args.json, {"name": dataset.name, "good": True, "found": lines}, lambda: lines)
 
 
-def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
+def print_answer(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
     if as_json:
         print_json(data)
     else:

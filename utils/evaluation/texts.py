@@ -82,7 +82,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class EndOfCorpus:
+class ValidationText:
     """The validation split of a text, in the tokens of the corpus."""
 
     name: str
@@ -183,7 +183,7 @@ def own_data(trained: Trained, config: DataConfig, root: Path, report: Callable[
     name = f"val of {dataset if dataset in NAMES else Path(dataset).name}"
     if data.loss_after is not None:
         report(f"{trained.name}: here every token counts, not only what follows {data.loss_after!r} in a document")
-    return EndOfCorpus(name, corpus) if corpus.prepared is None else ValidationDocuments(name, corpus.prepared)
+    return ValidationText(name, corpus) if corpus.prepared is None else ValidationDocuments(name, corpus.prepared)
 
 
 class WithoutLeaks:
