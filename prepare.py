@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -280,7 +281,7 @@ def print_result(dataset: Dataset, terminal: Terminal) -> None:
     terminal.print(f"{dataset.folder}: ready; its card is CARD.md")
     folder = datasets_folder(ConfigLoader(PROJECT_ROOT).load().config)  # where train.py looks without further flags
     name = dataset.name if dataset.folder.parent == folder else str(dataset.folder)
-    terminal.print(f"python train.py --dataset {name}")
+    terminal.print(f"python train.py --dataset {shlex.quote(name)}")
 
 
 if __name__ == "__main__":

@@ -698,9 +698,9 @@ def test_list_show_and_verify(tmp_path: Path, run: Run, capsys: pytest.CaptureFi
 
 def test_the_command_that_trains_finds_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A name is enough only in the folder that train.py searches without further flags."""
-    words = [str(json_lines(tmp_path / "a.jsonl")), "--workers", "1", "--datasets-dir", str(tmp_path / "sets")]
+    words = [str(json_lines(tmp_path / "a.jsonl")), "--workers", "1", "--datasets-dir", str(tmp_path / "my sets")]
     assert prepare.main([*words, "--out", "mine"]) == 0
-    assert capsys.readouterr().out.endswith(f"python train.py --dataset {tmp_path / 'sets' / 'mine'}\n")
+    assert capsys.readouterr().out.endswith(f"python train.py --dataset '{tmp_path / 'my sets' / 'mine'}'\n")
     for name in ("shakespeare", "arithmetic"):  # --dataset means the corpus
         assert prepare.main([*words, "--out", name]) == 2
         assert f"--dataset {name} means the registered corpus" in error_of(capsys)
