@@ -38,7 +38,7 @@ OTHER_MAGICS = {
 
 
 class Sizes(NamedTuple):
-    """The numbers in a header, in the words of this project; the padded vocabulary counts the rows that are stored."""
+    """The numbers in a header, by our names; padded_vocab_size is the number of embedding rows in the file."""
 
     n_layer: int
     n_head: int
@@ -53,9 +53,9 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file has, and where. A tensor whose name has `*` is stacked: the first size of its shape is the layer.
+    """The tensors of a file and where they are. A tensor with `*` in its name stacks those of all layers: (L, ...).
 
-    program: llm.c or llama2.c. version: 0 is llama2.c's legacy.
+    program: llm.c or llama2.c. version: 0 for the legacy format of llama2.c.
     """
 
     program: str
@@ -65,10 +65,10 @@ class Layout:
 
 
 def read_layout(path: Path) -> Layout | None:
-    """The layout of a file of llm.c or llama2.c; None: it is neither.
+    """The layout of a file of llm.c or llama2.c; None if it is neither.
 
     Raises:
-        UserError: it is one that is not read, or of another length than its header says.
+        UserError: it is of a kind or version that is not supported, or not as long as its header says.
     """
     try:
         with open_named(path) as file:
@@ -168,7 +168,7 @@ def _llama2_c(path: Path, version: int, numbers: tuple[int, ...], tied: bool, si
         return Layout(LLAMA2_C, version, sizes, tensors)
     tensors = _placed(_legacy_shapes(sizes), "F32", 28)
     end = max(entry.end for entry in tensors.values())
-    if size != end:  # the file has no name of its own: any file of this length is one
+    if size != end:  # this format has no magic number, so the length decides
         return None
     _check(path, sizes)
     return Layout(LLAMA2_C, version, sizes, tensors)

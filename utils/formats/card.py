@@ -24,13 +24,13 @@ NO_LICENCE = (
 
 
 def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: str | None, notes: list[str]) -> str:
-    """README.md of an export, in Markdown with the front matter of the hub.
+    """The README.md of an export: Markdown, with the front matter that the hub reads.
 
     Args:
-        tags: of the front matter.
+        tags: entries of the front matter.
         loading: code that loads the export.
-        licence: of the weights; None: that of the model that training started from, if it states one.
-        notes: what a reader must know about this format.
+        licence: of the weights; None for that of the model that training started from, if it states one.
+        notes: what a reader must know about this export.
     """
     base = source.pretrained.get("name")
     licence = licence or source.pretrained.get("license")
@@ -99,7 +99,7 @@ def _cell(text: str) -> str:
 
 
 def _yaml(value: str) -> str:
-    """A text as a YAML value that no character of it can end."""
+    """A text as a YAML value, quoted unless it is plain."""
     plain = value.replace("-", "").replace("_", "").replace("/", "").replace(".", "").isalnum()
     return (
         value if plain and value.isascii() else '"' + printable(value).replace("\\", "\\\\").replace('"', '\\"') + '"'

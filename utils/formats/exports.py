@@ -1,4 +1,4 @@
-"""The formats of other programs that a model can be exported in."""
+"""Export a model in a format of other programs: hf, gguf or onnx."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ HUGGINGFACE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "floa
 def export_as(
     source: Source, format: str, place: Path, dtype: str, shard_bytes: int, licence: str | None
 ) -> dict[str, Any]:
-    """Write a model in a format, hf, gguf or onnx, with its certificate.
+    """Write a model in a format (hf, gguf or onnx), with its certificate.
 
     Returns:
-        What was written.
+        What the function of the format returns, and `certificate`.
 
     Raises:
-        UserError: something of the model that the format cannot hold, before anything is written.
-        DisagreementError: the program that the format is for computes something else; nothing is left.
+        UserError: the format cannot hold the model; raised before anything is written.
+        DisagreementError: the program that the format is for computes something else; the export is deleted.
     """
     known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES], "onnx": ["float32"]}[format]
     if dtype not in known:
@@ -53,7 +53,7 @@ def export_as(
 
 
 def check_numbers(model: LanguageModel, dtype: str) -> None:
-    """Raises FormatError for weights that are not finite, or beyond the numbers of float16 if they are to be that."""
+    """Raises FormatError if weights are not finite, or too large for float16 if that is `dtype`."""
     largest = torch.finfo(torch.float16).max if dtype == "float16" else math.inf
     for name, tensor in model.state_dict().items():
         if not (most := float(tensor.abs().max())) < math.inf:

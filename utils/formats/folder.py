@@ -1,4 +1,4 @@
-"""Folders of exports: written beside their place under a hidden name, checked, then renamed into it."""
+"""Folders of exports: written under a hidden name beside their place, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WRITTEN = re.compile(  # the names of all files that an export may have
 
 @contextlib.contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
-    """A hidden folder to write an export into. It becomes `place` at the end, and is deleted after an error.
+    """A hidden folder to write an export into. It is renamed to `place` on success and deleted after an error.
 
-    An older export at `place` is replaced, and stays after an error.
+    An older export at `place` is replaced on success and kept after an error.
 
     Raises:
-        UserError: at `place` there is something else, another process is writing it, or it cannot be written to.
+        UserError: `place` has something else, another process is writing there, or it cannot be written to.
         OSError: the disk is full or fails.
     """
     place = Path(os.path.realpath(place))
@@ -40,7 +40,7 @@ def new_folder(place: Path) -> Iterator[Path]:
         hidden.mkdir(parents=True, exist_ok=True)
         with _locked(hidden, place):
             try:
-                for path in hidden.iterdir():  # an export that was killed leaves its files
+                for path in hidden.iterdir():  # left by an export that was killed
                     delete(path)
                 yield hidden
                 sync_files(hidden)
@@ -53,7 +53,7 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(place: Path) -> None:
-    """Raises UserError unless there is nothing at `place`, or an export and nothing else."""
+    """Raises UserError unless `place` is free, an empty folder, or an export and nothing else."""
     if not os.path.lexists(place):
         return
     names = os.listdir(place) if place.is_dir() else None
@@ -70,10 +70,10 @@ def _check_replaceable(place: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(hidden: Path, place: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which moves with it and ends with the process.
+    """Hold the lock of a folder. It moves with the folder and ends with the process.
 
     Raises:
-        UserError: another process holds it, or has moved the folder meanwhile.
+        UserError: another process holds it, or has renamed the folder in the meantime.
     """
     handle = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

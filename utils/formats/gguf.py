@@ -1,7 +1,7 @@
-"""The export for llama.cpp and what is built on it: one file in the format GGUF, by the package gguf.
+"""The export for llama.cpp and programs built on it: one file in the format GGUF, written by the package gguf.
 
-The tensors are those that the tables of the families name; the package has the names of llama.cpp for them. Its
-architecture llama rotates neighbouring channels, so the rows of its queries and keys are in another order.
+The tables of the families say which tensors there are, and the package has llama.cpp's names for them. The architecture
+llama rotates neighbouring channels, so the rows of its queries and keys are in another order.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Mistra
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # and their numbers as types of whole files
-BLOCK = 32  # numbers of Q8_0 with one scale
+TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # types of the matrices, and the `general.file_type` of each
+BLOCK = 32  # numbers that share a scale in Q8_0
 LOADING = """
 import xllamacpp
 
@@ -68,15 +68,15 @@ def export_gguf(
 
     Args:
         place: the folder; an older export is replaced.
-        kind: of the matrices, one of TYPES; vectors and position embeddings are F32.
+        kind: type of the matrices, one of TYPES; vectors and position embeddings are F32.
         licence: of the weights, for the model card.
-        check: is given the folder before it is renamed; an exception deletes it.
+        check: called with the folder before it is renamed; if it raises, the folder is deleted.
 
     Returns:
-        What was written: architecture, folder, files, bytes.
+        What was written: architecture, folder, files, bytes, dtype, notes.
 
     Raises:
-        UserError: something of the model or its tokenizer that the format cannot hold, before anything is written.
+        UserError: the format cannot hold the model or its tokenizer; raised before anything is written.
     """
     package = gguf_package()
     family = gguf_family(source)
@@ -106,10 +106,10 @@ def export_gguf(
 
 
 def gguf_family(source: Source) -> Family:
-    """The family that llama.cpp computes the model with.
+    """The family whose llama.cpp architecture computes the model.
 
     Raises:
-        FormatError: none; the message names what of the model it cannot compute.
+        FormatError: there is none; the message names what llama.cpp cannot compute.
     """
     config = source.model.config
     family = family_for(config, source.pretrained.get("architecture"))
@@ -135,7 +135,7 @@ def _obstacles(config: ModelConfig, architecture: str) -> list[str]:
 
 
 def gguf_places(package: Any, family: Family, model: LanguageModel) -> dict[str, Place]:
-    """The tensors of the table of a family by their names in GGUF."""
+    """The tensors of a family, by their names in GGUF."""
     known = {architecture: number for number, architecture in package.MODEL_ARCH_NAMES.items()}
     names = package.get_tensor_name_map(known[ARCHITECTURES[family.architecture]], model.config.n_layer)
     found = {}
@@ -152,14 +152,14 @@ def _width(place: Place) -> int:
 
 
 def _stored_as(name: str, place: Place, kind: str) -> str:
-    """The type of a tensor in a file whose matrices are of this type."""
+    """The type of a tensor in a file whose matrices have type `kind`."""
     if len(place.shape) == 1 or name == "position_embd.weight":
         return "F32"
     return "F16" if kind == "Q8_0" and _width(place) % BLOCK else kind
 
 
 def _heads(place: Place, family: Family, config: ModelConfig) -> int | None:
-    """The number of heads whose rows are in another order in GGUF; None: the order is ours."""
+    """The number of heads of a tensor whose rows are in another order in GGUF; None if the order is ours."""
     if ARCHITECTURES[family.architecture] != "llama":
         return None
     heads = {".q_proj.": config.n_head, ".k_proj.": config.kv_heads}
@@ -167,7 +167,7 @@ def _heads(place: Place, family: Family, config: ModelConfig) -> int | None:
 
 
 def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (heads * D, ...) so that the channels i and i + D / 2 of a head become neighbours."""
+    """Reorder rows (heads * D, ...) so that the channels i and i + D / 2 of a head become neighbours."""
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
@@ -191,7 +191,7 @@ def _write(
     _add_metadata(package, writer, source, kind, licence)
     _add_vocabulary(writer, vocabulary)
     every = {**table}
-    if config.tie_embeddings:  # some readers do not look for it elsewhere
+    if config.tie_embeddings:  # some readers do not fall back on the embedding
         every[HEAD] = table["token_embd.weight"]
     extra = {"rope_freqs.weight": rope_divisors(config)} if config.rope_scaling == "llama3" else {}
 
@@ -226,7 +226,7 @@ def _write(
 
 
 class _Written(np.ndarray[Any, Any]):
-    """An array whose `tofile` fails with the reason of the system, which that of numpy leaves out."""
+    """An array whose `tofile` raises the error of the operating system; that of numpy leaves out the reason."""
 
     def tofile(self, file: Any) -> None:  # type: ignore[override]
         file.write(np.ascontiguousarray(self).data)
@@ -261,7 +261,7 @@ def _add_metadata(package: Any, writer: Any, source: Source, kind: str, licence:
 
 
 def rope_divisors(config: ModelConfig) -> torch.Tensor:
-    """What llama.cpp divides the frequencies (D / 2,) of rotary positions by, for the scaling of Llama 3."""
+    """The factors (D / 2,) by which llama.cpp divides rotary frequencies, for the scaling of Llama 3."""
     channels = torch.arange(0, config.head_width, 2, dtype=torch.float64)
     frequencies = config.rope_theta ** -(channels / config.head_width)
     return (frequencies / scaled(frequencies, config)).float()
@@ -289,7 +289,11 @@ def _reader(path: Path) -> Any:
 
 
 def stored_type(path: Path) -> str:
-    """The type of the matrices in a GGUF file of ours: one of TYPES."""
+    """The type of the matrices in a GGUF file that we wrote: one of TYPES.
+
+    Raises:
+        FormatError: the file is damaged, or has another type.
+    """
     field = _reader(path).get_field("general.file_type")
     number = None if field is None else field.contents()
     names = {known: name for name, known in TYPES.items()}
@@ -299,10 +303,10 @@ def stored_type(path: Path) -> str:
 
 
 def stored_model(path: Path, source: Source) -> LanguageModel:
-    """Our model with the weights that a GGUF file holds, in float32 and in eval mode.
+    """Our model with the weights in a GGUF file, in float32 and in eval mode.
 
     Raises:
-        FormatError: the file is damaged, or of another model.
+        FormatError: the file is damaged or of another model.
     """
     config = source.model.config
     model = LanguageModel(config, source.model.vocab_size)
@@ -312,10 +316,11 @@ def stored_model(path: Path, source: Source) -> LanguageModel:
 
 
 def stored_tensors(path: Path, source: Source) -> Callable[[str], torch.Tensor]:
-    """The tensors that a GGUF file holds, in float32 and in their layout of transformers, by their names there.
+    """A function that reads a tensor of a GGUF file by its name in transformers, in float32 and in the layout there.
 
     Raises:
-        FormatError: the file is damaged, or of another model; or later, a tensor is missing or has another shape.
+        FormatError: the file is damaged or of another model. The function raises it if the tensor is missing or has
+            another shape.
     """
     package, config = gguf_package(), source.model.config
     family = gguf_family(source)
@@ -339,12 +344,12 @@ def stored_tensors(path: Path, source: Source) -> Callable[[str], torch.Tensor]:
 
 
 def differing_weight(source: Source, path: Path, kind: str) -> str | None:
-    """The first weight of the model that is not in the file, rounded to the kind; None: all are.
+    """The first weight of a GGUF file that is not that of the model, rounded to `kind`; None if all are.
 
     One tensor is read at a time.
     """
     get, weights = stored_tensors(path, source), source.model.state_dict()
-    coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # of the largest number of a tensor
+    coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # rounding error, relative to the largest number
     for place in places(gguf_family(source), source.model.config, source.model.vocab_size, filled=True):
         tensor = place.to_theirs(weights)
         difference = float((get(place.theirs) - tensor).abs().max())

@@ -33,7 +33,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 inputs = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
-# Keys of the model that training started from which this export sets itself, or which follow from others.
+# Keys in the config.json of the model that training started from which are set here, or which follow from others.
 REPLACED = (
     *("rope_parameters", "rope_scaling", "layer_types", "dtype", "torch_dtype", "_name_or_path"),
     *("transformers_version", "auto_map", "quantization_config"),
@@ -54,16 +54,16 @@ def export_huggingface(
     Args:
         place: the folder; an older export is replaced.
         dtype: of the weights in the files.
-        shard_bytes: of one file with weights at most.
+        shard_bytes: largest size of one file of weights.
         licence: of the weights, for the model card.
-        check: is given the folder before it is renamed; an exception deletes it.
+        check: called with the folder before it is renamed; if it raises, the folder is deleted.
 
     Returns:
-        What was written: architecture, folder, files, bytes.
+        What was written: architecture, folder, files, bytes, dtype, largest_logit_difference, notes.
 
     Raises:
-        UserError: something of the model that the format cannot hold, before anything is written; or the folder
-            cannot be written.
+        UserError: the format cannot hold the model, which is raised before anything is written; or the folder cannot
+            be written.
     """
     model = source.model
     specification = source.tokenizer.huggingface()
@@ -98,9 +98,9 @@ def export_huggingface(
 
 
 def _family(source: Source, specification: str) -> Family:
-    """The family of an export: Qwen 2 only with its own tokenizer or weights.
+    """The family of an export; Qwen 2 only if the tokenizer is Qwen's or training started from a Qwen 2.
 
-    AutoTokenizer takes every tokenizer of a Qwen 2 for Qwen's: it reads the vocabulary of tokenizer.json, and finds
+    AutoTokenizer takes every tokenizer of a Qwen 2 for Qwen's: it reads the vocabulary in tokenizer.json but finds
     words by Qwen's pattern, whatever tokenizer_config.json says.
 
     Raises:
@@ -129,7 +129,7 @@ def _is_of_qwen(specification: Mapping[str, Any]) -> bool:
 
 
 def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: that of the model that training started from, if there is one, with what is ours on top."""
+    """config.json: our keys, on top of those of the model that training started from if it is of the same family."""
     base: Mapping[str, Any] = source.pretrained.get("config") or {}
     base = base if source.pretrained.get("architecture") == family.architecture else {}
     kept = {key: value for key, value in base.items() if key not in REPLACED}
@@ -137,7 +137,7 @@ def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str
     ours = family.write(config)
     context = base.get("max_position_embeddings")
     if config.position == "rope" and isinstance(context, int) and context > config.block_size:
-        ours["max_position_embeddings"] = context  # training used a part of it
+        ours["max_position_embeddings"] = context  # training used only part of it
     end = source.tokenizer.end_of_text
     tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
     return {
@@ -153,7 +153,7 @@ def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str
 
 
 def generation_config(source: Source) -> dict[str, Any]:
-    """generation_config.json: that of the model that training started from, or the token that ends a text."""
+    """generation_config.json: that of the model that training started from, or else the token that ends a text."""
     if base := source.pretrained.get("generation_config"):
         return {key: value for key, value in base.items() if key != "transformers_version"}
     end = source.tokenizer.end_of_text
@@ -161,7 +161,7 @@ def generation_config(source: Source) -> dict[str, Any]:
 
 
 def tokenizer_config(source: Source) -> dict[str, Any]:
-    """tokenizer_config.json. Its class reads tokenizer.json as it is; others build a tokenizer from parts of it."""
+    """tokenizer_config.json. Its class uses tokenizer.json as it is; others rebuild the tokenizer from parts of it."""
     base = source.pretrained.get("tokenizer_config") or {}
     kept = {key: value for key, value in base.items() if key not in ("auto_map", "tokenizer_class", "backend")}
     common = {
@@ -174,9 +174,9 @@ def tokenizer_config(source: Source) -> dict[str, Any]:
     end = {"eos_token": ends[0]} if ends else {}
     context = source.model.config.block_size
     if not kept:
-        # In our tokenizers, a special token that is written in a text is text.
+        # Our tokenizers treat a special token that is written out in a text as text.
         return {**common, "model_max_length": context, **end, "split_special_tokens": True}
-    if source.model.config.position == "learned":  # there are no others
+    if source.model.config.position == "learned":  # there are no positions beyond
         given = kept.get("model_max_length")
         kept["model_max_length"] = min(given, context) if isinstance(given, int | float) else context
     return end | {key: value for key, value in kept.items() if key != "eos_token" or value} | common
@@ -197,8 +197,8 @@ def _notes(source: Source, family: Family, expected: list[Place]) -> list[str]:
 def check_written(source: Source, folder: Path, dtype: torch.dtype) -> float:
     """The largest difference between the logits of the export, read again, and those of the model.
 
-    The numbers in the files are compared exactly, a tensor at a time; then the model that the files describe computes
-    with the weights of ours, so no second copy of them is needed.
+    The weights in the files are compared exactly, one tensor at a time. The logits of the model that the files describe
+    are then computed with our own weights, so no second copy is needed.
 
     Raises:
         RuntimeError: they differ.
@@ -207,7 +207,7 @@ def check_written(source: Source, folder: Path, dtype: torch.dtype) -> float:
     config = reopened.with_context(source.model.config.block_size)
     state = {}
     for name, stored in reopened.weights(config).items():
-        ours = weights.get(name, stored)  # what our model lacks, the format has as zeros or ones
+        ours = weights.get(name, stored)  # a weight that our model lacks, which is zeros or ones
         if not torch.equal(stored, ours.to("cpu", dtype)):
             raise RuntimeError(f"the exported weights are not those of the model: {name}")
         state[name] = ours.to("cpu", torch.float32)

@@ -20,7 +20,7 @@ from utils.tokenization.protocol import VERSION
 
 TOKENIZER = "tokenizer.bin"
 TOKENIZER_BYTES = 64 << 20
-SPACE = "▁"  # what SentencePiece has in the place of a space
+SPACE = "▁"  # what SentencePiece writes for a space
 NAMES = {  # there -> here
     "tok_embeddings": "token_embedding.weight",
     "layers.*.attention_norm": "blocks.*.attention_norm.weight",
@@ -33,7 +33,7 @@ NAMES = {  # there -> here
     "output": "head.weight",
 }
 QKV = ("layers.*.wq", "layers.*.wk", "layers.*.wv")  # one matrix here: blocks.*.attention.qkv.weight
-POSITIONS = ("freqs_cos", "freqs_sin")  # which follow from the configuration
+POSITIONS = ("freqs_cos", "freqs_sin")  # computed from the configuration here
 
 
 def read_llama2_c(path: Path, layout: Layout) -> Foreign:
@@ -68,8 +68,8 @@ def read_llama2_c(path: Path, layout: Layout) -> Foreign:
 
 
 def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows (H D, C) of queries or keys in our order: there, rotary positions rotate channels 2 i and 2 i + 1 of a
-    head; here, i and i + D / 2.
+    """Rows (H D, C) of queries or keys in our order. llama2.c rotates channels 2 i and 2 i + 1 of a head, we rotate i
+    and i + D / 2.
     """
     rows, C = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, C)
@@ -77,10 +77,10 @@ def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a tokenizer.bin: pieces of SentencePiece with their scores, from which its merges follow.
+    """The tokenizer in a tokenizer.bin: the pieces of SentencePiece with their scores, from which the merges follow.
 
     Raises:
-        UserError: it is damaged, or has fewer pieces than the model has tokens.
+        UserError: the file is damaged, or has fewer pieces than the model has tokens.
     """
     pieces = _pieces(path, vocab_size)
     ids = {piece: number for number, (piece, _) in enumerate(pieces)}
@@ -124,7 +124,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def _pieces(path: Path, vocab_size: int) -> list[tuple[str, float]]:
-    """Text and score of each piece; the first three are <unk>, <s> and </s>.
+    """The text and score of each piece; the first three pieces are <unk>, <s> and </s>.
 
     Raises:
         UserError: the file ends too early, or is larger than any vocabulary.

@@ -29,7 +29,7 @@ NAMES = {  # there -> here; the rows of queries, keys and values are stacked in 
 
 
 def read_llm_c(path: Path, layout: Layout) -> Foreign:
-    """The model in a file of llm.c, with the state of its optimizer if that is beside it.
+    """The model in a file of llm.c, with the state of its optimizer if there is one beside it.
 
     Raises:
         UserError: the file cannot be read, or the state is of another model.
@@ -54,7 +54,7 @@ def read_llm_c(path: Path, layout: Layout) -> Foreign:
 
 
 def _add_state(foreign: Foreign, path: Path, layout: Layout) -> None:
-    """Take the moments of AdamW from a state file, and the weights in float32 that it may have."""
+    """Take the moments of AdamW from a state file, and the float32 weights if it has them."""
     try:
         with open_named(path) as file:
             header, size = file.read(LLM_C_HEADER), os.fstat(file.fileno()).st_size
@@ -89,7 +89,7 @@ def _add_state(foreign: Foreign, path: Path, layout: Layout) -> None:
 
 
 def _ours(stacked: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
-    """The tensors by our names, one for each layer, without the rows that pad the vocabulary."""
+    """The tensors by our names, unstacked into layers, without the rows that pad the vocabulary."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in stacked.items():
         if "*" in name:

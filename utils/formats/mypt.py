@@ -45,7 +45,7 @@ NAMES = {  # there -> here
     "lm_head.weight": "head.weight",
     "lm_head.bias": "head.bias",
 }
-HERE: dict[str, str | None] = {  # names of config.json that are looked after below
+HERE: dict[str, str | None] = {  # keys of config.json that are translated below
     **dict.fromkeys(("vocab_size", "bias", "tie_weights", "device", "batch_size", "rope_scale"))
 }
 
@@ -58,7 +58,7 @@ def read_mypt(folder: Path) -> Foreign:
     """The model in a folder of MyPT, with its tokenizer and the state of its optimizer.
 
     Raises:
-        UserError: it has something that this workbench cannot represent, by its name.
+        UserError: it has something that cannot be represented here, which the message names.
     """
     config = _object(folder / CONFIG, CONFIG_BYTES)
     vocab_size = number(config, "vocab_size", f"{folder / CONFIG}", 1 << 24)
@@ -106,9 +106,10 @@ def read_mypt(folder: Path) -> Foreign:
 
 
 def _layers(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Setting]:
-    """The settings of the model that its layers say; biases that only some layers have are zero in the others.
+    """The settings of the model that follow from its tensors.
 
-    `weights` gets these zeros, and a head of its own.
+    If only some layers have biases, zeros are added to `weights` for the others. The head is added or removed according
+    to whether it is tied to the embedding.
     """
     gated, rms = "blocks.0.mlp.gate.weight" in weights, "final_norm.bias" not in weights
     learned = "position_embedding.weight" in weights
@@ -139,10 +140,10 @@ def _layers(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> dict
 
 
 def _orders(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> list[list[str]]:
-    """Orders of the parameters in the optimizer: in two groups, with and without weight decay; or in one."""
+    """Possible orders of the parameters in the optimizer: in groups with and without weight decay, or in one group."""
     tied = config.get("tie_weights") is True
     names = [name for name in tensors if not (tied and name == "lm_head.weight")]
-    # MyPT's own rule, which decides by name; the moments lie in this order.
+    # MyPT's own rule for parameters without weight decay.
     kept = [name for name in names if tensors[name].dim() == 1 or "embedding" in name or "ln" in name]
     return [[name for name in names if name not in kept] + kept, names]
 
@@ -157,7 +158,7 @@ def _ours(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Te
 
 
 def _tokenizer(path: Path, notes: list[str]) -> tuple[Tokenizer | None, str | None]:
-    """The tokenizer in a folder of MyPT, or its kind, of which there are local files.
+    """The tokenizer in a folder of MyPT and None; or for gpt2, None and the kind.
 
     Raises:
         UserError: the file is damaged.
@@ -182,7 +183,7 @@ def _object(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a small file.
 
     Raises:
-        UserError: it cannot be read, is larger than `limit` bytes, or something else.
+        UserError: it cannot be read, is larger than `limit` bytes, or is not an object.
     """
     try:
         value = json.loads(read_named(path, limit))

@@ -24,10 +24,10 @@ NAMES = {  # there -> here; the rows of queries, keys and values are stacked in 
     "transformer.ln_f.bias": "final_norm.bias",
 }
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
-GPT2_ROWS = (50257, 50304)  # of the embedding: the tokens of GPT-2, or as many as divide well
-MASK = ".attn.bias"  # a buffer of old versions
+GPT2_ROWS = (50257, 50304)  # of the embedding: the tokens of GPT-2, alone or padded to a multiple of 64
+MASK = ".attn.bias"  # a buffer in old versions
 KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-HERE: dict[str, str | None] = {  # names of its configuration that need more than a table
+HERE: dict[str, str | None] = {  # keys of its configuration that are translated below
     **dict.fromkeys((*KEYS, "bias", "dropout", "batch_size", "gradient_accumulation_steps", "dataset", "decay_lr")),
     "device": None,
     "dtype": None,
@@ -43,7 +43,7 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
     """The model in a checkpoint of nanoGPT, with the state of its optimizer.
 
     Raises:
-        UserError: it has something else than nanoGPT's GPT, by its name.
+        UserError: it has something that nanoGPT's GPT does not have, which the message names.
     """
     arguments, config, source = checkpoint["model_args"], checkpoint.get("config") or {}, path.name
     if not isinstance(arguments, dict) or not isinstance(config, dict):
@@ -84,7 +84,7 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     matrices = [name for name in tensors if tensors[name].dim() > 1]
     vectors = [name for name in tensors if tensors[name].dim() < 2]
-    orders = [[*matrices, *vectors], [*sorted(matrices), *sorted(vectors)]]  # the second: of its first versions
+    orders = [[*matrices, *vectors], [*sorted(matrices), *sorted(vectors)]]  # the second is that of its first versions
     if (found := adamw_moments(checkpoint.get("optimizer"), orders, shapes)) is not None:
         by_kind, foreign.updates = found
         foreign.moments = {kind: _ours(of_kind, path) for kind, of_kind in by_kind.items()}
@@ -96,7 +96,7 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
 def _training(config: Mapping[str, Any], source: str, notes: list[str]) -> dict[str, Setting]:
     """The settings of training that mean something else here.
 
-    There, batch_size is that of a micro-step; here, it is the whole of an update.
+    nanoGPT's batch_size is that of a micro-step, ours that of an update.
     """
     settings = {}
     micro_batch, steps = config.get("batch_size"), config.get("gradient_accumulation_steps", 1)

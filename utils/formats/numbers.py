@@ -1,4 +1,4 @@
-"""The numbers of stored tensors, a bounded part at a time: sums over them, and how two of them differ."""
+"""Statistics of stored tensors and differences between them, computed from a bounded part of a tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from utils.files import open_named
 from utils.formats.inspection import module_of
 from utils.formats.stored import Place, Stored
 
-PART_ELEMENTS = 1 << 20  # of a tensor, that are looked at together
+PART_ELEMENTS = 1 << 20  # elements that are read at a time
 
 
 def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
-    """The numbers of a tensor in float64, (n,) for n up to PART_ELEMENTS; float64 holds each exactly.
+    """The elements of a tensor as float64 (n,), n <= PART_ELEMENTS; float64 holds all supported types exactly.
 
     Raises:
-        UserError: torch has no such type, or the file cannot be read.
+        UserError: torch does not have the type, or the file cannot be read.
     """
     path, entry = place.file, place.entry
     if entry.dtype not in DTYPES:
@@ -49,7 +49,7 @@ def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def _opened(path: Path, begin: int) -> Iterator[BinaryIO]:
-    """A file, read from a place on."""
+    """A file, opened at byte `begin`."""
     try:
         with open_named(path) as file:
             file.seek(begin)
@@ -59,14 +59,16 @@ def _opened(path: Path, begin: int) -> Iterator[BinaryIO]:
 
 
 def _read(file: BinaryIO, path: Path, memory: memoryview) -> int:
-    """Fill memory; returns its length."""
+    """Fill `memory` from a file and return its length."""
     if file.readinto(memory) < len(memory):  # type: ignore[attr-defined]
         raise UserError(f"{path}: became shorter while it was read")
     return len(memory)
 
 
 def statistics(stored: Stored) -> dict[str, dict[str, float | int]]:
-    """Of each tensor: its norm and largest absolute value, over finite numbers; zeros; and how many are not finite."""
+    """For each tensor: the norm and the largest absolute value of its finite elements, and the number of zeros and of
+    elements that are not finite.
+    """
     found: dict[str, dict[str, float | int]] = {}
     for name, place in stored.tensors.items():
         squares = largest = 0.0
@@ -84,10 +86,10 @@ def statistics(stored: Stored) -> dict[str, dict[str, float | int]]:
 
 @dataclass
 class Change:
-    """How the numbers of two tensors, or of the tensors of a layer, differ.
+    """How the elements of two tensors, or of all tensors of a layer, differ.
 
-    squares, of_change: sums of the squares of A, and of B - A, over what is finite in both. nonfinite: numbers that
-    are finite in one of the two only.
+    squares, of_change: sums of squares of A and of B - A, over the elements that are finite in both.
+    nonfinite: elements that differ and are not finite in A or in B.
     """
 
     elements: int = 0
@@ -99,7 +101,7 @@ class Change:
 
     @property
     def relative(self) -> float:
-        """The norm of the difference over the norm of A; infinite for a change of zeros."""
+        """The norm of B - A over the norm of A; infinite if A is all zeros and B is not."""
         if self.of_change == 0:
             return 0.0
         return math.sqrt(self.of_change / self.squares) if self.squares else math.inf
@@ -114,7 +116,7 @@ class Change:
 
 
 def change(name: str, a: Place, b: Place) -> Change:
-    """How tensor B differs from tensor A, of the same shape."""
+    """How tensor B differs from tensor A; they have the same shape."""
     found = Change(elements=a.entry.elements)
     for of_a, of_b in zip(parts(name, a), parts(name, b), strict=True):
         finite = of_a.isfinite() & of_b.isfinite()
@@ -139,7 +141,7 @@ class Difference:
     layers: dict[str, Change]
     only_a: list[str]
     only_b: list[str]
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of tensors that have two
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of tensors whose shapes differ
     types: dict[str, tuple[str, str]]
 
     @property

@@ -1,4 +1,4 @@
-"""The export for the many programs that run ONNX: one step of the model with a cache of fixed capacity."""
+"""The export for programs that run ONNX: one step of the model, with a cache of fixed capacity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.formats.table import FormatError
 from utils.inference.evaluation import evaluating
 
 MODEL = "model.onnx"
-PACKAGES = ("onnx", "onnxscript")  # that torch.onnx needs
+PACKAGES = ("onnx", "onnxscript")  # needed by torch.onnx
 LOADING = """
 import numpy as np
 import onnxruntime
@@ -57,13 +57,13 @@ def export_onnx(
     Args:
         place: the folder; an older export is replaced.
         licence: of the weights, for the model card.
-        check: is given the folder before it is renamed; an exception deletes it.
+        check: called with the folder before it is renamed; if it raises, the folder is deleted.
 
     Returns:
-        What was written: architecture, folder, files, bytes.
+        What was written: architecture, folder, files, bytes, dtype, notes.
 
     Raises:
-        UserError: something of the model that the format cannot hold, before anything is written.
+        UserError: the format cannot hold the model, or a package is missing; raised before anything is written.
     """
     _check_packages()
     config = source.model.config
@@ -93,7 +93,7 @@ def export_onnx(
 
 
 def _check_packages() -> None:
-    """Raises UserError unless what torch.onnx needs is installed."""
+    """Raises UserError unless the packages that torch.onnx needs are installed."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)

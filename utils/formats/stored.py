@@ -1,4 +1,4 @@
-"""Where weights lie: the files that WEIGHTS on a command line means, and each tensor in them. Nothing is loaded."""
+"""Find the files that WEIGHTS on a command line means, and the tensors in them, from the headers alone."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 class Place(NamedTuple):
-    """A tensor in a file; `entry` has its type, shape and range of bytes.
+    """Where a tensor is stored. `entry` has its type, its shape and the range of its bytes in `file`.
 
-    pieces: files and ranges of its bytes, where its rows are in several; then `entry` says how many bytes there are.
+    pieces: files and ranges of bytes, if the rows are in several files; `entry` then counts bytes from 0.
     """
 
     file: Path
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 class Stored:
     """The tensors of some weights.
 
-    name: what was asked for. files: in which they are, with their sizes.
+    name: what was asked for. files: their sizes in bytes.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Stored:
 def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
     """The files of the weights that WEIGHTS on a command line names.
 
-    It is a file; a folder of safetensors, in the format of this project or of Hugging Face; RUN, which is its export,
-    or else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP; or hf:NAME, a folder or a model in the hub's cache.
+    It may be a file; a folder of safetensors, in the format of this project or of Hugging Face; RUN, for its export or
+    else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP; or hf:NAME, a folder or a model in the hub's cache.
 
     Args:
-        runs_dir: gives the folder of the runs, where RUN is looked for.
+        runs_dir: returns the folder of the runs.
 
     Raises:
-        UserError: there is nothing of that name, or only pickles.
+        UserError: there is nothing of this name, or it has only pickles.
     """
     if text.startswith(HUB):
         return _of_folder(_of_hub(text.removeprefix(HUB)))
@@ -77,7 +77,7 @@ def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
         return _of_folder(path)
     if os.path.lexists(path) and not path.is_dir():
         return [path]
-    from utils.runs.find import resolve_run  # a tenth of a second, which a file does not need
+    from utils.runs.find import resolve_run  # the import takes a tenth of a second, which a file does not need
     from utils.runs.origin import split_choice
 
     name, which = split_choice(text)
@@ -109,10 +109,10 @@ def _checkpoint(run: Path, which: str) -> Path:
 
 
 def _of_hub(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub: a local one of that name, or that in the hub's cache.
+    """The folder of hf:NAME: a local folder of this name, or else the snapshot in the cache of the hub.
 
     Raises:
-        UserError: it is in neither place.
+        UserError: there is neither.
     """
     if os.path.isdir(path := expand_home(name)):
         return Path(path)
@@ -134,10 +134,10 @@ def _of_hub(name: str) -> Path:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    """The safetensors in a folder: model.safetensors, or those of its index, or all that there are.
+    """The safetensors in a folder: model.safetensors, or else those that the index names, or else all.
 
     Raises:
-        UserError: there are none, or the index is damaged or names something else.
+        UserError: there are none, or the index is damaged.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -158,15 +158,15 @@ def _of_folder(folder: Path) -> list[Path]:
 
 
 def _is_sharded(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that several ranks wrote; a model of the hub has files of the same names."""
+    """Whether a folder is a checkpoint of several ranks. Its state file tells it from a model of the hub in shards."""
     return (folder / INDEX_FILE).is_file() and (folder / STATE_FILE).is_file()
 
 
 def read_stored(name: str, files: Iterable[Path]) -> Stored:
-    """The tensors in files of weights, by their headers. All files of a checkpoint in shards are its whole tensors.
+    """The tensors in files of weights, from their headers. If all shards of a checkpoint are given, tensors are whole.
 
     Raises:
-        UserError: a file is damaged, of an unknown kind, or a pickle; or two have a tensor of the same name.
+        UserError: a file is damaged, a pickle or of an unknown kind, or two files have a tensor of the same name.
     """
     tensors: dict[str, Place] = {}
     sizes: dict[Path, int] = {}
@@ -183,7 +183,7 @@ def read_stored(name: str, files: Iterable[Path]) -> Stored:
 
 
 def _joined(folder: Path) -> Iterator[tuple[str, Place]]:
-    """The whole tensors of a checkpoint in shards."""
+    """The tensors of a checkpoint in shards, put together from their pieces."""
     for name, (tensor, pieces) in locate(folder, "model").items():
         ranges = tuple((piece.file, piece.entry.begin, piece.entry.end) for piece in pieces)
         bytes = sum(piece.entry.bytes for piece in pieces)
