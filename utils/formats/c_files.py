@@ -29,9 +29,9 @@ LLM_C_TYPES = {3: "F32", 5: "BF16"}
 LLAMA2_C_MAGIC, LLAMA2_C_HEADER = 0x616B3432, 256
 LARGEST = {"layers": 1 << 10, "heads": 1 << 10, "width": 1 << 16, "context": 1 << 24, "vocabulary": 1 << 24}
 OTHER_MAGICS = {
-    20240327: "a state of llm.c for debugging",
+    20240327: "a debugging state of llm.c",
     20240328: "a tokenizer of llm.c",
-    20240520: "tokens of llm.c",
+    20240520: "a file of tokens of llm.c",
     20240527: "the optimizer state of llm.c, which belongs to a model_*.bin beside it",
     20240803: "a Llama 3 of llm.c",
 }
@@ -89,7 +89,7 @@ def _layout(path: Path, file: BinaryIO) -> Layout | None:
         if version != 1:
             quantized = " (8-bit)" if version == 2 else ""
             raise UserError(
-                f"{path}: version {version} of llama2.c's files{quantized}: only legacy ones and 1 are read"
+                f"{path}: version {version} of llama2.c's files{quantized}: only legacy files and version 1 can be read"
             )
         return _llama2_c(path, 1, struct.unpack_from("<7i", start, 8), bool(start[36]), size)
     if magic in OTHER_MAGICS:
@@ -129,7 +129,7 @@ def _check(path: Path, sizes: Sizes) -> None:
 
 def _llm_c(path: Path, version: int, numbers: tuple[int, ...], size: int) -> Layout:
     if version not in LLM_C_TYPES:
-        raise UserError(f"{path}: version {version} of llm.c's files: 3 (float32) and 5 (bfloat16) are read")
+        raise UserError(f"{path}: version {version} of llm.c's files: only 3 (float32) and 5 (bfloat16) can be read")
     context, vocab_size, layers, heads, width, padded = numbers
     sizes = Sizes(layers, heads, heads, width, 4 * width, context, vocab_size, padded, True)
     _check(path, sizes)

@@ -47,7 +47,16 @@ def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: s
     lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items() if value), "---", ""]
     lines += [f"# {source.name}", "", MADE_HERE, ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value), ""]
-    lines += ["## How to load it", "", "The path is that of this folder.", "", "```python", loading.strip(), "```", ""]
+    lines += [
+        "## How to load it",
+        "",
+        "The path below is that of this folder.",
+        "",
+        "```python",
+        loading.strip(),
+        "```",
+        "",
+    ]
     if notes:
         lines += [*(f"- {note}" for note in notes), ""]
     lines += ["## Licence", "", licence or NO_LICENCE.format(base=f" and on the licence of {base}" if base else ""), ""]

@@ -78,12 +78,12 @@ def format_of(folder: Path) -> str:
     """
     if export_checksum(folder) is not None:
         raise FormatError(
-            f"{folder}: the export of a run, for this project itself; weights.py export makes others of it"
+            f"{folder}: the export of a run that only this project reads; weights.py export writes other formats"
         )
     for name, format in FILES.items():
         if (folder / name).is_file():
             return format
-    raise FormatError(f"{folder}: not an export of weights.py export: none of {', '.join(FILES)}")
+    raise FormatError(f"{folder}: not an export of weights.py export: it has none of {', '.join(FILES)}")
 
 
 def source_of(folder: Path, run: str | None, runs_dir: Path) -> Source | None:
@@ -135,7 +135,7 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         except Exception as error:  # whatever the other program raises means that it cannot open the export
             if is_out_of_memory(error):
                 raise
-            reason = f"does not open the export: {type(error).__name__}: {error}"
+            reason = f"cannot open the export: {type(error).__name__}: {error}"
             found = {"agrees": False, "differences": [reason], "largest_logit_difference": None, "prompts": []}
         else:
             found = compare(ours, opened)

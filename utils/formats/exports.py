@@ -35,7 +35,7 @@ def export_as(
     """
     known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES], "onnx": ["float32"]}[format]
     if dtype not in known:
-        raise UserError(f"--dtype {dtype}: the format {format} has {', '.join(known)}")
+        raise UserError(f"--dtype {dtype}: the format {format} supports {', '.join(known)}")
     check_numbers(source.model, dtype)
     certificate: dict[str, Any] = {}
 
@@ -57,7 +57,7 @@ def check_numbers(model: LanguageModel, dtype: str) -> None:
     largest = torch.finfo(torch.float16).max if dtype == "float16" else math.inf
     for name, tensor in model.state_dict().items():
         if not (most := float(tensor.abs().max())) < math.inf:
-            raise FormatError(f"{name} has numbers that are not finite: no program computes anything with them")
+            raise FormatError(f"{name} has numbers that are not finite, so no program could use the export")
         if most > largest:
             raise FormatError(
                 f"--dtype float16 cannot hold {name}: its largest number is {most:.4g}, that of float16 {largest:,.0f}"

@@ -64,7 +64,7 @@ def _check_replaceable(place: Path) -> None:
         strangers = sorted(name for name in names if not WRITTEN.fullmatch(name))
         if not strangers:
             return
-        reason = f"has {cut(strangers[0], SHOWN)}, which is not of the export"
+        reason = f"has {cut(strangers[0], SHOWN)}, which does not belong to an export"
     raise UserError(f"{place}: exists and {reason}: it is left as it is; --out names another folder")
 
 

@@ -93,7 +93,7 @@ def settings_of(
         elif key not in FIELDS:
             notes.append(f"{cut(str(name), SHOWN)} = {shown(value)} has no counterpart")
         elif not isinstance(value, bool | int | float | str | None):
-            raise UserError(f"{source}: {name}: expected a number, a text or true or false, got {shown(value)}")
+            raise UserError(f"{source}: {name}: expected a number, a text, true or false, got {shown(value)}")
         elif value is not None:
             settings[key] = Setting(value, f"{source}: {name}")
     return settings

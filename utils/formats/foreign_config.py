@@ -153,7 +153,7 @@ def rope_settings(config: ForeignConfig, context: int) -> dict[str, Any]:
             raise rope.refuse("attention_factor", f"{number_text(usual)}, which follows from factor")
         rope.only("truncate", True)
     if unread := rope.unread():
-        raise ForeignConfigError(f"{config.name}: {key}.{unread[0]}: unknown, so its numbers may be others than ours")
+        raise ForeignConfigError(f"{config.name}: {key}.{unread[0]}: unknown, so our numbers might differ")
     return settings
 
 
@@ -187,7 +187,7 @@ def layer_windows(config: ForeignConfig, n_layer: int) -> dict[str, Any]:
     kinds = config.values.get("layer_types")
     if not uses or window is None:
         if kinds is not None and set(_listed(config, kinds)) - {"full_attention"}:
-            raise config.refuse("layer_types", "full_attention only, as use_sliding_window is off")
+            raise config.refuse("layer_types", "full_attention only, because use_sliding_window is off")
         return {}
     if kinds is not None:
         names = _listed(config, kinds)

@@ -115,7 +115,7 @@ def gguf_family(source: Source) -> Family:
     family = family_for(config, source.pretrained.get("architecture"))
     if obstacles := _obstacles(config, ARCHITECTURES[family.architecture]):
         raise FormatError(
-            f"GGUF cannot hold this model; llama.cpp's {ARCHITECTURES[family.architecture]} does not compute: "
+            f"GGUF cannot hold this model: llama.cpp's {ARCHITECTURES[family.architecture]} does not support "
             f"{', '.join(obstacles)}"
         )
     return family
@@ -298,7 +298,7 @@ def stored_type(path: Path) -> str:
     number = None if field is None else field.contents()
     names = {known: name for name, known in TYPES.items()}
     if number not in names:
-        raise FormatError(f"{path}: its matrices are of another type than {', '.join(TYPES)}")
+        raise FormatError(f"{path}: the type of its matrices is none of {', '.join(TYPES)}")
     return names[number]
 
 

@@ -76,7 +76,7 @@ def _byte_pairs(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     end = tokenizer.end_of_text
     if end is None:
         raise FormatError(
-            "GGUF cannot hold this tokenizer: it has no token that ends a text, and llama.cpp would take another for it"
+            "GGUF cannot hold this tokenizer: it has no token that ends a text, and llama.cpp would use another as such"
         )
     if kinds[end] == NORMAL:  # the byte 0, which does not occur in texts
         tokens[end], kinds[end] = END_OF_TEXT, CONTROL
@@ -113,7 +113,7 @@ def pattern_of(facts: Mapping[str, Any]) -> str:
             return name
     kinds = ", ".join(step["type"] for step in steps)
     raise FormatError(
-        f"GGUF cannot hold this tokenizer: its words ({kinds}) are none of the patterns {', '.join(known)}"
+        f"GGUF cannot hold this tokenizer: its pre-tokenizer ({kinds}) is none of llama.cpp's: {', '.join(known)}"
     )
 
 
@@ -127,7 +127,7 @@ def _characters(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     vocab: dict[str, int] = facts["model"]["vocab"]
     split = (facts.get("pre_tokenizer") or {}).get("pattern")
     if split != {"Regex": "[\\s\\S]"} or any(len(token) != 1 for token in vocab):
-        raise FormatError("GGUF cannot hold this tokenizer: WordLevel, whose tokens are more than one character")
+        raise FormatError("GGUF cannot hold this tokenizer: WordLevel with tokens of more than one character")
     if facts["model"].get("unk_token") in vocab:
         raise FormatError(
             "GGUF cannot hold this tokenizer: unknown_token, one token for each character without a token of its own"
@@ -141,7 +141,7 @@ def _characters(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
         if not all(character.isascii() for character in characters):
             raise FormatError(
                 "GGUF cannot hold this tokenizer: characters beyond ASCII without a token that ends a text; llama.cpp "
-                "would take another token for it"
+                "would use another as such"
             )
         return Vocabulary("rwkv", None, [ESCAPES.get(token, token) for token in characters], kinds, [], None)
     names = {byte: character for character, byte in byte_level_alphabet().items()}

@@ -199,8 +199,8 @@ def _errors_explained(hub: Any, name: str, page: str, local_dir: Path | None, re
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet"):
             raise
         raise HubError(
-            f"{name}: {hub.constants.ENDPOINT} cannot be reached: {first_line(error)}; where it can be, "
-            f"python weights.py download {name} --out DIR makes a folder that can be named instead"
+            f"{name}: {hub.constants.ENDPOINT} cannot be reached: {first_line(error)}; on a machine that can reach it, "
+            f"python weights.py download {name} --out DIR makes a folder to use instead"
         ) from None
 
 

@@ -85,7 +85,7 @@ def _complete(partial: Path, url: str, listed: Any, report: Callable[[str], None
         if target.tell() > bytes:
             target.truncate(0)
         if here := target.tell():
-            report(f"{file}: {size(here)} of {size(bytes)} are here from an earlier try")
+            report(f"{file}: {size(here)} of {size(bytes)} are already downloaded")
         http_get(
             url,
             target,

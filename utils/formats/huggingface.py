@@ -112,8 +112,8 @@ def _family(source: Source, specification: str) -> Family:
         return family
     if refusals := QWEN2_AS_LLAMA.refusals(source.model.config):
         raise FormatError(
-            f"transformers would read this tokenizer as one of Qwen 2, and {QWEN2_AS_LLAMA.architecture}, as which the "
-            f"model could be written, cannot hold: {', '.join(refusals)}"
+            f"transformers would read this tokenizer as one of Qwen 2, and the alternative, "
+            f"{QWEN2_AS_LLAMA.architecture}, cannot hold: {', '.join(refusals)}"
         )
     return QWEN2_AS_LLAMA
 
@@ -184,11 +184,10 @@ def tokenizer_config(source: Source) -> dict[str, Any]:
 
 def _notes(source: Source, family: Family, expected: list[Place]) -> list[str]:
     notes = [f"The architecture is {family.architecture}."]
-    filled = sorted({place.theirs.rpartition(".")[2] for place in expected if place.fill == "zeros"})
-    if filled:
-        notes.append("The model has no biases where this format wants some: they are zeros.")
+    if any(place.fill == "zeros" for place in expected):
+        notes.append("This format has biases that the model does not have: they are zeros.")
     if any(place.fill == "ones" for place in expected):
-        notes.append("The norms of queries and keys have no learned weights: they are ones.")
+        notes.append("This format has norm weights of queries and keys that the model does not have: they are ones.")
     if not source.pretrained:
         notes.append("A special token that is written in a text is encoded as text, as in training.")
     return notes

@@ -85,7 +85,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     pieces = _pieces(path, vocab_size)
     ids = {piece: number for number, (piece, _) in enumerate(pieces)}
     if len(ids) < len(pieces):
-        raise UserError(f"{path}: a piece is in it twice")
+        raise UserError(f"{path}: a piece appears twice")
     learned = [(piece, score) for piece, score in pieces[3:] if len(piece) > 1 and not _is_byte(piece)]
     merges = []
     for piece, score in learned:

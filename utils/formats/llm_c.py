@@ -47,7 +47,7 @@ def read_llm_c(path: Path, layout: Layout) -> Foreign:
     foreign.step = foreign.updates = int(number[1])
     states = sorted(path.parent.glob(f"state_{number[1]}_*.bin"))
     if len(states) > 1:
-        foreign.notes.append(f"the state of the optimizer is in {len(states)} parts, of which none is read")
+        foreign.notes.append(f"the state of the optimizer is in {len(states)} parts, so it was left out")
     elif states:
         _add_state(foreign, states[0], layout)
     return foreign

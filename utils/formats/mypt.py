@@ -68,7 +68,7 @@ def read_mypt(folder: Path) -> Foreign:
     tensors = {name: tensor for name, tensor in tensors_of(pickled, f"{folder / MODEL}").items() if "tril" not in name}
     if any(".sa.heads." in name for name in tensors):
         raise UserError(
-            f"{folder / MODEL}: blocks.*.sa.heads: of a first version of MyPT, whose MLP has ReLU, which no mlp here is"
+            f"{folder / MODEL}: blocks.*.sa.heads: an early version of MyPT, whose MLP has ReLU; no mlp here has that"
         )
     if config.get("rope_scale", 1.0) != 1.0:
         raise UserError(f"{folder / CONFIG}: rope_scale: expected 1, got {shown(config['rope_scale'])}")
@@ -169,13 +169,13 @@ def _tokenizer(path: Path, notes: list[str]) -> tuple[Tokenizer | None, str | No
         if not isinstance(characters, list) or not all(isinstance(c, str) and len(c) == 1 for c in characters):
             raise UserError(f"{path}: chars: expected a list of characters")
         if len(set(characters)) < len(characters):
-            raise UserError(f"{path}: chars: a character is in it twice")
+            raise UserError(f"{path}: chars: a character appears twice")
         own = {"type": "char", "version": VERSION, "vocabulary": characters, "unknown_token": None}
         return tokenizer_from_json(own, str(path)), None
     if kind != "gpt2":
         raise UserError(f"{path}: token_kind: expected char or gpt2, got {shown(kind)}")
     if special := state.get("special_token_encoder"):
-        notes.append(f"{len(special)} special tokens of {TOKENIZER} have no counterpart: gpt2 has <|endoftext|> alone")
+        notes.append(f"{len(special)} special tokens of {TOKENIZER} have no counterpart: gpt2 has only <|endoftext|>")
     return None, kind
 
 

@@ -49,7 +49,7 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
     if not isinstance(arguments, dict) or not isinstance(config, dict):
         raise UserError(f"{path}: model_args and config: expected settings by name")
     if "dim" in arguments:
-        raise UserError(f"{path}: a checkpoint of llama2.c: its export.py makes the model.bin that is read here")
+        raise UserError(f"{path}: a checkpoint of llama2.c: its export.py writes a model.bin, which can be read here")
     sizes = {key: number(arguments, key, f"{path}: model_args", 1 << 24) for key in KEYS}
     tensors = tensors_of(checkpoint["model"], f"{path}: model")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASK) or tensor.dim() != 4}

@@ -22,7 +22,7 @@ PART_ELEMENTS = 1 << 20  # elements that are read at a time
 
 
 def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
-    """The elements of a tensor as float64 (n,), n <= PART_ELEMENTS; float64 holds all supported types exactly.
+    """The elements of a tensor as float64 (n,), n <= PART_ELEMENTS. Only integers beyond 2**53 are rounded.
 
     Raises:
         UserError: torch does not have the type, or the file cannot be read.

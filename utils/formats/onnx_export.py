@@ -69,7 +69,7 @@ def export_onnx(
     config = source.model.config
     if config.ngram_rows:
         rows = ", ".join(map(str, config.ngram_rows))
-        raise FormatError(f"the graph of ONNX cannot hold this model: ngram_rows {rows}, which need earlier tokens")
+        raise FormatError(f"an ONNX graph cannot hold this model: ngram_rows {rows}, which need earlier tokens")
     specification = source.tokenizer.huggingface()
     notes = ["The format is ONNX.", NOTE.format(capacity=config.block_size)]
     with new_folder(place) as hidden:

@@ -47,7 +47,7 @@ def read_pickle(path: Path) -> Any:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise _refusal(path, f"to import {found[1]}" if found else "what only unpickling does") from None
+        raise _refusal(path, f"to import {found[1]}" if found else "for more than tensors and containers") from None
     except Exception as error:  # a damaged archive raises many types
         if is_out_of_memory(error):
             raise
@@ -60,9 +60,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def _refusal(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path}: refused: this pickle asks {what}, and unpickling can run any code; nothing of it was run"
-    )
+    return UserError(f"{path}: refused: this pickle asks {what}, and unpickling can run any code; none of it was run")
 
 
 def _check_archive(path: Path) -> None:
@@ -98,7 +96,7 @@ def _check_parts(path: Path, parts: list[zipfile.ZipInfo], size: int) -> None:
         if part.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{path}: refused: {shown(part.filename)} is compressed, which torch.save never does")
         if part.filename.lower().endswith("data.pkl") and part.file_size > STRUCTURE_BYTES:
-            raise UserError(f"{path}: refused: {part.file_size:,} bytes that are no numbers of tensors")
+            raise UserError(f"{path}: refused: {part.file_size:,} bytes that are not the elements of tensors")
 
 
 def _has_one_directory(file: IO[bytes], size: int) -> bool:
@@ -149,7 +147,7 @@ def _check_tensors(path: Path, value: Any) -> None:
                 needed = math.prod(value.shape) * value.element_size()
                 if value.layout is not torch.strided or needed > value.untyped_storage().nbytes():
                     raise UserError(
-                        f"{path}: refused: a tensor of shape {shown(tuple(value.shape))} without its numbers"
+                        f"{path}: refused: a tensor of shape {shown(tuple(value.shape))} without its elements"
                     )
                 total += needed
                 sizes[id(value)] = 1
@@ -161,10 +159,10 @@ def _check_tensors(path: Path, value: Any) -> None:
             sizes[id(value)] = 0
             known = sizes[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
         elif known == 0:
-            raise UserError(f"{path}: refused: a container that is in itself")
+            raise UserError(f"{path}: refused: a container that contains itself")
         return known
 
     if count(value) > MOST_VALUES:
         raise UserError(f"{path}: refused: more than {MOST_VALUES:,} values, each shared one as often as it is shared")
     if total > 2 * path.stat().st_size:  # tied tensors share their storage
-        raise UserError(f"{path}: refused: its tensors share their numbers too often")
+        raise UserError(f"{path}: refused: its tensors share their storage too often")

@@ -64,7 +64,7 @@ class Pretrained:
             raise TokenizerError(
                 f"{self.folder}: no {TOKENIZER}"
                 + (f", only {others[0]}: AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes "
-                   f"a {TOKENIZER} of it" if others else "")
+                   f"a {TOKENIZER} from it" if others else "")
             )  # fmt: skip
         check_regular(path)
         return pretrained_tokenizer(path, self.vocab_size)
@@ -212,7 +212,7 @@ def _check_size(config: ModelConfig, vocab_size: int, shards: Shards, path: Path
         least += config.block_size * width
     if least > numbers:
         raise FormatError(
-            f"{path} describes a model of at least {least:,} parameters, the files have {numbers:,} numbers"
+            f"{path} describes a model of at least {least:,} parameters, but the files have {numbers:,} numbers"
         )
 
 
@@ -227,8 +227,8 @@ def _check_tied(expected: list[Place], shards: Shards, their_names: Mapping[str,
     name = their_names[embedding]
     if shards.tensors[HEAD][1:] != shards.tensors[name][1:] or not torch.equal(shards.get(HEAD), shards.get(name)):
         raise FormatError(
-            f"{shards.folder}: {HEAD} is not {name}, although tie_word_embeddings is true in config.json; false there "
-            "makes it the head of the model"
+            f"{shards.folder}: {HEAD} is not {name}, although tie_word_embeddings is true in config.json; set it to "
+            "false to use this head"
         )
 
 

@@ -142,7 +142,7 @@ def places(family: Family, config: ModelConfig, vocab_size: int, *, filled: bool
             found.append(Place(theirs, shape, ours, rows, row.layout, fill))
     placed = {place.ours for place in found}
     if homeless := [name for name in shapes if name not in placed]:
-        raise FormatError(f"{family.architecture} has no place for {_some(homeless)}")
+        raise FormatError(f"{family.architecture} has no counterpart for {_some(homeless)}")
     return found
 
 
@@ -165,14 +165,14 @@ def without_places(family: Family, names: Iterable[str], expected: Iterable[Plac
     for name in names:
         full = name if name in known else family.prefix + name
         if full in taken:
-            raise FormatError(f"{full} is there twice, with and without {family.prefix}")
+            raise FormatError(f"{full} appears twice, with and without {family.prefix}")
         if full in known:
             found[name] = full
             taken.add(full)
         elif not family.ignored.fullmatch(name.removeprefix(family.prefix)):
             strangers.append(name)
     if strangers:
-        raise FormatError(f"tensors without a place in our model of {family.architecture}: {_some(strangers)}")
+        raise FormatError(f"tensors that our model of {family.architecture} does not have: {_some(strangers)}")
     return found
 
 
