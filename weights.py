@@ -193,7 +193,7 @@ def export(args: argparse.Namespace) -> Answer:
 
 @command(
     "certify",
-    "check that the program an export is made for computes the same as this one",
+    "check that an export computes the same in the program that it is made for",
     flag("folder", type=place, metavar="EXPORT", help="a folder that export wrote"),
     flag("--run", metavar="RUN", help="the run it was made from (default: the one whose directory it is in)"),
     note="The details go to certificate.json in the folder. The command export does this, too.",
@@ -216,7 +216,7 @@ def certify(args: argparse.Namespace) -> Answer:
     flag("name", metavar="NAME", help="NAME or ORGANISATION/NAME on the hub, or a folder (with --verify)"),
     flag("--out", type=place, metavar="DIR", help="download into this folder instead of the cache"),
     flag("--revision", metavar="R", help="branch, tag or commit (default: main)"),
-    flag("--verify", action="store_true", help="also check the hashes, load the model, compare with transformers and generate a line"),
+    flag("--verify", action="store_true", help="also check the hashes and the model: its logits and a generated line"),
 )
 def download(args: argparse.Namespace) -> Answer:
     from utils.formats.hub import find_pretrained
