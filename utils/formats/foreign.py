@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,21 +58,43 @@ class Foreign:
     best_val_loss: float | None = None
 
 
-def renamed(names: Mapping[str, str], name: str) -> str | None:
-    """Our name for a tensor, by a table of patterns in which `*` is the number of a layer; None if the table lacks it.
+def renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path, model: str) -> dict[str, Any]:
+    """Tensors by our names.
 
-    >>> renamed({"h.*.ln_1.weight": "blocks.*.attention_norm.weight"}, "h.11.ln_1.weight")
-    'blocks.11.attention_norm.weight'
+    Args:
+        names: their name -> ours, in which `*` is the number of a layer.
+        path: the file, for messages.
+        model: what the file should have, for messages.
+
+    Raises:
+        UserError: a tensor is not in `names`.
+
+    >>> renamed({"h.11.ln": 1}, {"h.*.ln": "blocks.*.norm"}, Path("model.pt"), "a GPT")
+    {'blocks.11.norm': 1}
     """
-    number = re.search(r"(?<=\.)\d+(?=\.)", name)
-    pattern = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
-    if pattern not in names:
-        return None
-    return names[pattern] if number is None else names[pattern].replace("*", number[0])
+    found = {}
+    for name, tensor in tensors.items():
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
+        if pattern not in names:
+            raise UserError(f"{path}: {name} is not a tensor of {model}")
+        found[names[pattern] if number is None else names[pattern].replace("*", number[0])] = tensor
+    return found
+
+
+def unstacked(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Tensors by our names; one whose name has `*` is that of all layers, (L, ...), and becomes one for each layer."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if "*" in name:
+            found |= {names[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}
+        else:
+            found[names[name]] = tensor
+    return found
 
 
 def settings_of(
-    values: Mapping[str, Any], source: str, notes: list[str], handled: Mapping[str, str | None]
+    values: Mapping[str, Any], source: str, notes: list[str], handled: Collection[str]
 ) -> dict[str, Setting]:
     """The settings in a flat configuration of another program.
 
@@ -80,15 +102,14 @@ def settings_of(
         values: by the names of the program.
         source: the file, which becomes part of the source of each setting.
         notes: a line is added for each name without a counterpart.
-        handled: our names for entries that the table of renamed settings gets wrong; None for entries that the caller
-            translates itself.
+        handled: names that the caller translates itself.
     """
     settings: dict[str, Setting] = {}
     for name, value in values.items():
-        key = handled[name] if name in handled else RENAMED.get(name, name)
-        if key is None:
+        if name in handled:
             continue
-        if name in NO_COUNTERPART and name not in handled:
+        key = RENAMED.get(name, name)
+        if name in NO_COUNTERPART:
             notes.append(f"{name} = {shown(value)} has no counterpart: {NO_COUNTERPART[name]}")
         elif key not in FIELDS:
             notes.append(f"{cut(str(name), SHOWN)} = {shown(value)} has no counterpart")

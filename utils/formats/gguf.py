@@ -23,7 +23,7 @@ from utils.formats.families import family_for
 from utils.formats.folder import MARKER, new_folder
 from utils.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from utils.formats.source import Source
-from utils.formats.table import Family, FormatError, Place, places, read_places
+from utils.formats.table import Family, FormatError, Place, half_split, interleaved, places, read_places
 from utils.nn.rotary import scaled
 
 MODEL = "model.gguf"
@@ -164,16 +164,6 @@ def _heads(place: Place, family: Family, config: ModelConfig) -> int | None:
         return None
     heads = {".q_proj.": config.n_head, ".k_proj.": config.kv_heads}
     return next((count for part, count in heads.items() if part in place.theirs), None)
-
-
-def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder rows (heads * D, ...) so that the channels i and i + D / 2 of a head become neighbours."""
-    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
-
-def half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """The inverse of `interleaved`."""
-    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def _write(

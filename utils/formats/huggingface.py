@@ -16,14 +16,13 @@ from utils.formats.card import model_card
 from utils.formats.families import family_for
 from utils.formats.folder import MARKER, new_folder
 from utils.formats.gguf_tokenizer import pattern_of
-from utils.formats.pretrained import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, open_pretrained
+from utils.formats.pretrained import CHAT_TEMPLATE, CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, open_pretrained
 from utils.formats.qwen import QWEN2, QWEN2_AS_LLAMA
 from utils.formats.shards import Entry, write_shards
 from utils.formats.source import Source
 from utils.formats.table import Family, FormatError, Place, places
 from utils.inference.evaluation import evaluating
 
-CHAT_TEMPLATE = "chat_template.jinja"
 TOLERANCE = 1e-4  # of logits in float32, or of the largest one, if that is above 1
 LOADING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -15,13 +15,14 @@ from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.files import read_named
 from utils.formats.c_files import Layout
-from utils.formats.foreign import Foreign
+from utils.formats.foreign import Foreign, unstacked
+from utils.formats.table import half_split
 from utils.tokenization.protocol import VERSION
 
 TOKENIZER = "tokenizer.bin"
 TOKENIZER_BYTES = 64 << 20
 SPACE = "▁"  # what SentencePiece writes for a space
-NAMES = {  # there -> here
+NAMES = {  # there -> here; freqs_cos and freqs_sin are not needed, and q, k and v are one matrix
     "tok_embeddings": "token_embedding.weight",
     "layers.*.attention_norm": "blocks.*.attention_norm.weight",
     "layers.*.ffn_norm": "blocks.*.mlp_norm.weight",
@@ -32,8 +33,7 @@ NAMES = {  # there -> here
     "norm": "final_norm.weight",
     "output": "head.weight",
 }
-QKV = ("layers.*.wq", "layers.*.wk", "layers.*.wv")  # one matrix here: blocks.*.attention.qkv.weight
-POSITIONS = ("freqs_cos", "freqs_sin")  # computed from the configuration here
+QKV = ("layers.*.wq", "layers.*.wk", "layers.*.wv")
 
 
 def read_llama2_c(path: Path, layout: Layout) -> Foreign:
@@ -49,14 +49,7 @@ def read_llama2_c(path: Path, layout: Layout) -> Foreign:
     fixed = {"norm": "rmsnorm", "norm_eps": 1e-5, "mlp": "swiglu", "position": "rope", "rope_theta": 10000.0}
     settings |= {key: Setting(value, program) for key, value in {**fixed, "bias": False}.items()}
     stacked = map_entries(path, layout.tensors)
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in stacked.items():
-        if name in QKV or name in POSITIONS:
-            continue
-        if "*" in name:
-            weights |= {NAMES[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}
-        else:
-            weights[NAMES[name]] = tensor
+    weights = unstacked({name: tensor for name, tensor in stacked.items() if name in NAMES}, NAMES)
     for layer in range(sizes.n_layer):
         q, k, v = (stacked[name][layer] for name in QKV)
         parts = (half_split(q, sizes.n_head), half_split(k, sizes.n_kv_head), v)
@@ -65,15 +58,6 @@ def read_llama2_c(path: Path, layout: Layout) -> Foreign:
     if (path.parent / TOKENIZER).is_file():
         foreign.tokenizer = read_tokenizer(path.parent / TOKENIZER, sizes.vocab_size)
     return foreign
-
-
-def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (H D, C) of queries or keys in our order. llama2.c rotates channels 2 i and 2 i + 1 of a head, we rotate i
-    and i + D / 2.
-    """
-    rows, C = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, C)
-    return pairs.transpose(1, 2).reshape(rows, C)
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

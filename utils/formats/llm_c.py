@@ -16,7 +16,7 @@ from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.files import open_named
 from utils.formats.c_files import LLM_C_HEADER, Layout
-from utils.formats.foreign import GPT2_BLOCK, MOMENTS, Foreign
+from utils.formats.foreign import GPT2_BLOCK, MOMENTS, Foreign, unstacked
 
 STATE_MAGIC, STATE_VERSION = 20240527, 1
 NAMES = {  # there -> here; the rows of queries, keys and values are stacked in the same order
@@ -90,10 +90,4 @@ def _add_state(foreign: Foreign, path: Path, layout: Layout) -> None:
 
 def _ours(stacked: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
     """The tensors by our names, unstacked into layers, without the rows that pad the vocabulary."""
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in stacked.items():
-        if "*" in name:
-            found |= {NAMES[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}
-        else:
-            found[NAMES[name]] = tensor[:vocab_size] if name == "wte" else tensor
-    return found
+    return unstacked({**stacked, "wte": stacked["wte"][:vocab_size]}, NAMES)

@@ -21,6 +21,7 @@ from utils.tokenization.protocol import VERSION
 
 MODEL, CONFIG, TOKENIZER, STATE = "model.pt", EXPORT_CONFIG_FILE, TOKENIZER_FILE, "training_state.json"
 OPTIMIZER = "optimizer.pt"
+GPT = "MyPT's GPT"
 TOKENIZER_BYTES = 16 << 20
 NAMES = {  # there -> here
     "token_embedding_table.weight": "token_embedding.weight",
@@ -45,9 +46,8 @@ NAMES = {  # there -> here
     "lm_head.weight": "head.weight",
     "lm_head.bias": "head.bias",
 }
-HERE: dict[str, str | None] = {  # keys of config.json that are translated below
-    **dict.fromkeys(("vocab_size", "bias", "tie_weights", "device", "batch_size", "rope_scale"))
-}
+# Keys of config.json that are translated below.
+HANDLED = ("vocab_size", "bias", "tie_weights", "device", "batch_size", "rope_scale")
 
 
 def is_mypt(folder: Path) -> bool:
@@ -74,8 +74,8 @@ def read_mypt(folder: Path) -> Foreign:
         raise UserError(f"{folder / CONFIG}: rope_scale: expected 1, got {shown(config['rope_scale'])}")
 
     notes: list[str] = []
-    settings = settings_of(config, CONFIG, notes, HERE)
-    weights = _ours(tensors, folder / MODEL)
+    settings = settings_of(config, CONFIG, notes, HANDLED)
+    weights = renamed(tensors, NAMES, folder / MODEL, GPT)
     settings |= _layers(config, weights)
     if "device" in config:
         notes.append(f"device = {shown(config['device'])} is not taken over: the device is chosen again")
@@ -90,7 +90,7 @@ def read_mypt(folder: Path) -> Foreign:
     if isinstance(training := state.get("training_config"), dict):
         foreign.settings |= {
             key: setting
-            for key, setting in settings_of(training, f"{STATE}: training_config", notes, {"batch_size": None}).items()
+            for key, setting in settings_of(training, f"{STATE}: training_config", notes, ("batch_size",)).items()
             if key not in foreign.settings
         }
     if (folder / OPTIMIZER).is_file():
@@ -100,7 +100,9 @@ def read_mypt(folder: Path) -> Foreign:
             notes.append(f"{OPTIMIZER} is not the state of MyPT's AdamW, so it was left out")
         else:
             by_kind, foreign.updates = found
-            foreign.moments = {kind: _ours(of_kind, folder / OPTIMIZER) for kind, of_kind in by_kind.items()}
+            foreign.moments = {
+                kind: renamed(of_kind, NAMES, folder / OPTIMIZER, GPT) for kind, of_kind in by_kind.items()
+            }
             notes.append("weight decay includes the embeddings here, which MyPT leaves out")
     return foreign
 
@@ -146,15 +148,6 @@ def _orders(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> l
     # MyPT's own rule for parameters without weight decay.
     kept = [name for name in names if tensors[name].dim() == 1 or "embedding" in name or "ln" in name]
     return [[name for name in names if name not in kept] + kept, names]
-
-
-def _ours(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        if (ours := renamed(NAMES, name)) is None:
-            raise UserError(f"{path}: {name} is not a tensor of MyPT's GPT")
-        found[ours] = tensor
-    return found
 
 
 def _tokenizer(path: Path, notes: list[str]) -> tuple[Tokenizer | None, str | None]:

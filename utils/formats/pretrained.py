@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class Pretrained:
         """`places` for an architecture with a shorter context."""
         return places(self.family, config, self.vocab_size)
 
-    def get_cropped(self, config: ModelConfig) -> Any:
+    def get_cropped(self, config: ModelConfig) -> Callable[[str], torch.Tensor]:
         """A function like `get`, which returns only the first rows of learned positions if the context is shorter."""
         cropped = {place.theirs for place in self.places if place.ours == "position_embedding.weight"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -196,7 +196,14 @@ def read_places(expected: Iterable[Place], get: Callable[[str], torch.Tensor], m
             target.copy_(place.to_ours(get(place.theirs)))
 
 
-def tensors_of(expected: Iterable[Place], weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Their tensors from our weights, one at a time."""
-    for place in expected:
-        yield place.theirs, place.to_theirs(weights)
+def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder rows (H D, ...) of queries or keys for programs that rotate the channels 2 i and 2 i + 1 of a head.
+
+    We rotate i and i + D / 2.
+    """
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `interleaved`."""
+    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
