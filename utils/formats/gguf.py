@@ -7,6 +7,7 @@ llama rotates neighbouring channels, so the rows of its queries and keys are in 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from utils.formats.families import family_for
 from utils.formats.folder import MARKER, new_folder
 from utils.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from utils.formats.source import Source
-from utils.formats.table import Family, FormatError, Place, half_split, interleaved, places, read_places
+from utils.formats.table import Family, FormatError, Place, Shape, half_split, interleaved, places, read_places
 from utils.nn.rotary import scaled
 
 MODEL = "model.gguf"
-HEAD = "output.weight"
+HEAD, ROPE_DIVISORS = "output.weight", "rope_freqs.weight"
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"} | {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
@@ -83,7 +84,7 @@ def export_gguf(
     vocabulary = vocabulary_of(source.tokenizer)
     table = gguf_places(package, family, source.model)
     notes = [f"The architecture is {ARCHITECTURES[family.architecture]}, the matrices are {kind}.", *vocabulary.notes]
-    uneven = [name for name, found in table.items() if len(found.shape) > 1 and _width(found) % BLOCK]
+    uneven = [name for name, found in table.items() if len(found.shape) > 1 and _shape(found)[-1] % BLOCK]
     if kind == "Q8_0" and uneven:
         notes.append(f"{len(uneven)} tensors are F16: their rows do not have a multiple of {BLOCK} numbers.")
     with new_folder(place) as hidden:
@@ -147,15 +148,16 @@ def gguf_places(package: Any, family: Family, model: LanguageModel) -> dict[str,
     return found
 
 
-def _width(place: Place) -> int:
-    return place.shape[0] if place.layout == "transposed" else place.shape[-1]
+def _shape(place: Place) -> Shape:
+    """The shape of a tensor in GGUF, where all matrices are (out, in)."""
+    return place.shape[::-1] if place.layout == "transposed" else place.shape
 
 
 def _stored_as(name: str, place: Place, kind: str) -> str:
     """The type of a tensor in a file whose matrices have type `kind`."""
     if len(place.shape) == 1 or name == "position_embd.weight":
         return "F32"
-    return "F16" if kind == "Q8_0" and _width(place) % BLOCK else kind
+    return "F16" if kind == "Q8_0" and _shape(place)[-1] % BLOCK else kind
 
 
 def _heads(place: Place, family: Family, config: ModelConfig) -> int | None:
@@ -180,33 +182,30 @@ def _write(
     writer = package.GGUFWriter(path, ARCHITECTURES[family.architecture])
     _add_metadata(package, writer, source, kind, licence)
     _add_vocabulary(writer, vocabulary)
-    every = {**table}
+    stored = {**table}
     if config.tie_embeddings:  # some readers do not fall back on the embedding
-        every[HEAD] = table["token_embd.weight"]
-    extra = {"rope_freqs.weight": rope_divisors(config)} if config.rope_scaling == "llama3" else {}
+        stored[HEAD] = table["token_embd.weight"]
+    type_of = package.GGMLQuantizationType
+    types = {name: type_of[_stored_as(name, place, kind)] for name, place in stored.items()}
+    shapes = {name: _shape(place) for name, place in stored.items()}
+    if config.rope_scaling == "llama3":
+        types[ROPE_DIVISORS], shapes[ROPE_DIVISORS] = type_of.F32, (config.head_width // 2,)
 
     def numbers(name: str) -> np.ndarray[Any, Any]:
-        if name in extra:
-            return extra[name].numpy()
-        place = every[name]
-        tensor = place.to_theirs(weights)
-        tensor = (tensor.t() if place.layout == "transposed" else tensor).to("cpu", torch.float32)
+        if name == ROPE_DIVISORS:
+            return rope_divisors(config).numpy()
+        place = stored[name]
+        tensor = place.to_ours(place.to_theirs(weights)).to("cpu", torch.float32)
         heads = _heads(place, family, config)
         tensor = tensor if heads is None else interleaved(tensor, heads)
         return package.quants.quantize(tensor.contiguous().numpy(), types[name])
 
-    type_of = package.GGMLQuantizationType
-    types = {name: type_of[_stored_as(name, place, kind)] for name, place in every.items()}
-    types |= dict.fromkeys(extra, type_of.F32)
-    for name, stored in types.items():
-        shape = extra[name].shape if name in extra else every[name].shape
-        shape = shape[::-1] if name in every and every[name].layout == "transposed" else shape
-        shape = tuple(shape)
-        if stored == type_of.Q8_0:
-            shape = package.quants.quant_shape_to_byte_shape(shape, stored)
-        dtype = {type_of.F32: np.float32, type_of.F16: np.float16}.get(stored, np.uint8)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=stored)
+    for name, kind_of_tensor in types.items():
+        shape = shapes[name]
+        if kind_of_tensor == type_of.Q8_0:
+            shape = package.quants.quant_shape_to_byte_shape(shape, kind_of_tensor)
+        dtype = np.dtype({type_of.F32: np.float32, type_of.F16: np.float16}.get(kind_of_tensor, np.uint8))
+        writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, raw_dtype=kind_of_tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
