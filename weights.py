@@ -177,10 +177,10 @@ def export(args: argparse.Namespace) -> Answer:
             raise UserError(f"expected a size above 0, got {args.shard_size!r}")
     from utils.formats.certificate import DisagreementError, certificate_lines
     from utils.formats.exports import export_as
-    from utils.formats.source import default_place, open_source
+    from utils.formats.source import default_folder, open_source
 
     source = open_source(args.run, runs_dir(args))
-    folder = args.out or default_place(source, args.format)
+    folder = args.out or default_folder(source, args.format)
     try:
         found = export_as(source, args.format, folder, args.dtype, shard_bytes, args.license)
     except DisagreementError as error:

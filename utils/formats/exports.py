@@ -22,7 +22,7 @@ HUGGINGFACE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "floa
 
 
 def export_as(
-    source: Source, format: str, place: Path, dtype: str, shard_bytes: int, licence: str | None
+    source: Source, format: str, folder: Path, dtype: str, shard_bytes: int, licence: str | None
 ) -> dict[str, Any]:
     """Write a model in a format (hf, gguf or onnx), with its certificate.
 
@@ -39,16 +39,16 @@ def export_as(
     check_numbers(source.model, dtype)
     certificate: dict[str, Any] = {}
 
-    def certify(folder: Path) -> None:
-        certificate.update(check_export(folder, source))
+    def certify(written: Path) -> None:
+        certificate.update(check_export(written, source))
 
     if format == "onnx":
-        found = export_onnx(source, place, licence=licence, check=certify)
+        found = export_onnx(source, folder, licence=licence, check=certify)
     elif format == "gguf":
-        found = export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence, check=certify)
+        found = export_gguf(source, folder, kind=GGUF_TYPES[dtype], licence=licence, check=certify)
     else:
         kind = HUGGINGFACE_TYPES[dtype]
-        found = export_huggingface(source, place, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=certify)
+        found = export_huggingface(source, folder, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=certify)
     return {**found, "certificate": certificate}
 
 

@@ -59,19 +59,19 @@ def gguf_package() -> Any:
 
 def export_gguf(
     source: Source,
-    place: Path,
+    folder: Path,
     *,
     kind: str = "F32",
     licence: str | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, Any]:
     """Write a model in the format of llama.cpp.
 
     Args:
-        place: the folder; an older export is replaced.
+        folder: where to write; an older export is replaced.
         kind: type of the matrices, one of TYPES; vectors and position embeddings are F32.
         licence: of the weights, for the model card.
-        check: called with the folder before it is renamed; if it raises, the folder is deleted.
+        check: called with the hidden folder before it is renamed; if it raises, that is deleted.
 
     Returns:
         What was written: architecture, folder, files, bytes, dtype, notes.
@@ -87,10 +87,10 @@ def export_gguf(
     uneven = [name for name, found in table.items() if len(found.shape) > 1 and _shape(found)[-1] % BLOCK]
     if kind == "Q8_0" and uneven:
         notes.append(f"{len(uneven)} tensors are F16: their rows do not have a multiple of {BLOCK} numbers.")
-    with new_folder(place) as hidden:
+    with new_folder(folder) as hidden:
         _write(package, hidden / MODEL, source, family, table, vocabulary, kind, licence)
         tags = {"library_name": "llama.cpp", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        card = model_card(source, tags, LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         if (name := differing_weight(source, hidden / MODEL, kind)) is not None:
             raise RuntimeError(f"the weights that were written are not those of the model: {name}")
@@ -98,7 +98,7 @@ def export_gguf(
         size = (hidden / MODEL).stat().st_size
     return {
         "architecture": ARCHITECTURES[family.architecture],
-        "folder": place,
+        "folder": folder,
         "files": [MODEL],
         "bytes": size,
         "dtype": kind,

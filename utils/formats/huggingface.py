@@ -41,21 +41,21 @@ REPLACED = (
 
 def export_huggingface(
     source: Source,
-    place: Path,
+    folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
     licence: str | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, Any]:
     """Write a model in the format of transformers.
 
     Args:
-        place: the folder; an older export is replaced.
+        folder: where to write; an older export is replaced.
         dtype: of the weights in the files.
         shard_bytes: largest size of one file of weights.
         licence: of the weights, for the model card.
-        check: called with the folder before it is renamed; if it raises, the folder is deleted.
+        check: called with the hidden folder before it is renamed; if it raises, that is deleted.
 
     Returns:
         What was written: architecture, folder, files, bytes, dtype, largest_logit_difference, notes.
@@ -71,7 +71,7 @@ def export_huggingface(
     notes = _notes(source, family, expected)
     weights = model.state_dict()
     entries = [Entry(found.theirs, found.shape, partial(found.to_theirs, weights)) for found in expected]
-    with new_folder(place) as hidden:
+    with new_folder(folder) as hidden:
         files = write_shards(hidden, entries, dtype, shard_bytes)
         write_json(hidden / CONFIG, their_config(source, family, dtype))
         write_json(hidden / GENERATION, generation_config(source))
@@ -80,14 +80,14 @@ def export_huggingface(
         if template := source.pretrained.get("chat_template"):
             write_atomic(hidden / CHAT_TEMPLATE, template)
         tags = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        card = model_card(source, tags, LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         difference = check_written(source, hidden, dtype)
         check(hidden)
         size = sum(path.stat().st_size for path in files)
     return {
         "architecture": family.architecture,
-        "folder": place,
+        "folder": folder,
         "files": [path.name for path in files],
         "bytes": size,
         "dtype": str(dtype).removeprefix("torch."),

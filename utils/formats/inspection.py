@@ -34,14 +34,14 @@ def as_json(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None
     """All facts about the weights, for --json."""
     tensors = {
         name: {
-            "dtype": place.entry.dtype,
-            "shape": list(place.entry.shape),
-            "elements": place.entry.elements,
-            "bytes": place.entry.bytes,
-            "file": place.file.name,
+            "dtype": location.entry.dtype,
+            "shape": list(location.entry.shape),
+            "elements": location.entry.elements,
+            "bytes": location.entry.bytes,
+            "file": location.file.name,
             **(stats or {}).get(name, {}),
         }
-        for name, place in stored.tensors.items()
+        for name, location in stored.tensors.items()
     }
     return {
         "weights": stored.name,
@@ -57,8 +57,8 @@ def as_json(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None
 def _by_dtype(stored: Stored) -> dict[str, int]:
     """The number of elements of each type, most first."""
     counts: dict[str, int] = {}
-    for place in stored.tensors.values():
-        counts[place.entry.dtype] = counts.get(place.entry.dtype, 0) + place.entry.elements
+    for location in stored.tensors.values():
+        counts[location.entry.dtype] = counts.get(location.entry.dtype, 0) + location.entry.elements
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
@@ -75,20 +75,20 @@ def module_of(name: str) -> str:
 
 def _by_module(stored: Stored) -> dict[str, dict[str, int]]:
     modules: dict[str, dict[str, int]] = {}
-    for name, place in stored.tensors.items():
+    for name, location in stored.tensors.items():
         module = modules.setdefault(module_of(name), {"tensors": 0, "parameters": 0, "bytes": 0})
         module["tensors"] += 1
-        module["parameters"] += place.entry.elements
-        module["bytes"] += place.entry.bytes
+        module["parameters"] += location.entry.elements
+        module["bytes"] += location.entry.bytes
     return modules
 
 
 def rows(stored: Stored) -> list[Row]:
     """The tensors as rows; those of several layers share a row if their shapes and types are equal."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
-    for name, place in stored.tensors.items():
+    for name, location in stored.tensors.items():
         pattern = NUMBER.sub("*", name, count=1)
-        groups.setdefault((pattern, place.entry.dtype, place.entry.shape), []).append(name)
+        groups.setdefault((pattern, location.entry.dtype, location.entry.shape), []).append(name)
     found = []
     for (pattern, dtype, shape), names in groups.items():
         entries = [stored.tensors[name].entry for name in names]
@@ -137,8 +137,8 @@ def screen(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None)
     where = (
         str(next(iter(stored.files))) if len(names) == 1 else f"{next(iter(stored.files)).parent}: {len(names)} files"
     )
-    elements = sum(place.entry.elements for place in stored.tensors.values())
-    total = sum(place.entry.bytes for place in stored.tensors.values())
+    elements = sum(location.entry.elements for location in stored.tensors.values())
+    total = sum(location.entry.bytes for location in stored.tensors.values())
     types = ", ".join(f"{dtype} {count / max(elements, 1):.0%}" for dtype, count in _by_dtype(stored).items())
     yield one_line(where)
     yield f"{elements:,} parameters in {counted(len(stored.tensors), 'tensor')}, {size(total)} ({types or 'none'})"

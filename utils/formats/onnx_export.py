@@ -47,17 +47,17 @@ NOTE = (
 
 def export_onnx(
     source: Source,
-    place: Path,
+    folder: Path,
     *,
     licence: str | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, Any]:
     """Write a model as an ONNX graph, in float32, with its tokenizer.json.
 
     Args:
-        place: the folder; an older export is replaced.
+        folder: where to write; an older export is replaced.
         licence: of the weights, for the model card.
-        check: called with the folder before it is renamed; if it raises, the folder is deleted.
+        check: called with the hidden folder before it is renamed; if it raises, that is deleted.
 
     Returns:
         What was written: architecture, folder, files, bytes, dtype, notes.
@@ -72,19 +72,19 @@ def export_onnx(
         raise FormatError(f"an ONNX graph cannot hold this model: ngram_rows {rows}, which need earlier tokens")
     specification = source.tokenizer.huggingface()
     notes = ["The format is ONNX.", NOTE.format(capacity=config.block_size)]
-    with new_folder(place) as hidden:
+    with new_folder(folder) as hidden:
         with evaluating(source.model):
             write_graph(source.model, hidden / MODEL)
         write_atomic(hidden / TOKENIZER, specification)
         tags = {"library_name": "onnxruntime", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        card = model_card(source, tags, LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         check(hidden)
         files = sorted(path for path in hidden.iterdir() if path.name.startswith(MODEL))
         size = sum(path.stat().st_size for path in files)
     return {
         "architecture": "an ONNX graph",
-        "folder": place,
+        "folder": folder,
         "files": [path.name for path in files],
         "bytes": size,
         "dtype": "float32",

@@ -21,7 +21,7 @@ from utils.formats.families import family_of
 from utils.formats.foreign_config import ForeignConfig, our_config
 from utils.formats.foreign_files import read_bounded, read_bounded_json
 from utils.formats.shards import LOADABLE, Shards, check_regular
-from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
+from utils.formats.table import Family, FormatError, Place, names_in_table, our_shapes, places, read_places
 from utils.tokenization.subwords import LARGEST_VOCABULARY
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
@@ -185,7 +185,7 @@ def open_pretrained(folder: Path) -> Pretrained:
     shards = Shards(folder)
     _check_size(config, vocab_size, shards, path)
     expected = places(family, config, vocab_size)
-    their_names = {full: name for name, full in without_places(family, shards.tensors, expected).items()}
+    their_names = {full: name for name, full in names_in_table(family, shards.tensors, expected).items()}
     check_shapes(expected, shards, their_names)
     if config.tie_embeddings:
         _check_tied(expected, shards, their_names)

@@ -56,7 +56,7 @@ def open_source(name: str, runs_dir: Path) -> Source:
     return Source(run.name, export.model, export.tokenizer, run, export.training, record, settings, pretrained)
 
 
-def default_place(source: Source, format: str) -> Path:
+def default_folder(source: Source, format: str) -> Path:
     """The folder in the run directory that an export in `format` is written to by default.
 
     Raises:

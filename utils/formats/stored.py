@@ -30,7 +30,7 @@ HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a tensor is stored. `entry` has its type, its shape and the range of its bytes in `file`.
 
     pieces: files and ranges of bytes, if the rows are in several files; `entry` then counts bytes from 0.
@@ -55,7 +55,7 @@ class Stored:
 
     name: str
     files: dict[Path, int]
-    tensors: dict[str, Place]
+    tensors: dict[str, Location]
 
 
 def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
@@ -168,7 +168,7 @@ def read_stored(name: str, files: Iterable[Path]) -> Stored:
     Raises:
         UserError: a file is damaged, a pickle or of an unknown kind, or two files have a tensor of the same name.
     """
-    tensors: dict[str, Place] = {}
+    tensors: dict[str, Location] = {}
     sizes: dict[Path, int] = {}
     files = list(files)
     if len(files) > 1 and _is_sharded(files[0].parent) and all(SHARD_PATTERN.fullmatch(path.name) for path in files):
@@ -177,18 +177,18 @@ def read_stored(name: str, files: Iterable[Path]) -> Stored:
         for tensor, entry in _entries(path):
             if tensor in tensors:
                 raise UserError(f"{path}: {tensor} is in {tensors[tensor].file.name}, too")
-            tensors[tensor] = Place(path, entry)
+            tensors[tensor] = Location(path, entry)
         sizes[path] = path.stat().st_size
     return Stored(name, sizes, tensors)
 
 
-def _joined(folder: Path) -> Iterator[tuple[str, Place]]:
+def _joined(folder: Path) -> Iterator[tuple[str, Location]]:
     """The tensors of a checkpoint in shards, put together from their pieces."""
     for name, (tensor, pieces) in locate(folder, "model").items():
         ranges = tuple((piece.file, piece.entry.begin, piece.entry.end) for piece in pieces)
         bytes = sum(piece.entry.bytes for piece in pieces)
         first = pieces[0].file if pieces else folder / INDEX_FILE
-        yield name, Place(first, TensorEntry(tensor.dtype, tensor.shape, 0, bytes), ranges)
+        yield name, Location(first, TensorEntry(tensor.dtype, tensor.shape, 0, bytes), ranges)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:

@@ -141,8 +141,8 @@ def places(family: Family, config: ModelConfig, vocab_size: int, *, filled: bool
             shape = shape[::-1] if row.layout == "transposed" else shape
             found.append(Place(theirs, shape, ours, rows, row.layout, fill))
     placed = {place.ours for place in found}
-    if homeless := [name for name in shapes if name not in placed]:
-        raise FormatError(f"{family.architecture} has no counterpart for {_some(homeless)}")
+    if unplaced := [name for name in shapes if name not in placed]:
+        raise FormatError(f"{family.architecture} has no counterpart for {_some(unplaced)}")
     return found
 
 
@@ -152,7 +152,7 @@ def _filled_shape(name: str, shapes: Mapping[str, Shape], config: ModelConfig) -
     return shapes[f"{module}.weight"][:1] if kind == "bias" else (config.head_width,)
 
 
-def without_places(family: Family, names: Iterable[str], expected: Iterable[Place]) -> dict[str, str]:
+def names_in_table(family: Family, names: Iterable[str], expected: Iterable[Place]) -> dict[str, str]:
     """Names of tensors in the table, by their names in a file, which may lack the prefix of the family.
 
     Raises:
@@ -161,7 +161,7 @@ def without_places(family: Family, names: Iterable[str], expected: Iterable[Plac
     known = {place.theirs for place in expected}
     found: dict[str, str] = {}
     taken: set[str] = set()
-    strangers = []
+    unknown = []
     for name in names:
         full = name if name in known else family.prefix + name
         if full in taken:
@@ -170,9 +170,9 @@ def without_places(family: Family, names: Iterable[str], expected: Iterable[Plac
             found[name] = full
             taken.add(full)
         elif not family.ignored.fullmatch(name.removeprefix(family.prefix)):
-            strangers.append(name)
-    if strangers:
-        raise FormatError(f"tensors that our model of {family.architecture} does not have: {_some(strangers)}")
+            unknown.append(name)
+    if unknown:
+        raise FormatError(f"tensors that our model of {family.architecture} does not have: {_some(unknown)}")
     return found
 
 
