@@ -196,7 +196,7 @@ def export(args: argparse.Namespace) -> Answer:
     "check that an export computes the same in the program that it is made for",
     flag("folder", type=place, metavar="EXPORT", help="a folder that export wrote"),
     flag("--run", metavar="RUN", help="the run it was made from (default: the one whose directory it is in)"),
-    note="The details go to certificate.json in the folder. The command export does this, too.",
+    note="The details are written to certificate.json in the folder. The command export certifies by itself.",
 )
 def certify(args: argparse.Namespace) -> Answer:
     from utils.formats.certificate import certificate_lines, certify, format_of, source_of

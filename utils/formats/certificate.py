@@ -1,4 +1,4 @@
-"""Certificates: a record that the program which an export is made for computes from it what we compute.
+"""Certificates of exports: does the program that an export is made for compute the same as this project?
 
 For fixed prompts, token ids, logits and greedy continuations are compared; the result is kept beside the files.
 """
@@ -46,12 +46,12 @@ PROMPTS = {
 }
 TOLERANCE = 1e-4  # of logits, relative to the largest one (at least 1)
 # llama.cpp rounds activations to the type of the matrices that they are multiplied with, for Q8_0 to 8 bits, and looks
-# up GELU in a table of 16-bit numbers. This is for logits alone: weights are compared by themselves.
+# up GELU in a table of 16-bit numbers. Weights are compared separately, in `other_weights`.
 TOLERANCES_OF_GGUF = {"F32": 3e-3, "F16": 1e-2, "Q8_0": 0.2}
 
 
 class DisagreementError(RuntimeError):
-    """A program does not compute from an export what we compute; `lines` say how the two differ."""
+    """A program computes something else from an export than we do; `lines` say how the results differ."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__("; ".join(lines))
@@ -100,8 +100,8 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
     """Compare an export with ours in the program that it is made for, if installed, and write its certificate.json.
 
     Args:
-        source: what the export was made from, and whose weights it must have. None is allowed for the format hf: our
-            own reading of the folder is compared, and the weights must be those of the existing certificate.
+        source: what the export was made from, and whose weights it must have. None is allowed for the format hf: the model is
+            then read from the folder, and the weights must be those of the existing certificate, if there is one.
 
     Raises:
         UserError: the folder is not an export, is damaged, needs its run, or is of a model of another shape.
@@ -202,7 +202,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def compare(ours: Ours, engine: Engine) -> dict[str, Any]:
-    """Give all prompts to an engine and compare what it computes with what we compute."""
+    """Run the prompts in an engine and compare its results with ours."""
     prompts, differences = [], []
     largest = tolerance = 0.0
     with evaluating(ours.model):

@@ -26,7 +26,7 @@ class Engine(Protocol):
     name: of the program, for messages.
     package: the module that is imported.
     install: the package that pip installs.
-    normalised: its logits are logarithms of probabilities; those that it does not report are -inf.
+    normalised: its logits are log-probabilities; those that it does not report are -inf.
     spare: tokens of the context that a prompt must leave free.
     """
 
@@ -98,7 +98,7 @@ class LlamaCpp(Engine):
     """llama.cpp, as a server in this process with a float32 cache.
 
     The package xllamacpp has wheels; llama-cpp-python is built from source (docs/LOG.md).
-    The server reports logarithms of probabilities of the likeliest tokens, as they are before sampling, but omits them
+    The server reports the log-probabilities of the likeliest tokens, as they are before sampling, but omits them
     if the sampled token ends within a character. So a token that is a whole character is forced by a logit bias.
     """
 
@@ -106,7 +106,7 @@ class LlamaCpp(Engine):
     normalised = True
     spare = 1  # the sampled token takes a place in the context
     most = 1000  # likeliest tokens whose logits are asked for
-    places = 4  # in a prompt where logits are compared: a request gives those after its last token only
+    places = 4  # positions in a prompt that are compared: a request gives the logits after its last token only
 
     def __init__(self, folder: Path, context: int) -> None:
         xllamacpp = importlib.import_module("xllamacpp")

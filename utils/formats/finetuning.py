@@ -71,7 +71,7 @@ def pretrained_as_checkpoint(
 
     Args:
         model: the architecture of the run, whose block_size may be smaller; None for that of the model.
-        sha256: what the weights must have, if the run has started from them before.
+        sha256: the expected hash of the weights, if the run has started from them before.
 
     Raises:
         UserError: the model is damaged, or its weights are not those of `sha256`.

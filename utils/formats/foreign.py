@@ -1,4 +1,4 @@
-"""A model of another program, translated into the names of this project: what a converter returns."""
+"""A model of another program in the names of this project, and functions that the converters share."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Found:
 
     name: the name that was asked for.
     where: where it was found, in words.
-    revision: the commit; None for a folder that does not say.
+    revision: the commit; None if a folder does not record it.
     """
 
     name: str

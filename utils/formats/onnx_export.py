@@ -40,7 +40,7 @@ while len(ids) < min(50, shape[3]):
 print(tokenizer.decode(ids))
 """
 NOTE = (
-    "The graph is one step: input_ids (1, T) after `position` earlier tokens; keys and values go in and come out. "
+    "The graph computes one step: input_ids (1, T) follow `position` earlier tokens; keys and values are its cache. "
     "The cache holds {capacity:,} tokens and does not slide."
 )
 

@@ -1,4 +1,4 @@
-"""What is exported: the weights of a run, its tokenizer, and what is known about both."""
+"""The source of an export: the weights of a run, its tokenizer, and the facts that are recorded about them."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class Row:
     theirs, ours: names, with {} for the number of the block.
     part: the rows of our tensor that correspond to it.
     layout: transposed if it is stored as (in, out); ours is (out, in).
-    fill: what an export writes if our model lacks the tensor, a value with which it computes the same; None if the
-        tensor is then left out.
+    fill: the value that an export writes if our model lacks the tensor, with which the family computes the same; None
+        if the tensor is then left out.
     """
 
     theirs: str
