@@ -78,12 +78,12 @@ def format_of(folder: Path) -> str:
     """
     if export_checksum(folder) is not None:
         raise FormatError(
-            f"{folder}: the export of a run that only this project reads; weights.py export writes other formats"
+            f"{folder}: a run's own export, which only this project reads; weights.py export writes the other formats"
         )
     for name, format in FILES.items():
         if (folder / name).is_file():
             return format
-    raise FormatError(f"{folder}: not an export of weights.py export: it has none of {', '.join(FILES)}")
+    raise FormatError(f"{folder}: not written by weights.py export: it has none of {', '.join(FILES)}")
 
 
 def source_of(folder: Path, run: str | None, runs_dir: Path) -> Source | None:
@@ -100,8 +100,8 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
     """Compare an export with ours in the program that it is made for, if installed, and write its certificate.json.
 
     Args:
-        source: what the export was made from, and whose weights it must have. None is allowed for the format hf: the model is
-            then read from the folder, and the weights must be those of the existing certificate, if there is one.
+        source: what the export was made from, and whose weights it must have. None is allowed for the format hf: then the
+            model is read from the folder, and the weights must be those of the existing certificate, if any.
 
     Raises:
         UserError: the folder is not an export, is damaged, needs its run, or is of a model of another shape.

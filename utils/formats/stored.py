@@ -128,7 +128,7 @@ def _of_hub(name: str) -> Path:
     if not re.fullmatch(r"[0-9a-f]{1,64}", revision) or not (model / "snapshots" / revision).is_dir():
         raise UserError(
             f"{HUB}{name} is not on this machine: it is not a folder, and not in {cache}; "
-            f"python weights.py download {name}"
+            f"to download it: python weights.py download {name}"
         )
     return model / "snapshots" / revision
 
