@@ -100,8 +100,8 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
     """Compare an export with ours in the program that it is made for, if installed, and write its certificate.json.
 
     Args:
-        source: what the export was made from, and whose weights it must have. None is allowed for the format hf: then the
-            model is read from the folder, and the weights must be those of the existing certificate, if any.
+        source: what the export was made from, and whose weights it must have. None is allowed for the format hf: then
+            the model is read from the folder, and the weights must be those of the existing certificate, if any.
 
     Raises:
         UserError: the folder is not an export, is damaged, needs its run, or is of a model of another shape.
@@ -132,7 +132,7 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         ours = _ours(folder, format, source, tokenizer, certificate["other_weights"] is None)
         try:
             opened = engine(folder, ours.model.config.block_size)
-        except Exception as error:  # whatever the other program raises means that it cannot open the export
+        except Exception as error:  # any error of the other program means that it cannot open the export
             if is_out_of_memory(error):
                 raise
             reason = f"cannot open the export: {type(error).__name__}: {error}"
@@ -249,7 +249,7 @@ def _compare_prompt(ours: Ours, engine: Engine, text: str) -> dict[str, Any]:
     difference = _largest_difference(engine.logits(ids), ours_there)
     if not difference <= tolerance:
         differences.append(f"logits differ by {difference:.2g}, more than {tolerance:.2g}")
-    new, margins = _continue(model, ids, count)
+    new, margins = _decode_greedily(model, ids, count)
     their_new = [int(found.argmax()) for found in engine.next_logits(ids, count)]
     first = next((place for place in range(count) if new[place] != their_new[place]), None)
     if first is not None and margins[first] > 2 * tolerance:
@@ -279,7 +279,7 @@ def _largest_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     return float((theirs - ours)[given].abs().max())
 
 
-def _continue(model: LanguageModel, ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+def _decode_greedily(model: LanguageModel, ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
     """Decode `count` tokens after ids greedily; also return how far the logit of each is above the next best."""
     weight = model.token_embedding.weight
     cache = KVCache(model.config, 1, model.config.block_size, weight.device, weight.dtype)

@@ -105,8 +105,8 @@ class LlamaCpp(Engine):
     name, package, install = "llama.cpp", "xllamacpp", "xllamacpp"
     normalised = True
     spare = 1  # the sampled token takes a place in the context
-    most = 1000  # likeliest tokens whose logits are asked for
-    places = 4  # positions in a prompt that are compared: a request gives the logits after its last token only
+    top = 1000  # likeliest tokens whose logits are asked for
+    positions = 4  # positions in a prompt that are compared: a request gives the logits after its last token only
 
     def __init__(self, folder: Path, context: int) -> None:
         xllamacpp = importlib.import_module("xllamacpp")
@@ -139,7 +139,7 @@ class LlamaCpp(Engine):
                 "prompt": list(ids),
                 "n_predict": 1,
                 "temperature": 0,
-                "n_probs": min(self.most, self._vocab_size),
+                "n_probs": min(self.top, self._vocab_size),
                 "logit_bias": [[self._forced, 1e4]],
                 "cache_prompt": True,
             }
@@ -151,8 +151,8 @@ class LlamaCpp(Engine):
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         found = torch.full((len(ids), self._vocab_size), -torch.inf)
-        for place in sorted({len(ids) * part // self.places - 1 for part in range(1, self.places + 1)} - {-1}):
-            found[place] = self._after(ids[: place + 1])
+        for position in sorted({len(ids) * part // self.positions - 1 for part in range(1, self.positions + 1)} - {-1}):
+            found[position] = self._after(ids[: position + 1])
         return found
 
     def next_logits(self, ids: Sequence[int], count: int) -> Iterator[torch.Tensor]:

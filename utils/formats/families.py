@@ -1,4 +1,4 @@
-"""The families of models that can be imported and exported, and which one a config.json or a model of ours is of."""
+"""The families of models that can be imported and exported, and the choice of one for a config.json or our model."""
 
 from __future__ import annotations
 

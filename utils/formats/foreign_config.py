@@ -115,7 +115,7 @@ def refuse_own_code(config: ForeignConfig) -> None:
 
 
 def rope_settings(config: ForeignConfig, context: int) -> dict[str, Any]:
-    """Our settings for rotary positions, from the keys that transformers used before release 5 or has used since.
+    """Our settings for rotary positions, from the keys of transformers before release 5 or since.
 
     Args:
         context: max_position_embeddings.

@@ -18,7 +18,7 @@ def boundary(folder: Path) -> Path:
     """The folder that links in the folder of a model must stay in.
 
     Otherwise a model could copy a file of the user, such as a private key, into what is made from it. In the cache of
-    the hub it is the repository: the files of a snapshot are links into another folder of that.
+    the hub the boundary is the repository, because the files of a snapshot are links to another folder in it.
     """
     return folder.parent.parent if folder.parent.name == "snapshots" else folder
 

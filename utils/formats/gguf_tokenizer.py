@@ -98,7 +98,7 @@ def pattern_of(facts: Mapping[str, Any]) -> str:
         FormatError: llama.cpp does not have the pattern.
     """
     split = facts["pre_tokenizer"]
-    steps = [_essence(step) for step in (split["pretokenizers"] if split["type"] == "Sequence" else [split])]
+    steps = [_relevant(step) for step in (split["pretokenizers"] if split["type"] == "Sequence" else [split])]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False}
     known = {
         "gpt-2": [byte_level | {"use_regex": True}],
@@ -117,7 +117,7 @@ def pattern_of(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _essence(step: Mapping[str, Any]) -> dict[str, Any]:
+def _relevant(step: Mapping[str, Any]) -> dict[str, Any]:
     """A step of a pre-tokenizer, without the options that do not change ids."""
     found = {key: value for key, value in step.items() if key != "trim_offsets"}
     return {**found, "use_regex": found.get("use_regex", True)} if step["type"] == "ByteLevel" else found

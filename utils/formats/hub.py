@@ -70,7 +70,7 @@ def find_pretrained(
         HubError: it is not on this machine and cannot be downloaded.
     """
     for folder in (local_dir, Path(expand_home(name))):
-        if folder is not None and revision is None and (folder / CONFIG).is_file() and not _in_part(folder):
+        if folder is not None and revision is None and (folder / CONFIG).is_file() and not _is_partial(folder):
             return Found(name, Path(os.path.abspath(folder)), f"the folder {folder}", _commit_of(folder))
     check_name(name)
     hub = _hub(name)
@@ -86,7 +86,7 @@ def find_pretrained(
     return download(name, local_dir=local_dir, revision=revision, report=report)
 
 
-def _in_part(folder: Path) -> bool:
+def _is_partial(folder: Path) -> bool:
     """Whether a folder has an unfinished download."""
     return (folder / NOTES).is_dir() and not is_whole(folder)
 

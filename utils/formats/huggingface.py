@@ -23,7 +23,7 @@ from utils.formats.source import Source
 from utils.formats.table import Family, FormatError, Place, places
 from utils.inference.evaluation import evaluating
 
-TOLERANCE = 1e-4  # of logits in float32, or of the largest one, if that is above 1
+TOLERANCE = 1e-4  # of logits in float32, relative to the largest one (at least 1)
 LOADING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

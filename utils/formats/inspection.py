@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer: a whole part of a name, between dots
-SHOWN_ROWS = 400  # more are left out of a table
+SHOWN_ROWS = 400  # a table has no more rows
 
 
 @dataclass(frozen=True)

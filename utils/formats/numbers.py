@@ -1,4 +1,4 @@
-"""Statistics of stored tensors and differences between them, computed from a bounded part of a tensor at a time."""
+"""Statistics of stored tensors and differences between them, read a part at a time so that memory is bounded."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise _refusal(path, f"to import {found[1]}" if found else "for more than tensors and containers") from None
-    except Exception as error:  # a damaged archive raises many types
+    except Exception as error:  # torch raises many types for a damaged archive
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: damaged: {cut(first_line(error), SHOWN)}") from None
@@ -137,27 +137,27 @@ def _check_names(path: Path, structure: bytes) -> None:
 
 def _check_tensors(path: Path, value: Any) -> None:
     """Raises UserError if tensors have more elements than the file stores, or containers repeat values too often."""
-    total, sizes = 0, {}  # bytes of all tensors; id of a value -> number of values in it, 0 while it is being counted
+    total, counts = 0, {}  # bytes of all tensors; id of a value -> number of values in it, 0 while counting
 
     def count(value: Any) -> int:
         """The number of values in `value`; a shared one counts each time."""
         nonlocal total
         if isinstance(value, torch.Tensor):
-            if id(value) not in sizes:
+            if id(value) not in counts:
                 needed = math.prod(value.shape) * value.element_size()
                 if value.layout is not torch.strided or needed > value.untyped_storage().nbytes():
                     raise UserError(
                         f"{path}: refused: a tensor of shape {shown(tuple(value.shape))} without its elements"
                     )
                 total += needed
-                sizes[id(value)] = 1
+                counts[id(value)] = 1
             return 1
         if not isinstance(value, dict | list | tuple | set | frozenset):
             return 1
-        known = sizes.get(id(value))
+        known = counts.get(id(value))
         if known is None:
-            sizes[id(value)] = 0
-            known = sizes[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
+            counts[id(value)] = 0
+            known = counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
         elif known == 0:
             raise UserError(f"{path}: refused: a container that contains itself")
         return known

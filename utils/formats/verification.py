@@ -17,7 +17,7 @@ from utils.inference.sampling import SamplingOptions
 
 PROMPT = "The "
 CONTEXT_TOKENS = 4096  # largest context that is loaded, because the cache takes memory
-TOLERANCE = 1e-4  # of logits in float32, or of the largest one, if that is above 1
+TOLERANCE = 1e-4  # of logits in float32, relative to the largest one (at least 1)
 TOKENS = 20
 
 
