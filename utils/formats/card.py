@@ -23,18 +23,23 @@ NO_LICENCE = (
 )
 
 
-def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: str | None, notes: list[str]) -> str:
+def model_card(source: Source, library: str, loading: str, licence: str | None, notes: list[str]) -> str:
     """The README.md of an export: Markdown, with the front matter that the hub reads.
 
     Args:
-        tags: entries of the front matter.
-        loading: code that loads the export.
+        library: the program that loads the export, by its name on the hub.
+        loading: code that loads it.
         licence: of the weights; None for that of the model that training started from, if it states one.
         notes: what a reader must know about this export.
     """
     base = source.pretrained.get("name")
     licence = licence or source.pretrained.get("license")
-    front = {**tags, "license": licence, "base_model": base if source.pretrained.get("published") else None}
+    front = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "license": licence,
+        "base_model": base if source.pretrained.get("published") else None,
+    }
     config, count = source.model.config, source.model.num_parameters()
     facts = {
         "Architecture": architecture(config),

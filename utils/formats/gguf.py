@@ -89,8 +89,7 @@ def export_gguf(
         notes.append(f"{len(uneven)} tensors are F16: their rows do not have a multiple of {BLOCK} numbers.")
     with new_folder(folder) as hidden:
         _write(package, hidden / MODEL, source, family, table, vocabulary, kind, licence)
-        tags = {"library_name": "llama.cpp", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", folder.name), licence, notes)
+        card = model_card(source, "llama.cpp", LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         if (name := differing_weight(source, hidden / MODEL, kind)) is not None:
             raise RuntimeError(f"the weights that were written are not those of the model: {name}")

@@ -40,12 +40,10 @@ class HubError(UserError):
 class Found:
     """A published model on this machine.
 
-    name: the name that was asked for.
     where: where it was found, in words.
     revision: the commit; None if a folder does not record it.
     """
 
-    name: str
     folder: Path
     where: str
     revision: str | None = None
@@ -71,7 +69,7 @@ def find_pretrained(
     """
     for folder in (local_dir, Path(expand_home(name))):
         if folder is not None and revision is None and (folder / CONFIG).is_file() and not _is_partial(folder):
-            return Found(name, Path(os.path.abspath(folder)), f"the folder {folder}", _commit_of(folder))
+            return Found(Path(os.path.abspath(folder)), f"the folder {folder}", _commit_of(folder))
     check_name(name)
     hub = _hub(name)
     if local_dir is None:
@@ -80,7 +78,7 @@ def find_pretrained(
                 hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=PATTERNS)
             )
             if is_whole(folder):
-                return Found(name, folder, f"the cache of the hub, {hub.constants.HF_HUB_CACHE}", folder.name)
+                return Found(folder, f"the cache of the hub, {hub.constants.HF_HUB_CACHE}", folder.name)
         except OSError:  # not in the cache, or not completely
             pass
     return download(name, local_dir=local_dir, revision=revision, report=report)
@@ -156,7 +154,7 @@ def download(
         if local_dir is None and revision != facts.sha:  # so that the name is also found without the network
             _remember(folder, revision or "main", facts.sha)
     check_hashes(folder, remove=True)
-    return Found(name, folder, f"downloaded from {page} into {folder}", facts.sha)
+    return Found(folder, f"downloaded from {page} into {folder}", facts.sha)
 
 
 @contextlib.contextmanager

@@ -79,8 +79,7 @@ def export_huggingface(
         write_json(hidden / TOKENIZER_CONFIG, tokenizer_config(source))
         if template := source.pretrained.get("chat_template"):
             write_atomic(hidden / CHAT_TEMPLATE, template)
-        tags = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", folder.name), licence, notes)
+        card = model_card(source, "transformers", LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         difference = check_written(source, hidden, dtype)
         check(hidden)

@@ -76,8 +76,7 @@ def export_onnx(
         with evaluating(source.model):
             write_graph(source.model, hidden / MODEL)
         write_atomic(hidden / TOKENIZER, specification)
-        tags = {"library_name": "onnxruntime", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", folder.name), licence, notes)
+        card = model_card(source, "onnxruntime", LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         check(hidden)
         files = sorted(path for path in hidden.iterdir() if path.name.startswith(MODEL))
