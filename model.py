@@ -140,8 +140,8 @@ class Attention(nn.Module):
         self.q_norm: nn.Module | None = None  # q_norm and k_norm replace norm if they have learned weights
         self.k_norm: nn.Module | None = None
         if config.qk_norm_weights:
-            of_head = config.model_copy(update={"n_embd": config.head_width})
-            self.q_norm, self.k_norm = NORMS[config.norm](of_head), NORMS[config.norm](of_head)
+            head_config = config.model_copy(update={"n_embd": config.head_width})
+            self.q_norm, self.k_norm = NORMS[config.norm](head_config), NORMS[config.norm](head_config)
         rows = [heads * self.head_width for heads in (self.n_head, self.kv_heads, self.kv_heads)]  # of q, k and v
         self.qkv = declare(Linear(config.n_embd, sum(rows), config.has_qkv_bias), weight=MATRIX.stacked(*rows))
         self.proj = declare(Linear(rows[0], config.n_embd, config.bias), weight=RESIDUAL)

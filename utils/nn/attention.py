@@ -78,10 +78,10 @@ def window_mask(length: int, window: int, like: torch.Tensor) -> torch.Tensor:
     Args:
         like: a tensor that has the device and precision of the mask.
     """
-    places = torch.arange(length, device=like.device)
-    back = places[:, None] - places
-    shown = torch.zeros((), dtype=like.dtype, device=like.device)
-    return torch.where((back >= 0) & (back < window), shown, -math.inf)[None, None]
+    positions = torch.arange(length, device=like.device)
+    back = positions[:, None] - positions
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.where((back >= 0) & (back < window), zero, -math.inf)[None, None]
 
 
 class ShortAttention(torch.autograd.Function):
@@ -110,8 +110,8 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         B, (T, D) = gradient.size(0), v.shape[1:]
         rows = gradient.view(B, T, -1, D).transpose(1, 2).reshape(-1, T, D)  # (B * H, T, D)
-        of_v = torch.bmm(weights.mT, rows)
-        of_scores = SOFTMAX_BACKWARD(torch.bmm(rows, v.mT), weights, -1, torch.float32)
-        of_q = torch.baddbmm(of_v, of_scores, k, beta=0, alpha=D**-0.5)  # with beta = 0 of_v is not read
-        of_k = torch.baddbmm(of_v, of_scores.mT, q, beta=0, alpha=D**-0.5)
-        return *(x.view(B, -1, T, D).transpose(1, 2) for x in (of_q, of_k, of_v)), None
+        grad_v = torch.bmm(weights.mT, rows)
+        grad_scores = SOFTMAX_BACKWARD(torch.bmm(rows, v.mT), weights, -1, torch.float32)
+        grad_q = torch.baddbmm(grad_v, grad_scores, k, beta=0, alpha=D**-0.5)  # with beta = 0 grad_v is not read
+        grad_k = torch.baddbmm(grad_v, grad_scores.mT, q, beta=0, alpha=D**-0.5)
+        return *(x.view(B, -1, T, D).transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None

@@ -167,30 +167,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = padded(weight, dtype)  # (V + padding, C)
             x = hidden.to(dtype)
-            of_x = torch.empty_like(x)
-            of_matrix = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
+            grad_x = torch.empty_like(x)
+            grad_matrix = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
             multiply = float8_logits_product(x, matrix, rows) if fp8 else logits_product(x, matrix, rows)
             chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap)
             all_losses = []
-            for (losses, of_logits), part, of_part in zip(chunks, x.split(rows), of_x.split(rows), strict=True):
-                torch.mm(of_logits, matrix, out=of_part)
+            for (losses, grad_logits), part, grad_part in zip(chunks, x.split(rows), grad_x.split(rows), strict=True):
+                torch.mm(grad_logits, matrix, out=grad_part)
                 if ctx.needs_input_grad[1]:
-                    add_product(of_matrix, of_logits.t(), part)
+                    add_product(grad_matrix, grad_logits.t(), part)
                 all_losses.append(losses)
             count = (targets != IGNORED).sum().clamp(min=1)
-            ctx.save_for_backward(of_x, of_matrix, count)
+            ctx.save_for_backward(grad_x, grad_matrix, count)
             ctx.dtypes, ctx.vocab_size = (hidden.dtype, weight.dtype), len(weight)
             return torch.cat(all_losses).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_x, of_matrix, count = ctx.saved_tensors
+        grad_x, grad_matrix, count = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         scale = (gradient / count).reshape(1)  # with a dimension: as a scalar it would be rounded to 16 bits
         return (
-            (of_x * scale).to(ctx.dtypes[0]) if needs_hidden else None,
-            (of_matrix[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
+            (grad_x * scale).to(ctx.dtypes[0]) if needs_hidden else None,
+            (grad_matrix[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
             *(None, None, None, None),
         )
 

@@ -56,7 +56,7 @@ def _one_row(
     logits += row * stride
     target = tl.load(targets + row)
     is_column = (target >= 0) & (target < VOCAB_SIZE)
-    of_target = _capped(tl.load(logits + target, mask=is_column, other=float("nan")), SOFTCAP)
+    target_logit = _capped(tl.load(logits + target, mask=is_column, other=float("nan")), SOFTCAP)
     in_group = tl.arange(0, EIGHT)
     remaining = WHOLE * EIGHT + in_group
     last = _capped(tl.load(logits + remaining, mask=remaining < VOCAB_SIZE, other=0.0), SOFTCAP)
@@ -74,7 +74,7 @@ def _one_row(
         highest = higher
     maximum = tl.maximum(tl.max(highest, 0), tl.max(last, 0))
     total = tl.sum(total * tl.exp(highest - maximum), 0) + tl.sum(tl.exp(last - maximum), 0)
-    tl.store(losses + row, tl.where(target == IGNORED, 0.0, maximum - of_target + tl.log(total)))
+    tl.store(losses + row, tl.where(target == IGNORED, 0.0, maximum - target_logit + tl.log(total)))
     scale = 1 / total
 
     for begin in tl.range(0, WHOLE, GROUPS, num_stages=1):

@@ -36,13 +36,13 @@ class DocumentMask:
         windows: Sequence[int | None] = (),
     ) -> None:
         B, T = idx.shape
-        places = torch.arange(T, device=idx.device)
-        starts = torch.where(idx == token, places, 0).cummax(dim=1).values  # (B, T), of each token's document
-        self.positions = places - starts
+        indices = torch.arange(T, device=idx.device)
+        starts = torch.where(idx == token, indices, 0).cummax(dim=1).values  # (B, T), of each token's document
+        self.positions = indices - starts
         # A token sees itself and the tokens before it, back to the start of its document.
-        seen = (places <= places[:, None]) & (places >= starts[:, :, None])  # (B, T, T)
-        shown = torch.zeros((), dtype=dtype, device=idx.device)
-        self.mask = torch.where(seen, shown, -math.inf)[:, None]
+        seen = (indices <= indices[:, None]) & (indices >= starts[:, :, None])  # (B, T, T)
+        zero = torch.zeros((), dtype=dtype, device=idx.device)
+        self.mask = torch.where(seen, zero, -math.inf)[:, None]
         self.lengths = [0] * B
         self._dropout = dropout
         self._windows = windows

@@ -77,11 +77,11 @@ class Float8Linear(torch.autograd.Function):
         x_dtype, weight_dtype = ctx.dtypes
         needs_x, needs_weight, _ = ctx.needs_input_grad
         gradient8, scale = rounded(gradient, GRADIENTS)  # (rows, out)
-        of_x = product(gradient8, weight8, scale, weight_scale, gradient.dtype) if needs_x else None
-        of_weight = None
+        grad_x = product(gradient8, weight8, scale, weight_scale, gradient.dtype) if needs_x else None
+        grad_weight = None
         if needs_weight:
-            of_weight = product(gradient8.t().contiguous(), x8, scale, x_scale, weight_dtype)  # (out, in)
-        return of_x if of_x is None else of_x.to(x_dtype), of_weight, None
+            grad_weight = product(gradient8.t().contiguous(), x8, scale, x_scale, weight_dtype)  # (out, in)
+        return grad_x if grad_x is None else grad_x.to(x_dtype), grad_weight, None
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

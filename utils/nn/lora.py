@@ -104,7 +104,8 @@ def targeted_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.
         if not named:
             known = dict.fromkeys(name.rpartition(".")[2] for name in layers)
             raise UserError(
-                f"lora_targets: the model has no linear layer {target}, but {', '.join(known)}{nearest(target, known)}"
+                f"lora_targets: the model has no linear layer {target}; it has {', '.join(known)}"
+                f"{nearest(target, known)}"
             )
         found |= named
     return {name: layer for name, layer in layers.items() if name in found}
@@ -139,7 +140,7 @@ def merged_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None 
     for name, layer in adapted_layers(model).items():
         weight, a, b = (weights[f"{name}.{part}"].detach().cpu().double() for part in ("weight", *PARTS))
         parts = zip(a.chunk(len(layer.lora_rows)), b.split(layer.lora_rows), strict=True)
-        change = torch.cat([of_b @ of_a for of_a, of_b in parts])  # (out, in)
+        change = torch.cat([b_block @ a_block for a_block, b_block in parts])  # (out, in)
         merged[f"{name}.weight"] = torch.add(weight, change, alpha=layer.lora_scale).to(weights[f"{name}.weight"].dtype)
     return merged
 

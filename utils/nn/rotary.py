@@ -21,8 +21,8 @@ def rope_factors(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Te
     angles = positions[..., None, None] * frequencies  # (..., 1, D / 2)
     cos, sin = angles.cos(), angles.sin()
     if config.rope_scaling == "yarn":  # equation 25: larger queries and keys sharpen the attention
-        length = 0.1 * math.log(config.rope_factor) + 1
-        cos, sin = length * cos, length * sin
+        scale = 0.1 * math.log(config.rope_factor) + 1
+        cos, sin = scale * cos, scale * sin
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 

@@ -72,13 +72,13 @@ class StaticCache(KVCache):
         if not self._attended:
             return super().attend(layer, q, k, v)
         B, T, H, D = q.shape
-        K, G, of_values = k.size(2), self._group, self._n_layer + layer
+        K, G, v_layer = k.size(2), self._group, self._n_layer + layer
         self._flat[layer].index_copy_(0, self._places, k.reshape(B * T, K, D))
-        self._flat[of_values].index_copy_(0, self._places, v.reshape(B * T, K, D))
+        self._flat[v_layer].index_copy_(0, self._places, v.reshape(B * T, K, D))
         q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
         mask = self._mask if layer < self._full_attention_layers else self._window_mask
         assert mask is not None
-        y = F.scaled_dot_product_attention(q, self._read[layer], self._read[of_values], attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, self._read[layer], self._read[v_layer], attn_mask=mask)
         return y.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
     def end(self) -> None:
