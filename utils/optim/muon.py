@@ -1,4 +1,4 @@
-"""Muon: updates of matrices by their momentum, made orthogonal."""
+"""Muon: matrices are updated by their orthogonalized momentum."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Muon(EagerOptimizer):
     AdamW's updates, so one learning rate suits both [Liu et al. 2025, Muon is Scalable for LLM Training].
 
     Args:
-        groups: with lr and weight_decay. Those for Muon also have momentum, and blocks: for each parameter, the numbers
-            of rows of the matrices that are stacked in it (q, k and v, say), each of which is made orthogonal by
-            itself. Those for AdamW have what AdamW needs (utils/optim/adamw.py).
+        groups: parameter groups with lr and weight_decay. Those for Muon also have momentum, and blocks: for each
+            parameter, the numbers of rows of the matrices that are stacked in it (q, k and v, say), each of which is
+            made orthogonal separately. Those for AdamW have the settings of AdamW (utils/optim/adamw.py).
 
-    orthogonalize: what makes (N, rows, columns) matrices orthogonal; updates in lanes deal them over ranks.
-    of_shards: where the parameters are rows of larger ones (utils/training/sharded_update.py), what makes their
-        directions orthogonal: (parameters, blocks, directions) -> updates, of the size of `update_scale`.
+    orthogonalize: the function that makes matrices (N, rows, columns) orthogonal; with lanes, the ranks share its work.
+    of_shards: if the parameters are shards, rows of larger ones (utils/training/sharded_update.py), the function that
+        makes their directions orthogonal: (parameters, blocks, directions) -> updates, scaled by `update_scale`.
     """
 
     orthogonalize: Callable[[torch.Tensor], torch.Tensor] = staticmethod(newton_schulz)
@@ -71,7 +71,7 @@ class Muon(EagerOptimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         finite = None if self.found_inf is None else self.found_inf == 0  # (), on the device
-        if finite is not None:  # a buffer stays what it is if it is the gradient, too
+        if finite is not None:  # a buffer that is its own gradient does not change
             gradients = [torch.where(finite, g, buffer) for g, buffer in zip(gradients, buffers, strict=True)]
         directions = _nesterov(buffers, gradients, group["momentum"])
         decay = group["weight_decay"]
@@ -103,25 +103,26 @@ class Muon(EagerOptimizer):
 
 
 def orthogonal_blocks(matrix: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """A whole direction, whose first dimension is stacked from matrices of these rows, each made orthogonal.
+    """Make each of the matrices that are stacked in `matrix` orthogonal.
 
     Args:
-        matrix: (sum of rows, ...).
+        matrix: (sum of rows, ...), the direction of a whole parameter.
+        rows: the number of rows of each stacked matrix.
 
     Returns:
-        Of the same shape, each matrix of the size of `update_scale`.
+        A tensor of the same shape, each of its matrices scaled by `update_scale`.
     """
     flat = matrix.reshape(len(matrix), -1)  # (rows, all other dimensions)
     result = torch.empty_like(flat)
     by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    for block, place in zip(flat.split(list(rows)), result.split(list(rows)), strict=True):
+    for block, target in zip(flat.split(list(rows)), result.split(list(rows)), strict=True):
         if block.size(0) > block.size(1):
-            block, place = block.mT, place.mT
-        by_shape[tuple(block.shape)].append((block, place))
+            block, target = block.mT, target.mT
+        by_shape[tuple(block.shape)].append((block, target))
     for shape, pairs in by_shape.items():
         done = newton_schulz(stacked([block for block, _ in pairs])) * update_scale(shape)
-        for (_, place), update in zip(pairs, done.unbind(), strict=True):
-            place.copy_(update)
+        for (_, target), update in zip(pairs, done.unbind(), strict=True):
+            target.copy_(update)
     return result.view_as(matrix)
 
 
@@ -132,7 +133,7 @@ def _nesterov(
     if not isinstance(momentum, torch.Tensor):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         return list(torch._foreach_lerp(gradients, buffers, momentum))
-    fresh = torch._foreach_mul(gradients, 1 - momentum)  # a lerp with a tensor would be a kernel for each buffer
+    fresh = torch._foreach_mul(gradients, 1 - momentum)  # a lerp by a tensor would launch a kernel for each buffer
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, fresh)
     directions = torch._foreach_mul(buffers, momentum)
@@ -141,7 +142,10 @@ def _nesterov(
 
 
 def stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor (N, rows, columns), in bfloat16 if the device has units for it: emulated, it is 3 times slower."""
+    """The matrices as one tensor (N, rows, columns), in bfloat16 if the device has units for it.
+
+    Emulated bfloat16 is 3 times slower than float32.
+    """
     stacked = torch.stack(matrices)
     return stacked.bfloat16() if has_bf16_units(stacked.device) else stacked
 
