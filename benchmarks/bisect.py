@@ -2,8 +2,8 @@
 
     python -m benchmarks.bisect                # about ten minutes on 2 CPU cores
 
-A commit: a copy of this checkout gets 16 commits, of which one changes the initialisation of the residual projections
-and the others comments. Two settings: of ten that differ, a schedule and the step at which its decay ends do harm only
+A commit: a copy of this checkout gets 16 commits; one of them changes the initialisation of the residual projections,
+the others only comments. Two settings: of ten that differ, a schedule and the step at which its decay ends do harm only
 together. A decay over the whole run is fine, and a constant learning rate has no decay that could end after one step.
 """
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def commits(project: Path, planted: int) -> Path:
-    """A copy of this checkout with COMMITS more commits, of which number `planted` changes what is trained."""
+    """A copy of this checkout with COMMITS more commits; number `planted` changes how the model is initialised."""
     repo = git.Repo.clone_from(str(PROJECT_ROOT), project)
     with repo.config_writer() as config:
         config.set_value("user", "name", "benchmark")

@@ -30,7 +30,7 @@ from utils.terminal.console import Terminal
 
 INTERVAL = 50  # steps between checkpoints
 LOOP_LIMIT = 1.03  # saving / not saving
-DISK_SHARE = 0.5  # of the rate of plain writing or reading, at least
+DISK_SHARE = 0.5  # the least share of the rate of plain writing or reading
 CHUNK = 1 << 24
 MODELS = {
     "0.8M": {"n_layer": "4", "n_head": "4", "n_embd": "128", "batch_size": "12"},

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: facts about the machine, ratios with intervals, interleaving, configurations, processes."""
+"""Helpers of the benchmarks: machine facts, ratios with intervals, interleaving, configurations, processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ sys.exit(status)
 
 @dataclass(frozen=True)
 class Launched:
-    """The result of a command. memory_mb: its peak of resident memory."""
+    """The result of a command. memory_mb: its peak resident memory."""
 
     output: str
     seconds: float
@@ -52,7 +52,7 @@ def add_config_flag(parser: Parser) -> None:
 
 
 def at_least(least: int, **flags: int) -> None:
-    """Check the numbers of flags.
+    """Check the values of numeric flags.
 
     Raises:
         UserError: one is smaller than `least`.
@@ -69,7 +69,7 @@ def load_config(files: Iterable[Path], folder: Path, overrides: Mapping[str, str
 
 
 def random_text(path: Path, characters: int = 200_000) -> Path:
-    """Write a corpus for timing steps: random characters, of which there are 65, none of them rare."""
+    """Write a corpus for timing steps: random characters from an alphabet of 65, all equally frequent."""
     path.write_text("".join(random.Random(0).choices(ALPHABET, k=characters)), encoding="utf-8")
     return path
 
@@ -93,9 +93,9 @@ def launch(words: Sequence[str], name: str) -> Launched:
 
 
 def machine_facts() -> str:
-    """The machine in one line, which names the processor by its generation and by what it computes.
+    """The machine in one line: its processor with generation and measured speed, its GPUs, the threads, the torch.
 
-    Call it after the measurement: then the thread count is the one that was used. Measuring takes two seconds.
+    Call it after the measurements, so that the thread count is the one that they used. It takes two seconds.
     """
     import torch
 
@@ -116,7 +116,7 @@ def machine_facts() -> str:
 def interleaved(
     arms: Mapping[str, Callable[[], T]], repeats: int, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[T]]:
-    """Measure every arm once per repeat, so that a drift of the machine affects all of them alike.
+    """Measure every arm once per repeat, so that a drift of the machine's speed affects all of them alike.
 
     The order rotates by one place with each repeat.
     """
@@ -138,7 +138,7 @@ def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, f
 
 
 def median_ratio(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """The median of new / old over pairs with its 95% interval: for neighbours, which a drift affects alike."""
+    """The median of new / old over pairs with its 95% interval: for pairs measured one right after the other."""
     return _bootstrap(lambda sample: statistics.median(a / b for a, b in sample), new, old)
 
 

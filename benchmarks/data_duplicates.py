@@ -114,7 +114,7 @@ def fingerprints(texts: Sequence[str], workers: int) -> Iterator[bytes]:
 
 
 def duplicates_table(documents: int) -> Table:
-    """Finds planted duplicates, and checks the answer."""
+    """Find planted duplicates, and check the answer."""
     data = planted(documents)
     workers = os.cpu_count() or 1
     start = time.perf_counter()

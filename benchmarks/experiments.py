@@ -116,7 +116,7 @@ def measure(words: Sequence[str]) -> tuple[float, float]:
 
 
 def duckdb_alone(runs_dir: Path) -> float:
-    """Seconds that DuckDB alone takes for such a query over the same files, in this process."""
+    """Seconds that DuckDB alone takes for the same query over the same files, in this process."""
     import duckdb
 
     columns = "columns = {'train/loss': 'DOUBLE', 'grad_norm': 'DOUBLE'}, format = 'newline_delimited', filename = true"

@@ -6,7 +6,7 @@ python -m benchmarks.scaling --repeats 2 --steps 3 --out scaling.png
 Starting from the shape of nanoGPT's CPU model, each of the four varies alone. All shapes are timed once per repeat, in
 rotating order, each with a new model. The prediction is the time at the base shape, scaled by the operations that the
 matrix products need (utils/nn/costs.py). A ratio below 1 means that an operation has become cheaper, above 1 that there
-is work which the count leaves out.
+is work that the count leaves out.
 """
 
 from __future__ import annotations

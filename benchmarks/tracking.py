@@ -6,8 +6,9 @@ python -m benchmarks.tracking --parts records,closing
 
 steps: training runs whose tracking is switched on and off about every second. Three runs differ in what "on" means: the
 log alone; log, TensorBoard and Aim, with histograms of all parameters and gradients every 100 steps; or inline tracking
-as in a plain loop (.item(), add_scalar, Run.track, add_histogram). Medians of the ratios of neighbours, bootstrapped.
-records: a million records through buffer, log and feeder. closing: the end of a run of 2,000 steps of 50 ms.
+as in a plain loop (.item(), add_scalar, Run.track, add_histogram). Ratios are medians over pairs of neighbouring
+blocks, with bootstrapped intervals. records: a million records through buffer, log and feeder. closing: the end of a
+run of 2,000 steps of 50 ms.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ MEMORY_LIMIT = 50.0  # MiB
 CLOSING_LIMIT = 2.0  # seconds
 CLOSING_STEPS, CLOSING_STEP_MS = 2000, 50.0
 CALIBRATION = (2, 16)  # batch sizes
-CALIBRATION_STEPS = 3  # further ones
-LARGEST_BATCH = 24 * CALIBRATION[1]  # a busy machine can make the larger batch look no slower than the smaller one
+CALIBRATION_STEPS = 3  # further batch sizes that are tried
+LARGEST_BATCH = 24 * CALIBRATION[1]  # on a busy machine the larger batch can seem no slower than the smaller one
 BLOCK_SECONDS = 1.0
 
 
@@ -263,9 +264,9 @@ def report_closing(steps: int, files: Sequence[Path], folder: Path, terminal: Te
 
 
 def timed_closing(loaded: LoadedConfig) -> tuple[float, int]:
-    """Seconds from the last step until the views are closed, and the bytes of the log not fed to them before.
+    """Seconds from the last step until the views are closed, and the bytes of the log that they lacked before.
 
-    Neither the last evaluation nor the export is included; writing the status in run.json and the picture is.
+    The seconds include writing the status into run.json and the picture, but not the last evaluation and the export.
     """
     import train
     from utils.tracking.feeder import Feeders
