@@ -44,8 +44,10 @@ HARMLESS = {
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.bisect", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="for the two settings (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the place of the commit (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds of the trials of two settings (default: 3)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the planted commit (default: 0)")
     args = parser.parse(argv)
     common.at_least(1, seeds=args.seeds)
     terminal = Terminal()

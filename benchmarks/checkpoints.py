@@ -41,12 +41,16 @@ MODELS = {
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.checkpoints", description=__doc__)
-    parser.add_argument("--parts", default="loop,disk", metavar="A,B", help="loop, disk (default: both)")
-    parser.add_argument("--models", default="0.8M,30M", metavar="A,B", help=f"of {', '.join(MODELS)} (default: both)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (default: 3)")
+    parser.add_argument("--parts", default="loop,disk", metavar="A,B", help="some of loop, disk (default: both)")
+    parser.add_argument(
+        "--models", default="0.8M,30M", metavar="A,B", help=f"some of {', '.join(MODELS)} (default: both)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="repeats of each measurement (default: 3)")
     parser.add_argument("--saves", type=int, default=4, metavar="N", help="checkpoints of a measured loop (default: 4)")
-    parser.add_argument("--megabytes", type=int, default=500, metavar="N", help="weights on the disk (default: 500)")
-    parser.add_argument("--dir", type=place, metavar="DIR", help="on the disk to measure (default: temporary)")
+    parser.add_argument(
+        "--megabytes", type=int, default=500, metavar="N", help="size of the weights on the disk (default: 500)"
+    )
+    parser.add_argument("--dir", type=place, metavar="DIR", help="a folder on the disk to measure (default: temporary)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats, saves=args.saves, megabytes=args.megabytes)

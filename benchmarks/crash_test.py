@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--seconds", type=float, default=10, metavar="X", help="longest life of a process (default: 10)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random moments (default: 0)")
     args = parser.parse(argv)
     common.at_least(1, kills=args.kills, steps=args.steps)
     terminal = Terminal()

@@ -49,10 +49,12 @@ def main(argv: Sequence[str]) -> int:
         type=int,
         default=3,
         metavar="N",
-        help="encodings of each, of which the fastest counts (default: 3)",
+        help="encodings by each; the fastest counts (default: 3)",
     )
-    parser.add_argument("--documents", type=int, default=5000, metavar="N", help="with near duplicates (default: 5000)")
-    parser.add_argument("--gpt2", type=Path, metavar="FOLDER", help="GPT-2's vocab.bpe and encoder.json")
+    parser.add_argument(
+        "--documents", type=int, default=5000, metavar="N", help="documents with near duplicates (default: 5000)"
+    )
+    parser.add_argument("--gpt2", type=Path, metavar="FOLDER", help="folder with GPT-2's vocab.bpe and encoder.json")
     parser.add_argument(
         "--prepared-megabytes", type=int, default=20, metavar="N", help="size of the prepared dataset (default: 20)"
     )

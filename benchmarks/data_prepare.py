@@ -57,15 +57,23 @@ IMPORTS = "import sys; sys.argv = ['prepare.py']; import prepare, utils.preparat
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.data_prepare", description=__doc__)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[4], metavar="N", help="of text (default: 4)")
-    parser.add_argument("--cases", nargs="+", default=["json_lines"], choices=CASES, help="(default: json_lines)")
-    parser.add_argument("--tokenizers", nargs="+", default=["bpe"], metavar="KIND", help="(default: bpe)")
     parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="timings of the second pass, of the first size (default: 1)"
+        "--megabytes", type=int, nargs="+", default=[4], metavar="N", help="sizes of the text (default: 4)"
     )
-    parser.add_argument("--kills", type=int, default=3, metavar="N", help="random moments of SIGKILL (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
+    parser.add_argument(
+        "--cases", nargs="+", default=["json_lines"], choices=CASES, help="forms of the text (default: json_lines)"
+    )
+    parser.add_argument("--tokenizers", nargs="+", default=["bpe"], metavar="KIND", help="tokenizers (default: bpe)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="timings of the second pass, with the first size (default: 1)",
+    )
+    parser.add_argument("--kills", type=int, default=3, metavar="N", help="kills at random moments (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random moments (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     args = parser.parse(argv)
     at_least(0, kills=args.kills, repeats=args.repeats)
     at_least(1, megabytes=min(args.megabytes), workers=args.workers)

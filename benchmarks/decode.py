@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.decode", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each arm (default: 5)")
     parser.add_argument(
-        "--shapes", default=",".join(SHAPES), metavar="NAMES", help=f"of {', '.join(SHAPES)} (default: all)"
+        "--shapes", default=",".join(SHAPES), metavar="NAMES", help=f"some of {', '.join(SHAPES)} (default: all)"
     )
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.experiments", description=__doc__)
     parser.add_argument("--runs", type=int, default=1000, metavar="N", help="run directories (default: 1000)")
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="logged steps of each (default: 2000)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of each command (default: 7)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="repeats of each command (default: 7)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(2, runs=args.runs)

@@ -39,7 +39,7 @@ def peak_bytes() -> int:
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.export_memory", description=__doc__)
-    parser.add_argument("--vocabulary", type=int, default=50_000, help="tokens (default: 50000)")
+    parser.add_argument("--vocabulary", type=int, default=50_000, help="tokens of the vocabulary (default: 50000)")
     args = parser.parse(argv)
     ranks = ProcessRanks()
     tokenizer = build_tokenizer(DataConfig(tokenizer="byte"), ())

@@ -289,10 +289,10 @@ def shown(words: Sequence[str], fuzzer: Fuzzer) -> str:
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=5000, metavar="N", help="(default: 5000)")
-    parser.add_argument("--only", type=int, metavar="I", help="case I alone, with its output")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    parser.add_argument("--seconds", type=float, default=20, metavar="X", help="the longest time (default: 20)")
+    parser.add_argument("--cases", type=int, default=5000, metavar="N", help="number of cases (default: 5000)")
+    parser.add_argument("--only", type=int, metavar="I", help="run only case I, and show its output")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (default: 0)")
+    parser.add_argument("--seconds", type=float, default=20, metavar="X", help="time limit of a command (default: 20)")
     args = parser.parse(argv)
     common.at_least(1, cases=args.cases)
     began, terminal = time.monotonic(), Terminal()

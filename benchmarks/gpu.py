@@ -119,11 +119,17 @@ class Bench:
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="X", help="for everything (default: 8)")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, metavar="X", help="time limit for everything (default: 8)"
+    )
     parser.add_argument("--nanogpt", type=place, metavar="FOLDER", help="a checkout of nanoGPT, which is not changed")
-    parser.add_argument("--out", type=place, default=Path("gpu.json"), metavar="FILE", help="JSON (default: gpu.json)")
+    parser.add_argument(
+        "--out", type=place, default=Path("gpu.json"), metavar="FILE", help="JSON with the results (default: gpu.json)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, less than a minute")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), metavar="A,B", help=f"some of {', '.join(PARTS)} (default: all)"
+    )
     args = parser.parse(argv)
     parts = [part.strip() for part in args.parts.split(",") if part.strip()]
     if unknown := sorted(set(parts) - set(PARTS) - {job.name for job in JOBS}):

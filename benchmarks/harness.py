@@ -33,11 +33,13 @@ GOAL = 1.5  # times as fast as HFLM
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="benchmarks.harness", description=__doc__)
-    parser.add_argument("--documents", type=int, default=200, metavar="N", help="(default: 200)")
-    parser.add_argument("--vocabulary", type=int, default=4096, metavar="N", help="tokens (default: 4096)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: 3)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--documents", type=int, default=200, metavar="N", help="questions (default: 200)")
+    parser.add_argument(
+        "--vocabulary", type=int, default=4096, metavar="N", help="tokens of the vocabulary (default: 4096)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences of a batch (default: 32)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is timed (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
     args = parser.parse(argv)
     import torch
 

@@ -95,7 +95,7 @@ SHAPES = {"small": Shape(2, 2, 32, 32, 65, 16), "gpt2": Shape(12, 12, 768, 1024,
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.loading", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each arm (default: 5)")
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="of the model (default: gpt2)")
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="shape of the model (default: gpt2)")
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats)
     terminal, shape = Terminal(), SHAPES[args.shape]

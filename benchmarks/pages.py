@@ -76,8 +76,10 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.pages", description=__doc__)
     parser.add_argument("--runs", type=int, default=1000, metavar="N", help="run directories (default: 1000)")
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="logged steps of each (default: 2000)")
-    parser.add_argument("--points", type=int, default=1_000_000, metavar="N", help="of the long run (default: 1000000)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each measurement (default: 5)")
+    parser.add_argument(
+        "--points", type=int, default=1_000_000, metavar="N", help="points of the long run (default: 1000000)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats of each measurement (default: 5)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(2, runs=args.runs)

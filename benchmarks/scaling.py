@@ -57,7 +57,7 @@ class Point:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="timed steps of a measurement (default: 9)")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (default: 3)")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed steps before those (default: 3)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of a shape (default: 7)")
     parser.add_argument("--out", type=place, metavar="FILE", help="also write a picture there (PNG)")
     common.add_config_flag(parser)

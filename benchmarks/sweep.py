@@ -78,12 +78,12 @@ class Killing:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("--kills", type=int, metavar="N", help="only kill processes, N times; measure nothing")
-    parser.add_argument("--trials", type=int, default=8, metavar="N", help="of each sweep (default: 8)")
-    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each trial (default: 400)")
+    parser.add_argument("--trials", type=int, default=8, metavar="N", help="trials of each sweep (default: 8)")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="steps of each trial (default: 400)")
     parser.add_argument(
         "--seconds", type=float, default=6.0, metavar="X", help="longest time between kills (default: 6)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random moments (default: 0)")
     args = parser.parse(argv)
     common.at_least(
         1, trials=args.trials, steps=args.steps, **({"kills": args.kills} if args.kills is not None else {})

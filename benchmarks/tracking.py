@@ -59,13 +59,17 @@ BLOCK_SECONDS = 1.0
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.tracking", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--step-ms", default="50,10", metavar="X,Y", help="lengths of a step (default: 50,10)")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), metavar="A,B", help=f"some of {', '.join(PARTS)} (default: all)"
+    )
+    parser.add_argument("--step-ms", default="50,10", metavar="X,Y", help="lengths of a step in ms (default: 50,10)")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="blocks of each kind (default: 20)")
     parser.add_argument("--block", type=int, metavar="N", help="steps of a block (default: 1 s, rounded up to 100)")
     parser.add_argument("--warmup", type=int, default=100, metavar="N", help="steps before the blocks (default: 100)")
     parser.add_argument("--records", type=int, default=10**6, metavar="N", help="records (default: a million)")
-    parser.add_argument("--steps", type=int, default=CLOSING_STEPS, metavar="N", help="of the run that is closed")
+    parser.add_argument(
+        "--steps", type=int, default=CLOSING_STEPS, metavar="N", help="steps of the run that is closed (default: 2000)"
+    )
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats, warmup=args.warmup, records=args.records, steps=args.steps)

@@ -94,7 +94,11 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("--steps", type=int, default=250, metavar="N", help="timed steps of a process (default: 250)")
     parser.add_argument(
-        "--warmup", type=int, default=200, metavar="N", help="steps before them, in which the views open (default: 200)"
+        "--warmup",
+        type=int,
+        default=200,
+        metavar="N",
+        help="steps before those, in which the views open (default: 200)",
     )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="processes of each arm (default: 7)")
     common.add_config_flag(parser)
