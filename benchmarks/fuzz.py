@@ -75,6 +75,7 @@ FAULTS = ("traceback", "hang", "status", "leftover", "hidden")
 TEMPORARY = re.compile(r"\..*\.(tmp|old|pruned)|\.checkpoints\.pruned")
 MACHINE = ("--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=8", "--batch-size=4", "--eval-interval=3")
 SMALL = (*MACHINE, "--eval-iters=2", "--histogram-interval=3", "--sample-tokens=8", "--threads=1", "--max-iters=6")
+PATIENCE_SECONDS = 60.0  # for commands other than that of the case: a busy machine must not fail them
 Snapshot = dict[str, tuple[int, int, int]]  # path -> mode, size, mtime
 
 
@@ -124,14 +125,14 @@ class Fuzzer:
         os.utime(self.work / "notes.txt", (1e9, 1e9))  # old enough that its record is trusted
         (self.work / "out").mkdir()
         for tag, words in ((BAD, ("--stop-at-step=4", "--checkpoint-interval=2")), (GOOD, ())):
-            ended = run(train.main, self.training(f"--run-tag={tag}", *words), self.work, 60)
+            ended = run(train.main, self.training(f"--run-tag={tag}", *words), self.work, PATIENCE_SECONDS)
             if ended.status:
                 raise UserError(f"a tiny training failed: {ended.err}")
         for path in list_run_paths(self.work / "runs"):
             self.ids[str(read_record(path)["tag"])] = path.name
-        run(experiments.main, ["promote", GOOD, "best", *self.places("experiments")], self.work, 60)
+        run(experiments.main, ["promote", GOOD, "best", *self.places("experiments")], self.work, PATIENCE_SECONDS)
         source = [str(self.work / "notes.txt"), f"--out={DATASET}", "--workers=1", r"--separator=\n"]
-        run(prepare.main, [*source, *self.places("prepare")], self.work, 60)
+        run(prepare.main, [*source, *self.places("prepare")], self.work, PATIENCE_SECONDS)
         if not (self.work / "datasets" / DATASET).is_dir():
             raise UserError("a tiny dataset was not made")
         fuzz_words.odd_files(self.work)
@@ -172,7 +173,7 @@ class Fuzzer:
         Raises:
             ValueError: it is not JSON.
         """
-        ended = run(experiments.main, ["list", "--json", *self.places("experiments")], self.work, self.seconds)
+        ended = run(experiments.main, ["list", "--json", *self.places("experiments")], self.work, PATIENCE_SECONDS)
         return {row["id"]: {key: row[key] for key in row if key != "age"} for row in json.loads(ended.out)}
 
     def case(self, index: int) -> Case:

@@ -124,6 +124,11 @@ def test_each_kind_of_fault_is_seen(
     assert [kind for kind, _ in faults] == kinds
 
 
+def test_the_limit_of_a_case_is_not_that_of_the_list_after_it(fuzzer: Fuzzer) -> None:
+    fuzzer.copy()
+    assert replace(fuzzer, seconds=0.01).rows()[fuzzer.ids[GOOD]] == fuzzer.good
+
+
 def test_a_command_that_reads_must_not_write(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fuzz.SCRIPTS, "planted", writes_where_it_only_reads)
     fuzzer.copy()
