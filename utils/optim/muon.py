@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from utils.optim.adamw import EagerOptimizer, adamw_update, decay_factor
 # Coefficients of the quintic iteration, chosen for a steep slope at zero [Jordan et al. 2024, Muon].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
@@ -84,15 +86,12 @@ class Muon(EagerOptimizer):
             ):
                 p += update * rate
             return
-        by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        blocks: list[Pair] = []
         for (p, rows), direction in zip(trained, directions, strict=True):
             assert p.is_contiguous(), "Muon updates a parameter in place as a matrix of its first dimension"
             matrix, direction = p.view(len(p), -1), direction.reshape(len(p), -1)  # (rows, all other dimensions)
-            for weight, block in zip(matrix.split(rows), direction.split(rows), strict=True):
-                if block.size(0) > block.size(1):
-                    weight, block = weight.mT, block.mT
-                by_shape[tuple(block.shape)].append((weight, block))
-        for shape, pairs in by_shape.items():
+            blocks += zip(matrix.split(rows), direction.split(rows), strict=True)
+        for shape, pairs in wide_by_shape(blocks).items():
             updates = self.orthogonalize(stacked([block for _, block in pairs]))
             if finite is not None:
                 updates *= finite
@@ -114,16 +113,22 @@ def orthogonal_blocks(matrix: torch.Tensor, rows: Sequence[int]) -> torch.Tensor
     """
     flat = matrix.reshape(len(matrix), -1)  # (rows, all other dimensions)
     result = torch.empty_like(flat)
-    by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    for block, target in zip(flat.split(list(rows)), result.split(list(rows)), strict=True):
-        if block.size(0) > block.size(1):
-            block, target = block.mT, target.mT
-        by_shape[tuple(block.shape)].append((block, target))
-    for shape, pairs in by_shape.items():
+    blocks = zip(flat.split(list(rows)), result.split(list(rows)), strict=True)
+    for shape, pairs in wide_by_shape(blocks).items():
         done = newton_schulz(stacked([block for block, _ in pairs])) * update_scale(shape)
         for (_, target), update in zip(pairs, done.unbind(), strict=True):
             target.copy_(update)
     return result.view_as(matrix)
+
+
+def wide_by_shape(pairs: Iterable[Pair]) -> dict[tuple[int, ...], list[Pair]]:
+    """Group pairs of equally shaped matrices by shape; those with more rows than columns are transposed first."""
+    found: dict[tuple[int, ...], list[Pair]] = defaultdict(list)
+    for a, b in pairs:
+        if a.size(0) > a.size(1):
+            a, b = a.mT, b.mT
+        found[tuple(a.shape)].append((a, b))
+    return found
 
 
 def _nesterov(
