@@ -201,7 +201,7 @@ def decode(results: Results) -> list[Figure]:
 
 
 def start(results: Results) -> list[Figure]:
-    """Seconds until the first step is done (when those of the second have begun), and until its gradients are."""
+    """Seconds to the end of the first step (when the second has its gradients), and to its gradients alone."""
     cold, cold_gradients, warm, warm_gradients = (
         number(results, job, key)
         for job in ("start_cold", "start_warm")

@@ -52,8 +52,8 @@ class StaticCache(KVCache):
         positions = self._positions[:, None]  # (B, 1)
         if T > 1:
             positions = positions + self._numbers[:T]  # (B, T)
-        self._places = (positions % self.capacity + self._first).flatten()  # (B * T,)
-        self.tokens.view(-1).index_copy_(0, self._places, idx.flatten())
+        self._flat_slots = (positions % self.capacity + self._first).flatten()  # (B * T,)
+        self.tokens.view(-1).index_copy_(0, self._flat_slots, idx.flatten())
         visible = self._numbers[: self._attended] <= positions[:, :, None]  # (B, T, attended)
         self._mask = self._additive_mask(visible[:, None])
         self._window_mask = self._mask
@@ -73,8 +73,8 @@ class StaticCache(KVCache):
             return super().attend(layer, q, k, v)
         B, T, H, D = q.shape
         K, G, v_layer = k.size(2), self._group, self._n_layer + layer
-        self._flat[layer].index_copy_(0, self._places, k.reshape(B * T, K, D))
-        self._flat[v_layer].index_copy_(0, self._places, v.reshape(B * T, K, D))
+        self._flat[layer].index_copy_(0, self._flat_slots, k.reshape(B * T, K, D))
+        self._flat[v_layer].index_copy_(0, self._flat_slots, v.reshape(B * T, K, D))
         q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
         mask = self._mask if layer < self._full_attention_layers else self._window_mask
         assert mask is not None
@@ -84,7 +84,7 @@ class StaticCache(KVCache):
     def end(self) -> None:
         """Like KVCache.end."""
         if self._attended:
-            self._positions += self._places.numel() // len(self.lengths)
+            self._positions += self._flat_slots.numel() // len(self.lengths)
             return
         super().end()
         _ = self.positions  # brought up to date now: a graph would repeat the addition at each replay
