@@ -143,20 +143,20 @@ def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) 
 
     def write() -> float:
         shutil.rmtree(checkpoint, ignore_errors=True)
-        return timed(lambda: write_checkpoint(checkpoint, weights, state, tokenizer, facts))
+        return common.timed(lambda: write_checkpoint(checkpoint, weights, state, tokenizer, facts))
 
     def write_plain() -> float:
         plain.unlink(missing_ok=True)  # a checkpoint is a new file, too; overwriting would be faster
-        return timed(lambda: write_file(plain, [t.numpy().data for t in (*weights.values(), *state.values())]))
+        return common.timed(lambda: write_file(plain, [t.numpy().data for t in (*weights.values(), *state.values())]))
 
     def read() -> float:
         for path in checkpoint.iterdir():
             forget(path)
-        return timed(lambda: read_checkpoint(checkpoint))
+        return common.timed(lambda: read_checkpoint(checkpoint))
 
     def read_plain() -> float:
         forget(plain)
-        return timed(lambda: read_file(plain))
+        return common.timed(lambda: read_file(plain))
 
     def take_over() -> float:
         for path in checkpoint.iterdir():
@@ -168,11 +168,11 @@ def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) 
                 tensor.copy_(found.weights[name])
             return [tensor.clone() for tensor in found.optimizer_tensors.values()]
 
-        return timed(load)
+        return common.timed(load)
 
     def keep_plain() -> float:
         forget(plain)
-        return timed(plain.read_bytes)
+        return common.timed(plain.read_bytes)
 
     write(), write_plain()  # a warmup
     arms = {"write": write, "plain write": write_plain, "read": read, "plain read": read_plain}
@@ -193,12 +193,6 @@ def print_disk_rates(rates: Mapping[str, Sequence[float]], total: int, terminal:
         share = statistics.median(rates[action]) / statistics.median(rates[base])
         reached = common.verdict(share >= DISK_SHARE)
         terminal.print(f"{action} / {base}: {share:.2f}, at least {DISK_SHARE} {reached}")
-
-
-def timed(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
 
 
 def write_file(path: Path, parts: Sequence[memoryview]) -> None:

@@ -7,6 +7,7 @@ import statistics
 import string
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,13 @@ def _bootstrap(
     pairs = list(zip(new, old, strict=True))
     resampled = sorted(statistic(generator.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
     return statistic(pairs), resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that an action takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
 
 
 def verdict(reached: bool) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.common import at_least, interleaved, machine_facts, verdict
+from benchmarks.common import at_least, interleaved, machine_facts, timed, verdict
 from benchmarks.data_duplicates import duplicates_table
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
@@ -141,12 +140,6 @@ def gpt2_alone(tokenizer: Any) -> Callable[[str], object]:
 
 
 ALONE = {"char": char_alone, "byte": byte_alone, "bpe": bpe_alone, "gpt2": gpt2_alone}
-
-
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def generated_text(size: int) -> str:

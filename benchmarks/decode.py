@@ -171,7 +171,7 @@ def report_shape(name: str, shape: Shape, repeats: int, terminal: Terminal) -> N
     seconds = common.interleaved(arms, repeats)
     reads = measure_read(torch.device("cpu")) / 1e9
     sizes = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size)
-    table = Table(title=f"{name}: layers, heads, width, context, words {sizes}", title_justify="left")
+    table = Table(title=f"{name}: layers, heads, width, context, vocabulary {sizes}", title_justify="left")
     for column in ("", "tokens/s", "/ transformers (95%)", "GB/s", "of the limit"):
         table.add_column(column, justify="left" if not column else "right")
     verdicts = []

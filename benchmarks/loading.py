@@ -188,7 +188,7 @@ def report_exports(folder: Path, size: int, repeats: int, terminal: Terminal) ->
         seconds = statistics.median(one["seconds"] for one in found)
         memory = max(one["anonymous"] for one in found) / size
         terminal.print(
-            f"export for transformers in {dtype}: {seconds:.1f} s, {memory:.2f} times the weights beside them, at most "
+            f"export for transformers in {dtype}: {seconds:.1f} s, {memory:.2f} times the weights in addition, at most "
             f"{LIMITS['export']:g} {common.verdict(memory <= LIMITS['export'])}"
         )
 

@@ -123,7 +123,7 @@ def compare_arms(folder: Path, rounds: int, steps: int, batch_size: int) -> None
     for name, values in seconds.items():
         ratio = statistics.median(one / other for one, other in zip(seconds[first], values, strict=True))
         rate = tokens / statistics.median(values)
-        print(f"{name:20} {rate:8,.0f} tokens/s  {ratio:5.2f} of {first}  {[round(value, 3) for value in values]}")
+        print(f"{name:20} {rate:8,.0f} tokens/s  {ratio:5.2f} times {first}  {[round(value, 3) for value in values]}")
     plain, exact = (seconds[name] for name in list(ARMS)[1:])
     cost = statistics.median(one / other for one, other in zip(exact, plain, strict=True)) - 1
     print(f"exact lanes cost {cost:+.1%}; a rank sends {message / 1e6:.1f} MB a step")

@@ -287,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
         f"{1e6 * latency:.0f} us and {bandwidth / 1e9:.2f} GB/s; gradients {size / 1e6:.1f} MB",
         "",
         forecast_table(gpu),
-        f"of {1000 * gpu.fixed:.1f} ms a step and {1000 * gpu.sequence:.2f} ms a sequence on one H200 (measured), "
+        f"from {1000 * gpu.fixed:.1f} ms a step and {1000 * gpu.sequence:.2f} ms a sequence on one H200 (measured), "
         f"and a link of {args.gpu_gbytes:g} GB/s and {args.gpu_latency_us:g} us (assumed)",
         f"machine: {common.machine_facts()}",
     )

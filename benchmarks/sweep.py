@@ -132,7 +132,11 @@ def figures(folder: Path, trials: int, steps: int, terminal: Terminal) -> bool:
             LIST_LIMIT,
             later <= LIST_LIMIT,
         ),
-        (f"two jobs are {one / two:.2f} times one ({one:.1f} s, {two:.1f} s)", JOBS_LIMIT, one / two >= JOBS_LIMIT),
+        (
+            f"two jobs are {one / two:.2f} times as fast as one ({one:.1f} s, {two:.1f} s)",
+            JOBS_LIMIT,
+            one / two >= JOBS_LIMIT,
+        ),
     ]
     terminal.print("", *(f"{words} (limit {limit:g}): {common.verdict(good)}" for words, limit, good in rows))
     return all(good for *_, good in rows)
