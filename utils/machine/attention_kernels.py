@@ -16,7 +16,7 @@ OTHERS = ("EFFICIENT_ATTENTION", "MATH")
 HOPPER = 9  # the major compute capability of H100 and H200
 
 # The fastest first, in training on Hopper. cuDNN's backward pass does not repeat bit for bit, so torch does not use it
-# with deterministic algorithms; FlashAttention's then does.
+# with deterministic algorithms; FlashAttention's backward pass then repeats.
 ORDER = ("cudnn", "flash")
 OLDEST_CUDNN = 91501  # 9.15.1; older ones are wrong for lengths that are not multiples of 128: pytorch/pytorch#169849
 
@@ -36,10 +36,11 @@ def attention_order(device: torch.device) -> AbstractContextManager[None]:
 def fused_attention(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_width: int, tokens: int, dropout: float
 ) -> tuple[str, str]:
-    """Find by trial the fused kernel that causal attention uses on a CUDA device, and why not one before it in ORDER.
+    """Find the fused kernel that causal attention uses on a CUDA device, by a trial of each.
 
     Returns:
-        The name of the kernel, a key of FUSED, or "" if there is none; and torch's reasons against those before it.
+        The name of the kernel, a key of FUSED, or "" if there is none; and torch's reasons against those before it in
+        ORDER.
     """
     reasons: list[str] = []
     for name in ORDER:
@@ -80,7 +81,7 @@ def _try(
 
 
 def _only(*backends: str) -> AbstractContextManager[None]:
-    """A context in which attention uses only these kernels, the first one that it can."""
+    """A context in which attention uses the first of these kernels that it can, and no other."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([getattr(SDPBackend, name) for name in backends], set_priority=True)

@@ -69,7 +69,7 @@ class Board:
 
     @property
     def _store(self) -> Store:
-        """The connection for the current thread: a request that waits for an answer blocks all that share one."""
+        """The connection for the current thread: a thread that waits for an answer blocks all that share its own."""
         return self._own if threading.current_thread() is self._thread else self._shared
 
     def stop(self) -> None:

@@ -16,8 +16,8 @@ def capture_graph(work: Callable[[], R], device: torch.device) -> Callable[[], R
     """Record `work`; returns a function that replays its kernels on the same tensors with a single launch.
 
     `work` runs once here, which records its kernels but computes nothing: call the result to compute. `work` must read
-    and write tensors that stay where they are, and must neither wait for the device nor make a decision by a value on
-    it. The next call overwrites the tensors that it returns. One-time preparations (a compiler, a handle, a permanent
+    and write tensors that stay where they are, and must neither wait for the device nor make decisions by values on it.
+    The next call overwrites the tensors that it returns. One-time preparations (a compiler, a handle, a permanent
     buffer) must have been made by an earlier call. Random numbers continue from call to call, as without a graph.
 
     On devices other than CUDA the result is `work` itself, so code written for graphs can be run and tested anywhere.

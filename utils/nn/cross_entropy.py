@@ -34,9 +34,10 @@ LogitsProduct = Callable[[int], torch.Tensor]
 
 
 def rows_at_once(device: torch.device, rows: int, vocab_size: int) -> int:
-    """The rows of a chunk; 0 for plain cross-entropy, which is faster for small vocabularies and keeps a CPU's bits.
+    """The rows of a chunk, or 0 for plain cross-entropy.
 
-    The rows are halved until a chunk is small enough, so a batch whose size is a power of two gives equal chunks.
+    Plain cross-entropy is faster for a small vocabulary, and on a CPU it keeps the bits of earlier losses. Otherwise
+    the rows are halved until a chunk is small enough, so a batch whose size is a power of two gives equal chunks.
     """
     if device.type != "cuda" or vocab_size < SMALL_VOCABULARY:
         return 0

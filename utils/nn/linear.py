@@ -1,7 +1,7 @@
-"""Linear layers. Their float32 matrix products on a CPU are computed by oneDNN, which uses AVX-512 on every processor.
+"""Linear layers. On a CPU with AVX-512, their float32 matrix products are computed by oneDNN.
 
-torch uses MKL for float32, which uses only AVX2 on AMD's processors: half the speed if they have AVX-512. On processors
-without AVX-512, MKL makes a step an eighth faster, so there it computes the products (docs/LOG.md).
+torch uses MKL for float32, which uses only AVX2 on AMD's processors: half the speed of AVX-512. On processors without
+AVX-512, MKL makes a step an eighth faster, so there it computes the products (docs/LOG.md).
 """
 
 from __future__ import annotations
