@@ -43,7 +43,7 @@ def causal_attention(
     B, T, H, _ = q.shape
     if window is not None and window < T:
         mask = window_mask(T, window, q) if mask is None else mask + window_mask(T, window, mask)
-    by_products = (
+    use_products = (
         q.is_cpu
         and SOFTMAX_BACKWARD is not None
         and q.dtype is v.dtype is torch.float32
@@ -52,7 +52,7 @@ def causal_attention(
         and not dropout
         and not torch.compiler.is_compiling()
     )
-    if by_products:
+    if use_products:
         return ShortAttention.apply(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H | K, T, D)
     if mask is None:

@@ -54,7 +54,7 @@ def plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """The loss of each row in nats; the logits are overwritten with the gradient of the sum of the losses.
 
-    On a GPU `utils.nn.cross_entropy_kernel` computes the same in one kernel, if it works there: see `fastest_by_row`.
+    On a GPU `utils.nn.cross_entropy_kernel` computes the same in one kernel if it works: see `fastest_loss_kernel`.
 
     Args:
         logits: (n, V), before the soft cap. The gradient is not divided by the number of rows, so it lies between -1
@@ -82,7 +82,7 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: fl
     return losses.where(counted, 0.0)
 
 
-def fastest_by_row(
+def fastest_loss_kernel(
     device: torch.device, dtype: torch.dtype, vocab_size: int, softcap: float | None
 ) -> LossesAndGradient:
     """The Triton kernel if it works, else `losses_and_gradient`, which torch.compile turns into a kernel of its own."""
@@ -225,11 +225,11 @@ def gradients_of_logits(
 
     The columns of padding take part in no loss. Their logits are zero, which serves as their gradient.
     """
-    by_row: LossesAndGradient | None = None
+    loss_kernel: LossesAndGradient | None = None
     for chunk, targets_of_chunk in enumerate(targets.split(rows)):
         logits = multiply(chunk)
-        by_row = by_row or fastest_by_row(logits.device, logits.dtype, vocab_size, softcap)
-        yield by_row(logits[:, :vocab_size], targets_of_chunk, softcap), logits
+        loss_kernel = loss_kernel or fastest_loss_kernel(logits.device, logits.dtype, vocab_size, softcap)
+        yield loss_kernel(logits[:, :vocab_size], targets_of_chunk, softcap), logits
         del logits
 
 

@@ -19,14 +19,14 @@ SIGMOID_BACKWARD = private_operator("ops.aten.sigmoid_backward.grad_input")
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 [Hendrycks and Gimpel 2016], any shape."""
-    by_sigmoid = (
+    use_sigmoid = (
         x.numel() > FEW_ELEMENTS
         and x.is_cpu
         and x.dtype is torch.float32
         and SIGMOID_BACKWARD is not None
         and not torch.compiler.is_compiling()
     )
-    if by_sigmoid:
+    if use_sigmoid:
         return SigmoidGELU.apply(x)
     return F.gelu(x, approximate="tanh")
 

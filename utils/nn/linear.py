@@ -36,7 +36,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         weight: (out, in).
         bias: (out,), or None.
     """
-    by_onednn = (  # evaluated dozens of times a step: comparing a device's name alone takes a quarter of a microsecond
+    use_onednn = (  # evaluated dozens of times a step: comparing a device's name alone takes a quarter of a microsecond
         x.is_cpu
         and x.dtype is torch.float32 is weight.dtype
         and ONEDNN is not None
@@ -46,7 +46,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-    if not by_onednn:
+    if not use_onednn:
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
