@@ -1,4 +1,4 @@
-"""prepare.py: how fast it encodes, how much memory it needs, and whether a killed preparation resumes correctly.
+"""How fast does prepare.py encode, how much memory does it need, and does a killed preparation resume correctly?
 
 python -m benchmarks.data_prepare                        # a small size, a few kills
 python -m benchmarks.data_prepare --megabytes 50 200 1000 --cases json_lines one_text one_line

@@ -1,6 +1,6 @@
 """How fast is the workbench on a GPU? Training, generation, start and reproducibility, measured by one command.
 
-python -m benchmarks.gpu --nanogpt ~/nanoGPT            # 8 minutes on an H100; table, and gpu.json to send back
+python -m benchmarks.gpu --nanogpt ~/nanoGPT            # 8 minutes on an H100; prints a table, writes gpu.json
 python -m benchmarks.gpu --minutes 4 --parts step,loss
 python -m benchmarks.gpu --dry-run                      # tiny sizes on the CPU: does everything work here?
 

@@ -1,4 +1,4 @@
-"""Searches: what a driver costs, what several jobs gain, and whether a sweep survives being killed.
+"""What does the driver of a sweep cost, what do several jobs gain, and does a sweep survive being killed?
 
     python -m benchmarks.sweep                 # the figures; about five minutes on 2 CPU cores
     python -m benchmarks.sweep --kills 100     # SIGKILLs of drivers and trials at random moments
