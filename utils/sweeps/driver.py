@@ -1,7 +1,7 @@
 """The driver of a sweep: claims trials, carries out several at a time, and records how they ended.
 
-There may be several drivers at one sweep, on one machine or many. Each waits at the end until the trials of the others
-are done: if one of them is killed, its trials are gone on with.
+Several drivers, on one machine or many, may work on the same sweep. Each waits at the end until the trials of the
+others are done: if another driver is killed, this one continues its trials.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from utils.sweeps.study import Nothing, Study, Work
 from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 MAX_FAILURES = 5  # in a row, by default
-WAIT_SECONDS = 0.5  # between looks for work, while other drivers have it
+WAIT_SECONDS = 0.5  # between attempts to claim work while other drivers hold all of it
 TICK_SECONDS = 0.2  # between updates of the display
 
 Show = Callable[[], None]
@@ -32,8 +32,8 @@ Report = Callable[[int, Outcome], None]
 class Ending:
     """Why a driver ended.
 
-    problem: a line for the user, if the sweep could not go on.
-    signum: of the signal that stopped it.
+    problem: a line for the user if the sweep could not go on.
+    signum: the number of the signal that stopped it.
     """
 
     problem: str | None = None
@@ -59,8 +59,8 @@ class Driver:
     """Works on a sweep with `jobs` trials at a time until there is nothing left to do.
 
     Args:
-        total: trials of the sweep, those that exist among them.
-        max_failures: trials in a row that may fail.
+        total: number of trials of the sweep, including those that exist already.
+        max_failures: trials in a row that may fail before the driver ends.
         report: called with each trial that this driver has finished.
     """
 
@@ -89,7 +89,7 @@ class Driver:
             try:
                 self._wait(slots, stop, show)
             except StopSignal:
-                self.runner.stop(signal.SIGTERM)  # the second one, after which training stops at once
+                self.runner.stop(signal.SIGTERM)  # the second SIGTERM: training stops at once
                 for slot in slots:
                     slot.join()
             self.ending.signum = stop.signum
@@ -98,7 +98,7 @@ class Driver:
         return self.ending
 
     def _wait(self, slots: list[threading.Thread], stop: StopRequest, show: Show) -> None:
-        """Until all slots have ended; a signal is passed on, once."""
+        """Wait until all slots have ended; pass a signal on to the training processes, once."""
         passed_on, next_beat = False, time.monotonic() + HEARTBEAT_SECONDS
         while any(slot.is_alive() for slot in slots):
             if stop and not passed_on:
@@ -112,14 +112,14 @@ class Driver:
         show()
 
     def _beat(self) -> None:
-        """A sign of life for drivers on other machines, where flock cannot be seen."""
+        """Touch the locks, as a sign of life for drivers on other machines, which may not see flock."""
         with self._mutex:
             works = list(self._works.values())
         for work in works:
             os.utime(work.lock.fd)
 
     def _slot(self) -> None:
-        """What each of the parallel slots does."""
+        """Claim and carry out one trial after the other, in a thread of its own."""
         try:
             while not self.runner.stopping.is_set():
                 work = self.study.claim(self.total)
@@ -145,7 +145,7 @@ class Driver:
             self._end(str(error))
 
     def _end(self, problem: str) -> None:
-        """The sweep cannot go on: the others stop with a checkpoint."""
+        """End the sweep because of a problem; the other slots stop with a checkpoint."""
         with self._mutex:
             self.ending.problem = self.ending.problem or problem
         self.runner.stop(signal.SIGTERM)

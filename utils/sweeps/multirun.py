@@ -1,4 +1,4 @@
-"""`train.py --multirun learning_rate=1e-3,3e-3 seed=1,2,3`: a run for each combination, as Hydra's users know it."""
+"""`train.py --multirun learning_rate=1e-3,3e-3 seed=1,2,3`: one run for each combination, like Hydra's multirun."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from utils.experiments.compare import Comparison
 
 FLAG = "--multirun"
-NAME = "multirun"  # where there is no --run-tag
+NAME = "multirun"  # of the sweep, without --run-tag
 SWITCHES = {**dict.fromkeys(("true", "on", "yes", "1"), True), **dict.fromkeys(("false", "off", "no", "0"), False)}
 
 
 def multirun(parsed: ExperimentArguments, root: Path) -> int:
-    """Train the runs of a command line, `--jobs` at a time, and compare them.
+    """Train the runs that a command line describes, `--jobs` at a time, and compare them.
 
-    With --run-tag, the same command goes on with what was stopped.
+    With --run-tag, the same command resumes what was stopped.
 
     Returns:
         The exit status.
@@ -99,7 +99,7 @@ def space_of(words: Sequence[str]) -> Space:
 
 
 def _value(key: str, text: str) -> Value:
-    """A value as a file has it: a switch is true or false, by any of its words."""
+    """A value as YAML would give it; a switch may also be on, off, yes, no, 1 or 0."""
     value: Value = plain_value(key, text)
     return SWITCHES.get(text.lower(), value) if _is_switch(key) else value
 
@@ -111,7 +111,7 @@ def _is_switch(key: str) -> bool:
 def _mistakes(key: str, values: Iterable[Any]) -> list[str]:
     found = []
     for value in values:
-        if value is None and _is_switch(key):  # a run gets its settings as flags, and none has no flag
+        if value is None and _is_switch(key):  # a run gets its settings as flags, and no flag sets a switch to none
             found.append(f"{FLAG}: {key}: expected true or false, got none")
         try:
             check_values({key: Setting(value, FLAG)})
@@ -122,13 +122,13 @@ def _mistakes(key: str, values: Iterable[Any]) -> list[str]:
 
 
 def _free(folder: Path) -> Path:
-    """The first of multirun, multirun_2, ... that no sweep has."""
+    """The first of multirun, multirun_2, ... that is not the name of a sweep yet."""
     names = itertools.chain([NAME], (f"{NAME}_{number}" for number in itertools.count(2)))
     return next(folder / name for name in names if not (folder / name / RECORD).exists())
 
 
 def compare_runs(sweep: Sweep, study: Study) -> Comparison | None:
-    """Which runs are better, those that differ only in seed being one group; None of a single run."""
+    """Compare the runs, grouping those that differ only in their seed; None if there is only one run."""
     from utils.experiments.compare import compare
 
     names = [name for trial in study.trials() for name in trial.user_attrs.get(RUNS, ())]

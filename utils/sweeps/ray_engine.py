@@ -1,8 +1,8 @@
 """`--engine ray`: the trials of a sweep on the machines of a Ray cluster, by Ray Tune.
 
 Each trial of Ray Tune is one piece of work of the sweep. The worker that gets it opens the folder of the sweep, which
-all machines share, claims work as any driver does, and reports what came of it. Where a worker or its machine is lost,
-Tune starts the piece again, and the trial goes on from its checkpoint.
+all machines share, claims work as any driver does, and reports the result. If a worker or its machine is lost, Tune
+starts the piece again, and the trial continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from utils.sweeps.study import Nothing, Study
 from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 INSTALL = "pip install 'ray[tune]'"
-RETRIES = 20  # of a piece of work whose worker is lost
-FINISHED, PROBLEM, REASON = "finished", "problem", "reason"  # what a piece reports, beside its trial
+RETRIES = 20  # of a piece of work whose worker was lost
+FINISHED, PROBLEM, REASON = "finished", "problem", "reason"  # keys of what a piece of work reports
 
 
 def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: Report = lambda *_: None) -> Ending:
-    """Work on a sweep with `jobs` trials at a time, on the cluster of RAY_ADDRESS or else on this machine.
+    """Work on a sweep with `jobs` trials at a time, on the cluster of RAY_ADDRESS, or without one on this machine.
 
     Args:
         report: called with each trial that has ended or reached a rung.
@@ -52,13 +52,13 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
     settings = {"env_vars": {"PYTHONPATH": os.fspath(sweep.root)}}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=settings, **local)
-    except Exception as error:  # a plain one, where a node does not start in time
+    except Exception as error:  # Ray raises a plain Exception if a node does not start in time
         raise UserError(f"Ray ({address or 'on this machine'}): {first_line(error)}") from None
     resources = {"cpu": cpus, **({"gpu": 1} if plan.config.train.device.startswith("cuda") else {})}
     work = {"folder": os.fspath(sweep.path), "root": os.fspath(sweep.root), "total": total, "script": trials.TRAIN}
     pieces = _pieces(work, max_failures, report)
     try:
-        with tempfile.TemporaryDirectory() as storage:  # of Tune's own records; those of the sweep are in its folder
+        with tempfile.TemporaryDirectory() as storage:  # for Tune's own records, which are not kept
             tune.Tuner(
                 tune.with_resources(carry_out_piece, resources),
                 tune_config=tune.TuneConfig(search_alg=pieces, num_samples=-1, max_concurrent_trials=jobs),
@@ -76,16 +76,16 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
 
 
 def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
-    """The search algorithm of Tune that hands out pieces of work until one finds that there is nothing left.
+    """A search algorithm for Tune that hands out pieces of work until one of them finds nothing left to do.
 
-    What a trial is made of is decided where the piece is carried out, under the lock of the sweep.
+    The worker that carries out a piece chooses the trial and its values, under the lock of the sweep.
     """
     from ray.tune.search import Searcher
 
     class Pieces(Searcher):
         def __init__(self, report: Report) -> None:
             super().__init__(metric="value", mode="min")
-            self.report = report  # not used from around the class, which Tune pickles with all that it uses
+            self.report = report  # no closure: Tune pickles the class with everything that it refers to
             self.ending, self.given, self.failures, self.over = Ending(), 0, 0, False
 
         def suggest(self, trial_id: str) -> Any:
@@ -110,19 +110,19 @@ def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
             self.over = self.over or bool(problem or found.get(FINISHED))
 
         def __getstate__(self) -> dict[str, Any]:
-            return {}  # of Tune's own records, from which nothing is restored
+            return {}  # Tune saves it in its own records, which are never restored
 
         def save(self, checkpoint_path: str) -> None:
-            """Nothing: the journal of the sweep has it all."""
+            """Nothing to do: the journal of the sweep has everything."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """Nothing: a sweep that goes on begins with new pieces."""
+            """Nothing to do: a resumed sweep begins with new pieces."""
 
     return Pieces(report)
 
 
 def carry_out_piece(config: dict[str, Any]) -> None:
-    """In a worker of Ray: claim a piece of work, carry it out, record it, and report it to Tune."""
+    """Claim a piece of work, carry it out, record it, and report it to Tune; runs in a worker of Ray."""
     from ray import tune
 
     trials.TRAIN = config["script"]
@@ -148,6 +148,6 @@ def carry_out_piece(config: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stopped_with_this_process(pid: int) -> Iterator[None]:
-    """Ray ends its workers by SIGKILL: then the training stops with a checkpoint."""
+    """Make the training process `pid` stop with a checkpoint if this process ends: Ray kills its workers by SIGKILL."""
     with tempfile.TemporaryDirectory() as folder, watched(pid, Path(folder)):
         yield

@@ -1,4 +1,4 @@
-"""From a command line to a sweep that runs, and to what is printed at its end."""
+"""Starting a sweep from a command line, and printing its result."""
 
 from __future__ import annotations
 
@@ -60,17 +60,21 @@ def start_sweep(parsed: ExperimentArguments, root: Path) -> int:
 
 
 def sweeps_folder(loaded: LoadedConfig, root: Path, chosen: Path | None) -> Path:
-    """Where sweeps are: as chosen, or beside the folder of the runs."""
+    """The folder of all sweeps: `chosen`, or `sweeps` beside the folder of the runs."""
     if chosen is not None:
         return Path(os.path.abspath(chosen))
     return Path(os.path.abspath(root / loaded.config.tracking.runs_dir)).parent / SWEEPS
 
 
 def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) -> Plan:
-    """What the flags ask for; what they leave open is as in the sweep that is resumed, `known`.
+    """The sweep that the command line describes.
+
+    Args:
+        own: the flags of sweep.py.
+        known: the plan of the sweep that is resumed, which replaces the defaults of flags that were not given.
 
     Raises:
-        UserError: flags that do not fit each other or the space.
+        UserError: the flags do not fit each other or the space.
     """
     config = loaded.config
     seed = own.sampler_seed if own.sampler_seed is not None else known.sampler_seed if known else 0
@@ -96,12 +100,12 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
 
 
 def threads_of_job(jobs: int) -> int:
-    """CPU threads of each of several trials at a time: the cores that this process may use, shared out."""
+    """CPU threads of each of `jobs` parallel trials: an equal share of the cores that this process may use."""
     return max(1, available_cores() // jobs)
 
 
 def check_goal(space: Space, pruner: Pruner) -> None:
-    """Raises UserError if trials cannot be compared as the pruner does."""
+    """Raises UserError if the pruner cannot compare trials by the goal of the space."""
     if pruner.name != "none" and space.goal.seconds_to_loss is not None:
         raise UserError(f"--pruner {pruner.name} compares a metric at the same step, and {space.goal} has none")
 
@@ -127,7 +131,7 @@ def finish(
     """Print the summary of a sweep that has ended, and write its pictures if it is complete.
 
     Args:
-        compare: compares its runs; instead of pictures.
+        compare: compares the runs of the sweep; if given, no pictures are drawn.
 
     Returns:
         The exit status.
