@@ -54,7 +54,7 @@ class WandbView:
         return {"id": self.run.id, "mode": self.mode}
 
     def _open_run(self) -> wandb.Run:
-        """Start the W&B run, without W&B's own records of code, environment and terminal: the run directory has ours."""
+        """Start the W&B run, without W&B's own records of code, environment and terminal, which the run has."""
         import wandb
 
         wandb.setup(wandb.Settings(silent=True))  # before init, since the login prints too, and asks for a key
