@@ -83,16 +83,16 @@ def make_pruner(
     Raises:
         UserError: the flags do not fit each other.
     """
+    if name != "asha" and eta is not None:
+        raise UserError("--eta is for --pruner asha")
     if name == "none":
-        if min_steps is not None or eta is not None:
-            raise UserError(f"--{'eta' if min_steps is None else 'min-steps'} is for --pruner asha or median or pbt")
+        if min_steps is not None:
+            raise UserError("--min-steps is for --pruner asha, median or pbt")
         return Pruner()
     if max_iters is None:
         raise UserError(
             f"--pruner {name} compares trials at the same step: max_iters must be one number for all trials"
         )
-    if name != "asha" and eta is not None:
-        raise UserError("--eta is for --pruner asha")
     eta = ETA if eta is None else eta
     if eta < 2:
         raise UserError(f"--eta must be at least 2, not {eta}")
