@@ -78,7 +78,7 @@ def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
     sweep = rooted(make_sweep(space=space, sampler="grid"))
     ending = Driver(sweep, Study(sweep), 9, 1, 2).run()
     assert ending.exit_status == 1
-    beginning = "3 trials in a row have failed (--max-failures); the last: --n-embd: n_embd (37) must be divisible"
+    beginning = "3 trials in a row have failed (--max-failures); the last one: --n-embd: n_embd (37) must be divisible"
     assert ending.problem is not None
     assert ending.problem.startswith(beginning)
     assert len(Study(sweep).trials()) == 3
@@ -151,7 +151,7 @@ def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
     run = Run.create(sweep.runs_dir, sweep.tag(0))
     log = RunLog(run.path / LOGS)
     monkeypatch.setattr(Study, "should_stop", lambda *_: True)
-    ends = TrialRunner(sweep, study)._watch(work, 0, Activity(0), os.getpid())
+    ends = TrialRunner(sweep, study)._watch(work, 0, Activity(), os.getpid())
     found = []
     for step in (10, 20):
         log.metrics.write([{"step": step, "val/loss": 9.0}])
@@ -198,12 +198,12 @@ def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypa
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate()
     assert driver.returncode == 128 + signal.SIGTERM
-    assert b"stopped: --resume goes on with lr" in errors
+    assert b"stopped: --resume continues lr" in errors
     assert {read_record(path)["status"] for path in list_run_paths(tmp_path / "runs")} == {"interrupted"}
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "0")
     refused = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-    assert "exists: --resume goes on with this sweep, --name starts another one" in refused.stderr
+    assert "exists: --resume continues this sweep, --name NAME starts another one" in refused.stderr
     done = subprocess.run([*words, "--resume", "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert [trial["state"] for trial in found["trials"]] == ["complete", "complete"]

@@ -50,11 +50,11 @@ def test_a_word_means_what_it_means_in_a_file(word: str, values: tuple[object, .
         ("seed=1,,2", "--multirun: expected SETTING=VALUE,VALUE, got 'seed=1,,2'"),
         ("sed=1,2", "--multirun: unknown setting sed; did you mean seed?"),
         ("seed=1,x", "--multirun: seed: expected integer >= 0"),
-        ("seed=1,1", "--multirun: seed: a value stands there twice: 1,1"),
+        ("seed=1,1", "--multirun: seed: a value is given twice: 1,1"),
         ("seed=1", "--multirun: expected a setting with several values: SETTING=A,B"),
         ("run_tag=a,b", "--multirun: run_tag is set for each run"),
         ("optimizer_name=adamw,muo", "did you mean muon?"),
-        ("bias=true,yes", "--multirun: bias: a value stands there twice: true,yes"),
+        ("bias=true,yes", "--multirun: bias: a value is given twice: true,yes"),
         ("qkv_bias=none,true", "--multirun: qkv_bias: expected true or false, got none"),
         (
             "ngram_rows=64,128",
@@ -89,4 +89,4 @@ def test_runs_are_trained_compared_and_not_trained_again(tmp_path: Path) -> None
     assert re.search(r"! \S+_grid-\d: it is gone: no such run directory", without.stdout)
     other = subprocess.run([*words, "weight_decay=0,1"], cwd=ROOT, capture_output=True, text=True)
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
-    assert "is another sweep: weight_decay: not searched there" in other.stderr
+    assert "is a different sweep: weight_decay was not searched" in other.stderr

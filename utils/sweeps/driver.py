@@ -11,13 +11,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from utils.errors import UserError
 from utils.machine.signals import StopRequest, StopSignal, stop_on_signals
 from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.sweeps.folder import Sweep
-from utils.sweeps.study import Nothing, Study, Work
+from utils.sweeps.study import NoWork, Study, Work
 from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 MAX_FAILURES = 5  # in a row, by default
@@ -38,7 +38,6 @@ class Ending:
 
     problem: str | None = None
     signum: int | None = None
-    failures: list[str] = field(default_factory=list)
 
     @property
     def exit_status(self) -> int:
@@ -47,12 +46,12 @@ class Ending:
         return 1 if self.problem else 0
 
 
-def disk_full_words(error: DiskFullError) -> str:
-    return f"the disk is full: {error}; the sweep goes on with --resume once there is room"
+def disk_full_message(error: DiskFullError) -> str:
+    return f"the disk is full: {error}; make room, then continue the sweep with --resume"
 
 
-def too_many_words(failures: int, last: Outcome) -> str:
-    return f"{failures} trials in a row have failed (--max-failures); the last: {last.reason}"
+def too_many_failures_message(failures: int, last: Outcome) -> str:
+    return f"{failures} trials in a row have failed (--max-failures); the last one: {last.reason}"
 
 
 class Driver:
@@ -123,7 +122,7 @@ class Driver:
         try:
             while not self.runner.stopping.is_set():
                 work = self.study.claim(self.total)
-                if isinstance(work, Nothing):
+                if isinstance(work, NoWork):
                     if work.finished:
                         return
                     self.runner.stopping.wait(WAIT_SECONDS)
@@ -137,7 +136,7 @@ class Driver:
                         del self._works[work.number]
                     work.release()
         except DiskFullError as error:
-            self._end(disk_full_words(error))
+            self._end(disk_full_message(error))
         except UserError as error:
             self._end(str(error))
         except BaseException as error:
@@ -160,4 +159,4 @@ class Driver:
             self._failures_in_a_row = self._failures_in_a_row + 1 if outcome.failed else 0
             too_many = self._failures_in_a_row > self._max_failures
         if too_many:
-            self._end(too_many_words(self._failures_in_a_row, outcome))
+            self._end(too_many_failures_message(self._failures_in_a_row, outcome))

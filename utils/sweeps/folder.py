@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.fields import FIELDS, field_fact, flat, get_value
+from utils.config.fields import FIELDS, field_fact, flat
 from utils.config.loader import ConfigLoader
 from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
@@ -128,9 +128,9 @@ def open_sweep(path: Path, plan: Plan, root: Path, *, resume: bool) -> Sweep:
         raise UserError(f"{path}: the sweep cannot be written: {error.strerror}") from None
     sweep = read_sweep(path, root)
     if not resume:
-        raise UserError(f"{path} exists: --resume goes on with this sweep, --name starts another one")
+        raise UserError(f"{path} exists: --resume continues this sweep, --name NAME starts another one")
     if found := list(differences(sweep.plan, plan)):
-        raise UserError("\n".join(f"{path} is another sweep: {line}" for line in found))
+        raise UserError("\n".join(f"{path} is a different sweep: {line}" for line in found))
     return sweep
 
 
@@ -186,20 +186,20 @@ def read_sweep(path: Path, root: Path) -> Sweep:
 
 def differences(recorded: Plan, wanted: Plan) -> Iterator[str]:
     """One line for each difference between the sweep in a folder and the wanted one."""
-    before, after = (_spelled(plan) for plan in (recorded, wanted))
+    before, after = (_as_text(plan) for plan in (recorded, wanted))
     for name in dict.fromkeys((*before, *after)):
         old, new = before.get(name, "not searched"), after.get(name, "not searched")
         if old != new:
-            yield f"{name}: {old} there, {new} now"
+            yield f"{name} was {old}, is now {new}"
     old_config, new_config = flat(recorded.config), flat(wanted.config)
     for key in FIELDS:
         if key in recorded.searched or field_fact(key, "kind") != TRAJECTORY:
             continue
         if old_config[key] != new_config[key]:
-            yield f"{key}: {setting_text(old_config[key])} there, {setting_text(new_config[key])} now"
+            yield f"{key} was {setting_text(old_config[key])}, is now {setting_text(new_config[key])}"
 
 
-def _spelled(plan: Plan) -> dict[str, str]:
+def _as_text(plan: Plan) -> dict[str, str]:
     """The parts of a plan other than its configuration, as text by name."""
     space = plan.space.as_json()
     searched: Mapping[str, Mapping[str, Any]] = space["settings"]
@@ -219,5 +219,4 @@ def steps_of(config: Config, space: Space) -> int | None:
     """The number of steps of a whole trial; None if it differs between trials, or `epochs` decides it."""
     if any(dimension.key in ("max_iters", "epochs") for dimension in space.dimensions):
         return None
-    steps: int | None = get_value(config, "max_iters")
-    return steps
+    return config.train.max_iters

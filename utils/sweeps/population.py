@@ -52,16 +52,16 @@ def check_population(space: Space, sampler: str, pruner: Pruner, trials: int) ->
     conditional = [one.key for one in space.dimensions if one.when]
     if fixed:
         raise UserError(
-            f"{named} changes settings while a run trains, and {fixed[0]} cannot be: expected {', '.join(CHANGEABLE)}"
+            f"{named} changes settings during a run, and {fixed[0]} cannot change: expected {', '.join(CHANGEABLE)}"
         )
     if conditional:
-        raise UserError(f"{named} searches the same settings in all members: {conditional[0]} has a condition (when)")
+        raise UserError(f"{named} needs the same settings in all members, but {conditional[0]} has a condition (when)")
     if space.seeds_from(0)[1:]:
-        raise UserError(f"{named} trains one run of each member: seeds must be 1, not {space.seeds}")
+        raise UserError(f"{named} trains one run for each member: seeds must be 1, not {space.seeds}")
     if sampler not in ("random", "grid"):
-        raise UserError(f"{named} begins with values that depend on nothing else: --sampler random or grid")
+        raise UserError(f"{named} needs a sampler that does not learn from other trials: --sampler random or grid")
     if trials != pruner.population:
-        raise UserError(f"--trials: the population has {pruner.population} members and keeps them, not {trials}")
+        raise UserError(f"--trials: the population has {pruner.population} members, which cannot change to {trials}")
 
 
 def forks(
@@ -101,9 +101,9 @@ def perturbed(dimension: Dimension, value: Value, draw: random.Random) -> Value:
     If the dimension has countable values, it is a neighbour of `value`; otherwise 0.8 or 1.25 times `value`. Whole
     numbers change by at least 1, unless the range ends there.
     """
-    if (steps := dimension.steps()) is not None:
-        place = steps.index(value)
-        return draw.choice([*steps[max(0, place - 1) : place], *steps[place + 1 : place + 2]] or steps)
+    if (values := dimension.countable_values()) is not None:
+        place = values.index(value)
+        return draw.choice([*values[max(0, place - 1) : place], *values[place + 1 : place + 2]] or values)
     low, high = (bound for bound in dimension.values[:2] if isinstance(bound, int | float))
     assert isinstance(value, int | float)
     factor = draw.choice(FACTORS)

@@ -19,9 +19,9 @@ from typing import Any
 from utils.errors import UserError, first_line
 from utils.machine.watchdog import watched
 from utils.sweeps import trial as trials
-from utils.sweeps.driver import WAIT_SECONDS, Ending, Report, disk_full_words, too_many_words
+from utils.sweeps.driver import WAIT_SECONDS, Ending, Report, disk_full_message, too_many_failures_message
 from utils.sweeps.folder import Sweep, read_sweep
-from utils.sweeps.study import Nothing, Study
+from utils.sweeps.study import NoWork, Study
 from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 INSTALL = "pip install 'ray[tune]'"
@@ -105,7 +105,7 @@ def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
                 self.report(found["trial"], outcome)
                 self.failures = self.failures + 1 if outcome.failed else 0
                 if self.failures > max_failures:
-                    problem = too_many_words(self.failures, outcome)
+                    problem = too_many_failures_message(self.failures, outcome)
             self.ending.problem = self.ending.problem or problem
             self.over = self.over or bool(problem or found.get(FINISHED))
 
@@ -128,7 +128,7 @@ def carry_out_piece(config: dict[str, Any]) -> None:
     trials.TRAIN = config["script"]
     sweep = read_sweep(Path(config["folder"]), Path(config["root"]))
     study = Study(sweep)
-    while isinstance(work := study.claim(config["total"]), Nothing):
+    while isinstance(work := study.claim(config["total"]), NoWork):
         if work.finished:
             tune.report({FINISHED: True, "value": 0.0})
             return
@@ -140,7 +140,7 @@ def carry_out_piece(config: dict[str, Any]) -> None:
         found["value"] = math.nan if outcome.value is None else outcome.value
         found |= {REASON: outcome.reason, "pruned": outcome.pruned}
     except DiskFullError as error:
-        found |= {PROBLEM: disk_full_words(error), "value": math.nan}
+        found |= {PROBLEM: disk_full_message(error), "value": math.nan}
     finally:
         work.release()
     tune.report(found)

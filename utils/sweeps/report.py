@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ TEMPLATE = Path(__file__).with_name("picture.html.j2")
 LEAST_TRIALS = 4  # complete trials; with fewer, importance and pictures mean nothing
 PICTURES = {"parallel": "plot_parallel_coordinate", "slice": "plot_slice"}
 AXIS_PIXELS, AXIS_INCHES = 150, 1.4  # width of a picture for each axis: one for each setting, and one for the metric
-GROUND = "#bfb29c"  # background of pictures whose lines and points are white to blue
+BACKGROUND = "#bfb29c"  # background of pictures whose lines and points are white to blue
 
 
-def write_report(sweep: Sweep, study: Study) -> tuple[Mapping[str, float], list[Path]]:
+def write_report(sweep: Sweep, study: Study) -> tuple[dict[str, float], list[Path]]:
     """Write the pictures of a sweep into its folder report/, each as HTML and PNG.
 
     Returns:
@@ -74,7 +74,7 @@ def _write(folder: Path, study: Study) -> Iterator[Path]:
         picture = (drawn if hasattr(drawn, "figure") else drawn.flat[0]).figure
         if stem == "parallel":  # Optuna makes the other picture wide enough for its axes
             picture.set_size_inches(AXIS_INCHES * axes, 5)
-            drawn.set_facecolor(GROUND)
+            drawn.set_facecolor(BACKGROUND)
             drawn.set_title("")
         picture.suptitle(title)
         picture.savefig(png := folder / f"{stem}.png", dpi=120, bbox_inches="tight")
@@ -86,7 +86,7 @@ def _page(figure: Any, title: str, width: int) -> str:
     """A plotly figure as a page without requests, which scrolls sideways in a window narrower than `width` pixels."""
     from markupsafe import Markup
 
-    figure.update_layout(title=None, width=None, height=None, autosize=True, margin={"t": 40}, plot_bgcolor=GROUND)
+    figure.update_layout(title=None, width=None, height=None, autosize=True, margin={"t": 40}, plot_bgcolor=BACKGROUND)
     figure.update_traces(opacity=0.9, selector={"mode": "lines"})
     options = {"displaylogo": False, "responsive": True}  # the logo is a link to a website
     drawn = figure.to_html(full_html=False, include_plotlyjs=True, config=options, default_height="100%")

@@ -67,7 +67,7 @@ def distribution_of(dimension: Dimension) -> BaseDistribution:
         assert isinstance(high, int)
         width = int(step[0] or 1) if step else 1
         return IntDistribution(low, low + (high - low) // width * width, log=log, step=width)
-    counted = dimension.steps()
+    counted = dimension.countable_values()
     last = counted[-1] if counted else high
     assert isinstance(low, float)
     assert isinstance(last, float)
@@ -128,7 +128,7 @@ def _rounded(dimension: Dimension, value: Value) -> Value:
     if dimension.kind == "choice" or dimension.whole or not isinstance(value, float):
         return value
     low, high = (bound for bound in dimension.values[:2] if isinstance(bound, float))
-    digits = DIGITS if dimension.steps() is None else 12
+    digits = DIGITS if dimension.countable_values() is None else 12
     return min(max(float(f"{value:.{digits}g}"), low), high)
 
 
@@ -155,12 +155,12 @@ def grid(space: Space, fixed: Mapping[str, Value]) -> list[dict[str, Value]]:
         UserError: a setting has no countable values, or there are too many points.
     """
     for dimension in space.dimensions:
-        if dimension.steps() is None:
+        if dimension.countable_values() is None:
             raise UserError(
-                f"{dimension.key}: a grid takes values that can be counted: expected choice, or range with a step, "
+                f"{dimension.key}: a grid needs countable values: expected choice, or range with a step, "
                 f"not {dimension.kind} {list(dimension.values)}"
             )
-    size = math.prod(len(dimension.steps() or ()) for dimension in space.dimensions)
+    size = math.prod(len(dimension.countable_values() or ()) for dimension in space.dimensions)
     if size > MOST_POINTS:
         raise UserError(f"the grid has {size:,} points, more than {MOST_POINTS:,}")
     points = {repr(point): point for point in _points(space.dimensions, fixed)}
@@ -169,7 +169,7 @@ def grid(space: Space, fixed: Mapping[str, Value]) -> list[dict[str, Value]]:
 
 def _points(dimensions: Sequence[Dimension], fixed: Mapping[str, Value]) -> Iterator[dict[str, Value]]:
     keys = [dimension.key for dimension in dimensions]
-    for combination in itertools.product(*(dimension.steps() or () for dimension in dimensions)):
+    for combination in itertools.product(*(dimension.countable_values() or () for dimension in dimensions)):
         point: dict[str, Value] = {}
         for key, value, dimension in zip(keys, combination, dimensions, strict=True):
             if dimension.applies({**fixed, **point}):

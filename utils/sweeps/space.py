@@ -33,7 +33,7 @@ METRIC, SEEDS, WHEN = "metric", "seeds", "when"
 SECONDS_TO_LOSS = "seconds_to_loss"
 VAL_LOSS = "val/loss"
 MOST_SEEDS = 100
-OF_THE_SWEEP = ("run_tag", "stop_at_step", "eval_at")  # settings that each trial gets from its sweep
+SET_BY_SWEEP = ("run_tag", "stop_at_step", "eval_at")  # settings that the sweep sets for each trial
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Dimension:
         """Whether the condition holds for the values of the other settings."""
         return all(values.get(key) in allowed for key, allowed in self.when.items())
 
-    def steps(self) -> list[Value] | None:
+    def countable_values(self) -> list[Value] | None:
         """All values, or None if they cannot be counted."""
         if self.kind == "choice":
             return list(self.values)
@@ -169,7 +169,7 @@ class _Reader:
         fixed: dict[str, Setting] = {}
         for key, value, line in self._settings(document, lines):
             self.lines[key] = line
-            if key in OF_THE_SWEEP or (key == "runs_dir" and isinstance(value, dict)):
+            if key in SET_BY_SWEEP or (key == "runs_dir" and isinstance(value, dict)):
                 self._mistake(key, "is set for each trial by the sweep itself")
             elif isinstance(value, dict):
                 specs[key] = value
@@ -182,7 +182,7 @@ class _Reader:
         if not specs and not self.mistakes:
             self.mistakes.append(f"{self.name}:1: nothing is searched: expected a setting with {_one_of(KINDS)}")
         if seeds != 1 and "seed" in specs:
-            self._mistake("seed", "is searched, so seeds, the runs of each trial, must be 1")
+            self._mistake("seed", "is searched, so seeds (the runs of each trial) must be 1")
         ordered = self._in_order(dimensions, fixed) if not self.mistakes else dimensions
         if self.mistakes:
             raise ConfigError("\n".join(self.mistakes))
@@ -252,7 +252,7 @@ class _Reader:
             if not self._check({key: Setting(value, f"{self.name}:{self.lines[key]}")}):
                 return None
         if len({repr(value) for value in values}) < len(values):
-            self._mistake(key, f"choice: a value stands there twice: {', '.join(map(str, values))}")
+            self._mistake(key, f"choice: a value is given twice: {', '.join(map(str, values))}")
             return None
         return values
 
@@ -260,7 +260,7 @@ class _Reader:
         shape = "[LOW, HIGH]" if kind == "log" else "[LOW, HIGH] or [LOW, HIGH, STEP]"
         whole = is_whole(key)
         if not whole and not expected(key).startswith("number"):
-            self._mistake(key, f"{kind}: takes numbers, and this is no number ({expected(key)}): expected choice")
+            self._mistake(key, f"{kind}: is for numbers, but the setting takes {expected(key)}: use choice")
             return None
         numbers = [plain_value(key, value) for value in given]
         if len(given) not in ((2,) if kind == "log" else (2, 3)) or not all(map(_is_number, numbers)):
@@ -274,7 +274,7 @@ class _Reader:
         elif low == high:
             self._mistake(key, f"{kind}: the range has one value only: write {key}: {low}")
         elif kind == "log" and low <= 0:
-            self._mistake(key, f"log: has no logarithm: {low}; expected bounds above 0")
+            self._mistake(key, f"log: expected bounds above 0, got {low}")
         elif step and step[0] <= 0:
             self._mistake(key, f"range: the step must be above 0, not {step[0]}")
         elif step and step[0] > high - low:
@@ -309,7 +309,7 @@ class _Reader:
                 if other not in searched and other not in fixed:
                     near = nearest(other, [*searched, *fixed])
                     self._mistake(dimension.key, f"when: {other} is neither searched nor fixed here{near}")
-                elif other in searched and (known := searched[other].steps()) is not None:
+                elif other in searched and (known := searched[other].countable_values()) is not None:
                     for value in wanted:
                         if value not in known:
                             self._mistake(

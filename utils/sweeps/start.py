@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def threads_of_job(jobs: int) -> int:
 def check_goal(space: Space, pruner: Pruner) -> None:
     """Raises UserError if the pruner cannot compare trials by the goal of the space."""
     if pruner.name != "none" and space.goal.seconds_to_loss is not None:
-        raise UserError(f"--pruner {pruner.name} compares a metric at the same step, and {space.goal} has none")
+        raise UserError(f"--pruner {pruner.name} compares trials at the same step, which {space.goal} does not allow")
 
 
 def drive(sweep: Sweep, total: int, jobs: int, max_failures: int, quiet: bool) -> tuple[Study, Ending]:
@@ -139,7 +139,7 @@ def finish(
     from utils.experiments.comparison_tables import comparison_screen
     from utils.sweeps.report import write_report
 
-    importance: Mapping[str, float] = {}
+    importance: dict[str, float] = {}
     files: list[Path] = []
     comparison: Comparison | None = None
     if ending.exit_status == 0 and compare is not None:
@@ -147,17 +147,17 @@ def finish(
     elif ending.exit_status == 0:
         importance, files = write_report(sweep, study)
     if as_json:
-        data = as_data(sweep, study, dict(importance), files)
+        data = as_data(sweep, study, importance, files)
         compared = {"comparison": comparison} if compare is not None else {}
         print_json({**data, **compared})
     else:
-        Terminal().print("", *summary(sweep, study, dict(importance), files))
+        Terminal().print("", *summary(sweep, study, importance, files))
         if comparison is not None:
             Terminal().print(Text("\nComparison", style="bold"), *comparison_screen(comparison))
     if ending.problem:
         print(f"error: {ending.problem}", file=sys.stderr)
     elif ending.signum is not None:
-        print(f"stopped: --resume goes on with {sweep.name}", file=sys.stderr)
+        print(f"stopped: --resume continues {sweep.name}", file=sys.stderr)
     return ending.exit_status
 
 

@@ -77,7 +77,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoWork:
     """There is no work to claim, either for good (`finished`) or while other processes work on their trials."""
 
     finished: bool
@@ -117,7 +117,7 @@ class Study:
         """All trials, by number."""
         return self.optuna.get_trials(deepcopy=False)
 
-    def runs(self, trial: FrozenTrial) -> bool:
+    def is_unfinished(self, trial: FrozenTrial) -> bool:
         """Whether a trial is unfinished: waiting, running or paused."""
         return trial.state == self._states.RUNNING
 
@@ -129,7 +129,7 @@ class Study:
 
     def is_paused(self, trial: FrozenTrial) -> bool:
         """Whether a trial waits at a rung for its promotion."""
-        return self.runs(trial) and self._target(trial) in trial.intermediate_values
+        return self.is_unfinished(trial) and self._target(trial) in trial.intermediate_values
 
     def best(self) -> list[FrozenTrial]:
         """The trials with a value, best first."""
@@ -151,7 +151,7 @@ class Study:
 
     # -------------------------------------------------------------------------------------------------- claims
 
-    def claim(self, total: int) -> Work | Nothing:
+    def claim(self, total: int) -> Work | NoWork:
         """Claim the next piece of work: first unfinished trials that nobody works on, then promotions, then new trials.
 
         Args:
@@ -164,22 +164,22 @@ class Study:
             trials, total = self.trials(), self.limit(total)
             if self.sweep.plan.pruner.name == "pbt" and len(trials) >= total:
                 trials = self._next_generation(trials)
-            unfinished = [trial for trial in trials if self.runs(trial) and not self.is_paused(trial)]
-            needed = {self._needs(trial) for trial in unfinished}
+            unfinished = [trial for trial in trials if self.is_unfinished(trial) and not self.is_paused(trial)]
+            held_back = {self._parent_held_back(trial) for trial in unfinished}
             for trial in unfinished:
-                if trial.number not in needed and (lock := self._try_lock(trial.number)) is not None:
+                if trial.number not in held_back and (lock := self._try_lock(trial.number)) is not None:
                     return self._work(trial, lock)
             if (found := self._promotion(trials)) is not None:
                 return self._promote(found)
             if len(trials) < total:
                 return self._create(trials)
             if unfinished:
-                return Nothing(finished=False)
+                return NoWork(finished=False)
             if (found := self._promotion(trials, last_call=True)) is not None:
                 return self._promote(found)
             for trial in filter(self.is_paused, trials):
                 self.finish(trial.number, reason="not promoted", pruned=True)
-            return Nothing(finished=True)
+            return NoWork(finished=True)
 
     def _try_lock(self, number: int) -> RunLock | None:
         """Take the lock of a trial; None if another process holds it."""
@@ -206,7 +206,7 @@ class Study:
         Returns:
             The trials after these changes.
         """
-        plan, running = self.sweep.plan, [trial for trial in trials if self.runs(trial)]
+        plan, running = self.sweep.plan, [trial for trial in trials if self.is_unfinished(trial)]
         rung = min(map(rung_of, running), default=len(plan.pruner.rungs))
         waiting = {trial.number for trial in running if rung_of(trial) == rung}
         if rung >= len(plan.pruner.rungs) - 1 or not all(self.is_paused(trials[number]) for number in waiting):
@@ -238,7 +238,7 @@ class Study:
         parent = trial.user_attrs.get(PARENT)
         return 0 if parent is None else self.sweep.plan.pruner.rungs.index(parent["step"]) + 1
 
-    def _needs(self, trial: FrozenTrial) -> int | None:
+    def _parent_held_back(self, trial: FrozenTrial) -> int | None:
         """The parent of a fork at its first rung: it must wait, since it might delete the checkpoint of the fork."""
         begins = PARENT in trial.user_attrs and self._first_rung(trial) == rung_of(trial)
         return int(trial.user_attrs[PARENT]["trial"]) if begins else None
@@ -254,12 +254,13 @@ class Study:
         # A trial that ended by itself before the first rung was never compared with others.
         complete = [t for t in trials if self.is_complete(t) and rung_of(t) > 0]
         at_rungs.append({t.number: t.value for t in complete if t.value is not None})
-        promoted = [{t.number for t in trials if rung_of(t) > rung or not self.runs(t)} for rung in range(len(below))]
+        ended = {t.number for t in trials if not self.is_unfinished(t)}
+        promoted = [ended | {t.number for t in trials if rung_of(t) > rung} for rung in range(len(below))]
         return promotion(at_rungs, promoted, pruner.eta, self.sweep.maximize, last_call=last_call)
 
-    def _promote(self, found: Promotion) -> Work | Nothing:
+    def _promote(self, found: Promotion) -> Work | NoWork:
         if (lock := self._try_lock(found.number)) is None:  # the process that has just reported it still holds it
-            return Nothing(finished=False)
+            return NoWork(finished=False)
         trial = self.trials()[found.number]
         self._storage.set_trial_user_attr(trial._trial_id, RUNG, found.rung)
         return self._work(self.trials()[found.number], lock)
@@ -335,7 +336,7 @@ class Study:
     ) -> None:
         """Record how a trial ended: complete with a value, or without one, ended early (`pruned`) or failed."""
         trial = self.trials()[number]
-        if not self.runs(trial):  # recorded by another process, on a file system without locks
+        if not self.is_unfinished(trial):  # recorded by another process, on a file system without locks
             return
         if runs:
             self._storage.set_trial_user_attr(trial._trial_id, RUNS, list(runs))

@@ -56,7 +56,7 @@ class Display:
         self.terminal, self.sweep, self.study, self.activities = terminal, sweep, study, activities
         self.total = study.limit(total)
         self._began = time.monotonic()
-        self._done_before = sum(not study.runs(trial) for trial in study.trials())
+        self._done_before = sum(not study.is_unfinished(trial) for trial in study.trials())
         self._live: Live | None = None
         self._next = 0.0
 
@@ -81,7 +81,7 @@ class Display:
         trial = self.study.trials()[number]
         if outcome.value is not None:
             state, words = "", f"{self.sweep.plan.space.goal} {value_text(outcome.value)}"
-            if self.study.runs(trial):
+            if self.study.is_unfinished(trial):
                 words += f" at step {max(trial.intermediate_values):,}"
         else:
             state, words = ("ended early: " if outcome.pruned else "failed: "), outcome.reason or ""
@@ -99,7 +99,7 @@ class Display:
         return Group(self._heading(trials), table, *best_table(self.study, BEST_SHOWN))
 
     def _heading(self, trials: list[FrozenTrial]) -> Text:
-        ended = [trial for trial in trials if not self.study.runs(trial)]
+        ended = [trial for trial in trials if not self.study.is_unfinished(trial)]
         total = max(self.total, len(trials))  # the forks of a population are further trials
         paused, failed = sum(map(self.study.is_paused, trials)), sum(map(self.study.is_failed, trials))
         words = [f"{len(ended)} of {counted(total, 'trial')} done"]
@@ -140,7 +140,7 @@ def summary(sweep: Sweep, study: Study, importance: dict[str, float], files: lis
         files: the pictures.
     """
     trials = study.trials()
-    ended = [trial for trial in trials if not study.runs(trial)]
+    ended = [trial for trial in trials if not study.is_unfinished(trial)]
     complete = sum(map(study.is_complete, trials))
     failed = [trial for trial in trials if study.is_failed(trial)]
     words = [counted(complete, "complete trial"), f"{len(ended) - complete - len(failed)} ended early"]

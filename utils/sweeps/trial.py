@@ -20,7 +20,7 @@ from typing import Any
 from utils.config.fields import get_value
 from utils.config.loader import ConfigError, ConfigLoader, flag_name
 from utils.errors import UserError, first_line
-from utils.files import read_text
+from utils.files import read_bytes
 from utils.folders import remove
 from utils.runs.layout import CONFIG, LOCK, METRICS_LOG, NOTES, RECORD
 from utils.runs.lock import lock_is_free, wait_until_free
@@ -86,11 +86,9 @@ def record(study: Study, work: Work, outcome: Outcome) -> None:
 class Activity:
     """The progress of a trial, for the display."""
 
-    number: int
     began: float = field(default_factory=time.monotonic)
     step: int = 0
     loss: float | None = None
-    run: Path | None = None
 
 
 class TrialRunner:
@@ -125,7 +123,7 @@ class TrialRunner:
         Raises:
             DiskFullError: a run could not be written.
         """
-        activity = self.activities[work.number] = Activity(work.number)
+        activity = self.activities[work.number] = Activity()
         values, runs, at_end = [], [], True
         try:
             for place, seed in enumerate(self.sweep.seeds):
@@ -332,9 +330,9 @@ class TrialRunner:
         while True:
             stop = False
             if evaluations is None:
-                activity.run = self._find_started(work.number, pid)
-                if activity.run is not None:
-                    evaluations = Evaluations(activity.run, self.sweep.plan.space.goal.metric)
+                run = self._find_started(work.number, pid)
+                if run is not None:
+                    evaluations = Evaluations(run, self.sweep.plan.space.goal.metric)
             if evaluations is not None:
                 for step, value in evaluations.new():
                     activity.loss = value
@@ -382,7 +380,7 @@ def last_error(output: Path, start: int) -> str | None:
         start: the byte at which the output of the process begins.
     """
     try:
-        lines = read_text(output, errors="replace").encode()[start:].decode(errors="replace").strip().splitlines()
+        lines = read_bytes(output)[start:].decode(errors="replace").strip().splitlines()
     except OSError:
         return None
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
