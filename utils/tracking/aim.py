@@ -74,7 +74,7 @@ class AimView:
 
         # Aim's log would appear between the lines of training; the feeder reports each failure in one line.
         logging.getLogger("aim").setLevel(logging.CRITICAL)
-        threading.excepthook = _not_of_aim
+        threading.excepthook = _excepthook_without_aim
         setattr(importlib.import_module("aim.storage.structured.db"), "upgrade_database", _upgrade_database)  # noqa: B010
         if not self.is_remote:
             Path(self.repo).mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ class AimView:
         deadline = time.monotonic() + ANSWER_SECONDS
         while repo._client.get_queue()._queue.unfinished_tasks:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.repo} does not accept what it is sent")
+                raise TimeoutError(f"{self.repo} does not accept what is sent to it")
             time.sleep(0.01)
 
     def background_seconds(self) -> float:
@@ -316,7 +316,7 @@ def _remove(run: aim.Run) -> None:
 _thread_failed = threading.excepthook
 
 
-def _not_of_aim(failure: threading.ExceptHookArgs) -> None:
+def _excepthook_without_aim(failure: threading.ExceptHookArgs) -> None:
     """A threading.excepthook without Aim's own threads: they die if the repository is lost, which `flush` reports."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.exc_traceback)]
     if not any(module.startswith("aim.") for module in modules):

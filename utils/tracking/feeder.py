@@ -121,7 +121,7 @@ class Feeder(threading.Thread):
             self.close(self._end)
         except Exception as error:  # the tracker boundary: whatever fails there, training continues
             reason = typed_line(error)
-            message = f"{self.view.name} is off: {reason}; later: {self.rebuild_command}"
+            message = f"{self.view.name} is off: {reason}; to feed it later: {self.rebuild_command}"
             # The tracker first, because its open files and connections can delay the end of the process.
             attempt_each(
                 self.view.abandon,
@@ -337,13 +337,13 @@ class Feeders:
                     feeder.join(timeout=min(PROGRESS_SECONDS, left))
                     if feeder.is_alive() and (backlog := feeder.backlog_bytes()):
                         words = f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left, "
-                        words += f"for at most {max(deadline - time.monotonic(), 0):.0f} s"
+                        words += f"for at most {max(deadline - time.monotonic(), 0):.0f} s more"
                         attempt_each(functools.partial(progress, words))
         for feeder in self.feeders:
             if feeder.is_alive():
                 attempt_each(feeder.view.abandon)
                 words = f"is incomplete: {feeder.backlog_bytes():,} bytes of the log were not fed within {seconds:g} s"
-                words += f"; the log itself is complete; later: {feeder.rebuild_command}"
+                words += f"; the log itself is complete; to feed it later: {feeder.rebuild_command}"
                 self._report(feeder, words, state="incomplete", reason=f"not fed within {seconds:g} s")
 
     def _report(self, feeder: Feeder, words: str, **facts: Any) -> None:

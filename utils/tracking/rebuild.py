@@ -61,7 +61,7 @@ def rebuild(
             raise UserError(without_builds(name) or f"{name} is not installed: pip install {name}")
     for log_file in LOG_FILES:
         if not is_regular(path / LOGS / log_file, path):
-            raise UserError(f"{path / LOGS / log_file} is missing or no file: {path.name} cannot be fed from its logs")
+            raise UserError(f"{path / LOGS / log_file} is missing or not a regular file: {path.name} cannot be rebuilt")
     end = RunEnd.read(path)  # before the lock is taken: a crashed run whose lock is held looks like a running one
     run = Run.resume(path)
     try:
@@ -95,9 +95,9 @@ def finish(
     """
     status = read_status(path)
     if status == "running":
-        raise RunError(f"{path.name} is being trained, and is finished when it ends")
+        raise RunError(f"{path.name} is still being trained: there is nothing to finish yet")
     if status == "crashed":
-        raise RunError(f"{path.name} crashed while it trained: --resume continues it, rebuild feeds its trackers")
+        raise RunError(f"{path.name} crashed during training: --resume continues it, rebuild feeds its trackers")
     views = read_record(path).get("views", {})
     names = [name for name in VIEWS if name in views and views[name].get("state") != "complete" and is_installed(name)]
     try:
