@@ -16,9 +16,9 @@ from utils.terminal.words import counted, fact_lines, setting_text
 
 BAR_WIDTH = 20  # characters for 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
-NAME_WIDTH = 27  # of an operator, so that the table fits into 80 columns
-NOTHING = 0.005  # GB/s; slower operators work on single numbers
-OTHERS = "others"  # the operators that are not shown by name
+NAME_WIDTH = 27  # characters of an operator's name, so that the table fits into 80 columns
+NOTHING = 0.005  # GB/s; slower operators handle single numbers, and get no rate
+OTHERS = "others"  # operators that are not shown by name
 
 
 @dataclass
@@ -49,7 +49,7 @@ def operators_by_name(profile: Profile) -> dict[str, OperatorTotal]:
 
 
 def profile_tables(profile: Profile, top: int) -> list[RenderableType]:
-    """Facts, phases, kinds of work, operators, memory, generation.
+    """The tables of one profile: facts, phases, kinds of work, operators, memory, generation.
 
     Args:
         top: number of operators shown by name.
@@ -119,7 +119,7 @@ def phase_table(profile: Profile) -> RenderableType:
 
 
 def work_table(profile: Profile) -> RenderableType:
-    """The kinds of work in a step, and the time that its matrix products alone would need."""
+    """The time of each kind of work in a step, and the time that its matrix products would need at the limit."""
     if not profile.operator_times:
         return Text(f"On {profile.machine.device} the profiler sees only launches, not the work itself.", style="dim")
     table = _table("what", "share", "", "ms")
@@ -165,7 +165,7 @@ def _operator_cells(name: str, row: OperatorTotal, profile: Profile) -> list[Ren
 
 
 def memory_table(profile: Profile) -> RenderableType:
-    """The categories, their sum, and the peak."""
+    """The categories of memory, their sum, and the peak."""
     memory = profile.memory
     sizes = {name: getattr(memory, name) for name in MEMORY_CATEGORIES}
     total = sum(size or 0 for size in sizes.values())
@@ -205,11 +205,11 @@ def generation_table(profile: Profile) -> RenderableType:
 
 
 def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) -> list[RenderableType]:
-    """A and B side by side: their differences in settings and machine, then totals, phases and operators.
+    """A and B side by side: the differences in settings and machine, then totals, phases and operators.
 
     Args:
-        names: how the user named A and B.
-        top: number of operators shown: those that differ most.
+        names: the names that the user gave for A and B.
+        top: number of operators shown, those that differ most.
     """
     phases_a, phases_b = ({row.name: row.ms for row in profile.phases} for profile in (a, b))
     operators_a, operators_b = (
@@ -227,7 +227,7 @@ def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) ->
 
 
 def summary(profile: Profile) -> dict[str, float | None]:
-    """The numbers of a profile that are compared first."""
+    """The totals of a profile that are compared."""
     memory, generation, limits = profile.memory, profile.generation, profile.limits
     return {
         "step (ms)": profile.best_ms,
@@ -245,7 +245,7 @@ def summary(profile: Profile) -> dict[str, float | None]:
 
 
 def difference_table(a: Profile, b: Profile) -> RenderableType:
-    """The settings and the facts about the machine that differ."""
+    """The settings and facts about the machine that differ."""
     ours, theirs = _conditions(a), _conditions(b)
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if not differing:
@@ -259,7 +259,7 @@ def difference_table(a: Profile, b: Profile) -> RenderableType:
 
 
 def _conditions(profile: Profile) -> dict[str, Any]:
-    """Settings and facts about the machine; a fact replaces the setting of the same name."""
+    """Settings and facts about the machine, facts first; a fact replaces a setting of the same name."""
     settings = {key: value for section in profile.config.values() for key, value in section.items()}
     machine = profile.machine.model_dump()
     return {**machine, **settings, **machine}
@@ -268,7 +268,7 @@ def _conditions(profile: Profile) -> dict[str, Any]:
 def _pairs(
     title: str, a: Mapping[str, float | None], b: Mapping[str, float | None], top: int | None = None
 ) -> RenderableType:
-    """One row for each number that A or B has; at most `top` rows, those that differ most."""
+    """A table with a row for each number that A or B has; with `top`, only that many rows, which differ most."""
     table = _table("", "A", "B", "B - A", "B / A")
 
     def difference(name: str) -> float:
@@ -294,7 +294,7 @@ def _pairs(
 
 
 def _table(*headers: str) -> Table:
-    """A column of names, then one for each header; a column without a header holds bars."""
+    """A table whose first column holds names; a column with an empty header holds bars."""
     table = plain_table()
     table.add_column(headers[0], style="cyan", no_wrap=True, overflow="ellipsis")
     for header in headers[1:]:
