@@ -17,8 +17,7 @@ from utils.terminal.words import counted, fact_lines, setting_text
 BAR_WIDTH = 20  # characters for 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
 NAME_WIDTH = 27  # characters of an operator's name, so that the table fits into 80 columns
-NOTHING = 0.005  # GB/s; slower operators handle single numbers, and get no rate
-OTHERS = "others"  # operators that are not shown by name
+LEAST_RATE = 0.005  # GB/s; slower operators handle single numbers, and get no rate
 
 
 @dataclass
@@ -74,7 +73,7 @@ def head(profile: Profile) -> RenderableType:
     ]
     if (of_ranks := profile.communication) is not None:
         lanes = "no lanes" if of_ranks.lanes is None else f"{of_ranks.lanes} lanes"
-        sent = f"each sends {of_ranks.sent_bytes / 1e6:,.3g} MB a step; the numbers below are of rank 0"
+        sent = f"each sends {of_ranks.sent_bytes / 1e6:,.3g} MB a step; the numbers below are those of rank 0"
         rows.insert(2, ("ranks", f"{of_ranks.world_size} ({of_ranks.backend}), {lanes}: {sent}"))
     if profile.run is not None:
         rows.insert(0, ("run", f"{profile.run}, step {profile.step:,}"))
@@ -89,22 +88,11 @@ def phase_table(profile: Profile) -> RenderableType:
     table = _table("phase", "share", "", "calls", "ms", "GFLOP", "GFLOP/s", "of limit")
     for row in profile.phases:
         share = row.ms / profile.phases_ms
-        table.add_row(
-            row.name,
-            percent(share),
-            bar(share),
-            f"{row.calls:,.0f}",
-            f"{row.ms:.3f}",
-            *(
-                (
-                    f"{row.gflop:,.2f}",
-                    rate(1000 * row.gflop / row.ms),
-                    share_of(1000 * row.gflop / row.ms, profile.gemm),
-                )
-                if row.gflop and row.ms
-                else ()
-            ),
-        )
+        cells: list[RenderableType] = [row.name, percent(share), bar(share), f"{row.calls:,.0f}", f"{row.ms:.3f}"]
+        if row.gflop and row.ms:
+            reached = 1000 * row.gflop / row.ms
+            cells += [f"{row.gflop:,.2f}", rate(reached), share_of(reached, profile.gemm)]
+        table.add_row(*cells)
     table.add_section()
     total = 1000 * profile.gflop / profile.phases_ms
     table.add_row(
@@ -112,25 +100,23 @@ def phase_table(profile: Profile) -> RenderableType:
         *(rate(total), share_of(total, profile.gemm)),
         style="dim",
     )
-    notes = (
-        ["Means of other steps, with a wait for the device after each phase."] if profile.step_ms is not None else []
-    )
-    return _titled("Phases of a step", table, *notes)
+    note = "Means over separate steps, which wait for the device after each phase."
+    return _titled("Phases of a step", table, *([note] if profile.step_ms is not None else []))
 
 
 def work_table(profile: Profile) -> RenderableType:
     """The time of each kind of work in a step, and the time that its matrix products would need at the limit."""
     if not profile.operator_times:
-        return Text(f"On {profile.machine.device} the profiler sees only launches, not the work itself.", style="dim")
+        return Text(f"On {profile.machine.device}, the profiler times only the launch of the work.", style="dim")
     table = _table("what", "share", "", "ms")
     for name, ms in profile.operators_ms.items():
         if ms or name == MATRIX_PRODUCTS:
             share = ms / profile.profiled_ms
             table.add_row(name, percent(share), bar(share), f"{ms:.3f}")
-    notes = [f"Under the profiler, again of other steps: a step takes {profile.profiled_ms:.2f} ms there."]
+    notes = [f"From further steps, under the profiler, where a step takes {profile.profiled_ms:.2f} ms."]
     if profile.gemm is not None:
         least = 1000 * profile.gflop / profile.gemm
-        notes.append(f"At the limit the model's matrix products, with attention, would take {least:.2f} ms.")
+        notes.append(f"At the limit, the matrix products of the model, including attention, would take {least:.2f} ms.")
     return _titled("Where the time goes", table, *notes)
 
 
@@ -144,10 +130,10 @@ def operator_table(profile: Profile, top: int) -> RenderableType:
         else:
             rest.calls, rest.ms = rest.calls + row.calls, rest.ms + row.ms
     if rest.calls:
-        table.add_row(*_operator_cells(f"{len(found) - top} {OTHERS}", rest, profile), style="dim")
+        table.add_row(*_operator_cells(f"{len(found) - top} others", rest, profile), style="dim")
     if not profile.operator_times:
         return _titled("Operators, by the time of their launch", table)
-    note = "GB/s is estimated from shapes. Limit: the matrix product, or else the copy; above 100%: from a cache."
+    note = "GB/s is estimated from shapes. Limit: matrix products, or copying without GFLOP/s; a cache can exceed it."
     return _titled("Operators", table, note)
 
 
@@ -157,7 +143,7 @@ def _operator_cells(name: str, row: OperatorTotal, profile: Profile) -> list[Ren
     if not (profile.operator_times and row.ms):
         return cells
     flops, moved = 1000 * row.gflop / row.ms, 1000 * row.gbyte / row.ms
-    if not flops and moved < NOTHING:
+    if not flops and moved < LEAST_RATE:
         return cells
     copy = profile.limits.copy_gbytes if profile.limits else None
     used = share_of(flops, profile.gemm) if flops else share_of(moved, copy)
@@ -180,10 +166,10 @@ def memory_table(profile: Profile) -> RenderableType:
     if memory.peak is None:
         return _titled("Memory", table)
     if profile.machine.device.startswith("cuda"):
-        table.add_row("most at once", "", "", megabytes(memory.peak))
+        table.add_row("peak", "", "", megabytes(memory.peak))
         return _titled("Memory", table)
     table.add_row("growth of the process", "", "", megabytes(memory.peak))
-    return _titled("Memory", table, "The process grows by more than these: by libraries and their buffers, too.")
+    return _titled("Memory", table, "The process grows by more than the sum, because libraries need memory too.")
 
 
 def generation_table(profile: Profile) -> RenderableType:
@@ -238,7 +224,7 @@ def summary(profile: Profile) -> dict[str, float | None]:
         "limit: matrix product (GFLOP/s)": profile.gemm,
         "limit: copy (GB/s)": None if limits is None else limits.copy_gbytes,
         **{f"{name} (MB)": _in_mb(getattr(memory, name)) for name in MEMORY_CATEGORIES},
-        "most in a step (MB)": _in_mb(memory.peak),
+        "peak (MB)": _in_mb(memory.peak),
         "prefill (tokens/s)": None if generation is None else generation.prefill_tokens_per_second,
         "decode (tokens/s)": None if generation is None else generation.decode_tokens_per_second,
     }
@@ -279,14 +265,10 @@ def _pairs(
         names = sorted(names, key=difference, reverse=True)[:top]
     for name in names:
         left, right = a.get(name), b.get(name)
-        both = left is not None and right is not None
-        table.add_row(
-            _cropped(name) if top is not None else name,
-            _number(left),
-            _number(right),
-            _number(right - left, "+") if left is not None and right is not None else "",
-            f"{right / left:.2f}" if both and left else "",  # type: ignore[operator]
-        )
+        cells = [_cropped(name) if top is not None else name, _number(left), _number(right)]
+        if left is not None and right is not None:
+            cells += [_number(right - left, "+"), f"{right / left:.2f}" if left else ""]
+        table.add_row(*cells)
     return _titled(title, table)
 
 
