@@ -172,7 +172,7 @@ def load_config(*layers: Settings | str | Path, trust: bool = False, **settings:
             files.append(Path(expand_home(os.fspath(layer))))
             loaded = loader.load_onto(loaded, files[-1:])
         else:
-            loaded = _put_on(loaded, layer, "files, or settings by name")
+            loaded = _merge(loaded, layer, "files, or settings by name")
     return without_foreign_places(loaded, files, PROJECT_ROOT, trust).config
 
 
@@ -280,11 +280,11 @@ class Trainer:
 def _load(config: Settings | None, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
     """Merge `settings` over `config`; unless that is a Config, both over `base`, by default over configs/."""
     if config is not None:
-        base = _put_on(base, config, "a Config, or settings by name (load_config reads files)")
+        base = _merge(base, config, "a Config, or settings by name (load_config reads files)")
     return ConfigLoader(PROJECT_ROOT).load_code(settings, base)
 
 
-def _put_on(base: LoadedConfig | None, layer: Settings, expected: str) -> LoadedConfig:
+def _merge(base: LoadedConfig | None, layer: Settings, expected: str) -> LoadedConfig:
     """Merge the settings of a mapping over `base`, by default over configs/; a Config, which has all, replaces `base`.
 
     Raises:
@@ -557,7 +557,7 @@ def create_model(
         raise UserError(f"vocab_size must be at least 1, not {vocab_size}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(loaded.config.train.seed)  # leaves the generators of GPUs alone
-        model = _late("TrainableModel")(loaded.config.model, vocab_size)
+        model = _import_late("TrainableModel")(loaded.config.model, vocab_size)
     model.tokenizer, model._loaded = tokenizer, loaded
     return cast("TrainableModel", model)
 
@@ -773,12 +773,12 @@ def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, An
 
 if TYPE_CHECKING:
 
-    class TrainableModel(_Fit, LanguageModel):  # created at run time by `_late`
+    class TrainableModel(_Fit, LanguageModel):  # created at run time by `_import_late`
         __doc__ = _Fit.__doc__
 
 
 @functools.cache
-def _late(name: str) -> Any:
+def _import_late(name: str) -> Any:
     """Import, or for TrainableModel create, a name of this module that needs torch."""
     if name == "TrainableModel":
         from model import LanguageModel
@@ -791,5 +791,5 @@ def __getattr__(name: str) -> Any:
     if name != "TrainableModel" and name not in IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}")
     tune_process()  # before torch is imported
-    globals()[name] = found = _late(name)
+    globals()[name] = found = _import_late(name)
     return found

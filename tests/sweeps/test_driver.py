@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from utils.config.settings import Config, TrackingConfig, TrainConfig
 from utils.experiments.sql import choose_runs
+from utils.files import write_json
 from utils.runs.find import list_run_paths
 from utils.runs.index import read_index
 from utils.runs.layout import CONFIG, LOGS
@@ -42,7 +44,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rooted(sweep: Sweep) -> Sweep:
     """The sweep, with the scripts of this project."""
-    return Sweep(sweep.path, sweep.id, sweep.plan, ROOT)
+    return replace(sweep, root=ROOT)
 
 
 def choices(*rates: float) -> Space:
@@ -229,12 +231,16 @@ def test_seconds_to_a_loss_leave_out_the_time_between_sessions(tmp_path: Path) -
 
 
 def test_the_journal_is_that_of_its_own_sweep(make_sweep: MakeSweep, tmp_path: Path) -> None:
-    """A folder that was moved keeps its id, and so its runs; its runs do not name its place."""
+    """A folder that was moved or renamed keeps its id and the name in the tags, and so its runs."""
     sweep = make_sweep()
     Study(sweep).claim(1).release()  # type: ignore[union-attr]
+    run = Run.create(sweep.runs_dir, sweep.tag(0), sweep={"name": "lr", "id": sweep.id, "number": 0, "place": 0})
+    write_json(run.path / CONFIG, {})
+    run.release()
     os.rename(sweep.path, tmp_path / "sweeps" / "moved")
     moved = open_sweep(tmp_path / "sweeps" / "moved", sweep.plan, tmp_path, resume=True)
     assert moved.id == sweep.id
     assert len(Study(moved).trials()) == 1
+    assert TrialRunner(moved, Study(moved))._find_run(0, 0) == run.path
     assert Goal().as_json() == "val/loss"
     assert choices(0.1).as_json()["settings"] == {"learning_rate": {"choice": [0.1]}}

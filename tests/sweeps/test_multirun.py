@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from utils.config.parse import ConfigError
 from utils.runs.find import list_run_paths
 from utils.runs.run import read_record
@@ -68,6 +69,13 @@ def test_a_mistake_is_one_line(word: str, message: str) -> None:
         space_of([word])
     (line,) = str(error.value).splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("tag", ["_a", "a" * 51])
+def test_a_tag_that_cannot_name_a_sweep(tag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--multirun", "seed=1,2", f"--run-tag={tag}", f"--runs-dir={tmp_path / 'runs'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: --run-tag: the name of a sweep is a letter or digit, then")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def test_forks_are_runs_with_a_parent(make_sweep: MakeSweep, monkeypatch: pytest
     monkeypatch.setattr(trials, "TRAIN", "tests/sweeps/stand_in.py")
     space = Space((Dimension("learning_rate", "choice", (0.1, 0.01)),))
     sweep = make_sweep(space=space, sampler="grid", pruner=Pruner("pbt", (2, 4), population=2), max_iters=4)
-    sweep = Sweep(sweep.path, sweep.id, sweep.plan, ROOT)
+    sweep = replace(sweep, root=ROOT)
     study = Study(sweep)
     assert Driver(sweep, study, 2, 2, 0).run().exit_status == 0
     bad, good, fork = study.trials()

@@ -62,16 +62,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The folder of a sweep. run.json of each of its runs has the `id`, so the folder may be renamed or moved."""
+    """The folder of a sweep, which may be moved and renamed.
+
+    id, name: a random id, and the name that the sweep began with; run.json of each of its runs has both.
+    root: the folder of the project.
+    """
 
     path: Path
     id: str
+    name: str
     plan: Plan
     root: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def runs_dir(self) -> Path:
@@ -99,10 +100,11 @@ class Sweep:
         return f"{self.name}-{number}"
 
 
-def check_name(name: str) -> str:
-    """Return `name`. Raises UserError unless it is a valid name of a sweep."""
+def check_name(name: str, flag: str = "--name") -> str:
+    """Return `name`. Raises UserError unless it is a valid name of a sweep; the message refers to `flag`."""
     if not NAME.fullmatch(name):
-        raise UserError(f"the name of a sweep is 1 to 50 letters, digits, '.', '_' or '-', not {name!r}: see --name")
+        expected = "a letter or digit, then up to 49 letters, digits, '.', '_' or '-'"
+        raise UserError(f"{flag}: the name of a sweep is {expected}, not {name!r}")
     return name
 
 
@@ -116,7 +118,6 @@ def open_sweep(path: Path, plan: Plan, root: Path, *, resume: bool) -> Sweep:
     Raises:
         UserError: the folder exists without `resume`, belongs to another sweep, or cannot be written.
     """
-    check_name(path.name)
     try:
         (path / TRIALS).mkdir(parents=True, exist_ok=True)
         with folder_lock(path):
@@ -173,7 +174,9 @@ def read_sweep(path: Path, root: Path) -> Sweep:
             Pruner.from_json(record["pruner"]),
             record["threads"],
         )
-        return Sweep(Path(os.path.abspath(path)), record["id"], plan, root)
+        if not NAME.fullmatch(record["name"]):
+            raise ValueError(f"its name is {record['name']!r}")
+        return Sweep(Path(os.path.abspath(path)), record["id"], record["name"], plan, root)
     except FileNotFoundError:
         raise UserError(f"{path} is not the folder of a sweep: it has no {RECORD}") from None
     except OSError as error:

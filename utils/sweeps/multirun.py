@@ -53,7 +53,7 @@ def multirun(parsed: ExperimentArguments, root: Path) -> int:
     threads = None if own.jobs == 1 or loaded.config.train.threads is not None else threads_of_job(own.jobs)
     plan = Plan(space, loaded.config, "grid", threads=threads)
     tag, folder = loaded.config.tracking.run_tag, sweeps_folder(loaded, root, None)
-    path = folder / check_name(tag) if tag is not None else _unused_folder(folder)
+    path = folder / check_name(tag, "--run-tag") if tag is not None else _unused_folder(folder)
     sweep = open_sweep(path, plan, root, resume=True)
     study, ending = drive(sweep, len(points), own.jobs, MAX_FAILURES, own.json)
     return finish(sweep, study, ending, own.json, compare_runs)

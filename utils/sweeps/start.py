@@ -157,7 +157,7 @@ def finish(
     if ending.problem:
         print(f"error: {ending.problem}", file=sys.stderr)
     elif ending.signum is not None:
-        print(f"stopped: --resume continues {sweep.name}", file=sys.stderr)
+        print(f"stopped: --resume continues {sweep.path.name}", file=sys.stderr)
     return ending.exit_status
 
 

@@ -22,7 +22,7 @@ from utils.runs.lock import RunLock
 from utils.runs.log import truncate
 from utils.sweeps.folder import JOURNAL, TRIALS, Sweep
 from utils.sweeps.population import forks
-from utils.sweeps.pruning import Promotion, promotion
+from utils.sweeps.pruning import STARTUP_TRIALS, Promotion, promotion
 from utils.sweeps.sampling import distribution_of, grid, propose, quiet_optuna
 from utils.sweeps.space import Value
 
@@ -319,8 +319,6 @@ class Study:
     def should_stop(self, number: int) -> bool:
         """Whether the median rule ends a trial after its last reported value."""
         import optuna
-
-        from utils.sweeps.pruning import STARTUP_TRIALS
 
         pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS, n_warmup_steps=self.sweep.plan.pruner.rungs[0])
         return bool(pruner.prune(self.optuna, self.trials()[number]))

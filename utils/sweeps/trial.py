@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.fields import get_value
 from utils.config.loader import ConfigError, ConfigLoader, flag_name
 from utils.errors import UserError, first_line
 from utils.files import read_bytes
@@ -267,7 +266,7 @@ class TrialRunner:
         flags = [_flag(key, value) for key, value in settings.items()]
         self._loader.load_onto(self._base, (), {key: _text(value) for key, value in settings.items()})
         if rungs := self.sweep.plan.pruner.rungs[:-1]:
-            evaluations = sorted({*get_value(self.sweep.plan.config, "eval_at"), *rungs})
+            evaluations = sorted({*self.sweep.plan.config.train.eval_at, *rungs})
             flags.append(f"--eval-at={','.join(map(str, evaluations))}")
         origin = [f"--resume={self.sweep.runs_dir / work.parent}", "--fork"] if work.parent is not None else []
         return [
