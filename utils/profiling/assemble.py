@@ -148,7 +148,7 @@ def build_profile(
 def with_operations(
     phases: Sequence[PhaseTime], operators: Sequence[OperatorTime], needed: Mapping[str, float]
 ) -> list[PhaseTime]:
-    """The phases with their GFLOP: those that the model needs in its two passes, else the sum over the operators.
+    """The phases with their GFLOP: those that the model needs for its two passes, and the operators' in other phases.
 
     Args:
         needed: GFLOP of the forward and the backward pass, by the name of the phase.

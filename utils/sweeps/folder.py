@@ -37,7 +37,7 @@ CONFIG = layout.CONFIG.name
 JOURNAL = "journal.jsonl"
 TRIALS = "trials"
 REPORT = "report"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}")  # it is part of the tags of the runs, such as NAME-17
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}")  # the tags of the runs begin with it: NAME-17
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("picture.html.j2")
 LEAST_TRIALS = 4  # complete trials; with fewer, importance and pictures mean nothing
 PICTURES = {"parallel": "plot_parallel_coordinate", "slice": "plot_slice"}
 AXIS_PIXELS, AXIS_INCHES = 150, 1.4  # width of a picture for each axis: one for each setting, and one for the metric
-BACKGROUND = "#bfb29c"  # background of pictures whose lines and points are white to blue
+BACKGROUND = "#bfb29c"  # for pictures whose lines and points range from white to blue
 
 
 def write_report(sweep: Sweep, study: Study) -> tuple[dict[str, float], list[Path]]:

@@ -1,4 +1,4 @@
-"""SPACE.yaml: which settings a sweep searches, which are fixed, and what it optimises.
+"""SPACE.yaml: the settings that a sweep searches, those that it fixes, and its goal.
 
     metric: val/loss                       # or another metric of the log, or {seconds_to_loss: 2.5}
     seeds: 1                               # runs per trial, whose values are averaged; or a list of seeds
@@ -371,7 +371,7 @@ def plain_value(key: str, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Convert a text to the number that it shows; return anything else unchanged."""
+    """Convert a text to a number if it denotes one; return anything else unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

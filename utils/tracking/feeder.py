@@ -130,7 +130,7 @@ class Feeder(threading.Thread):
             )
 
     def _tail(self) -> None:
-        """Feed what the logs hold and what is appended to them, until training has ended and everything is fed."""
+        """Feed the logs, and everything that is appended to them, until training has ended."""
         while True:
             ending = self._end is not None  # checked before reading the logs, which do not grow any more once it is set
             started, worked = time.perf_counter(), time.thread_time()
