@@ -207,7 +207,7 @@ def train(config: Settings | None = None, *, quiet: bool = False, strict: bool =
 def resume(
     run: RunName, *, quiet: bool = False, strict: bool = False, trust: bool = False, **settings: Any
 ) -> TrainResult:
-    """Continue a run that was interrupted or crashed from its newest checkpoint, bit for bit.
+    """Continue a run that was interrupted, crashed or failed, from its newest checkpoint, bit for bit.
 
     Args:
         run: a path, id, tag, part of an id, `latest`, or a Run.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, first_line
+from utils.machine.signals import StopRequest, stop_on_signals
 from utils.machine.watchdog import watched
 from utils.sweeps import trial as trials
 from utils.sweeps.driver import WAIT_SECONDS, Ending, Report, disk_full_message, too_many_failures_message
@@ -26,6 +27,8 @@ from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 INSTALL = "pip install 'ray[tune]'"
 RETRIES = 20  # of a piece of work whose worker was lost
+# A worker that ends must not kill its training process, which the watchdog stops with a checkpoint.
+KEEP_CHILDREN = {"RAY_kill_child_processes_on_worker_exit": "0"}
 FINISHED, PROBLEM, REASON = "finished", "problem", "reason"  # keys of what a piece of work reports
 
 
@@ -46,10 +49,12 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ.update(KEEP_CHILDREN)
     plan, address = sweep.plan, os.environ.get("RAY_ADDRESS")
     cpus = plan.threads or plan.config.train.threads or 1
     local = {} if address else {"num_cpus": max(os.cpu_count() or 1, jobs * cpus), "include_dashboard": False}
-    settings = {"env_vars": {"PYTHONPATH": os.fspath(sweep.root)}}
+    settings = {"env_vars": {"PYTHONPATH": os.fspath(sweep.root), **KEEP_CHILDREN}}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=settings, **local)
     except Exception as error:  # Ray raises a plain Exception if a node does not start in time
@@ -58,13 +63,15 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
     work = {"folder": os.fspath(sweep.path), "root": os.fspath(sweep.root), "total": total, "script": trials.TRAIN}
     pieces = _pieces(work, max_failures, report)
     try:
-        with tempfile.TemporaryDirectory() as storage:  # for Tune's own records, which are not kept
+        # The folder is for Tune's own records, which are not kept. Handlers are set last: Ray sets one for SIGTERM.
+        with tempfile.TemporaryDirectory() as storage, stop_on_signals() as stop:
             tune.Tuner(
                 tune.with_resources(carry_out_piece, resources),
                 tune_config=tune.TuneConfig(search_alg=pieces, num_samples=-1, max_concurrent_trials=jobs),
                 run_config=tune.RunConfig(
                     name=sweep.name,
                     storage_path=storage,
+                    stop=_stopper(stop),
                     failure_config=tune.FailureConfig(max_failures=RETRIES),
                     verbose=0,
                 ),
@@ -72,7 +79,22 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
     finally:
         ray.shutdown()
     ending: Ending = pieces.ending
+    ending.signum = stop.signum
     return ending
+
+
+def _stopper(stop: StopRequest) -> Any:
+    """Make Tune stop all pieces of work once a signal has come; their training processes then save a checkpoint."""
+    from ray.tune import Stopper
+
+    class StopOnSignal(Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return bool(stop)
+
+    return StopOnSignal()
 
 
 def _pieces(work: dict[str, Any], max_failures: int, report: Report) -> Any:
