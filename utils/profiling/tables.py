@@ -100,8 +100,12 @@ def phase_table(profile: Profile) -> RenderableType:
         *(rate(total), share_of(total, profile.gemm)),
         style="dim",
     )
-    note = "Means over separate steps, which wait for the device after each phase."
-    return _titled("Phases of a step", table, *([note] if profile.step_ms is not None else []))
+    notes = []
+    if profile.step_ms is not None:
+        notes.append("Means over separate steps, which wait for the device after each phase.")
+        if profile.config["train"].get("cuda_graph") and profile.machine.device.startswith("cuda"):
+            notes.append("Their kernels are launched one by one; the undisturbed step is a CUDA graph if possible.")
+    return _titled("Phases of a step", table, *notes)
 
 
 def work_table(profile: Profile) -> RenderableType:

@@ -6,7 +6,6 @@ same as with that --max-iters.
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import statistics
@@ -20,15 +19,15 @@ import torch
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import RuleError, warmup_steps
 from utils.errors import UserError, number_text
-from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating
+from utils.inference.evaluation import estimate_loss, evaluating
 from utils.inference.exact_match import exact_match
-from utils.machine.device import autocast, synchronize, torch_settings
+from utils.machine.device import synchronize, torch_settings
 from utils.optim.schedules import apply_schedules
 from utils.runs.origin import Origin, put_on_top
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
 from utils.training.batch_size import memory_explained
-from utils.training.evaluate import sample_text
+from utils.training.evaluate import prepare_evaluation, sample_text
 from utils.training.setup import Setup, make_setup
 from utils.training.state import TrainState, build_state
 from utils.training.step import no_phase
@@ -131,6 +130,8 @@ def measure(setup: Setup, seconds: float, terminal: Terminal) -> tuple[float, fl
     times: list[float] = []  # of blocks
     while len(times) < LEAST_BLOCKS or (len(times) < MOST_BLOCKS and sum(times) < SHARE * seconds):
         times.append(_timed(block, state.device))
+    if state.device.type == "cuda":
+        _evaluate(state)  # the first one records graphs
     evaluation = _timed(lambda: _evaluate(state), state.device)
     return statistics.median(times) / BLOCK, evaluation, len(times) * BLOCK
 
@@ -138,7 +139,7 @@ def measure(setup: Setup, seconds: float, terminal: Terminal) -> tuple[float, fl
 def _evaluate(state: TrainState) -> None:
     """As an evaluation of training does, without its log."""
     settings = state.config.train
-    loss = BatchLoss(state.model, functools.partial(autocast, state.device, state.dtype), graph=False)
+    loss = prepare_evaluation(state)
     estimate_loss(loss, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
     if state.questions:
         with evaluating(state.model):
