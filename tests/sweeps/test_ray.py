@@ -69,8 +69,9 @@ def test_a_lost_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])  # Tune handles SIGUSR1 itself
 def test_a_signal_stops_the_trials_which_another_driver_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trainings save a checkpoint when Ray ends their workers."""
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "1")
@@ -81,9 +82,9 @@ def test_a_signal_stops_the_trials_which_another_driver_continues(
     driver = subprocess.Popen([*words, "--engine=ray"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while driver.poll() is None and not trainings(folder):
         time.sleep(0.05)
-    driver.send_signal(signal.SIGTERM)
+    driver.send_signal(signum)
     _, errors = driver.communicate()
-    assert driver.returncode == 128 + signal.SIGTERM
+    assert driver.returncode == 128 + signum
     assert b"stopped: --resume continues space" in errors
     stopped = list_run_paths(folder / "runs")
     for path in stopped:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def run_on_ray(sweep: Sweep, total: int, jobs: int, max_failures: int, report: R
     finally:
         ray.shutdown()
     ending: Ending = pieces.ending
-    ending.signum = stop.signum
+    ending.signum = stop.signum or (None if pieces.over else signal.SIGUSR1)  # at which Tune itself stops
     return ending
 
 
