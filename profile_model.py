@@ -4,10 +4,10 @@
 python profile_model.py                          # the merged configuration, as train.py would run it
 python profile_model.py --n-embd 256 --steps 20
 python profile_model.py --out profile/           # also profile.json, profile.png and trace.json (Chrome trace)
-python profile_model.py --sweep                  # instead: a table of steps by batch and block size
+python profile_model.py --sweep                  # instead: step times by batch and block size
 python profile_model.py --lr-range               # instead: which learning rate? (--out: lr_range.json and .png)
 python profile_model.py --compare before/ after/ # two profiles side by side: folders, files or run directories
-torchrun --standalone --nproc-per-node 2 profile_model.py   # a step on several ranks, with their communication
+torchrun --standalone --nproc-per-node 2 profile_model.py   # a step on several ranks, and their communication
 
 `train.py --profile-step N` profiles one step of a real run into its artifacts/profile/.
 """
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(argv: Sequence[str], ranks: Ranks | None = None) -> int:
-    """Do what a command line asks for, as one of `ranks`; returns the exit status."""
+    """Carry out a command line, on one of `ranks` if there are several; return the exit status."""
     mode, arguments = parse(argv)
     if ranks is None:
         MODES[mode](**arguments)
@@ -70,14 +70,14 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The mode that a command line chooses, and the arguments of its function.
 
     Raises:
-        UserError: a mistake, or a mode that several ranks have not.
+        UserError: a mistake in the command line, or a mode that does not work with several ranks.
     """
     parser = Parser(prog="profile_model.py", description=__doc__)
     add_flags(parser)
     parsed = parse_experiment(argv, parser)
     mode = next((name for name in MODES if name in parsed.own), "profile")
     if mode != "profile" and several_ranks():
-        raise UserError(f"{flag_name(mode)} is for one process: leave out torchrun")
+        raise UserError(f"{flag_name(mode)} runs in one process: start it without torchrun")
     return mode, arguments_of(mode, parsed)
 
 
@@ -94,7 +94,7 @@ def profile(
     json: bool = False,
     ranks: Ranks | None = None,
 ) -> None:
-    """Measure the training step and the generation of a configuration; of several ranks, rank 0 shows its own times."""
+    """Measure the training step and the generation of a configuration. With several ranks, rank 0 shows its times."""
     from utils.machine.device import torch_settings
     from utils.profiling.assemble import profile_training
     from utils.profiling.measure import read_trace
@@ -124,7 +124,7 @@ def sweep(
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Measure training steps of several batch and block sizes."""
+    """Measure training steps for several batch and block sizes."""
     from utils.machine.device import torch_settings
     from utils.profiling.shapes import default_batch_sizes, default_block_sizes, save_sweep, sweep_shapes, sweep_table
 
@@ -151,7 +151,7 @@ def lr_range(
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Run the learning-rate range test of a configuration: its curve and a suggestion."""
+    """Run the learning-rate range test of a configuration; show its curve and a suggestion."""
     from utils.machine.device import torch_settings
     from utils.training.batch_size import memory_explained
     from utils.training.lr_range import LEAST_STEPS, RULE, lr_range_test, report, save
@@ -181,12 +181,12 @@ def show_comparison(*, compare: Sequence[Path], top: int = 12, json: bool = Fals
 
     a, b = map(read_profile, compare)
     Terminal(quiet=json).print(*comparison_tables(a, b, [str(path) for path in compare], top))
-    pairs = zip(compare, (a, b), strict=True)
     if json:
+        pairs = zip(compare, (a, b), strict=True)
         print_json([{"path": path, "profile": found.model_dump(mode="json")} for path, found in pairs])
 
 
-# What a mode takes from the command line are the parameters of its function; --sweep chooses "sweep", and so on.
+# The parameters of a function are the flags that its mode takes. --sweep chooses "sweep", and so on.
 MODES: dict[str, Callable[..., None]] = {
     "profile": profile,
     "sweep": sweep,
@@ -196,7 +196,7 @@ MODES: dict[str, Callable[..., None]] = {
 
 
 def prepare_on_ranks(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks: Ranks) -> tuple[Setup, Terminal]:
-    """`prepare` on rank 0, then on the others, which take over its configuration and print nothing."""
+    """Call `prepare` on rank 0, then on the other ranks, which use the configuration of rank 0 and print nothing."""
     if ranks.rank == 0:
         setup, terminal = prepare(loaded, out, quiet, ranks)
         ranks.share("config", setup.config.model_dump(mode="json"))
@@ -206,17 +206,17 @@ def prepare_on_ranks(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks:
 
 
 def prepare(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks: Ranks | None = None) -> tuple[Setup, Terminal]:
-    """Check corpus and device, make the folder of --out, and open the terminal, which may be quiet.
+    """Check the corpus and the device, create the folder of --out, and open the terminal.
 
     Raises:
-        UserError: a check fails, or the folder cannot be made.
+        UserError: a check fails, or the folder cannot be created.
     """
     from utils.machine.ranks import ONE
     from utils.terminal.console import Terminal
     from utils.training.setup import make_setup
 
     if loaded.config.train.shard != "none":
-        raise UserError(f"{loaded.source('shard')}: only a model that each rank has as a whole is measured: shard none")
+        raise UserError(f"{loaded.source('shard')}: a sharded model cannot be profiled: shard must be none")
     ranks = ranks or ONE
     terminal = Terminal(quiet or ranks.rank > 0)
     setup = make_setup(loaded, PROJECT_ROOT, report=terminal.print, ranks=ranks)
@@ -224,15 +224,15 @@ def prepare(loaded: LoadedConfig, out: Path | None, quiet: bool, ranks: Ranks | 
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
+            raise UserError(f"--out {out}: cannot be created: {error.strerror}") from None
     return dataclasses.replace(setup, corpus=setup.corpus.stored()), terminal
 
 
 def write(out: Path | None, save: Callable[[Path], Sequence[Path]], terminal: Terminal) -> None:
-    """With --out, save the result there and print the paths that `save` returns.
+    """With --out, save the result there, and print the paths that `save` returns.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the result cannot be written.
     """
     if out is not None:
         try:
@@ -246,28 +246,28 @@ def write(out: Path | None, save: Callable[[Path], Sequence[Path]], terminal: Te
 
 
 def add_flags(parser: Parser) -> None:
-    """The modes, of which at most one can be given, and their flags; a flag that is not given leaves no attribute."""
+    """Add the modes, of which at most one may be given, and their flags; a flag that is not given sets no attribute."""
     group = parser.add_argument_group("modes", "at most one of them; without one, the training step is profiled")
     mode = functools.partial(group.add_mutually_exclusive_group().add_argument, default=argparse.SUPPRESS)
-    mode("--sweep", action="store_true", help="time steps of several batch and block sizes")
+    mode("--sweep", action="store_true", help="time steps for several batch and block sizes")
     mode("--lr-range", action="store_true", help="train with rising learning rates and suggest one")
     mode("--compare", type=place, nargs=2, metavar=("A", "B"), help="show two saved profiles side by side")
     flag = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    flag("--steps", type=at_least(1), metavar="N", help="steps of each measurement (default: 20)")
-    flag("--warmup", type=at_least(0), metavar="N", help="steps before them (default: 5)")
+    flag("--steps", type=at_least(1), metavar="N", help="steps in each measurement (default: 20)")
+    flag("--warmup", type=at_least(0), metavar="N", help="warm-up steps before the measurements (default: 5)")
     flag("--top", type=at_least(1), metavar="N", help="operators shown by name (default: 12)")
-    flag("--out", type=place, metavar="DIR", help="also write the result there: JSON, picture, trace")
+    flag("--out", type=place, metavar="DIR", help="also write the result to DIR: JSON, picture, trace")
     flag("--json", action="store_true", help="print the result as JSON, instead of tables")
-    flag("--batch-sizes", metavar="A,B", help="with --sweep (default: 1/4 to 4 times batch_size)")
-    flag("--block-sizes", metavar="A,B", help="with --sweep (default: 1/2 to 2 times block_size)")
+    flag("--batch-sizes", metavar="A,B", help="with --sweep: sizes to time (default: 1/4 to 4 times batch_size)")
+    flag("--block-sizes", metavar="A,B", help="with --sweep: sizes to time (default: 1/2 to 2 times block_size)")
     flag("--lr-min", type=float, metavar="X", help="with --lr-range: the first learning rate (default: 1e-5)")
-    flag("--lr-max", type=float, metavar="X", help="with --lr-range: the last one (default: 1)")
-    flag("--lr-steps", type=int, metavar="N", help="with --lr-range: steps from one to the other (default: 100)")
+    flag("--lr-max", type=float, metavar="X", help="with --lr-range: the last learning rate (default: 1)")
+    flag("--lr-steps", type=int, metavar="N", help="with --lr-range: number of steps (default: 100)")
     add_trust_flag(parser)
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag whose number must not be smaller than `least`."""
+    """A type for flags: a whole number that is not smaller than `least`."""
 
     def number(text: str) -> int:
         if (value := int(text)) < least:
@@ -279,10 +279,10 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def arguments_of(mode: str, parsed: ExperimentArguments) -> dict[str, Any]:
-    """What the command line gives to a mode, by the parameters of its function.
+    """The arguments for the function of a mode, from the command line.
 
     Raises:
-        UserError: a flag or setting that the mode does not take, or a mistake in the configuration.
+        UserError: the mode does not take a flag or settings, or there is a mistake in the configuration.
     """
     taken = {name: inspect.signature(function).parameters for name, function in MODES.items()}
     given = {name: value for name, value in vars(parsed.own).items() if any(name in names for names in taken.values())}

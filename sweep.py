@@ -1,11 +1,11 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Search over settings: many trials, each an ordinary run, and the best of them at the end.
+"""Search over settings: train many trials, each an ordinary run, and report the best.
 
     python sweep.py examples/sweep.yaml --trials 20 --max-iters 300
     python sweep.py examples/sweep.yaml --trials 50 --jobs 2 --pruner asha --resume
 
-SPACE.yaml says which settings are searched (docs/sweeps.md); all other settings are as for train.py. A sweep can be
-stopped and resumed at any time, and several drivers, on several machines, can share one.
+SPACE.yaml names the settings to search (docs/sweeps.md); all other settings are those of train.py. A sweep can be
+stopped and resumed at any time, and several drivers, on several machines, can work on the same one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENGINES = ("local", "ray")
 
 @script
 def main(argv: Sequence[str]) -> int:
-    os.environ.pop(NOTIFY_VARIABLE, None)  # its trials are not what it is for
+    os.environ.pop(NOTIFY_VARIABLE, None)  # it is for runs that the user starts, not for trials
     parser = Parser(prog="sweep.py", description=__doc__, usage="python sweep.py SPACE.yaml [--FLAG VALUE ...]")
     add_flags(parser)
     parsed = parse_experiment(argv, parser)
@@ -42,21 +42,21 @@ def main(argv: Sequence[str]) -> int:
 
 def add_flags(parser: Parser) -> None:
     """The flags that are not settings of a run."""
-    parser.add_argument("space", metavar="SPACE.yaml", type=place, help="what is searched")
+    parser.add_argument("space", metavar="SPACE.yaml", type=place, help="the settings to search")
     group = parser.add_argument_group("sweep")
     group.add_argument(
-        "--trials", type=int, default=50, metavar="N", help="trials in all, also after --resume (default: 50)"
+        "--trials", type=int, default=50, metavar="N", help="total number of trials, also with --resume (default: 50)"
     )
     group.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="trials at a time; the cores are shared out (default: 1)"
+        "--jobs", type=int, default=1, metavar="N", help="trials at a time, which share the cores (default: 1)"
     )
-    group.add_argument("--sampler", choices=SAMPLERS, help="how values are chosen (default: tpe)")
-    group.add_argument("--sampler-seed", type=int, metavar="N", help="of the sampler (default: 0)")
-    group.add_argument("--pruner", choices=PRUNERS, help="which trials end early, or go on from others (default: none)")
-    group.add_argument("--min-steps", type=int, metavar="N", help="steps before the first comparison of a pruner")
-    group.add_argument("--eta", type=int, metavar="N", help="asha: one trial in N goes on from a rung (default: 3)")
-    group.add_argument("--resume", action="store_true", help="go on with the sweep of this name, or join its drivers")
-    group.add_argument("--name", metavar="NAME", help="of the sweep (default: that of the file)")
+    group.add_argument("--sampler", choices=SAMPLERS, help="how values are chosen (default: tpe; with pbt: random)")
+    group.add_argument("--sampler-seed", type=int, metavar="N", help="seed of the sampler (default: 0)")
+    group.add_argument("--pruner", choices=PRUNERS, help="how trials end early or are replaced (default: none)")
+    group.add_argument("--min-steps", type=int, metavar="N", help="steps before a pruner first compares trials")
+    group.add_argument("--eta", type=int, metavar="N", help="asha: promote one trial in N from each rung (default: 3)")
+    group.add_argument("--resume", action="store_true", help="continue the sweep of this name, or join its drivers")
+    group.add_argument("--name", metavar="NAME", help="name of the sweep (default: that of the file)")
     group.add_argument(
         "--sweeps-dir", type=place, metavar="DIR", help="folder of the sweeps (default: beside the runs)"
     )
@@ -67,7 +67,7 @@ def add_flags(parser: Parser) -> None:
         metavar="N",
         help=f"trials in a row that may fail before the sweep ends (default: {MAX_FAILURES})",
     )
-    group.add_argument("--engine", choices=ENGINES, default="local", help="ray: on a Ray cluster (default: local)")
+    group.add_argument("--engine", choices=ENGINES, default="local", help="ray: use a Ray cluster (default: local)")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

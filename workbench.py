@@ -9,14 +9,14 @@ Train, look at runs, generate:
     >>> losses = runs.find("baseline").metrics("val/loss")  # [(step, loss), ...]
     >>> text = Generator.from_run("baseline").generate("The ").text
 
-Settings are those of the command line, with the same names and the same checks. They are given as keywords
-(`learning_rate=3e-3`), as a mapping, flat or by section, or as a Config. What keywords and mappings leave out comes
-from the files in configs/, as on the command line; `load_config` gives the same as a Config. A Config made by hand has
-the built-in defaults for what it leaves out. It ignores configs/, and is taken as it is. A mistake is a UserError.
+Settings have the names and checks of the command line. Give them as keywords (`learning_rate=3e-3`), as a mapping (flat
+or by section), or as a Config. Settings that keywords and mappings leave out come from the files in configs/, as on the
+command line; `load_config` returns the merged settings as a Config. A Config that you make yourself is complete: it has
+the built-in defaults for the settings that you leave out, and ignores configs/. A mistake raises UserError.
 
-Each name has an example of its own: `help(workbench.Request)`. A run can be steered from within by a Callback.
+Every name has its own example: `help(workbench.Request)`. A Callback runs your code inside the training loop.
 
-Filters for texts, and packing of token ids. docs/data.md has the whole pipeline, which prepare.py runs:
+There are filters for texts and functions that pack token ids. docs/data.md describes the whole pipeline of prepare.py:
 
     >>> from workbench import deduplication, language_filter, paragraph_length_filter, paragraph_repetition_filter
     >>> texts = ["Once upon a time there was a dog.", "Once upon a time there was a dog!", "Es war einmal ein Hund."]
@@ -66,7 +66,7 @@ from utils.runs.origin import without_foreign_places
 from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.words import printable
 
-if TYPE_CHECKING:  # these import torch, or what it needs: `__getattr__` imports them when they are asked for
+if TYPE_CHECKING:  # these import torch or other large packages: `__getattr__` imports them on first use
     from rich.console import RenderableType
 
     from model import LanguageModel
@@ -147,15 +147,15 @@ def __dir__() -> list[str]:
 
 
 def load_config(*layers: Settings | str | Path, trust: bool = False, **settings: Any) -> Config:
-    """The configuration that the command line would train with: the defaults, then configs/, then what is given here.
+    """The configuration that the command line would train with: the defaults, then configs/, `layers` and `settings`.
 
-    `Config()` is not that: it has the built-in defaults only.
+    In contrast, `Config()` has only the built-in defaults.
 
     Args:
-        layers: files like those of `--config`, from the current folder, or settings by name, flat or by section; the
-            later ones win, and a Config, which has all settings, over everything before it.
-        trust: take the callbacks, and the folders to write to, that a file in a run made elsewhere names (`--trust`).
-        settings: by name, on top of all.
+        layers: files as for `--config`, relative to the current folder, or settings by name, flat or by section. Later
+            layers override earlier ones; a Config, which has all settings, replaces everything before it.
+        trust: accept the callbacks and output folders that a file in a run made elsewhere names (`--trust`).
+        settings: settings by name, which override the layers.
 
     Raises:
         UserError: a mistake in the settings or in a file, or callbacks that are not trusted.
@@ -172,7 +172,7 @@ def load_config(*layers: Settings | str | Path, trust: bool = False, **settings:
             files.append(Path(expand_home(os.fspath(layer))))
             loaded = loader.load_onto(loaded, files[-1:])
         else:
-            loaded = _put_on(loaded, layer, "files, or settings by name")
+            loaded = _merge(loaded, layer, "files, or settings by name")
     return without_foreign_places(loaded, files, PROJECT_ROOT, trust).config
 
 
@@ -180,19 +180,19 @@ def load_config(*layers: Settings | str | Path, trust: bool = False, **settings:
 
 
 def train(config: Settings | None = None, *, quiet: bool = False, strict: bool = False, **settings: Any) -> TrainResult:
-    """Run one experiment: a run directory, the training loop, the export.
+    """Run one experiment: create a run directory, train, and export the model.
 
     Args:
-        config: a Config, which is taken as it is; or settings by name, flat or by section, on top of configs/.
-        quiet: print warnings only.
-        strict: what the preflight would report is an error.
-        settings: by name, on top of `config`.
+        config: a Config, which is used as it is; or settings by name, flat or by section, on top of configs/.
+        quiet: print only warnings.
+        strict: raise an error for whatever the preflight reports.
+        settings: settings by name, which override `config`.
 
     Returns:
-        How the run ended, also if it diverged or was interrupted; `results["val_loss"]` is `results.val_loss`.
+        How the run ended, even if it diverged or was interrupted; `results["val_loss"]` is `results.val_loss`.
 
     Raises:
-        UserError: a mistake; there is no run directory then.
+        UserError: there is a mistake in the settings; no run directory is created.
         Exception: the failure that ended the run.
 
     >>> results = train(max_iters=20, learning_rate=3e-3, quiet=True)
@@ -207,17 +207,18 @@ def train(config: Settings | None = None, *, quiet: bool = False, strict: bool =
 def resume(
     run: RunName, *, quiet: bool = False, strict: bool = False, trust: bool = False, **settings: Any
 ) -> TrainResult:
-    """Continue a run that was interrupted or has crashed, bit for bit, from its newest checkpoint.
+    """Continue a run that was interrupted, crashed or failed, from its newest checkpoint, bit for bit.
 
     Args:
         run: a path, id, tag, part of an id, `latest`, or a Run.
-        quiet: print warnings only.
-        strict: a damaged newest checkpoint is an error; otherwise the one before it is used.
-        trust: let the callbacks of a run that was made elsewhere run (docs/security.md).
-        settings: what a resume may change, such as `max_iters` where the schedule does not depend on it.
+        quiet: print only warnings.
+        strict: raise an error if the newest checkpoint is damaged; otherwise the one before it is used.
+        trust: run the callbacks of a run that was made elsewhere (docs/security.md).
+        settings: settings that a resume may change, such as `max_iters` if the schedule does not depend on it.
 
     Raises:
-        UserError: no such run; it is being trained, complete, or has no good checkpoint; or a setting is refused.
+        UserError: there is no such run; it is being trained, complete, or has no good checkpoint; or a setting may not
+            change.
         Exception: the failure that ended the run.
 
     >>> results = train(max_iters=20, stop_at_step=10, run_tag="stopped", quiet=True)
@@ -241,14 +242,14 @@ class Trainer:
     """An experiment as an object, for those who prefer `Trainer(config).train()` to `train(config)`.
 
     config: the merged configuration.
-    results: of the last `train()`; None before it, or if it raised.
+    results: the results of the last `train()`; None before it, or if it raised.
 
     Args:
         config: a Config, or settings by name, flat or by section.
-        settings: by name, on top of `config`.
+        settings: settings by name, which override `config`.
 
     Raises:
-        UserError: a mistake in the settings.
+        UserError: there is a mistake in the settings.
 
     >>> trainer = Trainer({"model": {"n_layer": 1}}, max_iters=20)
     >>> results = trainer.train(quiet=True)
@@ -270,24 +271,24 @@ class Trainer:
         return f"<Trainer{f' of {tag}' if tag else ''}: {ended}>"
 
     def train(self, *, quiet: bool = False, strict: bool = False) -> TrainResult:
-        """A new run of this experiment; see the function `train`."""
-        self.results = None  # if it raises, those of an earlier run are not its own
+        """Start a new run of this experiment; see the function `train`."""
+        self.results = None  # if training raises, the results of an earlier run must not remain
         self.results = _train(self._loaded, quiet=quiet, strict=strict)
         return self.results
 
 
 def _load(config: Settings | None, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
-    """`settings` on top of `config`; where that is no Config, on top of `base`, or of defaults and configs/."""
+    """Merge `settings` over `config`; unless that is a Config, both over `base`, by default over configs/."""
     if config is not None:
-        base = _put_on(base, config, "a Config, or settings by name (load_config reads files)")
+        base = _merge(base, config, "a Config, or settings by name (load_config reads files)")
     return ConfigLoader(PROJECT_ROOT).load_code(settings, base)
 
 
-def _put_on(base: LoadedConfig | None, layer: Settings, expected: str) -> LoadedConfig:
-    """Settings on top of `base`, or else of defaults and configs/; a Config, which has all of them, in its place.
+def _merge(base: LoadedConfig | None, layer: Settings, expected: str) -> LoadedConfig:
+    """Merge the settings of a mapping over `base`, by default over configs/; a Config, which has all, replaces `base`.
 
     Raises:
-        UserError: `layer` is neither, or has a mistake.
+        UserError: `layer` is neither a mapping nor a Config, or has a mistake.
     """
     if isinstance(layer, Config):
         return LoadedConfig.from_config(layer)
@@ -306,13 +307,13 @@ def _train(loaded: LoadedConfig, *, quiet: bool, strict: bool = False, origin: O
 
 
 class Run:
-    """One run, as its directory describes it when the object is made; make it again to see what has happened since.
+    """One run, as its directory was when the object was made; make a new object to see later changes.
 
-    A directory that cannot be read as a run is no error: its status is `damaged`, and `problem` gives the reason.
+    A directory that cannot be read as a run does not raise: its status is `damaged`, and `problem` gives the reason.
 
     path: the run directory.
     status: running, completed, interrupted, failed, diverged, crashed or damaged.
-    problem: what cannot be read; None if there is nothing.
+    problem: what cannot be read; None if everything can.
 
     >>> run: Run = runs.find("baseline")
     >>> run.status, run.config.train.max_iters
@@ -333,11 +334,11 @@ class Run:
         return f"<Run {self.id}: {self.status}>"
 
     def __fspath__(self) -> str:
-        """The run directory: wherever a path of a run is taken, a Run is."""
+        """The run directory, so that a Run can be passed wherever a path of a run is accepted."""
         return os.fspath(self.path)
 
     def _repr_html_(self) -> str:
-        """For notebooks: what `experiments.py show` says, and the curves."""
+        """For notebooks: the output of `experiments.py show`, and the curves."""
         from utils.experiments.tables import show_screen
         from utils.terminal.notebook import html_of, picture_html
 
@@ -345,7 +346,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """The name of its directory."""
+        """The name of the run directory."""
         return self._read.id
 
     @property
@@ -361,7 +362,7 @@ class Run:
         """The configuration that the run was started with: `train(run.config, seed=2)` repeats it with another seed.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: the configuration is missing or damaged.
         """
         return ConfigLoader(PROJECT_ROOT).load_only(self.path / CONFIG).config
 
@@ -387,7 +388,7 @@ class Run:
         return list(dict.fromkeys(name for record in records for name in record if name not in NOT_METRICS))
 
     def row(self) -> dict[str, Any]:
-        """All facts and settings by column: `pandas.DataFrame(run.row() for run in runs())` is a table of runs."""
+        """All facts and settings by column name; `pandas.DataFrame(run.row() for run in runs())` is a table of runs."""
         return self._read.row()
 
 
@@ -395,7 +396,7 @@ RunName: TypeAlias = str | Path | Run
 
 
 class RunTable(list[Run]):
-    """A list of runs, which a notebook shows as `experiments.py list` does.
+    """A list of runs, which a notebook shows as the table of `experiments.py list`.
 
     >>> table: RunTable = runs()
     >>> "baseline" in [run.tag for run in table]
@@ -425,7 +426,7 @@ class _Runs:
     """
 
     def __call__(self, runs_dir: str | Path | None = None) -> RunTable:
-        """All runs, the newest last; what cannot be read as a run comes first.
+        """All runs, the newest last. Directories that cannot be read as a run come first.
 
         Args:
             runs_dir: the folder of the runs; None: as configured.
@@ -439,7 +440,7 @@ class _Runs:
         """The run of this path, id, tag (the newest run that has it), NAME@vN, unique part of an id, or `latest`.
 
         Raises:
-            UserError: there is none, or a part fits several.
+            UserError: there is no such run, or a part of an id matches several.
         """
         return Run(resolve_run(os.fspath(name), _runs_dir(runs_dir)))
 
@@ -453,10 +454,11 @@ def _runs_dir(runs_dir: str | Path | None = None) -> Path:
 
 
 class Comparison:
-    """Which runs are better, and whether that is more than noise; made by `compare`.
+    """Which runs are better, and whether the difference is more than noise; made by `compare`.
 
-    metric: what was compared.
-    data: groups of runs, verdicts, and values at equal steps, tokens and time: `experiments.py compare --json`.
+    metric: the metric that was compared.
+    data: groups of runs, verdicts, and values at equal steps, tokens and time, as `experiments.py compare --json`
+        prints them.
 
     >>> others = [train(max_iters=20, seed=seed, learning_rate=0.01, run_tag="fast", quiet=True) for seed in (1, 2)]
     >>> comparison: Comparison = compare("baseline", "fast")
@@ -490,14 +492,14 @@ class Comparison:
 
 
 def compare(*names: RunName, metric: str | None = None, runs_dir: str | Path | None = None) -> Comparison:
-    """Compare runs, grouping those that differ only in their seed (docs/comparing.md). A tag names all its runs.
+    """Compare runs, grouping those that differ only in their seed (docs/comparing.md). A tag stands for all its runs.
 
     Args:
-        metric: name in the log; None: val/loss, or bits per byte where the tokenizers differ.
+        metric: the name of a metric in the log; None: val/loss, or bits per byte if the tokenizers differ.
         runs_dir: the folder of the runs; None: as configured.
 
     Raises:
-        UserError: no such run, or fewer than two have logged the metric.
+        UserError: there is no such run, or fewer than two runs have logged the metric.
 
     >>> other = train(max_iters=20, learning_rate=0.02, run_tag="faster", quiet=True)
     >>> print(compare("baseline", "faster"))
@@ -519,15 +521,15 @@ def compare(*names: RunName, metric: str | None = None, runs_dir: str | Path | N
 def create_model(
     config: Settings | ModelConfig | None = None, *, vocab_size: int | None = None, **settings: Any
 ) -> TrainableModel:
-    """A new model, on the CPU, with the weights that training with these settings would start from.
+    """Create a model on the CPU, with the weights that training with these settings would start from.
 
     Args:
         config: a ModelConfig, a Config, or settings by name, flat or by section.
-        vocab_size: V; None: that of the configured corpus, which is read for it.
-        settings: by name, on top of `config`.
+        vocab_size: the size V of the vocabulary; None: that of the configured corpus, which is then read.
+        settings: settings by name, which override `config`.
 
     Raises:
-        UserError: a mistake in the settings, or a corpus that cannot be read.
+        UserError: there is a mistake in the settings, or the corpus cannot be read.
 
     >>> model = create_model(n_layer=2, n_embd=32, vocab_size=65)
     >>> model.num_parameters() == get_model_info(model)["parameters"]
@@ -554,14 +556,14 @@ def create_model(
     elif vocab_size < 1:
         raise UserError(f"vocab_size must be at least 1, not {vocab_size}")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(loaded.config.train.seed)  # not those of GPUs
-        model = _late("TrainableModel")(loaded.config.model, vocab_size)
+        torch.default_generator.manual_seed(loaded.config.train.seed)  # leaves the generators of GPUs alone
+        model = _import_late("TrainableModel")(loaded.config.model, vocab_size)
     model.tokenizer, model._loaded = tokenizer, loaded
     return cast("TrainableModel", model)
 
 
 class _Fit:
-    """A LanguageModel that trains itself, made by `create_model`.
+    """A LanguageModel with a method `fit` that trains it; made by `create_model`.
 
     >>> model: TrainableModel = create_model(n_layer=1, max_iters=20)
     >>> model.fit("to be or not to be\\n" * 100, quiet=True).steps
@@ -574,19 +576,20 @@ class _Fit:
     _loaded: LoadedConfig | None = None  # the settings that `create_model` was given
 
     def fit(self, data: Settings | str | Path | None = None, *, quiet: bool = False, **settings: Any) -> TrainResult:
-        """Train this architecture in a run directory of its own, then take over the weights and the vocabulary.
+        """Train this architecture in a new run, then take over its weights and tokenizer.
 
-        Training starts from the initial weights of the configured seed, as `fit` does elsewhere, at a second call, too.
-        A run that did not complete leaves the model as it is; `resume(results.run_dir)` continues it.
+        As in other libraries, training starts from the initial weights of the configured seed, even at a second call.
+        A run that does not complete leaves the model unchanged; `resume(results.run_dir)` continues the run.
 
         Args:
             data: a text of several lines; the name of a corpus; the path of a text file or a folder of them; or a
                 whole configuration, as for `train`. None: the settings that the model was made with.
-            quiet: print warnings only.
-            settings: by name, on top of those that the model was made with.
+            quiet: print only warnings.
+            settings: settings by name, which override those that the model was made with.
 
         Raises:
-            UserError: a mistake; a setting of another architecture; or the model's layers were changed by hand.
+            UserError: there is a mistake in the settings, a setting would change the architecture, or the layers of
+                the model were changed by hand.
             Exception: the failure that ended the run.
         """
         from utils.inference.export import load_export
@@ -606,7 +609,7 @@ class _Fit:
 
 
 def _check_architecture(model: TrainableModel, config: ModelConfig) -> None:
-    """Raises UserError unless `model` is what training with `config` would make."""
+    """Raises UserError unless `model` has the architecture that training with `config` would create."""
     from model import outline
 
     differing = [key for key, value in model.config if getattr(config, key) != value]
@@ -619,7 +622,7 @@ def _check_architecture(model: TrainableModel, config: ModelConfig) -> None:
 
 
 def _dataset(data: str | Path, config: Config) -> str:
-    """The setting `dataset` for what was given to `fit`; a text becomes a file in the folder of the corpora."""
+    """The setting `dataset` for the data given to `fit`; a text is written to a file in the folder of the corpora."""
     if not (isinstance(data, str) and "\n" in data):
         return os.fspath(data)
     text = data.encode("utf-8", errors="replace")
@@ -630,16 +633,16 @@ def _dataset(data: str | Path, config: Config) -> str:
 
 
 def load_model(run: RunName | None = None, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:
-    """The trained model of a run, in eval mode, and its tokenizer.
+    """Load the trained model of a run, in eval mode, and its tokenizer.
 
-    On a CPU the weights are those of the file, mapped into memory; training them does not change it.
+    On a CPU, the weights are mapped from the file into memory; training them does not change the file.
 
     Args:
         run: a path, id, tag, part of an id, `latest`, a Run, or an export folder; None: the newest run with an export.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        UserError: no such run, export or device; or a damaged export.
+        UserError: there is no such run, export or device, or the export is damaged.
 
     >>> model, tokenizer = load_model("baseline", device="cpu")
     >>> import torch
@@ -663,11 +666,11 @@ def load_pretrained(
     dtype: str = "auto",
     context: int = 4096,
 ) -> tuple[LanguageModel, Tokenizer]:
-    """A published model in eval mode, and its tokenizer: GPT-2, Llama, Mistral, Qwen and what is built like them.
+    """Load a published model in eval mode, and its tokenizer: GPT-2, Llama, Mistral, Qwen and similar architectures.
 
-    It is looked for in a folder, then in the cache of the Hugging Face hub, then on the hub (docs/pretrained.md); a
-    line on stderr says where it was, and another which keys of its config.json are not used, if there are any. Each
-    tensor goes from its file straight to the device, so memory is needed for the model only. For text:
+    The model is looked for in a folder, then in the cache of the Hugging Face hub, then on the hub; see
+    docs/pretrained.md. A line on stderr says where it was found, and another names unused keys of its config.json.
+    Each tensor goes from its file straight to the device, so no memory is needed besides the model's. To generate text:
     `Generator(*load_pretrained("gpt2")).generate("The ")`.
 
     Args:
@@ -675,11 +678,12 @@ def load_pretrained(
         local_dir: a folder that has the model, or that it is downloaded into.
         revision: a branch, tag or commit.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: of the weights: float32, bfloat16, float16; auto: bfloat16 on a GPU with units for it, else float32.
-        context: tokens that the model attends to at most, if it can attend to more.
+        dtype: precision of the weights: float32, bfloat16 or float16; auto: bfloat16 on a GPU with hardware support
+            for it, otherwise float32.
+        context: the largest number of tokens that the model attends to, unless it supports fewer.
 
     Raises:
-        UserError: no such model, device or dtype, or a model that is damaged or cannot be represented.
+        UserError: there is no such model, device or dtype, or the model is damaged or not supported.
 
     >>> try:
     ...     load_pretrained("./models/none")
@@ -720,21 +724,21 @@ def _export_folder(run: RunName | None) -> Path:
 
 
 def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, Any]:
-    """What a model is.
+    """Describe a model.
 
     Args:
         model: a model, or a run as for `load_model`.
 
     Returns:
-        architecture: in words.
-        parameters: how many there are; a tied output head counts once.
-        layers, heads, width, context, vocab_size: the sizes that matter most.
+        architecture: a description in words.
+        parameters: the number of parameters; a tied output head counts once.
+        layers, heads, width, context, vocab_size: the most important sizes.
         config: all settings of the architecture.
-        shapes: of each parameter by name.
-        training: of a run, what its export records: run, step, losses, corpus.
+        shapes: the shape of each parameter by name.
+        training: for a run, the facts that its export records: run, step, losses, corpus; otherwise empty.
 
     Raises:
-        UserError: as `load_model`.
+        UserError: as for `load_model`.
 
     >>> info = get_model_info("baseline")
     >>> info["layers"], info["shapes"]["token_embedding.weight"] == (info["vocab_size"], info["width"])
@@ -769,13 +773,13 @@ def get_model_info(model: LanguageModel | RunName | None = None) -> dict[str, An
 
 if TYPE_CHECKING:
 
-    class TrainableModel(_Fit, LanguageModel):  # at run time `_late` makes it
+    class TrainableModel(_Fit, LanguageModel):  # created at run time by `_import_late`
         __doc__ = _Fit.__doc__
 
 
 @functools.cache
-def _late(name: str) -> Any:
-    """A name of this module that needs torch."""
+def _import_late(name: str) -> Any:
+    """Import, or for TrainableModel create, a name of this module that needs torch."""
     if name == "TrainableModel":
         from model import LanguageModel
 
@@ -787,5 +791,5 @@ def __getattr__(name: str) -> Any:
     if name != "TrainableModel" and name not in IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}")
     tune_process()  # before torch is imported
-    globals()[name] = found = _late(name)
+    globals()[name] = found = _import_late(name)
     return found

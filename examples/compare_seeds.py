@@ -1,8 +1,8 @@
-"""Is a change more than noise? Two settings, three seeds each, and the difference of their losses.
+"""Is a change more than noise? Train two settings with three seeds each, and print their losses.
 
     python -m examples.compare_seeds
 
-For a verdict with a test of significance: `python experiments.py compare RUN ...` with the runs that it prints.
+For a verdict with a significance test, run `python experiments.py compare RUN ...` with the runs that it prints.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ VARIANTS: dict[str, dict[str, Any]] = {"base": {}, "faster": {"learning_rate": 3
 
 
 def train_variant(name: str, changes: dict[str, Any], seeds: Iterable[int], **settings: Any) -> list[Run]:
-    """A run for each seed, with `changes` on top of `settings`."""
+    """Train a run for each seed, with `changes` on top of `settings`."""
     results = [train(settings, **changes, seed=seed, run_tag=f"{name}-{seed}", quiet=True) for seed in seeds]
     return [Run(result.run_dir) for result in results]
 
 
 def compare(seeds: Iterable[int] = (1, 2, 3), **settings: Any) -> dict[str, list[float]]:
-    """Train all variants; print and return their last validation losses, in nats per token."""
+    """Train all variants, then print and return their last validation losses, in nats per token."""
     seeds, losses = list(seeds), {}
     for name, changes in VARIANTS.items():
         runs = train_variant(name, changes, seeds, **settings)

@@ -1,4 +1,4 @@
-"""The first minutes in a notebook: train, look at the run, continue it, generate from it.
+"""The first minutes in a notebook: train, resume the run, look at it, and generate from it.
 
 python -m examples.quickstart
 """
@@ -11,9 +11,9 @@ from workbench import Generator, Request, SamplingOptions, get_model_info, resum
 
 
 def main(**settings: Any) -> str:
-    """Train with these settings, in two sessions; the text that the model then writes."""
+    """Train with these settings in two sessions, and return a text that the model generates."""
     results = train({"max_iters": 500, "stop_at_step": 250, "run_tag": "quickstart", **settings})
-    results = resume(results.run_dir)  # to the last step, bit for bit as if it had not stopped
+    results = resume(results.run_dir)  # to the last step, with the same bits as without the stop
     print(f"val loss {results['val_loss']:.4f} after {results.steps:,} steps")
 
     run = runs.find("quickstart")

@@ -1,4 +1,4 @@
-"""A callback: a smooth training loss, which ends the run when it is low enough.
+"""A callback that logs a smoothed training loss, and ends the run when it is low enough.
 
     python train.py --callbacks examples.smooth_loss:SmoothLoss
 
@@ -15,7 +15,7 @@ register_metric(Metric("train/smooth_loss", "nats", "lower"))
 
 
 class SmoothLoss(Callback):
-    """An exponential moving average of the loss. A callback is made without arguments: subclasses set other numbers."""
+    """An exponential moving average of the loss. Callbacks get no arguments, so subclasses set other constants."""
 
     DECAY = 0.98
     TARGET = 1.5  # nats
@@ -28,8 +28,8 @@ class SmoothLoss(Callback):
         assert run.loss is not None
         loss = run.loss.float()
         self.average = loss if self.average is None else torch.lerp(loss, self.average.to(loss.device), self.DECAY)
-        run.log({"train/smooth_loss": self.average})  # copied when the log is written: the device is not waited for
-        if run.state.step % self.LOOK_EVERY == 0 and self.average.item() < self.TARGET:  # .item() waits
+        run.log({"train/smooth_loss": self.average})  # copied when the log is written: no wait for the device
+        if run.state.step % self.LOOK_EVERY == 0 and self.average.item() < self.TARGET:  # .item() does wait
             run.stop(f"the smooth loss is below {self.TARGET:g}")
 
     def state_dict(self) -> dict[str, float]:

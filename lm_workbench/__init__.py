@@ -1,7 +1,7 @@
 """The installed workbench: the program lm-workbench, and the Python API as `from lm_workbench import train, runs`.
 
-`pip install -e .` leaves the code in the checkout. A wheel has it in this folder, and there the folders `runs`,
-`configs`, `corpora` and `datasets` are those of the current folder (docs/installing.md).
+`pip install -e .` leaves the code in the checkout. A wheel has the code in this folder, and uses the folders `runs`,
+`configs`, `corpora` and `datasets` in the current folder (docs/installing.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CODE = HERE if (HERE / "train.py").is_file() else HERE.parent  # the folder of t
 
 
 def __getattr__(name: str) -> Any:
-    """A name of workbench.py."""
+    """Import a name from workbench.py."""
     if name.startswith("__"):
         raise AttributeError(name)
     if str(CODE) not in sys.path:

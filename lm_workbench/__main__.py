@@ -14,7 +14,7 @@ USAGE = f"usage: lm-workbench {'|'.join(name for name in NAMES if SCRIPTS[name].
 
 
 def main() -> int:
-    """Replace this process by the script that the first argument names; 2 for a mistake."""
+    """Replace this process by the script that the first argument names; return 2 for a mistake."""
     if "_ARGCOMPLETE" in os.environ:
         return complete()
     name, *words = sys.argv[1:] or ["--help"]
@@ -32,11 +32,11 @@ def main() -> int:
 
 
 def complete() -> int:
-    """What a shell asks for, as argcomplete does it: the name of a command here, all that follows by its script."""
+    """Answer a completion request of argcomplete: complete the name of a command; its script completes the rest."""
     line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
     words = line.split()[1:]
     if words and words[0] in SCRIPTS and (len(words) > 1 or line[-1].isspace()):
-        os.environ["_ARGCOMPLETE"] = "2"  # words of the command line that stand for the program
+        os.environ["_ARGCOMPLETE"] = "2"  # number of words that stand for the program
         os.execv(sys.executable, [sys.executable, str(SCRIPTS[words[0]])])
     fitting = [name for name in NAMES if name.startswith(words[-1] if words else "") and SCRIPTS[name].is_file()]
     os.write(8, os.environ.get("_ARGCOMPLETE_IFS", "\013").join(fitting).encode())

@@ -1,4 +1,4 @@
-"""How setuptools makes a wheel: the scripts, utils/ and configs/ become files of the package lm_workbench."""
+"""Building a wheel with setuptools: the scripts, utils/ and configs/ become files of the package lm_workbench."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 class BuildWithScripts(build_py):
-    """build_py, then the files of the checkout; an editable installation uses these where they are."""
+    """build_py that also copies the files of the checkout; an editable installation uses them in place."""
 
     def run(self) -> None:
         target = Path(self.build_lib) / "lm_workbench"
         if not self.editable_mode:
-            shutil.rmtree(target, ignore_errors=True)  # of an older build
+            shutil.rmtree(target, ignore_errors=True)  # files of an older build
         super().run()
         if self.editable_mode:
             return

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from utils.config.settings import Config, TrackingConfig, TrainConfig
 from utils.experiments.sql import choose_runs
+from utils.files import write_json
 from utils.runs.find import list_run_paths
 from utils.runs.index import read_index
 from utils.runs.layout import CONFIG, LOGS
@@ -42,7 +44,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rooted(sweep: Sweep) -> Sweep:
     """The sweep, with the scripts of this project."""
-    return Sweep(sweep.path, sweep.id, sweep.plan, ROOT)
+    return replace(sweep, root=ROOT)
 
 
 def choices(*rates: float) -> Space:
@@ -78,7 +80,7 @@ def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
     sweep = rooted(make_sweep(space=space, sampler="grid"))
     ending = Driver(sweep, Study(sweep), 9, 1, 2).run()
     assert ending.exit_status == 1
-    beginning = "3 trials in a row have failed (--max-failures); the last: --n-embd: n_embd (37) must be divisible"
+    beginning = "3 trials in a row have failed (--max-failures); the last one: --n-embd: n_embd (37) must be divisible"
     assert ending.problem is not None
     assert ending.problem.startswith(beginning)
     assert len(Study(sweep).trials()) == 3
@@ -151,7 +153,7 @@ def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
     run = Run.create(sweep.runs_dir, sweep.tag(0))
     log = RunLog(run.path / LOGS)
     monkeypatch.setattr(Study, "should_stop", lambda *_: True)
-    ends = TrialRunner(sweep, study)._watch(work, 0, Activity(0), os.getpid())
+    ends = TrialRunner(sweep, study)._watch(work, 0, Activity(), os.getpid())
     found = []
     for step in (10, 20):
         log.metrics.write([{"step": step, "val/loss": 9.0}])
@@ -198,12 +200,12 @@ def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypa
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate()
     assert driver.returncode == 128 + signal.SIGTERM
-    assert b"stopped: --resume goes on with lr" in errors
+    assert b"stopped: --resume continues lr" in errors
     assert {read_record(path)["status"] for path in list_run_paths(tmp_path / "runs")} == {"interrupted"}
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "0")
     refused = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-    assert "exists: --resume goes on with this sweep, --name starts another one" in refused.stderr
+    assert "exists: --resume continues this sweep, --name NAME starts another one" in refused.stderr
     done = subprocess.run([*words, "--resume", "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert [trial["state"] for trial in found["trials"]] == ["complete", "complete"]
@@ -229,12 +231,16 @@ def test_seconds_to_a_loss_leave_out_the_time_between_sessions(tmp_path: Path) -
 
 
 def test_the_journal_is_that_of_its_own_sweep(make_sweep: MakeSweep, tmp_path: Path) -> None:
-    """A folder that was moved keeps its id, and so its runs; its runs do not name its place."""
+    """A folder that was moved or renamed keeps its id and the name in the tags, and so its runs."""
     sweep = make_sweep()
     Study(sweep).claim(1).release()  # type: ignore[union-attr]
+    run = Run.create(sweep.runs_dir, sweep.tag(0), sweep={"name": "lr", "id": sweep.id, "number": 0, "place": 0})
+    write_json(run.path / CONFIG, {})
+    run.release()
     os.rename(sweep.path, tmp_path / "sweeps" / "moved")
     moved = open_sweep(tmp_path / "sweeps" / "moved", sweep.plan, tmp_path, resume=True)
     assert moved.id == sweep.id
     assert len(Study(moved).trials()) == 1
+    assert TrialRunner(moved, Study(moved))._find_run(0, 0) == run.path
     assert Goal().as_json() == "val/loss"
     assert choices(0.1).as_json()["settings"] == {"learning_rate": {"choice": [0.1]}}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from utils.config.parse import ConfigError
 from utils.runs.find import list_run_paths
 from utils.runs.run import read_record
@@ -50,11 +51,11 @@ def test_a_word_means_what_it_means_in_a_file(word: str, values: tuple[object, .
         ("seed=1,,2", "--multirun: expected SETTING=VALUE,VALUE, got 'seed=1,,2'"),
         ("sed=1,2", "--multirun: unknown setting sed; did you mean seed?"),
         ("seed=1,x", "--multirun: seed: expected integer >= 0"),
-        ("seed=1,1", "--multirun: seed: a value stands there twice: 1,1"),
+        ("seed=1,1", "--multirun: seed: a value is given twice: 1,1"),
         ("seed=1", "--multirun: expected a setting with several values: SETTING=A,B"),
         ("run_tag=a,b", "--multirun: run_tag is set for each run"),
         ("optimizer_name=adamw,muo", "did you mean muon?"),
-        ("bias=true,yes", "--multirun: bias: a value stands there twice: true,yes"),
+        ("bias=true,yes", "--multirun: bias: a value is given twice: true,yes"),
         ("qkv_bias=none,true", "--multirun: qkv_bias: expected true or false, got none"),
         (
             "ngram_rows=64,128",
@@ -68,6 +69,13 @@ def test_a_mistake_is_one_line(word: str, message: str) -> None:
         space_of([word])
     (line,) = str(error.value).splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("tag", ["_a", "a" * 51])
+def test_a_tag_that_cannot_name_a_sweep(tag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--multirun", "seed=1,2", f"--run-tag={tag}", f"--runs-dir={tmp_path / 'runs'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: --run-tag: the name of a sweep is a letter or digit, then")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -89,4 +97,4 @@ def test_runs_are_trained_compared_and_not_trained_again(tmp_path: Path) -> None
     assert re.search(r"! \S+_grid-\d: it is gone: no such run directory", without.stdout)
     other = subprocess.run([*words, "weight_decay=0,1"], cwd=ROOT, capture_output=True, text=True)
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
-    assert "is another sweep: weight_decay: not searched there" in other.stderr
+    assert "is a different sweep: weight_decay was not searched" in other.stderr

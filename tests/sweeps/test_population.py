@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from utils.sweeps.folder import Sweep
 from utils.sweeps.population import CHANGEABLE, check_population, forks, perturbed
 from utils.sweeps.pruning import Pruner, make_pruner
 from utils.sweeps.space import Dimension, Space
-from utils.sweeps.study import Nothing, Study, Work
+from utils.sweeps.study import NoWork, Study, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = Dimension("learning_rate", "log", (1e-4, 1e-1))
@@ -83,7 +84,7 @@ def test_rungs_are_one_generation_apart_and_the_population_is_kept() -> None:
     assert len(make_pruner("pbt", 1000, None, None, 8).rungs) == 10
     with pytest.raises(UserError, match="--eta is for --pruner asha"):
         make_pruner("pbt", 100, 30, 3, 8)
-    with pytest.raises(UserError, match="the population has 8 members and keeps them, not 9"):
+    with pytest.raises(UserError, match="the population has 8 members, which cannot change to 9"):
         check_population(Space((RATE,)), "random", pruner, 9)
     when = Dimension("momentum", "range", (0.8, 0.99), {"learning_rate": (0.1,)})
     with pytest.raises(UserError, match="momentum has a condition"):
@@ -181,11 +182,11 @@ def work_and_die(sweep: Sweep, seed: int) -> None:
         found = study.claim(8)
         if isinstance(found, Work):
             held.append(found)
-        if held and (isinstance(found, Nothing) or moments.random() < 0.4):
+        if held and (isinstance(found, NoWork) or moments.random() < 0.4):
             work = held.pop(moments.randrange(len(held)))
             end(study, work)
             work.release()
-        elif isinstance(found, Nothing):
+        elif isinstance(found, NoWork):
             assert found.finished
             return
 
@@ -199,7 +200,7 @@ def test_a_member_waits_for_the_forks_that_need_its_checkpoint(make_sweep: MakeS
         work.release()
     works = [study.claim(4) for _ in range(3)]
     assert [work.number for work in works if isinstance(work, Work)] == [1, 2, 4]
-    assert study.claim(4) == Nothing(finished=False)  # trial 0 is what 4 is a fork of
+    assert study.claim(4) == NoWork(finished=False)  # trial 0 is what 4 is a fork of
     fork = works[2]
     assert isinstance(fork, Work)
     assert fork.parent == "run-0:10"
@@ -215,7 +216,7 @@ def test_forks_are_runs_with_a_parent(make_sweep: MakeSweep, monkeypatch: pytest
     monkeypatch.setattr(trials, "TRAIN", "tests/sweeps/stand_in.py")
     space = Space((Dimension("learning_rate", "choice", (0.1, 0.01)),))
     sweep = make_sweep(space=space, sampler="grid", pruner=Pruner("pbt", (2, 4), population=2), max_iters=4)
-    sweep = Sweep(sweep.path, sweep.id, sweep.plan, ROOT)
+    sweep = replace(sweep, root=ROOT)
     study = Study(sweep)
     assert Driver(sweep, study, 2, 2, 0).run().exit_status == 0
     bad, good, fork = study.trials()

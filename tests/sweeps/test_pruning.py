@@ -52,8 +52,8 @@ def test_at_the_end_a_trial_that_cannot_go_on_keeps_no_other_from_it() -> None:
         (("asha", 100, 100, None), r"--min-steps must be at least 1 and below max_iters \(100\), not 100"),
         (("median", 100, 0, None), "--min-steps must be at least 1"),
         (("median", 100, None, 3), "--eta is for --pruner asha"),
-        (("none", 100, 5, None), "--min-steps is for --pruner asha or median"),
-        (("none", 100, None, 3), "--eta is for --pruner asha"),
+        (("none", 100, 5, None), "--min-steps is for --pruner asha, median or pbt"),
+        (("none", 100, None, 3), "--eta is for --pruner asha$"),
     ],
 )
 def test_flags_that_do_not_fit(flags: tuple, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ import pytest
 
 from benchmarks.sweep import SPACE, command, differences, facts, trainings
 from utils.errors import UserError
+from utils.runs.find import list_run_paths
+from utils.runs.lock import wait_until_free
+from utils.runs.run import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = "tests/sweeps/stand_in.py sweep"
@@ -62,3 +66,33 @@ def test_a_lost_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, monkeyp
     assert driver.returncode == 0
     assert b"3 complete trials" in output
     assert differences(facts(tmp_path / "local"), facts(tmp_path / "ray")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])  # Tune handles SIGUSR1 itself
+def test_a_signal_stops_the_trials_which_another_driver_continues(
+    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainings save a checkpoint when Ray ends their workers."""
+    monkeypatch.setenv("SWEEP_STEP_SECONDS", "1")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    words = command(folder, 3, 20, "--jobs=2", script=STAND_IN)
+    driver = subprocess.Popen([*words, "--engine=ray"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while driver.poll() is None and not trainings(folder):
+        time.sleep(0.05)
+    driver.send_signal(signum)
+    _, errors = driver.communicate()
+    assert driver.returncode == 128 + signum
+    assert b"stopped: --resume continues space" in errors
+    stopped = list_run_paths(folder / "runs")
+    for path in stopped:
+        wait_until_free(path, 60.0)
+        assert read_record(path)["status"] == "interrupted"
+    monkeypatch.setenv("SWEEP_STEP_SECONDS", "0")
+    resumed = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert b"3 complete trials" in resumed.stdout
+    records = [read_record(path) for path in list_run_paths(folder / "runs")]
+    assert sorted(record["sweep"]["number"] for record in records) == [0, 1, 2]
+    assert [len(record["resumes"]) for record in records] == [1] * len(stopped) + [0] * (3 - len(stopped))

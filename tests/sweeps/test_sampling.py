@@ -102,7 +102,7 @@ def test_a_grid_has_each_point_once() -> None:
 
 
 def test_a_grid_needs_values_that_can_be_counted() -> None:
-    with pytest.raises(UserError, match="learning_rate: a grid takes values that can be counted"):
+    with pytest.raises(UserError, match="learning_rate: a grid needs countable values"):
         grid(SPACE, {})
     many = Space(tuple(Dimension(f"x{n}", "range", (1, 100), whole=True) for n in range(3)))
     with pytest.raises(UserError, match="the grid has 1,000,000 points"):

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.sweeps.folder import JOURNAL, RECORD, Sweep, read_sweep
 from utils.sweeps.pruning import Pruner, rung_steps
 from utils.sweeps.space import Dimension, Space
-from utils.sweeps.study import Nothing, Study, Work
+from utils.sweeps.study import NoWork, Study, Work
 
 MakeSweep = Callable[..., Sweep]
 
@@ -31,12 +31,12 @@ def test_trials_are_numbered_and_each_is_claimed_once(make_sweep: MakeSweep) -> 
     one, two = Study(make_sweep()), Study(make_sweep())
     first, second = claimed(one, 2), claimed(two, 2)
     assert [first.number, second.number] == [0, 1]
-    assert one.claim(2) == Nothing(finished=False)  # the other one still works
+    assert one.claim(2) == NoWork(finished=False)  # the other one still works
     one.finish(0, 1.5, runs=["a"])
     first.release()
     two.finish(1, reason="ValueError: x")
     second.release()
-    assert one.claim(2) == Nothing(finished=True)
+    assert one.claim(2) == NoWork(finished=True)
     assert [(trial.value, trial.user_attrs) for trial in one.trials()] == [
         (1.5, {"runs": ["a"]}),
         (None, {"reason": "ValueError: x"}),
@@ -53,7 +53,7 @@ def test_what_a_killed_process_had_claimed_is_gone_on_with(make_sweep: MakeSweep
     assert claim_and_die.exitcode == -signal.SIGKILL
     study = Study(sweep)
     (trial,) = study.trials()
-    assert study.runs(trial)
+    assert study.is_unfinished(trial)
     again = claimed(study)
     assert (again.number, again.values) == (0, trial.params)
     assert claimed(study).number == 1
@@ -176,18 +176,18 @@ def test_the_median_rule_looks_at_the_same_step(make_sweep: MakeSweep) -> None:
 
 def test_a_sweep_is_not_mixed_with_another(make_sweep: MakeSweep, tmp_path: Path) -> None:
     make_sweep()
-    with pytest.raises(UserError, match="exists: --resume goes on with this sweep, --name starts another one"):
+    with pytest.raises(UserError, match="exists: --resume continues this sweep, --name NAME starts another one"):
         make_sweep(resume=False)
     wider = Space((Dimension("learning_rate", "log", (1e-4, 1.0)), Dimension("n_layer", "choice", (1, 2))))
     with pytest.raises(UserError) as error:
         make_sweep(space=wider, sampler="tpe", pruner=Pruner("median", (10,)), max_iters=10)
-    lines = [line.partition("is another sweep: ")[2] for line in str(error.value).splitlines()]
+    lines = [line.partition("is a different sweep: ")[2] for line in str(error.value).splitlines()]
     assert lines == [
-        "learning_rate: log [0.0001, 0.1] there, log [0.0001, 1.0] now",
-        "sampler: random there, tpe now",
-        "pruner: none there, median min_steps 10 startup_trials 5 now",
-        "n_layer: not searched there, choice [1, 2] now",
-        "max_iters: 540 there, 10 now",
+        "learning_rate was log [0.0001, 0.1], is now log [0.0001, 1.0]",
+        "sampler was random, is now tpe",
+        "pruner was none, is now median min_steps 10 startup_trials 5",
+        "n_layer was not searched, is now choice [1, 2]",
+        "max_iters was 540, is now 10",
     ]
 
 

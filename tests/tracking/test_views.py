@@ -120,7 +120,7 @@ def test_temporary_failures_are_retried_without_loss_or_repetition(log: RunLog, 
 def test_lasting_failures_switch_the_view_off_with_one_warning(log: RunLog, tmp_path: Path) -> None:
     facts, warnings = feed(RecordingView(failures=10**9), tmp_path)
     assert facts["state"] == "off"
-    assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
+    assert warnings == ["recording is off: ConnectionError: locked; to feed it later: rebuild it"]
 
 
 def test_a_hanging_view_is_left_with_a_warning(log: RunLog, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_view_that_is_off_does_not_hang(log: RunLog, tmp_path: Path, monkeypat
         feeders.watch()
         time.sleep(0.02)
     assert states == ["on", "off"]
-    assert warnings == ["recording is off: ConnectionError: locked; later: rebuild it"]
+    assert warnings == ["recording is off: ConnectionError: locked; to feed it later: rebuild it"]
 
 
 def test_a_feeder_rests_while_the_run_is_closed(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

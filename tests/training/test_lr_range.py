@@ -169,5 +169,5 @@ def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_trained(
 ) -> None:
     assert profile_model.main(tiny_argv("--lr-range", "--out", str(tiny_corpus))) == 2
     printed = capsys.readouterr()
-    assert "cannot be made" in printed.err
+    assert "cannot be created" in printed.err
     assert "suggestion" not in printed.out

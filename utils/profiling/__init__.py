@@ -1,1 +1,1 @@
-"""Profiling, for profile_model.py and `train.py --profile-step`: where a step's time and memory go."""
+"""Profiling, for profile_model.py and `train.py --profile-step`: where the time and memory of a step go."""

@@ -1,4 +1,4 @@
-"""Building a Profile: from a configuration, or from measurements of a training state."""
+"""Building a Profile from a configuration, or from measurements of a training state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from utils.training.step_buffer import StepBuffer
 
 
 def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) -> tuple[Profile, StepTimes]:
-    """Build a training state and measure its steps and its generation; the StepTimes hold the trace."""
+    """Build a training state, and measure its steps and its generation. The StepTimes hold the trace."""
     device, before = setup.device, memory_in_use(setup.device)
     state = build_state(setup.config, setup.max_iters, setup.corpus, device, setup.dtype, terminal, setup.ranks)
     tracking = state.config.tracking
@@ -54,7 +54,7 @@ def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) 
         sent = (setup.ranks.sent_bytes - sent) // (warmup + 3 * steps)
     if setup.ranks.rank == 0:
         limits, generation = limits_of(state), measure_generation(state.model)
-    else:  # rank 0 shows them
+    else:  # only rank 0 shows the profile
         limits, generation = None, None
     measured = build_profile(
         state,
@@ -69,7 +69,7 @@ def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) 
 
 
 def limits_of(state: TrainState) -> Limits | None:
-    """The machine's limits in the precisions of training and generation; None if there is too little memory left."""
+    """The machine's limits in the precisions of training and generation; None if too little memory is left."""
     with contextlib.suppress(torch.OutOfMemoryError):
         weights = next(state.model.parameters()).dtype
         return measure_limits(state.device, sorted({state.dtype, weights}, key=str))
@@ -77,7 +77,7 @@ def limits_of(state: TrainState) -> Limits | None:
 
 
 def measure_limits(device: torch.device, dtypes: Sequence[torch.dtype]) -> Limits:
-    """The best rates over several sizes, measured in about a second without touching the global random state.
+    """Measure the best rates over several sizes, in about a second and without touching the global random state.
 
     Raises:
         torch.OutOfMemoryError: a few hundred megabytes cannot be allocated.
@@ -103,9 +103,9 @@ def build_profile(
     """The contents of profile.json.
 
     Args:
-        activations, peak: bytes, for MemoryBytes; None: not measured.
-        run, step: of the training run that was profiled, if it was one.
-        sent_bytes: by this rank in a step, to other ranks.
+        activations, peak: bytes, as in MemoryBytes; None: not measured.
+        run, step: the training run and the step that were profiled; None: by profile_model.py.
+        sent_bytes: bytes that this rank sends to other ranks in a step.
     """
     config, device, ranks = state.config, state.device, state.ranks
     sequences, block_size = config.train.sequences, config.model.block_size
@@ -148,10 +148,10 @@ def build_profile(
 def with_operations(
     phases: Sequence[PhaseTime], operators: Sequence[OperatorTime], needed: Mapping[str, float]
 ) -> list[PhaseTime]:
-    """Phases with their operations: what the model needs in its two passes, and what operators did in other phases.
+    """The phases with their GFLOP: those that the model needs for its two passes, and the operators' in other phases.
 
     Args:
-        needed: GFLOP of each pass.
+        needed: GFLOP of the forward and the backward pass, by the name of the phase.
     """
     seen = {phase.name: sum(o.gflop for o in operators if o.phase == phase.name) for phase in phases}
     return [phase.model_copy(update={"gflop": needed.get(phase.name, seen[phase.name])}) for phase in phases]

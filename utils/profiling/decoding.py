@@ -1,4 +1,4 @@
-"""How fast a model generates: prefill of one block, then decoding one token at a time."""
+"""Measuring how fast a model generates: prefill of one block, then decoding one token at a time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DECODED = 64  # tokens; fewer if the second half of a block is shorter
 
 
 def measure_generation(model: LanguageModel) -> Generation:
-    """Median times for one sequence, generated as inference.py does: in the precision of the weights, not compiled.
+    """Median times for one sequence, generated as by inference.py: in the precision of the weights, not compiled.
 
-    Decoding starts when half a block is in the cache; on CUDA it is a graph.
+    Decoding starts with half a block in the cache; on CUDA it replays a graph.
     """
     parameter, T = next(model.parameters()), model.config.block_size
     tokens = torch.zeros(1, T, dtype=torch.int64, device=parameter.device)
@@ -66,7 +66,7 @@ def measure_generation(model: LanguageModel) -> Generation:
 
 
 def _steps(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What fills the cache with tokens (1, T), and what decodes one more."""
+    """Two functions: one fills the cache with `tokens` (1, T), the other decodes one more token."""
     token = torch.zeros(1, dtype=torch.int64, device=tokens.device)
 
     def fill() -> None:
@@ -81,7 +81,7 @@ def _steps(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> tuple[
 
 
 def _static_steps(model: LanguageModel, tokens: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
-    """As `_steps`, by a static decoder with a cache of its own."""
+    """Like `_steps`, with a static decoder, which has its own cache."""
     decoder, prompt = StaticDecoder(model, 1), tokens[0].tolist() or [0]
     return lambda: decoder.start([prompt], SamplingOptions(), [0]), decoder.decode
 

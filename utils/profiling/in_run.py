@@ -1,4 +1,4 @@
-"""`profile_step`: profiles one step of a real run into its artifacts/profile/, without changing the run's results."""
+"""`profile_step`: profile one step of a real run into its artifacts/profile/, without changing the run's results."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from utils.terminal.console import Terminal
 from utils.training.state import TrainState
 from utils.training.step import MarkedClock, Phase, PhaseClock, no_phase
 
-# Before the profiled step come one whose activations are counted, TIMED steps that are timed as a whole, and CLOCKED
-# steps whose phases are timed.
+# Before the profiled step come: one step whose activations are counted, TIMED steps that are timed as a whole, and
+# CLOCKED steps whose phases are timed.
 TIMED, CLOCKED = 4, 4
 FIRST = TIMED + CLOCKED + 1
 
 
 class RunProfiler:
-    """Measures the steps up to `profile_step`. A failure in here becomes one warning, and training goes on.
+    """Measures the steps up to `profile_step`. A failure in the profiler becomes a warning, and training continues.
 
     Args:
         state: the training state.
         path: the run directory.
-        terminal: for the warning, or for the place of the result.
+        terminal: shows the warning, or the path of the result.
     """
 
     def __init__(self, state: TrainState, path: Path, terminal: Terminal) -> None:
         self.state, self.path, self.terminal = state, path, terminal
         self.step = state.config.train.profile_step
-        self.ready = False  # the step has been profiled; `save` is to be called
+        self.ready = False  # True once the step has been profiled and `save` should be called
         self._activations = activation_phase(state)
         self._timed: list[float] = []
         self._clock = PhaseClock(state.device)
         self._clocked: list[float] = []
         self._marks = MarkedClock(state.device)
         self._profiler: profile | None = None
-        self._sent = 0  # bytes to other ranks, before the profiled step, then in it
+        self._sent = 0  # bytes sent to other ranks: before the profiled step, then during it
 
     def watch(self, step: int) -> AbstractContextManager[Phase]:
-        """A context for update `step`; it yields the function that marks the phases of the update."""
+        """A context for the update `step`, which yields the function that marks the phases of the update."""
         if self.step is None or not 0 <= self.step - step <= FIRST:
             return contextlib.nullcontext(no_phase)
         return self._watch(self.step - step)
@@ -94,7 +94,7 @@ class RunProfiler:
         elif steps_left == 0 and self._profiler is not None:
             self.ready = True
             self._sent = self.state.ranks.sent_bytes - self._sent
-            if not self._clocked:  # the run has started, or was resumed, at this step
+            if not self._clocked:  # the run started or resumed at this step
                 self._clock, self._clocked = self._marks, [seconds]
 
     def save(self) -> None:
@@ -131,6 +131,6 @@ class RunProfiler:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # no profile is worth a lost run
+        except Exception as error:  # a profile is not worth losing a run
             self.step, self.ready = None, False
             self.terminal.warn(f"profile_step: no profile was written: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: measured as a whole, by phases, and by operators with torch.profiler."""
+"""Measuring the time of a step: as a whole, by phases, and by operators with torch.profiler."""
 
 from __future__ import annotations
 
@@ -42,20 +42,21 @@ from utils.training.step_buffer import StepBuffer
 from utils.training.step_graph import make_update
 
 STEP = "step"
-STRETCHES = 5  # of consecutive steps, each timed as one; a single disturbance does not move their median
+STRETCHES = 5  # groups of consecutive steps, timed as a whole; one disturbance does not move their median
 COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph")  # the names that the profiler gives to compiled code
 
-StepFunction = Callable[[Phase], None]  # makes one training step, in phases
+StepFunction = Callable[[Phase], None]  # makes one training step and marks its phases
 
 
 @dataclass(frozen=True)
 class StepTimes:
     """The time of one step: as a whole, by phases, and by operators.
 
+    steps: number of steps that were measured.
     step_ms: milliseconds of an undisturbed step; None: not measured.
-    phases: timed with a wait for the device after each.
-    profiled_ms, operators: timed under the profiler.
-    profiler: holds the trace.
+    phases: the phases, timed with a wait for the device after each.
+    profiled_ms, operators: milliseconds of a step and its operators, timed under the profiler.
+    profiler: the profiler, which holds the trace.
     """
 
     steps: int
@@ -73,11 +74,11 @@ class StepTimes:
 def training_step(state: TrainState, warn: Callable[[str], None], buffer: StepBuffer | None = None) -> StepFunction:
     """A function that makes the training loop's update of `state` each time it is called.
 
-    On CUDA it launches a recorded update, as training does; a step that is measured in phases is not recorded.
+    On CUDA it launches a recorded update, as training does, except for steps that are measured in phases.
 
     Args:
-        warn: called with one line if updates cannot be recorded.
-        buffer: receives the numbers of each step, and is flushed as often as in training; None: nothing is logged.
+        warn: called with a line if updates cannot be recorded.
+        buffer: logs the numbers of each step, and is flushed as often as in training; None: nothing is logged.
     """
     update = make_update(state, warn)
 
@@ -97,7 +98,7 @@ def training_step(state: TrainState, warn: Callable[[str], None], buffer: StepBu
 
 
 def measure_steps(step: StepFunction, device: torch.device, *, steps: int, warmup: int) -> StepTimes:
-    """Call `step` `warmup` times without measuring it, then `steps` times for each of the three measurements."""
+    """Call `step` `warmup` times without measuring, then `steps` times for each of the three measurements."""
     for _ in range(warmup):
         step(no_phase)
     step_ms = time_steps(step, device, steps)
@@ -116,7 +117,7 @@ def measure_steps(step: StepFunction, device: torch.device, *, steps: int, warmu
 
 
 def time_steps(step: StepFunction, device: torch.device, steps: int) -> float:
-    """Milliseconds of a step: the median over stretches, at whose end alone the device is waited for."""
+    """Milliseconds of a step: the median over stretches. Only the end of a stretch waits for the device."""
     times = []
     for index in range(min(steps, STRETCHES)):
         count = len(range(index, steps, STRETCHES))
@@ -130,7 +131,7 @@ def time_steps(step: StepFunction, device: torch.device, steps: int) -> float:
 
 
 def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime]:
-    """The phases per step, from the clock of `steps` steps that took `seconds`; time outside of phases is `other`."""
+    """The phases of one step, from a clock of `steps` steps that took `seconds`; time outside of phases is `other`."""
     names = [name for name in PHASES if name != COMMUNICATION or clock.calls[name]]
     rows = [(name, clock.calls[name], clock.seconds[name]) for name in names]
     rows.append((OTHER_PHASE, steps, max(0.0, seconds - sum(clock.seconds.values()))))
@@ -138,7 +139,7 @@ def phase_times(clock: PhaseClock, seconds: float, steps: int) -> list[PhaseTime
 
 
 def new_profiler(device: torch.device) -> profile:
-    """A profiler that records the shapes of arguments; to be entered as a context."""
+    """A profiler that records the shapes of arguments. Use it as a context manager."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     return profile(activities=activities, record_shapes=True)
 
@@ -146,8 +147,8 @@ def new_profiler(device: torch.device) -> profile:
 def read_operators(profiler: profile, device: torch.device) -> tuple[float, list[OperatorTime]]:
     """Milliseconds of a step, and the operators of each phase, the longest first.
 
-    An operator is what the model or autograd calls, and includes what it calls itself. On CUDA its time is that of
-    the kernels that it launches. Compiled code counts as one operator.
+    Only operators that the model or autograd calls are listed; each includes the operators that it calls itself. On
+    CUDA, the time of an operator is that of the kernels that it launches. Compiled code counts as one operator.
     """
     events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
     total_us, steps = _length(events, STEP)
@@ -185,7 +186,7 @@ def read_operators(profiler: profile, device: torch.device) -> tuple[float, list
 
 
 def read_trace(profiler: profile) -> bytes:
-    """The Chrome trace, by way of a temporary file: the profiler does not report that a disk is full.
+    """The Chrome trace. The profiler does not report a full disk, so it writes into a temporary file that is checked.
 
     Raises:
         OSError: the folder of temporary files has no room for the trace.
@@ -200,7 +201,7 @@ def read_trace(profiler: profile) -> bytes:
 
 
 def _length(events: list[FunctionEvent], name: str) -> tuple[float, int]:
-    """The total microseconds and the number of the events of that name."""
+    """The total microseconds and the number of the events named `name`."""
     spans = [event.time_range.elapsed_us() for event in events if event.name == name]
     return sum(spans), len(spans)
 
@@ -222,7 +223,7 @@ def _outermost(events: list[FunctionEvent], on_device: bool) -> Iterator[tuple[s
 
 
 def _cost(event: FunctionEvent) -> tuple[float, float]:
-    """Floating-point operations and bytes of an operator; the sum over its callees if it only calls others."""
+    """Floating-point operations and bytes of an operator; for one that only calls others, the sum over these."""
     shapes, dtypes = _arguments(event)
     flops = operator_flops(event.name, shapes, event.concrete_inputs)
     if flops is None:
@@ -236,8 +237,8 @@ def _cost(event: FunctionEvent) -> tuple[float, float]:
 def _arguments(event: FunctionEvent) -> tuple[Sequence[Argument], Sequence[str]]:
     """Shapes and element types of an operator's arguments.
 
-    Before torch 2.12 an event has neither types nor the shapes of tensors in a list: the types are then unknown, and
-    such a list looks empty.
+    Before torch 2.12, events have neither the types of arguments nor the shapes of tensors in a list. The types are
+    then unknown, and such a list looks empty.
     """
     shapes: Any = getattr(event, "structured_input_shapes", None)
     if shapes is None:

@@ -1,4 +1,4 @@
-"""Memory of training by category: weights, gradients, optimizer state, activations."""
+"""Measuring the memory of training by category: weights, gradients, optimizer state, activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.training.state import TrainState
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages of `tensors`; a storage that several share counts once."""
+    """Bytes of the storages of `tensors`; a storage that several tensors share counts once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -30,9 +30,9 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 
 
 class ActivationMeter:
-    """A phase function that counts what autograd keeps of a forward pass for the backward pass.
+    """A phase function that counts the bytes that autograd keeps of a forward pass for the backward pass.
 
-    bytes: of the largest micro-step, without the weights, which exist anyway.
+    bytes: the bytes of the largest micro-step, not counting weights and buffers.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -59,12 +59,12 @@ class ActivationMeter:
 
 
 def activation_phase(state: TrainState) -> ActivationMeter | None:
-    """A meter; None for a compiled model, which would have to be compiled again."""
+    """An ActivationMeter, or None for a sharded model, or a compiled one, which would have to be compiled again."""
     return None if state.compiled or state.shards is not None else ActivationMeter(state.model)
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Reset the peak of the memory in use; returns False where it cannot be known (anywhere but CUDA and Linux)."""
+    """Reset the peak of the memory in use. Returns False if the peak is not available (only CUDA and Linux have it)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -76,7 +76,7 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes in use since `reset_peak`: by tensors on a GPU, else by the process."""
+    """The most bytes in use since `reset_peak`: by tensors on a GPU, otherwise by the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text(encoding="utf-8")

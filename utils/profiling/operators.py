@@ -1,4 +1,4 @@
-"""The cost of an operator, in operations and bytes, estimated from the shapes that the profiler recorded."""
+"""Estimating the operations and bytes of an operator from the shapes that the profiler recorded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ TRANSPOSED = ("linear", ONEDNN)  # multiply by the transpose of the second matri
 TORCH_ATTENTION, OUR_ATTENTION = "scaled_dot_product", "ShortAttention"  # parts of names; ours: utils/nn/attention.py
 SMALL_RESULT = ("sum", "mean", "linalg_vector_norm", "_foreach_norm", "nll_loss", "cross_entropy_loss", "item")
 VIEWS = "view _unsafe_view reshape t transpose permute expand slice select narrow split split_with_sizes chunk unbind"
-MORE_VIEWS = "squeeze unsqueeze as_strided alias detach resolve_conj dropout to"  # the last two if they do nothing
+MORE_VIEWS = "squeeze unsqueeze as_strided alias detach resolve_conj dropout to"  # dropout and to: if they do nothing
 RESERVED = "empty empty_like empty_strided resize_"
 WITHOUT_MOVING = frozenset(f"{VIEWS} {MORE_VIEWS} {RESERVED}".split())  # if one copies after all, its callees show it
 LOOKUPS = ("embedding", "index_select", "gather")  # read only what they return, not the whole table
 OPTIMIZERS = ("_fused_adamw_", "_fused_adam_")  # read weight, gradient, two moments; write all but the gradient
 BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
 BYTES |= {"c10::Float8_e4m3fn": 1, "c10::Float8_e5m2": 1}
-UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # of lists of tensors, the profiler reports only the shapes
+UNKNOWN_TYPE, UNKNOWN_BYTES = "", 4  # the profiler reports only the shapes of lists of tensors
 
 
 def is_operator(name: str) -> bool:
-    """Whether it is an operator of torch, a library or ours; not an annotation, an autograd node or a driver call."""
+    """Whether `name` is an operator of torch, a library or ours, not an annotation, autograd node or driver call."""
     return ("::" in name or is_our_attention(name)) and not name.startswith(("autograd::", "torch::autograd"))
 
 
@@ -39,7 +39,7 @@ def is_attention(name: str) -> bool:
 
 
 def is_our_attention(name: str) -> bool:
-    """Whether it is the forward or backward pass of our attention, which consists of operators of torch."""
+    """Whether `name` is the forward or backward pass of our attention, which calls operators of torch."""
     return name.startswith(OUR_ATTENTION)
 
 
@@ -47,9 +47,9 @@ def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any])
     """Floating-point operations of a matrix product or torch's attention; None for any other operator.
 
     Args:
-        name: torch's name, such as "aten::mm".
-        shapes: of the arguments.
-        values: of the arguments that are not tensors; attention's first flag is whether it is causal.
+        name: torch's name of the operator, such as "aten::mm".
+        shapes: the shapes of the arguments.
+        values: the values of the arguments that are not tensors; the first bool of attention is whether it is causal.
     """
     short = short_name(name)
     if short in FIRST_FACTOR:
@@ -69,7 +69,7 @@ def operator_flops(name: str, shapes: Sequence[Argument], values: Sequence[Any])
 
 
 def operator_bytes(name: str, shapes: Sequence[Argument], dtypes: Sequence[str]) -> float:
-    """Bytes read and written, assuming that each argument is read once and the result is as large as the largest."""
+    """Bytes read and written, if each argument is read once and the result is as large as the largest argument."""
     short = short_name(name)
     sizes = [_numbers(shape) * _itemsize(dtype) for shape, dtype in zip(shapes, dtypes, strict=True) if shape]
     if short in WITHOUT_MOVING or not sizes:

@@ -1,4 +1,4 @@
-"""The picture of a profile: step, phases and operators on one time axis; rates and memory below."""
+"""The picture of a profile: the step, its phases and operators on one time axis, and rates and memory below."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ COLORS = {
 PHASE_COLORS = ("#54627a", "#71809a")  # alternating
 STEP_COLOR, TEXT, QUIET = "#2b3446", "#1c2430", "#667080"
 MEMORY_COLORS = ("#3b6fb6", "#7fa3d4", "#8a63c4", "#e0a458")
-SMALLEST = 0.004  # of a step; narrower operators of one kind are drawn as one
+SMALLEST = 0.004  # of a step; shorter operators of the same kind are drawn as one slice
 LONGEST_UPRIGHT = 28  # characters of a name written from bottom to top
-CHARACTER = 0.0062  # width of a label's character, as a share of the picture's
+CHARACTER = 0.0062  # width of a character of a label, as a share of the width of the picture
 SIZE = (13, 7.2)  # inches
 
 
@@ -41,7 +41,7 @@ class Slice:
 
 
 def phase_slices(profile: Profile) -> list[Slice]:
-    """The phases side by side, each as wide as it is long."""
+    """The phases side by side, each as wide as its time."""
     slices, left = [], 0.0
     for index, phase in enumerate(profile.phases):
         slices.append(Slice(phase.name, left, phase.ms, PHASE_COLORS[index % 2]))
@@ -52,7 +52,7 @@ def phase_slices(profile: Profile) -> list[Slice]:
 def operator_slices(profile: Profile) -> Iterator[Slice]:
     """The operators of each phase, the longest first, then those too short for a slice, then the rest of the phase.
 
-    They are as long as under the profiler, scaled down where they exceed the phase as measured without it.
+    Their times are those under the profiler, scaled down if they exceed the time of the phase without the profiler.
     """
     least = SMALLEST * profile.phases_ms
     for phase in phase_slices(profile):
@@ -64,7 +64,7 @@ def operator_slices(profile: Profile) -> Iterator[Slice]:
             if row.ms * scale < least:
                 small[row.kind] += row.ms * scale
                 continue
-            label = "attention" if row.kind == ATTENTION else row.name  # the operators' names are long
+            label = "attention" if row.kind == ATTENTION else row.name  # its operators have long names
             yield Slice(label, left, row.ms * scale, COLORS[row.kind])
             left += row.ms * scale
         small[NO_OPERATOR] = phase.left + phase.width - left - sum(small.values())
@@ -75,10 +75,10 @@ def operator_slices(profile: Profile) -> Iterator[Slice]:
 
 
 def draw_profile(profile: Profile, path: Path) -> None:
-    """Write the picture as PNG.
+    """Write the picture to `path` as PNG.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with new_figure(*SIZE, dpi=120, h_pad=0.12, w_pad=0.12) as figure:
         grid = figure.add_gridspec(3, 2, height_ratios=(0.62, 3.1, 1.55))
@@ -145,7 +145,7 @@ def _icicle(axes: Axes, profile: Profile) -> None:
 
 
 def _label(axes: Axes, part: Slice, share: float, y: float, upright: bool) -> None:
-    """The name and the time if there is room, else the name alone, upright in a narrow slice."""
+    """Draw the name and the time if they fit; otherwise the name, turned upright in a narrow slice of an operator."""
     dark = part.color in (COLORS[OTHER_OPERATORS], COLORS[NO_OPERATOR])
     longer = f"{part.label}\n{part.width:.2f} ms" if upright else f"{part.label}  {part.width:.2f} ms"
     room = share / CHARACTER
@@ -159,7 +159,7 @@ def _label(axes: Axes, part: Slice, share: float, y: float, upright: bool) -> No
 
 
 def _rates(axes: Axes, profile: Profile) -> None:
-    """The rates reached, as shares of the machine's limits."""
+    """The rates that were reached, as shares of the machine's limits."""
     limits = profile.limits
     if limits is None or profile.gemm is None:
         axes.axis("off")
@@ -186,7 +186,7 @@ def _rates(axes: Axes, profile: Profile) -> None:
 
 
 def _memory(axes: Axes, profile: Profile) -> None:
-    """The categories as one bar, with their sizes in the legend."""
+    """The categories of memory as one bar, with their sizes in the legend."""
     sizes = [(name, getattr(profile.memory, name) or 0) for name in MEMORY_CATEGORIES]
     total, left = sum(size for _, size in sizes), 0.0
     for (name, size), color in zip(sizes, MEMORY_COLORS, strict=True):

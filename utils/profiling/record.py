@@ -18,8 +18,8 @@ from utils.runs import layout
 SCHEMA_VERSION: Literal[1] = 1
 PROFILE, TRACE, PICTURE = "profile.json", "trace.json", "profile.png"
 MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS = "matrix products", "attention", "other operators"
-OTHER_PHASE = "other"  # the phase of what runs outside of the named ones
-NO_OPERATOR = "no operator"  # the kind of the time in which no operator runs
+OTHER_PHASE = "other"  # the phase of everything outside of the named phases
+NO_OPERATOR = "no operator"  # the kind of time during which no operator runs
 
 
 class Record(BaseModel):
@@ -29,7 +29,7 @@ class Record(BaseModel):
 
 
 class Machine(Record):
-    """Where it was measured. dtype: of training's matrix products. compile: whether the model was compiled."""
+    """The machine. dtype: the precision of training's matrix products. compile: whether the model was compiled."""
 
     device: str
     processor: str
@@ -40,14 +40,14 @@ class Machine(Record):
 
 
 class Limits(Record):
-    """What the machine reaches. gemm: GFLOP/s of a matrix product, by dtype; copy_gbytes: GB/s read plus written."""
+    """The machine's measured limits. gemm: GFLOP/s of a matrix product by dtype; copy_gbytes: GB/s read and written."""
 
     gemm: dict[str, float]
     copy_gbytes: float
 
 
 class PhaseTime(Record):
-    """A phase of a step. calls, ms, gflop (of its matrix products): per step."""
+    """A phase of a step. calls, ms and gflop (of matrix products) are per step."""
 
     name: str
     calls: float
@@ -71,7 +71,7 @@ class OperatorTime(Record):
 
 
 class Communication(Record):
-    """How several ranks communicate. sent_bytes: by each rank, per step. What is waited for is a phase."""
+    """The communication of several ranks; the time spent waiting for it is a phase. sent_bytes: per rank and step."""
 
     world_size: int
     backend: str
@@ -82,8 +82,8 @@ class Communication(Record):
 class MemoryBytes(Record):
     """Memory of training by category, in bytes; None: not measured.
 
-    activations: what autograd keeps of one micro-step's forward pass.
-    peak: the most in use during a step, by tensors on a GPU, else the growth of the process since before training.
+    activations: the tensors of one micro-step's forward pass that autograd keeps.
+    peak: the most in use during a step: by tensors on a GPU, otherwise the growth of the process since before training.
     """
 
     weights: int
@@ -94,10 +94,10 @@ class MemoryBytes(Record):
 
 
 class Generation(Record):
-    """Generation of one sequence.
+    """The generation of one sequence.
 
-    prefill: one pass over `prompt` tokens. decode: one token, the mean over `decoded` of them.
-    decode_gbyte: the weights and the cached keys and values that one token must read.
+    prefill_...: one pass over `prompt` tokens. decode_...: one token, as the mean over `decoded` tokens.
+    decode_gbyte: the weights and the cached keys and values that must be read for one token.
     """
 
     dtype: str
@@ -122,10 +122,11 @@ class Generation(Record):
 class Profile(Record):
     """The contents of profile.json.
 
-    run, step: where a training run was profiled; None: by profile_model.py.
-    step_ms: an undisturbed step; phases_ms: with a wait for the device after each phase; profiled_ms: under the
-    profiler. gflop: what the model needs for a step; of several ranks, for the share of one.
-    operator_times: whether the times of operators are those of their work (on MPS: of their launch only).
+    run, step: the training run and the step that were profiled; None: profiled by profile_model.py.
+    step_ms: time of an undisturbed step; phases_ms: with a wait for the device after each phase; profiled_ms: under
+        the profiler.
+    gflop: GFLOP that the model needs for a step; with several ranks, for the share of one rank.
+    operator_times: whether the times of operators are those of their work (on MPS, only their launches are timed).
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -151,7 +152,7 @@ class Profile(Record):
 
     @property
     def best_ms(self) -> float:
-        """Milliseconds of an undisturbed step if that was measured, else of one timed by phases."""
+        """Milliseconds of an undisturbed step if that was measured, otherwise of a step timed by phases."""
         return self.step_ms if self.step_ms is not None else self.phases_ms
 
     @computed_field  # type: ignore[prop-decorator]
@@ -161,23 +162,23 @@ class Profile(Record):
 
     @property
     def gflops(self) -> float:
-        """The rate of a whole step, GFLOP/s."""
+        """The rate of a whole step, in GFLOP/s."""
         return 1000 * self.gflop / self.best_ms
 
     @property
     def gemm(self) -> float | None:
-        """The limit of training's matrix products, GFLOP/s."""
+        """The limit of training's matrix products, in GFLOP/s."""
         return None if self.limits is None else self.limits.gemm[self.machine.dtype]
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def mfu(self) -> float | None:
-        """Model FLOP/s utilisation [Chowdhery et al. 2022], relative to the measured matrix product."""
+        """Model FLOP/s utilisation [Chowdhery et al. 2022], relative to the measured limit of matrix products."""
         return None if self.gemm is None else self.gflops / self.gemm
 
     @property
     def operators_ms(self) -> dict[str, float]:
-        """Milliseconds of each kind of operator, and without any operator, in a step under the profiler."""
+        """Milliseconds of each kind of operator, and of the time without an operator, in a step under the profiler."""
         times = dict.fromkeys((MATRIX_PRODUCTS, ATTENTION, OTHER_OPERATORS), 0.0)
         for operator in self.operators:
             times[operator.kind] += operator.ms
@@ -185,10 +186,10 @@ class Profile(Record):
 
 
 def read_profile(path: Path) -> Profile:
-    """Read the profile in a file, in a folder written by --out, or in a run directory.
+    """Read a profile from a file, a folder written by --out, or a run directory.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no profile, or it cannot be read.
     """
     places = [path, path / PROFILE, path / layout.PROFILE / PROFILE]
     found = next((place for place in places if place.is_file()), None)
@@ -227,7 +228,7 @@ def save_profile(folder: Path, profile: Profile, trace: bytes, draw: Callable[[P
         for file in names:
             if output_target(folder / file) == Path(os.path.realpath(folder)) / file:
                 os.replace(new / file, folder / file)
-            else:  # a link or a device, which has to stay
+            else:  # keep a link or a device in its place
                 write_output(folder / file, (new / file).read_bytes())
     sync_folder(folder)
     return [folder / file for file in reversed(names)]

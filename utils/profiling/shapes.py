@@ -1,4 +1,4 @@
-"""The cost of a training step by batch and block size: one shape after the other, without a profiler."""
+"""Measuring the cost of a training step for several batch and block sizes, without a profiler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.training.state import build_state
 from utils.training.step import no_phase
 
 SWEEP_FILE = "sweep.json"
-BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # times the configured sizes; the batch is that of a micro-step
+BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)  # times the configured sizes; the batch size is that of a micro-step
 BLOCK_FACTORS = (0.5, 1, 2)
 
 
@@ -33,7 +33,7 @@ class ShapeTiming:
 
     step_ms: the median over stretches of steps.
     gflops: GFLOP/s, counting the operations that the matrix products need (utils/nn/costs.py).
-    activation_mb: what the forward pass keeps for the backward pass; None for a compiled model.
+    activation_mb: MB that the forward pass keeps for the backward pass; None for a compiled model.
     """
 
     batch_size: int
@@ -45,7 +45,7 @@ class ShapeTiming:
 
 
 def with_shape(config: Config, batch_size: int, block_size: int) -> Config:
-    """The same experiment with other sizes, and one micro-step per batch, which no lanes share."""
+    """The same experiment with other sizes, one micro-step per batch, and no lanes."""
     one = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "lanes": None}
     train = config.train.model_copy(update=one)
     return config.model_copy(
@@ -54,12 +54,12 @@ def with_shape(config: Config, batch_size: int, block_size: int) -> Config:
 
 
 def default_batch_sizes(config: Config) -> list[int]:
-    """Micro-batches around the configured one."""
+    """Sizes of micro-batches around the configured one."""
     return sizes_around(micro_batch_of(config, ONE), BATCH_FACTORS)
 
 
 def default_block_sizes(config: Config) -> list[int]:
-    """Blocks around the configured one."""
+    """Block sizes around the configured one."""
     return sizes_around(config.model.block_size, BLOCK_FACTORS)
 
 
@@ -69,14 +69,16 @@ def sizes_around(configured: int, factors: Sequence[float]) -> list[int]:
 
 
 def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: Terminal) -> ShapeTiming:
-    """Time `steps` training steps, after one in which activations are counted and `warmup` more.
+    """Time `steps` training steps of a new model with random weights.
+
+    Before them come one step in which activations are counted and `warmup` more.
 
     Args:
-        setup: corpus, device and precision; the caller has made torch's settings.
-        config: of a new model with random weights, which is timed.
+        setup: corpus, device and precision; the caller has applied torch's settings.
+        config: the configuration of the model.
 
     Raises:
-        RuntimeError, MemoryError: the device cannot hold it.
+        RuntimeError, MemoryError: the model does not fit into the device's memory.
     """
     state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
     step = training_step(state, terminal.warn)
@@ -86,7 +88,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
         step(no_phase)
     step_ms = time_steps(step, state.device, steps)
     if config.train.compile:
-        torch.compiler.reset()  # the compiler has a limit of models per code
+        torch.compiler.reset()  # the compiler limits how often it compiles the same code
     operations = training_flops(state.model, config.train.sequences, config.model.block_size)
     return ShapeTiming(
         batch_size=config.train.sequences,
@@ -101,7 +103,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
 def sweep_shapes(
     setup: Setup, batch_sizes: Sequence[int], block_sizes: Sequence[int], steps: int, warmup: int, terminal: Terminal
 ) -> list[ShapeTiming]:
-    """Time every batch size at every block size; warns of shapes that do not fit into memory, and skips them.
+    """Time every batch size at every block size; skip shapes that do not fit into memory, with a warning.
 
     Raises:
         UserError: the corpus is too short for a block.
@@ -122,7 +124,7 @@ def sweep_shapes(
 
 
 def sweep_table(timings: Sequence[ShapeTiming]) -> Table:
-    """One row per shape, one section per block size; the shape with the most tokens per second is marked."""
+    """A table with one row per shape and one section per block size. The fastest shape is marked."""
     table = Table(title="A training step by batch and block size", title_justify="left", title_style="bold")
     for header in ("block", "batch", "ms/step", "tokens/s", "GFLOP/s", "activations MB"):
         table.add_column(header, justify="right")
@@ -147,10 +149,10 @@ def sweep_table(timings: Sequence[ShapeTiming]) -> Table:
 
 
 def save_sweep(timings: Sequence[ShapeTiming], folder: Path) -> list[Path]:
-    """Write sweep.json into `folder`; returns where it is.
+    """Write sweep.json into `folder`, and return its path in a list.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     write_output(folder / SWEEP_FILE, json_text({"shapes": [asdict(timing) for timing in timings]}))
     return [folder / SWEEP_FILE]

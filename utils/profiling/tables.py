@@ -16,9 +16,8 @@ from utils.terminal.words import counted, fact_lines, setting_text
 
 BAR_WIDTH = 20  # characters for 100%
 MEMORY_CATEGORIES = ("weights", "gradients", "optimizer", "activations")
-NAME_WIDTH = 27  # of an operator, so that the table fits into 80 columns
-NOTHING = 0.005  # GB/s; slower operators work on single numbers
-OTHERS = "others"  # the operators that are not shown by name
+NAME_WIDTH = 27  # characters of an operator's name, so that the table fits into 80 columns
+LEAST_RATE = 0.005  # GB/s; slower operators handle single numbers, and get no rate
 
 
 @dataclass
@@ -49,7 +48,7 @@ def operators_by_name(profile: Profile) -> dict[str, OperatorTotal]:
 
 
 def profile_tables(profile: Profile, top: int) -> list[RenderableType]:
-    """Facts, phases, kinds of work, operators, memory, generation.
+    """The tables of one profile: facts, phases, kinds of work, operators, memory, generation.
 
     Args:
         top: number of operators shown by name.
@@ -74,7 +73,7 @@ def head(profile: Profile) -> RenderableType:
     ]
     if (of_ranks := profile.communication) is not None:
         lanes = "no lanes" if of_ranks.lanes is None else f"{of_ranks.lanes} lanes"
-        sent = f"each sends {of_ranks.sent_bytes / 1e6:,.3g} MB a step; the numbers below are of rank 0"
+        sent = f"each sends {of_ranks.sent_bytes / 1e6:,.3g} MB a step; the numbers below are those of rank 0"
         rows.insert(2, ("ranks", f"{of_ranks.world_size} ({of_ranks.backend}), {lanes}: {sent}"))
     if profile.run is not None:
         rows.insert(0, ("run", f"{profile.run}, step {profile.step:,}"))
@@ -89,22 +88,11 @@ def phase_table(profile: Profile) -> RenderableType:
     table = _table("phase", "share", "", "calls", "ms", "GFLOP", "GFLOP/s", "of limit")
     for row in profile.phases:
         share = row.ms / profile.phases_ms
-        table.add_row(
-            row.name,
-            percent(share),
-            bar(share),
-            f"{row.calls:,.0f}",
-            f"{row.ms:.3f}",
-            *(
-                (
-                    f"{row.gflop:,.2f}",
-                    rate(1000 * row.gflop / row.ms),
-                    share_of(1000 * row.gflop / row.ms, profile.gemm),
-                )
-                if row.gflop and row.ms
-                else ()
-            ),
-        )
+        cells: list[RenderableType] = [row.name, percent(share), bar(share), f"{row.calls:,.0f}", f"{row.ms:.3f}"]
+        if row.gflop and row.ms:
+            reached = 1000 * row.gflop / row.ms
+            cells += [f"{row.gflop:,.2f}", rate(reached), share_of(reached, profile.gemm)]
+        table.add_row(*cells)
     table.add_section()
     total = 1000 * profile.gflop / profile.phases_ms
     table.add_row(
@@ -114,25 +102,25 @@ def phase_table(profile: Profile) -> RenderableType:
     )
     notes = []
     if profile.step_ms is not None:
-        notes.append("Means of other steps, with a wait for the device after each phase.")
+        notes.append("Means over separate steps, which wait for the device after each phase.")
         if profile.config["train"].get("cuda_graph") and profile.machine.device.startswith("cuda"):
-            notes.append("Their kernels are launched one by one; the undisturbed step is a CUDA graph if it can be.")
+            notes.append("Their kernels are launched one by one; the undisturbed step is a CUDA graph if possible.")
     return _titled("Phases of a step", table, *notes)
 
 
 def work_table(profile: Profile) -> RenderableType:
-    """The kinds of work in a step, and the time that its matrix products alone would need."""
+    """The time of each kind of work in a step, and the time that its matrix products would need at the limit."""
     if not profile.operator_times:
-        return Text(f"On {profile.machine.device} the profiler sees only launches, not the work itself.", style="dim")
+        return Text(f"On {profile.machine.device}, the profiler times only the launch of the work.", style="dim")
     table = _table("what", "share", "", "ms")
     for name, ms in profile.operators_ms.items():
         if ms or name == MATRIX_PRODUCTS:
             share = ms / profile.profiled_ms
             table.add_row(name, percent(share), bar(share), f"{ms:.3f}")
-    notes = [f"Under the profiler, again of other steps: a step takes {profile.profiled_ms:.2f} ms there."]
+    notes = [f"From further steps, under the profiler, where a step takes {profile.profiled_ms:.2f} ms."]
     if profile.gemm is not None:
         least = 1000 * profile.gflop / profile.gemm
-        notes.append(f"At the limit the model's matrix products, with attention, would take {least:.2f} ms.")
+        notes.append(f"At the limit, the matrix products of the model, including attention, would take {least:.2f} ms.")
     return _titled("Where the time goes", table, *notes)
 
 
@@ -146,10 +134,10 @@ def operator_table(profile: Profile, top: int) -> RenderableType:
         else:
             rest.calls, rest.ms = rest.calls + row.calls, rest.ms + row.ms
     if rest.calls:
-        table.add_row(*_operator_cells(f"{len(found) - top} {OTHERS}", rest, profile), style="dim")
+        table.add_row(*_operator_cells(f"{len(found) - top} others", rest, profile), style="dim")
     if not profile.operator_times:
         return _titled("Operators, by the time of their launch", table)
-    note = "GB/s is estimated from shapes. Limit: the matrix product, or else the copy; above 100%: from a cache."
+    note = "GB/s is estimated from shapes. Limit: matrix products, or copying without GFLOP/s; a cache can exceed it."
     return _titled("Operators", table, note)
 
 
@@ -159,7 +147,7 @@ def _operator_cells(name: str, row: OperatorTotal, profile: Profile) -> list[Ren
     if not (profile.operator_times and row.ms):
         return cells
     flops, moved = 1000 * row.gflop / row.ms, 1000 * row.gbyte / row.ms
-    if not flops and moved < NOTHING:
+    if not flops and moved < LEAST_RATE:
         return cells
     copy = profile.limits.copy_gbytes if profile.limits else None
     used = share_of(flops, profile.gemm) if flops else share_of(moved, copy)
@@ -167,7 +155,7 @@ def _operator_cells(name: str, row: OperatorTotal, profile: Profile) -> list[Ren
 
 
 def memory_table(profile: Profile) -> RenderableType:
-    """The categories, their sum, and the peak."""
+    """The categories of memory, their sum, and the peak."""
     memory = profile.memory
     sizes = {name: getattr(memory, name) for name in MEMORY_CATEGORIES}
     total = sum(size or 0 for size in sizes.values())
@@ -182,10 +170,10 @@ def memory_table(profile: Profile) -> RenderableType:
     if memory.peak is None:
         return _titled("Memory", table)
     if profile.machine.device.startswith("cuda"):
-        table.add_row("most at once", "", "", megabytes(memory.peak))
+        table.add_row("peak", "", "", megabytes(memory.peak))
         return _titled("Memory", table)
     table.add_row("growth of the process", "", "", megabytes(memory.peak))
-    return _titled("Memory", table, "The process grows by more than these: by libraries and their buffers, too.")
+    return _titled("Memory", table, "The process grows by more than the sum, because libraries need memory too.")
 
 
 def generation_table(profile: Profile) -> RenderableType:
@@ -207,11 +195,11 @@ def generation_table(profile: Profile) -> RenderableType:
 
 
 def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) -> list[RenderableType]:
-    """A and B side by side: their differences in settings and machine, then totals, phases and operators.
+    """A and B side by side: the differences in settings and machine, then totals, phases and operators.
 
     Args:
-        names: how the user named A and B.
-        top: number of operators shown: those that differ most.
+        names: the names that the user gave for A and B.
+        top: number of operators shown, those that differ most.
     """
     phases_a, phases_b = ({row.name: row.ms for row in profile.phases} for profile in (a, b))
     operators_a, operators_b = (
@@ -229,7 +217,7 @@ def comparison_tables(a: Profile, b: Profile, names: Sequence[str], top: int) ->
 
 
 def summary(profile: Profile) -> dict[str, float | None]:
-    """The numbers of a profile that are compared first."""
+    """The totals of a profile that are compared."""
     memory, generation, limits = profile.memory, profile.generation, profile.limits
     return {
         "step (ms)": profile.best_ms,
@@ -240,14 +228,14 @@ def summary(profile: Profile) -> dict[str, float | None]:
         "limit: matrix product (GFLOP/s)": profile.gemm,
         "limit: copy (GB/s)": None if limits is None else limits.copy_gbytes,
         **{f"{name} (MB)": _in_mb(getattr(memory, name)) for name in MEMORY_CATEGORIES},
-        "most in a step (MB)": _in_mb(memory.peak),
+        "peak (MB)": _in_mb(memory.peak),
         "prefill (tokens/s)": None if generation is None else generation.prefill_tokens_per_second,
         "decode (tokens/s)": None if generation is None else generation.decode_tokens_per_second,
     }
 
 
 def difference_table(a: Profile, b: Profile) -> RenderableType:
-    """The settings and the facts about the machine that differ."""
+    """The settings and facts about the machine that differ."""
     ours, theirs = _conditions(a), _conditions(b)
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if not differing:
@@ -261,7 +249,7 @@ def difference_table(a: Profile, b: Profile) -> RenderableType:
 
 
 def _conditions(profile: Profile) -> dict[str, Any]:
-    """Settings and facts about the machine; a fact replaces the setting of the same name."""
+    """Settings and facts about the machine, facts first; a fact replaces a setting of the same name."""
     settings = {key: value for section in profile.config.values() for key, value in section.items()}
     machine = profile.machine.model_dump()
     return {**machine, **settings, **machine}
@@ -270,7 +258,7 @@ def _conditions(profile: Profile) -> dict[str, Any]:
 def _pairs(
     title: str, a: Mapping[str, float | None], b: Mapping[str, float | None], top: int | None = None
 ) -> RenderableType:
-    """One row for each number that A or B has; at most `top` rows, those that differ most."""
+    """A table with a row for each number that A or B has; with `top`, only that many rows, which differ most."""
     table = _table("", "A", "B", "B - A", "B / A")
 
     def difference(name: str) -> float:
@@ -281,14 +269,10 @@ def _pairs(
         names = sorted(names, key=difference, reverse=True)[:top]
     for name in names:
         left, right = a.get(name), b.get(name)
-        both = left is not None and right is not None
-        table.add_row(
-            _cropped(name) if top is not None else name,
-            _number(left),
-            _number(right),
-            _number(right - left, "+") if left is not None and right is not None else "",
-            f"{right / left:.2f}" if both and left else "",  # type: ignore[operator]
-        )
+        cells = [_cropped(name) if top is not None else name, _number(left), _number(right)]
+        if left is not None and right is not None:
+            cells += [_number(right - left, "+"), f"{right / left:.2f}" if left else ""]
+        table.add_row(*cells)
     return _titled(title, table)
 
 
@@ -296,7 +280,7 @@ def _pairs(
 
 
 def _table(*headers: str) -> Table:
-    """A column of names, then one for each header; a column without a header holds bars."""
+    """A table whose first column holds names; a column with an empty header holds bars."""
     table = plain_table()
     table.add_column(headers[0], style="cyan", no_wrap=True, overflow="ellipsis")
     for header in headers[1:]:

@@ -1,1 +1,1 @@
-"""Searches over settings: what sweep.py and `train.py --multirun` do. Every trial is an ordinary run."""
+"""Searches over settings, for sweep.py and `train.py --multirun`. Every trial is an ordinary run."""

@@ -1,7 +1,7 @@
 """The driver of a sweep: claims trials, carries out several at a time, and records how they ended.
 
-There may be several drivers at one sweep, on one machine or many. Each waits at the end until the trials of the others
-are done: if one of them is killed, its trials are gone on with.
+Several drivers, on one machine or many, may work on the same sweep. Each waits at the end until the trials of the
+others are done: if another driver is killed, this one continues its trials.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from utils.errors import UserError
 from utils.machine.signals import StopRequest, StopSignal, stop_on_signals
 from utils.runs.lock import HEARTBEAT_SECONDS
 from utils.sweeps.folder import Sweep
-from utils.sweeps.study import Nothing, Study, Work
+from utils.sweeps.study import NoWork, Study, Work
 from utils.sweeps.trial import DiskFullError, Outcome, TrialRunner, record
 
 MAX_FAILURES = 5  # in a row, by default
-WAIT_SECONDS = 0.5  # between looks for work, while other drivers have it
+WAIT_SECONDS = 0.5  # between attempts to claim work while other drivers hold all of it
 TICK_SECONDS = 0.2  # between updates of the display
 
 Show = Callable[[], None]
@@ -32,13 +32,12 @@ Report = Callable[[int, Outcome], None]
 class Ending:
     """Why a driver ended.
 
-    problem: a line for the user, if the sweep could not go on.
-    signum: of the signal that stopped it.
+    problem: a line for the user if the sweep could not go on.
+    signum: the number of the signal that stopped it.
     """
 
     problem: str | None = None
     signum: int | None = None
-    failures: list[str] = field(default_factory=list)
 
     @property
     def exit_status(self) -> int:
@@ -47,20 +46,20 @@ class Ending:
         return 1 if self.problem else 0
 
 
-def disk_full_words(error: DiskFullError) -> str:
-    return f"the disk is full: {error}; the sweep goes on with --resume once there is room"
+def disk_full_message(error: DiskFullError) -> str:
+    return f"the disk is full: {error}; make room, then continue the sweep with --resume"
 
 
-def too_many_words(failures: int, last: Outcome) -> str:
-    return f"{failures} trials in a row have failed (--max-failures); the last: {last.reason}"
+def too_many_failures_message(failures: int, last: Outcome) -> str:
+    return f"{failures} trials in a row have failed (--max-failures); the last one: {last.reason}"
 
 
 class Driver:
     """Works on a sweep with `jobs` trials at a time until there is nothing left to do.
 
     Args:
-        total: trials of the sweep, those that exist among them.
-        max_failures: trials in a row that may fail.
+        total: number of trials of the sweep, including those that exist already.
+        max_failures: trials in a row that may fail before the driver ends.
         report: called with each trial that this driver has finished.
     """
 
@@ -89,7 +88,7 @@ class Driver:
             try:
                 self._wait(slots, stop, show)
             except StopSignal:
-                self.runner.stop(signal.SIGTERM)  # the second one, after which training stops at once
+                self.runner.stop(signal.SIGTERM)  # the second SIGTERM: training stops at once
                 for slot in slots:
                     slot.join()
             self.ending.signum = stop.signum
@@ -98,7 +97,7 @@ class Driver:
         return self.ending
 
     def _wait(self, slots: list[threading.Thread], stop: StopRequest, show: Show) -> None:
-        """Until all slots have ended; a signal is passed on, once."""
+        """Wait until all slots have ended; pass a signal on to the training processes, once."""
         passed_on, next_beat = False, time.monotonic() + HEARTBEAT_SECONDS
         while any(slot.is_alive() for slot in slots):
             if stop and not passed_on:
@@ -112,18 +111,18 @@ class Driver:
         show()
 
     def _beat(self) -> None:
-        """A sign of life for drivers on other machines, where flock cannot be seen."""
+        """Touch the locks, as a sign of life for drivers on other machines, which may not see flock."""
         with self._mutex:
             works = list(self._works.values())
         for work in works:
             os.utime(work.lock.fd)
 
     def _slot(self) -> None:
-        """What each of the parallel slots does."""
+        """Claim and carry out one trial after the other, in a thread of its own."""
         try:
             while not self.runner.stopping.is_set():
                 work = self.study.claim(self.total)
-                if isinstance(work, Nothing):
+                if isinstance(work, NoWork):
                     if work.finished:
                         return
                     self.runner.stopping.wait(WAIT_SECONDS)
@@ -137,7 +136,7 @@ class Driver:
                         del self._works[work.number]
                     work.release()
         except DiskFullError as error:
-            self._end(disk_full_words(error))
+            self._end(disk_full_message(error))
         except UserError as error:
             self._end(str(error))
         except BaseException as error:
@@ -145,7 +144,7 @@ class Driver:
             self._end(str(error))
 
     def _end(self, problem: str) -> None:
-        """The sweep cannot go on: the others stop with a checkpoint."""
+        """End the sweep because of a problem; the other slots stop with a checkpoint."""
         with self._mutex:
             self.ending.problem = self.ending.problem or problem
         self.runner.stop(signal.SIGTERM)
@@ -160,4 +159,4 @@ class Driver:
             self._failures_in_a_row = self._failures_in_a_row + 1 if outcome.failed else 0
             too_many = self._failures_in_a_row > self._max_failures
         if too_many:
-            self._end(too_many_words(self._failures_in_a_row, outcome))
+            self._end(too_many_failures_message(self._failures_in_a_row, outcome))

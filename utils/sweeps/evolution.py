@@ -1,6 +1,6 @@
-"""CMA-ES [Hansen 2016, The CMA Evolution Strategy: A Tutorial] over the trials of a sweep, repeated from its journal.
+"""CMA-ES [Hansen 2016, The CMA Evolution Strategy: A Tutorial], recomputed for each trial from the trials before it.
 
-Optuna's own sampler would keep its state as a pickle in the journal. Repeating the evolution takes milliseconds.
+Optuna's own sampler would keep its state as a pickle in the journal. Recomputing the evolution takes milliseconds.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from utils.sweeps.space import Dimension, Space, Value
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-CMA_SIGMA = 1 / 6  # of the first generation, of the width of the space, as in Optuna
+CMA_SIGMA = 1 / 6  # of the first generation, as a share of the width of the space; as in Optuna
 
 
 def population_size(dimensions: int) -> int:
-    """Trials of a generation [Hansen 2016, The CMA Evolution Strategy: A Tutorial, table 1]."""
+    """The number of trials in a generation [Hansen 2016, The CMA Evolution Strategy: A Tutorial, table 1]."""
     return 4 + math.floor(3 * math.log(max(1, dimensions)))
 
 
 def numeric(space: Space) -> list[Dimension]:
-    """The dimensions that CMA-ES searches: numbers without a condition. It draws the others at random."""
+    """The dimensions that CMA-ES searches: numbers without a condition. The others are drawn at random."""
     return [one for one in space.dimensions if one.kind != "choice" and not one.when]
 
 
 def evolve(space: Space, seed: int, history: Sequence[FrozenTrial], maximize: bool) -> dict[str, Value]:
-    """The numeric values of the next trial by CMA-ES, whose generations are the trials 0 to P-1, P to 2P-1, ...
+    """The numeric values that CMA-ES proposes for the next trial.
 
-    A trial of an earlier generation without a value counts as the worst of it.
+    With P trials in a generation, the generations are the trials 0 to P-1, P to 2P-1, and so on. A trial of an earlier
+    generation that has no value counts as the worst of its generation.
     """
     from cmaes import CMA
 
@@ -57,7 +58,7 @@ def evolve(space: Space, seed: int, history: Sequence[FrozenTrial], maximize: bo
 
 
 def _value(trial: FrozenTrial, maximize: bool) -> float | None:
-    """What a trial has reached, smaller is better; None: nothing yet."""
+    """The value of a trial or its last value so far, negated if larger is better; None if it has none yet."""
     found = trial.values[0] if trial.values else None
     if found is None and trial.intermediate_values:
         found = trial.intermediate_values[max(trial.intermediate_values)]
@@ -65,7 +66,7 @@ def _value(trial: FrozenTrial, maximize: bool) -> float | None:
 
 
 def _to_unit(dimension: Dimension, value: Any) -> float:
-    """The place of a value between 0 and 1."""
+    """The position of a value in the range of its dimension, from 0 to 1."""
     low, high = (float(bound) for bound in dimension.values[:2] if isinstance(bound, int | float))
     if dimension.kind == "log":
         return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
@@ -73,7 +74,7 @@ def _to_unit(dimension: Dimension, value: Any) -> float:
 
 
 def _from_unit(dimension: Dimension, place: float) -> Value:
-    """The value at a place between 0 and 1, rounded to one that the dimension has."""
+    """The value at a position from 0 to 1, rounded to one that the dimension allows."""
     low, high, *step = (float(bound) for bound in dimension.values if isinstance(bound, int | float))
     if dimension.kind == "log":
         value = math.exp(math.log(low) + place * (math.log(high) - math.log(low)))

@@ -1,11 +1,11 @@
-"""The folder of a sweep: what is searched and how, written once; a sweep that goes on must be the same.
+"""The folder of a sweep. What is searched, and how, is written once; a sweep is resumed only if it is still the same.
 
 sweeps/NAME/
-    sweep.json           the space, the sampler and the pruner with their arguments; its random id is in the runs
+    sweep.json           the space, the sampler and the pruner with their arguments, and a random id
     full_config.json     every setting that is not searched, as at the start: later edits of configs/ change nothing
     journal.jsonl        what happened to each trial (Optuna's JournalStorage)
-    trials/17/           lock of trial 17, and what its processes printed
-    report/              made at the end: best trials, importance, pictures
+    trials/17/           the lock of trial 17, and the output of its processes
+    report/              the pictures, drawn at the end
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.fields import FIELDS, field_fact, flat, get_value
+from utils.config.fields import FIELDS, field_fact, flat
 from utils.config.loader import ConfigLoader
 from utils.config.settings import TRAJECTORY, Config
 from utils.errors import UserError
@@ -37,15 +37,15 @@ CONFIG = layout.CONFIG.name
 JOURNAL = "journal.jsonl"
 TRIALS = "trials"
 REPORT = "report"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}")  # a tag of a run is NAME-17
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}")  # the tags of the runs begin with it: NAME-17
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep is: it never changes.
+    """The definition of a sweep, which never changes.
 
-    config: the settings that are not searched, with the fixed ones of the space.
-    threads: CPU threads of a trial, where neither the configuration nor the space says it.
+    config: the settings that are not searched, including those that the space fixes.
+    threads: CPU threads of a trial; None: as the configuration or the space says.
     """
 
     space: Space
@@ -62,16 +62,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A folder of a sweep. `id` is in run.json of each of its runs, so that its name and place may change."""
+    """The folder of a sweep, which may be moved and renamed.
+
+    id, name: a random id, and the name that the sweep began with; run.json of each of its runs has both.
+    root: the folder of the project.
+    """
 
     path: Path
     id: str
+    name: str
     plan: Plan
     root: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def runs_dir(self) -> Path:
@@ -83,12 +84,12 @@ class Sweep:
 
     @property
     def fixed(self) -> dict[str, Value]:
-        """The values of all settings, for conditions to name; those that are searched replace them."""
+        """The configured values of all settings, for conditions; a trial's values take precedence."""
         return flat(self.plan.config)
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each run of a trial."""
+        """The seeds of the runs of a trial."""
         return self.plan.space.seeds_from(self.plan.config.train.seed)
 
     def trial_folder(self, number: int) -> Path:
@@ -99,38 +100,38 @@ class Sweep:
         return f"{self.name}-{number}"
 
 
-def check_name(name: str) -> str:
-    """Returns `name`; raises UserError unless it can be the name of a sweep."""
+def check_name(name: str, flag: str = "--name") -> str:
+    """Return `name`. Raises UserError unless it is a valid name of a sweep; the message refers to `flag`."""
     if not NAME.fullmatch(name):
-        raise UserError(f"the name of a sweep is 1 to 50 letters, digits, '.', '_' or '-', not {name!r}: see --name")
+        expected = "a letter or digit, then up to 49 letters, digits, '.', '_' or '-'"
+        raise UserError(f"{flag}: the name of a sweep is {expected}, not {name!r}")
     return name
 
 
 def open_sweep(path: Path, plan: Plan, root: Path, *, resume: bool) -> Sweep:
-    """Make the folder of a sweep, or open the one that is there.
+    """Create the folder of a sweep, or open an existing one.
 
     Args:
-        plan: must be that of the folder.
-        resume: an existing folder is expected.
+        plan: if the folder exists, it must have this plan.
+        resume: whether the folder may exist already.
 
     Raises:
-        UserError: it exists and was not expected, is of another sweep, or cannot be written.
+        UserError: the folder exists without `resume`, belongs to another sweep, or cannot be written.
     """
-    check_name(path.name)
     try:
         (path / TRIALS).mkdir(parents=True, exist_ok=True)
         with folder_lock(path):
             if not (path / RECORD).exists():
                 write_json(path / CONFIG, plan.config.model_dump(mode="json"))
-                write_json(path / RECORD, _record_of(path.name, plan))  # last: once it is there, the sweep exists
+                write_json(path / RECORD, _record_of(path.name, plan))  # last: the sweep exists once this file does
                 resume = True
     except OSError as error:
         raise UserError(f"{path}: the sweep cannot be written: {error.strerror}") from None
     sweep = read_sweep(path, root)
     if not resume:
-        raise UserError(f"{path} exists: --resume goes on with this sweep, --name starts another one")
+        raise UserError(f"{path} exists: --resume continues this sweep, --name NAME starts another one")
     if found := list(differences(sweep.plan, plan)):
-        raise UserError("\n".join(f"{path} is another sweep: {line}" for line in found))
+        raise UserError("\n".join(f"{path} is a different sweep: {line}" for line in found))
     return sweep
 
 
@@ -155,7 +156,7 @@ def read_sweep(path: Path, root: Path) -> Sweep:
     """The sweep in a folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the folder has no sweep, or its record is damaged.
     """
     try:
         record = read_json(path / RECORD, path)
@@ -173,7 +174,9 @@ def read_sweep(path: Path, root: Path) -> Sweep:
             Pruner.from_json(record["pruner"]),
             record["threads"],
         )
-        return Sweep(Path(os.path.abspath(path)), record["id"], plan, root)
+        if not NAME.fullmatch(record["name"]):
+            raise ValueError(f"its name is {record['name']!r}")
+        return Sweep(Path(os.path.abspath(path)), record["id"], record["name"], plan, root)
     except FileNotFoundError:
         raise UserError(f"{path} is not the folder of a sweep: it has no {RECORD}") from None
     except OSError as error:
@@ -185,22 +188,22 @@ def read_sweep(path: Path, root: Path) -> Sweep:
 
 
 def differences(recorded: Plan, wanted: Plan) -> Iterator[str]:
-    """What differs between the sweep in a folder and the one that is asked for, a line for each."""
-    before, after = (_spelled(plan) for plan in (recorded, wanted))
+    """One line for each difference between the sweep in a folder and the wanted one."""
+    before, after = (_as_text(plan) for plan in (recorded, wanted))
     for name in dict.fromkeys((*before, *after)):
         old, new = before.get(name, "not searched"), after.get(name, "not searched")
         if old != new:
-            yield f"{name}: {old} there, {new} now"
+            yield f"{name} was {old}, is now {new}"
     old_config, new_config = flat(recorded.config), flat(wanted.config)
     for key in FIELDS:
         if key in recorded.searched or field_fact(key, "kind") != TRAJECTORY:
             continue
         if old_config[key] != new_config[key]:
-            yield f"{key}: {setting_text(old_config[key])} there, {setting_text(new_config[key])} now"
+            yield f"{key} was {setting_text(old_config[key])}, is now {setting_text(new_config[key])}"
 
 
-def _spelled(plan: Plan) -> dict[str, str]:
-    """The parts of a plan beside its configuration, in words."""
+def _as_text(plan: Plan) -> dict[str, str]:
+    """The parts of a plan other than its configuration, as text by name."""
     space = plan.space.as_json()
     searched: Mapping[str, Mapping[str, Any]] = space["settings"]
     words = {key: " ".join(f"{kind} {value}" for kind, value in spec.items()) for key, spec in searched.items()}
@@ -216,8 +219,7 @@ def _spelled(plan: Plan) -> dict[str, str]:
 
 
 def steps_of(config: Config, space: Space) -> int | None:
-    """Steps of a whole trial; None if they are not one number for all trials."""
+    """The number of steps of a whole trial; None if it differs between trials, or `epochs` decides it."""
     if any(dimension.key in ("max_iters", "epochs") for dimension in space.dimensions):
         return None
-    steps: int | None = get_value(config, "max_iters")
-    return steps
+    return config.train.max_iters

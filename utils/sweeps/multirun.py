@@ -1,4 +1,4 @@
-"""`train.py --multirun learning_rate=1e-3,3e-3 seed=1,2,3`: a run for each combination, as Hydra's users know it."""
+"""`train.py --multirun learning_rate=1e-3,3e-3 seed=1,2,3`: one run for each combination, like Hydra's multirun."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.runs.index import read_run
 from utils.sweeps.driver import MAX_FAILURES
 from utils.sweeps.folder import RECORD, Plan, Sweep, check_name, open_sweep
 from utils.sweeps.sampling import grid
-from utils.sweeps.space import OF_THE_SWEEP, Dimension, Space, Value, is_whole, plain_value
+from utils.sweeps.space import SET_BY_SWEEP, Dimension, Space, Value, is_whole, plain_value
 from utils.sweeps.start import drive, finish, sweeps_folder, threads_of_job
 from utils.sweeps.study import RUNS, Study
 from utils.terminal.config_flags import ExperimentArguments
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from utils.experiments.compare import Comparison
 
 FLAG = "--multirun"
-NAME = "multirun"  # where there is no --run-tag
+NAME = "multirun"  # of the sweep, without --run-tag
 SWITCHES = {**dict.fromkeys(("true", "on", "yes", "1"), True), **dict.fromkeys(("false", "off", "no", "0"), False)}
 
 
 def multirun(parsed: ExperimentArguments, root: Path) -> int:
-    """Train the runs of a command line, `--jobs` at a time, and compare them.
+    """Train the runs that a command line describes, `--jobs` at a time, and compare them.
 
-    With --run-tag, the same command goes on with what was stopped.
+    With --run-tag, the same command resumes what was stopped.
 
     Returns:
         The exit status.
@@ -53,7 +53,7 @@ def multirun(parsed: ExperimentArguments, root: Path) -> int:
     threads = None if own.jobs == 1 or loaded.config.train.threads is not None else threads_of_job(own.jobs)
     plan = Plan(space, loaded.config, "grid", threads=threads)
     tag, folder = loaded.config.tracking.run_tag, sweeps_folder(loaded, root, None)
-    path = folder / check_name(tag) if tag is not None else _free(folder)
+    path = folder / check_name(tag, "--run-tag") if tag is not None else _unused_folder(folder)
     sweep = open_sweep(path, plan, root, resume=True)
     study, ending = drive(sweep, len(points), own.jobs, MAX_FAILURES, own.json)
     return finish(sweep, study, ending, own.json, compare_runs)
@@ -76,8 +76,8 @@ def space_of(words: Sequence[str]) -> Space:
             mistakes.append(f"{FLAG}: expected SETTING=VALUE,VALUE, got {shown(word)}")
         elif key not in FIELDS:
             mistakes.append(f"{FLAG}: unknown setting {key}{nearest(key, FIELDS)}")
-        elif key in OF_THE_SWEEP or key == "runs_dir" or key in {one.key for one in dimensions} | fixed.keys():
-            why = "stands there twice" if key not in (*OF_THE_SWEEP, "runs_dir") else "is set for each run"
+        elif key in SET_BY_SWEEP or key == "runs_dir" or key in {one.key for one in dimensions} | fixed.keys():
+            why = "is given twice" if key not in (*SET_BY_SWEEP, "runs_dir") else "is set for each run"
             mistakes.append(f"{FLAG}: {key} {why}")
         elif get_origin(FIELDS[key].annotation) is tuple:
             why = f"is a list, and commas separate values here: {flag_name(key)} sets it for all runs"
@@ -86,7 +86,7 @@ def space_of(words: Sequence[str]) -> Space:
             values = [_value(key, part) for part in texts]
             mistakes += _mistakes(key, values)
             if len(set(values)) < len(values):
-                mistakes.append(f"{FLAG}: {key}: a value stands there twice: {text}")
+                mistakes.append(f"{FLAG}: {key}: a value is given twice: {text}")
             if len(values) == 1:
                 fixed[key] = Setting(values[0], FLAG)
             else:
@@ -99,7 +99,7 @@ def space_of(words: Sequence[str]) -> Space:
 
 
 def _value(key: str, text: str) -> Value:
-    """A value as a file has it: a switch is true or false, by any of its words."""
+    """A value as YAML would give it; a switch may also be on, off, yes, no, 1 or 0."""
     value: Value = plain_value(key, text)
     return SWITCHES.get(text.lower(), value) if _is_switch(key) else value
 
@@ -111,7 +111,7 @@ def _is_switch(key: str) -> bool:
 def _mistakes(key: str, values: Iterable[Any]) -> list[str]:
     found = []
     for value in values:
-        if value is None and _is_switch(key):  # a run gets its settings as flags, and none has no flag
+        if value is None and _is_switch(key):  # a run gets its settings as flags, and no flag sets a switch to none
             found.append(f"{FLAG}: {key}: expected true or false, got none")
         try:
             check_values({key: Setting(value, FLAG)})
@@ -121,14 +121,14 @@ def _mistakes(key: str, values: Iterable[Any]) -> list[str]:
     return found
 
 
-def _free(folder: Path) -> Path:
-    """The first of multirun, multirun_2, ... that no sweep has."""
+def _unused_folder(folder: Path) -> Path:
+    """The first of multirun, multirun_2, ... that is not the name of a sweep yet."""
     names = itertools.chain([NAME], (f"{NAME}_{number}" for number in itertools.count(2)))
     return next(folder / name for name in names if not (folder / name / RECORD).exists())
 
 
 def compare_runs(sweep: Sweep, study: Study) -> Comparison | None:
-    """Which runs are better, those that differ only in seed being one group; None of a single run."""
+    """Compare the runs, grouping those that differ only in their seed; None if there is only one run."""
     from utils.experiments.compare import compare
 
     names = [name for trial in study.trials() for name in trial.user_attrs.get(RUNS, ())]

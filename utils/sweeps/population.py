@@ -1,9 +1,9 @@
-"""Population-based training: while all members train, the worst go on from the checkpoints of the best.
+"""Population-based training: while all members train, the worst are replaced by forks of the best.
 
 Jaderberg et al. 2017, Population Based Training of Neural Networks: truncation selection of a quarter, and perturbation
-by a factor of 0.8 or 1.25. A member that goes on from another's checkpoint is a fork of that run, and a new trial of
-the sweep, as its settings are new ones. Every choice depends on the seed of the sampler, the generation and the member
-alone.
+by a factor of 0.8 or 1.25. A member that continues from another's checkpoint is a fork of that run. Its settings are
+new, so it is also a new trial of the sweep. Every choice depends only on the seed of the sampler, the generation and
+the member.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from utils.sweeps.sampling import DIGITS
 from utils.sweeps.space import Dimension, Space, Value
 
 FACTORS = (0.8, 1.25)
-SHARE = 4  # one member in so many is among the best, and one among the worst
-# Settings that a run may change on its way: not its model, its data, the lengths of its schedules, or what is measured.
+SHARE = 4  # one member in 4 counts as best, and one in 4 as worst
+# Settings that may change during a run: not the model, the data, the lengths of the schedules, or what is measured.
 CHANGEABLE = (
     *("learning_rate", "embedding_lr", "head_lr", "vector_lr", "min_lr", "weight_decay", "momentum"),
     *("beta1", "beta2", "adam_eps", "grad_clip", "dropout", "lora_dropout"),
@@ -40,10 +40,10 @@ class Fork(NamedTuple):
 
 
 def check_population(space: Space, sampler: str, pruner: Pruner, trials: int) -> None:
-    """Raises UserError unless the search can be one by population-based training; any other pruner may be.
+    """Raises UserError if the pruner is population-based training and the rest of the sweep does not fit it.
 
     Args:
-        trials: of the sweep, as asked for.
+        trials: the wanted number of trials.
     """
     if pruner.population is None:
         return
@@ -52,16 +52,16 @@ def check_population(space: Space, sampler: str, pruner: Pruner, trials: int) ->
     conditional = [one.key for one in space.dimensions if one.when]
     if fixed:
         raise UserError(
-            f"{named} changes settings while a run trains, and {fixed[0]} cannot be: expected {', '.join(CHANGEABLE)}"
+            f"{named} changes settings during a run, and {fixed[0]} cannot change: expected {', '.join(CHANGEABLE)}"
         )
     if conditional:
-        raise UserError(f"{named} searches the same settings in all members: {conditional[0]} has a condition (when)")
+        raise UserError(f"{named} needs the same settings in all members, but {conditional[0]} has a condition (when)")
     if space.seeds_from(0)[1:]:
-        raise UserError(f"{named} trains one run of each member: seeds must be 1, not {space.seeds}")
+        raise UserError(f"{named} trains one run for each member: seeds must be 1, not {space.seeds}")
     if sampler not in ("random", "grid"):
-        raise UserError(f"{named} begins with values that depend on nothing else: --sampler random or grid")
+        raise UserError(f"{named} needs a sampler that does not learn from other trials: --sampler random or grid")
     if trials != pruner.population:
-        raise UserError(f"--trials: the population has {pruner.population} members and keeps them, not {trials}")
+        raise UserError(f"--trials: the population has {pruner.population} members, which cannot change to {trials}")
 
 
 def forks(
@@ -73,12 +73,12 @@ def forks(
     values: Mapping[int, Mapping[str, Value]],
     maximize: bool = False,
 ) -> list[Fork]:
-    """Which members do not go on by themselves after `generation`, in the order of the members.
+    """The forks that replace members after `generation`, in the order of the members.
 
     Args:
-        seed: of the sampler.
-        members: the members of the generation, by trial.
-        reached: the metric at its end; a trial that has none has diverged or failed.
+        seed: the seed of the sampler.
+        members: the member that each trial of the generation is, by the number of the trial.
+        reached: the metric of each trial at the end of the generation; trials that diverged or failed are missing.
         values: the settings of each trial.
     """
     ranked = sorted(reached, key=lambda number: (-reached[number] if maximize else reached[number], number))
@@ -96,13 +96,14 @@ def forks(
 
 
 def perturbed(dimension: Dimension, value: Value, draw: random.Random) -> Value:
-    """A value near `value`: of values that can be counted a neighbour, else 0.8 or 1.25 times as much, in the range.
+    """A value near `value`, within the range of the dimension.
 
-    Whole numbers change by at least 1, unless the range ends there.
+    If the dimension has countable values, it is a neighbour of `value`; otherwise 0.8 or 1.25 times `value`. Whole
+    numbers change by at least 1, unless the range ends there.
     """
-    if (steps := dimension.steps()) is not None:
-        place = steps.index(value)
-        return draw.choice([*steps[max(0, place - 1) : place], *steps[place + 1 : place + 2]] or steps)
+    if (values := dimension.countable_values()) is not None:
+        place = values.index(value)
+        return draw.choice([*values[max(0, place - 1) : place], *values[place + 1 : place + 2]] or values)
     low, high = (bound for bound in dimension.values[:2] if isinstance(bound, int | float))
     assert isinstance(value, int | float)
     factor = draw.choice(FACTORS)

@@ -1,9 +1,9 @@
-"""Which trials go on: all, or as asynchronous successive halving (ASHA), the median rule, or a population decides.
+"""Pruners, which decide which trials train on: asynchronous successive halving (ASHA), the median rule, a population.
 
 ASHA [Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning, algorithm 2]: every trial is trained to the
-first rung and pauses there. Of those at a rung, the best in each `eta` go on to the next one, from their checkpoints.
+first rung and pauses there. Of the trials at a rung, the best 1/eta train on to the next rung, from their checkpoints.
 The median rule [Golovin et al. 2017, Google Vizier, section 3.2] stops a trial at an evaluation where its best value is
-worse than the median of the others at that step. Population-based training has a module of its own (population.py).
+worse than the median of the others at that step. Population-based training has its own module (population.py).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from utils.errors import UserError
 PrunerName = Literal["asha", "median", "pbt", "none"]
 PRUNERS: tuple[PrunerName, ...] = ("asha", "median", "pbt", "none")
 ETA = 3
-RUNGS_BELOW = 3  # rungs below the last one, by default
-STARTUP_TRIALS = 5  # that the median rule lets finish
+RUNGS_BELOW = 3  # rungs before the last one, by default
+STARTUP_TRIALS = 5  # complete trials before the median rule ends one
 GENERATIONS, MOST_GENERATIONS = 10, 1000  # with pbt: by default, and at most
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """The rule of a sweep.
+    """The pruner of a sweep.
 
     rungs: with asha and pbt, the steps at which trials are compared, the last being the end of training; with median,
         the step before which no trial is stopped.
-    eta: with asha, one in so many trials goes on.
-    population: with pbt, its members.
+    eta: with asha, one trial in `eta` is promoted from a rung.
+    population: with pbt, the number of members.
     """
 
     name: PrunerName = "none"
@@ -63,7 +63,7 @@ class Pruner:
 
 
 class Promotion(NamedTuple):
-    """The trial `number` goes on to the rung of this index."""
+    """The trial `number` may train to the rung with this index."""
 
     number: int
     rung: int
@@ -72,26 +72,27 @@ class Promotion(NamedTuple):
 def make_pruner(
     name: PrunerName, max_iters: int | None, min_steps: int | None, eta: int | None, trials: int = 0
 ) -> Pruner:
-    """The pruner that flags ask for.
+    """Make the pruner that the flags describe.
 
     Args:
-        max_iters: steps of a whole trial; None: they are not the same for all.
-        min_steps: before the first comparison; None: so that there are four rungs, or ten generations.
-        trials: of the sweep; with pbt, the population.
+        max_iters: steps of a whole trial; None: not the same for all trials.
+        min_steps: steps before the first comparison; None: chosen for four rungs (asha) or ten generations (pbt), or a
+            quarter of the trial (median).
+        trials: number of trials of the sweep; with pbt, the population.
 
     Raises:
-        UserError: flags that do not fit each other.
+        UserError: the flags do not fit each other.
     """
+    if name != "asha" and eta is not None:
+        raise UserError("--eta is for --pruner asha")
     if name == "none":
-        if min_steps is not None or eta is not None:
-            raise UserError(f"--{'eta' if min_steps is None else 'min-steps'} is for --pruner asha or median or pbt")
+        if min_steps is not None:
+            raise UserError("--min-steps is for --pruner asha, median or pbt")
         return Pruner()
     if max_iters is None:
         raise UserError(
             f"--pruner {name} compares trials at the same step: max_iters must be one number for all trials"
         )
-    if name != "asha" and eta is not None:
-        raise UserError("--eta is for --pruner asha")
     eta = ETA if eta is None else eta
     if eta < 2:
         raise UserError(f"--eta must be at least 2, not {eta}")
@@ -112,7 +113,7 @@ def make_pruner(
 
 
 def rung_steps(min_steps: int, max_iters: int, eta: int) -> tuple[int, ...]:
-    """The steps of the rungs, each `eta` times the one before; the last is the end.
+    """The steps of the rungs, each `eta` times the one before; the last rung is `max_iters`.
 
     >>> rung_steps(20, 540, 3)
     (20, 60, 180, 540)
@@ -132,13 +133,13 @@ def promotion(
     *,
     last_call: bool = False,
 ) -> Promotion | None:
-    """The next trial to go on, from the highest rung down; None: there is none yet.
+    """The next trial to promote, looked for from the highest rung down; None if no trial can be promoted yet.
 
     Args:
-        at_rungs: of each rung, the values of the trials that have reached it, by number.
-        promoted: of each rung, the trials that cannot go on from it: they did, or they have ended.
-        last_call: nothing else can be done: then, unless a trial has reached the end, the best one of the highest rung
-            goes on, of those that can.
+        at_rungs: for each rung, the values of the trials that have reached it, by number.
+        promoted: for each rung, the trials that cannot be promoted from it: they were already, or they have ended.
+        last_call: there is no other work. Unless a trial has reached the end, the best trial of the highest rung that
+            can be promoted is.
     """
     for rung in reversed(range(len(at_rungs) - 1)):
         values = at_rungs[rung]

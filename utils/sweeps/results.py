@@ -1,4 +1,4 @@
-"""What the log of a run says about the goal of a sweep."""
+"""The value of a run for the goal of a sweep, read from its log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from utils.sweeps.space import VAL_LOSS, Goal
 
 
 class Evaluations:
-    """The values of a metric in a growing log, each once.
+    """Reads the values of a metric from a growing log, each once.
 
-    at_step: what `new` has returned so far.
-    last_step: of the log.
+    at_step: the values that `new` has returned so far, by step.
+    last_step: the last step in the log.
     """
 
     def __init__(self, run: Path, metric: str) -> None:
@@ -45,7 +45,8 @@ def value_of_run(run: Path, goal: Goal, step: int | None = None, *, best_weights
     """The value of a run for a goal; None if its log does not have it.
 
     Args:
-        step: of which evaluation; None: of the last, or with `best_weights` of the one that the export is made from.
+        step: the step of the evaluation that counts; None: the last one, or with `best_weights` the one whose weights
+            are exported.
     """
     if goal.seconds_to_loss is not None:
         return seconds_to_loss(run, goal.seconds_to_loss)
@@ -59,7 +60,7 @@ def value_of_run(run: Path, goal: Goal, step: int | None = None, *, best_weights
 
 
 def seconds_to_loss(run: Path, loss: float) -> float | None:
-    """Seconds of training until val/loss was `loss` or less, without those between sessions; None: it never was."""
+    """Seconds of training until val/loss was `loss` or less, without pauses between sessions; None: it never was."""
     record = read_record(run)
     sessions = [record.get("start"), *(session.get("time") for session in record.get("resumes") or ())]
     starts = [start for start in map(seconds_of, sessions) if start is not None]

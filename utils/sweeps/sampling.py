@@ -1,8 +1,8 @@
-"""Which values a trial gets: a pure function of the trials before it, the seed of the sampler, and its number.
+"""Samplers, which choose the values of a trial: a pure function of the trials before it, the seed, and its number.
 
-Optuna's samplers are asked in a study in memory that is made for each trial, so that the journal of a sweep gets
-a trial with all of its parameters at once, and nothing of a sampler's state has to be kept. With `random` and `grid`
-the values depend on the seed and the number alone.
+For each trial, a new study in memory asks one of Optuna's samplers for all values. So the journal of a sweep gets a
+trial with all its parameters at once, and no state of a sampler has to be kept. With `random` and `grid`, the values
+depend only on the seed and the number.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 SamplerName = Literal["tpe", "random", "grid", "cmaes"]
 SAMPLERS: tuple[SamplerName, ...] = ("tpe", "random", "grid", "cmaes")
-# Arguments of Optuna's TPESampler. constant_liar: a trial that runs counts as a bad one, so that parallel ones differ.
+# Arguments of Optuna's TPESampler. constant_liar: a running trial counts as a bad one, so that parallel ones differ.
 TPE = {"n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "group": True, "constant_liar": True}
 MOST_POINTS = 100_000  # of a grid
-DIGITS = 5  # that count, of a number drawn from a range
+DIGITS = 5  # significant digits of a number drawn from a range
 
 
 def quiet_optuna() -> Any:
-    """The package Optuna, which takes half a second to import, without its messages on stderr."""
+    """Import Optuna, which takes half a second, and silence its messages on stderr."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -39,7 +39,7 @@ def quiet_optuna() -> Any:
 
 
 def sampler_arguments(name: SamplerName, space: Space) -> dict[str, Any]:
-    """What decides the values beside the seed, for the record of a sweep."""
+    """The arguments of a sampler other than the seed, for the record of a sweep."""
     if name == "tpe":
         return dict(TPE)
     if name == "cmaes":
@@ -50,12 +50,12 @@ def sampler_arguments(name: SamplerName, space: Space) -> dict[str, Any]:
 
 
 def seed_of_trial(seed: int, number: int) -> int:
-    """A seed of 32 bits for the trial `number`, unlike those of its neighbours."""
+    """A seed of 32 bits for the trial `number`, unrelated to those of its neighbours."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
 
 
 def distribution_of(dimension: Dimension) -> BaseDistribution:
-    """The distribution of Optuna that a dimension is drawn from."""
+    """The Optuna distribution that the values of a dimension are drawn from."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if dimension.kind == "choice":
@@ -67,7 +67,7 @@ def distribution_of(dimension: Dimension) -> BaseDistribution:
         assert isinstance(high, int)
         width = int(step[0] or 1) if step else 1
         return IntDistribution(low, low + (high - low) // width * width, log=log, step=width)
-    counted = dimension.steps()
+    counted = dimension.countable_values()
     last = counted[-1] if counted else high
     assert isinstance(low, float)
     assert isinstance(last, float)
@@ -82,14 +82,14 @@ def propose(
     history: Sequence[FrozenTrial],
     maximize: bool = False,
 ) -> dict[str, Value]:
-    """The values of the trial that follows `history`, by setting; without those whose condition does not hold.
+    """The values of the trial that follows `history`, by setting; settings whose condition does not hold are left out.
 
     Args:
         fixed: the values of the settings that are not searched, which conditions may name.
-        history: all trials before it, by number. Those that were pruned or are paused count by their last value.
+        history: all trials before this one, in order. A pruned or paused trial counts with its last value.
 
     Raises:
-        UserError: a grid has no such point.
+        UserError: the grid has no point left.
     """
     number = len(history)
     if sampler == "grid":
@@ -118,17 +118,17 @@ def propose(
     values: dict[str, Value] = {}
     for dimension in space.dimensions:
         if dimension.applies({**fixed, **values}):
-            value = _suggest(trial, dimension)  # also where it is not used: the next ones must not depend on that
+            value = _suggest(trial, dimension)  # always drawn, so that the values after it do not depend on `evolved`
             values[dimension.key] = _rounded(dimension, evolved.get(dimension.key, value))
     return values
 
 
 def _rounded(dimension: Dimension, value: Value) -> Value:
-    """A number drawn from a range, in no more digits than a person would write in a table or on a command line."""
+    """A number drawn from a range, rounded to the digits that a person would write in a table or on a command line."""
     if dimension.kind == "choice" or dimension.whole or not isinstance(value, float):
         return value
     low, high = (bound for bound in dimension.values[:2] if isinstance(bound, float))
-    digits = DIGITS if dimension.steps() is None else 12
+    digits = DIGITS if dimension.countable_values() is None else 12
     return min(max(float(f"{value:.{digits}g}"), low), high)
 
 
@@ -149,18 +149,18 @@ def _suggest(trial: optuna.trial.Trial, dimension: Dimension) -> Value:
 
 
 def grid(space: Space, fixed: Mapping[str, Value]) -> list[dict[str, Value]]:
-    """All points of a space, the last setting counting fastest; each once, whatever conditions leave out.
+    """All points of a space, with the last setting changing fastest. Points that conditions make equal count once.
 
     Raises:
         UserError: a setting has no countable values, or there are too many points.
     """
     for dimension in space.dimensions:
-        if dimension.steps() is None:
+        if dimension.countable_values() is None:
             raise UserError(
-                f"{dimension.key}: a grid takes values that can be counted: expected choice, or range with a step, "
+                f"{dimension.key}: a grid needs countable values: expected choice, or range with a step, "
                 f"not {dimension.kind} {list(dimension.values)}"
             )
-    size = math.prod(len(dimension.steps() or ()) for dimension in space.dimensions)
+    size = math.prod(len(dimension.countable_values() or ()) for dimension in space.dimensions)
     if size > MOST_POINTS:
         raise UserError(f"the grid has {size:,} points, more than {MOST_POINTS:,}")
     points = {repr(point): point for point in _points(space.dimensions, fixed)}
@@ -169,7 +169,7 @@ def grid(space: Space, fixed: Mapping[str, Value]) -> list[dict[str, Value]]:
 
 def _points(dimensions: Sequence[Dimension], fixed: Mapping[str, Value]) -> Iterator[dict[str, Value]]:
     keys = [dimension.key for dimension in dimensions]
-    for combination in itertools.product(*(dimension.steps() or () for dimension in dimensions)):
+    for combination in itertools.product(*(dimension.countable_values() or () for dimension in dimensions)):
         point: dict[str, Value] = {}
         for key, value, dimension in zip(keys, combination, dimensions, strict=True):
             if dimension.applies({**fixed, **point}):

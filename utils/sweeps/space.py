@@ -1,15 +1,15 @@
-"""SPACE.yaml: which settings a sweep searches, which are fixed, and what it optimises.
+"""SPACE.yaml: the settings that a sweep searches, those that it fixes, and its goal.
 
     metric: val/loss                       # or another metric of the log, or {seconds_to_loss: 2.5}
-    seeds: 1                               # runs of each trial, whose mean counts; or a list of seeds
+    seeds: 1                               # runs per trial, whose values are averaged; or a list of seeds
     max_iters: 500                         # a fixed setting
     learning_rate: {log: [1e-4, 1e-2]}
     n_embd: {range: [64, 512, 64]}         # from, to, and an optional step
     optimizer_name: {choice: [adamw, muon]}
     momentum: {range: [0.8, 0.99], when: {optimizer_name: muon}}
 
-Like a configuration file, it may have sections. A setting whose condition does not hold keeps its fixed or configured
-value.
+Like a configuration file, it may have sections. A setting whose condition (`when`) does not hold keeps its fixed or
+configured value.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ METRIC, SEEDS, WHEN = "metric", "seeds", "when"
 SECONDS_TO_LOSS = "seconds_to_loss"
 VAL_LOSS = "val/loss"
 MOST_SEEDS = 100
-OF_THE_SWEEP = ("run_tag", "stop_at_step", "eval_at")  # settings that each trial gets from its sweep
+SET_BY_SWEEP = ("run_tag", "stop_at_step", "eval_at")  # settings that the sweep sets for each trial
 
 
 @dataclass(frozen=True)
 class Dimension:
     """One setting that is searched.
 
-    values: of `log`, the smallest and largest; of `range`, these and perhaps a step; of `choice`, all of them.
-    when: setting -> the values with which this one is searched; it must hold for each.
-    whole: whether it takes whole numbers only.
+    values: for `log`, the smallest and largest value; for `range`, these and an optional step; for `choice`, all.
+    when: for each setting of the condition, its values with which this one is searched; all of them must match.
+    whole: whether the setting takes whole numbers only.
     """
 
     key: str
@@ -55,8 +55,8 @@ class Dimension:
         """Whether the condition holds for the values of the other settings."""
         return all(values.get(key) in allowed for key, allowed in self.when.items())
 
-    def steps(self) -> list[Value] | None:
-        """All values, if they can be counted."""
+    def countable_values(self) -> list[Value] | None:
+        """All values, or None if they cannot be counted."""
         if self.kind == "choice":
             return list(self.values)
         low, high, *step = (float(value) for value in self.values if isinstance(value, int | float))
@@ -75,8 +75,8 @@ class Dimension:
 class Goal:
     """What a sweep optimises.
 
-    metric: its name in the log.
-    seconds_to_loss: the val/loss whose time is to be as short as possible, instead of a metric.
+    metric: the name of the metric in the log.
+    seconds_to_loss: if set, the time until val/loss reaches this value is minimised instead.
     """
 
     metric: str = VAL_LOSS
@@ -97,9 +97,9 @@ class Goal:
 class Space:
     """A search space.
 
-    dimensions: each after those that its condition names.
-    fixed: further settings, the same in all trials, with the place where each is set.
-    seeds: a number of runs for each trial, whose seeds count up from the configured one; or the seeds.
+    dimensions: the settings that are searched, each after those that its condition names.
+    fixed: settings that are the same in all trials, with the place where each is set.
+    seeds: the number of runs for each trial, whose seeds count up from the configured one; or the seeds themselves.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -108,7 +108,7 @@ class Space:
     goal: Goal = Goal()
 
     def as_json(self) -> dict[str, Any]:
-        """What is recorded of it; the fixed settings are part of the configuration."""
+        """The space as sweep.json records it; the fixed settings are in full_config.json instead."""
         return {
             METRIC: self.goal.as_json(),
             SEEDS: list(self.seeds) if isinstance(self.seeds, tuple) else self.seeds,
@@ -132,7 +132,7 @@ class Space:
         )
 
     def seeds_from(self, configured: int) -> list[int]:
-        """The seed of each run of a trial."""
+        """The seeds of the runs of a trial."""
         return list(self.seeds) if isinstance(self.seeds, tuple) else [configured + n for n in range(self.seeds)]
 
 
@@ -141,10 +141,10 @@ def is_whole(key: str) -> bool:
 
 
 def read_space(path: Path, root: Path) -> Space:
-    """Read and check a file.
+    """Read and check SPACE.yaml.
 
     Args:
-        root: names in messages are relative to it.
+        root: the folder to which file names in messages are relative.
 
     Raises:
         ConfigError: one line for each mistake, with its place and the nearest valid name.
@@ -153,7 +153,7 @@ def read_space(path: Path, root: Path) -> Space:
 
 
 class _Reader:
-    """Reads one file; mistakes are collected, each with its line."""
+    """Reads one file and collects its mistakes, each with its line number."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
@@ -169,7 +169,7 @@ class _Reader:
         fixed: dict[str, Setting] = {}
         for key, value, line in self._settings(document, lines):
             self.lines[key] = line
-            if key in OF_THE_SWEEP or (key == "runs_dir" and isinstance(value, dict)):
+            if key in SET_BY_SWEEP or (key == "runs_dir" and isinstance(value, dict)):
                 self._mistake(key, "is set for each trial by the sweep itself")
             elif isinstance(value, dict):
                 specs[key] = value
@@ -182,7 +182,7 @@ class _Reader:
         if not specs and not self.mistakes:
             self.mistakes.append(f"{self.name}:1: nothing is searched: expected a setting with {_one_of(KINDS)}")
         if seeds != 1 and "seed" in specs:
-            self._mistake("seed", "is searched, so seeds, the runs of each trial, must be 1")
+            self._mistake("seed", "is searched, so seeds (the runs of each trial) must be 1")
         ordered = self._in_order(dimensions, fixed) if not self.mistakes else dimensions
         if self.mistakes:
             raise ConfigError("\n".join(self.mistakes))
@@ -211,7 +211,7 @@ class _Reader:
         self.mistakes.append(f"{self.name}:{self.lines[key]}: {key}: {words}")
 
     def _check(self, layer: Mapping[str, Setting]) -> bool:
-        """Whether each value is valid by itself; otherwise the mistakes are noted."""
+        """Whether each value is valid by itself; records the mistakes otherwise."""
         try:
             check_values(layer)
         except ConfigError as error:
@@ -252,7 +252,7 @@ class _Reader:
             if not self._check({key: Setting(value, f"{self.name}:{self.lines[key]}")}):
                 return None
         if len({repr(value) for value in values}) < len(values):
-            self._mistake(key, f"choice: a value stands there twice: {', '.join(map(str, values))}")
+            self._mistake(key, f"choice: a value is given twice: {', '.join(map(str, values))}")
             return None
         return values
 
@@ -260,7 +260,7 @@ class _Reader:
         shape = "[LOW, HIGH]" if kind == "log" else "[LOW, HIGH] or [LOW, HIGH, STEP]"
         whole = is_whole(key)
         if not whole and not expected(key).startswith("number"):
-            self._mistake(key, f"{kind}: takes numbers, and this is no number ({expected(key)}): expected choice")
+            self._mistake(key, f"{kind}: is for numbers, but the setting takes {expected(key)}: use choice")
             return None
         numbers = [plain_value(key, value) for value in given]
         if len(given) not in ((2,) if kind == "log" else (2, 3)) or not all(map(_is_number, numbers)):
@@ -274,7 +274,7 @@ class _Reader:
         elif low == high:
             self._mistake(key, f"{kind}: the range has one value only: write {key}: {low}")
         elif kind == "log" and low <= 0:
-            self._mistake(key, f"log: has no logarithm: {low}; expected bounds above 0")
+            self._mistake(key, f"log: expected bounds above 0, got {low}")
         elif step and step[0] <= 0:
             self._mistake(key, f"range: the step must be above 0, not {step[0]}")
         elif step and step[0] > high - low:
@@ -309,7 +309,7 @@ class _Reader:
                 if other not in searched and other not in fixed:
                     near = nearest(other, [*searched, *fixed])
                     self._mistake(dimension.key, f"when: {other} is neither searched nor fixed here{near}")
-                elif other in searched and (known := searched[other].steps()) is not None:
+                elif other in searched and (known := searched[other].countable_values()) is not None:
                     for value in wanted:
                         if value not in known:
                             self._mistake(
@@ -359,7 +359,7 @@ class _Reader:
 
 
 def plain_value(key: str, value: Any) -> Any:
-    """A value of YAML as the setting takes it: `1e-4` without a point is text there."""
+    """Convert a YAML value to the type of the setting: for YAML, `1e-4` without a point is a text."""
     if is_none(key, value):
         return None
     numeric = expected(key).startswith(("integer", "number"))
@@ -371,7 +371,7 @@ def plain_value(key: str, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """The number in a text; anything else as it is."""
+    """Convert a text to a number if it denotes one; return anything else unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

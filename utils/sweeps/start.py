@@ -1,10 +1,10 @@
-"""From a command line to a sweep that runs, and to what is printed at its end."""
+"""Starting a sweep from a command line, and printing its result."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,17 +60,21 @@ def start_sweep(parsed: ExperimentArguments, root: Path) -> int:
 
 
 def sweeps_folder(loaded: LoadedConfig, root: Path, chosen: Path | None) -> Path:
-    """Where sweeps are: as chosen, or beside the folder of the runs."""
+    """The folder of all sweeps: `chosen`, or `sweeps` beside the folder of the runs."""
     if chosen is not None:
         return Path(os.path.abspath(chosen))
     return Path(os.path.abspath(root / loaded.config.tracking.runs_dir)).parent / SWEEPS
 
 
 def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) -> Plan:
-    """What the flags ask for; what they leave open is as in the sweep that is resumed, `known`.
+    """The sweep that the command line describes.
+
+    Args:
+        own: the flags of sweep.py.
+        known: the plan of the sweep that is resumed, which replaces the defaults of flags that were not given.
 
     Raises:
-        UserError: flags that do not fit each other or the space.
+        UserError: the flags do not fit each other or the space.
     """
     config = loaded.config
     seed = own.sampler_seed if own.sampler_seed is not None else known.sampler_seed if known else 0
@@ -96,14 +100,14 @@ def plan_of(space: Space, loaded: LoadedConfig, own: Any, known: Plan | None) ->
 
 
 def threads_of_job(jobs: int) -> int:
-    """CPU threads of each of several trials at a time: the cores that this process may use, shared out."""
+    """CPU threads of each of `jobs` parallel trials: an equal share of the cores that this process may use."""
     return max(1, available_cores() // jobs)
 
 
 def check_goal(space: Space, pruner: Pruner) -> None:
-    """Raises UserError if trials cannot be compared as the pruner does."""
+    """Raises UserError if the pruner cannot compare trials by the goal of the space."""
     if pruner.name != "none" and space.goal.seconds_to_loss is not None:
-        raise UserError(f"--pruner {pruner.name} compares a metric at the same step, and {space.goal} has none")
+        raise UserError(f"--pruner {pruner.name} compares trials at the same step, which {space.goal} does not allow")
 
 
 def drive(sweep: Sweep, total: int, jobs: int, max_failures: int, quiet: bool) -> tuple[Study, Ending]:
@@ -127,7 +131,7 @@ def finish(
     """Print the summary of a sweep that has ended, and write its pictures if it is complete.
 
     Args:
-        compare: compares its runs; instead of pictures.
+        compare: compares the runs of the sweep; if given, no pictures are drawn.
 
     Returns:
         The exit status.
@@ -135,7 +139,7 @@ def finish(
     from utils.experiments.comparison_tables import comparison_screen
     from utils.sweeps.report import write_report
 
-    importance: Mapping[str, float] = {}
+    importance: dict[str, float] = {}
     files: list[Path] = []
     comparison: Comparison | None = None
     if ending.exit_status == 0 and compare is not None:
@@ -143,17 +147,17 @@ def finish(
     elif ending.exit_status == 0:
         importance, files = write_report(sweep, study)
     if as_json:
-        data = as_data(sweep, study, dict(importance), files)
+        data = as_data(sweep, study, importance, files)
         compared = {"comparison": comparison} if compare is not None else {}
         print_json({**data, **compared})
     else:
-        Terminal().print("", *summary(sweep, study, dict(importance), files))
+        Terminal().print("", *summary(sweep, study, importance, files))
         if comparison is not None:
             Terminal().print(Text("\nComparison", style="bold"), *comparison_screen(comparison))
     if ending.problem:
         print(f"error: {ending.problem}", file=sys.stderr)
     elif ending.signum is not None:
-        print(f"stopped: --resume goes on with {sweep.name}", file=sys.stderr)
+        print(f"stopped: --resume continues {sweep.path.name}", file=sys.stderr)
     return ending.exit_status
 
 

@@ -1,9 +1,9 @@
-"""The journal of a sweep, and who does what next: claims that are safe between processes and survive any of them.
+"""The journal of a sweep, from which several processes claim trials safely, even if some of them are killed.
 
 The journal is Optuna's JournalStorage: one line for each change, appended under a lock. A trial gets its number and
 all of its parameters in one line. The lock of a trial (trials/NUMBER/lock) is held by the process that carries it out
-and by the training process that it has started, so it is free exactly if nobody works on the trial: whoever finds an
-unfinished trial with a free lock goes on with it.
+and by the training process that it has started, so it is free if and only if nobody works on the trial. Any process
+that finds an unfinished trial with a free lock may continue it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.runs.lock import RunLock
 from utils.runs.log import truncate
 from utils.sweeps.folder import JOURNAL, TRIALS, Sweep
 from utils.sweeps.population import forks
-from utils.sweeps.pruning import Promotion, promotion
+from utils.sweeps.pruning import STARTUP_TRIALS, Promotion, promotion
 from utils.sweeps.sampling import distribution_of, grid, propose, quiet_optuna
 from utils.sweeps.space import Value
 
@@ -30,14 +30,15 @@ if TYPE_CHECKING:
     from optuna.storages.journal._file import BaseJournalFileLock
     from optuna.trial import FrozenTrial
 
-RUNG = "rung"  # attribute of a trial: the index of the rung that it may train to
+# Attributes of a trial:
+RUNG = "rung"  # the index of the rung that it may train to
 REASON = "reason"  # why it failed or ended early
 RUNS = "runs"  # ids of its runs
-MEMBER, PARENT = "member", "parent"  # of a fork in a population: whose place it takes; the trial, run and step before
+MEMBER, PARENT = "member", "parent"  # of a fork: its member; the trial, run and step that it is a fork of
 
 
 class _JournalLock:
-    """The lock that appends to the journal take. It ends with its process; a line that was cut off is removed."""
+    """The lock under which the journal is appended to, released when its process ends. Removes a torn last line."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
@@ -61,8 +62,8 @@ class _JournalLock:
 class Work:
     """A claimed trial.
 
-    step: train until there; None: to the end.
-    parent: RUN:STEP that it is a fork of.
+    step: the step to train to; None: the end.
+    parent: RUN:STEP if the trial is a fork.
     """
 
     number: int
@@ -76,14 +77,14 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Nothing:
-    """There is no work. finished: there will be none; otherwise other processes still work on their trials."""
+class NoWork:
+    """There is no work to claim, either for good (`finished`) or while other processes work on their trials."""
 
     finished: bool
 
 
 class Study:
-    """The trials of a sweep. May be used from several threads."""
+    """The trials of a sweep. Several threads may use it at once."""
 
     def __init__(self, sweep: Sweep) -> None:
         optuna = quiet_optuna()
@@ -116,8 +117,8 @@ class Study:
         """All trials, by number."""
         return self.optuna.get_trials(deepcopy=False)
 
-    def runs(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is unfinished; it may be paused."""
+    def is_unfinished(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is unfinished: waiting, running or paused."""
         return trial.state == self._states.RUNNING
 
     def is_complete(self, trial: FrozenTrial) -> bool:
@@ -128,7 +129,7 @@ class Study:
 
     def is_paused(self, trial: FrozenTrial) -> bool:
         """Whether a trial waits at a rung for its promotion."""
-        return self.runs(trial) and self._target(trial) in trial.intermediate_values
+        return self.is_unfinished(trial) and self._target(trial) in trial.intermediate_values
 
     def best(self) -> list[FrozenTrial]:
         """The trials with a value, best first."""
@@ -137,7 +138,7 @@ class Study:
         return sorted(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
     def limit(self, total: int) -> int:
-        """Trials of a sweep of which `total` are wanted: a grid has no more than points."""
+        """The number of trials if `total` are wanted: a grid has no more trials than points."""
         return total if self._points is None else min(total, self._points)
 
     def _target(self, trial: FrozenTrial) -> int | None:
@@ -150,11 +151,11 @@ class Study:
 
     # -------------------------------------------------------------------------------------------------- claims
 
-    def claim(self, total: int) -> Work | Nothing:
-        """Take the next piece of work: first what was left unfinished, then promotions, then new trials.
+    def claim(self, total: int) -> Work | NoWork:
+        """Claim the next piece of work: first unfinished trials that nobody works on, then promotions, then new trials.
 
         Args:
-            total: of trials.
+            total: the wanted number of trials.
 
         Raises:
             OSError: the journal cannot be written.
@@ -163,25 +164,25 @@ class Study:
             trials, total = self.trials(), self.limit(total)
             if self.sweep.plan.pruner.name == "pbt" and len(trials) >= total:
                 trials = self._next_generation(trials)
-            unfinished = [trial for trial in trials if self.runs(trial) and not self.is_paused(trial)]
-            needed = {self._needs(trial) for trial in unfinished}
+            unfinished = [trial for trial in trials if self.is_unfinished(trial) and not self.is_paused(trial)]
+            held_back = {self._parent_held_back(trial) for trial in unfinished}
             for trial in unfinished:
-                if trial.number not in needed and (lock := self._try_lock(trial.number)) is not None:
+                if trial.number not in held_back and (lock := self._try_lock(trial.number)) is not None:
                     return self._work(trial, lock)
             if (found := self._promotion(trials)) is not None:
                 return self._promote(found)
             if len(trials) < total:
                 return self._create(trials)
             if unfinished:
-                return Nothing(finished=False)
+                return NoWork(finished=False)
             if (found := self._promotion(trials, last_call=True)) is not None:
                 return self._promote(found)
             for trial in filter(self.is_paused, trials):
                 self.finish(trial.number, reason="not promoted", pruned=True)
-            return Nothing(finished=True)
+            return NoWork(finished=True)
 
     def _try_lock(self, number: int) -> RunLock | None:
-        """The lock of a trial; None if somebody has it."""
+        """Take the lock of a trial; None if another process holds it."""
         folder = self.sweep.trial_folder(number)
         folder.mkdir(exist_ok=True)
         try:
@@ -197,15 +198,15 @@ class Study:
         return Work(trial.number, trial.params, self._target(trial), lock, place)
 
     def _next_generation(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """Once all members of a population have paused at a rung, let them go on, or forks of others in their place.
+        """Once all members of a population have paused at a rung, let them train on, or replace them by forks.
 
-        A process that is killed in between leaves what another one completes: the forks are decided by what is known
-        of the rung, each is written in one line, and those that go on are marked last.
+        If this process is killed in between, another one completes the work: the forks depend only on the results at
+        the rung, each fork is written in one line, and the members that train on are marked last.
 
         Returns:
-            The trials as they are now.
+            The trials after these changes.
         """
-        plan, running = self.sweep.plan, [trial for trial in trials if self.runs(trial)]
+        plan, running = self.sweep.plan, [trial for trial in trials if self.is_unfinished(trial)]
         rung = min(map(rung_of, running), default=len(plan.pruner.rungs))
         waiting = {trial.number for trial in running if rung_of(trial) == rung}
         if rung >= len(plan.pruner.rungs) - 1 or not all(self.is_paused(trials[number]) for number in waiting):
@@ -237,8 +238,8 @@ class Study:
         parent = trial.user_attrs.get(PARENT)
         return 0 if parent is None else self.sweep.plan.pruner.rungs.index(parent["step"]) + 1
 
-    def _needs(self, trial: FrozenTrial) -> int | None:
-        """The trial that has to wait for an unfinished fork of it: if it went on, it might delete the checkpoint."""
+    def _parent_held_back(self, trial: FrozenTrial) -> int | None:
+        """The parent of a fork at its first rung: it must wait, since it might delete the checkpoint of the fork."""
         begins = PARENT in trial.user_attrs and self._first_rung(trial) == rung_of(trial)
         return int(trial.user_attrs[PARENT]["trial"]) if begins else None
 
@@ -250,15 +251,16 @@ class Study:
         at_rungs: list[dict[int, float]] = [
             {t.number: t.intermediate_values[step] for t in trials if step in t.intermediate_values} for step in below
         ]
-        # One that stopped by itself before the first rung was compared with no other.
+        # A trial that ended by itself before the first rung was never compared with others.
         complete = [t for t in trials if self.is_complete(t) and rung_of(t) > 0]
         at_rungs.append({t.number: t.value for t in complete if t.value is not None})
-        promoted = [{t.number for t in trials if rung_of(t) > rung or not self.runs(t)} for rung in range(len(below))]
+        ended = {t.number for t in trials if not self.is_unfinished(t)}
+        promoted = [ended | {t.number for t in trials if rung_of(t) > rung} for rung in range(len(below))]
         return promotion(at_rungs, promoted, pruner.eta, self.sweep.maximize, last_call=last_call)
 
-    def _promote(self, found: Promotion) -> Work | Nothing:
-        if (lock := self._try_lock(found.number)) is None:  # of a process that has reported it a moment ago
-            return Nothing(finished=False)
+    def _promote(self, found: Promotion) -> Work | NoWork:
+        if (lock := self._try_lock(found.number)) is None:  # the process that has just reported it still holds it
+            return NoWork(finished=False)
         trial = self.trials()[found.number]
         self._storage.set_trial_user_attr(trial._trial_id, RUNG, found.rung)
         return self._work(self.trials()[found.number], lock)
@@ -275,7 +277,7 @@ class Study:
         return self._work(self.trials()[number], lock)
 
     def _add(self, values: Mapping[str, Value], attributes: Mapping[str, object] | None = None) -> None:
-        """Write a new trial into the journal, with all that is known of it in one line."""
+        """Write a new trial into the journal, with its values and attributes in one line."""
         from optuna.trial import create_trial
 
         dimensions = {dimension.key: dimension for dimension in self.sweep.plan.space.dimensions}
@@ -289,7 +291,7 @@ class Study:
         assert self.trials()[-1]._trial_id == created
 
     def _history(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """The trials as a sampler should see them: a paused one counts as pruned, so that its value is known."""
+        """The trials as a sampler should see them: a paused one looks pruned, so that its value counts."""
         from optuna.trial import create_trial
 
         return [
@@ -307,7 +309,7 @@ class Study:
     # ------------------------------------------------------------------------------------------------- results
 
     def report(self, number: int, step: int, value: float, runs: Sequence[str] = ()) -> None:
-        """Record the value of an unfinished trial at a step, and before it the ids of its runs."""
+        """Record the ids of the runs of an unfinished trial, then its value at a step."""
         trial = self.trials()[number]
         if runs and trial.user_attrs.get(RUNS) != list(runs):
             self._storage.set_trial_user_attr(trial._trial_id, RUNS, list(runs))
@@ -317,8 +319,6 @@ class Study:
     def should_stop(self, number: int) -> bool:
         """Whether the median rule ends a trial after its last reported value."""
         import optuna
-
-        from utils.sweeps.pruning import STARTUP_TRIALS
 
         pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS, n_warmup_steps=self.sweep.plan.pruner.rungs[0])
         return bool(pruner.prune(self.optuna, self.trials()[number]))
@@ -332,9 +332,9 @@ class Study:
         pruned: bool = False,
         runs: Sequence[str] = (),
     ) -> None:
-        """Record how a trial ended: with a value, or else early (`pruned`) or failed, for a reason."""
+        """Record how a trial ended: complete with a value, or without one, ended early (`pruned`) or failed."""
         trial = self.trials()[number]
-        if not self.runs(trial):  # another process has recorded it, where a file system has no locks
+        if not self.is_unfinished(trial):  # recorded by another process, on a file system without locks
             return
         if runs:
             self._storage.set_trial_user_attr(trial._trial_id, RUNS, list(runs))

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs, and what it prints at the end."""
+"""The display of a running sweep, and the summary that it prints at the end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def value_text(value: float | None) -> str:
 
 
 def params_text(params: dict[str, Any]) -> str:
-    """`learning_rate 0.00123  n_embd 64`: numbers with three digits, as a person compares them."""
+    """Settings as text, with three digits of each float: `learning_rate 0.00123  n_embd 64`."""
     return "  ".join(f"{key} {param_text(value)}" for key, value in params.items())
 
 
@@ -43,11 +43,11 @@ def param_text(value: Any) -> str:
 
 
 class Display:
-    """A live table on a terminal, and elsewhere one line for each trial that ends.
+    """A live table on a terminal, and a line for each trial that has ended or reached a rung.
 
     Args:
-        activities: of the trials that this process carries out, by number.
-        total: trials that are wanted of the sweep.
+        activities: what the trials that this process carries out are doing, by number.
+        total: the wanted number of trials.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Display:
         self.terminal, self.sweep, self.study, self.activities = terminal, sweep, study, activities
         self.total = study.limit(total)
         self._began = time.monotonic()
-        self._done_before = sum(not study.runs(trial) for trial in study.trials())
+        self._done_before = sum(not study.is_unfinished(trial) for trial in study.trials())
         self._live: Live | None = None
         self._next = 0.0
 
@@ -77,18 +77,18 @@ class Display:
             self._live.update(self.screen(), refresh=True)
 
     def ended(self, number: int, outcome: Outcome) -> None:
-        """Print one line about a trial that this driver has worked on."""
+        """Print a line about a trial that has ended or reached a rung."""
         trial = self.study.trials()[number]
         if outcome.value is not None:
             state, words = "", f"{self.sweep.plan.space.goal} {value_text(outcome.value)}"
-            if self.study.runs(trial):
+            if self.study.is_unfinished(trial):
                 words += f" at step {max(trial.intermediate_values):,}"
         else:
             state, words = ("ended early: " if outcome.pruned else "failed: "), outcome.reason or ""
         self.terminal.print(f"trial {number}: {state}{one_line(words)}   {params_text(trial.params)}")
 
     def screen(self) -> RenderableType:
-        """The whole display: what runs, and the best so far."""
+        """The whole display: the running trials, and the best so far."""
         trials = self.study.trials()
         table = _table("trial", "step", str(self.sweep.plan.space.goal), "time", "settings")
         steps = steps_of(self.sweep.plan.config, self.sweep.plan.space)
@@ -99,8 +99,8 @@ class Display:
         return Group(self._heading(trials), table, *best_table(self.study, BEST_SHOWN))
 
     def _heading(self, trials: list[FrozenTrial]) -> Text:
-        ended = [trial for trial in trials if not self.study.runs(trial)]
-        total = max(self.total, len(trials))  # the forks of a population come on top
+        ended = [trial for trial in trials if not self.study.is_unfinished(trial)]
+        total = max(self.total, len(trials))  # the forks of a population are further trials
         paused, failed = sum(map(self.study.is_paused, trials)), sum(map(self.study.is_failed, trials))
         words = [f"{len(ended)} of {counted(total, 'trial')} done"]
         words += [f"{paused} paused"] if paused else []
@@ -133,14 +133,14 @@ def best_table(study: Study, most: int) -> Iterator[RenderableType]:
 
 
 def summary(sweep: Sweep, study: Study, importance: dict[str, float], files: list[Path]) -> Iterator[RenderableType]:
-    """What is printed at the end: the best trials, importance of settings, and what to type next.
+    """The text that is printed at the end: the best trials, the importance of settings, and commands to type next.
 
     Args:
-        importance: of each setting, as shares.
-        files: pictures.
+        importance: the importance of each setting, as shares.
+        files: the pictures.
     """
     trials = study.trials()
-    ended = [trial for trial in trials if not study.runs(trial)]
+    ended = [trial for trial in trials if not study.is_unfinished(trial)]
     complete = sum(map(study.is_complete, trials))
     failed = [trial for trial in trials if study.is_failed(trial)]
     words = [counted(complete, "complete trial"), f"{len(ended) - complete - len(failed)} ended early"]
@@ -167,7 +167,7 @@ def summary(sweep: Sweep, study: Study, importance: dict[str, float], files: lis
 
 
 def next_commands(sweep: Sweep, study: Study) -> Iterator[tuple[str, str]]:
-    """(what, command) of what to type next."""
+    """(description, command) of what the user may want to type next."""
     from utils.training.result import is_default_runs_dir, script_command
 
     flag = (
@@ -182,7 +182,7 @@ def next_commands(sweep: Sweep, study: Study) -> Iterator[tuple[str, str]]:
         yield "train longer", longer
 
 
-LONGER = 10  # times the steps of a trial
+LONGER = 10  # times as many steps as a trial
 
 
 def longer_command(sweep: Sweep, study: Study) -> str | None:
@@ -200,6 +200,6 @@ def longer_command(sweep: Sweep, study: Study) -> str | None:
     epochs = params.get("epochs", train.epochs or 1)
     flags = [f"--max-iters {LONGER * steps}" if steps else f"--epochs {number_text(LONGER * epochs)}"]
     flags += ["--eval-at ''"] if sweep.plan.pruner.pauses else []
-    flags += ["--threads none"] if sweep.plan.threads is not None else []  # the share of one of several jobs
+    flags += ["--threads none"] if sweep.plan.threads is not None else []  # a trial has a share of the cores
     flags += ["--max-minutes none"] if params.get("max_minutes", train.max_minutes) is not None else []
     return f"{script_command('train.py')} --config {config} --run-tag {sweep.name}-best {' '.join(flags)}"

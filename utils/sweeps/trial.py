@@ -1,4 +1,4 @@
-"""One trial: its runs, trained by train.py in processes of their own, and continued wherever they were stopped."""
+"""Carrying out a trial: train.py trains each of its runs in a process, and continues a run that was stopped."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.fields import get_value
 from utils.config.loader import ConfigError, ConfigLoader, flag_name
 from utils.errors import UserError, first_line
-from utils.files import read_text
+from utils.files import read_bytes
 from utils.folders import remove
 from utils.runs.layout import CONFIG, LOCK, METRICS_LOG, NOTES, RECORD
 from utils.runs.lock import lock_is_free, wait_until_free
@@ -33,10 +32,10 @@ from utils.sweeps.space import Value
 from utils.sweeps.study import Study, Work
 from utils.terminal.cli import script_file
 
-LOOK_SECONDS = 1.0  # between looks at the log of a run
+LOOK_SECONDS = 1.0  # between reads of the log of a run
 POLL_SECONDS = 0.05
 MOST_KILLS = 20  # in a row without a step of progress, after which a trial fails
-RELATION = "sweep"  # of a run to the sweep that it belongs to
+RELATION = "sweep"  # key of run.json: the sweep, trial and place that a run belongs to
 OUTPUT = "output.txt"
 TRAIN = "train.py"
 NO_SPACE = (os.strerror(28), os.strerror(122))  # ENOSPC, EDQUOT
@@ -46,16 +45,17 @@ Guard = Callable[[int], AbstractContextManager[object]]
 
 
 class DiskFullError(Exception):
-    """The disk has no room for a run: the sweep ends, and goes on once there is some."""
+    """The disk has no room for a run: the sweep ends, and can be resumed once there is room."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a piece of work ended.
 
-    value: of the trial, at the step of the work or at its end.
-    at_end: its runs are trained to their ends, which `patience`, `max_minutes` or a callback may bring before the step.
-    reason: why there is none: it failed, or with `pruned` it ended early. None with no value: it was asked to stop.
+    value: the value of the trial, at the step of the work or at its end.
+    at_end: whether its runs have ended; `patience`, `max_minutes` or a callback may end them before the step.
+    reason: why there is no value: the trial failed or, with `pruned`, ended early. Without value and reason, it was
+        asked to stop.
     """
 
     value: float | None = None
@@ -74,7 +74,7 @@ class Outcome:
 
 
 def record(study: Study, work: Work, outcome: Outcome) -> None:
-    """Write into the journal how a piece of work ended; one that was stopped stays as it is."""
+    """Write into the journal how a piece of work ended; nothing if it was asked to stop."""
     if outcome.value is not None and work.step is not None and not outcome.at_end:
         study.report(work.number, work.step, outcome.value, outcome.runs)
     elif not outcome.was_stopped:
@@ -83,22 +83,20 @@ def record(study: Study, work: Work, outcome: Outcome) -> None:
 
 @dataclass
 class Activity:
-    """What a trial is doing, for the display."""
+    """The progress of a trial, for the display."""
 
-    number: int
     began: float = field(default_factory=time.monotonic)
     step: int = 0
     loss: float | None = None
-    run: Path | None = None
 
 
 class TrialRunner:
     """Carries out the trials of a sweep. Several threads may do so at once.
 
     Args:
-        guard: what a training process, given by its id, is watched by.
+        guard: makes a context in which a training process, given by its id, is watched.
 
-    activities: of the trials that are being carried out.
+    activities: the progress of the trials that are being carried out, by number.
     """
 
     def __init__(self, sweep: Sweep, study: Study, guard: Guard = lambda pid: contextlib.nullcontext()) -> None:
@@ -119,12 +117,12 @@ class TrialRunner:
                     process.send_signal(signum)
 
     def carry_out(self, work: Work) -> Outcome:
-        """Train the runs of a trial until the step of the work.
+        """Train the runs of a trial to the step of the work.
 
         Raises:
             DiskFullError: a run could not be written.
         """
-        activity = self.activities[work.number] = Activity(work.number)
+        activity = self.activities[work.number] = Activity()
         values, runs, at_end = [], [], True
         try:
             for place, seed in enumerate(self.sweep.seeds):
@@ -143,7 +141,7 @@ class TrialRunner:
                     missing = never or f"{goal} is not in its log" if value is None else f"{goal} is {value}"
                     return Outcome(reason=missing, pruned=bool(never) or value is not None, runs=tuple(runs))
                 values.append(value)
-        except UserError as error:  # a damaged log, say
+        except UserError as error:  # for example, a damaged log
             return Outcome(reason=str(error), runs=tuple(runs))
         finally:
             self.activities.pop(work.number, None)
@@ -157,7 +155,7 @@ class TrialRunner:
         return step is not None and (read_record(run).get("last_step") or 0) >= step
 
     def _is_done(self, run: Path, step: int | None) -> bool:
-        """Whether a run is complete, was ended by its own limit of time or a callback, or has reached `step`."""
+        """Whether a run has completed, was ended by `max_minutes` or a callback, or has reached `step`."""
         record = read_record(run)
         if record["status"] == "interrupted":
             reason = record.get("exit_reason")
@@ -166,11 +164,11 @@ class TrialRunner:
         return record["status"] == "completed"
 
     def _train(self, work: Work, place: int, seed: int, activity: Activity) -> tuple[Path | None, str | None, bool]:
-        """Train one run until the step of the work, or to its end.
+        """Train one run to the step of the work, or to its end.
 
         Returns:
-            The run; why it did not get there; and whether that is a result (it diverged, or the median rule ended it)
-            and no failure.
+            The run; why it did not get there; and whether this is a result (the run diverged, or the median rule ended
+            it) rather than a failure.
         """
         kills, progress, first = 0, -1, True
         output = self.sweep.trial_folder(work.number) / OUTPUT
@@ -200,13 +198,13 @@ class TrialRunner:
             if pruned:
                 return self._find_run(work.number, place), "median: worse than half of the trials at that step", True
             if self.stopping.is_set():
-                continue  # whatever it has reached is looked at once more
+                continue  # to look at what the run has reached
             if 0 < status < 128 and self._has_refused(run := self._find_run(work.number, place)):
                 reason = last_error(output, start) or f"train.py ended with status {status}"
                 if any(words in reason for words in NO_SPACE):
                     raise DiskFullError(reason)
                 return run, reason, False
-            if status < 0 or status >= 128:  # killed by somebody: go on from the checkpoint
+            if status < 0 or status >= 128:  # killed: continue from the checkpoint
                 now = _last_step(self._find_run(work.number, place))
                 kills = kills + 1 if now <= progress else 1
                 progress = max(progress, now)
@@ -215,13 +213,13 @@ class TrialRunner:
                     return run, f"killed by {name} {kills} times without a step of progress", False
 
     def _has_refused(self, run: Path | None) -> bool:
-        """Whether the process that was to start or continue a run has not done so, but ended with an error."""
+        """Whether the last process ended with an error before it started or continued the run."""
         return run is None or read_status(run) in ("interrupted", "crashed")
 
     # --------------------------------------------------------------------------------------------------- runs
 
     def _find_run(self, number: int, place: int) -> Path | None:
-        """The run of a trial, by what its run.json says; remains of one that was killed as it began are removed."""
+        """Find the run of a trial by its run.json; remove what a process that was killed at its start has left."""
         for path in sorted(self.sweep.runs_dir.glob(f"*_{self.sweep.tag(number)}*")):
             try:
                 record = read_record(path)
@@ -240,7 +238,7 @@ class TrialRunner:
         return None
 
     def _remove_remains(self, path: Path, number: int) -> None:
-        """Remove a directory of this trial whose process was killed before it had written run.json."""
+        """Remove a run directory of this trial if its process was killed before it wrote run.json."""
         own = path.name.split("_", 2)[-1].rpartition("_")
         named = self.sweep.tag(number) in (path.name.split("_", 2)[-1], own[0])
         files = [place for place in path.rglob("*") if place.is_file()] if path.is_dir() and named else None
@@ -250,7 +248,7 @@ class TrialRunner:
             remove(path)
 
     def _command(self, work: Work, place: int, seed: int, run: Path | None) -> list[str]:
-        """The command line that starts or continues a run.
+        """The command line that starts a run, or continues `run`.
 
         Raises:
             ConfigError: the values of the trial do not fit each other.
@@ -268,7 +266,7 @@ class TrialRunner:
         flags = [_flag(key, value) for key, value in settings.items()]
         self._loader.load_onto(self._base, (), {key: _text(value) for key, value in settings.items()})
         if rungs := self.sweep.plan.pruner.rungs[:-1]:
-            evaluations = sorted({*get_value(self.sweep.plan.config, "eval_at"), *rungs})
+            evaluations = sorted({*self.sweep.plan.config.train.eval_at, *rungs})
             flags.append(f"--eval-at={','.join(map(str, evaluations))}")
         origin = [f"--resume={self.sweep.runs_dir / work.parent}", "--fork"] if work.parent is not None else []
         return [
@@ -284,7 +282,7 @@ class TrialRunner:
     # ---------------------------------------------------------------------------------------------- processes
 
     def _run(self, command: list[str], work: Work, place: int, activity: Activity, output: Path) -> tuple[int, bool]:
-        """Run a training process to its end, and look at its log meanwhile.
+        """Run a training process to its end, and follow its log meanwhile.
 
         Returns:
             Its exit status, as subprocess gives it, and whether the median rule has ended it.
@@ -297,7 +295,7 @@ class TrialRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                pass_fds=[work.lock.fd],  # the lock is held for as long as this process or the training lives
+                pass_fds=[work.lock.fd],  # the lock is held as long as this process or the training lives
                 start_new_session=True,  # Ctrl-C reaches this process, which passes it on
             )
             self._processes.add(process)
@@ -319,10 +317,10 @@ class TrialRunner:
                 self._processes.discard(process)
 
     def _watch(self, work: Work, place: int, activity: Activity, pid: int) -> Iterator[bool]:
-        """Keep `activity` up to date; yields whether the median rule ends the trial, whose first run decides.
+        """Keep `activity` up to date; yield whether the median rule ends the trial, judged by its first run.
 
         Args:
-            pid: of the training process. Until run.json names it, the log may still be cut back.
+            pid: the training process. Until run.json names it, the log may still be cut back.
         """
         judged = self.sweep.plan.pruner.name == "median" and place == 0
         end = steps_of(self.sweep.plan.config, self.sweep.plan.space)
@@ -331,9 +329,9 @@ class TrialRunner:
         while True:
             stop = False
             if evaluations is None:
-                activity.run = self._find_started(work.number, pid)
-                if activity.run is not None:
-                    evaluations = Evaluations(activity.run, self.sweep.plan.space.goal.metric)
+                run = self._find_started(work.number, pid)
+                if run is not None:
+                    evaluations = Evaluations(run, self.sweep.plan.space.goal.metric)
             if evaluations is not None:
                 for step, value in evaluations.new():
                     activity.loss = value
@@ -341,12 +339,12 @@ class TrialRunner:
                         reported[step] = value
                         self.study.report(work.number, step, value)
                         stop = stop or self.study.should_stop(work.number)
-                stop = stop and evaluations.last_step != end  # there it is trained, and exports
+                stop = stop and evaluations.last_step != end  # a run at its last step may as well export its model
                 activity.step = max(activity.step, evaluations.last_step)
             yield stop
 
     def _find_started(self, number: int, pid: int) -> Path | None:
-        """The run of a trial that a process trains, once it has begun."""
+        """The run of a trial whose run.json names the process `pid`; None if there is none yet."""
         for path in self.sweep.runs_dir.glob(f"*_{self.sweep.tag(number)}*"):
             with contextlib.suppress(RunError):
                 if read_record(path).get("pid") == pid:
@@ -359,7 +357,7 @@ def _flag(key: str, value: Value) -> str:
 
 
 def _text(value: Value) -> Any:
-    """A value as the command line has it; a switch stays one."""
+    """A value as the command line takes it; a switch stays a bool."""
     return value if isinstance(value, bool) else "none" if value is None else str(value)
 
 
@@ -375,13 +373,13 @@ def _last_step(run: Path | None) -> int:
 
 
 def last_error(output: Path, start: int) -> str | None:
-    """The last line that a process has printed about what went wrong: of train.py itself, or the end of a traceback.
+    """The last error message in the output of a process: the last `error: ` line, or else the last line.
 
     Args:
-        start: the byte where its output begins.
+        start: the byte at which the output of the process begins.
     """
     try:
-        lines = read_text(output, errors="replace").encode()[start:].decode(errors="replace").strip().splitlines()
+        lines = read_bytes(output)[start:].decode(errors="replace").strip().splitlines()
     except OSError:
         return None
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

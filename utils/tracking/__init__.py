@@ -1,8 +1,8 @@
-"""The contract of a view: a tracker (TensorBoard, Aim, Weights & Biases) that is fed from a run's logs.
+"""The interface of a view: a tracker (TensorBoard, Aim, Weights & Biases) that is fed from a run's logs.
 
-A view never touches the training loop. A feeder reads what the loop has appended to the logs and passes it to
-the view record by record, at its own pace. A slow view falls behind, a failing one is switched off, and what is
-missing can be fed again later. A new tracker is one file with one class, like those beside this one.
+A view never touches the training loop. A feeder reads what the loop has appended to the logs and passes it to the
+view, record by record, at its own pace. A slow view falls behind, a failing one is switched off, and the missing
+records can be fed later. A new tracker needs one file with one class, like those beside this one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from utils.runs.run import NO_NOTES, read_record, read_status
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a view shows of a run besides its logs, as recorded in the run directory.
+    """The facts about a run that a view shows besides the logs, as recorded in the run directory.
 
     hparams: the full configuration, nested by section.
     git: commit, branch, dirty.
-    resolved: the values that "auto", none and the like resolved to; sizes of corpus and model.
+    resolved: the values that "auto", none and the like resolved to; the sizes of the corpus and the model.
     modules: name, shape and number of elements of each parameter of the model.
     """
 
@@ -57,7 +57,7 @@ class RunFacts:
         hparams = read_json(path / CONFIG, path)
         notes: dict[str, Any] = dict(NO_NOTES)
         modules: tuple[dict[str, Any], ...] = ()
-        with contextlib.suppress(OSError, ValueError):  # what people and trackers read never stops a run
+        with contextlib.suppress(OSError, ValueError):  # files that only serve people and trackers never stop a run
             notes = read_notes(path)
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             modules = read_modules(path / MODEL_SUMMARY)
@@ -78,7 +78,7 @@ class RunFacts:
 class RunEnd:
     """How a run ended.
 
-    status: as in run.json, or `crashed`.
+    status: the status in run.json, or `crashed`.
     summary: the last losses, in nats per token.
     step: the last step.
     """
@@ -89,7 +89,7 @@ class RunEnd:
 
     @classmethod
     def read(cls, path: Path) -> RunEnd:
-        """Read how the run in the directory `path` ended; of a run in progress, how far it is.
+        """Read how the run in the directory `path` ended, or how far it is if it is being trained.
 
         Raises:
             RunError: run.json is missing or damaged.
@@ -103,12 +103,12 @@ class RunEnd:
 
 
 class View(Protocol):
-    """A tracker fed from the logs. All methods but `abandon` are called from one thread.
+    """A tracker that is fed from the logs. All methods except `abandon` are called from one thread.
 
     name: one of metrics.VIEWS.
     rolls_back: whether `open(first_step)` hides what an earlier session fed for that step and later ones.
-    starts_empty: once opened, whether the tracker has nothing of the run, whatever earlier sessions have fed: it was
-        deleted there, or the run is resumed with another repository. It is then fed from step 0.
+    starts_empty: set by `open`: whether the tracker has no data of the run, even if an earlier session fed some, since
+        the run was deleted there or is resumed with another repository. The view is then fed from step 0.
     """
 
     name: str
@@ -116,7 +116,7 @@ class View(Protocol):
     starts_empty: bool
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        """Import the tracker's package and begin.
+        """Import the tracker's package and open the run in the tracker.
 
         Args:
             first_step: records of this step and later ones will be fed, some perhaps for the second time; 0 for a
@@ -127,23 +127,23 @@ class View(Protocol):
         """
 
     def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
-        """Show one record of one of LOG_FILES."""
+        """Send one record to the tracker; `log_file` is the one of LOG_FILES that it comes from."""
 
     def flush(self) -> None:
-        """Make what was fed visible to readers.
+        """Make the fed records visible to readers of the tracker.
 
         Raises:
-            Exception: the tracker has lost some of it.
+            Exception: the tracker has lost some of them.
         """
 
     def background_seconds(self) -> float:
         """Processor time that the tracker's own threads have used in this process so far."""
 
     def clear(self) -> Mapping[str, Any]:
-        """Remove everything that was fed of the run, which is then fed again from step 0; facts for run.json."""
+        """Remove everything that was fed of the run, which will be fed again from step 0; return facts for run.json."""
 
     def close(self, end: RunEnd) -> None:
-        """Show how the run ended; nothing is fed after that."""
+        """Record how the run ended. Nothing is fed after that."""
 
     def abandon(self) -> None:
-        """Release the tracker without waiting: the view has failed or hangs. May be called from any thread."""
+        """Release the tracker without waiting, since the view has failed or hangs. May be called from any thread."""

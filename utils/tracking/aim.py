@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     import aim
 
 REMOTE = "aim://"
-FREE_BYTES = 4_000_000  # on a full disk Aim leaves partial runs behind, and its database (RocksDB) may wait forever
+FREE_BYTES = 4_000_000  # on a full disk, Aim leaves partial runs behind and its database (RocksDB) may wait forever
 INDEX_ATTEMPTS = 3  # another run that ends may have the index open for a moment
-ANSWER_SECONDS = 10.0  # in which an `aim server` must accept what it was sent
+ANSWER_SECONDS = 10.0  # for an `aim server` to accept what it was sent
 
 
 class AimView:
     """Metrics with their subset as context, distributions, sample texts, hyperparameters, git facts, status, curves.
 
-    Aim's Run and Repo are not thread-safe: they live and die in the feeder's thread. Its own system metrics and
-    terminal capture are off; `status` is ours, since Aim calls a crashed run finished.
+    Aim's Run and Repo are not thread-safe: they are created, used and closed in the feeder's thread. Aim's own system
+    metrics and terminal capture are off. `status` is our own parameter, because Aim calls a crashed run finished.
 
     Args:
         repo: a folder that holds, or will hold, `.aim`; or aim://HOST:PORT of an `aim server`.
-        run_hash: of the Aim run that a resumed run continues; None: a new one.
+        run_hash: the hash of the Aim run that a resumed run continues; None: a new Aim run.
     """
 
     name = "aim"
-    rolls_back = False  # points stay until the same step is tracked again
+    rolls_back = False  # a point stays until its step is tracked again
 
     def __init__(self, facts: RunFacts, repo: str, run_hash: str | None = None) -> None:
         self.facts = facts
@@ -56,7 +56,7 @@ class AimView:
         self.starts_empty = False
         self._run: aim.Run | None = None
         self._unfinished: aim.Run | None = None  # being created
-        self._stale: tuple[aim.Repo, str]  # being deleted: its repository and hash
+        self._stale: tuple[aim.Repo, str]  # repository and hash of a run that is being deleted
 
     @property
     def run(self) -> aim.Run:
@@ -72,9 +72,9 @@ class AimView:
         import aim
         from aim.sdk.errors import MissingRunError
 
-        # Its log would appear between the lines of training; the feeder reports failures, in one line each.
+        # Aim's log would appear between the lines of training; the feeder reports each failure in one line.
         logging.getLogger("aim").setLevel(logging.CRITICAL)
-        threading.excepthook = _not_of_aim
+        threading.excepthook = _excepthook_without_aim
         setattr(importlib.import_module("aim.storage.structured.db"), "upgrade_database", _upgrade_database)  # noqa: B010
         if not self.is_remote:
             Path(self.repo).mkdir(parents=True, exist_ok=True)
@@ -94,14 +94,14 @@ class AimView:
             raise OSError(errno.ENOSPC, "less than 4 MB left on its disk", self.repo)
 
     def _make_repo(self, aim: ModuleType) -> None:
-        """Create the repository, complete or not at all: Aim cannot use one whose creation a full disk cut short.
+        """Create the repository completely or not at all: Aim cannot use one whose creation failed on a full disk.
 
-        Aim creates it in a temporary folder, since it does so in a process that prints its errors.
+        Aim creates it in a temporary folder, because it runs a process for that which prints its errors.
         """
         with TemporaryDirectory() as elsewhere, TemporaryDirectory(dir=self.repo, prefix=".aim_") as beside:
             made = Path(aim.Repo(elsewhere, init=True).path)
             new = Path(shutil.copytree(made, Path(beside, made.name)))
-            new.rename(Path(self.repo, made.name))  # fails where another process was faster
+            new.rename(Path(self.repo, made.name))  # fails if another process was faster
 
     def _open_run(self, run: aim.Run, **which: Any) -> aim.Run:
         """Initialise the SDK's Run, without its own system metrics, terminal capture and threads."""
@@ -115,16 +115,16 @@ class AimView:
     def _initialize(self, run: aim.Run, **which: Any) -> None:
         settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
         run.__init__(repo=self.repo, experiment=self.facts.experiment, **settings, **which)
-        # The threads that report signs of life are not needed: `status` and the lock of the run directory are ours.
+        # Aim's threads for signs of life are not needed: we have `status` and the lock of the run directory.
         run._heartbeat.stop()
         run._checkins.close()
-        if self.is_remote:  # now: the garbage collector would contact the server from any thread, even training's
+        if self.is_remote:  # now: later, garbage collection would contact the server, perhaps in the training thread
             run._checkins.file_manager._resources.close()
         run._heartbeat = run._checkins = run._resources._heartbeat = run._resources._checkins = None
-        before = run.get("run_dir")  # of a run that is continued
-        if before is None or run.name == Path(before).name:  # else it was renamed in Aim
+        before = run.get("run_dir")  # set if an earlier run is continued
+        if before is None or run.name == Path(before).name:  # otherwise it was renamed in Aim
             run.name = self.facts.id
-        if self.facts.note:  # else a description may have been written in Aim
+        if self.facts.note:  # without a note, keep a description that was written in Aim
             run.description = self.facts.note
         for tag in [tag for tag in self.facts.tags if tag not in run.tags]:
             run.add_tag(tag)
@@ -135,29 +135,29 @@ class AimView:
         run["status"] = "running"
 
     def _new_run(self, aim: ModuleType) -> aim.Run:
-        """A new Aim run; if it cannot be created completely, nothing is left of it."""
+        """Create an Aim run; if this fails halfway, nothing of the run is left behind."""
         self._unfinished = aim.Run.__new__(aim.Run)  # has its hash even if its constructor fails
         try:
             run = self._open_run(self._unfinished)
-        except BaseException:  # Ctrl-C while a run is rebuilt, too
+        except BaseException:  # including Ctrl-C during a rebuild
             self.abandon()
             raise
         self._unfinished = None
         return run
 
     def clear(self) -> Mapping[str, Any]:
-        """Aim cannot empty a run: delete it and create a new one.
+        """Delete the run and create a new one, since Aim cannot empty a run.
 
         Raises:
-            OSError: Aim does not delete it.
+            OSError: Aim does not delete the run.
         """
         import aim
 
         if self._run is not None:  # the first attempt
             self._run.close()
-            self._stale, self._run = (self._run.repo, self._run.hash), None  # closes its files before they are deleted
+            self._stale, self._run = (self._run.repo, self._run.hash), None  # frees it: its files must be closed first
         repo, stale = self._stale
-        if not repo.delete_run(stale):  # the reason is only in Aim's own log
+        if not repo.delete_run(stale):  # the reason is only in Aim's log
             raise OSError(f"run {stale} cannot be deleted from {self.repo}")
         self._run = self._new_run(aim)
         return {"hash": self.run.hash}
@@ -179,14 +179,14 @@ class AimView:
             self._track(Text(record["text"]), record, "sample", {})
 
     def _track(self, value: Any, record: Mapping[str, Any], name: str, context: Mapping[str, str]) -> None:
-        """Like `Run.track`, which would use the time of the call, but with the time of the record.
+        """Like `Run.track`, but with the time of the record: `Run.track` uses the time of the call.
 
-        The tracker behind it, in Aim 3.29, takes the time as an argument.
+        In Aim 3.29, the tracker behind it takes the time as an argument.
         """
         self.run._tracker._track(value, record["time"], name, record["step"], context=dict(context))
 
     def flush(self) -> None:
-        """Check that Aim still has what was tracked; its readers see that without a flush.
+        """Check that Aim still has what was tracked. Readers see new data without a flush.
 
         Raises:
             OSError: the repository was deleted, its disk is full, or its server does not answer.
@@ -194,21 +194,21 @@ class AimView:
         repo = self.run.repo
         if not self.is_remote:
             self._check_disk()
-            if not Path(repo.path, "meta", "chunks", self.run.hash).exists():  # its open files can still be written
+            if not Path(repo.path, "meta", "chunks", self.run.hash).exists():  # its open files remain writable
                 raise FileNotFoundError(f"the run was deleted from {repo.path}")
             return
         try:
             repo._client.client_heartbeat()
-        except OSError as error:  # requests.RequestException, with a long message
+        except OSError as error:  # a requests.RequestException, whose message is long
             raise ConnectionError(f"{self.repo} does not answer") from error
         deadline = time.monotonic() + ANSWER_SECONDS
         while repo._client.get_queue()._queue.unfinished_tasks:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.repo} does not accept what it is sent")
+                raise TimeoutError(f"{self.repo} does not accept what is sent to it")
             time.sleep(0.01)
 
     def background_seconds(self) -> float:
-        """The threads of Aim's database, which sort what it is given, add two thirds to the feeder's time."""
+        """Processor time of the threads of Aim's database, which sort its data: two thirds of the feeder's own time."""
         ticks = sum(_ticks(task) for task in Path("/proc/self/task").glob("*") if _is_of_rocksdb(task))
         return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -228,22 +228,22 @@ class AimView:
             self._index(run_hash)
 
     def _index(self, run_hash: str) -> None:
-        """Put a run that has ended into Aim's index, without which its SDK does not find it; `aim up` does so, too."""
+        """Add a run that has ended to Aim's index, in which its SDK looks for runs; `aim up` does the same."""
         import aim
         from aim.sdk import index_manager
 
-        index_manager.Observer = index_manager.PollingObserver  # watchdog's starts a thread that stays
+        index_manager.Observer = index_manager.PollingObserver  # the default starts a thread that never ends
         for _ in range(INDEX_ATTEMPTS):
             try:
                 index_manager.RepoIndexManager(aim.Repo(self.repo)).index(run_hash)
                 return
-            except Exception:  # the tracker boundary: `aim up`, say, has the index open, and will do it
+            except Exception:  # the tracker boundary: for example, `aim up` has the index open, and will index the run
                 time.sleep(0.2)
 
     def abandon(self) -> None:
-        """Stop Aim from closing its files when the process ends: where that fails or waits, the process would hang."""
+        """Stop Aim from closing its files when the process ends: if that failed or waited, the process would hang."""
         cleanup = sys.modules.get("aim.ext.cleanup")
-        if cleanup is None:  # not imported, or not completely
+        if cleanup is None:  # Aim is not imported, or only partly
             return
         for owner, (_, finalizer) in list(cleanup.AutoClean._finalizers.items()):
             if self._is_ours(owner):
@@ -261,16 +261,16 @@ class AimView:
 
 
 def _upgrade_database(db_url: str) -> None:
-    """As Aim's own function, which runs alembic, but its traceback is not printed and a `%` in its path does no harm.
+    """Run alembic as Aim's own function does, but print no traceback, and allow `%` in the path of its configuration.
 
     Raises:
-        OSError: the database cannot be upgraded; with the last line that alembic printed.
+        OSError: the database cannot be upgraded; its message has the last error that alembic printed.
     """
     from aim.storage.migrations.utils import create_migration_cmd
 
     command = create_migration_cmd()
     place = command.index("-c") + 1
-    with TemporaryDirectory() as folder:  # alembic reads `%` in the path of its configuration as its own syntax
+    with TemporaryDirectory() as folder:  # alembic would interpret a `%` in the path of its configuration
         command[place] = shutil.copy(command[place], folder)
         environment = {**os.environ, "AIM_RUN_META_DATA_DB_URL": db_url}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
@@ -287,7 +287,7 @@ def _is_of_rocksdb(task: Path) -> bool:
 
 
 def _ticks(task: Path) -> int:
-    """Processor time of a thread, user and system, in clock ticks."""
+    """User and system time of a thread, in clock ticks."""
     try:
         after_name = (task / "stat").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -296,15 +296,15 @@ def _ticks(task: Path) -> int:
 
 
 def _roll_back(run: aim.Run) -> None:
-    """Undo a write to Aim's database of runs that has failed: until then, it refuses every other one."""
+    """Roll back a failed write to Aim's database of runs, which refuses all other writes until then."""
     database = getattr(getattr(run, "repo", None), "structured_db", None)
-    if database is not None:  # an `aim server` has its own
+    if database is not None:  # with an `aim server`, the database is on the server
         database.session_cls.rollback()
 
 
 def _remove(run: aim.Run) -> None:
-    """Remove the remains of a run that Aim could not create: they disturb Aim's readers."""
-    if getattr(run, "_heartbeat", None) is not None:  # a thread
+    """Remove what is left of a run that Aim could not create, because it disturbs Aim's readers."""
+    if getattr(run, "_heartbeat", None) is not None:  # a thread, which touches a file of the run
         run._heartbeat.touch_path = None
         run._heartbeat.stop_signal.set()
     if getattr(run, "hash", None) is None:
@@ -316,15 +316,15 @@ def _remove(run: aim.Run) -> None:
 _thread_failed = threading.excepthook
 
 
-def _not_of_aim(failure: threading.ExceptHookArgs) -> None:
-    """A threading.excepthook without Aim's own threads: they die if its repository is lost, as `flush` reports."""
+def _excepthook_without_aim(failure: threading.ExceptHookArgs) -> None:
+    """A threading.excepthook without Aim's own threads: they die if the repository is lost, which `flush` reports."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.exc_traceback)]
     if not any(module.startswith("aim.") for module in modules):
         _thread_failed(failure)
 
 
 def _plain(value: Any) -> Any:
-    """`value` in types that Aim can store: dict, list, number, str, None; no tuples or other mappings."""
+    """Convert mappings to dicts and tuples to lists, since Aim can store no others."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

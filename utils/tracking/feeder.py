@@ -21,20 +21,20 @@ from utils.tracking import RunEnd, View
 POLL_SECONDS = 0.5
 FLUSH_SECONDS = 2.0
 CHUNK_BYTES = 65_536
-SLICE_SECONDS = 0.005  # of work between rests, like the switch interval of Python's threads
+SLICE_SECONDS = 0.005  # of work between rests; equals the switch interval of Python's threads
 BURST_SECONDS = 2.0  # unused budget expires after this
 RETRY_SECONDS = (0.5, 1.0, 2.0)  # waits between attempts, after which the view is switched off
 PROGRESS_SECONDS = 2.0  # between the lines that report a backlog when training has ended
-REPORT_SECONDS = 0.1  # between the reports of a rebuild
-HANGING_SECONDS = 30.0  # in one call of a view, after which one warning is printed
+REPORT_SECONDS = 0.1  # between the progress reports of a rebuild
+HANGING_SECONDS = 30.0  # in one call of a view, after which a warning is printed
 
 
 class Budget:
     """Processor time that all feeders of a run may use together: a share of the wall time.
 
-    After t seconds of work the feeders rest for t / share seconds. What counts is processor time, including that of
-    a tracker's own threads, and in each slice a little of the time spent waiting for the interpreter, which the
-    training loop needs at the same time.
+    t seconds of work use up t / share seconds of wall time, for the rest of which the feeders pause. Processor time
+    counts, including that of a tracker's own threads, and in each slice a little of the time spent waiting for the
+    interpreter, which the training loop needs at the same time.
 
     Args:
         share: of one processor, in (0, 1].
@@ -69,9 +69,9 @@ class Feeder(threading.Thread):
     Args:
         view: the tracker.
         logs_dir: the folder of the logs.
-        budget: of processor time during training, shared with the other feeders.
+        budget: the processor time during training, shared with the other feeders.
         record: stores facts about the view in run.json.
-        warn: prints one line for the user.
+        warn: prints a line for the user.
         rebuild_command: the command that rebuilds the view.
         resumed_step: the step at which a resumed run continues; None: a new run.
     """
@@ -92,13 +92,14 @@ class Feeder(threading.Thread):
         self.budget = budget
         self.rebuild_command = rebuild_command
         self.resumed_step = resumed_step
-        # A resume cuts the logs back to its checkpoint: new records need not end where the removed ones did.
+        # A resume cuts the logs back to its checkpoint. New records need not end where the removed ones did, so saved
+        # offsets beyond these sizes may point into the middle of a record.
         self._sizes_at_start = {name: _size(logs_dir / name) for name in LOG_FILES}
-        self.last_step = -1  # fed in this session
-        self.last_step_before = -1  # fed in earlier sessions, perhaps beyond the step at which the run was resumed
+        self.last_step = -1  # last step fed in this session
+        self.last_step_before = -1  # last step fed in earlier sessions, perhaps beyond the step that the run resumed at
         self.offsets = dict.fromkeys(LOG_FILES, 0)
         self._record, self._warn = record, warn
-        self._waiting: dict[str, deque[bytes]] = {name: deque() for name in LOG_FILES}  # read, but not fed yet
+        self._waiting: dict[str, deque[bytes]] = {name: deque() for name in LOG_FILES}  # lines read, but not fed yet
         self._unflushed, self._flushed_at = False, 0.0
         self._background = 0.0  # seconds used by the view's own threads
         self.busy_since: float | None = None  # when the current call of the view began
@@ -120,8 +121,8 @@ class Feeder(threading.Thread):
             self.close(self._end)
         except Exception as error:  # the tracker boundary: whatever fails there, training continues
             reason = typed_line(error)
-            message = f"{self.view.name} is off: {reason}; later: {self.rebuild_command}"
-            # The tracker first: what it keeps open can hold up the end of the process.
+            message = f"{self.view.name} is off: {reason}; to feed it later: {self.rebuild_command}"
+            # The tracker first, because its open files and connections can delay the end of the process.
             attempt_each(
                 self.view.abandon,
                 lambda: self._record(self.view.name, state="off", reason=reason),
@@ -129,9 +130,9 @@ class Feeder(threading.Thread):
             )
 
     def _tail(self) -> None:
-        """Feed what the logs hold and what is appended to them, until training has ended and everything is fed."""
+        """Feed the logs, and everything that is appended to them, until training has ended."""
         while True:
-            ending = self._end is not None  # read before the logs: once it is set, they do not grow any more
+            ending = self._end is not None  # checked before reading the logs, which do not grow any more once it is set
             started, worked = time.perf_counter(), time.thread_time()
             done = self.feed_slice()
             self._flush(now=done and ending)
@@ -142,16 +143,16 @@ class Feeder(threading.Thread):
                 self.rest(max(self.budget.seconds_to_rest(), POLL_SECONDS if done else 0.0))
 
     def rest(self, seconds: float) -> None:
-        """Wait, or until `wake`."""
+        """Wait for this long, or until `wake` is called."""
         self._wake.wait(seconds)
-        self._wake.clear()  # the end itself is in _end
+        self._wake.clear()  # the end is not lost: it is in _end
 
     def wake(self) -> None:
-        """End a rest."""
+        """End the current rest."""
         self._wake.set()
 
     def feed_slice(self, seconds: float = SLICE_SECONDS) -> bool:
-        """Feed for about this long; True if everything in the logs is fed."""
+        """Feed for about `seconds`; return True once everything in the logs is fed."""
         end = time.perf_counter() + seconds
         while True:
             for name, lines in self._waiting.items():
@@ -162,7 +163,7 @@ class Feeder(threading.Thread):
                 return True
             records = {name: self._next_record(name) for name in ready}
             while ready:
-                # In the order of steps across all logs, as they were written.
+                # In the order of steps across all logs, as the records were written.
                 name = min(ready, key=lambda name: records[name]["step"])
                 self._attempt(functools.partial(self.view.feed, name, records[name]))
                 self._unflushed = True
@@ -178,7 +179,7 @@ class Feeder(threading.Thread):
         return record_at(self.logs_dir / name, self.offsets[name], self._waiting[name][0])
 
     def feed_from_start(self, report: Callable[[], None] = lambda: None) -> None:
-        """Empty the view and feed it the whole logs; `report` is called every REPORT_SECONDS."""
+        """Empty the view and feed the whole logs to it; call `report` every REPORT_SECONDS."""
         self._record(self.view.name, **self._attempt(self.view.clear))
         for name in LOG_FILES:
             self.offsets[name] = 0
@@ -188,17 +189,17 @@ class Feeder(threading.Thread):
         self._flush(now=True)
 
     def rebuild(self, end: RunEnd, report: Callable[[], None]) -> None:
-        """Empty, feed and close the view of a run that has ended, all in the calling thread.
+        """Empty, feed and close the view of a run that has ended, in the calling thread.
 
         Raises:
-            Exception: the view has failed.
+            Exception: the view failed.
         """
         self._record(self.view.name, **self._attempt(lambda: self.view.open(0)))
         self.feed_from_start(report)
         self.close(end)
 
     def close(self, end: RunEnd) -> None:
-        """Close the view, and record that it is complete."""
+        """Close the view and record that it is complete."""
         self._attempt(lambda: self.view.close(end))
         self._record(self.view.name, state="complete", reason=None)
 
@@ -207,14 +208,14 @@ class Feeder(threading.Thread):
         return self.logs_dir / fed_note(self.view.name).name
 
     def _pick_up(self) -> int:
-        """Continue after what earlier sessions have fed; the first step that is fed, perhaps for the second time."""
+        """Set the offsets at which to continue after earlier sessions; return the first step that will be fed."""
         if self.resumed_step is None:
             return 0
         try:
             state = read_json(self._state_path)
             fed = {name: int(state["offsets"][name]) for name in LOG_FILES}
             self.last_step_before = int(state["last_step"])
-        except (OSError, ValueError, KeyError, TypeError):  # nothing was fed, or it is unknown what: feed everything
+        except (OSError, ValueError, KeyError, TypeError):  # nothing was fed, or the note is damaged: feed everything
             return 0
         first_step = self.resumed_step
         for name in LOG_FILES:
@@ -225,7 +226,7 @@ class Feeder(threading.Thread):
         return first_step
 
     def _flush(self, *, now: bool) -> None:
-        """Make what was fed visible, and save how far the view is, for a session after a crash."""
+        """Make the fed records visible, and save the progress for a session after a crash."""
         if not self._unflushed or not (now or time.monotonic() >= self._flushed_at + FLUSH_SECONDS):
             return
         self._attempt(self.view.flush)
@@ -233,12 +234,12 @@ class Feeder(threading.Thread):
         taken_before, self._background = self._background, self.view.background_seconds()
         self.budget.spend(self._background - taken_before)
         state = {"offsets": self.offsets, "last_step": max(self.last_step, self.last_step_before)}
-        temporary = self._state_path.with_suffix(".tmp")  # not synced: losing it costs nothing but time
+        temporary = self._state_path.with_suffix(".tmp")  # not synced: if it is lost, records are fed again
         temporary.write_text(json.dumps(state), encoding="utf-8")
         temporary.replace(self._state_path)
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
-        """The result of `action`, retried after each of RETRY_SECONDS unless a package is missing."""
+        """Return the result of `action`, which is retried after each of RETRY_SECONDS unless a package is missing."""
         self.busy_since = time.monotonic()
         try:
             for wait in RETRY_SECONDS:
@@ -253,24 +254,24 @@ class Feeder(threading.Thread):
             self.busy_since = None
 
     def finish(self, end: RunEnd) -> None:
-        """Training has ended: feed the rest, then close the view. Returns at once."""
+        """Make the thread feed the rest and close the view, now that training has ended. Returns at once."""
         self._end = end
         self.wake()
 
     def backlog_bytes(self) -> int:
-        """Bytes of the logs that are not fed yet."""
+        """The number of bytes of the logs that are not fed yet."""
         return sum(_size(self.logs_dir / name) - self.offsets[name] for name in LOG_FILES)
 
 
 def cut_progress(logs_dir: Path) -> None:
-    """Limit the saved progress of each view to the lengths of the logs, after these were cut back to a checkpoint."""
+    """Limit the saved progress of each view to the lengths of the logs, after they were cut back to a checkpoint."""
     for path in logs_dir.glob(fed_note("*").name):
         try:
             progress = read_json(path)
             progress["offsets"] = {name: min(fed, _size(logs_dir / name)) for name, fed in progress["offsets"].items()}
             write_json(path, progress)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            with contextlib.suppress(OSError):  # damaged: without it everything is fed again
+            with contextlib.suppress(OSError):  # damaged: without it, everything is fed again
                 put_aside(path)
 
 
@@ -279,9 +280,9 @@ def _size(path: Path) -> int:
 
 
 def attempt_each(*actions: Callable[[], object]) -> None:
-    """Call each, whatever the others raise: what handles a failure may itself fail, on a full disk say."""
+    """Call each action even if others raise: the handling of a failure may fail too, for example on a full disk."""
     for action in actions:
-        with contextlib.suppress(Exception):  # the tracker boundary: the first failure is the one that is reported
+        with contextlib.suppress(Exception):  # the tracker boundary: only the first failure is reported
             action()
 
 
@@ -294,17 +295,17 @@ class Feeders:
         self.feeders = feeders
         self._warn, self._record = warn, record
         self._started = False
-        self._reported: list[Feeder] = []  # as hanging
+        self._reported: list[Feeder] = []  # those reported as hanging
 
     def start(self) -> None:
-        """Begin to feed, on the first call: after the first steps, for importing trackers takes a second or two."""
+        """Begin to feed, once: after the first steps, because importing trackers takes a second or two."""
         if not self._started:
             self._started = True
             for feeder in self.feeders:
                 feeder.start()
 
     def watch(self) -> None:
-        """Called at each write of the log: begin to feed, and warn once of each view that hangs."""
+        """Begin to feed, and warn once of each view that hangs; called at each write of the log."""
         self.start()
         for feeder in self.feeders:
             since = feeder.busy_since
@@ -314,38 +315,38 @@ class Feeders:
                 self._report(feeder, f"hangs ({reason}); training continues without it", state="hangs", reason=reason)
 
     def lift_budget(self) -> None:
-        """Training has ended: feed without a limit from now on."""
+        """Feed without a limit from now on, since training has ended."""
         self.start()
         for feeder in self.feeders:
             feeder.budget.lift()
             feeder.wake()
 
     def finish(self, end: RunEnd, progress: Callable[[str], None], seconds: float) -> None:
-        """Feed the rest and close the views. A view that takes longer than `seconds` is left, with a warning.
+        """Feed the rest and close the views. A view that takes longer than `seconds` is abandoned with a warning.
 
         Args:
-            progress: prints one line for the user, every PROGRESS_SECONDS.
+            progress: prints a line for the user; called every PROGRESS_SECONDS.
         """
         self.start()
         deadline = time.monotonic() + seconds
         for feeder in self.feeders:
             feeder.finish(end)
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the waiting
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the wait
             for feeder in self.feeders:
                 while feeder.is_alive() and (left := deadline - time.monotonic()) > 0:
                     feeder.join(timeout=min(PROGRESS_SECONDS, left))
                     if feeder.is_alive() and (backlog := feeder.backlog_bytes()):
                         words = f"feeding {feeder.view.name}: {backlog / 1024:,.0f} KiB of the log left, "
-                        words += f"for at most {max(deadline - time.monotonic(), 0):.0f} s"
+                        words += f"for at most {max(deadline - time.monotonic(), 0):.0f} s more"
                         attempt_each(functools.partial(progress, words))
         for feeder in self.feeders:
             if feeder.is_alive():
                 attempt_each(feeder.view.abandon)
                 words = f"is incomplete: {feeder.backlog_bytes():,} bytes of the log were not fed within {seconds:g} s"
-                words += f"; the log itself is complete; later: {feeder.rebuild_command}"
+                words += f"; the log itself is complete; to feed it later: {feeder.rebuild_command}"
                 self._report(feeder, words, state="incomplete", reason=f"not fed within {seconds:g} s")
 
     def _report(self, feeder: Feeder, words: str, **facts: Any) -> None:
-        """Say something about a view, and record it; a disk that is full must not stop the training thread."""
+        """Warn about a view and record its state; a full disk must not stop the training thread."""
         name = feeder.view.name
         attempt_each(lambda: self._warn(f"{name} {words}"), lambda: self._record(name, **facts))

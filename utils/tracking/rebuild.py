@@ -1,4 +1,4 @@
-"""Rebuild the views of a run from its logs."""
+"""Rebuilding the views of a run from its logs."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def rebuild(
     report: Report = lambda name, fed, total: None,
     warn: Callable[[str], None] = print,
 ) -> list[str]:
-    """Empty views of the run in the directory `path`, and feed them the whole logs.
+    """Empty views of the run in the directory `path`, and feed the whole logs to them.
 
     Args:
         root: the folder that relative paths start from.
-        names: of the views; empty: those that the run feeds by its configuration, and those it has fed.
+        names: the views to rebuild; empty: those that the configuration of the run names, and those that it has fed.
         report: called a few times a second while a view is fed.
-        warn: prints a warning: a damaged file was put aside, say.
+        warn: prints a warning, for example that a damaged file was put aside.
 
     Returns:
-        The names of the views, all of them complete.
+        The names of the views, which are now all complete.
 
     Raises:
         UserError: the run is being trained, its record is damaged, a log is missing, or a view's package is not
@@ -61,14 +61,14 @@ def rebuild(
             raise UserError(without_builds(name) or f"{name} is not installed: pip install {name}")
     for log_file in LOG_FILES:
         if not is_regular(path / LOGS / log_file, path):
-            raise UserError(f"{path / LOGS / log_file} is missing or no file: {path.name} cannot be fed from its logs")
-    end = RunEnd.read(path)  # before the lock is taken: a crashed run with a lock would look like a running one
+            raise UserError(f"{path / LOGS / log_file} is missing or not a regular file: {path.name} cannot be rebuilt")
+    end = RunEnd.read(path)  # before the lock is taken: a crashed run whose lock is held looks like a running one
     run = Run.resume(path)
     try:
         run.settle()
         mend(path, warn)
         read_registry(path / METRIC_REGISTRY)
-        with contextlib.suppress(Exception):  # the old picture will do
+        with contextlib.suppress(Exception):  # the old picture is good enough
             draw_curves(path)
         total = sum((path / LOGS / name).stat().st_size for name in LOG_FILES)
         for view in build_views(names, path, config, root):
@@ -84,20 +84,20 @@ def finish(
     report: Report = lambda name, fed, total: None,
     warn: Callable[[str], None] = print,
 ) -> list[str]:
-    """Do what a process that was killed at the end of a run had left: feed its views, draw its curves, seal it.
+    """Do what a process killed at the end of a run left undone: feed the views, draw the curves, seal the run.
 
     Returns:
-        The names of the views that were fed; those that were complete are left alone.
+        The names of the views that were fed; views that were complete already are left alone.
 
     Raises:
-        UserError: the run has not ended, or as `rebuild`.
+        UserError: the run has not ended, or as for `rebuild`.
         RebuildError: a view failed; the run is sealed nevertheless.
     """
     status = read_status(path)
     if status == "running":
-        raise RunError(f"{path.name} is being trained, and is finished when it ends")
+        raise RunError(f"{path.name} is still being trained: there is nothing to finish yet")
     if status == "crashed":
-        raise RunError(f"{path.name} crashed while it trained: --resume continues it, rebuild feeds its trackers")
+        raise RunError(f"{path.name} crashed during training: --resume continues it, rebuild feeds its trackers")
     views = read_record(path).get("views", {})
     names = [name for name in VIEWS if name in views and views[name].get("state") != "complete" and is_installed(name)]
     try:
@@ -107,7 +107,7 @@ def finish(
             run = Run.resume(path)
             try:
                 mend(path, warn)
-                with contextlib.suppress(Exception):  # a picture
+                with contextlib.suppress(Exception):  # a picture is not essential
                     draw_curves(path)
             finally:
                 run.release()
@@ -119,7 +119,7 @@ def finish(
 
 
 def _seal_once(path: Path, warn: Callable[[str], None]) -> None:
-    """Seal a run that has no readable seal: a new one would call files good that were damaged since."""
+    """Seal a run that has no readable seal. A new seal would vouch for files that were damaged since the old one."""
     try:
         read_seal(path)
     except RunError:
@@ -130,7 +130,7 @@ def _seal_once(path: Path, warn: Callable[[str], None]) -> None:
 
 
 def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int], None]) -> None:
-    """Empty one view of a run that has ended, and feed it the whole logs.
+    """Empty one view of a run that has ended, and feed the whole logs to it.
 
     Raises:
         RebuildError: the view failed.
@@ -145,7 +145,7 @@ def rebuild_view(view: View, run: Run, end: RunEnd, report: Callable[[str, int],
 
 
 def recorded_settings(path: Path, root: Path) -> Config:
-    """The configuration that the run in the directory `path` was started with; it is fed to trackers of this project.
+    """The configuration that the run in `path` was started with; for a run made elsewhere, with our Aim repository.
 
     Raises:
         ConfigError: it is missing or damaged.

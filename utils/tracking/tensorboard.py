@@ -1,4 +1,4 @@
-"""The TensorBoard view: event files in the run directory, by whose name TensorBoard calls the run."""
+"""The TensorBoard view: event files in the run directory, whose name is the name of the run in TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.runs.metrics import shown_metrics
 from utils.tracking import RunEnd, RunFacts
 
 SESSION_METRICS = ("val/loss", "train/eval_loss")  # shown beside the hyperparameters
-# Settings that the HParams page shows at first: five columns, marked as differing; it reads the marks of one run only.
+# Settings that the HParams page shows at first: five columns, marked as differing. It reads the marks of one run only.
 SESSION_COLUMNS = frozenset(("learning_rate", "max_iters", "n_embd", "n_layer", "run_tag"))
 CHARTS = {  # custom scalars: category, title, tags
     "loss": {
@@ -34,8 +34,8 @@ SESSION_END_TAG = b"_hparams_/session_end_info"
 class TensorBoardView:
     """Scalars, histograms, sample texts, configuration and model, hyperparameters with status and losses.
 
-    Each session writes one event file. A reader keeps the first hyperparameter records that it finds, so a resumed
-    session first removes the record of how the previous one ended.
+    Each session writes one event file. Readers keep the first hyperparameter records that they find, so a resumed
+    session first removes the record of how the previous session ended.
     """
 
     name = "tensorboard"
@@ -53,10 +53,10 @@ class TensorBoardView:
         return self._events
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        if self._events is None:  # a second attempt continues with the file of the first
+        if self._events is None:  # a second attempt continues the file of the first
             self.log_dir.mkdir(exist_ok=True)
             self.starts_empty = not event_files(self.log_dir)
-            for path in event_files(self.log_dir)[-1:]:  # earlier ones were cut when this one was created
+            for path in event_files(self.log_dir)[-1:]:  # the files before it were cut when it was created
                 cut_session_end(path)
             self._events = EventFile(self.log_dir, purge_step=0 if self.starts_empty else first_step)
         if first_step == 0 or self.starts_empty:
@@ -87,7 +87,7 @@ class TensorBoardView:
         self.events.add(text_summary(tag, text), step, when)
 
     def _session_records(self) -> tuple[Any, Any, Any]:
-        """Summaries for the HParams page: the experiment, the start of a session, its (successful) end."""
+        """Summaries for the HParams page: the experiment, the start of a session, and its (successful) end."""
         from torch.utils.tensorboard.summary import hparams
 
         flat = {
@@ -96,7 +96,7 @@ class TensorBoardView:
             for key, value in values.items()
             if field_fact(key, "kind") == TRAJECTORY or key in SESSION_COLUMNS or key == "dataset"
         }
-        _, start, end = hparams(flat, {})  # leaves out what is None
+        _, start, end = hparams(flat, {})  # it leaves out settings that are None
         columns = {name: 0 if cell is None else cell for name, cell in flat.items()}
         experiment, *_ = hparams(columns, dict.fromkeys(SESSION_METRICS, 0.0))
         return _with_columns(experiment), start, end
@@ -114,7 +114,7 @@ class TensorBoardView:
             self._text("sample", _fenced(record["text"]), step, when)
 
     def _histogram(self, record: Mapping[str, Any]) -> None:
-        """Write the logged bins: SummaryWriter.add_histogram would copy whole tensors to float64 and bin them."""
+        """Write the logged bins; SummaryWriter.add_histogram would copy whole tensors to float64 and bin them."""
         from torch.utils.tensorboard.summary import histogram_raw
 
         counts, low, high = record["counts"], record["min"], record["max"]
@@ -140,7 +140,7 @@ class TensorBoardView:
         self.events.flush()
 
     def background_seconds(self) -> float:
-        return 0.0  # there are none
+        return 0.0  # it has no threads of its own
 
     def clear(self) -> Mapping[str, Any]:
         if self._events is not None:
@@ -151,24 +151,24 @@ class TensorBoardView:
         return self.open(0)
 
     def close(self, end: RunEnd) -> None:
-        self._text("status", end.status, end.step)  # at the last step: a resume purges it
+        self._text("status", end.status, end.step)  # at the last step, so that a resume purges it
         *_, session_end = self._session_records()
         self.events.add(_with_status(session_end, end.status))
         self.events.flush()
         self.events.close()
 
     def abandon(self) -> None:
-        """There is nothing to release."""
+        """Nothing to release."""
 
 
 class EventFile:
-    """One new event file, written by the calling thread.
+    """A new event file, written by the calling thread.
 
-    torch's SummaryWriter passes events to a thread of its own, whose errors and processor time do not reach the
-    caller. A feeder is such a thread already.
+    torch's SummaryWriter writes in a thread of its own, whose errors and processor time do not reach the caller. A
+    feeder is already such a thread.
 
     Args:
-        folder: the event files of one run.
+        folder: the folder of the event files of one run.
         purge_step: readers drop the events of this and later steps in earlier files. TensorBoard's Python reader
             ignores the first event of this kind, so even the first file of a run has one.
     """
@@ -176,7 +176,7 @@ class EventFile:
     def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        # Readers sort files by name, so names must increase even if the clock goes backwards.
+        # Readers sort files by name, so the names must increase even if the clock goes backwards.
         stamps = [int(path.name.split(".")[3]) for path in event_files(folder)]
         stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
         self.path = folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
@@ -192,11 +192,11 @@ class EventFile:
         self._file.write(length + _masked_checksum(length) + data + _masked_checksum(data))
 
     def add(self, summary: Any, step: int = 0, when: float | None = None) -> None:
-        """Append a Summary; `when` is in seconds since 1970, by default now."""
+        """Append a Summary. `when` is in seconds since 1970, by default now."""
         self._write(self._event(wall_time=time.time() if when is None else when, step=step, summary=summary))
 
     def flush(self) -> None:
-        """Pass everything to the operating system.
+        """Pass all buffered data to the operating system.
 
         Raises:
             OSError: the disk is full, or the file has been deleted.
@@ -215,16 +215,16 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def _cell(key: str, value: Any) -> float | str | None:
-    """The value of a setting as the HParams page gets it: numbers and texts in one column cannot be sorted there."""
+    """The value of a setting for the HParams page, which cannot sort a column of both numbers and texts."""
     if get_origin(annotation := FIELDS[key].annotation) is not tuple:
         members = {getattr(member, "__origin__", member) for member in get_args(annotation) or (annotation,)}
         if members & {int, float}:
             return value if type(value) in (int, float) else None
-    return str(value)  # bools would be shown as 1.0000
+    return str(value)  # a bool would be shown as 1.0000
 
 
 def _with_columns(experiment: Any) -> Any:
-    """torch's record of an experiment, with the columns that are shown first marked."""
+    """torch's record of an experiment, with the columns marked that are shown at first."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin_data = experiment.value[0].metadata.plugin_data
@@ -236,7 +236,7 @@ def _with_columns(experiment: Any) -> Any:
 
 
 def _with_status(session_end: Any, status: str) -> Any:
-    """torch's record of a successful session, with its real status."""
+    """torch's record of a successful session, with the actual status of the run."""
     from tensorboard.plugins.hparams.api_pb2 import Status
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -266,10 +266,10 @@ def cut_session_end(path: Path) -> None:
 
 
 def _masked_checksum(data: bytes) -> bytes:
-    """CRC-32C as the format of a record has it: rotated by 15 bits, plus a constant.
+    """CRC-32C as the format of a record requires it: rotated by 15 bits, plus a constant.
 
-    The package google-crc32c takes half a microsecond. Without it TensorBoard's own code computes it, a loop in Python
-    of 0.2 ms for a histogram, which competes with the thread that trains for the interpreter.
+    The package google-crc32c takes half a microsecond. Without it, TensorBoard's own code computes the checksum in a
+    Python loop, which takes 0.2 ms for a histogram and competes with the training thread for the interpreter.
     """
     try:
         from google_crc32c import value as crc32c
@@ -280,9 +280,9 @@ def _masked_checksum(data: bytes) -> bytes:
 
 
 def _event_records(fd: int) -> Iterator[tuple[int, bytes]]:
-    """(bytes in the file, data) of each complete record, up to one whose length does not have its checksum.
+    """(bytes in the file, data) of each complete record, up to the first whose length does not match its checksum.
 
-    The data is left out if it is too long to end a session.
+    The data is empty if it is too long for the record that ends a session.
     """
     offset, size = 0, os.fstat(fd).st_size
     while offset + 12 <= size:
@@ -301,7 +301,7 @@ def _fenced(text: str) -> str:
 
 
 def _settings_table(hparams: Mapping[str, Any]) -> str:
-    """A Markdown table of all settings, those that differ from their defaults first."""
+    """A Markdown table of all settings; those that differ from their defaults come first."""
     changed: list[tuple[str, str, str]] = []
     others: list[tuple[str, str, str]] = []
     for section, values in hparams.items():

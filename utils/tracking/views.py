@@ -1,4 +1,4 @@
-"""The views of a run: built from its recorded configuration, for live feeding and for a rebuild alike."""
+"""Building the views of a run from its recorded configuration, both for live feeding and for a rebuild."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.tracking.aim import REMOTE, AimView
 from utils.tracking.tensorboard import TensorBoardView
 from utils.tracking.wandb import WandbView
 
-AIM_ENDS = (3, 13)  # the first Python that Aim has no builds for, as in requirements.in
+AIM_ENDS = (3, 13)  # the first version of Python without builds of Aim, as in requirements.in
 
 
 def wanted_views(config: Config) -> Iterator[str]:
@@ -29,12 +29,12 @@ def wanted_views(config: Config) -> Iterator[str]:
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package of a view is installed, found without importing it."""
+    """Whether the package of a view is installed; does not import it."""
     return importlib.util.find_spec(name) is not None
 
 
 def without_builds(name: str) -> str | None:
-    """Why a view cannot be installed in this Python, in words; None if it can."""
+    """Why a view's package cannot be installed in this Python, as text; None if it can."""
     if name == "aim" and (sys.version_info[:2] >= AIM_ENDS or sys.platform == "win32"):
         version = ".".join(map(str, sys.version_info[:2]))
         return f"aim has no builds for Python {version} on {sys.platform}"
@@ -42,7 +42,7 @@ def without_builds(name: str) -> str | None:
 
 
 def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> list[View]:
-    """The views of the run in the directory `run`, not opened yet.
+    """The views of the run in the directory `run`. They are not opened yet.
 
     Args:
         root: the folder that relative paths start from.
@@ -65,7 +65,7 @@ def build_views(names: Iterable[str], run: Path, config: Config, root: Path) -> 
 
 
 def _same_repo(before: str | None, now: str) -> bool:
-    """Whether an Aim repository is the one that a run was fed to, perhaps in a project that has moved since."""
+    """Whether `now` is the Aim repository that a run was fed to, even if the project has moved since."""
     if before is None or before == now:
         return before == now
     return not before.startswith(REMOTE) and not now.startswith(REMOTE) and not Path(before, ".aim").exists()

@@ -1,4 +1,4 @@
-"""The Weights & Biases view: one W&B run for each run directory, in files to sync later or on the server."""
+"""The Weights & Biases view: one W&B run for each run directory, on the server or in files to sync later."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class WandbView:
 
     Args:
         mode: offline (`wandb sync` uploads the files in logs/wandb later) or online.
-        run_id: of the W&B run that a resumed run continues; None: the id of the run.
+        run_id: the id of the W&B run that a resumed run continues; None: the id of the run.
     """
 
     name = "wandb"
     rolls_back = False
-    starts_empty = False  # files that were synced may have been deleted here
+    starts_empty = False  # without files here, the server may still have the run
 
     def __init__(self, facts: RunFacts, mode: Literal["offline", "online"], run_id: str | None = None) -> None:
         self.facts = facts
@@ -49,15 +49,15 @@ class WandbView:
         return self._run
 
     def open(self, first_step: int) -> Mapping[str, Any]:
-        if self._run is None:  # a second attempt continues with the run of the first
+        if self._run is None:  # a second attempt continues the run of the first
             self._run = self._open_run()
         return {"id": self.run.id, "mode": self.mode}
 
     def _open_run(self) -> wandb.Run:
-        """Start the W&B run, without its own record of code, environment and terminal: the run directory has ours."""
+        """Start the W&B run, without W&B's own records of code, environment and terminal, which the run has."""
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))  # before init: the login prints too, and asks for a key
+        wandb.setup(wandb.Settings(silent=True))  # before init, since the login prints too, and asks for a key
         settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, save_code=False)
         settings = settings.model_copy(update={"x_disable_stats": True, "x_disable_meta": True})
         run = wandb.init(
@@ -90,13 +90,13 @@ class WandbView:
             self.run.log({**values, "step": record["step"], "_timestamp": record["time"]})
 
     def flush(self) -> None:
-        """Nothing to do: W&B's own process writes what it is given."""
+        """Nothing to do: W&B's own process writes the records."""
 
     def background_seconds(self) -> float:
         return 0.0  # W&B works in a process of its own
 
     def clear(self) -> Mapping[str, Any]:
-        """Offline, remove its files. Online, W&B keeps what it has, and the same steps are added once more."""
+        """Offline, remove the files of the run. Online, W&B keeps its data, and the same steps are added again."""
         self.run.finish()
         for folder in (self.facts.path / WANDB).glob("offline-run-*"):
             shutil.rmtree(folder)
@@ -108,9 +108,9 @@ class WandbView:
         self.run.finish(exit_code=0 if end.status == "completed" else 1)
 
     def abandon(self) -> None:
-        """Stop W&B from waiting, for minutes, for a server that does not answer when this process ends.
+        """Stop W&B from waiting for minutes, at the end of this process, for a server that does not answer.
 
-        Its own process ends with this one anyway.
+        W&B's own process ends with this one anyway.
         """
         setup = sys.modules.get("wandb.sdk.wandb_setup")
         connection = getattr(getattr(setup, "_singleton", None), "_connection", None)
