@@ -193,11 +193,19 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         offset = end
 
 
-def last_record(path: Path) -> dict[str, Any] | None:
-    """The last complete record of a log; None if there is none."""
+def last_record(path: Path, length: int = SCANNED_BYTES) -> dict[str, Any] | None:
+    """The last complete record of a log; None if it has none or does not exist.
+
+    Args:
+        length: bytes at the end of the log that are read first; more are read if they contain no complete line.
+
+    Raises:
+        OSError: the log cannot be read.
+        RunLogError: the last line is no record.
+    """
     if not path.exists():
         return None
-    size, length = path.stat().st_size, SCANNED_BYTES
+    size = path.stat().st_size
     with open_regular(path, _run_of(path)) as file:
         while True:
             file.seek(max(0, size - length))
