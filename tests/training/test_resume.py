@@ -299,7 +299,7 @@ def test_a_run_whose_checkpoints_were_pruned_keeps_its_log(
     assert experiments.main(prune) == 0
     capsys.readouterr()
     assert train.main(["--resume", str(run), *again]) == 2
-    assert "kept has no checkpoints any more: it could only begin again at step 0" in capsys.readouterr().err
+    assert "kept no longer has checkpoints: it could only start again at step 0" in capsys.readouterr().err
     assert (run / "logs" / "metrics.jsonl").read_bytes() == log
     assert experiments.main(["check", str(run)]) == 0
     if not again:  # a complete run is not resumed anyway

@@ -1,4 +1,4 @@
-"""The types of run.json: a record that has others was not written by this workbench, or is damaged."""
+"""The types of the fields of run.json, to detect a record that is damaged or that this workbench did not write."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Resolved(BaseModel):
 
 
 class _Record(BaseModel, strict=True):
-    """The fields of run.json that are used, with their types."""
+    """The fields of run.json that the workbench reads, with their types."""
 
     status: Literal["running", "completed", "interrupted", "failed", "diverged"]
     git: _Git | None = None
