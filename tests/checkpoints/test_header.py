@@ -101,7 +101,7 @@ MALICIOUS: dict[str, tuple[Any, int, str]] = {
     "an empty shape beyond all memory": (
         {"a": {"dtype": "F32", "shape": [0, 2**63 - 1, 2**62], "data_offsets": [0, 0]}},
         0,
-        f"a: shape {[0, 2**63 - 1, 2**62]}: too large, even without numbers",
+        f"a: shape {[0, 2**63 - 1, 2**62]}: too large, even for an empty tensor",
     ),
     "an unknown dtype": ({"a": entry(0, 4, "F33")}, 4, "a: unknown dtype 'F33'"),
     "a dtype that is no text": ({"a": entry(0, 4, ["F32"])}, 4, "a: unknown dtype ['F32']"),

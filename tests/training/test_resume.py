@@ -377,7 +377,7 @@ def test_a_checkpoint_of_another_model_is_reported_and_nothing_is_lost(
     run = run_of("stopped")
     shutil.copytree(checkpoints(run_of("other")) / "step_000060", checkpoints(run) / "step_000060")
     assert train.main(["--resume", str(run)]) == 0
-    assert "it is of another model: n_embd: looking for the one before" in capsys.readouterr().out
+    assert "it is of another model: n_embd: trying the checkpoint before it" in capsys.readouterr().out
     assert (checkpoints(run) / "step_000060_damaged").is_dir()
     assert differences(run_of("straight"), run) == SAME
 
