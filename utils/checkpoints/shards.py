@@ -48,7 +48,7 @@ class JoinedTensors(Mapping[str, torch.Tensor]):
         """Rows of a tensor: a view of the file if one contains them all, otherwise a copy. No other rows are read."""
         tensor, pieces = self._places[name]
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{self._folder}: {name}: {tensor.dtype} is not read here")
+            raise CheckpointError(f"{self._folder}: {name}: dtype {tensor.dtype} is not supported")
         if not tensor.shape:
             return self._mapping(pieces[0].file)[name]
         parts = [

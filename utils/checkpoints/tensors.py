@@ -190,5 +190,5 @@ def _view(memory: mmap.mmap, name: str, entry: TensorEntry) -> torch.Tensor:
 
 def _dtype(name: str, entry: TensorEntry) -> torch.dtype:
     if entry.dtype not in DTYPES:
-        raise ValueError(f"{name}: {entry.dtype} is not read here")
+        raise ValueError(f"{name}: dtype {entry.dtype} is not supported")
     return DTYPES[entry.dtype]

@@ -73,7 +73,7 @@ def edited_modules(top: Path, imported: Mapping[str, tuple[str, str]], callbacks
         inside = real.startswith(root + os.sep)
         if (inside or name in callbacks) and is_edited(name):
             place = os.path.relpath(real, root) if inside else os.path.basename(path)
-            yield f"{place} (edited since this process imported it: the run has the code from before)"
+            yield f"{place} (edited since this process imported it: the run uses the code from before the edit)"
 
 
 def unknown_modules(

@@ -222,7 +222,7 @@ def read_run(path: Path) -> IndexedRun:
         notes = read_notes(path)
     except (OSError, ValueError, RecursionError) as error:
         notes_are_lost = True
-        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
+        reason = "a field has the wrong type" if isinstance(error, ValidationError) else error
         problems.append(f"notes.json cannot be read: {reason}")
     evaluations, problem = read_evaluations(path)
     problems += [problem] if problem else []

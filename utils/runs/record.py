@@ -60,7 +60,7 @@ class _Record(BaseModel, strict=True):
 
 
 def wrong_fields(record: Mapping[str, Any]) -> list[str]:
-    """The fields of run.json whose type is wrong."""
+    """The fields of run.json whose type or value is invalid."""
     try:
         _Record.model_validate(record)
     except ValidationError as error:

@@ -405,7 +405,7 @@ def read_record(path: Path) -> dict[str, Any]:
     from utils.runs.record import wrong_fields  # here, because pydantic takes a third of a second to import
 
     if wrong := wrong_fields(record):
-        raise RunError(f"{path / RECORD}: not as this workbench writes it: {', '.join(wrong)}")
+        raise RunError(f"{path / RECORD} has invalid fields: {', '.join(wrong)}")
     return record
 
 

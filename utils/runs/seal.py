@@ -35,7 +35,7 @@ class SealCheck:
 
     sealed: when the seal was written (UTC).
     files: number of files in the seal.
-    checkpoints: number of checkpoints that were read. Checkpoints come and go, so each has a manifest instead.
+    checkpoints: number of checkpoints that were verified by their manifests.
     damaged: what is wrong with the checkpoints.
     """
 
