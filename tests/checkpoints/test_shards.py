@@ -131,7 +131,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
         (lambda index: index["model"]["a.weight"].pop("shape"), "index.json: damaged"),
         (lambda index: index["model"]["a.weight"]["files"].pop(), "4 of 7 rows"),
         (lambda index: index["model"]["a.weight"]["files"].reverse(), "do not follow row 0"),
-        (lambda index: index["model"]["a.weight"]["files"][0].__setitem__(0, "../x.safetensors"), "not a file of model"),
+        (
+            lambda index: index["model"]["a.weight"]["files"][0].__setitem__(0, "../x.safetensors"),
+            "not a file of model",
+        ),
         (
             lambda index: index["model"]["a.weight"]["files"][1].__setitem__(0, "model-00002-of-00003.safetensors"),
             "index.json: damaged .*model-00002-of-00003.safetensors is not in manifest.json",

@@ -6,9 +6,8 @@ import os
 import warnings
 from typing import Any
 
-os.environ.setdefault(
-    "PYDANTIC_DISABLE_PLUGINS", "__all__"
-)  # pydantic would search every installed package for plugins
+# Otherwise pydantic would search every installed package for plugins.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 MOVED = ("Config", "DataConfig", "ModelConfig", "OptimizerConfig", "TrackingConfig", "TrainConfig")
 

@@ -61,9 +61,7 @@ class RunLock:
                 previous holder, which tells how long that one trained.
         """
         if self._signed:
-            with contextlib.suppress(
-                OSError
-            ):  # e.g. a read-only disk; the lock is free after a minute of silence anyway
+            with contextlib.suppress(OSError):  # a read-only disk: the lock is free after a minute of silence anyway
                 self._write(f"{Holder.this().signature} {RELEASED}")
                 if silent_since is not None:
                     os.utime(self.fd, (silent_since, silent_since))
@@ -71,9 +69,7 @@ class RunLock:
 
     def _write(self, text: str) -> None:
         line = f"{text}\n".encode()
-        os.pwrite(
-            self.fd, line, 0
-        )  # overwrites before truncating, because a full disk may have no room for a new block
+        os.pwrite(self.fd, line, 0)  # before truncating, because a full disk may have no room for a new block
         os.ftruncate(self.fd, len(line))
 
 

@@ -99,7 +99,7 @@ def find_origin(
         raise RunError(
             f"--resume {text}: a run continues from its newest checkpoint; --fork starts a new run from any checkpoint"
         )
-    path = Path(os.path.abspath(run))  # links are not resolved, so a run that was moved and linked stays beside others
+    path = Path(os.path.abspath(run))  # links are not resolved: a run that was moved and linked stays beside others
     return Origin(relation, path, which, strict, trusted)
 
 

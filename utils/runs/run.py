@@ -210,9 +210,7 @@ class Run:
         views: dict[str, Any] = record.get("views") or {}
         if original is not None:
             for name in IN_TRACKERS & views.keys():
-                (self.path / fed_note(name)).unlink(
-                    missing_ok=True
-                )  # the copy gets an entry of its own, fed from the start
+                (self.path / fed_note(name)).unlink(missing_ok=True)  # the copy's own entry is fed from the start
                 # We choose the id by which W&B finds a run, and the copy may have the same name as the original.
                 views[name] = {"id": f"{self.id}-{secrets.token_hex(3)}"} if name == "wandb" else {}
         copied = {"copied_from": original} if original is not None else {}

@@ -120,11 +120,8 @@ def read_seal(run: Path) -> tuple[Mapping[str, str], Mapping[str, str], str]:
         recorded = read_json(run / SEAL, run)
         if not isinstance(recorded["files"], dict):
             raise ValueError("no files")
-        return (
-            recorded["files"],
-            dict(recorded.get("manifests", {})),
-            str(recorded["time"]),
-        )  # older seals have no manifests
+        manifests = dict(recorded.get("manifests", {}))  # older seals have none
+        return recorded["files"], manifests, str(recorded["time"])
     except FileNotFoundError:
         raise RunError(f"{run.name} has no seal: it has not ended yet, or was killed") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
