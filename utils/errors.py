@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-SHOWN = 200  # characters of a value in a message
+SHOWN = 200  # most characters of a value that a message shows
 ALIASES = {  # short names in other programs, too short to be found by similarity
     "lr": "learning_rate",
     "bs": "batch_size",

@@ -25,7 +25,7 @@ def try_flock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Take the lock of an open file without waiting; return False if its file system does not support locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
         OSError: any other failure.
     """
     try:

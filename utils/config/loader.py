@@ -220,7 +220,7 @@ class ConfigLoader:
         """Load one regular file of a run on top of the built-in defaults, without configs/.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         try:
             open_regular(path, path.parent.parent).close()
@@ -236,7 +236,7 @@ class ConfigLoader:
         """Like `load`, but with `base` instead of the defaults and configs/.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         layers = {key: list(settings) for key, settings in base.layers.items()}
         return _merge(layers, self._own_layers(files, overrides or {}))
@@ -245,7 +245,7 @@ class ConfigLoader:
         """`base` with one more layer on top.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         return _merge({key: list(settings) for key, settings in base.layers.items()}, [dict(layer)])
 
@@ -253,7 +253,7 @@ class ConfigLoader:
         """Merge settings given in Python, flat or by section, on top of `base`, or of the defaults and configs/.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         layer: dict[str, Setting] = {}
         for name, value in settings.items():

@@ -181,7 +181,7 @@ class Run:
         """Record in run.json that this process continues training at `step`, and how the previous session ended.
 
         Args:
-            facts: further facts about the new session (git, say).
+            facts: further facts about the new session, such as git.
         """
         record, self._silent_since = self.record, None
         previous = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
