@@ -630,7 +630,7 @@ class TrainConfig(Section):
     seed: Int = setting(1337, "seed for initialisation, batches and dropout", kind=TRAJECTORY, ge=0, lt=2**63)
     device: str = setting(
         "auto",
-        "device to train on: auto (mps, else cuda, else cpu), cpu, cuda, cuda:N or mps",
+        "device to train on: auto (the first available of mps, cuda and cpu), cpu, cuda, cuda:N or mps",
         kind=TRAJECTORY,
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
     )
