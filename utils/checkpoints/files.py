@@ -142,17 +142,13 @@ def write_object(path: Path, value: Any) -> dict[str, Any]:
     Raises:
         ValueError: the file would be too large to be read again.
     """
-    content = _json_bytes(value)
+    content = memoryview((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     if len(content) > JSON_BYTES:
         raise ValueError(
             f"{path.name} has {len(content) >> 20:,} MiB, and at most {JSON_BYTES >> 20} can be read: "
             "does a callback's state_dict return whole tensors?"
         )
     return write_parts(path, [content])
-
-
-def _json_bytes(value: Any) -> memoryview:
-    return memoryview((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_checkpoint(path: Path, *, checked: bool = False) -> Checkpoint:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import PurePath
 
+from utils.config.parse import CONFIG_SUFFIXES
+
 NOT_IMPORTED = frozenset(("venv", "virtualenv", "site-packages", "node_modules", "runs"))  # folders
 CONFIGS = "configs"
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def is_source(path: str | PurePath, named: Collection[str] = ()) -> bool:
