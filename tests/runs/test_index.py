@@ -201,6 +201,9 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     ("parent", {"run": 3}),
     ("resolved", {"torch": 2**70}),
     ("resolved", {"parameters": "many"}),
+    ("resumes", [{"before": "x"}]),
+    ("resumes", [{"before": ["x"]}]),
+    ("resumes", [{"step": "x", "git": {"commit": "x", "code": None}}]),
 ]
 
 

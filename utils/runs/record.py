@@ -38,6 +38,11 @@ class _Resolved(BaseModel):
     processor: str | None = None
 
 
+class _Session(BaseModel):
+    step: Whole | None = None
+    before: dict[str, Any] | None = None
+
+
 class _Record(BaseModel, strict=True):
     """The fields of run.json that the workbench reads, with their types."""
 
@@ -55,7 +60,7 @@ class _Record(BaseModel, strict=True):
     config_hash: str | None = None
     exit_reason: str | None = None
     argv: list[str] = []
-    resumes: list[dict[str, Any]] = []
+    resumes: list[_Session] = []
     views: dict[str, dict[str, Any]] = {}
 
 
