@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError
@@ -21,7 +22,7 @@ from utils.runs.evaluations import evaluations_text, read_evaluations
 from utils.runs.index_cache import IndexCache
 from utils.runs.layout import CONFIG, GATE, METRICS_LOG, MODELS, NOTES, RECORD, SEAL
 from utils.runs.lock import is_held
-from utils.runs.log import RunLogError, last_record, read_lines
+from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
 from utils.runs.run import NO_NOTES, RunError, duration_of, read_record, seconds_of, status_of
 
@@ -63,7 +64,7 @@ FACTS = {  # column -> SQL type; the settings are further columns
 # The metrics of an evaluation during training.
 LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte", "val/accuracy")
 CACHED = ("record", "settings", "notes", "evaluations")  # cached fields of a settled run; the others follow from them
-LOG_END = 4096  # bytes at the end of a log that are read first to find its last line
+LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
 
 
 class _Notes(BaseModel, strict=True):
@@ -257,14 +258,17 @@ def _log_problem(path: Path) -> str | None:
     """What is wrong with the end of a log; None if nothing is. Only its last bytes are read."""
     try:
         with open_regular(path, path.parent.parent) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
-            torn = file.read() not in (b"", b"\n")
-        last_record(path, LOG_END)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END))
+            *lines, torn = file.read().split(b"\n")
+        if len(lines) == 1:  # perhaps only the end of a long line
+            last_record(path)
+        elif lines and not isinstance(orjson.loads(lines[-1]), dict):
+            raise ValueError
     except FileNotFoundError:
         return f"no {path.parent.name}/{path.name}"
     except OSError as error:
         return f"{path.parent.name}/{path.name} cannot be read: {error.strerror}"
-    except RunLogError:
+    except ValueError:
         return f"{path.parent.name}/{path.name} is damaged: its last line is not a record"
     return f"the last line of {path.parent.name}/{path.name} is torn" if torn else None
 

@@ -193,11 +193,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         offset = end
 
 
-def last_record(path: Path, length: int = SCANNED_BYTES) -> dict[str, Any] | None:
+def last_record(path: Path) -> dict[str, Any] | None:
     """The last complete record of a log; None if it has none or does not exist.
-
-    Args:
-        length: bytes at the end of the log that are read first; more are read if they contain no complete line.
 
     Raises:
         OSError: the log cannot be read.
@@ -205,7 +202,7 @@ def last_record(path: Path, length: int = SCANNED_BYTES) -> dict[str, Any] | Non
     """
     if not path.exists():
         return None
-    size = path.stat().st_size
+    size, length = path.stat().st_size, SCANNED_BYTES
     with open_regular(path, _run_of(path)) as file:
         while True:
             file.seek(max(0, size - length))
