@@ -270,7 +270,7 @@ def _log_problem(path: Path) -> str | None:
         return f"{path.parent.name}/{path.name} cannot be read: {error.strerror}"
     except ValueError:
         return f"{path.parent.name}/{path.name} is damaged: its last line is not a record"
-    return f"the last line of {path.parent.name}/{path.name} is torn" if torn else None
+    return f"the last line of {path.parent.name}/{path.name} is incomplete" if torn else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
